@@ -1,0 +1,121 @@
+"""Progress of long work: a bar in a terminal, a live line in JupyterLab, lines in a file for a headless run.
+
+Nothing is ever printed to a notebook's stderr, where it would end up in the report page.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+PROGRESS_FILE_VARIABLE = "WORKBOOK_PROGRESS_FILE"
+"""Environment variable: a file that a headless notebook appends its progress lines to; the report runner shows them."""
+
+
+def _duration(seconds: float) -> str:
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython")
+    instance = shell.get_ipython() if shell else None
+    return instance is not None and hasattr(instance, "kernel")
+
+
+class Progress:
+    """Counts `total` units of `what`, at most one message every `every` seconds; use as a context manager.
+
+    Args:
+        what: the work in words, e.g. "scoring test rows".
+        total: number of units; None when unknown.
+        every: seconds between messages (a terminal is refreshed more often).
+    """
+
+    def __init__(self, what: str, total: int | None = None, every: float = 5.0) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.started = time.monotonic()
+        self.last = 0.0
+        self.file = os.environ.get(PROGRESS_FILE_VARIABLE)
+        self.notebook = not self.file and _in_notebook()
+        self.terminal = not self.file and not self.notebook and sys.stderr.isatty()
+        self.every = 0.2 if self.terminal else 1.0 if self.notebook else every
+        self.handle = None
+
+    def __enter__(self) -> Progress:
+        self._say()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.notebook and self.handle is not None:
+            from IPython.display import HTML
+
+            self.handle.update(HTML(""))
+        elif kind is None and self.done:
+            took = _duration(time.monotonic() - self.started)
+            self._write(f"{self.what}: {self.done} done in {took}", final=True)
+        elif self.terminal:
+            sys.stderr.write("\n")
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count `units` more; `note` is shown behind the count (e.g. the loss)."""
+        self.done += units
+        if time.monotonic() - self.last >= self.every:
+            self._say(note)
+
+    def _line(self, note: str) -> str:
+        elapsed = time.monotonic() - self.started
+        if not self.total:
+            return f"{self.what}: {self.done or '…'}" + (f" · {note}" if note else "")
+        left = ""
+        if 0 < self.done < self.total:
+            left = f", about {_duration(elapsed / self.done * (self.total - self.done))} left"
+        text = f"{self.what}: {self.done}/{self.total} ({100 * self.done / self.total:.0f} %{left})"
+        return text + (f" · {note}" if note else "")
+
+    def _say(self, note: str = "") -> None:
+        self.last = time.monotonic()
+        self._write(self._line(note))
+
+    def _write(self, line: str, final: bool = False) -> None:
+        if self.file:
+            with Path(self.file).open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        elif self.notebook:
+            self._display(line)
+        elif self.terminal:
+            sys.stderr.write(f"\r\033[K{line}" + ("\n" if final else ""))
+            sys.stderr.flush()
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _display(self, line: str) -> None:
+        import html
+
+        from IPython.display import HTML, display
+
+        content = HTML(f"<p role='status'><small>{html.escape(line)}</small></p>")
+        if self.handle is None:
+            self.handle = display(content, display_id=True)
+        else:
+            self.handle.update(content)
+
+
+def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """Yield `items`, counting each as one unit of `what`."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    with Progress(what, total) as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -1,0 +1,246 @@
+"""A run: its folders, its manifest, and the one way in which a stage makes a product.
+
+A stage writes into a temporary sibling, the folder is hashed and renamed, and the manifest entry is added last. A
+stage whose entry exists, whose files verify and whose parameters and inputs are unchanged is skipped and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lib.errors import InputError
+from lib.run import folders, provenance
+from lib.run.files import flush_to_disk, read_json, readable_by_group, write_json
+from lib.run.manifest import NOTEBOOK_OF, Entry, Manifest, damage, hash_folder
+from lib.run.memory import PeakMemory
+
+__all__ = ["Entry", "Product", "Run", "Work", "open_run"]
+
+_REQUEST = ".request.json"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A finished product of a run.
+
+    Attributes:
+        path: its folder.
+        entry: its manifest entry.
+        made: False when it was already there and nothing was done.
+        message: one sentence for the reader: made in …, or skipped because …
+    """
+
+    path: Path
+    entry: Entry
+    made: bool
+    message: str
+
+
+@dataclass
+class Work:
+    """What a stage's builder fills in while it writes into `folder`.
+
+    Attributes:
+        folder: temporary folder; its content becomes the product.
+        resumed: True when the folder holds the remains of an interrupted try with the same parameters and inputs.
+        facts, metrics, notes: go to the manifest entry.
+        device: where the work ran, e.g. "cpu" or "cuda:0 NVIDIA …".
+    """
+
+    folder: Path
+    resumed: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: `runs/<name>/` with its products and manifest.json."""
+
+    name: str
+    folder: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest(self.folder / "manifest.json")
+
+    def require(self, product: str) -> Product:
+        """A finished product that this stage needs.
+
+        Raises:
+            InputError: it is absent or damaged; the message names the notebook to run first.
+        """
+        entry = self.manifest.entries().get(product)
+        folder = self.folder / product
+        notebook = NOTEBOOK_OF[product]
+        if entry is None or not folder.is_dir():
+            have = ", ".join(self.manifest.entries()) or "no product"
+            raise InputError(
+                f"run {self.name!r} holds {have}.",
+                f"the product {product!r}.",
+                f"run notebooks/{notebook}.ipynb first.",
+            )
+        if problem := damage(folder, entry):
+            raise InputError(
+                f"{folder / ''}: {problem}.", "the files of the manifest.", f"run {notebook} again with force: true."
+            )
+        return Product(folder, entry, False, f"{product}: as made on {entry.finished}.")
+
+    def produce(
+        self,
+        product: str,
+        build: Callable[[Work], None],
+        parameters: Mapping[str, Any],
+        inputs: tuple[str, ...] = (),
+        force: bool = False,
+        keep_partial: bool = False,
+    ) -> Product:
+        """Make `product` with `build`, or skip it when nothing changed.
+
+        Args:
+            build: writes files into `work.folder` and fills in `work.facts`, `.metrics`, `.notes`.
+            parameters: the settings the product depends on (JSON values); a change redoes the stage.
+            inputs: products it is made from; a change of their files redoes the stage.
+            force: redo even if nothing changed.
+            keep_partial: after an interruption keep the temporary folder, so that the next try with the same
+                parameters and inputs finds it (`work.resumed`). For builders that resume safely.
+
+        Raises:
+            InputError: a missing input, an unwritable folder, or a second process working on this run.
+        """
+        folders.writable(self.folder)
+        with self._lock():
+            digests = {name: self.require(name).entry.digest for name in inputs}
+            wanted = {"parameters": dict(parameters), "inputs": digests}
+            reason = self._reason(product, wanted, force)
+            if reason is None:
+                entry = self.manifest.entries()[product]
+                text = f"{product}: already made on {entry.finished} with these parameters; nothing to do."
+                return Product(self.folder / product, entry, False, text)
+            entry = self._make(product, build, wanted, keep_partial)
+            made = f"{product}: made in {entry.seconds:.0f} s, {entry.peak_memory_mib:.0f} MiB at most ({reason})."
+            return Product(self.folder / product, entry, True, made)
+
+    def stamps(self) -> list[str]:
+        """What every page of this run must say: sample data, offline base, fallbacks; in order, each once."""
+        notes = [note for entry in self.manifest.entries().values() for note in entry.notes]
+        return list(dict.fromkeys(notes))
+
+    def _reason(self, product: str, wanted: dict[str, Any], force: bool) -> str | None:
+        """Why the product has to be made, in words; None when it can be skipped."""
+        entry = self.manifest.entries().get(product)
+        if entry is None:
+            return "first time"
+        if force:
+            return "force: true"
+        keys = sorted(set(entry.parameters) | set(wanted["parameters"]))
+        changed = [k for k in keys if entry.parameters.get(k) != wanted["parameters"].get(k)]
+        if changed:
+            was = ", ".join(f"{k}: {entry.parameters.get(k)!r} → {wanted['parameters'].get(k)!r}" for k in changed)
+            return f"parameters changed: {was}"
+        stale = [name for name, digest in wanted["inputs"].items() if entry.inputs.get(name) != digest]
+        if stale:
+            return f"made from another {' and '.join(stale)}"
+        problem = damage(self.folder / product, entry)
+        return f"damaged: {problem}" if problem else None
+
+    def _make(self, product: str, build: Callable[[Work], None], wanted: dict, keep_partial: bool) -> Entry:
+        final, temporary = self.folder / product, self.folder / f".{product}.part"
+        resumed = keep_partial and _same_request(temporary, wanted)
+        if not resumed:
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(exist_ok=True)
+        write_json(temporary / _REQUEST, wanted)
+        work = Work(folder=temporary, resumed=resumed)
+        started = time.monotonic()
+        try:
+            with PeakMemory() as memory:
+                build(work)
+        except BaseException:
+            if not keep_partial:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        seconds = time.monotonic() - started
+        (temporary / _REQUEST).unlink()
+        outputs = _seal(temporary)
+        entry = Entry(
+            product=product,
+            outputs=outputs,
+            **wanted,
+            facts=work.facts,
+            metrics=work.metrics,
+            notes=work.notes,
+            finished=dt.datetime.now().astimezone().isoformat(timespec="seconds"),
+            seconds=round(seconds, 2),
+            peak_memory_mib=round(memory.bytes / 2**20, 1),
+            device=work.device,
+            versions=provenance.versions(),
+            git=provenance.commit(),
+        )
+        self._publish(temporary, final, entry)
+        return entry
+
+    def _publish(self, temporary: Path, final: Path, entry: Entry) -> None:
+        """Replace the old product: entry out, folder swapped, entry in; a kill in between leaves no half product."""
+        self.manifest.remove(self.name, entry.product)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        flush_to_disk(self.folder)
+        self.manifest.add(self.name, entry)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"another process works on run {self.name!r}.",
+                "one at a time.",
+                "wait for it, or use another run_name.",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _same_request(temporary: Path, wanted: dict[str, Any]) -> bool:
+    request = temporary / _REQUEST
+    if not request.is_file():
+        return False
+    try:
+        return read_json(request) == wanted
+    except InputError:
+        return False
+
+
+def _seal(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash every file of a finished temporary folder and flush it to the disk."""
+    outputs = hash_folder(folder)
+    if not outputs:
+        raise RuntimeError(f"the stage wrote nothing into {folder}")
+    for name in outputs:
+        readable_by_group(folder / name)
+        flush_to_disk(folder / name)
+    return outputs
+
+
+def open_run(name: str) -> Run:
+    """The run of that name under runs/ (created when its first product is made)."""
+    return Run(name, folders.runs_folder() / name)

@@ -1,0 +1,106 @@
+"""Files that are either complete or absent: hashing, atomic writing, durable renaming, room on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+
+CHUNK = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder, so that a rename after it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def readable_by_group(path: Path) -> None:
+    """Give a file the mode the umask would give it (safetensors writes 0600 whatever the umask)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(stat.S_IMODE(0o666 & ~mask))
+
+
+@contextlib.contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; renamed to `final` when the block succeeds, removed when it does not."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        readable_by_group(temporary)
+        temporary.replace(final)
+        flush_to_disk(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (UTF-8, indented, sorted only as given) atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a damaged file is an InputError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}).", "JSON.", "delete it and run its step again.") from None
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream if line.strip()]
+
+
+def require_space(folder: Path, need: int, what: str) -> None:
+    """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need + (64 << 20):
+        raise InputError(
+            f"{free / 1e6:.0f} MB free on the disk of {folder}.",
+            f"{need / 1e6:.0f} MB for {what} and 67 MB to spare.",
+            "free some space, or set WORKBOOK_HOME to a folder on another disk.",
+        )

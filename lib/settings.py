@@ -1,0 +1,246 @@
+"""The schema of a parameter file: every key, its type, its default and what it means.
+
+The defaults are the values of params/quick.yaml. A parameter file is flat YAML; unknown keys, wrong types and
+contradictions are refused in one sentence that names the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lib.errors import InputError
+
+QUANTIZATION_TYPES: tuple[str, ...] = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS", "TQ2_0", "TQ1_0"),
+)
+"""Types of llama.cpp that quantize without an importance matrix, best first."""
+
+OFFLINE_BASE = "offline"
+SAMPLE_DATASET = "sample"
+
+
+class Settings(BaseModel):
+    """All parameters of a run. Field descriptions are the documentation of the keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+    run_name: str = Field("quick", description="name of the run: folder under runs/ and reports/")
+    force: bool = Field(False, description="redo the stage even if it is finished and unchanged")
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="seed of splits, training order and resampling")
+
+    dataset: str = Field(SAMPLE_DATASET, min_length=1, description="'sample', a file, a folder, or a hub data set id")
+    text_column: str = Field("", description="column with the text; empty = find it")
+    label_column: str = Field("", description="column with the label; empty = find it")
+    label_names: list[str] = Field(["负面", "正面"], min_length=2, description="answer words for label 0, 1, …")
+    split: Literal["auto", "given", "cluster"] = Field(
+        "auto", description="given = keep the files' split, cluster = 8:1:1 by duplicate cluster, auto = given if any"
+    )
+    system_prompt: str = Field("你是情感分析助手。", description="system turn, always explicit")
+    user_prompt: str = Field(
+        "判断下面这段评论的情感倾向，只回答负面或正面。\n评论：{text}",
+        description="user turn; {text} is the row's text",
+    )
+    base_model: str = Field(OFFLINE_BASE, min_length=1, description="'offline', a local folder, or a hub model id")
+    revision: str = Field("main", min_length=1, description="commit, branch or tag of a hub model or data set")
+    max_seq_length: int = Field(192, ge=32, le=32768, description="tokens of prompt and answer together")
+    max_train_rows: int = Field(0, ge=0, description="training rows used; 0 = all")
+    max_eval_rows: int = Field(0, ge=0, description="validation rows and test rows used, each; 0 = all")
+
+    load_in_4bit: bool = Field(False, description="QLoRA: frozen base in NF4 with double quantization (bitsandbytes)")
+    lora_r: int = Field(8, ge=1, le=512, description="rank of the adapter")
+    lora_alpha: int = Field(16, ge=1, description="scale of the adapter; the update is multiplied by alpha / r")
+    lora_dropout: float = Field(0.05, ge=0.0, lt=1.0, description="dropout on the adapter's input")
+    target_modules: str = Field("all-linear", min_length=1, description="'all-linear' or names joined by commas")
+    learning_rate: float = Field(1.0e-3, gt=0.0, le=1.0, description="peak value; linear warm-up, cosine decay")
+    num_train_epochs: float = Field(3.0, gt=0.0, le=1000.0, description="passes over the training rows")
+    per_device_train_batch_size: int = Field(16, ge=1, description="rows a forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes an update")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16 where it is fast")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30 % slower")
+    save_steps: int = Field(100, ge=1, description="updates between checkpoints (and validation losses)")
+
+    per_device_eval_batch_size: int = Field(32, ge=1, description="rows scored together")
+
+    outtype: Literal["f16", "bf16", "f32", "q8_0"] = Field("f16", description="type of the converted GGUF")
+    gate_max_kld: float = Field(1.0e-3, gt=0.0, description="largest mean KL divergence, nats, merged vs GGUF")
+    gate_min_label_agreement: float = Field(0.99, ge=0.0, le=1.0, description="smallest share of equal labels")
+
+    ladder: list[str] = Field(
+        ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"],
+        min_length=1,
+        description="quantization types, best first",
+    )
+    n_threads: int = Field(0, ge=0, description="CPU threads of llama.cpp; 0 = physical cores")
+    n_gpu_layers: int = Field(0, ge=-1, description="layers on the GPU in llama.cpp; -1 = all")
+    n_ctx: int = Field(512, ge=64, le=32768, description="tokens a window of the perplexity text")
+    perplexity_tokens: int = Field(8192, ge=512, description="most tokens of held-out text for perplexity")
+    equivalence_margin: float = Field(1.0, gt=0.0, le=50.0, description="accuracy points that count as equivalent")
+
+    @field_validator("run_name")
+    @classmethod
+    def _slug(cls, value: str) -> str:
+        allowed = all(c.isalnum() or c in "._-" for c in value)
+        if not value or not allowed or not value[0].isalnum() or len(value) > 80:
+            raise ValueError("expected letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @field_validator("label_names")
+    @classmethod
+    def _distinct_labels(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value) or any(not name.strip() for name in value):
+            raise ValueError("expected distinct, non-empty names")
+        return value
+
+    @field_validator("user_prompt")
+    @classmethod
+    def _has_text(cls, value: str) -> str:
+        if value.count("{text}") != 1:
+            raise ValueError("expected exactly one {text}")
+        return value
+
+    @field_validator("ladder")
+    @classmethod
+    def _known_types(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in QUANTIZATION_TYPES:
+                near = difflib.get_close_matches(name.upper(), QUANTIZATION_TYPES, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"unknown quantization type {name!r}{hint} Known: {', '.join(QUANTIZATION_TYPES)}")
+        if len(set(value)) != len(value):
+            raise ValueError("expected each type once")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.perplexity_tokens < self.n_ctx:
+            raise ValueError(f"perplexity_tokens ({self.perplexity_tokens}) must be at least n_ctx ({self.n_ctx})")
+        if self.load_in_4bit and self.dtype == "float32":
+            raise ValueError("load_in_4bit computes in bfloat16: set dtype to auto or bfloat16")
+        return self
+
+    def pick(self, *keys: str) -> dict[str, Any]:
+        """The named keys with their values, in that order: the parameters a stage depends on."""
+        return {key: getattr(self, key) for key in keys}
+
+
+def _sentence(where: str, error: dict[str, Any]) -> InputError:
+    """One pydantic error as found – expected – do this."""
+    key = ".".join(str(part) for part in error["loc"][:1]) or "the parameters together"
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Settings.model_fields, 1)
+        do = f"write {near[0]!r}." if near else "remove it; `workbook params` lists every key."
+        return InputError(f"unknown parameter {key!r} in {where}.", "a key of the workbook.", do)
+    if isinstance(value, str) and error["type"] in ("float_type", "int_type"):
+        try:
+            number = float(value)
+        except ValueError:
+            pass
+        else:
+            plain = format(number, ".12g") if error["type"] == "int_type" else _with_dot(number)
+            return InputError(
+                f"{key}: {value!r} in {where} is text for YAML.",
+                "a number (YAML reads an exponent only behind a dot).",
+                f"write {key}: {plain}",
+            )
+    if key == "the parameters together":
+        message = error["msg"].removeprefix("Value error, ")
+        return InputError(f"a contradiction in {where}.", f"{message}.", "change one of the two.")
+    message = error["msg"].removeprefix("Value error, ")
+    do = f"correct {key} ({Settings.model_fields[key].description})."
+    return InputError(f"{key}: {value!r} in {where}.", f"{message[0].lower()}{message[1:]}.", do)
+
+
+def _with_dot(number: float) -> str:
+    text = f"{number:.12g}"
+    mantissa, _, exponent = text.partition("e")
+    mantissa = mantissa if "." in mantissa else mantissa + ".0"
+    return f"{mantissa}e{exponent}" if exponent else mantissa
+
+
+def check(values: dict[str, Any], where: str) -> Settings:
+    """Validate a mapping of parameters.
+
+    Raises:
+        InputError: the first problem, with the number of further ones.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first, *others = error.errors()
+        problem = _sentence(where, first)
+        if others:
+            problem = InputError(problem.found, problem.expected, f"{problem.do} ({len(others)} more after this one.)")
+        raise problem from None
+    except TypeError:
+        raise InputError(
+            f"a key that is not text in {where}.", "text keys.", "write each key as `name: value`."
+        ) from None
+
+
+def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read a parameter file.
+
+    Args:
+        path: flat YAML, UTF-8.
+        overrides: keys that replace those of the file (the command line's ``-p``).
+
+    Raises:
+        InputError: missing file, not YAML, not a flat mapping, or any refused key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.as_posix() for p in Path("params").glob("*.yaml"))
+        known = ", ".join(near) if near else "params/quick.yaml of a clone"
+        raise InputError(f"no file {path}.", "a parameter file (flat YAML).", f"use one of: {known}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not YAML ({reason}).", "flat YAML in UTF-8.", "correct that line.") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}.", "lines `key: value`.", "see params/quick.yaml.")
+    return check({**values, **(overrides or {})}, str(path))
+
+
+def parse_override(key: str, text: str) -> Any:
+    """The value of ``-p KEY TEXT``: YAML, except that a number in exponent form needs no dot."""
+    field = Settings.model_fields.get(key)
+    if field is not None and field.annotation is str:
+        return text
+    if field is not None and field.annotation in (float, int):
+        try:
+            return field.annotation(text)
+        except ValueError:
+            return text
+    if field is not None and field.annotation == list[str] and not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",")]
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def from_notebook(namespace: dict[str, Any]) -> Settings:
+    """Settings from a notebook's variables: call it as ``from_notebook(globals())`` after the parameters cell.
+
+    Names that papermill injected and the workbook does not know are refused (papermill itself only warns).
+    """
+    fields = Settings.model_fields
+    known = {key: namespace[key] for key in fields if key in namespace}
+    injected: dict[str, Any] = {}
+    for source in namespace.get("In", []):
+        if source.startswith("# Parameters\n"):
+            targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
+            injected |= {t.id: namespace.get(t.id) for t in targets if isinstance(t, ast.Name)}
+    unknown = {key: value for key, value in injected.items() if key not in fields}
+    return check({**known, **unknown}, "the parameters of this notebook")
