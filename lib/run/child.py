@@ -1,0 +1,152 @@
+"""Run one function in a process of its own: its memory is its own, and a crash of native code kills only the child."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.progress import PROGRESS_FILE_VARIABLE, Progress
+from lib.run.folders import PROJECT
+
+_POLL_SECONDS = 0.1
+_LOG_TAIL = 4000
+_PR_SET_PDEATHSIG = 1
+
+
+def run_child(function: str, argument: dict[str, Any], what: str, timeout: float | None = None) -> dict[str, Any]:
+    """Call ``function(argument)`` in a new Python process.
+
+    Args:
+        function: "package.module:name" of a function that takes one dict and returns one dict, both JSON values.
+        argument: its argument.
+        what: the work in words, as in "quantizing to Q4_K_M"; used in progress and error messages.
+        timeout: seconds after which the child is killed; None waits for ever.
+
+    Returns:
+        The function's dict with ``"peak_memory_mib"``, the child's largest resident memory, added.
+
+    Raises:
+        InputError: the one that the function raised; or the child was killed (signal, memory, timeout).
+        RuntimeError: the function raised something else; the message ends with its traceback.
+    """
+    with tempfile.TemporaryDirectory(prefix="workbook-child-") as name:
+        folder = Path(name)
+        request = {"function": function, "argument": argument, "parent": os.getpid()}
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        code = _start_and_wait(folder, what, timeout)
+        result = folder / "result.json"
+        answer = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        if "value" in answer:
+            return answer["value"]
+        if "input_error" in answer:
+            raise InputError(*answer["input_error"])
+        log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+    if "error" in answer:
+        raise RuntimeError(f"{what} failed in its process:\n{answer['error']}")
+    raise _death(code, what, log)
+
+
+def _start_and_wait(folder: Path, what: str, timeout: float | None) -> int:
+    """Exit code of the child (negative: signal); the child never outlives this call."""
+    progress_file = os.environ.get(PROGRESS_FILE_VARIABLE)
+    own_file = folder / "progress.txt"
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONUTF8": "1",
+        PROGRESS_FILE_VARIABLE: progress_file or str(own_file),
+    }
+    command = [sys.executable, "-P", "-m", "lib.run.child", str(folder)]
+    started = time.monotonic()
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    try:
+        with Progress(what) if not progress_file else contextlib.nullcontext() as progress:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(_POLL_SECONDS)
+                if timeout is not None and time.monotonic() - started > timeout:
+                    raise InputError(
+                        f"{what} took longer than {timeout:.0f} s.", "an end before that.", "try a smaller input."
+                    )
+                if progress is not None:
+                    progress.advance(0, _last_line(own_file))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _last_line(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines[-1] if lines else ""
+    return ""
+
+
+def _death(code: int, what: str, log: str) -> InputError:
+    """The error for a child that ended without an answer."""
+    how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    last = [line.strip() for line in log.splitlines() if line.strip()][-3:]
+    said = f" Its last words: {' | '.join(last)}" if last else ""
+    if code == -signal.SIGKILL:
+        do = "free memory or use a smaller model: the system kills a process that asks for more memory than there is."
+    else:
+        do = "check that the model file is complete and made for this version of llama.cpp; make it again if in doubt."
+    return InputError(f"the process for {what} was {how}.{said}", "a process that ends by itself.", do)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process, MiB.
+
+    Linux: VmHWM, which starts anew at exec; ru_maxrss would include what the parent had when it forked.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def _main(folder: Path) -> None:
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    _die_with_parent(request["parent"])
+    module, _, name = request["function"].partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)(request["argument"])
+        answer = {"value": {**value, "peak_memory_mib": peak_memory_mib()}}
+    except InputError as error:
+        answer = {"input_error": [error.found, error.expected, error.do]}
+    except Exception:
+        answer = {"error": traceback.format_exc()}
+    partial = folder / "result.json.part"
+    partial.write_text(json.dumps(answer), encoding="utf-8")
+    partial.replace(folder / "result.json")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
