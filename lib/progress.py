@@ -19,7 +19,7 @@ PROGRESS_FILE_VARIABLE = "WORKBOOK_PROGRESS_FILE"
 
 
 def _duration(seconds: float) -> str:
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:

@@ -1,0 +1,132 @@
+"""What a cell shows: a figure with caption and alternative text, a table, a sentence with computed numbers."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from IPython.display import HTML, Markdown
+    from matplotlib.figure import Figure
+
+    from lib.run import Run
+
+
+def _html(text: str) -> HTML:
+    from IPython.display import HTML
+
+    return HTML(text)
+
+
+def figure(fig: Figure, caption: str, alt: str) -> HTML:
+    """Close `fig` and return it as <figure>.
+
+    Args:
+        caption: what is seen, with units, n and the kind of uncertainty.
+        alt: the same for a reader who does not see it: the message, not the looks.
+    """
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", bbox_inches="tight")
+    plt.close(fig)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return _html(
+        f'<figure><img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_cell(item) for item in value)
+    return str(value)
+
+
+def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str, str] | None = None) -> HTML:
+    """Rows as an HTML table with a caption.
+
+    Args:
+        rows: one mapping a row; the keys of the first are the columns (name them with their units).
+        formats: a format specification for some columns, e.g. {"accuracy": ".3f"}.
+    """
+    rows = list(rows)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
+
+    def shown(column: str, value: Any) -> str:
+        given = (formats or {}).get(column)
+        if given and isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value)):
+            return format(value, given)
+        return _cell(value)
+
+    def tag(name: str, column: str, text: str) -> str:
+        kind = ' class="number"' if column in numeric else ""
+        scope = ' scope="col"' if name == "th" else ""
+        return f"<{name}{kind}{scope}>{html.escape(text)}</{name}>"
+
+    head = "".join(tag("th", c, c) for c in columns)
+    body = "".join("<tr>" + "".join(tag("td", c, shown(c, row.get(c))) for c in columns) + "</tr>" for row in rows)
+    return _html(
+        f'<div class="table"><table><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def key_values(values: Mapping[str, Any], caption: str) -> HTML:
+    """A mapping as a table of two columns."""
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(str(key))}</th><td>{html.escape(_cell(value))}</td></tr>'
+        for key, value in values.items()
+    )
+    return _html(
+        f'<div class="table"><table class="key-values"><caption>{html.escape(caption)}</caption>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def say(text: str) -> Markdown:
+    """A paragraph whose numbers were computed (Markdown)."""
+    from IPython.display import Markdown
+
+    return Markdown(text)
+
+
+def banner(text: str) -> HTML:
+    """A warning that must not be overlooked."""
+    return _html(f'<p class="stamp" role="note"><strong>{html.escape(text)}</strong></p>')
+
+
+def stamps(run: Run) -> HTML:
+    """What every page of this run must say (sample data, offline base, fallbacks), one line each."""
+    lines = "".join(f'<p class="stamp" role="note"><strong>{html.escape(note)}</strong></p>' for note in run.stamps())
+    return _html(lines)
+
+
+def texts(rows: Iterable[Mapping[str, Any]], caption: str) -> HTML:
+    """Rows that hold a review: as `table`, the long text in a column of its own that may wrap."""
+    return _html(f'<div class="texts">{table(rows, caption).data}</div>')
+
+
+def tokens(pieces: Sequence[str], in_loss: Sequence[bool], caption: str) -> HTML:
+    """A tokenized example; the tokens that the loss is computed on are marked (and underlined, for print)."""
+    spans = []
+    for piece, marked in zip(pieces, in_loss, strict=True):
+        shown = html.escape(piece).replace("\n", "↵<br>")
+        spans.append(f'<mark class="loss"><u>{shown}</u></mark>' if marked else f'<span class="token">{shown}</span>')
+    text = "".join(spans)
+    return _html(
+        f'<figure class="tokens"><p lang="zh">{text}</p><figcaption>{html.escape(caption)}</figcaption></figure>'
+    )

@@ -1,0 +1,83 @@
+"""The figures of notebooks 06 and 07: where the bits of a file go, and what size buys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.plots.charts import HATCHES, _axes
+from lib.plots.display import figure
+from lib.plots.style import BLUE, GREY, ORANGE
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
+TYPE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+
+
+def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
+    """Megabytes of each tensor type in each file, stacked; `files` is {file: {type: megabytes}}."""
+    fig, ax = _axes(height=0.9 + 0.38 * len(files))
+    kinds = list(dict.fromkeys(kind for types in files.values() for kind in types))
+    places = np.arange(len(files))[::-1]
+    left = np.zeros(len(files))
+    for index, kind in enumerate(kinds):
+        widths = np.array([types.get(kind, 0.0) for types in files.values()])
+        colour, hatch = TYPE_COLOURS[index % len(TYPE_COLOURS)], HATCHES[index // len(TYPE_COLOURS) % 4]
+        ax.barh(places, widths, left=left, label=kind, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+        left += widths
+    ax.set_yticks(places, list(files))
+    ax.set_xlabel("tensor data, MB (10⁶ bytes)")
+    ax.grid(axis="y", visible=False)
+    ax.legend(title="tensor type", ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {size:.2f} MB" for kind, size in types.items())
+        for name, types in files.items()
+    )
+    caption = (
+        "Where the bytes of each file are: tensor data by the type really stored (exact, from the files' headers). "
+        "The name of a file is only the name of a recipe."
+    )
+    return figure(fig, caption, f"Stacked bars of tensor data by type. {words}.")
+
+
+def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
+    """KL divergence against file size, and accuracy with intervals against file size; the frontier is joined.
+
+    Args:
+        entries: mappings with type, bytes, kld_mean, kld_low, kld_high, accuracy, accuracy_interval, n.
+        frontier: types of which no other file is both smaller and closer to the reference.
+    """
+    fig, (left, right) = _axes(9.5, 3.8, columns=2)
+    sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
+    for entry in entries:
+        on = entry["type"] in frontier
+        style = {"fmt": "o" if on else "s", "color": BLUE if on else ORANGE, "capsize": 3, "linestyle": "none"}
+        x = sizes[entry["type"]]
+        if entry["kld_mean"] > 0:
+            low, high = entry["kld_mean"] - entry["kld_low"], entry["kld_high"] - entry["kld_mean"]
+            left.errorbar(x, entry["kld_mean"], yerr=[[low], [high]], **style)
+            left.annotate(entry["type"], (x, entry["kld_mean"]), (4, 4), textcoords="offset points", fontsize=8)
+        bounds = entry["accuracy_interval"]
+        error = [[entry["accuracy"] - bounds[0]], [bounds[1] - entry["accuracy"]]]
+        right.errorbar(x, entry["accuracy"], yerr=error, **style)
+        right.annotate(entry["type"], (x, entry["accuracy"]), (4, 4), textcoords="offset points", fontsize=8)
+    joined = sorted((sizes[e["type"]], e["kld_mean"]) for e in entries if e["type"] in frontier and e["kld_mean"] > 0)
+    if joined:
+        left.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
+    left.set(
+        xlabel="file size, MB (10⁶ bytes)", ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log"
+    )
+    right.set(xlabel="file size, MB (10⁶ bytes)", ylabel="accuracy ↑")
+    n = entries[0]["n"]
+    caption = (
+        "What size buys. Left: mean KL divergence of the next-token distribution from the reference on held-out text "
+        "(log scale; bars ± 1.96 standard errors over tokens); circles are on the efficient frontier, squares are "
+        f"beaten in both size and divergence. Right: accuracy on n = {n:,} test rows with 95 % Wilson intervals."
+    )
+    words = "; ".join(
+        f"{e['type']} {sizes[e['type']]:.2f} MB, KL {e['kld_mean']:.2g}, accuracy {e['accuracy']:.3f}" for e in entries
+    )
+    return figure(fig, caption, f"Size against quality. {words}.")
