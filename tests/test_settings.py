@@ -1,0 +1,116 @@
+"""A parameter file is right, or refused in a sentence that says which key, which value and what to write."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import settings
+from lib.errors import InputError
+from lib.settings import Settings
+
+PROJECT = Path(__file__).resolve().parents[1]
+PARAMS = sorted((PROJECT / "params").glob("*.yaml"))
+
+
+def test_quick_is_the_embedded_default() -> None:
+    assert settings.load(PROJECT / "params/quick.yaml") == Settings()
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
+def test_every_parameter_file_loads_and_comments_every_key(path: Path) -> None:
+    loaded = settings.load(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keys = yaml.safe_load("\n".join(lines))
+    assert set(keys) == set(Settings.model_fields), "a parameter file shows every key"
+    assert loaded.run_name == path.stem
+    for key in keys:
+        (line,) = [line for line in lines if line.startswith(f"{key}:")]
+        assert re.search(r"\s#\s*\S", line), f"{key} has no comment in {path.name}"
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"lora_q": 1}, ["unknown parameter 'lora_q'", "lora_r"]),
+        ({"learning_rate": "1e-4"}, ["learning_rate", "'1e-4'", "text for YAML", "0.0001"]),
+        ({"learning_rate": "2e-7"}, ["2.0e-07"]),
+        ({"seed": True}, ["seed", "True", "integer"]),
+        ({"lora_r": 8.0}, ["lora_r", "8.0"]),
+        ({"ladder": ["q4_k_m"]}, ["did you mean Q4_K_M"]),
+        ({"ladder": ["Q4_0", "Q4_0"]}, ["ladder", "once"]),
+        ({"label_names": ["a"]}, ["label_names"]),
+        ({"label_names": ["a", "a"]}, ["distinct"]),
+        ({"user_prompt": "no slot"}, ["{text}"]),
+        ({"run_name": "../up"}, ["run_name", "letters"]),
+        ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),
+        ({"load_in_4bit": True, "dtype": "float32"}, ["load_in_4bit", "bfloat16"]),
+    ],
+)
+def test_refusals_name_key_value_and_cure(values: dict, parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        settings.check(values, "some.yaml")
+    text = str(caught.value)
+    assert text.startswith("Found: ") and "Expected: " in text and "Do this: " in text
+    for part in [*parts, "some.yaml"]:
+        assert part in text
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=8), st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.floats())
+    ).filter(lambda values: values and not set(values) <= set(Settings.model_fields))
+)
+def test_any_unknown_key_is_refused_in_words(values: dict) -> None:
+    with pytest.raises(InputError):
+        settings.check(values, "x.yaml")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbfseed: 7\r\n", b"# only a comment\n"])
+def test_empty_files_bom_and_crlf(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_bytes(content)
+    assert settings.load(path).seed in (7, 42)
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"- 1\n", b"text", b"\xff\xfe\x00", b"1: 2\n"])
+def test_files_that_are_no_mapping_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError):
+        settings.load(path)
+
+
+def test_missing_file_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file"):
+        settings.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("learning_rate", "1e-4", 1e-4),
+        ("seed", "7", 7),
+        ("seed", "x", "x"),
+        ("force", "false", False),
+        ("dataset", "1234", "1234"),
+        ("ladder", "Q8_0, Q4_0", ["Q8_0", "Q4_0"]),
+        ("ladder", "[Q8_0]", ["Q8_0"]),
+    ],
+)
+def test_overrides_of_the_command_line(key: str, text: str, value: object) -> None:
+    assert settings.parse_override(key, text) == value
+
+
+def test_notebook_variables_and_injected_unknown_names() -> None:
+    namespace = {"seed": 7, "other": 1, "In": ["", "seed = 7"]}
+    assert settings.from_notebook(namespace).seed == 7
+    namespace["In"].append("# Parameters\nseed = 7\nlerning_rate = 0.1\n")
+    namespace["lerning_rate"] = 0.1
+    with pytest.raises(InputError, match="lerning_rate"):
+        settings.from_notebook(namespace)
