@@ -36,7 +36,7 @@ def figure(fig: Figure, caption: str, alt: str) -> HTML:
     plt.close(fig)
     data = base64.b64encode(buffer.getvalue()).decode()
     return _html(
-        f'<figure><img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+        f'<figure><img style="max-width:100%" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 

@@ -1,0 +1,72 @@
+"""Figures have caption, alternative text and glyphs; tables escape what users wrote."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+
+from lib import plots
+from lib.plots import charts, ladder, style
+
+NAMES = ["负面", "正面"]
+HISTORY = [
+    {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "eval_loss": None},
+    {"step": 2, "loss": 1.0, "learning_rate": 5e-4, "eval_loss": 1.1},
+    {"step": 3, "loss": 0.5, "learning_rate": 1e-4, "eval_loss": 1.2},
+]
+ENTRY = {"type": "Q8_0", "bytes": 3_000_000, "kld_mean": 1e-3, "kld_low": 8e-4, "kld_high": 1.2e-3}
+ENTRY |= {"accuracy": 0.9, "accuracy_interval": [0.85, 0.93], "n": 400}
+REFERENCE = {**ENTRY, "type": "F16", "kld_mean": 0.0, "kld_low": 0.0, "kld_high": 0.0}
+BIN = {"confidence": 0.7, "accuracy": 0.6, "low": 0.5, "high": 0.8, "n": 10}
+EMPTY_BIN = {"confidence": float("nan"), "accuracy": float("nan"), "low": 0.0, "high": 0.0, "n": 0}
+
+FIGURES = {
+    "label_balance": lambda: charts.label_balance({"train": [3, 4], "test": [1, 1]}, NAMES),
+    "length_histogram": lambda: charts.length_histogram({"train": [10, 20, 500], "test": [30, 40]}, 192),
+    "learning_curves": lambda: charts.learning_curves(HISTORY, chosen_step=2),
+    "estimates": lambda: charts.estimates(
+        [{"name": "base", "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}], "accuracy", "c", reference=0.5, band=0.01
+    ),
+    "confusion": lambda: charts.confusion({"base": [[3, 1], [2, 4]], "fine-tuned": [[4, 0], [0, 6]]}, NAMES),
+    "reliability": lambda: charts.reliability({"base": [BIN, EMPTY_BIN]}, "c"),
+    "overlay_histogram": lambda: charts.overlay_histogram({"F16": [1.0, 2.0], "Q2_K": [0.5, 1.0]}, "margin, nats", "c"),
+    "tensor_types": lambda: ladder.tensor_types({"Q4_K_M": {"Q4_K": 1.5, "F32": 0.1}, "F16": {"F16": 4.0}}),
+    "size_quality": lambda: ladder.size_quality([REFERENCE, ENTRY], ["F16", "Q8_0"]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_described_and_has_its_glyphs(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a missing glyph or an empty legend is only a warning to matplotlib
+        page = FIGURES[name]().data
+    assert re.search(r'<img style="max-width:100%" alt="[^"]{20,}" src="data:image/png;base64,', page)
+    assert re.search(r"<figcaption>.+</figcaption>", page)
+    assert "nan" not in page.split("base64,")[0]
+
+
+def test_learning_curves_mark_the_chosen_step() -> None:
+    assert "lowest 1.100 at step 2" in charts.learning_curves(HISTORY, 2).data
+
+
+def test_without_a_chinese_font_labels_are_english_and_the_caption_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "cjk_font", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = charts.label_balance({"train": [3, 4]}, NAMES).data
+    assert "label 0 = 负面" in page and "No Chinese font" in page
+
+
+def test_table_escapes_and_formats() -> None:
+    page = plots.table(
+        [{"text": "<b>|x", "n": 1234, "share": 0.12345, "none": None}], "cap & tion", {"share": ".1%"}
+    ).data
+    assert "&lt;b&gt;|x" in page and "1,234" in page and "12.3%" in page and "<td>–</td>" not in page.split("none")[0]
+    assert "<caption>cap &amp; tion</caption>" in page and page.count("<th ") == 4
+
+
+def test_tokens_mark_exactly_the_loss() -> None:
+    page = plots.tokens(["你", "好<", "正面"], [False, False, True], "c").data
+    assert page.count('class="loss"') == 1 and "<u>正面</u>" in page and "好&lt;" in page

@@ -1,0 +1,105 @@
+"""Lint of the committed notebooks: one parameters cell of literals, no outputs, navigation, short cells, prose."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lib.settings import Settings
+
+PROJECT = Path(__file__).resolve().parents[1]
+NAMES = [
+    *("01_data", "02_finetune", "03_evaluate", "04_merge", "05_convert_gguf", "06_quantize"),
+    "07_compare_quantized",
+]
+NOTEBOOKS = [PROJECT / "notebooks" / f"{name}.ipynb" for name in NAMES]
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def cells(path: Path, kind: str) -> list:
+    return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+
+
+def parameters(path: Path) -> list[tuple[ast.AnnAssign, str]]:
+    """Each assignment of the parameters cell with its source line."""
+    (cell,) = [c for c in cells(path, "code") if "parameters" in c.metadata.get("tags", [])]
+    lines = cell.source.splitlines()
+    return [(node, lines[node.lineno - 1]) for node in ast.parse(cell.source).body]
+
+
+def test_there_are_exactly_the_seven() -> None:
+    assert sorted(p.name for p in (PROJECT / "notebooks").glob("*.ipynb")) == [p.name for p in NOTEBOOKS]
+
+
+@each
+def test_committed_clean_and_valid(path: Path) -> None:
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec == {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    }
+    assert "papermill" not in notebook.metadata
+    for cell in cells(path, "code"):
+        assert cell.outputs == [] and cell.execution_count is None
+
+
+@each
+def test_one_parameters_cell_of_documented_literals(path: Path) -> None:
+    for node, line in parameters(path):
+        assert isinstance(node, ast.AnnAssign), f"{path.stem}: {line}"
+        name = node.target.id
+        assert name in Settings.model_fields, f"{path.stem} declares {name}, which no parameter file may hold"
+        assert ast.literal_eval(node.value) == getattr(Settings(), name), f"{name}: default differs from quick.yaml"
+        assert ast.unparse(node.annotation) == {str: "str", int: "int", float: "float", bool: "bool"}.get(
+            Settings.model_fields[name].annotation, ast.unparse(node.annotation)
+        )
+        assert re.search(r"  # \S", line), f"{path.stem}: {name} has no help text"
+
+
+def test_every_key_is_used_by_some_notebook() -> None:
+    declared = {node.target.id for path in NOTEBOOKS for node, _ in parameters(path)}
+    assert declared == set(Settings.model_fields)
+
+
+@each
+def test_cells_are_short_and_tell_the_story(path: Path) -> None:
+    for cell in cells(path, "code"):
+        assert len(cell.source.splitlines()) <= 15, f"{path.stem}: a code cell over 15 lines:\n{cell.source}"
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                assert node.end_lineno - node.lineno < 5, f"{path.stem}: {node.name} belongs into lib"
+        for banned in ("!pip", "%cd", "input(", "sys.exit", "os.chdir", "print("):
+            assert banned not in cell.source, f"{path.stem}: {banned}"
+    assert len(cells(path, "markdown")) >= len(cells(path, "code")) - 3
+
+
+@each
+def test_title_subtitle_navigation_and_headings(path: Path) -> None:
+    first = cells(path, "markdown")[0].source
+    number = path.stem[:2]
+    assert first.startswith(f"# {number} · ") and "\n> " in first
+    index = NAMES.index(path.stem)
+    for neighbour in NAMES[max(0, index - 1) : index] + NAMES[index + 1 : index + 2]:
+        assert f"({neighbour}.ipynb)" in first, f"{path.stem} does not link to {neighbour}"
+    for row in ("| Needs |", "| Makes |", "| Time |"):
+        assert row in first
+    text = "\n".join(cell.source for cell in cells(path, "markdown"))
+    headings = re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    assert headings.count("#") == 1
+    depths = [len(h) for h in headings]
+    assert all(b - a <= 1 for a, b in itertools.pairwise(depths))
+
+
+@each
+def test_prose_holds_no_measured_numbers(path: Path) -> None:
+    """Accuracies and percentages in prose must come from a variable; a literal one cannot be true for every run."""
+    for cell in cells(path, "markdown"):
+        assert not re.search(r"accuracy (of|is) 0\.\d+", cell.source)
+        assert not re.search(r"\d+(\.\d+)? ?% (accuracy|loss|smaller|faster)", cell.source)
