@@ -1,0 +1,81 @@
+"""How well predicted labels fit the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lib.statistics.intervals import Interval, wilson
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """One class: precision and recall are 0 where their denominator is 0."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """Everything counted on one set of rows.
+
+    Attributes:
+        n: rows.
+        accuracy: share of right answers with its Wilson interval.
+        macro_f1: unweighted mean of the classes' F1.
+        classes: one entry a label, in label order.
+        confusion: confusion[true][predicted], rows counted.
+    """
+
+    n: int
+    accuracy: Interval
+    macro_f1: float
+    classes: tuple[ClassScores, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of the command line's result: n, accuracy, accuracy_interval, macro_f1, per_class, confusion."""
+        per_class = {scores.name: asdict(scores) for scores in self.classes}
+        for scores in per_class.values():
+            del scores["name"]
+        return {
+            "n": self.n,
+            "accuracy": self.accuracy.estimate,
+            "accuracy_interval": self.accuracy.to_json(),
+            "macro_f1": self.macro_f1,
+            "per_class": per_class,
+            "confusion": [list(row) for row in self.confusion],
+        }
+
+
+def classification_report(
+    labels: Sequence[int] | np.ndarray, predictions: Sequence[int] | np.ndarray, label_names: Sequence[str]
+) -> ClassificationReport:
+    """Accuracy, per-class scores and confusion matrix of predicted against true label numbers.
+
+    Raises:
+        ValueError: no rows, unequal lengths, or a number that is no index into `label_names`.
+    """
+    from lib.statistics.metric import compute
+
+    true, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
+    if true.shape != predicted.shape or true.ndim != 1 or not len(true):
+        raise ValueError(f"need two equally long, non-empty vectors, not {true.shape} and {predicted.shape}")
+    if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(label_names):
+        raise ValueError(f"label numbers must lie in 0..{len(label_names) - 1}")
+    values = compute(true.tolist(), predicted.tolist(), len(label_names))
+    columns = zip(label_names, values["precision"], values["recall"], values["f1"], values["support"], strict=True)
+    return ClassificationReport(
+        n=len(true),
+        accuracy=wilson(int((true == predicted).sum()), len(true)),
+        macro_f1=values["macro_f1"],
+        classes=tuple(ClassScores(*row) for row in columns),
+        confusion=tuple(tuple(row) for row in values["confusion"]),
+    )

@@ -1,0 +1,155 @@
+"""Intervals: Wilson for a share, Tango's score interval and the clustered bootstrap for a paired difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its lower and upper limit."""
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+    def to_json(self) -> list[float]:
+        """[low, high]."""
+        return [self.low, self.high]
+
+    def within(self, margin: float) -> bool:
+        """True when the whole interval lies strictly inside ±margin."""
+        return -margin < self.low and self.high < margin
+
+    def excludes_zero(self) -> bool:
+        """True when both limits lie on the same side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+def _z(confidence: float) -> float:
+    from scipy.stats import norm
+
+    return float(norm.ppf(0.5 + confidence / 2))
+
+
+def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson score interval of a share k/n (Wilson 1927, without continuity correction).
+
+    Raises:
+        ValueError: n < 1 or k outside 0..n.
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, not k={k}, n={n}")
+    z, share = _z(confidence), k / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low = 0.0 if k == 0 else max(0.0, centre - half)
+    high = 1.0 if k == n else min(1.0, centre + half)
+    return Interval(share, low, high, confidence)
+
+
+def _tango(delta: float, losses: int, gains: int, n: int) -> float:
+    """Tango's score statistic for the hypothesis that the true difference is `delta`."""
+    # Restricted maximum-likelihood share q of losses: the larger root of 2n q² + b q + c = 0.
+    b = delta * (2 * n + losses - gains) - losses - gains
+    c = -losses * delta * (1 - delta)
+    q = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+    variance = n * (2 * q + delta - delta * delta)
+    distance = gains - losses - n * delta
+    if distance == 0:
+        return 0.0
+    return distance / math.sqrt(variance) if variance > 1e-300 else math.copysign(math.inf, distance)
+
+
+def paired_score_interval(losses: int, gains: int, n: int, confidence: float = 0.95) -> Interval:
+    """Score interval of the paired difference (gains - losses) / n of two shares (Tango 1998, Stat. Med. 17:891).
+
+    Unlike a bootstrap it does not shrink to nothing when no row changed: for 0 of n it is ±z²/(n + z²).
+
+    Args:
+        losses: rows only the reference got right.
+        gains: rows only the candidate got right.
+        n: all rows.
+    """
+    if n < 1 or losses < 0 or gains < 0 or losses + gains > n:
+        raise ValueError(f"need losses, gains >= 0 and losses + gains <= n, not {losses}, {gains}, {n}")
+    from scipy.optimize import brentq
+
+    z, estimate, edge = _z(confidence), (gains - losses) / n, 1 - 1e-12
+
+    def limit(sign: int) -> float:
+        def excess(delta: float) -> float:
+            return min(max(_tango(delta, losses, gains, n), -1e9), 1e9) - sign * z
+
+        if sign * excess(-sign * edge) <= 0:
+            return float(-sign)
+        start = min(max(estimate, -edge), edge)
+        return float(brentq(excess, *sorted((-sign * edge, start)), xtol=1e-12))
+
+    return Interval(estimate, limit(1), limit(-1), confidence)
+
+
+def _resampled_means(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Mean over rows of each resample of whole clusters (with replacement)."""
+    # Clusters with equal (sum, size) are interchangeable: drawing how often each kind comes is the same and faster.
+    kinds, weights = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, 4_000_000 // len(kinds))
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        draws = rng.multinomial(len(sums), weights / len(sums), size=count) @ kinds
+        means[start : start + count] = draws[:, 0] / draws[:, 1]
+    return means
+
+
+def _bca_levels(means: np.ndarray, sums: np.ndarray, sizes: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """Bias-corrected and accelerated percentile levels (Efron 1987), jackknife over clusters."""
+    from scipy.stats import norm
+
+    estimate = sums.sum() / sizes.sum()
+    below = np.mean(means < estimate) + np.mean(means == estimate) / 2
+    left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
+    spread = left_out.mean() - left_out
+    scale = 6 * np.sum(spread**2) ** 1.5
+    if not 0 < below < 1 or scale == 0:
+        return tails
+    bias, acceleration = norm.ppf(below), np.sum(spread**3) / scale
+    shifted = bias + norm.ppf(tails)
+    return norm.cdf(bias + shifted / (1 - acceleration * shifted))
+
+
+def paired_bootstrap(
+    differences: Sequence[float] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    method: Literal["percentile", "bca"] = "percentile",
+) -> Interval:
+    """Bootstrap interval of a mean paired difference; whole clusters are drawn, so near-duplicates count once.
+
+    Args:
+        differences: (n,) candidate minus reference, one a row.
+        clusters: (n,) group of each row; None = every row its own.
+        method: "percentile", or "bca" (Efron 1987).
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError("paired_bootstrap needs a non-empty vector of finite numbers")
+    groups = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if len(groups) != len(values):
+        raise ValueError(f"{len(groups)} clusters for {len(values)} differences")
+    sums, sizes = np.bincount(groups, values), np.bincount(groups).astype(np.float64)
+    means = _resampled_means(sums, sizes, resamples, seed)
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    if method == "bca" and len(sums) > 1:
+        tails = _bca_levels(means, sums, sizes, tails)
+    low, high = np.quantile(means, tails)
+    return Interval(float(values.mean()), float(low), float(high), confidence)
