@@ -1,0 +1,237 @@
+"""Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once.
+
+llama.cpp ends the process on what it takes for a programming error, so everything is checked before it is called: ids,
+lengths, tokens a batch, outputs a batch, sequences.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.device import physical_cores
+from lib.errors import InputError
+from lib.scoring.backend import Job, add_up, check_ids, make_jobs
+from lib.scoring.gguf_file import check_gguf
+from lib.scoring.llama_log import forget_errors, last_error, llama
+
+if TYPE_CHECKING:
+    from lib.progress import Progress
+
+_SEQUENCES = 8
+_OUTPUTS = 128
+"""Most positions a batch whose logits are computed; llama.cpp reserves vocabulary × this × 4 bytes."""
+
+_CACHE_TYPES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
+
+
+class LlamaCppBackend:
+    """A GGUF file opened by llama.cpp.
+
+    Args:
+        path: the file.
+        n_ctx: most tokens a prompt or window.
+        n_threads: CPU threads; 0 = physical cores.
+        n_gpu_layers: layers on the GPU; -1 = all.
+        cache_type: number format of keys and values, "f16" (as users run it) or "f32" (for exact comparison).
+        flash_attention: None lets llama.cpp choose; False for exact comparison.
+
+    Raises:
+        InputError: not a GGUF file, or one that llama.cpp refuses (with its reason).
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        n_ctx: int = 512,
+        n_threads: int = 0,
+        n_gpu_layers: int = 0,
+        cache_type: str = "f16",
+        flash_attention: bool | None = None,
+    ) -> None:
+        self._model = self._context = self._batch = None
+        self.path = check_gguf(path)
+        self._api = llama()
+        self.name = self.path.name
+        self.n_ctx = n_ctx
+        self.n_threads = n_threads or physical_cores()
+        self._open_model(n_gpu_layers)
+        self._open_context(n_gpu_layers, cache_type, flash_attention)
+        on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
+        self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
+        self._shared: list[int] = []
+
+    def _open_model(self, n_gpu_layers: int) -> None:
+        forget_errors()
+        parameters = self._api.llama_model_default_params()
+        parameters.n_gpu_layers = n_gpu_layers
+        self._model = self._api.llama_model_load_from_file(str(self.path).encode("utf-8"), parameters)
+        if not self._model:
+            reason = last_error() or "no reason given"
+            raise InputError(
+                f"llama.cpp cannot load {self.path}: {reason}.",
+                "a complete model of a kind that llama.cpp knows.",
+                "make or download the file again.",
+            )
+        self.vocab_size = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+
+    def _open_context(self, n_gpu_layers: int, cache_type: str, flash_attention: bool | None) -> None:
+        api = self._api
+        parameters = api.llama_context_default_params()
+        self.n_batch = max(2048, self.n_ctx)
+        parameters.n_ctx = parameters.n_batch = self.n_batch
+        parameters.n_seq_max = _SEQUENCES
+        parameters.kv_unified = True
+        parameters.n_outputs_max = _OUTPUTS
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        parameters.type_k = parameters.type_v = getattr(api, _CACHE_TYPES[cache_type])
+        parameters.offload_kqv = n_gpu_layers != 0
+        parameters.no_perf = True
+        if flash_attention is not None:
+            choice = "ENABLED" if flash_attention else "DISABLED"
+            parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{choice}")
+        forget_errors()
+        self._context = api.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            self.close()
+            raise InputError(
+                f"llama.cpp cannot open {self.path} with {self.n_batch} tokens: {last_error() or 'no reason given'}.",
+                "enough memory for the context.",
+                "use a smaller context or a smaller model.",
+            )
+        self._memory = api.llama_get_memory(self._context)
+        self._batch = api.llama_batch_init(self.n_batch, 0, _SEQUENCES)
+
+    def label_log_probs(
+        self, prompts: Sequence[list[int]], answers: list[list[int]], progress: Progress | None = None
+    ) -> np.ndarray:
+        """See `lib.scoring.backend.Backend`."""
+        jobs = make_jobs(prompts, answers)
+        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
+        check_ids(answers, self.vocab_size, _OUTPUTS, self.name)
+        prefix = _common_prefix(jobs)
+        self._share(prefix)
+        values: list[np.ndarray] = []
+        for group in self._groups(jobs, len(prefix)):
+            values += self._run(group, len(prefix))
+            if progress is not None:
+                progress.advance(len(prompts) * len(values) // len(jobs) - progress.done)
+        return add_up(jobs, values, (len(prompts), len(answers)))
+
+    def _groups(self, jobs: list[Job], shared: int) -> Iterator[list[Job]]:
+        """Jobs in order, cut into batches that respect every limit of the context."""
+        group: list[Job] = []
+        tokens, outputs = shared, 0
+        for job in jobs:
+            more, wanted = len(job.ids) - shared, len(job.ids) - job.start
+            full = len(group) == _SEQUENCES or tokens + more > self.n_batch or outputs + wanted > _OUTPUTS
+            if group and full:
+                yield group
+                group, tokens, outputs = [], shared, 0
+            group.append(job)
+            tokens, outputs = tokens + more, outputs + wanted
+        if group:
+            yield group
+
+    def _share(self, prefix: list[int]) -> None:
+        """Compute the common beginning once, for all sequences."""
+        self._api.llama_memory_clear(self._memory, True)
+        everyone = range(_SEQUENCES)
+        self._decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
+
+    def _run(self, group: list[Job], shared: int) -> list[np.ndarray]:
+        """The read log-probabilities of one batch; the cache holds only the shared beginning afterwards."""
+        tokens = [
+            (token, position, (s,), position >= job.start)
+            for s, job in enumerate(group)
+            for position, token in enumerate(job.ids[shared:], start=shared)
+        ]
+        self._decode(tokens)
+        row, values = -shared, []
+        for job in group:
+            logits = {p: self._logits(row + p) for p in range(job.start, len(job.ids))}
+            totals = {p: _log_sum_exp(row_logits) for p, row_logits in logits.items()}
+            values.append(np.array([logits[p][token] - totals[p] for _, p, token in job.reads]))
+            row += len(job.ids) - shared
+        for s in range(len(group)):
+            self._api.llama_memory_seq_rm(self._memory, s, shared, -1)
+        return values
+
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """See `lib.scoring.backend.Backend`."""
+        check_ids([ids], self.vocab_size, self.n_ctx, self.name)
+        self._api.llama_memory_clear(self._memory, True)
+        result = np.empty((len(ids) - first, self.vocab_size), dtype=np.float32)
+        self._decode([(token, position, (0,), False) for position, token in enumerate(ids[:first])])
+        for start in range(first, len(ids), _OUTPUTS):
+            part = ids[start : start + _OUTPUTS]
+            self._decode([(token, start + i, (0,), True) for i, token in enumerate(part)])
+            for i in range(len(part)):
+                logits = self._logits(i)
+                result[start - first + i] = logits - _log_sum_exp(logits)
+        return result
+
+    def _decode(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
+        """Run (token, position, sequences, wants logits) in one batch of at most `n_batch` tokens."""
+        if not tokens:
+            return
+        batch = self._batch
+        for i, (token, position, sequences, output) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, output
+            batch.n_seq_id[i] = len(sequences)
+            ids = batch.seq_id[i]
+            for k, sequence in enumerate(sequences):
+                ids[k] = sequence
+        batch.n_tokens = len(tokens)
+        forget_errors()
+        code = self._api.llama_decode(self._context, batch)
+        if code != 0:
+            raise InputError(
+                f"llama.cpp ended a batch of {self.name} with code {code}: {last_error() or 'no reason given'}.",
+                "code 0.",
+                "use a smaller context; if that does not help, make the file again.",
+            )
+
+    def _logits(self, index: int) -> np.ndarray:
+        """Logits of the batch's token `index`, float64, (V,)."""
+        pointer = self._api.llama_get_logits_ith(self._context, ctypes.c_int32(index))
+        if not pointer:
+            raise RuntimeError(f"llama.cpp has no logits for token {index} of the batch")
+        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float64)
+
+    def close(self) -> None:
+        """See `lib.scoring.backend.Backend`; may be called twice."""
+        if self._batch is not None:
+            self._api.llama_batch_free(self._batch)
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = self._context = self._batch = None
+
+    def __enter__(self) -> LlamaCppBackend:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _common_prefix(jobs: list[Job]) -> list[int]:
+    """The ids that all sequences begin with, none of them one whose distribution is read."""
+    first, last = min(job.ids for job in jobs), max(job.ids for job in jobs)
+    most = min(job.start for job in jobs)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: min(same, most)]
+
+
+def _log_sum_exp(logits: np.ndarray) -> float:
+    """ln Σ exp(logits), without overflow."""
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()))

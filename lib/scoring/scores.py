@@ -1,0 +1,140 @@
+"""Scores of a set of rows: the log-probability of every answer word for every row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.prompting import Task, encode, label_ids
+from lib.progress import Progress
+from lib.run.files import read_jsonl, write_jsonl
+from lib.scoring.backend import Backend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEAR_TIE = 0.1
+"""Margins below this (nats) can change sign by rounding: batching alone moves bfloat16 logits by up to 0.05."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says about n rows with L answer words.
+
+    Attributes:
+        ids: the rows' ids, in the rows' order.
+        labels: true labels, int64, (n,).
+        log_probs: log p(answer | prompt), nats, float64, (n, L).
+        truncated: whether the text was cut to fit, bool, (n,).
+        seconds: time of the forward passes together, tokenizing and loading not counted.
+    """
+
+    ids: list[str]
+    labels: np.ndarray
+    log_probs: np.ndarray
+    truncated: np.ndarray
+    seconds: float
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """The likeliest answer of each row (the first of equals), int64, (n,)."""
+        return self.log_probs.argmax(axis=1)
+
+    @property
+    def margins(self) -> np.ndarray:
+        """Log-odds, nats, (n,): log p(label 1) - log p(label 0) of two; best minus second of more."""
+        if self.log_probs.shape[1] == 2:
+            return self.log_probs[:, 1] - self.log_probs[:, 0]
+        ordered = np.sort(self.log_probs, axis=1)
+        return ordered[:, -1] - ordered[:, -2]
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Probability of each answer among the answers, (n, L); rows add up to 1."""
+        shifted = np.exp(self.log_probs - self.log_probs.max(axis=1, keepdims=True))
+        return shifted / shifted.sum(axis=1, keepdims=True)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether each prediction is the label, bool, (n,)."""
+        return self.predictions == self.labels
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct rows."""
+        return float(self.correct.mean())
+
+    @property
+    def near_ties(self) -> int:
+        """Rows whose margin is smaller than `NEAR_TIE`: their prediction hangs on rounding."""
+        return int((np.abs(self.margins) < NEAR_TIE).sum())
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Mean time a row."""
+        return self.seconds / max(1, len(self.ids))
+
+    def save(self, path: Path) -> None:
+        """Write one JSON object a row, atomically; floats in full precision."""
+        rows = zip(
+            *(self.ids, self.labels.tolist(), self.predictions.tolist(), self.log_probs.tolist()),
+            *(self.margins.tolist(), self.truncated.tolist()),
+            strict=True,
+        )
+        keys = ("id", "label", "prediction", "log_probs", "margin", "truncated", "seconds")
+        write_jsonl(path, [dict(zip(keys, (*row, self.seconds_per_sample), strict=True)) for row in rows])
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """The reverse of `save`."""
+        rows = read_jsonl(path)
+        return cls(
+            ids=[row["id"] for row in rows],
+            labels=np.array([row["label"] for row in rows], dtype=np.int64),
+            log_probs=np.array([row["log_probs"] for row in rows], dtype=np.float64),
+            truncated=np.array([row["truncated"] for row in rows], dtype=bool),
+            seconds=float(sum(row["seconds"] for row in rows)),
+        )
+
+
+def score_rows(
+    backend: Backend, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[dict[str, Any]], what: str
+) -> Scores:
+    """Score rows ({"id", "text", "label"}) with any backend.
+
+    Prompts are made by `lib.models.prompting`, in the order of the ids, so that the batches (shortest prompts first,
+    then by id) hold the same rows whatever the rows' order.
+
+    Args:
+        what: the work in words for the progress line, as in "scoring test rows with the base model".
+
+    Raises:
+        InputError: no rows, or a model whose log-probabilities are not numbers.
+    """
+    if not rows:
+        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+    encoded = [encode(tokenizer, task, rows[i]["text"]) for i in order]
+    answers = label_ids(tokenizer, task)
+    started = time.perf_counter()
+    with Progress(what, len(rows)) as progress:
+        values = backend.label_log_probs([e.prompt_ids for e in encoded], answers, progress)
+    seconds = time.perf_counter() - started
+    log_probs, truncated = np.empty_like(values), np.empty(len(rows), dtype=bool)
+    log_probs[order], truncated[order] = values, [e.truncated for e in encoded]
+    broken = np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
+    if broken.size:
+        raise InputError(
+            f"{backend.name} gives {log_probs[broken[0]].tolist()} for row {rows[broken[0]]['id']} "
+            f"({broken.size} of {len(rows)} rows are not numbers).",
+            "finite log-probabilities.",
+            "check the model's weights for NaN or infinity, and do not compute in float16.",
+        )
+    labels = np.array([row["label"] for row in rows], dtype=np.int64)
+    return Scores([row["id"] for row in rows], labels, log_probs, truncated, seconds)
