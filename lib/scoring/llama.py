@@ -15,8 +15,8 @@ import numpy as np
 
 from lib.device import physical_cores
 from lib.errors import InputError
+from lib.models.gguf_file import check_gguf
 from lib.scoring.backend import Job, add_up, check_ids, make_jobs
-from lib.scoring.gguf_file import check_gguf
 from lib.scoring.llama_log import forget_errors, last_error, llama
 
 if TYPE_CHECKING:

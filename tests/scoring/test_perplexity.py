@@ -1,0 +1,112 @@
+"""Perplexity and KL divergence against the plain definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lib.errors import InputError
+from lib.scoring import LlamaCppBackend, TransformersBackend
+from lib.scoring.perplexity import kl_table, perplexity, store_reference, text_windows
+from tests.scoring import tiny
+
+
+def ids(n: int) -> list[int]:
+    return np.random.default_rng(2).integers(0, 512, n).tolist()
+
+
+@pytest.fixture(scope="module")
+def other():
+    """A second model near the first: its weights rounded to bfloat16."""
+    model = tiny.make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    return TransformersBackend(model)
+
+
+def log_probs(backend, windows) -> np.ndarray:
+    """Float64 log-probabilities of the scored positions of all windows."""
+    rows = []
+    for window in windows:
+        with torch.inference_mode():
+            logits = backend.model(input_ids=torch.tensor([window])).logits[0].double()
+        rows.append(torch.log_softmax(logits, -1)[len(window) // 2 : -1].numpy())
+    return np.concatenate(rows)
+
+
+def test_windows():
+    text = list(range(1000))
+    assert text_windows(text, 300, 700) == [text[:300], text[300:600]]
+    assert len(text_windows(text, 300, 10_000)) == 3
+    with pytest.raises(InputError, match="200 tokens of held-out text"):
+        text_windows(text[:200], 300, 10_000)
+
+
+@pytest.mark.parametrize("n_ctx", [64, 65])
+def test_perplexity_is_the_definition(small, n_ctx):
+    windows = text_windows(ids(300), n_ctx, 300)
+    backend = TransformersBackend(small.model)
+    found = perplexity(backend, windows)
+    targets = np.concatenate([window[n_ctx // 2 + 1 :] for window in windows])
+    losses = -log_probs(backend, windows)[np.arange(len(targets)), targets]
+    assert found.n_tokens == 4 * (n_ctx - 1 - n_ctx // 2) and found.n_windows == 4
+    assert found.ppl == pytest.approx(np.exp(losses.mean()), rel=1e-5)
+    standard_error = losses.std(ddof=1) / np.sqrt(len(losses))
+    assert found.uncertainty == pytest.approx(found.ppl * standard_error, rel=1e-4)
+    with LlamaCppBackend(small.gguf, n_ctx=65, cache_type="f32", flash_attention=False, n_threads=1) as gguf:
+        assert perplexity(gguf, windows).ppl == pytest.approx(found.ppl, rel=1e-5)
+
+
+def test_kl_table_is_the_definition(small, other, tmp_path):
+    windows = text_windows(ids(600), 100, 600)
+    base = TransformersBackend(small.model)
+    found = kl_table(base, other, windows)
+    p, q = log_probs(base, windows), log_probs(other, windows)
+    targets = np.concatenate([window[51:] for window in windows])
+    rows = np.arange(len(targets))
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    dp = np.exp(q[rows, targets]) - np.exp(p[rows, targets])
+    ratio = p[rows, targets] - q[rows, targets]
+    assert found.n_tokens == len(kl) == 294
+    assert found.mean == pytest.approx(kl.mean(), rel=2e-3) and found.mean > 1e-6
+    assert found.uncertainty == pytest.approx(kl.std(ddof=1) / np.sqrt(len(kl)), rel=1e-2)
+    for value, level in ((found.median, 0.5), (found.p90, 0.9), (found.p99, 0.99), (found.p999, 0.999), (found.max, 1)):
+        assert value == pytest.approx(np.quantile(kl, level), rel=2e-2)
+    assert found.mean_dp == pytest.approx(dp.mean(), rel=2e-2)
+    assert found.rms_dp == pytest.approx(np.sqrt((dp**2).mean()), rel=1e-2)
+    assert found.same_top == pytest.approx((p.argmax(1) == q.argmax(1)).mean(), abs=1 / 294)
+    assert found.ln_ppl_ratio == pytest.approx(ratio.mean(), abs=1e-4)
+    assert found.ln_ppl_ratio_uncertainty == pytest.approx(ratio.std(ddof=1) / np.sqrt(len(kl)), rel=1e-2)
+    assert found.ppl_ratio == pytest.approx(np.exp(ratio.mean()), rel=1e-4)
+    assert found.ppl_reference == pytest.approx(perplexity(base, windows).ppl, rel=1e-3)
+    path = tmp_path / "reference"
+    with store_reference(base, windows, path, "storing") as reference:
+        assert kl_table(reference, other, windows) == found
+        assert path.stat().st_size == 2 * 294 * 512
+    assert not path.exists()
+
+
+def test_a_model_against_itself_is_zero(small):
+    windows = text_windows(ids(200), 100, 200)
+    backend = TransformersBackend(small.model)
+    found = kl_table(backend, backend, windows)
+    assert abs(found.mean) < 1e-6 and found.max < 1e-5
+    assert found.same_top == 1
+    assert found.rms_dp < 1e-4
+
+
+def test_other_vocabulary_is_refused(small):
+    windows = [np.random.default_rng(0).integers(0, 100, 64).tolist()]
+    with pytest.raises(InputError, match="reference of 512 tokens and a model of 256"):
+        kl_table(TransformersBackend(small.model), TransformersBackend(tiny.make_model(256)), windows)
+
+
+def test_broken_model_is_an_error():
+    model = tiny.make_model()
+    backend = TransformersBackend(model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match="not numbers"):
+        perplexity(backend, [ids(64)])
