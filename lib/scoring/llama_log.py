@@ -10,7 +10,7 @@ from types import ModuleType
 from lib.device import llama_cpp_problem
 from lib.errors import InputError
 
-_ERROR, _CONTINUED = 3, 5  # ggml_log_level
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level
 _errors: collections.deque[str] = collections.deque(maxlen=20)
 _kept: list[object] = []  # the callback must outlive every call of llama.cpp
 
