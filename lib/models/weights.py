@@ -1,0 +1,192 @@
+"""Weights of a model folder, read without loading them: safetensors headers checked, bytes memory-mapped.
+
+Format (safetensors): 8 bytes of header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data. The
+safetensors library checks the offsets; it accepts a name written twice (the last one wins), so that is refused here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_HEADER = 100_000_000
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor on the disk: `dtype` as safetensors names it (BF16), bytes `start` to `end` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def raw(self) -> np.ndarray:
+        """Its bytes (uint8), memory-mapped; nothing is read until it is looked at."""
+        if self.nbytes == 0:
+            return np.empty(0, np.uint8)
+        # copy-on-write, because torch warns about arrays it may not write to; nothing here writes
+        return np.memmap(self.file, np.uint8, "c", self.start, (self.nbytes,))
+
+    def tensor(self) -> torch.Tensor:
+        """As a torch tensor over the memory map, in its stored dtype and shape.
+
+        Raises:
+            InputError: not a floating-point dtype.
+        """
+        import torch
+
+        if self.dtype not in _FLOATS:
+            raise InputError(
+                f"tensor {self.name} in {self.file} is {self.dtype}.",
+                "float32, float16 or bfloat16 weights.",
+                "use the original model, not a quantized one.",
+            )
+        return torch.from_numpy(self.raw()).view(getattr(torch, _FLOATS[self.dtype])).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a folder by name, in the order of its files and, inside a file, sorted by name."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.tensors.values())
+
+
+def _refuse_lookalike(path: Path) -> None:
+    with path.open("rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the weights.", "a safetensors file.", "run `git lfs pull` in its clone."
+        )
+    if head.lstrip()[:1] == b"<":
+        raise InputError(
+            f"{path} is a web page, not the weights.", "a safetensors file.", "download the file itself again."
+        )
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise InputError(f"{path} is a pickle.", "a safetensors file.", "save the weights as safetensors.")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise InputError(f"{path} names a tensor twice in its header.", "each name once.", "download it again.")
+    return found
+
+
+def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors (sorted by name) and metadata of one safetensors file.
+
+    Raises:
+        InputError: missing, a pointer or web page in its place, truncated, or a malformed header.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"no file {path}.", "the weights as safetensors.", "copy or download the folder again.")
+    _refuse_lookalike(path)
+    try:
+        with safe_open(path, framework="np") as checked:
+            metadata = dict(checked.metadata() or {})
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            text = stream.read(min(length, _MAX_HEADER)).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=functools.partial(_no_duplicates, path=path))
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} is damaged ({error}).", "a complete safetensors file.", "copy or download it again."
+        ) from None
+    header.pop("__metadata__", None)
+    data = 8 + length
+    tensors = {
+        name: StoredTensor(
+            name, value["dtype"], tuple(value["shape"]), path, *(data + offset for offset in value["data_offsets"])
+        )
+        for name, value in sorted(header.items())
+    }
+    return tensors, metadata
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [folder / SINGLE]
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        kind = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
+        raise InputError(
+            f"{folder} holds {kind}.", f"{SINGLE} or {INDEX}.", "use a model saved as safetensors (pickles are unsafe)."
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        bad = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{index} is damaged ({error}).", "an index of shards.", "download it again.") from None
+    if bad or not names:
+        raise InputError(
+            f"{index} names {bad or 'no files'}.", "files of the same folder.", "download the folder again."
+        )
+    return [folder / name for name in names]
+
+
+def open_weights(folder: Path) -> Weights:
+    """The weights of a model folder: one model.safetensors, or the shards of its index.
+
+    Raises:
+        InputError: no folder, no safetensors weights, a damaged or missing shard, or an index that does not fit.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}.", "a model folder.", "check the path.")
+    files = _shards(folder)
+    tensors: dict[str, StoredTensor] = {}
+    metadata = {}
+    for path in files:
+        found, metadata[path.name] = read_file(path)
+        if twice := sorted(set(found) & set(tensors)):
+            raise InputError(f"{twice[0]} is in two shards of {folder}.", "each tensor once.", "download it again.")
+        tensors |= found
+    if (folder / INDEX).is_file():
+        wanted = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if wrong := sorted(set(wanted) ^ set(tensors)):
+            raise InputError(
+                f"{folder}: index and shards disagree on {len(wrong)} tensors (first {wrong[0]}).",
+                "the tensors that the index names.",
+                "download the folder again.",
+            )
+    if not tensors:
+        raise InputError(f"{folder} holds no tensor.", "the weights of a model.", "download the folder again.")
+    return Weights(folder, tuple(files), tensors, metadata)
