@@ -1,0 +1,186 @@
+"""Tables from files, folders and the hub, through the `datasets` library."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.data.textfiles import FORMATS, data_files, file_fingerprint, readable_copy
+from lib.errors import InputError
+from lib.run.folders import runs_folder, user_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+SPLIT_OF_NAME = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+@dataclass
+class Table:
+    """What was read.
+
+    Attributes:
+        splits: "train", "validation", "test" as given, or {"all": …} for a source without splits.
+        source: in words, where the rows really came from.
+        changes: what had to be changed to read the files, counted.
+        given: True when the source brought its own split.
+    """
+
+    splits: dict[str, Dataset]
+    source: str
+    changes: Counter[str] = field(default_factory=Counter)
+    given: bool = False
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[Any]:
+    """The `datasets` module without its progress bars and chatter, which would land in the report pages."""
+    import datasets
+
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield datasets
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def cache_folder() -> Path:
+    """Where `datasets` keeps the tables it has read: runs/_cache."""
+    return runs_folder() / "_cache"
+
+
+def local_path(source: str) -> Path | None:
+    """The file or folder a source names; None when it can only be a hub id.
+
+    Raises:
+        InputError: it is written like a path and nothing is there.
+    """
+    path = user_path(source)
+    if path.exists():
+        return path
+    like_a_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
+    if like_a_path or Path(source).suffix.lower() in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise InputError(
+            f"dataset: no file or folder {path}.",
+            "a file (csv, tsv, json, jsonl, parquet), a folder with train, validation and test files, or a hub id.",
+            "correct dataset; a relative path is looked for in the current folder, then in the project.",
+        )
+    return None
+
+
+def read_table(source: str, revision: str = "main") -> Table:
+    """Read a file, a folder or a hub data set; values stay as they are, only the bytes are made readable.
+
+    Raises:
+        InputError: nothing there, nothing readable, or the hub cannot give it.
+    """
+    path = local_path(source)
+    if path is None:
+        from lib.data.hub import read_hub
+
+        splits = read_hub(source, revision)
+        return _table(splits, f"hub data set {source}, revision {revision}", Counter())
+    changes: Counter[str] = Counter()
+    if path.is_file():
+        return _table({"all": _read_file(path, changes)}, f"file {path.name}", changes)
+    splits = {name: _read_files(paths, changes) for name, paths in _split_files(path).items()}
+    return _table(splits, f"folder {path.name}", changes)
+
+
+def _table(splits: dict[str, Dataset], source: str, changes: Counter[str]) -> Table:
+    return Table(splits, source, changes, given="test" in splits or "validation" in splits)
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Data files of a folder by split; shards (train-00000-of-00002) belong together."""
+    files = data_files(folder)
+    if not files:
+        have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"{folder} holds {have}.", "files train, validation, test (csv, tsv, json, jsonl or parquet).", "add them."
+        )
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        stem = path.stem.lower()
+        name = SPLIT_OF_NAME.get(stem) or SPLIT_OF_NAME.get(re.sub(r"-\d+-of-\d+$", "", stem))
+        if name:
+            found.setdefault(name, []).append(path)
+    if not found and len(files) == 1:
+        return {"all": files}
+    for name, paths in found.items():
+        if len(paths) > 1 and any(not re.search(r"-\d+-of-\d+$", p.stem) for p in paths):
+            names = ", ".join(p.name for p in paths)
+            raise InputError(f"{folder} holds {names} for {name}.", "one file a split.", "remove the others.")
+    if "train" not in found:
+        names = ", ".join(p.name for p in files[:8])
+        raise InputError(f"{folder} holds {names}.", "a file train.csv (tsv, json, jsonl, parquet).", "rename it.")
+    return {name: found[name] for name in SPLITS if name in found}
+
+
+def _read_files(paths: list[Path], changes: Counter[str]) -> Dataset:
+    tables = [_read_file(path, changes) for path in paths]
+    if len(tables) == 1:
+        return tables[0]
+    with quiet_datasets() as datasets:
+        return datasets.concatenate_datasets(tables)
+
+
+def _read_file(path: Path, changes: Counter[str]) -> Dataset:
+    """One file as a `datasets` table, cached under its content's hash."""
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"{path} ends in {path.suffix!r}.", f"one of {', '.join(FORMATS)}.", "convert or rename it.")
+    cache = cache_folder()
+    readable, changed = readable_copy(path, cache)
+    changes.update(changed)
+    options = _csv_options(path, readable, kind) if kind in ("csv", "tsv") else {}
+    builder = "csv" if kind == "tsv" else kind
+    with quiet_datasets() as datasets:
+        try:
+            # each content has a cache folder of its own, so a changed file can never be served from the cache
+            table = datasets.load_dataset(
+                builder,
+                data_files=str(readable),
+                split="train",
+                cache_dir=str(cache / file_fingerprint(readable)[:16]),
+                **options,
+            )
+        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
+            raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
+    if not len(table):
+        raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
+    return table
+
+
+def _csv_options(path: Path, readable: Path, kind: str) -> dict[str, Any]:
+    """Options of the csv reader: every value stays text ("null" and "007" are reviews, not numbers)."""
+    import datasets
+
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"delimiter": ","}
+    with readable.open(encoding="utf-8", newline="") as stream:
+        header = next(csv.reader(stream, **form))
+    if len(set(header)) != len(header) or not all(name.strip() for name in header):
+        raise InputError(
+            f"{path} begins with {', '.join(map(repr, header))[:200]}.",
+            "a first line with one distinct name a column.",
+            "add or correct the header line.",
+        )
+    features = datasets.Features({name: datasets.Value("string") for name in header})
+    return {**form, "features": features, "keep_default_na": False, "na_filter": False}

@@ -1,0 +1,151 @@
+"""From the bytes of a data file to text that every parser reads alike, with everything changed on the way counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.run.files import atomic_path, sha256_file, sha256_json
+
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""Suffix of a data file -> how it is read. TSV is unquoted."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and SHA-256 of the data files in it (hidden files left out)."""
+    if path.is_dir():
+        return sha256_json({file.name: sha256_file(file) for file in data_files(path)})
+    return sha256_file(path)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of a folder that the workbook can read, by name."""
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in files if p.suffix.lower() in FORMATS)
+
+
+def check_content(path: Path, head: bytes) -> None:
+    """Refuse what is not data: an empty file, a Git LFS pointer, an HTML page, another encoding of Unicode."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        raise InputError(f"{path} is empty.", "a file with rows.", "fetch or export it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the data.", "the file itself.", "run `git lfs pull` where it came from."
+        )
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise InputError(
+            f"{path} is a web page, not data.", "the file itself.", "download it again with the site's raw-file link."
+        )
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path} is UTF-16.", "UTF-8.", "save it again as UTF-8.")
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        try:
+            raw.decode("gb18030")
+            guess = " (it would be readable as GB18030)"
+        except UnicodeDecodeError:
+            guess = ""
+        raise InputError(
+            f"{path} is not UTF-8: line {line}, byte {error.start}{guess}.", "UTF-8 text.", "save it again as UTF-8."
+        ) from None
+
+
+def _line_ends(text: str, kind: str, changes: Counter[str]) -> str:
+    """LF only. A CR alone ends a line only where the file has no LF; else it is a space."""
+    if "\r" not in text:
+        return text
+    changes["CRLF line ends"] += text.count("\r\n")
+    text = text.replace("\r\n", "\n")
+    if "\n" not in text and kind != "json":
+        changes["CR line ends"] += text.count("\r")
+        return text.replace("\r", "\n")
+    changes["stray CR characters"] += text.count("\r")
+    return text.replace("\r", " ")
+
+
+def strip_surrogates(value: Any, changes: Counter[str]) -> Any:
+    """A JSON value without lone surrogates, which no UTF-8 file and no tokenizer can hold."""
+    if isinstance(value, str):
+        text, count = SURROGATE.subn("", value)
+        changes["lone surrogates"] += count
+        return text
+    if isinstance(value, list):
+        return [strip_surrogates(item, changes) for item in value]
+    if isinstance(value, dict):
+        return {strip_surrogates(key, changes): strip_surrogates(item, changes) for key, item in value.items()}
+    return value
+
+
+def _json_without_surrogates(path: Path, text: str, changes: Counter[str]) -> str:
+    try:
+        value = json.loads(text)
+        return json.dumps(strip_surrogates(value, changes), ensure_ascii=False)
+    except json.JSONDecodeError:
+        pass
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            lines.append(json.dumps(strip_surrogates(json.loads(line), changes), ensure_ascii=False))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number} is not JSON ({error.msg}).",
+                "a list of objects, or one object a line.",
+                "correct that line.",
+            ) from None
+    return "\n".join(lines) + "\n"
+
+
+def readable_copy(path: Path, cache: Path) -> tuple[Path, Counter[str]]:
+    """The file itself when it is plain UTF-8 with LF, else a cleaned copy of it in `cache`.
+
+    Removed and counted: a byte-order mark, NUL characters, CR, lone surrogates (JSON escapes).
+
+    Returns:
+        The path to parse, and how often each change was made.
+
+    Raises:
+        InputError: empty, a Git LFS pointer, a web page, not UTF-8.
+    """
+    kind, changes = FORMATS[path.suffix.lower()], Counter[str]()
+    raw = path.read_bytes()
+    check_content(path, raw[:4096])
+    if kind == "parquet":
+        if raw[:4] != b"PAR1" or raw[-4:] != b"PAR1":
+            raise InputError(
+                f"{path} does not start and end as Parquet does.", "a whole Parquet file.", "fetch it again."
+            )
+        return path, changes
+    text = original = _decode(path, raw)
+    if text.startswith("\ufeff"):
+        changes["byte-order mark"] += 1
+        text = text[1:]
+    if "\0" in text:
+        changes["NUL characters"] += text.count("\0")
+        text = text.replace("\0", "")
+    text = _line_ends(text, kind, changes)
+    if kind == "json" and _SURROGATE_ESCAPE.search(text):
+        text = _json_without_surrogates(path, text, changes)
+    if not text.strip():
+        raise InputError(f"{path} is empty.", "a file with rows.", "fetch or export it again.")
+    if text == original:
+        return path, changes
+    copy = cache / f"{hashlib.sha256(raw).hexdigest()[:16]}{path.suffix.lower()}"
+    with atomic_path(copy) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return copy, +changes
