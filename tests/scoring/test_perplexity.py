@@ -110,3 +110,45 @@ def test_broken_model_is_an_error():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(InputError, match="not numbers"):
         perplexity(backend, [ids(64)])
+
+
+# Printed by llama.cpp's own perplexity() and kl_divergence() (tools/perplexity/perplexity.cpp of the commit in
+# llama-cpp-python 0.3.36, lines 27-295, 442-655 and 1675-1984 compiled unchanged behind a main() that reads token ids),
+# with 32-bit cache, no flash attention and one thread, for the files of tiny.golden_pair, window 128:
+#   oracle a.gguf ids.txt 128 base.kld ppl f32; oracle b.gguf ids.txt 128 base.kld kld f32
+GOLDEN = {
+    "ppl": (432.399132, 1e-4),
+    "ppl_uncertainty": (34.038555, 1e-4),
+    "ppl_reference": (435.445036, 1e-3),
+    "ppl_reference_uncertainty": (34.258051, 1e-4),
+    "ln_ppl_ratio": (-0.007020, 2e-6),
+    "ln_ppl_ratio_uncertainty": (0.004391, 1e-6),
+    "ppl_ratio": (0.993005, 2e-6),
+    "ppl_ratio_uncertainty": (0.004361, 1e-6),
+    "mean": (0.002634, 1e-6),
+    "uncertainty": (0.000049, 1e-6),
+    "max": (0.006003, 2e-6),
+    "p999": (0.005897, 2e-6),
+    "p99": (0.005171, 2e-6),
+    "p95": (0.003975, 2e-6),
+    "p90": (0.003604, 2e-6),
+    "median": (0.002554, 2e-6),
+    "mean_dp": (0.00005, 1e-5),
+    "rms_dp": (0.00064, 1e-5),
+    "rms_dp_uncertainty": (0.00007, 1e-5),
+    "same_top": (0.90873, 1e-5),
+    "same_top_uncertainty": (0.01818, 1e-5),
+}
+
+
+def test_equals_llama_perplexity(tmp_path):
+    text = tiny.golden_pair(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    windows = text_windows(text, 128, 10_000)
+    exact = {"n_ctx": 128, "cache_type": "f32", "flash_attention": False, "n_threads": 1}
+    with LlamaCppBackend(tmp_path / "a.gguf", **exact) as a, LlamaCppBackend(tmp_path / "b.gguf", **exact) as b:
+        alone = perplexity(a, windows)
+        table = kl_table(a, b, windows)
+    assert (alone.ppl, alone.uncertainty) == (pytest.approx(435.4454, abs=2e-3), pytest.approx(34.25808, abs=2e-4))
+    assert table.n_tokens == 252
+    for key, (value, tolerance) in GOLDEN.items():
+        assert getattr(table, key) == pytest.approx(value, abs=tolerance), key

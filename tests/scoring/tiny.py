@@ -135,3 +135,18 @@ def write_gguf(model, tokenizer, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def golden_pair(first: Path, second: Path) -> list[int]:
+    """Two models that are the same on every machine, the second a little off, and 520 token ids to judge them on."""
+    from tests import tiny_gguf
+
+    weights = tiny_gguf.tensors(256, 2, 1, 259, 512, 128)
+    weights["token_embd.weight"] *= 0.25
+    near = {
+        name: values + 0.03 * tiny_gguf.noise(values.shape, 777 + i) if values.ndim > 1 else values
+        for i, (name, values) in enumerate(weights.items())
+    }
+    tiny_gguf.write(first, weights=weights, outtype="f32")
+    tiny_gguf.write(second, weights=near, outtype="f32")
+    return [(i * i * 7 + i * 13 + (i >> 3) * 5) % 256 for i in range(520)]

@@ -1,0 +1,229 @@
+"""The product `evaluation`: per-row scores of base and fine-tuned model, and what they say."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib import statistics
+from lib.device import compute_dtype, device_name
+from lib.evaluation.analysis import ALL, LEAK_FREE, ModelEvaluation, compare_with, evaluate_scores, subsets
+from lib.models.prompting import Task
+from lib.run.files import read_json, read_jsonl, write_json
+from lib.scoring import Scores, score_rows
+
+if TYPE_CHECKING:
+    from lib.models.loading import Base
+    from lib.run import Product, Run, Work
+    from lib.settings import Settings
+
+BASE, FINETUNED, FLOOR = "base", "finetuned", "linear floor"
+PARAMETERS = ("per_device_eval_batch_size", "seed", "dtype", "equivalence_margin")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What notebook 03 shows.
+
+    Attributes:
+        product: the product `evaluation`; None only while it is being made.
+        label_names: answer words in label order.
+        models: "base" (zero-shot) and "finetuned".
+        floor: the linear floor's reports, by subset of the rows.
+        comparisons: subset -> reference ("base", "linear floor") -> the fine-tuned model against it.
+        majority_share: share of the commonest label among the test rows: what answering one word always would reach.
+        titles: what each model is, in words.
+    """
+
+    product: Product | None
+    label_names: tuple[str, ...]
+    models: dict[str, ModelEvaluation]
+    floor: dict[str, statistics.ClassificationReport]
+    comparisons: dict[str, dict[str, statistics.PairedComparison]]
+    majority_share: float
+    titles: dict[str, str]
+
+    def accuracies(self, subset: str = ALL) -> list[dict[str, Any]]:
+        """Name, estimate, low, high and n of every model and the floor, for a figure or a table."""
+        reports = {name: model.reports.get(subset) for name, model in self.models.items()}
+        reports[FLOOR] = self.floor.get(subset)
+        return [
+            {"name": name, "estimate": r.accuracy.estimate, "low": r.accuracy.low, "high": r.accuracy.high, "n": r.n}
+            for name, r in reports.items()
+            if r is not None
+        ]
+
+    def subsets(self) -> list[str]:
+        """Names of the parts of the rows that are reported apart, "all" first."""
+        return list(self.models[FINETUNED].reports)
+
+    def class_rows(self, subset: str = ALL) -> list[dict[str, Any]]:
+        """One mapping a model and class: precision, recall, F1, support."""
+        return [
+            {
+                "model": name,
+                "class": scores.name,
+                **{key: getattr(scores, key) for key in ("precision", "recall", "f1", "support")},
+            }
+            for name, model in self.models.items()
+            for scores in model.reports[subset].classes
+        ]
+
+    def confusions(self, subset: str = ALL) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Confusion matrix of each model: rows = true label, columns = predicted label."""
+        return {name: model.reports[subset].confusion for name, model in self.models.items()}
+
+    def reliability(self) -> dict[str, list[dict[str, float]]]:
+        """Filled calibration bins of each model, the accuracy with its Wilson interval."""
+        return {
+            name: [
+                {"confidence": b.confidence, "accuracy": b.accuracy, "low": i.low, "high": i.high, "n": b.n}
+                for b in model.calibration.bins
+                if b.n
+                for i in [statistics.wilson(round(b.accuracy * b.n), b.n)]
+            ]
+            for name, model in self.models.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of evaluation.json."""
+        return {
+            "label_names": list(self.label_names),
+            "majority_share": self.majority_share,
+            "titles": self.titles,
+            "models": {name: model.to_json() for name, model in self.models.items()},
+            "linear_floor": {subset: report.to_json() for subset, report in self.floor.items()},
+            "comparisons": {
+                subset: {name: comparison.to_json() for name, comparison in pairs.items()}
+                for subset, pairs in self.comparisons.items()
+            },
+        }
+
+
+def evaluate(settings: Settings, run: Run) -> EvaluationResult:
+    """Score base and fine-tuned model on the test rows, or take the scores of last time.
+
+    Raises:
+        InputError: data or adapter missing; a model that cannot be loaded; log-probabilities that are not numbers.
+    """
+    product = run.produce(
+        "evaluation",
+        lambda work: _build(settings, run, work),
+        parameters=settings.pick(*PARAMETERS),
+        inputs=("data", "adapter"),
+        force=settings.force,
+    )
+    data = run.require("data").path
+    return _read(product, product.path, data, settings)
+
+
+def _build(settings: Settings, run: Run, work: Work) -> None:
+    from lib.models.loading import base_of, load_tokenizer
+
+    data, adapter = run.require("data"), run.require("adapter")
+    task, rows = Task.from_json(read_json(data.path / "task.json")), read_jsonl(data.path / "test.jsonl")
+    tokenizer, base = load_tokenizer(data.path / "tokenizer"), base_of(run)
+    dtype, reason = compute_dtype(settings.dtype)
+    in_4bit = adapter.entry.facts.get("method") == "QLoRA"
+    work.device = device_name()
+    plans = {BASE: (None, False, "the base model"), FINETUNED: (adapter.path, in_4bit, "the fine-tuned model")}
+    for name, (adapter_path, quantized, words) in plans.items():
+        scores = _score(base, adapter_path, quantized, dtype, settings, tokenizer, task, rows, words)
+        scores.save(work.folder / f"scores-{name}.jsonl")
+    titles = {
+        BASE: f"{base.id}, zero-shot ({dtype})",
+        FINETUNED: f"{base.id} with the adapter ({'NF4 base, ' if in_4bit else ''}{dtype})",
+    }
+    work.facts |= {
+        **{key: data.entry.facts[key] for key in ("source", "sample_data", "prompt_hash") if key in data.entry.facts},
+        "base_model": base.id,
+        "base_revision": base.revision,
+        "offline_base": base.offline,
+        "dtype": dtype,
+        "dtype_reason": reason,
+    }
+    result = _read(None, work.folder, data.path, settings, titles)
+    write_json(work.folder / "evaluation.json", result.to_json())
+    work.metrics |= _headline(result)
+
+
+def _score(
+    base: Base,
+    adapter: Path | None,
+    in_4bit: bool,
+    dtype: str,
+    settings: Settings,
+    tokenizer: Any,
+    task: Task,
+    rows: list[dict[str, Any]],
+    words: str,
+) -> Scores:
+    """Scores of one model, which is loaded for this and freed again."""
+    from lib.models.loading import load_model
+    from lib.scoring import TransformersBackend
+
+    model = load_model(base.path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
+    backend = TransformersBackend(model, settings.per_device_eval_batch_size, words)
+    del model
+    try:
+        return score_rows(backend, tokenizer, task, rows, f"scoring test rows with {words}")
+    finally:
+        backend.close()
+        gc.collect()
+
+
+def _read(
+    product: Product | None, folder: Path, data: Path, settings: Settings, titles: dict[str, str] | None = None
+) -> EvaluationResult:
+    """The result from the files of the product and of the data product."""
+    task, rows = Task.from_json(read_json(data / "task.json")), read_jsonl(data / "test.jsonl")
+    train = read_jsonl(data / "train.jsonl")
+    masks = subsets(rows, {row["pattern"] for row in train if "pattern" in row})
+    models = {
+        name: evaluate_scores(Scores.load(folder / f"scores-{name}.jsonl"), rows, task.label_names, masks)
+        for name in (BASE, FINETUNED)
+    }
+    labels = models[BASE].scores.labels
+    floor = np.array(read_json(data / "floor.json")["test"]["predictions"], dtype=np.int64)
+    groups = np.array([row["group"] for row in rows])
+    right = {BASE: models[BASE].scores.correct, FLOOR: floor == labels}
+    comparisons = {
+        subset: compare_with(
+            models[FINETUNED].scores.correct[masks[subset]],
+            {name: correct[masks[subset]] for name, correct in right.items()},
+            groups[masks[subset]],
+            settings.equivalence_margin,
+            settings.seed,
+        )
+        for subset in (ALL, LEAK_FREE)
+        if subset in masks
+    }
+    return EvaluationResult(
+        product=product,
+        label_names=task.label_names,
+        models=models,
+        floor={
+            name: statistics.classification_report(labels[mask], floor[mask], task.label_names)
+            for name, mask in masks.items()
+        },
+        comparisons=comparisons,
+        majority_share=float(np.bincount(labels).max() / len(labels)),
+        titles=titles or read_json(folder / "evaluation.json")["titles"],
+    )
+
+
+def _headline(result: EvaluationResult) -> dict[str, Any]:
+    """Metrics for the manifest: accuracies with their intervals, all rows and leak-free rows."""
+    metrics: dict[str, Any] = {"n": result.models[BASE].reports[ALL].n}
+    for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
+        for point in result.accuracies(subset):
+            name = point["name"].replace(" ", "_")
+            metrics[f"accuracy_{name}{ending}"] = point["estimate"]
+            metrics[f"accuracy_{name}{ending}_interval"] = [point["low"], point["high"]]
+    metrics["near_ties"] = {name: model.scores.near_ties for name, model in result.models.items()}
+    metrics["truncated"] = int(result.models[BASE].scores.truncated.sum())
+    return metrics

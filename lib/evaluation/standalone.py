@@ -1,0 +1,143 @@
+"""Any models on any labelled rows, each in a process of its own: what `workbook evaluate` does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.evaluation.analysis import LEAK_FREE, evaluate_scores, subsets
+from lib.models.prompting import Task
+from lib.run.child import run_child
+from lib.run.files import read_json, read_jsonl, write_jsonl
+from lib.scoring import Scores, score_rows
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    task: Task,
+    data: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    revision: str = "main",
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    batch_size: int = 32,
+    n_threads: int = 0,
+    n_gpu_layers: int = 0,
+) -> dict[str, Any]:
+    """Accuracy and cost of each model on the same rows.
+
+    Args:
+        models: hub ids, folders (a full model, or an adapter), or .gguf files.
+        rows: {"id", "text", "label"}, with "leaked" where a leak audit was made.
+        task: prompt and answer words.
+        data: description of the rows, put into the result.
+        base_model: base of adapters; None = the one named in adapter_config.json.
+        revision: commit, branch or tag of hub ids.
+        dtype, load_in_4bit, batch_size: for transformers models. n_threads, n_gpu_layers: for .gguf files.
+
+    Returns:
+        {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
+        "per_class", "confusion", "leak_free" (null without an audit), "ece", "near_ties", "truncated",
+        "seconds_per_sample", "peak_memory_mib", "device"}]}.
+
+    Raises:
+        InputError: no rows, or a model that cannot be loaded or run.
+    """
+    if not rows:
+        raise InputError("no rows to evaluate on.", "at least one labelled row.", "check --data and --max-samples.")
+    shared = {
+        "task": task.to_json(),
+        "base_model": base_model,
+        "revision": revision,
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "batch_size": batch_size,
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+    }
+    results = []
+    with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
+        folder = Path(name)
+        write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
+        for number, model in enumerate(models):
+            argument = {
+                **shared,
+                "model": str(model),
+                "rows": str(folder / "rows.jsonl"),
+                "scores": str(folder / f"scores-{number}.jsonl"),
+            }
+            answer = run_child("lib.evaluation.standalone:score_in_child", argument, f"evaluating {model}")
+            scores = Scores.load(Path(argument["scores"]))
+            results.append({"model": str(model), **_summary(scores, rows, task), **answer})
+    described = {**(data or {}), "n": len(rows), "labels": list(task.label_names)}
+    return {"data": described, "models": results}
+
+
+def _summary(scores: Scores, rows: Sequence[Mapping[str, Any]], task: Task) -> dict[str, Any]:
+    evaluation = evaluate_scores(scores, rows, task.label_names, subsets(rows))
+    free = evaluation.reports.get(LEAK_FREE)
+    return {
+        **evaluation.reports["all"].to_json(),
+        "leak_free": free.to_json() if free else None,
+        "ece": evaluation.calibration.ece,
+        "near_ties": scores.near_ties,
+        "truncated": int(scores.truncated.sum()),
+        "seconds_per_sample": scores.seconds_per_sample,
+    }
+
+
+def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """Load one model, score the rows, save the scores; runs in the child process."""
+    task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    opener = _open_gguf if _is_gguf(argument["model"]) else _open_transformers
+    backend, tokenizer = opener(argument, task)
+    try:
+        scores = score_rows(backend, tokenizer, task, rows, f"scoring rows with {Path(argument['model']).name}")
+    finally:
+        backend.close()
+    scores.save(Path(argument["scores"]))
+    return {"device": backend.device}
+
+
+def _is_gguf(model: str) -> bool:
+    return model.lower().endswith(".gguf") or Path(model).is_file()
+
+
+def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
+    from lib.models.gguf_tokenizer import tokenizer_from_gguf
+    from lib.scoring import LlamaCppBackend
+
+    backend = LlamaCppBackend(
+        argument["model"],
+        n_ctx=task.max_seq_length,
+        n_threads=argument["n_threads"],
+        n_gpu_layers=argument["n_gpu_layers"],
+    )
+    return backend, tokenizer_from_gguf(argument["model"])
+
+
+def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
+    """A hub id, a model folder, or an adapter folder with its base."""
+    from lib.device import compute_dtype
+    from lib.models.loading import load_model, load_tokenizer, resolve_base
+    from lib.scoring import TransformersBackend
+
+    folder, adapter = Path(argument["model"]), None
+    name = argument["model"]
+    if (folder / "adapter_config.json").is_file():
+        adapter = folder
+        name = argument["base_model"] or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not name:
+            raise InputError(
+                f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model."
+            )
+    base = resolve_base(name, argument["revision"])
+    own = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(adapter if own else base.path)
+    dtype, _ = compute_dtype(argument["dtype"])
+    model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
+    return TransformersBackend(model, argument["batch_size"], argument["model"]), tokenizer
