@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
+PLAIN_BYTES = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 ROLES = ("system", "user", "assistant")
 
 CHAT_TEMPLATE = """\
@@ -72,7 +73,9 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
     recipe = recipe or TokenizerRecipe()
     raw = _train(texts, words, recipe)
     _check_words(raw, words, recipe)
-    state = json.loads(raw.to_str())["model"]
+    whole = json.loads(raw.to_str())
+    whole["decoder"] = {"type": "ByteLevel", **PLAIN_BYTES}  # written out as Qwen2's file has it; same effect
+    state = whole["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=state["vocab"],
         merges=[tuple(pair) for pair in state["merges"]],
@@ -86,7 +89,8 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
         chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(folder)
-    raw.save(str(folder / "tokenizer.json"))  # the class would number the special tokens in another order
+    # the class would number the special tokens in another order
+    (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def ensure_tokenizer(texts: list[str], words: list[str]) -> Path:
@@ -115,10 +119,10 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
 
     raw = Tokenizer(BPE())
     raw.normalizer = normalizers.NFC()
-    pieces = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    pieces = PLAIN_BYTES
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(**pieces)])
-    raw.decoder = decoders.ByteLevel(**pieces)
+    raw.decoder = decoders.ByteLevel()
     raw.post_processor = processors.ByteLevel(**pieces)
     special = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
     trainer = trainers.BpeTrainer(

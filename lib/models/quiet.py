@@ -1,0 +1,43 @@
+"""Libraries told not to talk: what they print would land in a report page. Errors stay errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+_HARMLESS = ("Failed to load CPU gemm_4bit_forward",)
+
+
+def _not_harmless(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_HARMLESS)
+
+
+@functools.cache
+def quiet() -> None:
+    """Switch off progress bars and advice of transformers, peft and the hub client, once for this process.
+
+    Also drops one line that bitsandbytes logs when an optional kernel for single-row products is not installed; its
+    other messages are kept.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_harmless)
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Python warnings of the libraries called inside are dropped; exceptions pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
