@@ -1,0 +1,82 @@
+"""The child process that executes one notebook: ``python -m lib.reporting.execute REQUEST.json``.
+
+It does nothing but call papermill, and it never outlives the report runner: when its parent is gone, it ends its
+kernel and itself, so that a killed runner leaves no training behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lib.run.files import read_json
+
+OK, RAISED, DIED, BROKEN = 0, 1, 3, 4
+"""Exit codes: everything ran; a cell raised; the kernel died; papermill itself failed."""
+
+PR_SET_PDEATHSIG = 1
+
+
+def _end_descendants() -> None:
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _follow_parent(parent: int) -> None:
+    """End this process and its kernel within about a second of the end of `parent`."""
+    if sys.platform == "linux":  # the watching thread below would do, but this is immediate
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        _end_descendants()
+        os._exit(128 + signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
+
+
+def main(request_file: str) -> int:
+    """Execute the notebook of a request (see `lib.reporting.process.Request`) and return the exit code."""
+    request = read_json(Path(request_file))
+    _follow_parent(request["parent"])
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        execute_notebook(
+            request["notebook"],
+            request["output"],
+            parameters=request["parameters"],
+            kernel_name=request["kernel_name"],
+            cwd=request["cwd"],
+            progress_bar=False,
+            log_output=False,
+            start_timeout=120,
+            autosave_cell_every=5,
+        )
+    except PapermillExecutionError:
+        return RAISED
+    except (DeadKernelError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return DIED if "kernel died" in str(error).lower() else BROKEN
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,197 @@
+"""An executed notebook as one self-contained page: no script, no request to any network, readable on a phone."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.reporting.summary import Summary, commit_words
+from lib.run import provenance
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from nbformat import NotebookNode
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+_TITLE = re.compile(r"^# +(.+)$", re.M)
+_QUESTION = re.compile(r"^> *(.+)$", re.M)
+_STAGE_LINK = re.compile(r'<a href="(?P<path>[^":#]+)(?P<anchor>#[^"]*)?"[^>]*>(?P<text>.*?)</a>', re.S)
+_TABLE = re.compile(r"<table\b.*?</table>", re.S)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook of the report: file stem, heading, its one-sentence question, whether its page exists."""
+
+    name: str
+    title: str
+    question: str
+    exists: bool
+
+
+def read_stage(notebook: Path, exists: bool = False) -> Stage:
+    """Title and question from the notebook's first Markdown cell."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
+    title, question = _TITLE.search(first), _QUESTION.search(first)
+    clean = re.compile(r"[*_`]")
+    return Stage(
+        notebook.stem,
+        clean.sub("", title[1]) if title else notebook.stem,
+        clean.sub("", question[1]) if question else "",
+        exists,
+    )
+
+
+@functools.cache
+def pages() -> Environment:
+    """The templates of page heads, feet and indexes (escaping on)."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES / "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.tests["quantity"] = lambda text: bool(re.fullmatch(r"[-+−]?[\d.,]+|–", str(text)))
+    return environment
+
+
+@functools.cache
+def stylesheet() -> str:
+    """The style of every page, code colours included."""
+    from pygments.formatters import HtmlFormatter
+
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    return (TEMPLATES / "workbook.css").read_text(encoding="utf-8") + colours
+
+
+def shown(value: Any) -> str:
+    """A parameter's value as text."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+def code_caption(source: str) -> str:
+    """What the folded code says of itself: its first comment, or 'Code'."""
+    first = source.strip().splitlines()[0] if source.strip() else ""
+    return f"Code: {first.lstrip('# ').strip()}" if first.startswith("# ") else "Code"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def card(summary: Summary) -> list[tuple[str, str]]:
+    """The line under the navigation: run, date, model, data, commit."""
+    return [
+        ("Run", summary.name),
+        ("Date", summary.date),
+        ("Model", summary.model),
+        ("Data", summary.data),
+        ("Commit", summary.commit),
+    ]
+
+
+def _papermill(notebook: NotebookNode) -> tuple[str, float]:
+    """When the notebook was executed (local time of the metadata) and for how many seconds."""
+    meta = notebook.metadata.get("papermill", {})
+    return str(meta.get("end_time", ""))[:16].replace("T", " "), float(meta.get("duration") or 0.0)
+
+
+def _bottom(notebook: NotebookNode, name: str, summary: Summary) -> str:
+    date, seconds = _papermill(notebook)
+    products = summary.products(name)
+    given = notebook.metadata.get("papermill", {}).get("parameters", {})
+    versions = next((e.versions for e in reversed(list(products.values()))), provenance.versions())
+    return (
+        pages()
+        .get_template("bottom.html.j2")
+        .render(
+            current=name,
+            date=f"{date} UTC" if date else "an unknown date",
+            seconds=duration(seconds),
+            parameters=[(k, shown(v)) for k, v in (given or summary.parameters(name)).items()],
+            products=[
+                {
+                    "name": product,
+                    "cost": f"{duration(entry.seconds)}, {entry.peak_memory_mib:.0f} MiB at most, {entry.device}, "
+                    f"commit {commit_words(entry.git)}",
+                    "files": [(f, f"{o['bytes']:,} · {o['sha256'][:16]}") for f, o in entry.outputs.items()],
+                }
+                for product, entry in products.items()
+            ],
+            versions=list(versions.items()),
+        )
+    )
+
+
+def _prepare(notebook: NotebookNode) -> NotebookNode:
+    """Drop the parameters cell that papermill overrode: only the injected one is true for this run."""
+    tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
+    if any("injected-parameters" in t for t in tags):
+        notebook.cells = [c for c, t in zip(notebook.cells, tags, strict=True) if "parameters" not in t]
+    return notebook
+
+
+def _link(match: re.Match[str], there: set[str]) -> str:
+    """A link to another notebook becomes a link to its page; a link to a file that is not beside the page, text."""
+    stem = Path(match["path"]).stem
+    if match["path"].endswith(".ipynb") and stem in there:
+        return f'<a href="{stem}.html{match["anchor"] or ""}">{match["text"]}</a>'
+    return match["text"]
+
+
+def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
+    """The page of one executed notebook.
+
+    Args:
+        executed: papermill's output, named like the stage.
+        stages: all stages of the report in order; those that exist are linked.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    name = executed.stem
+    notebook = _prepare(nbformat.read(executed, as_version=4))
+    title = next((s.title for s in stages if s.name == name), name)
+    top = (
+        pages()
+        .get_template("top.html.j2")
+        .render(stages=stages, current=name, card=card(summary), stamps=summary.stamps)
+    )
+    config = Config()
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_input_tags = ("remove_input",)
+    config.TagRemovePreprocessor.remove_cell_tags = ("remove_cell",)
+    exporter = HTMLExporter(
+        config=config,
+        template_name="workbook",
+        extra_template_basedirs=[str(TEMPLATES)],
+        language_code="en",
+        exclude_anchor_links=True,
+        embed_images=True,
+    )
+    exporter.register_filter("code_caption", code_caption)
+    resources = {
+        "workbook": {
+            "title": f"{title} – run {summary.name}",
+            "css": stylesheet(),
+            "top": top,
+            "bottom": _bottom(notebook, name, summary),
+        }
+    }
+    html, _ = exporter.from_notebook_node(notebook, resources=resources)
+    head, separator, rest = html.partition('<main id="content">')
+    body, end, foot = rest.partition("</main>")
+    there = {s.name for s in stages if s.exists}
+    body = _STAGE_LINK.sub(lambda m: _link(m, there), body)
+    body = _TABLE.sub(lambda m: f'<div class="scroll" tabindex="0" role="region" aria-label="table">{m[0]}</div>', body)
+    return head + separator + body + end + foot

@@ -1,0 +1,192 @@
+"""What the manifest and the product folders say about a run, as plain values for page heads and indexes.
+
+Later products may be missing and their files may lack keys: what is not there is left out, nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.run import Entry, Run
+from lib.run.files import read_json
+from lib.run.manifest import NOTEBOOK_OF
+
+SAMPLE, OFFLINE = "sample data:", "offline base model:"
+"""How the two stamps of the data product begin."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """An accuracy with its interval; n rows."""
+
+    accuracy: float
+    interval: tuple[float, float] | None
+    n: int | None
+
+    def __str__(self) -> str:
+        text = f"{self.accuracy:.3f}"
+        return f"{text} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]" if self.interval else text
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in plain values.
+
+    Attributes:
+        entries: manifest entries by product, in the order of the stages.
+        stamps: what every page must say.
+        qualities: accuracy on "all" and on "leak_free" test rows, by "linear floor", "base" and "fine-tuned".
+        files: one dict a quantized file, with the keys of comparison.json.
+        recommendation: the comparison's answer in words; empty when there is none.
+    """
+
+    name: str
+    entries: dict[str, Entry]
+    stamps: list[str]
+    qualities: dict[str, dict[str, Quality]] = field(default_factory=dict)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    recommendation: str = ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the data product."""
+        entry = self.entries.get("data")
+        return entry.facts if entry else {}
+
+    @property
+    def model(self) -> str:
+        if self.facts.get("offline_base"):
+            return "offline base (trained here)"
+        name, revision = self.facts.get("base_model", ""), str(self.facts.get("base_revision", ""))
+        return f"{name} @ {revision[:12]}" if revision else str(name) or "not chosen yet"
+
+    @property
+    def data(self) -> str:
+        return str(self.facts.get("source", "")) or "not read yet"
+
+    @property
+    def date(self) -> str:
+        finished = [entry.finished for entry in self.entries.values()]
+        return max(finished)[:16].replace("T", " ") if finished else ""
+
+    @property
+    def commit(self) -> str:
+        git = [entry.git for entry in self.entries.values() if entry.git]
+        return commit_words(git[-1]) if git else "unknown"
+
+    @property
+    def recommended(self) -> str:
+        """Type of the recommended file, if the comparison names one."""
+        chosen = next((f for f in self.files if f.get("recommended")), None)
+        return str(chosen.get("type")) if chosen else ""
+
+    def parameters(self, *notebooks: str) -> dict[str, Any]:
+        """Parameters of the products of these notebooks (of all without an argument)."""
+        merged: dict[str, Any] = {}
+        for product, entry in self.entries.items():
+            if not notebooks or NOTEBOOK_OF.get(product) in notebooks:
+                merged |= entry.parameters
+        return merged
+
+    def products(self, notebook: str) -> dict[str, Entry]:
+        """The products that a notebook makes."""
+        return {p: e for p, e in self.entries.items() if NOTEBOOK_OF.get(p) == notebook}
+
+
+def commit_words(git: dict[str, Any]) -> str:
+    """A manifest's git entry in words."""
+    return f"{str(git.get('commit', 'unknown'))[:12]}{' (changed files)' if git.get('dirty') else ''}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A product's JSON object; empty when it is absent or damaged (its page says so, not the index)."""
+    try:
+        value = read_json(path)
+    except (OSError, InputError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _interval(value: Any) -> tuple[float, float] | None:
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return float(value[0]), float(value[1])
+    return None
+
+
+def _quality(block: Any) -> Quality | None:
+    """An accuracy block: {"accuracy", "accuracy_interval", "n"}; the Wilson interval is added where n is known."""
+    if not isinstance(block, dict) or not isinstance(block.get("accuracy"), (int, float)):
+        return None
+    n = block.get("n")
+    if n is None and isinstance(block.get("predictions"), list):
+        n = len(block["predictions"])
+    interval = _interval(block.get("accuracy_interval"))
+    if interval is None and n:
+        from lib.statistics import wilson
+
+        interval = _interval(wilson(round(block["accuracy"] * n), n).to_json())
+    return Quality(float(block["accuracy"]), interval, n)
+
+
+def _pair(block: Any) -> dict[str, Quality]:
+    """All rows and leak-free rows of one model."""
+    if not isinstance(block, dict):
+        return {}
+    found = {"all": _quality(block), "leak_free": _quality(block.get("leak_free"))}
+    return {key: value for key, value in found.items() if value}
+
+
+def _qualities(folder: Path) -> dict[str, dict[str, Quality]]:
+    floor = _json(folder / "data" / "floor.json")
+    found = {"linear floor": _pair(floor.get("test"))}
+    evaluation = _json(folder / "evaluation" / "evaluation.json")
+    models = evaluation.get("models", [])
+    named = models if isinstance(models, dict) else {str(m.get("model", "")): m for m in models if isinstance(m, dict)}
+    for name, block in named.items():
+        kind = "base" if "base" in name.lower() else "fine-tuned" if "tuned" in name.lower() else ""
+        if kind and kind not in found:
+            found[kind] = _pair(block)
+    return {name: value for name, value in found.items() if value}
+
+
+def _files(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    for key in ("files", "models", "entries"):
+        if isinstance(comparison.get(key), list):
+            return [f for f in comparison[key] if isinstance(f, dict)]
+    return []
+
+
+def summarise(run: Run) -> Summary:
+    """Read a run; never fails on a product that is not there yet."""
+    entries = run.manifest.entries()
+    known = {product: entry for product, entry in entries.items() if (run.folder / product).is_dir()}
+    comparison = _json(run.folder / "comparison" / "comparison.json") if "comparison" in known else {}
+    recommendation = comparison.get("recommendation") or {}
+    if isinstance(recommendation, str):
+        recommendation = {"text": recommendation}
+    files = [
+        {**f, "recommended": f.get("type") == recommendation.get("type", recommendation.get("file"))}
+        for f in _files(comparison)
+    ]
+    return Summary(
+        name=run.name,
+        entries=known,
+        stamps=_stamps(run, known),
+        qualities=_qualities(run.folder),
+        files=files,
+        recommendation=str(recommendation.get("text", "")),
+    )
+
+
+def _stamps(run: Run, entries: dict[str, Entry]) -> list[str]:
+    """The run's stamps; the two about sample data and offline base are joined into one sentence."""
+    facts = entries["data"].facts if "data" in entries else {}
+    sample, offline = bool(facts.get("sample_data")), bool(facts.get("offline_base"))
+    whats = [what for what, there in (("offline base model", offline), ("sample data", sample)) if there]
+    nots = [what for what, there in (("Qwen", offline), ("ChnSentiCorp", sample)) if there]
+    joined = [f"{', '.join(whats)}: not a result about {' or '.join(nots)}"] if whats else []
+    others = [s for s in run.stamps() if not s.startswith((SAMPLE, OFFLINE))]
+    return joined + others
