@@ -12,6 +12,7 @@ from lib.evaluation.analysis import LEAK_FREE, evaluate_scores, subsets
 from lib.models.prompting import Task
 from lib.run.child import run_child
 from lib.run.files import read_json, read_jsonl, write_jsonl
+from lib.run.folders import user_path
 from lib.scoring import Scores, score_rows
 
 
@@ -104,20 +105,21 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_gguf(model: str) -> bool:
-    return model.lower().endswith(".gguf") or Path(model).is_file()
+    return model.lower().endswith(".gguf") or user_path(model).is_file()
 
 
 def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.scoring import LlamaCppBackend
 
+    path = user_path(argument["model"])
     backend = LlamaCppBackend(
-        argument["model"],
+        path,
         n_ctx=task.max_seq_length,
         n_threads=argument["n_threads"],
         n_gpu_layers=argument["n_gpu_layers"],
     )
-    return backend, tokenizer_from_gguf(argument["model"])
+    return backend, tokenizer_from_gguf(path)
 
 
 def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
@@ -126,7 +128,7 @@ def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
     from lib.models.loading import load_model, load_tokenizer, resolve_base
     from lib.scoring import TransformersBackend
 
-    folder, adapter = Path(argument["model"]), None
+    folder, adapter = user_path(argument["model"]), None
     name = argument["model"]
     if (folder / "adapter_config.json").is_file():
         adapter = folder

@@ -1,0 +1,74 @@
+"""A run with the products data and adapter, made by hand on the tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.models.loading import resolve_base
+from lib.run import Run, Work, open_run
+from lib.run.files import write_json, write_jsonl
+from tests.scoring import tiny
+from tests.scoring.conftest import Tiny, small  # noqa: F401
+
+TRAIN = [{"id": f"train-{i:05d}", "text": t, "label": i % 2, "pattern": "seen"} for i, t in enumerate(tiny.texts(20))]
+
+
+def test_rows() -> list[dict]:
+    """40 test rows, a third of them of an unseen pattern."""
+    return [{**row, "pattern": "unseen" if i % 3 == 0 else "seen"} for i, row in enumerate(tiny.rows(40))]
+
+
+test_rows.__test__ = False
+
+
+def save_adapter(small: Tiny, folder: Path) -> None:  # noqa: F811
+    """A random LoRA adapter of the tiny model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(
+        tiny.make_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    model.peft_config["default"].base_model_name_or_path = str(small.folder)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture
+def run(small: Tiny, home: Path) -> Run:  # noqa: F811
+    """A run whose base model is the tiny model's folder."""
+    run = open_run("tiny")
+
+    def data(work: Work) -> None:
+        rows = test_rows()
+        write_jsonl(work.folder / "train.jsonl", TRAIN)
+        write_jsonl(work.folder / "test.jsonl", rows)
+        write_json(work.folder / "task.json", small.task.to_json())
+        predictions = [row["label"] if i % 4 else 1 - row["label"] for i, row in enumerate(rows)]
+        write_json(work.folder / "floor.json", {"model": "words", "test": {"predictions": predictions}})
+        small.tokenizer.save_pretrained(work.folder / "tokenizer")
+        work.facts |= {
+            "source": "made for this test",
+            "sample_data": True,
+            "base_model": str(small.folder),
+            "base_revision": resolve_base(str(small.folder)).revision,
+            "offline_base": False,
+            "prompt_hash": "0",
+        }
+
+    def adapter(work: Work) -> None:
+        save_adapter(small, work.folder)
+        work.facts |= {"method": "LoRA"}
+
+    run.produce("data", data, {})
+    run.produce("adapter", adapter, {}, inputs=("data",))
+    return run
+
+
+@pytest.fixture(scope="session")
+def labels() -> np.ndarray:
+    """True labels of the test rows."""
+    return np.array([row["label"] for row in test_rows()])
