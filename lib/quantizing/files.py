@@ -1,0 +1,176 @@
+"""One file at a time: predict its size, quantize it, describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.device import llama_cpp_problem, physical_cores
+from lib.errors import InputError
+from lib.models.gguf_file import check_gguf
+from lib.quantizing import recipes
+from lib.quantizing.checks import check_output
+from lib.run.child import run_child
+from lib.run.files import atomic_path, require_space
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """One quantized file.
+
+    Attributes:
+        type: the recipe, e.g. "Q4_K_M".
+        file: its name.
+        bytes, predicted_bytes: size of the file, measured, and by the dry run before.
+        weights: number of weights; tensor_bytes: what they take without header and padding.
+        bits_per_weight: 8 * tensor_bytes / weights.
+        histogram: tensors, weights, bytes and share of weights by tensor type, most weights first.
+        fallbacks: tensors whose rows do not fill blocks of the type that the recipe wants:
+            {"tensor", "columns", "wanted", "type"}.
+        token_embedding_type: tensor type of the token embedding.
+        imatrix: name of the importance matrix used; None without.
+        seconds, peak_memory_mib: cost of quantizing.
+    """
+
+    type: str
+    file: str
+    bytes: int
+    predicted_bytes: int
+    weights: int
+    tensor_bytes: int
+    bits_per_weight: float
+    histogram: list[dict[str, Any]]
+    fallbacks: list[dict[str, Any]]
+    token_embedding_type: str | None
+    imatrix: str | None
+    seconds: float
+    peak_memory_mib: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def _require_llama_cpp() -> None:
+    if problem := llama_cpp_problem():
+        do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
+        raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+
+
+def predict_sizes(source: Path, types: Sequence[str], imatrix: Path | None = None) -> list[dict[str, Any]]:
+    """Exact sizes before quantizing, by llama.cpp's dry run (milliseconds; reads only the header).
+
+    Args:
+        source: GGUF with F32, F16 or BF16 weights.
+        types: recipes, e.g. ["Q8_0", "Q4_K_M"].
+        imatrix: importance matrix, if one will be used: it changes a few types and adds header keys.
+
+    Returns:
+        One dict a type: "type", "bytes" (of the file), "tensor_bytes", "weights", "bits_per_weight" (effective:
+        8 * tensor bytes / weights), "fallbacks", "needs_imatrix".
+
+    Raises:
+        InputError: unknown type, no usable source, source already quantized.
+    """
+    return survey(source, types, imatrix)[0]
+
+
+def survey(
+    source: Path, types: Sequence[str], imatrix: Path | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """`predict_sizes` of a source, and the source as `describe_gguf` describes it; both by one child process."""
+    for name in types:
+        recipes.file_type(name)
+    check_gguf(source)
+    _require_llama_cpp()
+    argument = {"source": str(source.resolve()), "types": list(types), "imatrix": _absolute(imatrix)}
+    answer = run_child("lib.quantizing.worker:predict", argument, "predicting sizes")
+    return answer["predictions"], answer["source"]
+
+
+def describe_gguf(path: Path) -> dict[str, Any]:
+    """What a GGUF file really holds, by its own header.
+
+    Returns:
+        "file", "bytes", "type" (recipe by the header), "architecture", "name", "imatrix", "weights", "tensor_bytes",
+        "bits_per_weight" (effective), "histogram" ({"type", "tensors", "weights", "bytes", "share"}, most weights
+        first), "fallbacks" ({"tensor", "columns", "wanted", "type"}: rows that do not fill blocks of the wanted type),
+        "token_embedding_type".
+
+    Raises:
+        InputError: not a GGUF file, damaged or truncated.
+    """
+    check_gguf(path)
+    _require_llama_cpp()
+    answer = run_child("lib.quantizing.worker:describe", {"path": str(path.resolve())}, f"reading {path.name}")
+    return {key: value for key, value in answer.items() if key != "peak_memory_mib"}
+
+
+def quantize_file(
+    source: Path, output: Path, type_name: str, imatrix: Path | None = None, n_threads: int = 0
+) -> QuantizationReport:
+    """Quantize one GGUF file with llama.cpp, byte for byte as llama-quantize does it.
+
+    The work is done in a child process into a temporary sibling of `output`; the new file is loaded with every tensor
+    checked before it is flushed and renamed, so that `output` is either complete or absent.
+
+    Args:
+        source: GGUF with F32, F16 or BF16 weights.
+        output: the new file.
+        type_name: recipe, e.g. "Q4_K_M".
+        imatrix: importance matrix of llama-imatrix (GGUF or .dat); its file name goes into the new header.
+        n_threads: 0 = physical cores; the result does not depend on it.
+
+    Raises:
+        InputError: unknown type; source missing, no GGUF, damaged, or already quantized; output is the source; a type
+            that needs an importance matrix without one; one that does not fit the model; too little room.
+    """
+    recipes.file_type(type_name)
+    check_gguf(source)
+    check_output(source, output)
+    prediction = predict_sizes(source, [type_name], imatrix)[0]
+    return quantize_predicted(source, output, prediction, imatrix, n_threads)
+
+
+def quantize_predicted(
+    source: Path,
+    output: Path,
+    prediction: dict[str, Any],
+    imatrix: Path | None = None,
+    n_threads: int = 0,
+    what: str = "",
+) -> QuantizationReport:
+    """As `quantize_file`, for a checked source whose size was predicted already; `what` names the work."""
+    name = prediction["type"]
+    if prediction["needs_imatrix"] and imatrix is None:
+        do = "give one (--imatrix FILE, made by llama-imatrix), or choose a K-type such as Q3_K_M or Q2_K."
+        raise InputError(f"{name} without an importance matrix.", "an importance matrix for this type.", do)
+    require_space(output.parent, prediction["bytes"], f"{output.name}")
+    with atomic_path(output) as temporary:
+        argument = {
+            "source": str(source.resolve()),
+            "output": str(temporary.absolute()),
+            "type": name,
+            "imatrix": _absolute(imatrix),
+            "n_threads": n_threads or physical_cores(),
+        }
+        answer = run_child("lib.quantizing.worker:quantize", argument, what or f"quantizing to {name}")
+        description = answer["description"]
+        if description["bytes"] != prediction["bytes"]:
+            raise RuntimeError(f"{output.name} has {description['bytes']} bytes; predicted {prediction['bytes']}")
+    kept = ("weights", "tensor_bytes", "bits_per_weight", "histogram", "fallbacks", "token_embedding_type", "imatrix")
+    return QuantizationReport(
+        type=name,
+        file=output.name,
+        bytes=description["bytes"],
+        predicted_bytes=prediction["bytes"],
+        **{key: description[key] for key in kept},
+        seconds=round(answer["seconds"], 3),
+        peak_memory_mib=answer["memory_mib"],
+    )
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())

@@ -1,0 +1,124 @@
+"""Importance matrices: the mean square of every input of every linear layer over a calibration text.
+
+Both formats of llama.cpp are read: GGUF (`general.type` = "imatrix": sums of squares and counts) and the older .dat
+(little-endian: entries of name, calls, values; then chunks and the name of the data set). For child processes only.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.quantizing.native import Header, open_header
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_LONGEST_NAME = 4096
+
+
+@dataclass
+class Imatrix:
+    """Values by tensor name (float32, one for every input of the layer, experts one after another)."""
+
+    file: str
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    dataset: str | None = None
+    chunks: int = 0
+
+    def header_texts(self) -> dict[str, str]:
+        """Keys of text that llama.cpp adds to a file quantized with an importance matrix (127 bytes at most)."""
+        texts = {"quantize.imatrix.file": self.file}
+        if self.dataset is not None:
+            texts["quantize.imatrix.dataset"] = self.dataset
+        return {key: text.encode()[:127].decode("utf-8", "ignore") for key, text in texts.items()}
+
+    def header_numbers(self) -> dict[str, int]:
+        """Keys of numbers, likewise."""
+        numbers = {"quantize.imatrix.entries_count": len(self.values)}
+        return {**numbers, "quantize.imatrix.chunks_count": self.chunks} if self.chunks > 0 else numbers
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"the importance matrix {path}: {what}.", "a file of llama-imatrix.", "make it again.")
+
+
+def read(path: Path) -> Imatrix:
+    """Read an importance matrix.
+
+    Raises:
+        InputError: no such file, neither format, or values that are not finite.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}.", "an importance matrix.", "correct the path.")
+    with path.open("rb") as stream:
+        is_gguf = stream.read(4) == b"GGUF"
+    result = _read_gguf(path) if is_gguf else _read_legacy(path)
+    for name, values in result.values.items():
+        if not np.isfinite(values).all():
+            raise _damaged(path, f"{name} holds values that are not finite")
+    return result
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    with open_header(path) as header:
+        if header.text("general.type") != "imatrix":
+            raise _damaged(path, f"its general.type is {header.text('general.type')!r}, not 'imatrix'")
+        names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
+        if not names:
+            raise _damaged(path, "it holds no sums")
+        result = Imatrix(path.name, {}, header.first_text("imatrix.datasets"))
+        result.chunks = header.number("imatrix.chunk_count") or 0
+        for name in sorted(names):
+            if name + _COUNTS not in header.tensors:
+                raise _damaged(path, f"{name} has sums but no counts")
+            sums, counts = _floats(path, header, name + _SUMS), np.round(_floats(path, header, name + _COUNTS))
+            if counts.size == 0 or sums.size % counts.size:
+                raise _damaged(path, f"{name} has {sums.size} sums for {counts.size} counts")
+            sums, counts = sums.reshape(counts.size, -1), counts[:, None]
+            means = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+            result.values[name] = np.ascontiguousarray(means.reshape(-1), dtype=np.float32)
+    return result
+
+
+def _floats(path: Path, header: Header, name: str) -> np.ndarray:
+    tensor = header.tensors[name]
+    if tensor["type"] != "f32":
+        raise _damaged(path, f"{name} is {tensor['type']}, not f32")
+    return np.fromfile(path, "<f4", tensor["weights"], offset=tensor["offset"])
+
+
+def _read_legacy(path: Path) -> Imatrix:
+    data = path.read_bytes()
+    position = 0
+
+    def integer() -> int:
+        nonlocal position
+        if position + 4 > len(data):
+            raise _damaged(path, "it ends too early or is no importance matrix")
+        position += 4
+        return struct.unpack_from("<i", data, position - 4)[0]
+
+    def take(size: int, most: int) -> bytes:
+        nonlocal position
+        if not 0 < size <= most or position + size > len(data):
+            raise _damaged(path, "it ends too early or is no importance matrix")
+        position += size
+        return data[position - size : position]
+
+    result = Imatrix(path.name)
+    entries = integer()
+    if not 0 < entries <= len(data) // 12:
+        raise _damaged(path, "neither GGUF nor the older .dat format")
+    for _ in range(entries):
+        name = take(integer(), _LONGEST_NAME).decode("utf-8", "replace")
+        calls, count = integer(), integer()
+        values = np.frombuffer(take(4 * count, len(data)), "<f4")
+        result.values[name] = np.ascontiguousarray(values / np.float32(calls) if calls > 0 else values, np.float32)
+    if position < len(data):
+        result.chunks = integer()
+        if position < len(data):
+            result.dataset = take(integer(), _LONGEST_NAME).split(b"\0")[0].decode("utf-8", "replace")
+    return result

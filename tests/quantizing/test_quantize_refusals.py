@@ -1,0 +1,152 @@
+"""What quantizing refuses, before it touches anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_gguf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.errors import InputError
+from lib.quantizing import describe_gguf, imatrix, predict_sizes, quantize_file, recipes, worker
+from lib.run.files import sha256_file
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf.write(tmp_path_factory.mktemp("source") / "tiny-F16.gguf")
+
+
+def test_report_of_one_file(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "空 格" / "tiny-Q4_K_M.gguf"
+    report = quantize_file(source, output, "Q4_K_M")
+    assert report.bytes == report.predicted_bytes == output.stat().st_size
+    assert report.type == "Q4_K_M" and report.file == output.name and report.token_embedding_type == "q6_K"
+    assert sum(row["bytes"] for row in report.histogram) == report.tensor_bytes
+    assert sum(row["share"] for row in report.histogram) == pytest.approx(1)
+    assert [row["type"] for row in report.histogram] == ["q4_K", "q6_K", "f32"]
+    assert report.peak_memory_mib > 10 and report.seconds > 0
+    assert [p.name for p in output.parent.iterdir()] == [output.name]
+    description = describe_gguf(output)
+    assert description["type"] == "Q4_K_M" and description["bits_per_weight"] == report.bits_per_weight
+    with pytest.raises(InputError, match=r"already quantized .Q4_K_M.*outtype: f16"):
+        quantize_file(output, tmp_path / "again.gguf", "Q2_K")
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "q4_k_m", "Q9_0", "", "NVFP4"])
+def test_unknown_type(source: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="unknown quantization type"):
+        quantize_file(source, tmp_path / "out.gguf", name)
+
+
+def test_close_match_of_an_unknown_type() -> None:
+    with pytest.raises(InputError, match="write Q4_K_M"):
+        recipes.file_type("q4_k_m")
+
+
+def test_output_that_is_the_source(source: Path, tmp_path: Path) -> None:
+    before = sha256_file(source)
+    hard, soft = tmp_path / "hard.gguf", tmp_path / "soft.gguf"
+    os.link(source, hard)
+    soft.symlink_to(source)
+    for output in (source, hard, soft, source.parent / "." / source.name):
+        with pytest.raises(InputError, match=r"the source file itself|symbolic link"):
+            quantize_file(source, output, "Q8_0")
+    assert sha256_file(source) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "HTML"),
+        (bytes(4096), "zeros"),
+        (b"PK\x03\x04" + bytes(64), "pickle"),
+        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "damaged GGUF"),
+    ],
+)
+def test_source_that_is_no_gguf(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        quantize_file(path, tmp_path / "out.gguf", "Q8_0")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_missing_source_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file"):
+        predict_sizes(tmp_path / "none.gguf", ["Q8_0"])
+    with pytest.raises(InputError, match="is a folder"):
+        describe_gguf(tmp_path)
+
+
+def test_truncated_source(source: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(source.read_bytes()[:-4096])
+    with pytest.raises(InputError, match="header describes"):
+        quantize_file(cut, tmp_path / "out.gguf", "Q8_0")
+
+
+def test_source_with_nan_leaves_nothing(tmp_path: Path) -> None:
+    weights = tiny_gguf.tensors(256, 2, 1, 259, 512, 128)
+    weights["blk.1.ffn_up.weight"][3, 7] = np.nan
+    source = tiny_gguf.write(tmp_path / "nan-F16.gguf", weights=weights)
+    with pytest.raises(InputError, match="cannot quantize"):
+        quantize_file(source, tmp_path / "out.gguf", "Q8_0")
+    assert [p.name for p in tmp_path.iterdir()] == ["nan-F16.gguf"]
+
+
+def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="MB free"):
+        quantize_file(source, tmp_path / "out.gguf", "Q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_importance_matrix_is_needed(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="IQ2_XXS without an importance matrix"):
+        quantize_file(source, tmp_path / "out.gguf", "IQ2_XXS")
+
+
+def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> None:
+    matrix = tiny_gguf.write_imatrix(tmp_path / "imatrix.gguf", width=896)
+    argument = {"source": str(source), "output": str(tmp_path / "out.gguf"), "type": "Q4_K_M", "n_threads": 1}
+    with pytest.raises(InputError, match=r"has 896 values for .*256"):
+        worker.quantize({**argument, "imatrix": str(matrix)})
+
+
+def test_importance_matrix_values(tmp_path: Path) -> None:
+    """Both formats hold the same means: sums / calls."""
+    new = imatrix.read(tiny_gguf.write_imatrix(tmp_path / "a.gguf"))
+    old = imatrix.read(tiny_gguf.write_imatrix(tmp_path / "a.dat", legacy=True))
+    assert new.values.keys() == old.values.keys() and len(new.values) == 14
+    for name, values in new.values.items():
+        np.testing.assert_array_equal(values, old.values[name])
+    assert (new.dataset, new.chunks) == (old.dataset, old.chunks) == ("calibration.txt", 4)
+
+
+def test_importance_matrix_with_nan(tmp_path: Path) -> None:
+    path = tiny_gguf.write_imatrix(tmp_path / "a.dat", legacy=True)
+    data = bytearray(path.read_bytes())
+    start = 4 + 4 + int.from_bytes(data[4:8], "little") + 8
+    data[start : start + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="not finite"):
+        imatrix.read(path)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_as_an_importance_matrix(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.dat"
+    path.write_bytes(content)
+    try:
+        imatrix.read(path)
+    except InputError:
+        return
+    assert len(content) > 12

@@ -1,0 +1,137 @@
+"""Tiny Qwen2 models as GGUF files, made without a model library, the same on every machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def byte_tokens() -> list[str]:
+    """The 256 tokens of byte-level BPE, in the order of GPT-2's table."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return [chr(b) for b in shown] + [chr(256 + i) for i in range(len(hidden))]
+
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def noise(shape: tuple[int, ...], seed: int, scale: float = 0.05) -> np.ndarray:
+    """Weights by integer arithmetic alone: no library or processor can change them."""
+    x = np.arange(int(np.prod(shape)), dtype=np.uint64) + np.uint64(seed * 1_000_003 + 1)
+    for _ in range(2):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x >> np.uint64(40)).astype(np.float64) / 2**24
+    return ((2 * x - 1) * scale).astype(np.float32).reshape(shape)
+
+
+def tensors(width: int, layers: int, seed: int, vocabulary: int, hidden: int, kv_width: int) -> dict[str, np.ndarray]:
+    """All tensors of a Qwen2 model with tied embeddings; matrices as (rows, columns)."""
+    result = {
+        "token_embd.weight": noise((vocabulary, width), seed, 0.5),
+        "output_norm.weight": np.ones(width, np.float32),
+    }
+    shapes = {
+        "attn_q.weight": (width, width),
+        "attn_k.weight": (kv_width, width),
+        "attn_v.weight": (kv_width, width),
+        "attn_output.weight": (width, width),
+        "ffn_gate.weight": (hidden, width),
+        "ffn_up.weight": (hidden, width),
+        "ffn_down.weight": (width, hidden),
+        "attn_q.bias": (width,),
+        "attn_k.bias": (kv_width,),
+        "attn_v.bias": (kv_width,),
+    }
+    for layer in range(layers):
+        for i, (name, shape) in enumerate(shapes.items()):
+            result[f"blk.{layer}.{name}"] = noise(shape, seed + 100 * (layer + 1) + i, 0.1)
+        for name in ("attn_norm.weight", "ffn_norm.weight"):
+            result[f"blk.{layer}.{name}"] = np.ones(width, np.float32)
+    return result
+
+
+def write(
+    path: Path,
+    width: int = 256,
+    layers: int = 2,
+    seed: int = 1,
+    tokens: list[str] | None = None,
+    weights: dict[str, np.ndarray] | None = None,
+    merges: list[str] | None = None,
+    outtype: str = "f16",
+) -> Path:
+    """Write a tiny Qwen2 GGUF.
+
+    Args:
+        width: hidden size; 256 fills super-blocks, 896 (as Qwen2.5-0.5B) does not.
+        tokens: vocabulary; default the 256 bytes and three special tokens.
+        weights: tensors to use instead of noise.
+        outtype: "f16" or "f32" for the matrices.
+    """
+    tokens = tokens or [*byte_tokens(), *SPECIAL_TOKENS]
+    heads, hidden = width // 64, 512
+    weights = weights or tensors(width, layers, seed, len(tokens), hidden, 128)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_name("tiny")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(1_000_000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if outtype == "f16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
+    writer.add_token_merges(merges or ["! !"])
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_add_bos_token(False)
+    for name, values in weights.items():
+        half = outtype == "f16" and values.ndim > 1
+        writer.add_tensor(name, values.astype(np.float16 if half else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _importance(model: dict[str, np.ndarray], calls: int) -> dict[str, np.ndarray]:
+    """Sums of squares for every linear layer of the blocks: positive, and different for every input."""
+    linear = {k: v for k, v in model.items() if k.startswith("blk.") and k.endswith(".weight") and v.ndim == 2}
+    return {k: (noise((v.shape[1],), 900 + i, 1.0) ** 2 + 0.01) * calls for i, (k, v) in enumerate(linear.items())}
+
+
+def write_imatrix(path: Path, width: int = 256, calls: int = 4, legacy: bool = False) -> Path:
+    """Write an importance matrix for the model that `write` makes; `legacy` = the older .dat format."""
+    sums = _importance(tensors(width, 2, 1, 259, 512, 128), calls)
+    if legacy:
+        with path.open("wb") as stream:
+            stream.write(np.int32(len(sums)).tobytes())
+            for name, values in sums.items():
+                stream.write(np.int32(len(name)).tobytes() + name.encode())
+                stream.write(np.array([calls, len(values)], np.int32).tobytes() + values.astype(np.float32).tobytes())
+            text = b"calibration.txt"
+            stream.write(np.int32(calls).tobytes() + np.int32(len(text)).tobytes() + text)
+        return path
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["calibration.txt"])
+    writer.add_uint32("imatrix.chunk_count", calls)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, values in sums.items():
+        writer.add_tensor(f"{name}.in_sum2", values.astype(np.float32).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.array([[float(calls)]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
