@@ -3,4 +3,9 @@
 Importing this package loads nothing heavy; see docs/HOUSE.md for the rooms and their floors.
 """
 
+import warnings
+
 __version__ = "0.1.0"
+
+# tqdm says on stderr that ipywidgets is absent; in a headless notebook that line would be part of the report.
+warnings.filterwarnings("ignore", message="IProgress not found")
