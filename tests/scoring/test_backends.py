@@ -192,3 +192,20 @@ def test_llama_cpp_is_silent_and_closes_twice(small, capfd):
     backend.close()
     backend.close()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_bfloat16_and_4_bits(small, in_4bit):
+    """Reduced precision moves numbers by rounding only, whatever the batch."""
+    from lib.device import bitsandbytes_problem
+    from lib.models.loading import load_model
+
+    if in_4bit and (problem := bitsandbytes_problem()):
+        pytest.skip(problem)
+    model = load_model(small.folder, dtype="bfloat16", load_in_4bit=in_4bit, device="cpu")
+    prompts = prompts_of(small)
+    one = TransformersBackend(model, 1).label_log_probs(prompts, ANSWERS["several"])
+    eight = TransformersBackend(model, 8).label_log_probs(prompts, ANSWERS["several"])
+    exact = brute_force(model, prompts, ANSWERS["several"])
+    assert np.abs(one - eight).max() < 0.15 and np.abs(one - exact).max() < 0.15
+    assert np.abs(one - brute_force(small.model, prompts, ANSWERS["several"])).max() > 1e-3
