@@ -2,3 +2,7 @@
 
 `lib.reporting.runner.run_report` is the one entry; it is what ``workbook report`` calls.
 """
+
+
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM."""

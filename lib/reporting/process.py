@@ -137,6 +137,7 @@ def execute(
                     timed_out = True
                     end(child)
         except BaseException:
+            show("interrupted: ending this notebook and its processes …")
             end(child)
             raise
     tail.read()

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from lib import settings as schema
 from lib.errors import InputError
-from lib.reporting import checks, index, outcome, pages, process
+from lib.reporting import Terminated, checks, index, outcome, pages, process
 from lib.reporting.pages import Stage, duration
 from lib.reporting.summary import summarise
 from lib.run import open_run
@@ -49,10 +49,6 @@ class ReportError(RuntimeError):
     def __init__(self, stage: str, failure: outcome.Failure, evidence: Path | None) -> None:
         self.stage, self.exit_code, self.detail, self.evidence = stage, failure.exit_code, failure.detail, evidence
         super().__init__(f"{stage}: {failure.sentence}")
-
-
-class Terminated(BaseException):
-    """The process was asked to end by SIGTERM."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+# Quantization workbook. `make help` lists the targets.
+# An active conda or virtual environment that already has the lock is used; otherwise .venv is made.
+
+PARAMS ?= params/quick.yaml
+RUN ?= quick
+ACTIVE := $(shell sh scripts/active.sh)
+
+ifeq ($(ACTIVE),)
+python := .venv/bin/python
+ready := .venv/.ready
+else
+python := $(ACTIVE)
+ready :=
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help report test lab doctor params screenshots clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml)
+	@$(python) -m lib.cli report $(PARAMS)
+
+test: $(ready) ## lint, unit tests, and the quick report with its checks; prints the coverage
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m coverage erase
+	@$(python) -m coverage run -m pytest
+	@$(python) -m coverage combine --quiet
+	@$(python) -m coverage report
+
+lab: $(ready) ## open the notebooks in JupyterLab
+	@$(python) -m jupyterlab notebooks
+
+doctor: $(ready) ## what this machine can run; every lack with its cure
+	@$(python) -m lib.cli doctor
+
+params: $(ready) ## every key of a parameter file with its meaning
+	@$(python) -m lib.cli params
+
+screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
+	@$(python) scripts/screenshots.py $(RUN)
+
+clean: ## remove .venv, caches and reports; runs/ stays
+	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info
+	@find reports -mindepth 1 ! -name README.md -delete
+	@find lib tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ready: requirements.txt pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh

@@ -1,0 +1,222 @@
+"""The commands and their options; the work itself is imported only when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lib.cli.guard import guarded, tell
+
+app = typer.Typer(
+    name="workbook",
+    help="From data to a quantized model for the phone, with the evidence for every step.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command(short_help="what this machine can run, and the cure for every lack")
+@guarded
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run; every lack with its cure and the notebooks it touches."""
+    from lib.cli import doctor as checks
+    from lib.cli.output import show
+
+    found = checks.examine()
+    show({"checks": [check.to_json() for check in found]}, as_json, checks.as_text(found))
+    if checks.broken(found):
+        raise typer.Exit(2)
+
+
+@app.command(short_help="every key of a parameter file")
+@guarded
+def params(as_json: Json = False) -> None:
+    """Every key of a parameter file: type, default, meaning."""
+    from lib.cli.output import show
+    from lib.cli.parameters import as_text, keys
+
+    found = keys()
+    show({"parameters": found}, as_json, as_text(found))
+
+
+@app.command(short_help="run the seven notebooks, publish the pages")
+@guarded
+def report(
+    params_file: Annotated[Path, typer.Argument(help="parameter file", metavar="PARAMS.yaml")],
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key; may be repeated"),
+    ] = None,
+    start_from: Annotated[str | None, typer.Option("--from", metavar="NN", help="first notebook, e.g. 04")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that one notebook may take", min=1)] = 86400.0,
+    as_json: Json = False,
+) -> None:
+    """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
+    from lib import settings
+    from lib.cli.output import show
+    from lib.reporting.runner import ReportError, run_report
+
+    pairs = [text.partition("=") for text in parameters or []]
+    overrides = {key: settings.parse_override(key, value) for key, _, value in pairs}
+    try:
+        made = run_report(params_file, overrides, start_from, timeout=timeout)
+    except ReportError as error:
+        tell(str(error))
+        if error.detail:
+            tell(error.detail)
+        if error.evidence:
+            tell(f"The partial notebook is kept: {error.evidence}")
+        raise typer.Exit(error.exit_code) from None
+    result = {
+        "run": made.run,
+        "index": str(made.index),
+        "pages": [str(page) for page in made.pages],
+        "seconds": round(made.seconds, 1),
+    }
+    show(result, as_json, f"{made.index}")
+
+
+@app.command(short_help="adapter + base model → one model folder")
+@guarded
+def merge(
+    base_model: Annotated[str, typer.Option(help="folder (or hub id) of the base model", metavar="DIR")],
+    adapter: Annotated[Path, typer.Option(help="folder of the LoRA adapter", metavar="DIR")],
+    output_dir: Annotated[Path, typer.Option(help="new folder of the merged model", metavar="DIR")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as the base]")] = None,
+    revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",
+    as_json: Json = False,
+) -> None:
+    """Merge a LoRA adapter into its base model."""
+    from lib.cli import work
+
+    work.merge(base_model, adapter, output_dir, dtype, revision, as_json)
+
+
+@app.command(short_help="model folder → GGUF")
+@guarded
+def convert(
+    model_dir: Annotated[Path, typer.Argument(help="folder of a full model", metavar="MODEL_DIR")],
+    output: Annotated[Path, typer.Argument(help="new GGUF file", metavar="OUT.gguf")],
+    outtype: Annotated[str, typer.Option(help="f16, bf16, f32 or q8_0")] = "f16",
+    as_json: Json = False,
+) -> None:
+    """Convert a model folder to one GGUF file."""
+    from lib.cli import work
+
+    work.convert(model_dir, output, outtype, as_json)
+
+
+@app.command(short_help="GGUF → smaller GGUF")
+@guarded
+def quantize(
+    source: Annotated[Path, typer.Argument(help="GGUF with F32, F16 or BF16 weights", metavar="IN.gguf")],
+    output: Annotated[Path, typer.Argument(help="new GGUF file", metavar="OUT.gguf")],
+    type_name: Annotated[str, typer.Argument(help="e.g. Q4_K_M", metavar="TYPE")],
+    imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a GGUF file with llama.cpp."""
+    from lib.cli import work
+
+    work.quantize(source, output, type_name, imatrix, as_json)
+
+
+Data = Annotated[Path | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet", metavar="FILE")]
+RunName = Annotated[str | None, typer.Option("--run", help="take task and, without --data, test rows of a run")]
+MaxSamples = Annotated[int, typer.Option(help="most rows, drawn with seed 42; 0 = all", min=0)]
+GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]
+Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
+TextColumn = Annotated[str, typer.Option(help="column with the text; empty = find it")]
+LabelColumn = Annotated[str, typer.Option(help="column with the label; empty = find it")]
+LabelNames = Annotated[str | None, typer.Option(help="answer words of label 0,1,… joined by commas")]
+SystemPrompt = Annotated[str | None, typer.Option(help="system turn")]
+UserPrompt = Annotated[str | None, typer.Option(help="user turn; {text} is the row's text")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer together")]
+
+
+@app.command(short_help="models on labelled rows")
+@guarded
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="hub id, folder or .gguf file", metavar="MODEL...")],
+    data: Data = None,
+    run_name: RunName = None,
+    max_samples: MaxSamples = 0,
+    n_gpu_layers: GpuLayers = 0,
+    n_threads: Threads = 0,
+    output: Annotated[Path | None, typer.Option(help="also write the JSON there", metavar="FILE.json")] = None,
+    base_model: Annotated[str | None, typer.Option(help="base of an adapter [default: as it names it]")] = None,
+    revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="NF4 (bitsandbytes)")] = False,
+    batch_size: Annotated[int, typer.Option(help="rows scored together", min=1)] = 32,
+    text_column: TextColumn = "",
+    label_column: LabelColumn = "",
+    label_names: LabelNames = None,
+    system_prompt: SystemPrompt = None,
+    user_prompt: UserPrompt = None,
+    max_seq_length: MaxLength = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, interval, speed and memory of models on the same labelled rows."""
+    from lib.cli import work
+
+    given = _given(label_names, system_prompt, user_prompt, max_seq_length)
+    rows = work.Rows(data, run_name, max_samples, text_column, label_column, given)
+    options: dict[str, Any] = {
+        "base_model": base_model,
+        "revision": revision,
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "batch_size": batch_size,
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+    }
+    work.evaluate(models, rows, options, output, as_json)
+
+
+@app.command(short_help="quantized files against their reference")
+@guarded
+def compare(
+    reference: Annotated[Path, typer.Argument(help="the unquantized file", metavar="REFERENCE.gguf")],
+    others: Annotated[list[Path], typer.Argument(help="quantized files", metavar="OTHER.gguf...")],
+    output: Annotated[Path, typer.Option(help="folder for comparison.json and the scores", metavar="DIR")],
+    data: Data = None,
+    run_name: RunName = None,
+    max_samples: MaxSamples = 0,
+    n_gpu_layers: GpuLayers = 0,
+    n_threads: Threads = 0,
+    text_column: TextColumn = "",
+    label_column: LabelColumn = "",
+    label_names: LabelNames = None,
+    system_prompt: SystemPrompt = None,
+    user_prompt: UserPrompt = None,
+    max_seq_length: MaxLength = None,
+    as_json: Json = False,
+) -> None:
+    """Quantized files against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
+    from lib.cli import work
+
+    given = _given(label_names, system_prompt, user_prompt, max_seq_length)
+    rows = work.Rows(data, run_name, max_samples, text_column, label_column, given)
+    work.compare(reference, others, rows, output, {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}, as_json)
+
+
+def _given(
+    label_names: str | None, system_prompt: str | None, user_prompt: str | None, max_seq_length: int | None
+) -> dict[str, Any]:
+    """The task options that were given, as settings."""
+    names = [name.strip() for name in label_names.split(",")] if label_names is not None else None
+    values = {
+        "label_names": names,
+        "system_prompt": system_prompt,
+        "user_prompt": user_prompt,
+        "max_seq_length": max_seq_length,
+    }
+    return {key: value for key, value in values.items() if value is not None}

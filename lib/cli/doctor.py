@@ -1,0 +1,208 @@
+"""What this machine can run: every lack with its cure and the notebooks it touches. No network is used."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from lib import device
+from lib.run.folders import PROJECT, home
+
+OK, LACK, BROKEN, INFO = "ok", "lack", "broken", "info"
+MEMORY_GIB, DISK_GB = 4.0, 3.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor.
+
+    Attributes:
+        state: "ok", "lack" (something runs slower or not at all), "broken" (nothing runs), "info".
+        found: what is there.
+        cure: what to do; empty when nothing is to be done.
+        touches: the notebooks concerned.
+    """
+
+    name: str
+    state: str
+    found: str
+    cure: str = ""
+    touches: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _python() -> Check:
+    return Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
+
+
+def lock_differences() -> list[str]:
+    """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
+    found = []
+    for line in (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        name, separator, version = line.split(";")[0].partition("#")[0].strip().partition("==")
+        if not separator or name == "llama_cpp_python":  # which has a line of its own
+            continue
+        try:
+            have = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            have = "absent"
+        if have.partition("+")[0] != version.strip():
+            found.append(f"{name} {have} (lock: {version.strip()})")
+    return found
+
+
+def _lock() -> Check:
+    try:
+        different = lock_differences()
+    except OSError:
+        return Check("Packages", INFO, "no requirements.txt beside the project: the lock was not compared")
+    if not different:
+        return Check("Packages", OK, "exactly the lock (requirements.txt)")
+    shown = ", ".join(different[:5]) + (", …" if len(different) > 5 else "")
+    cure = "pip install -r requirements.txt (make does it)."
+    return Check("Packages", LACK, f"{len(different)} differ from the lock: {shown}", cure, "all: numbers may differ")
+
+
+def _torch() -> list[Check]:
+    try:
+        import torch
+
+        kind = device.torch_device()
+    except Exception as error:  # a broken native library may raise anything
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return [Check("torch", BROKEN, found, "pip install --force-reinstall torch==2.13.0", "all")]
+    checks = [Check("torch", OK, torch.__version__)]
+    if kind == "cpu":
+        cure = "none needed for the offline base; for Qwen, a GPU saves hours (README: GPU builds)."
+        checks.append(Check("GPU", LACK, f"none: {device.device_name()}", cure, "02, 03 (slower)"))
+    else:
+        checks.append(Check("GPU", OK, device.device_name()))
+    dtype, reason = device.compute_dtype()
+    if dtype == "bfloat16":
+        checks.append(Check("bfloat16", OK, reason))
+    else:
+        cure = "none: float32 is used, with twice the memory."
+        checks.append(Check("bfloat16", LACK, reason, cure, "02, 03 (more memory)"))
+    return checks
+
+
+def _optional() -> list[Check]:
+    """The two libraries without which part of the notebooks still runs."""
+    four_bit, llama = device.bitsandbytes_problem(), device.llama_cpp_problem()
+    cure = "pip install bitsandbytes==0.50.2; without it load_in_4bit falls back to LoRA and the pages say so."
+    checks = [
+        Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true")
+        if four_bit
+        else Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
+    ]
+    if llama:
+        cure = "install a C/C++ compiler, then pip install llama-cpp-python==0.3.36 (about 4 minutes on 2 cores)."
+        checks.append(Check("llama-cpp-python", LACK, llama, cure, "05 (gate), 06, 07"))
+    else:
+        import llama_cpp
+
+        gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
+        checks.append(Check("llama-cpp-python", OK, f"{metadata.version('llama-cpp-python')}, {gpu}"))
+    return checks
+
+
+def _room() -> list[Check]:
+    memory = device.available_memory() / 2**30
+    folder = next(p for p in (home(), *home().parents) if p.exists())
+    disk = shutil.disk_usage(folder).free / 1e9
+    enough = memory >= MEMORY_GIB
+    checks = [
+        Check("Memory", OK, f"{memory:.1f} GiB available")
+        if enough
+        else Check(
+            "Memory",
+            LACK,
+            f"{memory:.1f} GiB available, {MEMORY_GIB:.0f} wanted by params/quick.yaml",
+            "close programs; set gradient_checkpointing: true and smaller batches.",
+            "02, 03, 07",
+        )
+    ]
+    if disk >= DISK_GB:
+        checks.append(Check("Disk", OK, f"{disk:.1f} GB free at {home()}"))
+    else:
+        cure = "free some space, or set WORKBOOK_HOME to a folder on another disk."
+        checks.append(Check("Disk", LACK, f"{disk:.1f} GB free at {home()}, {DISK_GB:.0f} wanted", cure, "all"))
+    writable = os.access(folder, os.W_OK)
+    if not writable:
+        checks.append(Check("Output folder", BROKEN, f"{folder} cannot be written", "set WORKBOOK_HOME.", "all"))
+    return checks
+
+
+def _fonts() -> Check:
+    from lib.plots.style import cjk_font
+
+    if font := cjk_font():
+        return Check("Chinese font", OK, f"{font} (figures)")
+    cure = "apt install fonts-noto-cjk, dnf install google-noto-sans-cjk-fonts, or conda install font-ttf-noto-cjk."
+    return Check("Chinese font", LACK, "none: figures label in English", cure, "01, 03, 07 (figures)")
+
+
+def _tools() -> list[Check]:
+    checks = [
+        Check("git", OK, shutil.which("git") or "")
+        if shutil.which("git")
+        else Check("git", LACK, "absent", "install git; without it the pages cannot name the commit.", "all (footer)")
+    ]
+    browser = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+    )
+    words = browser or "absent: wanted only by `make screenshots`"
+    checks.append(Check("Chromium", INFO, words))
+    return checks
+
+
+def _hub() -> list[Check]:
+    """Settings that decide where models come from; nothing is asked over the network."""
+    endpoint = os.environ.get("HF_ENDPOINT", "not set: the hub itself")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    cached = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return [
+        Check("HF_ENDPOINT", INFO, endpoint),
+        Check("HF_HUB_OFFLINE", INFO, "on: only cached models and data" if offline else "off"),
+        Check("Model cache", INFO, cached),
+    ]
+
+
+def examine() -> list[Check]:
+    """All checks, in the order of importance."""
+    return [_python(), _lock(), *_torch(), *_optional(), *_room(), _fonts(), *_tools(), *_hub()]
+
+
+def broken(found: list[Check]) -> bool:
+    """Whether something is missing without which nothing runs."""
+    return any(check.state == BROKEN for check in found)
+
+
+def as_text(found: list[Check]) -> str:
+    """One line a check, cure and notebooks below a lack, a summary at the end."""
+    lines = []
+    for check in found:
+        lines.append(f"{check.state:<7} {check.name:<17} {check.found}")
+        if check.cure:
+            lines.append(f"{'':<25} cure: {check.cure}")
+        if check.touches:
+            lines.append(f"{'':<25} touches: {check.touches}")
+    lacks = sum(check.state == LACK for check in found)
+    if broken(found):
+        end = "Something required is broken: cure it first."
+    elif lacks:
+        end = (
+            f"All seven notebooks can start; {lacks} lacks narrow what they can do."
+            if lacks > 1
+            else ("All seven notebooks can start; one lack narrows what they can do.")
+        )
+    else:
+        end = "Everything is there."
+    return "\n".join([*lines, "", end])

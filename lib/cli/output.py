@@ -1,0 +1,37 @@
+"""Results on stdout: JSON for machines, aligned text for people."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def width(text: str) -> int:
+    """Columns that a text takes in a terminal (Chinese characters take two)."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cell(value: Any) -> str:
+    """A value as text for a table."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(cell(v) for v in value) + "]"
+    return str(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as aligned columns with a head line."""
+    grid = [list(columns)] + [[cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(width(line[i]) for line in grid) for i in range(len(columns))]
+    lines = ["  ".join(t + " " * (w - width(t)) for t, w in zip(line, widths, strict=True)).rstrip() for line in grid]
+    return "\n".join(lines)
+
+
+def show(value: Mapping[str, Any], as_json: bool, text: str) -> None:
+    """Print a result: JSON when asked for, else the text."""
+    print(json.dumps(value, ensure_ascii=False, indent=1) if as_json else text)

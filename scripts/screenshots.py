@@ -1,0 +1,73 @@
+"""Pictures of a finished report, by headless Chromium.
+
+python scripts/screenshots.py RUN                the two small pictures of the README: docs/images/index.png and 07.png
+python scripts/screenshots.py RUN --all FOLDER   every page at laptop and phone width and as PDF, to be looked at
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lib.run.folders import PROJECT, reports_folder
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def browser() -> str:
+    """The first browser found."""
+    for name in BROWSERS:
+        if found := shutil.which(name):
+            return found
+    sys.exit(f"Missing: one of {', '.join(BROWSERS)} – apt install chromium, or dnf install chromium.")
+
+
+def shoot(page: Path, output: Path, width: int, height: int, scale: float = 1.0) -> None:
+    """A picture of the top `height` pixels of a page at `width` pixels."""
+    _run(f"--window-size={width},{height}", f"--force-device-scale-factor={scale}", f"--screenshot={output}", page=page)
+
+
+def print_pdf(page: Path, output: Path) -> None:
+    """The page as it prints."""
+    _run("--no-pdf-header-footer", f"--print-to-pdf={output}", page=page)
+
+
+def _run(*options: str, page: Path) -> None:
+    with tempfile.TemporaryDirectory() as profile:
+        command = [browser(), "--headless", "--disable-gpu", "--no-sandbox", "--hide-scrollbars"]
+        command += [f"--user-data-dir={profile}", *options, page.resolve().as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="name of a finished run")
+    parser.add_argument("--all", type=Path, metavar="FOLDER", help="every page, laptop, phone and PDF")
+    arguments = parser.parse_args()
+    folder = reports_folder() / arguments.run
+    pages = sorted(folder.glob("*.html"))
+    if not pages:
+        sys.exit(f"No page in {folder}: run make report first.")
+    if arguments.all:
+        arguments.all.mkdir(parents=True, exist_ok=True)
+        for page in pages:
+            shoot(page, arguments.all / f"{page.stem}-laptop.png", 1280, 5000)
+            shoot(page, arguments.all / f"{page.stem}-phone.png", 390, 8000)
+            print_pdf(page, arguments.all / f"{page.stem}.pdf")
+        print(arguments.all)
+        return
+    images = PROJECT / "docs" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    last = next((page for page in pages if page.stem.startswith("07")), None)
+    for page, name in ((folder / "index.html", "index.png"), (last, "07.png")):
+        if page is not None and page.is_file():
+            shoot(page, images / name, 1000, 1250, 0.8)
+            print(images / name)
+
+
+if __name__ == "__main__":
+    main()

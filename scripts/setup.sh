@@ -1,0 +1,65 @@
+#!/bin/sh
+# Make .venv with exactly the lock, then install this project into it (editable).
+# The compiled llama-cpp-python is kept as a wheel under ${XDG_CACHE_HOME:-~/.cache}/quantization-workbook/wheels, in a
+# folder named after Python, processor and CMAKE_ARGS, so that a second clone does not compile again.
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "$*" >&2; }
+
+say "[1/5] Looking at this machine …"
+python=$(sh scripts/preflight.sh)
+
+if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    say "[2/5] Making .venv with $python …"
+    rm -rf .venv
+    "$python" -m venv .venv
+else
+    say "[2/5] Using the .venv that is there."
+fi
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+torch=$(grep '^torch==' requirements.txt)
+say "[3/5] Installing $torch first, so that pip chooses the build for this machine …"
+grep -v '^llama_cpp_python==' requirements.txt >"$work/lock.txt"
+if ! .venv/bin/python scripts/satisfied.py --quiet requirements.txt; then
+    grep '^torch==' requirements.txt >"$work/torch.txt"
+    if ! .venv/bin/python scripts/satisfied.py --quiet "$work/torch.txt"; then
+        pip install --quiet --dry-run --report "$work/report.json" --constraint "$work/lock.txt" "$torch"
+        if grep -q '"name": "nvidia-' "$work/report.json"; then
+            say "      pip chose a build with CUDA (several GB; the README says how to take the CPU build)."
+            WORKBOOK_NEED_GB=12 sh scripts/preflight.sh >/dev/null
+        fi
+        pip install --quiet --constraint "$work/lock.txt" "$torch"
+    fi
+fi
+
+say "[4/5] Installing the other packages of the lock (one to three minutes) …"
+pip install --quiet --requirement "$work/lock.txt"
+llama=$(grep '^llama_cpp_python==' requirements.txt)
+grep '^llama_cpp_python==' requirements.txt >"$work/llama.txt"
+if [ -n "${WORKBOOK_WITHOUT_LLAMA_CPP:-}" ]; then
+    say "      Without llama-cpp-python, as WORKBOOK_WITHOUT_LLAMA_CPP asks: notebooks 05 to 07 will not run."
+elif ! .venv/bin/python scripts/satisfied.py --quiet "$work/llama.txt"; then
+    flags=$(grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -p)
+    key=$(printf '%s' "$flags ${CMAKE_ARGS:-}" | cksum | cut -d ' ' -f 1)
+    tag=$(.venv/bin/python -c 'import sysconfig, sys; print("cp%d%d-%s" % (*sys.version_info[:2], sysconfig.get_platform()))')
+    wheels="${XDG_CACHE_HOME:-$HOME/.cache}/quantization-workbook/wheels/$tag-$key"
+    if ! ls "$wheels"/llama_cpp_python-"${llama#*==}"-*.whl >/dev/null 2>&1; then
+        say "      Compiling $llama, once: about 4 minutes on 2 cores (kept for next time in $wheels) …"
+        # no pip cache: what it holds may have been compiled with other CMAKE_ARGS or for another processor
+        pip wheel --quiet --no-deps --no-cache-dir --wheel-dir "$work/wheels" "$llama"
+        mkdir -p "$wheels"
+        mv "$work"/wheels/*.whl "$wheels/"
+    fi
+    pip install --quiet --no-deps --no-index --force-reinstall "$wheels"/llama_cpp_python-"${llama#*==}"-*.whl
+fi
+
+say "[5/5] Installing this project …"
+pip install --quiet --no-deps --no-build-isolation --editable .
+touch .venv/.ready
+say "Ready."

@@ -1,0 +1,137 @@
+"""environment.yml, pyproject.toml and requirements.txt say the same; nothing names a registry or this machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def lock() -> dict[str, Requirement]:
+    lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    return {canonicalize_name(r.name): r for r in requirements}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict:
+    return yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
+
+
+def version_of(requirement: Requirement) -> str:
+    (pin,) = requirement.specifier
+    assert pin.operator == "==", f"{requirement} is not exact"
+    return pin.version
+
+
+def test_the_lock_is_exact_and_sorted(lock: dict[str, Requirement]) -> None:
+    for requirement in lock.values():
+        assert "+" not in version_of(requirement), f"{requirement} names a build: pip must choose it"
+    assert list(lock) == sorted(lock)
+
+
+def test_every_dependency_is_locked_within_its_range(lock: dict[str, Requirement], project: dict) -> None:
+    wanted = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    for requirement in wanted:
+        name = canonicalize_name(requirement.name)
+        assert name in lock, f"{name} is not in requirements.txt"
+        assert Version(version_of(lock[name])) in requirement.specifier, f"{name}: lock and pyproject.toml disagree"
+
+
+def test_the_lock_is_the_closure_and_nothing_else(lock: dict[str, Requirement], project: dict) -> None:
+    """Everything that the dependencies need is locked, and nothing that nobody needs (as installed here)."""
+    todo = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    while todo:
+        requirement = todo.pop()
+        key = (canonicalize_name(requirement.name), tuple(sorted(requirement.extras)))
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            needs = [Requirement(r) for r in metadata.requires(key[0]) or []]
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{key[0]} is not installed here")
+        for need in needs:
+            environments = [{**default_environment(), "extra": extra} for extra in ("", *key[1])]
+            if need.marker is None or any(need.marker.evaluate(e) for e in environments):
+                todo.append(need)
+    names = {name for name, _ in seen if not name.startswith(("nvidia-", "triton", "cuda-"))}  # torch's GPU builds
+    locked = {name for name, r in lock.items() if r.marker is None or r.marker.evaluate()}
+    assert names - locked == set(), "needed, but not in requirements.txt"
+    assert locked - names == set(), "in requirements.txt, but nothing needs it"
+
+
+def test_conda_brings_python_and_compilers_and_pip_the_lock(environment: dict, project: dict) -> None:
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == ["-r requirements.txt", "-e ."]
+    names = {re.split(r"[ =<>]", entry)[0] for entry in conda}
+    assert names == {"python", "pip", "compilers", "cmake", "make", "git"}
+    (python,) = [entry for entry in conda if entry.startswith("python ")]
+    lowest = project["requires-python"].removeprefix(">=")
+    assert python.startswith(f"python >={lowest},<")
+    preflight = (PROJECT / "scripts" / "preflight.sh").read_text(encoding="utf-8")
+    highest = python.partition("<")[2]
+    known = re.search(r"^ +([\d.| ]+)\)$", preflight, re.M)[1].replace(" ", "").split("|")
+    assert known[0] == lowest and known[-1] == f"3.{int(highest.split('.')[1]) - 1}"
+
+
+def test_torch_and_transformers_are_the_agreed_versions(lock: dict[str, Requirement]) -> None:
+    assert version_of(lock["torch"]) == "2.13.0" and version_of(lock["transformers"]) == "5.17.0"
+
+
+def test_make_help_lists_every_target() -> None:
+    text = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    phony = set(re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split())
+    listed = set(re.findall(r"^([a-z]+):.* ## ", text, re.M))
+    assert phony == listed
+    answer = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[1] for line in answer.splitlines()] == re.findall(r"^([a-z]+):.* ## ", text, re.M)
+
+
+def tracked() -> list[Path]:
+    try:
+        answer = subprocess.run(["git", "-C", str(PROJECT), "ls-files", "-z"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git clone")
+    return [PROJECT / name for name in answer.stdout.decode().split("\0") if name]
+
+
+def test_no_file_names_a_registry_host() -> None:
+    host = re.compile(
+        r"pypi\.(?:org|python)|pythonhosted|://conda\.anaconda|download\.py" + r"torch|--(?:extra-)?index-url"
+    )
+    for path in tracked():
+        if path == Path(__file__) or not path.is_file():
+            continue
+        text = path.read_bytes().decode("utf-8", "replace")
+        assert not host.search(text), f"{path.relative_to(PROJECT)} names a package registry"
+
+
+def test_the_preflight_names_a_cure_for_everything(tmp_path: Path) -> None:
+    """With nothing on the PATH every lack is named with its cure, and the exit code is 2."""
+    script = PROJECT / "scripts" / "preflight.sh"
+    answer = subprocess.run(["/bin/sh", str(script)], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert answer.returncode == 2 and answer.stdout == ""
+    lines = [line for line in answer.stderr.splitlines() if line.startswith("Missing: ")]
+    assert len(lines) == 5
+    assert all(all(tool in line for tool in ("apt", "dnf", "conda")) for line in lines)
