@@ -128,7 +128,9 @@ def quantize(
     work.quantize(source, output, type_name, imatrix, as_json)
 
 
-Data = Annotated[Path | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet", metavar="FILE")]
+Data = Annotated[
+    str | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet; or a folder", metavar="FILE")
+]
 RunName = Annotated[str | None, typer.Option("--run", help="take task and, without --data, test rows of a run")]
 MaxSamples = Annotated[int, typer.Option(help="most rows, drawn with seed 42; 0 = all", min=0)]
 GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]

@@ -58,7 +58,7 @@ class Rows:
         given: task settings that were given on the command line.
     """
 
-    data: Path | None
+    data: str | None
     run_name: str | None
     max_samples: int
     text_column: str = ""
@@ -85,7 +85,9 @@ class Rows:
             from lib.data import rows_from_file
 
             rows = rows_from_file(self.data, list(task.label_names), self.text_column, self.label_column)
-            source: dict[str, Any] = {"source": str(self.data)}
+            if not any(row.get("leaked") for row in rows):  # no leak audit was made for these rows
+                rows = [{key: value for key, value in row.items() if key != "leaked"} for row in rows]
+            source: dict[str, Any] = {"source": self.data}
         elif self.run_name is not None:
             from lib.run import open_run
             from lib.run.files import read_jsonl

@@ -141,8 +141,10 @@ def _prepare(notebook: NotebookNode) -> NotebookNode:
 
 
 def _link(match: re.Match[str], there: set[str]) -> str:
-    """A link to another notebook becomes a link to its page; a link to a file that is not beside the page, text."""
+    """A link to another notebook becomes one to its page, to the README one to the overview; to other files, text."""
     stem = Path(match["path"]).stem
+    if stem == "README":
+        return '<a href="index.html">Overview</a>'
     if match["path"].endswith(".ipynb") and stem in there:
         return f'<a href="{stem}.html{match["anchor"] or ""}">{match["text"]}</a>'
     return match["text"]
