@@ -149,7 +149,7 @@ def audit(splits: Mapping[str, list[Row]], examples: int = 6) -> Audit:
     rows = [row for split in splits.values() for row in split]
     duplicates = find_duplicates([row.text for row in rows])
     for row, group in zip(rows, duplicates.groups.tolist(), strict=True):
-        row.group = group
+        row.group, row.leaked = group, False
     ends = np.cumsum([len(split) for split in splits.values()])
     place = {name: np.arange(end - len(splits[name]), end) for name, end in zip(splits, ends, strict=True)}
     neighbours: dict[int, set[int]] = {}

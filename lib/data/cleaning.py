@@ -108,9 +108,17 @@ def _refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str],
 
 
 def clean_split(
-    table: Dataset, where: str, text_column: str, label_column: str, label_names: Sequence[str]
+    table: Dataset,
+    where: str,
+    text_column: str,
+    label_column: str,
+    label_names: Sequence[str],
+    keep: Sequence[str] = ("pattern",),
 ) -> tuple[list[Row], Counter[str]]:
     """Rows with text and label, in the table's order, and why the others were left out.
+
+    Args:
+        keep: further columns whose values go along when the table has them.
 
     NUL characters and lone surrogates are removed from a text; an NFD text is kept as it is (comparisons normalise).
 
@@ -123,7 +131,7 @@ def clean_split(
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     rows: list[Row] = []
-    extra = [name for name in table.column_names if name == "pattern"]
+    extra = [name for name in table.column_names if name in keep]
     columns = table.select_columns([text_name, label_name, *extra]).to_dict()
     for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
         text = _safe_text(raw, counts)

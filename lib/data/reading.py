@@ -161,12 +161,18 @@ def _read_file(path: Path, changes: Counter[str]) -> Dataset:
                 **options,
             )
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+            if "corresponds to no data" in str(error):
+                raise _no_rows(path) from None
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
             raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
     if not len(table):
-        raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
+        raise _no_rows(path)
     return table
+
+
+def _no_rows(path: Path) -> InputError:
+    return InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
 
 
 def _csv_options(path: Path, readable: Path, kind: str) -> dict[str, Any]:

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lib.data.audit import normalise
 from lib.data.cleaning import Row
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
-def drop_copies(rows: list[Row], keys: Sequence[str]) -> tuple[list[Row], Counter[str]]:
-    """Rows without texts that bear two labels and without surplus copies (after normalisation; the first stays).
-
-    Args:
-        keys: normalised text of each row.
-    """
+def drop_copies(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
+    """Rows without texts that bear two labels and without surplus copies (after normalisation; the first stays)."""
+    keys = [normalise(row.text) for row in rows]
     labels: dict[str, set[int]] = {}
     for row, key in zip(rows, keys, strict=True):
         labels.setdefault(key, set()).add(row.label)

@@ -1,0 +1,270 @@
+"""The stage `data`: read, clean, audit, split, measure, and write the product."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.data import sample, splitting
+from lib.data.audit import Audit, audit, find_duplicates
+from lib.data.cleaning import Row, clean_split, require_labels, unlabelled
+from lib.data.reading import SPLITS, Table, local_path, read_table
+from lib.data.result import DataResult
+from lib.data.textfiles import file_fingerprint
+from lib.errors import InputError
+from lib.models.prompting import Task, template_hash
+from lib.run import Run, Work
+from lib.run.files import write_json, write_jsonl
+from lib.run.folders import user_path
+from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEYS = (
+    *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
+    *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
+)
+SAMPLE_NOTE = "sample data: not a result about ChnSentiCorp"
+OFFLINE_NOTE = "offline base model: not a result about Qwen"
+FEWEST = 10
+"""Distinct rows a label that a split 8 : 1 : 1 needs."""
+
+
+def prepare(settings: Settings, run: Run) -> DataResult:
+    """Make (or find) the product `data` of a run.
+
+    With a given split no row is dropped but empty and unlabelled ones: copies stay, and leaked rows are flagged, so
+    that results compare with the literature. Splitting by cluster drops copies and texts with two labels first.
+    `leaked` refers to all training rows, also when `max_train_rows` uses fewer.
+
+    Raises:
+        InputError: the data set or the base model's tokenizer cannot be used; the message says what to do.
+    """
+    parameters = settings.pick(*KEYS)
+    if settings.dataset == SAMPLE_DATASET:
+        parameters["sample_version"] = sample.VERSION
+    elif path := local_path(settings.dataset):
+        parameters["dataset_sha256"] = file_fingerprint(path)
+    if settings.base_model != OFFLINE_BASE and user_path(settings.base_model).is_dir():
+        from lib.models.loading import resolve_base
+
+        parameters["base_revision"] = resolve_base(settings.base_model, settings.revision).revision
+    product = run.produce("data", lambda work: _build(settings, work), parameters, force=settings.force)
+    return DataResult.read(product)
+
+
+def rows_from_file(
+    source: str | Path, label_names: Sequence[str], text_column: str = "", label_column: str = ""
+) -> list[dict[str, Any]]:
+    """Rows to evaluate on, from a file (all rows) or a folder or hub id (its test split).
+
+    The columns `id`, `leaked` and `group` of a run's own test.jsonl are kept; other rows are numbered, count as not
+    leaked, and are grouped by near-duplication.
+
+    Raises:
+        InputError: unreadable, or without usable rows.
+    """
+    table = read_table(str(source))
+    name = "test" if "test" in table.splits else next(iter(table.splits))
+    ours = {"id", "leaked", "group"}
+    keep = ours | {"pattern"} if ours <= set(table.splits[name].column_names) else ()
+    rows, _ = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
+    if not rows:
+        raise InputError(f"{source}: no usable row.", "rows with a text and a label.", "correct the file.")
+    for row, group in zip(rows, find_duplicates([row.text for row in rows]).groups.tolist(), strict=True):
+        row.group = group
+    return [row.to_json("row") for row in rows]
+
+
+def _build(settings: Settings, work: Work) -> None:
+    table, notes = _labelled(_read(settings), settings)
+    splits, flow, changes = _clean(table, settings)
+    found = audit(splits)
+    final, rule, dropped = _divide(splits, table.given, settings)
+    if dropped:
+        flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
+    used = found if rule.startswith("given: kept") else audit(final)
+    require_labels(final["train"], settings.label_names, "train")
+    require_labels(final["validation"], settings.label_names, "validation")
+    require_labels(final["test"], settings.label_names, "test")
+    final = _limit(final, settings)
+    flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in final.items()]
+    task = Task(tuple(settings.label_names), settings.system_prompt, settings.user_prompt, settings.max_seq_length)
+    tokenizer, base = _tokenizer(settings, task, final["train"], work.folder / "tokenizer")
+    sample_data = settings.dataset == SAMPLE_DATASET
+    work.notes += [SAMPLE_NOTE] * sample_data + [OFFLINE_NOTE] * base["offline_base"] + notes
+    _measure(
+        work,
+        final,
+        task,
+        tokenizer,
+        settings.seed,
+        {
+            "source": table.source,
+            "split_rule": rule,
+            "flow": flow,
+            "changes": dict(changes + table.changes),
+            **_audit_json(found, used),
+            "balance": _balance(final, settings.label_names),
+        },
+    )
+    for name, rows in final.items():
+        write_jsonl(work.folder / f"{name}.jsonl", [row.to_json(name) for row in rows])
+    work.facts |= {
+        "source": table.source,
+        "sample_data": sample_data,
+        **base,
+        "prompt_hash": template_hash(tokenizer, task),
+        "rows": {name: len(rows) for name, rows in final.items()},
+    }
+
+
+def _read(settings: Settings) -> Table:
+    if settings.dataset != SAMPLE_DATASET:
+        return read_table(settings.dataset, settings.revision)
+    if len(settings.label_names) != 2:
+        raise InputError(
+            f"label_names with {len(settings.label_names)} names for the sample corpus.",
+            "two: negative, positive.",
+            "give two names, or set dataset to your own data.",
+        )
+    source = f"the embedded sample corpus, grammar version {sample.VERSION}"
+    return Table(sample.sample_tables(), source, Counter(), given=True)
+
+
+def _labelled(table: Table, settings: Settings) -> tuple[Table, list[str]]:
+    """Without splits that have no labels; a labelled validation split stands in for such a test split."""
+    notes = []
+    for name in ("validation", "test"):
+        if name in table.splits and unlabelled(table.splits[name], settings.label_column):
+            del table.splits[name]
+            notes.append(f"the {name} split of the data has no labels and was left out")
+    if "test" not in table.splits and "validation" in table.splits:
+        table.splits["test"] = table.splits.pop("validation")
+        notes.append("the data has no test split with labels: its validation split is the test split of this run")
+    table.given = "test" in table.splits
+    return table, notes
+
+
+def _clean(table: Table, settings: Settings) -> tuple[dict[str, list[Row]], list[dict[str, Any]], Counter[str]]:
+    splits, flow, changes = {}, [], Counter[str]()
+    for name in [name for name in (*SPLITS, "all") if name in table.splits]:
+        rows, counts = clean_split(
+            table.splits[name], name, settings.text_column, settings.label_column, settings.label_names
+        )
+        splits[name] = rows
+        flow.append({"step": "read", "split": name, "rows": len(table.splits[name])})
+        for reason, count in counts.items():
+            if reason.startswith("dropped"):
+                flow.append({"step": reason, "split": name, "rows": count})
+            else:
+                changes[reason] += count
+    everything = [row for rows in splits.values() for row in rows]
+    require_labels(everything, settings.label_names, "the data set")
+    return splits, flow, changes
+
+
+def _divide(
+    splits: dict[str, list[Row]], given: bool, settings: Settings
+) -> tuple[dict[str, list[Row]], str, Counter[str]]:
+    """The three splits, the rule in words, and rows dropped on the way (`group` is set on all rows)."""
+    if settings.split == "given" and not given:
+        raise InputError(
+            "split: given, for data without a test split.", "files train and test.", "set split to auto or cluster."
+        )
+    if given and settings.split != "cluster":
+        if "validation" in splits:
+            return splits, "given: kept as it came, leaked rows flagged", Counter()
+        parts = splitting.split_by_cluster(splits["train"], settings.seed, {"train": 0.9, "validation": 0.1})
+        return (
+            {**parts, "test": splits["test"]},
+            "given, but validation is a tenth of train, by duplicate cluster",
+            Counter(),
+        )
+    rows = [row for name in splits for row in splits[name]]
+    for index, row in enumerate(rows if len(splits) > 1 else []):
+        row.index = index
+    kept, dropped = splitting.drop_copies(rows)
+    fewest = Counter(row.label for row in kept)
+    if min(fewest.values(), default=0) < FEWEST:
+        counts = ", ".join(f"{name!r}: {fewest[label]}" for label, name in enumerate(settings.label_names))
+        raise InputError(
+            f"distinct rows by label {counts}.",
+            f"at least {FEWEST} of each label for a split 8 : 1 : 1.",
+            "add rows, or give a folder with train, validation and test files.",
+        )
+    rule = f"8 : 1 : 1 by duplicate cluster, seed {settings.seed}; copies and conflicting texts dropped first"
+    return splitting.split_by_cluster(kept, settings.seed), rule, dropped
+
+
+def _limit(splits: dict[str, list[Row]], settings: Settings) -> dict[str, list[Row]]:
+    most = {"train": settings.max_train_rows}
+    return {
+        name: splitting.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
+        for name, rows in splits.items()
+    }
+
+
+def _tokenizer(
+    settings: Settings, task: Task, train: list[Row], folder: Path
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Put the run's tokenizer into `folder`; also the facts about the base model."""
+    from lib.models import loading
+
+    facts = {"base_model": settings.base_model, "offline_base": settings.base_model == OFFLINE_BASE}
+    if facts["offline_base"]:
+        from lib.models.offline import ensure_tokenizer
+
+        words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
+        made = ensure_tokenizer([row.text for row in train], [word for word in words if word.strip()])
+        shutil.copytree(made, folder)
+        return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
+    base = loading.resolve_base(settings.base_model, settings.revision)
+    tokenizer = loading.load_tokenizer(base.path)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, facts | {"base_revision": base.revision}
+
+
+def _measure(
+    work: Work, splits: dict[str, list[Row]], task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, shown: dict
+) -> None:
+    from lib.data.floor import linear_floor
+    from lib.data.lengths import token_lengths, worked_example
+
+    lengths, table = token_lengths(tokenizer, task, splits)
+    example = worked_example(tokenizer, task, splits["train"], lengths["train"])
+    floor = linear_floor(splits, task.label_names, seed)
+    write_json(work.folder / "task.json", task.to_json())
+    write_json(work.folder / "audit.json", {**shown, "lengths": lengths, "length_table": table, "example": example})
+    write_json(work.folder / "floor.json", floor)
+    leaked = sum(row.leaked for row in splits["test"])
+    clean = floor["test"]["leak_free"]
+    work.metrics |= {
+        "test_rows": len(splits["test"]),
+        "leaked_test_rows": leaked,
+        "floor_accuracy": floor["test"]["accuracy"],
+        "floor_accuracy_leak_free": clean["accuracy"] if clean else None,
+    }
+
+
+def _audit_json(found: Audit, used: Audit) -> dict[str, Any]:
+    shown = asdict(found)
+    return {
+        "duplicates": shown["within"] + [{"split": "all splits", **shown["total"]}] * (len(shown["within"]) > 1),
+        "overlaps": shown["across"],
+        "overlaps_used": asdict(used)["across"],
+        "leaked_examples": shown["leaked_examples"],
+        "conflict_examples": shown["conflict_examples"],
+    }
+
+
+def _balance(splits: dict[str, list[Row]], label_names: Sequence[str]) -> list[dict[str, Any]]:
+    counts = {name: Counter(row.label for row in rows) for name, rows in splits.items()}
+    return [
+        {"split": name, **{label: counts[name][number] for number, label in enumerate(label_names)}} for name in splits
+    ]
