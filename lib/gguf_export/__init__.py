@@ -1,0 +1,110 @@
+"""Stage 05: the merged model as one GGUF file, proven to answer as the merged model does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.run.files import read_json, read_jsonl, write_json
+
+if TYPE_CHECKING:
+    from lib.gguf_export.converting import ConversionReport
+    from lib.gguf_export.gating import GateReport
+    from lib.run import Product, Run, Work
+    from lib.settings import Settings
+
+__all__ = ["ExportResult", "export", "model_name"]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The GGUF of a run.
+
+    Attributes:
+        path: the file.
+        conversion: sizes, tensor types, tokenizer.
+        gate: how far its answers are from the merged model's.
+        metadata: key and shortened value of everything the file says about itself.
+    """
+
+    product: Product
+    path: Path
+    conversion: ConversionReport
+    gate: GateReport
+    metadata: list[tuple[str, str]]
+
+
+def export(settings: Settings, run: Run) -> ExportResult:
+    """Make the product `gguf` from `merged`, or skip it when nothing changed.
+
+    Raises:
+        InputError: a model that cannot be converted, or a GGUF that fails the gate; the product is not published then.
+    """
+    product = run.produce(
+        "gguf",
+        lambda work: _build(settings, run, work),
+        parameters=settings.pick("outtype", "gate_max_kld", "gate_min_label_agreement"),
+        inputs=("data", "merged"),
+        force=settings.force,
+    )
+    return _read(product)
+
+
+def model_name(base: str, run_name: str) -> str:
+    """Name of the converted model: base and run, as in "Qwen2.5-0.5B-Instruct-chnsenticorp".
+
+    The naming convention of GGUF is BaseName-SizeLabel-FineTune-Version-Encoding; base names of hubs hold the size.
+    """
+    last = base.rstrip("/").rsplit("/", 1)[-1] or "model"
+    name = "Offline-base" if last == "offline" else last
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{run_name}").strip("-.")
+
+
+def _build(settings: Settings, run: Run, work: Work) -> None:
+    from lib.gguf_export.converting import convert
+    from lib.gguf_export.gating import gate
+    from lib.models.prompting import Task
+
+    data, merged = run.require("data"), run.require("merged")
+    name = model_name(str(merged.entry.facts.get("base_model", "model")), run.name)
+    path = work.folder / f"{name}-{settings.outtype.upper()}.gguf"
+    conversion = convert(merged.path, path, settings.outtype, name.replace("-", " "))
+    task = Task.from_json(read_json(data.path / "task.json"))
+    rows = read_jsonl(data.path / "validation.jsonl")
+    report = gate(
+        merged.path,
+        path,
+        task,
+        rows,
+        settings.gate_max_kld,
+        settings.gate_min_label_agreement,
+        settings.n_threads,
+    )
+    record = {**conversion.to_json(), "model": "merged", "output": path.name}
+    write_json(work.folder / "conversion.json", record)
+    write_json(work.folder / "gate.json", report.to_json())
+    work.facts = {"file": path.name, "architecture": conversion.architecture, "outtype": settings.outtype}
+    work.metrics = {
+        "bytes": conversion.bytes_after,
+        "mean_kld": report.mean_kld,
+        "label_agreement": report.label_agreement,
+        "same_top": report.same_top,
+    }
+
+
+def _read(product: Product) -> ExportResult:
+    from lib.gguf_export.converting import ConversionReport
+    from lib.gguf_export.gating import GateReport
+    from lib.gguf_export.verifying import metadata_table
+
+    conversion: dict[str, Any] = read_json(product.path / "conversion.json")
+    path = product.path / conversion["output"]
+    return ExportResult(
+        product=product,
+        path=path,
+        conversion=ConversionReport(**conversion),
+        gate=GateReport(**read_json(product.path / "gate.json")),
+        metadata=metadata_table(path),
+    )

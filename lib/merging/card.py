@@ -1,0 +1,60 @@
+"""The model card of a merged model: what it is made of, in the front matter that hubs read and in words."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lib.merging.checking import MergeCheck
+from lib.merging.folder import MergeReport
+from lib.run.files import write_text
+
+
+def _is_hub_id(name: str, revision: str) -> bool:
+    """A hub model has a commit; the revision of a local folder is a hash of its files."""
+    return ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
+def write_card(
+    folder: Path, base: str, revision: str, report: MergeReport, check: MergeCheck, notes: list[str]
+) -> Path:
+    """Write README.md with YAML front matter.
+
+    Args:
+        base: hub id or name of the base model; only a hub id becomes `base_model`.
+        notes: sentences that every page of the run must say (sample data, offline base).
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known = {"base_model": base, "base_model_relation": "finetune"} if _is_hub_id(base, revision) else {}
+    data = ModelCardData(
+        language="zh",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lora", "merged", "sentiment-analysis"],
+        **known,
+    )
+    warnings = "".join(f"> {note}\n>\n" for note in notes)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# Merged model
+
+{warnings}
+A LoRA adapter merged into `{base}` (revision `{revision}`).
+
+| | |
+|---|---|
+| weights | {report.parameters:,} in {report.dtype}, {report.bytes_merged / 1e6:.1f} MB |
+| tensors changed, copied | {report.tensors_changed}, {report.tensors_copied} |
+| checked against base + adapter | {check.positions} positions of {check.prompts} prompts, in {check.computed_in} |
+| largest difference of log-probabilities | {check.max_abs_log_prob:.2g} (allowed {check.tolerance:g}) |
+| mean KL divergence | {check.mean_kld:.2g} nats (the adapter changes the base by {check.effect_kld:.2g}) |
+| same most probable token | {check.argmax_agreement:.1%} |
+
+Each changed weight is summed in float32 and rounded once. How it was trained and measured: the reports of the run.
+"""
+    path = folder / "README.md"
+    write_text(path, ModelCard(text).content)
+    return path

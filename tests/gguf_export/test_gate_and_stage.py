@@ -1,0 +1,135 @@
+"""The gate stops a GGUF that answers differently, and the stage publishes only what passed it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.device import llama_cpp_problem
+from lib.errors import InputError
+from lib.gguf_export import export, model_name
+from lib.gguf_export.converting import convert
+from lib.gguf_export.gating import HARD_STRINGS, compare_tokens, gate
+from lib.settings import Settings
+
+pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+
+ROWS = tiny_run.rows(16, "validation", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "base"
+    tiny_run.make_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf(model: Path) -> Path:
+    path = model.parent / "model-F32.gguf"
+    convert(model, path, "f32")
+    return path
+
+
+def run_gate(model: Path, path: Path, limit_kld: float = 1e-3):
+    return gate(model, path, tiny_run.TASK, ROWS, limit_kld, 0.99)
+
+
+def test_float32_answers_alike(model: Path, gguf: Path) -> None:
+    report = run_gate(model, gguf, 1e-6)
+    assert report.max_kld < 1e-6
+    assert report.max_label_difference < 1e-3
+    assert report.label_agreement == report.same_top == 1.0
+    assert report.rows == 16
+    assert report.positions > 200
+
+
+@pytest.mark.parametrize(("outtype", "limit"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2)])
+def test_other_types(model: Path, outtype: str, limit: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    convert(model, path, outtype)
+    assert 0 < run_gate(model, path, limit).mean_kld < limit
+
+
+def test_other_weights_are_stopped(model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"  # rotated as for another rope layout: a classic converter bug
+    tensors[name] = torch.roll(tensors[name], 8, 0)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    convert(other, tmp_path / "x.gguf", "f32")
+    with pytest.raises(InputError, match="does not answer as the merged model"):
+        run_gate(model, tmp_path / "x.gguf")
+
+
+def test_other_tokenizer_is_stopped(model: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["merges"] = content["model"]["merges"][:40]
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    convert(other, tmp_path / "x.gguf", "f32")
+    with pytest.raises(InputError, match="into other tokens"):
+        run_gate(model, tmp_path / "x.gguf")
+
+
+def test_offline_tokenizer_on_hard_strings(model: Path, gguf: Path) -> None:
+    from lib.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    assert compare_tokens(tokenizer, gguf, [*HARD_STRINGS, *tiny_run.texts(200, 9)]) > 1000
+
+
+def test_nan_fails(model: Path, gguf: Path) -> None:
+    with pytest.raises(InputError, match="does not answer"):
+        run_gate(model, gguf, float("nan"))
+
+
+def test_stage(home: Path, tmp_path: Path) -> None:
+    from lib.merging import merge
+
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    run = tiny_run.make_run(tmp_path / "base")
+    merge(Settings(), run)
+    result = export(Settings(), run)
+    assert result.product.made
+    assert result.path.name == "base-tiny-F16.gguf"
+    metadata = dict(result.metadata)
+    assert metadata["general.architecture"] == "qwen2"
+    assert metadata["tokenizer.ggml.pre"] == "qwen2"
+    assert metadata["general.name"] == "base tiny"
+    assert result.conversion.types == {"F16": 15, "F32": 11}
+    assert sum(result.conversion.types.values()) == result.conversion.tensors
+    assert result.gate.label_agreement == 1.0
+    again = export(Settings(), run)
+    assert not again.product.made
+    assert (again.conversion, again.gate, again.metadata) == (result.conversion, result.gate, result.metadata)
+    assert "parameters changed: outtype" in export(Settings(outtype="bf16"), run).product.message
+
+
+def test_stage_publishes_nothing_that_fails_the_gate(home: Path, tmp_path: Path) -> None:
+    from lib.merging import merge
+
+    tiny_run.make_base(tmp_path / "base", "float32")
+    run = tiny_run.make_run(tmp_path / "base")
+    merge(Settings(), run)
+    with pytest.raises(InputError, match="does not answer"):
+        export(Settings(outtype="q8_0", gate_max_kld=1e-12), run)
+    assert not (run.folder / "gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "run", "name"),
+    [
+        ("offline", "quick", "Offline-base-quick"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "chn", "Qwen2.5-0.5B-Instruct-chn"),
+        ("../models/My Model/", "a", "My-Model-a"),
+    ],
+)
+def test_names(base: str, run: str, name: str) -> None:
+    assert model_name(base, run) == name

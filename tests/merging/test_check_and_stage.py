@@ -1,0 +1,112 @@
+"""The self-check refuses wrong merges, and the stage publishes only what passed it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lib.errors import InputError
+from lib.merging import merge
+from lib.merging.checking import check_merge, kl_divergence
+from lib.merging.folder import merge_folders
+from lib.settings import Settings
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("merge")
+    tiny_run.make_base(folder / "base", request.param)
+    tiny_run.make_adapter(folder / "base", folder / "adapter")
+    merge_folders(folder / "base", folder / "adapter", folder / "merged")
+    return folder, request.param
+
+
+PROMPTS = [[3 + (7 * i * k) % 400 for i in range(20)] for k in range(1, 7)]
+
+
+def test_right_merge_passes(merged: tuple[Path, str]) -> None:
+    folder, dtype = merged
+    check = check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
+    assert check.positions == 48
+    assert check.max_abs_log_prob < (1e-4 if dtype == "float32" else 0.2)
+    assert check.argmax_agreement > 0.9
+    assert check.effect_kld > 100 * check.mean_kld  # the adapter does something, and merging keeps it
+
+
+@pytest.mark.parametrize("mistake", ["not merged", "twice", "half", "transposed", "one tensor"])
+def test_wrong_merge_is_refused(merged: tuple[Path, str], mistake: str, tmp_path: Path) -> None:
+    folder, dtype = merged
+    merge_folders(folder / "base", folder / "adapter", tmp_path / "wrong")
+    path = tmp_path / "wrong" / "model.safetensors"
+    right, base = load_file(path), load_file(folder / "base" / "model.safetensors")
+    wrong = {name: tensor.clone() for name, tensor in right.items()}
+    for name in wrong:
+        delta = right[name].float() - base[name].float()
+        if mistake in ("not merged", "twice", "half"):
+            factor = {"not merged": 0.0, "twice": 2.0, "half": 0.5}[mistake]
+            wrong[name] = (base[name].float() + factor * delta).to(right[name].dtype)
+        elif mistake == "transposed" and "q_proj.weight" in name:
+            wrong[name] = (base[name].float() + delta.T).to(right[name].dtype).contiguous()
+    if mistake == "one tensor":
+        name = "model.layers.1.mlp.down_proj.weight"
+        wrong[name] = base[name]
+    save_file(wrong, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"differs from base \+ adapter.*nats"):
+        check_merge(folder / "base", folder / "adapter", tmp_path / "wrong", PROMPTS, dtype)
+
+
+def test_kl_divergence_by_hand() -> None:
+    p, q = torch.tensor([[0.5, 0.5]]).log().numpy(), torch.tensor([[0.25, 0.75]]).log().numpy()
+    assert kl_divergence(p, q)[0] == pytest.approx(0.5 * (0.6931472 - 0.4054651), abs=1e-6)  # ½ln2 + ½ln⅔
+    assert kl_divergence(p, p)[0] == 0.0
+
+
+def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    run = tiny_run.make_run(tmp_path / "base")
+    result = merge(Settings(), run)
+    assert result.product.made
+    assert result.report.tensors_changed == 6
+    assert result.check.prompts == 12
+    names = set(result.files)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert not [path for path in result.product.path.iterdir() if path.name not in names]
+    front = yaml.safe_load((result.product.path / "README.md").read_text().split("---\n")[1])
+    assert front["language"] == "zh"
+    assert "base_model" not in front  # a local folder is no hub model
+    assert "not a result" in (result.product.path / "README.md").read_text()
+    again = merge(Settings(), run)
+    assert not again.product.made
+    assert (again.report, again.check) == (result.report, result.check)
+    assert ".part" not in (result.product.path / "merge.json").read_text()  # no temporary path
+
+
+def test_stage_publishes_nothing_when_the_check_fails(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lib.merging import folder
+
+    tiny_run.make_base(tmp_path / "base")
+    run = tiny_run.make_run(tmp_path / "base")
+    right = folder.apply_update
+    monkeypatch.setattr(folder, "apply_update", lambda weight, update: right(weight, update) * 1.1)
+    with pytest.raises(InputError, match="differs from base"):
+        merge(Settings(), run)
+    assert not (run.folder / "merged").exists()
+    assert "merged" not in run.manifest.entries()
+
+
+def test_stage_measures_against_the_nf4_base(home: Path, tmp_path: Path) -> None:
+    from lib.device import bitsandbytes_problem
+
+    if problem := bitsandbytes_problem():
+        pytest.skip(problem)
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    result = merge(Settings(), tiny_run.make_run(tmp_path / "base", method="QLoRA"))
+    assert result.check.nf4_kld is not None
+    assert result.check.nf4_kld > result.check.mean_kld  # NF4 moves the model much more than rounding does
