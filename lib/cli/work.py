@@ -23,7 +23,7 @@ def _text(report: dict[str, Any], *keys: str) -> str:
 
 def merge(base_model: str, adapter: Path, output_dir: Path, dtype: str | None, revision: str, as_json: bool) -> None:
     """Merge an adapter into a base model and print what was done."""
-    from lib.merging import merge_folders
+    from lib.merging.folder import merge_folders
     from lib.models.loading import resolve_base
 
     base = Path(base_model) if Path(base_model).is_dir() else resolve_base(base_model, revision).path
@@ -33,7 +33,7 @@ def merge(base_model: str, adapter: Path, output_dir: Path, dtype: str | None, r
 
 def convert(model_dir: Path, output: Path, outtype: str, as_json: bool) -> None:
     """Convert a model folder and print what was done."""
-    from lib.gguf_export import convert as convert_folder
+    from lib.gguf_export.converting import convert as convert_folder
 
     report = convert_folder(model_dir, output, outtype).to_json()
     show(report, as_json, _text(report, "output", "architecture", "outtype", "tensors", "bytes_after", "loaded"))

@@ -14,6 +14,9 @@ from lib.run import Entry, Run
 from lib.run.files import read_json
 from lib.run.manifest import NOTEBOOK_OF
 
+ALL, LEAK_FREE = "all", "leak_free"
+"""Subsets of the test rows."""
+
 SAMPLE, OFFLINE = "sample data:", "offline base model:"
 """How the two stamps of the data product begin."""
 
@@ -116,40 +119,45 @@ def _interval(value: Any) -> tuple[float, float] | None:
     return None
 
 
-def _quality(block: Any) -> Quality | None:
-    """An accuracy block: {"accuracy", "accuracy_interval", "n"}; the Wilson interval is added where n is known."""
+def _floor(folder: Path) -> dict[str, Quality]:
+    """The linear floor on the test rows, from the data product: all that is known before the evaluation."""
+    block = _json(folder / "data" / "floor.json").get("test")
     if not isinstance(block, dict) or not isinstance(block.get("accuracy"), (int, float)):
-        return None
-    n = block.get("n")
+        return {}
+    interval, n = _interval(block.get("accuracy_interval")), block.get("n")
     if n is None and isinstance(block.get("predictions"), list):
         n = len(block["predictions"])
-    interval = _interval(block.get("accuracy_interval"))
     if interval is None and n:
         from lib.statistics import wilson
 
         interval = _interval(wilson(round(block["accuracy"] * n), n).to_json())
-    return Quality(float(block["accuracy"]), interval, n)
+    return {ALL: Quality(float(block["accuracy"]), interval, n)}
 
 
-def _pair(block: Any) -> dict[str, Quality]:
-    """All rows and leak-free rows of one model."""
-    if not isinstance(block, dict):
-        return {}
-    found = {"all": _quality(block), "leak_free": _quality(block.get("leak_free"))}
-    return {key: value for key, value in found.items() if value}
-
-
-def _qualities(folder: Path) -> dict[str, dict[str, Quality]]:
-    floor = _json(folder / "data" / "floor.json")
-    found = {"linear floor": _pair(floor.get("test"))}
+def _qualities(folder: Path, entries: dict[str, Entry]) -> dict[str, dict[str, Quality]]:
+    """Accuracies by model and subset of the rows: from the evaluation's metrics, else the floor alone."""
+    if "evaluation" not in entries:
+        floor = _floor(folder)
+        return {"linear floor": floor} if floor else {}
+    metrics = entries["evaluation"].metrics
     evaluation = _json(folder / "evaluation" / "evaluation.json")
-    models = evaluation.get("models", [])
-    named = models if isinstance(models, dict) else {str(m.get("model", "")): m for m in models if isinstance(m, dict)}
-    for name, block in named.items():
-        kind = "base" if "base" in name.lower() else "fine-tuned" if "tuned" in name.lower() else ""
-        if kind and kind not in found:
-            found[kind] = _pair(block)
-    return {name: value for name, value in found.items() if value}
+    found: dict[str, dict[str, Quality]] = {}
+    for name, key in (("linear floor", "linear_floor"), ("base", "base"), ("fine-tuned", "finetuned")):
+        for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
+            accuracy = metrics.get(f"accuracy_{key}{ending}")
+            if isinstance(accuracy, (int, float)):
+                interval = _interval(metrics.get(f"accuracy_{key}{ending}_interval"))
+                n = metrics.get("n") if subset == ALL else _rows(evaluation, subset)
+                found.setdefault(name, {})[subset] = Quality(float(accuracy), interval, n)
+    return found
+
+
+def _rows(evaluation: dict[str, Any], subset: str) -> int | None:
+    """Number of rows of a subset, where evaluation.json gives it."""
+    try:
+        return int(evaluation["models"]["base"][subset]["n"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _files(comparison: dict[str, Any]) -> list[dict[str, Any]]:
@@ -175,7 +183,7 @@ def summarise(run: Run) -> Summary:
         name=run.name,
         entries=known,
         stamps=_stamps(run, known),
-        qualities=_qualities(run.folder),
+        qualities=_qualities(run.folder, known),
         files=files,
         recommendation=str(recommendation.get("text", "")),
     )

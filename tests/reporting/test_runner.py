@@ -161,7 +161,8 @@ def test_timeout_ends_the_kernel_and_its_children(home: Path, params: Path, writ
 
 def _start(home: Path, params: Path) -> subprocess.Popen:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lib.reporting import Terminated\nfrom lib.reporting.runner import run_report\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from lib.reporting import Terminated\nfrom lib.reporting.runner import run_report\n"
         f"try: run_report({str(params)!r}, notebooks=Path({str(home / 'notebooks')!r}))\n"
         "except KeyboardInterrupt: sys.exit(130)\nexcept Terminated: sys.exit(143)\n"
     )

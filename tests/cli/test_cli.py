@@ -1,0 +1,171 @@
+"""The command line: instant help, exit codes, one paragraph for bad input, JSON for machines, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from lib.cli import joined
+from lib.cli.doctor import BROKEN, Check, as_text, broken, examine
+from lib.cli.guard import guarded
+from lib.cli.output import table, width
+from lib.cli.work import Rows
+from lib.errors import InputError
+from lib.reporting import Terminated
+from lib.settings import Settings
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def workbook(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lib.cli", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_is_instant_and_names_every_command() -> None:
+    best = 9.0
+    for _ in range(3):
+        started = time.monotonic()
+        answer = workbook("--help")
+        best = min(best, time.monotonic() - started)
+    assert answer.returncode == 0
+    for command in ("doctor", "report", "merge", "convert", "quantize", "evaluate", "compare", "params"):
+        assert f"  {command} " in answer.stdout
+    loaded = "import lib.cli.app, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"
+    assert best < 1.5, "0.2 s on an idle machine"
+
+
+REFUSED = {
+    "no parameter file": (("report", "no.yaml"), "no file no.yaml"),
+    "misspelt key": (("report", "params/quick.yaml", "-p", "learning_rat", "1e-3"), "write 'learning_rate'"),
+    "wrong type": (("report", "params/quick.yaml", "-p", "seed", "many"), "seed: 'many'"),
+    "unknown type": (("report", "params/quick.yaml", "-p", "ladder", "Q4_K_X"), "unknown quantization type"),
+    "unknown notebook": (("report", "params/quick.yaml", "--from", "11"), "--from '11'"),
+    "no data": (("evaluate", "x.gguf"), "neither --data nor --run"),
+    "no run": (("evaluate", "x.gguf", "--run", "nope"), "run notebooks/01_data.ipynb first"),
+    "no such model": (("convert", "nope", "x.gguf"), "nope"),
+    "no such gguf": (("quantize", "nope.gguf", "x.gguf", "Q4_K_M"), "nope.gguf"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_input_is_one_paragraph(case: str, tmp_path: Path) -> None:
+    arguments, words = REFUSED[case]
+    answer = workbook(*arguments, WORKBOOK_HOME=str(tmp_path))
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert words in answer.stderr and "Traceback" not in answer.stderr
+    assert all(part in answer.stderr for part in ("Found: ", "Expected: ", "Do this: "))
+    assert len(answer.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "reports" / "quick" / "index.html").exists()
+
+
+def test_usage_errors_exit_2() -> None:
+    assert workbook("frobnicate").returncode == 2
+    assert workbook("quantize", "a.gguf").returncode == 2
+
+
+def test_params_lists_every_key() -> None:
+    answer = workbook("params", "--json")
+    keys = {entry["key"]: entry for entry in json.loads(answer.stdout)["parameters"]}
+    assert list(keys) == list(Settings.model_fields)
+    assert keys["outtype"]["type"] == "one of f16, bf16, f32, q8_0" and keys["ladder"]["type"] == "list of text"
+    assert all(entry["meaning"] for entry in keys.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("a.", "b.", "c."), 2, "Found: a. Expected: b. Do this: c."),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (Terminated(), 143, "Interrupted"),
+        (OSError(28, "No space left on device", "runs/x"), 2, "No space left on device (runs/x)"),
+        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied (out)"),
+        (MemoryError(), 2, "no memory left"),
+        (RuntimeError("boom\nmore"), 1, "RuntimeError: boom"),
+    ],
+)
+def test_every_exception_becomes_a_message_and_a_code(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORKBOOK_DEBUG", raising=False)
+
+    @guarded
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as caught:
+        command()
+    shown = capsys.readouterr().err
+    assert caught.value.exit_code == code and words in shown and "Traceback" not in shown
+    assert code != 1 or "WORKBOOK_DEBUG=1" in shown
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBOOK_DEBUG", "1")
+
+    @guarded
+    def command() -> None:
+        raise RuntimeError("boom")
+
+    with pytest.raises(typer.Exit):
+        command()
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_p_takes_key_and_value_as_papermill_does() -> None:
+    assert joined(["report", "-p", "seed", "1", "-p", "run_name=x", "--from", "04"]) == [
+        *("report", "-p", "seed=1", "-p", "run_name=x", "--from", "04")
+    ]
+    assert joined(["report", "-p", "user_prompt", "a=b {text}"]) == ["report", "-p", "user_prompt=a=b {text}"]
+    assert joined(["report", "-p"]) == ["report", "-p"] and joined(["x", "--", "-p", "a", "b"]) == [
+        *("x", "--", "-p", "a", "b")
+    ]
+
+
+def test_task_comes_from_the_options_and_the_defaults() -> None:
+    task = Rows(None, None, 0, given={"label_names": ["坏", "好"], "max_seq_length": 64}).task()
+    assert task.label_names == ("坏", "好") and task.max_seq_length == 64
+    assert task.user_prompt == Settings().user_prompt
+    with pytest.raises(InputError, match="label_names"):
+        Rows(None, None, 0, given={"label_names": ["好", "好"]}).task()
+
+
+def test_rows_are_drawn_the_same_every_time(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    texts = [f"第{number}条评论写得{'很好' if number % 2 else '很差'}" for number in range(50)]
+    lines = [json.dumps({"text": text, "label": number % 2}, ensure_ascii=False) for number, text in enumerate(texts)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    source = Rows(str(file), None, 10)
+    task = source.task()
+    (rows, described), (again, _) = source.rows(task), source.rows(task)
+    assert rows == again and len(rows) == 10 and described["rows_available"] == 50 and described["sample_seed"] == 42
+    assert not any("leaked" in row for row in rows), "no leak audit was made for a bare file"
+
+
+def test_doctor_examines_this_machine() -> None:
+    found = examine()
+    assert {"Python", "torch", "bitsandbytes", "llama-cpp-python", "Memory", "Disk", "Chinese font", "git"} <= {
+        check.name for check in found
+    }
+    assert all(check.cure and check.touches for check in found if check.state == "lack")
+    assert (not broken(found) and "notebooks" in as_text(found)) or "Everything" in as_text(found)
+    assert broken([*found, Check("torch", BROKEN, "gone", "install it.", "all")])
+
+
+def test_tables_align_chinese() -> None:
+    assert width("负面ok") == 6
+    assert table([{"a": "负面", "b": 0.123456}, {"a": "x", "b": None}], ("a", "b")) == "a     b\n负面  0.1235\nx     –"

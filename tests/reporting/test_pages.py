@@ -1,0 +1,147 @@
+"""Pages and indexes from a manifest made by hand: what is shown, what is escaped, what may be missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from lib.reporting import index, pages
+from lib.reporting.checks import problems_in
+from lib.reporting.pages import Stage
+from lib.reporting.summary import summarise
+from lib.run import Run, Work, open_run
+from lib.run.files import write_json
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def make(run: Run, product: str, files: dict[str, Any], notes: list[str] = (), **filled: dict[str, Any]) -> None:
+    """Make a product with JSON files."""
+
+    def build(work: Work) -> None:
+        for name, value in files.items():
+            write_json(work.folder / name, value)
+        work.notes += notes
+        work.facts |= filled.get("facts", {})
+        work.metrics |= filled.get("metrics", {})
+
+    run.produce(product, build, parameters={"seed": 1, "system_prompt": HOSTILE})
+
+
+FACTS = {
+    "source": "a folder",
+    "base_model": "Qwen/Qwen3-0.6B",
+    "base_revision": "c1899de289a04d12100db370",
+}
+EVALUATION = {
+    "n": 100,
+    "accuracy_linear_floor": 0.9,
+    "accuracy_linear_floor_interval": [0.82, 0.95],
+    "accuracy_base": 0.5,
+    "accuracy_base_interval": [0.404, 0.596],
+    "accuracy_finetuned": 0.93,
+    "accuracy_finetuned_interval": [0.86, 0.97],
+    "accuracy_finetuned_leak_free": 0.91,
+    "accuracy_finetuned_leak_free_interval": [0.83, 0.96],
+}
+COMPARISON = {
+    "files": [
+        {
+            "type": "F16",
+            "bytes": 4_000_000,
+            "bits_per_weight": 16.0,
+            "accuracy": 0.93,
+            "accuracy_interval": [0.86, 0.97],
+        },
+        {
+            "type": "Q4_K_M",
+            "bytes": 1_250_000,
+            "bits_per_weight": 4.85,
+            "accuracy": 0.92,
+            "accuracy_interval": [0.85, 0.96],
+            "flips": 3,
+            "kld_mean": 0.0123,
+            "verdict": "cannot tell (MDE 4.2)",
+        },
+    ],
+    "recommendation": {"type": "Q4_K_M", "text": "Ship Q4_K_M: the smallest file that is not shown to be worse."},
+}
+
+
+def test_an_empty_run_gives_an_index_that_says_so(home: Path) -> None:
+    folder = home / "reports" / "empty"
+    summary = summarise(open_run("empty"))
+    page = index.write_run_index(folder, summary, [Stage("01_data", "01 · Data", "What?", False)], "It stopped.")
+    text = page.read_text(encoding="utf-8")
+    assert problems_in(text) == []
+    assert "It stopped." in text and "not read yet" in text and "Which file?" not in text
+
+
+def test_the_index_shows_headline_numbers(home: Path) -> None:
+    run = open_run("full")
+    make(run, "data", {"floor.json": {"test": {"accuracy": 0.1}}}, facts=FACTS, notes=["a fallback"])
+    make(run, "evaluation", {"evaluation.json": {}}, metrics=EVALUATION)
+    make(run, "comparison", {"comparison.json": COMPARISON})
+    folder = home / "reports" / "full"
+    text = index.write_run_index(folder, summarise(run), []).read_text(encoding="utf-8")
+    assert problems_in(text) == []
+    plain = re.sub(r"<[^>]+>", " ", text)
+    for words in (
+        *("0.930 [0.860, 0.970]", "0.910 [0.830, 0.960]", "0.500 [0.404, 0.596]", "0.900 [0.820, 0.950]"),
+        *("Ship Q4_K_M: the smallest", "Q4_K_M ★", "1.25", "4.85", "0.0123", "cannot tell (MDE 4.2)", "n = 100"),
+        *("Qwen/Qwen3-0.6B @ c1899de289a0", "a fallback"),
+    ):
+        assert words in plain, words
+    assert HOSTILE not in text and "&lt;script&gt;" in text
+    overview = index.write_all_index(home / "reports", 7).read_text(encoding="utf-8")
+    assert problems_in(overview) == []
+    assert "0.930 [0.860, 0.970]" in overview and "Q4_K_M, 1.25 MB" in overview and "0 of 7 pages" in overview
+
+
+def test_before_the_evaluation_the_floor_comes_from_the_data(home: Path) -> None:
+    run = open_run("early")
+    make(run, "data", {"floor.json": {"test": {"accuracy": 0.8, "predictions": [1] * 10}}}, facts=FACTS)
+    quality = summarise(run).qualities["linear floor"]["all"]
+    assert (
+        str(quality) == "0.800 [0.490, 0.943]"
+    )  # statsmodels.stats.proportion.proportion_confint(8, 10, method="wilson")
+
+
+def test_a_damaged_manifest_does_not_hide_the_other_runs(home: Path) -> None:
+    for name in ("good", "bad"):
+        index.write_run_index(home / "reports" / name, summarise(open_run(name)), [])
+    (home / "runs" / "bad").mkdir(parents=True)
+    (home / "runs" / "bad" / "manifest.json").write_text("{", encoding="utf-8")
+    text = index.write_all_index(home / "reports", 7).read_text(encoding="utf-8")
+    assert "good/index.html" in text and "its manifest cannot be read" in text
+
+
+def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..., Path]) -> None:
+    run = open_run("page")
+    make(run, "data", {"a.json": 1}, facts={**FACTS, "sample_data": True})
+    path = write_notebook("01_data", "# Load the rows\nx = 1", "2", prose=["| a | b |\n|---|---|\n| 1 | 2 |"])
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-2].metadata["tags"] = ["remove_input"]
+    notebook.cells[-1].metadata["tags"] = ["remove_cell"]
+    figure = '<figure><img alt="it falls" src="data:image/png;base64,AA=="><figcaption>负面</figcaption></figure>'
+    notebook.cells[-2].outputs = [
+        nbformat.v4.new_output(
+            "display_data", {"text/html": figure, "text/plain": "<IPython.core.display.HTML object>"}
+        )
+    ]
+    nbformat.write(notebook, path)
+    stages = [Stage("01_data", "01 · Data", "", True), Stage("02_finetune", "02 · Fine-tune", "", False)]
+    text = pages.render(path, summarise(run), stages)
+    assert problems_in(text) == []
+    assert '<html lang="en">' in text and "<title>01 · Data – run page</title>" in text
+    assert "sample data: not a result about ChnSentiCorp" in text
+    assert 'aria-current="page"' in text and "02_finetune.html" not in text
+    assert "<figcaption>负面</figcaption>" in text and "IPython.core" not in text
+    assert "Load the rows" not in text, "remove_input was not respected"
+    assert re.search(r'<div class="scroll"[^>]*><table', text), "a table does not scroll"
+    assert "SHA-256" in text and "torch" in text and HOSTILE not in text
+    assert text.count("<h1") == 1
