@@ -1,0 +1,93 @@
+"""Rows as token ids, grouped by length, padded to the longest of their batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.models.prompting import Task, encode
+from lib.progress import track
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Label of a position that takes no part in the loss (transformers' and torch's convention)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row: prompt, then the answer word and the end of turn, on which the loss is computed."""
+
+    ids: list[int]
+    prompt_length: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def examples(rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, what: str) -> list[Example]:
+    """Encode rows {"text", "label"} with the run's prompt."""
+    done = []
+    for row in track(rows, f"tokenizing {what} rows"):
+        encoded = encode(tokenizer, task, row["text"], row["label"])
+        done.append(Example(encoded.prompt_ids + encoded.answer_ids, len(encoded.prompt_ids)))
+    return done
+
+
+class Collator:
+    """Pads on the right; labels are IGNORED except on the answer."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, labels: int64 (rows, longest)."""
+        import torch
+
+        shape = (len(batch), max(len(example) for example in batch))
+        ids = torch.full(shape, self.pad_id)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for i, example in enumerate(batch):
+            row = torch.tensor(example.ids)
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+            labels[i, example.prompt_length : len(row)] = row[example.prompt_length :]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class GroupedOrder:
+    """Order of the rows of an epoch: shuffled, of like length inside an update; a function of seed and epoch only.
+
+    Independent of torch's random state, so a resumed run draws the same order; independent of how an update is cut
+    into forward passes, so 1 × 4 rows and 4 × 1 rows make the same updates.
+
+    Args:
+        lengths: tokens of each row.
+        rows_per_update: batch size × accumulation steps.
+    """
+
+    def __init__(self, lengths: Sequence[int], rows_per_update: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.rows_per_update, self.seed, self.epoch = rows_per_update, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        size = self.rows_per_update
+        shuffled = rng.permutation(len(self.lengths))
+        updates = []
+        for start in range(0, len(shuffled), 50 * size):
+            pool = shuffled[start : start + 50 * size]
+            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
+            updates += [pool[i : i + size] for i in range(0, len(pool), size)]
+        whole = [update for update in updates if len(update) == size]
+        rest = [update for update in updates if len(update) < size]  # only the epoch's last update may be short
+        order = [whole[i] for i in rng.permutation(len(whole))] + rest
+        return iter(np.concatenate(order).tolist() if order else [])

@@ -1,0 +1,84 @@
+"""Checkpoints that are complete or not there: a record with sizes and hashes is written last; resume trusts only it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import InputError
+from lib.run.files import flush_to_disk, read_json, readable_by_group, write_json
+from lib.run.manifest import hash_folder
+
+RECORD = "complete.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint of one training."""
+
+    step: int
+    path: Path
+    eval_loss: float | None
+
+
+def publish(staged: Path, final: Path, step: int, eval_loss: float | None) -> None:
+    """Seal a staged checkpoint with its record and rename it to its place; a kill in between leaves nothing there."""
+    files = hash_folder(staged)
+    for name in files:
+        readable_by_group(staged / name)
+        flush_to_disk(staged / name)
+    write_json(staged / RECORD, {"step": step, "eval_loss": eval_loss, "files": files})
+    shutil.rmtree(final, ignore_errors=True)
+    staged.rename(final)
+    flush_to_disk(final.parent)
+
+
+def problem(path: Path) -> str | None:
+    """Why a checkpoint folder cannot be trusted, in words; None when every file is as recorded."""
+    if not (path / RECORD).is_file():
+        return f"{path.name} is incomplete (no {RECORD})"
+    try:
+        wanted = read_json(path / RECORD)["files"]
+    except (InputError, KeyError, TypeError):
+        return f"{path.name} is damaged ({RECORD})"
+    found = hash_folder(path)
+    found.pop(RECORD, None)
+    for name in sorted(set(wanted) | set(found)):
+        if wanted.get(name) != found.get(name):
+            return f"{path.name} is damaged ({name})"
+    return None
+
+
+def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
+    """All verified checkpoints of a training, oldest first, and what is wrong with the others."""
+    good, problems = [], []
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: _step(p)):
+        if wrong := problem(path):
+            problems.append(wrong)
+        else:
+            record = read_json(path / RECORD)
+            good.append(Checkpoint(record["step"], path, record["eval_loss"]))
+    return good, problems
+
+
+def _step(path: Path) -> int:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss (the earlier one of equals); None when none was evaluated."""
+    judged = [c for c in checkpoints if c.eval_loss is not None]
+    return min(judged, key=lambda c: (c.eval_loss, c.step)) if judged else None
+
+
+def prune(folder: Path, newest: int = 2) -> None:
+    """Keep the `newest` verified checkpoints and the best one; remove the others and the damaged."""
+    good, _ = find(folder)
+    keep = {c.path for c in good[-newest:]}
+    if chosen := best(good):
+        keep.add(chosen.path)
+    for path in folder.glob("checkpoint-*"):
+        if path not in keep:
+            shutil.rmtree(path)

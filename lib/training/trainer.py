@@ -1,0 +1,225 @@
+"""The Trainer of transformers with this project's loss, row order, validation and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from lib.progress import Progress
+from lib.training import checkpoints
+from lib.training.batches import Collator, Example, GroupedOrder
+from lib.training.loss import answer_loss
+
+WARM_STEPS = 5
+"""Updates not counted for the throughput (first allocations and caches)."""
+
+
+class _Order(Sampler):
+    """GroupedOrder as torch's DataLoader wants it."""
+
+    def __init__(self, order: GroupedOrder) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+
+class AnswerTrainer(Trainer):
+    """Trains on the answer tokens of `train` and measures the same loss on `validation`.
+
+    Args:
+        model: a PeftModel.
+        arguments: from `training_arguments`.
+        train, validation: encoded rows.
+        pad_id: padding token.
+    """
+
+    def __init__(
+        self, model: Any, arguments: TrainingArguments, train: list[Example], validation: list[Example], pad_id: int
+    ) -> None:
+        self.order = GroupedOrder(
+            [len(example) for example in train],
+            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+            arguments.seed,
+        )
+        self.validation, self.collate = validation, Collator(pad_id)
+        self.step_tokens, self.interval_tokens, self.interval_started = 0, 0, time.monotonic()
+        self.eval_seconds = 0.0
+        super().__init__(
+            model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=self.collate
+        )
+        self.remove_callback(PrinterCallback)  # it prints to stdout
+
+    def _get_train_sampler(self, *_: Any) -> Sampler:
+        return _Order(self.order)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one forward pass divided by the loss tokens of the whole update, so accumulation changes nothing."""
+        total, count = answer_loss(model, inputs)
+        self.step_tokens += int(inputs["attention_mask"].sum())
+        loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean cross-entropy (nats) over the answer tokens of the validation rows, as "eval_loss"."""
+        started = time.monotonic()
+        self.model.eval()
+        total, tokens, size = 0.0, 0, 2 * self.args.per_device_train_batch_size
+        rows = sorted(self.validation, key=len, reverse=True)
+        with torch.no_grad():
+            for i in range(0, len(rows), size):
+                batch = {key: value.to(self.args.device) for key, value in self.collate(rows[i : i + size]).items()}
+                loss, count = answer_loss(self.model, batch)
+                total, tokens = total + loss.item(), tokens + count
+        self.model.train()
+        metrics = {"eval_loss": total / tokens}
+        self.eval_seconds += time.monotonic() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep a row of the history, with the throughput since the last one."""
+        if "loss" in logs:
+            seconds = time.monotonic() - self.interval_started - self.eval_seconds
+            logs["tokens_per_second"] = round(self.interval_tokens / max(seconds, 1e-9), 1)
+            self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
+        super().log(logs, None)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / ".staged")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers writes it, but staged, sealed with a record and renamed."""
+        started = time.monotonic()
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        super()._save_checkpoint(model, trial)
+        staged = folder / ".staged" / name
+        for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; peft's empty card
+            (staged / unneeded).unlink(missing_ok=True)
+        last = self.state.log_history[-1]
+        here = last.get("eval_loss") if last["step"] == self.state.global_step else None
+        checkpoints.publish(staged, folder / name, self.state.global_step, here)
+        checkpoints.prune(folder)
+        self.eval_seconds += time.monotonic() - started
+
+
+class Watch(TrainerCallback):
+    """Progress, training.log, throughput, the epoch of the row order, and a clean stop at SIGTERM."""
+
+    def __init__(self, trainer: AnswerTrainer, log_file: Path, progress: Progress) -> None:
+        self.trainer, self.log_file, self.progress = trainer, log_file, progress
+        self.rates: list[float] = []
+        self.note, self.stopped, self.started = "", False, 0.0
+
+    def write(self, line: str) -> None:
+        """Append a line with a time stamp to training.log."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S%z")
+        with self.log_file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{stamp} {line}\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.done = state.global_step
+        self.trainer.interval_started = time.monotonic()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        updates = -(-len(self.trainer.order) // self.trainer.order.rows_per_update)
+        self.trainer.order.epoch = state.global_step // updates
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.trainer.step_tokens = time.monotonic(), 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.rates.append(self.trainer.step_tokens / max(time.monotonic() - self.started, 1e-9))
+        self.trainer.interval_tokens += self.trainer.step_tokens
+        if control.should_save:
+            control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+        self.progress.advance(note=self.note)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.note = f"loss {logs['loss']:.4f}"
+            rate = f"{logs['tokens_per_second']:.0f} tokens/s"
+            self.write(f"step {state.global_step} {self.note} lr {logs['learning_rate']:.3e} {rate}")
+        if "eval_loss" in logs:
+            self.write(f"step {state.global_step} validation loss {logs['eval_loss']:.4f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.write(f"step {state.global_step} checkpoint saved")
+
+    @property
+    def throughput(self) -> float:
+        """Median non-padding tokens a second over the updates after the first few."""
+        rates = self.rates[WARM_STEPS:] or self.rates
+        return statistics.median(rates) if rates else 0.0
+
+
+@contextlib.contextmanager
+def stop_at_sigterm(watch: Watch) -> Iterator[None]:
+    """SIGTERM ends training after the current update, with a checkpoint, as a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        watch.stopped = True
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if watch.stopped:
+        raise KeyboardInterrupt("stopped by SIGTERM; run the notebook again to continue")
+
+
+def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) -> TrainingArguments:
+    """Arguments shared by all runs: AdamW, 4 % linear warm-up, cosine to zero, gradients clipped to norm 1.
+
+    Args:
+        folder: of the checkpoints.
+        steps: updates in all.
+        settings: learning_rate, num_train_epochs, batch size and so on, by their transformers names.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        warmup_steps=max(1, round(0.04 * steps)),
+        lr_scheduler_type="cosine",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=max(1, steps // 100),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=settings["save_steps"],
+        save_strategy="steps",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=on_cpu,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **settings,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would split the small batches
+    return arguments
