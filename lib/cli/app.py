@@ -146,7 +146,7 @@ MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer
 @app.command(short_help="models on labelled rows")
 @guarded
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="hub id, folder or .gguf file", metavar="MODEL...")],
+    models: Annotated[list[str], typer.Argument(help="hub id, folder or .gguf file", metavar="MODEL")],
     data: Data = None,
     run_name: RunName = None,
     max_samples: MaxSamples = 0,
@@ -187,11 +187,12 @@ def evaluate(
 @guarded
 def compare(
     reference: Annotated[Path, typer.Argument(help="the unquantized file", metavar="REFERENCE.gguf")],
-    others: Annotated[list[Path], typer.Argument(help="quantized files", metavar="OTHER.gguf...")],
+    others: Annotated[list[Path], typer.Argument(help="quantized files", metavar="OTHER.gguf")],
     output: Annotated[Path, typer.Option(help="folder for comparison.json and the scores", metavar="DIR")],
     data: Data = None,
     run_name: RunName = None,
     max_samples: MaxSamples = 0,
+    equivalence_margin: Annotated[float, typer.Option(help="accuracy points that count as equivalent", min=0.01)] = 1.0,
     n_gpu_layers: GpuLayers = 0,
     n_threads: Threads = 0,
     text_column: TextColumn = "",
@@ -207,7 +208,8 @@ def compare(
 
     given = _given(label_names, system_prompt, user_prompt, max_seq_length)
     rows = work.Rows(data, run_name, max_samples, text_column, label_column, given)
-    work.compare(reference, others, rows, output, {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}, as_json)
+    options = {"equivalence_margin": equivalence_margin, "n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
+    work.compare(reference, others, rows, output, options, as_json)
 
 
 def _given(

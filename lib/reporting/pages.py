@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.errors import InputError
 from lib.reporting.summary import Summary, commit_words
 from lib.run import provenance
 
@@ -34,13 +35,20 @@ class Stage:
 
 
 def read_stage(notebook: Path, exists: bool = False) -> Stage:
-    """Title and question from the notebook's first Markdown cell."""
+    """Title and question from the notebook's first Markdown cell.
+
+    Raises:
+        InputError: the file is no notebook.
+    """
     import nbformat
 
-    content = nbformat.read(notebook, as_version=4)
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError):
+        raise InputError(f"{notebook} is damaged.", "a Jupyter notebook.", f"git checkout {notebook.name}.") from None
     first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
     title, question = _TITLE.search(first), _QUESTION.search(first)
-    clean = re.compile(r"[*_`]")
+    clean = re.compile(r"[*`]")
     return Stage(
         notebook.stem,
         clean.sub("", title[1]) if title else notebook.stem,

@@ -28,6 +28,7 @@ from lib.reporting.summary import summarise
 from lib.run import open_run
 from lib.run.files import require_space, write_text
 from lib.run.folders import PROJECT, reports_folder, writable
+from lib.run.manifest import NOTEBOOK_OF
 
 PATTERN = "[0-9][0-9]_*.ipynb"
 TIMEOUT = 24 * 3600.0
@@ -64,7 +65,7 @@ class Report:
 
 @dataclass
 class _Session:
-    """One call of `run_report`: what is fixed while it lasts."""
+    """One call of `run_report`: what is fixed while it lasts (titles are read once, before anything runs)."""
 
     settings: schema.Settings
     folder: Path
@@ -72,12 +73,15 @@ class _Session:
     timeout: float
     say: Say
 
+    def __post_init__(self) -> None:
+        self.titles = [pages.read_stage(notebook) for notebook in self.notebooks]
+
     @property
     def run_name(self) -> str:
         return self.settings.run_name
 
     def stages(self) -> list[Stage]:
-        return [pages.read_stage(n, (self.folder / f"{n.stem}.html").is_file()) for n in self.notebooks]
+        return [replace(stage, exists=(self.folder / f"{stage.name}.html").is_file()) for stage in self.titles]
 
     def write_indexes(self, state: str = "") -> Path:
         overview = index.write_run_index(self.folder, summarise(open_run(self.run_name)), self.stages(), state)
@@ -196,11 +200,11 @@ def run_report(
     settings = schema.load(params_file, overrides)
     found = find_notebooks(notebooks or PROJECT / "notebooks")
     first = _first(found, start_from)
+    folder = reports_folder() / settings.run_name
+    session = _Session(settings, folder, found, timeout, say)
     values = settings.model_dump()
     parameters = {n: declared(n, values) for n in found[first:]}
-    folder = writable(reports_folder() / settings.run_name)
-    require_space(folder, 64 << 20, "the report")
-    session = _Session(settings, folder, found, timeout, say)
+    require_space(writable(folder), 64 << 20, "the report")
     started = time.monotonic()
     with _alone(folder), _sigterm_raises():
         _remove_pages(session, found[first:])
@@ -234,7 +238,8 @@ def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None
                 ended = process.execute(
                     notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"    {line}")
                 )
-                if failure := outcome.judge(executed, ended, session.timeout):
+                failure = outcome.judge(executed, ended, session.timeout) or _without_product(session, notebook.stem)
+                if failure:
                     raise ReportError(notebook.stem, failure, None)
                 _publish(session, executed, work)
             except BaseException as error:
@@ -247,6 +252,14 @@ def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None
         _render_again(session)
         raise
     session.say(f"{head}: done in {duration(ended.seconds)}")
+
+
+def _without_product(session: _Session, stage: str) -> outcome.Failure | None:
+    """A stage that ran to its end without leaving its product is a failure too."""
+    wanted = next((product for product, notebook in NOTEBOOK_OF.items() if notebook == stage), None)
+    if wanted is None or wanted in open_run(session.run_name).manifest.entries():
+        return None
+    return outcome.Failure(f"it ran to its end, but the product {wanted!r} is not in the manifest.", 1)
 
 
 def _why(stage: str, error: BaseException) -> str:
