@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lib.plots.rows import FORMATS
+
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.figure import Figure
@@ -60,14 +62,15 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
 
     Args:
         rows: one mapping a row; the keys of the first are the columns (name them with their units).
-        formats: a format specification for some columns, e.g. {"accuracy": ".3f"}.
+        formats: a format specification for columns that `rows.FORMATS` does not know, e.g. {"share": ".1%"}.
     """
+    known = {**FORMATS, **(formats or {})}
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
 
     def shown(column: str, value: Any) -> str:
-        given = (formats or {}).get(column)
+        given = known.get(column)
         if given and isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value)):
             return format(value, given)
         return _cell(value)
@@ -115,9 +118,14 @@ def stamps(run: Run) -> HTML:
     return _html(lines)
 
 
-def texts(rows: Iterable[Mapping[str, Any]], caption: str) -> HTML:
-    """Rows that hold a review: as `table`, the long text in a column of its own that may wrap."""
-    return _html(f'<div class="texts">{table(rows, caption).data}</div>')
+def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -> HTML:
+    """Rows that hold reviews, as `table`; a text over `longest` characters is cut, which the dots say."""
+    short = [{key: _shortened(value, longest) for key, value in row.items()} for row in rows]
+    return _html(f'<div class="texts">{table(short, caption).data}</div>')
+
+
+def _shortened(value: Any, longest: int) -> Any:
+    return f"{value[:longest]} …" if isinstance(value, str) and len(value) > longest else value
 
 
 def tokens(pieces: Sequence[str], in_loss: Sequence[bool], caption: str) -> HTML:

@@ -1,0 +1,85 @@
+"""The whole quick run, as a user types it: seven pages without faults, and a second run that changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib.reporting.checks import problems
+from lib.run.manifest import NOTEBOOK_OF
+
+pytestmark = pytest.mark.report
+PROJECT = Path(__file__).resolve().parents[1]
+NAMES = list(dict.fromkeys(NOTEBOOK_OF.values()))
+STAMP = "offline base model, sample data: not a result about Qwen or ChnSentiCorp"
+
+
+def report(home: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lib.cli", "report", "params/quick.yaml", *arguments]
+    environment = {**os.environ, "WORKBOOK_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("home")
+    ended = report(home)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    yield home
+
+
+def manifest(home: Path) -> dict:
+    return json.loads((home / "runs/quick/manifest.json").read_text(encoding="utf-8"))["products"]
+
+
+def test_every_page_is_there_and_without_faults(finished: Path) -> None:
+    folder = finished / "reports/quick"
+    for name in NAMES:
+        page = folder / f"{name}.html"
+        assert problems(page) == []
+        assert STAMP in page.read_text(encoding="utf-8")
+        assert (folder / f"{name}.ipynb").is_file()
+    for index in (folder / "index.html", finished / "reports/index.html"):
+        assert problems(index) == []
+        assert STAMP in index.read_text(encoding="utf-8")
+
+
+def test_the_task_is_learnable_and_not_trivial(finished: Path) -> None:
+    metrics = manifest(finished)["evaluation"]["metrics"]
+    assert metrics["accuracy_finetuned"] > metrics["accuracy_base"] + 0.2
+    assert metrics["accuracy_finetuned"] < 1.0
+
+
+def test_the_ladder_keeps_its_promises(finished: Path) -> None:
+    comparison = json.loads((finished / "runs/quick/comparison/comparison.json").read_text(encoding="utf-8"))
+    files = {entry["type"]: entry for entry in comparison["files"]}
+    assert set(files) == {"F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"}
+    assert files["F16"]["flips"] == 0 and files["F16"]["kld_mean"] < 1e-6
+    assert files["Q8_0"]["flips"] <= 0.01 * files["Q8_0"]["n"]
+    assert files["Q2_K"]["kld_mean"] > files["Q4_K_M"]["kld_mean"] > files["Q8_0"]["kld_mean"] > 0
+    assert files["Q2_K"]["bytes"] < files["Q4_K_M"]["bytes"] < files["Q8_0"]["bytes"] < files["F16"]["bytes"]
+    for entry in files.values():
+        low, high = entry["accuracy_interval"]
+        assert 0 <= low <= entry["accuracy"] <= high <= 1 and "no loss" not in entry["verdict"]
+
+
+def test_memory_stays_small(finished: Path) -> None:
+    assert max(entry["peak_memory_mib"] for entry in manifest(finished).values()) < 4096
+
+
+def test_a_second_run_changes_no_product(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
+    entries = manifest(finished)
+    ended = report(finished)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    after = {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
+    assert before == after
+    assert manifest(finished) == entries
+    for name in NAMES:
+        assert "nothing to do" in (finished / f"reports/quick/{name}.html").read_text(encoding="utf-8")
