@@ -47,14 +47,18 @@ class Table:
 def quiet_datasets() -> Iterator[Any]:
     """The `datasets` module without its progress bars and chatter, which would land in the report pages."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
-    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    bars = datasets.are_progress_bars_disabled()
+    levels = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
         yield datasets
     finally:
-        datasets.logging.set_verbosity(level)
+        datasets.logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
         if not bars:
             datasets.enable_progress_bars()
 
