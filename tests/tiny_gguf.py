@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
 
 import gguf
@@ -54,6 +56,14 @@ def tensors(width: int, layers: int, seed: int, vocabulary: int, hidden: int, kv
     return result
 
 
+def _saved(folder: Path) -> tuple[list[str], list[str]]:
+    """Tokens in the order of their ids, and merges, of a saved tokenizer."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    return sorted(ids, key=ids.get), merges
+
+
 def write(
     path: Path,
     width: int = 256,
@@ -61,7 +71,7 @@ def write(
     seed: int = 1,
     tokens: list[str] | None = None,
     weights: dict[str, np.ndarray] | None = None,
-    merges: list[str] | None = None,
+    tokenizer: Path | None = None,
     outtype: str = "f16",
 ) -> Path:
     """Write a tiny Qwen2 GGUF.
@@ -69,9 +79,13 @@ def write(
     Args:
         width: hidden size; 256 fills super-blocks, 896 (as Qwen2.5-0.5B) does not.
         tokens: vocabulary; default the 256 bytes and three special tokens.
+        tokenizer: folder of a saved tokenizer to use instead, with its merges and chat template.
         weights: tensors to use instead of noise.
         outtype: "f16" or "f32" for the matrices.
     """
+    merges = ["! !"]
+    if tokenizer is not None:
+        tokens, merges = _saved(tokenizer)
     tokens = tokens or [*byte_tokens(), *SPECIAL_TOKENS]
     heads, hidden = width // 64, 512
     weights = weights or tensors(width, layers, seed, len(tokens), hidden, 128)
@@ -90,7 +104,9 @@ def write(
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
-    writer.add_token_merges(merges or ["! !"])
+    writer.add_token_merges(merges)
+    if tokenizer is not None:
+        writer.add_chat_template((tokenizer / "chat_template.jinja").read_text(encoding="utf-8"))
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
     writer.add_add_bos_token(False)
@@ -135,3 +151,12 @@ def write_imatrix(path: Path, width: int = 256, calls: int = 4, legacy: bool = F
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def with_number(source: Path, target: Path, key: str, value: int) -> Path:
+    """A copy of a GGUF file with one unsigned 32-bit header value replaced."""
+    data, name = bytearray(source.read_bytes()), key.encode()
+    place = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
+    data[place : place + 4] = struct.pack("<I", value)
+    target.write_bytes(data)
+    return target

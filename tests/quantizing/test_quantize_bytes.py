@@ -16,11 +16,11 @@ import platform
 from pathlib import Path
 
 import pytest
-import tiny_gguf
 
 from lib.quantizing import predict_sizes, recipes, worker
 from lib.run.files import sha256_file
 from lib.settings import QUANTIZATION_TYPES
+from tests import tiny_gguf
 
 LLAMA_QUANTIZE = {
     "Q8_0": ("946bcd06761ed6cd", 1338976, "64198ca3bbf9f5c1", 7103584),

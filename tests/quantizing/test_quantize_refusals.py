@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.quantizing import describe_gguf, imatrix, predict_sizes, quantize_file, recipes, worker
+from lib.quantizing import describe_gguf, files, imatrix, predict_sizes, quantize_file, recipes, worker
 from lib.run.files import sha256_file
+from tests import tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +150,12 @@ def test_any_bytes_as_an_importance_matrix(tmp_path_factory: pytest.TempPathFact
     except InputError:
         return
     assert len(content) > 12
+
+
+def test_a_file_that_kills_llama_cpp(source: Path, tmp_path: Path) -> None:
+    """No layers: llama.cpp aborts its process; here only the child dies, and nothing is left behind."""
+    bad = tiny_gguf.with_number(source, tmp_path / "bad-F16.gguf", "qwen2.block_count", 0)
+    argument = {"type": "Q8_0", "bytes": 1_000_000, "needs_imatrix": False}
+    with pytest.raises(InputError, match="SIGABRT"):
+        files.quantize_predicted(bad, tmp_path / "out.gguf", argument)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad-F16.gguf"]

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_gguf
 
 from lib.errors import InputError
 from lib.quantizing import quantize
@@ -14,6 +13,7 @@ from lib.quantizing import stage as quantize_stage
 from lib.run import Run, Work, open_run
 from lib.run.files import sha256_file
 from lib.settings import Settings
+from tests import tiny_gguf
 
 
 def settings(*ladder: str, force: bool = False) -> Settings:

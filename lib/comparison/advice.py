@@ -1,0 +1,170 @@
+"""Which file to ship, by a stated rule, in words that the statistics allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib.comparison.judging import REFERENCE_VERDICT
+from lib.statistics import mde_paired, smallest_significant
+
+RULE = (
+    "Recommend the smallest file whose accuracy is judged equivalent to the reference's within the margin (or better), "
+    "by exact McNemar with Holm correction and the interval of the paired difference, on all test rows. If there is "
+    "none, say so and how many rows would decide it. No recommendation is made from a reference that is not clearly "
+    "better than naming the commonest label: equal accuracy would say nothing."
+)
+
+
+def frontier(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Types of which no other file is smaller (or as small) and closer to the reference by mean KL divergence.
+
+    Args:
+        entries: with type, bytes, kld_mean; the reference not among them.
+    """
+    chosen, best = [], math.inf
+    for entry in sorted(entries, key=lambda e: (e["bytes"], e["kld_mean"])):
+        if entry["kld_mean"] < best:
+            chosen.append(entry["type"])
+            best = entry["kld_mean"]
+    return chosen
+
+
+def rows_needed(discordant: int, n: int, margin_points: float) -> int:
+    """Rows with which a paired comparison would detect a difference of the margin with 80 % power.
+
+    Solves mde_paired(rows, share) = margin for the share of rows on which exactly one of the two was right (none seen
+    is taken as one), and asks for enough rows that the fewest significant changes fit into the margin.
+    """
+    margin, share = margin_points / 100, max(discordant, 1) / n
+    return math.ceil(max((mde_paired(1, share) / margin) ** 2, smallest_significant() / margin))
+
+
+def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dict[str, Any]:
+    """The recommendation.
+
+    Args:
+        entries: one a file as in comparison.json, the reference (verdict "reference") among them.
+
+    Returns:
+        "rule", "type" (None when the evidence does not suffice), "reason" ("equivalent" | "better" | "insufficient" |
+        "reference"), "rows_needed" (None where more rows would not help or are not needed), "next_higher" ({type
+        judged worse: next larger one that is not, or the reference}), "text" (a paragraph).
+    """
+    reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
+    files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
+    steps = _next_higher(files, reference)
+    if reference["accuracy_interval"][0] <= reference["majority_share"]:
+        return _answer(None, "reference", None, steps, _unlearned(reference))
+    good = [e for e in files if e["verdict"].startswith(("equivalent", "better"))]
+    if good:
+        chosen = good[0]
+        sentences = _chosen(chosen, reference) + _smaller(chosen, files, margin_points) + _advice(steps, files)
+        return _answer(chosen["type"], chosen["verdict"].split()[0], None, steps, sentences)
+    needed = _needed(files, margin_points)
+    sentences = _undecided(files, reference, margin_points, needed) + _advice(steps, files)
+    return _answer(None, "insufficient", needed, steps, sentences)
+
+
+def _answer(
+    type_name: str | None, reason: str, needed: int | None, steps: dict[str, str], sentences: list[str]
+) -> dict[str, Any]:
+    return {
+        "rule": RULE,
+        "type": type_name,
+        "reason": reason,
+        "rows_needed": needed,
+        "next_higher": steps,
+        "text": " ".join(sentences),
+    }
+
+
+def _next_higher(files: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> dict[str, str]:
+    steps = {}
+    for i, entry in enumerate(files):
+        if entry["verdict"] == "worse":
+            larger = (e for e in files[i + 1 :] if e["verdict"] != "worse" and e["bytes"] > entry["bytes"])
+            steps[entry["type"]] = next(larger, reference)["type"]
+    return steps
+
+
+def _needed(files: Sequence[Mapping[str, Any]], margin_points: float) -> int | None:
+    """Rows that would decide about the file nearest to the reference; None when all are worse."""
+    open_files = [e for e in files if e["verdict"] != "worse"]
+    if not open_files:
+        return None
+    nearest = min(open_files, key=lambda e: e["mcnemar_b"] + e["mcnemar_c"])
+    return max(rows_needed(nearest["mcnemar_b"] + nearest["mcnemar_c"], nearest["n"], margin_points), nearest["n"] + 1)
+
+
+def _points(entry: Mapping[str, Any]) -> str:
+    low, high = (100 * limit for limit in entry["accuracy_difference_interval"])
+    return f"{100 * entry['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
+
+
+def _chosen(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+    share = entry["bytes"] / reference["bytes"]
+    text = [
+        f"Recommended: {entry['type']}, {entry['bytes'] / 1e6:.2f} MB, {100 * share:.0f} % of {reference['type']}.",
+        f"It is the smallest file judged {entry['verdict']} on {entry['n']:,} rows: accuracy "
+        f"{100 * entry['accuracy']:.2f} % against {100 * reference['accuracy']:.2f} %, a difference of "
+        f"{_points(entry)}; {entry['flips']} labels changed; mean KL divergence {entry['kld_mean']:.2g} nats a token.",
+    ]
+    free = entry["leak_free"]
+    if free and free["n"] < entry["n"]:
+        text.append(f"On the {free['n']:,} leak-free rows: {free['verdict']}, a difference of {_points(free)}.")
+    return text
+
+
+def _undecided(
+    files: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], margin_points: float, needed: int | None
+) -> list[str]:
+    margin = f"{margin_points:g} {'point' if margin_points == 1 else 'points'}"
+    open_files = [e for e in files if e["verdict"] != "worse"]
+    text = [
+        f"The evidence does not suffice to recommend a file: none of {len(files)} is judged equivalent to "
+        f"{reference['type']} within {margin} on {reference['n']:,} rows."
+    ]
+    if not open_files:
+        return [*text, f"All are judged worse: keep {reference['type']}, or try a larger type."]
+    nearest = min(open_files, key=lambda e: e["mcnemar_b"] + e["mcnemar_c"])
+    return [
+        *text,
+        f"{nearest['type']} changed fewest answers between right and wrong "
+        f"({nearest['mcnemar_b'] + nearest['mcnemar_c']}): a difference of {_points(nearest)}. With as large a share "
+        f"of such rows, about {needed:,} rows would be needed to detect a difference of {margin}.",
+        f"Until then the file closest to {reference['type']} by KL divergence is "
+        f"{min(open_files, key=lambda e: e['kld_mean'])['type']}.",
+    ]
+
+
+def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], margin_points: float) -> list[str]:
+    """What is not known of the files below the chosen one."""
+    below = [e for e in files if e["bytes"] < chosen["bytes"] and e["verdict"].startswith("cannot")]
+    if not below:
+        return []
+    needs = [rows_needed(e["mcnemar_b"] + e["mcnemar_c"], e["n"], margin_points) for e in below]
+    listed = ", ".join(
+        f"{e['type']} (about {max(need, e['n'] + 1):,} rows)" for e, need in zip(below, needs, strict=True)
+    )
+    return [f"These rows cannot tell whether a smaller one is as good; a decision would need: {listed}."]
+
+
+def _advice(steps: Mapping[str, str], files: Sequence[Mapping[str, Any]]) -> list[str]:
+    worse = {e["type"]: e for e in files if e["type"] in steps}
+    return [
+        f"{name} is worse ({_points(worse[name])}, Holm-adjusted p = {worse[name]['mcnemar_p_holm']:.2g}): "
+        f"take the next higher type, {better}."
+        for name, better in steps.items()
+    ]
+
+
+def _unlearned(reference: Mapping[str, Any]) -> list[str]:
+    """Why a reference that has not learned the task decides nothing."""
+    own, majority = 100 * reference["accuracy"], 100 * reference["majority_share"]
+    return [
+        f"No recommendation: {reference['type']} itself ({own:.1f} % on {reference['n']:,} rows) is not clearly better "
+        f"than always naming the commonest label ({majority:.1f} %), so that equal accuracy would say nothing about a "
+        "file. Train the model first; until then only KL divergence from the reference tells the files apart."
+    ]

@@ -1,0 +1,282 @@
+"""Compare files: encode once, run every file in its own process, judge, write."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.comparison.advice import frontier, recommend
+from lib.comparison.judging import Rows, judge
+from lib.device import cpu_name, llama_cpp_problem, physical_cores
+from lib.errors import InputError
+from lib.models.gguf_file import check_gguf
+from lib.models.prompting import Task, encode, label_ids
+from lib.run.child import run_child
+from lib.run.files import write_json
+from lib.run.folders import writable
+from lib.scoring import Scores
+from lib.scoring.perplexity import text_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUMMARY = "comparison.json"
+_SMALLEST_WINDOW = 64
+_SPEED_KEYS = (
+    *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
+    *("generation_tokens_per_second", "generation_tokens_per_second_range"),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Token ids for the child processes, and what to know about them.
+
+    Attributes:
+        order: the rows' places in the order in which they are scored (by id).
+        prompts, answers, windows: token ids; prompts in that order.
+        truncated: whether each row's text was cut, in the rows' own order.
+        n_ctx: longest sequence.
+        notes: sentences about what was changed to make it work.
+    """
+
+    order: list[int]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    windows: list[list[int]]
+    truncated: np.ndarray
+    n_ctx: int
+    notes: list[str]
+
+
+def compare_files(
+    reference: Path,
+    others: Sequence[Path],
+    rows: Sequence[Mapping[str, Any]],
+    task: Task,
+    output: Path,
+    source: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n_ctx: int = 512,
+    perplexity_tokens: int = 8192,
+    n_threads: int = 0,
+    n_gpu_layers: int = 0,
+    equivalence_margin: float = 1.0,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """Compare GGUF files with a reference on labelled rows and on held-out text.
+
+    Args:
+        reference: the unquantized file.
+        others: files made from it.
+        rows: {"id", "text", "label"}, with "group" and "leaked" where known.
+        output: folder for comparison.json and one scores-<TYPE>.jsonl a file.
+        source: what the rows are, in words; goes into comparison.json as "data".
+        tokenizer: of the model; None = the one inside `reference`.
+        n_ctx, perplexity_tokens: window and most tokens of the held-out text (the rows' texts, leak-free first).
+        equivalence_margin: accuracy points that count as equivalent.
+
+    Returns:
+        what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file, the
+        reference first), "frontier", "recommendation", "notes".
+
+    Raises:
+        InputError: a file that is missing, no GGUF, or that llama.cpp refuses or dies of (named); the same file twice;
+            no rows; an unwritable folder; too little room for the reference's log-probabilities.
+    """
+    _check(reference, others, rows)
+    writable(output)
+    if tokenizer is None:
+        from lib.models.gguf_tokenizer import tokenizer_from_gguf
+
+        tokenizer = tokenizer_from_gguf(reference)
+    work = _encode(tokenizer, task, rows, n_ctx, perplexity_tokens)
+    threads = n_threads or physical_cores()
+    paths = [reference, *others]
+    answers = _run(paths, work, threads, n_gpu_layers, output)
+    names = _names(paths, [answer["file_type"] for answer in answers])
+    scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
+    entries = _entries(names, paths, answers, scores, Rows.of(rows), equivalence_margin, seed)
+    best = frontier(entries[1:])
+    free = [row for row in rows if row.get("leaked") is False]
+    result = {
+        "data": {**(source or {}), "rows": len(rows), "leak_free_rows": len(free) or None},
+        "conditions": {
+            "device": answers[0]["device"],
+            "processor": cpu_name(),
+            "n_threads": threads,
+            "thread_waiting": answers[0]["thread_waiting"],
+            "n_gpu_layers": n_gpu_layers,
+            "window_tokens": len(work.windows[0]),
+            "windows": len(work.windows),
+            "equivalence_margin_points": equivalence_margin,
+            "seed": seed,
+        },
+        "reference": names[0],
+        "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
+        "frontier": best,
+        "recommendation": recommend(entries, equivalence_margin),
+        "notes": work.notes,
+    }
+    for name, score in scores.items():
+        score.save(output / f"scores-{name}.jsonl")
+    write_json(output / SUMMARY, result)
+    return result
+
+
+def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:
+    if problem := llama_cpp_problem():
+        do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
+        raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+    if not others:
+        raise InputError("no file to compare.", "at least one beside the reference.", "name one or more .gguf files.")
+    if not rows:
+        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+    seen: set[Path] = set()
+    for path in (reference, *others):
+        check_gguf(path)
+        if path.resolve() in seen:
+            raise InputError(f"{path} is named twice.", "each file once.", "remove one of the two.")
+        seen.add(path.resolve())
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
+) -> Work:
+    """Token ids of prompts, answers and held-out text; everything is tokenized once, here."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+    encoded = [encode(tokenizer, task, row["text"]) for row in rows]
+    answers = label_ids(tokenizer, task)
+    texts = [row["text"] for row in sorted(rows, key=lambda row: bool(row.get("leaked")))]
+    ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
+    notes = []
+    window = n_ctx
+    if _SMALLEST_WINDOW <= min(len(ids), most) < n_ctx:
+        window = 2 ** (min(len(ids), most).bit_length() - 1)
+        notes.append(
+            f"the held-out text has only {len(ids)} tokens: perplexity windows are {window} tokens instead of {n_ctx}"
+        )
+    windows = text_windows(ids, window, most)
+    longest = max(len(e.prompt_ids) for e in encoded) + max(len(a) for a in answers)
+    return Work(
+        order=order,
+        prompts=[encoded[i].prompt_ids for i in order],
+        answers=answers,
+        windows=windows,
+        truncated=np.array([e.truncated for e in encoded]),
+        n_ctx=max(window, longest),
+        notes=notes,
+    )
+
+
+def _run(paths: Sequence[Path], work: Work, threads: int, gpu_layers: int, output: Path) -> list[dict[str, Any]]:
+    """Measure every file, one process after another; the reference's log-probabilities live as long as this call."""
+    answers = []
+    with tempfile.TemporaryDirectory(prefix=".reference-", dir=output) as folder:
+        for place, path in enumerate(paths):
+            argument = {
+                "path": str(path.resolve()),
+                "prompts": work.prompts,
+                "answers": work.answers,
+                "windows": work.windows,
+                "n_ctx": work.n_ctx,
+                "n_threads": threads,
+                "n_gpu_layers": gpu_layers,
+                "reference": str(Path(folder).resolve() / "log-probs.f32"),
+                "is_reference": place == 0,
+            }
+            what = f"comparing {path.name} ({place + 1} of {len(paths)})"
+            answers.append(run_child("lib.comparison.worker:score_file", argument, what))
+    return answers
+
+
+def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]:
+    """A short, distinct name for each file: its recipe, or its file name where two share one."""
+    import llama_cpp
+
+    prefix = "LLAMA_FTYPE_MOSTLY_"
+    known = {getattr(llama_cpp, n): n.removeprefix(prefix) for n in dir(llama_cpp) if n.startswith(prefix)}
+    known[llama_cpp.LLAMA_FTYPE_ALL_F32] = "F32"
+    recipes = [known.get(number, "") for number in file_types]
+    names = [
+        recipe if recipe and recipes.count(recipe) == 1 else path.stem
+        for path, recipe in zip(paths, recipes, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{place}-{name}" for place, name in enumerate(names)]
+
+
+def _scores(rows: Sequence[Mapping[str, Any]], work: Work, answer: Mapping[str, Any]) -> Scores:
+    """A child's numbers in the rows' own order."""
+    values = np.array(answer["log_probs"], dtype=np.float64)
+    log_probs = np.empty_like(values)
+    log_probs[work.order] = values
+    labels = np.array([row["label"] for row in rows], dtype=np.int64)
+    return Scores([row["id"] for row in rows], labels, log_probs, work.truncated, answer["score_seconds"])
+
+
+def _entries(
+    names: Sequence[str],
+    paths: Sequence[Path],
+    answers: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Scores],
+    rows: Rows,
+    margin_points: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One entry a file, the reference first."""
+    reference, *others = names
+    reference_ppl = answers[0]["perplexity"]["ppl"]
+    judged = judge(scores[reference], {name: scores[name] for name in others}, rows, margin_points, seed)
+    labels = scores[reference].labels
+    entries = []
+    for name, path, answer in zip(names, paths, answers, strict=True):
+        entries.append(
+            {
+                "type": name,
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
+                **judged["" if name == reference else name],
+                "majority_share": float(np.bincount(labels).max() / len(labels)),
+                **_text_quality(answer, reference_ppl),
+                **{key: answer[key] for key in _SPEED_KEYS},
+                "seconds_per_sample": answer["score_seconds"] / len(labels),
+                "peak_memory_mib": answer["memory_mib"],
+            }
+        )
+    return entries
+
+
+def _text_quality(answer: Mapping[str, Any], reference_ppl: float) -> dict[str, Any]:
+    """KL divergence and perplexity; the reference's divergence from itself is 0 by definition.
+
+    The ratio is taken to the reference's own perplexity: the one in a KlTable is of its rounded log-probabilities,
+    which end 16 nats below the likeliest token.
+    """
+    table = answer["divergence"]
+    if table is None:
+        own = answer["perplexity"]
+        zero = dict.fromkeys(("kld_mean", "kld_uncertainty", "kld_low", "kld_high", "kld_median"), 0.0)
+        text = {"n_tokens": own["n_tokens"], "ppl": own["ppl"], "ppl_uncertainty": own["uncertainty"]}
+        return {**zero, "kld_p99": 0.0, "kld_max": 0.0, "same_top": 1.0, **text, "ppl_ratio": 1.0}
+    half = 1.96 * table["uncertainty"]
+    return {
+        "kld_mean": table["mean"],
+        "kld_uncertainty": table["uncertainty"],
+        "kld_low": max(table["mean"] - half, 0.0),
+        "kld_high": table["mean"] + half,
+        "kld_median": table["median"],
+        "kld_p99": table["p99"],
+        "kld_max": table["max"],
+        "same_top": table["same_top"],
+        "n_tokens": table["n_tokens"],
+        "ppl": table["ppl"],
+        "ppl_uncertainty": table["ppl_uncertainty"],
+        "ppl_ratio": table["ppl"] / reference_ppl,
+    }

@@ -1,0 +1,149 @@
+"""How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.scoring.llama_log import forget_errors, last_error, llama
+
+PROMPT_TOKENS = 128
+GENERATED_TOKENS = 32
+_FEWEST, _MOST, _SECONDS = 5, 25, 0.5
+"""Timed repeats: at least the first number, then more until the time is up or the second number is reached."""
+
+
+def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int) -> dict[str, Any]:
+    """Time one file; the first run of each kind is a warm-up and not counted.
+
+    Args:
+        prompt: token ids; the first 128 are used.
+
+    Returns:
+        "file_type" (header number), "weights", "tensor_bytes", "vocab_size", "load_seconds" (model and context, file
+        in the page cache), and for prompt and generation "…_tokens_per_second" (median), "…_range" ([slowest,
+        fastest]) and "…_runs". Generation is greedy, 32 tokens after the prompt, one at a time.
+    """
+    api = llama()
+    ids = list(prompt[:PROMPT_TOKENS])
+    _read_once(path)
+    started = time.perf_counter()
+    model = _load(path, n_gpu_layers)
+    try:
+        context = _context(model, path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
+        seconds = time.perf_counter() - started
+        vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        facts = {
+            "file_type": _file_type(model),
+            "weights": int(api.llama_model_n_params(model)),
+            "tensor_bytes": int(api.llama_model_size(model)),
+            "vocab_size": vocab,
+            "load_seconds": seconds,
+        }
+        if max(ids) >= vocab:
+            raise InputError(
+                f"token id {max(ids)} for {path.name}, which has {vocab} tokens.",
+                "the tokenizer of this model.",
+                "compare files that were made from one model.",
+            )
+        try:
+            prompts = _repeat(lambda: _read_prompt(context, ids))
+            written = _repeat(lambda: _write(context, ids, vocab))
+        finally:
+            api.llama_free(context)
+    finally:
+        api.llama_model_free(model)
+    return {
+        **facts,
+        **_rate("prompt", len(ids), prompts),
+        **_rate("generation", GENERATED_TOKENS, written),
+    }
+
+
+def _read_once(path: Path) -> None:
+    with path.open("rb") as stream:
+        while stream.read(1 << 22):
+            pass
+
+
+def _load(path: Path, n_gpu_layers: int) -> Any:
+    api = llama()
+    forget_errors()
+    parameters = api.llama_model_default_params()
+    parameters.n_gpu_layers = n_gpu_layers
+    model = api.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        found = f"llama.cpp cannot load {path}: {last_error() or 'no reason given'}."
+        raise InputError(found, "a complete model of a kind that llama.cpp knows.", "make or download the file again.")
+    return model
+
+
+def _context(model: Any, path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Any:
+    api = llama()
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx = parameters.n_batch = max(256, tokens)
+    parameters.n_threads = parameters.n_threads_batch = n_threads
+    parameters.offload_kqv = n_gpu_layers != 0
+    parameters.no_perf = True
+    context = api.llama_init_from_model(model, parameters)
+    if not context:
+        found = f"llama.cpp cannot open {path} with {tokens} tokens: {last_error() or 'no reason given'}."
+        raise InputError(found, "enough memory for the context.", "use a smaller model.")
+    return context
+
+
+def _file_type(model: Any) -> int | None:
+    buffer = ctypes.create_string_buffer(32)
+    length = llama().llama_model_meta_val_str(model, b"general.file_type", buffer, len(buffer))
+    return int(buffer.value) if length > 0 and buffer.value.isdigit() else None
+
+
+def _decode(context: Any, ids: Sequence[int]) -> None:
+    api = llama()
+    tokens = (api.llama_token * len(ids))(*ids)
+    code = api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids)))
+    if code != 0:
+        raise RuntimeError(f"llama_decode gave {code}: {last_error()}")
+    api.llama_synchronize(context)
+
+
+def _read_prompt(context: Any, ids: Sequence[int]) -> float:
+    """Seconds for the prompt in one batch."""
+    api = llama()
+    api.llama_memory_clear(api.llama_get_memory(context), True)
+    started = time.perf_counter()
+    _decode(context, ids)
+    return time.perf_counter() - started
+
+
+def _write(context: Any, ids: Sequence[int], vocab: int) -> float:
+    """Seconds for writing tokens after the prompt, the likeliest each time, whatever it is."""
+    _read_prompt(context, ids)
+    started = time.perf_counter()
+    for _ in range(GENERATED_TOKENS):
+        logits = llama().llama_get_logits_ith(context, -1)
+        _decode(context, [int(np.ctypeslib.as_array(logits, shape=(vocab,)).argmax())])
+    return time.perf_counter() - started
+
+
+def _repeat(run: Callable[[], float]) -> list[float]:
+    run()
+    times: list[float] = []
+    while len(times) < _FEWEST or (sum(times) < _SECONDS and len(times) < _MOST):
+        times.append(run())
+    return times
+
+
+def _rate(kind: str, tokens: int, times: list[float]) -> dict[str, Any]:
+    return {
+        f"{kind}_tokens_per_second": round(tokens / statistics.median(times), 2),
+        f"{kind}_tokens_per_second_range": [round(tokens / max(times), 2), round(tokens / min(times), 2)],
+        f"{kind}_runs": len(times),
+    }

@@ -1,0 +1,116 @@
+"""The stage `compare`: the run's GGUF and its ladder on the run's test rows, product `comparison`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.comparison.files import SUMMARY, compare_files
+from lib.errors import InputError
+from lib.models.prompting import Task
+from lib.run import Product, Run, Work
+from lib.run.files import read_json, read_jsonl
+from lib.scoring import Scores
+from lib.settings import Settings
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """What comparison.json holds.
+
+    Attributes:
+        product: the folder with comparison.json and scores-<TYPE>.jsonl.
+        reference: type of the reference file.
+        files: one entry a file, the reference first (keys: see README).
+        frontier: types that no other file beats in both size and KL divergence, smallest first.
+        recommendation: rule, type (None = the evidence does not suffice), reason, rows_needed, next_higher, text.
+        conditions: device, threads, windows and margin of the measurements.
+        data: where the rows come from and how many there are.
+        notes: what was done otherwise than asked.
+    """
+
+    product: Product
+    reference: str
+    files: tuple[dict[str, Any], ...]
+    frontier: tuple[str, ...]
+    recommendation: dict[str, Any]
+    conditions: dict[str, Any]
+    data: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def entry(self, type_name: str) -> dict[str, Any]:
+        """The entry of one type."""
+        return next(entry for entry in self.files if entry["type"] == type_name)
+
+    def scores(self, type_name: str) -> Scores:
+        """Per-row scores of one type."""
+        return Scores.load(self.product.path / f"scores-{type_name}.jsonl")
+
+
+def compare(settings: Settings, run: Run) -> ComparisonResult:
+    """Compare every file of the ladder with the run's unquantized GGUF.
+
+    Raises:
+        InputError: a missing product, or a file that llama.cpp refuses or dies of (named).
+    """
+
+    def build(work: Work) -> None:
+        _build(settings, run, work)
+
+    product = run.produce(
+        "comparison",
+        build,
+        parameters=settings.pick(
+            *("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", "equivalence_margin")
+        ),
+        inputs=("data", "gguf", "quantized"),
+        force=settings.force,
+    )
+    content = read_json(product.path / SUMMARY)
+    return ComparisonResult(
+        product=product,
+        reference=content["reference"],
+        files=tuple(content["files"]),
+        frontier=tuple(content["frontier"]),
+        recommendation=content["recommendation"],
+        conditions=content["conditions"],
+        data=content["data"],
+        notes=tuple(content["notes"]),
+    )
+
+
+def _build(settings: Settings, run: Run, work: Work) -> None:
+    from lib.models.loading import load_tokenizer
+
+    data, quantized = run.require("data"), run.require("quantized")
+    reference = _only_gguf(run.require("gguf").path)
+    files = [quantized.path / row["file"] for row in read_json(quantized.path / "quantized.json")["files"]]
+    result = compare_files(
+        reference,
+        files,
+        read_jsonl(data.path / "test.jsonl"),
+        Task.from_json(read_json(data.path / "task.json")),
+        work.folder,
+        {"source": data.entry.facts.get("source", "")},
+        tokenizer=load_tokenizer(data.path / "tokenizer"),
+        n_ctx=settings.n_ctx,
+        perplexity_tokens=settings.perplexity_tokens,
+        n_threads=settings.n_threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        equivalence_margin=settings.equivalence_margin,
+        seed=settings.seed,
+    )
+    work.device = result["conditions"]["device"]
+    work.notes += result["notes"]
+    work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
+    keys = ("bytes", "accuracy", "accuracy_interval", "flips", "kld_mean", "ppl", "verdict")
+    work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        do = "run notebooks/05_convert_gguf.ipynb with force: true."
+        raise InputError(f"{len(found)} GGUF files in {folder}.", "exactly one.", do)
+    return found[0]

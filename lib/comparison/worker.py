@@ -1,0 +1,129 @@
+"""One file in its own process: speed, label scores, peak memory, perplexity and KL divergence.
+
+Imports only numpy and llama_cpp, so that a process starts in a fraction of a second; token ids come from the parent.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from lib.comparison.speed import measure
+from lib.errors import InputError
+from lib.progress import Progress
+from lib.run.child import peak_memory_mib
+from lib.run.files import require_space
+from lib.scoring.llama import LlamaCppBackend
+from lib.scoring.perplexity import kl_table, perplexity
+
+WAIT_POLICY = "passive"
+"""How llama.cpp's threads wait for one another (OMP_WAIT_POLICY)."""
+
+
+class StoredReference:
+    """The reference's next-token log-probabilities for some windows, in a file: a backend that only remembers.
+
+    Args:
+        path: float32, (windows, positions, V); positions are those of the windows' second halves.
+    """
+
+    name = "the reference"
+
+    def __init__(self, path: Path, windows: list[list[int]], vocab_size: int, mode: str) -> None:
+        positions = len(windows[0]) - len(windows[0]) // 2
+        self.vocab_size = vocab_size
+        self._place = {tuple(window): i for i, window in enumerate(windows)}
+        self._values = np.memmap(path, np.float32, mode, shape=(len(windows), positions, vocab_size))
+
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """The stored values; `first` must be the middle of the window."""
+        if first != len(ids) // 2:
+            raise ValueError(f"only positions from {len(ids) // 2} on are stored, not from {first}")
+        return np.array(self._values[self._place[tuple(ids)]])
+
+    def put(self, ids: list[int], values: np.ndarray) -> None:
+        """Store one window's values."""
+        self._values[self._place[tuple(ids)]] = values
+
+
+def score_file(argument: dict[str, Any]) -> dict[str, Any]:
+    """Everything measured on one file.
+
+    Args:
+        argument: "path", "prompts", "answers" and "windows" (token ids), "n_ctx" (longest sequence), "n_threads",
+            "n_gpu_layers", "reference" (file of the reference's log-probabilities), "is_reference" (write that file).
+
+    Returns:
+        what `measure` gives, "log_probs", "score_seconds", "memory_mib" (peak while loading, timing and scoring; the
+        reference's log-probabilities, which only this comparison needs, are not in it), "divergence" (a KlTable as a
+        dict; null for the reference) and "perplexity" (a Perplexity as a dict; null for the others).
+    """
+    # Threads that wait must sleep: spinning ones slow llama.cpp down a hundredfold when the cores are shared. Read by
+    # the OpenMP library when llama.cpp is loaded, so it has to be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    path, windows = Path(argument["path"]), argument["windows"]
+    speed = measure(path, windows[0], argument["n_threads"], argument["n_gpu_layers"])
+    backend = LlamaCppBackend(path, argument["n_ctx"], argument["n_threads"], argument["n_gpu_layers"])
+    with backend:
+        started = perf_counter()
+        with Progress(f"scoring rows with {path.name}", len(argument["prompts"])) as progress:
+            log_probs = backend.label_log_probs(argument["prompts"], argument["answers"], progress)
+        seconds = perf_counter() - started
+        memory = peak_memory_mib()
+        if not np.isfinite(log_probs).all():
+            raise InputError(
+                f"{path.name} gives log-probabilities that are not numbers.",
+                "finite log-probabilities.",
+                "check the model's weights for NaN or infinity.",
+            )
+        stored = Path(argument["reference"])
+        text = _store(backend, windows, stored) if argument["is_reference"] else _diverge(backend, windows, stored)
+    return {
+        **speed,
+        "log_probs": log_probs.tolist(),
+        "score_seconds": seconds,
+        "memory_mib": memory,
+        "device": backend.device,
+        "thread_waiting": os.environ["OMP_WAIT_POLICY"],
+        **text,
+    }
+
+
+class _Recorder:
+    """Passes a backend's answers on and stores them."""
+
+    def __init__(self, backend: LlamaCppBackend, stored: StoredReference) -> None:
+        self.name, self._backend, self._stored = backend.name, backend, stored
+
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        values = self._backend.window_log_probs(ids, first)
+        self._stored.put(ids, values)
+        return values
+
+
+def _store(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> dict[str, Any]:
+    """The reference's perplexity; its log-probabilities go into the file."""
+    size = 4 * len(windows) * (len(windows[0]) - len(windows[0]) // 2) * backend.vocab_size
+    require_space(path.parent, size, "the reference's log-probabilities")
+    recorder = _Recorder(backend, StoredReference(path, windows, backend.vocab_size, "w+"))
+    result = perplexity(recorder, windows, f"perplexity of {backend.name}")
+    return {"perplexity": asdict(result), "divergence": None}
+
+
+def _diverge(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> dict[str, Any]:
+    """KL divergence from the stored reference, and perplexity."""
+    wanted = 4 * len(windows) * (len(windows[0]) - len(windows[0]) // 2) * backend.vocab_size
+    if path.stat().st_size != wanted:
+        raise InputError(
+            f"{backend.name} has {backend.vocab_size} tokens, the reference another number.",
+            "files with one vocabulary.",
+            "compare files that were made from one model.",
+        )
+    reference = StoredReference(path, windows, backend.vocab_size, "r")
+    table = kl_table(reference, backend, windows, f"KL divergence of {backend.name}")
+    return {"perplexity": None, "divergence": asdict(table)}

@@ -1,0 +1,47 @@
+"""The stage on a small run: products in, comparison out, skipped when nothing changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lib.comparison import compare
+from lib.quantizing import quantize
+from lib.run import Run, Work, open_run
+from lib.run.files import write_json, write_jsonl
+from lib.settings import Settings
+from tests.comparison.conftest import Ladder
+
+
+def make_run(ladder: Ladder) -> Run:
+    run = open_run("t")
+
+    def data(work: Work) -> None:
+        shutil.copytree(ladder.tokenizer_folder, work.folder / "tokenizer")
+        write_jsonl(work.folder / "test.jsonl", ladder.rows)
+        write_json(work.folder / "task.json", ladder.task.to_json())
+        work.facts["source"] = "generated rows"
+
+    def gguf(work: Work) -> None:
+        shutil.copyfile(ladder.reference, work.folder / "m-F16.gguf")
+
+    run.produce("data", data, parameters={})
+    run.produce("gguf", gguf, parameters={}, inputs=("data",))
+    return run
+
+
+def test_stage(ladder: Ladder, home: Path) -> None:
+    run = make_run(ladder)
+    settings = Settings(run_name="t", ladder=["Q8_0", "Q2_K"], n_ctx=128, perplexity_tokens=1024, n_threads=1)
+    quantize(settings, run)
+    result = compare(settings, run)
+    assert result.product.made and [e["type"] for e in result.files] == ["F16", "Q8_0", "Q2_K"]
+    assert result.data["source"] == "generated rows" and result.reference == "F16"
+    assert result.scores("Q8_0").ids == [row["id"] for row in ladder.rows]
+    assert result.scores("Q8_0").accuracy == result.entry("Q8_0")["accuracy"]
+    entry = result.product.entry
+    assert sorted(entry.outputs) == ["comparison.json", "scores-F16.jsonl", "scores-Q2_K.jsonl", "scores-Q8_0.jsonl"]
+    assert entry.metrics["Q2_K"]["kld_mean"] > entry.metrics["Q8_0"]["kld_mean"] > 0
+    assert entry.facts["recommended"] == result.recommendation["type"]
+    again = compare(settings, run)
+    assert not again.product.made and again.files == result.files and again.recommendation == result.recommendation

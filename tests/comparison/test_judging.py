@@ -1,0 +1,214 @@
+"""Statistics of a comparison on small synthetic scores with known answers, and the recommendation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.comparison.advice import frontier, recommend, rows_needed
+from lib.comparison.judging import Rows, f1_interval, judge, macro_f1, right_margins
+from lib.scoring import Scores
+
+
+def scores(labels: list[int], predictions: list[int], margin: float = 2.0, n_labels: int = 2) -> Scores:
+    """Scores whose predictions are as wanted, each by `margin` nats."""
+    log_probs = np.full((len(labels), n_labels), -margin - 1.0)
+    log_probs[np.arange(len(labels)), predictions] = -1.0
+    ids = [f"r{i}" for i in range(len(labels))]
+    return Scores(ids, np.array(labels), log_probs, np.zeros(len(labels), bool), 1.0)
+
+
+def plain(n: int, leak_free: np.ndarray | None = None) -> Rows:
+    return Rows(np.arange(n), leak_free)
+
+
+def changed(labels: list[int], rows: range) -> list[int]:
+    return [1 - label if i in rows else label for i, label in enumerate(labels)]
+
+
+LABELS = [0, 1] * 100
+
+
+def test_six_losses_are_the_fewest_that_are_significant() -> None:
+    """6 : 0 has p = 2 · 2⁻⁶ = 0.03125 (shared/FEATURES.md A3), 5 : 0 has 0.0625."""
+    reference = scores(LABELS, LABELS)
+    for lost, verdict in ((6, "worse"), (5, "cannot tell (MDE 3.1 points)")):
+        entry = judge(reference, {"q": scores(LABELS, changed(LABELS, range(lost)))}, plain(200), 1.0, 0)["q"]
+        assert (entry["mcnemar_b"], entry["mcnemar_c"], entry["flips"]) == (lost, 0, lost)
+        assert entry["mcnemar_p"] == entry["mcnemar_p_holm"] == 2.0 ** (1 - lost)
+        assert entry["accuracy_difference"] == pytest.approx(-lost / 200)
+        low, high = entry["accuracy_difference_interval"]
+        assert low < -lost / 200 < high < 0
+        assert entry["verdict"] == verdict
+
+
+def test_holm_over_the_ladder_takes_the_word_back() -> None:
+    reference = scores(LABELS, LABELS)
+    files = {f"q{i}": scores(LABELS, changed(LABELS, range(6))) for i in range(2)}
+    entries = judge(reference, files, plain(200), 1.0, 0)
+    assert [entries[f"q{i}"]["mcnemar_p_holm"] for i in range(2)] == [0.0625, 0.0625]
+    assert entries["q0"]["verdict"].startswith("cannot tell")
+
+
+def test_the_same_scores_again() -> None:
+    reference = scores(LABELS, changed(LABELS, range(20)))
+    entries = judge(reference, {"same": reference}, plain(200), 3.0, 0)
+    same = entries["same"]
+    assert same["flips"] == same["mcnemar_b"] == same["mcnemar_c"] == 0
+    assert same["margin_change_mean"] == 0 and same["margin_change_interval"] == [0, 0]
+    assert same["verdict"] == "equivalent within 3 points"
+    assert entries[""]["verdict"] == "reference" and entries[""]["mcnemar_p"] is None
+    assert entries[""]["accuracy"] == same["accuracy"] == 0.9
+    assert entries[""].keys() == same.keys()
+
+
+def test_margin_change_counts_towards_the_right_answer() -> None:
+    """Every right answer's log-odds fall by 0.5 nats: mean change −0.5 for both labels alike."""
+    entry = judge(scores(LABELS, LABELS), {"q": scores(LABELS, LABELS, 1.5)}, plain(200), 1.0, 0)["q"]
+    assert entry["margin_change_mean"] == pytest.approx(-0.5)
+    assert entry["margin_change_interval"] == pytest.approx([-0.5, -0.5])
+    assert entry["flips"] == 0
+
+
+def test_margins_of_three_labels() -> None:
+    three = scores([0, 1, 2], [0, 2, 2], 2.0, 3)
+    assert right_margins(three).tolist() == [2.0, -2.0, 2.0]
+
+
+def test_leak_free_rows_apart() -> None:
+    """All changes are on leaked rows: no change is left on the others."""
+    free = np.arange(200) >= 10
+    entries = judge(scores(LABELS, LABELS), {"q": scores(LABELS, changed(LABELS, range(10)))}, plain(200, free), 5.0, 0)
+    assert entries["q"]["verdict"] == "worse" and entries["q"]["leak_free"]["flips"] == 0
+    assert entries["q"]["leak_free"]["n"] == 190 and entries["q"]["leak_free"]["accuracy"] == 1.0
+    assert judge(scores(LABELS, LABELS), {}, plain(200), 1.0, 0)[""]["leak_free"] is None
+    nothing_free = plain(200, np.zeros(200, bool))
+    assert judge(scores(LABELS, LABELS), {}, nothing_free, 1.0, 0)[""]["leak_free"] is None
+
+
+def test_clusters_widen_the_interval() -> None:
+    """Ten losses that are near-duplicates of one another weigh less than ten of their own."""
+    other = {"q": scores(LABELS, changed(LABELS, range(0, 40, 4)))}
+    groups = np.array([0 if i in range(0, 40, 4) else i + 1 for i in range(200)])
+    alone = judge(scores(LABELS, LABELS), other, plain(200), 1.0, 0)["q"]["margin_change_interval"]
+    together = judge(scores(LABELS, LABELS), other, Rows(groups, None), 1.0, 0)["q"]["margin_change_interval"]
+    assert together[0] < alone[0] and together[1] > alone[1]
+
+
+def test_rows_without_audit() -> None:
+    rows = Rows.of([{"id": "a"}, {"id": "b", "group": 7, "leaked": True}])
+    assert rows.leak_free is None and rows.groups.tolist() == [0, 7]
+    assert Rows.of([{"leaked": True}, {"leaked": False}]).leak_free.tolist() == [False, True]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=60))
+def test_macro_f1_is_that_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    from sklearn.metrics import f1_score
+
+    labels, predictions = (list(column) for column in zip(*pairs, strict=True))
+    wanted = f1_score(labels, predictions, labels=[0, 1, 2], average="macro", zero_division=0.0)
+    value, (low, high) = f1_interval(scores(labels, predictions, 2.0, 3), np.arange(len(labels)), 0)
+    assert value == pytest.approx(wanted) and 0 <= low <= high <= 1
+
+
+def test_f1_interval_covers_the_truth() -> None:
+    """Accuracy 0.8 with even errors: macro-F1 0.8; of 200 samples about 95 % of the intervals hold it."""
+    rng, inside = np.random.default_rng(1), 0
+    for trial in range(200):
+        labels = rng.integers(0, 2, 300)
+        predictions = np.where(rng.random(300) < 0.8, labels, 1 - labels)
+        _, (low, high) = f1_interval(scores(labels.tolist(), predictions.tolist()), np.arange(300), trial)
+        inside += low <= 0.8 <= high
+    assert 180 <= inside <= 199
+
+
+def test_macro_f1_of_an_empty_class() -> None:
+    assert macro_f1(np.array([[3.0, 0.0], [0.0, 0.0]])) == 0.5
+
+
+ENTRY = {
+    "n": 400,
+    "accuracy": 0.9,
+    "accuracy_interval": [0.87, 0.93],
+    "majority_share": 0.5,
+    "flips": 3,
+    "accuracy_difference": -0.0025,
+    "accuracy_difference_interval": [-0.008, 0.004],
+    "mcnemar_b": 2,
+    "mcnemar_c": 1,
+    "mcnemar_p_holm": 1.0,
+    "leak_free": None,
+}
+F16 = {**ENTRY, "type": "F16", "bytes": 100_000_000, "kld_mean": 0.0, "verdict": "reference"}
+
+
+def entry(name: str, megabytes: int, kld: float, verdict: str, **more) -> dict:
+    return {**ENTRY, "type": name, "bytes": megabytes * 1_000_000, "kld_mean": kld, "verdict": verdict, **more}
+
+
+def test_the_smallest_equivalent_file_is_recommended() -> None:
+    entries = [
+        F16,
+        entry("Q8_0", 53, 0.001, "equivalent within 1 point"),
+        entry("Q4_K_M", 30, 0.03, "equivalent within 1 point", leak_free={**ENTRY, "n": 300, "verdict": "worse"}),
+        entry("Q3_K_M", 25, 0.1, "cannot tell (MDE 1.5 points)"),
+        entry("Q2_K", 20, 0.5, "worse", mcnemar_p_holm=0.001),
+    ]
+    answer = recommend(entries, 1.0)
+    assert answer["type"] == "Q4_K_M" and answer["reason"] == "equivalent"
+    assert answer["next_higher"] == {"Q2_K": "Q3_K_M"}
+    for words in (
+        "Q4_K_M, 30.00 MB, 30 % of F16",
+        "-0.25 points",
+        "300 leak-free rows: worse",
+        "Q3_K_M (about 600 rows)",
+    ):
+        assert words in answer["text"]
+    assert "take the next higher type, Q3_K_M" in answer["text"]
+    assert "no loss" not in answer["text"].lower()
+
+
+def test_no_recommendation_without_evidence() -> None:
+    entries = [F16, entry("Q8_0", 53, 0.001, "cannot tell (MDE 1.5 points)", mcnemar_b=20, mcnemar_c=20, n=400)]
+    answer = recommend(entries, 1.0)
+    assert answer["type"] is None and answer["reason"] == "insufficient"
+    assert answer["rows_needed"] == rows_needed(40, 400, 1.0) == 7849  # 7.849 · 0.1 / 0.01², (z.975 + z.8)² = 7.849
+    assert "does not suffice" in answer["text"] and "7,849 rows" in answer["text"]
+
+
+def test_all_worse_keeps_the_reference() -> None:
+    answer = recommend([F16, entry("Q2_K", 20, 0.5, "worse")], 1.0)
+    assert answer["type"] is None and answer["rows_needed"] is None
+    assert answer["next_higher"] == {"Q2_K": "F16"} and "keep F16" in answer["text"]
+
+
+def test_a_reference_that_guesses_decides_nothing() -> None:
+    guess = {**F16, "accuracy": 0.52, "accuracy_interval": [0.47, 0.57]}
+    answer = recommend([guess, entry("Q8_0", 53, 0.001, "equivalent within 1 point")], 1.0)
+    assert answer["type"] is None and answer["reason"] == "reference" and "No recommendation" in answer["text"]
+
+
+def test_rows_needed_agrees_with_the_table_of_detectable_effects() -> None:
+    """shared/FEATURES.md A3: 1200 rows with 1 % discordant rows detect 0.81 points, 865 with 5 % 2.1 points."""
+    assert rows_needed(12, 1200, 0.81) == pytest.approx(1200, rel=0.01)
+    assert rows_needed(43, 865, 2.13) == pytest.approx(865, rel=0.02)
+    assert rows_needed(0, 10_000, 1.0) == 600  # six changes, the fewest that can be significant, are 1 point of 600
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12))
+def test_frontier_is_what_nothing_else_beats(points: list[tuple[int, int]]) -> None:
+    entries = [{"type": f"t{i}", "bytes": size, "kld_mean": kld} for i, (size, kld) in enumerate(points)]
+    chosen = frontier(entries)
+    for e in entries:
+        beaten = any(
+            o["bytes"] <= e["bytes"]
+            and o["kld_mean"] <= e["kld_mean"]
+            and (o["bytes"], o["kld_mean"]) != (e["bytes"], e["kld_mean"])
+            for o in entries
+        )
+        twins = [o["type"] for o in entries if (o["bytes"], o["kld_mean"]) == (e["bytes"], e["kld_mean"])]
+        assert sum(t in chosen for t in twins) == (0 if beaten else 1)
