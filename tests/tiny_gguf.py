@@ -160,3 +160,44 @@ def with_number(source: Path, target: Path, key: str, value: int) -> Path:
     data[place : place + 4] = struct.pack("<I", value)
     target.write_bytes(data)
     return target
+
+
+def write_shapes_of_qwen25_05b(path: Path) -> Path:
+    """A sparse F16 file with the header and shapes of Qwen2.5-0.5B (494 M weights) and no data."""
+    width, hidden, kv_width, layers, vocabulary = 896, 4864, 128, 24, 151_936
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(layers)
+    writer.add_context_length(32768)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(14)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    shapes = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    for layer in range(layers):
+        block = {
+            "attn_q.weight": (width, width),
+            "attn_k.weight": (kv_width, width),
+            "attn_v.weight": (kv_width, width),
+            "attn_output.weight": (width, width),
+            "ffn_gate.weight": (hidden, width),
+            "ffn_up.weight": (hidden, width),
+            "ffn_down.weight": (width, hidden),
+            "attn_q.bias": (width,),
+            "attn_k.bias": (kv_width,),
+            "attn_v.bias": (kv_width,),
+            "attn_norm.weight": (width,),
+            "ffn_norm.weight": (width,),
+        }
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    for name, shape in shapes.items():
+        kind = np.dtype(np.float16 if len(shape) > 1 else np.float32)
+        writer.add_tensor_info(name, shape, kind, int(np.prod(shape)) * kind.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size + 32 * len(shapes) + 989_000_000)
+    return path

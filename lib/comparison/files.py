@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "comparison.json"
+_TEMPORARY = ".reference-"
 _SMALLEST_WINDOW = 64
 _SPEED_KEYS = (
     *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
@@ -178,7 +180,9 @@ def _encode(
 def _run(paths: Sequence[Path], work: Work, threads: int, gpu_layers: int, output: Path) -> list[dict[str, Any]]:
     """Measure every file, one process after another; the reference's log-probabilities live as long as this call."""
     answers = []
-    with tempfile.TemporaryDirectory(prefix=".reference-", dir=output) as folder:
+    for stray in output.glob(f"{_TEMPORARY}*"):  # of a comparison that was killed
+        shutil.rmtree(stray, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
         for place, path in enumerate(paths):
             argument = {
                 "path": str(path.resolve()),

@@ -146,3 +146,18 @@ def test_bits_per_weight_of_the_embedding_and_blocks_add_up(predictions: dict[in
     matrices = row["weights"] - one_dimensional
     assert row["tensor_bytes"] == matrices // 32 * 34 + 4 * one_dimensional
     assert row["bits_per_weight"] == pytest.approx(8 * row["tensor_bytes"] / row["weights"])
+
+
+def test_a_q4_k_m_of_a_half_billion_qwen_is_no_250_megabytes(tmp_path: Path) -> None:
+    """The sizes of Qwen2.5-0.5B, told from its shapes alone: MiB of weights, bits per weight, fallbacks.
+
+    shared/PERFORMANCE.md 3.2, measured there with llama-quantize --dry-run; 144 matrices fall back, and the embedding.
+    """
+    source = tiny_gguf.write_shapes_of_qwen25_05b(tmp_path / "q-F16.gguf")
+    wanted = {"Q8_0": (501, 8.50, 0), "Q6_K": (477, 8.09, 145), "Q5_K_M": (395, 6.71, 145), "Q4_K_M": (374, 6.35, 145)}
+    wanted |= {"Q4_0": (330, 5.61, 1), "Q3_K_M": (333, 5.66, 145), "Q2_K": (317, 5.39, 145)}
+    for row in predict_sizes(source, list(wanted)):
+        mebibytes, bits, fallbacks = wanted[row["type"]]
+        assert round(row["tensor_bytes"] / 2**20) == mebibytes
+        assert row["bits_per_weight"] == pytest.approx(bits, abs=0.005)
+        assert len(row["fallbacks"]) == fallbacks
