@@ -6,23 +6,18 @@ first notebook starts, the pages that will be made anew are removed, so that no 
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lib import settings as schema
 from lib.errors import InputError
 from lib.reporting import Terminated, checks, index, outcome, pages, process
+from lib.reporting.guards import DETAIL, alone, sigterm_raises, to_stderr
 from lib.reporting.pages import Stage, duration
 from lib.reporting.summary import summarise
 from lib.run import open_run
@@ -114,6 +109,16 @@ def _first(notebooks: list[Path], start_from: str | None) -> int:
     raise InputError(f"--from {start_from!r}.", f"one of {names}, or its number.", "use e.g. --from 04.")
 
 
+def _with_absolute_paths(settings: schema.Settings) -> schema.Settings:
+    """Paths that exist from the current directory only, made absolute: notebooks run in the project's root."""
+    found = {}
+    for key in ("dataset", "base_model"):
+        path = Path(getattr(settings, key)).expanduser()
+        if not path.is_absolute() and path.exists() and not (PROJECT / path).exists():
+            found[key] = str(path.resolve())
+    return settings.model_copy(update=found)
+
+
 def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Those of `values` that the notebook's parameters cell declares.
 
@@ -134,45 +139,6 @@ def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in keys}
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second report of the same run; remove what a killed one left behind."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"another process makes the report {folder.name!r}.", "one at a time.", "wait for it, or set run_name."
-        ) from None
-    try:
-        for left in folder.glob(".work-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into an exception while a report runs (in the main thread only, as Python demands)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run_report(
     params_file: Path | str,
     overrides: dict[str, Any] | None = None,
@@ -180,7 +146,7 @@ def run_report(
     *,
     notebooks: Path | None = None,
     timeout: float = TIMEOUT,
-    say: Say = _to_stderr,
+    say: Say = to_stderr,
 ) -> Report:
     """Execute the notebooks with a parameter file and publish reports/<run>/.
 
@@ -197,7 +163,7 @@ def run_report(
         ReportError: a notebook failed; later ones did not run, and no page of it or of a later one is left.
         KeyboardInterrupt, Terminated: interrupted; the running notebook and all its children were ended.
     """
-    settings = schema.load(params_file, overrides)
+    settings = _with_absolute_paths(schema.load(params_file, overrides))
     found = find_notebooks(notebooks or PROJECT / "notebooks")
     first = _first(found, start_from)
     folder = reports_folder() / settings.run_name
@@ -206,7 +172,7 @@ def run_report(
     parameters = {n: declared(n, values) for n in found[first:]}
     require_space(writable(folder), 64 << 20, "the report")
     started = time.monotonic()
-    with _alone(folder), _sigterm_raises():
+    with alone(folder), sigterm_raises():
         _remove_pages(session, found[first:])
         for position, notebook in enumerate(found[first:], first):
             _stage(session, position, parameters[notebook])
@@ -236,7 +202,7 @@ def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None
             executed = work / notebook.name
             try:
                 ended = process.execute(
-                    notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"    {line}")
+                    notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"{DETAIL}{line}")
                 )
                 failure = outcome.judge(executed, ended, session.timeout) or _without_product(session, notebook.stem)
                 if failure:

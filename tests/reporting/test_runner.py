@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
 import pytest
 
 from lib.errors import InputError
+from lib.reporting import process
 from lib.reporting.checks import broken_links, problems
+from lib.reporting.guards import alone
 from lib.reporting.runner import ReportError, run_report
 
 Writer = Callable[..., Path]
@@ -79,6 +82,17 @@ def test_only_declared_parameters_are_passed(home: Path, params: Path, write_not
     result, _ = report(params, home, overrides={"learning_rate": 0.5})
     notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
     assert notebook.metadata.papermill.parameters == {"seed": 7}
+
+
+def test_paths_are_found_from_where_the_user_stands(
+    home: Path, params: Path, write_notebook: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notebook("01_first", "dataset", parameters='dataset: str = "sample"  # where')
+    (home / "my.csv").write_text("text,label\n", encoding="utf-8")
+    monkeypatch.chdir(home)
+    result, _ = report(params, home, overrides={"dataset": "my.csv"})
+    notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
+    assert notebook.metadata.papermill.parameters == {"dataset": str(home / "my.csv")}
 
 
 def test_notebook_that_declares_an_unknown_key_is_refused(home: Path, params: Path, write_notebook: Writer) -> None:
@@ -144,15 +158,25 @@ def _wait_for_end(pid: int, seconds: float = 20.0) -> None:
         time.sleep(0.1)
 
 
-def test_timeout_ends_the_kernel_and_its_children(home: Path, params: Path, write_notebook: Writer) -> None:
-    pids = home / "pids"
+def test_timeout_ends_the_kernel_and_its_children(
+    home: Path, params: Path, write_notebook: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids, ahead = home / "pids", [0.0]
     source = (
-        "import os, subprocess, time\nchild = subprocess.Popen(['sleep', '300'])\n"
-        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\ntime.sleep(300)"
+        "import os, subprocess, time\nfrom lib.progress import Progress\nchild = subprocess.Popen(['sleep', '300'])\n"
+        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "with Progress('sleeping'):\n    time.sleep(300)"
     )
     write_notebook("01_first", source)
-    with pytest.raises(ReportError, match=r"longer than 6 s and was stopped in cell 3") as caught:
-        report(params, home, timeout=6)
+    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(process, "time", clock)
+
+    def say(line: str) -> None:
+        if "sleeping" in line:  # the cell runs: now let an hour pass
+            ahead[0] = 3600.0
+
+    with pytest.raises(ReportError, match=r"longer than 3000 s and was stopped in cell 3") as caught:
+        run_report(params, notebooks=home / "notebooks", say=say, timeout=3000)
     assert caught.value.exit_code == 1
     for pid in pids.read_text().split():
         _wait_for_end(int(pid))
@@ -221,3 +245,13 @@ def test_refused_parameters_leave_an_old_report_alone(home: Path, params: Path, 
     with pytest.raises(InputError, match="seed"):
         report(params, home, overrides={"seed": "many"})
     assert result.pages[0].is_file()
+
+
+def test_one_report_of_a_run_at_a_time(home: Path) -> None:
+    (home / ".work-old").mkdir()
+    with alone(home):
+        assert not (home / ".work-old").exists()
+        with pytest.raises(InputError, match="another process"), alone(home):
+            pass
+    with alone(home):
+        pass
