@@ -57,8 +57,8 @@ def read_architecture(folder: Path) -> Architecture:
         raise InputError(f"no config.json in {folder}.", "a model folder.", "give the folder of the whole model.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers validates values with exceptions of many kinds
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{folder / 'config.json'} cannot be read ({reason}).", "the configuration of a model.", "check the folder."
         ) from None
@@ -92,6 +92,12 @@ def _refuse_special(folder: Path, config: dict[str, Any]) -> None:
             f"rope type {rope['rope_type']!r} in {folder / 'config.json'}.",
             "default, linear or yarn.",
             "use llama.cpp's converter.",
+        )
+    if rope.get("rope_type") == "yarn" and "original_max_position_embeddings" not in rope:
+        raise InputError(
+            f"YaRN without original_max_position_embeddings in {folder / 'config.json'}.",
+            "the context length the model was trained with.",
+            "add it to rope_scaling.",
         )
 
 

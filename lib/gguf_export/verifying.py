@@ -1,9 +1,11 @@
-"""Reading a finished GGUF back: with the gguf library, and with llama.cpp in a process of its own."""
+"""Reading a finished GGUF back: with a reader that shares no code with the writer, and with llama.cpp."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from lib.models.gguf_file import read_metadata, read_tensors
 
 
 def verify(path: Path, types: dict[str, str]) -> None:
@@ -13,31 +15,31 @@ def verify(path: Path, types: dict[str, str]) -> None:
         RuntimeError: it does not; the writer is wrong or the disk is.
     """
     import gguf
+    import numpy as np
 
-    reader = gguf.GGUFReader(path)
-    found = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    if found != types:
+    tensors = read_tensors(path)
+    found = {tensor.name: gguf.GGMLQuantizationType(tensor.type).name for tensor in tensors}
+    if found != types or len(found) != len(tensors):
         wrong = sorted(set(found.items()) ^ set(types.items()))
-        raise RuntimeError(f"{path}: {len(wrong)} tensors differ from the plan, first {wrong[0]}")
-    end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
-    padded = -(-end // 32) * 32
-    if path.stat().st_size != padded:
-        raise RuntimeError(f"{path}: {path.stat().st_size} bytes, not {padded}")
+        raise RuntimeError(f"{path}: {len(wrong)} tensors differ from the plan, first {wrong[:1]}")
+    end = 0
+    for tensor in tensors:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+        if tensor.start < end:
+            raise RuntimeError(f"{path}: {tensor.name} begins inside the tensor before it")
+        end = tensor.start + int(np.prod(tensor.shape, dtype=np.int64)) // block * size
+    if path.stat().st_size != -(-end // 32) * 32:
+        raise RuntimeError(f"{path}: {path.stat().st_size} bytes, its last tensor ends at {end}")
 
 
 def metadata_table(path: Path, width: int = 60) -> list[tuple[str, str]]:
     """Key and value of everything a GGUF says about itself, long values shortened, arrays as their length."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
     rows = []
-    for key, value in reader.fields.items():
-        if key.startswith("GGUF."):
-            continue
-        if value.types[0] == gguf.GGUFValueType.ARRAY and len(value.data) > 8:
-            text = f"{len(value.data)} values"
+    for key, value in read_metadata(path).items():
+        if isinstance(value, list):
+            text = f"{len(value)} values" if len(value) > 8 else ", ".join(map(str, value))
         else:
-            text = " ".join(str(value.contents()).split())
+            text = f"{value:.7g}" if isinstance(value, float) else " ".join(str(value).split())
         rows.append((key, text if len(text) <= width else text[: width - 1] + "…"))
     return rows
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,20 @@ class _Reader:
             raise self.damaged(f"a value of unknown type {kind} at byte {self.at}")
         return self.number(_FORMATS[kind])
 
+    def metadata(self) -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        for _ in range(min(self.number("Q"), len(self.data))):
+            key = self.string()
+            pairs[key] = self.value(self.number("I"))
+        return pairs
+
+    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name, dimensions = self.string(), self.number("I")
+        if dimensions > 4:
+            raise self.damaged(f"{dimensions} dimensions of tensor {name!r}")
+        shape = [self.number("Q") for _ in range(dimensions)]
+        return name, self.number("I"), tuple(reversed(shape)), self.number("Q")
+
     def damaged(self, what: str) -> InputError:
         return InputError(f"{self.path} has {what}.", "a whole GGUF file.", "make or download the file again.")
 
@@ -115,15 +132,41 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     Raises:
         InputError: not a GGUF file, or a damaged one.
     """
+    with _open(path) as (reader, _):
+        return reader.metadata()
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a GGUF file: its type's number, its shape (rows first, as in PyTorch), its first byte."""
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_tensors(path: Path | str) -> list[TensorInfo]:
+    """Names, types, shapes and places of a GGUF file's tensors, in the file's order; their data is not read.
+
+    Raises:
+        InputError: not a GGUF file, or a damaged header.
+    """
+    with _open(path) as (reader, count):
+        alignment = int(reader.metadata().get("general.alignment", 32)) or 32
+        found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
+        data = -(-reader.at // alignment) * alignment
+        return [TensorInfo(name, kind, shape, data + offset) for name, kind, shape, offset in found]
+
+
+@contextlib.contextmanager
+def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
+    """A reader behind the magic and the version, and the number of tensors."""
     path = check_gguf(path)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, path)
         reader.take(4)
-        version, _, pairs = reader.number("I"), reader.number("Q"), reader.number("Q")
+        version, tensors = reader.number("I"), reader.number("Q")
         if version not in (2, 3):
             raise reader.damaged(f"GGUF version {version}")
-        metadata: dict[str, Any] = {}
-        for _ in range(min(pairs, len(data))):
-            key = reader.string()
-            metadata[key] = reader.value(reader.number("I"))
-        return metadata
+        yield reader, tensors

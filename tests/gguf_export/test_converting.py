@@ -1,0 +1,363 @@
+"""convert() equals the official converter byte for byte; what it cannot convert it refuses and leaves nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from convertible import official, write_model
+from safetensors.torch import load_file, save_file
+
+from lib.errors import InputError
+from lib.gguf_export import converting
+from lib.gguf_export.converting import convert
+from lib.gguf_export.tensors import _convert
+from lib.gguf_export.verifying import metadata_table, verify
+from lib.gguf_export.vocabulary import has_qwen2_structure, recognise
+from lib.models.weights import open_weights
+
+MODELS = {
+    "Small-Qwen2-v1.0": {"card": True},
+    "Small-Qwen3": {"kind": "qwen3", "tied": False, "shards": 3, "dtype": "float32"},
+    "Odd-Width": {"width": 80, "tied": False, "dtype": "float16"},
+    "Long-Context": {
+        "kind": "qwen3",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    },
+}
+# SHA-256 of the output of convert_hf_to_gguf.py from the llama.cpp inside llama-cpp-python 0.3.36 (vendor/llama.cpp),
+# with transformers 5.17.0, made by `convertible.official(checkout, model, output, outtype)`, which runs
+#   python -c "$OFFICIAL" MODEL --outtype TYPE --outfile OUT
+# in the checkout; remade by these tests when WORKBOOK_LLAMA_CPP names a checkout.
+GOLDEN = {
+    ("Small-Qwen2-v1.0", "f32"): "ada9dc7d92fb5cdc742eb2c5c45a82faca8008f00149b6ec1534b7a5110bb6dd",
+    ("Small-Qwen2-v1.0", "f16"): "9835085bac50575873c8f71099a4c22bf367436608046cdf9c9dae8ed4e0d51e",
+    ("Small-Qwen2-v1.0", "bf16"): "1a25062cb95d7858b64b45638161acbe866f5950b5e96ccf9b0563045853dfe2",
+    ("Small-Qwen2-v1.0", "q8_0"): "80d30f3dff0bfa53f017d9122723c6151a49fb1b888d26b75f8a70b3541aa702",
+    ("Small-Qwen3", "f32"): "2db204bc172c7e2636b0873fdda638b9c8ed895252f6499dbf646bd612076999",
+    ("Small-Qwen3", "f16"): "742fa3a8852ddc7ac4d59444c126cfe82a218866ddd6b2c66f125b2f24ad05fa",
+    ("Small-Qwen3", "bf16"): "fb9afeb449be12797fb55e81008a3c8fdba4ecd616f1a36acb09efccc33a1079",
+    ("Small-Qwen3", "q8_0"): "3e3d9730756aca03d345b07818d86ca0285658ef6ac3a4be077aaf07c70f6970",
+    ("Odd-Width", "f32"): "10c28dbbde2a361472989aa4eacfedf6ad06c587403d5db9fa549822410cecce",
+    ("Odd-Width", "f16"): "60a1021a0cb73cc4d266bec79d79729d5b45d8d09e48175b18b5eaf8b59ff267",
+    ("Odd-Width", "bf16"): "ead17e5675d8ff52abe494afc5d24be39a380653340e0dd295dd5c264a4e10ee",
+    ("Odd-Width", "q8_0"): "1748b78db713a826d33ba65a115eb0b94c4ad8369a942dcabc618c88df9d1d6c",
+    ("Long-Context", "bf16"): "55d3499ad189d1615b376fa0651f33a2266fbc9160f03ce80db9ffc2125ba86c",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = write_model(tmp_path_factory.mktemp("models") / name, **MODELS[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the check in llama.cpp's own process, which takes seconds."""
+    monkeypatch.setattr(converting, "_load_check", lambda path: "not tried")
+
+
+@pytest.fixture
+def copy(model: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A private copy of a good model, to be damaged."""
+    return Path(shutil.copytree(model("Small-Qwen2-v1.0"), tmp_path / "model"))
+
+
+def checkout() -> Path:
+    folder = os.environ.get("WORKBOOK_LLAMA_CPP")
+    if not folder:
+        pytest.skip("WORKBOOK_LLAMA_CPP does not name a checkout of llama.cpp")
+    return Path(folder)
+
+
+@pytest.mark.parametrize(("name", "outtype"), GOLDEN)
+def test_equals_the_official_converter(
+    name: str, outtype: str, model: Callable[[str], Path], tmp_path: Path, no_load: None
+) -> None:
+    output = tmp_path / "out.gguf"
+    report = convert(model(name), output, outtype)
+    assert hashlib.sha256(output.read_bytes()).hexdigest() == GOLDEN[name, outtype]
+    assert report.bytes_after == output.stat().st_size
+    assert report.padding_tokens == 300 - 268
+
+
+@pytest.mark.parametrize(("name", "outtype"), GOLDEN)
+def test_golden_hashes_are_the_official_ones(
+    name: str, outtype: str, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    official(checkout(), model(name), tmp_path / "official.gguf", outtype)
+    assert hashlib.sha256((tmp_path / "official.gguf").read_bytes()).hexdigest() == GOLDEN[name, outtype]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b-instruct", "qwen3-4b-thinking-2507"])
+def test_real_tokenizers(name: str, shared_data: Path, tmp_path: Path, no_load: None) -> None:
+    """Real Qwen tokenizers: recognised by the check text; equal to the official file where one can be made."""
+    config = json.loads((shared_data / name / "config.json").read_text())
+    kind = config["model_type"]
+    folder = write_model(tmp_path / name, kind=kind, tied=True, vocab_size=config["vocab_size"])
+    (folder / "chat_template.jinja").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(config["vocab_size"], 64, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shared_data / name / file, folder / file)
+    report = convert(folder, tmp_path / "out.gguf", "f16")
+    assert (report.pre_tokenizer, report.recognised) == ("qwen2", "the ids of llama.cpp's check text")
+    assert report.tokens == config["vocab_size"]
+    if os.environ.get("WORKBOOK_LLAMA_CPP"):
+        official(checkout(), folder, tmp_path / "official.gguf", "f16", patched=False)
+        assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "official.gguf").read_bytes()
+
+
+def test_metadata(model: Callable[[str], Path], tmp_path: Path, no_load: None) -> None:
+    convert(model("Small-Qwen2-v1.0"), tmp_path / "out.gguf", "f16", name="My model")
+    table = dict(metadata_table(tmp_path / "out.gguf"))
+    assert table["general.name"] == "My model"
+    assert table["general.sampling.penalty_repeat"].startswith("1.1")
+    assert table["general.base_model.0.name"] == "Qwen2.5 0.5B Instruct"
+    assert table["tokenizer.ggml.tokens"] == "300 values"
+    assert table["tokenizer.ggml.eos_token_id"] == "266"
+    assert table["tokenizer.ggml.bos_token_id"] == "264"
+    assert all(len(value) <= 60 for value in table.values())
+
+
+def test_verify_notices_a_wrong_file(model: Callable[[str], Path], tmp_path: Path, no_load: None) -> None:
+    path = tmp_path / "out.gguf"
+    convert(model("Small-Qwen3"), path, "f16")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    verify(path, types)
+    for wrong in (
+        {**types, "output.weight": "BF16"},
+        {key: types[key] for key in types if key != "output.weight"},
+        {**types, "more.weight": "F16"},
+    ):
+        with pytest.raises(RuntimeError, match=r"[12] tensors differ"):
+            verify(path, wrong)
+    whole = path.read_bytes()
+    for content in (whole[:-32], whole + bytes(32)):
+        path.write_bytes(content)
+        with pytest.raises(RuntimeError, match="last tensor ends"):
+            verify(path, types)
+
+
+def test_llama_cpp_opens_the_result(model: Callable[[str], Path], tmp_path: Path) -> None:
+    from lib.device import llama_cpp_problem
+
+    report = convert(model("Odd-Width"), tmp_path / "out.gguf", "q8_0")
+    assert ("opened" in report.loaded) == (llama_cpp_problem() is None)
+    assert report.float16_fallback
+    assert report.types["F16"] == len(report.float16_fallback)
+
+
+def test_llama_cpp_refusal_reaches_the_user(copy: Path, tmp_path: Path) -> None:
+    from lib.device import llama_cpp_problem
+
+    if problem := llama_cpp_problem():
+        pytest.skip(problem)
+    reconfigure(copy, num_attention_heads=3)
+    refused(copy, tmp_path, "llama.cpp refuses|the process for")
+
+
+def reconfigure(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> None:
+    (tmp_path / "output").mkdir(exist_ok=True)
+    with pytest.raises(InputError, match=match):
+        convert(folder, tmp_path / "output" / "out.gguf", outtype)
+    assert not list((tmp_path / "output").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        ({"architectures": None}, "a none model"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"num_hidden_layers": 3}, r"lacks 12 tensors of a qwen2 model \(first blk.2"),
+        ({"num_hidden_layers": 1}, "which qwen2 does not have"),
+        ({"tie_word_embeddings": False}, r"lacks 1 tensors .*output.weight"),
+        ({"vocab_size": 301}, "300 rows of embedding, vocab_size 301"),
+        ({"vocab_size": 200}, "300 rows of embedding"),
+    ],
+)
+def test_configuration(changes: dict, match: str, copy: Path, tmp_path: Path) -> None:
+    reconfigure(copy, **changes)
+    refused(copy, tmp_path, match)
+
+
+def test_more_tokens_than_rows(copy: Path, tmp_path: Path) -> None:
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:266].clone()
+
+    edit(copy, cut)
+    reconfigure(copy, vocab_size=266)
+    refused(copy, tmp_path, "token id 267, but the embedding has 266 rows")
+
+
+@pytest.mark.parametrize(
+    ("value", "outtype", "match"),
+    [
+        (1e5, "f16", r"weight of size 99840 .*; F16 ends at 65504.*"),
+        (-7e4, "f16", "use outtype bf16"),
+        (9e6, "q8_0", "Q8_0 ends at"),
+        (float("nan"), "bf16", "NaN or infinity"),
+        (float("-inf"), "f32", "NaN or infinity"),
+    ],
+)
+def test_values_the_type_cannot_hold(value: float, outtype: str, match: str, copy: Path, tmp_path: Path) -> None:
+    edit(copy, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[5:6].fill_(value))
+    refused(copy, tmp_path, match, outtype)
+
+
+def test_large_values_fit_bfloat16(copy: Path, tmp_path: Path, no_load: None) -> None:
+    edit(copy, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[5:6].fill_(1e5))
+    assert convert(copy, tmp_path / "out.gguf", "bf16").types["BF16"] == 15
+
+
+def test_damaged_files(copy: Path, tmp_path: Path) -> None:
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    for content, match in (
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<html>", "web page"),
+        (whole[:-1], "damaged"),
+    ):
+        weights.write_bytes(content)
+        refused(copy, tmp_path, match)
+    weights.unlink()
+    refused(copy, tmp_path, "no weights")
+    (copy / "pytorch_model.bin").write_bytes(b"PK")
+    refused(copy, tmp_path, "pickled weights")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff\xfe"])
+def test_missing_or_damaged_json(file: str, content: bytes | None, copy: Path, tmp_path: Path) -> None:
+    if content is None:
+        (copy / file).unlink()
+    else:
+        (copy / file).write_bytes(content)
+    refused(copy, tmp_path, file)
+
+
+def test_damaged_model_card(copy: Path, tmp_path: Path) -> None:
+    (copy / "README.md").write_text("---\na: [1\n---\n")
+    refused(copy, tmp_path, r"README\.md")
+
+
+def test_unknown_pre_tokenizer(copy: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    path = copy / "tokenizer.json"
+    assert recognise(PreTrainedTokenizerFast(tokenizer_file=str(path)))[0] == "qwen2"
+    other = path.read_text(encoding="utf-8").replace(r"|\\p{N}|", r"|\\p{N}{1,3}|")
+    path.write_text(other, encoding="utf-8")
+    with pytest.raises(InputError, match="splits text in an unknown way"):
+        recognise(PreTrainedTokenizerFast(tokenizer_file=str(path)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b.update(normalizer={"type": "NFKC"}),
+        lambda b: b["model"].update(ignore_merges=True),
+        lambda b: b["model"].update(byte_fallback=True),
+        lambda b: b["model"].update(type="Unigram"),
+        lambda b: b["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+        lambda b: b["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
+        lambda b: b["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda b: b["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True),
+        lambda b: b["pre_tokenizer"]["pretokenizers"].pop(),
+        lambda b: b.update(pre_tokenizer=None),
+    ],
+)
+def test_structure_of_qwen2(change: Callable[[dict], object], copy: Path) -> None:
+    backend = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    assert has_qwen2_structure(backend)
+    change(backend)
+    assert not has_qwen2_structure(backend)
+
+
+def test_output_paths(copy: Path, tmp_path: Path) -> None:
+    for name, match in (("out.bin", "ends in .gguf"), ("folder.gguf", "is a folder")):
+        (tmp_path / "folder.gguf").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=match):
+            convert(copy, tmp_path / name, "f16")
+    (copy / "link.gguf").symlink_to(copy / "model.safetensors")
+    before = (copy / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is an input file"):
+        convert(copy, copy / "link.gguf", "f16")
+    assert (copy / "model.safetensors").read_bytes() == before
+    with pytest.raises(InputError, match="outtype 'q4_0'"):
+        convert(copy, tmp_path / "out.gguf", "q4_0")
+
+
+def test_previous_file_survives_a_failure(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf").write_bytes(b"precious")
+    edit(copy, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    with pytest.raises(InputError, match="NaN or infinity"):
+        convert(copy, tmp_path / "out.gguf", "f16")
+    assert (tmp_path / "out.gguf").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf"]
+
+
+def test_disk_full(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    refused(copy, tmp_path, "free on the disk")
+
+
+def test_slabs_do_not_change_the_bytes(
+    model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_load: None
+) -> None:
+    convert(model("Small-Qwen2-v1.0"), tmp_path / "whole.gguf", "q8_0")
+    monkeypatch.setattr("lib.gguf_export.tensors.SLAB", 200)
+    convert(model("Small-Qwen2-v1.0"), tmp_path / "slabs.gguf", "q8_0")
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "slabs.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_rounding_equals_the_gguf_library(stored: str, kind: str) -> None:
+    """Arbitrary bit patterns, subnormals and ties among them; gguf.quants rounds as llama.cpp's C code does."""
+    draw = np.random.default_rng(7)
+    bits = torch.from_numpy(draw.integers(0, 2**16, 64 * 256, dtype=np.uint16).view(np.int16))
+    values = bits.view(torch.bfloat16).to(torch.float64)
+    values = torch.cat([values, torch.from_numpy(draw.normal(0, 1, 64 * 256))])
+    values = values[values.abs() < 6e4].to(getattr(torch, stored))
+    slab = values[: len(values) // 64 * 64].reshape(-1, 64)
+    wanted = gguf.quants.quantize(slab.to(torch.float32).numpy(), gguf.GGMLQuantizationType[kind])
+    assert _convert(slab, gguf.GGMLQuantizationType[kind]) == wanted.tobytes()
+
+
+def test_weights_are_mapped_not_read(model: Callable[[str], Path]) -> None:
+    weights = open_weights(model("Small-Qwen3"))
+    tensor = weights.tensors["model.embed_tokens.weight"]
+    assert isinstance(tensor.raw(), np.memmap)
+    assert tensor.tensor().shape == (300, 64)
+    assert [path.name for path in weights.files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
