@@ -19,8 +19,8 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml)
-	@$(python) -m lib.cli report $(PARAMS)
+report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml ARGS="-p KEY VALUE")
+	@$(python) -m lib.cli report $(PARAMS) $(ARGS)
 
 test: $(ready) ## lint, unit tests, and the quick report with its checks; prints the coverage
 	@$(python) -m ruff check .
