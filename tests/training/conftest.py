@@ -1,8 +1,10 @@
-"""A run with a small data product, and an offline base small enough to train in a second."""
+"""A run with a small data product, an offline base small enough to train in a second, and one training made once."""
 
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,14 @@ from lib.models import offline, offline_base
 from lib.models.prompting import Task
 from lib.run import Run, open_run
 from lib.run.files import write_json, write_jsonl
+from lib.run.folders import HOME_VARIABLE
 from lib.settings import Settings
+from lib.training import finetune
+from lib.training.trainer import AnswerTrainer
 
 TASK = Task(("负面", "正面"), "你是情感分析助手。", "判断这段评论的情感，只回答负面或正面。\n评论：{text}", 96)
 TINY = offline_base.BaseRecipe(
-    layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=64, batch=4, min_tokens=4096, max_tokens=4096
+    layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=64, batch=4, min_tokens=2048, max_tokens=2048
 )
 
 
@@ -66,15 +71,40 @@ def tiny_settings(**changes) -> Settings:
     return Settings(**{**values, **changes})
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home with three runs of the same data: "fresh", "straight" (trained) and "broken" (died in update 8)."""
+    home = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(home))
+        patch.setattr(offline_base, "BaseRecipe", lambda: TINY)
+        make_data(open_run("fresh"))
+        for name in ("straight", "broken"):
+            shutil.copytree(home / "runs" / "fresh", home / "runs" / name)
+        finetune(tiny_settings(), open_run("straight"))
+        die_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tiny_settings(), open_run("broken"))
+    yield home
+
+
 @pytest.fixture
-def small_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ensure_base` makes a model of one narrow layer."""
+def runs(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Run]:
+    """Runs of a private copy of `prepared`, by name."""
+    shutil.copytree(prepared, tmp_path / "home", symlinks=True)
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
     monkeypatch.setattr(offline_base, "BaseRecipe", lambda: TINY)
+    return open_run
 
 
-@pytest.fixture
-def run(home: Path, small_base: None) -> Run:
-    """A run with its data product."""
-    made = open_run("tiny")
-    make_data(made)
-    return made
+def die_after(updates: int, patch: pytest.MonkeyPatch) -> None:
+    """Training dies, as by Ctrl-C, when it computes the loss of the update after that many."""
+    original, done = AnswerTrainer.compute_loss, [0]
+
+    def compute(self, *arguments, **options):
+        done[0] += 1
+        if done[0] > updates:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    patch.setattr(AnswerTrainer, "compute_loss", compute)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lib.errors import InputError
-from lib.run import open_run
 from lib.training import checkpoints, finetune
 from lib.training.trainer import AnswerTrainer
-from tests.training.conftest import make_data, tiny_settings
+from tests.training.conftest import die_after, tiny_settings
 
 
 def weights(folder) -> dict[str, np.ndarray]:
@@ -25,80 +25,55 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
 
 
-@pytest.fixture
-def stop_before(monkeypatch: pytest.MonkeyPatch):
-    """Makes training die (as Ctrl-C would) when it is about to compute the loss of the n-th update from now."""
-    original = AnswerTrainer.compute_loss
-
-    def arm(updates: int | None) -> None:
-        left = [updates]
-
-        def compute(self, *arguments, **options):
-            if left[0] is not None:
-                left[0] -= 1
-                if left[0] < 0:
-                    raise KeyboardInterrupt
-            return original(self, *arguments, **options)
-
-        monkeypatch.setattr(AnswerTrainer, "compute_loss", compute)
-
-    return arm
+def untimed(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in history]
 
 
-def test_makes_the_adapter_and_skips_it_the_second_time(run, capfd) -> None:
-    result = finetune(tiny_settings(), run)
-    output = capfd.readouterr()
-    assert output.out == ""
-    assert "Failed" not in output.err and "Warning" not in output.err
-    assert result.steps == 8 and result.product.made and result.resumed_from is None
+def test_finished_training_is_described_and_skipped(runs) -> None:
+    result = finetune(tiny_settings(), runs("straight"))
+    assert not result.product.made
+    assert result.steps == 8 and result.resumed_from is None
     assert result.method == "LoRA r=4, alpha=16 on 7 linear layers"
     # r × (inputs + outputs) of q, k, v, o, gate, up, down: hidden 64, key/value 32, intermediate 64
     assert result.trainable == 4 * (128 + 96 + 96 + 128 + 128 + 128 + 128)
     assert 0 < result.trainable_share < 0.2
     tensors = weights(result.product.path)
     assert len(tensors) == 14 and all(tensor.dtype == np.float32 for tensor in tensors.values())
-    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    assert all(tensor.any() for tensor in tensors.values())
     losses = [row["loss"] for row in result.history if "loss" in row]
     assert len(losses) == 8 and losses[-1] < losses[0]
     judged = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
-    assert sorted(judged) == [2, 4, 6, 8]
+    assert len([row for row in result.history if "eval_loss" in row]) == 4 and sorted(judged) == [2, 4, 6, 8]
     assert judged[result.chosen_step] == min(judged.values())
-    chosen = result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"
-    assert same(tensors, weights(chosen))
+    assert same(tensors, weights(result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"))
     assert "validation loss" in (result.product.path / "training.log").read_text()
-    assert result.throughput > 0 and result.estimate["total"] > 0
-    again = finetune(tiny_settings(), run)
-    assert not again.product.made and again.history == result.history and again.trainable == result.trainable
+    assert result.throughput > 0 and result.estimate["total"] > 0 and result.advice == []
+    assert not list(result.product.path.rglob("training_args.bin"))
 
 
-def test_interrupted_training_ends_with_the_same_weights(home, small_base, stop_before) -> None:
-    straight, broken = open_run("straight"), open_run("broken")
-    for one in (straight, broken):
-        make_data(one)
-    expected = finetune(tiny_settings(), straight)
-    stop_before(5)  # checkpoints 2 and 4 are there, update 5 is lost
-    with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_settings(), broken)
-    assert "adapter" not in broken.manifest.entries()
-    stop_before(None)
-    result = finetune(tiny_settings(), broken)
-    assert result.resumed_from == 4
+def test_training_again_gives_the_same_weights_and_prints_nothing_odd(runs, capfd) -> None:
+    result = finetune(tiny_settings(), runs("fresh"))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert all(line.startswith(("tokenizing", "fine-tuning")) for line in printed.err.splitlines())
+    assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+
+
+def test_interrupted_training_ends_as_if_it_had_not_been(runs) -> None:
+    assert "adapter" not in runs("broken").manifest.entries()
+    result, expected = finetune(tiny_settings(), runs("broken")), finetune(tiny_settings(), runs("straight"))
+    assert result.resumed_from == 6
     assert same(weights(result.product.path), weights(expected.product.path))
     last = "checkpoints/checkpoint-8"
     assert same(weights(result.product.path / last), weights(expected.product.path / last))
-    strip = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in result.history]
-    assert strip == [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in expected.history]
+    assert untimed(result.history) == untimed(expected.history)
 
 
 @pytest.mark.parametrize(
     "damage", ["truncated optimizer", "no rng", "no record", "flipped bit", "empty folder", "staged only"]
 )
-def test_damaged_newest_checkpoint_is_passed_over(home, small_base, stop_before, damage: str) -> None:
-    run = open_run("damaged")
-    make_data(run)
-    stop_before(7)  # checkpoints 4 and 6 are kept
-    with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_settings(), run)
+def test_damaged_newest_checkpoint_is_passed_over(runs, damage: str) -> None:
+    run = runs("broken")
     folder = run.folder / ".adapter.part" / "checkpoints"
     newest = folder / "checkpoint-6"
     if damage == "truncated optimizer":
@@ -115,83 +90,82 @@ def test_damaged_newest_checkpoint_is_passed_over(home, small_base, stop_before,
     elif damage == "empty folder":
         (folder / "checkpoint-7").mkdir()
     else:
-        (folder / ".staged").mkdir(exist_ok=True)
         shutil.copytree(newest, folder / ".staged" / "checkpoint-7")
-    stop_before(None)
     result = finetune(tiny_settings(), run)
-    whole = damage in ("empty folder", "staged only")
-    assert result.resumed_from == (6 if whole else 4)
+    assert result.resumed_from == (6 if damage in ("empty folder", "staged only") else 4)
     assert len(result.messages) == (0 if damage == "staged only" else 1)
-    straight = open_run("straight")
-    make_data(straight)
-    expected = finetune(tiny_settings(), straight)
-    assert same(weights(result.product.path), weights(expected.product.path))
+    assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
 
 
-def test_other_parameters_start_afresh(run, stop_before) -> None:
-    stop_before(5)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(tiny_settings(), run)
-    stop_before(None)
-    assert finetune(tiny_settings(lora_r=2), run).resumed_from is None
+def test_other_parameters_start_afresh(runs) -> None:
+    assert finetune(tiny_settings(lora_r=2), runs("broken")).resumed_from is None
 
 
-def test_accumulation_gives_the_same_updates(home, small_base) -> None:
-    adapters = []
-    for name, rows, parts in (("whole", 16, 1), ("parts", 4, 4)):
-        run = open_run(name)
-        make_data(run)
-        changes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "lora_dropout": 0.0}
-        adapters.append(finetune(tiny_settings(**changes), run))
-    for key, value in weights(adapters[0].product.path).items():
-        np.testing.assert_allclose(value, weights(adapters[1].product.path)[key], atol=2e-4)
-    first, second = ([row["eval_loss"] for row in one.history if "eval_loss" in row] for one in adapters)
+def test_accumulation_gives_the_same_updates(runs) -> None:
+    results = []
+    for name, batch, parts in (("fresh", 16, 1), ("straight", 4, 4)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "lora_dropout": 0.0}
+        results.append(finetune(tiny_settings(**changes, num_train_epochs=1.0), runs(name)))
+    for key, value in weights(results[0].product.path).items():
+        np.testing.assert_allclose(value, weights(results[1].product.path)[key], atol=2e-4)
+    first, second = ([row["eval_loss"] for row in one.history if "eval_loss" in row] for one in results)
     assert first == pytest.approx(second, abs=1e-4)
 
 
-def test_diverging_training_is_refused_and_leaves_no_product(run) -> None:
+def test_diverging_training_is_refused_and_leaves_no_product(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = AnswerTrainer.compute_loss
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * math.nan)
     with pytest.raises(InputError, match="learning_rate"):
-        _with_broken_loss(run)
-    assert "adapter" not in run.manifest.entries()
-
-
-def _with_broken_loss(run) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        original = AnswerTrainer.compute_loss
-        patch.setattr(AnswerTrainer, "compute_loss", lambda *a, **k: original(*a, **k) * math.nan)
-        finetune(tiny_settings(), run)
+        finetune(tiny_settings(), runs("fresh"))
+    assert "adapter" not in runs("fresh").manifest.entries()
 
 
 @pytest.mark.parametrize("targets", ["lm_head", "q_proj, embed_tokens", "no_such_layer"])
-def test_unusable_target_modules_are_refused(run, targets: str) -> None:
+def test_unusable_target_modules_are_refused(runs, targets: str) -> None:
     with pytest.raises(InputError, match="target_modules"):
-        finetune(tiny_settings(target_modules=targets), run)
+        finetune(tiny_settings(target_modules=targets), runs("fresh"))
 
 
-def test_four_bits_or_a_note(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib import device
+def test_training_that_cannot_fit_is_refused(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
 
-    monkeypatch.setattr(device, "bitsandbytes_problem", lambda: "not on this machine")
-    result = finetune(tiny_settings(load_in_4bit=True, dtype="auto"), run)
+    class Small:
+        total = 1 << 20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    monkeypatch.setattr("lib.device.available_memory", lambda: 1 << 20)
+    with pytest.raises(InputError, match="per_device_train_batch_size: 1 with gradient_accumulation_steps: 16"):
+        finetune(tiny_settings(), runs("fresh"))
+
+
+def test_lora_with_a_note_where_four_bits_do_not_work(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.device.bitsandbytes_problem", lambda: "not on this machine")
+    run = runs("fresh")
+    result = finetune(tiny_settings(load_in_4bit=True, dtype="auto", num_train_epochs=0.5), run)
     assert result.method.startswith("LoRA ")
     assert any("not on this machine" in note for note in result.notes) and result.notes == run.stamps()
 
 
-def test_four_bits_where_they_work(run) -> None:
+def test_four_bits_where_they_work(runs) -> None:
     from lib import device
 
     if problem := device.bitsandbytes_problem():
         pytest.skip(problem)
-    result = finetune(tiny_settings(load_in_4bit=True, dtype="auto", num_train_epochs=1.0), run)
+    result = finetune(tiny_settings(load_in_4bit=True, dtype="auto", num_train_epochs=0.5), runs("fresh"))
     assert result.method.startswith("QLoRA") and result.product.entry.facts["method"] == "QLoRA"
-    assert result.total - result.trainable == 512 * 64 + 64 * 64 * 2 + 64 * 32 * 2 + 64 * 64 * 3 + 3 * 64 + 64 + 64
+    assert result.total - result.trainable == 512 * 64 + 64 * 64 * 2 + 64 * 32 * 2 + 64 * 64 * 3 + 64 + 64 + 3 * 64
 
 
-def test_adapter_can_be_loaded_and_names_its_base(run) -> None:
-    from lib.models.loading import base_of, load_model
+def test_adapter_names_its_base_and_can_be_loaded(runs) -> None:
+    from lib.models.loading import load_model
 
-    result = finetune(tiny_settings(), run)
-    config = json.loads((result.product.path / "adapter_config.json").read_text())
-    base = base_of(run)
-    assert config["base_model_name_or_path"] == str(base.path)
-    assert load_model(base.path, "float32", adapter=result.product.path).training is False
+    folder = runs("straight").folder / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert load_model(Path(config["base_model_name_or_path"]), "float32", adapter=folder).training is False
+
+
+def test_death_at_once_leaves_no_product(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    die_after(0, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_settings(), runs("fresh"))
+    assert "adapter" not in runs("fresh").manifest.entries()
