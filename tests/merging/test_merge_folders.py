@@ -176,3 +176,26 @@ def test_memory_stays_near_the_largest_changed_tensor(make_adapter: Callable, tm
         pytest.skip("no /proc/self/status")
     embedding = 100_000 * 256 * 4 / 2**20
     assert report.peak_anonymous_mib < 0.5 * embedding
+
+
+def test_real_adapter(shared_data: Path, tmp_path: Path) -> None:
+    """A published LoRA of Qwen2.5-0.5B (24 layers) on random weights of its attention's shapes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=896,
+        intermediate_size=32,  # the adapter touches q_proj and v_proj only
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=256,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    adapter = shared_data / "qwen2.5-0.5b-lora-sft"
+    report = merge_folders(tmp_path / "base", adapter, tmp_path / "out")
+    changed = assert_same_bits(tmp_path / "out", peft_merged(tmp_path / "base", adapter), tmp_path / "base")
+    assert changed == report.tensors_changed == 48
+    assert report.scalings == {"4": 48}
+    assert report.bytes_adapter == 2_162_688  # 24 · 8 · (896 + 896 + 896 + 128) float32
