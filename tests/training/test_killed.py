@@ -1,0 +1,72 @@
+"""A training process that is really killed, or told to stop by the scheduler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lib.training import finetune
+from lib.training.trainer import AnswerTrainer
+from tests.conftest import PROJECT
+from tests.training.conftest import tiny_settings
+from tests.training.test_stage import same, weights
+
+SLOW_TRAINING = """
+import time
+from lib.models import offline_base
+from lib.run import open_run
+from lib.training import finetune
+from lib.training.trainer import AnswerTrainer
+from tests.training.conftest import TINY, tiny_settings
+offline_base.BaseRecipe = lambda: TINY
+step = AnswerTrainer.training_step
+def slow(self, *arguments, **options):
+    if self.state.global_step >= 4:
+        time.sleep(60)
+    return step(self, *arguments, **options)
+AnswerTrainer.training_step = slow
+finetune(tiny_settings(), open_run("fresh"))
+"""
+
+
+def test_kill_9_then_again_gives_the_same_weights(runs) -> None:
+    run = runs("fresh")
+    checkpoint = run.folder / ".adapter.part" / "checkpoints" / "checkpoint-4"
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TRAINING], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not checkpoint.exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert child.poll() is None and checkpoint.exists()
+    finally:
+        child.kill()
+        child.wait()
+    assert "adapter" not in run.manifest.entries()
+    result = finetune(tiny_settings(), run)
+    assert result.resumed_from == 4 and result.messages == []
+    assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+
+
+def test_sigterm_stops_after_the_update_with_a_checkpoint(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, before = AnswerTrainer.compute_loss, signal.getsignal(signal.SIGTERM)
+
+    def compute(self, *arguments, **options):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerTrainer, "compute_loss", compute)
+        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+            finetune(tiny_settings(), runs("fresh"))
+    assert signal.getsignal(signal.SIGTERM) is before
+    result = finetune(tiny_settings(), runs("fresh"))
+    assert result.resumed_from == 3  # no multiple of save_steps
+    assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
