@@ -1,0 +1,249 @@
+"""What is refused before loading, and why; hub failures said with their cure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import errors
+
+from lib.errors import InputError
+from lib.models import hub
+from lib.models.loading import check_model_folder, load_model, load_tokenizer, resolve_base
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def test_whole_folder_passes_and_is_fingerprinted(model: Path) -> None:
+    check_model_folder(model)
+    base = resolve_base(str(model))
+    assert base.path == model and not base.offline and base.revision.startswith("sha256:")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    assert resolve_base(str(model)).revision != base.revision
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", None, "no config.json"),
+        ("config.json", LFS, "Git LFS pointer"),
+        ("config.json", "<!doctype html>", "web page"),
+        ("config.json", '{"model_type": ', "damaged"),
+        ("config.json", "[]", "no object"),
+        ("config.json", '{"model_type": "no_such_kind"}', "no_such_kind"),
+        ("config.json", '{"model_type": "x", "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}', "auto_map"),
+        ("model.safetensors", None, "no weights"),
+        ("model.safetensors", LFS, "Git LFS pointer"),
+        ("model.safetensors", "\n<html></html>", "web page"),
+        ("model.safetensors", "", "damaged"),
+    ],
+)
+def test_unusable_folders_are_refused(model: Path, name: str, content: str | None, words: str) -> None:
+    (model / name).unlink()
+    if content is not None:
+        (model / name).write_text(content)
+    for use in (check_model_folder, load_model):
+        with pytest.raises(InputError, match=words):
+            use(model)
+
+
+def test_pickle_only_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled weights"):
+        check_model_folder(model)
+
+
+@pytest.mark.parametrize("cut", [1, 1000])
+def test_truncated_weights_are_refused(model: Path, cut: int) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(InputError, match="damaged"):
+        check_model_folder(model)
+
+
+def test_loads_ready_for_evaluation(model: Path, capfd) -> None:
+    loaded = load_model(model, "float32", device="cpu")
+    assert not loaded.training and loaded.dtype == torch.float32
+    assert loaded.config._attn_implementation == "sdpa"
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert load_model(model, "bfloat16", device="cpu").dtype == torch.bfloat16
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(model: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"up_proj.weight.*NaN or infinity"):
+        load_model(model)
+
+
+def test_missing_tensor_is_refused(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lacks 1 tensors"):
+        load_model(model)
+
+
+def _adapter(model: Path, folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(
+        load_model(model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_adapter_is_put_on_top_in_float32(model: Path, tmp_path: Path) -> None:
+    tuned = load_model(model, "bfloat16", adapter=_adapter(model, tmp_path / "adapter"), device="cpu")
+    assert not tuned.training
+    assert {p.dtype for name, p in tuned.named_parameters() if "lora" in name} == {torch.float32}
+    with tuned.disable_adapter():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"r": 4}, "does not fit"),
+        ({"target_modules": ["q_proj"]}, "disagree"),
+        ({"target_modules": ["k_proj"]}, "disagree"),
+    ],
+)
+def test_adapter_that_does_not_fit_is_refused(model: Path, tmp_path: Path, change: dict, words: str) -> None:
+    folder = _adapter(model, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=words):
+        load_model(model, adapter=folder)
+
+
+def test_adapter_as_pickle_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = _adapter(model, tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors"):
+        load_model(model, adapter=folder)
+
+
+def test_four_bits_where_they_work_or_a_reason(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lib import device
+
+    if device.bitsandbytes_problem() is None:
+        loaded = load_model(model, load_in_4bit=True)
+        assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    monkeypatch.setattr(device, "bitsandbytes_problem", lambda: "no such library")
+    with pytest.raises(InputError, match="no such library"):
+        load_model(model, load_in_4bit=True)
+
+
+def test_tokenizer_problems_are_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/none", "a/b/c", "c:\\models\\qwen"])
+def test_missing_local_folder_is_said_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="no folder"):
+        resolve_base(name)
+
+
+def _answer(kind: type, status: int) -> Exception:
+    request = httpx.Request("GET", "https://hub.invalid/api")
+    return kind("refused", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (_answer(errors.GatedRepoError, 403), "HF_TOKEN"),
+        (_answer(errors.RepositoryNotFoundError, 404), "correct base_model"),
+        (_answer(errors.RevisionNotFoundError, 404), "correct revision"),
+        (_answer(errors.HfHubHTTPError, 401), "HF_TOKEN"),
+        (_answer(errors.HfHubHTTPError, 503), "503"),
+        (errors.LocalEntryNotFoundError("offline"), "HF_ENDPOINT"),
+        (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
+        (httpx.ConnectTimeout("slow"), "HF_ENDPOINT"),
+        (httpx.ProxyError("proxy"), "HF_ENDPOINT"),
+        (errors.HFValidationError("bad"), "not a hub id"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_hub_failures_name_their_cure(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=words):
+        resolve_base("Some/Model")
+
+
+def test_download_asks_for_safetensors_only_and_records_the_commit(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fnmatch
+
+    import huggingface_hub
+
+    snapshot = model.rename(model.with_name("0123abcd"))
+    asked = {}
+
+    def fake(repo: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    base = resolve_base("Some/Model", "v1")
+    assert (base.id, base.revision, base.path) == ("Some/Model", "0123abcd", snapshot)
+    assert (asked["repo"], asked["revision"]) == ("Some/Model", "v1")
+
+    def wanted(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in asked["patterns"])
+
+    assert all(map(wanted, ["config.json", "model-00001-of-2.safetensors", "tokenizer.json", "chat_template.jinja"]))
+    assert not any(map(wanted, ["pytorch_model.bin", "modeling_x.py", "model.gguf", "optimizer.pt", "x.pkl"]))
