@@ -150,13 +150,15 @@ def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 def _measure(
     backend: Backend, prompts: list[list[int]], answers: list[list[int]], windows: list[list[int]], progress: Progress
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Label log-probabilities of all prompts, and the log-softmax at every position of the windows."""
+    """Label log-probabilities of all prompts, and the log-softmax at every position of the windows; then close it."""
     labels = backend.label_log_probs(prompts, answers)
     progress.advance(len(prompts))
     distributions = []
     for ids in windows:
         distributions.append(backend.window_log_probs(ids))
         progress.advance()
+    backend.close()
+    gc.collect()
     return labels, distributions
 
 
@@ -183,8 +185,7 @@ def gate(
     Raises:
         InputError: other token ids, more divergence or fewer equal labels than allowed. Numbers are in the message.
     """
-    from lib.models.loading import load_model, load_tokenizer
-    from lib.scoring import LlamaCppBackend, TransformersBackend
+    from lib.models.loading import load_tokenizer
 
     started = time.monotonic()
     if not rows:
@@ -196,16 +197,9 @@ def gate(
     windows, answers = _spread(encoded, WINDOWS), label_ids(tokenizer, task)
     arithmetic = _arithmetic(model_dir)
     with Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows))) as progress:
-        backend: Backend = TransformersBackend(load_model(model_dir, dtype=arithmetic), batch_size=16)
-        merged_labels, merged = _measure(backend, encoded, answers, windows, progress)
-        backend.close()
-        del backend
-        gc.collect()
-        backend = LlamaCppBackend(
-            path, task.max_seq_length, n_threads=n_threads, cache_type="f32", flash_attention=False
-        )
-        gguf_labels, gguf = _measure(backend, encoded, answers, windows, progress)
-        backend.close()
+        merged_labels, merged = _measure(_open_merged(model_dir, arithmetic), encoded, answers, windows, progress)
+        opened = _open_gguf(path, task.max_seq_length, n_threads)
+        gguf_labels, gguf = _measure(opened, encoded, answers, windows, progress)
     divergence = np.concatenate([_kl(p, q) for p, q in zip(merged, gguf, strict=True)])
     top = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(merged, gguf, strict=True)])
     report = GateReport(
@@ -226,6 +220,19 @@ def gate(
     )
     _refuse(report, path)
     return report
+
+
+def _open_merged(model_dir: Path, arithmetic: str) -> Backend:
+    from lib.models.loading import load_model
+    from lib.scoring import TransformersBackend
+
+    return TransformersBackend(load_model(model_dir, dtype=arithmetic), batch_size=16)
+
+
+def _open_gguf(path: Path, n_ctx: int, n_threads: int) -> Backend:
+    from lib.scoring import LlamaCppBackend
+
+    return LlamaCppBackend(path, n_ctx, n_threads=n_threads, cache_type="f32", flash_attention=False)
 
 
 def _arithmetic(model_dir: Path) -> str:
