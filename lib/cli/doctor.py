@@ -46,8 +46,11 @@ def lock_differences() -> list[str]:
     """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
     found = []
     for line in (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        name, separator, version = line.split(";")[0].partition("#")[0].strip().partition("==")
-        if not separator or name == "llama_cpp_python":  # which has a line of its own
+        requirement, _, marker = line.partition("#")[0].partition(";")
+        name, separator, version = requirement.strip().partition("==")
+        if not separator or ("Darwin" in marker and platform.system() != "Darwin"):
+            continue
+        if name == "llama_cpp_python":  # which has a line of its own
             continue
         try:
             have = metadata.version(name)
