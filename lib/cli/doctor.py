@@ -201,11 +201,7 @@ def as_text(found: list[Check]) -> str:
     if broken(found):
         end = "Something required is broken: cure it first."
     elif lacks:
-        end = (
-            f"All seven notebooks can start; {lacks} lacks narrow what they can do."
-            if lacks > 1
-            else ("All seven notebooks can start; one lack narrows what they can do.")
-        )
+        end = f"Lacks: {lacks}. The notebooks that they do not touch run in full."
     else:
         end = "Everything is there."
     return "\n".join([*lines, "", end])
