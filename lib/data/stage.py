@@ -29,8 +29,12 @@ KEYS = (
     *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
     *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
 )
-SAMPLE_NOTE = "sample data: not a result about ChnSentiCorp"
-OFFLINE_NOTE = "offline base model: not a result about Qwen"
+STAMPS = {
+    (True, True): "offline base model, sample data: not a result about Qwen or ChnSentiCorp",
+    (True, False): "offline base model: not a result about Qwen",
+    (False, True): "sample data: not a result about ChnSentiCorp",
+}
+"""What every page must say, by (offline base, sample data)."""
 FEWEST = 10
 """Distinct rows a label that a split 8 : 1 : 1 needs."""
 
@@ -97,7 +101,8 @@ def _build(settings: Settings, work: Work) -> None:
     task = Task(tuple(settings.label_names), settings.system_prompt, settings.user_prompt, settings.max_seq_length)
     tokenizer, base = _tokenizer(settings, task, final["train"], work.folder / "tokenizer")
     sample_data = settings.dataset == SAMPLE_DATASET
-    work.notes += [SAMPLE_NOTE] * sample_data + [OFFLINE_NOTE] * base["offline_base"] + notes
+    stamp = STAMPS.get((base["offline_base"], sample_data))
+    work.notes += [*([stamp] if stamp else []), *notes]
     _measure(
         work,
         final,
