@@ -20,6 +20,9 @@ from lib.run.files import read_json
 OK, RAISED, DIED, BROKEN = 0, 1, 3, 4
 """Exit codes: everything ran; a cell raised; the kernel died; papermill itself failed."""
 
+KERNEL_EXIT = "kernel exit code:"
+"""How the line on stderr begins that tells how a dead kernel ended (negative: by that signal)."""
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -50,6 +53,21 @@ def _follow_parent(parent: int) -> None:
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
+def _recording_manager() -> type:
+    """A kernel manager that says on stderr how its kernel ended: killed, crashed, or left by itself."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Recording(AsyncKernelManager):
+        async def is_alive(self) -> bool:
+            alive = await super().is_alive()
+            process = getattr(self.provisioner, "process", None)
+            if not alive and process is not None and process.poll() is not None:
+                print(KERNEL_EXIT, process.poll(), file=sys.stderr, flush=True)
+            return alive
+
+    return Recording
+
+
 def main(request_file: str) -> int:
     """Execute the notebook of a request (see `lib.reporting.process.Request`) and return the exit code."""
     request = read_json(Path(request_file))
@@ -69,6 +87,7 @@ def main(request_file: str) -> int:
             log_output=False,
             start_timeout=120,
             autosave_cell_every=5,
+            kernel_manager_class=_recording_manager(),
         )
     except PapermillExecutionError:
         return RAISED

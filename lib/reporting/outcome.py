@@ -7,6 +7,7 @@ When a kernel dies, papermill 2.7 marks every cell as completed, also those that
 from __future__ import annotations
 
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lib.reporting import execute
 from lib.reporting.process import Ended
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CHATTER = re.compile(r"^(\[IPKernelApp\] WARNING|Unable to parse line|Kernel died while waiting|kernel exit code:|$)")
 _ADDED = {"papermill-error-cell-tag", "injected-parameters"}
 
 
@@ -60,11 +62,28 @@ def _raised(number: int, error: dict[str, Any]) -> Failure:
     return Failure(f"cell {number} raised {name}: {first}", 1, "\n".join(detail))
 
 
+def _death(log: str) -> str:
+    """How a kernel ended, in words."""
+    codes = re.findall(rf"{re.escape(execute.KERNEL_EXIT)} (-?\d+)", log)
+    code = int(codes[-1]) if codes else -signal.SIGKILL
+    if code >= 0:
+        return f"it ended itself with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if code == -signal.SIGKILL:
+        return f"{name}: probably out of memory"
+    if name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        return f"{name}: somebody ended it"
+    return f"{name}: a native library crashed"
+
+
 def judge(executed: Path, ended: Ended, timeout: float) -> Failure | None:
     """None when the notebook ran to its end, else why not."""
     import nbformat
 
-    last_words = "\n".join(_plain(ended.log).strip().splitlines()[-12:])
+    last_words = "\n".join(line for line in _plain(ended.log).splitlines() if not _CHATTER.match(line))[-2000:]
     if not executed.is_file():
         why = f"ran longer than {timeout:.0f} s" if ended.timed_out else "ended before its first cell"
         return Failure(f"the notebook {why}.", 1, last_words)
@@ -80,7 +99,7 @@ def judge(executed: Path, ended: Ended, timeout: float) -> Failure | None:
         if error := _error_of(cell):
             return _raised(number, error)
     if ended.exit_code == execute.DIED:
-        return Failure(f"the kernel died (probably out of memory) in {where}.", 1, last_words)
+        return Failure(f"the kernel died ({_death(ended.log)}) in {where}.", 1, last_words)
     if ended.exit_code != execute.OK:
         return Failure(f"the process that ran the notebook ended with code {ended.exit_code}.", 1, last_words)
     never = [number for number, cell in cells if cell.get("execution_count") is None]

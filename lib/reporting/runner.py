@@ -6,6 +6,7 @@ first notebook starts, the pages that will be made anew are removed, so that no 
 
 from __future__ import annotations
 
+import ast
 import shutil
 import tempfile
 import time
@@ -122,15 +123,24 @@ def _with_absolute_paths(settings: schema.Settings) -> schema.Settings:
 def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Those of `values` that the notebook's parameters cell declares.
 
+    The cell is parsed here: papermill's own inspection overlooks a line whose comment holds an equals sign.
+
     Raises:
-        InputError: it declares a key that the workbook does not know.
+        InputError: it declares a key that the workbook does not know, or has no readable parameters cell.
     """
-    import logging
+    import nbformat
 
-    from papermill import inspect_notebook
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    keys = inspect_notebook(str(notebook))
+    cells = nbformat.read(notebook, as_version=4).cells
+    sources = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+    try:
+        statements = ast.parse("\n".join(sources)).body
+    except SyntaxError as error:
+        raise InputError(
+            f"the parameters cell of {notebook.name} is no Python ({error.msg}).", "assignments.", "correct that cell."
+        ) from None
+    targets = [s.target for s in statements if isinstance(s, ast.AnnAssign)]
+    targets += [target for s in statements if isinstance(s, ast.Assign) for target in s.targets]
+    keys = [target.id for target in targets if isinstance(target, ast.Name)]
     unknown = sorted(set(keys) - set(values))
     if unknown:
         raise InputError(

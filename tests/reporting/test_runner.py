@@ -78,7 +78,9 @@ def test_success_publishes_pages_that_pass_the_checks(home: Path, params: Path, 
 
 
 def test_only_declared_parameters_are_passed(home: Path, params: Path, write_notebook: Writer) -> None:
-    write_notebook("01_first", "assert 'learning_rate' not in globals()\nseed", parameters="seed: int = 1  # seed")
+    write_notebook(
+        "01_first", "assert 'learning_rate' not in globals()\nseed", parameters="seed: int = 1  # 1 = the seed"
+    )
     result, _ = report(params, home, overrides={"learning_rate": 0.5})
     notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
     assert notebook.metadata.papermill.parameters == {"seed": 7}
@@ -109,9 +111,14 @@ FAILURES = {
         2,
         r"01_first: Found: a Expected: b Do this: c$",
     ),
-    "killed": (KILL, 1, r"01_first: the kernel died \(probably out of memory\) in cell 3"),
-    "os._exit(0)": ("import os\nos._exit(0)", 1, r"01_first: the kernel died"),
+    "killed": (KILL, 1, r"01_first: the kernel died \(SIGKILL: probably out of memory\) in cell 3"),
+    "os._exit(0)": ("import os\nos._exit(0)", 1, r"01_first: the kernel died \(it ended itself with code 0\)"),
     "sys.exit(0)": ("import sys\nsys.exit(0)", 1, r"01_first: cell 3 called sys.exit\(0\)"),
+    "crash": (
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+        1,
+        r"01_first: the kernel died \(SIGSEGV: a native library crashed\) in cell 3",
+    ),
     "stderr": ("import sys\nprint('warning', file=sys.stderr)", 1, r"01_first: its page contains text on stderr"),
 }
 
