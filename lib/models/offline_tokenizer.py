@@ -46,14 +46,15 @@ class TokenizerRecipe:
     Attributes:
         vocabulary: ids in all, the three special tokens included; a multiple of 256.
         min_frequency: a pair seen less often is not merged.
-        longest_word: a given word of at most so many characters must become one token.
+        longest_token: bytes; 9 are three Chinese characters, about what a real Qwen token holds. Without a limit the
+            tokens of a small corpus become whole clauses, each too rare to learn anything from.
         version: raised when this module's code changes what comes out.
     """
 
     vocabulary: int = 4096
-    min_frequency: int = 2
-    longest_word: int = 16
-    version: int = 1
+    min_frequency: int = 3
+    longest_token: int = 9
+    version: int = 2
 
 
 def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: TokenizerRecipe | None = None) -> None:
@@ -61,8 +62,8 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
 
     Args:
         texts: the training texts, in a fixed order; equal input gives equal bytes.
-        words: strings that should cost few tokens (label names, prompts). A short word that Qwen2's pre-tokenizer
-            leaves in one piece becomes one token.
+        words: strings that should cost few tokens (label names, prompts). A word of at most `longest_token` bytes
+            that Qwen2's pre-tokenizer leaves in one piece becomes one token.
         folder: existing folder to write into.
 
     Raises:
@@ -128,6 +129,7 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary - len(special),
         min_frequency=recipe.min_frequency,
+        max_token_length=recipe.longest_token,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -147,7 +149,7 @@ def _check_words(raw: Tokenizer, words: list[str], recipe: TokenizerRecipe) -> N
     for word in words:
         pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
         ids = raw.encode(word).ids
-        if len(pieces) == 1 and len(word) <= recipe.longest_word and len(ids) != 1:
+        if len(pieces) == 1 and len(word.encode()) <= recipe.longest_token and len(ids) != 1:
             raise RuntimeError(
                 f"{word!r} takes {len(ids)} tokens of {recipe.vocabulary}; too many or too long words were given"
             )
