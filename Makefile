@@ -40,7 +40,7 @@ params: $(ready) ## every key of a parameter file with its meaning
 	@$(python) -m lib.cli params
 
 screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
-	@$(python) scripts/screenshots.py $(RUN)
+	@$(python) -m scripts.screenshots $(RUN)
 
 clean: ## remove .venv, caches and reports; runs/ stays
 	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info

@@ -1,7 +1,7 @@
 """Pictures of a finished report, by headless Chromium.
 
-python scripts/screenshots.py RUN                the two small pictures of the README: docs/images/index.png and 07.png
-python scripts/screenshots.py RUN --all FOLDER   every page at laptop and phone width and as PDF, to be looked at
+python -m scripts.screenshots RUN                the two small pictures of the README: docs/images/index.png and 07.png
+python -m scripts.screenshots RUN --all FOLDER   every page at laptop and phone width and as PDF, to be looked at
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def pages() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES / "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.tests["quantity"] = lambda text: bool(re.fullmatch(r"[-+−]?[\d.,]+|–", str(text)))
+    environment.tests["quantity"] = lambda text: bool(re.fullmatch(r"[-+−]?[\d.,]+( \[[\d.]+, [\d.]+\])?|–", str(text)))
     return environment
 
 
