@@ -7,6 +7,7 @@ text must never be tokenized a second time.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,9 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return vocabulary.get(END_OF_TURN, tokenizer.eos_token_id)
 
 
+@functools.lru_cache(maxsize=8)
 def label_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[list[int]]:
-    """Token ids of each answer word, as they follow the prompt (no leading space).
+    """Token ids of each answer word, as they follow the prompt (no leading space); do not change the lists.
 
     Raises:
         InputError: one answer's ids begin with another's, so their probabilities could not be compared.
