@@ -28,7 +28,11 @@ def merge(base_model: str, adapter: Path, output_dir: Path, dtype: str | None, r
 
     base = Path(base_model) if Path(base_model).is_dir() else resolve_base(base_model, revision).path
     report = merge_folders(base, adapter, output_dir, dtype).to_json()
-    show(report, as_json, f"{output_dir}\n{_text(report, *(k for k, v in report.items() if not isinstance(v, dict)))}")
+    show(
+        report,
+        as_json,
+        f"{output_dir}\n{_text(report, *(k for k, v in report.items() if not isinstance(v, (dict, list, tuple))))}",
+    )
 
 
 def convert(model_dir: Path, output: Path, outtype: str, as_json: bool) -> None:
