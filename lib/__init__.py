@@ -11,6 +11,6 @@ __version__ = "0.1.0"
 # tqdm says on stderr that ipywidgets is absent; in a headless notebook that line would be part of the report.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-# Waiting threads sleep instead of spinning. On a machine that is shared, even a little, spinning threads keep each other
-# from running: training the offline base with two threads was measured 27 times slower than with this setting.
+# Waiting threads sleep instead of spinning. On a machine that is shared, even a little, spinning threads keep each
+# other from running: training the offline base with two threads was measured 27 times slower than with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

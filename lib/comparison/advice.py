@@ -103,13 +103,18 @@ def _points(entry: Mapping[str, Any]) -> str:
     return f"{100 * entry['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f})"
 
 
+def _labels(count: int) -> str:
+    return "no label" if count == 0 else "1 label" if count == 1 else f"{count} labels"
+
+
 def _chosen(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
     share = entry["bytes"] / reference["bytes"]
     text = [
         f"Recommended: {entry['type']}, {entry['bytes'] / 1e6:.2f} MB, {100 * share:.0f} % of {reference['type']}.",
         f"It is the smallest file judged {entry['verdict']} on {entry['n']:,} rows: accuracy "
         f"{100 * entry['accuracy']:.2f} % against {100 * reference['accuracy']:.2f} %, a difference of "
-        f"{_points(entry)}; {entry['flips']} labels changed; mean KL divergence {entry['kld_mean']:.2g} nats a token.",
+        f"{_points(entry)}; {_labels(entry['flips'])} changed; mean KL divergence "
+        f"{entry['kld_mean']:.2g} nats a token.",
     ]
     free = entry["leak_free"]
     if free and free["n"] < entry["n"]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 BASE, FINETUNED, FLOOR = "base", "finetuned", "linear floor"
+SHOWN = {FINETUNED: "fine-tuned"}
+"""How a model is called on pages, where that differs from its key."""
 PARAMETERS = ("per_device_eval_batch_size", "seed", "dtype", "equivalence_margin")
 
 
@@ -52,7 +54,13 @@ class EvaluationResult:
         reports = {name: model.reports.get(subset) for name, model in self.models.items()}
         reports[FLOOR] = self.floor.get(subset)
         return [
-            {"name": name, "estimate": r.accuracy.estimate, "low": r.accuracy.low, "high": r.accuracy.high, "n": r.n}
+            {
+                "name": SHOWN.get(name, name),
+                "estimate": r.accuracy.estimate,
+                "low": r.accuracy.low,
+                "high": r.accuracy.high,
+                "n": r.n,
+            }
             for name, r in reports.items()
             if r is not None
         ]
@@ -65,7 +73,7 @@ class EvaluationResult:
         """One mapping a model and class: precision, recall, F1, support."""
         return [
             {
-                "model": name,
+                "model": SHOWN.get(name, name),
                 "class": scores.name,
                 **{key: getattr(scores, key) for key in ("precision", "recall", "f1", "support")},
             }
@@ -75,12 +83,12 @@ class EvaluationResult:
 
     def confusions(self, subset: str = ALL) -> dict[str, tuple[tuple[int, ...], ...]]:
         """Confusion matrix of each model: rows = true label, columns = predicted label."""
-        return {name: model.reports[subset].confusion for name, model in self.models.items()}
+        return {SHOWN.get(name, name): model.reports[subset].confusion for name, model in self.models.items()}
 
     def reliability(self) -> dict[str, list[dict[str, float]]]:
         """Filled calibration bins of each model, the accuracy with its Wilson interval."""
         return {
-            name: [
+            SHOWN.get(name, name): [
                 {"confidence": b.confidence, "accuracy": b.accuracy, "low": i.low, "high": i.high, "n": b.n}
                 for b in model.calibration.bins
                 if b.n
@@ -221,7 +229,7 @@ def _headline(result: EvaluationResult) -> dict[str, Any]:
     metrics: dict[str, Any] = {"n": result.models[BASE].reports[ALL].n}
     for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
         for point in result.accuracies(subset):
-            name = point["name"].replace(" ", "_")
+            name = point["name"].replace(" ", "_").replace("-", "")
             metrics[f"accuracy_{name}{ending}"] = point["estimate"]
             metrics[f"accuracy_{name}{ending}_interval"] = [point["low"], point["high"]]
     metrics["near_ties"] = {name: model.scores.near_ties for name, model in result.models.items()}

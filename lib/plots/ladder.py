@@ -52,10 +52,10 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
     """
     fig, (left, right) = _axes(9.5, 3.8, columns=2)
     sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
-    for entry in entries:
-        on = entry["type"] in frontier
-        style = {"fmt": "o" if on else "s", "color": BLUE if on else ORANGE, "capsize": 3, "linestyle": "none"}
-        x = sizes[entry["type"]]
+    for place, entry in enumerate(sorted(entries, key=lambda e: e["bytes"])):
+        on, x = entry["type"] in frontier, sizes[entry["type"]]
+        shape, colour = ("o", BLUE) if on else ("s", ORANGE) if entry["kld_mean"] > 0 else ("D", GREY)
+        style = {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
         if entry["kld_mean"] > 0:
             low, high = entry["kld_mean"] - entry["kld_low"], entry["kld_high"] - entry["kld_mean"]
             left.errorbar(x, entry["kld_mean"], yerr=[[low], [high]], **style)
@@ -63,19 +63,23 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
         bounds = entry["accuracy_interval"]
         error = [[entry["accuracy"] - bounds[0]], [bounds[1] - entry["accuracy"]]]
         right.errorbar(x, entry["accuracy"], yerr=error, **style)
-        right.annotate(entry["type"], (x, entry["accuracy"]), (4, 4), textcoords="offset points", fontsize=8)
+        end, shift = (bounds[1], 4) if place % 2 else (bounds[0], -4)  # names at alternate ends, or they would overlap
+        side = {"ha": "center", "va": "bottom" if place % 2 else "top", "rotation": 45, "fontsize": 8}
+        right.annotate(entry["type"], (x, end), (0, shift), textcoords="offset points", **side)
     joined = sorted((sizes[e["type"]], e["kld_mean"]) for e in entries if e["type"] in frontier and e["kld_mean"] > 0)
     if joined:
         left.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
     left.set(
         xlabel="file size, MB (10⁶ bytes)", ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log"
     )
+    right.margins(y=0.22)
     right.set(xlabel="file size, MB (10⁶ bytes)", ylabel="accuracy ↑")
     n = entries[0]["n"]
     caption = (
         "What size buys. Left: mean KL divergence of the next-token distribution from the reference on held-out text "
         "(log scale; bars ± 1.96 standard errors over tokens); circles are on the efficient frontier, squares are "
-        f"beaten in both size and divergence. Right: accuracy on n = {n:,} test rows with 95 % Wilson intervals."
+        f"beaten in both size and divergence; the diamond is the reference. Right: accuracy on n = {n:,} test rows "
+        "with 95 % Wilson intervals."
     )
     words = "; ".join(
         f"{e['type']} {sizes[e['type']]:.2f} MB, KL {e['kld_mean']:.2g}, accuracy {e['accuracy']:.3f}" for e in entries

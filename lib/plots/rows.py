@@ -10,13 +10,13 @@ Row = dict[str, Any]
 FORMATS: dict[str, str] = {
     **dict.fromkeys(("accuracy ↑", "macro-F1 ↑", "precision", "recall", "F1", "95 % low", "95 % high"), ".3f"),
     **dict.fromkeys(("MB", "predicted, MB"), ",.3f"),
-    **dict.fromkeys(("bits per weight", "load, s", "ms a row", "MDE, points"), ".2f"),
+    **dict.fromkeys(("bits per weight", "bits / weight", "load, s", "ms a row", "MDE, points"), ".2f"),
     **dict.fromkeys(("MiB", "peak memory, MiB", "prompt, tokens/s", "generation, tokens/s"), ",.0f"),
     **dict.fromkeys(("KL, nats ↓", "mean", "± (1.96 SE)", "median", "99th percentile", "largest"), ".2e"),
-    **dict.fromkeys(("same top token ↑", "share of the source"), ".1%"),
+    **dict.fromkeys(("same top token ↑", "same top ↑", "share of the source"), ".1%"),
     **dict.fromkeys(("p", "p (Holm)"), ".2g"),
     **dict.fromkeys(("difference, points", "from, points", "to, points"), "+.2f"),
-    **dict.fromkeys(("perplexity ↓", "±"), ".3f"),
+    **dict.fromkeys(("perplexity ↓", "PPL ↓", "±"), ".3f"),
     **dict.fromkeys(("truncated share", "seconds"), ".3g"),
     "margin change, nats": "+.4f",
     "ratio to reference": ".4f",
@@ -26,7 +26,21 @@ FORMATS: dict[str, str] = {
 
 
 def _interval(limits: Sequence[float] | None, form: str = ".3f") -> str | None:
-    return None if limits is None else f"[{limits[0]:{form}}, {limits[1]:{form}}]"
+    return None if limits is None else f"[{limits[0]:{form}},\u00a0{limits[1]:{form}}]"
+
+
+def machine_card(machine: Any) -> Row:
+    """What ran everything (a device.Machine)."""
+    return {
+        "system": machine.system,
+        "processor": f"{machine.processor}, {machine.cores} cores",
+        "accelerator": machine.accelerator,
+        "memory": f"{machine.memory_gib:g} GiB, {machine.available_gib:g} GiB of it free",
+        "free on the disk of runs/": f"{machine.disk_free_gb:g} GB",
+        "number format": f"{machine.dtype} ({machine.dtype_reason})",
+        "bitsandbytes": machine.bitsandbytes,
+        "llama-cpp-python": machine.llama_cpp,
+    }
 
 
 def reports(parts: Mapping[str, Mapping[str, Any] | None]) -> list[Row]:
@@ -118,7 +132,7 @@ def memory(result: Any) -> list[Row]:
     """Estimated memory by purpose, what was free, what was measured (a FinetuneResult)."""
     rows = [{"part": part.replace("_", " "), "MiB": size / 2**20} for part, size in result.estimate.items()]
     rows.append({"part": "free before the start", "MiB": result.memory["available"] / 2**20})
-    rows.append({"part": "measured peak of the process", "MiB": result.product.entry.peak_memory_mib})
+    rows.append({"part": "measured peak while training", "MiB": result.peak_memory_mib})
     return rows
 
 
@@ -209,15 +223,15 @@ def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
         {
             "type": e["type"],
             "MB": e["bytes"] / 1e6,
-            "bits per weight": e["bits_per_weight"],
+            "bits / weight": e["bits_per_weight"],
             "accuracy ↑": e["accuracy"],
             "95 % interval": _interval(e["accuracy_interval"]),
-            "macro-F1 ↑": e["macro_f1"],
+            "verdict": e["verdict"],
             "flips ↓": e["flips"],
             "KL, nats ↓": e["kld_mean"],
-            "same top token ↑": e["same_top"],
-            "perplexity ↓": e["ppl"],
-            "verdict": e["verdict"],
+            "same top ↑": e["same_top"],
+            "PPL ↓": e["ppl"],
+            "macro-F1 ↑": e["macro_f1"],
         }
         for e in files
     ]

@@ -17,9 +17,6 @@ from lib.run.manifest import NOTEBOOK_OF
 ALL, LEAK_FREE = "all", "leak_free"
 """Subsets of the test rows."""
 
-SAMPLE, OFFLINE = "sample data:", "offline base model:"
-"""How the two stamps of the data product begin."""
-
 
 @dataclass(frozen=True)
 class Quality:
@@ -182,19 +179,8 @@ def summarise(run: Run) -> Summary:
     return Summary(
         name=run.name,
         entries=known,
-        stamps=_stamps(run, known),
+        stamps=run.stamps(),
         qualities=_qualities(run.folder, known),
         files=files,
         recommendation=str(recommendation.get("text", "")),
     )
-
-
-def _stamps(run: Run, entries: dict[str, Entry]) -> list[str]:
-    """The run's stamps; the two about sample data and offline base are joined into one sentence."""
-    facts = entries["data"].facts if "data" in entries else {}
-    sample, offline = bool(facts.get("sample_data")), bool(facts.get("offline_base"))
-    whats = [what for what, there in (("offline base model", offline), ("sample data", sample)) if there]
-    nots = [what for what, there in (("Qwen", offline), ("ChnSentiCorp", sample)) if there]
-    joined = [f"{', '.join(whats)}: not a result about {' or '.join(nots)}"] if whats else []
-    others = [s for s in run.stamps() if not s.startswith((SAMPLE, OFFLINE))]
-    return joined + others

@@ -19,6 +19,7 @@ from lib.models.prompting import Task
 from lib.models.quiet import no_warnings, quiet
 from lib.progress import Progress
 from lib.run.files import read_json, read_jsonl, require_space, write_json, write_jsonl, write_text
+from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
 from lib.training.batches import Collator, Example, examples
 
@@ -49,6 +50,7 @@ class FinetuneResult:
         memory: bytes that were free then ("available"), and that the device has ("total").
         advice: what to change when memory is scarce, cheapest first; empty when it is not.
         throughput: median non-padding tokens a second.
+        peak_memory_mib: largest resident memory while training (the process and its children).
         resumed_from: step of the checkpoint that this training continued from; None if it ran in one go.
         messages: what was found on resuming (damaged checkpoints passed over).
         seconds: of the last, uninterrupted part of the training.
@@ -68,6 +70,7 @@ class FinetuneResult:
     memory: dict[str, int]
     advice: list[str]
     throughput: float
+    peak_memory_mib: float
     resumed_from: int | None
     messages: list[str]
     seconds: float
@@ -115,12 +118,14 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     model = _new_model(base, settings, dtype, in_4bit)
     plan = _plan(model, settings, train, validation, in_4bit)
     require_space(work.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
-    outcome = _train(model, settings, train, validation, tokenizer.pad_token_id, work)
+    with PeakMemory() as peak:  # of the training alone: making the offline base needs more than a LoRA on it
+        outcome = _train(model, settings, train, validation, tokenizer.pad_token_id, work)
     method = f"{'QLoRA (NF4)' if in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
     facts = {
         "method": f"{method} on {plan.pop('layers')} linear layers",
         **plan,
         **outcome,
+        "peak_memory_mib": round(peak.bytes / 2**20, 1),
         "train_rows": len(train),
         "validation_rows": len(validation),
         "dtype": dtype,
