@@ -122,7 +122,8 @@ def test_a_damaged_manifest_does_not_hide_the_other_runs(home: Path) -> None:
 
 def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..., Path]) -> None:
     run = open_run("page")
-    make(run, "data", {"a.json": 1}, facts={**FACTS, "sample_data": True})
+    stamp = "sample data: not a result about ChnSentiCorp"
+    make(run, "data", {"a.json": 1}, facts=FACTS, notes=[stamp])
     path = write_notebook("01_data", "# Load the rows\nx = 1", "2", prose=["| a | b |\n|---|---|\n| 1 | 2 |"])
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-2].metadata["tags"] = ["remove_input"]

@@ -39,7 +39,8 @@ from lib.run import open_run
 def build(work):
     (work.folder / 'rows.txt').write_text(str(seed))
     work.facts = {'source': 'a test', 'sample_data': True, 'offline_base': True, 'base_model': 'offline'}
-    work.notes = ['offline base model, sample data: not a result about Qwen or ChnSentiCorp', 'a fallback happened here']
+    stamp = 'offline base model, sample data: not a result about Qwen or ChnSentiCorp'
+    work.notes = [stamp, 'a fallback happened here']
     work.metrics = {'rows': 3}
 product = open_run(run_name).produce('data', build, parameters={'seed': seed})
 product.message
