@@ -157,30 +157,18 @@ def _rows(evaluation: dict[str, Any], subset: str) -> int | None:
         return None
 
 
-def _files(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    for key in ("files", "models", "entries"):
-        if isinstance(comparison.get(key), list):
-            return [f for f in comparison[key] if isinstance(f, dict)]
-    return []
-
-
 def summarise(run: Run) -> Summary:
     """Read a run; never fails on a product that is not there yet."""
     entries = run.manifest.entries()
     known = {product: entry for product, entry in entries.items() if (run.folder / product).is_dir()}
     comparison = _json(run.folder / "comparison" / "comparison.json") if "comparison" in known else {}
-    recommendation = comparison.get("recommendation") or {}
-    if isinstance(recommendation, str):
-        recommendation = {"text": recommendation}
-    files = [
-        {**f, "recommended": f.get("type") == recommendation.get("type", recommendation.get("file"))}
-        for f in _files(comparison)
-    ]
+    recommendation = comparison.get("recommendation", {})
+    files = [{**f, "recommended": f["type"] == recommendation.get("type")} for f in comparison.get("files", [])]
     return Summary(
         name=run.name,
         entries=known,
         stamps=run.stamps(),
         qualities=_qualities(run.folder, known),
         files=files,
-        recommendation=str(recommendation.get("text", "")),
+        recommendation=recommendation.get("text", ""),
     )

@@ -59,7 +59,7 @@ def test_skipped_gives_the_same_result(run):
     assert len(second.accuracies()) == 3 and {p["n"] for p in second.accuracies("unseen_pattern")} == {14}
     assert len(second.class_rows()) == 4
     assert sum(map(sum, second.confusions("leak_free")[BASE])) == 39
-    assert sum(b["n"] for b in second.reliability()[FINETUNED]) == 40
+    assert sum(b["n"] for b in second.reliability()["fine-tuned"]) == 40
 
 
 def test_adapter_is_needed(run):
