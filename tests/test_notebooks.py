@@ -60,7 +60,9 @@ def test_one_parameters_cell_of_documented_literals(path: Path) -> None:
         assert ast.unparse(node.annotation) == {str: "str", int: "int", float: "float", bool: "bool"}.get(
             Settings.model_fields[name].annotation, ast.unparse(node.annotation)
         )
-        assert re.search(r"  # \S", line), f"{path.stem}: {name} has no help text"
+        help_text = line.rpartition("  # ")[2]
+        assert help_text != line, f"{path.stem}: {name} has no help text"
+        assert "=" not in help_text, f"{path.stem}: papermill does not see {name} when its help text has a ="
 
 
 def test_every_key_is_used_by_some_notebook() -> None:
