@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lib.plots.rows import FORMATS
+from lib.plots.formats import FORMATS
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -62,7 +62,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
 
     Args:
         rows: one mapping a row; the keys of the first are the columns (name them with their units).
-        formats: a format specification for columns that `rows.FORMATS` does not know, e.g. {"share": ".1%"}.
+        formats: a format specification for columns that `formats.FORMATS` does not know, e.g. {"share": ".1%"}.
     """
     known = {**FORMATS, **(formats or {})}
     rows = list(rows)

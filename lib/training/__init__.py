@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lib.training.stage import FinetuneResult, finetune
+from lib.training.result import FinetuneResult
+from lib.training.stage import finetune
 
 __all__ = ["FinetuneResult", "finetune"]

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,10 @@ from lib.run.files import read_json, read_jsonl, require_space, write_json, writ
 from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
 from lib.training.batches import Collator, Example, examples
+from lib.training.result import FinetuneResult
 
 if TYPE_CHECKING:
-    from lib.run import Product, Run, Work
+    from lib.run import Run, Work
     from lib.settings import Settings
 
 PARAMETERS = (
@@ -33,56 +33,6 @@ PARAMETERS = (
     *("gradient_checkpointing", "save_steps"),
 )
 """Settings that the adapter depends on (those of the data come in through the data product)."""
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """The adapter and how it came about.
-
-    Attributes:
-        product: the folder with adapter_model.safetensors (the chosen checkpoint), history.jsonl, training.log.
-        method: in words, e.g. "LoRA r=8, alpha=16 on 14 linear layers".
-        trainable, total: number of trained weights, and of all weights.
-        history: rows {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} and
-            {"step", "epoch", "eval_loss"}; losses in nats an answer token.
-        chosen_step, steps: the update with the lowest validation loss, and all updates.
-        estimate: bytes by purpose, expected before the start; "total" in all.
-        memory: bytes that were free then ("available"), and that the device has ("total").
-        advice: what to change when memory is scarce, cheapest first; empty when it is not.
-        throughput: median non-padding tokens a second.
-        peak_memory_mib: largest resident memory while training (the process and its children).
-        resumed_from: step of the checkpoint that this training continued from; None if it ran in one go.
-        messages: what was found on resuming (damaged checkpoints passed over).
-        seconds: of the last, uninterrupted part of the training.
-        notes: fallbacks, e.g. LoRA where QLoRA was asked for.
-    """
-
-    product: Product
-    method: str
-    trainable: int
-    total: int
-    history: list[dict[str, float]]
-    chosen_step: int
-    steps: int
-    train_rows: int
-    validation_rows: int
-    estimate: dict[str, int]
-    memory: dict[str, int]
-    advice: list[str]
-    throughput: float
-    peak_memory_mib: float
-    resumed_from: int | None
-    messages: list[str]
-    seconds: float
-    dtype: str
-    dtype_reason: str
-    base: dict[str, Any]
-    notes: list[str]
-
-    @property
-    def trainable_share(self) -> float:
-        """Trained share of all weights."""
-        return self.trainable / self.total
 
 
 def finetune(settings: Settings, run: Run) -> FinetuneResult:
@@ -99,9 +49,7 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
         force=settings.force,
         keep_partial=True,
     )
-    history = read_jsonl(product.path / "history.jsonl")
-    facts = read_json(product.path / "training.json")
-    return FinetuneResult(product=product, history=history, notes=product.entry.notes, **facts)
+    return FinetuneResult.read(product)
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:

@@ -1,0 +1,19 @@
+"""How numbers are written in tables, by the name of their column; a table in a notebook need not repeat it."""
+
+from __future__ import annotations
+
+FORMATS: dict[str, str] = {
+    **dict.fromkeys(("accuracy ↑", "macro-F1 ↑", "precision", "recall", "F1", "95 % low", "95 % high"), ".3f"),
+    **dict.fromkeys(("MB", "predicted, MB"), ",.3f"),
+    **dict.fromkeys(("bits per weight", "bits / weight", "load, s", "ms a row", "MDE, points"), ".2f"),
+    **dict.fromkeys(("MiB", "peak memory, MiB", "prompt, tokens/s", "generation, tokens/s"), ",.0f"),
+    **dict.fromkeys(("KL, nats ↓", "mean", "± (1.96 SE)", "median", "99th percentile", "largest"), ".2e"),
+    **dict.fromkeys(("same top token ↑", "same top ↑", "share of the source"), ".1%"),
+    **dict.fromkeys(("p", "p (Holm)"), ".2g"),
+    **dict.fromkeys(("difference, points", "from, points", "to, points"), "+.2f"),
+    **dict.fromkeys(("perplexity ↓", "PPL ↓", "±"), ".3f"),
+    **dict.fromkeys(("truncated share", "seconds"), ".3g"),
+    "margin change, nats": "+.4f",
+    "ratio to reference": ".4f",
+    "probability": ".3f",
+}

@@ -1,0 +1,125 @@
+"""The rows of the tables of notebooks 06 and 07: one row a file, the columns named with their units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _interval(limits: Sequence[float] | None, form: str = ".3f") -> str | None:
+    return None if limits is None else f"[{limits[0]:{form}},\u00a0{limits[1]:{form}}]"
+
+
+def sizes(source: Mapping[str, Any], files: Iterable[Any]) -> list[Row]:
+    """Predicted and measured sizes of a ladder (QuantizationReports) below their source."""
+    first = {"type": source["type"], "MB": source["bytes"] / 1e6, "bits per weight": source["bits_per_weight"]}
+    rows = [
+        {
+            "type": f.type,
+            "MB": f.bytes / 1e6,
+            "predicted, MB": f.predicted_bytes / 1e6,
+            "share of the source": f.bytes / source["bytes"],
+            "bits per weight": f.bits_per_weight,
+            "token embedding": f.token_embedding_type,
+            "tensors that fell back": len(f.fallbacks),
+            "seconds": f.seconds,
+        }
+        for f in files
+    ]
+    return [{**dict.fromkeys(rows[0]), **first, "share of the source": 1.0}, *rows]
+
+
+def megabytes_by_type(source: Mapping[str, Any], files: Iterable[Any]) -> dict[str, dict[str, float]]:
+    """Megabytes of each tensor type of each file, for `ladder.tensor_types`."""
+    histograms = {source["type"]: source["histogram"], **{f.type: f.histogram for f in files}}
+    return {name: {part["type"]: part["bytes"] / 1e6 for part in parts} for name, parts in histograms.items()}
+
+
+def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Size, quality and verdict of each file (entries of comparison.json)."""
+    return [
+        {
+            "type": e["type"],
+            "MB": e["bytes"] / 1e6,
+            "bits / weight": e["bits_per_weight"],
+            "accuracy ↑": e["accuracy"],
+            "95 % interval": _interval(e["accuracy_interval"]),
+            "verdict": e["verdict"],
+            "flips ↓": e["flips"],
+            "KL, nats ↓": e["kld_mean"],
+            "same top ↑": e["same_top"],
+            "PPL ↓": e["ppl"],
+            "macro-F1 ↑": e["macro_f1"],
+        }
+        for e in files
+    ]
+
+
+def differences(files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Paired difference in accuracy from the reference, in points, for `charts.estimates`."""
+    return [
+        {
+            "name": e["type"],
+            "estimate": 100 * e["accuracy_difference"],
+            "low": 100 * e["accuracy_difference_interval"][0],
+            "high": 100 * e["accuracy_difference_interval"][1],
+            "n": e["n"],
+        }
+        for e in files
+    ]
+
+
+def tests(files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The paired test of each file against the reference."""
+    return [
+        {
+            "type": e["type"],
+            "lost": e["mcnemar_b"],
+            "won": e["mcnemar_c"],
+            "p": e["mcnemar_p"],
+            "p (Holm)": e["mcnemar_p_holm"],
+            "MDE, points": 100 * e["mde"],
+            "margin change, nats": e["margin_change_mean"],
+            "95 % interval": _interval(e["margin_change_interval"], "+.3f"),
+            "verdict": e["verdict"],
+            "leak-free verdict": (e["leak_free"] or {}).get("verdict"),
+        }
+        for e in files
+    ]
+
+
+def divergences(files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """KL divergence from the reference and perplexity of each file."""
+    return [
+        {
+            "type": e["type"],
+            "mean": e["kld_mean"],
+            "± (1.96 SE)": 1.96 * e["kld_uncertainty"],
+            "median": e["kld_median"],
+            "99th percentile": e["kld_p99"],
+            "largest": e["kld_max"],
+            "perplexity ↓": e["ppl"],
+            "±": e["ppl_uncertainty"],
+            "ratio to reference": e["ppl_ratio"],
+        }
+        for e in files
+    ]
+
+
+def speeds(files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Load time, token rates with their range, and memory of each file."""
+    return [
+        {
+            "type": e["type"],
+            "load, s": e["load_seconds"],
+            "prompt, tokens/s": e["prompt_tokens_per_second"],
+            "prompt range": "{:,.0f} – {:,.0f}".format(*e["prompt_tokens_per_second_range"]),
+            "generation, tokens/s": e["generation_tokens_per_second"],
+            "generation range": "{:,.0f} – {:,.0f}".format(*e["generation_tokens_per_second_range"]),
+            "ms a row": 1000 * e["seconds_per_sample"],
+            "peak memory, MiB": e["peak_memory_mib"],
+        }
+        for e in files
+    ]

@@ -1,0 +1,68 @@
+"""What notebook 02 shows, read back from the product `adapter`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lib.run.files import read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from lib.run import Product
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """The adapter and how it came about.
+
+    Attributes:
+        product: the folder with adapter_model.safetensors (the chosen checkpoint), history.jsonl, training.log.
+        method: in words, e.g. "LoRA r=8, alpha=16 on 14 linear layers".
+        trainable, total: number of trained weights, and of all weights.
+        history: rows {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} and
+            {"step", "epoch", "eval_loss"}; losses in nats an answer token.
+        chosen_step, steps: the update with the lowest validation loss, and all updates.
+        estimate: bytes by purpose, expected before the start; "total" in all.
+        memory: bytes that were free then ("available"), and that the device has ("total").
+        advice: what to change when memory is scarce, cheapest first; empty when it is not.
+        throughput: median non-padding tokens a second.
+        peak_memory_mib: largest resident memory while training (the process and its children).
+        resumed_from: step of the checkpoint that this training continued from; None if it ran in one go.
+        messages: what was found on resuming (damaged checkpoints passed over).
+        seconds: of the last, uninterrupted part of the training.
+        notes: fallbacks, e.g. LoRA where QLoRA was asked for.
+    """
+
+    product: Product
+    method: str
+    trainable: int
+    total: int
+    history: list[dict[str, float]]
+    chosen_step: int
+    steps: int
+    train_rows: int
+    validation_rows: int
+    estimate: dict[str, int]
+    memory: dict[str, int]
+    advice: list[str]
+    throughput: float
+    peak_memory_mib: float
+    resumed_from: int | None
+    messages: list[str]
+    seconds: float
+    dtype: str
+    dtype_reason: str
+    base: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def trainable_share(self) -> float:
+        """Trained share of all weights."""
+        return self.trainable / self.total
+
+    @classmethod
+    def read(cls, product: Product) -> FinetuneResult:
+        """From the product's files."""
+        facts = read_json(product.path / "training.json")
+        history = read_jsonl(product.path / "history.jsonl")
+        return cls(product=product, history=history, notes=product.entry.notes, **facts)
