@@ -25,7 +25,7 @@ TEXTS = [
 ]
 TASK = Task(("负面", "正面"), "你是助手。", "判断：{text}", 96)
 TINY = BaseRecipe(
-    layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=32, batch=4, min_tokens=4096, max_tokens=8192
+    layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=32, batch=4, min_tokens=24_576, max_tokens=24_576
 )
 
 

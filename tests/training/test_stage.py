@@ -33,7 +33,7 @@ def test_finished_training_is_described_and_skipped(runs) -> None:
     result = finetune(tiny_settings(), runs("straight"))
     assert not result.product.made
     assert result.steps == 8 and result.resumed_from is None
-    assert result.method == "LoRA r=4, alpha=16 on 7 linear layers"
+    assert result.method == "LoRA r=4, alpha=32 on 7 linear layers"
     # r × (inputs + outputs) of q, k, v, o, gate, up, down: hidden 64, key/value 32, intermediate 64
     assert result.trainable == 4 * (128 + 96 + 96 + 128 + 128 + 128 + 128)
     assert 0 < result.trainable_share < 0.2
