@@ -31,14 +31,24 @@ def frontier(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return chosen
 
 
-def rows_needed(discordant: int, n: int, margin_points: float) -> int:
-    """Rows with which a paired comparison would detect a difference of the margin with 80 % power.
+def rows_needed(discordant: int, n: int, margin_points: float, difference: float = 0.0) -> int | None:
+    """Rows with which the interval of the difference would lie inside the margin in 80 % of tests.
 
-    Solves mde_paired(rows, share) = margin for the share of rows on which exactly one of the two was right (none seen
-    is taken as one), and asks for enough rows that the fewest significant changes fit into the margin.
+    Solves mde_paired(rows, share) = margin - |difference| for the share of rows on which exactly one of the two was
+    right (none seen is taken as one), and asks for enough rows that the fewest significant changes fit into the margin.
+
+    Args:
+        discordant: such rows among the n seen.
+        difference: in accuracy, the one that was seen, a fraction; it is taken as the true one.
+
+    Returns:
+        None when the difference is as large as the margin: more rows would then not show equivalence.
     """
     margin, share = margin_points / 100, max(discordant, 1) / n
-    return math.ceil(max((mde_paired(1, share) / margin) ** 2, smallest_significant() / margin))
+    gap = margin - abs(difference)
+    if gap <= 0:
+        return None
+    return math.ceil(max((mde_paired(1, share) / gap) ** 2, smallest_significant() / margin))
 
 
 def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dict[str, Any]:
@@ -95,7 +105,14 @@ def _needed(files: Sequence[Mapping[str, Any]], margin_points: float) -> int | N
     if not open_files:
         return None
     nearest = min(open_files, key=lambda e: e["mcnemar_b"] + e["mcnemar_c"])
-    return max(rows_needed(nearest["mcnemar_b"] + nearest["mcnemar_c"], nearest["n"], margin_points), nearest["n"] + 1)
+    return _decisive(nearest, margin_points)
+
+
+def _decisive(entry: Mapping[str, Any], margin_points: float) -> int | None:
+    """`rows_needed` for an undecided file: more than it was tested on."""
+    changed = entry["mcnemar_b"] + entry["mcnemar_c"]
+    rows = rows_needed(changed, entry["n"], margin_points, entry["accuracy_difference"])
+    return None if rows is None else max(rows, entry["n"] + 1)
 
 
 def _points(entry: Mapping[str, Any]) -> str:
@@ -137,8 +154,12 @@ def _undecided(
     return [
         *text,
         f"{nearest['type']} changed fewest answers between right and wrong "
-        f"({nearest['mcnemar_b'] + nearest['mcnemar_c']}): a difference of {_points(nearest)}. With as large a share "
-        f"of such rows, about {needed:,} rows would be needed to detect a difference of {margin}.",
+        f"({nearest['mcnemar_b'] + nearest['mcnemar_c']}): a difference of {_points(nearest)}. "
+        + (
+            f"If that is the true difference, about {needed:,} rows would show it to be within {margin}."
+            if needed
+            else f"If that is the true difference, it is not within {margin}, however many rows are tested."
+        ),
         f"Until then the file closest to {reference['type']} by KL divergence is "
         f"{min(open_files, key=lambda e: e['kld_mean'])['type']}.",
     ]
@@ -149,11 +170,12 @@ def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], marg
     below = [e for e in files if e["bytes"] < chosen["bytes"] and e["verdict"].startswith("cannot")]
     if not below:
         return []
-    needs = [rows_needed(e["mcnemar_b"] + e["mcnemar_c"], e["n"], margin_points) for e in below]
+    needs = {e["type"]: _decisive(e, margin_points) for e in below}
     listed = ", ".join(
-        f"{e['type']} (about {max(need, e['n'] + 1):,} rows)" for e, need in zip(below, needs, strict=True)
+        f"{name} (about {rows:,} rows)" if rows else f"{name} (none: the difference seen is as large as the margin)"
+        for name, rows in needs.items()
     )
-    return [f"These rows cannot tell whether a smaller one is as good; a decision would need: {listed}."]
+    return [f"These rows cannot tell whether a smaller one is as good; showing it would take: {listed}."]
 
 
 def _advice(steps: Mapping[str, str], files: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -164,7 +164,7 @@ def test_the_smallest_equivalent_file_is_recommended() -> None:
         "Q4_K_M, 30.00 MB, 30 % of F16",
         "-0.25 points",
         "300 leak-free rows: worse",
-        "Q3_K_M (about 600 rows)",
+        "Q3_K_M (about 1,047 rows)",  # 7.849 · (3 / 400) / (0.01 - 0.0025)²
     ):
         assert words in answer["text"]
     assert "take the next higher type, Q3_K_M" in answer["text"]
@@ -175,8 +175,15 @@ def test_no_recommendation_without_evidence() -> None:
     entries = [F16, entry("Q8_0", 53, 0.001, "cannot tell (MDE 1.5 points)", mcnemar_b=20, mcnemar_c=20, n=400)]
     answer = recommend(entries, 1.0)
     assert answer["type"] is None and answer["reason"] == "insufficient"
-    assert answer["rows_needed"] == rows_needed(40, 400, 1.0) == 7849  # 7.849 · 0.1 / 0.01², (z.975 + z.8)² = 7.849
-    assert "does not suffice" in answer["text"] and "7,849 rows" in answer["text"]
+    assert answer["rows_needed"] == 13_954  # 7.849 · 0.1 / (0.01 - 0.0025)², (z.975 + z.8)² = 7.849
+    assert "does not suffice" in answer["text"] and "13,954 rows" in answer["text"]
+
+
+def test_a_difference_as_large_as_the_margin_is_not_decided_by_more_rows() -> None:
+    seen = {"accuracy_difference": -0.01, "mcnemar_b": 4, "mcnemar_c": 0}
+    answer = recommend([F16, entry("Q8_0", 53, 0.001, "cannot tell (MDE 1.5 points)", **seen)], 1.0)
+    assert answer["rows_needed"] is None and "however many rows" in answer["text"]
+    assert rows_needed(4, 400, 1.0, -0.02) is None
 
 
 def test_all_worse_keeps_the_reference() -> None:
