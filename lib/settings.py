@@ -59,7 +59,7 @@ class Settings(BaseModel):
     lora_dropout: float = Field(0.05, ge=0.0, lt=1.0, description="dropout on the adapter's input")
     target_modules: str = Field("all-linear", min_length=1, description="'all-linear' or names joined by commas")
     learning_rate: float = Field(2.0e-3, gt=0.0, le=1.0, description="peak value; linear warm-up, cosine decay")
-    num_train_epochs: float = Field(2.0, gt=0.0, le=1000.0, description="passes over the training rows")
+    num_train_epochs: float = Field(3.0, gt=0.0, le=1000.0, description="passes over the training rows")
     per_device_train_batch_size: int = Field(16, ge=1, description="rows a forward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes an update")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16 where it is fast")
