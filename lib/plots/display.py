@@ -54,6 +54,8 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
     return str(value)
 
 
