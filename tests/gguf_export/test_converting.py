@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from convertible import official, write_model
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
@@ -23,6 +22,7 @@ from lib.gguf_export.tensors import _convert
 from lib.gguf_export.verifying import metadata_table, verify
 from lib.gguf_export.vocabulary import has_qwen2_structure, recognise
 from lib.models.weights import open_weights
+from tests.gguf_export.convertible import official, write_model
 
 MODELS = {
     "Small-Qwen2-v1.0": {"card": True},

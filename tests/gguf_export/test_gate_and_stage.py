@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +16,7 @@ from lib.gguf_export import export, model_name
 from lib.gguf_export.converting import convert
 from lib.gguf_export.gating import HARD_STRINGS, compare_tokens, gate
 from lib.settings import Settings
+from tests import tiny_run
 
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 

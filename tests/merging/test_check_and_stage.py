@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from lib.merging import merge
 from lib.merging.checking import check_merge, kl_divergence
 from lib.merging.folder import merge_folders
 from lib.settings import Settings
+from tests import tiny_run
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
