@@ -50,28 +50,18 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp refuses the file; with the last errors it logged.
     """
-    import ctypes
-
-    import llama_cpp
-
     from lib.errors import InputError
+    from lib.scoring.llama_log import forget_errors, last_error, llama
 
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level >= 4:  # GGML_LOG_LEVEL_ERROR
-            errors.append(text.decode("utf-8", "replace").strip())
-
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    llama_cpp = llama()
+    forget_errors()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.check_tensors = True
     model = llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters)
     if not model:
         raise InputError(
-            f"llama.cpp refuses {argument['path']} ({'; '.join(errors[-2:]) or 'no reason given'}).",
+            f"llama.cpp refuses {argument['path']} ({last_error() or 'no reason given'}).",
             "a GGUF that it can load.",
             "check the model folder's config.json against its weights.",
         )

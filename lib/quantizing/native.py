@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 from llama_cpp import _ggml
 
 from lib.errors import InputError
+from lib.scoring import llama_log
 
 _LIBRARY = _ggml.libggml
 _U32, _STRING, _ARRAY = 4, 8, 9  # enum gguf_type of gguf.h
 _QUANTIZATION_VERSION = 2
-_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
 
 
 class _InitParams(ctypes.Structure):
@@ -83,12 +82,10 @@ class Log:
         self.errors: list[str] = []
         self._rest = ""
         self._on_line = on_line
-        self._callback = llama_cpp.llama_log_callback(self._hear)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(None))
+        llama_log.listen(self._hear)
 
-    def _hear(self, level: int, text: bytes, _: Any) -> None:
-        message = text.decode("utf-8", "replace")
-        if level == _ERROR_LEVEL and (stripped := " ".join(message.replace("=", "").split())):
+    def _hear(self, level: int, message: str) -> None:
+        if level == llama_log.ERROR and (stripped := " ".join(message.replace("=", "").split())):
             self.errors.append(stripped)
         *complete, self._rest = (self._rest + message).split("\n")
         for line in complete:

@@ -1,17 +1,23 @@
-"""llama.cpp's log: silenced, its last error lines kept for error messages."""
+"""llama.cpp's log: silenced, its last error lines kept for error messages, every line passed to one listener.
+
+llama.cpp has one log callback for the whole process and calls whatever was set last, also after it is gone. So this is
+the only place that sets it, once.
+"""
 
 from __future__ import annotations
 
 import collections
 import ctypes
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 from lib.device import llama_cpp_problem
 from lib.errors import InputError
 
-_ERROR, _CONTINUED = 4, 5  # ggml_log_level
+ERROR, _CONTINUED = 4, 5  # ggml_log_level
 _errors: collections.deque[str] = collections.deque(maxlen=20)
+_listeners: list[Callable[[int, str], None]] = []
 _kept: list[object] = []  # the callback must outlive every call of llama.cpp
 
 
@@ -36,14 +42,23 @@ def llama() -> ModuleType:
         nonlocal level_before
         level = level_before if level == _CONTINUED else level
         level_before = level
-        line = text.decode("utf-8", "replace").strip()
-        if level == _ERROR and line:
+        line = text.decode("utf-8", "replace")
+        for listener in _listeners:
+            listener(level, line)
+        line = line.strip()
+        if level == ERROR and line:
             _errors.append(line)
 
     _kept.extend([keep_errors, llama_cpp])
     api.llama_log_set(keep_errors, ctypes.c_void_p(0))
     api.llama_backend_init()
     return api
+
+
+def listen(listener: Callable[[int, str], None]) -> None:
+    """Pass (level, text) of everything that llama.cpp logs from now on to `listener`, and to no earlier one."""
+    llama()
+    _listeners[:] = [listener]
 
 
 def forget_errors() -> None:
