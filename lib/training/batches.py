@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a position that takes no part in the loss (transformers' and torch's convention)."""
 
+LENGTH_STEP = 16
+"""Batches are padded to a multiple of so many tokens: oneDNN keeps compiled products for each shape it meets, which
+for every length of its own took 2.0 GB after 80 updates of the offline base, and takes 1.0 GB so, at the same speed."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -39,16 +43,17 @@ def examples(rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, what: s
 
 
 class Collator:
-    """Pads on the right; labels are IGNORED except on the answer."""
+    """Pads on the right to a multiple of LENGTH_STEP; labels are IGNORED except on the answer."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, labels: int64 (rows, longest)."""
+        """input_ids, attention_mask, labels: int64 (rows, longest rounded up)."""
         import torch
 
-        shape = (len(batch), max(len(example) for example in batch))
+        longest = max(len(example) for example in batch)
+        shape = (len(batch), -(-longest // LENGTH_STEP) * LENGTH_STEP)
         ids = torch.full(shape, self.pad_id)
         mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED)
