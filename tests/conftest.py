@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+# A shell that runs the tests in the background ignores Ctrl-C for them and for all their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of `make test`: an inner make would talk about its folder
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")
