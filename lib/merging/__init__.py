@@ -10,7 +10,7 @@ from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
     from lib.merging.checking import MergeCheck
-    from lib.merging.folder import MergeReport
+    from lib.merging.report import MergeReport
     from lib.run import Product, Run, Work
     from lib.settings import Settings
 
@@ -91,7 +91,7 @@ def check_prompts(data: Path) -> list[list[int]]:
 
 def _read(product: Product) -> MergeResult:
     from lib.merging.checking import MergeCheck
-    from lib.merging.folder import MergeReport
+    from lib.merging.report import MergeReport
 
     content: dict[str, Any] = read_json(product.path / "merge.json")
     report = {**content["report"], "rules": tuple(content["report"]["rules"])}

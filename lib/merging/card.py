@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lib.merging.checking import MergeCheck
-from lib.merging.folder import MergeReport
+from lib.merging.report import MergeReport
 from lib.run.files import write_text
 
 

@@ -11,12 +11,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.merging.adapter import RULES, Adapter, Update, plan_updates, read_adapter
+from lib.merging.adapter import Adapter, Update, plan_updates, read_adapter
+from lib.merging.report import AnonymousMemory, MergeReport
 from lib.models.weights import INDEX, StoredTensor, Weights, open_weights
 from lib.progress import Progress
 from lib.run.files import flush_to_disk, read_json, readable_by_group, require_space, write_json
@@ -32,65 +32,6 @@ TOKENIZER_FILES = (
     *("merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 _SLAB = 32 << 20
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        dtype: of the weights written ("bfloat16"; "mixed" when the base has several).
-        tensors_changed, tensors_copied: numbers of weights of the base.
-        parameters, parameters_changed: numbers of weights in them.
-        bytes_base, bytes_adapter, bytes_merged: of the tensors.
-        scalings: distinct factors of B·A, with the number of modules that have them.
-        peak_anonymous_mib: growth of this process's own memory (without mapped files); None where it is unknown.
-        rules: what was checked; a violation would have refused the merge.
-    """
-
-    base: str
-    adapter: str
-    output: str
-    dtype: str
-    tensors_changed: int
-    tensors_copied: int
-    parameters: int
-    parameters_changed: int
-    bytes_base: int
-    bytes_adapter: int
-    bytes_merged: int
-    scalings: dict[str, int]
-    peak_anonymous_mib: float | None
-    seconds: float
-    rules: tuple[str, ...] = field(default=RULES)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**asdict(self), "rules": list(self.rules)}
-
-
-class _AnonymousMemory:
-    """Largest growth of this process's anonymous memory, looked at after every tensor (Linux)."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-        self.peak = self.start
-
-    @staticmethod
-    def _now() -> int | None:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)
-
-    def look(self) -> None:
-        if self.peak is not None:
-            self.peak = max(self.peak, self._now() or 0)
-
-    @property
-    def mib(self) -> float | None:
-        return None if self.peak is None or self.start is None else round((self.peak - self.start) / 2**20, 1)
 
 
 def merge_folders(
@@ -116,7 +57,7 @@ def merge_folders(
     updates = plan_updates(lora, weights, config)
     stored = DTYPES[dtype] if dtype else None
     require_space(output.parent, sum(_nbytes(tensor, stored) for tensor in weights.tensors.values()), output.name)
-    memory = _AnonymousMemory()
+    memory = AnonymousMemory()
     with _new_folder(output) as folder:
         _check_finite(lora)
         _write_weights(folder, weights, updates, stored, memory)
@@ -225,7 +166,7 @@ def _refuse_infinite(tensor: torch.Tensor, what: str, where: Path) -> None:
 
 
 def _write_weights(
-    folder: Path, weights: Weights, updates: dict[str, Update], dtype: str | None, memory: _AnonymousMemory
+    folder: Path, weights: Weights, updates: dict[str, Update], dtype: str | None, memory: AnonymousMemory
 ) -> None:
     total = len(weights.tensors)
     with Progress("merging tensors", total) as progress:
@@ -261,7 +202,7 @@ def _header(tensors: list[StoredTensor], metadata: dict[str, str], dtype: str | 
 
 
 def _write_tensor(
-    stream: IO[bytes], stored: StoredTensor, update: Update | None, dtype: str | None, memory: _AnonymousMemory
+    stream: IO[bytes], stored: StoredTensor, update: Update | None, dtype: str | None, memory: AnonymousMemory
 ) -> None:
     import torch
 
