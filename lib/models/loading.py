@@ -205,13 +205,28 @@ def load_model(
         raise InputError(
             f"{path} lacks {len(missing)} tensors (first {missing[0]}).", "all tensors.", "download the folder again."
         )
-    if not load_in_4bit:
+    if load_in_4bit:
+        _keep_trainable(model)
+    else:
         model = model.to(device)
     _refuse_infinite(model, path)
     model.requires_grad_(False)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     return model.eval()
+
+
+def _keep_trainable(model: Any) -> None:
+    """Keep 4-bit layers in the layout that has gradients.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first forward pass in eval mode, for good, and the
+    repacked product has no backward pass: training would fail after the first validation.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _nf4() -> Any:

@@ -247,3 +247,24 @@ def test_download_asks_for_safetensors_only_and_records_the_commit(
 
     assert all(map(wanted, ["config.json", "model-00001-of-2.safetensors", "tokenizer.json", "chat_template.jinja"]))
     assert not any(map(wanted, ["pytorch_model.bin", "modeling_x.py", "model.gguf", "optimizer.pt", "x.pkl"]))
+
+
+def test_four_bit_layers_have_gradients_after_a_validation(tmp_path: Path) -> None:
+    """bitsandbytes repacks 4-bit layers at their first forward pass in eval mode on some CPUs, without a way back."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from lib.device import bitsandbytes_problem
+
+    if problem := bitsandbytes_problem():
+        pytest.skip(f"4-bit layers do not work here: {problem}")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2)).bfloat16()
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_model(tmp_path / "m", load_in_4bit=True, device="cpu")
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        loaded(ids)
+    inputs = loaded.get_input_embeddings()(ids).detach().requires_grad_(True)
+    loaded.train()
+    loaded(inputs_embeds=inputs).logits.float().square().mean().backward()
+    assert torch.isfinite(inputs.grad).all() and inputs.grad.abs().sum() > 0
