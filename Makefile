@@ -45,7 +45,7 @@ screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick
 clean: ## remove .venv, caches and reports; runs/ stays
 	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info
 	@find reports -mindepth 1 ! -name README.md -delete
-	@find lib tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find lib tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ready: requirements.txt pyproject.toml scripts/setup.sh
 	@sh scripts/setup.sh
