@@ -9,11 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
-_HARMLESS = ("Failed to load CPU gemm_4bit_forward",)
-
-
-def _not_harmless(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_HARMLESS)
+from lib.device import hush_bitsandbytes
 
 
 @functools.cache
@@ -24,7 +20,7 @@ def quiet() -> None:
     other messages are kept.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_harmless)
+    hush_bitsandbytes()
     import huggingface_hub.utils
     import transformers.utils.logging
 
