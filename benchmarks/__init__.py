@@ -1,0 +1,1 @@
+"""Ours beside a peer: whole processes on the same machine and files. See `harness`, `peers`, `shapes`."""
