@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,22 @@ from lib.run.folders import PROJECT
 
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 4000
+_PROGRESS = "progress.txt"
 _PR_SET_PDEATHSIG = 1
 
 
-def run_child(function: str, argument: dict[str, Any], what: str, timeout: float | None = None) -> dict[str, Any]:
+class StoppedError(Exception):
+    """The work was given up because the caller asked for it (`stop` of `run_child`)."""
+
+
+def run_child(
+    function: str,
+    argument: dict[str, Any],
+    what: str,
+    timeout: float | None = None,
+    stop: threading.Event | None = None,
+    heard: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Call ``function(argument)`` in a new Python process.
 
     Args:
@@ -33,19 +47,22 @@ def run_child(function: str, argument: dict[str, Any], what: str, timeout: float
         argument: its argument.
         what: the work in words, as in "quantizing to Q4_K_M"; used in progress and error messages.
         timeout: seconds after which the child is killed; None waits for ever.
+        stop: for several children at once, each in a thread: when it is set, the child is killed.
+        heard: gets the child's newest line of progress; then nothing is shown here.
 
     Returns:
         The function's dict with ``"peak_memory_mib"``, the child's largest resident memory, added.
 
     Raises:
         InputError: the one that the function raised; or the child was killed (signal, memory, timeout).
+        StoppedError: `stop` was set.
         RuntimeError: the function raised something else; the message ends with its traceback.
     """
     with tempfile.TemporaryDirectory(prefix="workbook-child-") as name:
         folder = Path(name)
         request = {"function": function, "argument": argument, "parent": os.getpid()}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        code = _start_and_wait(folder, what, timeout)
+        code = _start_and_wait(folder, what, timeout, stop, heard)
         result = folder / "result.json"
         answer = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
         if "value" in answer:
@@ -58,32 +75,47 @@ def run_child(function: str, argument: dict[str, Any], what: str, timeout: float
     raise _death(code, what, log)
 
 
-def _start_and_wait(folder: Path, what: str, timeout: float | None) -> int:
-    """Exit code of the child (negative: signal); the child never outlives this call."""
-    progress_file = os.environ.get(PROGRESS_FILE_VARIABLE)
-    own_file = folder / "progress.txt"
+def _start(folder: Path, own_progress: bool) -> subprocess.Popen:
+    """Start the child; its lines of progress go to the headless notebook's file, or to one in `folder`."""
     path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    progress_file = None if own_progress else os.environ.get(PROGRESS_FILE_VARIABLE)
     environment = {
         **os.environ,
         "PYTHONPATH": path,
         "PYTHONUTF8": "1",
-        PROGRESS_FILE_VARIABLE: progress_file or str(own_file),
+        PROGRESS_FILE_VARIABLE: progress_file or str(folder / _PROGRESS),
     }
     command = [sys.executable, "-P", "-m", "lib.run.child", str(folder)]
-    started = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def _start_and_wait(
+    folder: Path,
+    what: str,
+    timeout: float | None,
+    stop: threading.Event | None,
+    heard: Callable[[str], None] | None,
+) -> int:
+    """Exit code of the child (negative: signal); the child never outlives this call."""
+    shown_elsewhere = heard is not None or os.environ.get(PROGRESS_FILE_VARIABLE)
+    started = time.monotonic()
+    process = _start(folder, heard is not None)
     try:
-        with Progress(what) if not progress_file else contextlib.nullcontext() as progress:
+        with contextlib.nullcontext() if shown_elsewhere else Progress(what) as progress:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(_POLL_SECONDS)
+                if stop is not None and stop.is_set():
+                    raise StoppedError(what)
                 if timeout is not None and time.monotonic() - started > timeout:
                     raise InputError(
                         f"{what} took longer than {timeout:.0f} s.", "an end before that.", "try a smaller input."
                     )
-                if progress is not None:
-                    progress.advance(0, _last_line(own_file))
+                if heard is not None:
+                    heard(_last_line(folder / _PROGRESS))
+                elif progress is not None:
+                    progress.advance(0, _last_line(folder / _PROGRESS))
     finally:
         if process.poll() is None:
             process.kill()
