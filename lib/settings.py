@@ -18,9 +18,25 @@ from lib.errors import InputError
 
 QUANTIZATION_TYPES: tuple[str, ...] = (
     *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
-    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS", "TQ2_0", "TQ1_0"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "MXFP4_MOE"),
+    *("TQ2_0", "TQ1_0", "Q2_0", "Q1_0"),
 )
 """Types of llama.cpp that quantize without an importance matrix, best first."""
+
+IMATRIX_TYPES: tuple[str, ...] = (
+    *("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
+)
+"""Types of llama.cpp that need an importance matrix, best first."""
+
+TENSOR_TYPES: tuple[str, ...] = (
+    *("f32", "f16", "bf16", "q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0", "q3_K", "q2_K"),
+    *("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
+    *("mxfp4", "nvfp4", "tq2_0", "tq1_0", "q2_0", "q1_0"),
+)
+"""Types that one tensor can have (a type such as Q4_K_M is a recipe that mixes them), as llama.cpp writes them."""
+
+EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
+"""Formats other than GGUF: see lib.exporting.formats."""
 
 OFFLINE_BASE = "offline"
 SAMPLE_DATASET = "sample"
@@ -77,6 +93,14 @@ class Settings(BaseModel):
         min_length=1,
         description="quantization types, best first",
     )
+    imatrix: str = Field("", description="importance matrix of llama-imatrix, a file; empty = none")
+    tensor_types: list[str] = Field([], description="REGEX=TYPE for single tensors, as llama-quantize --tensor-type")
+    output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
+    token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")
+    export_formats: list[str] = Field(
+        ["fp16", "int8", "nf4", "gptq", "torchao-int8"],
+        description=f"further formats of the merged model, for transformers: {', '.join(EXPORT_FORMATS)}; [] = none",
+    )
     n_threads: int = Field(0, ge=0, description="CPU threads of llama.cpp; 0 = physical cores")
     n_gpu_layers: int = Field(0, ge=-1, description="layers on the GPU in llama.cpp; -1 = all")
     n_ctx: int = Field(512, ge=64, le=32768, description="tokens a window of the perplexity text")
@@ -108,17 +132,51 @@ class Settings(BaseModel):
     @field_validator("ladder")
     @classmethod
     def _known_types(cls, value: list[str]) -> list[str]:
+        known = (*QUANTIZATION_TYPES, *IMATRIX_TYPES)
         for name in value:
-            if name not in QUANTIZATION_TYPES:
-                near = difflib.get_close_matches(name.upper(), QUANTIZATION_TYPES, 1)
+            if name not in known:
+                near = difflib.get_close_matches(name.upper(), known, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"unknown quantization type {name!r}{hint} Known: {', '.join(QUANTIZATION_TYPES)}")
+                raise ValueError(f"unknown quantization type {name!r}{hint} Known: {', '.join(known)}")
         if len(set(value)) != len(value):
             raise ValueError("expected each type once")
         return value
 
+    @field_validator("export_formats")
+    @classmethod
+    def _known_formats(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in EXPORT_FORMATS:
+                near = difflib.get_close_matches(name.lower(), EXPORT_FORMATS, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(EXPORT_FORMATS)}")
+        if len(set(value)) != len(value):
+            raise ValueError("expected each format once")
+        return value
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _regex_and_type(cls, value: list[str]) -> list[str]:
+        for entry in value:
+            pattern, _, name = entry.partition("=")
+            if not pattern or name.lower() not in map(str.lower, TENSOR_TYPES):
+                raise ValueError(f"expected REGEX=TYPE, e.g. attn_v=q8_0. Types: {', '.join(TENSOR_TYPES)}")
+        return value
+
+    @field_validator("output_tensor_type", "token_embedding_type")
+    @classmethod
+    def _tensor_type(cls, value: str) -> str:
+        if value and value.lower() not in map(str.lower, TENSOR_TYPES):
+            raise ValueError(f"expected the type of one tensor: {', '.join(TENSOR_TYPES)}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
+        needing = [name for name in self.ladder if name in IMATRIX_TYPES]
+        if needing and not self.imatrix:
+            raise ValueError(
+                f"{', '.join(needing)} in ladder need an importance matrix: set imatrix, or leave them out"
+            )
         if self.perplexity_tokens < self.n_ctx:
             raise ValueError(f"perplexity_tokens ({self.perplexity_tokens}) must be at least n_ctx ({self.n_ctx})")
         if self.load_in_4bit and self.dtype == "float32":
