@@ -1,0 +1,117 @@
+"""What a user may write for a model, an adapter or a data set, and what it means.
+
+Three forms: a local path; a hub id (`owner/name`); a ModelScope id (`modelscope:owner/name`). An id may end in
+`@revision`, which stands before the parameter `revision`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lib.errors import InputError
+
+MODELSCOPE = "modelscope:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+Kind = Literal["model", "adapter", "dataset"]
+
+
+class SourceError(InputError):
+    """A source that cannot be had: unreachable, missing, closed, or not what it says it is.
+
+    Only such an error makes the workbook try the next source that the parameter file lists.
+
+    Attributes:
+        why: the reason in a few words, for the stamp on the pages.
+    """
+
+    def __init__(self, found: str, expected: str, do: str, why: str) -> None:
+        super().__init__(found, expected, do)
+        self.why = why
+
+    def __reduce__(self) -> tuple:
+        return (SourceError, (self.found, self.expected, self.do, self.why))
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository on the hub or on ModelScope.
+
+    Attributes:
+        place: "hub" or "modelscope".
+        id: owner/name (old hub repositories have no owner).
+        revision: branch, tag or commit; ModelScope's default branch is called master.
+        kind: "model", "adapter" or "dataset".
+    """
+
+    place: Literal["hub", "modelscope"]
+    id: str
+    revision: str
+    kind: Kind
+
+    @property
+    def is_data(self) -> bool:
+        return self.kind == "dataset"
+
+    @property
+    def words(self) -> str:
+        """For messages, e.g. "hub model 'owner/name' (revision 'main')"."""
+        where = "hub" if self.place == "hub" else "ModelScope"
+        what = "data set" if self.is_data else self.kind
+        return f"{where} {what} {self.id!r} (revision {self.revision!r})"
+
+    @property
+    def setting(self) -> str:
+        """The key that names it in a parameter file."""
+        return {"model": "base_model", "adapter": "adapter", "dataset": "dataset"}[self.kind]
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a source that does not exist here can only have been meant as a path."""
+    if text.startswith(MODELSCOPE):
+        return False
+    name = text.partition("@")[0]
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def parse(text: str, revision: str, kind: Kind) -> Remote:
+    """The repository that `text` names.
+
+    Raises:
+        InputError: not an id.
+    """
+    rest = text.removeprefix(MODELSCOPE)
+    name, _, own = rest.partition("@")
+    place: Literal["hub", "modelscope"] = "modelscope" if rest != text else "hub"
+    remote = Remote(place, name, own or revision, kind)
+    if not _ID.fullmatch(name) or ".." in name or (place == "modelscope" and "/" not in name):
+        raise InputError(
+            f"{remote.setting} {text!r}: no such file or folder, and not an id.",
+            "owner/name of the hub, modelscope:owner/name, or a local path.",
+            f"correct {remote.setting}.",
+        )
+    if place == "modelscope" and remote.revision == "main":
+        return Remote(place, name, "master", kind)
+    return remote
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network (read now: the hub client reads it only once, at import)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
+
+
+def unreachable(remote: Remote, reason: str) -> SourceError:
+    """The error for a source that is not in the cache and that the network does not give."""
+    mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
+    offline = " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
+    last = ", or to offline" if remote.kind == "model" else ""
+    return SourceError(
+        f"{remote.words} is not in the cache and cannot be reached ({reason}).",
+        "a network, or a filled cache.",
+        f"{mirror}{offline}, or set {remote.setting} to a local folder{last}; `fallbacks` can list other sources.",
+        f"cannot be reached: {reason}",
+    )

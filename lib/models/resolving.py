@@ -1,0 +1,235 @@
+"""A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.models import hub
+from lib.models.hub import SourceError
+from lib.models.kinds import refuse_adapter, require_adapter
+from lib.models.prompting import Task
+from lib.models.weights import open_weights
+from lib.run.files import read_json, read_jsonl, sha256_file, sha256_json
+from lib.run.folders import user_path
+from lib.settings import OFFLINE_BASE
+
+if TYPE_CHECKING:
+    from lib.run import Run
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on the disk.
+
+    Attributes:
+        path: its folder.
+        id: what the user called it: a hub id, a folder, or "offline".
+        revision: commit of a hub model; a hash of the files of a folder; the key of the offline base.
+        offline: True for the project's own small model, which is no Qwen result.
+    """
+
+    path: Path
+    id: str
+    revision: str
+    offline: bool
+
+
+def resolve_base(base_model: str, revision: str = "main") -> Base:
+    """The folder of a base model: a local one, or a hub model downloaded to (or found in) the hub cache.
+
+    Raises:
+        InputError: no such folder or hub model, no access, no network, or a folder that is not a usable model.
+    """
+    local = user_path(base_model)
+    if local.is_dir():
+        check_model_folder(local)
+        return Base(local, base_model, _fingerprint(local), False)
+    if local.is_file() or hub.looks_like_path(base_model):
+        kind = "a file" if local.is_file() else "no folder"
+        raise SourceError(
+            f"base_model {base_model!r}: {kind} {local}.",
+            "a model folder (config.json, safetensors, tokenizer), or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
+            "correct the path, or set base_model: offline for the small built-in model.",
+            f"{kind} there",
+        )
+    found = hub.fetch(base_model, revision, "model")
+    check_model_folder(found.path)
+    return Base(found.path, base_model, found.revision, False)
+
+
+@dataclass(frozen=True)
+class ChosenBase:
+    """The base model that a run takes.
+
+    Attributes:
+        source: as written in the parameter file (base_model, or one of its fallbacks).
+        base: its folder; None for the offline base, which is made from the run's rows.
+        notes: what every page must say: that it is a fallback, and why.
+    """
+
+    source: str
+    base: Base | None
+    notes: tuple[str, ...] = ()
+
+
+def choose_base(base_model: str, revision: str, fallbacks: Sequence[Mapping[str, Any]] = ()) -> ChosenBase:
+    """The first source that can be had: base_model, then the listed fallbacks in order.
+
+    Args:
+        fallbacks: the setting; entries without "base_model" are left out. "sha256" is compared, "revision" used.
+
+    Raises:
+        InputError: none can be had; or the first that can be had is not usable, or not the one that was listed.
+    """
+    listed = [{"base_model": base_model, "revision": revision}, *(f for f in fallbacks if "base_model" in f)]
+    failures: list[SourceError] = []
+    for entry in listed:
+        source = str(entry["base_model"])
+        try:
+            base = None if source == OFFLINE_BASE else resolve_base(source, str(entry.get("revision", "main")))
+        except SourceError as error:
+            failures.append(error)
+            continue
+        if base is not None and "sha256" in entry:
+            _check_weights(base, str(entry["sha256"]))
+        return ChosenBase(source, base, fallback_note("base model", base_model, source, failures))
+    raise none_left(failures, [str(entry["base_model"]) for entry in listed])
+
+
+def fallback_note(what: str, asked: str, used: str, failures: Sequence[SourceError]) -> tuple[str, ...]:
+    """The stamp for a source that was taken instead of the one asked for; empty when nothing failed."""
+    if not failures:
+        return ()
+    return (f"fallback: {what} {asked} could not be had ({failures[0].why}); {used} was used instead of it",)
+
+
+def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> SourceError:
+    """The first error, with what the fallbacks said."""
+    first = failures[0]
+    if len(failures) == 1:
+        return first
+    others = "; ".join(f"{s} {e.why}" for s, e in zip(sources[1:], failures[1:], strict=True))
+    return SourceError(f"{first.found} Fallbacks failed too: {others}.", first.expected, first.do, first.why)
+
+
+def _check_weights(base: Base, wanted: str) -> None:
+    files = open_weights(base.path).files
+    hashes = {path.name: sha256_file(path) for path in files}
+    found = next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
+    if found != wanted.lower():
+        raise InputError(
+            f"fallback {base.id}: SHA-256 {found} ({', '.join(hashes)}).",
+            f"{wanted}, as the parameter file lists it.",
+            "check where it comes from; correct sha256 if this is the model you mean.",
+        )
+
+
+@dataclass(frozen=True)
+class GivenAdapter:
+    """A LoRA adapter that somebody else trained: its folder, what the user called it, commit or hash."""
+
+    path: Path
+    id: str
+    revision: str
+
+
+def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
+    """The folder of an adapter: a local one, or a hub or ModelScope repository.
+
+    Raises:
+        InputError: cannot be had, a full model, a pickle, or no adapter.
+    """
+    local = user_path(adapter)
+    if local.is_dir():
+        require_adapter(local)
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        files = {name: sha256_file(local / name) for name in names if (local / name).is_file()}
+        return GivenAdapter(local, adapter, f"sha256:{sha256_json(files)[:16]}")
+    if local.is_file() or hub.looks_like_path(adapter):
+        kind = "a file" if local.is_file() else "no folder"
+        raise SourceError(
+            f"adapter {adapter!r}: {kind} {local}.",
+            "a folder with adapter_config.json and adapter_model.safetensors, or an id.",
+            "correct adapter.",
+            f"{kind} there",
+        )
+    found = hub.fetch(adapter, revision, "adapter")
+    require_adapter(found.path)
+    return GivenAdapter(found.path, adapter, found.revision)
+
+
+def base_of(run: Run) -> Base:
+    """The base model that notebook 01 chose for this run (the offline one is made now if it is not there yet)."""
+    data = run.require("data")
+    facts = data.entry.facts
+    if facts.get("offline_base") or facts["base_model"] == OFFLINE_BASE:
+        from lib.models.offline import ensure_base
+
+        texts = [row["text"] for row in read_jsonl(data.path / "train.jsonl")]
+        task = Task.from_json(read_json(data.path / "task.json"))
+        folder = ensure_base(texts, task, data.path / "tokenizer")
+        return Base(folder, OFFLINE_BASE, folder.name, True)
+    base = resolve_base(facts["base_model"], _commit(facts.get("base_revision", "main")))
+    if facts.get("base_revision") not in (None, base.revision):
+        raise InputError(
+            f"base model {base.id} is now {base.revision}.",
+            f"{facts['base_revision']}, with which notebook 01 prepared the data.",
+            "run notebook 01 again with force: true, or bring the old model back.",
+        )
+    return base
+
+
+def _commit(recorded: str) -> str:
+    return "main" if recorded.startswith("sha256:") else recorded
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of the configuration and the weights of a model folder."""
+    files = [folder / "config.json", *open_weights(folder).files]
+    return "sha256:" + sha256_json({path.name: sha256_file(path) for path in files})[:16]
+
+
+def check_model_folder(path: Path) -> None:
+    """Refuse a folder that is not a complete causal language model in safetensors, before anything is loaded.
+
+    Raises:
+        InputError: no config.json, an unknown model type (code of the folder is never run), no weights, pickled
+            weights, a Git LFS pointer or a web page in place of a file, truncated or damaged weights.
+    """
+    if not path.is_dir():
+        raise InputError(f"no folder {path}.", "a model folder.", "check the path.")
+    refuse_adapter(path)
+    config = _read_config(path / "config.json")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = " that brings its own code (auto_map), which is never run" if config.get("auto_map") else ""
+        raise InputError(
+            f"{path / 'config.json'}: model_type {kind!r}{own}.",
+            "a causal language model that transformers knows, e.g. qwen2 or qwen3.",
+            "use another base_model.",
+        )
+    open_weights(path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no {path.name} in {path.parent}.", "a model folder.", "point to the folder that has it.")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text.startswith("version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer.", "the file itself.", "run `git lfs pull` in its clone.")
+    if text.lstrip().startswith("<"):
+        raise InputError(f"{path} is a web page.", "JSON.", "download the file itself again.")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}).", "JSON.", "download or copy it again.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no object.", "a model configuration.", "download or copy it again.")
+    return config
