@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.gguf_export.architecture import Architecture, read_architecture, write_parameters
-from lib.gguf_export.tensors import PlannedTensor, plan_tensors, write_tensors
+from lib.gguf_export.tensors import PlannedTensor, plan_tensors
 from lib.gguf_export.verifying import verify
 from lib.gguf_export.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from lib.gguf_export.writing import GgufFile, pack_header
 from lib.models.weights import Weights, open_weights
 from lib.progress import Progress
 from lib.run.files import atomic_path, read_json, require_space
+from lib.run.workers import run_jobs
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -76,45 +80,88 @@ def convert(model_dir: Path, output: Path, outtype: str = "f16", name: str | Non
         InputError: an unsupported or damaged model, weights the type cannot hold, no room, a path that cannot be
             written. Nothing is left at `output` then.
     """
-    started = time.monotonic()
-    model_dir, output = Path(model_dir), Path(output)
-    if outtype not in OUTTYPES:
-        raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
-    weights = open_weights(model_dir)
-    _check_output(output, weights)
-    model = read_architecture(model_dir)
-    plan = plan_tensors(weights, model, outtype)
-    vocabulary = read_vocabulary(model_dir, model.config["vocab_size"])
-    require_space(output.parent, sum(tensor.nbytes for tensor in plan) + (32 << 20), output.name)
-    try:
-        with atomic_path(output) as temporary:
-            with _quiet():
-                _write(temporary, model_dir, model, plan, vocabulary, outtype, name)
-            verify(temporary, {tensor.name: tensor.type.name for tensor in plan})
-            loaded = _load_check(temporary)
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror}).", "a folder with room that may be written.", "choose one."
-        ) from None
-    types = Counter(tensor.type.name for tensor in plan)
-    return ConversionReport(
-        model=str(model_dir),
-        output=str(output),
-        architecture=model.name,
-        outtype=outtype,
-        tensors=len(plan),
-        parameters=weights.parameters,
-        bytes_before=weights.nbytes,
-        bytes_after=output.stat().st_size,
-        types=dict(sorted(types.items())),
-        float16_fallback=[t.name for t in plan if outtype == "q8_0" and t.type.name == "F16"],
-        tokens=len(vocabulary.tokens),
-        padding_tokens=vocabulary.types.count(5),
-        pre_tokenizer=vocabulary.pre,
-        recognised=vocabulary.recognised,
-        loaded=loaded,
-        seconds=round(time.monotonic() - started, 2),
-    )
+    conversion = Conversion(model_dir, open_weights(Path(model_dir)), output, outtype, name)
+    with conversion.open() as file:
+        mebibytes = conversion.weights.nbytes >> 20
+        with Progress(f"converting to {outtype} (MiB)", mebibytes) as progress:
+            count = Counter[str]()
+            run_jobs(file.jobs(), lambda nbytes: _advance(progress, count, nbytes))
+    return conversion.report()
+
+
+def _advance(progress: Progress, count: Counter[str], nbytes: int) -> None:
+    before = count["bytes"] >> 20
+    count["bytes"] += nbytes
+    progress.advance((count["bytes"] >> 20) - before)
+
+
+class Conversion:
+    """A planned conversion: everything that can be refused without reading the weights has been checked.
+
+    The weights may be written from a model folder (`convert`) or by whoever makes them (`workbook merge --gguf`).
+    """
+
+    def __init__(self, model_dir: Path, weights: Weights, output: Path, outtype: str, name: str | None = None) -> None:
+        self.started = time.monotonic()
+        self.folder, self.output, self.weights, self.outtype = Path(model_dir), Path(output), weights, outtype
+        if outtype not in OUTTYPES:
+            raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
+        _check_output(self.output, weights)
+        self.model = read_architecture(self.folder)
+        self.plan = plan_tensors(weights, self.model, outtype)
+        self.vocabulary = read_vocabulary(self.folder, self.model.config["vocab_size"], self.model.name)
+        with _quiet():
+            self.header = _header(self.folder, self.model, self.plan, self.vocabulary, outtype, name)
+        self.loaded = "not tried"
+        require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[GgufFile]:
+        """The file to put the weights into; verified, and renamed to `output`, when the block succeeds.
+
+        Raises:
+            InputError: the disk or llama.cpp refuses; nothing is left at `output` then.
+        """
+        try:
+            with atomic_path(self.output) as temporary:
+                file = GgufFile(temporary, self.header, self.plan)
+                with _opened_meanwhile(temporary) as check:
+                    try:
+                        file.put_own()
+                        yield file
+                    finally:
+                        file.close()
+                    verify(temporary, {tensor.name: tensor.type.name for tensor in self.plan})
+                    self.loaded = check.result()
+        except OSError as error:
+            raise InputError(
+                f"{self.output} cannot be written ({error.strerror}).",
+                "a folder with room that may be written.",
+                "choose one.",
+            ) from None
+
+    def report(self) -> ConversionReport:
+        """What was done, once `open` has ended."""
+        types = Counter(tensor.type.name for tensor in self.plan)
+        fallback = [t.name for t in self.plan if self.outtype == "q8_0" and t.type.name == "F16"]
+        return ConversionReport(
+            model=str(self.folder),
+            output=str(self.output),
+            architecture=self.model.name,
+            outtype=self.outtype,
+            tensors=len(self.plan),
+            parameters=self.weights.parameters,
+            bytes_before=self.weights.nbytes,
+            bytes_after=self.output.stat().st_size,
+            types=dict(sorted(types.items())),
+            float16_fallback=fallback,
+            tokens=len(self.vocabulary.tokens),
+            padding_tokens=self.vocabulary.types.count(5),
+            pre_tokenizer=self.vocabulary.pre,
+            recognised=self.vocabulary.recognised,
+            loaded=self.loaded,
+            seconds=round(time.monotonic() - self.started, 2),
+        )
 
 
 def _check_output(output: Path, weights: Weights) -> None:
@@ -140,34 +187,27 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _write(
-    path: Path,
+def _header(
     folder: Path,
     model: Architecture,
     plan: list[PlannedTensor],
     vocabulary: Vocabulary,
     outtype: str,
     name: str | None,
-) -> None:
+) -> bytes:
+    """Everything before the data of the tensors."""
     import gguf
     import numpy as np
 
     writer = gguf.GGUFWriter(path=None, arch=model.name)
     for tensor in plan:
-        shape = tensor.source.shape or (1,)
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
     writer.add_type(gguf.GGUFType.MODEL)
     _write_metadata(writer, folder, name)
     write_parameters(writer, model, gguf.LlamaFileType[OUTTYPES[outtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_vocabulary(writer, vocabulary)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    mebibytes = sum(tensor.source.nbytes for tensor in plan) >> 20
-    with path.open("ab") as stream, Progress(f"converting to {outtype} (MiB)", mebibytes) as progress:
-        write_tensors(stream, plan, progress)
+    return pack_header(writer)
 
 
 def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
@@ -200,14 +240,25 @@ def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
     metadata.set_gguf_meta_model(writer)
 
 
-def _load_check(path: Path) -> str:
+@contextlib.contextmanager
+def _opened_meanwhile(path: Path) -> Iterator[Future[str]]:
+    """llama.cpp's opinion of the header, asked for while the data is still being written."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(_load_check, path, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _load_check(path: Path, stop: threading.Event) -> str:
     from lib.device import llama_cpp_problem
     from lib.run.child import run_child
 
     problem = llama_cpp_problem()
     if problem:
         return f"not tried: {problem}"
-    run_child(
-        "lib.gguf_export.verifying:open_with_llama_cpp", {"path": str(path)}, "opening the GGUF in llama.cpp", 600
-    )
-    return "llama.cpp opened the file and found every tensor's data valid"
+    what, function = "opening the GGUF in llama.cpp", "lib.gguf_export.verifying:open_with_llama_cpp"
+    run_child(function, {"path": str(path)}, what, 600, stop, heard=lambda line: None)
+    return "llama.cpp opened the file: its keys, its vocabulary, and the name, type and shape of every tensor are valid"

@@ -1,39 +1,56 @@
-"""The tensors of a GGUF: names, types, and their bytes streamed in slabs from the memory-mapped weights."""
+"""The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib.errors import InputError
-from lib.gguf_export.architecture import Architecture
+from lib.gguf_export.architecture import Architecture, rope_factors
+from lib.models.floats import largest_magnitude, to_bfloat16, to_float16, widen
 from lib.models.weights import StoredTensor, Weights
 
 if TYPE_CHECKING:
-    import torch
     from gguf import GGMLQuantizationType
 
-    from lib.progress import Progress
+SLAB = 4 << 20
+"""Weights converted at a time (16 MiB of float32)."""
 
-SLAB = 16 << 20
-"""Weights converted at a time (64 MiB of float32)."""
-
-ALIGNMENT = 32
 _F16_MAX = 65504.0
 _IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the GGUF: its name, type, shape (rows last, as in PyTorch) and bytes without padding."""
+    """One tensor of the GGUF.
+
+    Attributes:
+        name, type: in the GGUF; shape: rows last but one, as in PyTorch; nbytes: without padding.
+        source: where its values are stored; None when they are `values`.
+        heads: attention heads whose rows are re-paired (Llama's rotary order); 0 = rows stay.
+        values: of a tensor that only the GGUF has (float32).
+    """
 
     name: str
-    source: StoredTensor
     type: GGMLQuantizationType
+    shape: tuple[int, ...]
     nbytes: int
+    source: StoredTensor | None
+    heads: int = 0
+    values: np.ndarray | None = None
+
+    @property
+    def row(self) -> int:
+        """Values of a row; quantization blocks never cross one."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[PlannedTensor]:
@@ -54,6 +71,7 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
     for name, source in weights.tensors.items():
         if name.endswith(_IGNORED):
             continue
+        source.require_floats()
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise InputError(
@@ -67,7 +85,14 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
             kind = gguf.GGMLQuantizationType.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        plan.append(PlannedTensor(new, source, kind, int(np.prod(source.shape, dtype=np.int64)) // block * size))
+        nbytes = source.size // block * size
+        plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, model.heads_of(name)))
+    if (factors := rope_factors(model.config)) is not None:
+        plan.append(
+            PlannedTensor(
+                "rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, factors.nbytes, None, 0, factors
+            )
+        )
     _complete(plan, weights, model)
     return plan
 
@@ -82,7 +107,7 @@ def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) 
         )
     if len(have) != len(plan):
         raise InputError(f"two tensors of {weights.folder} have one name in GGUF.", "each once.", "check the folder.")
-    rows = next(tensor.source.shape[0] for tensor in plan if tensor.name == "token_embd.weight")
+    rows = next(tensor.shape[0] for tensor in plan if tensor.name == "token_embd.weight")
     if rows != model.config["vocab_size"]:
         raise InputError(
             f"{weights.folder}: {rows} rows of embedding, vocab_size {model.config['vocab_size']} in config.json.",
@@ -91,67 +116,54 @@ def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) 
         )
 
 
-def write_tensors(stream: IO[bytes], plan: list[PlannedTensor], progress: Progress) -> None:
-    """Append the data of all tensors, each padded to 32 bytes; `progress` counts MiB.
+def slabs(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
+    """First value and number of values of each part that is converted alone: whole rows, or all of a re-paired one."""
+    step = tensor.size if tensor.heads else max(1, SLAB // max(1, tensor.row)) * tensor.row
+    for first in range(0, tensor.size, step):
+        yield first, min(step, tensor.size - first)
+
+
+def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
+    """Whole rows of a tensor in its GGUF type, as bytes; rounding is to nearest, ties to even, as the official one.
+
+    Args:
+        values: one-dimensional, as `lib.models.floats` holds `dtype`.
 
     Raises:
-        InputError: NaN or infinity in a tensor, or a value that float16 cannot hold.
+        InputError: NaN or infinity, or a value that float16 cannot hold.
     """
-    stream.write(bytes(-stream.tell() % ALIGNMENT))
-    done = 0
-    for tensor in plan:
-        written = 0
-        for slab in _slabs(tensor.source):
-            _check_values(slab, tensor)
-            data = _convert(slab, tensor.type)
-            stream.write(data)
-            written += len(data)
-        if written != tensor.nbytes:
-            raise RuntimeError(f"{tensor.name}: {written} bytes written, {tensor.nbytes} planned")
-        stream.write(bytes(-written % ALIGNMENT))
-        before, done = done, done + tensor.source.nbytes
-        progress.advance((done >> 20) - (before >> 20), tensor.name)
+    import gguf
+
+    _check_values(values, dtype, tensor)
+    if tensor.heads:
+        values = _pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
+    kind = tensor.type.name
+    if kind == "Q8_0":
+        data = gguf.quants.quantize(widen(values, dtype).reshape(-1, tensor.row), tensor.type)
+    else:
+        data = {"F32": widen, "F16": to_float16, "BF16": to_bfloat16}[kind](values, dtype)
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
-def _slabs(source: StoredTensor) -> Iterator[torch.Tensor]:
-    """The tensor in groups of whole rows, so that quantization blocks never cross a slab."""
-    tensor = source.tensor()
-    if tensor.dim() == 0:
-        tensor = tensor.reshape(1)
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    step = max(1, SLAB // max(1, rows.shape[1]))
-    for first in range(0, rows.shape[0], step):
-        yield rows[first : first + step]
+def _pair_rows(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head reordered from halves (transformers) to neighbours (llama.cpp's rotary order for Llama)."""
+    rows = values.shape[0] // heads // 2
+    return values.reshape(heads, 2, rows, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _check_values(slab: torch.Tensor, tensor: PlannedTensor) -> None:
-    low, high = (float(value) for value in slab.aminmax())
-    if not np.isfinite(low) or not np.isfinite(high):
+def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None:
+    largest = largest_magnitude(values, dtype)
+    where = f"{tensor.source.name} of {tensor.source.file}" if tensor.source else tensor.name
+    if not math.isfinite(largest):
         raise InputError(
-            f"NaN or infinity in {tensor.source.name} of {tensor.source.file}.",
+            f"NaN or infinity in {where}.",
             "finite weights.",
             "the training diverged or the file is damaged: merge again from a good checkpoint.",
         )
-    limit = {"F16": _F16_MAX, "Q8_0": _F16_MAX * 127}.get(tensor.type.name, np.inf)
-    if max(-low, high) > limit:
+    limit = {"F16": _F16_MAX, "Q8_0": _F16_MAX * 127}.get(tensor.type.name, math.inf)
+    if largest > limit:
         raise InputError(
-            f"a weight of size {max(-low, high):.6g} in {tensor.source.name}; {tensor.type.name} ends at {limit:.6g}.",
+            f"a weight of size {largest:.6g} in {where}; {tensor.type.name} ends at {limit:.6g}.",
             "values that the type can hold.",
             "use outtype bf16 (or f32).",
         )
-
-
-def _convert(slab: torch.Tensor, kind: GGMLQuantizationType) -> bytes:
-    """The slab in a GGUF type; rounding is to nearest, ties to even, as the official converter does."""
-    import gguf
-    import torch
-
-    float32 = torch.float32
-    if kind.name == "Q8_0":
-        return gguf.quants.quantize(slab.to(float32).numpy(), kind).tobytes()
-    if kind.name == "F16" and slab.dtype == torch.float64:
-        slab = slab.to(float32)  # as the official converter: first to float32, then to float16
-    target = {"F32": float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
-    if kind.name == "BF16" and slab.dtype not in (torch.bfloat16, float32):
-        slab = slab.to(float32)
-    return slab.to(target).contiguous().view(torch.uint8).numpy().tobytes()

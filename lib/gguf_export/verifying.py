@@ -7,6 +7,8 @@ from typing import Any
 
 from lib.models.gguf_file import read_metadata, read_tensors
 
+_LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode
+
 
 def verify(path: Path, types: dict[str, str]) -> None:
     """Check that the file holds exactly the planned tensors with their types and ends where the last one ends.
@@ -45,7 +47,10 @@ def metadata_table(path: Path, width: int = 60) -> list[tuple[str, str]]:
 
 
 def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
-    """Load {"path"} completely with llama.cpp's own checks of every tensor (runs in a child process).
+    """Load {"path"} with llama.cpp, without the data of the tensors (runs in a child process).
+
+    It parses all keys, builds the vocabulary and looks up every tensor by name and shape. The values are checked where
+    they are written; the gate of stage 05 loads them.
 
     Raises:
         InputError: llama.cpp refuses the file; with the last errors it logged.
@@ -57,7 +62,7 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     forget_errors()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
-    parameters.check_tensors = True
+    parameters.no_alloc, parameters.load_mode = True, _LOAD_MODE_NONE  # mapping is not allowed with no_alloc
     model = llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters)
     if not model:
         raise InputError(

@@ -12,26 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
+from lib.gguf_export.tokenizer import Tokenizer, has_qwen2_structure, read_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-    from transformers import PreTrainedTokenizerBase
 
-CHECK_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
-    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
-    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
-    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
-"""The text whose token ids identify a pre-tokenizer in llama.cpp's converter."""
+KNOWN_CHECKS = {
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+}
+"""SHA-256 over the ids of the check text → name of the pre-tokenizer in GGUF (llama.cpp, conversion/base.py)."""
 
-KNOWN_CHECKS = {"e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2"}
-"""SHA-256 over the ids of `CHECK_TEXT` → name of the pre-tokenizer in GGUF."""
-
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
+_GRANITE_ROWS = 49152
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -45,6 +40,8 @@ class Vocabulary:
         pre: name of the pre-tokenizer; recognised: how it was found out, in words.
         merges: "left right", in order of rank.
         special: {"eos": id, …} in the order they are written; add: {"bos": False, …}.
+        never_bos: the official converter takes Llama models of this size for small Granite models.
+        add_prefix_space: what Llama's tokenizer_config.json says of it; None = nothing.
         chat_template: Jinja text, a list of named ones, or None.
     """
 
@@ -55,7 +52,9 @@ class Vocabulary:
     merges: list[str]
     special: dict[str, int]
     add: dict[str, bool]
+    add_prefix_space: bool | None
     chat_template: str | list[dict[str, str]] | None
+    never_bos: bool
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -70,66 +69,39 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def has_qwen2_structure(backend: dict[str, Any]) -> bool:
-    """Whether a tokenizer (its tokenizer.json) splits and encodes text as Qwen2's does, whatever its vocabulary."""
-    model, pre, normalizer = backend.get("model", {}), backend.get("pre_tokenizer") or {}, backend.get("normalizer")
-    parts = pre.get("pretokenizers", [])
-    if model.get("type") != "BPE" or len(parts) != 2 or (normalizer or {"type": "NFC"}) != {"type": "NFC"}:
-        return False
-    split, level = parts
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-    return (
-        not any(model.get(key) for key in odd)
-        and split.get("type") == "Split"
-        and split.get("pattern") == {"Regex": QWEN2_PATTERN}
-        and split.get("behavior") == "Isolated"
-        and not split.get("invert")
-        and level.get("type") == "ByteLevel"
-        and not level.get("add_prefix_space")
-        and not level.get("use_regex", True)
-    )
-
-
-def recognise(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
     """Name of the pre-tokenizer in GGUF, and how it was recognised; needs no network.
 
     Raises:
         InputError: neither the check text nor the structure is known.
     """
-    ids = tokenizer.encode(CHECK_TEXT)
-    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    digest = hashlib.sha256(str(tokenizer.check_ids).encode()).hexdigest()
     if digest in KNOWN_CHECKS:
         return KNOWN_CHECKS[digest], "the ids of llama.cpp's check text"
-    if has_qwen2_structure(json.loads(tokenizer.backend_tokenizer.to_str())):
+    if has_qwen2_structure(tokenizer.backend):
         return "qwen2", "the same normalizer, split pattern and byte-level BPE as Qwen2 (another vocabulary)"
     raise InputError(
         f"a tokenizer that splits text in an unknown way (check {digest[:8]}).",
-        "the tokenizer of Qwen2, Qwen2.5 or Qwen3, or one with the same structure.",
+        "the tokenizer of Qwen2, Qwen2.5, Qwen3 or Llama 3, or one with the structure of Qwen2's.",
         "use the tokenizer of the base model; llama.cpp would cut the text differently.",
     )
 
 
-def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabulary:
     """Read the tokenizer of a model folder.
 
     Args:
         vocab_size: rows of the embedding (config.json); ids without a token are padded.
+        architecture: its name in GGUF.
 
     Raises:
         InputError: missing or damaged files, more ids than rows, an unknown pre-tokenizer or post-processor.
     """
-    from transformers import AutoTokenizer
-
     stored, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        backend = tokenizer.backend_tokenizer
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the tokenizer in {folder} ({reason}).", "a fast tokenizer.", "save it again.") from None
-    except Exception as error:  # tokenizers raises bare Exception on a malformed tokenizer.json
-        raise InputError(f"the tokenizer in {folder} ({error}).", "a fast tokenizer.", "save it again.") from None
-    highest = max(backend.get_vocab().values())
+    if architecture == "llama":
+        _refuse_sentencepiece(folder, stored)
+    tokenizer = read_tokenizer(folder, stored, settings)
+    highest = max(tokenizer.vocabulary.values())
     if highest >= vocab_size:
         raise InputError(
             f"{folder}: token id {highest}, but the embedding has {vocab_size} rows.",
@@ -139,16 +111,30 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     pre, recognised = recognise(tokenizer)
     tokens, types = _tokens(tokenizer, vocab_size)
     config = _json(folder / "config.json")
+    special, add = special_tokens(stored, settings, config, folder)
+    prefix = settings.get("add_prefix_space") if architecture == "llama" else None
     return Vocabulary(
         tokens=tokens,
         types=types,
         pre=pre,
         recognised=recognised,
         merges=_merges(stored, folder),
-        special=_special(stored, settings, config),
-        add=_add(stored, settings, folder),
+        special=special,
+        add=add,
+        add_prefix_space=prefix if isinstance(prefix, bool) else None,
         chat_template=_chat_template(folder, settings),
+        never_bos=architecture == "llama" and vocab_size == _GRANITE_ROWS,
     )
+
+
+def _refuse_sentencepiece(folder: Path, stored: dict[str, Any]) -> None:
+    model = stored.get("model", {})
+    if (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE":
+        raise InputError(
+            f"a SentencePiece tokenizer in {folder}.",
+            "byte-level BPE, as in Llama 3.",
+            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
+        )
 
 
 def _looks_special(token: str) -> bool:
@@ -159,23 +145,18 @@ def _looks_special(token: str) -> bool:
     )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
     from gguf import TokenType
 
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [int(TokenType.UNUSED)] * vocab_size
-    for token, i in tokenizer.get_vocab().items():
+    for token, i in tokenizer.vocabulary.items():
         tokens[i], types[i] = token, int(TokenType.NORMAL)
-    for i, added in tokenizer.added_tokens_decoder.items():
-        token = added.content
-        if not added.normalized:  # llama.cpp expects the text as it comes out of the tokenizer
-            token = tokenizer.decode(tokenizer.encode(token, add_special_tokens=False))
-        if added.special or _looks_special(token):
-            types[i] = int(TokenType.CONTROL)
+    for added in tokenizer.added:
+        if added.special or _looks_special(added.content):
+            tokens[added.id], types[added.id] = added.text, int(TokenType.CONTROL)
         else:
-            token = token.replace("\u2581", " ")
-            types[i] = int(TokenType.USER_DEFINED)
-        tokens[i] = token
+            tokens[added.id], types[added.id] = added.text.replace("\u2581", " "), int(TokenType.USER_DEFINED)
     return tokens, types
 
 
@@ -188,43 +169,77 @@ def _merges(stored: dict[str, Any], folder: Path) -> list[str]:
     return [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges]
 
 
-def _special(stored: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
-    """Ids of special tokens: those that tokenizer_config.json names first, then those of config.json."""
+def special_tokens(
+    stored: dict[str, Any], settings: dict[str, Any], config: dict[str, Any], folder: Path
+) -> tuple[dict[str, int], dict[str, bool]]:
+    """Ids of special tokens, and which of them llama.cpp adds by itself.
+
+    The post-processor decides first, then tokenizer_config.json, then config.json (gguf-py, SpecialVocab).
+
+    Raises:
+        InputError: a post-processor that adds tokens in a way GGUF cannot say.
+    """
+    names = {f"{kind}_token": _content(settings.get(f"{kind}_token")) for kind in _SPECIAL}
+    names["bos_token"] = names["bos_token"] or names["cls_token"]
+    names["eos_token"] = names["eos_token"] or names["sep_token"]
+    add: dict[str, bool] = {}
+    post = stored.get("post_processor") or {"type": "Sequence", "processors": []}
+    for processor in post.get("processors", [post]):
+        if processor.get("type") == "ByteLevel":
+            add = {"bos": False, "eos": False, **add}
+        elif processor.get("type") == "TemplateProcessing":
+            _follow_template(processor, settings, names, add, folder)
+        else:
+            raise _unknown_processor(str(processor.get("type")), folder)
     ids = {}
     for added in reversed(stored.get("added_tokens", [])):  # reversed: of equal texts the first one counts
         ids[added["content"]] = added["id"]
     found = {}
-    eos = settings.get("eos_token") or settings.get("sep_token")
-    bos = settings.get("bos_token") or settings.get("cls_token")
     for kind in _SPECIAL:
-        token = {"bos": bos, "eos": eos}.get(kind, settings.get(f"{kind}_token"))
-        token = token.get("content") if isinstance(token, dict) else token
+        value = settings.get(f"add_{kind}_token")
+        if isinstance(value, bool):
+            add.setdefault(kind, value)
+        token = names[f"{kind}_token"]
         if isinstance(token, str) and isinstance(ids.get(token), int):
             found[kind] = ids[token]
     for kind in _SPECIAL:
         number = config.get(f"{kind}_token_id")
         if kind not in found and isinstance(number, int) and not isinstance(number, bool):
             found[kind] = number
-    return found
+    return found, add
 
 
-def _add(stored: dict[str, Any], settings: dict[str, Any], folder: Path) -> dict[str, bool]:
-    """Which special tokens llama.cpp adds by itself; the post-processor decides, then tokenizer_config.json."""
-    post = stored.get("post_processor")
-    add: dict[str, bool] = {}
-    for processor in (post or {"processors": []}).get("processors", [post]):
-        if processor.get("type") != "ByteLevel":
-            raise InputError(
-                f"post-processor {processor.get('type')} in {folder / 'tokenizer.json'}.",
-                "none, or ByteLevel as in Qwen's chat models.",
-                "use the tokenizer of a causal Qwen model.",
-            )
-        add = {"bos": False, "eos": False}
-    for kind in _SPECIAL:
-        value = settings.get(f"add_{kind}_token")
-        if isinstance(value, bool):
-            add.setdefault(kind, value)
-    return add
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _unknown_processor(kind: str, folder: Path) -> InputError:
+    return InputError(
+        f"post-processor {kind} in {folder / 'tokenizer.json'}.",
+        "none, ByteLevel, or a template that begins with the start token, as in Llama 3.",
+        "use the tokenizer of a causal Qwen or Llama model.",
+    )
+
+
+def _follow_template(
+    processor: dict[str, Any], settings: dict[str, Any], names: dict[str, Any], add: dict[str, bool], folder: Path
+) -> None:
+    """The one template that causal models use: `start text`, and for two texts `start text start text`."""
+    single, pair = processor.get("single", []), processor.get("pair", [])
+    start = single[0].get("SpecialToken", {}).get("id") if len(single) == 2 and "Sequence" in single[1] else None
+    ends = (names["eos_token"], names["sep_token"])
+    usual = pair in ([], [*single, pair[-1]], [*single, single[0], pair[-1]]) if pair else True
+    if not start or start in ends or not usual:
+        raise _unknown_processor("TemplateProcessing of an unusual form", folder)
+    bos, cls = settings.get("bos_token") or settings.get("cls_token"), settings.get("cls_token")
+    if start not in (bos, cls):  # compared as written, as the official converter does
+        names["bos_token"] = names["bos_token"] or start
+        names["cls_token"] = names["cls_token"] or start
+        if start not in (names["bos_token"], names["cls_token"]):
+            raise _unknown_processor(f"TemplateProcessing with {start!r}, which is not the start token,", folder)
+    add["bos"] = True
+    if len(pair) == 4:  # start A start B: the second start is no separator
+        add["sep"] = False
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
@@ -247,6 +262,8 @@ def _text(path: Path) -> str:
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     """Add the tokenizer to `writer`, in the official order."""
+    if vocabulary.add_prefix_space is not None:
+        writer.add_add_space_prefix(vocabulary.add_prefix_space)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -260,3 +277,5 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
             handler(value)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
+    if vocabulary.never_bos:
+        writer.add_add_bos_token(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.floats import NUMPY
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +57,43 @@ class StoredTensor:
         """
         import torch
 
+        self.require_floats()
+        return torch.from_numpy(self.raw()).view(getattr(torch, _FLOATS[self.dtype])).reshape(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        """A copy of `count` elements from the `first`, one-dimensional, as `lib.models.floats` holds the dtype.
+
+        Unlike a memory map, it leaves no pages of the file in this process's resident memory.
+
+        Raises:
+            InputError: not a floating-point dtype, or the file was cut meanwhile.
+        """
+        self.require_floats()
+        values = np.empty(self.size - first if count is None else count, NUMPY[self.dtype])
+        view = memoryview(values).cast("B") if values.size else memoryview(b"")
+        position, got = self.start + first * values.itemsize, 0
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(position)
+            while got < len(view):
+                read = stream.readinto(view[got:])
+                if not read:
+                    raise InputError(f"{self.file} was cut while it was read.", "a complete file.", "copy it again.")
+                got += read
+        return values
+
+    def require_floats(self) -> None:
+        """Refuse integer and 8-bit tensors, which only quantized models have."""
         if self.dtype not in _FLOATS:
             raise InputError(
                 f"tensor {self.name} in {self.file} is {self.dtype}.",
                 "float32, float16 or bfloat16 weights.",
                 "use the original model, not a quantized one.",
             )
-        return torch.from_numpy(self.raw()).view(getattr(torch, _FLOATS[self.dtype])).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -81,7 +113,7 @@ class Weights:
     @property
     def parameters(self) -> int:
         """Number of weights."""
-        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.tensors.values())
+        return sum(tensor.size for tensor in self.tensors.values())
 
 
 def _refuse_lookalike(path: Path) -> None:

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
-from lib.gguf_export import converting
+from lib.gguf_export import architecture, converting
+from lib.gguf_export import tokenizer as tokenizer_module
 from lib.gguf_export.converting import convert
-from lib.gguf_export.tensors import _convert
+from lib.gguf_export.tensors import PlannedTensor, encode
+from lib.gguf_export.tokenizer import Tokenizer, has_qwen2_structure, read_tokenizer
 from lib.gguf_export.verifying import metadata_table, verify
-from lib.gguf_export.vocabulary import has_qwen2_structure, recognise
-from lib.models.weights import open_weights
+from lib.gguf_export.vocabulary import recognise
+from lib.models.weights import StoredTensor, open_weights
 from tests.gguf_export.convertible import official, write_model
 
 MODELS = {
@@ -69,7 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the check in llama.cpp's own process, which takes seconds."""
-    monkeypatch.setattr(converting, "_load_check", lambda path: "not tried")
+    monkeypatch.setattr(converting, "_load_check", lambda path, stop: "not tried")
 
 
 @pytest.fixture
@@ -195,7 +197,10 @@ def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> N
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+            "Qwen2ForCausalLM, Qwen3ForCausalLM, Llama",
+        ),
         ({"architectures": None}, "a none model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
@@ -271,15 +276,75 @@ def test_damaged_model_card(copy: Path, tmp_path: Path) -> None:
     refused(copy, tmp_path, r"README\.md")
 
 
-def test_unknown_pre_tokenizer(copy: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
+def tokenizer_of(folder: Path) -> Tokenizer:
+    stored, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("tokenizer", "tokenizer_config"))
+    return read_tokenizer(folder, stored, settings)
 
+
+def test_unknown_pre_tokenizer(copy: Path) -> None:
+    assert recognise(tokenizer_of(copy))[0] == "qwen2"
     path = copy / "tokenizer.json"
-    assert recognise(PreTrainedTokenizerFast(tokenizer_file=str(path)))[0] == "qwen2"
-    other = path.read_text(encoding="utf-8").replace(r"|\\p{N}|", r"|\\p{N}{1,3}|")
-    path.write_text(other, encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace(r"|\\p{N}|", r"|\\p{N}{1,3}|"), encoding="utf-8")
+    (copy / "config.json").unlink()  # for a Qwen2 model transformers puts Qwen2's own pattern back
+    config = copy / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("Qwen2Tokenizer", "PreTrainedTokenizerFast"))
     with pytest.raises(InputError, match="splits text in an unknown way"):
-        recognise(PreTrainedTokenizerFast(tokenizer_file=str(path)))
+        recognise(tokenizer_of(copy))
+
+
+def same_both_ways(folder: Path, monkeypatch: pytest.MonkeyPatch, plain: bool = True) -> None:
+    """What the tokenizers library alone reads is what transformers reads; `plain`: the short way was taken."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_module, "_transformers", lambda folder: pytest.fail("not the short way"))
+        short = tokenizer_of(folder) if plain else None
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer_module, "_is_plain", lambda *_: False)
+        whole = tokenizer_of(folder)
+    if short is not None:
+        assert short.vocabulary == whole.vocabulary
+        assert short.check_ids == whole.check_ids
+        assert sorted(short.added, key=lambda t: t.id) == sorted(whole.added, key=lambda t: t.id)
+        assert has_qwen2_structure(whole.backend)
+
+
+@pytest.mark.parametrize("name", ["qwen1.5-0.5b-chat", "qwen2.5-0.5b-instruct", "qwen3-4b-thinking-2507"])
+def test_real_tokenizers_without_transformers(name: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same_both_ways(shared_data / name, monkeypatch)
+
+
+def test_small_tokenizer_without_transformers(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same_both_ways(copy, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"additional_special_tokens": ["<tool_call>"]},
+        {"eos_token": "<|new|>"},
+        {"add_bos_token": True},
+        {"tokenizer_class": "LlamaTokenizerFast"},
+        {"added_tokens_decoder": {"264": {"content": "<|other|>", "special": True}}},
+        {"clean_up_tokenization_spaces": True},
+    ],
+)
+def test_settings_that_only_transformers_can_judge(change: dict, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    asked = []
+    monkeypatch.setattr(tokenizer_module, "_transformers", lambda folder: asked.append(folder))
+    tokenizer_of(copy)
+    assert asked == [copy]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_without_transformers(
+    name: str, model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_load: None
+) -> None:
+    """A complete config.json needs no defaults: the file is the same without transformers' reading of it."""
+    convert(model(name), tmp_path / "short.gguf", "f32")
+    monkeypatch.setattr(architecture, "_plain_config", lambda folder: None)
+    convert(model(name), tmp_path / "long.gguf", "f32")
+    assert (tmp_path / "short.gguf").read_bytes() == (tmp_path / "long.gguf").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -352,7 +417,17 @@ def test_rounding_equals_the_gguf_library(stored: str, kind: str) -> None:
     values = values[values.abs() < 6e4].to(getattr(torch, stored))
     slab = values[: len(values) // 64 * 64].reshape(-1, 64)
     wanted = gguf.quants.quantize(slab.to(torch.float32).numpy(), gguf.GGMLQuantizationType[kind])
-    assert _convert(slab, gguf.GGMLQuantizationType[kind]) == wanted.tobytes()
+    bits = slab.view(torch.uint16) if stored == "bfloat16" else slab
+    source = StoredTensor(
+        "w",
+        {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}[stored],
+        slab.shape,
+        Path(),
+        0,
+        0,
+    )
+    planned = PlannedTensor("w", gguf.GGMLQuantizationType[kind], tuple(slab.shape), 0, source)
+    assert encode(planned, bits.reshape(-1).numpy(), source.dtype).tobytes() == wanted.tobytes()
 
 
 def test_weights_are_mapped_not_read(model: Callable[[str], Path]) -> None:
