@@ -38,6 +38,9 @@ TENSOR_TYPES: tuple[str, ...] = (
 EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
 """Formats other than GGUF: see lib.exporting.formats."""
 
+FALLBACK_CHECKS: tuple[str, ...] = ("revision", "rows", "sha256")
+"""What an entry of `fallbacks` may say about its source, besides naming it."""
+
 OFFLINE_BASE = "offline"
 SAMPLE_DATASET = "sample"
 
@@ -65,6 +68,9 @@ class Settings(BaseModel):
     )
     base_model: str = Field(OFFLINE_BASE, min_length=1, description="'offline', a local folder, or a hub model id")
     revision: str = Field("main", min_length=1, description="commit, branch or tag of a hub model or data set")
+    fallbacks: list[dict[str, str | int]] = Field(
+        [], description="sources tried in order when base_model or dataset cannot be had: {base_model: …}, {dataset: …}"
+    )
     max_seq_length: int = Field(192, ge=32, le=32768, description="tokens of prompt and answer together")
     max_train_rows: int = Field(0, ge=0, description="training rows used; 0 = all")
     max_eval_rows: int = Field(0, ge=0, description="validation rows and test rows used, each; 0 = all")
@@ -98,7 +104,7 @@ class Settings(BaseModel):
     output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
     token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")
     export_formats: list[str] = Field(
-        ["fp16", "int8", "nf4", "gptq", "torchao-int8"],
+        ["int8", "nf4", "gptq"],
         description=f"further formats of the merged model, for transformers: {', '.join(EXPORT_FORMATS)}; [] = none",
     )
     n_threads: int = Field(0, ge=0, description="CPU threads of llama.cpp; 0 = physical cores")
@@ -120,6 +126,25 @@ class Settings(BaseModel):
     def _distinct_labels(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value) or any(not name.strip() for name in value):
             raise ValueError("expected distinct, non-empty names")
+        return value
+
+    @field_validator("fallbacks")
+    @classmethod
+    def _known_fallbacks(cls, value: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
+        for entry in value:
+            keys = set(entry)
+            if len(keys & {"base_model", "dataset"}) != 1 or keys - {"base_model", "dataset", *FALLBACK_CHECKS}:
+                raise ValueError(
+                    f"expected base_model or dataset, and {', '.join(FALLBACK_CHECKS)} where known; found {entry}"
+                )
+            if "rows" in entry and ("base_model" in entry or type(entry["rows"]) is not int or entry["rows"] < 1):
+                raise ValueError(f"expected rows as a whole number, of a dataset; found {entry}")
+            if any(not isinstance(entry[key], str) or not entry[key] for key in keys - {"rows"}):
+                raise ValueError(f"expected text; found {entry}")
+            if not all(c in "0123456789abcdefABCDEF" for c in str(entry.get("sha256", ""))):
+                raise ValueError(f"expected sha256 as 64 hexadecimal digits; found {entry}")
+            if "sha256" in entry and len(str(entry["sha256"])) != 64:
+                raise ValueError(f"expected sha256 as 64 hexadecimal digits; found {entry}")
         return value
 
     @field_validator("user_prompt")

@@ -15,7 +15,9 @@ FLOORS = {
     "errors": 0,
     **dict.fromkeys(("settings", "run", "progress", "statistics", "device"), 1),
     **dict.fromkeys(("models", "scoring", "plots"), 2),
-    **dict.fromkeys(("data", "training", "evaluation", "merging", "gguf_export", "quantizing", "comparison"), 3),
+    **dict.fromkeys(
+        ("data", "training", "evaluation", "merging", "gguf_export", "quantizing", "exporting", "comparison"), 3
+    ),
     "packaging": 3,
     **dict.fromkeys(("cli", "reporting"), 4),
 }

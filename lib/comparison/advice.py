@@ -10,9 +10,10 @@ from lib.comparison.judging import REFERENCE_VERDICT
 from lib.statistics import mde_paired, smallest_significant
 
 RULE = (
-    "Recommend the smallest file whose accuracy is judged equivalent to the reference's within the margin (or better), "
-    "by exact McNemar with Holm correction and the interval of the paired difference, on all test rows. If there is "
-    "none, say so and how many rows would decide it. No recommendation is made from a reference that is not clearly "
+    "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose accuracy is judged equivalent to "
+    "the reference's within the margin (or better), by exact McNemar with Holm correction over everything compared and "
+    "the interval of the paired difference, on all test rows. If there is none, say so and how many rows would decide "
+    "it. No recommendation is made from a reference that is not clearly "
     "better than naming the commonest label: equal accuracy would say nothing."
 )
 
@@ -55,7 +56,7 @@ def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dic
     """The recommendation.
 
     Args:
-        entries: one a file as in comparison.json, the reference (verdict "reference") among them.
+        entries: one a GGUF file as in comparison.json, the reference (verdict "reference") among them.
 
     Returns:
         "rule", "type" (None when the evidence does not suffice), "reason" ("equivalent" | "better" | "insufficient" |
@@ -64,6 +65,9 @@ def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dic
     """
     reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
     files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
+    if not files:
+        alone = f"No recommendation: no GGUF file was compared with {reference['type']}."
+        return _answer(None, "insufficient", None, {}, [alone])
     steps = _next_higher(files, reference)
     if reference["accuracy_interval"][0] <= reference["majority_share"]:
         return _answer(None, "reference", None, steps, _unlearned(reference))

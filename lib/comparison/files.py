@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "comparison.json"
+GGUF, FOLDER = "gguf", "folder"
+"""Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
+
 _TEMPORARY = ".reference-"
 _SMALLEST_WINDOW = 64
 _SPEED_KEYS = (
@@ -43,6 +46,7 @@ class Work:
         order: the rows' places in the order in which they are scored (by id).
         prompts, answers, windows: token ids; prompts in that order.
         truncated: whether each row's text was cut, in the rows' own order.
+        sample: {"text", "ids"} of a row: another tokenizer shows by it.
         n_ctx: longest sequence.
         notes: sentences about what was changed to make it work.
     """
@@ -52,6 +56,7 @@ class Work:
     answers: list[list[int]]
     windows: list[list[int]]
     truncated: np.ndarray
+    sample: dict[str, Any]
     n_ctx: int
     notes: list[str]
 
@@ -72,11 +77,11 @@ def compare_files(
     equivalence_margin: float = 1.0,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Compare GGUF files with a reference on labelled rows and on held-out text.
+    """Compare GGUF files and model folders with a reference on labelled rows and on held-out text.
 
     Args:
-        reference: the unquantized file.
-        others: files made from it.
+        reference: the unquantized GGUF file.
+        others: GGUF files made from it, and folders of the same model that transformers loads (on the CPU).
         rows: {"id", "text", "label"}, with "group" and "leaked" where known.
         output: folder for comparison.json and one scores-<TYPE>.jsonl a file.
         source: what the rows are, in words; goes into comparison.json as "data".
@@ -85,8 +90,9 @@ def compare_files(
         equivalence_margin: accuracy points that count as equivalent.
 
     Returns:
-        what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file, the
-        reference first), "frontier", "recommendation", "notes".
+        what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
+        the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
+        "notes".
 
     Raises:
         InputError: a file that is missing, no GGUF, or that llama.cpp refuses or dies of (named); the same file twice;
@@ -105,7 +111,8 @@ def compare_files(
     names = _names(paths, [answer["file_type"] for answer in answers])
     scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
     entries = _entries(names, paths, answers, scores, Rows.of(rows), equivalence_margin, seed)
-    best = frontier(entries[1:])
+    files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
+    best = frontier(files[1:])  # is about what a phone can run
     free = [row for row in rows if row.get("leaked") is False]
     result = {
         "data": {**(source or {}), "rows": len(rows), "leak_free_rows": len(free) or None},
@@ -123,7 +130,7 @@ def compare_files(
         "reference": names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": recommend(entries, equivalence_margin),
+        "recommendation": recommend(files, equivalence_margin),
         "notes": work.notes,
     }
     for name, score in scores.items():
@@ -142,10 +149,19 @@ def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, 
         raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
     seen: set[Path] = set()
     for path in (reference, *others):
-        check_gguf(path)
+        if path is reference or not path.is_dir():
+            check_gguf(path)
+        else:
+            _check_folder(path)
         if path.resolve() in seen:
             raise InputError(f"{path} is named twice.", "each file once.", "remove one of the two.")
         seen.add(path.resolve())
+
+
+def _check_folder(path: Path) -> None:
+    from lib.models.loading import check_model_folder
+
+    check_model_folder(path)
 
 
 def _encode(
@@ -172,6 +188,7 @@ def _encode(
         answers=answers,
         windows=windows,
         truncated=np.array([e.truncated for e in encoded]),
+        sample={"text": texts[0], "ids": tokenizer(texts[0], add_special_tokens=False)["input_ids"]},
         n_ctx=max(window, longest),
         notes=notes,
     )
@@ -194,9 +211,11 @@ def _run(paths: Sequence[Path], work: Work, threads: int, gpu_layers: int, outpu
                 "n_gpu_layers": gpu_layers,
                 "reference": str(Path(folder).resolve() / "log-probs.f32"),
                 "is_reference": place == 0,
+                "sample": work.sample,
             }
+            function = "torch_worker:score_folder" if path.is_dir() else "worker:score_file"
             what = f"comparing {path.name} ({place + 1} of {len(paths)})"
-            answers.append(run_child("lib.comparison.worker:score_file", argument, what))
+            answers.append(run_child(f"lib.comparison.{function}", argument, what))
     return answers
 
 
@@ -209,7 +228,7 @@ def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]
     known[llama_cpp.LLAMA_FTYPE_ALL_F32] = "F32"
     recipes = [known.get(number, "") for number in file_types]
     names = [
-        recipe if recipe and recipes.count(recipe) == 1 else path.stem
+        recipe if recipe and recipes.count(recipe) == 1 else path.name if path.is_dir() else path.stem
         for path, recipe in zip(paths, recipes, strict=True)
     ]
     return [name if names.count(name) == 1 else f"{place}-{name}" for place, name in enumerate(names)]
@@ -243,8 +262,9 @@ def _entries(
         entries.append(
             {
                 "type": name,
+                "kind": FOLDER if path.is_dir() else GGUF,
                 "file": path.name,
-                "bytes": path.stat().st_size,
+                "bytes": answer["bytes"],
                 "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
                 **judged["" if name == reference else name],
                 "majority_share": float(np.bincount(labels).max() / len(labels)),

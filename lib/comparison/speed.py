@@ -33,7 +33,7 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
     """
     api = llama()
     ids = list(prompt[:PROMPT_TOKENS])
-    _read_once(path)
+    read_once(path)
     started = time.perf_counter()
     model = _load(path, n_gpu_layers)
     try:
@@ -54,20 +54,21 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
                 "compare files that were made from one model.",
             )
         try:
-            prompts = _repeat(lambda: _read_prompt(context, ids))
-            written = _repeat(lambda: _write(context, ids, vocab))
+            prompts = repeat(lambda: _read_prompt(context, ids))
+            written = repeat(lambda: _write(context, ids, vocab))
         finally:
             api.llama_free(context)
     finally:
         api.llama_model_free(model)
     return {
         **facts,
-        **_rate("prompt", len(ids), prompts),
-        **_rate("generation", GENERATED_TOKENS, written),
+        **rate("prompt", len(ids), prompts),
+        **rate("generation", GENERATED_TOKENS, written),
     }
 
 
-def _read_once(path: Path) -> None:
+def read_once(path: Path) -> None:
+    """Read a file, so that it is in the page cache when loading is timed."""
     with path.open("rb") as stream:
         while stream.read(1 << 22):
             pass
@@ -133,7 +134,8 @@ def _write(context: Any, ids: Sequence[int], vocab: int) -> float:
     return time.perf_counter() - started
 
 
-def _repeat(run: Callable[[], float]) -> list[float]:
+def repeat(run: Callable[[], float]) -> list[float]:
+    """Seconds of each timed run, after one that is not counted."""
     run()
     times: list[float] = []
     while len(times) < _FEWEST or (sum(times) < _SECONDS and len(times) < _MOST):
@@ -141,7 +143,8 @@ def _repeat(run: Callable[[], float]) -> list[float]:
     return times
 
 
-def _rate(kind: str, tokens: int, times: list[float]) -> dict[str, Any]:
+def rate(kind: str, tokens: int, times: list[float]) -> dict[str, Any]:
+    """Tokens a second: median, [slowest, fastest], number of runs."""
     return {
         f"{kind}_tokens_per_second": round(tokens / statistics.median(times), 2),
         f"{kind}_tokens_per_second_range": [round(tokens / max(times), 2), round(tokens / min(times), 2)],

@@ -1,4 +1,4 @@
-"""The stage `compare`: the run's GGUF and its ladder on the run's test rows, product `comparison`."""
+"""The stage `compare`: the run's GGUF, its ladder and its exports on the run's test rows, product `comparison`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class ComparisonResult:
         conditions: device, threads, windows and margin of the measurements.
         data: where the rows come from and how many there are.
         notes: what was done otherwise than asked.
+        skipped: {"format", "reason"} of every export format that could not be made here.
     """
 
     product: Product
@@ -38,6 +39,7 @@ class ComparisonResult:
     conditions: dict[str, Any]
     data: dict[str, Any]
     notes: tuple[str, ...]
+    skipped: tuple[dict[str, str], ...]
 
     def entry(self, type_name: str) -> dict[str, Any]:
         """The entry of one type."""
@@ -49,7 +51,7 @@ class ComparisonResult:
 
 
 def compare(settings: Settings, run: Run) -> ComparisonResult:
-    """Compare every file of the ladder with the run's unquantized GGUF.
+    """Compare every file of the ladder, and every exported folder, with the run's unquantized GGUF.
 
     Raises:
         InputError: a missing product, or a file that llama.cpp refuses or dies of (named).
@@ -64,7 +66,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         parameters=settings.pick(
             *("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", "equivalence_margin")
         ),
-        inputs=("data", "gguf", "quantized"),
+        inputs=("data", "gguf", "quantized", "exports"),
         force=settings.force,
     )
     content = read_json(product.path / SUMMARY)
@@ -77,7 +79,12 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         conditions=content["conditions"],
         data=content["data"],
         notes=tuple(content["notes"]),
+        skipped=tuple(_exports(run)["skipped"]),
     )
+
+
+def _exports(run: Run) -> dict[str, Any]:
+    return read_json(run.require("exports").path / "exports.json")
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
@@ -86,9 +93,10 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     data, quantized = run.require("data"), run.require("quantized")
     reference = _only_gguf(run.require("gguf").path)
     files = [quantized.path / row["file"] for row in read_json(quantized.path / "quantized.json")["files"]]
+    folders = [run.folder / "exports" / record["folder"] for record in _exports(run)["made"]]
     result = compare_files(
         reference,
-        files,
+        [*files, *folders],
         read_jsonl(data.path / "test.jsonl"),
         Task.from_json(read_json(data.path / "task.json")),
         work.folder,

@@ -18,6 +18,7 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.run.child import peak_memory_mib
 from lib.run.files import require_space
+from lib.scoring.backend import Backend
 from lib.scoring.llama import LlamaCppBackend
 from lib.scoring.perplexity import kl_table, perplexity
 
@@ -82,9 +83,10 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
                 "check the model's weights for NaN or infinity.",
             )
         stored = Path(argument["reference"])
-        text = _store(backend, windows, stored) if argument["is_reference"] else _diverge(backend, windows, stored)
+        text = store(backend, windows, stored) if argument["is_reference"] else diverge(backend, windows, stored)
     return {
         **speed,
+        "bytes": path.stat().st_size,
         "log_probs": log_probs.tolist(),
         "score_seconds": seconds,
         "memory_mib": memory,
@@ -106,7 +108,7 @@ class _Recorder:
         return values
 
 
-def _store(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> dict[str, Any]:
+def store(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> dict[str, Any]:
     """The reference's perplexity; its log-probabilities go into the file."""
     size = 4 * len(windows) * (len(windows[0]) - len(windows[0]) // 2) * backend.vocab_size
     require_space(path.parent, size, "the reference's log-probabilities")
@@ -115,7 +117,7 @@ def _store(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> di
     return {"perplexity": asdict(result), "divergence": None}
 
 
-def _diverge(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> dict[str, Any]:
+def diverge(backend: Backend, windows: list[list[int]], path: Path) -> dict[str, Any]:
     """KL divergence from the stored reference, and perplexity."""
     wanted = 4 * len(windows) * (len(windows[0]) - len(windows[0]) // 2) * backend.vocab_size
     if path.stat().st_size != wanted:

@@ -1,0 +1,115 @@
+"""One model folder of transformers in its own process: what `lib.comparison.worker` measures on a GGUF file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.comparison.speed import GENERATED_TOKENS, PROMPT_TOKENS, rate, read_once, repeat
+from lib.comparison.worker import diverge
+from lib.errors import InputError
+from lib.progress import Progress
+from lib.run.child import peak_memory_mib
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH = 32
+"""Prompts a forward pass."""
+
+
+def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
+    """Everything measured on one folder, loaded by plain `from_pretrained`.
+
+    Args:
+        argument: as for `lib.comparison.worker.score_file`, with "sample" ({"text", "ids"}: what the reference's
+            tokenizer makes of a text).
+
+    Returns:
+        the same keys; "weights" counts tied weights once, "tensor_bytes" and "bytes" are those of the safetensors.
+    """
+    import torch
+
+    from lib.models.saved import count_weights, load_as_saved, weight_bytes
+    from lib.models.weights import open_weights
+    from lib.scoring.torch_backend import TransformersBackend
+
+    path, windows = Path(argument["path"]), argument["windows"]
+    torch.set_num_threads(argument["n_threads"])
+    _check_tokenizer(path, argument["sample"])
+    stored, weights = open_weights(path), count_weights(path)
+    for file in stored.files:
+        read_once(file)
+    started = time.perf_counter()
+    model = load_as_saved(path)
+    loaded = time.perf_counter() - started
+    speed = _speed(model, windows[0][:PROMPT_TOKENS])
+    backend = TransformersBackend(model, BATCH, path.name)
+    started = time.perf_counter()
+    with Progress(f"scoring rows with {path.name}", len(argument["prompts"])) as progress:
+        log_probs = backend.label_log_probs(argument["prompts"], argument["answers"], progress)
+    seconds, memory = time.perf_counter() - started, peak_memory_mib()
+    if not np.isfinite(log_probs).all():
+        raise InputError(
+            f"{path.name} gives log-probabilities that are not numbers.",
+            "finite log-probabilities.",
+            "leave this format out of export_formats.",
+        )
+    text = diverge(backend, windows, Path(argument["reference"]))
+    return {
+        "file_type": None,
+        "bytes": weight_bytes(path),
+        "weights": weights,
+        "tensor_bytes": stored.nbytes,
+        "vocab_size": backend.vocab_size,
+        "load_seconds": loaded,
+        **speed,
+        "log_probs": log_probs.tolist(),
+        "score_seconds": seconds,
+        "memory_mib": memory,
+        "device": backend.device,
+        "thread_waiting": os.environ.get("OMP_WAIT_POLICY", ""),
+        **text,
+    }
+
+
+def _check_tokenizer(path: Path, sample: dict[str, Any]) -> None:
+    """The token ids come from the reference's tokenizer; the folder's own must give the same."""
+    from lib.models.loading import load_tokenizer
+
+    own = load_tokenizer(path)(sample["text"], add_special_tokens=False)["input_ids"]
+    if own != sample["ids"]:
+        raise InputError(
+            f"the tokenizer in {path} gives other token ids than the reference's.",
+            "one tokenizer.",
+            "compare models that were made from one model.",
+        )
+
+
+def _speed(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Any]:
+    """Rates of reading a prompt and of greedy writing with a key-value cache, as `lib.comparison.speed` has them."""
+    import torch
+
+    ids = torch.tensor([list(prompt)], device=model.device)
+
+    def read() -> tuple[float, Any]:
+        started = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - started, output
+
+    def write() -> float:
+        _, output = read()
+        started = time.perf_counter()
+        for _ in range(GENERATED_TOKENS):
+            token = output.logits[:, -1].argmax(-1, keepdim=True)
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        prompts, written = repeat(lambda: read()[0]), repeat(write)
+    return {**rate("prompt", ids.shape[1], prompts), **rate("generation", GENERATED_TOKENS, written)}

@@ -1,0 +1,133 @@
+"""The stage `export`: the merged model in every format of `export_formats`, product `exports`."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.exporting.card import snippet, write_card
+from lib.exporting.formats import FORMATS, Format
+from lib.models.prompting import Task, encode
+from lib.run import Product, Run, Work
+from lib.run.child import run_child
+from lib.run.files import read_json, read_jsonl, require_space, write_json
+from lib.settings import Settings
+
+SUMMARY = "exports.json"
+CALIBRATION_ROWS = 128
+"""Training rows that GPTQ is calibrated on, evenly spaced."""
+
+CHECK_PROMPTS = 12
+"""Validation rows whose prompts check that a saved folder answers like the merged model."""
+
+
+@dataclass(frozen=True)
+class ExportsResult:
+    """The exports of a run.
+
+    Attributes:
+        product: the folder with one folder a format.
+        made: one record a format that was made: format, title, folder, bytes (weight files), bits_per_weight, weights,
+            seconds, peak_memory_mib, check (mean_kld, same_top against the merged model), group_size, …
+        skipped: {"format", "reason"} of every other format that was asked for.
+    """
+
+    product: Product
+    made: tuple[dict[str, Any], ...]
+    skipped: tuple[dict[str, str], ...]
+
+
+def export(settings: Settings, run: Run) -> ExportsResult:
+    """Make the product `exports` from `merged`, or skip it when nothing changed.
+
+    A format whose package is absent, or that fails in its process, is skipped with the reason; a package that comes or
+    goes makes the stage run again.
+
+    Raises:
+        InputError: a missing product, too little room.
+        RuntimeError: a format that needs no further package failed.
+    """
+    formats = [FORMATS[name] for name in settings.export_formats]
+    product = run.produce(
+        "exports",
+        lambda work: _build(run, work, formats),
+        parameters={**settings.pick("export_formats"), "export_libraries": {f.name: f.version() for f in formats}},
+        inputs=("data", "merged"),
+        force=settings.force,
+    )
+    content = read_json(product.path / SUMMARY)
+    return ExportsResult(product, tuple(content["made"]), tuple(content["skipped"]))
+
+
+def _build(run: Run, work: Work, formats: list[Format]) -> None:
+    data, merged = run.require("data"), run.require("merged")
+    weights = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+    require_space(run.folder, weights * len(formats), f"{len(formats)} exported models")
+    task = Task.from_json(read_json(data.path / "task.json"))
+    argument = {"source": str(merged.path.resolve()), **(_token_ids(data.path, task) if formats else {})}
+    example = snippet(task, read_jsonl(data.path / "validation.jsonl")[0]["text"])
+    facts = merged.entry.facts
+    lineage = (
+        f"A LoRA adapter merged into `{facts['base_model']}` (revision `{facts['base_revision']}`), then exported."
+    )
+    entries = run.manifest.entries()
+    notes = [note for name in ("data", "adapter", "merged") if name in entries for note in entries[name].notes]
+    made: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for place, wanted in enumerate(formats, 1):
+        folder = work.folder / wanted.name
+        record, reason = _make(wanted, folder, argument, f"exporting {wanted.name} ({place} of {len(formats)})")
+        if reason is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            skipped.append({"format": wanted.name, "reason": reason})
+            continue
+        write_card(folder, wanted, record, example, lineage, notes)
+        made.append(record)
+    write_json(work.folder / SUMMARY, {"made": made, "skipped": skipped})
+    keys = ("bytes", "bits_per_weight", "seconds", "peak_memory_mib")
+    work.metrics |= {record["format"]: {key: record[key] for key in keys} for record in made}
+    work.facts |= {"made": [record["format"] for record in made], "skipped": skipped}
+    work.notes += [f"export format {skip['format']} skipped: {skip['reason']}" for skip in skipped]
+
+
+def _token_ids(data: Path, task: Task) -> dict[str, Any]:
+    """Training rows with their answers for calibration, validation prompts for the check."""
+    from lib.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(data / "tokenizer")
+
+    def chosen(split: str, most: int) -> list[dict[str, Any]]:
+        rows = read_jsonl(data / f"{split}.jsonl")
+        return rows[:: max(1, len(rows) // most)][:most]
+
+    training = [encode(tokenizer, task, row["text"], row["label"]) for row in chosen("train", CALIBRATION_ROWS)]
+    prompts = [encode(tokenizer, task, row["text"]).prompt_ids for row in chosen("validation", CHECK_PROMPTS)]
+    return {"calibration": [row.prompt_ids + row.answer_ids for row in training], "prompts": prompts}
+
+
+def _make(wanted: Format, folder: Path, argument: dict[str, Any], what: str) -> tuple[dict[str, Any], str | None]:
+    """The record of a format, or an empty one and the reason why it was skipped."""
+    if problem := wanted.problem():
+        return {}, problem
+    request = {**argument, "format": wanted.name, "output": str(folder.resolve())}
+    try:
+        answer = run_child("lib.exporting.worker:make", request, what)
+    except InputError as error:
+        return {}, error.found
+    except RuntimeError as error:
+        if wanted.made_by is None:
+            raise
+        return {}, f"{wanted.made_by} failed: {str(error).strip().splitlines()[-1][:300]}"
+    return {
+        "format": wanted.name,
+        "title": wanted.title,
+        "made_by": f"{wanted.made_by} {wanted.version()}" if wanted.made_by else "transformers",
+        "folder": wanted.name,
+        "bytes": answer["weight_bytes"],
+        "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
+        "peak_memory_mib": answer["memory_mib"],
+        **{key: value for key, value in answer.items() if key not in ("weight_bytes", "memory_mib", "peak_memory_mib")},
+    }, None
