@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.plots.charts import HATCHES, _axes
 from lib.plots.display import figure
-from lib.plots.style import BLUE, GREY, ORANGE
+from lib.plots.style import BLUE, GREEN, GREY, ORANGE
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -43,6 +43,15 @@ def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     return figure(fig, caption, f"Stacked bars of tensor data by type. {words}.")
 
 
+def _mark(entry: Mapping[str, Any], frontier: Sequence[str]) -> tuple[str, str]:
+    """Shape and colour of a file in `size_quality`."""
+    if entry.get("kind") == "folder":
+        return "^", GREEN
+    if entry["kld_mean"] == 0:
+        return "D", GREY
+    return ("o", BLUE) if entry["type"] in frontier else ("s", ORANGE)
+
+
 def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
     """KL divergence against file size, and accuracy with intervals against file size; the frontier is joined.
 
@@ -53,8 +62,8 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
     fig, (left, right) = _axes(9.5, 3.8, columns=2)
     sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
     for place, entry in enumerate(sorted(entries, key=lambda e: e["bytes"])):
-        on, x = entry["type"] in frontier, sizes[entry["type"]]
-        shape, colour = ("o", BLUE) if on else ("s", ORANGE) if entry["kld_mean"] > 0 else ("D", GREY)
+        x = sizes[entry["type"]]
+        shape, colour = _mark(entry, frontier)
         style = {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
         if entry["kld_mean"] > 0:
             low, high = entry["kld_mean"] - entry["kld_low"], entry["kld_high"] - entry["kld_mean"]
@@ -75,11 +84,13 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
     right.margins(y=0.22)
     right.set(xlabel="file size, MB (10⁶ bytes)", ylabel="accuracy ↑")
     n = entries[0]["n"]
+    others = any(entry.get("kind") == "folder" for entry in entries)
+    triangles = "triangles are formats for transformers (size of the weights alone); " if others else ""
     caption = (
         "What size buys. Left: mean KL divergence of the next-token distribution from the reference on held-out text "
         "(log scale; bars ± 1.96 standard errors over tokens); circles are on the efficient frontier, squares are "
-        f"beaten in both size and divergence; the diamond is the reference. Right: accuracy on n = {n:,} test rows "
-        "with 95 % Wilson intervals."
+        f"beaten in both size and divergence; {triangles}the diamond is the reference. Right: accuracy on "
+        f"n = {n:,} test rows with 95 % Wilson intervals."
     )
     words = "; ".join(
         f"{e['type']} {sizes[e['type']]:.2f} MB, KL {e['kld_mean']:.2g}, accuracy {e['accuracy']:.3f}" for e in entries

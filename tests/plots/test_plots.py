@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from lib import plots
-from lib.plots import charts, ladder, style
+from lib.plots import charts, format_rows, ladder, style
 
 NAMES = ["负面", "正面"]
 HISTORY = [
@@ -19,6 +19,7 @@ HISTORY = [
 ENTRY = {"type": "Q8_0", "bytes": 3_000_000, "kld_mean": 1e-3, "kld_low": 8e-4, "kld_high": 1.2e-3}
 ENTRY |= {"accuracy": 0.9, "accuracy_interval": [0.85, 0.93], "n": 400}
 REFERENCE = {**ENTRY, "type": "F16", "kld_mean": 0.0, "kld_low": 0.0, "kld_high": 0.0}
+FOLDER = {**ENTRY, "type": "nf4", "kind": "folder"}
 BIN = {"confidence": 0.7, "accuracy": 0.6, "low": 0.5, "high": 0.8, "n": 10}
 EMPTY_BIN = {"confidence": float("nan"), "accuracy": float("nan"), "low": 0.0, "high": 0.0, "n": 0}
 
@@ -34,6 +35,7 @@ FIGURES = {
     "overlay_histogram": lambda: charts.overlay_histogram({"F16": [1.0, 2.0], "Q2_K": [0.5, 1.0]}, "margin, nats", "c"),
     "tensor_types": lambda: ladder.tensor_types({"Q4_K_M": {"Q4_K": 1.5, "F32": 0.1}, "F16": {"F16": 4.0}}),
     "size_quality": lambda: ladder.size_quality([REFERENCE, ENTRY], ["F16", "Q8_0"]),
+    "size_quality with folders": lambda: ladder.size_quality([REFERENCE, ENTRY, FOLDER], ["Q8_0"]),
 }
 
 
@@ -70,3 +72,18 @@ def test_table_escapes_and_formats() -> None:
 def test_tokens_mark_exactly_the_loss() -> None:
     page = plots.tokens(["你", "好<", "正面"], [False, False, True], "c").data
     assert page.count('class="loss"') == 1 and "<u>正面</u>" in page and "好&lt;" in page
+
+
+def test_triangles_are_explained_only_where_there_are_some() -> None:
+    assert "triangles" in FIGURES["size_quality with folders"]().data
+    assert "triangles" not in FIGURES["size_quality"]().data
+
+
+def test_formats_that_were_skipped_are_named_with_the_reason() -> None:
+    gone = [{"format": "gptq", "reason": "llmcompressor not installed"}]
+    files = [{"type": "Q8_0", "kind": "gguf"}, {"type": "nf4", "kind": "folder"}]
+    assert "**gptq** (llmcompressor not installed)" in format_rows.skipped(gone)
+    words = format_rows.compared(files, gone)
+    assert words.startswith("nf4: folders for transformers") and "gptq" in words and "recommendation leaves" in words
+    assert format_rows.compared(files[:1], []) == "Only GGUF files were compared."
+    assert format_rows.exports([])[0]["format"] == "none"
