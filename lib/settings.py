@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +38,6 @@ TENSOR_TYPES: tuple[str, ...] = (
 
 EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
 """Formats other than GGUF: see lib.exporting.formats."""
-
-FALLBACK_CHECKS: tuple[str, ...] = ("revision", "rows", "sha256")
-"""What an entry of `fallbacks` may say about its source, besides naming it."""
 
 OFFLINE_BASE = "offline"
 SAMPLE_DATASET = "sample"
@@ -132,19 +130,15 @@ class Settings(BaseModel):
     @classmethod
     def _known_fallbacks(cls, value: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
         for entry in value:
-            keys = set(entry)
-            if len(keys & {"base_model", "dataset"}) != 1 or keys - {"base_model", "dataset", *FALLBACK_CHECKS}:
+            typed = all(type(v) is (int if k == "rows" else str) and v for k, v in entry.items())
+            known = entry.keys() <= {"base_model", "dataset", "revision", "rows", "sha256"}
+            hashed = re.fullmatch("[0-9a-fA-F]{64}", str(entry.get("sha256", "0" * 64)))
+            counted = "rows" not in entry or ("dataset" in entry and typed and entry["rows"] > 0)
+            if not (typed and known and hashed and counted and ("base_model" in entry) != ("dataset" in entry)):
                 raise ValueError(
-                    f"expected base_model or dataset, and {', '.join(FALLBACK_CHECKS)} where known; found {entry}"
+                    "expected mappings with base_model or dataset, and where known revision, sha256 (64 hexadecimal "
+                    f"digits) and, of a dataset, rows (a whole number); found {entry}"
                 )
-            if "rows" in entry and ("base_model" in entry or type(entry["rows"]) is not int or entry["rows"] < 1):
-                raise ValueError(f"expected rows as a whole number, of a dataset; found {entry}")
-            if any(not isinstance(entry[key], str) or not entry[key] for key in keys - {"rows"}):
-                raise ValueError(f"expected text; found {entry}")
-            if not all(c in "0123456789abcdefABCDEF" for c in str(entry.get("sha256", ""))):
-                raise ValueError(f"expected sha256 as 64 hexadecimal digits; found {entry}")
-            if "sha256" in entry and len(str(entry["sha256"])) != 64:
-                raise ValueError(f"expected sha256 as 64 hexadecimal digits; found {entry}")
         return value
 
     @field_validator("user_prompt")

@@ -1,4 +1,4 @@
-"""Tables from files, folders and the hub, through the `datasets` library."""
+"""Tables from files, folders and hubs, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.data.known import Known, recognize
 from lib.data.textfiles import FORMATS, data_files, file_fingerprint, readable_copy
 from lib.errors import InputError
+from lib.models.hub import SourceError, looks_like_path
+from lib.run.files import sha256_file, sha256_json
 from lib.run.folders import runs_folder, user_path
 
 if TYPE_CHECKING:
@@ -35,12 +38,32 @@ class Table:
         source: in words, where the rows really came from.
         changes: what had to be changed to read the files, counted.
         given: True when the source brought its own split.
+        revision: commit of a hub data set, hash of a ModelScope one; empty for files.
+        hashes: SHA-256 of the files that were read, by name.
     """
 
     splits: dict[str, Dataset]
     source: str
     changes: Counter[str] = field(default_factory=Counter)
     given: bool = False
+    revision: str = ""
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows as read, of all splits."""
+        return sum(len(split) for split in self.splits.values())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the one file, or a hash over the names and hashes of several."""
+        return next(iter(self.hashes.values())) if len(self.hashes) == 1 else sha256_json(self.hashes)
+
+    @property
+    def known(self) -> Known | None:
+        """The data set that these rows are, where it is one that is easily taken for another."""
+        columns = next(iter(self.splits.values())).column_names if self.splits else ()
+        return recognize(self.rows, columns, self.hashes.values())
 
 
 @contextlib.contextmanager
@@ -77,12 +100,12 @@ def local_path(source: str) -> Path | None:
     path = user_path(source)
     if path.exists():
         return path
-    like_a_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
-    if like_a_path or Path(source).suffix.lower() in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise InputError(
+    if looks_like_path(source) or Path(source).suffix.lower() in FORMATS:
+        raise SourceError(
             f"dataset: no file or folder {path}.",
             "a file (csv, tsv, json, jsonl, parquet), a folder with train, validation and test files, or a hub id.",
             "correct dataset; a relative path is looked for in the current folder, then in the project.",
+            "no file or folder there",
         )
     return None
 
@@ -94,20 +117,23 @@ def read_table(source: str, revision: str = "main") -> Table:
         InputError: nothing there, nothing readable, or the hub cannot give it.
     """
     path = local_path(source)
-    if path is None:
-        from lib.data.hub import read_hub
-
-        splits = read_hub(source, revision)
-        return _table(splits, f"hub data set {source}, revision {revision}", Counter())
     changes: Counter[str] = Counter()
-    if path.is_file():
-        return _table({"all": _read_file(path, changes)}, f"file {path.name}", changes)
-    splits = {name: _read_files(paths, changes) for name, paths in _split_files(path).items()}
-    return _table(splits, f"folder {path.name}", changes)
+    commit = ""
+    if path is None:
+        from lib.data.hub import fetch_files
 
-
-def _table(splits: dict[str, Dataset], source: str, changes: Counter[str]) -> Table:
-    return Table(splits, source, changes, given="test" in splits or "validation" in splits)
+        files, words, commit = fetch_files(source, revision)
+    elif path.is_file():
+        files, words = {"all": [path]}, f"file {path.name}"
+    else:
+        files, words = _split_files(path), f"folder {path.name}"
+    splits = {name: _read_files(paths, changes) for name, paths in files.items()}
+    hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
+    given = "test" in splits or "validation" in splits
+    table = Table(splits, words, changes, given, commit, hashes)
+    if table.known:
+        table.source = f"{table.known.name}, {words}"
+    return table
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:

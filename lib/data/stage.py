@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from lib.data import sample, splitting
 from lib.data.audit import Audit, audit, find_duplicates
+from lib.data.choosing import choose_data
 from lib.data.cleaning import Row, clean_split, require_labels, unlabelled
-from lib.data.reading import SPLITS, Table, local_path, read_table
+from lib.data.reading import SPLITS, Table, read_table
 from lib.data.result import DataResult
 from lib.data.textfiles import file_fingerprint
 from lib.errors import InputError
 from lib.models.prompting import Task, template_hash
+from lib.models.resolving import ChosenBase, choose_base
 from lib.run import Run, Work
 from lib.run.files import write_json, write_jsonl
 from lib.run.folders import user_path
@@ -52,10 +54,12 @@ def prepare(settings: Settings, run: Run) -> DataResult:
     parameters = settings.pick(*KEYS)
     if settings.dataset == SAMPLE_DATASET:
         parameters["sample_version"] = sample.VERSION
-    elif path := local_path(settings.dataset):
+    elif (path := user_path(settings.dataset)).exists():
         parameters["dataset_sha256"] = file_fingerprint(path)
+    if settings.fallbacks:
+        parameters["fallbacks"] = [dict(entry) for entry in settings.fallbacks]
     if settings.base_model != OFFLINE_BASE and user_path(settings.base_model).is_dir():
-        from lib.models.loading import resolve_base
+        from lib.models.resolving import resolve_base
 
         parameters["base_revision"] = resolve_base(settings.base_model, settings.revision).revision
     product = run.produce("data", lambda work: _build(settings, work), parameters, force=settings.force)
@@ -86,7 +90,8 @@ def rows_from_file(
 
 
 def _build(settings: Settings, work: Work) -> None:
-    table, notes = _labelled(_read(settings), settings)
+    chosen = choose_data(settings)
+    table, notes = _labelled(chosen.table, settings)
     splits, flow, changes = _clean(table, settings)
     found = audit(splits)
     final, rule, dropped = _divide(splits, table.given, settings)
@@ -99,10 +104,11 @@ def _build(settings: Settings, work: Work) -> None:
     final = _limit(final, settings)
     flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in final.items()]
     task = Task(tuple(settings.label_names), settings.system_prompt, settings.user_prompt, settings.max_seq_length)
-    tokenizer, base = _tokenizer(settings, task, final["train"], work.folder / "tokenizer")
-    sample_data = settings.dataset == SAMPLE_DATASET
+    base_chosen = choose_base(settings.base_model, settings.revision, settings.fallbacks)
+    tokenizer, base = _tokenizer(base_chosen, task, final["train"], work.folder / "tokenizer")
+    sample_data = chosen.source == SAMPLE_DATASET
     stamp = STAMPS.get((base["offline_base"], sample_data))
-    work.notes += [*([stamp] if stamp else []), *notes]
+    work.notes += [*([stamp] if stamp else []), *base_chosen.notes, *chosen.notes, *notes]
     _measure(
         work,
         final,
@@ -123,23 +129,11 @@ def _build(settings: Settings, work: Work) -> None:
     work.facts |= {
         "source": table.source,
         "sample_data": sample_data,
+        "dataset": {"source": chosen.source, "revision": table.revision, "rows": table.rows, "sha256": table.hashes},
         **base,
         "prompt_hash": template_hash(tokenizer, task),
         "rows": {name: len(rows) for name, rows in final.items()},
     }
-
-
-def _read(settings: Settings) -> Table:
-    if settings.dataset != SAMPLE_DATASET:
-        return read_table(settings.dataset, settings.revision)
-    if len(settings.label_names) != 2:
-        raise InputError(
-            f"label_names with {len(settings.label_names)} names for the sample corpus.",
-            "two: negative, positive.",
-            "give two names, or set dataset to your own data.",
-        )
-    source = f"the embedded sample corpus, grammar version {sample.VERSION}"
-    return Table(sample.sample_tables(), source, Counter(), given=True)
 
 
 def _labelled(table: Table, settings: Settings) -> tuple[Table, list[str]]:
@@ -216,23 +210,22 @@ def _limit(splits: dict[str, list[Row]], settings: Settings) -> dict[str, list[R
 
 
 def _tokenizer(
-    settings: Settings, task: Task, train: list[Row], folder: Path
+    chosen: ChosenBase, task: Task, train: list[Row], folder: Path
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Put the run's tokenizer into `folder`; also the facts about the base model."""
     from lib.models import loading
 
-    facts = {"base_model": settings.base_model, "offline_base": settings.base_model == OFFLINE_BASE}
-    if facts["offline_base"]:
+    facts = {"base_model": chosen.source, "offline_base": chosen.base is None}
+    if chosen.base is None:
         from lib.models.offline import ensure_tokenizer
 
         words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
         made = ensure_tokenizer([row.text for row in train], [word for word in words if word.strip()])
         shutil.copytree(made, folder)
         return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
-    base = loading.resolve_base(settings.base_model, settings.revision)
-    tokenizer = loading.load_tokenizer(base.path)
+    tokenizer = loading.load_tokenizer(chosen.base.path)
     tokenizer.save_pretrained(folder)
-    return tokenizer, facts | {"base_revision": base.revision}
+    return tokenizer, facts | {"base_revision": chosen.base.revision}
 
 
 def _measure(

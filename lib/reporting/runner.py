@@ -30,6 +30,9 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 TIMEOUT = 24 * 3600.0
 """Seconds a notebook may take unless the caller says otherwise."""
 
+PATHS = ("dataset", "base_model")
+"""Keys whose value may be a path."""
+
 Say = Callable[[str], None]
 
 
@@ -112,11 +115,17 @@ def _first(notebooks: list[Path], start_from: str | None) -> int:
 
 def _with_absolute_paths(settings: schema.Settings) -> schema.Settings:
     """Paths that exist from the current directory only, made absolute: notebooks run in the project's root."""
-    found = {}
-    for key in ("dataset", "base_model"):
-        path = Path(getattr(settings, key)).expanduser()
-        if not path.is_absolute() and path.exists() and not (PROJECT / path).exists():
-            found[key] = str(path.resolve())
+
+    def absolute(text: Any) -> Any:
+        path = Path(str(text)).expanduser()
+        only_here = text and not path.is_absolute() and path.exists() and not (PROJECT / path).exists()
+        return str(path.resolve()) if only_here else text
+
+    found: dict[str, Any] = {key: absolute(getattr(settings, key)) for key in PATHS}
+    found["fallbacks"] = [
+        {key: absolute(value) if key in PATHS else value for key, value in entry.items()}
+        for entry in settings.fallbacks
+    ]
     return settings.model_copy(update=found)
 
 

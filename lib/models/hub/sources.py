@@ -90,7 +90,7 @@ def parse(text: str, revision: str, kind: Kind) -> Remote:
     remote = Remote(place, name, own or revision, kind)
     if not _ID.fullmatch(name) or ".." in name or (place == "modelscope" and "/" not in name):
         raise InputError(
-            f"{remote.setting} {text!r}: no such file or folder, and not an id.",
+            f"{remote.setting} {text!r}: no file or folder, and not an id.",
             "owner/name of the hub, modelscope:owner/name, or a local path.",
             f"correct {remote.setting}.",
         )
