@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.gguf_export.tensors import PlannedTensor, encode, slabs
+from lib.gguf_export.tensors import SLAB, PlannedTensor, encode, slabs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,8 +38,16 @@ class GgufFile:
 
     def put(self, name: str, first: int, values: np.ndarray, dtype: str) -> None:
         """Write whole rows of the tensor that the model folder calls `name`, from its value number `first` on."""
-        if name in self._by_source:
-            self._put(self._by_source[name], first, values, dtype)
+        if (tensor := self._by_source.get(name)) is None:
+            return
+        step = len(values) if tensor.heads else max(1, SLAB // tensor.row) * tensor.row
+        for start in range(0, len(values), step):
+            self._put(tensor, first + start, values[start : start + step], dtype)
+
+    def whole(self, name: str) -> bool:
+        """Whether all rows of this tensor must be put at once."""
+        tensor = self._by_source.get(name)
+        return tensor is not None and bool(tensor.heads)
 
     def _put(self, tensor: PlannedTensor, first: int, values: np.ndarray, dtype: str) -> None:
         data = encode(tensor, values, dtype)

@@ -6,42 +6,46 @@ with a float32 adapter; the result is bit-identical to it. Everything else is co
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError
 from lib.merging.adapter import Adapter, Update, plan_updates, read_adapter
 from lib.merging.report import AnonymousMemory, MergeReport
-from lib.models.weights import INDEX, StoredTensor, Weights, open_weights
-from lib.progress import Progress
+from lib.merging.writing import DTYPES, Sink, infinite, planned_weights, write_weights
+from lib.models.floats import largest_magnitude
+from lib.models.weights import Weights, open_weights
 from lib.run.files import flush_to_disk, read_json, readable_by_group, require_space, write_json
-
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""dtype of the merged model → its name in safetensors."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-_SLAB = 32 << 20
+
+
+Also = Callable[[Path, Weights], contextlib.AbstractContextManager[Sink]]
+"""Gets the folder being made (all but its weights are there) and its planned weights; where else the weights go."""
 
 
 def merge_folders(
-    base: Path, adapter: Path, output: Path, dtype: str | None = None, tokenizer: Path | None = None
+    base: Path,
+    adapter: Path,
+    output: Path,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    also: Also | None = None,
 ) -> MergeReport:
     """Write the model `base` with the adapter merged into it as the new folder `output`.
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every tensor of the base.
         tokenizer: folder whose tokenizer files are copied; None = those of the base.
+        also: a second product made of the weights in the same pass; when it fails, nothing is published.
 
     Raises:
         InputError: anything of `RULES`, a quantized base, no room, or an output folder that is not new. Nothing is
@@ -55,13 +59,16 @@ def merge_folders(
     weights, lora = open_weights(base), read_adapter(adapter)
     config = _read_config(base)
     updates = plan_updates(lora, weights, config)
-    stored = DTYPES[dtype] if dtype else None
-    require_space(output.parent, sum(_nbytes(tensor, stored) for tensor in weights.tensors.values()), output.name)
+    for tensor in weights.tensors.values():
+        tensor.require_floats()
     memory = AnonymousMemory()
     with _new_folder(output) as folder:
+        new, headers = planned_weights(weights, folder, DTYPES[dtype] if dtype else None)
+        require_space(output.parent, new.nbytes, output.name)
         _check_finite(lora)
-        _write_weights(folder, weights, updates, stored, memory)
         _copy_small_files(base, tokenizer or base, folder, config, dtype)
+        with also(folder, new) if also else contextlib.nullcontext() as sink:
+            write_weights(weights, new, headers, updates, memory, sink)
     changed = [weights.tensors[name] for name in updates]
     return MergeReport(
         base=str(base),
@@ -71,10 +78,10 @@ def merge_folders(
         tensors_changed=len(updates),
         tensors_copied=len(weights.tensors) - len(updates),
         parameters=weights.parameters,
-        parameters_changed=sum(Weights(base, (), {t.name: t}).parameters for t in changed),
+        parameters_changed=sum(tensor.size for tensor in changed),
         bytes_base=weights.nbytes,
         bytes_adapter=lora.nbytes,
-        bytes_merged=sum(_nbytes(tensor, stored) for tensor in weights.tensors.values()),
+        bytes_merged=new.nbytes,
         scalings=_scalings(updates),
         peak_anonymous_mib=memory.mib,
         seconds=round(time.monotonic() - started, 2),
@@ -115,28 +122,22 @@ def _scalings(updates: dict[str, Update]) -> dict[str, int]:
     return {factor: factors.count(factor) for factor in sorted(set(factors))}
 
 
-def _nbytes(tensor: StoredTensor, dtype: str | None) -> int:
-    if dtype is None or dtype == tensor.dtype:
-        return tensor.nbytes
-    sizes = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-    return tensor.nbytes // sizes.get(tensor.dtype, 1) * sizes[dtype]
-
-
-@contextmanager
+@contextlib.contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `output` when the block succeeds."""
+    """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds."""
     temporary = output.with_name(f".{output.name}.part")
+    folder = temporary / output.name  # a converter names the model after its folder
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.rglob("*"):
+        folder.mkdir(parents=True)
+        yield folder
+        for path in folder.rglob("*"):
             if path.is_file():
                 readable_by_group(path)
                 flush_to_disk(path)
         if output.is_dir():
             output.rmdir()
-        temporary.rename(output)
+        folder.rename(output)
         flush_to_disk(output.parent)
     except OSError as error:
         raise InputError(
@@ -148,102 +149,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
 
 def _check_finite(adapter: Adapter) -> None:
     for name, tensor in adapter.tensors.items():
-        _refuse_infinite(tensor.tensor(), f"{name} of the adapter", adapter.folder)
-
-
-def _refuse_infinite(tensor: torch.Tensor, what: str, where: Path) -> None:
-    import torch
-
-    if tensor.numel() == 0:
-        return
-    low, high = tensor.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise InputError(
-            f"NaN or infinity in {what} ({where}).",
-            "finite weights.",
-            "the training diverged or the file is damaged: use an earlier checkpoint or copy it again.",
-        )
-
-
-def _write_weights(
-    folder: Path, weights: Weights, updates: dict[str, Update], dtype: str | None, memory: AnonymousMemory
-) -> None:
-    total = len(weights.tensors)
-    with Progress("merging tensors", total) as progress:
-        for file in weights.files:
-            tensors = [tensor for tensor in weights.tensors.values() if tensor.file == file]
-            tensors.sort(key=lambda tensor: tensor.start)
-            with (folder / file.name).open("wb") as stream:
-                stream.write(_header(tensors, weights.metadata[file.name], dtype))
-                for tensor in tensors:
-                    _write_tensor(stream, tensor, updates.get(tensor.name), dtype, memory)
-                    progress.advance()
-    if (weights.folder / INDEX).is_file():
-        index = read_json(weights.folder / INDEX)
-        index.setdefault("metadata", {})["total_size"] = sum(_nbytes(t, dtype) for t in weights.tensors.values())
-        write_json(folder / INDEX, index)
-
-
-def _header(tensors: list[StoredTensor], metadata: dict[str, str], dtype: str | None) -> bytes:
-    """Length and JSON header of a safetensors file, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + _nbytes(tensor, dtype)
-        entries[tensor.name] = {
-            "dtype": dtype or tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(
-    stream: IO[bytes], stored: StoredTensor, update: Update | None, dtype: str | None, memory: AnonymousMemory
-) -> None:
-    import torch
-
-    names = {value: key for key, value in DTYPES.items()}
-    tensor = stored.tensor()
-    target = getattr(torch, names[dtype]) if dtype else tensor.dtype
-    if update is not None:
-        tensor = apply_update(tensor, update)
-        memory.look()
-    flat = tensor.reshape(-1)
-    for first in range(0, flat.numel(), _SLAB):
-        slab = flat[first : first + _SLAB].to(target)
-        _refuse_infinite(slab, stored.name, stored.file)
-        stream.write(memoryview(slab.view(torch.uint8).numpy()))
-    memory.look()
-
-
-def apply_update(weight: torch.Tensor, update: Update) -> torch.Tensor:
-    """The merged weight in float32 (float64 for a float64 base), to be rounded once by the caller.
-
-    linear: W + s·B·A; embedding: W + s·(B·A)ᵀ; with a magnitude m (DoRA): m ⊙ rows / ‖rows‖₂ of that sum.
-    """
-    import torch
-
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    with torch.inference_mode():
-        if update.kind == "replace":
-            return update.tensors["value"].tensor()
-        if update.kind == "bias":
-            value = update.tensors["value"].tensor().to(torch.float32)
-            return (value * update.scaling).to(wide).add_(weight)
-        first = update.tensors["A"].tensor().to(torch.float32)
-        second = update.tensors["B"].tensor().to(torch.float32)
-        total = (second @ first).mul_(update.scaling).to(wide)
-        if update.kind == "embedding":
-            total = total.T
-        total.add_(weight)
-        if "magnitude" in update.tensors:
-            norm = torch.linalg.norm(total, dim=1)
-            total.mul_((update.tensors["magnitude"].tensor().to(wide) / norm).view(-1, 1))
-        return total
+        if not math.isfinite(largest_magnitude(tensor.read(), tensor.dtype)):
+            raise infinite(f"{name} of the adapter", adapter.folder)
 
 
 def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:

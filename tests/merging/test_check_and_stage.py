@@ -89,12 +89,12 @@ def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 def test_stage_publishes_nothing_when_the_check_fails(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib.merging import folder
+    from lib.merging import writing
 
     tiny_run.make_base(tmp_path / "base")
     run = tiny_run.make_run(tmp_path / "base")
-    right = folder.apply_update
-    monkeypatch.setattr(folder, "apply_update", lambda weight, update: right(weight, update) * 1.1)
+    right = writing.apply_update
+    monkeypatch.setattr(writing, "apply_update", lambda weight, update, rows: right(weight, update, rows) * 1.1)
     with pytest.raises(InputError, match="differs from base"):
         merge(Settings(), run)
     assert not (run.folder / "merged").exists()
