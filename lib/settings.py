@@ -16,28 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lib.errors import InputError
-
-QUANTIZATION_TYPES: tuple[str, ...] = (
-    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
-    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "MXFP4_MOE"),
-    *("TQ2_0", "TQ1_0", "Q2_0", "Q1_0"),
-)
-"""Types of llama.cpp that quantize without an importance matrix, best first."""
-
-IMATRIX_TYPES: tuple[str, ...] = (
-    *("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
-)
-"""Types of llama.cpp that need an importance matrix, best first."""
-
-TENSOR_TYPES: tuple[str, ...] = (
-    *("f32", "f16", "bf16", "q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0", "q3_K", "q2_K"),
-    *("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
-    *("mxfp4", "nvfp4", "tq2_0", "tq1_0", "q2_0", "q1_0"),
-)
-"""Types that one tensor can have (a type such as Q4_K_M is a recipe that mixes them), as llama.cpp writes them."""
-
-EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
-"""Formats other than GGUF: see lib.exporting.formats."""
+from lib.formats import EXPORT_FORMATS, IMATRIX_TYPES, QUANTIZATION_TYPES, TENSOR_TYPES
 
 OFFLINE_BASE = "offline"
 SAMPLE_DATASET = "sample"
@@ -73,6 +52,7 @@ class Settings(BaseModel):
     max_train_rows: int = Field(0, ge=0, description="training rows used; 0 = all")
     max_eval_rows: int = Field(0, ge=0, description="validation rows and test rows used, each; 0 = all")
 
+    adapter: str = Field("", description="LoRA adapter to adopt: folder, hub or ModelScope id; empty = train one")
     load_in_4bit: bool = Field(False, description="QLoRA: frozen base in NF4 with double quantization (bitsandbytes)")
     lora_r: int = Field(16, ge=1, le=512, description="rank of the adapter")
     lora_alpha: int = Field(32, ge=1, description="scale of the adapter; the update is multiplied by alpha / r")

@@ -12,7 +12,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
-    "errors": 0,
+    **dict.fromkeys(("errors", "formats"), 0),
     **dict.fromkeys(("settings", "run", "progress", "statistics", "device"), 1),
     **dict.fromkeys(("models", "scoring", "plots"), 2),
     **dict.fromkeys(
