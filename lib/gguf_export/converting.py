@@ -106,7 +106,7 @@ class Conversion:
         self.folder, self.output, self.weights, self.outtype = Path(model_dir), Path(output), weights, outtype
         if outtype not in OUTTYPES:
             raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
-        _check_output(self.output, weights)
+        check_output(self.output, weights)
         self.model = read_architecture(self.folder)
         self.plan = plan_tensors(weights, self.model, outtype)
         self.vocabulary = read_vocabulary(self.folder, self.model.config["vocab_size"], self.model.name)
@@ -164,7 +164,8 @@ class Conversion:
         )
 
 
-def _check_output(output: Path, weights: Weights) -> None:
+def check_output(output: Path, weights: Weights) -> None:
+    """Refuse an output that is no .gguf file, a folder, or one of the inputs."""
     if output.suffix != ".gguf":
         raise InputError(f"{output} as the output.", "a name that ends in .gguf.", "rename the output.")
     if output.is_dir():
@@ -246,13 +247,18 @@ def _opened_meanwhile(path: Path) -> Iterator[Future[str]]:
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield pool.submit(_load_check, path, stop)
+            yield pool.submit(load_check, path, stop)
         except BaseException:
             stop.set()
             raise
 
 
-def _load_check(path: Path, stop: threading.Event) -> str:
+def load_check(path: Path, stop: threading.Event | None = None) -> str:
+    """What llama.cpp says to the file, in words.
+
+    Raises:
+        InputError: it refuses the file.
+    """
     from lib.device import llama_cpp_problem
     from lib.run.child import run_child
 
