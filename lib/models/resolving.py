@@ -59,7 +59,7 @@ def resolve_base(base_model: str, revision: str = "main") -> Base:
         )
     found = hub.fetch(base_model, revision, "model")
     check_model_folder(found.path)
-    return Base(found.path, base_model, found.revision, False)
+    return Base(found.path, hub.parse(base_model, revision, "model").name, found.revision, False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ChosenBase:
     """The base model that a run takes.
 
     Attributes:
-        source: as written in the parameter file (base_model, or one of its fallbacks).
+        source: what it is called: "offline", a folder, or an id.
         base: its folder; None for the offline base, which is made from the run's rows.
         notes: what every page must say: that it is a fallback, and why.
     """
@@ -97,7 +97,7 @@ def choose_base(base_model: str, revision: str, fallbacks: Sequence[Mapping[str,
             continue
         if base is not None and "sha256" in entry:
             _check_weights(base, str(entry["sha256"]))
-        return ChosenBase(source, base, fallback_note("base model", base_model, source, failures))
+        return ChosenBase(base.id if base else source, base, fallback_note("base model", base_model, source, failures))
     raise none_left(failures, [str(entry["base_model"]) for entry in listed])
 
 

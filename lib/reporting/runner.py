@@ -30,7 +30,7 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 TIMEOUT = 24 * 3600.0
 """Seconds a notebook may take unless the caller says otherwise."""
 
-PATHS = ("dataset", "base_model")
+PATHS = ("dataset", "base_model", "adapter")
 """Keys whose value may be a path."""
 
 Say = Callable[[str], None]

@@ -31,6 +31,8 @@ class FinetuneResult:
         messages: what was found on resuming (damaged checkpoints passed over).
         seconds: of the last, uninterrupted part of the training.
         notes: fallbacks, e.g. LoRA where QLoRA was asked for.
+        adopted: {"id", "revision", and what its files say} of an adapter that was not trained here; then everything
+            that only a training has is zero or empty. None when it was trained here.
     """
 
     product: Product
@@ -54,6 +56,7 @@ class FinetuneResult:
     dtype_reason: str
     base: dict[str, Any]
     notes: list[str]
+    adopted: dict[str, Any] | None = None
 
     @property
     def trainable_share(self) -> float:

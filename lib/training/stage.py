@@ -16,10 +16,12 @@ from lib.errors import InputError
 from lib.models.loading import Base, base_of, load_model, load_tokenizer
 from lib.models.prompting import Task
 from lib.models.quiet import no_warnings, quiet
+from lib.models.resolving import resolve_adapter
 from lib.progress import Progress
 from lib.run.files import read_json, read_jsonl, require_space, write_json, write_jsonl, write_text
 from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
+from lib.training.adopting import adopt, write_config
 from lib.training.batches import Collator, Example, examples
 from lib.training.result import FinetuneResult
 
@@ -38,9 +40,21 @@ PARAMETERS = (
 def finetune(settings: Settings, run: Run) -> FinetuneResult:
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
+    With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted.
+
     Raises:
         InputError: no data product, an unusable base model, no room in memory or on the disk, unknown target_modules.
     """
+    if settings.adapter:
+        given = resolve_adapter(settings.adapter)
+        product = run.produce(
+            "adapter",
+            lambda work: adopt(given, run, work),
+            parameters={"adapter": given.id, "adapter_revision": given.revision},
+            inputs=("data",),
+            force=settings.force,
+        )
+        return FinetuneResult.read(product)
     product = run.produce(
         "adapter",
         lambda work: _build(settings, run, work),
@@ -231,11 +245,7 @@ def _publish(work: Work, base: Base, facts: dict[str, Any], in_4bit: bool) -> No
     """The chosen checkpoint's adapter with its card beside the history; facts for the manifest."""
     chosen = work.folder / "checkpoints" / f"checkpoint-{facts['chosen_step']}"
     shutil.copyfile(chosen / "adapter_model.safetensors", work.folder / "adapter_model.safetensors")
-    config = read_json(chosen / "adapter_config.json")
-    hub = not base.offline and not base.revision.startswith("sha256:")  # that one is a local folder's
-    config["base_model_name_or_path"] = base.id if hub else str(base.path)
-    config["revision"] = base.revision if hub else None
-    write_json(work.folder / "adapter_config.json", config)
+    write_config(work.folder, read_json(chosen / "adapter_config.json"), base)
     write_json(work.folder / "training.json", facts)
     loss = read_json(chosen / checkpoints.RECORD)["eval_loss"]
     write_text(work.folder / "README.md", _readme(base, facts, loss))

@@ -58,6 +58,13 @@ class Remote:
         return self.kind == "dataset"
 
     @property
+    def name(self) -> str:
+        """What finds it again, with its commit; ModelScope has no commits, so there the branch belongs to it."""
+        if self.place == "hub":
+            return self.id
+        return f"{MODELSCOPE}{self.id}" + ("" if self.revision == "master" else f"@{self.revision}")
+
+    @property
     def words(self) -> str:
         """For messages, e.g. "hub model 'owner/name' (revision 'main')"."""
         where = "hub" if self.place == "hub" else "ModelScope"

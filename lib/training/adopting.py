@@ -1,0 +1,98 @@
+"""An adapter that somebody else trained becomes the run's product `adapter`: checked, copied, and said so."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.models.fitting import AdapterShape, check_fit
+from lib.models.kinds import adapter_config
+from lib.models.resolving import Base, GivenAdapter, base_of
+from lib.models.weights import open_weights
+from lib.run.files import write_json, write_jsonl, write_text
+
+if TYPE_CHECKING:
+    from lib.run import Run, Work
+
+
+def adopt(given: GivenAdapter, run: Run, work: Work) -> None:
+    """Fill in the product from an adapter that fits the run's base model.
+
+    Raises:
+        InputError: it does not fit, or is not a LoRA in safetensors.
+    """
+    base = base_of(run)
+    shape = check_fit(given.path, base.path)
+    work.notes += _notes(given, base, shape)
+    shutil.copyfile(given.path / "adapter_model.safetensors", work.folder / "adapter_model.safetensors")
+    write_config(work.folder, adapter_config(given.path), base)
+    write_jsonl(work.folder / "history.jsonl", [])
+    total = open_weights(base.path).parameters + shape.parameters
+    write_json(work.folder / "training.json", _facts(given, base, shape, total))
+    write_text(work.folder / "README.md", _readme(given, base, shape))
+    work.facts |= {
+        "base_model": base.id,
+        "base_revision": base.revision,
+        "offline_base": base.offline,
+        "method": "LoRA",
+        "adopted": {"id": given.id, "revision": given.revision},
+        "trainable": shape.parameters,
+        "total": total,
+    }
+
+
+def write_config(folder: Path, config: dict[str, Any], base: Base) -> None:
+    """adapter_config.json that names the run's base model: by id and commit, or by its folder."""
+    hub = not base.offline and not base.revision.startswith("sha256:")  # that one is a local folder's
+    config = {**config, "base_model_name_or_path": base.id if hub else str(base.path)}
+    write_json(folder / "adapter_config.json", {**config, "revision": base.revision if hub else None})
+
+
+def _notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[str]:
+    notes = [
+        f"nothing was trained in this run: the adapter {given.id} was adopted, "
+        "and whether it has seen the test rows is not known"
+    ]
+    if shape.base and _last(shape.base) != _last(base.id):
+        notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {base.id}")
+    return notes
+
+
+def _last(name: str) -> str:
+    return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+
+
+def _facts(given: GivenAdapter, base: Base, shape: AdapterShape, total: int) -> dict[str, Any]:
+    """training.json in the form of a trained adapter's; what only a training has is zero or empty."""
+    return {
+        "adopted": {"id": given.id, "revision": given.revision, **shape.to_json()},
+        "method": f"{shape.variant} r={shape.rank}, alpha={shape.alpha} on {shape.modules} linear layers",
+        "trainable": shape.parameters,
+        "total": total,
+        "estimate": {},
+        "memory": {},
+        "advice": [],
+        "chosen_step": 0,
+        "steps": 0,
+        "throughput": 0.0,
+        "resumed_from": None,
+        "messages": [],
+        "seconds": 0.0,
+        "peak_memory_mib": 0.0,
+        "train_rows": 0,
+        "validation_rows": 0,
+        "dtype": shape.dtype,
+        "dtype_reason": "as it came",
+        "base": {"id": base.id, "revision": base.revision, "offline": base.offline},
+    }
+
+
+def _readme(given: GivenAdapter, base: Base, shape: AdapterShape) -> str:
+    return f"""# Adapter adopted from {given.id}
+
+Not trained by the workbook: copied from {given.id} (revision {given.revision}) after a check that every tensor has its
+place in base model {base.id} (revision {base.revision}). {shape.variant} of rank {shape.rank}, alpha {shape.alpha}, on
+{shape.modules} modules ({", ".join(shape.targets)}), {shape.parameters:,} weights. What it was trained on is not known
+here; its own licence applies.
+"""
