@@ -81,7 +81,7 @@ def compare_files(
 
     Args:
         reference: the unquantized GGUF file.
-        others: GGUF files made from it, and folders of the same model that transformers loads (on the CPU).
+        others: GGUF files made from it, and folders of the same model that transformers loads.
         rows: {"id", "text", "label"}, with "group" and "leaked" where known.
         output: folder for comparison.json and one scores-<TYPE>.jsonl a file.
         source: what the rows are, in words; goes into comparison.json as "data".
@@ -272,6 +272,7 @@ def _entries(
                 **{key: answer[key] for key in _SPEED_KEYS},
                 "seconds_per_sample": answer["score_seconds"] / len(labels),
                 "peak_memory_mib": answer["memory_mib"],
+                "device": answer["device"],
             }
         )
     return entries

@@ -38,7 +38,8 @@ def evaluate_models(
         data: description of the rows, put into the result.
         base_model: base of adapters; None = the one named in adapter_config.json.
         revision: commit, branch or tag of hub ids.
-        dtype, load_in_4bit, batch_size: for transformers models. n_threads, n_gpu_layers: for .gguf files.
+        dtype, load_in_4bit, batch_size: for transformers models; folders that are quantized keep their own dtype.
+        n_threads, n_gpu_layers: for .gguf files.
 
     Returns:
         {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
@@ -123,9 +124,10 @@ def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
 
 
 def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
-    """A hub id, a model folder, or an adapter folder with its base."""
+    """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
     from lib.device import compute_dtype
     from lib.models.loading import load_model, load_tokenizer, resolve_base
+    from lib.models.saved import load_as_saved, quantization_method
     from lib.scoring import TransformersBackend
 
     folder, adapter = user_path(argument["model"]), None
@@ -140,6 +142,12 @@ def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
     base = resolve_base(name, argument["revision"])
     own = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(adapter if own else base.path)
-    dtype, _ = compute_dtype(argument["dtype"])
-    model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
+    if adapter is None and (method := quantization_method(base.path)):
+        if argument["load_in_4bit"]:
+            do = "leave out --load-in-4bit."
+            raise InputError(f"{name} is quantized already ({method}).", "a model of full weights.", do)
+        model = load_as_saved(base.path)
+    else:
+        dtype, _ = compute_dtype(argument["dtype"])
+        model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
     return TransformersBackend(model, argument["batch_size"], argument["model"]), tokenizer

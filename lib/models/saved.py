@@ -47,7 +47,9 @@ def count_weights(folder: Path) -> int:
 
 
 def load_as_saved(folder: Path) -> PreTrainedModel:
-    """What `AutoModelForCausalLM.from_pretrained(folder)` gives, in eval mode, with its dtype and on the CPU.
+    """What `AutoModelForCausalLM.from_pretrained(folder)` gives, in eval mode.
+
+    That is: its own dtype, on the CPU (bitsandbytes puts itself on a GPU where there is one).
 
     Raises:
         InputError: an unusable folder, a quantization whose package is absent, missing or superfluous tensors.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from lib.comparison import compare
+from lib.errors import InputError
 from lib.quantizing import quantize
 from lib.run import Run, Work, open_run
 from lib.run.files import write_json, write_jsonl
@@ -34,11 +37,16 @@ def test_stage(ladder: Ladder, home: Path) -> None:
     run = make_run(ladder)
     settings = Settings(run_name="t", ladder=["Q8_0", "Q2_K"], n_ctx=128, perplexity_tokens=1024, n_threads=1)
     quantize(settings, run)
+    with pytest.raises(InputError, match="06_quantize"):  # which makes the exports
+        compare(settings, run)
+    skipped = [{"format": "nf4", "reason": "bitsandbytes not installed"}]
+    run.produce("exports", lambda w: write_json(w.folder / "exports.json", {"made": [], "skipped": skipped}), {})
     result = compare(settings, run)
     assert result.product.made and [e["type"] for e in result.files] == ["F16", "Q8_0", "Q2_K"]
     assert result.data["source"] == "generated rows" and result.reference == "F16"
     assert result.scores("Q8_0").ids == [row["id"] for row in ladder.rows]
     assert result.scores("Q8_0").accuracy == result.entry("Q8_0")["accuracy"]
+    assert result.skipped == tuple(skipped)
     entry = result.product.entry
     assert sorted(entry.outputs) == ["comparison.json", "scores-F16.jsonl", "scores-Q2_K.jsonl", "scores-Q8_0.jsonl"]
     assert entry.metrics["Q2_K"]["kld_mean"] > entry.metrics["Q8_0"]["kld_mean"] > 0

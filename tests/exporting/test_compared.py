@@ -1,0 +1,109 @@
+"""Export folders beside GGUF files of the same model: one scorer, one table, advice about GGUF files only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.comparison import compare_files, torch_worker
+from lib.comparison.advice import recommend
+from lib.errors import InputError
+from lib.evaluation import evaluate_models, standalone
+from lib.gguf_export.converting import convert
+from lib.models.saved import count_weights, load_as_saved, weight_bytes
+from lib.quantizing import quantize_file
+from lib.scoring import Scores, TransformersBackend, score_rows
+from tests import tiny_run
+
+ROWS = tiny_run.rows(30, "test", 3)
+
+
+@pytest.fixture(scope="module")
+def compared(
+    exported: Callable[[str], tuple[Path, dict]], base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, Path, Path]:
+    """comparison.json, its folder, and the reference file."""
+    folder = tmp_path_factory.mktemp("compared")
+    convert(base, folder / "m-F16.gguf", "f16")
+    quantize_file(folder / "m-F16.gguf", folder / "m-Q8_0.gguf", "Q8_0")
+    others = [folder / "m-Q8_0.gguf", exported("bf16")[0], exported("nf4")[0]]
+    reference = folder / "m-F16.gguf"
+    result = compare_files(reference, others, ROWS, tiny_run.TASK, folder / "out", n_ctx=128, n_threads=1)
+    return result, folder / "out", reference
+
+
+def test_one_table(compared: tuple[dict, Path, Path], exported: Callable) -> None:
+    result, output, _ = compared
+    entries = {entry["type"]: entry for entry in result["files"]}
+    assert list(entries) == ["F16", "Q8_0", "bf16", "nf4"]
+    assert [entry["kind"] for entry in entries.values()] == ["gguf", "gguf", "folder", "folder"]
+    assert all(entry.keys() == entries["F16"].keys() for entry in entries.values())
+    bf16, nf4 = entries["bf16"], entries["nf4"]
+    folder = exported("nf4")[0]
+    assert nf4["bytes"] == weight_bytes(folder) and bf16["bits_per_weight"] == 16
+    assert entries["F16"]["bits_per_weight"] == pytest.approx(16, rel=0.02)  # the same count of weights
+    assert nf4["bits_per_weight"] == 8 * exported("nf4")[1]["tensor_bytes"] / count_weights(folder)
+    assert abs(bf16["kld_mean"]) < 2e-3 < nf4["kld_mean"] and bf16["same_top"] > 0.97
+    assert bf16["ppl"] == pytest.approx(entries["F16"]["ppl"], rel=0.01)
+    for entry in (bf16, nf4):
+        for kind in ("prompt", "generation"):
+            low, high = entry[f"{kind}_tokens_per_second_range"]
+            assert 0 < low <= entry[f"{kind}_tokens_per_second"] <= high
+        assert entry["load_seconds"] > 0 and entry["peak_memory_mib"] > entries["F16"]["peak_memory_mib"]
+        assert entry["mcnemar_p_holm"] is not None and entry["verdict"] and entry["n"] == 30
+    assert (output / "scores-nf4.jsonl").is_file()
+
+
+def test_scores_are_those_of_the_one_scorer(compared: tuple[dict, Path, Path], exported: Callable) -> None:
+    from lib.models.loading import load_tokenizer
+
+    folder, _ = exported("bf16")
+    backend = TransformersBackend(load_as_saved(folder))
+    own = score_rows(backend, load_tokenizer(folder), tiny_run.TASK, ROWS, "test")
+    saved = Scores.load(compared[1] / "scores-bf16.jsonl")
+    assert saved.ids == own.ids
+    np.testing.assert_allclose(saved.log_probs, own.log_probs, atol=0.05)
+
+
+def test_advice_and_frontier_are_about_gguf_files(compared: tuple[dict, Path, Path]) -> None:
+    result = compared[0]
+    assert result["frontier"] == ["Q8_0"] and "GGUF" in result["recommendation"]["rule"]
+    assert "nf4" not in result["recommendation"]["text"] and "bf16" not in result["recommendation"]["text"]
+    only = recommend([result["files"][0]], 1.0)
+    assert only["type"] is None and "no GGUF file was compared with F16" in only["text"]
+
+
+def test_evaluate_takes_the_folders(exported: Callable, compared: tuple[dict, Path, Path]) -> None:
+    folder, _ = exported("nf4")
+    (model,) = evaluate_models([folder], ROWS, tiny_run.TASK)["models"]
+    entry = next(entry for entry in compared[0]["files"] if entry["type"] == "nf4")
+    assert model["accuracy"] == entry["accuracy"] and model["n"] == 30
+    argument = {"model": str(folder), "base_model": None, "revision": "main", "load_in_4bit": True}
+    with pytest.raises(InputError, match="quantized already"):
+        standalone._open_transformers(argument, tiny_run.TASK)
+
+
+def test_a_folder_with_another_tokenizer(base: Path, tmp_path: Path) -> None:
+    from lib.models.loading import load_tokenizer
+    from lib.models.offline_tokenizer import TokenizerRecipe, train_tokenizer
+
+    text = ROWS[0]["text"]
+    sample = {"text": text, "ids": load_tokenizer(base)(text, add_special_tokens=False)["input_ids"]}
+    torch_worker._check_tokenizer(base, sample)
+    train_tokenizer(["完全不同的文字 abc def"] * 20, ["好", "坏"], tmp_path, TokenizerRecipe(vocabulary=300))
+    with pytest.raises(InputError, match="other token ids"):
+        torch_worker._check_tokenizer(tmp_path, sample)
+
+
+def test_a_folder_is_no_reference_and_an_empty_one_is_refused(
+    compared: tuple[dict, Path, Path], base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"a \.gguf file"):
+        compare_files(base, [compared[2]], ROWS, tiny_run.TASK, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"config\.json"):
+        compare_files(compared[2], [tmp_path / "empty"], ROWS, tiny_run.TASK, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
