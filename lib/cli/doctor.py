@@ -97,11 +97,11 @@ def _torch() -> list[Check]:
 
 
 def _optional() -> list[Check]:
-    """The two libraries without which part of the notebooks still runs."""
+    """The libraries without which part of the notebooks still runs."""
     four_bit, llama = device.bitsandbytes_problem(), device.llama_cpp_problem()
     cure = "pip install bitsandbytes==0.50.2; without it load_in_4bit falls back to LoRA and the pages say so."
     checks = [
-        Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true")
+        Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true; 06: int8, nf4")
         if four_bit
         else Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
     ]
@@ -113,6 +113,18 @@ def _optional() -> list[Check]:
 
         gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
         checks.append(Check("llama-cpp-python", OK, f"{metadata.version('llama-cpp-python')}, {gpu}"))
+    return [*checks, *_export_libraries()]
+
+
+def _export_libraries() -> list[Check]:
+    """Packages that make one export format each."""
+    checks = []
+    for package, formats in (("llmcompressor", "gptq"), ("torchao", "torchao-int8")):
+        if device.has_module(package):
+            checks.append(Check(package, OK, metadata.version(package)))
+        else:
+            cure = f"pip install {package} (requirements.txt has the version); without it {formats} is skipped."
+            checks.append(Check(package, LACK, "not installed", cure, f"06 with export_formats: [{formats}]"))
     return checks
 
 
