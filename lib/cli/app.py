@@ -46,6 +46,19 @@ def params(as_json: Json = False) -> None:
     show({"parameters": found}, as_json, as_text(found))
 
 
+@app.command(short_help="what a model folder, adapter or GGUF file is, and what it lacks")
+@guarded
+def inspect(
+    path: Annotated[str, typer.Argument(help="model folder, adapter folder or .gguf file", metavar="PATH")],
+    as_json: Json = False,
+) -> None:
+    """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
+    from lib.cli import inspecting
+
+    if not inspecting.inspect(path, as_json):
+        raise typer.Exit(2)
+
+
 @app.command(short_help="run the seven notebooks, publish the pages")
 @guarded
 def report(
@@ -91,12 +104,16 @@ def merge(
     output_dir: Annotated[Path, typer.Option(help="new folder of the merged model", metavar="DIR")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as the base]")] = None,
     revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",
+    gguf: Annotated[
+        Path | None, typer.Option(help="also convert, in the same pass over the weights", metavar="OUT.gguf")
+    ] = None,
+    outtype: Annotated[str, typer.Option(help="of the GGUF: f16, bf16, f32 or q8_0")] = "f16",
     as_json: Json = False,
 ) -> None:
-    """Merge a LoRA adapter into its base model."""
+    """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
     from lib.cli import work
 
-    work.merge(base_model, adapter, output_dir, dtype, revision, as_json)
+    work.merge(base_model, adapter, output_dir, dtype, revision, gguf, outtype, as_json)
 
 
 @app.command(short_help="model folder → GGUF")
@@ -105,27 +122,43 @@ def convert(
     model_dir: Annotated[Path, typer.Argument(help="folder of a full model", metavar="MODEL_DIR")],
     output: Annotated[Path, typer.Argument(help="new GGUF file", metavar="OUT.gguf")],
     outtype: Annotated[str, typer.Option(help="f16, bf16, f32 or q8_0")] = "f16",
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="checkout whose official script converts instead", metavar="DIR")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a model folder to one GGUF file."""
+    """Convert a model folder (Qwen2, Qwen3 or Llama family) to one GGUF file."""
     from lib.cli import work
 
-    work.convert(model_dir, output, outtype, as_json)
+    work.convert(model_dir, output, outtype, llama_cpp, as_json)
 
 
-@app.command(short_help="GGUF → smaller GGUF")
+@app.command(short_help="GGUF → smaller GGUF, one type or several")
 @guarded
 def quantize(
     source: Annotated[Path, typer.Argument(help="GGUF with F32, F16 or BF16 weights", metavar="IN.gguf")],
-    output: Annotated[Path, typer.Argument(help="new GGUF file", metavar="OUT.gguf")],
-    type_name: Annotated[str, typer.Argument(help="e.g. Q4_K_M", metavar="TYPE")],
+    output: Annotated[Path, typer.Argument(help="new GGUF file; a folder for several types", metavar="OUT")],
+    types: Annotated[list[str], typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="TYPE...")],
     imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(help="type of single tensors; may be repeated", metavar="REGEX=TYPE")
+    ] = None,
+    output_tensor_type: Annotated[str, typer.Option(help="type of the output matrix", metavar="TYPE")] = "",
+    token_embedding_type: Annotated[str, typer.Option(help="type of the token embedding", metavar="TYPE")] = "",
+    n_threads: Annotated[int, typer.Option(help="CPU threads together; 0 = physical cores", min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the sizes")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a GGUF file with llama.cpp."""
+    """Quantize a GGUF file with llama.cpp; several types at once where cores and memory allow."""
     from lib.cli import work
 
-    work.quantize(source, output, type_name, imatrix, as_json)
+    options: dict[str, Any] = {
+        "imatrix": imatrix,
+        "tensor_types": tuple(tensor_type or ()),
+        "output_tensor_type": output_tensor_type,
+        "token_embedding_type": token_embedding_type,
+    }
+    work.quantize(source, output, types, options, n_threads, dry_run, as_json)
 
 
 Data = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,12 @@ from lib.cli.output import cell, show, table
 from lib.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lib.gguf_export.converting import Conversion
+    from lib.gguf_export.writing import GgufFile
     from lib.models.prompting import Task
+    from lib.models.weights import Weights
 
 SEED = 42
 """Seed with which --max-samples draws."""
@@ -21,37 +27,78 @@ def _text(report: dict[str, Any], *keys: str) -> str:
     return "\n".join(f"{key}: {cell(report[key])}" for key in keys if key in report)
 
 
-def merge(base_model: str, adapter: Path, output_dir: Path, dtype: str | None, revision: str, as_json: bool) -> None:
-    """Merge an adapter into a base model and print what was done."""
+def merge(
+    base_model: str,
+    adapter: Path,
+    output_dir: Path,
+    dtype: str | None,
+    revision: str,
+    gguf: Path | None,
+    outtype: str,
+    as_json: bool,
+) -> None:
+    """Merge an adapter into a base model, write a GGUF of it in the same pass if asked, and print what was done."""
     from lib.merging.folder import merge_folders
     from lib.models.loading import resolve_base
 
     base = Path(base_model) if Path(base_model).is_dir() else resolve_base(base_model, revision).path
-    report = merge_folders(base, adapter, output_dir, dtype).to_json()
-    show(
-        report,
-        as_json,
-        f"{output_dir}\n{_text(report, *(k for k, v in report.items() if not isinstance(v, (dict, list, tuple))))}",
-    )
+    conversions: list[Conversion] = []
 
+    @contextlib.contextmanager
+    def also(folder: Path, weights: Weights) -> Iterator[GgufFile]:
+        from lib.gguf_export.converting import Conversion
 
-def convert(model_dir: Path, output: Path, outtype: str, as_json: bool) -> None:
-    """Convert a model folder and print what was done."""
-    from lib.gguf_export.converting import convert as convert_folder
+        conversions.append(Conversion(folder, weights, gguf, outtype))
+        with conversions[0].open() as file:
+            yield file
 
-    report = convert_folder(model_dir, output, outtype).to_json()
-    show(report, as_json, _text(report, "output", "architecture", "outtype", "tensors", "bytes_after", "loaded"))
-
-
-def quantize(source: Path, output: Path, type_name: str, imatrix: Path | None, as_json: bool) -> None:
-    """Quantize a file and print what was done."""
-    from lib.quantizing import quantize_file
-
-    report = quantize_file(source, output, type_name, imatrix).to_json()
-    text = _text(report, "file", "type", "bytes", "bits_per_weight", "imatrix", "seconds", "peak_memory_mib")
-    if report["fallbacks"]:
-        text += f"\nfallbacks: {len(report['fallbacks'])} tensors have another type than the recipe wants (see --json)"
+    report = merge_folders(base, adapter, output_dir, dtype, also=also if gguf else None).to_json()
+    plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
+    text = f"{output_dir}\n{_text(report, *plain)}"
+    for conversion in conversions:
+        report["gguf"] = {**conversion.report().to_json(), "model": str(output_dir)}
+        text += f"\n{gguf}\n{_text(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"
     show(report, as_json, text)
+
+
+def convert(model_dir: Path, output: Path, outtype: str, llama_cpp: Path | None, as_json: bool) -> None:
+    """Convert a model folder, here or with the official script of a checkout, and print what was done."""
+    if llama_cpp is not None:
+        from lib.gguf_export.official import convert_officially
+
+        report = convert_officially(model_dir, output, outtype, llama_cpp)
+    else:
+        from lib.gguf_export.converting import convert as convert_folder
+
+        report = convert_folder(model_dir, output, outtype).to_json()
+    keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded")
+    show(report, as_json, _text(report, *keys))
+
+
+def quantize(
+    source: Path, output: Path, types: list[str], options: dict[str, Any], n_threads: int, dry_run: bool, as_json: bool
+) -> None:
+    """Quantize a file to one or several types, or only tell the sizes, and print what was done."""
+    from lib.quantizing import Options, predict_sizes, quantize_file, quantize_files
+
+    chosen = Options(**options)
+    single = len(types) == 1 and not output.is_dir() and output.suffix == ".gguf"
+    if dry_run:
+        rows = predict_sizes(source, types, chosen)
+    elif single:
+        rows = [quantize_file(source, output, types[0], chosen, n_threads).to_json()]
+    else:
+        if output.suffix == ".gguf":
+            do = "name a folder; the files in it get the source's name and their type."
+            raise InputError(f"one file {output} for {len(types)} types.", "a folder for several types.", do)
+        rows = [r.to_json() for r in quantize_files(source, output, types, chosen, n_threads)]
+    columns = ["type", "bytes", "bits_per_weight", "fallbacks", "set_by_hand"]
+    columns += [] if dry_run else ["imatrix", "seconds", "peak_memory_mib", "file"]
+    counted = [{**r, "fallbacks": len(r["fallbacks"]), "set_by_hand": len(r["set_by_hand"])} for r in rows]
+    text = table(counted, columns)
+    if any(row["fallbacks"] for row in rows):
+        text += "\nfallbacks: tensors of another type than the recipe wants, because their rows do not fill its blocks"
+    show(rows[0] if single and not dry_run else {"files": rows}, as_json, text)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,24 @@
 """Quantizing: from one GGUF of full weights to a ladder of smaller files, by llama.cpp's own quantizer.
 
-- `quantize_file` makes one file, `predict_sizes` tells exact sizes before, `describe_gguf` what a file really holds.
+- `quantize_file` makes one file, `quantize_files` several at once, with `Options` for an importance matrix and types
+  of single tensors; `predict_sizes` tells exact sizes before, `describe_gguf` what a file really holds.
 - `quantize` is the stage: the ladder of a run, product `quantized`.
 
 All native work runs in child processes: llama.cpp aborts its process on some damaged files.
 """
 
 from lib.quantizing.files import QuantizationReport, describe_gguf, predict_sizes, quantize_file
+from lib.quantizing.ladder import quantize_files
+from lib.quantizing.options import Options
 from lib.quantizing.stage import QuantizeResult, quantize
 
-__all__ = ["QuantizationReport", "QuantizeResult", "describe_gguf", "predict_sizes", "quantize", "quantize_file"]
+__all__ = [
+    "Options",
+    "QuantizationReport",
+    "QuantizeResult",
+    "describe_gguf",
+    "predict_sizes",
+    "quantize",
+    "quantize_file",
+    "quantize_files",
+]

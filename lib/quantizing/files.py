@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.quantizing import recipes
 from lib.quantizing.checks import check_output
+from lib.quantizing.options import Options
 from lib.run.child import run_child
 from lib.run.files import atomic_path, require_space
 
@@ -29,6 +31,7 @@ class QuantizationReport:
         histogram: tensors, weights, bytes and share of weights by tensor type, most weights first.
         fallbacks: tensors whose rows do not fill blocks of the type that the recipe wants:
             {"tensor", "columns", "wanted", "type"}.
+        set_by_hand: tensors to which the options give another type than the recipe: {"tensor", "recipe", "type"}.
         token_embedding_type: tensor type of the token embedding.
         imatrix: name of the importance matrix used; None without.
         seconds, peak_memory_mib: cost of quantizing.
@@ -43,6 +46,7 @@ class QuantizationReport:
     bits_per_weight: float
     histogram: list[dict[str, Any]]
     fallbacks: list[dict[str, Any]]
+    set_by_hand: list[dict[str, Any]]
     token_embedding_type: str | None
     imatrix: str | None
     seconds: float
@@ -59,35 +63,50 @@ def _require_llama_cpp() -> None:
         raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
 
 
-def predict_sizes(source: Path, types: Sequence[str], imatrix: Path | None = None) -> list[dict[str, Any]]:
+def predict_sizes(source: Path, types: Sequence[str], options: Options | None = None) -> list[dict[str, Any]]:
     """Exact sizes before quantizing, by llama.cpp's dry run (milliseconds; reads only the header).
 
     Args:
         source: GGUF with F32, F16 or BF16 weights.
         types: recipes, e.g. ["Q8_0", "Q4_K_M"].
-        imatrix: importance matrix, if one will be used: it changes a few types and adds header keys.
+        options: importance matrix and types of single tensors; all change sizes.
 
     Returns:
         One dict a type: "type", "bytes" (of the file), "tensor_bytes", "weights", "bits_per_weight" (effective:
-        8 * tensor bytes / weights), "fallbacks", "needs_imatrix".
+        8 * tensor bytes / weights), "fallbacks" and "set_by_hand" (see `QuantizationReport`), "needs_imatrix",
+        "histogram" (see `QuantizationReport`).
 
     Raises:
-        InputError: unknown type, no usable source, source already quantized.
+        InputError: unknown type, no usable source, source already quantized, options that do not fit the model.
     """
-    return survey(source, types, imatrix)[0]
+    return survey(source, types, options)[0]
 
 
 def survey(
-    source: Path, types: Sequence[str], imatrix: Path | None = None
+    source: Path, types: Sequence[str], options: Options | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """`predict_sizes` of a source, and the source as `describe_gguf` describes it; both by one child process."""
+    options = options or Options()
     for name in types:
         recipes.file_type(name)
     check_gguf(source)
     _require_llama_cpp()
-    argument = {"source": str(source.resolve()), "types": list(types), "imatrix": _absolute(imatrix)}
+    argument = {"source": str(source.resolve()), "types": list(types), "options": options.to_json()}
     answer = run_child("lib.quantizing.worker:predict", argument, "predicting sizes")
     return answer["predictions"], answer["source"]
+
+
+def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> None:
+    """Refuse types that need an importance matrix when there is none.
+
+    Raises:
+        InputError: with the first such type.
+    """
+    for prediction in predictions:
+        if prediction["needs_imatrix"] and options.imatrix is None:
+            do = "give one (--imatrix FILE, made by llama-imatrix), or choose a K-type such as Q3_K_M or Q2_K."
+            name = prediction["type"]
+            raise InputError(f"{name} without an importance matrix.", "an importance matrix for this type.", do)
 
 
 def describe_gguf(path: Path) -> dict[str, Any]:
@@ -109,7 +128,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
 
 
 def quantize_file(
-    source: Path, output: Path, type_name: str, imatrix: Path | None = None, n_threads: int = 0
+    source: Path, output: Path, type_name: str, options: Options | None = None, n_threads: int = 0
 ) -> QuantizationReport:
     """Quantize one GGUF file with llama.cpp, byte for byte as llama-quantize does it.
 
@@ -120,7 +139,7 @@ def quantize_file(
         source: GGUF with F32, F16 or BF16 weights.
         output: the new file.
         type_name: recipe, e.g. "Q4_K_M".
-        imatrix: importance matrix of llama-imatrix (GGUF or .dat); its file name goes into the new header.
+        options: importance matrix and types of single tensors.
         n_threads: 0 = physical cores; the result does not depend on it.
 
     Raises:
@@ -130,33 +149,33 @@ def quantize_file(
     recipes.file_type(type_name)
     check_gguf(source)
     check_output(source, output)
-    prediction = predict_sizes(source, [type_name], imatrix)[0]
-    return quantize_predicted(source, output, prediction, imatrix, n_threads)
+    options = options or Options()
+    predictions = predict_sizes(source, [type_name], options)
+    require_matrix(predictions, options)
+    return quantize_predicted(source, output, predictions[0], options, n_threads or physical_cores())
 
 
 def quantize_predicted(
     source: Path,
     output: Path,
     prediction: dict[str, Any],
-    imatrix: Path | None = None,
-    n_threads: int = 0,
-    what: str = "",
+    options: Options,
+    n_threads: int,
+    stop: threading.Event | None = None,
+    heard: Callable[[str], None] | None = None,
 ) -> QuantizationReport:
-    """As `quantize_file`, for a checked source whose size was predicted already; `what` names the work."""
+    """As `quantize_file`, for a checked source whose size was predicted already; `stop`, `heard`: see `run_child`."""
     name = prediction["type"]
-    if prediction["needs_imatrix"] and imatrix is None:
-        do = "give one (--imatrix FILE, made by llama-imatrix), or choose a K-type such as Q3_K_M or Q2_K."
-        raise InputError(f"{name} without an importance matrix.", "an importance matrix for this type.", do)
     require_space(output.parent, prediction["bytes"], f"{output.name}")
     with atomic_path(output) as temporary:
         argument = {
             "source": str(source.resolve()),
             "output": str(temporary.absolute()),
             "type": name,
-            "imatrix": _absolute(imatrix),
-            "n_threads": n_threads or physical_cores(),
+            "options": options.to_json(),
+            "n_threads": n_threads,
         }
-        answer = run_child("lib.quantizing.worker:quantize", argument, what or f"quantizing to {name}")
+        answer = run_child("lib.quantizing.worker:quantize", argument, f"quantizing to {name}", None, stop, heard)
         description = answer["description"]
         if description["bytes"] != prediction["bytes"]:
             raise RuntimeError(f"{output.name} has {description['bytes']} bytes; predicted {prediction['bytes']}")
@@ -166,11 +185,8 @@ def quantize_predicted(
         file=output.name,
         bytes=description["bytes"],
         predicted_bytes=prediction["bytes"],
+        set_by_hand=prediction["set_by_hand"],
         **{key: description[key] for key in kept},
         seconds=round(answer["seconds"], 3),
         peak_memory_mib=answer["memory_mib"],
     )
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.resolve())

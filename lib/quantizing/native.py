@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,10 @@ _tensor_offset = _function("gguf_get_tensor_offset", ctypes.c_size_t, _P, _I64)
 _type_name = _function("ggml_type_name", _CHARS, _TYPE)
 _row_size = _function("ggml_row_size", ctypes.c_size_t, _TYPE, _I64)
 _block_size = _function("ggml_blck_size", _I64, _TYPE)
+_requires_imatrix = _function("ggml_quantize_requires_imatrix", ctypes.c_bool, _TYPE)
 
 
+@functools.cache
 def type_number(name: str) -> int:
     """The ggml number of a tensor type ("q4_K")."""
     for number in range(128):
@@ -72,6 +75,11 @@ def row_bytes(type_name: str, columns: int) -> int:
 def block_size(type_name: str) -> int:
     """Weights a block of a tensor type."""
     return _block_size(type_number(type_name))
+
+
+def requires_imatrix(type_name: str) -> bool:
+    """Whether llama.cpp aborts when it quantizes to this tensor type without an importance matrix."""
+    return _requires_imatrix(type_number(type_name))
 
 
 class Log:

@@ -7,6 +7,8 @@ IQ-types store super-blocks of 256 weights; rows of another length fall back to 
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
+from typing import Any
 
 from lib.errors import InputError
 
@@ -52,11 +54,40 @@ FILE_TYPES: dict[str, int] = {
 SOURCE_TENSOR_TYPES = frozenset({"f32", "f16", "bf16"})
 """Tensor types that may be quantized; anything else would be quantized a second time."""
 
+UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
+"""Recipes that only change the number format."""
+
 SUPER_BLOCK = 256
 """Weights in a block of the K-, IQ- (but IQ4_NL) and TQ-types."""
 
 Q5_K_OUTPUT = frozenset({"IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
 """Recipes that store the output matrix as Q5_K; every other small one as Q6_K."""
+
+
+_NANOSECONDS: dict[str, float] = {
+    **dict.fromkeys(("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 2.0),
+    **dict.fromkeys(("mxfp4", "tq2_0", "tq1_0", "q2_0", "q1_0"), 4.0),
+    **dict(zip(("nvfp4", "q6_K", "q5_K", "q4_K", "q3_K", "q2_K"), (25.0, 28.0, 54.0, 68.0, 15.0, 56.0), strict=True)),
+    **dict(zip(("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s"), (176.0, 180.0, 333.0, 479.0, 219.0), strict=True)),
+    **dict(zip(("iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), (777.0, 403.0, 134.0, 153.0), strict=True)),
+}
+"""Time of llama.cpp's quantizer for one weight on one thread of an AMD EPYC, by tensor type."""
+
+_NANOSECONDS_ANY = 4.0
+"""Time to read, widen and write one weight, whatever its type."""
+
+
+def work(histogram: list[dict[str, Any]]) -> float:
+    """Seconds, roughly, that one thread needs for a file with that histogram: good enough to begin with the longest."""
+    return sum(row["weights"] * (_NANOSECONDS[row["type"]] + _NANOSECONDS_ANY) for row in histogram) * 1e-9
+
+
+def stem(source: Path) -> str:
+    """Name of a source file without the type at its end: what names of quantized files begin with."""
+    name = source.stem
+    for suffix in ("F16", "BF16", "F32"):
+        name = name.removesuffix(f"-{suffix}").removesuffix(f"-{suffix.lower()}")
+    return name
 
 
 def uses_super_blocks(name: str) -> bool:

@@ -7,18 +7,23 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
-from lib.quantizing.files import QuantizationReport, quantize_predicted, survey
+from lib.quantizing import recipes
+from lib.quantizing.files import QuantizationReport, require_matrix, survey
+from lib.quantizing.ladder import Job, run_jobs
+from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, require_space, sha256_file, write_json
+from lib.run.folders import user_path
 from lib.run.provenance import versions
-from lib.settings import Settings
+
+if TYPE_CHECKING:  # the child processes import this room: pydantic would cost each of them a tenth of a second
+    from lib.settings import Settings
 
 _SUMMARY = "quantized.json"
-_SOURCE_SUFFIXES = ("-F16", "-BF16", "-F32")
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,15 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
             little room.
     """
 
+    options = _options(settings)
+
     def build(work: Work) -> None:
-        _build(settings, run, work)
+        _build(settings, options, run, work)
 
     product = run.produce(
         "quantized",
         build,
-        parameters=settings.pick("ladder"),
+        parameters={**settings.pick("ladder"), **_identity(options)},
         inputs=("gguf",),
         force=settings.force,
         keep_partial=True,
@@ -65,37 +72,57 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
     return QuantizeResult(product, summary["source"], files)
 
 
-def _build(settings: Settings, run: Run, work: Work) -> None:
+def _options(settings: Settings) -> Options:
+    matrix = user_path(settings.imatrix) if settings.imatrix else None
+    if matrix is not None and not matrix.is_file():
+        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or leave it empty.")
+    types = tuple(settings.tensor_types)
+    return Options(matrix, types, settings.output_tensor_type, settings.token_embedding_type)
+
+
+def _identity(options: Options) -> dict[str, Any]:
+    """What of the options decides about the bytes of the files: the importance matrix by its content and its name."""
+    given = {key: value for key, value in options.to_json().items() if value}
+    if options.imatrix is not None:
+        given["imatrix"] = f"{options.imatrix.name} {sha256_file(options.imatrix)}"
+    return given
+
+
+def _build(settings: Settings, options: Options, run: Run, work: Work) -> None:
     gguf = run.require("gguf")
     source = _only_gguf(gguf.path)
-    name = source.stem
-    for suffix in _SOURCE_SUFFIXES:
-        name = name.removesuffix(suffix)
     for stray in work.folder.glob(".*.part"):
         stray.unlink()
-    predictions, description = survey(source, settings.ladder)
-    kept = {} if settings.force else _finished(run, work, gguf.entry.digest)
-    missing = [p for p in predictions if p["type"] not in kept]
-    require_space(run.folder, sum(p["bytes"] for p in missing), f"{len(missing)} quantized files")
-    rows: list[dict[str, Any]] = []
-    summary = {"source": description, "quantizer": versions()["llama-cpp-python"], "files": rows}
-    for place, prediction in enumerate(predictions, 1):
-        kind = prediction["type"]
-        output = work.folder / f"{name}-{kind}.gguf"
-        if kind in kept:
-            folder, row = kept[kind]
-            _take_over(folder / row["file"], output)
-            rows.append({**row, "file": output.name})
-        else:
-            what = f"quantizing to {kind} ({place} of {len(predictions)})"
-            report = quantize_predicted(source, output, prediction, None, settings.n_threads, what)
-            rows.append({**report.to_json(), "sha256": sha256_file(output)})
+    predictions, description = survey(source, settings.ladder, options)
+    require_matrix(predictions, options)
+    identity = _identity(options)
+    rows = {} if settings.force else _finished(run, work, gguf.entry.digest, identity)
+    reused = [kind for kind in settings.ladder if kind in rows]
+    jobs = [
+        Job(prediction, work.folder / f"{recipes.stem(source)}-{prediction['type']}.gguf")
+        for prediction in predictions
+        if prediction["type"] not in rows
+    ]
+    require_space(run.folder, sum(job.prediction["bytes"] for job in jobs), f"{len(jobs)} quantized files")
+
+    def write_summary() -> None:
+        files = [rows[kind] for kind in settings.ladder if kind in rows]
+        quantizer = versions()["llama-cpp-python"]
+        summary = {"source": description, "quantizer": quantizer, "options": identity, "files": files}
         write_json(work.folder / _SUMMARY, summary)
-    for leftover in {p.name for p in work.folder.glob("*.gguf")} - {row["file"] for row in rows}:
+
+    def done(report: QuantizationReport) -> None:
+        rows[report.type] = {**report.to_json(), "sha256": sha256_file(work.folder / report.file)}
+        write_summary()
+
+    run_jobs(source, jobs, options, settings.n_threads, done)
+    write_summary()
+    ordered = [rows[kind] for kind in settings.ladder]
+    for leftover in {p.name for p in work.folder.glob("*.gguf")} - {row["file"] for row in ordered}:
         (work.folder / leftover).unlink()
-    work.facts |= {"source": source.name, "reused": [kind for kind in settings.ladder if kind in kept]}
-    work.metrics |= {row["type"]: _headline(row) for row in rows}
-    work.notes += _fallback_note(rows)
+    work.facts |= {"source": source.name, "reused": reused}
+    work.metrics |= {row["type"]: _headline(row) for row in ordered}
+    work.notes += _fallback_note(ordered)
 
 
 def _only_gguf(folder: Path) -> Path:
@@ -110,27 +137,31 @@ def _only_gguf(folder: Path) -> Path:
     return found[0]
 
 
-def _finished(run: Run, work: Work, source_digest: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Files that need not be made again: {type: (folder, row of quantized.json)}; each verifies by SHA-256."""
+def _finished(run: Run, work: Work, source_digest: str, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Files that need not be made again, now in the folder of the work: {type: row of quantized.json}.
+
+    Each verifies by SHA-256 and was made with the same options by the same llama.cpp.
+    """
     folders = [work.folder] if work.resumed else []
     former = run.manifest.entries().get("quantized")
     if former is not None and former.inputs.get("gguf") == source_digest:
         folders.append(run.folder / "quantized")
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        for row in _rows(folder):
+        for row in _rows(folder, identity):
             path = folder / row["file"]
             if row["type"] not in found and path.is_file() and sha256_file(path) == row["sha256"]:
-                found[row["type"]] = (folder, row)
+                _take_over(path, work.folder / row["file"])
+                found[row["type"]] = row
     return found
 
 
-def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a folder's summary, if this version of llama.cpp made it."""
+def _rows(folder: Path, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of a folder's summary, if this version of llama.cpp made it with these options."""
     path = folder / _SUMMARY
     if path.is_file():
         summary = read_json(path)
-        if summary["quantizer"] == versions()["llama-cpp-python"]:
+        if (summary["quantizer"], summary.get("options", {})) == (versions()["llama-cpp-python"], identity):
             yield from summary["files"]
 
 

@@ -6,6 +6,7 @@ installed libllama), run on the files of tests/tiny_gguf.py:
 
     llama-quantize w256-F16.gguf out.gguf TYPE 1 && sha256sum out.gguf
     llama-quantize --imatrix imatrix.gguf w256-F16.gguf out.gguf TYPE 2 && sha256sum out.gguf
+    llama-quantize --tensor-type … --token-embedding-type … w256-F16.gguf out.gguf TYPE 1 && sha256sum out.gguf
 
 Numbers: 16 hex digits of the SHA-256, size in bytes, of the 256-wide and of the 896-wide model.
 """
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.quantizing import predict_sizes, recipes, worker
+from lib.formats import IMATRIX_TYPES, QUANTIZATION_TYPES, TENSOR_TYPES
+from lib.quantizing import Options, predict_sizes, recipes, worker
 from lib.run.files import sha256_file
-from lib.settings import QUANTIZATION_TYPES
 from tests import tiny_gguf
 
 LLAMA_QUANTIZE = {
@@ -41,16 +42,64 @@ LLAMA_QUANTIZE = {
     "IQ4_XS": ("ebb0ef7c7ddaac74", 696224, "477580c6a55eb1eb", 3906656),
     "TQ2_0": ("9eedbe0b4c8ef372", 373664, "31c2f6da5e29ce1c", 3612768),
     "TQ1_0": ("2b84efdd279ac5e5", 318368, "975a2182472e5cab", 3569760),
+    "IQ3_M": ("49506803677e9544", 602528, "7cc070c067a01c6d", 3999840),
+    "IQ3_S": ("29cbec36a2cf9160", 576416, "89cd876a95df4c13", 3799136),
+    "MXFP4_MOE": ("bc83e517fe0c8706", 1338976, "42e8023c25dd1569", 7103584),
+    "Q2_0": ("394f35d907c75640", 401312, "cae28b5739244ee7", 2085984),
+    "Q1_0": ("73db2228670c402c", 235424, "1380d6d25afc65be", 1182816),
+    "F16": ("15ac4cc58e115ad8", 2507040, "0aef402f7c5c19a1", 13342240),
+    "BF16": ("d49dc2af41099599", 2507040, "cb8472e16b1c1e32", 13342240),
+    "F32": ("4264f1a15801182b", 4998944, "d5b064e70693db21", 26651424),
 }
 SOURCES = {
     256: "e3f82df5d6dd526335051236c8202352766b1549e65d05ee5c9f824596faaef4",
     896: "cf79e0c7bc33046e1ae8e68bf6a9c6a9cb325b20d90b959008a12b18922d0d3c",
 }
 WITH_IMATRIX = {
-    ("Q4_K_M", False): "306afb54cfdd9413ba986903d5f45e396ebd0a1ae9bbd96dc4de88a0b7f5ea15",
-    ("Q4_0", False): "c3ca951db0b50ba18b39c23ed086e3e1c72e1491cfe22a19e1a615fe9022ab5c",
-    ("Q2_K_S", False): "9d77b9643a36e2b8c90482201b06b86582a069f2ef03b2cf3b55e3cf1fa009e6",
-    ("Q4_K_M", True): "cdd87c5dad90d6f3944bb702dd251137d187ff99450227f82e2541cac5366f20",
+    ("Q4_K_M", False): "306afb54cfdd9413",
+    ("Q4_0", False): "c3ca951db0b50ba1",
+    ("Q8_0", False): "d79ed800c21a8623",
+    ("IQ3_XS", False): "5574fb426aac3dde",
+    ("IQ3_XXS", False): "8de81e0cd224355c",
+    ("Q2_K_S", False): "9d77b9643a36e2b8",
+    ("IQ2_M", False): "99d7854464a1d522",
+    ("IQ2_S", False): "9c5195ed5613267a",
+    ("IQ2_XS", False): "41c755717dd85781",
+    ("IQ2_XXS", False): "faa43950142a469f",
+    ("IQ1_M", False): "3d1092ba6a19f990",
+    ("IQ1_S", False): "6f303dc615d804e7",
+    ("Q4_K_M", True): "cdd87c5dad90d6f3",
+}
+# --tensor-type, --output-tensor-type and --token-embedding-type: width, type, options, hash.
+WITH_TYPES = {
+    "one expression": (256, "Q4_K_M", Options(tensor_types=("attn_v=q8_0",)), "422494135d4bcbec"),
+    "the first that fits": (
+        256,
+        "Q4_K_M",
+        Options(tensor_types=(r"blk\.0\.ffn_.*=Q6_K", "ffn_down=iq4_nl", "attn_(k|q)=bf16")),
+        "80dd852210afbc5d",
+    ),
+    "output of a tied model": (256, "Q4_0", Options(output_tensor_type="q8_0"), "df4a48af3e3b7981"),
+    "embedding": (256, "Q4_0", Options(token_embedding_type="Q4_K"), "c756f0996a860b17"),
+    "embedding and one expression": (
+        896,
+        "Q4_K_M",
+        Options(tensor_types=("attn_v=q6_k",), token_embedding_type="q5_0"),
+        "803f513f886949a4",
+    ),
+    "output that falls back": (896, "Q4_K_M", Options(output_tensor_type="q6_k"), "b730ae5a306009c0"),
+    "embedding of a file of full weights": (256, "F16", Options(token_embedding_type="q8_0"), "5d24238dd10d3e21"),
+    "rare types": (
+        256,
+        "Q8_0",
+        Options(
+            tensor_types=(
+                *("attn_v=nvfp4", "attn_k=mxfp4", "attn_q=q1_0"),
+                *("ffn_up=q2_0", "ffn_down=tq1_0", "ffn_gate=f32"),
+            )
+        ),
+        "690945519df45030",
+    ),
 }
 
 same_floats = pytest.mark.skipif(
@@ -77,7 +126,9 @@ def test_the_source_files_are_those_of_the_oracle(sources: dict[int, Path]) -> N
 
 
 def test_every_type_of_the_settings_has_an_oracle() -> None:
-    assert set(LLAMA_QUANTIZE) == set(QUANTIZATION_TYPES) <= set(recipes.FILE_TYPES)
+    assert set(LLAMA_QUANTIZE) == {*QUANTIZATION_TYPES, *recipes.UNQUANTIZED}
+    assert {name for name, _ in WITH_IMATRIX} >= set(IMATRIX_TYPES)
+    assert {*LLAMA_QUANTIZE, *IMATRIX_TYPES} == set(recipes.FILE_TYPES)
 
 
 def test_the_numbers_are_those_of_the_library() -> None:
@@ -89,13 +140,19 @@ def test_the_numbers_are_those_of_the_library() -> None:
 
 
 @same_floats
-@pytest.mark.parametrize("name", QUANTIZATION_TYPES)
+@pytest.mark.parametrize("name", LLAMA_QUANTIZE)
 @pytest.mark.parametrize("width", SOURCES)
 def test_same_bytes_as_llama_quantize(
     sources: dict[int, Path], predictions: dict[int, dict[str, dict]], tmp_path: Path, name: str, width: int
 ) -> None:
     output = tmp_path / "out.gguf"
-    argument = {"source": str(sources[width]), "output": str(output), "type": name, "imatrix": None, "n_threads": 2}
+    argument = {
+        "source": str(sources[width]),
+        "output": str(output),
+        "type": name,
+        "options": Options().to_json(),
+        "n_threads": 2,
+    }
     description = worker.quantize(argument)["description"]
     digest, size = LLAMA_QUANTIZE[name][:2] if width == 256 else LLAMA_QUANTIZE[name][2:]
     assert sha256_file(output)[:16] == digest
@@ -111,12 +168,35 @@ def test_same_bytes_with_an_importance_matrix(
     sources: dict[int, Path], tmp_path: Path, name: str, legacy: bool
 ) -> None:
     matrix = tiny_gguf.write_imatrix(tmp_path / ("imatrix.dat" if legacy else "imatrix.gguf"), legacy=legacy)
-    prediction = predict_sizes(sources[256], [name], matrix)[0]
+    prediction = predict_sizes(sources[256], [name], Options(matrix))[0]
     output = tmp_path / "out.gguf"
     argument = {"source": str(sources[256]), "output": str(output), "type": name, "n_threads": 1}
-    worker.quantize({**argument, "imatrix": str(matrix)})
-    assert sha256_file(output) == WITH_IMATRIX[name, legacy]
+    worker.quantize({**argument, "options": Options(matrix).to_json()})
+    assert sha256_file(output)[:16] == WITH_IMATRIX[name, legacy]
     assert output.stat().st_size == prediction["bytes"]
+
+
+@same_floats
+@pytest.mark.parametrize("case", WITH_TYPES)
+def test_same_bytes_with_types_of_single_tensors(sources: dict[int, Path], tmp_path: Path, case: str) -> None:
+    width, name, options, digest = WITH_TYPES[case]
+    prediction = predict_sizes(sources[width], [name], options)[0]
+    output = tmp_path / "out.gguf"
+    argument = {"source": str(sources[width]), "output": str(output), "type": name, "n_threads": 2}
+    description = worker.quantize({**argument, "options": options.to_json()})["description"]
+    assert sha256_file(output)[:16] == digest
+    for key in ("bytes", "tensor_bytes", "histogram", "fallbacks"):
+        assert description[key] == prediction[key]
+    changed = {row["tensor"] for row in prediction["set_by_hand"]}
+    assert changed or case == "output that falls back"  # Q8_0 either way, but said: see the fallbacks
+    assert bool(prediction["fallbacks"]) == (width == 896)
+
+
+def test_the_numbers_of_tensor_types_are_those_of_the_library() -> None:
+    from lib.quantizing import native
+
+    for name in TENSOR_TYPES:
+        assert native.block_size(name) in (1, 32, 64, 128, 256)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +215,7 @@ def test_fallbacks_of_896_columns_are_named(
 
 
 def test_types_that_need_an_importance_matrix(predictions: dict[int, dict[str, dict]]) -> None:
-    need = {name for name, row in predictions[256].items() if row["needs_imatrix"]}
-    assert need == {"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+    assert {name for name, row in predictions[256].items() if row["needs_imatrix"]} == set(IMATRIX_TYPES)
 
 
 def test_bits_per_weight_of_the_embedding_and_blocks_add_up(predictions: dict[int, dict[str, dict]]) -> None:

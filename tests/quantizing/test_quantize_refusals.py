@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.quantizing import describe_gguf, files, imatrix, predict_sizes, quantize_file, recipes, worker
+from lib.quantizing import Options, describe_gguf, files, imatrix, predict_sizes, quantize_file, recipes, worker
 from lib.run.files import sha256_file
 from tests import tiny_gguf
 
@@ -118,7 +118,7 @@ def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> Non
     matrix = tiny_gguf.write_imatrix(tmp_path / "imatrix.gguf", width=896)
     argument = {"source": str(source), "output": str(tmp_path / "out.gguf"), "type": "Q4_K_M", "n_threads": 1}
     with pytest.raises(InputError, match=r"has 896 values for .*256"):
-        worker.quantize({**argument, "imatrix": str(matrix)})
+        worker.quantize({**argument, "options": Options(matrix).to_json()})
 
 
 def test_importance_matrix_values(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_any_bytes_as_an_importance_matrix(tmp_path_factory: pytest.TempPathFact
 def test_a_file_that_kills_llama_cpp(source: Path, tmp_path: Path) -> None:
     """No layers: llama.cpp aborts its process; here only the child dies, and nothing is left behind."""
     bad = tiny_gguf.with_number(source, tmp_path / "bad-F16.gguf", "qwen2.block_count", 0)
-    argument = {"type": "Q8_0", "bytes": 1_000_000, "needs_imatrix": False}
+    prediction = {"type": "Q8_0", "bytes": 1_000_000, "set_by_hand": []}
     with pytest.raises(InputError, match="SIGABRT"):
-        files.quantize_predicted(bad, tmp_path / "out.gguf", argument)
+        files.quantize_predicted(bad, tmp_path / "out.gguf", prediction, Options(), 1)
     assert [p.name for p in tmp_path.iterdir()] == ["bad-F16.gguf"]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.quantizing import quantize
-from lib.quantizing import stage as quantize_stage
+from lib.quantizing import ladder, quantize
 from lib.run import Run, Work, open_run
 from lib.run.files import sha256_file
 from lib.settings import Settings
@@ -54,13 +53,13 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert not again.product.made and again.files == first.files
 
     made: list[str] = []
-    real = quantize_stage.quantize_predicted
+    real = ladder.quantize_predicted
 
     def counted(*arguments, **keywords):
         made.append(arguments[2]["type"])
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(quantize_stage, "quantize_predicted", counted)
+    monkeypatch.setattr(ladder, "quantize_predicted", counted)
     digest = sha256_file(folder / "tiny-Q8_0.gguf")
     longer = quantize(settings("Q8_0", "Q5_K_M"), run)
     assert made == ["Q5_K_M"] and "ladder" in longer.product.message
@@ -94,19 +93,19 @@ def test_another_source_reuses_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_interrupted_ladder_continues(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = quantize_stage.quantize_predicted
+    real = ladder.quantize_predicted
 
     def interrupted(*arguments, **keywords):
         if arguments[2]["type"] == "Q4_0":
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(quantize_stage, "quantize_predicted", interrupted)
+    monkeypatch.setattr(ladder, "quantize_predicted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(settings("Q8_0", "Q4_0"), run)
     assert "quantized" not in run.manifest.entries() and not (run.folder / "quantized").exists()
     (run.folder / ".quantized.part" / ".tiny-Q4_0.gguf.part").write_bytes(bytes(100))
-    monkeypatch.setattr(quantize_stage, "quantize_predicted", real)
+    monkeypatch.setattr(ladder, "quantize_predicted", real)
     result = quantize(settings("Q8_0", "Q4_0"), run)
     assert result.product.entry.facts["reused"] == ["Q8_0"]
     assert sorted(result.product.entry.outputs) == ["quantized.json", "tiny-Q4_0.gguf", "tiny-Q8_0.gguf"]
