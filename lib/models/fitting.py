@@ -59,8 +59,8 @@ def read_shape(folder: Path) -> AdapterShape:
     ranks = Counter(r["lora_A"].shape[0] for r in pairs.values() if "lora_A" in r and r["lora_A"].shape)
     return AdapterShape(
         variant="DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA",
-        rank=config.get("r"),
-        alpha=config.get("lora_alpha"),
+        rank=rank if type(rank := config.get("r")) is int else None,
+        alpha=alpha if type(alpha := config.get("lora_alpha")) in (int, float) else None,
         ranks=dict(sorted(ranks.items())),
         modules=len(pairs),
         targets=sorted({module.rpartition(".")[2] for module in pairs}),
