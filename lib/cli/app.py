@@ -99,8 +99,8 @@ def report(
 @app.command(short_help="adapter + base model → one model folder")
 @guarded
 def merge(
-    base_model: Annotated[str, typer.Option(help="folder (or hub id) of the base model", metavar="DIR")],
-    adapter: Annotated[Path, typer.Option(help="folder of the LoRA adapter", metavar="DIR")],
+    base_model: Annotated[str, typer.Option(help="folder, hub or ModelScope id of the base model", metavar="DIR")],
+    adapter: Annotated[str, typer.Option(help="folder, hub or ModelScope id of the LoRA adapter", metavar="DIR")],
     output_dir: Annotated[Path, typer.Option(help="new folder of the merged model", metavar="DIR")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as the base]")] = None,
     revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",

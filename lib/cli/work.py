@@ -29,7 +29,7 @@ def _text(report: dict[str, Any], *keys: str) -> str:
 
 def merge(
     base_model: str,
-    adapter: Path,
+    adapter: str,
     output_dir: Path,
     dtype: str | None,
     revision: str,
@@ -39,9 +39,13 @@ def merge(
 ) -> None:
     """Merge an adapter into a base model, write a GGUF of it in the same pass if asked, and print what was done."""
     from lib.merging.folder import merge_folders
-    from lib.models.loading import resolve_base
+    from lib.models.kinds import refuse_adapter, require_adapter
+    from lib.models.resolving import resolve_adapter, resolve_base
 
     base = Path(base_model) if Path(base_model).is_dir() else resolve_base(base_model, revision).path
+    given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
+    refuse_adapter(base)
+    require_adapter(given)
     conversions: list[Conversion] = []
 
     @contextlib.contextmanager
@@ -52,7 +56,7 @@ def merge(
         with conversions[0].open() as file:
             yield file
 
-    report = merge_folders(base, adapter, output_dir, dtype, also=also if gguf else None).to_json()
+    report = merge_folders(base, given, output_dir, dtype, also=also if gguf else None).to_json()
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
     text = f"{output_dir}\n{_text(report, *plain)}"
     for conversion in conversions:
