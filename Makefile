@@ -3,6 +3,7 @@
 
 PARAMS ?= params/quick.yaml
 RUN ?= quick
+RUNS ?= 5
 ACTIVE := $(shell sh scripts/active.sh)
 
 ifeq ($(ACTIVE),)
@@ -14,7 +15,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lab doctor params screenshots clean
+.PHONY: help report test lab doctor params bench screenshots clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,11 +40,17 @@ doctor: $(ready) ## what this machine can run; every lack with its cure
 params: $(ready) ## every key of a parameter file with its meaning
 	@$(python) -m lib.cli params
 
+bench: $(ready) ## ours beside the peers; writes reports/benchmarks/ (RUNS=5; a network, once)
+	@for script in benchmarks/*.py; do \
+	  grep -q '^if __name__' $$script || continue; \
+	  $(python) $$script --json reports/benchmarks/$$(basename $$script .py).json --runs $(RUNS) || exit 1; \
+	done
+
 screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
 	@$(python) -m scripts.screenshots $(RUN)
 
 clean: ## remove .venv, caches and reports; runs/ stays
-	@rm -rf .venv build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info
+	@rm -rf .venv .cache/benchmarks build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info
 	@find reports -mindepth 1 ! -name README.md -delete
 	@find lib tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
