@@ -11,7 +11,7 @@ from lib.data import sample
 from lib.data.reading import Table, read_table
 from lib.errors import InputError
 from lib.models.hub import SourceError
-from lib.models.resolving import fallback_note, none_left
+from lib.models.resolving import called, fallback_note, none_left
 from lib.settings import SAMPLE_DATASET, Settings
 
 
@@ -42,7 +42,7 @@ def choose_data(settings: Settings) -> ChosenData:
             continue
         if failures:
             _check(table, entry)
-        name = f"{table.known.name} ({source})" if table.known else source
+        name = f"{table.known.name} ({called(source)})" if table.known else source
         stamp = (table.known.stamp,) if table.known else ()
         return ChosenData(source, table, (*fallback_note("data set", settings.dataset, name, failures), *stamp))
     raise none_left(failures, [str(entry["dataset"]) for entry in listed])

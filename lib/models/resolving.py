@@ -105,7 +105,14 @@ def fallback_note(what: str, asked: str, used: str, failures: Sequence[SourceErr
     """The stamp for a source that was taken instead of the one asked for; empty when nothing failed."""
     if not failures:
         return ()
-    return (f"fallback: {what} {asked} could not be had ({failures[0].why}); {used} was used instead of it",)
+    why = failures[0].why
+    return (f"fallback: {what} {asked} could not be had ({why}); {called(used)} was used instead of it",)
+
+
+def called(source: str) -> str:
+    """A source as pages call it: ids as they are, local files and folders by their last name."""
+    path = user_path(source)
+    return f"{'folder' if path.is_dir() else 'file'} {path.name}" if path.exists() else source
 
 
 def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> SourceError:

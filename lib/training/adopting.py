@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.models.fitting import AdapterShape, check_fit
 from lib.models.kinds import adapter_config
-from lib.models.resolving import Base, GivenAdapter, base_of
+from lib.models.resolving import Base, GivenAdapter, base_of, called
 from lib.models.weights import open_weights
 from lib.run.files import write_json, write_jsonl, write_text
 
@@ -51,11 +51,11 @@ def write_config(folder: Path, config: dict[str, Any], base: Base) -> None:
 
 def _notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[str]:
     notes = [
-        f"nothing was trained in this run: the adapter {given.id} was adopted, "
+        f"nothing was trained in this run: the adapter ({called(given.id)}) was adopted, "
         "and whether it has seen the test rows is not known"
     ]
-    if shape.base and _last(shape.base) != _last(base.id):
-        notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {base.id}")
+    if shape.base and _last(shape.base) not in (_last(base.id), _last(str(base.path))):
+        notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {called(base.id)}")
     return notes
 
 

@@ -126,7 +126,7 @@ def test_a_data_fallback_is_checked_by_rows_and_hash(served: Hub, tmp_path: Path
     chosen = choose_data(settings(dataset="org/gone", fallbacks=[{"dataset": "./none.csv"}, entry]))
     assert chosen.source == str(file) and chosen.table.rows == 3
     assert chosen.notes == (
-        f"fallback: data set org/gone could not be had (is not there, or private); {file} was used instead of it",
+        "fallback: data set org/gone could not be had (is not there, or private); file own.csv was used instead of it",
     )
     for wrong, words in (({"rows": 4}, "3 rows.*4 rows"), ({"sha256": "0" * 64}, f"SHA-256 {sha256}")):
         with pytest.raises(InputError, match=words):

@@ -250,6 +250,23 @@ def test_a_listing_that_leaves_the_cache_is_refused(repository: Hub) -> None:
         fetch("org/model", "main", "model")
 
 
+@pytest.mark.parametrize("fault", ["unreachable", "gone", "wrong bytes"])
+def test_behind_the_mirror_stands_the_hub(
+    repository: Hub, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mirror = Hub()
+    mirror.add("models", "org/model", FILES)
+    if fault == "gone":
+        mirror.repositories.clear()
+    mirror.faults.corrupt["model.safetensors"] = 99
+    monkeypatch.setattr(huggingface, "HUB", repository.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9" if fault == "unreachable" else mirror.url)
+    monkeypatch.setenv("HF_TOKEN", "secret-of-the-mirror")
+    assert (fetch("org/model", "main", "model").path / "model.safetensors").read_bytes() == WEIGHTS
+    assert not any("Authorization" in headers for *_, headers in repository.requests)
+    mirror.close()
+
+
 def test_the_token_stays_with_the_hub(repository: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     fetch("org/model", "main", "model")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from lib.models.resolving import choose_base, resolve_adapter, resolve_base
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 
+PROJECT = Path(__file__).resolve().parents[2]
 TARGETS = ("q_proj", "v_proj")
 
 
@@ -114,7 +117,8 @@ def test_fallbacks_are_taken_in_order_and_said(served: Hub, here: Path) -> None:
     chosen = choose_base("org/gone", "main", [{"dataset": "x/y"}, {"base_model": "./none"}, {"base_model": local}])
     assert chosen.source == local and chosen.base is not None and chosen.base.path == here / "model"
     assert chosen.notes == (
-        f"fallback: base model org/gone could not be had (is not there, or private); {local} was used instead of it",
+        "fallback: base model org/gone could not be had (is not there, or private); "
+        "folder model was used instead of it",
     )
     served.faults.page = True
     chosen = choose_base("org/other", "main", [{"base_model": "offline"}])
@@ -145,3 +149,14 @@ def test_a_present_but_damaged_base_is_no_reason_for_a_fallback(served: Hub, her
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="damaged"):
         choose_base(str(here / "model"), "main", [{"base_model": "offline"}])
+
+
+def test_the_command_line_tells_them_apart(here: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lib.cli", "merge", "--output-dir", str(tmp_path / "out")]
+    swapped = [*command, "--base-model", str(here / "adapter"), "--adapter", str(here / "model")]
+    answer = subprocess.run(swapped, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 2 and "is a LoRA adapter (rank 2, for org/model)" in answer.stderr
+    twice = [*command, "--base-model", str(here / "model"), "--adapter", str(here / "model")]
+    answer = subprocess.run(twice, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 2 and "is a full model, not a LoRA adapter" in answer.stderr
+    assert not (tmp_path / "out").exists()

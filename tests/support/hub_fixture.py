@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.models.hub import transport
+from lib.models.hub import huggingface, transport
 from tests.support.hub_server import Hub
 
 
@@ -23,5 +23,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
     monkeypatch.setattr(transport, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(huggingface, "HUB", "http://127.0.0.1:9")  # nobody listens there
     yield server
     server.close()

@@ -47,7 +47,9 @@ def test_adopted_and_said(runs: Callable[[str], Run], foreign: Path) -> None:
     assert read_json(product.path / "adapter_config.json")["base_model_name_or_path"] != "org/other-base"
     assert result.adopted["ranks"] == {"4": result.adopted["modules"]} and result.steps == 0
     stamps = run.stamps()
-    assert any(stamp.startswith("nothing was trained in this run: the adapter") for stamp in stamps)
+    assert any(
+        stamp.startswith("nothing was trained in this run: the adapter (folder foreign) was") for stamp in stamps
+    )
     assert any("names org/other-base as its base model; here it is put on offline" in stamp for stamp in stamps)
     for shown in ("card", "memory", "advice", "curves", "chosen", "speed", "learned"):
         text = getattr(finetuning, shown)(result).data

@@ -27,14 +27,16 @@ from lib.run.files import flush_to_disk, readable_by_group, write_json, write_te
 if TYPE_CHECKING:
     import httpx
 
-_HUB = "https://huggingface.co"
+HUB = "https://huggingface.co"
+"""Where a repository is looked for when HF_ENDPOINT is not set, or its mirror does not have it."""
 _LISTING_FORMAT = 1
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 
 
-def endpoint() -> str:
-    """The address of the hub, or of the mirror that HF_ENDPOINT names."""
-    return (os.environ.get("HF_ENDPOINT") or _HUB).rstrip("/")
+def endpoints() -> list[str]:
+    """Addresses in the order in which they are asked: the mirror that HF_ENDPOINT names, then the hub itself."""
+    mirror = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    return [mirror] if mirror == HUB else [mirror, HUB]
 
 
 def cache() -> Path:
@@ -64,17 +66,29 @@ def fetch(remote: Remote) -> tuple[Path, str]:
         raise unreachable(remote, "HF_HUB_OFFLINE is set")
     from huggingface_hub import get_token
 
-    token = get_token()
+    failures = []
+    for address in endpoints():
+        token = None if failures else get_token()  # a mirror's token is not shown to the hub
+        try:
+            return _fetch_from(address, token, remote, place)
+        except SourceError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _fetch_from(address: str, token: str | None, remote: Remote, place: Path) -> tuple[Path, str]:
+    """From one address; its refusals as sentences."""
+    host = urlsplit(address).hostname
     try:
         with transport.open_client({"Authorization": f"Bearer {token}"} if token else {}) as client:
-            return _download(client, remote, place)
+            return _download(client, address, remote, place)
     except UnreachableError as error:
-        raise unreachable(remote, f"{urlsplit(endpoint()).hostname}: {error}") from None
+        raise unreachable(remote, f"{host}: {error}") from None
     except RefusedError as error:
         raise _explain(remote, error) from None
     except MismatchError as error:
         raise SourceError(
-            f"{remote.words}: {error}, twice.",
+            f"{remote.words}: {error}, twice, from {host}.",
             "the bytes whose hash the hub names.",
             f"set HF_ENDPOINT to another mirror, or set {remote.setting} to a local folder.",
             "its bytes differ from their hash",
@@ -129,9 +143,9 @@ def _read_listing(path: Path) -> list[RemoteFile] | None:
         return None
 
 
-def _download(client: httpx.Client, remote: Remote, place: Path) -> tuple[Path, str]:
+def _download(client: httpx.Client, address: str, remote: Remote, place: Path) -> tuple[Path, str]:
     kind = "datasets" if remote.is_data else "models"
-    api = f"{endpoint()}/api/{kind}/{remote.id}"
+    api = f"{address}/api/{kind}/{remote.id}"
     commit = remote.revision
     if not COMMIT.fullmatch(commit):
         info, _ = transport.get_json(client, f"{api}/revision/{quote(commit, safe='')}")
@@ -143,7 +157,7 @@ def _download(client: httpx.Client, remote: Remote, place: Path) -> tuple[Path, 
     blobs = {file: place / "blobs" / (file.sha256 or file.git or "") for file in chosen}
     missing = [file for file in chosen if not blobs[file].is_file()]
     require_room(remote, sum(_left(file, blobs[file]) for file in missing), place, "HF_HOME")
-    base = f"{endpoint()}/{'datasets/' if remote.is_data else ''}{remote.id}/resolve/{commit}"
+    base = f"{address}/{'datasets/' if remote.is_data else ''}{remote.id}/resolve/{commit}"
     with Progress(f"downloading {remote.id}, bytes", sum(_left(file, blobs[file]) for file in missing)) as progress:
         for file in missing:
             _blob(client, f"{base}/{quote(file.path)}", file, blobs[file], progress)
