@@ -31,7 +31,7 @@ class Settings(BaseModel):
     force: bool = Field(False, description="redo the stage even if it is finished and unchanged")
     seed: int = Field(42, ge=0, le=2**31 - 1, description="seed of splits, training order and resampling")
 
-    dataset: str = Field(SAMPLE_DATASET, min_length=1, description="'sample', a file, a folder, or a hub data set id")
+    dataset: str = Field(SAMPLE_DATASET, min_length=1, description="'sample', file, folder, hub id, modelscope:id")
     text_column: str = Field("", description="column with the text; empty = find it")
     label_column: str = Field("", description="column with the label; empty = find it")
     label_names: list[str] = Field(["负面", "正面"], min_length=2, description="answer words for label 0, 1, …")
@@ -43,8 +43,8 @@ class Settings(BaseModel):
         "判断下面这段评论的情感倾向，只回答负面或正面。\n评论：{text}",
         description="user turn; {text} is the row's text",
     )
-    base_model: str = Field(OFFLINE_BASE, min_length=1, description="'offline', a local folder, or a hub model id")
-    revision: str = Field("main", min_length=1, description="commit, branch or tag of a hub model or data set")
+    base_model: str = Field(OFFLINE_BASE, min_length=1, description="'offline', folder, hub id, modelscope:id")
+    revision: str = Field("main", min_length=1, description="commit, branch or tag of an id; id@revision for one alone")
     fallbacks: list[dict[str, str | int]] = Field(
         [], description="sources tried in order when base_model or dataset cannot be had: {base_model: …}, {dataset: …}"
     )

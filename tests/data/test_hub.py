@@ -200,3 +200,38 @@ def test_the_hotel_set_never_passes_for_chnsenticorp(hub: Hub, shared_data: Path
     chosen = choose_data(settings(dataset="gone/ChnSentiCorp", fallbacks=[entry]))
     assert "ChnSentiCorp_htl_all" in chosen.notes[0] and chosen.notes[1] == HOTELS.stamp
     assert read_table(str(shared_data / "chnsenticorp")).known is None
+
+
+@pytest.mark.parametrize("place", ["", "modelscope:"])
+def test_a_base_of_a_hub_is_pinned_for_the_whole_run(
+    hub: Hub,  # noqa: F811
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """01 writes the resolved commit; later notebooks find that very model, without a network and after a change."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from lib.models.offline import TokenizerRecipe, train_tokenizer
+    from lib.models.resolving import base_of
+
+    lines = [
+        f"第{i}间房间很{'好' if i % 2 else '差'}，早餐{'丰富' if i % 2 else '难吃'}{i * 37 % 101}" for i in range(120)
+    ]
+    model = tmp_path / "model"
+    shape = {"vocab_size": 600, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(model)
+    train_tokenizer(lines, ["负面", "正面"], model, TokenizerRecipe(512))
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    commit = hub.add("models", "org/base", files)
+    file = tmp_path / "own.csv"
+    file.write_bytes(csv(*lines))
+    run = open_run("t")
+    facts = prepare(settings(dataset=str(file), base_model=f"{place}org/base"), run).product.entry.facts
+    assert facts["base_model"] == f"{place}org/base" and not facts["offline_base"]
+    assert facts["base_revision"] == commit or facts["base_revision"].startswith("sha256:")
+    hub.add("models", "org/base", {**files, "README.md": b"changed"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.requests.clear()
+    base = base_of(run)
+    assert base.revision == facts["base_revision"] and (base.path / "config.json").is_file() and hub.requests == []
