@@ -20,6 +20,7 @@ from lib.quantizing import recipes
 from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, predict_sizes, quantize_predicted, require_matrix
 from lib.quantizing.options import Options
+from lib.run.child import StoppedError
 from lib.run.files import require_space
 
 _MEMORY_PER_CHILD = 768 << 20
@@ -93,45 +94,72 @@ def run_jobs(
         BaseException: the first that a job raised, or that interrupted the caller (Ctrl-C, SIGTERM); every child is
             ended and no half file is left by then.
     """
-    if not jobs:
-        return []
-    slots = Slots.choose(len(jobs), n_threads)
-    stop = threading.Event()
-    board = _Board(len(jobs), slots)
-    order = sorted(range(len(jobs)), key=lambda place: -recipes.work(jobs[place].prediction["histogram"]))
-    reports: dict[int, QuantizationReport] = {}
+    return _Crew(source, jobs, options, Slots.choose(len(jobs), n_threads), done).run() if jobs else []
 
-    def make(place: int) -> QuantizationReport:
-        job = jobs[place]
-        name = job.prediction["type"]
-        heard = board.listener(name)
+
+class _Crew:
+    """The threads that make the files of one ladder, each by one child process after another."""
+
+    def __init__(
+        self,
+        source: Path,
+        jobs: Sequence[Job],
+        options: Options,
+        slots: Slots,
+        done: Callable[[QuantizationReport], None],
+    ) -> None:
+        self._source, self._jobs, self._options, self._slots, self._done = source, jobs, options, slots, done
+        self._stop = threading.Event()
+        self._board = _Board(len(jobs), slots)
+        self._reports: dict[int, QuantizationReport] = {}
+        self._waiting: dict[Future[QuantizationReport], int] = {}
+
+    def run(self) -> list[QuantizationReport]:
+        order = sorted(
+            range(len(self._jobs)), key=lambda place: -recipes.work(self._jobs[place].prediction["histogram"])
+        )
+        pool = ThreadPoolExecutor(self._slots.files, thread_name_prefix="quantizing")
         try:
-            return quantize_predicted(source, job.output, job.prediction, options, slots.threads, stop, heard)
+            with self._board:
+                for place in order:
+                    self._waiting[pool.submit(self._make, place)] = place
+                for future in list(self._waiting):
+                    future.add_done_callback(self._ended)
+                while self._waiting:
+                    finished, _ = wait(self._waiting, _REFRESH, FIRST_COMPLETED)
+                    for future in sorted(finished, key=lambda f: isinstance(f.exception(), StoppedError)):
+                        self._take(future)  # the error that stopped the others comes before theirs
+                    self._board.show(len(finished))
         finally:
-            board.forget(name)
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future in [f for f in self._waiting if not f.cancelled() and f.exception() is None]:
+                self._take(future)  # complete before the others were stopped
+        return [self._reports[place] for place in range(len(self._jobs))]
 
-    def take(future: Future[QuantizationReport]) -> None:
-        place = waiting[future]
-        reports[place] = future.result()
-        del waiting[future]
-        done(reports[place])
+    def _make(self, place: int) -> QuantizationReport:
+        job = self._jobs[place]
+        name = job.prediction["type"]
+        if self._stop.is_set():
+            raise StoppedError(name)
+        heard = self._board.listener(name)
+        threads = self._slots.threads
+        try:
+            return quantize_predicted(
+                self._source, job.output, job.prediction, self._options, threads, self._stop, heard
+            )
+        finally:
+            self._board.forget(name)
 
-    pool = ThreadPoolExecutor(slots.files, thread_name_prefix="quantizing")
-    waiting: dict[Future[QuantizationReport], int] = {}
-    try:
-        with board:
-            waiting |= {pool.submit(make, place): place for place in order}
-            while waiting:
-                finished, _ = wait(waiting, _REFRESH, FIRST_COMPLETED)
-                for future in finished:
-                    take(future)
-                board.show(len(finished))
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-        for future in [f for f in waiting if not f.cancelled() and f.exception() is None]:
-            take(future)  # complete before the others were stopped
-    return [reports[place] for place in range(len(jobs))]
+    def _ended(self, future: Future[QuantizationReport]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            self._stop.set()
+
+    def _take(self, future: Future[QuantizationReport]) -> None:
+        place = self._waiting[future]
+        self._reports[place] = future.result()
+        del self._waiting[future]
+        self._done(self._reports[place])
 
 
 class _Board:

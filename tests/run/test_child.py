@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
-from lib.run.child import run_child
+from lib.run.child import StoppedError, run_child
 
 HERE = "tests.run.test_child"
 
@@ -48,6 +49,14 @@ def count(argument: dict) -> dict:
     with Progress("counting", 3) as progress:
         for _ in range(3):
             progress.advance()
+    return {}
+
+
+def slow_count(argument: dict) -> dict:
+    with Progress("counting", 2, every=0.0) as progress:
+        progress.advance()
+        time.sleep(0.5)
+        progress.advance()
     return {}
 
 
@@ -112,3 +121,34 @@ def test_progress_goes_to_the_progress_file(tmp_path, monkeypatch):
     monkeypatch.setenv(PROGRESS_FILE_VARIABLE, str(tmp_path / "progress"))
     run_child(f"{HERE}:count", {}, "counting")
     assert "counting: 3 done" in (tmp_path / "progress").read_text()
+
+
+def test_several_children_are_stopped_together(tmp_path):
+    stop, ended = threading.Event(), []
+
+    def work(name):
+        try:
+            run_child(f"{HERE}:sleep", {"pid_file": str(tmp_path / name)}, name, stop=stop)
+        except StoppedError:
+            ended.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in ("a", "b")):
+        time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(ended) == ["a", "b"]
+    for name in ("a", "b"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+
+
+def test_newest_line_of_progress_is_heard(monkeypatch, tmp_path):
+    monkeypatch.setenv(PROGRESS_FILE_VARIABLE, str(tmp_path / "all.txt"))
+    heard = []
+    run_child(f"{HERE}:slow_count", {}, "counting", heard=heard.append)
+    assert any("counting: 1/2" in line for line in heard)
+    assert not (tmp_path / "all.txt").exists()
