@@ -97,10 +97,15 @@ def _speed(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Any]:
 
     ids = torch.tensor([list(prompt)], device=model.device)
 
+    def seconds_since(started: float) -> float:
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     def read() -> tuple[float, Any]:
         started = time.perf_counter()
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return time.perf_counter() - started, output
+        return seconds_since(started), output
 
     def write() -> float:
         _, output = read()
@@ -108,7 +113,7 @@ def _speed(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Any]:
         for _ in range(GENERATED_TOKENS):
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        return time.perf_counter() - started
+        return seconds_since(started)
 
     with torch.inference_mode():
         prompts, written = repeat(lambda: read()[0]), repeat(write)

@@ -41,6 +41,10 @@ class Format:
         except metadata.PackageNotFoundError:
             return None
 
+    def maker(self) -> str:
+        """The package that makes it, with its version."""
+        return f"{self.made_by} {self.version()}" if self.made_by else "transformers"
+
 
 _SKIPPED = "The token embedding and the output layer stay in 16 bits."
 

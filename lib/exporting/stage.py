@@ -10,13 +10,14 @@ from typing import Any
 from lib.errors import InputError
 from lib.exporting.card import snippet, write_card
 from lib.exporting.formats import FORMATS, Format
+from lib.exporting.keeping import SUMMARY, Kept, finished, take_over
 from lib.models.prompting import Task, encode
 from lib.run import Product, Run, Work
 from lib.run.child import run_child
 from lib.run.files import read_json, read_jsonl, require_space, write_json
+from lib.run.manifest import hash_folder
 from lib.settings import Settings
 
-SUMMARY = "exports.json"
 CALIBRATION_ROWS = 128
 """Training rows that GPTQ is calibrated on, evenly spaced."""
 
@@ -43,8 +44,9 @@ class ExportsResult:
 def export(settings: Settings, run: Run) -> ExportsResult:
     """Make the product `exports` from `merged`, or skip it when nothing changed.
 
-    A format whose package is absent, or that fails in its process, is skipped with the reason; a package that comes or
-    goes makes the stage run again.
+    Formats of the former product, or of an interrupted try, are taken over if they were made from the same model by
+    the same package. A format whose package is absent, or that fails in its process, is skipped with the reason; a
+    package that comes or goes makes the stage run again.
 
     Raises:
         InputError: a missing product, too little room.
@@ -53,44 +55,73 @@ def export(settings: Settings, run: Run) -> ExportsResult:
     formats = [FORMATS[name] for name in settings.export_formats]
     product = run.produce(
         "exports",
-        lambda work: _build(run, work, formats),
+        lambda work: _build(settings, run, work, formats),
         parameters={**settings.pick("export_formats"), "export_libraries": {f.name: f.version() for f in formats}},
         inputs=("data", "merged"),
         force=settings.force,
+        keep_partial=True,
     )
     content = read_json(product.path / SUMMARY)
     return ExportsResult(product, tuple(content["made"]), tuple(content["skipped"]))
 
 
-def _build(run: Run, work: Work, formats: list[Format]) -> None:
+def _build(settings: Settings, run: Run, work: Work, formats: list[Format]) -> None:
     data, merged = run.require("data"), run.require("merged")
+    inputs = {"data": data.entry.digest, "merged": merged.entry.digest}
+    kept = {} if settings.force else finished(run, work, inputs)
+    missing = [wanted for wanted in formats if wanted.name not in kept]
     weights = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
-    require_space(run.folder, weights * len(formats), f"{len(formats)} exported models")
+    require_space(run.folder, weights * len(missing), f"{len(missing)} exported models")
     task = Task.from_json(read_json(data.path / "task.json"))
-    argument = {"source": str(merged.path.resolve()), **(_token_ids(data.path, task) if formats else {})}
-    example = snippet(task, read_jsonl(data.path / "validation.jsonl")[0]["text"])
-    facts = merged.entry.facts
-    lineage = (
-        f"A LoRA adapter merged into `{facts['base_model']}` (revision `{facts['base_revision']}`), then exported."
-    )
+    argument = {"source": str(merged.path.resolve()), **(_token_ids(data.path, task) if missing else {})}
     entries = run.manifest.entries()
-    notes = [note for name in ("data", "adapter", "merged") if name in entries for note in entries[name].notes]
-    made: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
+    card = {
+        "code": snippet(task, read_jsonl(data.path / "validation.jsonl")[0]["text"]),
+        "lineage": _lineage(merged.entry.facts),
+        "notes": [note for name in ("data", "adapter", "merged") if name in entries for note in entries[name].notes],
+    }
+    content: dict[str, list[dict[str, Any]]] = {"made": [], "skipped": []}
     for place, wanted in enumerate(formats, 1):
-        folder = work.folder / wanted.name
-        record, reason = _make(wanted, folder, argument, f"exporting {wanted.name} ({place} of {len(formats)})")
-        if reason is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            skipped.append({"format": wanted.name, "reason": reason})
-            continue
-        write_card(folder, wanted, record, example, lineage, notes)
-        made.append(record)
-    write_json(work.folder / SUMMARY, {"made": made, "skipped": skipped})
+        record = _kept_or_made(wanted, work.folder, kept, argument, card, f"({place} of {len(formats)})")
+        content["skipped" if "reason" in record else "made"].append(record)
+        write_json(work.folder / SUMMARY, content)
+    _leave_only(work.folder, content)
     keys = ("bytes", "bits_per_weight", "seconds", "peak_memory_mib")
-    work.metrics |= {record["format"]: {key: record[key] for key in keys} for record in made}
-    work.facts |= {"made": [record["format"] for record in made], "skipped": skipped}
-    work.notes += [f"export format {skip['format']} skipped: {skip['reason']}" for skip in skipped]
+    work.metrics |= {record["format"]: {key: record[key] for key in keys} for record in content["made"]}
+    work.facts |= {"skipped": content["skipped"], "reused": [f.name for f in formats if f.name in kept]}
+    work.notes += [f"export format {skip['format']} skipped: {skip['reason']}" for skip in content["skipped"]]
+
+
+def _lineage(facts: dict[str, Any]) -> str:
+    base = f"`{facts['base_model']}` (revision `{facts['base_revision']}`)"
+    return f"A LoRA adapter merged into {base}, then exported."
+
+
+def _kept_or_made(
+    wanted: Format, parent: Path, kept: Kept, argument: dict[str, Any], card: dict[str, Any], place: str
+) -> dict[str, Any]:
+    """The record of a format, with its "files"; {"format", "reason"} where it was skipped and nothing is left of it."""
+    folder = parent / wanted.name
+    if wanted.name in kept:
+        old, record = kept[wanted.name]
+        take_over(old, folder)
+        return record
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
+    record, reason = _make(wanted, folder, argument, f"exporting {wanted.name} {place}")
+    if reason is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return {"format": wanted.name, "reason": reason}
+    write_card(folder, wanted, record, **card)
+    return {**record, "files": hash_folder(folder)}
+
+
+def _leave_only(folder: Path, content: dict[str, list[dict[str, Any]]]) -> None:
+    """Remove what an interrupted try with other luck left; write the summary of a run without formats."""
+    write_json(folder / SUMMARY, content)
+    made = {record["folder"] for record in content["made"]}
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in made:
+            shutil.rmtree(path)
 
 
 def _token_ids(data: Path, task: Task) -> dict[str, Any]:
@@ -124,7 +155,7 @@ def _make(wanted: Format, folder: Path, argument: dict[str, Any], what: str) -> 
     return {
         "format": wanted.name,
         "title": wanted.title,
-        "made_by": f"{wanted.made_by} {wanted.version()}" if wanted.made_by else "transformers",
+        "made_by": wanted.maker(),
         "folder": wanted.name,
         "bytes": answer["weight_bytes"],
         "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],

@@ -35,12 +35,14 @@ def skipped(formats: Iterable[Mapping[str, str]]) -> str:
 
 def compared(files: Iterable[Mapping[str, Any]], formats: Iterable[Mapping[str, str]]) -> str:
     """What stands in the tables of 07 beside GGUF files, and what is not there."""
-    folders = [entry["type"] for entry in files if entry["kind"] == "folder"]
+    entries = [entry for entry in files if entry["kind"] == "folder"]
+    folders = [entry["type"] for entry in entries]
     if folders:
+        where = ", ".join(dict.fromkeys(entry["device"] for entry in entries))
         text = (
             f"{', '.join(folders)}: folders for transformers, made in 06 from the same merged model and scored by the "
-            "same scorer on the same token ids; MB are those of their weights, without the tokenizer that a GGUF file "
-            "contains. llama.cpp does not run them, so the recommendation leaves them out."
+            f"same scorer on the same token ids (on: {where}); MB are those of their weights, without the "
+            "tokenizer that a GGUF file contains. llama.cpp does not run them, so the recommendation leaves them out."
         )
     else:
         text = "Only GGUF files were compared."

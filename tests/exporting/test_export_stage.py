@@ -50,11 +50,53 @@ def test_made_skipped_and_made_when_the_library_comes(run: Run, monkeypatch: pyt
     again = export(settings("bf16", "nf4", "gptq"), run)
     assert not again.product.made and again.made == result.made and again.skipped == result.skipped
 
-    monkeypatch.setattr(export_stage.Format, "version", lambda self: "99")  # as if it had been installed since
-    monkeypatch.setattr(export_stage, "_make", lambda wanted, *_: ({}, "not made in this test"))
-    later = export(settings("bf16", "nf4", "gptq"), run)
+    tried: list[str] = []
+
+    def refuses(wanted: export_stage.Format, *_: object) -> tuple[dict, str]:
+        tried.append(wanted.name)
+        return {}, "not made here"
+
+    monkeypatch.setattr(export_stage, "_make", refuses)
+    fewer = export(settings("gptq"), run)  # taken over
+    assert fewer.made == (gptq,) and fewer.product.entry.facts["reused"] == ["gptq"] and tried == []
+    assert [path.name for path in fewer.product.path.iterdir() if path.is_dir()] == ["gptq"]
+    assert type(load_as_saved(fewer.product.path / "gptq")).__name__ == "Qwen2ForCausalLM"
+    monkeypatch.setattr(export_stage.Format, "version", lambda self: "99")  # another llm-compressor
+    later = export(settings("gptq"), run)
     assert later.product.made and "export_libraries" in later.product.message
-    assert [skip["format"] for skip in later.skipped] == ["bf16", "nf4", "gptq"]
+    assert tried == ["gptq"] and later.made == ()
+
+
+def test_an_interrupted_export_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def answers(function: str, argument: dict, what: str) -> dict:
+        if argument["format"] == "bf16" and made == ["fp16"]:
+            Path(argument["output"], "half").mkdir(parents=True)
+            raise KeyboardInterrupt
+        made.append(argument["format"])
+        Path(argument["output"]).mkdir()
+        Path(argument["output"], "model.safetensors").write_bytes(b"x")
+        check = {"mean_kld": 0.0, "same_top": 1.0, "positions": 1}
+        sizes = {"weight_bytes": 1, "tensor_bytes": 2, "weights": 1}
+        return {**sizes, "memory_mib": 1.0, "seconds": 0.1, "check": check}
+
+    monkeypatch.setattr(export_stage, "run_child", answers)
+    with pytest.raises(KeyboardInterrupt):
+        export(settings("fp16", "bf16"), run)
+    assert "exports" not in run.manifest.entries() and not (run.folder / "exports").exists()
+    made.append("interrupted")
+    result = export(settings("fp16", "bf16"), run)
+    assert made == ["fp16", "interrupted", "bf16"] and result.product.entry.facts["reused"] == ["fp16"]
+    assert sorted(path.name for path in (run.folder / "exports" / "bf16").iterdir()) == [
+        "README.md",
+        "model.safetensors",
+    ]
+    forced = Settings(run_name="tiny", export_formats=["fp16"], force=True)
+    export(forced, run)
+    assert made[-1] == "fp16"
+    (run.folder / "exports" / "fp16" / "model.safetensors").write_bytes(b"y")  # damaged: made again
+    assert export(settings("fp16"), run).product.made and made[-2:] == ["fp16", "fp16"]
 
 
 def test_no_format_is_asked_for(run: Run) -> None:
@@ -83,7 +125,7 @@ def test_a_library_that_fails_is_skipped_and_leaves_nothing(
     if isinstance(error, RuntimeError):  # what needs no further package must not fail
         with pytest.raises(RuntimeError, match="no group fits"):
             export(settings("bf16"), run)
-        assert not (run.folder / ".exports.part").exists()
+        assert "exports" in run.manifest.entries()  # the former product stays
 
 
 def test_without_a_merged_model(home: Path, base: Path) -> None:

@@ -81,7 +81,7 @@ def test_triangles_are_explained_only_where_there_are_some() -> None:
 
 def test_formats_that_were_skipped_are_named_with_the_reason() -> None:
     gone = [{"format": "gptq", "reason": "llmcompressor not installed"}]
-    files = [{"type": "Q8_0", "kind": "gguf"}, {"type": "nf4", "kind": "folder"}]
+    files = [{"type": "Q8_0", "kind": "gguf"}, {"type": "nf4", "kind": "folder", "device": "cpu"}]
     assert "**gptq** (llmcompressor not installed)" in format_rows.skipped(gone)
     words = format_rows.compared(files, gone)
     assert words.startswith("nf4: folders for transformers") and "gptq" in words and "recommendation leaves" in words
