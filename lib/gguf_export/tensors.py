@@ -67,7 +67,7 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[model.name], model.blocks
     )
     wanted = gguf.GGMLQuantizationType[outtype.upper()]
-    plan = []
+    plan = [_rope_tensor(factors)] if (factors := rope_factors(model.config)) is not None else []
     for name, source in weights.tensors.items():
         if name.endswith(_IGNORED):
             continue
@@ -87,14 +87,15 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         block, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes = source.size // block * size
         plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, model.heads_of(name)))
-    if (factors := rope_factors(model.config)) is not None:
-        plan.append(
-            PlannedTensor(
-                "rope_freqs.weight", gguf.GGMLQuantizationType.F32, factors.shape, factors.nbytes, None, 0, factors
-            )
-        )
     _complete(plan, weights, model)
     return plan
+
+
+def _rope_tensor(factors: np.ndarray) -> PlannedTensor:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.F32
+    return PlannedTensor("rope_freqs.weight", kind, factors.shape, factors.nbytes, None, values=factors)
 
 
 def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) -> None:

@@ -130,20 +130,24 @@ def _plain(folder: Path, stored: dict[str, Any]) -> Tokenizer | None:
 
 
 def _transformers(folder: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        backend = tokenizer.backend_tokenizer
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _as_transformers_reads_it(folder)
+    except BaseException as error:  # a malformed tokenizer.json gives a bare Exception, or a panic of the Rust code
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the tokenizer in {folder} ({reason}).", "a fast tokenizer.", "save it again.") from None
-    except Exception as error:  # tokenizers raises bare Exception on a malformed tokenizer.json
-        raise InputError(f"the tokenizer in {folder} ({error}).", "a fast tokenizer.", "save it again.") from None
+
+
+def _as_transformers_reads_it(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = []
     for number, token in tokenizer.added_tokens_decoder.items():
         text = token.content
         if not token.normalized:  # llama.cpp expects the text as it comes out of the tokenizer
             text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
         added.append(AddedToken(number, token.content, token.special, text))
-    return Tokenizer(tokenizer.get_vocab(), added, tokenizer.encode(CHECK_TEXT), json.loads(backend.to_str()))
+    return Tokenizer(tokenizer.get_vocab(), added, tokenizer.encode(CHECK_TEXT), backend)

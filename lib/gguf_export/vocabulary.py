@@ -221,15 +221,19 @@ def _unknown_processor(kind: str, folder: Path) -> InputError:
     )
 
 
+def _template_names(template: list[dict[str, Any]]) -> list[str]:
+    """Special tokens, and A and B for the texts between them."""
+    return [str((part.get("SpecialToken") or part.get("Sequence") or {}).get("id")) for part in template]
+
+
 def _follow_template(
     processor: dict[str, Any], settings: dict[str, Any], names: dict[str, Any], add: dict[str, bool], folder: Path
 ) -> None:
     """The one template that causal models use: `start text`, and for two texts `start text start text`."""
-    single, pair = processor.get("single", []), processor.get("pair", [])
-    start = single[0].get("SpecialToken", {}).get("id") if len(single) == 2 and "Sequence" in single[1] else None
-    ends = (names["eos_token"], names["sep_token"])
-    usual = pair in ([], [*single, pair[-1]], [*single, single[0], pair[-1]]) if pair else True
-    if not start or start in ends or not usual:
+    single, pair = (_template_names(processor.get(key, [])) for key in ("single", "pair"))
+    start = single[0] if len(single) == 2 and single[1] == "A" else None
+    usual = pair in ([], [start, "A", "B"], [start, "A", start, "B"])
+    if not start or start in (names["eos_token"], names["sep_token"]) or not usual:
         raise _unknown_processor("TemplateProcessing of an unusual form", folder)
     bos, cls = settings.get("bos_token") or settings.get("cls_token"), settings.get("cls_token")
     if start not in (bos, cls):  # compared as written, as the official converter does

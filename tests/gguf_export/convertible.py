@@ -41,8 +41,12 @@ def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE of Qwen2's structure with 256 byte tokens, 8 merges and 4 added tokens."""
+def write_tokenizer(folder: Path, start: str = "") -> None:
+    """Byte-level BPE of Qwen2's structure with 256 byte tokens, 8 merges and 4 added tokens.
+
+    Args:
+        start: token that is put before every text, as Llama 3's tokenizer does.
+    """
     tokens = byte_tokens()
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "t"), ("1", "2"), ("ä", "½"), ("å", "¥"), ("!", "!")]
     vocabulary = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in merges)])}
@@ -53,6 +57,17 @@ def write_tokenizer(folder: Path) -> None:
         for i, (token, special) in enumerate(ADDED)
     ]
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": start, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            {"SpecialToken": {"id": start, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": start, "type_id": 1}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {start: {"id": start, "ids": [264], "tokens": [start]}},
+    }
     _json(
         folder / "tokenizer.json",
         {
@@ -62,7 +77,7 @@ def write_tokenizer(folder: Path) -> None:
             "added_tokens": added,
             "normalizer": {"type": "NFC"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-            "post_processor": level,
+            "post_processor": {"type": "Sequence", "processors": [level, template]} if start else level,
             "decoder": level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": [list(pair) for pair in merges]},
         },
@@ -71,13 +86,13 @@ def write_tokenizer(folder: Path) -> None:
     _json(
         folder / "tokenizer_config.json",
         {
-            "tokenizer_class": "Qwen2Tokenizer",
+            "tokenizer_class": "PreTrainedTokenizerFast" if start else "Qwen2Tokenizer",
             "added_tokens_decoder": decoder,
-            "bos_token": None,
+            "bos_token": start or None,
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "unk_token": None,
-            "add_bos_token": False,
+            **({} if start else {"add_bos_token": False}),
             "model_max_length": 4096,
         },
     )
@@ -86,7 +101,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def _tensors(kind: str, tied: bool, width: int, vocabulary: int) -> dict[str, np.ndarray]:
     heads, hidden = 4, 96
-    head = width // heads if kind == "qwen2" else 32
+    head = 32 if kind == "qwen3" else width // heads
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, width),
         "model.norm.weight": (width,),
@@ -99,7 +114,7 @@ def _tensors(kind: str, tied: bool, width: int, vocabulary: int) -> dict[str, np
             shapes[f"{p}self_attn.{name}_proj.weight"] = (rows, width)
             if kind == "qwen2":
                 shapes[f"{p}self_attn.{name}_proj.bias"] = (rows,)
-            elif name != "v":
+            elif kind == "qwen3" and name != "v":
                 shapes[f"{p}self_attn.{name}_norm.weight"] = (head,)
         shapes[f"{p}self_attn.o_proj.weight"] = (width, heads * head)
         shapes |= {f"{p}mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
@@ -116,9 +131,10 @@ def write_model(
     width: int = 64,
     dtype: str = "bfloat16",
     card: bool = False,
+    start: str = "",
     **config: Any,
 ) -> Path:
-    """A whole model folder; `config` replaces keys of config.json."""
+    """A whole model folder; `start`: see `write_tokenizer`; `config` replaces keys of config.json."""
     import torch
     from safetensors.torch import save_file
 
@@ -142,7 +158,7 @@ def write_model(
     _json(
         folder / "config.json",
         {
-            "architectures": ["Qwen2ForCausalLM" if kind == "qwen2" else "Qwen3ForCausalLM"],
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
             "model_type": kind,
             "hidden_size": width,
             "intermediate_size": 96,
@@ -165,7 +181,7 @@ def write_model(
         folder / "generation_config.json",
         {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1, "do_sample": True},
     )
-    write_tokenizer(folder)
+    write_tokenizer(folder, start)
     if card:
         (folder / "README.md").write_text(CARD)
     return folder

@@ -19,6 +19,7 @@ from lib.errors import InputError
 from lib.gguf_export import architecture, converting
 from lib.gguf_export import tokenizer as tokenizer_module
 from lib.gguf_export.converting import convert
+from lib.gguf_export.official import convert_officially
 from lib.gguf_export.tensors import PlannedTensor, encode
 from lib.gguf_export.tokenizer import Tokenizer, has_qwen2_structure, read_tokenizer
 from lib.gguf_export.verifying import metadata_table, verify
@@ -33,6 +34,18 @@ MODELS = {
     "Long-Context": {
         "kind": "qwen3",
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
+    },
+    "Small-Llama": {"kind": "llama", "tied": False, "head_dim": 16, "shards": 2},
+    "Llama-3-Like": {
+        "kind": "llama",
+        "start": "<|endoftext|>",
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
     },
 }
 # SHA-256 of the output of convert_hf_to_gguf.py from the llama.cpp inside llama-cpp-python 0.3.36 (vendor/llama.cpp),
@@ -52,6 +65,14 @@ GOLDEN = {
     ("Odd-Width", "f16"): "60a1021a0cb73cc4d266bec79d79729d5b45d8d09e48175b18b5eaf8b59ff267",
     ("Odd-Width", "bf16"): "ead17e5675d8ff52abe494afc5d24be39a380653340e0dd295dd5c264a4e10ee",
     ("Odd-Width", "q8_0"): "1748b78db713a826d33ba65a115eb0b94c4ad8369a942dcabc618c88df9d1d6c",
+    ("Small-Llama", "f32"): "49a0d23f09214f366d57d953584271739670300a6146a52745a082159e896b1b",
+    ("Small-Llama", "f16"): "05f6007385f3bdfcefab17404e7cc0747d71e178a84a27b0d690b8ea787dc14f",
+    ("Small-Llama", "bf16"): "a3cb33f7473bf7a76ae30311395251271bd2f53bcef2b1314f00692ca4697c28",
+    ("Small-Llama", "q8_0"): "16de1ceb1f7ade4e138c638cfdc27384a1b6cf6eac5f5cf683e94d199f70edeb",
+    ("Llama-3-Like", "f32"): "761b9d1ea5642e94ea99145ce6cee420b400c214816f91233907af769a152b1f",
+    ("Llama-3-Like", "f16"): "0bc6d6df1a3baea8ee276055d5e9d58db0ff192c47a363fb468b48136d91c5a0",
+    ("Llama-3-Like", "bf16"): "4a674d9753478078d084e03b65e310debe0a217a26a651ff1edc130aabd6753d",
+    ("Llama-3-Like", "q8_0"): "996f499ade2f2184cad734689c8f8d3129b62ad309d1cd277044144ed053ea8f",
     ("Long-Context", "bf16"): "55d3499ad189d1615b376fa0651f33a2266fbc9160f03ce80db9ffc2125ba86c",
 }
 
@@ -124,6 +145,72 @@ def test_real_tokenizers(name: str, shared_data: Path, tmp_path: Path, no_load: 
     if os.environ.get("WORKBOOK_LLAMA_CPP"):
         official(checkout(), folder, tmp_path / "official.gguf", "f16", patched=False)
         assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "official.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("size", "factor"), [(64, 32.0), (128, 8.0)])
+def test_rope_factors_of_llama_3(size: int, factor: float) -> None:
+    """Bit for bit those of transformers, whose inverse frequencies are the plain ones divided by these."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    config = LlamaConfig(hidden_size=4 * size, num_attention_heads=4, max_position_embeddings=131072)
+    config.rope_parameters = rope
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / (500000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+    factors = architecture.rope_factors({"rope_parameters": rope, "head_dim": size})
+    assert factors is not None and factors.dtype == np.float32
+    np.testing.assert_allclose(plain.numpy() / factors, scaled.numpy(), rtol=3e-7)
+    assert architecture.rope_factors({"rope_theta": 1e6, "head_dim": size}) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p["single"].append({"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}),
+        lambda p: p["single"].pop(0),
+        lambda p: p["pair"].pop(),
+        lambda p: p["single"][0]["SpecialToken"].update(id="<|im_end|>"),
+    ],
+)
+def test_unusual_templates(change: Callable[[dict], object], tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", **MODELS["Llama-3-Like"])
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(stored["post_processor"]["processors"][1])
+    (folder / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    refused(folder, tmp_path, "post-processor TemplateProcessing|the tokenizer in")
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", **MODELS["Small-Llama"])
+    (folder / "tokenizer.model").write_bytes(b"")
+    refused(folder, tmp_path, "SentencePiece tokenizer")
+
+
+def test_official_script(copy: Path, tmp_path: Path) -> None:
+    """--llama-cpp DIR: the script's file is published; its failure leaves nothing and says why."""
+    folder = tmp_path / "checkout"
+    with pytest.raises(InputError, match=r"no convert_hf_to_gguf\.py"):
+        convert_officially(copy, tmp_path / "out.gguf", "f16", folder)
+    folder.mkdir()
+    made = tmp_path / "made.gguf"
+    convert(copy, made, "f16")
+    script = folder / "convert_hf_to_gguf.py"
+    script.write_text(f"import shutil, sys\nshutil.copyfile({str(made)!r}, sys.argv[sys.argv.index('--outfile') + 1])")
+    report = convert_officially(copy, tmp_path / "out.gguf", "f16", folder)
+    assert (tmp_path / "out.gguf").read_bytes() == made.read_bytes()
+    assert report["architecture"] == "qwen2" and report["tensors"] == 26 and str(folder) in report["converter"]
+    for text, match in (
+        ("import no_such_module_", "ModuleNotFoundError.*its requirements"),
+        ("import sys; sys.exit('Model X is not supported')", "Model X is not supported"),
+        ("import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'wb').write(b'GGUF')", "llama.cpp refuses|last"),
+    ):
+        script.write_text(text)
+        (tmp_path / "output").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=match):
+            convert_officially(copy, tmp_path / "output" / "out.gguf", "f16", folder)
+        assert not list((tmp_path / "output").iterdir())
 
 
 def test_metadata(model: Callable[[str], Path], tmp_path: Path, no_load: None) -> None:
