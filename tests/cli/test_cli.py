@@ -42,7 +42,7 @@ def test_help_is_instant_and_names_every_command() -> None:
         answer = workbook("--help")
         best = min(best, time.monotonic() - started)
     assert answer.returncode == 0
-    for command in ("doctor", "report", "merge", "convert", "quantize", "evaluate", "compare", "params"):
+    for command in ("doctor", "inspect", "report", "merge", "convert", "quantize", "evaluate", "compare", "params"):
         assert f"  {command} " in answer.stdout
     loaded = "import lib.cli.app, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"
@@ -58,6 +58,10 @@ REFUSED = {
     "no data": (("evaluate", "x.gguf"), "neither --data nor --run"),
     "no run": (("evaluate", "x.gguf", "--run", "nope"), "run notebooks/01_data.ipynb first"),
     "no such model": (("convert", "nope", "x.gguf"), "nope"),
+    "single tensor": (("quantize", "x.gguf", "y.gguf", "Q8_0", "--tensor-type", "attn_v"), "REGEX=TYPE"),
+    "tensor types of a run": (("report", "params/quick.yaml", "-p", "tensor_types", "attn_v=Q4_K_M"), "REGEX=TYPE"),
+    "imatrix of a run": (("report", "params/quick.yaml", "-p", "ladder", "IQ2_XS"), "need an importance matrix"),
+    "one file for two types": (("quantize", "x.gguf", "y.gguf", "Q8_0", "Q4_0"), "a folder for several types"),
     "no such gguf": (("quantize", "nope.gguf", "x.gguf", "Q4_K_M"), "nope.gguf"),
 }
 
@@ -169,3 +173,16 @@ def test_doctor_examines_this_machine() -> None:
 def test_tables_align_chinese() -> None:
     assert width("负面ok") == 6
     assert table([{"a": "负面", "b": 0.123456}, {"a": "x", "b": None}], ("a", "b")) == "a     b\n负面  0.1235\nx     –"
+
+
+def test_several_types_and_their_sizes(tmp_path: Path) -> None:
+    from tests import tiny_gguf
+
+    source = tiny_gguf.write(tmp_path / "tiny-F16.gguf")
+    command = ("quantize", str(source), str(tmp_path / "out"), "Q8_0", "Q4_0")
+    sizes = json.loads(workbook(*command, "--dry-run", "--json").stdout)["files"]
+    assert not (tmp_path / "out").exists()
+    made = workbook(*command)
+    assert made.returncode == 0 and "bits_per_weight" in made.stdout
+    files = [tmp_path / "out" / f"tiny-{name}.gguf" for name in ("Q8_0", "Q4_0")]
+    assert [row["bytes"] for row in sizes] == [path.stat().st_size for path in files]

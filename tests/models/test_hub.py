@@ -208,6 +208,17 @@ def test_a_damaged_cache_is_completed(repository: Hub, name: str) -> None:
     assert len(repository.fetched("tokenizer.json")) == 2
 
 
+def test_bytes_that_the_hub_client_did_not_check_are_checked(repository: Hub) -> None:
+    from huggingface_hub import snapshot_download
+
+    cache = Path(os.environ["HF_HOME"]) / "hub"
+    path = Path(snapshot_download("org/model", cache_dir=cache, endpoint=repository.url)) / "model.safetensors"
+    path.resolve().write_bytes(WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1]))  # same size
+    repository.requests.clear()
+    assert (fetch("org/model", "main", "model").path / "model.safetensors").read_bytes() == WEIGHTS
+    assert len(repository.fetched("")) == 1, "the damaged file alone is fetched again"
+
+
 @PLACES
 def test_a_full_disk_is_seen_before_the_download(repository: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")

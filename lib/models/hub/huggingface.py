@@ -23,6 +23,7 @@ from lib.models.hub.sources import COMMIT, Remote, SourceError, is_offline, unre
 from lib.models.hub.transport import MismatchError, RefusedError, RemoteFile, UnreachableError
 from lib.progress import Progress
 from lib.run.files import flush_to_disk, readable_by_group, write_json, write_text
+from lib.run.folders import runs_folder
 
 if TYPE_CHECKING:
     import httpx
@@ -111,8 +112,24 @@ def _cached(remote: Remote, place: Path) -> tuple[Path, str] | None:
         chosen = choose(remote, listing)
     except SourceError:
         return None
-    whole = all((snapshot / f.path).is_file() and (snapshot / f.path).stat().st_size == f.size for f in chosen)
-    return (snapshot, commit) if whole else None
+    return (snapshot, commit) if all(_verified(snapshot / file.path, file) for file in chosen) else None
+
+
+def _verified(path: Path, file: RemoteFile) -> bool:
+    """Whether a file of the cache is there and has its hash; the hash is computed once for each state of the file.
+
+    The hub's own client checks only sizes, so what it fetched is checked here before its first use.
+    """
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    state = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+    record = runs_folder() / "_cache" / "hub-verified" / str(file.sha256 or file.git)
+    if record.is_file() and record.read_text(encoding="utf-8") == state:
+        return True
+    if transport.wrong(path, file):
+        return False
+    write_text(record, state)
+    return True
 
 
 def _looks_whole(remote: Remote, snapshot: Path) -> bool:
@@ -155,7 +172,9 @@ def _download(client: httpx.Client, address: str, remote: Remote, place: Path) -
     files = _list(client, f"{api}/tree/{commit}")
     chosen = choose(remote, files)
     blobs = {file: place / "blobs" / (file.sha256 or file.git or "") for file in chosen}
-    missing = [file for file in chosen if not blobs[file].is_file()]
+    missing = [file for file, blob in blobs.items() if not _verified(blob, file)]
+    for file in missing:
+        blobs[file].unlink(missing_ok=True)  # damaged: the hash is its name
     require_room(remote, sum(_left(file, blobs[file]) for file in missing), place, "HF_HOME")
     base = f"{address}/{'datasets/' if remote.is_data else ''}{remote.id}/resolve/{commit}"
     with Progress(f"downloading {remote.id}, bytes", sum(_left(file, blobs[file]) for file in missing)) as progress:
@@ -233,7 +252,7 @@ def _blob(client: httpx.Client, url: str, file: RemoteFile, blob: Path, progress
 def _link(path: Path, blob: Path) -> None:
     """The snapshot's file: a relative link to the blob; where links do not work, another name of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and path.stat().st_size == blob.stat().st_size:
+    if path.is_file() and path.samefile(blob):
         return
     path.unlink(missing_ok=True)
     try:
