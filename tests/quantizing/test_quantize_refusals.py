@@ -159,3 +159,68 @@ def test_a_file_that_kills_llama_cpp(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="SIGABRT"):
         files.quantize_predicted(bad, tmp_path / "out.gguf", prediction, Options(), 1)
     assert [p.name for p in tmp_path.iterdir()] == ["bad-F16.gguf"]
+
+
+REFUSED_OPTIONS = {
+    "no type": (256, "Q4_K_M", {"tensor_types": ("attn_v",)}, "REGEX=TYPE"),
+    "no expression": (256, "Q4_K_M", {"tensor_types": ("=q8_0",)}, "REGEX=TYPE"),
+    "a recipe": (256, "Q4_K_M", {"tensor_types": ("attn_v=Q4_K_M",)}, "unknown tensor type 'Q4_K_M'.*q4_K"),
+    "unknown embedding type": (256, "Q4_K_M", {"token_embedding_type": "q9"}, "unknown tensor type 'q9'"),
+    "capital letters": (256, "Q4_K_M", {"tensor_types": (r"attn\D=q8_0",)}, "capital letters"),
+    "no regular expression": (
+        256,
+        "Q4_K_M",
+        {"tensor_types": ("attn_(=q8_0",)},
+        r"refuses 'attn_\('.*regular expression",
+    ),
+    "fits nothing": (256, "Q4_K_M", {"tensor_types": ("attn_x=q8_0",)}, "'attn_x' of tensor_types chooses no tensor"),
+    "fits a norm only": (256, "Q4_K_M", {"tensor_types": ("attn_norm=q8_0",)}, "chooses no tensor.*norms"),
+    "fits nothing that is left": (
+        256,
+        "Q4_K_M",
+        {"tensor_types": ("blk=q4_0", "attn_v=q5_0")},
+        "'attn_v' of tensor_types chooses no tensor",
+    ),
+    "embedding is set already": (
+        256,
+        "Q4_K_M",
+        {"tensor_types": ("token_embd=q4_0",), "token_embedding_type": "q6_K"},
+        "'token_embd' of tensor_types chooses no tensor",
+    ),
+    "tied output is set already": (
+        256,
+        "Q4_K_M",
+        {"output_tensor_type": "q8_0", "token_embedding_type": "q6_K"},
+        "output_tensor_type q8_0 has no effect: token_embd.weight becomes q6_K",
+    ),
+    "rows that do not fill blocks": (896, "Q4_K_M", {"token_embedding_type": "q4_K"}, "rows of 896.*blocks of q4_K"),
+    "full weights": (256, "BF16", {"tensor_types": ("attn_v=q8_0",)}, "tensor_types with BF16"),
+    "embedding without importance": (256, "Q8_0", {"token_embedding_type": "iq2_xs"}, "without importance values"),
+    "layer without importance": (256, "Q8_0", {"tensor_types": ("attn_v=iq2_xs",)}, "without an importance matrix"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_OPTIONS)
+def test_options_that_do_not_fit(case: str, tmp_path: Path) -> None:
+    width, name, options, words = REFUSED_OPTIONS[case]
+    source = tiny_gguf.write(tmp_path / "tiny-F16.gguf", width=width, layers=1)
+    with pytest.raises(InputError, match=words):
+        quantize_file(source, tmp_path / "out.gguf", name, Options(**options))
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny-F16.gguf"]
+
+
+def test_what_options_changed_is_reported(source: Path, tmp_path: Path) -> None:
+    options = Options(tensor_types=(r"blk\.0\.attn_v=Q8_0",), token_embedding_type="q5_0")
+    report = quantize_file(source, tmp_path / "out.gguf", "Q4_0", options)
+    assert sorted(report.set_by_hand, key=lambda row: row["tensor"]) == [
+        {"tensor": "blk.0.attn_v.weight", "recipe": "q4_0", "type": "q8_0"},
+        {"tensor": "token_embd.weight", "recipe": "q6_K", "type": "q5_0"},
+    ]
+    assert report.token_embedding_type == "q5_0"
+    assert {row["type"]: row["tensors"] for row in report.histogram}["q8_0"] == 1
+
+
+def test_a_tied_output_that_falls_back_is_said(tmp_path: Path) -> None:
+    source = tiny_gguf.write(tmp_path / "tiny-F16.gguf", width=896, layers=1)
+    (row,) = predict_sizes(source, ["Q8_0"], Options(output_tensor_type="q6_K"))
+    assert row["fallbacks"] == [{"tensor": "token_embd.weight", "columns": 896, "wanted": "q6_K", "type": "q8_0"}]

@@ -114,3 +114,30 @@ def test_interrupted_ladder_continues(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_without_gguf_product(home: Path) -> None:
     with pytest.raises(InputError, match="05_convert_gguf"):
         quantize(settings("Q8_0"), open_run("none"))
+
+
+def test_options_are_parameters_of_the_product(run: Run) -> None:
+    quantize(settings("Q8_0", "Q4_0"), run)
+    changed = Settings(run_name="t", ladder=["Q8_0", "Q4_0"], tensor_types=["attn_v=f16"], n_threads=1)
+    result = quantize(changed, run)
+    assert result.product.made and "tensor_types" in result.product.message
+    assert result.product.entry.facts["reused"] == []
+    assert all(row["tensor"] == "blk.0.attn_v.weight" for f in result.files for row in f.set_by_hand)
+    assert [len(f.set_by_hand) for f in result.files] == [1, 1]
+    assert quantize(changed, run).product.made is False
+
+
+def test_importance_matrix_by_its_content(home: Path, tmp_path: Path) -> None:
+    run, matrix = open_run("m"), tmp_path / "imatrix.gguf"
+    make_gguf(run, tiny_gguf.write(tmp_path / "tiny-F16.gguf"))
+    tiny_gguf.write_imatrix(matrix)
+    wanted = Settings(run_name="m", ladder=["IQ4_XS", "Q2_K_S"], imatrix=str(matrix), n_threads=1)
+    first = quantize(wanted, run)
+    assert first.product.made and [f.imatrix for f in first.files] == ["imatrix.gguf"] * 2
+    assert quantize(wanted, run).product.made is False
+    tiny_gguf.write_imatrix(matrix, calls=5)
+    again = quantize(wanted, run)
+    assert again.product.made and again.product.entry.facts["reused"] == []
+    matrix.unlink()
+    with pytest.raises(InputError, match=r"no file .*imatrix"):
+        quantize(wanted, run)
