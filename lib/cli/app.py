@@ -179,7 +179,9 @@ MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer
 @app.command(short_help="models on labelled rows")
 @guarded
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="hub id, folder or .gguf file", metavar="MODEL")],
+    models: Annotated[
+        list[str], typer.Argument(help="hub id, folder (quantized ones too) or .gguf file", metavar="MODEL")
+    ],
     data: Data = None,
     run_name: RunName = None,
     max_samples: MaxSamples = 0,
@@ -216,11 +218,11 @@ def evaluate(
     work.evaluate(models, rows, options, output, as_json)
 
 
-@app.command(short_help="quantized files against their reference")
+@app.command(short_help="quantized files and folders against their reference")
 @guarded
 def compare(
     reference: Annotated[Path, typer.Argument(help="the unquantized file", metavar="REFERENCE.gguf")],
-    others: Annotated[list[Path], typer.Argument(help="quantized files", metavar="OTHER.gguf")],
+    others: Annotated[list[Path], typer.Argument(help="quantized .gguf files, or exported folders", metavar="OTHER")],
     output: Annotated[Path, typer.Option(help="folder for comparison.json and the scores", metavar="DIR")],
     data: Data = None,
     run_name: RunName = None,
@@ -236,7 +238,7 @@ def compare(
     max_seq_length: MaxLength = None,
     as_json: Json = False,
 ) -> None:
-    """Quantized files against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
+    """Quantized files and model folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
     from lib.cli import work
 
     given = _given(label_names, system_prompt, user_prompt, max_seq_length)
