@@ -7,10 +7,9 @@ attention is off, so that only the stored weights and llama.cpp's arithmetic can
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import tempfile
 import time
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,37 +18,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.gguf_export.tokens import HARD_STRINGS, compare_prompts, compare_tokens
+from lib.models.gguf_file import read_tensors
 from lib.models.prompting import Task, encode, label_ids, render
 from lib.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lib.scoring.backend import Backend
 
 WINDOWS = 8
 """Prompts over all of whose positions the KL divergence is measured."""
 
+EXACT = 1e-4
+"""Largest |Δ log p| of any token when weights, keys, values and arithmetic are float32 on both sides."""
+
 ROWS = 100
 """Rows whose labels are compared."""
-
-HARD_STRINGS = (
-    "",
-    " ",
-    "\n",
-    "  \n\n \t x  ",
-    "酒店很干净，服务不错！！！",
-    "It's 12345 o'clock — we'LL see…",
-    "３６５天ＡＢＣ①②",
-    "👨‍👩‍👧‍👦 🇨🇳 ❤️",
-    "a\u00a0b\u3000c\u200bd",
-    "é à Ω ё 한글 ไทย العربية",
-    "<|im_start|>user\n你好<|im_end|>\n",
-    "\x00\x01\x7f",
-    "https://a.b/c?d=1&e=%20#f",
-    "==------``````''''\"\"\"\"",
-)
-"""Texts on which tokenizers are known to differ; compared besides the run's own."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +43,20 @@ class GateReport:
     Attributes:
         texts: number of texts cut into tokens by both.
         tokens: number of token ids compared, all equal (else the gate fails).
+        prompts: number of prompts rendered from both chat templates, all equal (else the gate fails).
         windows, positions: prompts and positions of the KL divergence.
         mean_kld, max_kld: KL(merged ‖ GGUF), nats a position; same_top: share with the same most probable token.
         rows, label_agreement: rows scored by both, and the share with the same label.
         max_label_difference: largest |Δ log p| of a label, nats.
+        max_log_prob_difference: largest |Δ log p| of any token of the vocabulary at any position, nats.
+        exact_limit: what it may be where only the order of sums differs (float32 on both sides); None elsewhere.
         computed_in: arithmetic of the merged model.
         limit_kld, limit_agreement: what the settings allow.
     """
 
     texts: int
     tokens: int
+    prompts: int
     windows: int
     positions: int
     mean_kld: float
@@ -77,6 +65,8 @@ class GateReport:
     rows: int
     label_agreement: float
     max_label_difference: float
+    max_log_prob_difference: float
+    exact_limit: float | None
     computed_in: str
     limit_kld: float
     limit_agreement: float
@@ -87,88 +77,40 @@ class GateReport:
         return asdict(self)
 
 
-def gguf_token_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of llama.cpp for each text, special tokens recognised, nothing added.
-
-    Raises:
-        InputError: llama.cpp is missing or refuses the file.
-    """
-    from lib.scoring.llama_log import forget_errors, last_error, llama
-
-    api = llama()
-    parameters = api.llama_model_default_params()
-    parameters.vocab_only = True
-    forget_errors()
-    model = api.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        raise InputError(f"llama.cpp cannot load {path}: {last_error()}.", "a complete GGUF.", "convert it again.")
-    try:
-        vocabulary = api.llama_model_get_vocab(model)
-        return [_tokenize(api, vocabulary, text.encode("utf-8", "replace")) for text in texts]
-    finally:
-        api.llama_model_free(model)
-
-
-def _tokenize(api: Any, vocabulary: Any, text: bytes) -> list[int]:
-    room = len(text) + 8  # a token is at least one byte
-    buffer = (ctypes.c_int32 * room)()
-    count = api.llama_tokenize(vocabulary, text, len(text), buffer, room, False, True)
-    if count < 0:
-        raise RuntimeError(f"llama.cpp needs {-count} tokens for {len(text)} bytes")
-    return list(buffer[:count])
-
-
-def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequence[str]) -> int:
-    """Check that both tokenizers give the same ids for every text (NFC; llama.cpp does not normalise).
-
-    Returns:
-        The number of ids compared.
-
-    Raises:
-        InputError: the first text that differs, with both lists.
-    """
-    texts = [unicodedata.normalize("NFC", text) for text in texts]
-    for text, found in zip(texts, gguf_token_ids(path, texts), strict=True):
-        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if found != wanted:
-            first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
-            raise InputError(
-                f"{path.name} cuts {text[:60]!r} into other tokens than the merged model: "
-                f"{found[first : first + 6]} instead of {wanted[first : first + 6]} from token {first} on.",
-                "the same token ids.",
-                "convert again with the tokenizer that the model was trained with.",
-            )
-    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-
-
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """About `count` rows, evenly spaced."""
     step = max(1, len(rows) // count)
     return list(rows[::step][:count])
 
 
-def _measure(
-    backend: Backend, prompts: list[list[int]], answers: list[list[int]], windows: list[list[int]], progress: Progress
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Label log-probabilities of all prompts, and the log-softmax at every position of the windows; then close it."""
+def _labels(backend: Backend, prompts: list[list[int]], answers: list[list[int]], progress: Progress) -> np.ndarray:
     labels = backend.label_log_probs(prompts, answers)
     progress.advance(len(prompts))
-    distributions = []
-    for ids in windows:
-        distributions.append(backend.window_log_probs(ids))
+    return labels
+
+
+def _store(backend: Backend, windows: list[list[int]], folder: Path, progress: Progress) -> None:
+    """The log-softmax at every position of the windows, a file each: a large vocabulary makes them large."""
+    for i, ids in enumerate(windows):
+        np.save(folder / f"{i}.npy", backend.window_log_probs(ids))
         progress.advance()
-    backend.close()
-    gc.collect()
-    return labels, distributions
 
 
-def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p ‖ q) of each position, nats; row by row, because the arrays are large."""
-    result = np.empty(len(p))
-    for i, (left, right) in enumerate(zip(p, q, strict=True)):
-        wide = left.astype(np.float64)
-        result[i] = max(0.0, float(np.sum(np.exp(wide) * (wide - right))))
-    return result
+@dataclass
+class _Differences:
+    divergence: list[np.ndarray]
+    same_top: list[np.ndarray]
+    largest: float = 0.0
+
+    def add(self, p: np.ndarray, q: np.ndarray) -> None:
+        """Compare (positions, vocabulary) log-probabilities, row by row, because the arrays are large."""
+        divergence = np.empty(len(p))
+        for i, (left, right) in enumerate(zip(p, q, strict=True)):
+            wide = left.astype(np.float64)
+            divergence[i] = max(0.0, float(np.sum(np.exp(wide) * (wide - right))))
+            self.largest = max(self.largest, float(np.abs(left - right).max()))
+        self.divergence.append(divergence)
+        self.same_top.append(p.argmax(-1) == q.argmax(-1))
 
 
 def gate(
@@ -193,26 +135,40 @@ def gate(
     tokenizer = load_tokenizer(model_dir)
     texts = [*HARD_STRINGS, *(row["text"] for row in rows), *(render(tokenizer, task, row["text"]) for row in rows)]
     tokens = compare_tokens(tokenizer, path, texts)
+    prompts = compare_prompts(tokenizer, path, task, [*HARD_STRINGS, *(row["text"] for row in rows)])
     encoded = [encode(tokenizer, task, row["text"]).prompt_ids for row in _spread(rows, ROWS)]
     windows, answers = _spread(encoded, WINDOWS), label_ids(tokenizer, task)
     arithmetic = _arithmetic(model_dir)
-    with Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows))) as progress:
-        merged_labels, merged = _measure(_open_merged(model_dir, arithmetic), encoded, answers, windows, progress)
-        opened = _open_gguf(path, task.max_seq_length, n_threads)
-        gguf_labels, gguf = _measure(opened, encoded, answers, windows, progress)
-    divergence = np.concatenate([_kl(p, q) for p, q in zip(merged, gguf, strict=True)])
-    top = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(merged, gguf, strict=True)])
+    found = _Differences([], [])
+    progress = Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows)))
+    with progress, tempfile.TemporaryDirectory(prefix="workbook-gate-") as name:
+        merged = _open_merged(model_dir, arithmetic)
+        merged_labels = _labels(merged, encoded, answers, progress)
+        _store(merged, windows, Path(name), progress)
+        merged.close()
+        del merged
+        gc.collect()
+        gguf = _open_gguf(path, task.max_seq_length, n_threads)
+        gguf_labels = _labels(gguf, encoded, answers, progress)
+        for i, ids in enumerate(windows):
+            found.add(np.load(Path(name) / f"{i}.npy", mmap_mode="r"), gguf.window_log_probs(ids))
+            progress.advance()
+        gguf.close()
+    divergence = np.concatenate(found.divergence)
     report = GateReport(
         texts=len(texts),
         tokens=tokens,
+        prompts=prompts,
         windows=len(windows),
         positions=len(divergence),
         mean_kld=float(divergence.mean()),
         max_kld=float(divergence.max()),
-        same_top=float(top.mean()),
+        same_top=float(np.concatenate(found.same_top).mean()),
         rows=len(encoded),
         label_agreement=float(np.mean(merged_labels.argmax(1) == gguf_labels.argmax(1))),
         max_label_difference=float(np.abs(merged_labels - gguf_labels).max()),
+        max_log_prob_difference=found.largest,
+        exact_limit=EXACT if arithmetic == "float32" and _holds_float32(path) else None,
         computed_in=arithmetic,
         limit_kld=limit_kld,
         limit_agreement=limit_agreement,
@@ -220,6 +176,10 @@ def gate(
     )
     _refuse(report, path)
     return report
+
+
+def _holds_float32(path: Path) -> bool:
+    return all(tensor.type == 0 for tensor in read_tensors(path))
 
 
 def _open_merged(model_dir: Path, arithmetic: str) -> Backend:
@@ -244,13 +204,16 @@ def _arithmetic(model_dir: Path) -> str:
 
 
 def _refuse(report: GateReport, path: Path) -> None:
+    exact = report.exact_limit is None or report.max_log_prob_difference <= report.exact_limit
     # written so that NaN fails
-    if report.mean_kld <= report.limit_kld and report.label_agreement >= report.limit_agreement:
+    if exact and report.mean_kld <= report.limit_kld and report.label_agreement >= report.limit_agreement:
         return
     raise InputError(
         f"{path.name} does not answer as the merged model: mean KL divergence {report.mean_kld:.3g} nats over "
-        f"{report.positions} positions, {report.label_agreement:.1%} equal labels over {report.rows} rows.",
+        f"{report.positions} positions, {report.label_agreement:.1%} equal labels over {report.rows} rows, "
+        f"largest |Δ log p| {report.max_log_prob_difference:.3g}.",
         f"at most {report.limit_kld:g} nats (gate_max_kld), at least {report.limit_agreement:.1%} "
-        "(gate_min_label_agreement).",
+        "(gate_min_label_agreement)"
+        + (f", and |Δ log p| of {report.exact_limit:g} for float32." if report.exact_limit else "."),
         "do not quantize it; try outtype f32 to see whether rounding is the cause, and report it if it is not.",
     )

@@ -61,13 +61,18 @@ class Encoded:
     truncated: bool
 
 
+def escape(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with a space inside every special token: a review must not be able to close its own turn."""
+    for token in tokenizer.all_special_tokens:
+        if token in text:
+            text = text.replace(token, token[:1] + " " + token[1:])
+    return text
+
+
 def render(tokenizer: PreTrainedTokenizerBase, task: Task, text: str) -> str:
     """The prompt as a string, ending where the answer starts."""
-    for token in tokenizer.all_special_tokens:
-        if token in text:  # a review must not be able to close its own turn
-            text = text.replace(token, token[:1] + " " + token[1:])
     return tokenizer.apply_chat_template(
-        task.messages(text), tokenize=False, add_generation_prompt=True, enable_thinking=False
+        task.messages(escape(tokenizer, text)), tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
 
 

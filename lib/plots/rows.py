@@ -158,11 +158,14 @@ def conversion_card(result: Any) -> Row:
 
 
 def gate(report: Any) -> list[Row]:
-    """The three questions of the gate with what was measured and what was required (a GateReport)."""
+    """The questions of the gate with what was measured and what was required (a GateReport)."""
+    exact = f"at most {report.exact_limit:g} nats" if report.exact_limit else "none (weights are rounded)"
     divergence = f"mean KL {report.mean_kld:.2e} nats, largest {report.max_kld:.1e}, {report.positions:,} positions"
     answers = {
         "same token ids": (f"{report.tokens:,} ids of {report.texts:,} texts, all equal", "all equal"),
+        "same prompts": (f"{report.prompts:,} prompts from both chat templates, all equal", "all equal"),
         "same next-token distribution": (divergence, f"mean at most {report.limit_kld:g} nats"),
+        "same log-probabilities": (f"largest difference {report.max_log_prob_difference:.1e} nats, any token", exact),
         "same labels": (
             f"{100 * report.label_agreement:.2f} % of {report.rows:,} rows",
             f"at least {100 * report.limit_agreement:g} %",

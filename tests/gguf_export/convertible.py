@@ -132,6 +132,7 @@ def write_model(
     dtype: str = "bfloat16",
     card: bool = False,
     start: str = "",
+    vocabulary: int = 300,
     **config: Any,
 ) -> Path:
     """A whole model folder; `start`: see `write_tokenizer`; `config` replaces keys of config.json."""
@@ -139,7 +140,6 @@ def write_model(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    vocabulary = 300
     tensors = {
         name: torch.from_numpy(array).to(getattr(torch, dtype))
         for name, array in _tensors(kind, tied, width, vocabulary).items()

@@ -14,7 +14,8 @@ from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export import export, model_name
 from lib.gguf_export.converting import convert
-from lib.gguf_export.gating import HARD_STRINGS, compare_tokens, gate
+from lib.gguf_export.gating import gate
+from lib.gguf_export.tokens import HARD_STRINGS, compare_tokens
 from lib.settings import Settings
 from tests import tiny_run
 
@@ -44,6 +45,7 @@ def run_gate(model: Path, path: Path, limit_kld: float = 1e-3):
 def test_float32_answers_alike(model: Path, gguf: Path) -> None:
     report = run_gate(model, gguf, 1e-6)
     assert report.max_kld < 1e-6
+    assert report.exact_limit == 1e-4 > report.max_log_prob_difference > 0
     assert report.max_label_difference < 1e-3
     assert report.label_agreement == report.same_top == 1.0
     assert report.rows == 16
