@@ -3,6 +3,7 @@
 Importing this package loads nothing heavy; see docs/HOUSE.md for the rooms and their floors.
 """
 
+import logging
 import os
 import warnings
 
@@ -14,3 +15,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 # Waiting threads sleep instead of spinning. On a machine that is shared, even a little, spinning threads keep each
 # other from running: training the offline base with two threads was measured 27 times slower than with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# What torchao says whenever transformers looks at it: GPU kernels that do not load, Enums that it registers. Other
+# messages of these loggers are kept.
+for _name, _start in (("torchao", "Failed to load "), ("torch.utils._pytree", "%s is an Enum subclass")):
+    logging.getLogger(_name).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))

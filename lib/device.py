@@ -99,15 +99,6 @@ def hush_bitsandbytes() -> None:
         logger.addFilter(lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward"))
 
 
-def hush_torchao() -> None:
-    """Drop what torchao says whenever transformers looks at it: GPU kernels that do not load, an Enum it registers."""
-    unwanted = {"torchao": ("Failed to load ", "Skipping import of cpp"), "torch.utils._pytree": ("%s is an Enum",)}
-    for name, beginnings in unwanted.items():
-        logger = logging.getLogger(name)
-        if not logger.filters:
-            logger.addFilter(lambda record, start=beginnings: not str(record.msg).startswith(start))
-
-
 @functools.cache
 def bitsandbytes_problem() -> str | None:
     """Why 4-bit layers do not work here; None when a small NF4 product was computed and is right."""

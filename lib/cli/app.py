@@ -238,7 +238,7 @@ def compare(
     max_seq_length: MaxLength = None,
     as_json: Json = False,
 ) -> None:
-    """Quantized files and model folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
+    """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
     from lib.cli import work
 
     given = _given(label_names, system_prompt, user_prompt, max_seq_length)
