@@ -31,6 +31,21 @@ def sizes(source: Mapping[str, Any], files: Iterable[Any]) -> list[Row]:
     return [{**dict.fromkeys(rows[0]), **first, "share of the source": 1.0}, *rows]
 
 
+def predicted(predictions: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """What a dry run tells of a ladder (`lib.quantizing.plan`)."""
+    return [
+        {
+            "type": p["type"],
+            "MB": p["bytes"] / 1e6,
+            "bits per weight": p["bits_per_weight"],
+            "tensors that fall back": len(p["fallbacks"]),
+            "tensors set by hand": len(p["set_by_hand"]),
+            "tensor types": ", ".join(part["type"] for part in p["histogram"]),
+        }
+        for p in predictions
+    ]
+
+
 def megabytes_by_type(source: Mapping[str, Any], files: Iterable[Any]) -> dict[str, dict[str, float]]:
     """Megabytes of each tensor type of each file, for `ladder.tensor_types`."""
     histograms = {source["type"]: source["histogram"], **{f.type: f.histogram for f in files}}

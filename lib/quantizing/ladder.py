@@ -75,14 +75,14 @@ def quantize_files(
     require_matrix(predictions, options)
     require_space(folder, sum(p["bytes"] for p in predictions), f"{len(types)} quantized files")
     jobs = [Job(prediction, output) for prediction, output in zip(predictions, outputs, strict=True)]
-    return run_jobs(source, jobs, options, n_threads)
+    return run_jobs(source, jobs, options, Slots.choose(len(jobs), n_threads))
 
 
 def run_jobs(
     source: Path,
     jobs: Sequence[Job],
     options: Options,
-    n_threads: int,
+    slots: Slots,
     done: Callable[[QuantizationReport], None] = lambda report: None,
 ) -> list[QuantizationReport]:
     """Make all files, the longest first; reports in the order of `jobs`.
@@ -94,7 +94,7 @@ def run_jobs(
         BaseException: the first that a job raised, or that interrupted the caller (Ctrl-C, SIGTERM); every child is
             ended and no half file is left by then.
     """
-    return _Crew(source, jobs, options, Slots.choose(len(jobs), n_threads), done).run() if jobs else []
+    return _Crew(source, jobs, options, slots, done).run() if jobs else []
 
 
 class _Crew:

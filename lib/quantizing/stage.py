@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.quantizing import recipes
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
-from lib.quantizing.ladder import Job, run_jobs
+from lib.quantizing.ladder import Job, Slots, run_jobs
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, require_space, sha256_file, write_json
@@ -39,6 +39,18 @@ class QuantizeResult:
     product: Product
     source: dict[str, Any]
     files: tuple[QuantizationReport, ...]
+
+
+def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
+    """Exact sizes of the run's ladder before anything is quantized: see `predict_sizes`.
+
+    Raises:
+        InputError: as `quantize`, before the work.
+    """
+    options = _options(settings)
+    predictions, _ = survey(_only_gguf(run.require("gguf").path), settings.ladder, options)
+    require_matrix(predictions, options)
+    return predictions
 
 
 def quantize(settings: Settings, run: Run) -> QuantizeResult:
@@ -115,12 +127,13 @@ def _build(settings: Settings, options: Options, run: Run, work: Work) -> None:
         rows[report.type] = {**report.to_json(), "sha256": sha256_file(work.folder / report.file)}
         write_summary()
 
-    run_jobs(source, jobs, options, settings.n_threads, done)
+    slots = Slots.choose(len(jobs), settings.n_threads)
+    run_jobs(source, jobs, options, slots, done)
     write_summary()
     ordered = [rows[kind] for kind in settings.ladder]
     for leftover in {p.name for p in work.folder.glob("*.gguf")} - {row["file"] for row in ordered}:
         (work.folder / leftover).unlink()
-    work.facts |= {"source": source.name, "reused": reused}
+    work.facts |= {"source": source.name, "reused": reused, "at_once": slots.files, "threads_each": slots.threads}
     work.metrics |= {row["type"]: _headline(row) for row in ordered}
     work.notes += _fallback_note(ordered)
 

@@ -74,7 +74,9 @@ def test_longest_first_and_reports_in_order(source: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(ladder, "quantize_predicted", made)
     done: list[str] = []
-    names = run_jobs(source, jobs(source, tmp_path, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M"), Options(), 1, done.append)
+    names = run_jobs(
+        source, jobs(source, tmp_path, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M"), Options(), Slots(1, 1), done.append
+    )
     assert names == ["Q8_0.gguf", "Q4_0.gguf", "Q4_K_M.gguf", "Q3_K_M.gguf"]
     assert begun[0] == "Q4_K_M" and set(begun[2:]) == {"Q8_0", "Q4_0"}
     assert sorted(done) == sorted(names)
@@ -99,7 +101,7 @@ def test_one_that_fails_stops_the_others(source: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(ladder, "quantize_predicted", make)
     wanted = jobs(source, tmp_path, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M")
     with pytest.raises(InputError, match="a stone"):
-        run_jobs(source, wanted, Options(), 2, done.append)
+        run_jobs(source, wanted, Options(), Slots(2, 1), done.append)
     assert begun[:2] == ["Q4_K_M", "Q3_K_M"] and len(begun) == 3
     assert done == ["Q3_K_M.gguf"]
     assert not [t for t in threading.enumerate() if t.name.startswith("quantizing")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.quantizing import ladder, quantize
+from lib.quantizing import ladder, plan, quantize
 from lib.run import Run, Work, open_run
 from lib.run.files import sha256_file
 from lib.settings import Settings
@@ -51,6 +51,7 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
     again = quantize(settings("Q8_0", "Q4_K_M"), run)
     assert not again.product.made and again.files == first.files
+    assert [p["bytes"] for p in plan(settings("Q8_0", "Q4_K_M"), run)] == [f.bytes for f in first.files]
 
     made: list[str] = []
     real = ladder.quantize_predicted
