@@ -16,6 +16,7 @@ from lib.exporting import gptq
 from lib.exporting.card import snippet, write_card
 from lib.exporting.formats import FORMATS
 from lib.models.saved import count_weights, load_as_saved, quantization_method, weight_bytes
+from lib.run.folders import PROJECT
 from lib.settings import EXPORT_FORMATS
 from tests import tiny_run
 from tests.exporting.conftest import make, token_ids
@@ -162,3 +163,12 @@ def test_a_folder_whose_library_is_absent(exported: Exported, monkeypatch: pytes
     monkeypatch.setattr("lib.device.has_module", lambda name: name != "bitsandbytes")
     with pytest.raises(InputError, match="pip install bitsandbytes"):
         load_as_saved(folder)
+
+
+def test_loading_gives_no_warning(exported: Exported) -> None:
+    folders = [str(exported(name)[0]) for name in METHODS]
+    load = f"[load_as_saved(Path(folder)) for folder in {folders}]"
+    code = f"from pathlib import Path; from lib.models.saved import load_as_saved; {load}"
+    said = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert not re.search(r"warn|fail|deprecat|error", said.stderr, re.I), said.stderr
