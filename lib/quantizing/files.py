@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ class QuantizationReport:
         histogram: tensors, weights, bytes and share of weights by tensor type, most weights first.
         fallbacks: tensors whose rows do not fill blocks of the type that the recipe wants:
             {"tensor", "columns", "wanted", "type"}.
-        set_by_hand: tensors to which the options give another type than the recipe: {"tensor", "recipe", "type"}.
         token_embedding_type: tensor type of the token embedding.
         imatrix: name of the importance matrix used; None without.
         seconds, peak_memory_mib: cost of quantizing.
+        set_by_hand: tensors to which the options give another type than the recipe: {"tensor", "recipe", "type"}.
     """
 
     type: str
@@ -46,11 +46,11 @@ class QuantizationReport:
     bits_per_weight: float
     histogram: list[dict[str, Any]]
     fallbacks: list[dict[str, Any]]
-    set_by_hand: list[dict[str, Any]]
     token_embedding_type: str | None
     imatrix: str | None
     seconds: float
     peak_memory_mib: float
+    set_by_hand: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
