@@ -84,6 +84,12 @@ def test_cells_are_short_and_tell_the_story(path: Path) -> None:
 
 
 @each
+def test_every_page_says_what_its_numbers_are_not_about(path: Path) -> None:
+    """Sample data, offline base, fallbacks, an adopted adapter: the stamps stand on every page."""
+    assert [cell.source for cell in cells(path, "code")].count("plots.stamps(run)") == 1
+
+
+@each
 def test_title_subtitle_navigation_and_headings(path: Path) -> None:
     first = cells(path, "markdown")[0].source
     number = path.stem[:2]

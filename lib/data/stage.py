@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,13 +57,20 @@ def prepare(settings: Settings, run: Run) -> DataResult:
     elif (path := user_path(settings.dataset)).exists():
         parameters["dataset_sha256"] = file_fingerprint(path)
     if settings.fallbacks:
-        parameters["fallbacks"] = [dict(entry) for entry in settings.fallbacks]
+        parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
     if settings.base_model != OFFLINE_BASE and user_path(settings.base_model).is_dir():
         from lib.models.resolving import resolve_base
 
         parameters["base_revision"] = resolve_base(settings.base_model, settings.revision).revision
     product = run.produce("data", lambda work: _build(settings, work), parameters, force=settings.force)
     return DataResult.read(product)
+
+
+def _with_hash(entry: Mapping[str, str | int]) -> dict[str, str | int]:
+    """An entry of `fallbacks`; a local data set with the hash of its files, so that a change is seen."""
+    path = user_path(str(entry.get("dataset", "")))
+    local = entry.get("dataset") not in (None, SAMPLE_DATASET) and path.exists()
+    return {**entry, "files_sha256": file_fingerprint(path)} if local else dict(entry)
 
 
 def rows_from_file(

@@ -170,6 +170,8 @@ def test_every_page_says_the_fallbacks(served: Hub, tmp_path: Path) -> None:
     assert [s.partition(":")[0] for s in stamps] == ["offline base model", "fallback", "fallback"]
     assert "lost/ChnSentiCorp could not be had" in stamps[2] and "org/gone could not be had" in stamps[1]
     assert not prepare(asked, open_run("t")).product.made
+    file.write_bytes(csv(*lines[::-1]))
+    assert prepare(asked, open_run("t")).product.made, "the fallback's file has changed"
     assert prepare(settings(dataset=str(file)), open_run("t")).product.made, "without fallbacks it is another run"
     assert not any("fallback" in stamp for stamp in open_run("t").stamps())
 
