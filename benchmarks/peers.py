@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.shapes import cache
 from lib.errors import InputError
+from lib.run.files import sha256_file, sha256_json
 from lib.run.folders import PROJECT
 
 LLAMA_CPP_VARIABLE = "WORKBOOK_LLAMA_CPP"
@@ -82,7 +83,8 @@ def llama_quantize() -> Path:
         InputError: no compiler, or the sources do not compile.
     """
     peer = peer_llama_cpp()
-    binary = cache() / f"llama-quantize-{peer.version}"
+    digest = sha256_json([sha256_file(peer.folder / file) for file in (*_QUANTIZE, *_COMMON)])[:8]
+    binary = cache() / f"llama-quantize-{peer.version}-{digest}"
     if not binary.is_file():
         _compile(peer.folder, (*_QUANTIZE, *_COMMON), binary)
     return binary
