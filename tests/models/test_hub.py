@@ -188,8 +188,23 @@ def test_not_found(repository: Hub, source: str, revision: str, words: str) -> N
 def test_nobody_answers(repository: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")
-    with pytest.raises(SourceError, match=r"cannot be reached \(127.0.0.1: ConnectError\).*fallbacks"):
+    with pytest.raises(SourceError, match=r"cannot be reached \(127.0.0.1:9: ConnectError\).*fallbacks"):
         fetch(name, "main", "model")
+
+
+@PLACES
+@pytest.mark.parametrize("address", ["ftp://mirror", "http://[bad", "http://a b/", "nonsense"])
+def test_an_address_that_is_none(repository: Hub, name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", address if "://" in address else f"x://{address}")
+    with pytest.raises(SourceError, match="cannot be reached"):
+        fetch(name, "main", "model")
+
+
+def test_a_redirect_loop_ends(repository: Hub) -> None:
+    repository.faults.circle = True
+    with pytest.raises(SourceError, match="redirects in a circle"):
+        fetch("org/model", "main", "model")
 
 
 @PLACES

@@ -24,7 +24,7 @@ class Faults:
         cut: {part of the path: how often the connection ends at 30 % of what was asked for}.
         corrupt: {part of the path: how often one byte is wrong}.
         pause: seconds before every quarter of a file. redirect: files come from another address of the server.
-        gated, private: every request is refused so. page: every answer is a web page.
+        gated, private: every request is refused so. page: every answer is a web page. circle: it leads to itself.
     """
 
     statuses: dict[str, list[int]] = field(default_factory=dict)
@@ -36,6 +36,7 @@ class Faults:
     gated: bool = False
     private: bool = False
     page: bool = False
+    circle: bool = False
 
 
 class Hub:
@@ -113,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
                 status = statuses.pop(0)
                 headers = {"Retry-After": faults.retry_after} if faults.retry_after and status == 429 else {}
                 return self._send(status, b"no", headers)
+        if faults.circle:
+            return self._send(302, b"", {"Location": self.path})
         if faults.page:
             return self._send(200, b"<html>log in</html>", {"Content-Type": "text/html"})
         if faults.gated:

@@ -79,7 +79,7 @@ def fetch(remote: Remote) -> tuple[Path, str]:
 
 def _fetch_from(address: str, token: str | None, remote: Remote, place: Path) -> tuple[Path, str]:
     """From one address; its refusals as sentences."""
-    host = urlsplit(address).hostname
+    host = address.partition("://")[2] or address
     try:
         with transport.open_client({"Authorization": f"Bearer {token}"} if token else {}) as client:
             return _download(client, address, remote, place)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -60,7 +60,7 @@ def fetch(remote: Remote) -> tuple[Path, str]:
         with FileLock(place.with_name(f".{place.name}.lock")), transport.open_client(headers) as client:
             return _cached(place) or _download(client, remote, place)
     except UnreachableError as error:
-        raise unreachable(remote, f"{urlsplit(endpoint()).hostname}: {error}") from None
+        raise unreachable(remote, f"{endpoint().partition('://')[2]}: {error}") from None
     except RefusedError as error:
         raise _explain(remote, error) from None
     except MismatchError as error:

@@ -107,10 +107,15 @@ def _check(response: httpx.Response, patience: _Patience) -> bool:
     return True
 
 
-def _retry(error: httpx.TransportError, patience: _Patience) -> None:
+def _retry(error: Exception, patience: _Patience) -> None:
+    """Wait after a failed connection; what cannot get better (an address that is none, a redirect loop) ends it."""
     import httpx
 
-    connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol))
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+        raise UnreachableError("an address must start with http:// or https://")
+    if isinstance(error, httpx.TooManyRedirects):
+        raise UnreachableError("it redirects in a circle")
+    connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
     patience.wait(type(error).__name__, most=ATTEMPTS_CONNECT if connect else ATTEMPTS)
 
 
@@ -126,7 +131,7 @@ def get_json(client: httpx.Client, url: str, params: dict[str, Any] | None = Non
     while True:
         try:
             response = client.get(url, params=params)
-        except httpx.TransportError as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             _retry(error, patience)
             continue
         if _check(response, patience):
@@ -191,7 +196,7 @@ def _fill(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress
                     continue
                 continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
                 _append(response, part, progress, restart=not (response.status_code == 206 and continued))
-        except httpx.TransportError as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             if part.is_file() and part.stat().st_size > have:
                 patience.progress()
             _retry(error, patience)
