@@ -23,9 +23,9 @@ from lib.quantizing.options import Options
 from lib.run.child import StoppedError
 from lib.run.files import require_space
 
-_MEMORY_PER_CHILD = 768 << 20
-"""Bytes: llama.cpp's buffers of at most 256 MiB, what of the mapped source is in use, the interpreter. 533 MiB were
-measured for models of 0.5 and of 4 billion weights alike."""
+_MEMORY_PER_CHILD = 512 << 20
+"""Bytes: llama.cpp's buffers of at most 256 MiB (they do not grow with the model), the interpreter and the tokenizer
+of the load check. The mapped source is not counted: its pages can be dropped at any time."""
 
 _REFRESH = 0.2
 

@@ -13,7 +13,9 @@ Numbers: 16 hex digits of the SHA-256, size in bytes, of the 256-wide and of the
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,36 @@ def test_same_bytes_with_types_of_single_tensors(sources: dict[int, Path], tmp_p
     changed = {row["tensor"] for row in prediction["set_by_hand"]}
     assert changed or case == "output that falls back"  # Q8_0 either way, but said: see the fallbacks
     assert bool(prediction["fallbacks"]) == (width == 896)
+
+
+@same_floats
+def test_the_hashes_are_those_of_llama_quantize(sources: dict[int, Path], home: Path) -> None:
+    """Compiled from the checkout that WORKBOOK_LLAMA_CPP names, run on the same files."""
+    from benchmarks.peers import LLAMA_CPP_VARIABLE, llama_quantize
+
+    if not os.environ.get(LLAMA_CPP_VARIABLE):
+        pytest.skip(f"{LLAMA_CPP_VARIABLE} does not name a checkout of llama.cpp")
+    binary, output = llama_quantize(), home / "out.gguf"
+
+    def official(width: int, name: str, *options: str) -> str:
+        command = [binary, *options, sources[width], output, name, "2"]
+        subprocess.run(command, check=True, capture_output=True, cwd=home)
+        return sha256_file(output)[:16]
+
+    for name, hashes in LLAMA_QUANTIZE.items():
+        assert (official(256, name), official(896, name)) == hashes[::2], name
+    tiny_gguf.write_imatrix(home / "imatrix.gguf")
+    tiny_gguf.write_imatrix(home / "imatrix.dat", legacy=True)
+    for (name, legacy), digest in WITH_IMATRIX.items():
+        assert official(256, name, "--imatrix", f"imatrix.{'dat' if legacy else 'gguf'}") == digest, name
+    for case, (width, name, options, digest) in WITH_TYPES.items():
+        given = [part for entry in options.tensor_types for part in ("--tensor-type", entry)]
+        for flag, kind in (
+            ("--output-tensor-type", options.output_tensor_type),
+            ("--token-embedding-type", options.token_embedding_type),
+        ):
+            given += [flag, kind] if kind else []
+        assert official(width, name, *given) == digest, case
 
 
 def test_the_numbers_of_tensor_types_are_those_of_the_library() -> None:
