@@ -83,8 +83,7 @@ def check_fit(adapter: Path, base: Path) -> AdapterShape:
         if problem := _problem(module, roles, weights):
             raise _unfit(adapter, base, problem)
     for name, tensor in whole.items():
-        place = weights.tensors.get(name.replace(".base_layer.", "."))
-        if place is None or place.shape != tensor.shape:
+        if not _has_place(name, tensor, weights):
             raise _unfit(adapter, base, f"{name} {tensor.shape} has no place there")
     _require_finite(adapter, tensors)
     return shape
@@ -116,6 +115,17 @@ def _problem(module: str, roles: dict[str, StoredTensor], base: Weights) -> str 
     if len(a) != 2 or len(b) != 2 or a[1] != columns or b[0] != rows or a[0] != b[1]:
         return f"{module}: A {a} and B {b} for a weight {weight.shape}"
     return None
+
+
+def _has_place(name: str, tensor: StoredTensor, base: Weights) -> bool:
+    """Whether a whole tensor replaces one of the base, or its trained rows belong to an embedding of it."""
+    embedding = base.tensors.get("model.embed_tokens.weight")
+    if name.endswith(".token_adapter.trainable_tokens_delta"):
+        return embedding is not None and len(tensor.shape) == 2 and tensor.shape[1:] == embedding.shape[1:]
+    place = base.tensors.get(name.replace(".base_layer.", "."))
+    if place is None and name == "lm_head.weight":  # a tied base stores the one matrix under its other name
+        place = embedding
+    return place is not None and place.shape == tensor.shape
 
 
 def _require_finite(adapter: Path, tensors: dict[str, StoredTensor]) -> None:
