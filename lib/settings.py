@@ -68,6 +68,10 @@ class Settings(BaseModel):
 
     per_device_eval_batch_size: int = Field(32, ge=1, description="rows scored together")
 
+    merge_base: Literal["original", "dequantized"] = Field(
+        "original", description="weights a QLoRA adapter is merged into: the 16-bit ones, or NF4 turned back"
+    )
+
     outtype: Literal["f16", "bf16", "f32", "q8_0"] = Field("f16", description="type of the converted GGUF")
     gate_max_kld: float = Field(1.0e-3, gt=0.0, description="largest mean KL divergence, nats, merged vs GGUF")
     gate_min_label_agreement: float = Field(0.99, ge=0.0, le=1.0, description="smallest share of equal labels")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.errors import InputError
+from lib.merging.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
+from lib.models.prompting import Task
 from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 __all__ = ["MergeResult", "merge"]
+
+_CHECK = 2
+"""Raised when the check measures more, so that an older merge is measured again."""
 
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check the merge."""
@@ -27,16 +34,20 @@ class MergeResult:
     Attributes:
         report: sizes, tensors, memory and rules of the merge.
         check: how far its answers are from those of base + adapter.
+        nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
         files: bytes of every file of the product.
         base: id of the base model; method: how the adapter was trained ("LoRA", "QLoRA").
+        merge_base: into which weights it was merged ("original", "dequantized").
     """
 
     product: Product
     report: MergeReport
     check: MergeCheck
+    nf4: Nf4Comparison | None
     files: dict[str, int]
     base: str
     method: str
+    merge_base: str
 
 
 def merge(settings: Settings, run: Run) -> MergeResult:
@@ -46,30 +57,47 @@ def merge(settings: Settings, run: Run) -> MergeResult:
         InputError: an adapter that cannot be merged exactly, or a merged model that answers differently.
     """
     product = run.produce(
-        "merged", lambda work: _build(run, work), parameters={}, inputs=("data", "adapter"), force=settings.force
+        "merged",
+        lambda work: _build(settings.merge_base, run, work),
+        parameters=settings.pick("merge_base") | {"check": _CHECK},
+        inputs=("data", "adapter"),
+        force=settings.force,
     )
     return _read(product)
 
 
-def _build(run: Run, work: Work) -> None:
+def _build(merge_base: str, run: Run, work: Work) -> None:
     from lib.merging.card import write_card
-    from lib.merging.checking import check_merge
-    from lib.merging.folder import merge_folders
     from lib.models.loading import base_of
 
     data, adapter, base = run.require("data"), run.require("adapter"), base_of(run)
     method = str(adapter.entry.facts.get("method", "LoRA"))
-    fresh = work.folder / "model"
-    report = merge_folders(base.path, adapter.path, fresh, tokenizer=data.path / "tokenizer")
-    prompts = check_prompts(data.path)
-    check = check_merge(base.path, adapter.path, fresh, prompts, report.dtype, trained_on_nf4=method == "QLoRA")
-    for path in sorted(fresh.iterdir()):
-        path.rename(work.folder / path.name)
-    fresh.rmdir()
-    write_card(work.folder, base.id, base.revision, report, check, run.stamps())
+    if method != "QLoRA" and merge_base != ORIGINAL:
+        raise InputError(
+            f"merge_base {merge_base!r}, and the adapter was not trained on an NF4 base.",
+            f"merge_base: {ORIGINAL}, or an adapter trained with load_in_4bit: true.",
+            f"set merge_base: {ORIGINAL}.",
+        )
+    folders = {ORIGINAL: base.path}
+    with tempfile.TemporaryDirectory(prefix=".merging-", dir=work.folder) as name:
+        scratch = Path(name)
+        if method == "QLoRA":
+            folders[DEQUANTIZED] = dequantize_base(base.path, scratch / "dequantized-base")
+        made = {key: _merge_into(folder, scratch / key, data.path, adapter.path) for key, folder in folders.items()}
+        nf4 = None
+        if method == "QLoRA":
+            rows, task = _rows(data.path, ROWS), Task.from_json(read_json(data.path / "task.json"))
+            merges = {key: scratch / key for key in made}
+            nf4 = compare_merges(base.path, adapter.path, merges, rows, task, data.path / "tokenizer")
+        for path in sorted((scratch / merge_base).iterdir()):
+            path.rename(work.folder / path.name)
+    report, check = made[merge_base]
+    write_card(work.folder, base.id, base.revision, report, check, run.stamps(), merge_base)
     record = {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"}
-    write_json(work.folder / "merge.json", {"report": record, "check": check.to_json(), "method": method})
+    content = {"report": record, "check": check.to_json(), "method": method, "merge_base": merge_base}
+    write_json(work.folder / "merge.json", content | {"nf4": nf4.to_json() if nf4 else None})
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
+    work.facts["merge_base"] = merge_base
     work.metrics = {
         "bytes": report.bytes_merged,
         "max_abs_log_prob": check.max_abs_log_prob,
@@ -78,15 +106,29 @@ def _build(run: Run, work: Work) -> None:
     }
 
 
+def _merge_into(base: Path, output: Path, data: Path, adapter: Path) -> tuple[MergeReport, MergeCheck]:
+    """Merge, and check the merged model on prompts of the run."""
+    from lib.merging.checking import check_merge
+    from lib.merging.folder import merge_folders
+
+    report = merge_folders(base, adapter, output, tokenizer=data / "tokenizer")
+    return report, check_merge(base, adapter, output, check_prompts(data), report.dtype)
+
+
+def _rows(data: Path, count: int) -> list[dict[str, Any]]:
+    """Evenly spaced validation rows."""
+    rows = read_jsonl(data / "validation.jsonl")
+    step = max(1, len(rows) // count)
+    return rows[::step][:count]
+
+
 def check_prompts(data: Path) -> list[list[int]]:
     """Token ids of evenly spaced validation prompts of the data product."""
     from lib.models.loading import load_tokenizer
-    from lib.models.prompting import Task, encode
+    from lib.models.prompting import encode
 
-    rows = read_jsonl(data / "validation.jsonl")
-    step = max(1, len(rows) // CHECK_PROMPTS)
     task, tokenizer = Task.from_json(read_json(data / "task.json")), load_tokenizer(data / "tokenizer")
-    return [encode(tokenizer, task, row["text"]).prompt_ids for row in rows[::step][:CHECK_PROMPTS]]
+    return [encode(tokenizer, task, row["text"]).prompt_ids for row in _rows(data, CHECK_PROMPTS)]
 
 
 def _read(product: Product) -> MergeResult:
@@ -99,7 +141,9 @@ def _read(product: Product) -> MergeResult:
         product=product,
         report=MergeReport(**report),
         check=MergeCheck(**content["check"]),
+        nf4=Nf4Comparison.from_json(content["nf4"]) if content["nf4"] else None,
         files={name: output["bytes"] for name, output in product.entry.outputs.items()},
         base=content["report"]["base"],
         method=content["method"],
+        merge_base=content["merge_base"],
     )

@@ -16,13 +16,14 @@ def _is_hub_id(name: str, revision: str) -> bool:
 
 
 def write_card(
-    folder: Path, base: str, revision: str, report: MergeReport, check: MergeCheck, notes: list[str]
+    folder: Path, base: str, revision: str, report: MergeReport, check: MergeCheck, notes: list[str], merge_base: str
 ) -> Path:
     """Write README.md with YAML front matter.
 
     Args:
         base: hub id or name of the base model; only a hub id becomes `base_model`.
         notes: sentences that every page of the run must say (sample data, offline base).
+        merge_base: "original", or "dequantized" for weights that went through NF4.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -35,6 +36,7 @@ def write_card(
         **known,
     )
     warnings = "".join(f"> {note}\n>\n" for note in notes)
+    through = ", whose linear layers were rounded to NF4 before" if merge_base == "dequantized" else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -42,7 +44,7 @@ def write_card(
 # Merged model
 
 {warnings}
-A LoRA adapter merged into `{base}` (revision `{revision}`).
+A LoRA adapter merged into `{base}` (revision `{revision}`){through}.
 
 | | |
 |---|---|

@@ -47,7 +47,6 @@ class MergeCheck:
         argmax_agreement: share of positions with the same most probable token.
         effect_kld: mean KL(base + adapter ‖ base): what the adapter does at all; mean_kld should be far below it.
         effect_agreement: share of positions where base and base + adapter have the same most probable token.
-        nf4_kld: for an adapter trained on an NF4 base, mean KL(NF4 base + adapter ‖ merged); information only.
     """
 
     dtype: str
@@ -61,8 +60,6 @@ class MergeCheck:
     effect_agreement: float
     tolerance: float
     max_kld: float
-    nf4_kld: float | None
-    nf4_agreement: float | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -101,15 +98,12 @@ def _arithmetic(folder: Path) -> str:
     return "float32" if open_weights(folder).parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
-def check_merge(
-    base: Path, adapter: Path, merged: Path, prompts: Sequence[list[int]], dtype: str, trained_on_nf4: bool = False
-) -> MergeCheck:
+def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[int]], dtype: str) -> MergeCheck:
     """Compare base + adapter with the merged model, reloaded from its folder.
 
     Args:
         prompts: token ids; a few dozen real prompts of the run.
         dtype: dtype of the merged weights ("float32", "bfloat16", "float16", "mixed").
-        trained_on_nf4: measure also against the adapter on the NF4 base.
 
     Raises:
         InputError: they differ by more than rounding explains; the message holds the numbers.
@@ -120,7 +114,7 @@ def check_merge(
     if not prompts or min(len(ids) for ids in prompts) == 0:
         raise InputError("no prompt to check the merge with.", "a few prompts.", "give rows with text.")
     arithmetic = _arithmetic(base)
-    with Progress("checking the merge (prompts)", len(prompts) * (4 if trained_on_nf4 else 3)) as progress:
+    with Progress("checking the merge (prompts)", 3 * len(prompts)) as progress:
         model = load_model(base, dtype=arithmetic, adapter=adapter)
         reference = _log_probs(model, prompts, progress)
         with model.disable_adapter():
@@ -129,10 +123,7 @@ def check_merge(
         gc.collect()
         result = _log_probs(load_model(merged, dtype=arithmetic), prompts, progress)
         gc.collect()
-        nf4 = None
-        if trained_on_nf4:
-            nf4 = _log_probs(load_model(base, dtype="bfloat16", load_in_4bit=True, adapter=adapter), prompts, progress)
-    check = _compare(reference, plain, result, nf4, dtype, arithmetic, len(prompts), started)
+    check = _compare(reference, plain, result, dtype, arithmetic, len(prompts), started)
     _refuse(check, merged)
     return check
 
@@ -141,7 +132,6 @@ def _compare(
     reference: np.ndarray,
     plain: np.ndarray,
     result: np.ndarray,
-    nf4: np.ndarray | None,
     dtype: str,
     arithmetic: str,
     prompts: int,
@@ -162,8 +152,6 @@ def _compare(
         effect_agreement=_agreement(reference, plain),
         tolerance=TOLERANCE[coarse],
         max_kld=KLD_FLOOR[coarse] + KLD_SHARE * effect,
-        nf4_kld=None if nf4 is None else float(kl_divergence(nf4, result).mean()),
-        nf4_agreement=None if nf4 is None else _agreement(nf4, result),
         seconds=round(time.monotonic() - started, 2),
     )
 

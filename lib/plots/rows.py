@@ -136,9 +136,41 @@ def merge_check(check: Any) -> list[Row]:
         "base + adapter → merged (the merge's cost)": (check.mean_kld, check.argmax_agreement),
         "base + adapter → base (the adapter's effect)": (check.effect_kld, check.effect_agreement),
     }
-    if check.nf4_kld is not None:
-        found["adapter on the NF4 base → merged"] = (check.nf4_kld, check.nf4_agreement)
     return [{"compared": name, "KL, nats ↓": kld, "same top token ↑": same} for name, (kld, same) in found.items()]
+
+
+def nf4_merges(comparison: Any) -> list[Row]:
+    """The trained QLoRA model and both merges on the same rows (an Nf4Comparison)."""
+    return [
+        {
+            "model": row.model if row.size_mb is None else f"merged into the {row.model} base",
+            "KL from the trained model, nats ↓": _limits(row.kld, 1, ".2g"),
+            "same top token, % ↑": f"{100 * row.same_top:.1f}",
+            "same label, % ↑": _limits(row.label_agreement, 100, ".1f"),
+            "accuracy, % ↑": _limits(row.accuracy, 100, ".1f"),
+            "MB": row.size_mb,
+        }
+        for row in comparison.results
+    ]
+
+
+def nf4_reading(result: Any) -> str:
+    """Which merge is closer to the trained model, and which one was published, in words (a MergeResult with nf4)."""
+    comparison = result.nf4
+    difference = _limits(comparison.difference, 1, ".2g")
+    words = "neither merge is measurably closer to the trained model"
+    if comparison.closer is not None:
+        words = f"the merge into the **{comparison.closer}** base is closer to the trained model"
+    text = f"In KL divergence {words} (dequantized minus original: {difference} nats). This run's product is the merge "
+    text += f"into the **{result.merge_base}** base (`merge_base`)."
+    if comparison.closer not in (None, result.merge_base):
+        text += f" Closer is not better by itself; compare the accuracies before choosing `{comparison.closer}`."
+    return text
+
+
+def _limits(values: Sequence[float], scale: float, form: str) -> str:
+    estimate, low, high = (format(scale * value, form) for value in values)
+    return f"{estimate} [{low}, {high}]"
 
 
 def conversion_card(result: Any) -> Row:

@@ -13,6 +13,8 @@ from lib.errors import InputError
 from lib.merging import merge
 from lib.merging.checking import check_merge, kl_divergence
 from lib.merging.folder import merge_folders
+from lib.plots import rows
+from lib.run import Run
 from lib.settings import Settings
 from tests import tiny_run
 
@@ -101,12 +103,51 @@ def test_stage_publishes_nothing_when_the_check_fails(
     assert "merged" not in run.manifest.entries()
 
 
-def test_stage_measures_against_the_nf4_base(home: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def nf4_run(home: Path, tmp_path: Path) -> Run:
     from lib.device import bitsandbytes_problem
 
     if problem := bitsandbytes_problem():
         pytest.skip(problem)
     tiny_run.make_base(tmp_path / "base", "bfloat16")
-    result = merge(Settings(), tiny_run.make_run(tmp_path / "base", method="QLoRA"))
-    assert result.check.nf4_kld is not None
-    assert result.check.nf4_kld > result.check.mean_kld  # NF4 moves the model much more than rounding does
+    return tiny_run.make_run(tmp_path / "base", method="QLoRA")
+
+
+def test_stage_measures_both_merges_against_the_trained_model(nf4_run: Run) -> None:
+    result = merge(Settings(), nf4_run)
+    assert result.nf4 is not None and result.merge_base == "original"
+    trained, original, dequantized = result.nf4.results
+    assert [row.model for row in result.nf4.results] == ["adapter on the NF4 base", "original", "dequantized"]
+    assert trained.kld == [0.0, 0.0, 0.0] and trained.label_agreement[0] == trained.same_top == 1.0
+    assert trained.rows == 16 and trained.positions == 64 and trained.size_mb is None
+    assert 0 < dequantized.kld[0] < 0.1 * original.kld[0]  # the trained weights but for the rounding of the sum
+    assert result.nf4.closer == "dequantized" and result.nf4.difference[2] < 0
+    words = rows.nf4_reading(result)
+    assert "dequantized** base is closer" in words and "into the **original** base" in words
+    assert len(rows.nf4_merges(result.nf4)) == 3
+    assert merge(Settings(), nf4_run).nf4 == result.nf4
+    assert not list(result.product.path.glob(".*"))
+
+
+def test_merge_into_the_dequantized_base(nf4_run: Run, tmp_path: Path) -> None:
+    """The published weights are NF4's plus the update, bit for bit as bitsandbytes turns NF4 back."""
+    import bitsandbytes as bnb
+
+    result = merge(Settings(merge_base="dequantized"), nf4_run)
+    assert result.product.entry.facts["merge_base"] == "dequantized"
+    assert "rounded to NF4" in (result.product.path / "README.md").read_text()
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    merged = load_file(result.product.path / "model.safetensors")
+    untouched = "model.layers.0.self_attn.k_proj.weight"
+    packed, state = bnb.functional.quantize_4bit(
+        weights[untouched], blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    assert torch.equal(merged[untouched], bnb.functional.dequantize_4bit(packed, state))
+    assert not torch.equal(merged[untouched], weights[untouched])
+    assert torch.equal(merged["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_dequantized_needs_an_nf4_adapter(home: Path, tmp_path: Path) -> None:
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    with pytest.raises(InputError, match="not trained on an NF4 base"):
+        merge(Settings(merge_base="dequantized"), tiny_run.make_run(tmp_path / "base"))
