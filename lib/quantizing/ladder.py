@@ -1,7 +1,7 @@
 """Several types of one source, as many at once as cores and memory allow; stopped together, cleanly.
 
-One thread a file is the best use of the cores: llama.cpp's threads wait for one another at every tensor, and reading,
-checking and writing a file are work of one thread (measured: docs/LOG.md).
+Several files with few threads each use the cores better than one file with all of them: llama.cpp's threads wait for
+one another at every tensor, and reading, checking and writing a file are work of one thread (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Slots:
         """As many files at once as threads (0 = physical cores), free memory and jobs allow."""
         threads = n_threads or physical_cores()
         files = max(1, min(jobs, threads, available_memory() // _MEMORY_PER_CHILD))
-        return cls(files, max(1, threads // files))
+        spare = 0 if n_threads else 1  # keeps a core busy while another file is read, checked or written
+        return cls(files, min(threads, max(1, threads // files) + spare))
 
 
 def quantize_files(

@@ -35,10 +35,12 @@ def jobs(source: Path, folder: Path, *types: str) -> list[Job]:
 @pytest.mark.parametrize(
     ("count", "n_threads", "cores", "gib", "wanted"),
     [
-        (7, 0, 2, 8, Slots(2, 1)),
-        (7, 0, 16, 64, Slots(7, 2)),
+        (7, 0, 2, 8, Slots(2, 2)),
+        (7, 2, 16, 8, Slots(2, 1)),
+        (7, 0, 16, 64, Slots(7, 3)),
         (1, 0, 8, 64, Slots(1, 8)),
-        (7, 0, 8, 2, Slots(2, 4)),
+        (7, 0, 1, 64, Slots(1, 1)),
+        (7, 0, 8, 1, Slots(2, 5)),
         (7, 0, 8, 0, Slots(1, 8)),
         (7, 1, 8, 64, Slots(1, 1)),
         (7, 3, 2, 64, Slots(3, 1)),
