@@ -83,6 +83,7 @@ def check_loads(path: Path) -> None:
     params = llama_cpp.llama_model_default_params()
     params.check_tensors = True
     params.n_gpu_layers = 0
+    params.use_extra_bufts = False  # no copy of the weights in the processor's own layout: nothing is computed here
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise InputError(f"llama.cpp cannot load the new file ({log.reason}).", "a file that loads.", "report this.")
