@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.merging.adapter import Adapter, Update, plan_updates, read_adapter
+from lib.merging.adapter import Adapter, Update, read_adapter
+from lib.merging.planning import plan_updates, unties, with_own_head
 from lib.merging.report import AnonymousMemory, MergeReport
 from lib.merging.writing import DTYPES, Sink, infinite, planned_weights, write_weights
 from lib.models.floats import largest_magnitude
@@ -58,6 +59,8 @@ def merge_folders(
     _check_output(base, adapter, output)
     weights, lora = open_weights(base), read_adapter(adapter)
     config = _read_config(base)
+    if unties(lora, config):
+        weights, config = with_own_head(weights), config | {"tie_word_embeddings": False}
     updates = plan_updates(lora, weights, config)
     for tensor in weights.tensors.values():
         tensor.require_floats()
@@ -154,11 +157,12 @@ def _check_finite(adapter: Adapter) -> None:
 
 
 def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
-    if dtype is None:
+    if dtype is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    if config == read_json(base / "config.json"):
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
-        config = {key: value for key, value in config.items() if key != "torch_dtype"}
-        write_json(folder / "config.json", {**config, "dtype": dtype})
+        write_json(folder / "config.json", config)
     for source, names in ((base, ("generation_config.json", "LICENSE", "NOTICE")), (tokenizer, TOKENIZER_FILES)):
         for name in names:
             if (source / name).is_file():

@@ -114,6 +114,7 @@ def write_weights(
     if (base.folder / INDEX).is_file():
         index = read_json(base.folder / INDEX)
         index.setdefault("metadata", {})["total_size"] = new.nbytes
+        index["weight_map"] = {name: tensor.file.name for name, tensor in sorted(new.tensors.items())}
         write_json(new.folder / INDEX, index)
 
 
@@ -191,7 +192,7 @@ def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
 
 
 def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
-    """The merged weight in float32 (float64 for a float64 base), to be rounded once by the caller.
+    """The merged weight in float32 (float64 for a float64 base), to be rounded once by the caller; "rows" in its dtype.
 
     linear: W + s·B·A; embedding: W + s·(B·A)ᵀ; with a magnitude m (DoRA): m ⊙ rows / ‖rows‖₂ of that sum.
 
@@ -202,6 +203,12 @@ def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Ten
 
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with torch.inference_mode():
+        if update.kind == "rows":
+            result, trained = weight.clone(), update.tensors["value"].tensor()
+            for i, row in enumerate(update.rows):
+                if rows.start <= row < rows.stop:
+                    result[row - rows.start] = trained[i]
+            return result
         if update.kind == "bias":
             value = update.tensors["value"].tensor()[rows].to(torch.float32)
             return (value * update.scaling).to(wide).add_(weight)

@@ -47,7 +47,7 @@ def refused(base: Path, adapter: Path, match: str) -> None:
         ({"peft_type": None}, "peft_type None"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layer_replication": [[0, 2]]}, "replicated layers"),
-        ({"trainable_token_indices": [1, 2]}, "trained single tokens"),
+        ({"trainable_token_indices": [1, 2]}, "no trained tokens of embed_tokens"),
         ({"init_lora_weights": "pissa"}, "changed the base during training"),
         ({"r": 5}, r"rank 5"),
         ({"use_dora": True}, "use_dora"),
@@ -189,3 +189,33 @@ def test_index_and_shards_disagree(make_base: Callable, adapter: Path, tmp_path:
     refused(base, adapter, "index and shards disagree")
     next(iter(base.glob("model-00002*"))).unlink()
     refused(base, adapter, "no file")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        ([1, 1], "trained tokens of model.embed_tokens"),
+        ([1, 320], "for 320 rows of 64"),
+        ([1, 2, 3], "3 trained tokens"),
+        ({"lm_head": [1, 2]}, "which the configuration or the base does not have"),
+        (None, "which the configuration or the base does not have"),
+    ],
+)
+def test_trained_tokens(
+    tokens: object, match: str, make_base: Callable, make_adapter: Callable, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(make_adapter(make_base(), trainable_token_indices=[4, 2]), tmp_path / "adapter")
+    reconfigure(adapter, trainable_token_indices=tokens)
+    refused(make_base(), adapter, match)
+
+
+def test_trained_tokens_of_a_tied_head(make_base: Callable, make_adapter: Callable, tmp_path: Path) -> None:
+    adapter = make_adapter(make_base(), trainable_token_indices={"embed_tokens": [4], "lm_head": [5]})
+    refused(make_base(), shutil.copytree(adapter, tmp_path / "adapter"), "shares one matrix")
+
+
+def test_unequal_copies_of_one_matrix(make_base: Callable, make_adapter: Callable, tmp_path: Path) -> None:
+    adapter = make_adapter(make_base(), modules_to_save=["lm_head", "embed_tokens"])
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
+    reconfigure(adapter, ensure_weight_tying=True)
+    refused(make_base(), adapter, "different copies of lm_head and embed_tokens")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
 from lib.merging.folder import merge_folders
@@ -52,6 +53,8 @@ VARIANTS = {
     "lora bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
     "trained bias": {"bias": "all"},
     "modules to save": {"modules_to_save": ["norm"]},
+    "trained tokens": {"trainable_token_indices": [300, 5, 9]},
+    "trained tokens by name": {"trainable_token_indices": {"embed_tokens": [7]}, "target_modules": ["q_proj"]},
     "one layer": {"layers_to_transform": [1]},
     "regular expression": {"target_modules": r".*\.1\.mlp\.(up|gate)_proj"},
 }
@@ -80,6 +83,33 @@ def test_untied_head_and_embedding(
     adapter = make_adapter(base, target_modules=["q_proj", target])
     merge_folders(base, adapter, tmp_path / "out")
     assert assert_same_bits(tmp_path / "out", peft_merged(base, adapter), base) == 3
+
+
+@pytest.mark.parametrize("tying", [False, True])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_saved_modules_of_a_tied_model(
+    saved: list[str], tying: bool, shards: int, make_base: Callable, make_adapter: Callable, tmp_path: Path
+) -> None:
+    """The model is untied as peft unties it; with ensure_weight_tying it stays tied."""
+    base = make_base("bfloat16", tied=True, shards=shards)
+    adapter = make_adapter(base, modules_to_save=saved, ensure_weight_tying=tying)
+    merge_folders(base, adapter, tmp_path / "out")
+    still_tied = tying
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is still_tied
+    mine, peers = read_all(tmp_path / "out"), peft_merged(base, adapter)
+    assert ("lm_head.weight" in mine) is not still_tied
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, peers[name]), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is still_tied
+
+
+def test_trained_tokens_of_an_untied_head(make_base: Callable, make_adapter: Callable, tmp_path: Path) -> None:
+    base = make_base("float32", tied=False)
+    adapter = make_adapter(base, trainable_token_indices={"embed_tokens": [3], "lm_head": [8, 2]})
+    merge_folders(base, adapter, tmp_path / "out")
+    assert assert_same_bits(tmp_path / "out", peft_merged(base, adapter), base) == 8
 
 
 def test_bfloat16_adapter_is_summed_in_float32(make_base: Callable, make_adapter: Callable, tmp_path: Path) -> None:
