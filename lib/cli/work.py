@@ -38,25 +38,31 @@ def merge(
     as_json: bool,
 ) -> None:
     """Merge an adapter into a base model, write a GGUF of it in the same pass if asked, and print what was done."""
+    from lib.merging.card import write_lineage
     from lib.merging.folder import merge_folders
     from lib.models.kinds import refuse_adapter, require_adapter
     from lib.models.resolving import resolve_adapter, resolve_base
 
-    base = Path(base_model) if Path(base_model).is_dir() else resolve_base(base_model, revision).path
+    local = Path(base_model).is_dir()
+    base = Path(base_model) if local else resolve_base(base_model, revision).path
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
     refuse_adapter(base)
     require_adapter(given)
     conversions: list[Conversion] = []
 
     @contextlib.contextmanager
-    def also(folder: Path, weights: Weights) -> Iterator[GgufFile]:
+    def also(folder: Path, weights: Weights) -> Iterator[GgufFile | None]:
+        write_lineage(folder, base.name if local else base_model, None if local else base.name, Path(adapter).name)
+        if gguf is None:
+            yield None
+            return
         from lib.gguf_export.converting import Conversion
 
         conversions.append(Conversion(folder, weights, gguf, outtype))
         with conversions[0].open() as file:
             yield file
 
-    report = merge_folders(base, given, output_dir, dtype, also=also if gguf else None).to_json()
+    report = merge_folders(base, given, output_dir, dtype, also=also).to_json()
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
     text = f"{output_dir}\n{_text(report, *plain)}"
     for conversion in conversions:

@@ -60,3 +60,29 @@ Each changed weight is summed in float32 and rounded once. How it was trained an
     path = folder / "README.md"
     write_text(path, ModelCard(text).content)
     return path
+
+
+def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -> Path:
+    """Write README.md of a merge outside a run: what it is made of, and that no prompt was run through it.
+
+    Args:
+        revision: commit of a hub model; None for a local folder, of which only the name is told.
+    """
+    import yaml
+
+    known = {"base_model": base, "base_model_relation": "finetune"} if revision and _is_hub_id(base, revision) else {}
+    data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lora", "merged"], **known}
+    where = f"`{base}` (revision `{revision}`)" if revision else f"the local model `{base}`"
+    text = f"""---
+{yaml.safe_dump(data, sort_keys=False).strip()}
+---
+
+# Merged model
+
+The LoRA adapter `{adapter}` merged into {where} by `workbook merge`.
+Each changed weight is summed in float32 and rounded once; all other tensors are copies. Its answers were not compared
+with those of base and adapter: notebook 04 of a run does that.
+"""
+    path = folder / "README.md"
+    write_text(path, text)
+    return path

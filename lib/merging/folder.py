@@ -29,8 +29,9 @@ TOKENIZER_FILES = (
 )
 
 
-Also = Callable[[Path, Weights], contextlib.AbstractContextManager[Sink]]
-"""Gets the folder being made (all but its weights are there) and its planned weights; where else the weights go."""
+Also = Callable[[Path, Weights], contextlib.AbstractContextManager[Sink | None]]
+"""Gets the folder being made (all but its weights are there) and its planned weights; may add small files to it, and
+says where else the weights go."""
 
 
 def merge_folders(
@@ -46,7 +47,8 @@ def merge_folders(
     Args:
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every tensor of the base.
         tokenizer: folder whose tokenizer files are copied; None = those of the base.
-        also: a second product made of the weights in the same pass; when it fails, nothing is published.
+        also: further files, or a second product made of the weights in the same pass; when it fails, nothing is
+            published.
 
     Raises:
         InputError: anything of `RULES`, a quantized base, no room, or an output folder that is not new. Nothing is

@@ -20,6 +20,7 @@ from lib.cli.work import Rows
 from lib.errors import InputError
 from lib.reporting import Terminated
 from lib.settings import Settings
+from tests import tiny_run
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -186,3 +187,21 @@ def test_several_types_and_their_sizes(tmp_path: Path) -> None:
     assert made.returncode == 0 and "bits_per_weight" in made.stdout
     files = [tmp_path / "out" / f"tiny-{name}.gguf" for name in ("Q8_0", "Q4_0")]
     assert [row["bytes"] for row in sizes] == [path.stat().st_size for path in files]
+
+
+def test_merge_and_convert_in_one_pass(tmp_path: Path) -> None:
+    """The GGUF of `merge --gguf` is that of `convert` on the merged folder; a refused one leaves neither product."""
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    tiny_run.make_adapter(tmp_path / "base", tmp_path / "adapter")
+    given = ("merge", "--base-model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"))
+    done = workbook(*given, "--output-dir", str(tmp_path / "merged"), "--gguf", str(tmp_path / "one.gguf"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["gguf"]["architecture"] == "qwen2"
+    assert "the local model `base`" in (tmp_path / "merged" / "README.md").read_text()
+    done = workbook("convert", str(tmp_path / "merged"), str(tmp_path / "two.gguf"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    before = sorted(tmp_path.iterdir())
+    done = workbook(*given, "--output-dir", str(tmp_path / "other"), "--gguf", str(tmp_path / "other.bin"))
+    assert done.returncode == 2 and "ends in .gguf" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
