@@ -13,6 +13,7 @@ import pytest
 
 from lib.reporting.checks import problems
 from lib.run.manifest import NOTEBOOK_OF
+from lib.settings import Settings
 
 pytestmark = pytest.mark.report
 PROJECT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,8 @@ def test_the_task_is_learnable_and_not_trivial(finished: Path) -> None:
 def test_the_ladder_keeps_its_promises(finished: Path) -> None:
     comparison = json.loads((finished / "runs/quick/comparison/comparison.json").read_text(encoding="utf-8"))
     files = {entry["type"]: entry for entry in comparison["files"]}
-    assert set(files) == {"F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"}
+    ladder = {name for name, entry in files.items() if entry["kind"] == "gguf"}
+    assert ladder == {"F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"}
     assert files["F16"]["flips"] == 0 and files["F16"]["kld_mean"] < 1e-6
     assert files["Q8_0"]["flips"] <= 0.01 * files["Q8_0"]["n"]
     assert files["Q2_K"]["kld_mean"] > files["Q4_K_M"]["kld_mean"] > files["Q8_0"]["kld_mean"] > 0
@@ -67,6 +69,22 @@ def test_the_ladder_keeps_its_promises(finished: Path) -> None:
     for entry in files.values():
         low, high = entry["accuracy_interval"]
         assert 0 <= low <= entry["accuracy"] <= high <= 1 and "no loss" not in entry["verdict"]
+
+
+def test_every_export_is_scored_or_skipped_with_a_reason(finished: Path) -> None:
+    folder = finished / "runs/quick"
+    exports = json.loads((folder / "exports/exports.json").read_text(encoding="utf-8"))
+    comparison = json.loads((folder / "comparison/comparison.json").read_text(encoding="utf-8"))
+    made = [record["format"] for record in exports["made"]]
+    skipped = {record["format"]: record["reason"] for record in exports["skipped"]}
+    assert sorted([*made, *skipped]) == sorted(Settings().export_formats)
+    assert [entry["type"] for entry in comparison["files"] if entry["kind"] == "folder"] == made
+    for name in ("06_quantize", "07_compare_quantized"):
+        page = (finished / f"reports/quick/{name}.html").read_text(encoding="utf-8")
+        assert all(name in page for name in made) and all(reason in page for reason in skipped.values())
+    assert comparison["recommendation"]["type"] not in made
+    for record in exports["made"]:
+        assert 0 <= record["check"]["mean_kld"] < 0.1 and record["bits_per_weight"] < 16.1
 
 
 def test_memory_stays_small(finished: Path) -> None:
