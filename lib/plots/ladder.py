@@ -72,7 +72,8 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
         bounds = entry["accuracy_interval"]
         error = [[entry["accuracy"] - bounds[0]], [bounds[1] - entry["accuracy"]]]
         right.errorbar(x, entry["accuracy"], yerr=error, **style)
-        end, shift = (bounds[1], 4) if place % 2 else (bounds[0], -4)  # names at alternate ends, or they would overlap
+        end, sign = (bounds[1], 1) if place % 2 else (bounds[0], -1)  # names at alternate ends and distances, or they
+        shift = sign * (4 + place // 2 % 2 * 22)  # would overlap
         side = {"ha": "center", "va": "bottom" if place % 2 else "top", "rotation": 45, "fontsize": 8}
         right.annotate(entry["type"], (x, end), (0, shift), textcoords="offset points", **side)
     joined = sorted((sizes[e["type"]], e["kld_mean"]) for e in entries if e["type"] in frontier and e["kld_mean"] > 0)
@@ -81,7 +82,7 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
     left.set(
         xlabel="file size, MB (10⁶ bytes)", ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log"
     )
-    right.margins(y=0.22)
+    right.margins(y=0.3)
     right.set(xlabel="file size, MB (10⁶ bytes)", ylabel="accuracy ↑")
     n = entries[0]["n"]
     others = any(entry.get("kind") == "folder" for entry in entries)
