@@ -31,6 +31,10 @@ class Settings(BaseModel):
     force: bool = Field(False, description="redo the stage even if it is finished and unchanged")
     seed: int = Field(42, ge=0, le=2**31 - 1, description="seed of splits, training order and resampling")
 
+    task: Literal["classification", "instruction", "dialogue"] = Field(
+        "classification", description="rows with labels, questions with answers, or conversations"
+    )
+    thinking: bool = Field(False, description="answers begin with reasoning in <think> or <thinking> tags")
     dataset: str = Field(SAMPLE_DATASET, min_length=1, description="'sample', file, folder, hub id, modelscope:id")
     text_column: str = Field("", description="column with the text; empty = find it")
     label_column: str = Field("", description="column with the label; empty = find it")
@@ -182,6 +186,10 @@ class Settings(BaseModel):
             )
         if self.perplexity_tokens < self.n_ctx:
             raise ValueError(f"perplexity_tokens ({self.perplexity_tokens}) must be at least n_ctx ({self.n_ctx})")
+        if self.task != "classification" and self.dataset == SAMPLE_DATASET:
+            raise ValueError(f"the sample corpus holds labelled reviews: set dataset to your own for task {self.task}")
+        if self.task == "classification" and self.thinking:
+            raise ValueError("answers of a classification are single words: thinking must be false")
         if self.load_in_4bit and self.dtype == "float32":
             raise ValueError("load_in_4bit computes in bfloat16: set dtype to auto or bfloat16")
         return self

@@ -134,7 +134,7 @@ def clean_split(
     extra = [name for name in table.column_names if name in keep]
     columns = table.select_columns([text_name, label_name, *extra]).to_dict()
     for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
-        text = _safe_text(raw, counts)
+        text = safe_text(raw, counts)
         label = read(value)
         if not text.strip():
             counts["dropped: empty text"] += 1
@@ -150,7 +150,7 @@ def clean_split(
     return rows, counts
 
 
-def _safe_text(raw: Any, counts: Counter[str]) -> str:
+def safe_text(raw: Any, counts: Counter[str]) -> str:
     if raw is None or raw != raw:
         return ""
     text = raw if isinstance(raw, str) else str(raw)

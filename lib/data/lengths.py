@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.data.cleaning import Row
+from lib.data.dialogues import Conversation
+from lib.models.conversations import ConversationTask, ExchangeTooLongError, encode_conversation
 from lib.models.prompting import Task, encode, label_ids, render
 from lib.progress import Progress
 
@@ -84,3 +88,52 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: bool) -> l
             pieces.append({"text": text, "ids": pending, "loss": loss})
             pending = []
     return pieces
+
+
+def conversation_lengths(
+    tokenizer: PreTrainedTokenizerBase, task: ConversationTask, splits: Mapping[str, list[Conversation]]
+) -> tuple[dict[str, list[Conversation]], dict[str, list[int]], list[dict[str, Any]]]:
+    """The rows of which at least one exchange fits; their tokens before the cut; a table with one line a split."""
+    kept: dict[str, list[Conversation]] = {}
+    lengths: dict[str, list[int]] = {}
+    table = []
+    with Progress("token lengths", sum(map(len, splits.values()))) as progress:
+        for name, rows in splits.items():
+            kept[name], lengths[name], shorter, turns = [], [], 0, 0
+            for row in rows:
+                progress.advance()
+                whole = len(encode_conversation(tokenizer, row.messages, sys.maxsize, task.thinking).ids)
+                if whole > task.max_seq_length:
+                    try:
+                        cut = encode_conversation(tokenizer, row.messages, task.max_seq_length, task.thinking)
+                    except ExchangeTooLongError:
+                        continue
+                    shorter, turns = shorter + 1, turns + cut.turns_cut
+                kept[name].append(row)
+                lengths[name].append(whole)
+            if kept[name]:
+                line = _line(name, lengths[name], shorter)
+                table.append({**line, "turns cut": turns, "rows too long": len(rows) - len(kept[name])})
+    return kept, lengths, table
+
+
+def conversation_example(
+    tokenizer: PreTrainedTokenizerBase, task: ConversationTask, rows: Sequence[Conversation], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """The row of median length as the model sees it: as `worked_example`, with "turns" in place of the label."""
+    row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
+    encoded = encode_conversation(tokenizer, row.messages, task.max_seq_length, task.thinking)
+    edges = [0, *(edge for span in encoded.spans for edge in span), len(encoded.ids)]
+    pieces = [
+        piece
+        for i, (start, stop) in enumerate(itertools.pairwise(edges))
+        for piece in _pieces(tokenizer, encoded.ids[start:stop], i % 2 == 1)
+    ]
+    return {
+        "text": row.text,
+        "turns": 2 * len(encoded.spans),
+        "pieces": pieces,
+        "prompt_tokens": len(encoded.ids) - len(encoded.loss),
+        "loss_tokens": len(encoded.loss),
+        "truncated": encoded.turns_cut > 0,
+    }

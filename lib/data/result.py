@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lib.models.prompting import Task
+from lib.models.tasks import AnyTask, has_labels, read_task
 from lib.run import Product
 from lib.run.files import read_json, read_jsonl
 
@@ -16,23 +16,23 @@ class DataResult:
 
     Attributes:
         product: folder and manifest entry.
-        task: prompts, label names, length limit.
+        task: prompts, label names, length limit; of rows without labels a ConversationTask.
         source: where the rows really came from, in words.
         split_rule: how the split came about, in words.
         flow: rows read, dropped (and why), used; one dict a step, ready to be a table.
         changes: what was changed in texts or files, and how often.
-        balance: rows a label and split.
+        balance: rows a label and split; without labels rows and turns a split.
         duplicates: copies and conflicts within each split, and over all rows.
         overlaps: rows of one split that are copies of another's, as read.
         overlaps_used: the same after splitting (equal to `overlaps` when the split is the given one).
         leaked_examples, conflict_examples: as text.
         lengths: tokens of each used row, by split; length_table: percentiles and truncated share.
         example: one row as the model sees it (see `lengths.worked_example`).
-        floor: the linear floor (see `floor.linear_floor`).
+        floor: the linear floor (see `floor.linear_floor`); empty without labels, for there is nothing to classify.
     """
 
     product: Product
-    task: Task
+    task: AnyTask
     source: str
     split_rule: str
     flow: list[dict[str, Any]]
@@ -48,17 +48,22 @@ class DataResult:
     example: dict[str, Any]
     floor: dict[str, Any]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the rows have labels."""
+        return has_labels(self.task)
+
     @classmethod
     def read(cls, product: Product) -> DataResult:
         """From the product's files."""
         folder = product.path
         return cls(
             product=product,
-            task=Task.from_json(read_json(folder / "task.json")),
-            floor=read_json(folder / "floor.json"),
+            task=read_task(folder),
+            floor=read_json(folder / "floor.json") if (folder / "floor.json").is_file() else {},
             **read_json(folder / "audit.json"),
         )
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        """The rows of a split: id, text, label, group, leaked (and pattern in the sample corpus)."""
+        """The rows of a split: id, text and label (or messages), group, leaked, and what else they brought."""
         return read_jsonl(self.product.path / f"{split}.jsonl")

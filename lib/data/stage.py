@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.data import sample, splitting
+from lib.data import conversations, sample, splitting
 from lib.data.audit import Audit, audit, find_duplicates
 from lib.data.choosing import choose_data
 from lib.data.cleaning import Row, clean_split, require_labels, unlabelled
+from lib.data.common import STAMPS, limit, put_tokenizer
 from lib.data.reading import SPLITS, Table, read_table
 from lib.data.result import DataResult
 from lib.data.textfiles import file_fingerprint
 from lib.errors import InputError
 from lib.models.prompting import Task, template_hash
-from lib.models.resolving import ChosenBase, choose_base
+from lib.models.resolving import choose_base
 from lib.run import Run, Work
 from lib.run.files import write_json, write_jsonl
 from lib.run.folders import user_path
@@ -31,12 +31,6 @@ KEYS = (
     *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
     *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
 )
-STAMPS = {
-    (True, True): "offline base model, sample data: not a result about Qwen or ChnSentiCorp",
-    (True, False): "offline base model: not a result about Qwen",
-    (False, True): "sample data: not a result about ChnSentiCorp",
-}
-"""What every page must say, by (offline base, sample data)."""
 FEWEST = 10
 """Distinct rows a label that a split 8 : 1 : 1 needs."""
 
@@ -51,7 +45,8 @@ def prepare(settings: Settings, run: Run) -> DataResult:
     Raises:
         InputError: the data set or the base model's tokenizer cannot be used; the message says what to do.
     """
-    parameters = settings.pick(*KEYS)
+    labelled = settings.task == "classification"
+    parameters = settings.pick(*(KEYS if labelled else conversations.KEYS))
     if settings.dataset == SAMPLE_DATASET:
         parameters["sample_version"] = sample.VERSION
     elif (path := user_path(settings.dataset)).exists():
@@ -62,7 +57,8 @@ def prepare(settings: Settings, run: Run) -> DataResult:
         from lib.models.resolving import resolve_base
 
         parameters["base_revision"] = resolve_base(settings.base_model, settings.revision).revision
-    product = run.produce("data", lambda work: _build(settings, work), parameters, force=settings.force)
+    build = _build if labelled else conversations.build
+    product = run.produce("data", lambda work: build(settings, work), parameters, force=settings.force)
     return DataResult.read(product)
 
 
@@ -108,11 +104,13 @@ def _build(settings: Settings, work: Work) -> None:
     require_labels(final["train"], settings.label_names, "train")
     require_labels(final["validation"], settings.label_names, "validation")
     require_labels(final["test"], settings.label_names, "test")
-    final = _limit(final, settings)
+    final = limit(final, settings)
     flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in final.items()]
     task = Task(tuple(settings.label_names), settings.system_prompt, settings.user_prompt, settings.max_seq_length)
     base_chosen = choose_base(settings.base_model, settings.revision, settings.fallbacks)
-    tokenizer, base = _tokenizer(base_chosen, task, final["train"], work.folder / "tokenizer")
+    words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
+    texts = [row.text for row in final["train"]]
+    tokenizer, base = put_tokenizer(base_chosen, texts, words, work.folder / "tokenizer")
     sample_data = chosen.source == SAMPLE_DATASET
     stamp = STAMPS.get((base["offline_base"], sample_data))
     work.notes += [*([stamp] if stamp else []), *base_chosen.notes, *chosen.notes, *notes]
@@ -206,33 +204,6 @@ def _divide(
         )
     rule = f"8 : 1 : 1 by duplicate cluster, seed {settings.seed}; copies and conflicting texts dropped first"
     return splitting.split_by_cluster(kept, settings.seed), rule, dropped
-
-
-def _limit(splits: dict[str, list[Row]], settings: Settings) -> dict[str, list[Row]]:
-    most = {"train": settings.max_train_rows}
-    return {
-        name: splitting.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
-        for name, rows in splits.items()
-    }
-
-
-def _tokenizer(
-    chosen: ChosenBase, task: Task, train: list[Row], folder: Path
-) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-    """Put the run's tokenizer into `folder`; also the facts about the base model."""
-    from lib.models import loading
-
-    facts = {"base_model": chosen.source, "offline_base": chosen.base is None}
-    if chosen.base is None:
-        from lib.models.offline import ensure_tokenizer
-
-        words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
-        made = ensure_tokenizer([row.text for row in train], [word for word in words if word.strip()])
-        shutil.copytree(made, folder)
-        return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
-    tokenizer = loading.load_tokenizer(chosen.base.path)
-    tokenizer.save_pretrained(folder)
-    return tokenizer, facts | {"base_revision": chosen.base.revision}
 
 
 def _measure(

@@ -2,22 +2,25 @@
 
 It never sees a label. Some texts are framed as ChatML turns, so that the frame is not alien to it: half of those let
 the assistant continue a text that the user began, half are the task's own prompt answered with a label name drawn at
-random, which makes the answer words likely and their order meaningless.
+random, which makes the answer words likely and their order meaningless. Where there are no labels it sees single turns,
+and pairs of turns drawn at random as question and answer: never a conversation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.device import compute_dtype
 from lib.models import store
+from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, render_conversation
 from lib.models.offline_tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN
-from lib.models.prompting import Task, render
+from lib.models.prompting import render
+from lib.models.tasks import AnyTask, has_labels
 from lib.progress import Progress
 from lib.run.files import require_space, sha256_file, sha256_json, write_text
 
@@ -58,7 +61,7 @@ class BaseRecipe:
     version: int = 1
 
 
-def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe | None = None) -> Path:
+def ensure_base(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: BaseRecipe | None = None) -> Path:
     """The stored offline base model for these texts, trained if it is not there yet.
 
     Args:
@@ -69,7 +72,7 @@ def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseR
     Returns:
         A standard model folder. `offline_card` says how it was made.
     """
-    recipe = recipe or BaseRecipe()
+    recipe = recipe or _recipe(task)
     determined_by = {
         "texts": sha256_json(texts),
         "task": task.to_json(),
@@ -88,13 +91,21 @@ def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseR
     return store.ensure("base", determined_by, build)
 
 
+def _recipe(task: AnyTask) -> BaseRecipe:
+    """The default; conversations are longer than single texts, and so are the windows for them."""
+    recipe = BaseRecipe()
+    if has_labels(task):
+        return recipe
+    return replace(recipe, window=4 * recipe.window, batch=max(1, recipe.batch // 4))
+
+
 def offline_card(folder: Path) -> dict[str, Any]:
     """How a stored offline base was made: parameters, tokens seen, last loss (nats a token), recipe, tokens/s."""
     record = store.record_of(folder)
     return {**record["facts"], "recipe": record["determined_by"]["recipe"]}
 
 
-def _build(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
+def _build(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
     import torch
 
     from lib.models.loading import load_tokenizer
@@ -136,15 +147,20 @@ def new_model(tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Qwen2Fo
     return model
 
 
-def documents(texts: list[str], task: Task, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Iterator[str]:
+def documents(texts: list[str], task: AnyTask, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Iterator[str]:
     """Endless documents: every text once a pass in a new random order, plain or framed; no label is involved."""
     import numpy as np
 
     rng = np.random.default_rng(recipe.seed)
     while True:
         for i in rng.permutation(len(texts)):
-            text, draw, answer = texts[i], rng.random(), task.label_names[rng.integers(len(task.label_names))]
-            if draw < recipe.framed:
+            answers = texts if isinstance(task, ConversationTask) else task.label_names
+            text, draw, answer = texts[i], rng.random(), answers[rng.integers(len(answers))]
+            if draw < recipe.framed and isinstance(task, ConversationTask):
+                turns = ((SYSTEM, task.system_prompt), (USER, text), (ASSISTANT, answer))
+                messages = [{"role": role, "content": content} for role, content in turns]
+                yield render_conversation(tokenizer, messages, False)[0] + END_OF_TEXT
+            elif draw < recipe.framed:
                 yield f"{render(tokenizer, task, text)}{answer}{END_OF_TURN}\n{END_OF_TEXT}"
             elif draw < recipe.framed + recipe.continued:
                 half = len(text) // 2
@@ -154,7 +170,7 @@ def documents(texts: list[str], task: Task, tokenizer: PreTrainedTokenizerBase, 
                 yield f"{text}{END_OF_TEXT}"
 
 
-def windows(texts: list[str], task: Task, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> torch.Tensor:
+def windows(texts: list[str], task: AnyTask, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> torch.Tensor:
     """Documents packed end to end and cut into windows, int64 (n, window)."""
     import torch
 

@@ -12,9 +12,9 @@ from lib.errors import InputError
 from lib.models import hub
 from lib.models.hub import SourceError
 from lib.models.kinds import refuse_adapter, require_adapter
-from lib.models.prompting import Task
+from lib.models.tasks import read_task, texts_of
 from lib.models.weights import open_weights
-from lib.run.files import read_json, read_jsonl, sha256_file, sha256_json
+from lib.run.files import read_jsonl, sha256_file, sha256_json
 from lib.run.folders import user_path
 from lib.settings import OFFLINE_BASE
 
@@ -177,9 +177,8 @@ def base_of(run: Run) -> Base:
     if facts.get("offline_base") or facts["base_model"] == OFFLINE_BASE:
         from lib.models.offline import ensure_base
 
-        texts = [row["text"] for row in read_jsonl(data.path / "train.jsonl")]
-        task = Task.from_json(read_json(data.path / "task.json"))
-        folder = ensure_base(texts, task, data.path / "tokenizer")
+        texts = [text for row in read_jsonl(data.path / "train.jsonl") for text in texts_of(row)]
+        folder = ensure_base(texts, read_task(data.path), data.path / "tokenizer")
         return Base(folder, OFFLINE_BASE, folder.name, True)
     base = resolve_base(facts["base_model"], _commit(facts.get("base_revision", "main")))
     if facts.get("base_revision") not in (None, base.revision):

@@ -1,0 +1,195 @@
+"""Rows without labels: every form read, damaged rows counted, splits by group, real dialogues where they are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from lib.data import prepare
+from lib.errors import InputError
+from lib.models.conversations import ConversationTask
+from lib.models.tasks import encode_row, read_task
+from lib.run import open_run
+from lib.settings import Settings, check
+
+SYSTEM = "你是心理咨询师。"
+WORDS = ["学习", "压力", "睡眠", "朋友", "父母", "考试", "工作", "孤独", "计划", "运动", "音乐", "休息"]
+
+
+def sentence(rng: random.Random, length: int = 6) -> str:
+    return "".join(rng.choices(WORDS, k=length)) + "。"
+
+
+def dialogues(count: int, seed: int = 0) -> list[dict]:
+    """Rows {"messages"} of one to three exchanges, all openings different."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        turns = [(role, sentence(rng)) for _ in range(rng.randint(1, 3)) for role in ("user", "assistant")]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(source: Path, **values) -> Settings:
+    given = {"run_name": "t", "task": "dialogue", "system_prompt": SYSTEM, "max_seq_length": 512}
+    return check({**given, "dataset": str(source), **values}, "the test")
+
+
+def test_product_of_dialogues(home: Path) -> None:
+    rows = dialogues(60)
+    rows[0]["messages"].insert(0, {"role": "system", "content": "自己的系统提示。"})
+    copies = [rows[5], {"messages": [rows[6]["messages"][0], {"role": "assistant", "content": "另一个回答。"}]}]
+    damaged = [
+        {"messages": [{"role": "user", "content": "只有问题"}]},
+        {"messages": [{"role": "assistant", "content": "先答"}, {"role": "user", "content": "后问"}]},
+        {"messages": [{"role": "user", "content": "空"}, {"role": "assistant", "content": "  "}]},
+    ]
+    open_end = {"messages": [*rows[7]["messages"], {"role": "user", "content": "还有一件事"}]}
+    result = prepare(settings(write(home / "d.jsonl", [*rows, *copies, *damaged, open_end])), open_run("t"))
+    assert not result.labelled and result.floor == {} and result.task == ConversationTask("dialogue", SYSTEM, 512)
+    flow = {line["step"]: line["rows"] for line in result.flow if line["split"] == "all"}
+    assert flow["read"] == 66
+    assert flow["dropped: no assistant turn"] == flow["dropped: an empty turn"] == 1
+    assert flow["dropped: roles not in turn (user first, then assistant)"] == 1
+    assert flow["dropped: copy of an earlier row"] == 2  # the copy, and the row that lost its open end
+    assert result.changes["changed: last turn without an answer removed"] == 1
+    splits = {name: result.rows(name) for name in ("train", "validation", "test")}
+    everything = [row for part in splits.values() for row in part]
+    assert len(everything) == 61 and all(splits.values())
+    groups = {name: {row["group"] for row in part} for name, part in splits.items()}
+    assert not groups["train"] & groups["test"] and not groups["train"] & groups["validation"]
+    same = [row["group"] for row in everything if row["messages"][1] == rows[6]["messages"][0]]
+    assert len(same) == 2 and len(set(same)) == 1
+    systems = [row["messages"][0] for row in everything]
+    assert {m["role"] for m in systems} == {"system"}
+    assert sorted({m["content"] for m in systems}) == sorted([SYSTEM, "自己的系统提示。"])
+    assert set(everything[0]) == {"id", "messages", "group", "leaked"}
+    marked = [piece["text"] for piece in result.example["pieces"] if piece["loss"]]
+    assert "".join(marked).count("<|im_end|>") == result.example["turns"] / 2
+    assert result.product.entry.facts["task"] == "dialogue" and len(result.product.entry.facts["prompt_hash"]) == 64
+    assert not prepare(settings(home / "d.jsonl"), open_run("t")).product.made
+
+
+def test_given_splits_keep_their_rows_and_flag_leaks(home: Path) -> None:
+    folder = home / "source"
+    folder.mkdir()
+    train, test = dialogues(30, 1), dialogues(12, 2)
+    test[3] = {"messages": [train[4]["messages"][0], {"role": "assistant", "content": "别的回答。"}]}
+    test[5]["messages"] = [{"role": "user", "content": "嗯"}, *train[9]["messages"][1:2]]
+    write(folder / "train.jsonl", train)
+    write(folder / "test.jsonl", test)
+    write(folder / "dev.jsonl", dialogues(10, 3))
+    result = prepare(settings(folder), open_run("t"))
+    rows = result.rows("test")
+    assert [i for i, row in enumerate(rows) if row["leaked"]] == [3] and len(rows) == 12
+    compared = {line["compared"]: line["or near-duplicate"] for line in result.overlaps if line["also in"] == "train"}
+    assert compared == {"opening": 1, "whole row": 0}
+
+
+def test_alpaca_with_thinking(home: Path) -> None:
+    rng = random.Random(3)
+    rows = [
+        {
+            "instruction": f"解释{sentence(rng, 3)}",
+            "input": sentence(rng, 2) if i % 2 else "",
+            "output": f"<thinking>\n先想{i}\n</thinking>\n\n答案{sentence(rng, 2)}",
+            "system": "你是密码学专家。" if i % 3 else "",
+            "difficulty": i % 5,
+        }
+        for i in range(40)
+    ]
+    bad = [
+        "<thinking>没有结束",
+        "<thinking></thinking>答",
+        "<thinking>想</thinking>",
+        "没有思考",
+        "<think>a<think>b</think></think>c",
+    ]
+    rows += [{"instruction": f"坏{text}", "input": "", "output": text, "system": "", "difficulty": 1} for text in bad]
+    path = write(home / "alpaca.jsonl", rows)
+    result = prepare(settings(path, task="instruction", thinking=True), open_run("t"))
+    steps = [line["step"] for line in result.flow]
+    for reason in ("thinking not closed", "empty thinking", "no answer after the thinking"):
+        assert f"dropped: {reason}" in steps
+    assert (
+        "dropped: no thinking in the last answer" in steps and "dropped: thinking nested, repeated or crossed" in steps
+    )
+    row = next(row for row in result.rows("train") if row["difficulty"] == 1)
+    system, _, answer = row["messages"]
+    assert system["content"] in ("你是密码学专家。", SYSTEM)
+    assert answer["content"].startswith("<think>\n先想") and "\n</think>\n\n答案" in answer["content"]
+    with pytest.raises(InputError, match="thinking: true"):
+        prepare(settings(path, task="instruction", run_name="u"), open_run("u"))
+
+
+def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
+    rows = dialogues(60, 4)
+    rng = random.Random(5)
+    for row in rows[:20]:
+        row["messages"] += [{"role": r, "content": sentence(rng, 40)} for r in ("user", "assistant")]
+    rows += [{"messages": [{"role": "user", "content": sentence(rng, 200)}, {"role": "assistant", "content": "好"}]}]
+    result = prepare(settings(write(home / "d.jsonl", rows), max_seq_length=96), open_run("t"))
+    task = read_task(result.product.path)
+    from lib.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(result.product.path / "tokenizer")
+    used = [row for name in ("train", "validation", "test") for row in result.rows(name)]
+    encoded = [encode_row(tokenizer, task, row) for row in used]
+    assert max(len(e.ids) for e in encoded) <= 96
+    assert sum(e.turns_cut for e in encoded) == sum(line["turns cut"] for line in result.length_table) > 0
+    assert sum(line["rows"] for line in result.flow if "first exchange over 96 tokens" in line["step"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": 1}], "messages"),
+        ([{"messages": [{"role": "robot", "content": "a"}]}] * 3, "robot"),
+        ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "no usable conversation"),
+        (dialogues(4), "at least 10"),
+    ],
+)
+def test_refused(home: Path, rows: list[dict], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(settings(write(home / "d.jsonl", rows)), open_run("t"))
+
+
+def test_contradictions() -> None:
+    with pytest.raises(InputError, match="sample corpus"):
+        check({"task": "dialogue"}, "the test")
+    with pytest.raises(InputError, match="thinking must be false"):
+        check({"thinking": True}, "the test")
+
+
+def test_cpsycoun_dialogues(home: Path, shared_data: Path) -> None:
+    result = prepare(settings(shared_data / "cpsycoun" / "CPsyCounE_45.jsonl", max_seq_length=2048), open_run("t"))
+    rows = [row for name in ("train", "validation", "test") for row in result.rows(name)]
+    assert len(rows) == 45 and len({row["topic"] for row in rows}) == 9
+    assert all([m["role"] for m in row["messages"][:3]] == ["system", "user", "assistant"] for row in rows)
+    assert not any(message["content"].startswith(("求助者", "支持者")) for row in rows for message in row["messages"])
+
+
+def test_smile_dialogues(home: Path, shared_data: Path) -> None:
+    lines = (shared_data / "smile_chat" / "smile_student_3000.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    path = home / "smile.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    result = prepare(settings(path, max_seq_length=1024), open_run("t"))
+    raw = [json.loads(line)["messages"] for line in lines]
+    open_ends = sum(m[-1]["role"] == "client" for m in raw)
+    odd = sum(any(a["role"] == b["role"] for a, b in itertools.pairwise(m)) for m in raw)
+    assert 0 < result.changes["changed: last turn without an answer removed"] <= open_ends
+    assert sum(line["rows"] for line in result.flow if "roles not in turn" in line["step"]) == odd
+    openings: dict[str, set[str]] = {}
+    for name in ("train", "validation", "test"):
+        for row in result.rows(name):
+            openings.setdefault(row["messages"][1]["content"], set()).add(name)
+    assert all(len(names) == 1 for names in openings.values())

@@ -1,0 +1,192 @@
+"""Conversations as token ids: rendered by the real templates, loss on the answers and their ends alone."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lib.errors import InputError
+from lib.models.conversations import (
+    ConversationTask,
+    ExchangeTooLongError,
+    conversation_hash,
+    encode_conversation,
+    question,
+    render_conversation,
+    safe_messages,
+    split_thinking,
+    think_tags,
+    with_thinking,
+)
+from lib.models.loading import load_tokenizer
+from lib.models.offline import TokenizerRecipe, train_tokenizer
+
+END = "<|im_end|>"
+REAL = ("qwen2.5-0.5b-instruct", "qwen3-4b-thinking-2507", "qwen1.5-0.5b-chat")
+NAMES = ("offline", *REAL, "qwen3-0.6b")
+PIECES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+    st.sampled_from(
+        ["好的，", "\n", "  ", "😀", "e\u0301", END, "<|im_start|>user\n", "<tool_response>", "\u200b", "a.\n"]
+    ),
+)
+TEXT = st.lists(PIECES, min_size=1, max_size=4).map("".join).map(str.strip).filter(bool)
+
+
+def untagged(text: str) -> bool:
+    return "think" not in text
+
+
+@st.composite
+def conversations(draw) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": draw(TEXT)}]
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(TEXT.filter(untagged))})
+        messages.append({"role": "assistant", "content": draw(TEXT.filter(untagged))})
+    return messages
+
+
+@pytest.fixture(scope="module")
+def tokenizers(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    made = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(
+        ["你好，最近怎么样？", "我很累。", "yes 123"] * 20, ["你是助手。"], made, TokenizerRecipe(vocabulary=512)
+    )
+    found = {"offline": load_tokenizer(made), **{name: load_tokenizer(shared_data / name) for name in REAL}}
+    found["qwen3-0.6b"] = load_tokenizer(shared_data / REAL[1])
+    found["qwen3-0.6b"].chat_template = (shared_data / "qwen2-tokenizer-vectors" / "Qwen-Qwen3-0.6B.jinja").read_text(
+        encoding="utf-8"
+    )
+    return found
+
+
+def decoded(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(messages=conversations(), thinking=st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_loss_is_on_the_answers_and_their_ends(tokenizers: dict, name: str, messages: list, thinking: bool) -> None:
+    tokenizer = tokenizers[name]
+    encoded = encode_conversation(tokenizer, messages, 32768, thinking)
+    safe = safe_messages(tokenizer, messages)
+    answers = [nfc(m["content"]) + END for m in safe if m["role"] == "assistant"]
+    assert [nfc(decoded(tokenizer, encoded.ids[a:b])) for a, b in encoded.spans] == answers
+    assert decoded(tokenizer, [encoded.ids[i] for i in encoded.loss]) == "".join(answers)
+    real = tokenizer.apply_chat_template(safe, tokenize=False, enable_thinking=thinking)
+    text, _ = render_conversation(tokenizer, messages, thinking)
+    assert text == real or (text == real + END and name == "qwen1.5-0.5b-chat")
+    assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert text.count("<think>") <= 1  # the template's own empty block at most
+    assert tokenizer.pad_token_id not in [encoded.ids[i] for i in encoded.loss]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(messages=conversations(), reasoning=TEXT.filter(untagged), tag=st.sampled_from(["think", "thinking"]))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_reasoning_of_the_last_answer_is_learned_once(
+    tokenizers: dict, name: str, messages: list, reasoning: str, tag: str
+) -> None:
+    tokenizer = tokenizers[name]
+    answer = messages[-1]["content"]
+    messages[-1]["content"] = f"<{tag}>\n{reasoning}\n</{tag}>\n{answer}"
+    encoded = encode_conversation(tokenizer, messages, 32768, True)
+    start, stop = encoded.spans[-1]
+    safe_reasoning, safe_answer = (
+        safe_messages(tokenizer, [{"role": "user", "content": text}])[0]["content"] for text in (reasoning, answer)
+    )
+    wanted = f"<think>\n{safe_reasoning}\n</think>\n\n{safe_answer}{END}"
+    if name == "qwen3-4b-thinking-2507":  # its own prompt opens the block
+        wanted = wanted.removeprefix("<think>\n")
+    found = decoded(tokenizer, encoded.ids[start:stop])
+    assert nfc(found).strip("\n") == nfc(wanted)
+    whole = decoded(tokenizer, encoded.ids)
+    assert whole.count("<think>") == whole.count("</think>") == 1
+    if name.startswith("qwen3"):
+        assert tokenizer.convert_tokens_to_ids("<think>") in encoded.ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_question_is_how_training_began(tokenizers: dict, name: str, thinking: bool) -> None:
+    """What is asked at use is a beginning of what was trained on, so an answer starts where it was learned to."""
+    tokenizer = tokenizers[name]
+    messages = [{"role": "system", "content": "你是助手。"}, {"role": "user", "content": "你好"}]
+    answer = with_thinking(tokenizer, "想一想" if thinking else "", "好。")
+    encoded = encode_conversation(tokenizer, [*messages, {"role": "assistant", "content": answer}], 512, thinking)
+    asked = question(tokenizer, messages, thinking)
+    prompt = decoded(tokenizer, encoded.prompt_ids)
+    assert asked.startswith("<|im_start|>system\n你是助手。<|im_end|>")
+    if name == "qwen3-4b-thinking-2507" and not thinking:  # this model cannot be asked not to think
+        assert prompt == asked + "\n</think>\n\n"
+    else:
+        assert prompt == asked
+
+
+def test_tags_of_the_tokenizer(tokenizers: dict) -> None:
+    assert {name: think_tags(tokenizer)[0] for name, tokenizer in tokenizers.items()} == dict.fromkeys(NAMES, "<think>")
+    assert "<think>" in tokenizers["qwen3-0.6b"].get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("<think>a", "not closed"),
+        ("a</think>b", "not opened"),
+        ("<think>a<think>b</think></think>c", "nested"),
+        ("<think>a</thinking>c", "crossed"),
+        ("<think> </think>c", "empty thinking"),
+        ("<thinking>a</thinking>\n", "no answer"),
+        ("first <think>a</think>c", "text before"),
+    ],
+)
+def test_damaged_thinking_is_named(content: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        split_thinking(content)
+
+
+def test_long_dialogues_lose_whole_turns_at_their_end(tokenizers: dict) -> None:
+    for name, tokenizer in tokenizers.items():
+        messages = [{"role": "system", "content": "你是助手。"}]
+        for i in range(6):
+            messages += [{"role": "user", "content": f"问题{i}"}, {"role": "assistant", "content": f"回答{i}" * 5}]
+        whole = encode_conversation(tokenizer, messages, 4096, False)
+        most = len(whole.ids) - 3
+        cut = encode_conversation(tokenizer, messages, most, False)
+        assert cut.turns_cut == 2 and len(cut.ids) <= most, name
+        assert cut.ids == encode_conversation(tokenizer, messages[:-2], 4096, False).ids
+        assert len(cut.spans) == 5
+        with pytest.raises(ExchangeTooLongError):
+            encode_conversation(tokenizer, messages, 12, False)
+
+
+def test_a_template_that_drops_turns_is_refused(tokenizers: dict) -> None:
+    tokenizer = tokenizers["offline"]
+    before = tokenizer.chat_template
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        tokenizer.chat_template = "{{ messages[-1]['content'] }}<|im_end|>"
+        with pytest.raises(InputError, match="leaves turns out"):
+            render_conversation(tokenizer, messages, False)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+        with pytest.raises(InputError, match="does not close an answer"):
+            render_conversation(tokenizer, [*messages, *messages], False)
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_the_hash_tells_tasks_apart(tokenizers: dict) -> None:
+    plain, other = ConversationTask("dialogue", "a", 64), ConversationTask("dialogue", "b", 64)
+    assert ConversationTask.from_json(plain.to_json()) == plain
+    tokenizer = tokenizers["qwen3-0.6b"]
+    assert conversation_hash(tokenizer, plain) != conversation_hash(tokenizer, other)
+    assert conversation_hash(tokenizer, plain) != conversation_hash(tokenizers["offline"], plain)
