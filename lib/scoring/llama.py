@@ -77,7 +77,8 @@ class LlamaCppBackend:
                 "a complete model of a kind that llama.cpp knows.",
                 "make or download the file again.",
             )
-        self.vocab_size = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+        self._vocab = self._api.llama_model_get_vocab(self._model)
+        self.vocab_size = self._api.llama_vocab_n_tokens(self._vocab)
 
     def _open_context(self, n_gpu_layers: int, cache_type: str, flash_attention: bool | None) -> None:
         api = self._api
@@ -105,6 +106,26 @@ class LlamaCppBackend:
             )
         self._memory = api.llama_get_memory(self._context)
         self._batch = api.llama_batch_init(self.n_batch, 0, _SEQUENCES)
+
+    @property
+    def begin_token(self) -> int | None:
+        """The token that this model wants at the beginning of every text; None for Qwen models."""
+        return self._api.llama_vocab_bos(self._vocab) if self._api.llama_vocab_get_add_bos(self._vocab) else None
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids by llama.cpp's own tokenizer, as its tools read a file: names of special tokens are plain text."""
+        raw = text.encode("utf-8")
+        ids = (self._api.llama_token * (len(raw) + 2))()
+        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), True, False)
+        if count < 0:
+            raise InputError(f"llama.cpp cannot tokenize {len(raw)} bytes.", "a shorter text.", "cut the text.")
+        return ids[:count]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of text that a token stands for; none for a special token."""
+        buffer = ctypes.create_string_buffer(256)
+        count = self._api.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(0, count)]
 
     def label_log_probs(
         self, prompts: Sequence[list[int]], answers: list[list[int]], progress: Progress | None = None
@@ -161,8 +182,8 @@ class LlamaCppBackend:
             self._api.llama_memory_seq_rm(self._memory, s, shared, -1)
         return values
 
-    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
-        """See `lib.scoring.backend.Backend`."""
+    def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V)."""
         check_ids([ids], self.vocab_size, self.n_ctx, self.name)
         self._api.llama_memory_clear(self._memory, True)
         result = np.empty((len(ids) - first, self.vocab_size), dtype=np.float32)
@@ -171,8 +192,14 @@ class LlamaCppBackend:
             part = ids[start : start + _OUTPUTS]
             self._decode([(token, start + i, (0,), True) for i, token in enumerate(part)])
             for i in range(len(part)):
-                logits = self._logits(i)
-                result[start - first + i] = logits - _log_sum_exp(logits)
+                result[start - first + i] = self._logits(i)
+        return result
+
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """See `lib.scoring.backend.Backend`."""
+        result = self.window_logits(ids, first)
+        for row in result:
+            row -= _log_sum_exp(row.astype(np.float64))
         return result
 
     def _decode(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:

@@ -9,8 +9,7 @@ over tokens whose reference log-probability is above -16, both as llama-perplexi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,57 +18,21 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.run.files import require_space
 from lib.scoring.backend import Backend
+from lib.scoring.divergence import KlTable, Perplexity, Positions, perplexity_of, table_of
+
+__all__ = [
+    "KlTable",
+    "Perplexity",
+    "Reference",
+    "kl_table",
+    "perplexity",
+    "positions",
+    "store_reference",
+    "text_windows",
+]
 
 _RANGE = 16.0  # nats below a position's maximum that are kept
 _STEPS = 65535
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood; uncertainty: one standard error of it, by the delta method."""
-
-    ppl: float
-    uncertainty: float
-    n_tokens: int
-    n_windows: int
-
-
-@dataclass(frozen=True)
-class KlTable:
-    """A model against the reference on the same tokens; every `…_uncertainty` is one standard error.
-
-    Attributes:
-        n_tokens: positions compared.
-        mean, uncertainty, median, p90, p95, p99, p999, max: KL(reference ‖ model) a position, nats.
-        mean_dp, rms_dp: mean and root mean square of p_model - p_reference of the true token, fractions.
-        same_top: share of positions where both have the same likeliest token.
-        ppl, ppl_reference: perplexities.
-        ppl_ratio, ln_ppl_ratio: model over reference, and its logarithm; the standard errors count their covariance.
-    """
-
-    n_tokens: int
-    mean: float
-    uncertainty: float
-    median: float
-    p90: float
-    p95: float
-    p99: float
-    p999: float
-    max: float
-    mean_dp: float
-    mean_dp_uncertainty: float
-    rms_dp: float
-    rms_dp_uncertainty: float
-    same_top: float
-    same_top_uncertainty: float
-    ppl: float
-    ppl_uncertainty: float
-    ppl_reference: float
-    ppl_reference_uncertainty: float
-    ppl_ratio: float
-    ppl_ratio_uncertainty: float
-    ln_ppl_ratio: float
-    ln_ppl_ratio_uncertainty: float
 
 
 class Reference:
@@ -83,9 +46,9 @@ class Reference:
         self._steps = np.memmap(path, dtype=np.uint16, mode="w+", shape=shape)
         self._scale = np.zeros((*shape[:2], 2), dtype=np.float32)
 
-    def put(self, window: int, log_probs: np.ndarray) -> None:
-        """Keep one window's (positions, V) log-probabilities."""
-        self._steps[window], self._scale[window] = _round(log_probs)
+    def put(self, window: int, logits: np.ndarray) -> None:
+        """Keep one window's (positions, V) logits as rounded log-probabilities."""
+        self._steps[window], self._scale[window] = _round(logits)
 
     def get(self, window: int) -> np.ndarray:
         """One window's log-probabilities, rounded, float32, (positions, V)."""
@@ -128,21 +91,14 @@ def store_reference(backend: Backend, windows: Sequence[list[int]], path: Path, 
     reference = Reference(path, shape)
     with Progress(what, len(windows)) as progress:
         for i, window in enumerate(windows):
-            reference.put(i, _log_probs(backend, window))
+            reference.put(i, _logits(backend, window))
             progress.advance()
     return reference
 
 
 def perplexity(backend: Backend, windows: Sequence[list[int]], what: str = "perplexity") -> Perplexity:
     """Perplexity of a model on the windows of a text."""
-    losses = []
-    with Progress(what, len(windows)) as progress:
-        for window in windows:
-            losses.append(-_of_tokens(_log_probs(backend, window), _targets(window)))
-            progress.advance()
-    values = np.concatenate(losses)
-    mean, error = _mean(values)
-    return Perplexity(float(np.exp(mean)), float(np.exp(mean) * error), len(values), len(windows))
+    return perplexity_of(positions(None, backend, windows, what), len(windows))
 
 
 def kl_table(
@@ -154,113 +110,108 @@ def kl_table(
         reference: `store_reference` of the same windows, or a second open model.
         other: the model to judge.
     """
+    return table_of(positions(reference, other, windows, what))
+
+
+def positions(
+    reference: Backend | Reference | None, other: Backend, windows: Sequence[list[int]], what: str
+) -> Positions:
+    """One value a scored position, (windows × positions a window,), window after window.
+
+    Args:
+        reference, other: as for `kl_table`; None = the model alone.
+        what: the work in words for the progress line.
+
+    Raises:
+        InputError: the two have different vocabularies, or log-probabilities that are not numbers.
+    """
     columns: list[np.ndarray] = []
     with Progress(what, len(windows)) as progress:
-        for window, base in zip(windows, _reference_windows(reference, windows), strict=True):
-            mine, targets = _log_probs(other, window), _targets(window)
-            if base.shape != mine.shape:
-                raise InputError(
-                    f"a reference of {base.shape[1]} tokens and a model of {mine.shape[1]}.",
-                    "models with one vocabulary.",
-                    "compare files made from the same model.",
-                )
-            same = base.argmax(axis=1) == mine.argmax(axis=1)
-            columns.append(np.stack([_kl(base, mine), _of_tokens(base, targets), _of_tokens(mine, targets), same]))
+        for i, window in enumerate(windows):
+            mine, targets = _logits(other, window), np.array(window[len(window) // 2 + 1 :])
+            if reference is None:
+                columns.append(_of_tokens(mine, targets)[None])
+            else:
+                base = _reference_window(reference, i, window)
+                _check_vocabulary(base, mine)
+                columns.append(_compare(base, mine, targets))
             progress.advance()
-    return _table(*np.concatenate(columns, axis=1))
+    return Positions(*np.concatenate(columns, axis=1))
 
 
-def _table(kl: np.ndarray, base: np.ndarray, mine: np.ndarray, same: np.ndarray) -> KlTable:
-    """The table from one value a position: KL divergence, the true token's log-probabilities, same top token."""
-    (loss, loss_error), (base_loss, base_error) = _mean(-mine), _mean(-base)
-    n = len(kl)
-    covariance = (np.mean(mine * base) - mine.mean() * base.mean()) / (n - 1) if n >= 10 else 0.0
-    ratio_error = float(np.sqrt(max(0.0, loss_error**2 + base_error**2 - 2 * covariance)))
-    ratio = float(np.exp(loss - base_loss))
-    dp = np.exp(mine) - np.exp(base)
-    mean, error = _mean(kl)
-    mean_dp, dp_error = _mean(dp)
-    square, square_error = _mean(dp**2)
-    rms, top = float(np.sqrt(square)), float(same.mean())
-    p90, p95, p99, p999 = (float(q) for q in np.quantile(kl, [0.9, 0.95, 0.99, 0.999]))
-    return KlTable(
-        n_tokens=n,
-        mean=mean,
-        uncertainty=error,
-        median=float(np.median(kl)),
-        p90=p90,
-        p95=p95,
-        p99=p99,
-        p999=p999,
-        max=float(kl.max()),
-        mean_dp=mean_dp,
-        mean_dp_uncertainty=dp_error,
-        rms_dp=rms,
-        rms_dp_uncertainty=0.5 / rms * square_error if rms else 0.0,
-        same_top=top,
-        same_top_uncertainty=float(np.sqrt(top * (1 - top) / max(1, n - 1))),
-        ppl=float(np.exp(loss)),
-        ppl_uncertainty=float(np.exp(loss) * loss_error),
-        ppl_reference=float(np.exp(base_loss)),
-        ppl_reference_uncertainty=float(np.exp(base_loss) * base_error),
-        ppl_ratio=ratio,
-        ppl_ratio_uncertainty=ratio * ratio_error,
-        ln_ppl_ratio=loss - base_loss,
-        ln_ppl_ratio_uncertainty=ratio_error,
-    )
+def _compare(base: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The four rows of `Positions` for one window, (4, positions), every step in 32 bits as the tool has it."""
+    rows = np.arange(len(targets))
+    top, total = _normalizer(logits)
+    end = top + total.astype(np.float32)
+    counted = base > -_RANGE
+    with np.errstate(invalid="ignore"):  # what is not counted may be -inf minus -inf
+        terms = np.where(counted, _exp(base) * (base - logits + end[:, None]), np.float32(0))
+    same = base.argmax(axis=1) == logits.argmax(axis=1)
+    return np.stack([logits[rows, targets] - end, base[rows, targets], terms.sum(axis=1, dtype=np.float64), same])
 
 
-def _reference_windows(reference: Backend | Reference, windows: Sequence[list[int]]) -> Iterator[np.ndarray]:
-    for i, window in enumerate(windows):
-        if isinstance(reference, Reference):
-            yield reference.get(i)
-        else:
-            yield _unround(*_round(_log_probs(reference, window)))
+def _check_vocabulary(base: np.ndarray, mine: np.ndarray) -> None:
+    if base.shape != mine.shape:
+        raise InputError(
+            f"a reference of {base.shape[1]} tokens and a model of {mine.shape[1]}.",
+            "models with one vocabulary.",
+            "compare files made from the same model.",
+        )
 
 
-def _log_probs(backend: Backend, window: list[int]) -> np.ndarray:
-    """Log-probabilities of the scored positions of a window, float32, (positions, V)."""
-    log_probs = backend.window_log_probs(window, len(window) // 2)[:-1]
-    if not np.isfinite(log_probs).all():
+def _reference_window(reference: Backend | Reference, index: int, window: list[int]) -> np.ndarray:
+    """The reference's rounded log-probabilities for one window, float32, (positions, V)."""
+    if isinstance(reference, Reference):
+        return reference.get(index)
+    return _unround(*_round(_logits(reference, window)))
+
+
+def _logits(backend: Backend, window: list[int]) -> np.ndarray:
+    """Logits of the scored positions of a window, float32, (positions, V), up to a constant a position.
+
+    Raw ones where the backend has them: subtracting the normalizer first would cost the last digits.
+    """
+    read = getattr(backend, "window_logits", backend.window_log_probs)
+    logits = read(window, len(window) // 2)[:-1]
+    if not np.isfinite(logits).all():
         raise InputError(
             f"{backend.name} gives log-probabilities that are not numbers.",
             "finite log-probabilities.",
             "check the model's weights for NaN or infinity.",
         )
-    return log_probs
+    return logits
 
 
-def _targets(window: list[int]) -> np.ndarray:
-    return np.array(window[len(window) // 2 + 1 :])
+def _normalizer(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Largest logit of each position, float32, and ln Σ exp(logit - largest), float64; (positions,) each."""
+    top = logits.max(axis=1)
+    return top, np.log(_exp(logits - top[:, None]).sum(axis=1, dtype=np.float64))
 
 
-def _of_tokens(log_probs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return log_probs[np.arange(len(tokens)), tokens].astype(np.float64)
+def _exp(values: np.ndarray) -> np.ndarray:
+    """exp of each value, rounded correctly to float32: numpy's own of 32 bits is off by up to 2 units in the last."""
+    result = np.empty_like(values)
+    for row, out in zip(values, result, strict=True):
+        out[:] = np.exp(row, dtype=np.float64)
+    return result
 
 
-def _kl(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(base ‖ other) of each position, nats, over tokens whose base log-probability is above -16."""
-    counted = base > -_RANGE
-    return np.sum(np.where(counted, np.exp(base) * (base - other), 0.0), axis=1, dtype=np.float64)
+def _of_tokens(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Log-probability of each position's token, float64, (positions,)."""
+    top, total = _normalizer(logits)
+    return (logits[np.arange(len(tokens)), tokens] - top) - total
 
 
-def _round(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _round(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps 0 … 65535 between the maximum and 16 nats below it, and each position's (step size, lowest value)."""
-    top = log_probs.max(axis=1, keepdims=True)
-    low = np.maximum(log_probs.min(axis=1, keepdims=True), top - np.float32(_RANGE))
+    top, total = _normalizer(logits)
+    low = np.maximum(logits.min(axis=1), top - np.float32(_RANGE))
     size = (top - low) / np.float32(_STEPS)
-    inverse = np.divide(1, size, where=size > 0, out=np.zeros_like(size))
-    steps = np.rint(np.maximum(log_probs - low, 0) * inverse).astype(np.uint16)
-    return steps, np.concatenate([size, low], axis=1)
+    inverse = np.divide(np.float32(1), size, where=size > 0, out=np.zeros_like(size))
+    steps = np.rint(inverse[:, None] * np.maximum(logits - low[:, None], 0)).astype(np.uint16)
+    return steps, np.stack([size, low - top - total.astype(np.float32)], axis=1)
 
 
 def _unround(steps: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return steps * scale[:, :1] + scale[:, 1:]
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error, √((E[x²] - E[x]²) / (n - 1)); the error of ten values or fewer is given as 0."""
-    mean = float(np.mean(values, dtype=np.float64))
-    variance = float(np.mean(np.square(values, dtype=np.float64))) - mean * mean
-    n = len(values)
-    return mean, float(np.sqrt(variance / (n - 1))) if variance > 0 and n > 10 else 0.0
+    return scale[:, :1] * steps + scale[:, 1:]

@@ -104,15 +104,18 @@ class TransformersBackend:
         return values.cpu().numpy().astype(np.float64)
 
     @torch.inference_mode()
-    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
-        """See `lib.scoring.backend.Backend`."""
+    def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V)."""
         check_ids([ids], self.vocab_size, None, self.name)
         hidden = self._hidden([ids])[0, first:]
         result = np.empty((len(hidden), self.vocab_size), dtype=np.float32)
         for i in range(0, len(hidden), _HEAD_ROWS):
-            logits = self._head(hidden[i : i + _HEAD_ROWS]).float()
-            result[i : i + _HEAD_ROWS] = torch.log_softmax(logits, dim=-1).cpu().numpy()
+            result[i : i + _HEAD_ROWS] = self._head(hidden[i : i + _HEAD_ROWS]).float().cpu().numpy()
         return result
+
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """See `lib.scoring.backend.Backend`."""
+        return torch.log_softmax(torch.from_numpy(self.window_logits(ids, first)), dim=-1).numpy()
 
     def close(self) -> None:
         """Drop the references to the model; on a GPU its memory is given back."""
