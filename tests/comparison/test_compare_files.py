@@ -58,7 +58,8 @@ def test_the_reference_against_itself(compared: tuple[dict, Path]) -> None:
     assert copy["flips"] == 0 and copy["margin_change_mean"] == 0 and copy["mcnemar_p"] == 1
     assert copy["verdict"] != "worse" and copy["accuracy_difference"] == 0
     assert copy["same_top"] == 1 and abs(copy["kld_mean"]) < 1e-4  # the reference is kept in steps of 2⁻¹² nats
-    assert copy["ppl"] == entry(compared[0], "m-F16")["ppl"]
+    # 32-bit sums beside 64-bit ones, as llama-perplexity has them with and without --kl-divergence
+    assert copy["ppl"] == pytest.approx(entry(compared[0], "m-F16")["ppl"], rel=1e-6)
 
 
 def test_fewer_bits_are_further_away(compared: tuple[dict, Path]) -> None:
