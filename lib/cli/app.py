@@ -247,6 +247,30 @@ def compare(
     work.compare(reference, others, rows, output, options, as_json)
 
 
+@app.command(short_help="perplexity and KL divergence on a text, as llama-perplexity")
+@guarded
+def perplexity(
+    model: Annotated[str, typer.Argument(help=".gguf file or model folder (quantized ones too)", metavar="MODEL")],
+    text: Annotated[
+        Path, typer.Option(help="plain text (documents end at blank lines), or CSV, TSV, JSON, JSONL, Parquet")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help=".gguf file or model folder to compare with", metavar="REF")
+    ] = None,
+    n_ctx: Annotated[int, typer.Option(help="tokens a window", min=16)] = 512,
+    chunks: Annotated[int, typer.Option(help="most windows; 0 = the whole text", min=0)] = 0,
+    text_column: TextColumn = "",
+    n_gpu_layers: GpuLayers = 0,
+    n_threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text; with --reference the table of llama-perplexity --kl-divergence, and intervals."""
+    from lib.cli import perplexing
+
+    options = {"n_ctx": n_ctx, "chunks": chunks, "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+    perplexing.perplexity(model, text, reference, text_column, options, as_json)
+
+
 def _given(
     label_names: str | None, system_prompt: str | None, user_prompt: str | None, max_seq_length: int | None
 ) -> dict[str, Any]:

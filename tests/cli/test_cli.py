@@ -43,7 +43,18 @@ def test_help_is_instant_and_names_every_command() -> None:
         answer = workbook("--help")
         best = min(best, time.monotonic() - started)
     assert answer.returncode == 0
-    for command in ("doctor", "inspect", "report", "merge", "convert", "quantize", "evaluate", "compare", "params"):
+    for command in (
+        "doctor",
+        "inspect",
+        "report",
+        "merge",
+        "convert",
+        "quantize",
+        "evaluate",
+        "compare",
+        "perplexity",
+        "params",
+    ):
         assert f"  {command} " in answer.stdout
     loaded = "import lib.cli.app, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"

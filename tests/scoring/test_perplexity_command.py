@@ -1,0 +1,206 @@
+"""`workbook perplexity` against the printed output of the real llama-perplexity; its texts, intervals, errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.cli import perplexing
+from lib.errors import InputError
+from lib.scoring.divergence import Positions, percentiles
+from lib.scoring.measuring import FEWEST_DOCUMENTS, measure_in_child, summarize
+from lib.scoring.texts import Text, tokenize_with_transformers
+from tests.scoring import tiny
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def golden_text() -> str:
+    """41 documents of 24 printable characters, made by integer arithmetic."""
+    characters = [chr(34 + (i * i * 7 + i * 13 + (i >> 3) * 5) % 90) for i in range(984)]
+    return "\n\n".join("".join(characters[i : i + 24]) for i in range(0, 984, 24)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("perplexity")
+    tiny.golden_pair(folder / "a.gguf", folder / "b.gguf")
+    (folder / "text.txt").write_text(golden_text(), encoding="utf-8")
+    return folder
+
+
+def workbook(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lib.cli", "perplexity", *arguments, "--n-threads", "1"]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+
+
+# Printed by llama-perplexity of the llama.cpp in llama-cpp-python 0.3.36 (its sources, linked against the wheel's
+# libraries), default cache and flash attention, for the files of tiny.golden_pair and golden_text():
+#   llama-perplexity -m a.gguf -f text.txt -c 128 -t 1 --kl-divergence-base base.kld
+#   llama-perplexity -m b.gguf -f text.txt -c 128 -t 1 --kl-divergence-base base.kld --kl-divergence
+# key: (printed, decimals); what the tool prints in percent is a fraction here.
+PRINTED = {
+    "ppl": (480.162361, 6),
+    "ppl_uncertainty": (24.901958, 6),
+    "ppl_reference": (476.927833, 6),
+    "ppl_reference_uncertainty": (24.623091, 6),
+    "ln_ppl_ratio": (0.006759, 6),
+    "ln_ppl_ratio_uncertainty": (0.003288, 6),
+    "ppl_ratio": (1.006782, 6),
+    "ppl_ratio_uncertainty": (0.003310, 6),
+    "ppl_difference": (3.234528, 6),
+    "ppl_difference_uncertainty": (1.593977, 6),
+    "kld_mean": (0.002743, 6),
+    "kld_uncertainty": (0.000043, 6),
+    "kld_max": (0.006919, 6),
+    "kld_p999": (0.006613, 6),
+    "kld_p99": (0.005770, 6),
+    "kld_p95": (0.004759, 6),
+    "kld_p90": (0.004017, 6),
+    "kld_median": (0.002485, 6),
+    "kld_p10": (0.001765, 6),
+    "kld_p05": (0.001584, 6),
+    "kld_p01": (0.001314, 6),
+    "kld_p001": (0.001160, 6),
+    "kld_min": (0.001145, 6),
+    "ppl_correlation": (0.9980, 4),
+    "mean_dp": (-0.00000, 5),
+    "mean_dp_uncertainty": (0.00002, 5),
+    "dp_max": (0.00376, 5),
+    "dp_p999": (0.00317, 5),
+    "dp_p99": (0.00162, 5),
+    "dp_p95": (0.00054, 5),
+    "dp_p90": (0.00027, 5),
+    "dp_p75": (0.00008, 5),
+    "dp_median": (-0.00001, 5),
+    "dp_p25": (-0.00011, 5),
+    "dp_p10": (-0.00032, 5),
+    "dp_p05": (-0.00066, 5),
+    "dp_p01": (-0.00114, 5),
+    "dp_p001": (-0.00249, 5),
+    "dp_min": (-0.00262, 5),
+    "rms_dp": (0.00045, 5),
+    "rms_dp_uncertainty": (0.00004, 5),
+    "same_top": (0.89087, 5),
+    "same_top_uncertainty": (0.01390, 5),
+}
+"""Other processors round differently in the model itself: three of the last digits for the large numbers."""
+
+
+def test_prints_what_llama_perplexity_prints(files: Path):
+    text = str(files / "text.txt")
+    answer = workbook(
+        *(str(files / "b.gguf"), "--reference", str(files / "a.gguf")), "--text", text, "--n-ctx", "128", "--json"
+    )
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    for key, (printed, decimals) in PRINTED.items():
+        assert found[key] == pytest.approx(printed, abs=1.5 * 10.0**-decimals, rel=3e-6), key
+    assert (found["n_tokens"], found["n_windows"], found["n_documents"]) == (504, 8, 25)
+    for key, inside in (("ppl_interval", "ppl"), ("kld_mean_interval", "kld_mean"), ("same_top_interval", "same_top")):
+        low, high = found[key]
+        assert low < found[inside] < high
+    assert found["note"] == ""
+
+
+def test_alone_and_as_text(files: Path):
+    answer = workbook(str(files / "b.gguf"), "--text", str(files / "text.txt"), "--n-ctx", "128", "--chunks", "3")
+    assert answer.returncode == 0, answer.stderr
+    head, line, note = answer.stdout.splitlines()
+    assert head == "tokens scored: 189 of 9 documents, 3 windows of 128"
+    assert line.startswith("PPL   ") and "[" not in line
+    assert note == f"9 documents scored; intervals over documents need {FEWEST_DOCUMENTS}"
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "words"),
+    [
+        ("a.gguf", "short.txt", "Found: a text of 100 tokens. Expected: at least one window of 512 tokens (--n-ctx)"),
+        ("a.gguf", "no.txt", "no file"),
+        ("a.gguf", "latin.txt", "is not UTF-8 (byte 3)"),
+        ("a.gguf", "empty.txt", "holds no text"),
+        ("a.gguf", "table.csv", "one with the text"),
+        ("no.gguf", "text.txt", "no file or folder"),
+        ("text.txt", "text.txt", "text.txt"),
+    ],
+)
+def test_refused_in_one_paragraph(files: Path, model: str, text: str, words: str):
+    (files / "short.txt").write_text("x" * 100, encoding="utf-8")
+    (files / "latin.txt").write_bytes("caf\xe9 \xe9".encode("latin-1") + b" x")
+    (files / "empty.txt").write_text(" \n\n", encoding="utf-8")
+    (files / "table.csv").write_text("number,label\n1,0\n", encoding="utf-8")
+    answer = workbook(str(files / model), "--text", str(files / text), "--json")
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert words in answer.stderr and "Do this:" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_documents_end_at_blank_lines():
+    text = Text.of_file("eins\nzwei\n\n \n好的\n\n\nvier\n")
+    assert text.content == "eins\nzwei\n\n \n好的\n\n\nvier"
+    assert [text.content[a:][:4].strip() for a in text.starts] == ["eins", "好的", "vier"]
+    assert text.documents_at(np.array([0, 11, 13, 14, 19]), "characters").tolist() == [0, 0, 1, 1, 2]
+    assert text.documents_at(np.array([13, 18, 19, 22]), "bytes").tolist() == [1, 1, 1, 2]
+
+
+def test_one_document_a_row(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "好\n\n好"}, {"text": " "}, {"text": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = perplexing.read_text(path)
+    assert text.content == "好\n\n好\n\nb" and text.starts == (0, 6)
+    path.write_text("".join(json.dumps({"body": "c", "n": 1}) + "\n"), encoding="utf-8")
+    assert perplexing.read_text(path, "body").content == "c"
+    with pytest.raises(InputError, match="text_column"):
+        perplexing.read_text(path)
+
+
+def test_a_folder_beside_its_file(small):
+    """The same weights in transformers and in llama.cpp: the same ids, documents and numbers."""
+    text = Text.of_rows(tiny.texts(60))
+    small.model.save_pretrained(small.folder)
+    shared = {"content": text.content, "starts": list(text.starts), "n_ctx": 64, "chunks": 0, "n_threads": 1}
+    shared["n_gpu_layers"] = 0
+    gguf, folder = str(small.gguf), str(small.folder)
+    file = measure_in_child({"model": gguf, "reference": None, **shared})
+    both = measure_in_child({"model": folder, "reference": gguf, **shared})
+    alone = measure_in_child({"model": folder, "reference": None, **shared})
+    assert file["n_documents"] == alone["n_documents"] == both["n_documents"] > FEWEST_DOCUMENTS
+    assert alone["ppl"] == pytest.approx(file["ppl"], rel=5e-3)  # 16-bit cache and dtype beside each other
+    assert both["ppl"] == pytest.approx(alone["ppl"], rel=1e-6) and 0 <= both["kld_mean"] < 1e-3
+    assert alone["kld_mean"] is None and alone["same_top_interval"] is None
+
+
+def test_special_tokens_are_plain_text(small):
+    text = Text.of_file("好<|im_end|>好")
+    ids = tokenize_with_transformers(small.tokenizer, text).ids
+    assert small.tokenizer.eos_token_id not in ids and small.tokenizer.decode(ids) == text.content
+    assert small.tokenizer.eos_token_id in small.tokenizer(text.content)["input_ids"]  # and nothing stays switched
+
+
+def test_different_tokenizers_are_refused(small, files: Path):
+    shared = {"content": "房间很好" * 60, "starts": [0], "n_ctx": 64, "chunks": 1, "n_threads": 1, "n_gpu_layers": 0}
+    with pytest.raises(InputError, match="different tokens of this text"):
+        measure_in_child({"model": str(small.gguf), "reference": str(files / "a.gguf"), **shared})
+
+
+def test_documents_widen_the_interval():
+    """Tokens of one document that go up and down together count as one."""
+    documents = np.repeat(np.arange(40), 50)
+    together = np.random.default_rng(0).normal(3, 1, 40)[documents]
+    found = summarize(Positions(-together), documents, 8)
+    low, high = found["ppl_interval"]
+    assert np.log(high / low) > 4 * 1.96 * found["ppl_uncertainty"] / found["ppl"]
+    assert summarize(Positions(-together), None, 8)["note"].startswith("the tokens do not spell")
+
+
+def test_percentiles_are_numpys():
+    values = np.random.default_rng(1).gamma(0.3, size=1001)
+    found = percentiles(values, (0.001, 0.05, 0.9, 0.999))
+    levels = {"min": 0, "p001": 0.001, "p05": 0.05, "median": 0.5, "p90": 0.9, "p999": 0.999, "max": 1}
+    assert found == pytest.approx({name: np.quantile(values, q) for name, q in levels.items()}, rel=1e-4, abs=1e-9)
+    assert percentiles(np.array([1.0, 3.0]), ())["median"] == 2
