@@ -72,6 +72,9 @@ class Settings(BaseModel):
 
     per_device_eval_batch_size: int = Field(32, ge=1, description="rows scored together")
 
+    generated_rows: int = Field(5, ge=0, le=1000, description="test rows without labels that are answered in full")
+    max_new_tokens: int = Field(128, ge=1, le=8192, description="most tokens of such an answer")
+
     merge_base: Literal["original", "dequantized"] = Field(
         "original", description="weights a QLoRA adapter is merged into: the 16-bit ones, or NF4 turned back"
     )

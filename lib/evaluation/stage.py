@@ -12,7 +12,9 @@ import numpy as np
 from lib import statistics
 from lib.device import compute_dtype, device_name
 from lib.evaluation.analysis import ALL, LEAK_FREE, ModelEvaluation, compare_with, evaluate_scores, subsets
+from lib.evaluation.answers import AnswerResult, evaluate_answers
 from lib.models.prompting import Task
+from lib.models.tasks import has_labels, read_task
 from lib.run.files import read_json, read_jsonl, write_json
 from lib.scoring import Scores, score_rows
 
@@ -39,6 +41,7 @@ class EvaluationResult:
         comparisons: subset -> reference ("base", "linear floor") -> the fine-tuned model against it.
         majority_share: share of the commonest label among the test rows: what answering one word always would reach.
         titles: what each model is, in words.
+        labelled: True; an AnswerResult says False.
     """
 
     product: Product | None
@@ -48,6 +51,7 @@ class EvaluationResult:
     comparisons: dict[str, dict[str, statistics.PairedComparison]]
     majority_share: float
     titles: dict[str, str]
+    labelled: bool = True
 
     def accuracies(self, subset: str = ALL) -> list[dict[str, Any]]:
         """Name, estimate, low, high and n of every model and the floor, for a figure or a table."""
@@ -112,12 +116,16 @@ class EvaluationResult:
         }
 
 
-def evaluate(settings: Settings, run: Run) -> EvaluationResult:
+def evaluate(settings: Settings, run: Run) -> EvaluationResult | AnswerResult:
     """Score base and fine-tuned model on the test rows, or take the scores of last time.
+
+    Rows without labels are scored by their reference answers (`lib.evaluation.answers`).
 
     Raises:
         InputError: data or adapter missing; a model that cannot be loaded; log-probabilities that are not numbers.
     """
+    if not has_labels(read_task(run.require("data").path)):
+        return evaluate_answers(settings, run)
     product = run.produce(
         "evaluation",
         lambda work: _build(settings, run, work),

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.exporting.formats import Format
-from lib.models.prompting import Task
+from lib.models.conversations import ConversationTask
+from lib.models.tasks import AnyTask
 from lib.run.files import write_text
 
 SNIPPET = """\
@@ -21,17 +22,20 @@ messages = [
     {{"role": "user", "content": {user!r}}},
 ]
 prompt = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
+    messages, add_generation_prompt=True, enable_thinking={thinking}, return_tensors="pt", return_dict=True
 )
-answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+answer = model.generate(**prompt, max_new_tokens={tokens}, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 
-def snippet(task: Task, text: str) -> str:
-    """Python that loads the folder it is run in and asks the run's question about one text."""
-    system, user = (message["content"] for message in task.messages(text))
-    return SNIPPET.format(system=system, user=user)
+def snippet(task: AnyTask, row: dict[str, Any]) -> str:
+    """Python that loads the folder it is run in and asks the run's question about one row."""
+    if isinstance(task, ConversationTask):
+        system, user = (message["content"] for message in row["messages"][:2])
+        return SNIPPET.format(system=system, user=user, thinking=task.thinking, tokens=256)
+    system, user = (message["content"] for message in task.messages(row["text"]))
+    return SNIPPET.format(system=system, user=user, thinking=False, tokens=8)
 
 
 def write_card(folder: Path, made: Format, record: dict[str, Any], code: str, lineage: str, notes: list[str]) -> None:

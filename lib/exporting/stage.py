@@ -11,7 +11,7 @@ from lib.errors import InputError
 from lib.exporting.card import snippet, write_card
 from lib.exporting.formats import FORMATS, Format
 from lib.exporting.keeping import SUMMARY, Kept, finished, take_over
-from lib.models.prompting import Task, encode
+from lib.models.tasks import AnyTask, probe_ids, read_task, whole_ids
 from lib.run import Product, Run, Work
 from lib.run.child import run_child
 from lib.run.files import read_json, read_jsonl, require_space, write_json
@@ -72,11 +72,11 @@ def _build(settings: Settings, run: Run, work: Work, formats: list[Format]) -> N
     missing = [wanted for wanted in formats if wanted.name not in kept]
     weights = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
     require_space(run.folder, weights * len(missing), f"{len(missing)} exported models")
-    task = Task.from_json(read_json(data.path / "task.json"))
+    task = read_task(data.path)
     argument = {"source": str(merged.path.resolve()), **(_token_ids(data.path, task) if missing else {})}
     entries = run.manifest.entries()
     card = {
-        "code": snippet(task, read_jsonl(data.path / "validation.jsonl")[0]["text"]),
+        "code": snippet(task, read_jsonl(data.path / "validation.jsonl")[0]),
         "lineage": _lineage(merged.entry.facts),
         "notes": [note for name in ("data", "adapter", "merged") if name in entries for note in entries[name].notes],
     }
@@ -124,7 +124,7 @@ def _leave_only(folder: Path, content: dict[str, list[dict[str, Any]]]) -> None:
             shutil.rmtree(path)
 
 
-def _token_ids(data: Path, task: Task) -> dict[str, Any]:
+def _token_ids(data: Path, task: AnyTask) -> dict[str, Any]:
     """Training rows with their answers for calibration, validation prompts for the check."""
     from lib.models.loading import load_tokenizer
 
@@ -134,9 +134,9 @@ def _token_ids(data: Path, task: Task) -> dict[str, Any]:
         rows = read_jsonl(data / f"{split}.jsonl")
         return rows[:: max(1, len(rows) // most)][:most]
 
-    training = [encode(tokenizer, task, row["text"], row["label"]) for row in chosen("train", CALIBRATION_ROWS)]
-    prompts = [encode(tokenizer, task, row["text"]).prompt_ids for row in chosen("validation", CHECK_PROMPTS)]
-    return {"calibration": [row.prompt_ids + row.answer_ids for row in training], "prompts": prompts}
+    calibration = [whole_ids(tokenizer, task, row) for row in chosen("train", CALIBRATION_ROWS)]
+    prompts = [probe_ids(tokenizer, task, row) for row in chosen("validation", CHECK_PROMPTS)]
+    return {"calibration": calibration, "prompts": prompts}
 
 
 def _make(wanted: Format, folder: Path, argument: dict[str, Any], what: str) -> tuple[dict[str, Any], str | None]:

@@ -68,13 +68,13 @@ def model_name(base: str, run_name: str) -> str:
 def _build(settings: Settings, run: Run, work: Work) -> None:
     from lib.gguf_export.converting import convert
     from lib.gguf_export.gating import gate
-    from lib.models.prompting import Task
+    from lib.models.tasks import read_task
 
     data, merged = run.require("data"), run.require("merged")
     name = model_name(str(merged.entry.facts.get("base_model", "model")), run.name)
     path = work.folder / f"{name}-{settings.outtype.upper()}.gguf"
     conversion = convert(merged.path, path, settings.outtype, name.replace("-", " "))
-    task = Task.from_json(read_json(data.path / "task.json"))
+    task = read_task(data.path)
     rows = read_jsonl(data.path / "validation.jsonl")
     report = gate(
         merged.path,

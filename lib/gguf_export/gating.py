@@ -19,8 +19,10 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.gguf_export.tokens import HARD_STRINGS, compare_prompts, compare_tokens
+from lib.models.conversations import ASSISTANT, SYSTEM, USER, render_conversation
 from lib.models.gguf_file import read_tensors
 from lib.models.prompting import Task, encode, label_ids, render
+from lib.models.tasks import AnyTask, encode_row, spread, texts_of
 from lib.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ EXACT = 1e-4
 ROWS = 100
 """Rows whose labels are compared."""
 
+ANSWER_POSITIONS = 128
+"""Most positions of a conversation that are compared: its first answer tokens."""
+
 
 @dataclass(frozen=True)
 class GateReport:
@@ -46,8 +51,8 @@ class GateReport:
         prompts: number of prompts rendered from both chat templates, all equal (else the gate fails).
         windows, positions: prompts and positions of the KL divergence.
         mean_kld, max_kld: KL(merged ‖ GGUF), nats a position; same_top: share with the same most probable token.
-        rows, label_agreement: rows scored by both, and the share with the same label.
-        max_label_difference: largest |Δ log p| of a label, nats.
+        rows, label_agreement: rows scored by both, and the share with the same label; 0 and None without labels.
+        max_label_difference: largest |Δ log p| of a label, nats; None without labels.
         max_log_prob_difference: largest |Δ log p| of any token of the vocabulary at any position, nats.
         exact_limit: what it may be where only the order of sums differs (float32 on both sides); None elsewhere.
         computed_in: arithmetic of the merged model.
@@ -63,8 +68,8 @@ class GateReport:
     max_kld: float
     same_top: float
     rows: int
-    label_agreement: float
-    max_label_difference: float
+    label_agreement: float | None
+    max_label_difference: float | None
     max_log_prob_difference: float
     exact_limit: float | None
     computed_in: str
@@ -77,22 +82,74 @@ class GateReport:
         return asdict(self)
 
 
-def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """About `count` rows, evenly spaced."""
-    step = max(1, len(rows) // count)
-    return list(rows[::step][:count])
+@dataclass(frozen=True)
+class Window:
+    """Token ids, and the positions after which the next token's distribution is compared (None: after every one)."""
+
+    ids: list[int]
+    places: list[int] | None = None
 
 
-def _labels(backend: Backend, prompts: list[list[int]], answers: list[list[int]], progress: Progress) -> np.ndarray:
+def window_values(backend: Backend, window: Window) -> np.ndarray:
+    """Log-softmax of the next token at the window's positions, float32, (positions, V)."""
+    if window.places is None:
+        return backend.window_log_probs(window.ids)
+    first = window.places[0]
+    return backend.window_log_probs(window.ids, first)[[place - first for place in window.places]]
+
+
+def _rendered(tokenizer: Any, task: AnyTask, rows: Sequence[dict[str, Any]]) -> list[str]:
+    if isinstance(task, Task):
+        return [render(tokenizer, task, row["text"]) for row in rows]
+    return [render_conversation(tokenizer, row["messages"], task.thinking)[0] for row in rows]
+
+
+def _hard_rows(task: AnyTask) -> list[dict[str, Any]]:
+    """The hard strings as rows; as questions where there are no labels."""
+    if isinstance(task, Task):
+        return [{"text": text} for text in HARD_STRINGS]
+    turns = [[(SYSTEM, task.system_prompt), (USER, text), (ASSISTANT, "")] for text in HARD_STRINGS]
+    return [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+
+
+def _token_ids(
+    tokenizer: Any, task: AnyTask, rows: Sequence[dict[str, Any]]
+) -> tuple[list[list[int]], list[Window], list[list[int]]]:
+    """Prompts whose labels are compared (none without labels), windows, and the labels' ids."""
+    if isinstance(task, Task):
+        encoded = [encode(tokenizer, task, row["text"]).prompt_ids for row in spread(rows, ROWS)]
+        return encoded, [Window(ids) for ids in spread(encoded, WINDOWS)], label_ids(tokenizer, task)
+    windows = []
+    for row in spread(rows, WINDOWS):
+        conversation = encode_row(tokenizer, task, row)
+        places = [place - 1 for place in conversation.loss[:ANSWER_POSITIONS]]
+        windows.append(Window(conversation.ids[: places[-1] + 1], places))
+    return [], windows, []
+
+
+def _label_facts(merged: np.ndarray | None, gguf: np.ndarray | None) -> dict[str, float | None]:
+    if merged is None or gguf is None:
+        return {"label_agreement": None, "max_label_difference": None}
+    return {
+        "label_agreement": float(np.mean(merged.argmax(1) == gguf.argmax(1))),
+        "max_label_difference": float(np.abs(merged - gguf).max()),
+    }
+
+
+def _labels(
+    backend: Backend, prompts: list[list[int]], answers: list[list[int]], progress: Progress
+) -> np.ndarray | None:
+    if not answers:
+        return None
     labels = backend.label_log_probs(prompts, answers)
     progress.advance(len(prompts))
     return labels
 
 
-def _store(backend: Backend, windows: list[list[int]], folder: Path, progress: Progress) -> None:
-    """The log-softmax at every position of the windows, a file each: a large vocabulary makes them large."""
+def _store(backend: Backend, windows: list[Window], folder: Path, progress: Progress) -> None:
+    """The log-softmax at the compared positions of the windows, a file each: a large vocabulary makes them large."""
     for i, ids in enumerate(windows):
-        np.save(folder / f"{i}.npy", backend.window_log_probs(ids))
+        np.save(folder / f"{i}.npy", window_values(backend, ids))
         progress.advance()
 
 
@@ -116,13 +173,13 @@ class _Differences:
 def gate(
     model_dir: Path,
     path: Path,
-    task: Task,
+    task: AnyTask,
     rows: Sequence[dict[str, Any]],
     limit_kld: float,
     limit_agreement: float,
     n_threads: int = 0,
 ) -> GateReport:
-    """Compare the model folder `model_dir` with its GGUF `path` on rows {"text", …} of the run.
+    """Compare the model folder `model_dir` with its GGUF `path` on rows of the run ({"text", …} or {"messages", …}).
 
     Raises:
         InputError: other token ids, more divergence or fewer equal labels than allowed. Numbers are in the message.
@@ -133,11 +190,10 @@ def gate(
     if not rows:
         raise InputError("no rows for the gate.", "at least one row with text.", "give validation rows.")
     tokenizer = load_tokenizer(model_dir)
-    texts = [*HARD_STRINGS, *(row["text"] for row in rows), *(render(tokenizer, task, row["text"]) for row in rows)]
+    texts = [*HARD_STRINGS, *(text for row in rows for text in texts_of(row)), *_rendered(tokenizer, task, rows)]
     tokens = compare_tokens(tokenizer, path, texts)
-    prompts = compare_prompts(tokenizer, path, task, [*HARD_STRINGS, *(row["text"] for row in rows)])
-    encoded = [encode(tokenizer, task, row["text"]).prompt_ids for row in _spread(rows, ROWS)]
-    windows, answers = _spread(encoded, WINDOWS), label_ids(tokenizer, task)
+    prompts = compare_prompts(tokenizer, path, task, [*_hard_rows(task), *rows])
+    encoded, windows, answers = _token_ids(tokenizer, task, rows)
     arithmetic = _arithmetic(model_dir)
     found = _Differences([], [])
     progress = Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows)))
@@ -151,7 +207,7 @@ def gate(
         gguf = _open_gguf(path, task.max_seq_length, n_threads)
         gguf_labels = _labels(gguf, encoded, answers, progress)
         for i, ids in enumerate(windows):
-            found.add(np.load(Path(name) / f"{i}.npy", mmap_mode="r"), gguf.window_log_probs(ids))
+            found.add(np.load(Path(name) / f"{i}.npy", mmap_mode="r"), window_values(gguf, ids))
             progress.advance()
         gguf.close()
     divergence = np.concatenate(found.divergence)
@@ -165,8 +221,7 @@ def gate(
         max_kld=float(divergence.max()),
         same_top=float(np.concatenate(found.same_top).mean()),
         rows=len(encoded),
-        label_agreement=float(np.mean(merged_labels.argmax(1) == gguf_labels.argmax(1))),
-        max_label_difference=float(np.abs(merged_labels - gguf_labels).max()),
+        **_label_facts(merged_labels, gguf_labels),
         max_log_prob_difference=found.largest,
         exact_limit=EXACT if arithmetic == "float32" and _holds_float32(path) else None,
         computed_in=arithmetic,
@@ -206,11 +261,17 @@ def _arithmetic(model_dir: Path) -> str:
 def _refuse(report: GateReport, path: Path) -> None:
     exact = report.exact_limit is None or report.max_log_prob_difference <= report.exact_limit
     # written so that NaN fails
-    if exact and report.mean_kld <= report.limit_kld and report.label_agreement >= report.limit_agreement:
+    agreed = report.label_agreement is None or report.label_agreement >= report.limit_agreement
+    if exact and report.mean_kld <= report.limit_kld and agreed:
         return
+    labels = (
+        ""
+        if report.label_agreement is None
+        else (f"{report.label_agreement:.1%} equal labels over {report.rows} rows, ")
+    )
     raise InputError(
         f"{path.name} does not answer as the merged model: mean KL divergence {report.mean_kld:.3g} nats over "
-        f"{report.positions} positions, {report.label_agreement:.1%} equal labels over {report.rows} rows, "
+        f"{report.positions} positions, {labels}"
         f"largest |Δ log p| {report.max_log_prob_difference:.3g}.",
         f"at most {report.limit_kld:g} nats (gate_max_kld), at least {report.limit_agreement:.1%} "
         "(gate_min_label_agreement)"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
+from lib.models.conversations import ConversationTask, safe_messages
 from lib.models.gguf_file import read_metadata
-from lib.models.prompting import Task, escape, render
+from lib.models.prompting import Task, escape
+from lib.models.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,10 +90,22 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
     return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
-def compare_prompts(tokenizer: PreTrainedTokenizerBase, path: Path, task: Task, texts: Sequence[str]) -> int:
+def messages_of(tokenizer: PreTrainedTokenizerBase, task: AnyTask, row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns of a row up to the last question, made harmless."""
+    if isinstance(task, Task):
+        return task.messages(escape(tokenizer, row["text"]))
+    return safe_messages(tokenizer, row["messages"][:-1])
+
+
+def compare_prompts(
+    tokenizer: PreTrainedTokenizerBase, path: Path, task: AnyTask, rows: Sequence[Mapping[str, Any]]
+) -> int:
     """Check that the template inside the GGUF, rendered as llama-cpp-python does, gives the prompts of this run.
 
-    The system turn is always given and thinking is always switched off in words, so that no default can differ.
+    The system turn is always given and thinking is always switched on or off in words, so that no default can differ.
+
+    Args:
+        rows: {"text"} for a task with labels, else {"messages"} that end on an answer.
 
     Returns:
         The number of prompts compared.
@@ -106,9 +120,13 @@ def compare_prompts(tokenizer: PreTrainedTokenizerBase, path: Path, task: Task, 
         raise InputError(f"no chat template in {path.name}.", "the template of the model.", "convert the whole folder.")
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-    for text in texts:
-        wanted = render(tokenizer, task, text)
-        found = formatter(messages=task.messages(escape(tokenizer, text)), enable_thinking=False).prompt
+    thinking = isinstance(task, ConversationTask) and task.thinking
+    for row in rows:
+        messages = messages_of(tokenizer, task, row)
+        wanted = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        found = formatter(messages=messages, enable_thinking=thinking).prompt
         if found != wanted:
             first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
             raise InputError(
@@ -117,4 +135,4 @@ def compare_prompts(tokenizer: PreTrainedTokenizerBase, path: Path, task: Task, 
                 "the same prompt.",
                 "convert again with the tokenizer and template that the model was trained with.",
             )
-    return len(texts)
+    return len(rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.merging.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
-from lib.models.prompting import Task
+from lib.models.tasks import probe_ids, read_task
 from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _build(merge_base: str, run: Run, work: Work) -> None:
         made = {key: _merge_into(folder, scratch / key, data.path, adapter.path) for key, folder in folders.items()}
         nf4 = None
         if method == "QLoRA":
-            rows, task = _rows(data.path, ROWS), Task.from_json(read_json(data.path / "task.json"))
+            rows, task = _rows(data.path, ROWS), read_task(data.path)
             merges = {key: scratch / key for key in made}
             nf4 = compare_merges(base.path, adapter.path, merges, rows, task, data.path / "tokenizer")
         for path in sorted((scratch / merge_base).iterdir()):
@@ -125,10 +125,9 @@ def _rows(data: Path, count: int) -> list[dict[str, Any]]:
 def check_prompts(data: Path) -> list[list[int]]:
     """Token ids of evenly spaced validation prompts of the data product."""
     from lib.models.loading import load_tokenizer
-    from lib.models.prompting import encode
 
-    task, tokenizer = Task.from_json(read_json(data / "task.json")), load_tokenizer(data / "tokenizer")
-    return [encode(tokenizer, task, row["text"]).prompt_ids for row in _rows(data, CHECK_PROMPTS)]
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    return [probe_ids(tokenizer, task, row) for row in _rows(data, CHECK_PROMPTS)]
 
 
 def _read(product: Product) -> MergeResult:

@@ -21,7 +21,7 @@ from lib.models.weights import INDEX, open_weights
 from lib.progress import Progress
 
 if TYPE_CHECKING:
-    from lib.models.prompting import Task
+    from lib.models.tasks import AnyTask
     from lib.statistics import Interval
 
 NF4, ORIGINAL, DEQUANTIZED = "adapter on the NF4 base", "original", "dequantized"
@@ -42,8 +42,8 @@ class Nf4Result:
         rows, positions: prompts, and positions of them at which distributions are compared.
         kld: mean KL(NF4 ‖ this) of the next token, nats a position; bootstrap over prompts.
         same_top: share of positions with the same most probable token (no interval: positions depend on each other).
-        label_agreement: share of rows with the same label as the NF4 model (Wilson).
-        accuracy: share of rows with the right label (Wilson).
+        label_agreement: share of rows with the same label as the NF4 model (Wilson); None for rows without labels.
+        accuracy: share of rows with the right label (Wilson); None for rows without labels.
         size_mb: of the merged weights; None for the NF4 model, which is not merged.
     """
 
@@ -52,8 +52,8 @@ class Nf4Result:
     positions: int
     kld: list[float]
     same_top: float
-    label_agreement: list[float]
-    accuracy: list[float]
+    label_agreement: list[float] | None
+    accuracy: list[float] | None
     size_mb: float | None
 
     def to_json(self) -> dict[str, Any]:
@@ -121,24 +121,26 @@ def dequantize_base(base: Path, folder: Path) -> Path:
 
 
 def compare_merges(
-    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: Task, tokenizer: Path
+    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Path
 ) -> Nf4Comparison:
     """Measure both merges against the adapter on the NF4 base.
 
     Args:
         merges: folder of the merged model by `ORIGINAL` and `DEQUANTIZED`.
-        rows: {"text", "label"}; validation rows, because a choice may follow.
+        rows: {"text", "label"} or {"messages"}; validation rows, because a choice may follow.
         tokenizer: folder of the run's tokenizer.
 
     Raises:
         InputError: a model cannot be loaded.
     """
     from lib.models.loading import load_model, load_tokenizer
-    from lib.models.prompting import encode, label_ids
+    from lib.models.prompting import label_ids
+    from lib.models.tasks import has_labels, probe_ids
 
     reader = load_tokenizer(tokenizer)
-    prompts = [encode(reader, task, row["text"]).prompt_ids for row in rows]
-    answers, truth = label_ids(reader, task), np.array([row["label"] for row in rows])
+    prompts = [probe_ids(reader, task, row) for row in rows]
+    answers = label_ids(reader, task) if has_labels(task) else []
+    truth = np.array([row["label"] for row in rows]) if has_labels(task) else None
     loaders = {
         NF4: lambda: load_model(base, load_in_4bit=True, adapter=adapter),
         **{name: lambda path=path: load_model(path) for name, path in merges.items()},
@@ -157,7 +159,7 @@ def compare_merges(
 class _Measured:
     """A model's answers: (rows, labels) log-probabilities; KL from the NF4 model and equal tops, a prompt each."""
 
-    labels: np.ndarray
+    labels: np.ndarray | None
     divergence: list[np.ndarray]
     same_top: list[np.ndarray]
 
@@ -169,7 +171,7 @@ def _measure(
     from lib.scoring import TransformersBackend
 
     backend = TransformersBackend(model, batch_size=16)
-    found = _Measured(backend.label_log_probs(prompts, answers), [], [])
+    found = _Measured(backend.label_log_probs(prompts, answers) if answers else None, [], [])
     progress.advance(len(prompts))
     for i, ids in enumerate(prompts):
         mine, path = backend.window_log_probs(ids, max(0, len(ids) - POSITIONS)), stored / f"{i}.npy"
@@ -183,15 +185,20 @@ def _measure(
     return found
 
 
-def _summary(measured: dict[str, _Measured], truth: np.ndarray, sizes: dict[str, float]) -> Nf4Comparison:
+def _summary(measured: dict[str, _Measured], truth: np.ndarray | None, sizes: dict[str, float]) -> Nf4Comparison:
     from lib.statistics import paired_bootstrap, wilson
 
-    n = len(truth)
     by_prompt = {name: np.array([kld.mean() for kld in found.divergence]) for name, found in measured.items()}
-    reference = measured[NF4].labels.argmax(1)
+    n = len(by_prompt[NF4])
+    reference = measured[NF4].labels
+
+    def share(found: _Measured, wanted: np.ndarray | None) -> list[float] | None:
+        if found.labels is None or wanted is None:
+            return None
+        return _with_limits(wilson(int((found.labels.argmax(1) == wanted).sum()), n))
+
     results = []
     for name, found in measured.items():
-        labels = found.labels.argmax(1)
         results.append(
             Nf4Result(
                 model=name,
@@ -199,8 +206,8 @@ def _summary(measured: dict[str, _Measured], truth: np.ndarray, sizes: dict[str,
                 positions=sum(map(len, found.same_top)),
                 kld=_with_limits(paired_bootstrap(by_prompt[name])),
                 same_top=float(np.concatenate(found.same_top).mean()),
-                label_agreement=_with_limits(wilson(int((labels == reference).sum()), n)),
-                accuracy=_with_limits(wilson(int((labels == truth).sum()), n)),
+                label_agreement=share(found, None if reference is None else reference.argmax(1)),
+                accuracy=share(found, truth),
                 size_mb=sizes.get(name),
             )
         )

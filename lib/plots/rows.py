@@ -168,7 +168,9 @@ def nf4_reading(result: Any) -> str:
     return text
 
 
-def _limits(values: Sequence[float], scale: float, form: str) -> str:
+def _limits(values: Sequence[float] | None, scale: float, form: str) -> str | None:
+    if values is None:  # what rows without labels cannot have
+        return None
     estimate, low, high = (format(scale * value, form) for value in values)
     return f"{estimate} [{low}, {high}]"
 
@@ -199,8 +201,10 @@ def gate(report: Any) -> list[Row]:
         "same next-token distribution": (divergence, f"mean at most {report.limit_kld:g} nats"),
         "same log-probabilities": (f"largest difference {report.max_log_prob_difference:.1e} nats, any token", exact),
         "same labels": (
-            f"{100 * report.label_agreement:.2f} % of {report.rows:,} rows",
-            f"at least {100 * report.limit_agreement:g} %",
+            "does not apply: the rows have no labels"
+            if report.label_agreement is None
+            else f"{100 * report.label_agreement:.2f} % of {report.rows:,} rows",
+            "–" if report.label_agreement is None else f"at least {100 * report.limit_agreement:g} %",
         ),
     }
     return [{"question": q, "measured": measured, "required": needed} for q, (measured, needed) in answers.items()]

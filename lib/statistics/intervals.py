@@ -132,6 +132,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     confidence: float = 0.95,
     method: Literal["percentile", "bca"] = "percentile",
+    weights: Sequence[float] | np.ndarray | None = None,
 ) -> Interval:
     """Bootstrap interval of a mean paired difference; whole clusters are drawn, so near-duplicates count once.
 
@@ -139,6 +140,7 @@ def paired_bootstrap(
         differences: (n,) candidate minus reference, one a row.
         clusters: (n,) group of each row; None = every row its own.
         method: "percentile", or "bca" (Efron 1987).
+        weights: (n,) positive weight of each row in the mean, e.g. its tokens; None = all alike.
     """
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
@@ -146,10 +148,11 @@ def paired_bootstrap(
     groups = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     if len(groups) != len(values):
         raise ValueError(f"{len(groups)} clusters for {len(values)} differences")
-    sums, sizes = np.bincount(groups, values), np.bincount(groups).astype(np.float64)
+    weight = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    sums, sizes = np.bincount(groups, values * weight), np.bincount(groups, weight)
     means = _resampled_means(sums, sizes, resamples, seed)
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     if method == "bca" and len(sums) > 1:
         tails = _bca_levels(means, sums, sizes, tails)
     low, high = np.quantile(means, tails)
-    return Interval(float(values.mean()), float(low), float(high), confidence)
+    return Interval(float(np.average(values, weights=weights)), float(low), float(high), confidence)

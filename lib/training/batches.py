@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.models.prompting import Task, encode
+from lib.models.conversations import ConversationTask
+from lib.models.prompting import encode
+from lib.models.tasks import AnyTask, encode_row
 from lib.progress import track
 
 if TYPE_CHECKING:
@@ -24,19 +26,40 @@ for every length of its own took 2.0 GB after 80 updates of the offline base, an
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row: prompt, then the answer word and the end of turn, on which the loss is computed."""
+    """Token ids of one row, and where the loss is computed.
+
+    Attributes:
+        ids: prompt, then the answer word and the end of turn; or a whole conversation.
+        prompt_length: tokens in front of the first answer.
+        spans: (first, behind the last) position of every answer; None for one answer up to the end.
+    """
 
     ids: list[int]
     prompt_length: int
+    spans: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """The spans that the loss counts."""
+        return self.spans if self.spans is not None else ((self.prompt_length, len(self.ids)),)
 
-def examples(rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, what: str) -> list[Example]:
-    """Encode rows {"text", "label"} with the run's prompt."""
+    @property
+    def loss_tokens(self) -> int:
+        """Number of positions that the loss counts."""
+        return sum(stop - start for start, stop in self.answers)
+
+
+def examples(rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Any, what: str) -> list[Example]:
+    """Encode rows {"text", "label"} with the run's prompt, or rows {"messages"}."""
     done = []
     for row in track(rows, f"tokenizing {what} rows"):
+        if isinstance(task, ConversationTask):
+            whole = encode_row(tokenizer, task, row)
+            done.append(Example(whole.ids, whole.spans[0][0], tuple(whole.spans)))
+            continue
         encoded = encode(tokenizer, task, row["text"], row["label"])
         done.append(Example(encoded.prompt_ids + encoded.answer_ids, len(encoded.prompt_ids)))
     return done
@@ -61,7 +84,8 @@ class Collator:
             row = torch.tensor(example.ids)
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-            labels[i, example.prompt_length : len(row)] = row[example.prompt_length :]
+            for start, stop in example.answers:
+                labels[i, start:stop] = row[start:stop]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

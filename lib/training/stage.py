@@ -14,9 +14,9 @@ import psutil
 from lib import device
 from lib.errors import InputError
 from lib.models.loading import Base, base_of, load_model, load_tokenizer
-from lib.models.prompting import Task
 from lib.models.quiet import no_warnings, quiet
 from lib.models.resolving import resolve_adapter
+from lib.models.tasks import read_task
 from lib.progress import Progress
 from lib.run.files import read_json, read_jsonl, require_space, write_json, write_jsonl, write_text
 from lib.run.memory import PeakMemory
@@ -69,7 +69,7 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
 def _build(settings: Settings, run: Run, work: Work) -> None:
     quiet()
     data, base = run.require("data"), base_of(run)
-    task, tokenizer = Task.from_json(read_json(data.path / "task.json")), load_tokenizer(data.path / "tokenizer")
+    task, tokenizer = read_task(data.path), load_tokenizer(data.path / "tokenizer")
     train = examples(read_jsonl(data.path / "train.jsonl"), task, tokenizer, "training")
     validation = examples(read_jsonl(data.path / "validation.jsonl"), task, tokenizer, "validation")
     for name, rows in (("training", train), ("validation", validation)):
@@ -144,7 +144,7 @@ def _plan(
 ) -> dict[str, Any]:
     """Sizes, the memory estimate and the advice; refuses what cannot fit."""
     longest = max(map(len, train + validation))
-    answer = max(len(example) - example.prompt_length for example in train)
+    answer = max(example.loss_tokens for example in train + validation)
     shape = memory.shape_of(model, settings, longest, answer, in_4bit)
     if device.torch_device() == "cuda":
         import torch

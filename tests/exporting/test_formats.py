@@ -73,7 +73,7 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     folder, answer = exported(name)
     text = '他说："很好"，房间\\干净。'
     record = {**answer, "bytes": answer["weight_bytes"], "bits_per_weight": 8.0, "peak_memory_mib": 1.0}
-    write_card(folder, FORMATS[name], record, snippet(tiny_run.TASK, text), "A model.", ["a note"])
+    write_card(folder, FORMATS[name], record, snippet(tiny_run.TASK, {"text": text}), "A model.", ["a note"])
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "> a note" in card and name in card and ("BitsAndBytesConfig" in card) == (name in ("int8", "nf4"))
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)

@@ -88,7 +88,7 @@ def test_random_strings(texts: list[str], made: dict[str, Path]) -> None:
 def test_hard_strings_and_prompts(name: str, made: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(made[name].with_suffix(""))
     assert compare_tokens(tokenizer, made[name], HARD_STRINGS) > 100
-    assert compare_prompts(tokenizer, made[name], TASK, HARD_STRINGS) == len(HARD_STRINGS)
+    assert compare_prompts(tokenizer, made[name], TASK, [{"text": text} for text in HARD_STRINGS]) == len(HARD_STRINGS)
 
 
 @pytest.mark.parametrize("file", ["Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "Qwen-QwQ-32B", "Qwen3-Coder"])
@@ -116,4 +116,4 @@ def test_another_template_is_noticed(made: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(made[NAMES[0]].with_suffix(""))
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\\n", "assistant")
     with pytest.raises(InputError, match="renders another prompt"):
-        compare_prompts(tokenizer, made[NAMES[0]], TASK, ["好"])
+        compare_prompts(tokenizer, made[NAMES[0]], TASK, [{"text": "好"}])

@@ -1,0 +1,160 @@
+"""Rows without labels through all stages with the offline base: real dialogues, and made ones with thinking."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import data, evaluation, exporting, gguf_export, merging, quantizing, training
+from lib.device import llama_cpp_problem
+from lib.models import offline_base
+from lib.models.loading import base_of, load_model, load_tokenizer
+from lib.models.tasks import encode_row, read_task
+from lib.run import Run, open_run
+from lib.run.files import read_jsonl
+from lib.run.folders import HOME_VARIABLE
+from lib.settings import Settings, check
+
+pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+
+TINY = offline_base.BaseRecipe(
+    layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=64, batch=4, min_tokens=20_000, max_tokens=20_000
+)
+SHARED = {
+    "system_prompt": "你是助手。",
+    "num_train_epochs": 1.0,
+    "per_device_train_batch_size": 4,
+    "save_steps": 10,
+    "dtype": "float32",
+    "lora_r": 4,
+    "generated_rows": 2,
+    "max_new_tokens": 8,
+    "ladder": ["Q8_0"],
+    "export_formats": ["bf16"],
+    "gate_max_kld": 1.0e-3,
+}
+
+
+def thinking_rows(path: Path) -> Path:
+    """Sums with their reasoning, in the seeds' form."""
+    rng = random.Random(1)
+    rows = []
+    for i in range(70):
+        a, b = rng.randrange(100), rng.randrange(100)
+        output = f"<thinking>\n先算个位，再算十位：{a}和{b}。\n</thinking>\n\n等于{a + b}。"
+        rows.append({"instruction": f"第{i}题，{a}加{b}等于多少？", "input": "", "output": output, "difficulty": 1})
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def run_stages(settings: Settings) -> dict:
+    """All results by stage."""
+    run = open_run(settings.run_name)
+    return {
+        "run": run,
+        "data": data.prepare(settings, run),
+        "adapter": training.finetune(settings, run),
+        "evaluation": evaluation.evaluate(settings, run),
+        "merged": merging.merge(settings, run),
+        "gguf": gguf_export.export(settings, run),
+        "quantized": quantizing.quantize(settings, run),
+        "exports": exporting.export(settings, run),
+    }
+
+
+@pytest.fixture(scope="module", params=["thinking", "smile"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(HOME_VARIABLE, str(home))
+        patch.setattr(offline_base, "BaseRecipe", lambda: TINY)
+        values = {**SHARED, "run_name": request.param}
+        if request.param == "thinking":
+            source = thinking_rows(home / "sums.json")
+            values |= {"task": "instruction", "thinking": True, "max_seq_length": 192}
+        else:
+            shared = request.getfixturevalue("shared_data") / "smile_chat" / "smile_student_3000.jsonl"
+            source = home / "smile.jsonl"
+            source.write_text("\n".join(shared.read_text(encoding="utf-8").splitlines()[:70]), encoding="utf-8")
+            values |= {"task": "dialogue", "max_seq_length": 384}
+        yield run_stages(check({**values, "dataset": str(source)}, "the test"))
+
+
+def encoded_rows(run: Run, split: str) -> tuple[list[dict], list]:
+    folder = run.require("data").path
+    task, tokenizer = read_task(folder), load_tokenizer(folder / "tokenizer")
+    rows = read_jsonl(folder / f"{split}.jsonl")
+    return rows, [encode_row(tokenizer, task, row) for row in rows]
+
+
+def test_training_lowers_the_loss_of_the_answers(results: dict) -> None:
+    history = [row["eval_loss"] for row in results["adapter"].history if "eval_loss" in row]
+    part = results["evaluation"].content["parts"]["all"]
+    assert part["finetuned"]["loss"] < part["base"]["loss"]
+    assert np.isfinite(history).all()
+
+
+def test_scores_are_those_of_the_model_itself(results: dict) -> None:
+    """Oracle: transformers' own loss over the labels, one row at a time."""
+    import torch
+
+    run, result = results["run"], results["evaluation"]
+    rows, encoded = encoded_rows(run, "test")
+    model = load_model(base_of(run).path, dtype="float32")
+    scores = result.scores["base"]
+    assert scores.ids == [row["id"] for row in rows]
+    for i, conversation in enumerate(encoded):
+        ids = torch.tensor([conversation.ids])
+        labels = torch.full_like(ids, -100)
+        for place in conversation.loss:
+            labels[0, place] = ids[0, place]
+        with torch.inference_mode():
+            loss = model(input_ids=ids, labels=labels).loss.item()
+        assert scores.row_losses[i] == pytest.approx(loss, rel=1e-4)
+        assert scores.tokens[i] == len(conversation.loss)
+    part = result.content["parts"]["all"]
+    assert part["base"]["perplexity"] == pytest.approx(np.exp(-scores.log_probs.sum() / scores.tokens.sum()))
+    assert part["ratio"] == pytest.approx(part["finetuned"]["perplexity"] / part["base"]["perplexity"])
+    low, high = part["difference_interval"]
+    assert low <= part["difference"] <= high
+
+
+def test_a_few_answers_can_be_read(results: dict) -> None:
+    generated = results["evaluation"].generated
+    assert len(generated) == 2 and results["evaluation"].content["decoding"]["method"] == "greedy"
+    for row in generated:
+        assert row["question"] and row["reference"]
+        assert all(row["tokens"][name] <= 8 for name in ("base", "fine-tuned"))
+
+
+def test_the_gate_compares_answers_without_labels(results: dict) -> None:
+    gate = results["gguf"].gate
+    assert gate.label_agreement is None and gate.rows == 0 and gate.positions > 20
+    assert gate.mean_kld < 1e-3 and gate.same_top > 0.9
+    assert results["merged"].check.mean_kld < results["merged"].check.max_kld
+
+
+def test_files_and_exports_are_made(results: dict) -> None:
+    assert [file.type for file in results["quantized"].files] == ["Q8_0"]
+    assert [made["format"] for made in results["exports"].made] == ["bf16"]
+
+
+def test_llama_cpp_scores_the_same_answers(results: dict) -> None:
+    from lib.scoring import LlamaCppBackend, TransformersBackend
+    from lib.scoring.answers import token_log_probs
+
+    _, encoded = encoded_rows(results["run"], "test")
+    chosen = encoded[:4]
+    ids, spans = [e.ids for e in chosen], [e.spans for e in chosen]
+    merged = TransformersBackend(load_model(results["merged"].product.path, dtype="float32"), 2)
+    wanted = token_log_probs(merged, ids, spans)
+    with LlamaCppBackend(results["gguf"].path, 512, 1, cache_type="f32", flash_attention=False) as backend:
+        found = token_log_probs(backend, ids, spans)
+    for one, other in zip(wanted, found, strict=True):
+        assert len(one) == len(other) and np.abs(one - other).max() < 0.05
+    assert sum(map(len, wanted)) == sum(len(e.loss) for e in chosen)
