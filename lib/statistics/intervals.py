@@ -54,8 +54,8 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(share, low, high, confidence)
 
 
-def _tango(delta: float, losses: int, gains: int, n: int) -> float:
-    """Tango's score statistic for the hypothesis that the true difference is `delta`."""
+def tango_statistic(delta: float, losses: float, gains: float, n: float) -> float:
+    """Tango's score statistic for the hypothesis that the true difference of `paired_score_interval` is `delta`."""
     # Restricted maximum-likelihood share q of losses: the larger root of 2n q² + b q + c = 0.
     b = delta * (2 * n + losses - gains) - losses - gains
     c = -losses * delta * (1 - delta)
@@ -67,7 +67,7 @@ def _tango(delta: float, losses: int, gains: int, n: int) -> float:
     return distance / math.sqrt(variance) if variance > 1e-300 else math.copysign(math.inf, distance)
 
 
-def paired_score_interval(losses: int, gains: int, n: int, confidence: float = 0.95) -> Interval:
+def paired_score_interval(losses: float, gains: float, n: float, confidence: float = 0.95) -> Interval:
     """Score interval of the paired difference (gains - losses) / n of two shares (Tango 1998, Stat. Med. 17:891).
 
     Unlike a bootstrap it does not shrink to nothing when no row changed: for 0 of n it is ±z²/(n + z²).
@@ -75,9 +75,9 @@ def paired_score_interval(losses: int, gains: int, n: int, confidence: float = 0
     Args:
         losses: rows only the reference got right.
         gains: rows only the candidate got right.
-        n: all rows.
+        n: all rows. The three may be divided by a design effect.
     """
-    if n < 1 or losses < 0 or gains < 0 or losses + gains > n:
+    if n <= 0 or losses < 0 or gains < 0 or losses + gains > n * (1 + 1e-9):
         raise ValueError(f"need losses, gains >= 0 and losses + gains <= n, not {losses}, {gains}, {n}")
     from scipy.optimize import brentq
 
@@ -85,7 +85,7 @@ def paired_score_interval(losses: int, gains: int, n: int, confidence: float = 0
 
     def limit(sign: int) -> float:
         def excess(delta: float) -> float:
-            return min(max(_tango(delta, losses, gains, n), -1e9), 1e9) - sign * z
+            return min(max(tango_statistic(delta, losses, gains, n), -1e9), 1e9) - sign * z
 
         if sign * excess(-sign * edge) <= 0:
             return float(-sign)

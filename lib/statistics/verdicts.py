@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from lib.statistics.intervals import Interval, paired_bootstrap, paired_score_interval
-from lib.statistics.paired import holm, mcnemar_exact, mde_paired, smallest_significant
+from lib.statistics.clustered import clustered_score_interval, design_effect, sign_flip_test
+from lib.statistics.equivalence import equivalence_paired
+from lib.statistics.intervals import Interval
+from lib.statistics.margins import MarginTest, margin_test
+from lib.statistics.paired import McNemar, holm, mcnemar_exact
+from lib.statistics.power import mde_exact
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,15 @@ class PairedComparison:
     Attributes:
         n: rows.
         losses, gains: rows only the reference, only the candidate got right.
-        difference: accuracy of the candidate minus the reference's, a fraction. Its limits are the wider of the
-            clustered bootstrap (near-duplicates count once) and Tango's score interval (which does not vanish when
-            no row changed).
-        p: exact McNemar. p_adjusted: after Holm over the candidates compared together.
-        mde: smallest difference these rows could have shown with 80 % power, a fraction.
+        difference: accuracy of the candidate minus the reference's, a fraction, with Tango's score interval for the
+            rows' design effect (near-duplicates count once, and the interval does not vanish when no row changed).
+        p: exact McNemar. p_adjusted: after Holm over the candidates compared together (and over both endpoints where
+            margins are compared too), taken of the larger of p and the same test with whole clusters exchanged.
+        mde: smallest difference that these rows would have shown with 80 % power, a fraction (exact McNemar).
         verdict: "worse" | "better" | "equivalent within δ" | "cannot tell (MDE x)".
+        design_effect: rows that say as much as one independent row.
+        equivalence_p: two one-sided score tests against ±δ, the larger p-value.
+        margin: the test of the right answers' margins; None where none were given.
     """
 
     n: int
@@ -35,30 +42,48 @@ class PairedComparison:
     p_adjusted: float
     mde: float
     verdict: str
+    design_effect: float = 1.0
+    equivalence_p: float = 1.0
+    margin: MarginTest | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; the interval as [low, high]."""
         value = asdict(self)
         value["difference"] = self.difference.estimate
         value["difference_interval"] = self.difference.to_json()
+        value["margin"] = self.margin.to_json() if self.margin else None
         return value
 
 
-def verdict(difference: Interval, p_adjusted: float, margin_points: float, mde: float, alpha: float = 0.05) -> str:
-    """The words that test, interval and sample size allow.
+def verdict(
+    difference: Interval,
+    p_adjusted: float,
+    margin_points: float,
+    mde: float,
+    alpha: float = 0.05,
+    margin: MarginTest | None = None,
+) -> str:
+    """The words that tests, intervals and sample size allow.
 
-    "worse" and "better" need both the adjusted p below alpha and an interval without zero; "equivalent" needs the
-    whole interval inside ±margin; everything else is "cannot tell".
+    "worse" and "better" need both an adjusted p below alpha and an interval without zero, of the accuracy; "equivalent"
+    needs the whole interval of the accuracy inside ±margin_points. What neither settles, the margins of the right
+    answers may: they call a candidate worse or better by the same two conditions, if accuracy does not point the other
+    way. Everything else is "cannot tell".
 
     Args:
         difference: candidate minus reference, fractions.
         margin_points: what counts as equivalent, in accuracy points.
-        mde: minimum detectable effect, a fraction.
+        mde: minimum detectable effect of the accuracy, a fraction.
+        margin: the test of the margins, its p adjusted; None = judge by accuracy alone.
     """
     if p_adjusted < alpha and difference.excludes_zero():
         return "worse" if difference.estimate < 0 else "better"
     if difference.within(margin_points / 100):
         return f"equivalent within {margin_points:g} {'point' if margin_points == 1 else 'points'}"
+    if margin is not None and margin.p_adjusted < alpha and margin.change.excludes_zero():
+        direction = margin.change.estimate
+        if direction * difference.estimate >= 0:
+            return "worse" if direction < 0 else "better"
     return f"cannot tell (MDE {100 * mde:.1f} points)"
 
 
@@ -68,6 +93,7 @@ def compare_all(
     groups: Sequence[Any] | np.ndarray | None,
     margin_points: float,
     seed: int = 0,
+    margin_changes: Mapping[str, Sequence[float] | np.ndarray] | None = None,
 ) -> dict[str, PairedComparison]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
 
@@ -76,22 +102,41 @@ def compare_all(
         candidates: name -> (n,) right or wrong.
         groups: (n,) near-duplicate cluster of each row; None = every row its own.
         margin_points: equivalence margin in accuracy points.
+        margin_changes: name -> (n,) margin of the right answer under the candidate minus under the reference, nats, for
+            every candidate: the primary endpoint. Holm then corrects over candidates and both endpoints.
     """
     reference = np.asarray(reference_correct, dtype=bool)
+    changes = {name: np.asarray(correct, dtype=np.int64) - reference for name, correct in candidates.items()}
     tests = {name: mcnemar_exact(reference, correct) for name, correct in candidates.items()}
-    adjusted = holm([test.p for test in tests.values()])
-    result = {}
-    for (name, test), p_adjusted in zip(tests.items(), adjusted, strict=True):
-        n = len(reference)
-        change = np.asarray(candidates[name], dtype=np.float64) - reference
-        drawn = paired_bootstrap(change, groups, seed)
-        score = paired_score_interval(test.b, test.c, n)
-        difference = Interval(drawn.estimate, min(drawn.low, score.low), max(drawn.high, score.high))
-        # Even in the best case fewer discordant rows than this cannot become significant.
-        mde = max(mde_paired(n, (test.b + test.c) / n), smallest_significant() / n)
-        words = verdict(difference, p_adjusted, margin_points, mde)
-        result[name] = PairedComparison(n, test.b, test.c, difference, test.p, p_adjusted, mde, words)
-    return result
+    margins = {name: margin_test(margin_changes[name], groups, seed) for name in tests} if margin_changes else {}
+    p_values = [test.p for test in tests.values()]
+    if groups is not None and len(np.unique(np.asarray(groups))) < len(reference):
+        clustered = (sign_flip_test(change, groups, seed) for change in changes.values())
+        p_values = [max(pair) for pair in zip(p_values, clustered, strict=True)]
+    adjusted = holm([*p_values, *(margin.p for margin in margins.values())])
+    for name, p_adjusted in zip(margins, adjusted[len(tests) :], strict=True):
+        margins[name] = replace(margins[name], p_adjusted=p_adjusted)
+    return {
+        name: _compare(changes[name], test, p_adjusted, groups, margin_points, margins.get(name))
+        for (name, test), p_adjusted in zip(tests.items(), adjusted[: len(tests)], strict=True)
+    }
+
+
+def _compare(
+    change: np.ndarray,
+    test: McNemar,
+    p_adjusted: float,
+    groups: Sequence[Any] | np.ndarray | None,
+    margin_points: float,
+    margin: MarginTest | None,
+) -> PairedComparison:
+    """Everything on one candidate, from its rows' changes (-1, 0, 1)."""
+    n, effect = len(change), design_effect(change, groups)
+    difference = clustered_score_interval(change, groups)
+    equal = equivalence_paired(test.b / effect, test.c / effect, n / effect, margin_points / 100)
+    mde = mde_exact(max(1, round(n / effect)), (test.b + test.c) / n)
+    words = verdict(difference, p_adjusted, margin_points, mde, margin=margin)
+    return PairedComparison(*(n, test.b, test.c, difference, test.p, p_adjusted, mde, words), effect, equal.p, margin)
 
 
 def compare(

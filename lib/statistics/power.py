@@ -1,0 +1,88 @@
+"""What a number of rows can show: exact power of the exact McNemar test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def _critical(discordant: np.ndarray, alpha: float) -> np.ndarray:
+    """Largest count on the smaller side that exact McNemar still calls significant; -1 where none is."""
+    from scipy.stats import binom
+
+    count = binom.ppf(alpha / 2, discordant, 0.5)
+    return np.where(2 * binom.cdf(count, discordant, 0.5) < alpha, count, count - 1)
+
+
+def power_mcnemar(n: int, discordant_share: float, difference: float, alpha: float = 0.05) -> float:
+    """Probability that exact McNemar (two-sided) finds an accuracy difference, over all tables that may come.
+
+    Args:
+        n: rows.
+        discordant_share: share of rows on which exactly one of the two models is right.
+        difference: true accuracy difference, a fraction of either sign; at most the share.
+
+    Raises:
+        ValueError: n < 1, or |difference| <= share <= 1 does not hold.
+    """
+    if n < 1 or not abs(difference) <= discordant_share <= 1:
+        raise ValueError(f"need n >= 1 and |difference| <= share <= 1, not {n}, {difference}, {discordant_share}")
+    if discordant_share == 0:
+        return 0.0
+    from scipy.stats import binom
+
+    low, high = binom.ppf([1e-12, 1 - 1e-12], n, discordant_share)
+    discordant = np.arange(low, high + 1)
+    side = (1 + abs(difference) / discordant_share) / 2
+    limit = _critical(discordant, alpha)
+    found = binom.cdf(limit, discordant, 1 - side) + binom.cdf(limit, discordant, side)
+    return float(np.sum(binom.pmf(discordant, n, discordant_share) * found))
+
+
+def power_curve(
+    rows: Sequence[int], discordant_share: float, difference: float, alpha: float = 0.05
+) -> list[tuple[int, float]]:
+    """(n, power) for each number of rows; see `power_mcnemar`."""
+    return [(int(n), power_mcnemar(int(n), discordant_share, difference, alpha)) for n in rows]
+
+
+def mde_exact(n: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """Smallest accuracy difference that exact McNemar finds with the given power, a fraction.
+
+    A difference cannot be larger than the share of discordant rows: where more is needed, that many discordant rows are
+    assumed, all on one side. So few discordant rows never promise more than six of them can show. 1.0 where even a
+    difference on every row would not be found.
+    """
+    if n < 1 or not 0 <= discordant_share <= 1:
+        raise ValueError(f"mde_exact needs n >= 1 and a share in 0..1, not {n} and {discordant_share}")
+
+    def enough(difference: float) -> bool:
+        return power_mcnemar(n, max(discordant_share, difference), difference, alpha) >= power
+
+    if not enough(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def rows_needed(discordant_share: float, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Fewest rows with which exact McNemar finds the difference with the given power.
+
+    Raises:
+        ValueError: no difference to find, or one larger than the share of discordant rows.
+    """
+    if not 0 < abs(difference) <= discordant_share <= 1:
+        raise ValueError(f"need 0 < |difference| <= share <= 1, not {difference} and {discordant_share}")
+    low, high = 0, 8
+    while power_mcnemar(high, discordant_share, difference, alpha) < power:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = math.ceil((low + high) / 2)
+        found = power_mcnemar(middle, discordant_share, difference, alpha) >= power
+        low, high = (low, middle) if found else (middle, high)
+    return high
