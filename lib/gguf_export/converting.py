@@ -125,14 +125,13 @@ class Conversion:
         try:
             with atomic_path(self.output) as temporary:
                 file = GgufFile(temporary, self.header, self.plan)
-                with _opened_meanwhile(temporary) as check:
+                with _read_meanwhile(temporary, {t.name: t.type.name for t in self.plan}) as opened:
                     try:
                         file.put_own()
                         yield file
                     finally:
                         file.close()
-                    verify(temporary, {tensor.name: tensor.type.name for tensor in self.plan})
-                    self.loaded = check.result()
+                    self.loaded = opened.result()
         except OSError as error:
             raise InputError(
                 f"{self.output} cannot be written ({error.strerror}).",
@@ -242,12 +241,17 @@ def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _opened_meanwhile(path: Path) -> Iterator[Future[str]]:
-    """llama.cpp's opinion of the header, asked for while the data is still being written."""
+def _read_meanwhile(path: Path, types: dict[str, str]) -> Iterator[Future[str]]:
+    """The header read back, and llama.cpp's opinion of it, while the data is still being written."""
     stop = threading.Event()
+
+    def read() -> str:
+        verify(path, types)
+        return load_check(path, stop)
+
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield pool.submit(load_check, path, stop)
+            yield pool.submit(read)
         except BaseException:
             stop.set()
             raise
