@@ -102,6 +102,10 @@ class Settings(BaseModel):
     perplexity_tokens: int = Field(8192, ge=512, description="most tokens of held-out text for perplexity")
     equivalence_margin: float = Field(1.0, gt=0.0, le=50.0, description="accuracy points that count as equivalent")
 
+    perplexity_margin: float = Field(
+        1.0, gt=0.0, le=100.0, description="percent of answer perplexity that counts as equivalent (no labels)"
+    )
+
     @field_validator("run_name")
     @classmethod
     def _slug(cls, value: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import data, evaluation, exporting, gguf_export, merging, quantizing, training
+from lib import comparison, data, evaluation, exporting, gguf_export, merging, quantizing, training
 from lib.device import llama_cpp_problem
 from lib.models import offline_base
 from lib.models.loading import base_of, load_model, load_tokenizer
@@ -64,6 +64,7 @@ def run_stages(settings: Settings) -> dict:
         "gguf": gguf_export.export(settings, run),
         "quantized": quantizing.quantize(settings, run),
         "exports": exporting.export(settings, run),
+        "comparison": comparison.compare(settings, run),
     }
 
 
@@ -142,6 +143,21 @@ def test_the_gate_compares_answers_without_labels(results: dict) -> None:
 def test_files_and_exports_are_made(results: dict) -> None:
     assert [file.type for file in results["quantized"].files] == ["Q8_0"]
     assert [made["format"] for made in results["exports"].made] == ["bf16"]
+
+
+def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
+    result = results["comparison"]
+    assert not result.labelled and [e["type"] for e in result.files] == ["F16", "Q8_0", "bf16"]
+    reference, q8, _ = result.files
+    part = results["evaluation"].content["parts"]["all"]
+    assert reference["answer_ppl"] == pytest.approx(part["finetuned"]["perplexity"], rel=0.02)
+    assert reference["n"] == part["n"] and reference["answer_tokens"] == part["tokens"]
+    assert q8["answer_ratio"] == pytest.approx(q8["answer_ppl"] / reference["answer_ppl"])
+    low, high = q8["answer_ratio_interval"]
+    assert low <= q8["answer_ratio"] <= high and 0.97 < q8["answer_ratio"] < 1.03
+    assert q8["kld_mean"] > 0 and q8["same_top"] > 0.8
+    assert q8["verdict"].startswith(("equivalent", "cannot tell", "worse", "better"))
+    assert "perplexity" in result.recommendation["rule"] and "accuracy" not in result.recommendation["text"]
 
 
 def test_llama_cpp_scores_the_same_answers(results: dict) -> None:

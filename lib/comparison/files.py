@@ -5,23 +5,24 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.comparison.advice import frontier, recommend
+from lib.comparison.answering import judge_answers, recommend_answers
+from lib.comparison.encoding import Work, encode_work
 from lib.comparison.judging import Rows, judge
 from lib.device import cpu_name, llama_cpp_problem, physical_cores
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
-from lib.models.prompting import Task, encode, label_ids
+from lib.models.tasks import AnyTask, has_labels
 from lib.run.child import run_child
 from lib.run.files import write_json
 from lib.run.folders import writable
 from lib.scoring import Scores
-from lib.scoring.perplexity import text_windows
+from lib.scoring.answers import AnswerScores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,41 +32,17 @@ GGUF, FOLDER = "gguf", "folder"
 """Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
 
 _TEMPORARY = ".reference-"
-_SMALLEST_WINDOW = 64
 _SPEED_KEYS = (
     *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
     *("generation_tokens_per_second", "generation_tokens_per_second_range"),
 )
 
 
-@dataclass(frozen=True)
-class Work:
-    """Token ids for the child processes, and what to know about them.
-
-    Attributes:
-        order: the rows' places in the order in which they are scored (by id).
-        prompts, answers, windows: token ids; prompts in that order.
-        truncated: whether each row's text was cut, in the rows' own order.
-        sample: {"text", "ids"} of a row: another tokenizer shows by it.
-        n_ctx: longest sequence.
-        notes: sentences about what was changed to make it work.
-    """
-
-    order: list[int]
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    windows: list[list[int]]
-    truncated: np.ndarray
-    sample: dict[str, Any]
-    n_ctx: int
-    notes: list[str]
-
-
 def compare_files(
     reference: Path,
     others: Sequence[Path],
     rows: Sequence[Mapping[str, Any]],
-    task: Task,
+    task: AnyTask,
     output: Path,
     source: Mapping[str, Any] | None = None,
     *,
@@ -75,19 +52,21 @@ def compare_files(
     n_threads: int = 0,
     n_gpu_layers: int = 0,
     equivalence_margin: float = 1.0,
+    perplexity_margin: float = 1.0,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Compare GGUF files and model folders with a reference on labelled rows and on held-out text.
+    """Compare GGUF files and model folders with a reference on the same rows and on held-out text.
 
     Args:
         reference: the unquantized GGUF file.
         others: GGUF files made from it, and folders of the same model that transformers loads.
-        rows: {"id", "text", "label"}, with "group" and "leaked" where known.
+        rows: {"id", "text", "label"} or {"id", "messages"}, with "group" and "leaked" where known.
         output: folder for comparison.json and one scores-<TYPE>.jsonl a file.
         source: what the rows are, in words; goes into comparison.json as "data".
         tokenizer: of the model; None = the one inside `reference`.
         n_ctx, perplexity_tokens: window and most tokens of the held-out text (the rows' texts, leak-free first).
         equivalence_margin: accuracy points that count as equivalent.
+        perplexity_margin: percent of answer perplexity that count as equivalent, for rows without labels.
 
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
@@ -104,13 +83,15 @@ def compare_files(
         from lib.models.gguf_tokenizer import tokenizer_from_gguf
 
         tokenizer = tokenizer_from_gguf(reference)
-    work = _encode(tokenizer, task, rows, n_ctx, perplexity_tokens)
+    work = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens)
     threads = n_threads or physical_cores()
     paths = [reference, *others]
     answers = _run(paths, work, threads, n_gpu_layers, output)
     names = _names(paths, [answer["file_type"] for answer in answers])
     scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
-    entries = _entries(names, paths, answers, scores, Rows.of(rows), equivalence_margin, seed)
+    labelled = has_labels(task)
+    margin = equivalence_margin if labelled else perplexity_margin
+    entries = _entries(names, paths, answers, scores, Rows.of(rows), margin, seed)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
     best = frontier(files[1:])  # is about what a phone can run
     free = [row for row in rows if row.get("leaked") is False]
@@ -124,13 +105,13 @@ def compare_files(
             "n_gpu_layers": n_gpu_layers,
             "window_tokens": len(work.windows[0]),
             "windows": len(work.windows),
-            "equivalence_margin_points": equivalence_margin,
+            **({"equivalence_margin_points": margin} if labelled else {"perplexity_margin_percent": margin}),
             "seed": seed,
         },
         "reference": names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": recommend(files, equivalence_margin),
+        "recommendation": (recommend if labelled else recommend_answers)(files, margin),
         "notes": work.notes,
     }
     for name, score in scores.items():
@@ -164,36 +145,6 @@ def _check_folder(path: Path) -> None:
     check_model_folder(path)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
-) -> Work:
-    """Token ids of prompts, answers and held-out text; everything is tokenized once, here."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    encoded = [encode(tokenizer, task, row["text"]) for row in rows]
-    answers = label_ids(tokenizer, task)
-    texts = [row["text"] for row in sorted(rows, key=lambda row: bool(row.get("leaked")))]
-    ids = tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"]
-    notes = []
-    window = n_ctx
-    if _SMALLEST_WINDOW <= min(len(ids), most) < n_ctx:
-        window = 2 ** (min(len(ids), most).bit_length() - 1)
-        notes.append(
-            f"the held-out text has only {len(ids)} tokens: perplexity windows are {window} tokens instead of {n_ctx}"
-        )
-    windows = text_windows(ids, window, most)
-    longest = max(len(e.prompt_ids) for e in encoded) + max(len(a) for a in answers)
-    return Work(
-        order=order,
-        prompts=[encoded[i].prompt_ids for i in order],
-        answers=answers,
-        windows=windows,
-        truncated=np.array([e.truncated for e in encoded]),
-        sample={"text": texts[0], "ids": tokenizer(texts[0], add_special_tokens=False)["input_ids"]},
-        n_ctx=max(window, longest),
-        notes=notes,
-    )
-
-
 def _run(paths: Sequence[Path], work: Work, threads: int, gpu_layers: int, output: Path) -> list[dict[str, Any]]:
     """Measure every file, one process after another; the reference's log-probabilities live as long as this call."""
     answers = []
@@ -205,6 +156,7 @@ def _run(paths: Sequence[Path], work: Work, threads: int, gpu_layers: int, outpu
                 "path": str(path.resolve()),
                 "prompts": work.prompts,
                 "answers": work.answers,
+                "spans": work.spans,
                 "windows": work.windows,
                 "n_ctx": work.n_ctx,
                 "n_threads": threads,
@@ -234,11 +186,15 @@ def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]
     return [name if names.count(name) == 1 else f"{place}-{name}" for place, name in enumerate(names)]
 
 
-def _scores(rows: Sequence[Mapping[str, Any]], work: Work, answer: Mapping[str, Any]) -> Scores:
+def _scores(rows: Sequence[Mapping[str, Any]], work: Work, answer: Mapping[str, Any]) -> Scores | AnswerScores:
     """A child's numbers in the rows' own order."""
     values = np.array(answer["log_probs"], dtype=np.float64)
     log_probs = np.empty_like(values)
     log_probs[work.order] = values
+    if work.spans:
+        tokens = np.empty(len(rows), dtype=np.int64)
+        tokens[work.order] = [sum(stop - start for start, stop in spans) for spans in work.spans]
+        return AnswerScores([row["id"] for row in rows], log_probs[:, 0], tokens, answer["score_seconds"])
     labels = np.array([row["label"] for row in rows], dtype=np.int64)
     return Scores([row["id"] for row in rows], labels, log_probs, work.truncated, answer["score_seconds"])
 
@@ -247,16 +203,18 @@ def _entries(
     names: Sequence[str],
     paths: Sequence[Path],
     answers: Sequence[Mapping[str, Any]],
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, Any],
     rows: Rows,
-    margin_points: float,
+    margin: float,
     seed: int,
 ) -> list[dict[str, Any]]:
     """One entry a file, the reference first."""
     reference, *others = names
     reference_ppl = answers[0]["perplexity"]["ppl"]
-    judged = judge(scores[reference], {name: scores[name] for name in others}, rows, margin_points, seed)
-    labels = scores[reference].labels
+    labels = getattr(scores[reference], "labels", None)
+    decide = judge_answers if labels is None else judge
+    judged = decide(scores[reference], {name: scores[name] for name in others}, rows, margin, seed)
+    majority = {} if labels is None else {"majority_share": float(np.bincount(labels).max() / len(labels))}
     entries = []
     for name, path, answer in zip(names, paths, answers, strict=True):
         entries.append(
@@ -267,10 +225,10 @@ def _entries(
                 "bytes": answer["bytes"],
                 "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
                 **judged["" if name == reference else name],
-                "majority_share": float(np.bincount(labels).max() / len(labels)),
+                **majority,
                 **_text_quality(answer, reference_ppl),
                 **{key: answer[key] for key in _SPEED_KEYS},
-                "seconds_per_sample": answer["score_seconds"] / len(labels),
+                "seconds_per_sample": answer["score_seconds"] / len(rows.groups),
                 "peak_memory_mib": answer["memory_mib"],
                 "device": answer["device"],
             }

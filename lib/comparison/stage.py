@@ -8,7 +8,7 @@ from typing import Any
 
 from lib.comparison.files import SUMMARY, compare_files
 from lib.errors import InputError
-from lib.models.prompting import Task
+from lib.models.tasks import has_labels, read_task
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, read_jsonl
 from lib.scoring import Scores
@@ -29,6 +29,7 @@ class ComparisonResult:
         data: where the rows come from and how many there are.
         notes: what was done otherwise than asked.
         skipped: {"format", "reason"} of every export format that could not be made here.
+        labelled: whether the rows have labels; without, entries speak of answer perplexity instead of accuracy.
     """
 
     product: Product
@@ -40,6 +41,7 @@ class ComparisonResult:
     data: dict[str, Any]
     notes: tuple[str, ...]
     skipped: tuple[dict[str, str], ...]
+    labelled: bool = True
 
     def entry(self, type_name: str) -> dict[str, Any]:
         """The entry of one type."""
@@ -60,12 +62,12 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     def build(work: Work) -> None:
         _build(settings, run, work)
 
+    labelled = has_labels(read_task(run.require("data").path))
+    margin = "equivalence_margin" if labelled else "perplexity_margin"
     product = run.produce(
         "comparison",
         build,
-        parameters=settings.pick(
-            *("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", "equivalence_margin")
-        ),
+        parameters=settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin),
         inputs=("data", "gguf", "quantized", "exports"),
         force=settings.force,
     )
@@ -80,6 +82,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         data=content["data"],
         notes=tuple(content["notes"]),
         skipped=tuple(_exports(run)["skipped"]),
+        labelled=labelled,
     )
 
 
@@ -91,6 +94,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     from lib.models.loading import load_tokenizer
 
     data, quantized = run.require("data"), run.require("quantized")
+    task = read_task(data.path)
     reference = _only_gguf(run.require("gguf").path)
     files = [quantized.path / row["file"] for row in read_json(quantized.path / "quantized.json")["files"]]
     folders = [run.folder / "exports" / record["folder"] for record in _exports(run)["made"]]
@@ -98,7 +102,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         reference,
         [*files, *folders],
         read_jsonl(data.path / "test.jsonl"),
-        Task.from_json(read_json(data.path / "task.json")),
+        task,
         work.folder,
         {"source": data.entry.facts.get("source", "")},
         tokenizer=load_tokenizer(data.path / "tokenizer"),
@@ -107,12 +111,14 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         n_threads=settings.n_threads,
         n_gpu_layers=settings.n_gpu_layers,
         equivalence_margin=settings.equivalence_margin,
+        perplexity_margin=settings.perplexity_margin,
         seed=settings.seed,
     )
     work.device = result["conditions"]["device"]
     work.notes += result["notes"]
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
-    keys = ("bytes", "accuracy", "accuracy_interval", "flips", "kld_mean", "ppl", "verdict")
+    keys = ("bytes", "kld_mean", "ppl", "verdict")
+    keys += ("accuracy", "accuracy_interval", "flips") if has_labels(task) else ("answer_ppl", "answer_ratio")
     work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}
 
 

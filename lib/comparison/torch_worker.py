@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.comparison.speed import GENERATED_TOKENS, PROMPT_TOKENS, rate, read_once, repeat
-from lib.comparison.worker import diverge
+from lib.comparison.worker import diverge, row_log_probs
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.run.child import peak_memory_mib
@@ -52,7 +52,7 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
     backend = TransformersBackend(model, BATCH, path.name)
     started = time.perf_counter()
     with Progress(f"scoring rows with {path.name}", len(argument["prompts"])) as progress:
-        log_probs = backend.label_log_probs(argument["prompts"], argument["answers"], progress)
+        log_probs = row_log_probs(backend, argument, progress)
     seconds, memory = time.perf_counter() - started, peak_memory_mib()
     if not np.isfinite(log_probs).all():
         raise InputError(

@@ -18,6 +18,7 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.run.child import peak_memory_mib
 from lib.run.files import require_space
+from lib.scoring.answers import token_log_probs
 from lib.scoring.backend import Backend
 from lib.scoring.llama import LlamaCppBackend
 from lib.scoring.perplexity import kl_table, perplexity
@@ -56,8 +57,9 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
     """Everything measured on one file.
 
     Args:
-        argument: "path", "prompts", "answers" and "windows" (token ids), "n_ctx" (longest sequence), "n_threads",
-            "n_gpu_layers", "reference" (file of the reference's log-probabilities), "is_reference" (write that file).
+        argument: "path", "prompts", "answers" and "windows" (token ids), "spans" (of the answers, without labels),
+            "n_ctx" (longest sequence), "n_threads", "n_gpu_layers", "reference" (file of the reference's
+            log-probabilities), "is_reference" (write that file).
 
     Returns:
         what `measure` gives, "log_probs", "score_seconds", "memory_mib" (peak while loading, timing and scoring; the
@@ -73,7 +75,7 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
     with backend:
         started = perf_counter()
         with Progress(f"scoring rows with {path.name}", len(argument["prompts"])) as progress:
-            log_probs = backend.label_log_probs(argument["prompts"], argument["answers"], progress)
+            log_probs = row_log_probs(backend, argument, progress)
         seconds = perf_counter() - started
         memory = peak_memory_mib()
         if not np.isfinite(log_probs).all():
@@ -94,6 +96,14 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
         "thread_waiting": os.environ["OMP_WAIT_POLICY"],
         **text,
     }
+
+
+def row_log_probs(backend: Backend, argument: dict[str, Any], progress: Progress) -> np.ndarray:
+    """log p of each answer word, (rows, words); without labels of all answers of a row together, (rows, 1)."""
+    if not argument.get("spans"):
+        return backend.label_log_probs(argument["prompts"], argument["answers"], progress)
+    values = token_log_probs(backend, argument["prompts"], argument["spans"], progress)
+    return np.array([[value.sum()] for value in values])
 
 
 class _Recorder:

@@ -1,0 +1,137 @@
+"""Files compared on rows without labels: the loss of the reference answers, paired row by row, and what to ship."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lib.comparison.judging import REFERENCE_VERDICT, Rows
+from lib.scoring.answers import AnswerScores
+from lib.statistics.losses import LossComparison, compare_losses
+
+RULE = (
+    "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose perplexity of the reference "
+    "answers is judged equivalent to the reference's within the margin (or better): the whole 95 % bootstrap interval "
+    "of the ratio, over groups of alike rows, lies inside it. If there is none, say so. Likely answers are not yet "
+    "good answers: read some before shipping."
+)
+
+
+def judge_answers(
+    reference: AnswerScores, others: Mapping[str, AnswerScores], rows: Rows, margin_percent: float, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Quality of every file on all rows and on the leak-free rows.
+
+    Returns:
+        for every name, and for "" (the reference itself): n, answer_tokens, answer_loss (nats a token),
+        answer_ppl, answer_ppl_interval, answer_ratio (of the perplexities, to the reference), answer_ratio_interval,
+        loss_difference, loss_difference_interval, p, p_holm, mde (nats a token), verdict; and "leak_free": the same on
+        those rows, or None.
+    """
+    result = _judge(reference, others, rows.groups, margin_percent, seed)
+    free: dict[str, dict[str, Any]] = {}
+    if rows.leak_free is not None and rows.leak_free.any():
+        mask = rows.leak_free
+        kept = {name: scores.subset(mask) for name, scores in others.items()}
+        free = _judge(reference.subset(mask), kept, rows.groups[mask], margin_percent, seed)
+    return {name: {**entry, "leak_free": free.get(name)} for name, entry in result.items()}
+
+
+def _judge(
+    reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
+) -> dict[str, dict[str, Any]]:
+    losses = {name: scores.row_losses for name, scores in others.items()}
+    tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin, seed)
+    result = {"": {**_own(reference, groups, seed), **_itself()}}
+    for name, scores in others.items():
+        result[name] = {**_own(scores, groups, seed), **_tested(tests[name])}
+    return result
+
+
+def _own(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
+    loss = scores.interval(groups, seed)
+    return {
+        "n": len(scores.ids),
+        "answer_tokens": int(scores.tokens.sum()),
+        "answer_loss": loss.estimate,
+        "answer_ppl": math.exp(loss.estimate),
+        "answer_ppl_interval": [math.exp(limit) for limit in loss.to_json()],
+    }
+
+
+def _tested(test: LossComparison) -> dict[str, Any]:
+    return {
+        "answer_ratio": test.ratio.estimate,
+        "answer_ratio_interval": test.ratio.to_json(),
+        "loss_difference": test.difference.estimate,
+        "loss_difference_interval": test.difference.to_json(),
+        "p": test.p,
+        "p_holm": test.p_adjusted,
+        "mde": test.mde if math.isfinite(test.mde) else None,
+        "verdict": test.verdict,
+    }
+
+
+def _itself() -> dict[str, Any]:
+    nothing = ("answer_ratio_interval", "loss_difference", "loss_difference_interval", "p", "p_holm", "mde")
+    return {"answer_ratio": 1.0, **dict.fromkeys(nothing), "verdict": REFERENCE_VERDICT}
+
+
+def recommend_answers(entries: Sequence[Mapping[str, Any]], margin_percent: float) -> dict[str, Any]:
+    """The recommendation, with the keys of `lib.comparison.advice.recommend`.
+
+    Args:
+        entries: one a GGUF file as in comparison.json, the reference (verdict "reference") among them.
+    """
+    reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
+    files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
+    good = [e for e in files if e["verdict"].startswith(("equivalent", "better"))]
+    steps = {}
+    for i, entry in enumerate(files):
+        if entry["verdict"] == "worse":
+            larger = (e for e in files[i + 1 :] if e["verdict"] != "worse" and e["bytes"] > entry["bytes"])
+            steps[entry["type"]] = next(larger, reference)["type"]
+    if good:
+        text = _chosen(good[0], reference)
+    else:
+        text = (
+            f"The evidence does not suffice to recommend a file: none of {len(files)} is judged equivalent to "
+            f"{reference['type']} within {margin_percent:g} % of answer perplexity on {reference['n']:,} rows."
+        )
+        if files:
+            near = min(files, key=lambda e: e["kld_mean"])
+            text += f" Closest by KL divergence is {near['type']}: {_ratio(near)}."
+    worse = [f"{name} is worse: take the next higher type, {better}." for name, better in steps.items()]
+    return {
+        "rule": RULE,
+        "type": good[0]["type"] if good else None,
+        "reason": good[0]["verdict"].split()[0] if good else "insufficient",
+        "rows_needed": None,
+        "next_higher": steps,
+        "text": " ".join([text, *worse]),
+    }
+
+
+def _ratio(entry: Mapping[str, Any]) -> str:
+    low, high = (100 * (limit - 1) for limit in entry["answer_ratio_interval"])
+    return (
+        f"answer perplexity {entry['answer_ppl']:.3f}, {100 * (entry['answer_ratio'] - 1):+.2f} % "
+        f"(95 % interval {low:+.2f} to {high:+.2f} %)"
+    )
+
+
+def _chosen(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    share = 100 * entry["bytes"] / reference["bytes"]
+    text = (
+        f"Recommended: {entry['type']}, {entry['bytes'] / 1e6:.2f} MB, {share:.0f} % of {reference['type']}. It is the "
+        f"smallest file judged {entry['verdict']} on {entry['n']:,} rows ({entry['answer_tokens']:,} answer tokens): "
+        f"{_ratio(entry)} against {reference['answer_ppl']:.3f}; mean KL divergence {entry['kld_mean']:.2g} nats a "
+        "token."
+    )
+    free = entry["leak_free"]
+    if free and free["n"] < entry["n"]:
+        text += f" On the {free['n']:,} leak-free rows: {free['verdict']}."
+    return text
