@@ -17,6 +17,7 @@ from lib.reporting.process import Ended
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHATTER = re.compile(r"^(\[IPKernelApp\] WARNING|Unable to parse line|Kernel died while waiting|kernel exit code:|$)")
+_REFUSED = re.compile(r"Found: .+ Expected: .+ Do this: ", re.DOTALL)  # InputError and its kinds, by their text
 _ADDED = {"papermill-error-cell-tag", "injected-parameters"}
 
 
@@ -51,7 +52,7 @@ def _error_of(cell: dict[str, Any]) -> dict[str, Any] | None:
 
 def _raised(number: int, error: dict[str, Any]) -> Failure:
     name, value = error["ename"], _plain(error["evalue"])
-    if name == "InputError":
+    if _REFUSED.match(value):
         return Failure(value, 2)
     if name == "SystemExit":
         return Failure(f"cell {number} called sys.exit({value}) and stopped the notebook.", 1)

@@ -112,6 +112,11 @@ FAILURES = {
         2,
         r"01_first: Found: a Expected: b Do this: c$",
     ),
+    "a kind of input": (
+        "from lib.models.hub.sources import SourceError\nraise SourceError('a', 'b', 'c', 'd')",
+        2,
+        r"01_first: Found: a Expected: b Do this: c$",
+    ),
     "killed": (KILL, 1, r"01_first: the kernel died \(SIGKILL: probably out of memory\) in cell 3"),
     "os._exit(0)": ("import os\nos._exit(0)", 1, r"01_first: the kernel died \(it ended itself with code 0\)"),
     "sys.exit(0)": ("import sys\nsys.exit(0)", 1, r"01_first: cell 3 called sys.exit\(0\)"),
