@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lib.comparison import compare_files
-from lib.comparison.files import _encode
+from lib.comparison.encoding import encode_work
 from lib.errors import InputError
 from lib.quantizing import describe_gguf
 from lib.scoring import LlamaCppBackend, Scores, score_rows
@@ -97,7 +97,7 @@ def test_scores_are_those_of_the_one_scorer(compared: tuple[dict, Path], ladder:
 
 
 def test_divergence_is_that_of_two_open_models(compared: tuple[dict, Path], ladder: Ladder) -> None:
-    work = _encode(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
+    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
     assert work.n_ctx == 128 and all(len(window) == 128 for window in work.windows)
     with LlamaCppBackend(ladder.reference, 128, 1) as first, LlamaCppBackend(ladder.q2, 128, 1) as second:
         table = kl_table(first, second, work.windows)
@@ -113,17 +113,17 @@ def test_divergence_is_that_of_two_open_models(compared: tuple[dict, Path], ladd
 
 
 def test_held_out_text_begins_with_leak_free_rows(ladder: Ladder) -> None:
-    work = _encode(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
+    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
     text = ladder.tokenizer.decode(work.windows[0])
     free = "\n".join(row["text"] for row in ladder.rows if not row["leaked"])
     assert free.startswith(text[:40])
 
 
 def test_short_text_gets_a_smaller_window(ladder: Ladder) -> None:
-    work = _encode(ladder.tokenizer, ladder.task, ladder.rows, 4096, 8192)
+    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 4096, 8192)
     assert len(work.windows[0]) < 4096 and "4096" in work.notes[0]
     with pytest.raises(InputError, match="held-out text"):
-        _encode(ladder.tokenizer, ladder.task, ladder.rows[:1], 512, 8192)
+        encode_work(ladder.tokenizer, ladder.task, ladder.rows[:1], 512, 8192)
 
 
 def test_a_file_that_kills_llama_cpp_is_named(ladder: Ladder, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_full_disk_is_refused(ladder: Ladder, tmp_path: Path, monkeypatch: pytes
     from lib.comparison import worker
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
-    work = _encode(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
+    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
     with (
         LlamaCppBackend(ladder.reference, 64, 1) as backend,
         pytest.raises(InputError, match="reference's log-probabilities"),
