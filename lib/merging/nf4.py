@@ -93,10 +93,13 @@ def dequantize_base(base: Path, folder: Path) -> Path:
     Raises:
         InputError: bitsandbytes does not work here, or the folder is not usable.
     """
-    import bitsandbytes as bnb
     from safetensors.torch import save_file
 
     from lib.models.loading import load_model
+    from lib.models.quiet import quiet
+
+    quiet()  # before bitsandbytes is imported, which talks
+    import bitsandbytes as bnb
 
     weights = open_weights(base)
     model = load_model(base, load_in_4bit=True)

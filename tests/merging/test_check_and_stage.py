@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from lib.merging import merge
 from lib.merging.checking import check_merge, kl_divergence
 from lib.merging.folder import merge_folders
 from lib.plots import rows
+from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.run import Run
 from lib.settings import Settings
 from tests import tiny_run
@@ -145,6 +149,27 @@ def test_merge_into_the_dequantized_base(nf4_run: Run, tmp_path: Path) -> None:
     assert torch.equal(merged[untouched], bnb.functional.dequantize_4bit(packed, state))
     assert not torch.equal(merged[untouched], weights[untouched])
     assert torch.equal(merged["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_nf4_is_silent(tmp_path: Path) -> None:
+    """What bitsandbytes says at its import would land on the page; so in a process that has not imported it."""
+    from lib.device import bitsandbytes_problem
+
+    if problem := bitsandbytes_problem():
+        pytest.skip(problem)
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    code = "import sys; from pathlib import Path; from lib.merging.nf4 import dequantize_base\n"
+    code += "dequantize_base(Path(sys.argv[1]), Path(sys.argv[2]))"
+    log = tmp_path / "progress.txt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "base"), str(tmp_path / "out")],
+        env={**os.environ, PROGRESS_FILE_VARIABLE: str(log)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert done.stderr == done.stdout == "" and "back into 16 bits" in log.read_text()
 
 
 def test_dequantized_needs_an_nf4_adapter(home: Path, tmp_path: Path) -> None:
