@@ -31,8 +31,8 @@ KEYS = (
     *("task", "thinking", "dataset", "split", "system_prompt", "base_model", "revision"),
     *("max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
 )
-FEWEST = 10
-"""Groups of rows that a split 8 : 1 : 1 needs."""
+FEWEST = 5
+"""Groups of rows that a split 8 : 1 : 1 needs, so that each part gets one; with so few the pages can tell nothing."""
 
 Splits = dict[str, list[Conversation]]
 

@@ -80,7 +80,9 @@ def difference(result: Any) -> str:
     """The paired comparison in words (an AnswerResult)."""
     part = result.part
     low, high = part["difference_interval"]
-    if low <= 0 <= high:
+    if part["groups"] < 3:
+        words = "So few groups of rows show nothing, whatever the interval."
+    elif low <= 0 <= high:
         words = "The interval holds zero: these rows do not show a difference."
     else:
         words = f"The fine-tuned model finds the reference answers **{'likelier' if high < 0 else 'less likely'}**."

@@ -50,7 +50,10 @@ def loss_verdict(
     Args:
         difference: of the losses, nats a token.
         margin_percent: change of perplexity that counts as equivalent.
+        mde: minimum detectable effect, nats a token; infinite where there are too few groups for any test.
     """
+    if not math.isfinite(mde):
+        return "cannot tell (too few groups of rows)"
     if -math.log1p(margin_percent / 100) < difference.low and difference.high < math.log1p(margin_percent / 100):
         return f"equivalent within {margin_percent:g} %"
     if p_adjusted < alpha and difference.excludes_zero():

@@ -155,7 +155,7 @@ def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
         ([{"text": "a", "label": 1}], "messages"),
         ([{"messages": [{"role": "robot", "content": "a"}]}] * 3, "robot"),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "no usable conversation"),
-        (dialogues(4), "at least 10"),
+        (dialogues(4), "at least 5"),
     ],
 )
 def test_refused(home: Path, rows: list[dict], message: str) -> None:

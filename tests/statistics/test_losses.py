@@ -67,3 +67,10 @@ def test_holm_over_the_candidates_and_the_ratio() -> None:
     assert found["worse"].verdict == "worse" and found["worse"].p_adjusted == pytest.approx(2 * found["worse"].p)
     assert found["worse"].ratio.estimate == pytest.approx(math.exp(0.2), rel=0.01)
     assert found["worse"].tokens == tokens.sum()
+
+
+def test_one_group_tells_nothing() -> None:
+    """A bootstrap over one group has no width, which must not pass for certainty."""
+    reference, tokens = np.array([1.0, 2.0, 1.5]), np.array([5, 6, 7])
+    found = compare_losses(reference, {"other": reference + 1e-4}, tokens, np.zeros(3), 1.0)
+    assert found["other"].verdict == "cannot tell (too few groups of rows)" and math.isinf(found["other"].mde)
