@@ -12,6 +12,7 @@ import pytest
 
 from lib import comparison, data, evaluation, exporting, gguf_export, merging, quantizing, training
 from lib.device import llama_cpp_problem
+from lib.errors import InputError
 from lib.models import offline_base
 from lib.models.loading import base_of, load_model, load_tokenizer
 from lib.models.tasks import encode_row, read_task
@@ -158,6 +159,13 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     assert q8["kld_mean"] > 0 and q8["same_top"] > 0.8
     assert q8["verdict"].startswith(("equivalent", "cannot tell", "worse", "better"))
     assert "perplexity" in result.recommendation["rule"] and "accuracy" not in result.recommendation["text"]
+
+
+def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
+    from lib.cli.work import Rows
+
+    with pytest.raises(InputError, match="rows have no labels"):
+        Rows(None, results["run"].name, 0).task()
 
 
 def test_llama_cpp_scores_the_same_answers(results: dict) -> None:

@@ -137,6 +137,12 @@ class Rows:
             from lib.run.files import read_json
 
             values = read_json(open_run(self.run_name).require("data").path / "task.json")
+            if "task" in values:
+                raise InputError(
+                    f"run {self.run_name!r} has the task {values['task']}: its rows have no labels.",
+                    "a run with labels.",
+                    "run its notebooks 03 and 07, which compare models and files by answer perplexity.",
+                )
         checked = settings.check({**values, **self.given}, "the options")
         return Task(tuple(checked.label_names), checked.system_prompt, checked.user_prompt, checked.max_seq_length)
 

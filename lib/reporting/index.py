@@ -24,14 +24,24 @@ _FILE_COLUMNS = {
 }
 
 
+_MEASURE = {True: "Accuracy", False: "Perplexity of the reference answers"}
+"""What the qualities of a run are, by whether its rows have labels."""
+
+
+def _columns(labelled: bool) -> list[str]:
+    """Headings of the table of files; the column of the accuracies holds what stands in their place."""
+    shown = _FILE_COLUMNS if labelled else {**_FILE_COLUMNS, "accuracy": "answer perplexity ↓"}
+    return list(shown.values())
+
+
 def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, (int, float)) and not isinstance(value, bool) else "–"
 
 
 def _file_row(file: dict[str, Any]) -> list[str]:
-    interval = file.get("accuracy_interval")
+    interval = file.get("accuracy_interval", file.get("answer_ppl_interval"))
     bounds = tuple(float(v) for v in interval) if isinstance(interval, (list, tuple)) and len(interval) == 2 else None
-    accuracy = file.get("accuracy")
+    accuracy = file.get("accuracy", file.get("answer_ppl"))
     quality = str(Quality(float(accuracy), bounds, None)) if isinstance(accuracy, (int, float)) else "–"
     size = file.get("bytes")
     return [
@@ -92,7 +102,8 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
             answer=summary.recommendation,
             accuracy_columns=columns,
             accuracy=accuracy,
-            file_columns=list(_FILE_COLUMNS.values()),
+            measure=_MEASURE[summary.labelled],
+            file_columns=_columns(summary.labelled),
             files=[_file_row(file) for file in summary.files],
             cost=_cost_rows(summary),
             parameters=[(key, shown(value)) for key, value in summary.parameters().items()],
@@ -123,7 +134,8 @@ def write_all_index(reports: Path, total: int) -> Path:
             summary = summarise(open_run(folder.name))
         except (InputError, KeyError, TypeError):  # a manifest that another version wrote, or that is damaged
             summary = Summary(folder.name, {}, ["its manifest cannot be read"])
-        quality = {name: str(found.get("all", "–")) for name, found in summary.qualities.items()}
+        unit = "" if summary.labelled else "PPL "
+        quality = {name: f"{unit}{found.get('all', '–')}" for name, found in summary.qualities.items()}
         best = next((f for f in summary.files if f.get("recommended")), None)
         runs.append(
             {

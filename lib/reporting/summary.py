@@ -20,7 +20,7 @@ ALL, LEAK_FREE = "all", "leak_free"
 
 @dataclass(frozen=True)
 class Quality:
-    """An accuracy with its interval; n rows."""
+    """An accuracy (without labels: a perplexity of answers) with its interval; n rows."""
 
     accuracy: float
     interval: tuple[float, float] | None
@@ -38,7 +38,8 @@ class Summary:
     Attributes:
         entries: manifest entries by product, in the order of the stages.
         stamps: what every page must say.
-        qualities: accuracy on "all" and on "leak_free" test rows, by "linear floor", "base" and "fine-tuned".
+        qualities: accuracy (without labels: perplexity of the reference answers) on "all" and on "leak_free" test rows,
+            by "linear floor", "base" and "fine-tuned".
         files: one dict a quantized file, with the keys of comparison.json.
         recommendation: the comparison's answer in words; empty when there is none.
     """
@@ -49,6 +50,10 @@ class Summary:
     qualities: dict[str, dict[str, Quality]] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
     recommendation: str = ""
+
+    @property
+    def labelled(self) -> bool:
+        return self.facts.get("task", "classification") == "classification"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -138,6 +143,8 @@ def _qualities(folder: Path, entries: dict[str, Entry]) -> dict[str, dict[str, Q
         return {"linear floor": floor} if floor else {}
     metrics = entries["evaluation"].metrics
     evaluation = _json(folder / "evaluation" / "evaluation.json")
+    if "parts" in evaluation:
+        return _perplexities(evaluation["parts"])
     found: dict[str, dict[str, Quality]] = {}
     for name, key in (("linear floor", "linear_floor"), ("base", "base"), ("fine-tuned", "finetuned")):
         for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
@@ -147,6 +154,17 @@ def _qualities(folder: Path, entries: dict[str, Entry]) -> dict[str, dict[str, Q
                 n = metrics.get("n") if subset == ALL else _rows(evaluation, subset)
                 found.setdefault(name, {})[subset] = Quality(float(accuracy), interval, n)
     return found
+
+
+def _perplexities(parts: dict[str, Any]) -> dict[str, dict[str, Quality]]:
+    """Perplexity of the reference answers by model and subset of the rows."""
+    return {
+        name: {
+            subset: Quality(part[key]["perplexity"], _interval(part[key]["perplexity_interval"]), part["n"])
+            for subset, part in parts.items()
+        }
+        for name, key in (("base", "base"), ("fine-tuned", "finetuned"))
+    }
 
 
 def _rows(evaluation: dict[str, Any], subset: str) -> int | None:
