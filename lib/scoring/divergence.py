@@ -97,10 +97,11 @@ def perplexity_of(positions: Positions, n_windows: int) -> Perplexity:
 def table_of(positions: Positions) -> KlTable:
     """The whole table; the positions must have a reference."""
     n = len(positions.log_p)
-    dp = np.exp(positions.log_p) - np.exp(positions.log_p_reference)
+    mine, base = positions.log_p.astype(np.float32), positions.log_p_reference.astype(np.float32)
+    dp = np.exp(positions.log_p).astype(np.float32) - np.exp(positions.log_p_reference).astype(np.float32)
     mean, error = mean_and_error(positions.kl)
     mean_dp, dp_error = mean_and_error(dp)
-    square, square_error = mean_and_error(dp**2)
+    square, square_error = mean_and_error(np.square(dp).astype(np.float64))
     rms, top = float(np.sqrt(square)), float(positions.same.mean())
     return KlTable(
         n_tokens=n,
@@ -114,15 +115,16 @@ def table_of(positions: Positions) -> KlTable:
         dp=percentiles(dp, (0.001, 0.01, 0.05, 0.1, 0.25, 0.75, 0.9, 0.95, 0.99, 0.999)),
         same_top=top,
         same_top_uncertainty=float(np.sqrt(top * (1 - top) / max(1, n - 1))),
-        **_perplexities(positions.log_p, positions.log_p_reference),
+        **_perplexities(mine, base),
     )
 
 
 def _perplexities(mine: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Both perplexities, their ratio and difference, with standard errors."""
+    """Both perplexities, their ratio and difference, with standard errors; products in 32 bits, sums in 64."""
     (loss, error), (base_loss, base_error) = mean_and_error(-mine), mean_and_error(-base)
     n = len(mine)
-    covariance = float(np.mean(mine * base) - mine.mean() * base.mean()) / (n - 1) if n >= 10 else 0.0
+    together = float(np.mean(mine * base, dtype=np.float64)) - loss * base_loss
+    covariance = together / (n - 1) if n >= 10 else 0.0
     ratio_error = float(np.sqrt(max(0.0, error**2 + base_error**2 - 2 * covariance)))
     ppl, base_ppl, ratio = (float(np.exp(x)) for x in (loss, base_loss, loss - base_loss))
     spread = (ppl * error) ** 2 + (base_ppl * base_error) ** 2 - 2 * ppl * base_ppl * covariance
@@ -164,6 +166,6 @@ def _name(fraction: float) -> str:
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean and its standard error, √((E[x²] - E[x]²) / (n - 1)); the error of ten values or fewer is given as 0."""
     mean = float(np.mean(values, dtype=np.float64))
-    variance = float(np.mean(np.square(values, dtype=np.float64))) - mean * mean
+    variance = float(np.mean(np.square(values), dtype=np.float64)) - mean * mean
     n = len(values)
     return mean, float(np.sqrt(variance / (n - 1))) if variance > 0 and n > 10 else 0.0

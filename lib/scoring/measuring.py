@@ -16,13 +16,12 @@ from lib.run.folders import user_path
 from lib.scoring.backend import Backend
 from lib.scoring.divergence import KlTable, Positions, perplexity_of, table_of
 from lib.scoring.texts import Text, Tokens, tokenize_with_llama, tokenize_with_transformers
-from lib.statistics import Interval, paired_bootstrap
+from lib.statistics import Interval, clustered_bootstrap_t
 
-FEWEST_DOCUMENTS = 20
-"""Fewer documents in the scored text, and a bootstrap over them covers too rarely to be shown."""
+FEWEST_DOCUMENTS = 30
+"""With fewer documents in the scored text, an interval over them covers too rarely to be shown (docs/LOG.md)."""
 
 SEED = 42
-_RESAMPLES = 2000
 _SAMPLE = 20_000  # characters on which two tokenizers must agree
 
 
@@ -178,7 +177,7 @@ def _intervals(found: Positions, documents: np.ndarray | None) -> dict[str, list
         return dict.fromkeys(keys)
 
     def drawn(values: np.ndarray) -> Interval:
-        return paired_bootstrap(values, documents, SEED, _RESAMPLES)
+        return clustered_bootstrap_t(values, documents, SEED)
 
     loss = drawn(-found.log_p)
     ppl = [float(np.exp(loss.low)), float(np.exp(loss.high))]

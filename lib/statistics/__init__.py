@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from lib.statistics.calibration import Calibration, calibration, confidences
 from lib.statistics.classification import ClassificationReport, ClassScores, classification_report
-from lib.statistics.clustered import clustered_score_interval, design_effect, sign_flip_test
+from lib.statistics.clustered import (
+    clustered_bootstrap_t,
+    clustered_mean,
+    clustered_score_interval,
+    design_effect,
+    sign_flip_test,
+)
 from lib.statistics.equivalence import Equivalence, equivalence_paired
 from lib.statistics.intervals import Interval, paired_bootstrap, paired_score_interval, wilson
-from lib.statistics.losses import LossComparison, compare_losses
 from lib.statistics.margins import MarginTest, margin_test
 from lib.statistics.paired import McNemar, holm, mcnemar_exact, mde_paired, smallest_significant
 from lib.statistics.power import mde_exact, power_curve, power_mcnemar, rows_needed
@@ -23,16 +28,16 @@ __all__ = [
     "ClassificationReport",
     "Equivalence",
     "Interval",
-    "LossComparison",
     "MarginTest",
     "McNemar",
     "PairedComparison",
     "calibration",
     "classification_report",
+    "clustered_bootstrap_t",
+    "clustered_mean",
     "clustered_score_interval",
     "compare",
     "compare_all",
-    "compare_losses",
     "confidences",
     "design_effect",
     "equivalence_paired",
