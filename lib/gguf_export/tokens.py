@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.models.conversations import ConversationTask, safe_messages
+from lib.models.conversations import ConversationTask, question, safe_messages
 from lib.models.gguf_file import read_metadata
-from lib.models.prompting import Task, escape
+from lib.models.prompting import Task, escape, render
 from lib.models.tasks import AnyTask
 
 if TYPE_CHECKING:
@@ -123,9 +123,8 @@ def compare_prompts(
     thinking = isinstance(task, ConversationTask) and task.thinking
     for row in rows:
         messages = messages_of(tokenizer, task, row)
-        wanted = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
+        labelled = isinstance(task, Task)
+        wanted = render(tokenizer, task, row["text"]) if labelled else question(tokenizer, row["messages"], thinking)
         found = formatter(messages=messages, enable_thinking=thinking).prompt
         if found != wanted:
             first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
