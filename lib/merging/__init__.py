@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.merging.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
-from lib.models.tasks import probe_ids, read_task
+from lib.models.tasks import kind_of, probe_ids, read_task
 from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def _build(merge_base: str, run: Run, work: Work) -> None:
         for path in sorted((scratch / merge_base).iterdir()):
             path.rename(work.folder / path.name)
     report, check = made[merge_base]
-    write_card(work.folder, base.id, base.revision, report, check, run.stamps(), merge_base)
+    kind = kind_of(read_task(data.path))
+    purpose = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind, "sentiment-analysis")
+    write_card(work.folder, base.id, base.revision, report, check, run.stamps(), merge_base, purpose)
     record = {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"}
     content = {"report": record, "check": check.to_json(), "method": method, "merge_base": merge_base}
     write_json(work.folder / "merge.json", content | {"nf4": nf4.to_json() if nf4 else None})

@@ -16,13 +16,21 @@ def _is_hub_id(name: str, revision: str) -> bool:
 
 
 def write_card(
-    folder: Path, base: str, revision: str, report: MergeReport, check: MergeCheck, notes: list[str], merge_base: str
+    folder: Path,
+    base: str,
+    revision: str,
+    report: MergeReport,
+    check: MergeCheck,
+    notes: list[str],
+    merge_base: str,
+    purpose: str = "sentiment-analysis",
 ) -> Path:
     """Write README.md with YAML front matter.
 
     Args:
         base: hub id or name of the base model; only a hub id becomes `base_model`.
         notes: sentences that every page of the run must say (sample data, offline base).
+        purpose: tag that says what it was trained for.
         merge_base: "original", or "dequantized" for weights that went through NF4.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -32,7 +40,7 @@ def write_card(
         language="zh",
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["lora", "merged", "sentiment-analysis"],
+        tags=["lora", "merged", purpose],
         **known,
     )
     warnings = "".join(f"> {note}\n>\n" for note in notes)

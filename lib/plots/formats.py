@@ -16,4 +16,6 @@ FORMATS: dict[str, str] = {
     "margin change, nats": "+.4f",
     "ratio to reference": ".4f",
     "probability": ".3f",
+    "answer PPL ↓": ".3f",
+    "change, %": "+.3f",
 }
