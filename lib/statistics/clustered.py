@@ -108,8 +108,10 @@ def clustered_bootstrap_t(
         means = s.sum(axis=1) / m.sum(axis=1)
         errors = np.sqrt(np.sum((s - means[:, None] * m) ** 2, axis=1)) / m.sum(axis=1)
         distance = means - mean
-        ratios.append(np.divide(distance, errors, out=np.sign(distance) * np.inf, where=errors > 0))
-    t = np.nan_to_num(np.concatenate(ratios), nan=0.0)  # copies of one cluster have no spread and say nothing
+        # Drawing copies of one cluster gives no spread: infinitely far, or nowhere.
+        far = np.where(distance == 0, 0.0, np.copysign(np.inf, distance))
+        ratios.append(np.divide(distance, errors, out=far, where=errors > 0))
+    t = np.concatenate(ratios)
     low, high = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
     error = np.sqrt(np.sum((sums - mean * sizes) ** 2)) / sizes.sum()
     if error == 0:

@@ -1,0 +1,272 @@
+"""Clustered differences, margins, equivalence, power: against scipy, by counting, and by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import simulate_statistics as simulation
+from lib import statistics
+from lib.statistics import Interval, MarginTest
+
+COUNTS = st.tuples(st.integers(0, 25), st.integers(0, 25), st.integers(1, 300))
+
+
+def changes(losses: int, gains: int, same: int) -> np.ndarray:
+    return np.repeat([-1, 1, 0], [losses, gains, same])
+
+
+# --- rows in clusters ------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_rows_add_nothing():
+    """Every row four times, in one group: the interval and the p-value of the rows once."""
+    once = changes(9, 2, 89)
+    four, groups = np.repeat(once, 4), np.repeat(np.arange(100), 4)
+    assert statistics.design_effect(four, groups) == pytest.approx(4)
+    copied, single = statistics.clustered_score_interval(four, groups), statistics.clustered_score_interval(once)
+    assert copied.to_json() == pytest.approx(single.to_json())
+    assert copied.estimate == pytest.approx(-0.07)
+    assert statistics.sign_flip_test(four, groups) == pytest.approx(statistics.sign_flip_test(once), abs=1e-12)
+    student = statistics.clustered_mean(four, groups)
+    reference = scipy.stats.ttest_1samp(once, 0).confidence_interval()
+    assert student.to_json() == pytest.approx(list(reference))
+
+
+def test_design_effect_without_a_changed_row_is_the_largest_possible():
+    groups = np.array([0, 0, 0, 1, 2])
+    assert statistics.design_effect(np.zeros(5), groups) == pytest.approx((9 + 1 + 1) / 5)
+    assert statistics.design_effect(np.zeros(5)) == 1.0
+    wide, narrow = (statistics.clustered_score_interval(np.zeros(5, int), g) for g in (groups, None))
+    assert wide.low < narrow.low < 0 and narrow.to_json() == statistics.paired_score_interval(0, 0, 5).to_json()
+
+
+def test_groups_that_disagree_do_not_narrow_the_interval():
+    """A gain and a loss in each group would give a variance of nothing: the effect stays at least 1."""
+    assert statistics.design_effect([-1, 1, -1, 1, 0, 0], [0, 0, 1, 1, 2, 3]) == 1.0
+
+
+@given(COUNTS)
+@settings(max_examples=40, deadline=None)
+def test_sign_flips_of_single_rows_are_mcnemar(counts: tuple[int, int, int]):
+    losses, gains, same = counts
+    change = changes(losses, gains, same)
+    exact = statistics.mcnemar_exact(change <= 0, change >= 0).p
+    found = statistics.sign_flip_test(change, seed=3)
+    assert found == pytest.approx(exact, abs=1e-9 if losses + gains <= 13 else 0.025)
+
+
+@pytest.mark.parametrize("n", [9, 60])
+def test_sign_flips_are_scipys_permutation_test(n: int):
+    values = np.random.default_rng(n).normal(0.25, 1, n)
+    theirs = scipy.stats.permutation_test(
+        (values, np.zeros(n)), lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", vectorized=True
+    )
+    assert statistics.sign_flip_test(values, seed=1) == pytest.approx(theirs.pvalue, abs=1e-9 if n == 9 else 0.015)
+    assert statistics.sign_flip_test(values, seed=1) == statistics.sign_flip_test(values, seed=1)
+
+
+def test_sign_flips_see_a_shift_and_no_change():
+    shifted = np.random.default_rng(0).normal(0.5, 1, 300)
+    assert statistics.sign_flip_test(shifted) == 1e-4  # the least that 9,999 flips can give
+    assert statistics.sign_flip_test(np.zeros(50)) == 1.0
+    with pytest.raises(ValueError, match="2 clusters for 3"):
+        statistics.sign_flip_test([1, 2, 3], [0, 1])
+
+
+def test_one_cluster_shows_no_spread():
+    alone = statistics.clustered_mean([1.0, 2.0], [0, 0])
+    assert alone.estimate == 1.5 and alone.to_json() == [-math.inf, math.inf]
+    assert statistics.margin_test([1.0, 2.0], [0, 0]).mde == math.inf
+
+
+def test_bootstrap_t_is_skewed_as_the_values_are():
+    values = np.random.default_rng(5).exponential(size=40)
+    interval = statistics.clustered_bootstrap_t(values, seed=2)
+    student = statistics.clustered_mean(values)
+    assert interval.high - interval.estimate > 1.15 * (interval.estimate - interval.low)
+    assert interval.low < student.estimate < interval.high and interval.estimate == student.estimate
+    again = statistics.clustered_bootstrap_t(np.repeat(values, 3), np.repeat(np.arange(40), 3), seed=2)
+    assert again.to_json() == pytest.approx(interval.to_json())
+    assert statistics.clustered_bootstrap_t([2.0] * 30).to_json() == [2.0, 2.0]
+
+
+# --- equivalence -----------------------------------------------------------------------------------------------------
+
+
+def restricted_score(losses: int, gains: int, n: int, delta: float) -> float:
+    """The score statistic with the restricted maximum found numerically, not by the closed form."""
+    cells = np.array([losses, gains, n - losses - gains])
+
+    def loss(q: float) -> float:
+        p = np.array([q, q + delta, 1 - 2 * q - delta])
+        return -float(np.sum(scipy.special.xlogy(cells, p)))
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    q = scipy.optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-14}).x
+    return (gains - losses - n * delta) / math.sqrt(n * (2 * q + delta - delta**2))
+
+
+@pytest.mark.parametrize(
+    ("losses", "gains", "n", "margin"), [(3, 5, 1200, 0.01), (12, 4, 400, 0.03), (0, 1, 200, 0.05), (40, 40, 865, 0.02)]
+)
+def test_equivalence_is_the_score_test(losses: int, gains: int, n: int, margin: float):
+    found = statistics.equivalence_paired(losses, gains, n, margin)
+    low, high = (restricted_score(losses, gains, n, delta) for delta in (-margin, margin))
+    assert found.p_worse == pytest.approx(scipy.stats.norm.sf(low), rel=1e-3)
+    assert found.p_better == pytest.approx(scipy.stats.norm.cdf(high), rel=1e-3)
+    assert found.p == max(found[:2])
+
+
+@given(COUNTS, st.floats(0.005, 0.2))
+@settings(max_examples=60, deadline=None)
+def test_equivalence_is_the_interval_inside_the_margin(counts: tuple[int, int, int], margin: float):
+    losses, gains, n = counts[0], counts[1], sum(counts)
+    inside = statistics.paired_score_interval(losses, gains, n, confidence=0.9).within(margin)
+    assert (statistics.equivalence_paired(losses, gains, n, margin).p < 0.05) == inside
+
+
+def test_equivalence_refuses_nonsense():
+    for bad in ((-1, 0, 10, 0.1), (6, 6, 10, 0.1), (1, 1, 10, 0.0)):
+        with pytest.raises(ValueError, match="counts within n"):
+            statistics.equivalence_paired(*bad)
+
+
+# --- power -----------------------------------------------------------------------------------------------------------
+
+
+def test_power_counts_every_table():
+    """By hand for 12 rows: the chance of every outcome times McNemar's answer."""
+    n, share, difference = 12, 0.7, -0.5
+    loss, gain, total = 0.6, 0.1, 0.0
+    for losses in range(n + 1):
+        for gains in range(n + 1 - losses):
+            discordant = losses + gains
+            p = scipy.stats.binomtest(losses, discordant, 0.5).pvalue if discordant else 1
+            if p < 0.05:
+                same = n - discordant
+                total += scipy.stats.multinomial.pmf([losses, gains, same], n, [loss, gain, 1 - share])
+    assert statistics.power_mcnemar(n, share, difference) == pytest.approx(total, abs=1e-9)
+    assert statistics.power_mcnemar(n, share, -difference) == pytest.approx(total, abs=1e-9)
+    assert statistics.power_mcnemar(50, 0.0, 0.0) == 0.0
+
+
+def test_power_is_what_simulation_finds():
+    rng, n, share, difference = np.random.default_rng(2), 865, 0.03, 0.015
+    draws = rng.multinomial(n, [(share + difference) / 2, (share - difference) / 2, 1 - share], size=3000)[:, :2]
+    kinds, times = np.unique(draws, axis=0, return_counts=True)
+    p = [scipy.stats.binomtest(int(b), int(b + c), 0.5).pvalue for b, c in kinds]
+    found = np.average(np.array(p) < 0.05, weights=times)
+    assert statistics.power_mcnemar(n, share, difference) == pytest.approx(found, abs=0.03)
+
+
+@pytest.mark.parametrize(("n", "share"), [(50, 0.0), (200, 0.01), (865, 0.02), (1200, 0.05)])
+def test_the_detectable_effect_is_detected(n: int, share: float):
+    effect = statistics.mde_exact(n, share)
+    assert statistics.power_mcnemar(n, max(share, effect), effect) == pytest.approx(0.8, abs=0.002)
+    assert effect >= 6 / n and statistics.mde_exact(5, share) == 1.0
+
+
+def test_rows_needed_and_the_curve():
+    needed = statistics.rows_needed(0.02, 0.01)
+    (_, before), (_, reached) = statistics.power_curve([needed - 1, needed], 0.02, 0.01)
+    assert before < 0.8 <= reached
+    usual = (2.8016 / 0.01) ** 2 * 0.02  # Miettinen's approximation
+    assert usual < needed < 1.15 * usual
+    curve = [power for _, power in statistics.power_curve(range(200, 2000, 200), 0.02, 0.01)]
+    assert curve == sorted(curve)
+    for bad in ((0.02, 0.0), (0.01, 0.02)):
+        with pytest.raises(ValueError, match="difference"):
+            statistics.rows_needed(*bad)
+
+
+# --- margins and verdicts --------------------------------------------------------------------------------------------
+
+
+def test_margins_against_scipy():
+    values = np.random.default_rng(4).normal(-0.2, 1, 200)
+    found = statistics.margin_test(values, seed=1)
+    theirs = scipy.stats.ttest_1samp(values, 0)
+    assert found.change.to_json() == pytest.approx(list(theirs.confidence_interval()))
+    assert found.p == pytest.approx(theirs.pvalue, abs=0.01) and (found.n, found.clusters) == (200, 200)
+    assert found.mde == pytest.approx(2.8016 * values.std(ddof=1) / math.sqrt(200), rel=1e-4)
+    assert statistics.margin_test(np.zeros(30)).p == 1.0
+    assert list(found.to_json()) == ["n", "clusters", "change", "p", "p_adjusted", "mde", "change_interval"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "change", "p", "words"),
+    [
+        (-0.002, -0.3, 0.001, "worse"),
+        (0.0, 0.3, 0.001, "better"),
+        (0.002, -0.3, 0.001, "cannot tell (MDE 1.2 points)"),  # accuracy points the other way
+        (-0.002, -0.3, 0.06, "cannot tell (MDE 1.2 points)"),
+        (-0.002, -0.05, 0.001, "cannot tell (MDE 1.2 points)"),  # its interval holds 0
+    ],
+)
+def test_margins_decide_what_accuracy_leaves_open(difference: float, change: float, p: float, words: str):
+    margin = MarginTest(500, 500, Interval(change, change - 0.1, change + 0.1), p, p, 0.1)
+    open_question = Interval(difference, difference - 0.02, difference + 0.02)
+    assert statistics.verdict(open_question, 0.5, 1.0, 0.012, margin=margin) == words
+    narrow = Interval(difference, difference - 0.005, difference + 0.005)
+    assert statistics.verdict(narrow, 0.5, 1.0, 0.012, margin=margin) == "equivalent within 1 point"
+
+
+def test_holm_counts_both_endpoints():
+    reference, lost = np.ones(200, dtype=bool), np.ones(200, dtype=bool)
+    lost[:6] = False
+    alone = statistics.compare_all(reference, {"q": lost}, None, 1.0)["q"]
+    both = statistics.compare_all(reference, {"q": lost}, None, 1.0, margin_changes={"q": np.zeros(200)})["q"]
+    assert (alone.p_adjusted, alone.verdict, alone.margin) == (0.03125, "worse", None)
+    assert both.p_adjusted == 0.0625 and both.margin.p_adjusted == 1 and both.verdict.startswith("cannot tell")
+    assert both.to_json()["margin"]["p"] == 1.0 and alone.to_json()["margin"] is None
+    assert alone.equivalence_p > 0.05
+
+
+def test_near_duplicates_take_the_word_back():
+    """Eight losses in one group of copies are one loss."""
+    reference, copies = np.ones(400, dtype=bool), np.ones(400, dtype=bool)
+    copies[:8] = False
+    groups = np.maximum(np.arange(400) - 7, 0)
+    assert statistics.compare(reference, copies, None, 1.0).verdict == "worse"
+    grouped = statistics.compare(reference, copies, groups, 1.0)
+    assert grouped.verdict.startswith("cannot tell") and grouped.p_adjusted == 1.0 and grouped.p < 0.01
+    assert grouped.design_effect > 5 and grouped.difference.high > 0
+
+
+def test_several_labels_are_compared_by_right_and_wrong():
+    """Three labels: a changed wrong answer that stays wrong counts nothing."""
+    labels, first, second = np.array([0, 1, 2, 2]), np.array([0, 0, 2, 1]), np.array([0, 2, 2, 2])
+    found = statistics.compare(first == labels, second == labels, None, 1.0)
+    assert (found.losses, found.gains, found.n) == (0, 1, 4)
+
+
+# --- simulation: a small part of benchmarks/simulate_statistics.py ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "share"), [(200, 0.05), (865, 0.02), (1200, 0.01)])
+def test_false_alarms_and_coverage_are_counted(n: int, share: float):
+    """Exact figures, every table counted."""
+    nothing, half = simulation.exact(n, share, 0.0), simulation.exact(n, share, -share / 2)
+    assert nothing["worse"] < 0.025 and nothing["better"] == pytest.approx(nothing["worse"])
+    for found in (nothing, half):
+        assert 0.94 <= found["coverage"] <= 0.96
+        assert sum(found[word] for word in ("worse", "better", "equivalent", "cannot tell")) == pytest.approx(
+            1, abs=1e-2
+        )
+    if share >= 0.01:
+        assert simulation.exact(n, share, -0.01)["equivalent"] < 0.05
+
+
+def test_groups_and_margins_keep_their_word():
+    rng = np.random.default_rng(8)
+    grouped = simulation.clustered(400, 0.05, 0.0, "fours", 300, rng)
+    assert grouped["coverage"] > 0.92 > grouped["coverage_without_groups"] and grouped["worse"] < 0.05
+    found = simulation.margins(400, "one in ten large", 300, rng)
+    assert found["student"] > 0.92 and found["false_alarm"] < 0.08
