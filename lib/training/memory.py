@@ -65,7 +65,8 @@ def estimate(shape: Shape, process: int = 0) -> Estimate:
     trainable weight. Activations: the tensors that autograd keeps for a Qwen2 layer, a token: about 16 × hidden,
     6 × key/value width and 6 × intermediate in the compute format (with dropout another 7 copies of layer inputs),
     and 2 norms in float32. With gradient checkpointing one hidden state a layer and the whole of one layer.
-    Logits: loss positions × vocabulary, in the compute format, float32, and the float32 gradient.
+    Logits: loss positions × vocabulary × 12 bytes: float32 values, log-probabilities and gradient; in bfloat16 values
+    and gradient once more in that format, but the float32 values are freed first.
     """
     s = 2.0 if shape.in_4bit else shape.weight_bytes
     weights = shape.linear * NF4_BITS / 8 + shape.other * 2 if shape.in_4bit else (shape.linear + shape.other) * s
@@ -80,7 +81,7 @@ def estimate(shape: Shape, process: int = 0) -> Estimate:
         gradients=4 * shape.adapter,
         optimizer=8 * shape.adapter,
         activations=round(tokens * kept),
-        logits=round(shape.rows * shape.answer * shape.vocabulary * (8 + s)),
+        logits=round(shape.rows * shape.answer * shape.vocabulary * 12),
     )
 
 

@@ -166,6 +166,29 @@ def test_memory_estimate_of_a_measured_training() -> None:
     assert memory.estimate(double, process=500_000_000).total == pytest.approx(4749e6, rel=0.25)
 
 
+def test_memory_estimate_of_measured_dialogues() -> None:
+    """Two rows of 940 tokens, 706 of them in the loss, two layers of Qwen1.5-0.5B in bfloat16: 4,037 MiB measured."""
+    shape = dataclasses.replace(
+        SHAPE,
+        linear=25_700_000,
+        other=155_582_464,
+        adapter=440_000,
+        layers=2,
+        hidden=1024,
+        intermediate=2816,
+        key_value=1024,
+        vocabulary=151_936,
+        rows=2,
+        length=940,
+        answer=706,
+        weight_bytes=2,
+        in_4bit=False,
+        checkpointing=False,
+        dropout=True,
+    )
+    assert memory.estimate(shape, process=828 << 20).total == pytest.approx(4037 << 20, rel=0.1)
+
+
 def test_memory_estimate_falls_with_each_advice() -> None:
     base = memory.estimate(SHAPE).total
     assert memory.estimate(dataclasses.replace(SHAPE, rows=1)).total < base
