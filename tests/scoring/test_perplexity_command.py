@@ -204,3 +204,19 @@ def test_percentiles_are_numpys():
     levels = {"min": 0, "p001": 0.001, "p05": 0.05, "median": 0.5, "p90": 0.9, "p999": 0.999, "max": 1}
     assert found == pytest.approx({name: np.quantile(values, q) for name, q in levels.items()}, rel=1e-4, abs=1e-9)
     assert percentiles(np.array([1.0, 3.0]), ())["median"] == 2
+
+
+def test_a_begin_token_takes_the_first_place_of_every_window(files: Path, tmp_path: Path, monkeypatch):
+    """As Llama models want it. Printed by the commands above for the same files, add_bos_token set."""
+    import gguf
+
+    plain = gguf.GGUFWriter.add_add_bos_token
+    monkeypatch.setattr(gguf.GGUFWriter, "add_add_bos_token", lambda writer, _: plain(writer, True))
+    tiny.golden_pair(tmp_path / "a.gguf", tmp_path / "b.gguf")
+    text = Text.of_file(golden_text())
+    shared = {"content": text.content, "starts": list(text.starts), "n_ctx": 128, "chunks": 0, "n_threads": 1}
+    paths = {"model": str(tmp_path / "b.gguf"), "reference": str(tmp_path / "a.gguf")}
+    found = measure_in_child({**paths, **shared, "n_gpu_layers": 0})
+    assert found["ppl"] == pytest.approx(457.190124, rel=3e-6) and found["n_documents"] == 36
+    assert found["kld_mean"] == pytest.approx(0.002570, abs=1.5e-6)
+    assert found["same_top"] == pytest.approx(0.91667, abs=1e-5)
