@@ -7,6 +7,7 @@ lengths, tokens a batch, outputs a batch, sequences.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 _SEQUENCES = 8
 _OUTPUTS = 128
-"""Most positions a batch whose logits are computed; llama.cpp reserves vocabulary × this × 4 bytes."""
 
 _CACHE_TYPES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
 
@@ -39,6 +39,7 @@ class LlamaCppBackend:
         n_gpu_layers: layers on the GPU; -1 = all.
         cache_type: number format of keys and values, "f16" (as users run it) or "f32" (for exact comparison).
         flash_attention: None lets llama.cpp choose; False for exact comparison.
+        n_outputs: most positions a batch whose logits are computed; llama.cpp reserves vocabulary × this × 4 bytes.
 
     Raises:
         InputError: not a GGUF file, or one that llama.cpp refuses (with its reason).
@@ -52,12 +53,13 @@ class LlamaCppBackend:
         n_gpu_layers: int = 0,
         cache_type: str = "f16",
         flash_attention: bool | None = None,
+        n_outputs: int = _OUTPUTS,
     ) -> None:
         self._model = self._context = self._batch = None
         self.path = check_gguf(path)
         self._api = llama()
         self.name = self.path.name
-        self.n_ctx = n_ctx
+        self.n_ctx, self.n_outputs = n_ctx, max(n_outputs, _OUTPUTS)
         self.n_threads = n_threads or physical_cores()
         self._open_model(n_gpu_layers)
         self._open_context(n_gpu_layers, cache_type, flash_attention)
@@ -87,7 +89,7 @@ class LlamaCppBackend:
         parameters.n_ctx = parameters.n_batch = self.n_batch
         parameters.n_seq_max = _SEQUENCES
         parameters.kv_unified = True
-        parameters.n_outputs_max = _OUTPUTS
+        parameters.n_outputs_max = self.n_outputs
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.type_k = parameters.type_v = getattr(api, _CACHE_TYPES[cache_type])
         parameters.offload_kqv = n_gpu_layers != 0
@@ -183,16 +185,21 @@ class LlamaCppBackend:
         return values
 
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
-        """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V)."""
+        """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V).
+
+        In one batch where `n_outputs` allows it, as llama-perplexity has it: the size of a batch changes the rounding.
+        """
         check_ids([ids], self.vocab_size, self.n_ctx, self.name)
         self._api.llama_memory_clear(self._memory, True)
         result = np.empty((len(ids) - first, self.vocab_size), dtype=np.float32)
-        self._decode([(token, position, (0,), False) for position, token in enumerate(ids[:first])])
-        for start in range(first, len(ids), _OUTPUTS):
-            part = ids[start : start + _OUTPUTS]
-            self._decode([(token, start + i, (0,), True) for i, token in enumerate(part)])
-            for i in range(len(part)):
-                result[start - first + i] = self._logits(i)
+        edges = [0, len(ids)]
+        if len(ids) - first > self.n_outputs:
+            edges = [*range(first, len(ids), self.n_outputs), len(ids)]
+            edges = edges if first == 0 else [0, *edges]
+        for start, end in itertools.pairwise(edges):
+            self._decode([(ids[p], p, (0,), p >= first) for p in range(start, end)])
+            for position in range(max(start, first), end):
+                result[position - first] = self._logits(position - start)
         return result
 
     def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:

@@ -95,7 +95,8 @@ def _open(path: Path, argument: dict[str, Any]) -> tuple[Backend, Any]:
     if path.is_file():
         from lib.scoring.llama import LlamaCppBackend
 
-        return LlamaCppBackend(path, argument["n_ctx"], argument["n_threads"], argument["n_gpu_layers"]), None
+        n_ctx, threads, layers = (argument[key] for key in ("n_ctx", "n_threads", "n_gpu_layers"))
+        return LlamaCppBackend(path, n_ctx, threads, layers, n_outputs=n_ctx - n_ctx // 2), None
     from lib.models.kinds import refuse_adapter
     from lib.models.loading import check_model_folder, load_model, load_tokenizer
     from lib.models.saved import load_as_saved, quantization_method
