@@ -161,6 +161,26 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     assert "perplexity" in result.recommendation["rule"] and "accuracy" not in result.recommendation["text"]
 
 
+def test_what_the_pages_show(results: dict) -> None:
+    from lib.plots import answer_rows, rows
+
+    made, result = results["data"], results["evaluation"]
+    assert f"of {len(made.rows('test'))} test rows" in answer_rows.leaks(made)
+    assert str(made.example["loss_tokens"]) in answer_rows.example(made)
+    assert f"thinking is {'on' if made.task.thinking else 'off'}" in answer_rows.learned_of_data(made)
+    points = answer_rows.perplexities(result)
+    assert all(point["low"] <= point["estimate"] <= point["high"] for point in points)
+    assert {row["model"] for row in answer_rows.losses(result)} == {"base", "fine-tuned"}
+    assert f"{result.part['ratio']:.3f}" in answer_rows.difference(result)
+    assert len(answer_rows.generated(result)) == 2 and "greedy" in answer_rows.decoding(result)
+    assert f"{result.part['base']['perplexity']:.2f}" in answer_rows.learned_of_answers(result)
+    others = [entry for entry in results["comparison"].files if entry["verdict"] != "reference"]
+    assert [point["name"] for point in answer_rows.ratios(others)] == [entry["type"] for entry in others]
+    assert "± 1 %" in answer_rows.detectable(others, 1.0)
+    assert answer_rows.quality(results["comparison"].files)[0]["change, %"] is None
+    assert "does not apply" in str(rows.gate(results["gguf"].gate))
+
+
 def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
     from lib.cli.work import Rows
 

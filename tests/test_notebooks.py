@@ -84,6 +84,20 @@ def test_cells_are_short_and_tell_the_story(path: Path) -> None:
 
 
 @each
+def test_cells_for_one_kind_of_rows_run_for_both(path: Path) -> None:
+    """A page shows the cells of its task; by hand all of them run, so those of the other kind must do nothing."""
+    for cell in cells(path, "code"):
+        tags = {"labels", "answers"} & set(cell.metadata.get("tags", []))
+        if tags:
+            (only,) = ast.parse(cell.source).body
+            assert isinstance(only, ast.If) and not only.orelse and len(tags) == 1
+            asked = ast.unparse(only.test)
+            assert (asked.startswith("not ") or asked.endswith("is None")) == (tags == {"answers"}), (
+                f"{path.stem}: {asked}"
+            )
+
+
+@each
 def test_every_page_says_what_its_numbers_are_not_about(path: Path) -> None:
     """Sample data, offline base, fallbacks, an adopted adapter: the stamps stand on every page."""
     assert [cell.source for cell in cells(path, "code")].count("plots.stamps(run)") == 1

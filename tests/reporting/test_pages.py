@@ -146,3 +146,33 @@ def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..
     assert re.search(r'<div class="scroll"[^>]*><table', text), "a table does not scroll"
     assert "SHA-256" in text and "torch" in text and HOSTILE not in text
     assert text.count("<h1") == 1
+
+
+def test_a_page_shows_the_cells_of_its_task(home: Path, tmp_path: Path) -> None:
+    v4 = nbformat.v4
+    tagged = {"labels": "about labels", "answers": "about answers"}
+    cells = [v4.new_markdown_cell(text, metadata={"tags": [tag]}) for tag, text in tagged.items()]
+    path = tmp_path / "01_data.ipynb"
+    nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell("# 01 · Data\n\n> What?"), *cells]), path)
+    stages = [Stage("01_data", "01 · Data", "What?", True)]
+    for name, facts, shown, hidden in (
+        ("sorted", FACTS, "about labels", "about answers"),
+        ("spoken", {**FACTS, "task": "dialogue"}, "about answers", "about labels"),
+    ):
+        run = open_run(name)
+        make(run, "data", {"task.json": {}}, facts=facts)
+        page = pages.render(path, summarise(run), stages)
+        assert shown in page and hidden not in page
+
+
+def test_perplexities_stand_where_there_are_no_accuracies(home: Path, tmp_path: Path) -> None:
+    run = open_run("spoken")
+    model = {"perplexity": 12.5, "perplexity_interval": [11.0, 14.0]}
+    part = {"n": 40, "base": model, "finetuned": {**model, "perplexity": 12.0}}
+    make(run, "data", {"task.json": {}}, facts={**FACTS, "task": "dialogue"})
+    make(run, "evaluation", {"evaluation.json": {"parts": {"all": part}}}, metrics={"n": 40})
+    file = {"type": "F16", "bytes": 4_000_000, "answer_ppl": 12.034, "answer_ppl_interval": [11.0, 13.5]}
+    make(run, "comparison", {"comparison.json": {"files": [file], "recommendation": {}}})
+    text = index.write_run_index(tmp_path, summarise(run), []).read_text(encoding="utf-8")
+    assert "Perplexity of the reference answers" in text and "12.500 [11.000, 14.000]" in text
+    assert "answer perplexity ↓" in text and "12.034 [11.000, 13.500]" in text and "Accuracy" not in text

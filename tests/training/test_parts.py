@@ -60,6 +60,20 @@ def test_loss_and_gradients_equal_those_of_the_model_itself(model) -> None:
     check_loss(model, batch)
 
 
+def test_every_answer_of_a_conversation_counts(model) -> None:
+    """Two answers in one row: the loss of the model itself over labels made by hand, no turn between counted."""
+    talk = Example(list(range(3, 23)), 4, ((4, 7), (12, 18)))
+    batch = Collator(0)([talk, BATCH[0]])
+    wanted = [i for i in range(20) if 4 <= i < 7 or 12 <= i < 18]
+    assert torch.nonzero(batch["labels"][0] != IGNORED).flatten().tolist() == wanted
+    assert batch["labels"][0, wanted].tolist() == [talk.ids[i] for i in wanted] and talk.loss_tokens == 9
+    total, count = answer_loss(model, batch)
+    plain = model(**{key: value[:, :20] for key, value in batch.items()}).loss
+    assert count == 9 + 2
+    assert abs(plain.item() - total.item() / count) < 1e-4
+    check_loss(model, batch)
+
+
 def test_a_model_that_scales_its_logits_is_noticed(model) -> None:
     inner = model.get_base_model()
     original = inner.forward
