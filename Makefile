@@ -15,10 +15,10 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test lab doctor params bench screenshots clean
+.PHONY: help report test test-slow lab doctor params bench screenshots clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml ARGS="-p KEY VALUE")
 	@$(python) -m lib.cli report $(PARAMS) $(ARGS)
@@ -30,6 +30,9 @@ test: $(ready) ## lint, unit tests, and the quick report with its checks; prints
 	@$(python) -m coverage run -m pytest
 	@$(python) -m coverage combine --quiet
 	@$(python) -m coverage report
+
+test-slow: $(ready) ## every profile from 01 to 06 at its model's real configuration, cut to two layers (tens of minutes)
+	@$(python) -m pytest -m slow
 
 lab: $(ready) ## open the notebooks in JupyterLab
 	@$(python) -m jupyterlab notebooks
