@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,15 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     assert low <= q8["answer_ratio"] <= high and 0.97 < q8["answer_ratio"] < 1.03
     assert q8["kld_mean"] > 0 and q8["same_top"] > 0.8
     assert q8["verdict"].startswith(("equivalent", "cannot tell", "worse", "better"))
+    _, train = encoded_rows(results["run"], "train")
+    _, test = encoded_rows(results["run"], "test")
+    seen = Counter(conversation.ids[i] for conversation in train for i in conversation.loss)
+    size = len(load_tokenizer(results["run"].require("data").path / "tokenizer"))
+    total = sum(seen.values()) + size
+    losses = [-np.log((seen[c.ids[i]] + 1) / total) for c in test for i in c.loss]
+    assert result.conditions["unigram_ppl"] == pytest.approx(np.exp(np.mean(losses)))
+    if result.conditions["unigram_ppl"] <= reference["answer_ppl_interval"][1]:
+        assert result.recommendation["reason"] == "reference" and result.recommendation["type"] is None
     assert "perplexity" in result.recommendation["rule"] and "accuracy" not in result.recommendation["text"]
 
 
@@ -176,7 +186,7 @@ def test_what_the_pages_show(results: dict) -> None:
     assert f"{result.part['base']['perplexity']:.2f}" in answer_rows.learned_of_answers(result)
     others = [entry for entry in results["comparison"].files if entry["verdict"] != "reference"]
     assert [point["name"] for point in answer_rows.ratios(others)] == [entry["type"] for entry in others]
-    assert "± 1 %" in answer_rows.detectable(others, 1.0)
+    assert "± 1 %" in answer_rows.detectable(others, results["comparison"].conditions)
     assert answer_rows.quality(results["comparison"].files)[0]["change, %"] is None
     assert "does not apply" in str(rows.gate(results["gguf"].gate))
 

@@ -16,7 +16,8 @@ RULE = (
     "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose perplexity of the reference "
     "answers is judged equivalent to the reference's within the margin (or better): the whole 95 % bootstrap interval "
     "of the ratio, over groups of alike rows, lies inside it. If there is none, say so. Likely answers are not yet "
-    "good answers: read some before shipping."
+    "good answers: read some before shipping. No recommendation is made from a reference that is not clearly better "
+    "than token frequencies alone."
 )
 
 
@@ -80,11 +81,14 @@ def _itself() -> dict[str, Any]:
     return {"answer_ratio": 1.0, **dict.fromkeys(nothing), "verdict": REFERENCE_VERDICT}
 
 
-def recommend_answers(entries: Sequence[Mapping[str, Any]], margin_percent: float) -> dict[str, Any]:
+def recommend_answers(
+    entries: Sequence[Mapping[str, Any]], margin_percent: float, floor: float | None
+) -> dict[str, Any]:
     """The recommendation, with the keys of `lib.comparison.advice.recommend`.
 
     Args:
         entries: one a GGUF file as in comparison.json, the reference (verdict "reference") among them.
+        floor: answer perplexity of token frequencies alone; None = not known.
     """
     reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
     files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
@@ -94,7 +98,10 @@ def recommend_answers(entries: Sequence[Mapping[str, Any]], margin_percent: floa
         if entry["verdict"] == "worse":
             larger = (e for e in files[i + 1 :] if e["verdict"] != "worse" and e["bytes"] > entry["bytes"])
             steps[entry["type"]] = next(larger, reference)["type"]
-    if good:
+    unlearned = floor is not None and reference["answer_ppl_interval"][1] >= floor
+    if unlearned:
+        good, text = [], _unlearned(reference, floor)
+    elif good:
         text = _chosen(good[0], reference)
     else:
         text = (
@@ -108,11 +115,20 @@ def recommend_answers(entries: Sequence[Mapping[str, Any]], margin_percent: floa
     return {
         "rule": RULE,
         "type": good[0]["type"] if good else None,
-        "reason": good[0]["verdict"].split()[0] if good else "insufficient",
+        "reason": good[0]["verdict"].split()[0] if good else "reference" if unlearned else "insufficient",
         "rows_needed": None,
         "next_higher": steps,
         "text": " ".join([text, *worse]),
     }
+
+
+def _unlearned(reference: Mapping[str, Any], floor: float) -> str:
+    return (
+        f"No recommendation: {reference['type']} itself (answer perplexity {reference['answer_ppl']:.1f} on "
+        f"{reference['n']:,} rows) is not clearly better than the token frequencies of the training answers alone "
+        f"({floor:.1f}), so that equal perplexity would say nothing about a file. Train the model first; until then "
+        "only KL divergence from the reference tells the files apart."
+    )
 
 
 def _ratio(entry: Mapping[str, Any]) -> str:

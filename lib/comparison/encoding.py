@@ -125,3 +125,26 @@ def _conversations(
         notes=notes,
         spans=[encoded[i].spans for i in order],
     )
+
+
+def unigram_perplexity(
+    tokenizer: PreTrainedTokenizerBase,
+    task: ConversationTask,
+    train: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+) -> float:
+    """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one smoothed).
+
+    What naming the commonest label is to classification: a model that is not better has not learned to answer.
+    """
+    counts = np.ones(len(tokenizer))
+    np.add.at(counts, _answer_tokens(tokenizer, task, train), 1)
+    log_p = np.log(counts / counts.sum())
+    return float(np.exp(-log_p[_answer_tokens(tokenizer, task, rows)].mean()))
+
+
+def _answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, task: ConversationTask, rows: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+    encoded = (encode_row(tokenizer, task, row) for row in rows)
+    return np.array([conversation.ids[place] for conversation in encoded for place in conversation.loss])

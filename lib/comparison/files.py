@@ -12,7 +12,7 @@ import numpy as np
 
 from lib.comparison.advice import frontier, recommend
 from lib.comparison.answering import judge_answers, recommend_answers
-from lib.comparison.encoding import Work, encode_work
+from lib.comparison.encoding import Work, encode_work, unigram_perplexity
 from lib.comparison.judging import Rows, judge
 from lib.device import cpu_name, llama_cpp_problem, physical_cores
 from lib.errors import InputError
@@ -53,6 +53,7 @@ def compare_files(
     n_gpu_layers: int = 0,
     equivalence_margin: float = 1.0,
     perplexity_margin: float = 1.0,
+    train: Sequence[Mapping[str, Any]] = (),
     seed: int = 42,
 ) -> dict[str, Any]:
     """Compare GGUF files and model folders with a reference on the same rows and on held-out text.
@@ -67,6 +68,7 @@ def compare_files(
         n_ctx, perplexity_tokens: window and most tokens of the held-out text (the rows' texts, leak-free first).
         equivalence_margin: accuracy points that count as equivalent.
         perplexity_margin: percent of answer perplexity that count as equivalent, for rows without labels.
+        train: training rows without labels, whose token frequencies are the least that the reference must beat.
 
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
@@ -91,6 +93,7 @@ def compare_files(
     scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
     labelled = has_labels(task)
     margin = equivalence_margin if labelled else perplexity_margin
+    floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
     entries = _entries(names, paths, answers, scores, Rows.of(rows), margin, seed)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
     best = frontier(files[1:])  # is about what a phone can run
@@ -105,13 +108,17 @@ def compare_files(
             "n_gpu_layers": n_gpu_layers,
             "window_tokens": len(work.windows[0]),
             "windows": len(work.windows),
-            **({"equivalence_margin_points": margin} if labelled else {"perplexity_margin_percent": margin}),
+            **(
+                {"equivalence_margin_points": margin}
+                if labelled
+                else {"perplexity_margin_percent": margin, "unigram_ppl": floor}
+            ),
             "seed": seed,
         },
         "reference": names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": (recommend if labelled else recommend_answers)(files, margin),
+        "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
         "notes": work.notes,
     }
     for name, score in scores.items():

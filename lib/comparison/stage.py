@@ -112,6 +112,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         n_gpu_layers=settings.n_gpu_layers,
         equivalence_margin=settings.equivalence_margin,
         perplexity_margin=settings.perplexity_margin,
+        train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
         seed=settings.seed,
     )
     work.device = result["conditions"]["device"]

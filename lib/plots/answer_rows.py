@@ -122,15 +122,16 @@ def learned_of_answers(result: Any) -> str:
     )
 
 
-def detectable(files: Sequence[Mapping[str, Any]], margin: float) -> str:
-    """What the rows of 07 can show (entries of comparison.json without the reference)."""
+def detectable(files: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> str:
+    """What the rows of 07 can show (entries of comparison.json without the reference, and its "conditions")."""
+    margin, floor = conditions["perplexity_margin_percent"], conditions["unigram_ppl"]
     seen = [entry["mde"] for entry in files if entry["mde"] is not None]
     mdes = f"{100 * min(seen):.2f} to {100 * max(seen):.2f} %" if seen else "any size"
     return (
         f"With {files[0]['n']:,} test rows and {files[0]['answer_tokens']:,} answer tokens, changes of the answer "
         f"perplexity below {mdes} (depending on the file) would be missed more often than one time in five. The margin "
         f"of equivalence is ± {margin:g} %. Equivalence is asked first: over so many tokens even a difference far "
-        "below the margin is certain to exist."
+        f"below the margin is certain to exist. Token frequencies of the training answers alone reach {floor:.1f}."
     )
 
 
