@@ -192,5 +192,6 @@ def _note(n_documents: int | None) -> str:
     if n_documents is None:
         return "the tokens do not spell the text, so no intervals over documents"
     if n_documents < FEWEST_DOCUMENTS:
-        return f"{n_documents} documents scored; intervals over documents need {FEWEST_DOCUMENTS}"
+        plural = "" if n_documents == 1 else "s"
+        return f"{n_documents} document{plural} scored; intervals over documents need {FEWEST_DOCUMENTS}"
     return ""
