@@ -42,7 +42,7 @@ class MergeCheck:
     Attributes:
         dtype: of the merged weights; computed_in: arithmetic of both models.
         prompts, positions: how much was compared.
-        max_abs_log_prob: largest |Δ log p| over all positions and tokens whose probability is above 1e-4 in either.
+        max_abs_log_prob: largest |Δ log p| over all positions, of the most probable token and of those above 1e-4 in either.
         mean_kld: mean KL(base + adapter ‖ merged), nats a position.
         argmax_agreement: share of positions with the same most probable token.
         effect_kld: mean KL(base + adapter ‖ base): what the adapter does at all; mean_kld should be far below it.
@@ -140,6 +140,7 @@ def _compare(
     coarse = "bfloat16" if arithmetic == "bfloat16" or dtype not in TOLERANCE else dtype
     effect = float(kl_divergence(reference, plain).mean())
     likely = np.maximum(reference, result) > np.log(1e-4)
+    np.put_along_axis(likely, reference.argmax(-1)[:, None], True, axis=-1)  # a flat distribution has none above that
     return MergeCheck(
         dtype=dtype,
         computed_in=arithmetic,

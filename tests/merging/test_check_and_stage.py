@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
 from lib.merging import merge
-from lib.merging.checking import check_merge, kl_divergence
+from lib.merging.checking import _compare, check_merge, kl_divergence
 from lib.merging.folder import merge_folders
 from lib.plots import rows
 from lib.progress import PROGRESS_FILE_VARIABLE
@@ -70,6 +71,15 @@ def test_kl_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5]]).log().numpy(), torch.tensor([[0.25, 0.75]]).log().numpy()
     assert kl_divergence(p, q)[0] == pytest.approx(0.5 * (0.6931472 - 0.4054651), abs=1e-6)  # ½ln2 + ½ln⅔
     assert kl_divergence(p, p)[0] == 0.0
+
+
+def test_flat_distributions_are_compared_at_their_top() -> None:
+    """An untrained model with a large vocabulary gives no token a probability above 1e-4."""
+    flat = np.full((3, 20_000), -np.log(20_000.0), np.float32)
+    other = flat.copy()
+    other[:, 0] += 0.25
+    check = _compare(flat, flat, other, "float32", "float32", 1, 0.0)
+    assert check.max_abs_log_prob == pytest.approx(0.25)
 
 
 def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
