@@ -42,7 +42,8 @@ class MergeCheck:
     Attributes:
         dtype: of the merged weights; computed_in: arithmetic of both models.
         prompts, positions: how much was compared.
-        max_abs_log_prob: largest |Δ log p| over all positions, of the most probable token and of those above 1e-4 in either.
+        max_abs_log_prob: largest |Δ log p| of the most probable token and of those above 1e-4 in either, over all
+            positions.
         mean_kld: mean KL(base + adapter ‖ merged), nats a position.
         argmax_agreement: share of positions with the same most probable token.
         effect_kld: mean KL(base + adapter ‖ base): what the adapter does at all; mean_kld should be far below it.
