@@ -4,6 +4,7 @@
 PARAMS ?= params/quick.yaml
 RUN ?= quick
 RUNS ?= 5
+WORKERS ?= 2
 ACTIVE := $(shell sh scripts/active.sh)
 
 ifeq ($(ACTIVE),)
@@ -23,11 +24,11 @@ help: ## list the targets
 report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml ARGS="-p KEY VALUE")
 	@$(python) -m lib.cli report $(PARAMS) $(ARGS)
 
-test: $(ready) ## lint, unit tests, and the quick report with its checks; prints the coverage
+test: $(ready) ## lint, unit tests, and the quick report with its checks; prints the coverage (WORKERS=2 processes)
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m coverage erase
-	@$(python) -m coverage run -m pytest
+	@$(python) -m coverage run -m pytest -n $(WORKERS) --dist loadfile
 	@$(python) -m coverage combine --quiet
 	@$(python) -m coverage report
 

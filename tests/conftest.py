@@ -30,3 +30,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for runs/ and reports/."""
     monkeypatch.setenv("WORKBOOK_HOME", str(tmp_path))
     return tmp_path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole report first: it takes minutes, and the other worker has all other files for them."""
+    items.sort(key=lambda item: item.get_closest_marker("report") is None)
