@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.gguf_export.tensors import SLAB, PlannedTensor, encode, slabs
+from lib.run.files import write_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ class GgufFile:
         self._by_source = {tensor.source.name: tensor for tensor in plan if tensor.source is not None}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.ftruncate(self._file, end)  # the padding between tensors is the zeros of the hole
-        _write_at(self._file, memoryview(header), 0)
+        write_at(self._file, header, 0)
 
     def close(self) -> None:
         os.close(self._file)
@@ -52,7 +53,7 @@ class GgufFile:
     def _put(self, tensor: PlannedTensor, first: int, values: np.ndarray, dtype: str) -> None:
         data = encode(tensor, values, dtype)
         offset = self._offsets[tensor.name] + first // tensor.row * (tensor.nbytes // (tensor.size // tensor.row))
-        _write_at(self._file, memoryview(data), offset)
+        write_at(self._file, data, offset)
 
     def put_own(self) -> None:
         """Write the tensors that no model folder has."""
@@ -76,12 +77,6 @@ class GgufFile:
 
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def pack_header(writer: GGUFWriter) -> bytes:

@@ -21,7 +21,7 @@ from lib.merging.adapter import Update
 from lib.models.floats import NUMPY, largest_magnitude, to_bfloat16, to_float16, widen
 from lib.models.weights import INDEX, StoredTensor, Weights
 from lib.progress import Progress
-from lib.run.files import read_json, write_json
+from lib.run.files import read_json, write_at, write_json
 from lib.run.workers import run_jobs
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def write_weights(
     try:
         for path in new.files:
             descriptors[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            _write_at(descriptors[path], headers[path.name], 0)
+            write_at(descriptors[path], headers[path.name], 0)
         parts = _Parts(base, new, updates, descriptors, sink)
         with Progress("merging tensors", len(new.tensors)) as progress:
 
@@ -170,7 +170,7 @@ class _Parts:
     def _put(self, target: StoredTensor, first: int, values: np.ndarray) -> None:
         if not math.isfinite(largest_magnitude(values, target.dtype)):
             raise infinite(target.name, self.base.tensors[target.name].file)
-        _write_at(self.descriptors[target.file], values.view(np.uint8), target.start + first * values.itemsize)
+        write_at(self.descriptors[target.file], values.view(np.uint8), target.start + first * values.itemsize)
         if self.sink is not None:
             self.sink.put(target.name, first, values, target.dtype)
 
@@ -182,13 +182,6 @@ def infinite(what: str, where: Path) -> InputError:
         "finite weights.",
         "the training diverged or the file is damaged: use an earlier checkpoint or copy it again.",
     )
-
-
-def _write_at(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
-    view = memoryview(data)
-    while len(view):
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:

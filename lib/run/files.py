@@ -46,6 +46,14 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_at(descriptor: int, data: Any, offset: int) -> None:
+    """Write all of a buffer (bytes, or an array of bytes) at `offset` of an open file; threads may share the file."""
+    view = memoryview(data)
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
 def readable_by_group(path: Path) -> None:
     """Give a file the mode the umask would give it (safetensors writes 0600 whatever the umask)."""
     mask = os.umask(0)
