@@ -15,9 +15,9 @@ from lib.errors import InputError
 from lib.exporting import gptq
 from lib.exporting.card import snippet, write_card
 from lib.exporting.formats import FORMATS
+from lib.formats import EXPORT_FORMATS
 from lib.models.saved import count_weights, load_as_saved, quantization_method, weight_bytes
 from lib.run.folders import PROJECT
-from lib.settings import EXPORT_FORMATS
 from tests import tiny_run
 from tests.exporting.conftest import make, token_ids
 
