@@ -1,0 +1,188 @@
+"""A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.
+
+Each row attends to the prefix and to itself and its positions go on from the prefix, so loss and gradients are those
+of the padded batch, while the layers compute the prefix once instead of once a row, and no padding inside the batch.
+Dropout is the one difference in training: the prefix meets one random mask a micro-batch instead of one a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lib.training.batches import IGNORED, Example
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION = "shared_prefix"
+"""Name of the attention function in transformers' registry."""
+
+LENGTH_STEP = 64
+"""The sequence is filled up to a multiple of so many tokens (why: batches.LENGTH_STEP)."""
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Number of leading tokens that all rows have in common, in front of the last prompt token of every row.
+
+    The position that predicts a row's first answer token must stay the row's own.
+    """
+    if not examples:
+        return 0
+    first, last = min(e.ids for e in examples), max(e.ids for e in examples)  # the two that differ the earliest
+    limit = min(e.prompt_length for e in examples) - 1
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return max(0, min(common, limit))
+
+
+class PackedCollator:
+    """Makes the packed sequence of a micro-batch.
+
+    Args:
+        pad_id: token that fills the end.
+        prefix: number of leading tokens that every row has in common (`shared_prefix`).
+    """
+
+    def __init__(self, pad_id: int, prefix: int) -> None:
+        self.pad_id, self.prefix = pad_id, prefix
+
+    def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """One sequence of N tokens for B rows, whose longest has S tokens behind the prefix of P tokens.
+
+        Returns:
+            input_ids, position_ids, labels: int64 (1, N).
+            gather: int64 (B, S), position in the sequence of each row's tokens (an empty place repeats the last one).
+            scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix.
+            row_tokens: int64 (), tokens of all rows, the prefix counted once a row.
+        """
+        import torch
+
+        prefix, widest = self.prefix, max(len(e) for e in batch) - self.prefix
+        used = prefix + sum(len(e) - prefix for e in batch)
+        total = -(-used // LENGTH_STEP) * LENGTH_STEP
+        ids, labels = torch.full((1, total), self.pad_id), torch.full((1, total), IGNORED)
+        positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.zeros(total - prefix, dtype=torch.int64)
+        gather = torch.empty((len(batch), widest), dtype=torch.int64)
+        ids[0, :prefix], positions[0, :prefix] = torch.tensor(batch[0].ids[:prefix]), torch.arange(prefix)
+        at = prefix
+        for i, example in enumerate(batch):
+            row = torch.tensor(example.ids)
+            own = len(row) - prefix
+            ids[0, at : at + own], positions[0, at : at + own] = row[prefix:], torch.arange(prefix, len(row))
+            for start, stop in example.answers:
+                labels[0, at + start - prefix : at + stop - prefix] = row[start:stop]
+            gather[i] = at + torch.arange(widest).clamp(max=own - 1)
+            scatter[at - prefix : at - prefix + own] = i * widest + torch.arange(own)
+            at += own
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "gather": gather,
+            "scatter": scatter,
+            "row_tokens": torch.tensor(sum(len(e) for e in batch)),
+        }
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    gather: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed sequence; without `gather` transformers' own scaled dot-product attention.
+
+    Args:
+        query: (1, heads, N, width); key, value: (1, key/value heads, N, width).
+        attention_mask: bool (1, 1, S, P + S), what a row's own tokens see: the prefix and themselves, causally.
+        gather, scatter: from `PackedCollator`.
+
+    Returns:
+        (1, N, heads, width), and no weights.
+    """
+    from torch.nn.functional import scaled_dot_product_attention as attend
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if gather is None or scatter is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    rows, widest = gather.shape
+    prefix = query.shape[2] - len(scatter)
+    groups = module.num_key_value_groups
+    heads = query.shape[1]
+
+    def own(states: torch.Tensor) -> torch.Tensor:
+        """(1, h, N, width) to (rows, h, widest, width)."""
+        picked = states.index_select(2, gather.reshape(-1))
+        return picked.reshape(states.shape[1], rows, widest, -1).transpose(0, 1)
+
+    def seen(states: torch.Tensor) -> torch.Tensor:
+        """Prefix and own tokens of every row: (rows, heads, prefix + widest, width)."""
+        return repeat_kv(_join(states[:, :, :prefix].expand(rows, -1, -1, -1), own(states)), groups)
+
+    behind = attend(own(query), seen(key), seen(value), attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    behind = behind.permute(0, 2, 1, 3).reshape(rows * widest, heads, -1).index_select(0, scatter)
+    if not prefix:
+        return behind[None], None
+    front = attend(
+        query[:, :, :prefix],
+        repeat_kv(key[:, :, :prefix], groups),
+        repeat_kv(value[:, :, :prefix], groups),
+        is_causal=True,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return _join(front.transpose(1, 2), behind[None], 1), None
+
+
+def _join(first: torch.Tensor, second: torch.Tensor, axis: int = 2) -> torch.Tensor:
+    import torch
+
+    return torch.cat([first, second], axis) if first.shape[axis] else second
+
+
+def packed_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Keyword arguments of the decoder for a packed batch."""
+    import torch
+
+    widest, total = batch["gather"].shape[1], batch["input_ids"].shape[1]
+    prefix = total - len(batch["scatter"])
+    mask = torch.ones((widest, prefix + widest), dtype=torch.bool, device=batch["input_ids"].device).tril(prefix)
+    return {
+        **{key: batch[key] for key in ("input_ids", "position_ids", "gather", "scatter")},
+        "attention_mask": mask[None, None],  # transformers hands a mask of four dimensions on as it is
+    }
+
+
+def use_packed_attention(model: Any) -> str | None:
+    """Switch a model's attention to `packed_attention`.
+
+    Returns:
+        None, or why this model cannot: then it is unchanged.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config.get_text_config()
+    if getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None):
+        return "it has layers with a sliding window"
+    if not all(hasattr(m, "num_key_value_groups") for n, m in model.named_modules() if n.endswith(".self_attn")):
+        return "its attention is not of the kind of Qwen or Llama"
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    before = config._attn_implementation
+    try:
+        model.set_attn_implementation(ATTENTION)
+    except (ValueError, AttributeError) as error:
+        return f"transformers: {' '.join(str(error).split())[:120]}"
+    if config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(before)
+        return "its attention function cannot be changed"
+    return None
