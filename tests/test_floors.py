@@ -13,15 +13,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     **dict.fromkeys(("errors", "formats"), 0),
-    **dict.fromkeys(("settings", "run", "progress", "statistics", "device"), 1),
-    **dict.fromkeys(("models", "scoring", "plots"), 2),
+    **dict.fromkeys(("settings", "run", "progress", "statistics", "device", "textmetrics"), 1),
+    **dict.fromkeys(("models", "scoring", "plots", "selecting"), 2),
     **dict.fromkeys(
         ("data", "training", "evaluation", "merging", "gguf_export", "quantizing", "exporting", "comparison"), 3
     ),
     "packaging": 3,
     **dict.fromkeys(("cli", "reporting"), 4),
 }
-WITHIN = {("scoring", "models"), ("cli", "reporting")}
+WITHIN = {("scoring", "models"), ("selecting", "models"), ("selecting", "scoring"), ("cli", "reporting")}
 """Pairs of one floor that may import (from, to): the scorer knows how prompts are made, the CLI runs reports."""
 
 HEAVY = ("torch", "transformers", "llama_cpp", "sklearn", "matplotlib", "pandas", "datasets", "peft", "papermill")

@@ -94,12 +94,14 @@ def _build(merge_base: str, run: Run, work: Work) -> None:
     report, check = made[merge_base]
     kind = kind_of(read_task(data.path))
     purpose = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind, "sentiment-analysis")
-    write_card(work.folder, base.id, base.revision, report, check, run.stamps(), merge_base, purpose)
+    chosen = adapter.entry.facts.get("chosen")
+    notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
+    write_card(work.folder, base.id, base.revision, report, check, notes, merge_base, purpose)
     record = {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"}
     content = {"report": record, "check": check.to_json(), "method": method, "merge_base": merge_base}
     write_json(work.folder / "merge.json", content | {"nf4": nf4.to_json() if nf4 else None})
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
-    work.facts["merge_base"] = merge_base
+    work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
     work.metrics = {
         "bytes": report.bytes_merged,
         "max_abs_log_prob": check.max_abs_log_prob,

@@ -117,9 +117,10 @@ def memory(result: Any) -> list[Row]:
 
 def merge_card(result: Any) -> Row:
     """What the merge did (a MergeResult)."""
-    report = result.report
+    report, chosen = result.report, result.product.entry.facts.get("chosen")
     return {
         "base model": result.base,
+        **({"adapter": f"of run {chosen['run']}. {chosen['text']}"} if chosen else {}),
         "trained as": result.method,
         "number format": report.dtype,
         "tensors": f"{report.tensors_changed:,} changed, {report.tensors_copied:,} copied as bytes",

@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
     run_name: str = Field("quick", description="name of the run: folder under runs/ and reports/")
     force: bool = Field(False, description="redo the stage even if it is finished and unchanged")
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="seed of splits, training order and resampling")
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="seed of splits, resampling and, by default, training")
 
     task: Literal["classification", "instruction", "dialogue"] = Field(
         "classification", description="rows with labels, questions with answers, or conversations"
@@ -51,7 +51,8 @@ class Settings(BaseModel):
     max_train_rows: int = Field(0, ge=0, description="training rows used; 0 = all")
     max_eval_rows: int = Field(0, ge=0, description="validation rows and test rows used, each; 0 = all")
 
-    adapter: str = Field("", description="LoRA adapter to adopt: folder, hub or ModelScope id; empty = train one")
+    adapter: str = Field("", description="LoRA adapter to adopt: folder, id, or best-of:RUN,RUN,…; empty = train")
+    train_seed: int = Field(-1, ge=-1, le=2**31 - 1, description="seed of adapter, dropout and row order; -1 = seed")
     load_in_4bit: bool = Field(False, description="QLoRA: frozen base in NF4 with double quantization (bitsandbytes)")
     lora_r: int = Field(16, ge=1, le=512, description="rank of the adapter")
     lora_alpha: int = Field(32, ge=1, description="scale of the adapter; the update is multiplied by alpha / r")
@@ -195,6 +196,11 @@ class Settings(BaseModel):
         if self.load_in_4bit and self.dtype == "float32":
             raise ValueError("load_in_4bit computes in bfloat16: set dtype to auto or bfloat16")
         return self
+
+    @property
+    def training_seed(self) -> int:
+        """The seed that training uses: `train_seed` where it is given, else `seed`."""
+        return self.seed if self.train_seed < 0 else self.train_seed
 
     def pick(self, *keys: str) -> dict[str, Any]:
         """The named keys with their values, in that order: the parameters a stage depends on."""

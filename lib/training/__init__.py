@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from lib.training.adopting import take
 from lib.training.result import FinetuneResult
 from lib.training.stage import finetune
 
-__all__ = ["FinetuneResult", "finetune"]
+__all__ = ["FinetuneResult", "finetune", "take"]

@@ -8,34 +8,59 @@ from typing import TYPE_CHECKING, Any
 
 from lib.models.fitting import AdapterShape, check_fit
 from lib.models.kinds import adapter_config
-from lib.models.resolving import Base, GivenAdapter, base_of, called
+from lib.models.resolving import Base, GivenAdapter, base_of, called, resolve_adapter
 from lib.models.weights import open_weights
 from lib.run.files import write_json, write_jsonl, write_text
+from lib.selecting import BEST_OF, Best, best_of
 
 if TYPE_CHECKING:
-    from lib.run import Run, Work
+    from lib.run import Product, Run, Work
+    from lib.settings import Settings
 
 
-def adopt(given: GivenAdapter, run: Run, work: Work) -> None:
+def take(settings: Settings, run: Run, force: bool = False) -> Product:
+    """The product `adapter` by the setting `adapter`: a folder, an id, or `best-of:RUN,RUN,…`, chosen now.
+
+    Raises:
+        InputError: it cannot be had, does not fit the base model, or the runs cannot be compared.
+    """
+    best = best_of(settings.adapter, run) if settings.adapter.startswith(BEST_OF) else None
+    given = best.given if best else resolve_adapter(settings.adapter)
+    return run.produce(
+        "adapter",
+        lambda work: adopt(given, run, work, best),
+        parameters={"adapter": given.id, "adapter_revision": given.revision},
+        inputs=("data",),
+        force=force,
+    )
+
+
+def adopt(given: GivenAdapter, run: Run, work: Work, best: Best | None = None) -> None:
     """Fill in the product from an adapter that fits the run's base model.
+
+    Args:
+        best: how it was chosen among runs; None for one that was simply given.
 
     Raises:
         InputError: it does not fit, or is not a LoRA in safetensors.
     """
     base = base_of(run)
     shape = check_fit(given.path, base.path)
-    work.notes += _notes(given, base, shape)
+    work.notes += _chosen_note(best) if best else _notes(given, base, shape)
     shutil.copyfile(given.path / "adapter_model.safetensors", work.folder / "adapter_model.safetensors")
     write_config(work.folder, adapter_config(given.path), base)
     write_jsonl(work.folder / "history.jsonl", [])
     total = open_weights(base.path).parameters + shape.parameters
     write_json(work.folder / "training.json", _facts(given, base, shape, total))
-    write_text(work.folder / "README.md", _readme(given, base, shape))
+    write_text(work.folder / "README.md", _readme(given, base, shape) + (f"\n{best.analysis.text}\n" if best else ""))
+    if best:
+        best.analysis.write(work.folder)
+        work.facts["chosen"] = {"run": best.run, "test_rows_seen": best.test_rows_seen, "text": best.analysis.text}
     work.facts |= {
         "base_model": base.id,
         "base_revision": base.revision,
         "offline_base": base.offline,
-        "method": "LoRA",
+        "method": best.method if best else "LoRA",
         "adopted": {"id": given.id, "revision": given.revision},
         "trainable": shape.parameters,
         "total": total,
@@ -57,6 +82,14 @@ def _notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[str]:
     if shape.base and _last(shape.base) not in (_last(base.id), _last(str(base.path))):
         notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {called(base.id)}")
     return notes
+
+
+def _chosen_note(best: Best) -> list[str]:
+    seen = f"{best.test_rows_seen} test rows" if best.test_rows_seen else "no test row"
+    return [
+        f"nothing was trained in this run: the adapter of run {best.run} was taken, by the rule of `workbook select` "
+        f"({best.given.id}); that run has used {seen} of this one for training or for choosing its checkpoint"
+    ]
 
 
 def _last(name: str) -> str:
