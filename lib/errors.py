@@ -1,4 +1,4 @@
-"""The one kind of error a user should ever see: found, expected, do this."""
+"""The one kind of error a user should ever see: found, expected, do this. And the end that SIGTERM asks for."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple:
         return (InputError, (self.found, self.expected, self.do))
+
+
+class Terminated(SystemExit):
+    """The process was asked to end by SIGTERM: uncaught, it ends Python with exit code 143 and no traceback."""
+
+    def __init__(self, why: str = "ended by SIGTERM") -> None:
+        super().__init__(143)
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why

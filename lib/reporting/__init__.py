@@ -3,6 +3,6 @@
 `lib.reporting.runner.run_report` is the one entry; it is what ``workbook report`` calls.
 """
 
+from lib.errors import Terminated
 
-class Terminated(BaseException):
-    """The process was asked to end by SIGTERM."""
+__all__ = ["Terminated"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import statistics
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +9,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lib.progress import Progress
 from lib.training import checkpoints
 from lib.training.batches import Collator, Example, GroupedOrder
 from lib.training.loss import answer_loss
-
-WARM_STEPS = 5
-"""Updates not counted for the throughput (first allocations and caches)."""
 
 
 class _Order(Sampler):
@@ -118,78 +110,6 @@ class AnswerTrainer(Trainer):
         checkpoints.publish(staged, folder / name, self.state.global_step, here)
         checkpoints.prune(folder)
         self.eval_seconds += time.monotonic() - started
-
-
-class Watch(TrainerCallback):
-    """Progress, training.log, throughput, the epoch of the row order, and a clean stop at SIGTERM."""
-
-    def __init__(self, trainer: AnswerTrainer, log_file: Path, progress: Progress) -> None:
-        self.trainer, self.log_file, self.progress = trainer, log_file, progress
-        self.rates: list[float] = []
-        self.note, self.stopped, self.started = "", False, 0.0
-
-    def write(self, line: str) -> None:
-        """Append a line with a time stamp to training.log."""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S%z")
-        with self.log_file.open("a", encoding="utf-8") as stream:
-            stream.write(f"{stamp} {line}\n")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.done = state.global_step
-        self.trainer.interval_started = time.monotonic()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        updates = -(-len(self.trainer.order) // self.trainer.order.rows_per_update)
-        self.trainer.order.epoch = state.global_step // updates
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.trainer.step_tokens = time.monotonic(), 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.rates.append(self.trainer.step_tokens / max(time.monotonic() - self.started, 1e-9))
-        self.trainer.interval_tokens += self.trainer.step_tokens
-        if control.should_save:
-            control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
-        self.progress.advance(note=self.note)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            self.note = f"loss {logs['loss']:.4f}"
-            rate = f"{logs['tokens_per_second']:.0f} tokens/s"
-            self.write(f"step {state.global_step} {self.note} lr {logs['learning_rate']:.3e} {rate}")
-        if "eval_loss" in logs:
-            self.write(f"step {state.global_step} validation loss {logs['eval_loss']:.4f}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.write(f"step {state.global_step} checkpoint saved")
-
-    @property
-    def throughput(self) -> float:
-        """Median non-padding tokens a second over the updates after the first few."""
-        rates = self.rates[WARM_STEPS:] or self.rates
-        return statistics.median(rates) if rates else 0.0
-
-
-@contextlib.contextmanager
-def stop_at_sigterm(watch: Watch) -> Iterator[None]:
-    """SIGTERM ends training after the current update, with a checkpoint, as a KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        watch.stopped = True
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if watch.stopped:
-        raise KeyboardInterrupt("stopped by SIGTERM; run the notebook again to continue")
 
 
 def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) -> TrainingArguments:

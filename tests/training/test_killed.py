@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from lib.errors import Terminated
 from lib.training import finetune
 from lib.training.trainer import AnswerTrainer
 from tests.conftest import PROJECT
@@ -20,6 +21,7 @@ SLOW_TRAINING = """
 import time
 from lib.models import offline_base
 from lib.run import open_run
+from lib.errors import Terminated
 from lib.training import finetune
 from lib.training.trainer import AnswerTrainer
 from tests.training.conftest import TINY, tiny_settings
@@ -64,8 +66,9 @@ def test_sigterm_stops_after_the_update_with_a_checkpoint(runs, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(AnswerTrainer, "compute_loss", compute)
-        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        with pytest.raises(Terminated, match="SIGTERM") as ended:
             finetune(tiny_settings(), runs("fresh"))
+    assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     result = finetune(tiny_settings(), runs("fresh"))
     assert result.resumed_from == 3  # no multiple of save_steps

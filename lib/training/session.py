@@ -1,0 +1,206 @@
+"""One training in this process: model, plan, Trainer, from the newest verified checkpoint to the end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from lib import device
+from lib.errors import InputError
+from lib.models.loading import Base, load_model, load_tokenizer
+from lib.models.quiet import no_warnings, quiet
+from lib.models.tasks import read_task
+from lib.progress import Progress
+from lib.run.files import read_jsonl, require_space, write_jsonl
+from lib.run.memory import PeakMemory
+from lib.training import checkpoints, memory
+from lib.training.batches import Collator, Example, examples
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training depends on beside its settings.
+
+    Attributes:
+        settings: with the sizes of the micro-batches that are to be used (`lib.training.attempts` makes them smaller).
+        data: folder of the data product. base: the base model.
+        folder: where checkpoints, history and log go.
+        in_4bit: the base in NF4.
+    """
+
+    settings: Settings
+    data: Path
+    base: Base
+    folder: Path
+    in_4bit: bool
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train to the end and choose a checkpoint; returns the facts of training.json (JSON values).
+
+    Raises:
+        InputError: no rows, no room in memory or on the disk, unknown target_modules, a loss that is not finite.
+        torch.OutOfMemoryError: the device has no room for a micro-batch.
+    """
+    quiet()
+    settings = job.settings
+    task, tokenizer = read_task(job.data), load_tokenizer(job.data / "tokenizer")
+    train = examples(read_jsonl(job.data / "train.jsonl"), task, tokenizer, "training")
+    validation = examples(read_jsonl(job.data / "validation.jsonl"), task, tokenizer, "validation")
+    for name, rows in (("training", train), ("validation", validation)):
+        if not rows:
+            raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
+    dtype, reason = ("bfloat16", "QLoRA computes in it") if job.in_4bit else device.compute_dtype(settings.dtype)
+    model = _new_model(job.base, settings, dtype, job.in_4bit)
+    plan = _plan(model, settings, train, validation, job.in_4bit)
+    require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
+    with PeakMemory() as peak:  # of the training alone: making the offline base needs more than a LoRA on it
+        outcome = _train(model, settings, train, validation, tokenizer.pad_token_id, job.folder)
+    method = f"{'QLoRA (NF4)' if job.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
+    return {
+        "method": f"{method} on {plan.pop('layers')} linear layers",
+        **plan,
+        **outcome,
+        "peak_memory_mib": round(peak.bytes / 2**20, 1),
+        "train_rows": len(train),
+        "validation_rows": len(validation),
+        "dtype": dtype,
+        "dtype_reason": reason,
+        "device": device.device_name(),
+    }
+
+
+def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any:
+    """The frozen base with a fresh adapter (float32), from the run's seed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    targets: Any = settings.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+        if bad := sorted({"lm_head", "embed_tokens"} & set(targets)):
+            raise InputError(
+                f"target_modules names {bad[0]}.",
+                "linear layers of the blocks: small Qwen models tie their embeddings, and a merge would be wrong.",
+                "set target_modules: all-linear.",
+            )
+    model = load_model(base.path, dtype=dtype, load_in_4bit=in_4bit)
+    model.config.use_cache = False
+    set_seed(settings.training_seed)
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with no_warnings():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            f"target_modules {settings.target_modules!r} ({error}).", "names of linear layers.", "set it to all-linear."
+        ) from None
+
+
+def _plan(
+    model: Any, settings: Settings, train: list[Example], validation: list[Example], in_4bit: bool
+) -> dict[str, Any]:
+    """Sizes, the memory estimate and the advice; refuses what cannot fit."""
+    longest = max(map(len, train + validation))
+    answer = max(example.loss_tokens for example in train + validation)
+    shape = memory.shape_of(model, settings, longest, answer, in_4bit)
+    if device.torch_device() == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        estimate = memory.estimate(shape)
+        free += torch.cuda.memory_allocated()
+    else:
+        total, process = psutil.virtual_memory().total, psutil.Process().memory_info().rss
+        estimate = memory.estimate(shape, max(0, process - round(shape.weight_bytes * (shape.linear + shape.other))))
+        free = device.available_memory() + process
+    can_4bit = device.bitsandbytes_problem() is None
+    advice = memory.advice(estimate.total, free, settings, can_4bit)
+    memory.refuse_impossible(estimate.total, total, advice)
+    return {
+        "trainable": shape.adapter,
+        "total": shape.linear + shape.other + shape.adapter,
+        "layers": sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")),
+        "estimate": estimate.to_json(),
+        "memory": {"available": free, "total": total},
+        "advice": advice,
+    }
+
+
+def _train(
+    model: Any, settings: Settings, train: list[Example], validation: list[Example], pad_id: int, folder: Path
+) -> dict[str, Any]:
+    """Run the Trainer to the end, from the newest verified checkpoint if there is one."""
+    from lib.training.loss import check_loss
+    from lib.training.trainer import AnswerTrainer, training_arguments
+    from lib.training.watch import Watch, stop_by_signal
+
+    kind = device.torch_device()
+    check_loss(model, {k: v.to(kind) for k, v in Collator(pad_id)(train[:1]).items()})
+    log_file, folder = folder / "training.log", folder / "checkpoints"
+    shutil.rmtree(folder / ".staged", ignore_errors=True)
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    steps = math.ceil(settings.num_train_epochs * math.ceil(len(train) / rows))
+    arguments = training_arguments(
+        folder,
+        steps,
+        kind == "cpu",
+        **settings.pick(
+            *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
+            *("gradient_accumulation_steps", "gradient_checkpointing"),
+        ),
+        seed=settings.training_seed,
+    )
+    good, messages = checkpoints.find(folder)
+    start = good[-1] if good else None
+    began = time.monotonic()
+    with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
+        trainer = AnswerTrainer(model, arguments, train, validation, pad_id)
+        watch = Watch(trainer, log_file, progress)
+        trainer.add_callback(watch)
+        for message in messages:
+            watch.write(f"{message}: passed over")
+        watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
+        with stop_by_signal(watch):
+            trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    return _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
+
+
+def _outcome(
+    trainer: Any, watch: Any, folder: Path, steps: int, start: Any, messages: list[str], seconds: float
+) -> dict[str, Any]:
+    shutil.rmtree(folder / ".staged", ignore_errors=True)
+    history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    write_jsonl(folder.parent / "history.jsonl", history)
+    broken = [row["step"] for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0)))]
+    chosen = checkpoints.best(checkpoints.find(folder)[0])
+    if broken or chosen is None:
+        where = f" at step {broken[0]}" if broken else ""
+        shutil.rmtree(folder)  # nothing to continue from: these weights are lost
+        raise InputError(
+            f"the loss is not a finite number{where}.", "a training that converges.", "lower learning_rate (by half)."
+        )
+    watch.write(f"chosen: step {chosen.step}, validation loss {chosen.eval_loss:.4f}")
+    return {
+        "chosen_step": chosen.step,
+        "steps": steps,
+        "throughput": round(watch.throughput, 1),
+        "resumed_from": start.step if start else None,
+        "messages": messages,
+        "seconds": round(seconds, 2),
+    }
