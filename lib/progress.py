@@ -40,10 +40,11 @@ class Progress:
         what: the work in words, e.g. "scoring test rows".
         total: number of units; None when unknown.
         every: seconds between messages (a terminal is refreshed more often).
+        already: units that were done before.
     """
 
-    def __init__(self, what: str, total: int | None = None, every: float = 5.0) -> None:
-        self.what, self.total, self.done = what, total, 0
+    def __init__(self, what: str, total: int | None = None, every: float = 5.0, already: int = 0) -> None:
+        self.what, self.total, self.done, self.already = what, total, already, already
         self.started = time.monotonic()
         self.last = 0.0
         self.file = os.environ.get(PROGRESS_FILE_VARIABLE)
@@ -78,8 +79,9 @@ class Progress:
         if not self.total:
             return f"{self.what}: {self.done or '…'}" + (f" · {note}" if note else "")
         left = ""
-        if 0 < self.done < self.total:
-            left = f", about {_duration(elapsed / self.done * (self.total - self.done))} left"
+        if self.already < self.done < self.total:
+            each = elapsed / (self.done - self.already)
+            left = f", about {_duration(each * (self.total - self.done))} left"
         text = f"{self.what}: {self.done}/{self.total} ({100 * self.done / self.total:.0f} %{left})"
         return text + (f" · {note}" if note else "")
 

@@ -6,9 +6,10 @@ but the last. Answers that share those inputs share the forward pass, so single-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lib.errors import InputError
 
 if TYPE_CHECKING:
     from lib.progress import Progress
+    from lib.scoring.journal import Journal
 
 
 class Backend(Protocol):
@@ -25,16 +27,22 @@ class Backend(Protocol):
         name: what is being run, in words.
         device: where, in words.
         vocab_size: number of logits a position.
+        settings: what beside the model changes the rounding of the numbers, JSON values.
     """
 
     name: str
     device: str
     vocab_size: int
+    settings: dict[str, Any]
 
     def label_log_probs(
-        self, prompts: Sequence[list[int]], answers: list[list[int]], progress: Progress | None = None
+        self,
+        prompts: Sequence[list[int]],
+        answers: list[list[int]],
+        progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> np.ndarray:
-        """log p(answer | prompt), nats, float64, shape (prompts, answers)."""
+        """log p(answer | prompt), nats, float64, shape (prompts, answers); batches in the journal are taken from it."""
         ...
 
     def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
@@ -76,6 +84,42 @@ def make_jobs(prompts: Sequence[list[int]], answers: list[list[int]]) -> list[Jo
             reads = tuple((a, start + k, token) for a in mine for k, token in enumerate(answers[a]))
             jobs.append(Job(p, [*prompt, *tail], start, reads))
     return sorted(jobs, key=lambda job: len(job.ids))
+
+
+def common_prefix(jobs: Sequence[Job]) -> list[int]:
+    """The ids that all sequences begin with, none of them one whose distribution is read."""
+    first, last = min(job.ids for job in jobs), max(job.ids for job in jobs)
+    most = min(job.start for job in jobs)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: min(same, most)]
+
+
+def run_batches(
+    batches: Iterable[Sequence[Job]],
+    run: Callable[[Sequence[Job]], list[np.ndarray]],
+    share: float,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
+) -> list[np.ndarray]:
+    """The read log-probabilities of every job, batch by batch; those in the journal are not computed again.
+
+    Args:
+        run: computes one batch.
+        share: prompts a job, for the progress: less than 1 where a prompt takes several sequences.
+    """
+    values: list[np.ndarray] = []
+    for batch in batches:
+        first = len(values)
+        found = journal.known(first, len(batch)) if journal is not None else None
+        if found is None:
+            started = time.perf_counter()
+            found = run(batch)
+            if journal is not None:
+                journal.add(first, batch, found, time.perf_counter() - started)
+        values += found
+        if progress is not None and (more := round(share * len(values)) - progress.done) > 0:
+            progress.advance(more)
+    return values
 
 
 def add_up(jobs: Sequence[Job], values: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

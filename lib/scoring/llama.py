@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ import numpy as np
 from lib.device import physical_cores
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
-from lib.scoring.backend import Job, add_up, check_ids, make_jobs
+from lib.scoring.backend import Job, add_up, check_ids, common_prefix, make_jobs, run_batches
 from lib.scoring.llama_log import forget_errors, last_error, llama
 
 if TYPE_CHECKING:
     from lib.progress import Progress
+    from lib.scoring.journal import Journal
 
 _SEQUENCES = 8
 _OUTPUTS = 128
@@ -60,12 +62,12 @@ class LlamaCppBackend:
         self._api = llama()
         self.name = self.path.name
         self.n_ctx, self.n_outputs = n_ctx, max(n_outputs, _OUTPUTS)
+        self.cache_type, self.flash_attention = cache_type, flash_attention
         self.n_threads = n_threads or physical_cores()
         self._open_model(n_gpu_layers)
         self._open_context(n_gpu_layers, cache_type, flash_attention)
         on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
         self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
-        self._shared: list[int] = []
 
     def _open_model(self, n_gpu_layers: int) -> None:
         forget_errors()
@@ -129,20 +131,35 @@ class LlamaCppBackend:
         count = self._api.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(0, count)]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `lib.scoring.backend.Backend`."""
+        keys = ("n_ctx", "n_batch", "n_threads", "device", "cache_type", "flash_attention")
+        version = metadata.version("llama_cpp_python")
+        return {**{key: getattr(self, key) for key in keys}, "sequences": _SEQUENCES, "llama_cpp_python": version}
+
     def label_log_probs(
-        self, prompts: Sequence[list[int]], answers: list[list[int]], progress: Progress | None = None
+        self,
+        prompts: Sequence[list[int]],
+        answers: list[list[int]],
+        progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> np.ndarray:
         """See `lib.scoring.backend.Backend`."""
         jobs = make_jobs(prompts, answers)
         check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
         check_ids(answers, self.vocab_size, _OUTPUTS, self.name)
-        prefix = _common_prefix(jobs)
-        self._share(prefix)
-        values: list[np.ndarray] = []
-        for group in self._groups(jobs, len(prefix)):
-            values += self._run(group, len(prefix))
-            if progress is not None:
-                progress.advance(len(prompts) * len(values) // len(jobs) - progress.done)
+        prefix, shared = common_prefix(jobs), False
+
+        def run(group: Sequence[Job]) -> list[np.ndarray]:
+            nonlocal shared
+            if not shared:  # not before a batch needs it: all of them may stand in the journal
+                self._share(prefix)
+                shared = True
+            return self._run(group, len(prefix))
+
+        groups = self._groups(jobs, len(prefix))
+        values = run_batches(groups, run, len(prompts) / len(jobs), progress, journal)
         return add_up(jobs, values, (len(prompts), len(answers)))
 
     def _groups(self, jobs: list[Job], shared: int) -> Iterator[list[Job]]:
@@ -166,7 +183,7 @@ class LlamaCppBackend:
         everyone = range(_SEQUENCES)
         self._decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
 
-    def _run(self, group: list[Job], shared: int) -> list[np.ndarray]:
+    def _run(self, group: Sequence[Job], shared: int) -> list[np.ndarray]:
         """The read log-probabilities of one batch; the cache holds only the shared beginning afterwards."""
         tokens = [
             (token, position, (s,), position >= job.start)
@@ -255,14 +272,6 @@ class LlamaCppBackend:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _common_prefix(jobs: list[Job]) -> list[int]:
-    """The ids that all sequences begin with, none of them one whose distribution is read."""
-    first, last = min(job.ids for job in jobs), max(job.ids for job in jobs)
-    most = min(job.start for job in jobs)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[: min(same, most)]
 
 
 def _log_sum_exp(logits: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from lib.models.prompting import Task, encode, label_ids
 from lib.progress import Progress
 from lib.run.files import read_jsonl, write_jsonl
 from lib.scoring.backend import Backend
+from lib.scoring.journal import open_journal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +105,21 @@ class Scores:
         )
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Where scores are kept as they come (`lib.scoring.journal`), and the hash of the model that they are of."""
+
+    path: Path
+    model: str
+
+
 def score_rows(
-    backend: Backend, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[dict[str, Any]], what: str
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    what: str,
+    keep: Keep | None = None,
 ) -> Scores:
     """Score rows ({"id", "text", "label"}) with any backend.
 
@@ -113,6 +128,7 @@ def score_rows(
 
     Args:
         what: the work in words for the progress line, as in "scoring test rows with the base model".
+        keep: a file that gets every batch as it comes; batches that are in it are not computed again.
 
     Raises:
         InputError: no rows, or a model whose log-probabilities are not numbers.
@@ -121,11 +137,8 @@ def score_rows(
         raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
     order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
     encoded = [encode(tokenizer, task, rows[i]["text"]) for i in order]
-    answers = label_ids(tokenizer, task)
-    started = time.perf_counter()
-    with Progress(what, len(rows)) as progress:
-        values = backend.label_log_probs([e.prompt_ids for e in encoded], answers, progress)
-    seconds = time.perf_counter() - started
+    prompts, names = [e.prompt_ids for e in encoded], [rows[i]["id"] for i in order]
+    values, seconds = kept_log_probs(backend, names, prompts, label_ids(tokenizer, task), what, keep)
     log_probs, truncated = np.empty_like(values), np.empty(len(rows), dtype=bool)
     log_probs[order], truncated[order] = values, [e.truncated for e in encoded]
     broken = np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
@@ -138,3 +151,25 @@ def score_rows(
         )
     labels = np.array([row["label"] for row in rows], dtype=np.int64)
     return Scores([row["id"] for row in rows], labels, log_probs, truncated, seconds)
+
+
+def kept_log_probs(
+    backend: Backend,
+    names: Sequence[str],
+    prompts: Sequence[list[int]],
+    answers: list[list[int]],
+    what: str,
+    keep: Keep | None = None,
+) -> tuple[np.ndarray, float]:
+    """log p(answer | prompt), (prompts, answers), and the seconds it took, those of earlier tries included."""
+    with ExitStack() as stack:
+        journal = None
+        if keep is not None:
+            journal = stack.enter_context(open_journal(keep.path, keep.model, backend, names, prompts, answers))
+            what = journal.describe(what)
+        before = (journal.seconds, journal.rows) if journal else (0.0, 0)
+        started = time.perf_counter()
+        with Progress(what, len(prompts), already=before[1]) as progress:
+            kept = {} if journal is None else {"journal": journal}
+            values = backend.label_log_probs(prompts, answers, progress, **kept)
+        return values, before[0] + time.perf_counter() - started

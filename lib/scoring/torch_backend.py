@@ -1,20 +1,23 @@
-"""Scoring with transformers: full-precision, bfloat16, 4-bit (bitsandbytes) and adapted (peft) models alike."""
+"""Scoring with transformers: full-precision, bfloat16, quantized and adapted (peft) models alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lib.errors import InputError
-from lib.scoring.backend import Job, add_up, check_ids, make_jobs
+from lib.scoring.backend import Job, add_up, check_ids, common_prefix, make_jobs, run_batches
+from lib.scoring.prefix import SharedPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lib.progress import Progress
+    from lib.scoring.journal import Journal
 
 _HEAD_ROWS = 256
 """Positions whose logits are held at once: 256 rows of a vocabulary of 151,936 in float32 are 156 MB."""
@@ -23,16 +26,18 @@ _HEAD_ROWS = 256
 class TransformersBackend:
     """Scores a causal language model of transformers that is already loaded, in evaluation mode.
 
-    Prompts are padded on the right: a causal model cannot see what comes later, so padding changes nothing and no mask
-    is needed. The vocabulary projection runs only at the positions that are read.
+    What all prompts begin with is computed once (`lib.scoring.prefix`). The rest is padded on the right: a causal model
+    cannot see what comes later, so padding changes nothing and no mask is needed. The vocabulary projection runs only
+    at the positions that are read.
 
     Args:
         model: a causal language model, possibly wrapped by peft, whose logits are head(decoder(ids)).
         batch_size: sequences a forward pass.
         name: what the model is, in words.
+        share_prefix: False computes every prompt whole.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 32, name: str = "") -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: int = 32, name: str = "", share_prefix: bool = True) -> None:
         self.model = model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder, self._head = causal.get_decoder(), causal.get_output_embeddings()
@@ -41,6 +46,8 @@ class TransformersBackend:
         self.name = name or causal.config.name_or_path or type(causal).__name__
         self.device = str(self._device)
         self.vocab_size = causal.config.vocab_size
+        self._prefix = SharedPrefix(self._decoder, self.vocab_size)
+        self._share_prefix = share_prefix
         model.eval()
         self._check_architecture()
 
@@ -54,37 +61,59 @@ class TransformersBackend:
             kind = type(self.model).__name__
             raise InputError(f"a {kind} that changes its logits behind the head.", "Qwen2, Qwen3.", "use such a model.")
 
+    @property
+    def note(self) -> str:
+        """What was done otherwise than usual, in words; empty when nothing was."""
+        return self._prefix.note
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `lib.scoring.backend.Backend`."""
+        return {
+            "batch_size": self.batch_size,
+            "share_prefix": self._share_prefix,
+            "dtype": str(self.model.dtype),
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+        }
+
     def label_log_probs(
-        self, prompts: Sequence[list[int]], answers: list[list[int]], progress: Progress | None = None
+        self,
+        prompts: Sequence[list[int]],
+        answers: list[list[int]],
+        progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> np.ndarray:
         """See `lib.scoring.backend.Backend`."""
         jobs = make_jobs(prompts, answers)
         check_ids([job.ids for job in jobs], self.vocab_size, None, self.name)
         check_ids(answers, self.vocab_size, None, self.name)
-        values: list[np.ndarray] = []
-        for i in range(0, len(jobs), self.batch_size):
-            batch = jobs[i : i + self.batch_size]
-            values += self._run(batch)
-            if progress is not None:
-                progress.advance(len(prompts) * (i + len(batch)) // len(jobs) - progress.done)
+        batches = [jobs[i : i + self.batch_size] for i in range(0, len(jobs), self.batch_size)]
+        several = self._share_prefix and len(jobs) > 1
+        shared = self._prefix.share(common_prefix(jobs), self._device) if several else 0
+        values = run_batches(
+            batches, lambda batch: self._run(batch, shared), len(prompts) / len(jobs), progress, journal
+        )
         return add_up(jobs, values, (len(prompts), len(answers)))
 
     @torch.inference_mode()
-    def _run(self, batch: list[Job]) -> list[np.ndarray]:
-        """The read log-probabilities of one batch of sequences."""
-        hidden = self._hidden([job.ids for job in batch])
-        places = sorted({(b, position) for b, job in enumerate(batch) for _, position, _ in job.reads})
+    def _run(self, batch: Sequence[Job], shared: int = 0) -> list[np.ndarray]:
+        """The read log-probabilities of one batch of sequences, whose first `shared` tokens are those of the prefix."""
+        hidden = self._hidden([job.ids[shared:] for job in batch], shared)
+        places = sorted({(b, position - shared) for b, job in enumerate(batch) for _, position, _ in job.reads})
         row_of = {place: i for i, place in enumerate(places)}
         sequence, position = (torch.tensor(index, device=hidden.device) for index in zip(*places, strict=True))
-        reads = [(row_of[b, position], token) for b, job in enumerate(batch) for _, position, token in job.reads]
+        reads = [
+            (row_of[b, position - shared], token) for b, job in enumerate(batch) for _, position, token in job.reads
+        ]
         values = self._pick(hidden[sequence, position], reads)
         ends = np.cumsum([len(job.reads) for job in batch])[:-1]
         return np.split(values, ends)
 
-    def _hidden(self, sequences: list[list[int]]) -> torch.Tensor:
+    def _hidden(self, sequences: list[list[int]], shared: int = 0) -> torch.Tensor:
         """Last hidden states, (sequences, longest, width); what stands behind a sequence's end is meaningless."""
-        ids = self._pad(sequences).to(self._device)
-        return self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return self._prefix.hidden(self._pad(sequences).to(self._device), shared)
 
     @staticmethod
     def _pad(sequences: list[list[int]]) -> torch.Tensor:
@@ -120,5 +149,6 @@ class TransformersBackend:
     def close(self) -> None:
         """Drop the references to the model; on a GPU its memory is given back."""
         self.model = self._decoder = self._head = None
+        self._prefix.close()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
