@@ -16,6 +16,7 @@ from lib.data.common import STAMPS, limit, put_tokenizer
 from lib.data.dialogues import Conversation, clean_conversations, in_tags_of
 from lib.data.lengths import conversation_example, conversation_lengths
 from lib.data.reading import SPLITS, Table
+from lib.data.textaudit import audit_texts
 from lib.errors import InputError
 from lib.models.conversations import ConversationTask, conversation_hash
 from lib.models.resolving import choose_base
@@ -70,6 +71,7 @@ def build(settings: Settings, work: Work) -> None:
         "changes": dict(changes + chosen.table.changes),
         **found,
         "overlaps_used": used["overlaps"],
+        "text_audit": audit_texts({name: [row.whole for row in rows] for name, rows in splits.items()}),
         "lengths": lengths,
         "length_table": table,
         "example": conversation_example(tokenizer, task, splits["train"], lengths["train"]),

@@ -52,8 +52,9 @@ class _DamagedError(ValueError):
 def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> tuple[list[Conversation], Counter[str]]:
     """Rows with an explicit system turn, in the table's order, and why the others were left out.
 
-    Read are Alpaca columns (instruction, input, output, system), `messages` ({role, content}), and `dialogue` (texts
-    that begin with their speaker). Turns behind the last answer are removed and counted.
+    Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
+    content}), and `dialogue` (texts that begin with their speaker). Turns behind the last answer are removed and
+    counted.
 
     Raises:
         InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
@@ -96,7 +97,8 @@ def _turns(raw: Mapping[str, Any], form: str) -> list[tuple[str, Any]]:
     if form == "alpaca":
         request = [str(raw.get(name) or "").strip() for name in ("instruction", "input")]
         system = [("system", raw["system"])] if str(raw.get("system") or "").strip() else []
-        return [*system, ("user", "\n".join(part for part in request if part)), ("assistant", raw["output"])]
+        asked = ("user", "\n".join(part for part in request if part))
+        return [*system, *_history(raw.get("history")), asked, ("assistant", raw["output"])]
     if form == "messages":
         return [(str((m or {}).get("role")), (m or {}).get("content")) for m in raw["messages"] or ()]
     turns = []
@@ -106,6 +108,16 @@ def _turns(raw: Mapping[str, Any], form: str) -> list[tuple[str, Any]]:
             raise _DamagedError("a turn without its speaker")
         turns.append((found[1], line[found.end() :]))
     return turns
+
+
+def _history(earlier: Any) -> list[tuple[str, Any]]:
+    """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
+    if earlier is None or earlier in ("", [], ()):
+        return []
+    pairs = [pair if isinstance(pair, list) else [] for pair in earlier] if isinstance(earlier, list) else [[]]
+    if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise _DamagedError("history that is no list of [question, answer]")
+    return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
 
 
 def _messages(

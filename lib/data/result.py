@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lib.models.tasks import AnyTask, has_labels, read_task
@@ -29,6 +29,8 @@ class DataResult:
         lengths: tokens of each used row, by split; length_table: percentiles and truncated share.
         example: one row as the model sees it (see `lengths.worked_example`).
         floor: the linear floor (see `floor.linear_floor`); empty without labels, for there is nothing to classify.
+        text_audit: what the characters of the used rows are (see `textaudit.audit_texts`); empty in a product made
+            before there was this audit.
     """
 
     product: Product
@@ -47,6 +49,7 @@ class DataResult:
     length_table: list[dict[str, Any]]
     example: dict[str, Any]
     floor: dict[str, Any]
+    text_audit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:

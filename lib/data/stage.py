@@ -15,6 +15,7 @@ from lib.data.cleaning import Row, clean_split, require_labels, unlabelled
 from lib.data.common import STAMPS, limit, put_tokenizer
 from lib.data.reading import SPLITS, Table, read_table
 from lib.data.result import DataResult
+from lib.data.textaudit import audit_texts
 from lib.data.textfiles import file_fingerprint
 from lib.errors import InputError
 from lib.models.prompting import Task, template_hash
@@ -127,6 +128,7 @@ def _build(settings: Settings, work: Work) -> None:
             "changes": dict(changes + table.changes),
             **_audit_json(found, used),
             "balance": _balance(final, settings.label_names),
+            "text_audit": audit_texts({name: [row.text for row in rows] for name, rows in final.items()}),
         },
     )
     for name, rows in final.items():

@@ -17,6 +17,7 @@ from lib.run import open_run
 from lib.settings import Settings, check
 
 SYSTEM = "你是心理咨询师。"
+SPLITS = ("train", "validation", "test")
 WORDS = ["学习", "压力", "睡眠", "朋友", "父母", "考试", "工作", "孤独", "计划", "运动", "音乐", "休息"]
 
 
@@ -129,6 +130,43 @@ def test_alpaca_with_thinking(home: Path) -> None:
     assert answer["content"].startswith("<think>\n先想") and "\n</think>\n\n答案" in answer["content"]
     with pytest.raises(InputError, match="thinking: true"):
         prepare(settings(path, task="instruction", run_name="u"), open_run("u"))
+
+
+def test_alpaca_history_is_earlier_turns(home: Path) -> None:
+    rng = random.Random(5)
+    rows = [{"instruction": f"问{sentence(rng)}", "output": f"答{sentence(rng)}", "history": []} for _ in range(30)]
+    rows[3]["history"] = [["先问", "先答"], ["再问", "再答"]]
+    rows[4]["history"] = None
+    bad = [[["只有问题"]], [["a", "b", "c"]], [["问", None]]]
+    rows += [{"instruction": f"坏{i}", "output": "答", "history": history} for i, history in enumerate(bad)]
+    rows += [{"instruction": "空", "output": "答", "history": [["问", " "]]}]
+    result = prepare(settings(write(home / "h.jsonl", rows), task="instruction"), open_run("t"))
+    flow = {line["step"]: line["rows"] for line in result.flow}
+    assert flow["dropped: history that is no list of [question, answer]"] == 3 and flow["dropped: an empty turn"] == 1
+    made = {row["messages"][-1]["content"]: row["messages"] for split in SPLITS for row in result.rows(split)}
+    assert len(made) == 30
+    long = [(m["role"], m["content"]) for m in made[rows[3]["output"]]]
+    expected = [("system", SYSTEM), ("user", "先问"), ("assistant", "先答"), ("user", "再问"), ("assistant", "再答")]
+    assert long == [*expected, ("user", rows[3]["instruction"]), ("assistant", rows[3]["output"])]
+
+
+def test_alpaca_history_of_another_form_is_refused(home: Path) -> None:
+    rows = [{"instruction": f"问{i}", "output": "答", "history": "问：前 答：后"} for i in range(20)]
+    with pytest.raises(InputError, match=r"history that is no list of \[question, answer\]"):
+        prepare(settings(write(home / "h.jsonl", rows), task="instruction"), open_run("t"))
+
+
+def test_the_characters_of_the_rows_are_audited(home: Path) -> None:
+    rows = dialogues(40, 9)
+    rows[0]["messages"][1]["content"] += "Ａ\u200b&nbsp;"
+    rows[1]["messages"][0]["content"] = "這個學習壓力讓我覺得很難過。"
+    audit = prepare(settings(write(home / "a.jsonl", rows)), open_run("t")).text_audit
+    found = {line["what"]: line for line in audit["findings"]}
+    assert audit["rows"] == 40 and audit["changed_beyond_punctuation"] == 1
+    for what in ("full-width letters", "zero-width", "HTML entities"):
+        (line,) = [line for name, line in found.items() if name.startswith(what)]
+        assert line["train"] + line["validation"] + line["test"] == 1
+    assert sum(line["traditional"] + line["mixed"] for line in audit["scripts"]) == 1
 
 
 def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
