@@ -112,7 +112,7 @@ def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
     Returns:
         "rows"; "changed_by_nfkc" and "changed_beyond_punctuation" (rows); "findings": one line a kind that occurs,
-        {"what", split: rows …, "characters", "most frequent", "example"}; "scripts": one line a split,
+        {"what", "group" (nfkc, invisible, unusual, damage), split: rows …, "characters", "most frequent", "example"}; "scripts": one line a split,
         {"split", "rows", simplified, traditional, mixed, neither, "share of traditional forms"}.
     """
     findings = [_line(what, splits) for what in (*KINDS, *DAMAGE, RARE)]
@@ -140,7 +140,9 @@ _PLAIN = re.compile("[…‥\u3000\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-
 
 
 def _line(what: str, splits: Mapping[str, Any]) -> dict[str, Any]:
-    return {"what": what, **dict.fromkeys(splits, 0), "characters": 0, "seen": {}, "example": ""}
+    place = KINDS.index(what) if what in KINDS else len(KINDS)
+    group = "nfkc" if place < 9 else "invisible" if place < 12 else "unusual" if place < 15 else "damage"
+    return {"what": what, "group": group, **dict.fromkeys(splits, 0), "characters": 0, "seen": {}, "example": ""}
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

@@ -1,0 +1,32 @@
+"""What page 01 says about characters, from an audit that was really made."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from lib import plots
+from lib.data.textaudit import audit_texts
+from lib.plots import text_rows
+
+TEXTS = {"train": ["好，Ａ", "a\u200bb", "&nbsp;坏\ufffd"], "test": ["這個學習，"]}
+
+
+def test_findings_scripts_and_reading() -> None:
+    result = SimpleNamespace(text_audit=audit_texts(TEXTS))
+    lines = text_rows.findings(result)
+    assert all(line["characters"] > 0 and line["example"] for line in lines)
+    assert [line["train, rows"] for line in lines if line["what"].startswith("zero-width")] == [1]
+    assert "⟨U+200B⟩" in plots.table(lines, "c").data
+    assert [line["traditional"] for line in text_rows.scripts(result)] == [0, 1]
+    words = text_rows.reading(result)
+    assert "change 2 of 4 rows, 1 of them (25.0 %)" in words
+    assert "zero-width characters and soft hyphens in 1 rows" in words and "HTML entities in 1 rows" in words
+    assert "traditional forms: 1." in words
+
+
+def test_a_clean_text_and_an_old_product_say_so() -> None:
+    clean = SimpleNamespace(text_audit=audit_texts({"train": ["好"], "test": ["好"]}))
+    assert "nothing" in text_rows.findings(clean)[0]["what"] and "damage: none" in text_rows.reading(clean)
+    old = SimpleNamespace(text_audit={})
+    assert "force" in text_rows.findings(old)[0]["what"] and "force" in text_rows.reading(old)
+    assert "force" in text_rows.scripts(old)[0]["split"]
