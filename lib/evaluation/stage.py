@@ -15,8 +15,8 @@ from lib.evaluation.analysis import ALL, LEAK_FREE, ModelEvaluation, compare_wit
 from lib.evaluation.answers import AnswerResult, evaluate_answers
 from lib.models.prompting import Task
 from lib.models.tasks import has_labels, read_task
-from lib.run.files import read_json, read_jsonl, write_json
-from lib.scoring import Scores, score_rows
+from lib.run.files import read_json, read_jsonl, sha256_json, write_json
+from lib.scoring import Keep, Scores, score_rows
 
 if TYPE_CHECKING:
     from lib.models.loading import Base
@@ -41,6 +41,7 @@ class EvaluationResult:
         comparisons: subset -> reference ("base", "linear floor") -> the fine-tuned model against it.
         majority_share: share of the commonest label among the test rows: what answering one word always would reach.
         titles: what each model is, in words.
+        scoring: what was done otherwise than usual while scoring, by model; empty texts where nothing was.
         labelled: True; an AnswerResult says False.
     """
 
@@ -51,6 +52,7 @@ class EvaluationResult:
     comparisons: dict[str, dict[str, statistics.PairedComparison]]
     majority_share: float
     titles: dict[str, str]
+    scoring: dict[str, str]
     labelled: bool = True
 
     def accuracies(self, subset: str = ALL) -> list[dict[str, Any]]:
@@ -107,6 +109,7 @@ class EvaluationResult:
             "label_names": list(self.label_names),
             "majority_share": self.majority_share,
             "titles": self.titles,
+            "scoring": self.scoring,
             "models": {name: model.to_json() for name, model in self.models.items()},
             "linear_floor": {subset: report.to_json() for subset, report in self.floor.items()},
             "comparisons": {
@@ -132,6 +135,7 @@ def evaluate(settings: Settings, run: Run) -> EvaluationResult | AnswerResult:
         parameters=settings.pick(*PARAMETERS),
         inputs=("data", "adapter"),
         force=settings.force,
+        keep_partial=True,
     )
     data = run.require("data").path
     return _read(product, product.path, data, settings)
@@ -147,9 +151,14 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     in_4bit = adapter.entry.facts.get("method") == "QLoRA"
     work.device = device_name()
     plans = {BASE: (None, False, "the base model"), FINETUNED: (adapter.path, in_4bit, "the fine-tuned model")}
+    notes: dict[str, str] = {}
     for name, (adapter_path, quantized, words) in plans.items():
-        scores = _score(base, adapter_path, quantized, dtype, settings, tokenizer, task, rows, words)
+        weights = [base.id, base.revision, adapter.entry.digest if adapter_path else None, quantized, dtype]
+        keep = Keep(work.folder / f"kept-{name}.jsonl", sha256_json(weights))
+        scores, notes[name] = _score(base, adapter_path, quantized, dtype, settings, tokenizer, task, rows, words, keep)
         scores.save(work.folder / f"scores-{name}.jsonl")
+    for name in plans:
+        (work.folder / f"kept-{name}.jsonl").unlink()
     titles = {
         BASE: f"{base.id}, zero-shot ({dtype})",
         FINETUNED: f"{base.id} with the adapter ({'NF4 base, ' if in_4bit else ''}{dtype})",
@@ -162,7 +171,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         "dtype": dtype,
         "dtype_reason": reason,
     }
-    result = _read(None, work.folder, data.path, settings, titles)
+    result = _read(None, work.folder, data.path, settings, {"titles": titles, "scoring": notes})
     write_json(work.folder / "evaluation.json", result.to_json())
     work.metrics |= _headline(result)
 
@@ -177,8 +186,9 @@ def _score(
     task: Task,
     rows: list[dict[str, Any]],
     words: str,
-) -> Scores:
-    """Scores of one model, which is loaded for this and freed again."""
+    keep: Keep,
+) -> tuple[Scores, str]:
+    """Scores of one model, which is loaded for this and freed again, and the backend's note."""
     from lib.models.loading import load_model
     from lib.scoring import TransformersBackend
 
@@ -186,14 +196,15 @@ def _score(
     backend = TransformersBackend(model, settings.per_device_eval_batch_size, words)
     del model
     try:
-        return score_rows(backend, tokenizer, task, rows, f"scoring test rows with {words}")
+        scores = score_rows(backend, tokenizer, task, rows, f"scoring test rows with {words}", keep)
+        return scores, backend.note
     finally:
         backend.close()
         gc.collect()
 
 
 def _read(
-    product: Product | None, folder: Path, data: Path, settings: Settings, titles: dict[str, str] | None = None
+    product: Product | None, folder: Path, data: Path, settings: Settings, told: dict[str, Any] | None = None
 ) -> EvaluationResult:
     """The result from the files of the product and of the data product."""
     task, rows = Task.from_json(read_json(data / "task.json")), read_jsonl(data / "test.jsonl")
@@ -218,6 +229,7 @@ def _read(
         for subset in (ALL, LEAK_FREE)
         if subset in masks
     }
+    told = told or read_json(folder / "evaluation.json")
     return EvaluationResult(
         product=product,
         label_names=task.label_names,
@@ -228,7 +240,8 @@ def _read(
         },
         comparisons=comparisons,
         majority_share=float(np.bincount(labels).max() / len(labels)),
-        titles=titles or read_json(folder / "evaluation.json")["titles"],
+        titles=told["titles"],
+        scoring=told.get("scoring", {}),
     )
 
 

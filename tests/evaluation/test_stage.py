@@ -141,3 +141,33 @@ def test_a_file_that_makes_llama_cpp_abort_is_an_error(small, tmp_path):
 def test_no_rows(small):
     with pytest.raises(InputError, match="no rows"):
         evaluate_models([small.gguf], [], small.task)
+
+
+def test_interrupted_evaluation_continues(run, monkeypatch, capsys):
+    """Stopped in the second model: the first one's rows and the finished batches of the second are not run again."""
+    expected = evaluate(SETTINGS, run)
+    before = {name: model.scores.log_probs for name, model in expected.models.items()}
+    run_batch, batches = TransformersBackend._run, []
+
+    def stopping(backend, batch, shared=0):
+        batches.append(len(batch))
+        if len(batches) == 8:
+            raise KeyboardInterrupt
+        return run_batch(backend, batch, shared)
+
+    monkeypatch.setattr(TransformersBackend, "_run", stopping)
+    again = SETTINGS.model_copy(update={"force": True})
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(again, run)
+    assert batches == [8] * 8 and (run.folder / "evaluation").is_dir()
+    capsys.readouterr()
+    found = evaluate(again, run)
+    said = capsys.readouterr().err
+    assert "the base model, 40 rows already scored" in said
+    assert "the fine-tuned model, 16 rows already scored" in said
+    assert len(batches) == 8 + 3
+    for name, values in before.items():
+        np.testing.assert_array_equal(found.models[name].scores.log_probs, values)
+    names = {path.name for path in found.product.path.iterdir()}
+    assert names == {"evaluation.json", "scores-base.jsonl", "scores-finetuned.jsonl"}
+    assert found.scoring == {BASE: "", FINETUNED: ""}
