@@ -112,8 +112,9 @@ def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
     Returns:
         "rows"; "changed_by_nfkc" and "changed_beyond_punctuation" (rows); "findings": one line a kind that occurs,
-        {"what", "group" (nfkc, invisible, unusual, damage), split: rows …, "characters", "most frequent", "example"}; "scripts": one line a split,
-        {"split", "rows", simplified, traditional, mixed, neither, "share of traditional forms"}.
+        {"what", "group" (nfkc, invisible, unusual, damage), split: rows …, "characters", "most frequent", "example"};
+        "scripts": one line a split, {"split", "rows", simplified, traditional, mixed, neither, "share of traditional
+        forms"}.
     """
     findings = [_line(what, splits) for what in (*KINDS, *DAMAGE, RARE)]
     changed = beyond = 0

@@ -70,6 +70,10 @@ class Settings(BaseModel):
 
     generated_rows: int = Field(5, ge=0, le=1000, description="test rows without labels that are answered in full")
     max_new_tokens: int = Field(128, ge=1, le=8192, description="most tokens of such an answer")
+    terms: str = Field(
+        "", description="terms looked for in answers: cryptography, counselling, or a file; empty = none"
+    )
+    prompts_file: str = Field("", description="prompts answered beside the test rows; empty = five for counselling")
 
     merge_base: Literal["original", "dequantized"] = Field(
         "original", description="weights a QLoRA adapter is merged into: the 16-bit ones, or NF4 turned back"
