@@ -27,7 +27,7 @@ class Failure:
 
     Attributes:
         sentence: for the reader, without a traceback.
-        exit_code: 2 when the input was refused, 1 otherwise.
+        exit_code: 2 when the input was refused, 143 when the kernel was ended by SIGTERM, 1 otherwise.
         detail: the last lines of the traceback or of the process's messages; empty for refused input.
     """
 
@@ -54,6 +54,8 @@ def _raised(number: int, error: dict[str, Any]) -> Failure:
     name, value = error["ename"], _plain(error["evalue"])
     if _REFUSED.match(value):
         return Failure(value, 2)
+    if name == "Terminated":
+        return Failure(f"ended in cell {number}: {value}.", execute.TERMINATED)
     if name == "SystemExit":
         return Failure(f"cell {number} called sys.exit({value}) and stopped the notebook.", 1)
     if name == "KeyboardInterrupt":
@@ -96,6 +98,8 @@ def judge(executed: Path, ended: Ended, timeout: float) -> Failure | None:
     where = f"cell {reached[-1]}" if reached else "its first cell"
     if ended.timed_out:
         return Failure(f"the notebook ran longer than {timeout:.0f} s and was stopped in {where}.", 1)
+    if ended.exit_code == execute.TERMINATED:
+        return Failure(f"ended by SIGTERM in {where}; finished products are kept.", execute.TERMINATED)
     for number, cell in cells:
         if error := _error_of(cell):
             return _raised(number, error)

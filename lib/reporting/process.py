@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.progress import PROGRESS_FILE_VARIABLE
+from lib.reporting.execute import PATIENCE
 from lib.run.files import write_json
 from lib.run.folders import PROJECT
 
 KERNEL = "python3"
 """Name of the generated kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
-
-PATIENCE = 8.0
-"""Seconds that an interrupted kernel gets to leave its stage tidily before it is ended."""
 
 
 @dataclass(frozen=True)

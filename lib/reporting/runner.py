@@ -41,7 +41,7 @@ class ReportError(RuntimeError):
 
     Attributes:
         stage: the notebook's stem.
-        exit_code: 2 for refused input, 1 otherwise.
+        exit_code: 2 for refused input, 143 when the kernel was ended by SIGTERM, 1 otherwise.
         detail: last lines of the traceback or log; empty for refused input.
         evidence: the partial notebook or page; None when nothing was written.
     """
@@ -100,17 +100,17 @@ def find_notebooks(folder: Path) -> list[Path]:
     return found
 
 
-def _first(notebooks: list[Path], start_from: str | None) -> int:
-    """Position of the notebook to start from, given as '04', '4' or '04_merge'."""
-    if start_from is None:
-        return 0
-    wanted = start_from.removesuffix(".ipynb")
+def _position(notebooks: list[Path], option: str, given: str | None, default: int) -> int:
+    """Position of the notebook that an option names, as '04', '4' or '04_merge'."""
+    if given is None:
+        return default
+    wanted = given.removesuffix(".ipynb")
     number = wanted.zfill(2) if wanted.isdigit() else wanted
     for position, notebook in enumerate(notebooks):
         if number in (notebook.stem, notebook.stem[:2]):
             return position
     names = ", ".join(n.stem for n in notebooks)
-    raise InputError(f"--from {start_from!r}.", f"one of {names}, or its number.", "use e.g. --from 04.")
+    raise InputError(f"{option} {given!r}.", f"one of {names}, or its number.", f"use e.g. {option} 04.")
 
 
 def _with_absolute_paths(settings: schema.Settings) -> schema.Settings:
@@ -163,6 +163,7 @@ def run_report(
     overrides: dict[str, Any] | None = None,
     start_from: str | None = None,
     *,
+    end_at: str | None = None,
     notebooks: Path | None = None,
     timeout: float = TIMEOUT,
     say: Say = to_stderr,
@@ -173,6 +174,7 @@ def run_report(
         params_file: flat YAML, see `lib.settings`.
         overrides: keys that replace those of the file.
         start_from: number or name of the first notebook to execute; earlier pages stay as they are.
+        end_at: the same of the last one; pages of later ones are removed.
         notebooks: folder of the notebooks (default: the project's).
         timeout: seconds that one notebook may take.
         say: called with every line of progress.
@@ -184,16 +186,18 @@ def run_report(
     """
     settings = _with_absolute_paths(schema.load(params_file, overrides))
     found = find_notebooks(notebooks or PROJECT / "notebooks")
-    first = _first(found, start_from)
+    first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
+    if last < first:
+        raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
     folder = reports_folder() / settings.run_name
     session = _Session(settings, folder, found, timeout, say)
     values = settings.model_dump()
-    parameters = {n: declared(n, values) for n in found[first:]}
+    parameters = {n: declared(n, values) for n in found[first : last + 1]}
     require_space(writable(folder), 64 << 20, "the report")
     started = time.monotonic()
     with alone(folder), sigterm_raises():
         _remove_pages(session, found[first:])
-        for position, notebook in enumerate(found[first:], first):
+        for position, notebook in enumerate(found[first : last + 1], first):
             _stage(session, position, parameters[notebook])
         _render_again(session)
         overview = session.write_indexes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import statistics
 import threading
@@ -20,6 +21,9 @@ from lib.training.trainer import AnswerTrainer
 
 WARM_STEPS = 5
 """Updates not counted for the throughput (first allocations and caches)."""
+
+INSISTENCE = 3.0
+"""Seconds after a Ctrl-C from which on another one means: at once."""
 
 
 class Watch(TrainerCallback):
@@ -82,7 +86,10 @@ class Watch(TrainerCallback):
 
 @contextlib.contextmanager
 def stop_by_signal(watch: Watch) -> Iterator[None]:
-    """SIGTERM or Ctrl-C ends training after the current update, with a checkpoint; a second Ctrl-C ends it at once.
+    """SIGTERM or Ctrl-C ends training after the current update, with a checkpoint; Ctrl-C again ends it at once.
+
+    A batch system and a report runner may both signal this process: what comes within INSISTENCE seconds of the first
+    signal, or after SIGTERM, is the same wish.
 
     Raises:
         Terminated: it was SIGTERM; uncaught, the process ends with exit code 143.
@@ -91,12 +98,12 @@ def stop_by_signal(watch: Watch) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    came: dict[int, float] = {}
 
     def stop(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in came:
+        if signal.SIGTERM not in came and time.monotonic() - came.get(number, math.inf) > INSISTENCE:
             raise KeyboardInterrupt
-        came.append(number)
+        came.setdefault(number, time.monotonic())
         watch.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
