@@ -68,11 +68,9 @@ class Settings(BaseModel):
 
     per_device_eval_batch_size: int = Field(32, ge=1, description="rows scored together")
 
-    generated_rows: int = Field(5, ge=0, le=1000, description="test rows without labels that are answered in full")
+    generated_rows: int = Field(5, ge=0, le=1000, description="test rows without labels answered in full; 0 = none")
     max_new_tokens: int = Field(128, ge=1, le=8192, description="most tokens of such an answer")
-    terms: str = Field(
-        "", description="terms looked for in answers: cryptography, counselling, or a file; empty = none"
-    )
+    terms: str = Field("", description="terms looked for in answers: cryptography, counselling, a file; empty = none")
     prompts_file: str = Field("", description="prompts answered beside the test rows; empty = five for counselling")
 
     merge_base: Literal["original", "dequantized"] = Field(
