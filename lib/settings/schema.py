@@ -64,6 +64,7 @@ class Settings(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes an update")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16 where it is fast")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30 % slower")
+    num_processes: int = Field(1, ge=1, le=64, description="processes that train together, on one GPU each")
     save_steps: int = Field(100, ge=1, description="updates between checkpoints (and validation losses)")
 
     per_device_eval_batch_size: int = Field(32, ge=1, description="rows scored together")

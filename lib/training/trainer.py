@@ -71,20 +71,25 @@ class AnswerTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean cross-entropy (nats) over the answer tokens of the validation rows, as "eval_loss"."""
         started = time.monotonic()
+        total, tokens = self.validation_loss(self.validation)
+        metrics = {"eval_loss": total / tokens}
+        self.eval_seconds += time.monotonic() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def validation_loss(self, rows: list[Example]) -> tuple[float, int]:
+        """Summed cross-entropy (nats) over the answer tokens of `rows`, and their number."""
         self.model.eval()
         total, tokens, size = 0.0, 0, 2 * self.args.per_device_train_batch_size
-        rows = sorted(self.validation, key=len, reverse=True)
+        rows = sorted(rows, key=len, reverse=True)
         with torch.no_grad():
             for i in range(0, len(rows), size):
                 batch = {key: value.to(self.args.device) for key, value in self.collate(rows[i : i + size]).items()}
                 loss, count = answer_loss(self.model, batch)
                 total, tokens = total + loss.item(), tokens + count
         self.model.train()
-        metrics = {"eval_loss": total / tokens}
-        self.eval_seconds += time.monotonic() - started
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return total, tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep a row of the history, with the throughput since the last one."""
