@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.cli.guard import guarded, tell
+from lib.cli.guard import guarded
 
 app = typer.Typer(
     name="workbook",
@@ -68,32 +68,30 @@ def report(
         typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key; may be repeated"),
     ] = None,
     start_from: Annotated[str | None, typer.Option("--from", metavar="NN", help="first notebook, e.g. 04")] = None,
+    end_at: Annotated[str | None, typer.Option("--to", metavar="NN", help="last notebook, e.g. 03")] = None,
+    seeds: Annotated[int, typer.Option(help="train this many runs that differ in train_seed alone", min=1)] = 1,
     timeout: Annotated[float, typer.Option(help="seconds that one notebook may take", min=1)] = 86400.0,
     as_json: Json = False,
 ) -> None:
     """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
-    from lib import settings
-    from lib.cli.output import show
-    from lib.reporting.runner import ReportError, run_report
+    from lib.cli import making
 
-    pairs = [text.partition("=") for text in parameters or []]
-    overrides = {key: settings.parse_override(key, value) for key, _, value in pairs}
-    try:
-        made = run_report(params_file, overrides, start_from, timeout=timeout)
-    except ReportError as error:
-        tell(str(error))
-        if error.detail:
-            tell(error.detail)
-        if error.evidence:
-            tell(f"The partial notebook is kept: {error.evidence}")
-        raise typer.Exit(error.exit_code) from None
-    result = {
-        "run": made.run,
-        "index": str(made.index),
-        "pages": [str(page) for page in made.pages],
-        "seconds": round(made.seconds, 1),
-    }
-    show(result, as_json, f"{made.index}")
+    making.report(params_file, parameters or [], start_from, end_at, seeds, timeout, as_json)
+
+
+@app.command(short_help="which of several runs to take, by a stated rule")
+@guarded
+def select(
+    runs: Annotated[list[str], typer.Argument(help="names of finished runs (01 to 03 at least)", metavar="RUN...")],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="folder for model_analysis.json [default: reports/]", metavar="DIR")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
+    from lib.cli import selecting
+
+    selecting.select(runs, output, as_json)
 
 
 @app.command(short_help="adapter + base model → one model folder")

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.reporting.choosing import section
 from lib.reporting.pages import Stage, card, pages, shown, stylesheet
 from lib.reporting.summary import Quality, Summary, summarise
 from lib.run import open_run, provenance
 from lib.run.files import write_text
+from lib.run.manifest import NOTEBOOK_OF
+from lib.selecting import outdated, read_analysis
+
+PAGES = len(set(NOTEBOOK_OF.values()))
+"""Pages of a complete report."""
 
 _FILE_COLUMNS = {
     "type": "type",
@@ -121,8 +127,8 @@ def _remarks(summary: Summary, folder: Path, total: int) -> str:
     return "; ".join(incomplete + summary.stamps)
 
 
-def write_all_index(reports: Path, total: int) -> Path:
-    """Write the list of all runs that have a page.
+def write_all_index(reports: Path, total: int = PAGES) -> Path:
+    """Write the list of all runs that have a page, and the last choice among runs (`workbook select`).
 
     Args:
         reports: the folder of all reports.
@@ -152,5 +158,7 @@ def write_all_index(reports: Path, total: int) -> Path:
         )
     runs.sort(key=lambda run: run["date"], reverse=True)
     path = reports / "index.html"
-    write_text(path, pages().get_template("all.html.j2").render(css=stylesheet(), runs=runs))
+    analysis = read_analysis(reports)
+    choice = section(analysis, outdated(analysis)) if analysis else None
+    write_text(path, pages().get_template("all.html.j2").render(css=stylesheet(), runs=runs, choice=choice))
     return path

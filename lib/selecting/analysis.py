@@ -18,6 +18,8 @@ from lib.selecting.comparing import Ground, against, leader_of, make_unit, share
 from lib.selecting.rule import RULE, choose, choose_seed
 
 FILE = "model_analysis.json"
+FORMAT = 1
+"""Raised when the content changes, so that an older file is not read as if it were new."""
 BEST_OF = "best-of:"
 """How the setting `adapter` asks for a choice among runs."""
 SEED = 42
@@ -38,6 +40,11 @@ class Analysis:
     def chosen(self) -> str:
         """Name of the run that is taken."""
         return str(self.content["chosen"]["run"])
+
+    @property
+    def text(self) -> str:
+        """The answer as a paragraph."""
+        return str(self.content["text"])
 
     def write(self, folder: Path) -> Path:
         """Write model_analysis.json into `folder`."""
@@ -68,7 +75,7 @@ def select(names: Sequence[str]) -> Analysis:
     seed = choose_seed(seeds, best, against(seeds, best, ground, metric, SEED), metric)
     chosen = seeds[seed.place].names[0]
     content = {
-        "format": 1,
+        "format": FORMAT,
         "made": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
         "task": kind_of(runs[0].task),
         "metric": metric,
@@ -161,9 +168,10 @@ def outdated(content: dict[str, Any]) -> list[str]:
 def read_analysis(folder: Path) -> dict[str, Any] | None:
     """The analysis that was last written into `folder`; None when there is none, or none that can be read."""
     try:
-        return dict(read_json(folder / FILE))
-    except (OSError, InputError, TypeError, ValueError):
+        content = read_json(folder / FILE)
+    except (OSError, InputError):
         return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 @dataclass(frozen=True)

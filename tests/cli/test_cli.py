@@ -54,6 +54,7 @@ def test_help_is_instant_and_names_every_command() -> None:
         "compare",
         "perplexity",
         "params",
+        "select",
     ):
         assert f"  {command} " in answer.stdout
     loaded = "import lib.cli.app, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"

@@ -252,6 +252,17 @@ def test_from_keeps_the_pages_before(home: Path, params: Path, write_notebook: W
         report(params, home, start_from="9")
 
 
+def test_to_ends_there_and_leaves_no_later_page(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", STAGE)
+    write_notebook("02_second", GOOD)
+    report(params, home)
+    result, lines = report(params, home, end_at="01_first")
+    assert [page.name for page in result.pages] == ["01_first.html"] and not (result.folder / "02_second.html").exists()
+    assert not any("02_second" in line for line in lines)
+    with pytest.raises(InputError, match="--from 2 --to 1"):
+        report(params, home, start_from="2", end_at="1")
+
+
 def test_refused_parameters_leave_an_old_report_alone(home: Path, params: Path, write_notebook: Writer) -> None:
     write_notebook("01_first", GOOD)
     result, _ = report(params, home)

@@ -1,0 +1,77 @@
+"""What `workbook report` does: one run, or one a seed of training and the choice among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lib.cli.guard import tell
+from lib.cli.output import show
+from lib.errors import InputError
+
+
+def report(
+    params_file: Path,
+    pairs: list[str],
+    start_from: str | None,
+    end_at: str | None,
+    seeds: int,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Run the notebooks and print where the pages are; with several seeds also which run is taken."""
+    from lib import settings
+
+    texts = [text.partition("=") for text in pairs]
+    overrides = {key: settings.parse_override(key, value) for key, _, value in texts}
+    if seeds == 1:
+        made = _one(params_file, overrides, start_from, end_at, timeout)
+        show(made, as_json, made["index"])
+        return
+    siblings = seed_overrides(settings.load(params_file, overrides), seeds)
+    results = [_one(params_file, overrides | own, start_from, end_at, timeout) for own in siblings]
+    from lib.cli.selecting import choose
+
+    choice = choose([own["run_name"] for own in siblings], None)
+    text = "\n".join([*(made["index"] for made in results), choice["text"]])
+    show({"runs": results, "choice": choice}, as_json, text)
+
+
+def seed_overrides(settings: Any, seeds: int) -> list[dict[str, Any]]:
+    """run_name and train_seed of sibling runs: RUN-s42, RUN-s43, … The split's seed stays the same in all.
+
+    Raises:
+        InputError: an adapter that is adopted, for which no seed is used.
+    """
+    if settings.adapter:
+        raise InputError(
+            f"--seeds {seeds} with adapter {settings.adapter!r}.",
+            "a training: an adopted adapter has no seed.",
+            "leave out --seeds, or set adapter to nothing.",
+        )
+    first = settings.training_seed
+    return [{"run_name": f"{settings.run_name}-s{seed}", "train_seed": seed} for seed in range(first, first + seeds)]
+
+
+def _one(
+    params_file: Path, overrides: dict[str, Any], start_from: str | None, end_at: str | None, timeout: float
+) -> dict[str, Any]:
+    from lib.reporting.runner import ReportError, run_report
+
+    try:
+        made = run_report(params_file, overrides, start_from, end_at=end_at, timeout=timeout)
+    except ReportError as error:
+        tell(str(error))
+        if error.detail:
+            tell(error.detail)
+        if error.evidence:
+            tell(f"The partial notebook is kept: {error.evidence}")
+        raise typer.Exit(error.exit_code) from None
+    return {
+        "run": made.run,
+        "index": str(made.index),
+        "pages": [str(page) for page in made.pages],
+        "seconds": round(made.seconds, 1),
+    }
