@@ -113,6 +113,11 @@ class Progress:
             self.handle.update(content)
 
 
+def say(line: str) -> None:
+    """One line of progress, at once."""
+    Progress(line)._write(line, final=True)
+
+
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """Yield `items`, counting each as one unit of `what`."""
     if total is None and hasattr(items, "__len__"):

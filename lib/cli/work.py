@@ -182,7 +182,9 @@ def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Pat
         _writable_file(output)
     task = rows.task()
     found, source = rows.rows(task)
-    result = evaluate_models(models, found, task, source, **options)
+    # The same command finds there what an interrupted one has scored.
+    keep = None if output is None else output.with_name(f".{output.name}.scores")
+    result = evaluate_models(models, found, task, source, keep=keep, **options)
     if output is not None:
         write_json(output, result)
     columns = ("model", "n", "accuracy", "accuracy_interval", "macro_f1", "seconds_per_sample", "peak_memory_mib")

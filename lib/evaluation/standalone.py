@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 from lib.errors import InputError
 from lib.evaluation.analysis import LEAK_FREE, evaluate_scores, subsets
 from lib.models.prompting import Task
+from lib.progress import say
 from lib.run.child import run_child
 from lib.run.files import read_json, read_jsonl, write_jsonl
 from lib.run.folders import user_path
-from lib.scoring import Scores, score_rows
+from lib.scoring import Keep, Scores, score_rows
+from lib.scoring.journal import journal_path, kept_peak_memory_mib, model_hash
 
 
 def evaluate_models(
@@ -28,6 +31,7 @@ def evaluate_models(
     batch_size: int = 32,
     n_threads: int = 0,
     n_gpu_layers: int = 0,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy and cost of each model on the same rows.
 
@@ -40,11 +44,12 @@ def evaluate_models(
         revision: commit, branch or tag of hub ids.
         dtype, load_in_4bit, batch_size: for transformers models; folders that are quantized keep their own dtype.
         n_threads, n_gpu_layers: for .gguf files.
+        keep: folder for the scores of an interrupted evaluation, where the next one finds them; removed in the end.
 
     Returns:
         {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
         "per_class", "confusion", "leak_free" (null without an audit), "ece", "near_ties", "truncated",
-        "seconds_per_sample", "peak_memory_mib", "device"}]}.
+        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than usual)}]}.
 
     Raises:
         InputError: no rows, or a model that cannot be loaded or run.
@@ -71,10 +76,16 @@ def evaluate_models(
                 "model": str(model),
                 "rows": str(folder / "rows.jsonl"),
                 "scores": str(folder / f"scores-{number}.jsonl"),
+                "keep": str(journal_path(keep, model)) if keep else None,
             }
             answer = run_child("lib.evaluation.standalone:score_in_child", argument, f"evaluating {model}")
+            answer["peak_memory_mib"] = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
+            if found := answer.pop("found"):
+                say(f"{model}: {found}")
             scores = Scores.load(Path(argument["scores"]))
             results.append({"model": str(model), **_summary(scores, rows, task), **answer})
+    if keep is not None:
+        shutil.rmtree(keep)
     described = {**(data or {}), "n": len(rows), "labels": list(task.label_names)}
     return {"data": described, "models": results}
 
@@ -96,20 +107,24 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, save the scores; runs in the child process."""
     task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
     opener = _open_gguf if _is_gguf(argument["model"]) else _open_transformers
-    backend, tokenizer = opener(argument, task)
+    backend, tokenizer, files = opener(argument, task)
+    keep = Keep(Path(argument["keep"]), model_hash(*files)) if argument["keep"] else None
+    what = f"scoring rows with {Path(argument['model']).name}"
     try:
-        scores = score_rows(backend, tokenizer, task, rows, f"scoring rows with {Path(argument['model']).name}")
+        scores = score_rows(backend, tokenizer, task, rows, what, keep)
+        note = backend.note
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))
-    return {"device": backend.device}
+    peak = kept_peak_memory_mib(keep.path) if keep else 0.0
+    return {"device": backend.device, "note": note, "peak_of_scoring": peak, "found": scores.found}
 
 
 def _is_gguf(model: str) -> bool:
     return model.lower().endswith(".gguf") or user_path(model).is_file()
 
 
-def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
+def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any, list[Path]]:
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.scoring import LlamaCppBackend
 
@@ -120,10 +135,10 @@ def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
         n_threads=argument["n_threads"],
         n_gpu_layers=argument["n_gpu_layers"],
     )
-    return backend, tokenizer_from_gguf(path)
+    return backend, tokenizer_from_gguf(path), [path]
 
 
-def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
+def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any, list[Path]]:
     """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
     from lib.device import compute_dtype
     from lib.models.loading import load_model, load_tokenizer, resolve_base
@@ -150,4 +165,5 @@ def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any]:
     else:
         dtype, _ = compute_dtype(argument["dtype"])
         model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
-    return TransformersBackend(model, argument["batch_size"], argument["model"]), tokenizer
+    backend = TransformersBackend(model, argument["batch_size"], argument["model"])
+    return backend, tokenizer, [base.path, *([adapter] if adapter else [])]

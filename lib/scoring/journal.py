@@ -18,7 +18,7 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.run.child import peak_memory_mib
-from lib.run.files import sha256_file, sha256_json
+from lib.run.files import read_jsonl, sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from lib.scoring.backend import Backend, Job
@@ -107,16 +107,9 @@ class Journal:
         """Time of all forward passes, also of earlier tries."""
         return float(sum(line["seconds"] for line in self._lines))
 
-    @property
-    def peak_memory_mib(self) -> float:
-        """Largest resident memory of the processes that computed these scores."""
-        return max((line["peak_memory_mib"] for line in self._lines), default=0.0)
-
-    def describe(self, what: str) -> str:
-        """The work in words, with what of it is done already."""
-        if self.rows:
-            return f"{what}, {self.rows} rows already scored"
-        return f"{what} ({self.note})" if self.note else what
+    def describe(self) -> str:
+        """What of the work was found done, in words; empty where nothing was there."""
+        return f"{self.rows} rows already scored" if self.rows else self.note
 
     def close(self) -> None:
         """Give the file free."""
@@ -153,6 +146,16 @@ def open_journal(
         "settings": backend.settings,
     }
     return Journal(path, header, names)
+
+
+def journal_path(folder: Path, model: str | Path) -> Path:
+    """The journal of a model in a folder of journals: one for each path or id, whatever else is scored beside it."""
+    return folder / f"{sha256_json(str(model))[:16]}.jsonl"
+
+
+def kept_peak_memory_mib(path: Path) -> float:
+    """Largest resident memory of the processes that computed the scores of a journal, MiB."""
+    return max((float(line.get("peak_memory_mib", 0)) for line in read_jsonl(path)), default=0.0)
 
 
 def model_hash(*paths: Path) -> str:

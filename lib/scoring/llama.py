@@ -69,6 +69,9 @@ class LlamaCppBackend:
         on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
         self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
 
+    note = ""
+    """What was done otherwise than usual: nothing."""
+
     def _open_model(self, n_gpu_layers: int) -> None:
         forget_errors()
         parameters = self._api.llama_model_default_params()

@@ -35,6 +35,7 @@ class Scores:
         log_probs: log p(answer | prompt), nats, float64, (n, L).
         truncated: whether the text was cut to fit, bool, (n,).
         seconds: time of the forward passes together, tokenizing and loading not counted.
+        found: what of it an interrupted try had done, in words; not saved.
     """
 
     ids: list[str]
@@ -42,6 +43,7 @@ class Scores:
     log_probs: np.ndarray
     truncated: np.ndarray
     seconds: float
+    found: str = ""
 
     @property
     def predictions(self) -> np.ndarray:
@@ -138,7 +140,7 @@ def score_rows(
     order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
     encoded = [encode(tokenizer, task, rows[i]["text"]) for i in order]
     prompts, names = [e.prompt_ids for e in encoded], [rows[i]["id"] for i in order]
-    values, seconds = kept_log_probs(backend, names, prompts, label_ids(tokenizer, task), what, keep)
+    values, seconds, found = kept_log_probs(backend, names, prompts, label_ids(tokenizer, task), what, keep)
     log_probs, truncated = np.empty_like(values), np.empty(len(rows), dtype=bool)
     log_probs[order], truncated[order] = values, [e.truncated for e in encoded]
     broken = np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
@@ -150,7 +152,7 @@ def score_rows(
             "check the model's weights for NaN or infinity, and do not compute in float16.",
         )
     labels = np.array([row["label"] for row in rows], dtype=np.int64)
-    return Scores([row["id"] for row in rows], labels, log_probs, truncated, seconds)
+    return Scores([row["id"] for row in rows], labels, log_probs, truncated, seconds, found)
 
 
 def kept_log_probs(
@@ -160,16 +162,15 @@ def kept_log_probs(
     answers: list[list[int]],
     what: str,
     keep: Keep | None = None,
-) -> tuple[np.ndarray, float]:
-    """log p(answer | prompt), (prompts, answers), and the seconds it took, those of earlier tries included."""
+) -> tuple[np.ndarray, float, str]:
+    """log p(answer | prompt), (prompts, answers), the seconds of all tries together, and what was found done."""
     with ExitStack() as stack:
-        journal = None
+        journal, found, already, seconds = None, "", 0, 0.0
         if keep is not None:
             journal = stack.enter_context(open_journal(keep.path, keep.model, backend, names, prompts, answers))
-            what = journal.describe(what)
-        before = (journal.seconds, journal.rows) if journal else (0.0, 0)
+            found, already, seconds = journal.describe(), journal.rows, journal.seconds
         started = time.perf_counter()
-        with Progress(what, len(prompts), already=before[1]) as progress:
+        with Progress(f"{what} ({found})" if found else what, len(prompts), already=already) as progress:
             kept = {} if journal is None else {"journal": journal}
             values = backend.label_log_probs(prompts, answers, progress, **kept)
-        return values, before[0] + time.perf_counter() - started
+        return values, seconds + time.perf_counter() - started, found

@@ -163,8 +163,8 @@ def test_interrupted_evaluation_continues(run, monkeypatch, capsys):
     capsys.readouterr()
     found = evaluate(again, run)
     said = capsys.readouterr().err
-    assert "the base model, 40 rows already scored" in said
-    assert "the fine-tuned model, 16 rows already scored" in said
+    assert "the base model (40 rows already scored)" in said
+    assert "the fine-tuned model (16 rows already scored)" in said
     assert len(batches) == 8 + 3
     for name, values in before.items():
         np.testing.assert_array_equal(found.models[name].scores.log_probs, values)

@@ -95,7 +95,7 @@ def test_killed_and_continued_at_the_next_batch(small, tmp_path, kind, counted, 
     batch = 8 if kind == "gguf" else 4
     assert 8 <= kept < 30 and kept % batch == 0
     found = score(small, Keep(path, "m"), kind=kind)
-    assert f"scoring, {kept} rows already scored" in capsys.readouterr().err
+    assert f"scoring ({kept} rows already scored)" in capsys.readouterr().err
     assert sum(counted.batches) == 30 - kept
     np.testing.assert_array_equal(found.log_probs, score(small, kind=kind).log_probs)
     assert [line["sequence"] for line in lines(path)[1:]] == list(range(30))
