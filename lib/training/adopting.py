@@ -117,6 +117,7 @@ def _facts(given: GivenAdapter, base: Base, shape: AdapterShape, total: int) -> 
         "validation_rows": 0,
         "dtype": shape.dtype,
         "dtype_reason": "as it came",
+        "micro_batch": {},
         "base": {"id": base.id, "revision": base.revision, "offline": base.offline},
     }
 

@@ -28,7 +28,10 @@ def publish(work: Work, base: Base, facts: dict[str, Any], in_4bit: bool) -> Non
         "base_revision": base.revision,
         "offline_base": base.offline,
         "method": "QLoRA" if in_4bit else "LoRA",
-        **{key: facts[key] for key in ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from")},
+        **{
+            key: facts[key]
+            for key in ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from", "micro_batch")
+        },
     }
     work.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
 

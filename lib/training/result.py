@@ -30,6 +30,7 @@ class FinetuneResult:
         resumed_from: step of the checkpoint that this training continued from; None if it ran in one go.
         messages: what was found on resuming (damaged checkpoints passed over).
         seconds: of the last, uninterrupted part of the training.
+        micro_batch: {"asked", "used"}: rows and passes an update each; "out_of_memory": the sizes that did not fit.
         notes: fallbacks, e.g. LoRA where QLoRA was asked for.
         adopted: {"id", "revision", and what its files say} of an adapter that was not trained here; then everything
             that only a training has is zero or empty. None when it was trained here.
@@ -54,6 +55,7 @@ class FinetuneResult:
     seconds: float
     dtype: str
     dtype_reason: str
+    micro_batch: dict[str, Any]
     base: dict[str, Any]
     notes: list[str]
     adopted: dict[str, Any] | None = None

@@ -24,6 +24,7 @@ from lib.training.batches import Collator, Example, examples
 
 if TYPE_CHECKING:
     from lib.settings import Settings
+    from lib.training.team import Team
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Job:
     in_4bit: bool
 
 
-def train(job: Job) -> dict[str, Any]:
+def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     """Train to the end and choose a checkpoint; returns the facts of training.json (JSON values).
+
+    Args:
+        team: this process's place among several; of them only the first returns facts.
 
     Raises:
         InputError: no rows, no room in memory or on the disk, unknown target_modules, a loss that is not finite.
@@ -64,7 +68,9 @@ def train(job: Job) -> dict[str, Any]:
     plan = _plan(model, settings, train, validation, job.in_4bit)
     require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
     with PeakMemory() as peak:  # of the training alone: making the offline base needs more than a LoRA on it
-        outcome = _train(model, settings, train, validation, tokenizer.pad_token_id, job.folder)
+        outcome = _train(job, model, train, validation, tokenizer.pad_token_id, team)
+    if outcome is None:
+        return {}
     method = f"{'QLoRA (NF4)' if job.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
     return {
         "method": f"{method} on {plan.pop('layers')} linear layers",
@@ -130,8 +136,9 @@ def _plan(
         estimate = memory.estimate(shape, max(0, process - round(shape.weight_bytes * (shape.linear + shape.other))))
         free = device.available_memory() + process
     can_4bit = device.bitsandbytes_problem() is None
-    advice = memory.advice(estimate.total, free, settings, can_4bit)
-    memory.refuse_impossible(estimate.total, total, advice)
+    need = estimate.total * (settings.num_processes if device.torch_device() == "cpu" else 1)  # a GPU each
+    advice = memory.advice(need, free, settings, can_4bit)
+    memory.refuse_impossible(need, total, advice)
     return {
         "trainable": shape.adapter,
         "total": shape.linear + shape.other + shape.adapter,
@@ -143,48 +150,73 @@ def _plan(
 
 
 def _train(
-    model: Any, settings: Settings, train: list[Example], validation: list[Example], pad_id: int, folder: Path
-) -> dict[str, Any]:
-    """Run the Trainer to the end, from the newest verified checkpoint if there is one."""
+    job: Job, model: Any, train: list[Example], validation: list[Example], pad_id: int, team: Team | None
+) -> dict[str, Any] | None:
+    """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
     from lib.training.loss import check_loss
-    from lib.training.trainer import AnswerTrainer, training_arguments
     from lib.training.watch import Watch, stop_by_signal
 
     kind = device.torch_device()
     check_loss(model, {k: v.to(kind) for k, v in Collator(pad_id)(train[:1]).items()})
-    log_file, folder = folder / "training.log", folder / "checkpoints"
-    shutil.rmtree(folder / ".staged", ignore_errors=True)
-    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    steps = math.ceil(settings.num_train_epochs * math.ceil(len(train) / rows))
+    folder, first = job.folder / "checkpoints", team is None or team.first
+    for left in (".staged", ".ranks"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    trainer, steps = _trainer(job.settings, folder, model, train, validation, pad_id, team)
+    good, messages = checkpoints.find(folder)
+    start = good[-1] if good else None
+    began = time.monotonic()
+    with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
+        log_file = job.folder / "training.log" if first else None
+        watch = Watch(trainer, log_file, progress, team.any_stops if team else bool)
+        trainer.add_callback(watch)
+        for message in messages:
+            watch.write(f"{message}: passed over")
+        watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
+        with stop_by_signal(watch.stop):
+            trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    if watch.stopped:  # by another process of the team
+        raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
+    if not first:
+        return None
+    return _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
+
+
+def _trainer(
+    settings: Settings,
+    folder: Path,
+    model: Any,
+    train: list[Example],
+    validation: list[Example],
+    pad_id: int,
+    team: Team | None,
+) -> tuple[Any, int]:
+    """The Trainer of this process, and the updates of the whole training."""
+    from lib.training.trainer import AnswerTrainer, training_arguments
+
+    update = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * (team.size if team else 1)
+    steps = math.ceil(settings.num_train_epochs * math.ceil(len(train) / update))
     arguments = training_arguments(
         folder,
         steps,
-        kind == "cpu",
+        device.torch_device() == "cpu",
         **settings.pick(
             *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
             *("gradient_accumulation_steps", "gradient_checkpointing"),
         ),
         seed=settings.training_seed,
     )
-    good, messages = checkpoints.find(folder)
-    start = good[-1] if good else None
-    began = time.monotonic()
-    with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
-        trainer = AnswerTrainer(model, arguments, train, validation, pad_id)
-        watch = Watch(trainer, log_file, progress)
-        trainer.add_callback(watch)
-        for message in messages:
-            watch.write(f"{message}: passed over")
-        watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with stop_by_signal(watch):
-            trainer.train(resume_from_checkpoint=str(start.path) if start else None)
-    return _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
+    if team is None:
+        return AnswerTrainer(model, arguments, train, validation, pad_id), steps
+    from lib.training.team import TeamTrainer
+
+    return TeamTrainer(team, model, arguments, train, validation, pad_id), steps
 
 
 def _outcome(
     trainer: Any, watch: Any, folder: Path, steps: int, start: Any, messages: list[str], seconds: float
 ) -> dict[str, Any]:
-    shutil.rmtree(folder / ".staged", ignore_errors=True)
+    for left in (".staged", ".ranks"):
+        shutil.rmtree(folder / left, ignore_errors=True)
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     write_jsonl(folder.parent / "history.jsonl", history)
     broken = [row["step"] for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0)))]

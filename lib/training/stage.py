@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from lib import device
 from lib.models.loading import base_of
 from lib.training.adopting import take
+from lib.training.attempts import until_it_fits
+from lib.training.launching import train_in_processes
 from lib.training.publishing import publish
 from lib.training.result import FinetuneResult
 from lib.training.session import Job, train
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 PARAMETERS = (
     *("seed", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "dtype"),
-    *("gradient_checkpointing", "save_steps"),
+    *("gradient_checkpointing", "save_steps", "num_processes"),
 )
 """Settings that the adapter depends on (those of the data come in through the data product)."""
 
@@ -46,7 +48,9 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
     in_4bit, base = _four_bits(settings, work), base_of(run)
-    facts = train(Job(settings, run.require("data").path, base, work.folder, in_4bit))
+    job = Job(settings, run.require("data").path, base, work.folder, in_4bit)
+    facts, notes = until_it_fits(job, train if settings.num_processes == 1 else train_in_processes)
+    work.notes += notes
     work.device = facts.pop("device")
     facts["base"] = {"id": base.id, "revision": base.revision, "offline": base.offline}
     publish(work, base, facts, in_4bit)

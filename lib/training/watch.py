@@ -8,7 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,28 @@ INSISTENCE = 3.0
 
 
 class Watch(TrainerCallback):
-    """Progress, training.log, throughput, the epoch of the row order, and a clean stop at SIGTERM."""
+    """Progress, training.log, throughput, the epoch of the row order, and a clean stop at SIGTERM.
 
-    def __init__(self, trainer: AnswerTrainer, log_file: Path, progress: Progress) -> None:
-        self.trainer, self.log_file, self.progress = trainer, log_file, progress
+    Args:
+        log_file: training.log; None = none.
+        agree: whether to stop, from whether this process was asked to (of a team: whether any was).
+    """
+
+    def __init__(
+        self,
+        trainer: AnswerTrainer,
+        log_file: Path | None,
+        progress: Progress,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        self.trainer, self.log_file, self.progress, self.agree = trainer, log_file, progress, agree
         self.rates: list[float] = []
         self.note, self.stopped, self.started = "", False, 0.0
 
     def write(self, line: str) -> None:
         """Append a line with a time stamp to training.log."""
+        if self.log_file is None:
+            return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S%z")
         with self.log_file.open("a", encoding="utf-8") as stream:
             stream.write(f"{stamp} {line}\n")
@@ -60,8 +73,8 @@ class Watch(TrainerCallback):
         self.trainer.interval_tokens += self.trainer.step_tokens
         if control.should_save:
             control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
+        if self.agree(self.stopped):
+            self.stopped = control.should_save = control.should_training_stop = True
         self.progress.advance(note=self.note)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -85,8 +98,8 @@ class Watch(TrainerCallback):
 
 
 @contextlib.contextmanager
-def stop_by_signal(watch: Watch) -> Iterator[None]:
-    """SIGTERM or Ctrl-C ends training after the current update, with a checkpoint; Ctrl-C again ends it at once.
+def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM or Ctrl-C: `ask` for a stop after the current update, with a checkpoint; Ctrl-C again ends it at once.
 
     A batch system and a report runner may both signal this process: what comes within INSISTENCE seconds of the first
     signal, or after SIGTERM, is the same wish.
@@ -104,7 +117,7 @@ def stop_by_signal(watch: Watch) -> Iterator[None]:
         if signal.SIGTERM not in came and time.monotonic() - came.get(number, math.inf) > INSISTENCE:
             raise KeyboardInterrupt
         came.setdefault(number, time.monotonic())
-        watch.stop()
+        ask()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
