@@ -1,4 +1,4 @@
-"""The product `evaluation` for rows without labels: how likely the reference answers are, and a few answers in full."""
+"""The product `evaluation` for rows without labels: how likely the reference answers are, and what the models write."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.device import compute_dtype, device_name
-from lib.models.conversations import ASSISTANT, ConversationTask, EncodedConversation
-from lib.models.prompting import end_of_turn_id
-from lib.models.tasks import encode_row, read_task, spread
-from lib.progress import Progress
-from lib.run.files import read_json, read_jsonl, write_json, write_jsonl
+from lib.evaluation.written import PROMPTS_FILE, Questions, generated_rows, prompts_json, write_with
+from lib.models.conversations import ConversationTask, EncodedConversation
+from lib.models.tasks import encode_row, read_task
+from lib.run.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.scoring.answers import AnswerScores, score_answers
 from lib.statistics import Interval, paired_bootstrap
+from lib.textmetrics import chrf_signature, read_prompts, read_terms, summarise
 
 if TYPE_CHECKING:
     from lib.run import Product, Run, Work
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 BASE, FINETUNED = "base", "finetuned"
 SHOWN = {BASE: "base", FINETUNED: "fine-tuned"}
-PARAMETERS = ("per_device_eval_batch_size", "seed", "dtype", "generated_rows", "max_new_tokens")
+PARAMETERS = (
+    *("per_device_eval_batch_size", "seed", "dtype"),
+    *("generated_rows", "max_new_tokens", "terms", "prompts_file"),
+)
 SUMMARY = "evaluation.json"
 ALL, LEAK_FREE = "all", "leak_free"
 
@@ -40,8 +43,11 @@ class AnswerResult:
         task: what was asked.
         scores: "base" and "finetuned": per-row log-probabilities of the reference answers.
         content: evaluation.json: "titles", "parts" (of the rows: n, tokens; by model loss, its interval and
-            perplexity; difference of the losses with its interval, and the ratio of the perplexities), "decoding".
-        generated: {"id", "question", "reference", "base", "fine-tuned", …} of a few test rows.
+            perplexity; difference of the losses with its interval, and the ratio of the perplexities), "decoding",
+            "answers" (entries of `summarise`; empty where none were written), "chrf" (signature), "terms" (name and
+            number of the list, or None).
+        generated: {"id", "question", "reference", "base", "fine-tuned", "measured", …} of some test rows.
+        prompts: counselling_prompts.json: what both models answer to a few prompts, greedily and drawn, with latency.
     """
 
     product: Product
@@ -49,6 +55,7 @@ class AnswerResult:
     scores: dict[str, AnswerScores]
     content: dict[str, Any]
     generated: list[dict[str, Any]]
+    prompts: dict[str, Any]
     labelled: bool = False
 
     @property
@@ -66,14 +73,20 @@ def evaluate_answers(settings: Settings, run: Run) -> AnswerResult:
     product = run.produce(
         "evaluation",
         lambda work: _build(settings, run, work),
-        parameters=settings.pick(*PARAMETERS),
+        parameters=settings.pick(*PARAMETERS) | _content(settings),
         inputs=("data", "adapter"),
         force=settings.force,
     )
     task = read_task(run.require("data").path)
     scores = {name: AnswerScores.load(product.path / f"scores-{name}.jsonl") for name in (BASE, FINETUNED)}
-    generated = read_jsonl(product.path / "generated.jsonl")
-    return AnswerResult(product, task, scores, read_json(product.path / SUMMARY), generated)
+    generated, prompts = read_jsonl(product.path / "generated.jsonl"), read_json(product.path / PROMPTS_FILE)
+    return AnswerResult(product, task, scores, read_json(product.path / SUMMARY), generated, prompts)
+
+
+def _content(settings: Settings) -> dict[str, Any]:
+    """Hashes of the lists that settings name, so that a change in a file is seen."""
+    terms = read_terms(settings.terms)
+    return {"terms_sha256": terms and terms.sha256, "prompts_sha256": sha256_json(read_prompts(settings.prompts_file))}
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
@@ -86,14 +99,18 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     in_4bit = adapter.entry.facts.get("method") == "QLoRA"
     work.device = device_name()
     encoded = [encode_row(tokenizer, task, row) for row in rows]
-    chosen = spread(range(len(rows)), settings.generated_rows) if settings.generated_rows else []
-    scores, answers = {}, {}
+    questions = Questions.of(settings, tokenizer, task, rows, encoded)
+    scores, answers, replies = {}, {}, {}
     for name, path, quantized in ((BASE, None, False), (FINETUNED, adapter.path, in_4bit)):
-        scores[name], answers[name] = _run_model(
-            name, base.path, path, quantized, dtype, settings, tokenizer, rows, encoded, chosen
+        scores[name], answers[name], replies[name] = _run_model(
+            name, base.path, path, quantized, dtype, settings, rows, encoded, questions
         )
         scores[name].save(work.folder / f"scores-{name}.jsonl")
-    write_jsonl(work.folder / "generated.jsonl", _readable(tokenizer, rows, encoded, chosen, answers))
+    write_jsonl(work.folder / "generated.jsonl", generated_rows(rows, questions, _by_shown(answers)))
+    measured = {SHOWN[name]: [answer["measured"] for answer in given] for name, given in answers.items()}
+    groups = [rows[i]["group"] for i in questions.chosen]
+    conditions = {"system_prompt": task.system_prompt, "device": work.device, "dtype": dtype}
+    write_json(work.folder / PROMPTS_FILE, prompts_json(questions, _by_shown(replies), conditions))
     content = {
         "task": task.kind,
         "thinking": task.thinking,
@@ -101,7 +118,10 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
             BASE: f"{base.id} ({dtype})",
             FINETUNED: f"{base.id} with the adapter ({'NF4 base, ' if in_4bit else ''}{dtype})",
         },
-        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(chosen)},
+        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(groups)},
+        "answers": summarise(measured, groups, SHOWN[BASE], settings.seed) if groups else [],
+        "chrf": chrf_signature(),
+        "terms": questions.terms and {"name": questions.terms.name, "terms": len(questions.terms)},
         "turns_cut": sum(conversation.turns_cut for conversation in encoded),
         "parts": summary(scores, rows, settings.seed),
     }
@@ -120,6 +140,10 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     work.metrics |= {f"{key}_{name}": whole[name][key] for name in (BASE, FINETUNED) for key in ("loss", "perplexity")}
 
 
+def _by_shown(answers: dict[str, Any]) -> dict[str, Any]:
+    return {SHOWN[name]: given for name, given in answers.items()}
+
+
 def _run_model(
     name: str,
     base: Path,
@@ -127,12 +151,11 @@ def _run_model(
     in_4bit: bool,
     dtype: str,
     settings: Settings,
-    tokenizer: Any,
     rows: Sequence[dict[str, Any]],
     encoded: Sequence[EncodedConversation],
-    chosen: Sequence[int],
-) -> tuple[AnswerScores, list[dict[str, Any]]]:
-    """Scores of one model and its own answers to the chosen rows; it is loaded for this and freed again."""
+    questions: Questions,
+) -> tuple[AnswerScores, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Scores of one model, its own answers to test rows and to prompts; it is loaded for this and freed again."""
     from lib.models.loading import load_model
     from lib.scoring import TransformersBackend
 
@@ -141,62 +164,11 @@ def _run_model(
     names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
     try:
         scores = score_answers(backend, names, ids, spans, f"scoring test answers with {backend.name}")
-        prompts = [encoded[i].prompt_ids for i in chosen]
-        return scores, _generate(model, tokenizer, prompts, settings.max_new_tokens, f"answers of {backend.name}")
+        return scores, *write_with(model, questions, backend.name)
     finally:
         backend.close()
         del model
         gc.collect()
-
-
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], most: int, what: str) -> list[dict[str, Any]]:
-    """Greedy answers: {"text", "tokens", "ended"} (False: cut at `most` tokens)."""
-    import torch
-
-    end, answers = end_of_turn_id(tokenizer), []
-    model.config.use_cache = True
-    plain = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
-    with Progress(what, len(prompts)) as progress, torch.inference_mode():
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=model.device)
-            found = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=most,
-                eos_token_id=end,
-                pad_token_id=tokenizer.pad_token_id,
-                **plain,
-            )[0, len(prompt) :].tolist()
-            ended = found[-1:] == [end]
-            text = tokenizer.decode(found[:-1] if ended else found, skip_special_tokens=False)
-            answers.append({"text": text.strip(), "tokens": len(found), "ended": ended})
-            progress.advance()
-    return answers
-
-
-def _readable(
-    tokenizer: Any,
-    rows: Sequence[dict[str, Any]],
-    encoded: Sequence[EncodedConversation],
-    chosen: Sequence[int],
-    answers: dict[str, list[dict[str, Any]]],
-) -> list[dict[str, Any]]:
-    """Question, reference and both answers of the chosen rows, for human reading."""
-    made = []
-    for place, i in enumerate(chosen):
-        turns = [m for m in rows[i]["messages"] if m["role"] == ASSISTANT]
-        last = rows[i]["messages"].index(turns[len(encoded[i].spans) - 1])
-        made.append(
-            {
-                "id": rows[i]["id"],
-                "question": rows[i]["messages"][last - 1]["content"],
-                "reference": rows[i]["messages"][last]["content"],
-                **{SHOWN[name]: given[place]["text"] for name, given in answers.items()},
-                "ended": {SHOWN[name]: given[place]["ended"] for name, given in answers.items()},
-                "tokens": {SHOWN[name]: given[place]["tokens"] for name, given in answers.items()},
-            }
-        )
-    return made
 
 
 def summary(scores: dict[str, AnswerScores], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:

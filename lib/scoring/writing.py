@@ -1,0 +1,106 @@
+"""Prompts of test rows and of people, answered by a model, and the answers as text and as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lib.models.conversations import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    ConversationTask,
+    EncodedConversation,
+    question,
+    think_tags,
+)
+from lib.models.pieces import token_bytes
+from lib.progress import Progress
+from lib.scoring.generation import Feed, Sampling, Written, write
+from lib.textmetrics import Answered, TermList, measure, read_stream
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as token ids, with what is known of its answer.
+
+    Attributes:
+        ids: the rendered conversation up to where the answer starts.
+        question: last turn of the user.
+        reference: the answer that somebody gave; "" where there is none.
+        opening: the tag that the prompt itself ends with, where a template opens the reasoning; else "".
+    """
+
+    ids: list[int]
+    question: str
+    reference: str
+    opening: str
+
+
+def ask_row(tokenizer: Any, row: dict[str, Any], encoded: EncodedConversation) -> Asked:
+    """The last answer of a test row that is not cut off, as a task."""
+    answers = [place for place, message in enumerate(row["messages"]) if message["role"] == ASSISTANT]
+    last = answers[len(encoded.spans) - 1]
+    texts = [message["content"] for message in row["messages"]]
+    return Asked(encoded.prompt_ids, texts[last - 1], texts[last], _opening(tokenizer, encoded.prompt_ids))
+
+
+def ask_prompt(tokenizer: Any, task: ConversationTask, prompt: dict[str, str]) -> Asked:
+    """A prompt behind the task's system turn."""
+    turns = [{"role": SYSTEM, "content": task.system_prompt}, {"role": USER, "content": prompt["prompt"]}]
+    ids = tokenizer(question(tokenizer, turns, task.thinking), add_special_tokens=False)["input_ids"]
+    return Asked(ids, prompt["prompt"], prompt["reference"], _opening(tokenizer, ids))
+
+
+def _opening(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The opening tag, where a prompt ends with it."""
+    end, tag = tokenizer.decode(list(ids[-12:]), skip_special_tokens=False), think_tags(tokenizer)[0]
+    return f"{tag}\n" if end.rstrip().endswith(tag) else ""
+
+
+def told(tokenizer: Any, asked: Asked, written: Written, terms: TermList | None, thinking: bool) -> dict[str, Any]:
+    """An answer as text, and measured.
+
+    Args:
+        terms, thinking: see `lib.textmetrics.measure`.
+
+    Returns:
+        {"text", "tokens", "ended", "first_token_seconds", "seconds", "tokens_per_second", "measured"}; "measured" is
+        the row of `measure`, without what needs a reference where there is none.
+    """
+    stream = read_stream(token_bytes(tokenizer, written.ids))
+    measured = measure(Answered(stream, written.ended, asked.opening), asked.question, asked.reference, terms, thinking)
+    if not asked.reference:
+        measured |= dict.fromkeys(("chrf", "rouge_l", "terms"))
+    return {
+        "text": (asked.opening + stream.text).strip(),
+        "tokens": written.steps,
+        "ended": written.ended,
+        "first_token_seconds": written.first_token_seconds,
+        "seconds": written.seconds,
+        "tokens_per_second": written.tokens_per_second,
+        "measured": measured,
+    }
+
+
+def write_all(
+    start: Callable[[], Feed],
+    asked: Sequence[Asked],
+    most: int,
+    ends: Collection[int],
+    what: str,
+    sampling: Sampling | None = None,
+) -> list[Written]:
+    """Answers to all prompts, one after another.
+
+    Args:
+        start: gives the feed of a new text (`torch_feed`, `llama_feed`).
+        what: the work in words for the progress line.
+    """
+    answers = []
+    with Progress(what, len(asked)) as progress:
+        for one in asked:
+            answers.append(write(start(), one.ids, most, ends, sampling))
+            progress.advance()
+    return answers
