@@ -10,19 +10,23 @@ import sys
 import time
 from pathlib import Path
 
+from lib.data import rows_from_file
+from lib.evaluation import evaluate_models
+from lib.models.prompting import Task
+from lib.settings import Settings
+from tests.evaluation.test_stage import here
 from tests.scoring import tiny
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def test_killed_command_continues(small, tmp_path):
+def test_killed_command_continues(small, tmp_path, monkeypatch):
     """`workbook evaluate`, its process killed while llama.cpp scores; the same command goes on and leaves no rest."""
     rows = [{"text": row["text"] * 6, "label": row["label"]} for row in tiny.rows(600)]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     command = [sys.executable, "-m", "lib.cli", "evaluate", str(small.gguf), "--data", str(tmp_path / "rows.json")]
     command += ["--user-prompt", "评价：{text}", "--n-threads", "1", "--json", "--output"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    (whole,) = json.loads(subprocess.check_output([*command, str(tmp_path / "whole.json")], env=environment))["models"]
     folder = tmp_path / ".cut.json.scores"
     process = subprocess.Popen([*command, str(tmp_path / "cut.json")], env=environment, stdout=subprocess.DEVNULL)
     while not any(path.read_bytes().count(b"\n") > 20 for path in folder.glob("*.jsonl")):
@@ -37,6 +41,11 @@ def test_killed_command_continues(small, tmp_path):
     answer = subprocess.run([*command, str(tmp_path / "cut.json")], env=environment, capture_output=True, check=True)
     assert "rows already scored" in answer.stderr.decode()
     (entry,) = json.loads((tmp_path / "cut.json").read_text(encoding="utf-8"))["models"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.json", "rows.json"]
+    monkeypatch.setattr("lib.evaluation.standalone.run_child", here)
+    found = rows_from_file(str(tmp_path / "rows.json"), ["负面", "正面"])
+    plain = [{key: row[key] for key in ("id", "text", "label")} for row in found]
+    task = Task(("负面", "正面"), Settings().system_prompt, "评价：{text}", Settings().max_seq_length)
+    (whole,) = evaluate_models([small.gguf], plain, task, n_threads=1)["models"]
     timed = {"seconds_per_sample", "peak_memory_mib"}
     assert {k: v for k, v in entry.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.json", "rows.json", "whole.json"]
