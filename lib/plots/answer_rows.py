@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+READABLE = 8
+"""Written answers that a page shows; all of them are in generated.jsonl."""
 
 
 def _limits(values: Sequence[float] | None, form: str = ".3f") -> str | None:
@@ -94,9 +96,9 @@ def difference(result: Any) -> str:
 
 
 def generated(result: Any) -> list[Row]:
-    """Questions with the reference and both models' own answers (an AnswerResult)."""
+    """Questions with the reference and both models' own answers, the first rows (an AnswerResult)."""
     rows = []
-    for row in result.generated:
+    for row in result.generated[:READABLE]:
         cut = {name: "" if ended else " [cut at the limit]" for name, ended in row["ended"].items()}
         answers = {f"{name} answers": row[name] + cut[name] for name in ("base", "fine-tuned")}
         rows.append({"row": row["id"], "question": row["question"], "reference": row["reference"], **answers})
@@ -107,7 +109,8 @@ def decoding(result: Any) -> str:
     """Caption of the generated answers (an AnswerResult)."""
     made = result.content["decoding"]
     limit = f"at most {made['max_new_tokens']} tokens each"
-    return f"Answers to {made['rows']} test rows, greedy, {limit}; long texts are cut."
+    shown = f"the first {READABLE} of " if made["rows"] > READABLE else ""
+    return f"Answers to {shown}{made['rows']} test rows, greedy, {limit}; long texts are cut."
 
 
 def learned_of_answers(result: Any) -> str:
