@@ -1,0 +1,159 @@
+"""What two models write to rows and prompts, on the tiny model: kept, measured, the same every time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lib import plots
+from lib.errors import InputError
+from lib.evaluation.answers import BASE, FINETUNED, SHOWN
+from lib.evaluation.written import Questions, generated_rows, prompts_json, write_with
+from lib.models.conversations import ConversationTask
+from lib.models.tasks import encode_row
+from lib.plots import written_rows
+from lib.scoring.generation import end_ids, torch_feed, write
+from lib.scoring.writing import ask_prompt, ask_row
+from lib.settings import Settings
+from lib.textmetrics import summarise
+from tests.scoring import tiny
+from tests.scoring.conftest import Tiny, small  # noqa: F401
+
+TASK = ConversationTask("dialogue", "你是助手。", 192)
+THINKING = replace(TASK, thinking=True)
+
+
+def rows(count: int, thinking: bool = False) -> list[dict]:
+    """Conversations of two exchanges."""
+    thought = "<think>\n想一想\n</think>\n\n" if thinking else ""
+    texts = tiny.texts(4 * count)
+    made = []
+    for i in range(count):
+        q1, a1, q2, a2 = texts[4 * i : 4 * i + 4]
+        turns = [("system", "你是助手。"), ("user", q1), ("assistant", a1), ("user", q2), ("assistant", thought + a2)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        made.append({"id": f"test-{i:05d}", "messages": messages, "group": i, "leaked": False})
+    return made
+
+
+def questions(small: Tiny, tmp_path: Path, task: ConversationTask = TASK, **values: object) -> Questions:  # noqa: F811
+    terms = tmp_path / "terms.txt"
+    terms.write_text("房间\n早餐\t早饭\n服务", encoding="utf-8")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("房间好吗？\n早餐呢？\t很好。", encoding="utf-8")
+    given = {"generated_rows": 4, "max_new_tokens": 12, "terms": str(terms), "prompts_file": str(prompts), **values}
+    data = rows(6, task.thinking)
+    encoded = [encode_row(small.tokenizer, task, row) for row in data]
+    return Questions.of(Settings(**given), small.tokenizer, task, data, encoded)
+
+
+def test_rows_and_prompts_are_answered_measured_and_kept(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    asked = questions(small, tmp_path)
+    first, again = write_with(small.model, asked, "a"), write_with(small.model, asked, "a")
+    untimed = [
+        [{key: value for key, value in answer.items() if "second" not in key} for answer in found[0]]
+        for found in (first, again)
+    ]
+    assert untimed[0] == untimed[1] and len(first[0]) == 4
+    assert [reply["sampled"]["text"] for reply in first[1]] == [reply["sampled"]["text"] for reply in again[1]]
+    for one, answer in zip(asked.asked, first[0], strict=True):
+        ids = write(torch_feed(small.model), one.ids, 12, end_ids(small.tokenizer)).ids
+        assert answer["text"] == small.tokenizer.decode(ids, skip_special_tokens=False).strip()
+        assert answer["tokens"] <= 12 and answer["measured"]["stopped"] == answer["ended"]
+        assert answer["first_token_seconds"] <= answer["seconds"]
+    kept = generated_rows(rows(6), asked, {"base": first[0], "fine-tuned": first[0]})
+    assert [row["id"] for row in kept] == ["test-00000", "test-00001", "test-00002", "test-00003"]
+    assert kept[0]["reference"] == rows(6)[0]["messages"][-1]["content"]
+    content = prompts_json(asked, {"base": first[1], "fine-tuned": first[1]}, {"device": "cpu"})
+    assert json.loads(json.dumps(content)) == content
+    assert content["decoding"]["sampled"] == {"max_new_tokens": 12, "temperature": 0.7, "top_p": 0.8, "seed": 42}
+    without, given = content["prompts"]
+    assert given["reference"] == "很好。" and without["answers"]["base"]["greedy"]["measured"]["chrf"] is None
+    assert given["answers"]["base"]["sampled"]["measured"]["chrf"] is not None
+
+
+def test_a_row_is_asked_up_to_its_last_answer_that_fits(small: Tiny) -> None:  # noqa: F811
+    (row,) = rows(1)
+    whole = encode_row(small.tokenizer, TASK, row)
+    asked = ask_row(small.tokenizer, row, whole)
+    assert (asked.question, asked.reference) == (row["messages"][3]["content"], row["messages"][4]["content"])
+    assert small.tokenizer.decode(asked.ids).rstrip().endswith("assistant") and asked.opening == ""
+    cut = encode_row(small.tokenizer, replace(TASK, max_seq_length=len(whole.ids) - 2), row)
+    asked = ask_row(small.tokenizer, row, cut)
+    assert (asked.question, asked.reference) == (row["messages"][1]["content"], row["messages"][2]["content"])
+
+
+def test_a_template_that_opens_the_reasoning_itself(small: Tiny) -> None:  # noqa: F811
+    """Qwen3-Thinking's prompt ends with <think>: what the model writes begins inside the block."""
+    tokenizer = small.tokenizer
+    plain = ask_prompt(tokenizer, THINKING, {"prompt": "好吗", "reference": ""})
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template + "{%- if add_generation_prompt %}<think>\n{%- endif %}"
+        opened = ask_prompt(tokenizer, THINKING, {"prompt": "好吗", "reference": ""})
+    finally:
+        tokenizer.chat_template = template
+    assert (plain.opening, opened.opening) == ("", "<think>\n")
+
+
+def test_nothing_is_written_where_nothing_is_wanted(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    asked = questions(small, tmp_path, generated_rows=0)
+    assert write_with(small.model, asked, "a") == ([], [])
+    with pytest.raises(InputError, match="terms: "):
+        questions(small, tmp_path, terms=str(tmp_path / "absent.txt"))
+
+
+def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> SimpleNamespace:  # noqa: F811
+    """A result as the stage makes it, both models the same."""
+    asked = questions(small, tmp_path, task, generated_rows=wanted)
+    answers, replies = write_with(small.model, asked, "a")
+    own = {SHOWN[name]: answers for name in (BASE, FINETUNED)}
+    measured = {name: [answer["measured"] for answer in given] for name, given in own.items()}
+    part = {"n": 6, "ratio": 1.0, "ratio_interval": [0.9, 1.1]}
+    part |= {name: {"perplexity": 9.0, "perplexity_interval": [8.0, 10.0]} for name in (BASE, FINETUNED)}
+    content = {
+        "answers": summarise(measured, [*range(len(answers))], "base", 1) if answers else [],
+        "chrf": "signature",
+        "terms": {"name": "terms.txt", "terms": 3},
+        "decoding": {"rows": len(answers), "max_new_tokens": 12},
+        "parts": {"all": part},
+    }
+    prompts = prompts_json(asked, dict.fromkeys(own, replies), {"system_prompt": "你是助手。"})
+    return SimpleNamespace(content=content, generated=generated_rows(rows(6), asked, own), prompts=prompts)
+
+
+def test_what_the_page_shows(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    result = page(small, tmp_path, TASK, 4)
+    checks = written_rows.checks(result)
+    assert [line["check"] for line in checks] == [
+        "character integrity",
+        "term preservation",
+        "think structure",
+        "semantic coherence",
+        "semantic coherence",
+    ]
+    assert checks[0]["n"] == 4 and "without thinking" in checks[2]["measured by"]
+    assert checks[3]["base"].startswith("9.00 [8.00") and checks[4]["measured by"].startswith("chrF")
+    lines = {line["metric"]: line for line in written_rows.metrics(result)}
+    assert lines["stopped by itself ↑"]["difference"].startswith("+0.00 [-0.")
+    assert "signature" in written_rows.conditions(result) and "terms.txt, 3 terms" in written_rows.conditions(result)
+    assert "0 differ by more than chance" in written_rows.reading(result)
+    assert len(written_rows.prompts(result)) == 4 and "seed 42" in written_rows.prompts_caption(result)
+    assert [line["prompts"] for line in written_rows.latencies(result)] == [2, 2]
+    for shown in (checks, [*lines.values()], written_rows.prompts(result), written_rows.latencies(result)):
+        assert "<table>" in plots.table(shown, "c").data
+
+
+def test_what_the_page_shows_of_thinking_and_of_nothing(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    result = page(small, tmp_path, THINKING, 3)
+    assert written_rows.checks(result)[2]["n"] == 3
+    assert "reasoning opened 0, closed 0" in written_rows.reading(result)
+    nothing = page(small, tmp_path, TASK, 0)
+    assert "generated_rows is 0" in written_rows.checks(nothing)[0]["measured by"]
+    for shown in (written_rows.metrics, written_rows.prompts, written_rows.latencies):
+        assert "generated_rows is 0" in str(shown(nothing))
+    assert "generated_rows is 0" in written_rows.reading(nothing)
