@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.comparison.advice import frontier, recommend
+from lib.comparison.agreement import agreements
 from lib.comparison.answering import judge_answers, recommend_answers
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
 from lib.comparison.judging import Rows, judge
+from lib.comparison.running import SCORING, run_all, run_one, shared_argument
 from lib.device import cpu_name, llama_cpp_problem, physical_cores
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.models.tasks import AnyTask, has_labels
-from lib.run.child import run_child
 from lib.run.files import write_json
 from lib.run.folders import writable
 from lib.scoring import Scores
@@ -31,7 +31,6 @@ SUMMARY = "comparison.json"
 GGUF, FOLDER = "gguf", "folder"
 """Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
 
-_TEMPORARY = ".reference-"
 _SPEED_KEYS = (
     *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
     *("generation_tokens_per_second", "generation_tokens_per_second_range"),
@@ -54,6 +53,7 @@ def compare_files(
     equivalence_margin: float = 1.0,
     perplexity_margin: float = 1.0,
     train: Sequence[Mapping[str, Any]] = (),
+    merged: Path | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
     """Compare GGUF files and model folders with a reference on the same rows and on held-out text.
@@ -62,18 +62,20 @@ def compare_files(
         reference: the unquantized GGUF file.
         others: GGUF files made from it, and folders of the same model that transformers loads.
         rows: {"id", "text", "label"} or {"id", "messages"}, with "group" and "leaked" where known.
-        output: folder for comparison.json and one scores-<TYPE>.jsonl a file.
+        output: folder for comparison.json and one scores-<TYPE>.jsonl a file; rows that an interrupted comparison
+            scored there are not scored again.
         source: what the rows are, in words; goes into comparison.json as "data".
         tokenizer: of the model; None = the one inside `reference`.
         n_ctx, perplexity_tokens: window and most tokens of the held-out text (the rows' texts, leak-free first).
         equivalence_margin: accuracy points that count as equivalent.
         perplexity_margin: percent of answer perplexity that count as equivalent, for rows without labels.
         train: training rows without labels, whose token frequencies are the least that the reference must beat.
+        merged: folder of the model that `reference` was converted from; its labels in transformers are compared too.
 
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
         the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
-        "notes".
+        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes".
 
     Raises:
         InputError: a file that is missing, no GGUF, or that llama.cpp refuses or dies of (named); the same file twice;
@@ -88,10 +90,12 @@ def compare_files(
     work = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens)
     threads = n_threads or physical_cores()
     paths = [reference, *others]
-    answers = _run(paths, work, threads, n_gpu_layers, output)
+    shared = shared_argument(work, rows, threads, n_gpu_layers)
+    answers = run_all(paths, shared, output)
     names = _names(paths, [answer["file_type"] for answer in answers])
     scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
     labelled = has_labels(task)
+    agreement = _agreement(merged, shared, scores, rows, work, output) if labelled else None
     margin = equivalence_margin if labelled else perplexity_margin
     floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
     entries = _entries(names, paths, answers, scores, Rows.of(rows), margin, seed)
@@ -119,11 +123,13 @@ def compare_files(
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
         "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
-        "notes": work.notes,
+        "agreement": agreement,
+        "notes": [*work.notes, *(f"{n}: {a['note']}" for n, a in zip(names, answers, strict=True) if a.get("note"))],
     }
     for name, score in scores.items():
         score.save(output / f"scores-{name}.jsonl")
     write_json(output / SUMMARY, result)
+    shutil.rmtree(output / SCORING, ignore_errors=True)
     return result
 
 
@@ -152,30 +158,19 @@ def _check_folder(path: Path) -> None:
     check_model_folder(path)
 
 
-def _run(paths: Sequence[Path], work: Work, threads: int, gpu_layers: int, output: Path) -> list[dict[str, Any]]:
-    """Measure every file, one process after another; the reference's log-probabilities live as long as this call."""
-    answers = []
-    for stray in output.glob(f"{_TEMPORARY}*"):  # of a comparison that was killed
-        shutil.rmtree(stray, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
-        for place, path in enumerate(paths):
-            argument = {
-                "path": str(path.resolve()),
-                "prompts": work.prompts,
-                "answers": work.answers,
-                "spans": work.spans,
-                "windows": work.windows,
-                "n_ctx": work.n_ctx,
-                "n_threads": threads,
-                "n_gpu_layers": gpu_layers,
-                "reference": str(Path(folder).resolve() / "log-probs.f32"),
-                "is_reference": place == 0,
-                "sample": work.sample,
-            }
-            function = "torch_worker:score_folder" if path.is_dir() else "worker:score_file"
-            what = f"comparing {path.name} ({place + 1} of {len(paths)})"
-            answers.append(run_child(f"lib.comparison.{function}", argument, what))
-    return answers
+def _agreement(
+    merged: Path | None,
+    shared: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    work: Work,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Equal labels by margin; the merged model is scored for it by transformers."""
+    if merged is None:
+        return agreements(scores, None, "")
+    answer = run_one("torch_worker:score_merged", merged, dict(shared), output, "scoring the merged model")
+    return agreements(scores, _scores(rows, work, answer), f"merged, transformers ({answer['dtype']})")
 
 
 def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]:

@@ -29,6 +29,7 @@ class ComparisonResult:
         data: where the rows come from and how many there are.
         notes: what was done otherwise than asked.
         skipped: {"format", "reason"} of every export format that could not be made here.
+        agreement: equal labels by margin for each pair of models (`lib.comparison.agreement`); none without labels.
         labelled: whether the rows have labels; without, entries speak of answer perplexity instead of accuracy.
     """
 
@@ -41,6 +42,7 @@ class ComparisonResult:
     data: dict[str, Any]
     notes: tuple[str, ...]
     skipped: tuple[dict[str, str], ...]
+    agreement: tuple[dict[str, Any], ...] = ()
     labelled: bool = True
 
     def entry(self, type_name: str) -> dict[str, Any]:
@@ -68,8 +70,9 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         "comparison",
         build,
         parameters=settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin),
-        inputs=("data", "gguf", "quantized", "exports"),
+        inputs=("data", "gguf", "quantized", "exports", *(["merged"] if labelled and _has_merged(run) else [])),
         force=settings.force,
+        keep_partial=True,
     )
     content = read_json(product.path / SUMMARY)
     return ComparisonResult(
@@ -82,8 +85,14 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         data=content["data"],
         notes=tuple(content["notes"]),
         skipped=tuple(_exports(run)["skipped"]),
+        agreement=tuple(content.get("agreement") or ()),
         labelled=labelled,
     )
+
+
+def _has_merged(run: Run) -> bool:
+    """The merged folder may be deleted to save room once its GGUF is there; then its labels are not compared."""
+    return "merged" in run.manifest.entries() and (run.folder / "merged").is_dir()
 
 
 def _exports(run: Run) -> dict[str, Any]:
@@ -113,6 +122,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         equivalence_margin=settings.equivalence_margin,
         perplexity_margin=settings.perplexity_margin,
         train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
+        merged=run.require("merged").path if has_labels(task) and _has_merged(run) else None,
         seed=settings.seed,
     )
     work.device = result["conditions"]["device"]

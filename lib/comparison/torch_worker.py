@@ -13,8 +13,6 @@ import numpy as np
 from lib.comparison.speed import GENERATED_TOKENS, PROMPT_TOKENS, rate, read_once, repeat
 from lib.comparison.worker import diverge, row_log_probs
 from lib.errors import InputError
-from lib.progress import Progress
-from lib.run.child import peak_memory_mib
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,16 +48,8 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter() - started
     speed = _speed(model, windows[0][:PROMPT_TOKENS])
     backend = TransformersBackend(model, BATCH, path.name)
-    started = time.perf_counter()
-    with Progress(f"scoring rows with {path.name}", len(argument["prompts"])) as progress:
-        log_probs = row_log_probs(backend, argument, progress)
-    seconds, memory = time.perf_counter() - started, peak_memory_mib()
-    if not np.isfinite(log_probs).all():
-        raise InputError(
-            f"{path.name} gives log-probabilities that are not numbers.",
-            "finite log-probabilities.",
-            "leave this format out of export_formats.",
-        )
+    scored = row_log_probs(backend, argument)
+    log_probs = _finite(scored.pop("values"), path, "leave this format out of export_formats.")
     text = diverge(backend, windows, Path(argument["reference"]))
     return {
         "file_type": None,
@@ -70,12 +60,36 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
         "load_seconds": loaded,
         **speed,
         "log_probs": log_probs.tolist(),
-        "score_seconds": seconds,
-        "memory_mib": memory,
+        **scored,
+        "note": backend.note,
         "device": backend.device,
         "thread_waiting": os.environ.get("OMP_WAIT_POLICY", ""),
         **text,
     }
+
+
+def score_merged(argument: dict[str, Any]) -> dict[str, Any]:
+    """The labels alone, of the model that the files were made from: "log_probs", "score_seconds", "found", "dtype"."""
+    import torch
+
+    from lib.models.saved import load_as_saved
+    from lib.scoring.torch_backend import TransformersBackend
+
+    path = Path(argument["path"])
+    torch.set_num_threads(argument["n_threads"])
+    _check_tokenizer(path, argument["sample"])
+    backend = TransformersBackend(load_as_saved(path), BATCH, path.name)
+    scored = row_log_probs(backend, argument)
+    log_probs = _finite(scored.pop("values"), path, "merge again with notebook 04 and force: true.")
+    dtype = str(backend.model.dtype).removeprefix("torch.")
+    return {"log_probs": log_probs.tolist(), **scored, "dtype": dtype, "note": backend.note}
+
+
+def _finite(log_probs: np.ndarray, path: Path, do: str) -> np.ndarray:
+    if not np.isfinite(log_probs).all():
+        found = f"{path.name} gives log-probabilities that are not numbers."
+        raise InputError(found, "finite log-probabilities.", do)
+    return log_probs
 
 
 def _check_tokenizer(path: Path, sample: dict[str, Any]) -> None:

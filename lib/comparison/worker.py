@@ -20,8 +20,10 @@ from lib.run.child import peak_memory_mib
 from lib.run.files import require_space
 from lib.scoring.answers import token_log_probs
 from lib.scoring.backend import Backend
+from lib.scoring.journal import kept_peak_memory_mib, model_hash
 from lib.scoring.llama import LlamaCppBackend
 from lib.scoring.perplexity import kl_table, perplexity
+from lib.scoring.scores import Keep, kept_log_probs
 
 WAIT_POLICY = "passive"
 """How llama.cpp's threads wait for one another (OMP_WAIT_POLICY)."""
@@ -57,13 +59,15 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
     """Everything measured on one file.
 
     Args:
-        argument: "path", "prompts", "answers" and "windows" (token ids), "spans" (of the answers, without labels),
+        argument: "path", "names" (of the rows), "prompts", "answers" and "windows" (token ids), "keep" (file for the
+            scores as they come, or None), "spans" (of the answers, without labels),
             "n_ctx" (longest sequence), "n_threads", "n_gpu_layers", "reference" (file of the reference's
             log-probabilities), "is_reference" (write that file).
 
     Returns:
-        what `measure` gives, "log_probs", "score_seconds", "memory_mib" (peak while loading, timing and scoring; the
-        reference's log-probabilities, which only this comparison needs, are not in it), "divergence" (a KlTable as a
+        what `measure` gives, "log_probs", "score_seconds", "found" (what of it was done already, in words),
+        "memory_mib" (peak while loading, timing and scoring; the reference's log-probabilities, which only this
+        comparison needs, are not in it), "divergence" (a KlTable as a
         dict; null for the reference) and "perplexity" (a Perplexity as a dict; null for the others).
     """
     # Threads that wait must sleep: spinning ones slow llama.cpp down a hundredfold when the cores are shared. Read by
@@ -73,11 +77,8 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
     speed = measure(path, windows[0], argument["n_threads"], argument["n_gpu_layers"])
     backend = LlamaCppBackend(path, argument["n_ctx"], argument["n_threads"], argument["n_gpu_layers"])
     with backend:
-        started = perf_counter()
-        with Progress(f"scoring rows with {path.name}", len(argument["prompts"])) as progress:
-            log_probs = row_log_probs(backend, argument, progress)
-        seconds = perf_counter() - started
-        memory = peak_memory_mib()
+        scored = row_log_probs(backend, argument)
+        log_probs = scored.pop("values")
         if not np.isfinite(log_probs).all():
             raise InputError(
                 f"{path.name} gives log-probabilities that are not numbers.",
@@ -90,20 +91,31 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
         **speed,
         "bytes": path.stat().st_size,
         "log_probs": log_probs.tolist(),
-        "score_seconds": seconds,
-        "memory_mib": memory,
+        **scored,
         "device": backend.device,
         "thread_waiting": os.environ["OMP_WAIT_POLICY"],
         **text,
     }
 
 
-def row_log_probs(backend: Backend, argument: dict[str, Any], progress: Progress) -> np.ndarray:
-    """log p of each answer word, (rows, words); without labels of all answers of a row together, (rows, 1)."""
-    if not argument.get("spans"):
-        return backend.label_log_probs(argument["prompts"], argument["answers"], progress)
-    values = token_log_probs(backend, argument["prompts"], argument["spans"], progress)
-    return np.array([[value.sum()] for value in values])
+def row_log_probs(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:
+    """log p of each answer word, (rows, words); without labels of all answers of a row together, (rows, 1).
+
+    Returns:
+        "values" (the array), "score_seconds", "found" and "memory_mib" (see `score_file`).
+    """
+    prompts, what = argument["prompts"], f"scoring rows with {backend.name}"
+    if argument.get("spans"):
+        started = perf_counter()
+        with Progress(what, len(prompts)) as progress:
+            found = token_log_probs(backend, prompts, argument["spans"], progress)
+        values = np.array([[value.sum()] for value in found])
+        seconds = perf_counter() - started
+        return {"values": values, "score_seconds": seconds, "found": "", "memory_mib": peak_memory_mib()}
+    keep = Keep(Path(argument["keep"]), model_hash(Path(argument["path"]))) if argument.get("keep") else None
+    values, seconds, words = kept_log_probs(backend, argument["names"], prompts, argument["answers"], what, keep)
+    memory = max(peak_memory_mib(), kept_peak_memory_mib(keep.path) if keep else 0.0)
+    return {"values": values, "score_seconds": seconds, "found": words, "memory_mib": memory}
 
 
 class _Recorder:

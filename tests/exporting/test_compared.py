@@ -31,7 +31,7 @@ def compared(
     quantize_file(folder / "m-F16.gguf", folder / "m-Q8_0.gguf", "Q8_0")
     others = [folder / "m-Q8_0.gguf", exported("bf16")[0], exported("nf4")[0]]
     reference = folder / "m-F16.gguf"
-    result = compare_files(reference, others, ROWS, tiny_run.TASK, folder / "out", n_ctx=128, n_threads=1)
+    result = compare_files(reference, others, ROWS, tiny_run.TASK, folder / "out", n_ctx=128, n_threads=1, merged=base)
     return result, folder / "out", reference
 
 
@@ -66,6 +66,26 @@ def test_scores_are_those_of_the_one_scorer(compared: tuple[dict, Path, Path], e
     saved = Scores.load(compared[1] / "scores-bf16.jsonl")
     assert saved.ids == own.ids
     np.testing.assert_allclose(saved.log_probs, own.log_probs, atol=0.05)
+
+
+def test_labels_of_the_merged_model_in_transformers(compared: tuple[dict, Path, Path], base: Path) -> None:
+    """Against scores made here: the same model in transformers and as F16 in llama.cpp, by margin."""
+    from lib.models.loading import load_tokenizer
+
+    merged = score_rows(TransformersBackend(load_as_saved(base)), load_tokenizer(base), tiny_run.TASK, ROWS, "test")
+    pairs = {(pair["first"], pair["second"]): pair for pair in compared[0]["agreement"]}
+    title = f"merged, transformers ({str(load_as_saved(base).dtype).removeprefix('torch.')})"
+    assert list(pairs) == [
+        *((title, n) for n in ("F16", "Q8_0", "bf16", "nf4")),
+        *(("F16", n) for n in ("Q8_0", "bf16", "nf4")),
+    ]
+    f16 = Scores.load(compared[1] / "scores-F16.jsonl")
+    pair = pairs[title, "F16"]
+    assert pair["near_ties"] == int((abs(merged.margins) < 0.1).sum())
+    *bins, whole = pair["bins"]
+    assert whole["n"] == 30 == sum(part["n"] for part in bins)
+    assert whole["agree"] == int((merged.predictions == f16.predictions).sum()) == sum(part["agree"] for part in bins)
+    assert all(part["agree"] == part["n"] for part in bins[2:]), "F16 flips no row with a margin above 0.5 nats"
 
 
 def test_advice_and_frontier_are_about_gguf_files(compared: tuple[dict, Path, Path]) -> None:
