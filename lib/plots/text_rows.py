@@ -17,7 +17,7 @@ def findings(result: Any) -> list[Row]:
     rows = [
         {
             "what": line["what"],
-            **{f"{name}, rows": line[name] for name in splits},
+            f"rows: {', '.join(splits)}": ", ".join(f"{line[name]:,}" for name in splits),
             "characters": line["characters"],
             "most frequent": line["most frequent"],
             "example": line["example"],

@@ -89,7 +89,7 @@ def conditions(result: Any) -> str:
     return (
         f"Greedy answers to {made['rows']:,} test rows, at most {made['max_new_tokens']:,} tokens each, with 95 % "
         f"intervals (groups of alike rows drawn); difference: fine-tuned minus base on the same rows. "
-        f"chrF: {result.content['chrf']}; {listed}."
+        f"chrF: {result.content['chrf'].replace('|', ' | ')}; {listed}."
     )
 
 

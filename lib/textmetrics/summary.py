@@ -21,7 +21,8 @@ def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: 
 
     Shares have Wilson's interval and, for differences, Tango's, with n divided by the design effect of the groups: a
     bootstrap of five answers that are all right would claim certainty. Means and ratios have a percentile bootstrap
-    over groups. With fewer than three groups there is no interval.
+    over groups. Where all rows agree it says nothing: ratios of 0 or 1, and differences of ratios, then have the
+    interval of a share with the groups as its n, others none. With fewer than three groups there is none at all.
 
     Args:
         models: name -> measured rows (`measure`), the same questions in the same order.
@@ -73,22 +74,28 @@ def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
-    if metric.kind == SHARE and len(np.unique(groups)) >= FEWEST:
+    count = len(np.unique(groups))
+    if metric.kind == SHARE and count >= FEWEST:
         effect = design_effect(values, groups)
         return _shown(wilson(values.sum() / effect, len(values) / effect))  # type: ignore[arg-type]
+    if metric.kind == RATIO and count >= FEWEST and np.ptp(values) == 0 and values[0] in (0, 1):
+        return _shown(wilson(int(values[0]) * count, count))
     return _bootstrapped(values, groups, weights, seed)
 
 
 def _difference(
     metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int
 ) -> dict[str, Any]:
-    if metric.kind == SHARE and len(np.unique(groups)) >= FEWEST:
+    count = len(np.unique(groups))
+    if metric.kind == SHARE and count >= FEWEST:
         return _shown(clustered_score_interval(change, groups))
+    if metric.kind == RATIO and count >= FEWEST and not change.any():
+        return _shown(clustered_score_interval(np.zeros(count)))
     return _bootstrapped(change, groups, weights, seed)
 
 
 def _bootstrapped(values: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
-    if len(np.unique(groups)) < FEWEST:
+    if len(np.unique(groups)) < FEWEST or np.ptp(values) == 0:
         return {"estimate": float(np.average(values, weights=weights)), "interval": None}
     return _shown(paired_bootstrap(values, groups, seed, weights=weights))
 

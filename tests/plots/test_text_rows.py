@@ -15,7 +15,7 @@ def test_findings_scripts_and_reading() -> None:
     result = SimpleNamespace(text_audit=audit_texts(TEXTS))
     lines = text_rows.findings(result)
     assert all(line["characters"] > 0 and line["example"] for line in lines)
-    assert [line["train, rows"] for line in lines if line["what"].startswith("zero-width")] == [1]
+    assert [line["rows: train, test"] for line in lines if line["what"].startswith("zero-width")] == ["1, 0"]
     assert "⟨U+200B⟩" in plots.table(lines, "c").data
     assert [line["traditional"] for line in text_rows.scripts(result)] == [0, 1]
     words = text_rows.reading(result)

@@ -209,6 +209,16 @@ def test_summary_of_two_models() -> None:
     assert copies["chrf"]["models"]["base"]["interval"] is copies["empty"]["models"]["base"]["interval"] is None
 
 
+def test_rows_that_all_agree_are_not_certain() -> None:
+    """A bootstrap of equal values would be an interval of no width."""
+    rows = [measured("好", "焦虑、失眠") for _ in range(5)]
+    found = {e["key"]: e for e in summarise({"a": rows, "b": rows}, range(5), "a", 0)}
+    assert found["terms"]["models"]["a"] == {"estimate": 0.0, "interval": wilson(0, 5).to_json()}
+    assert found["terms"]["differences"]["b"]["interval"] == paired_score_interval(0, 0, 5).to_json()
+    assert found["loop"]["models"]["a"] == {"estimate": 0.0, "interval": None}
+    assert found["chrf"]["differences"]["b"] == {"estimate": 0.0, "interval": None}
+
+
 def test_copies_are_no_evidence() -> None:
     """Each row three times over: the same estimate, the same interval."""
     one = [measured("好", ended=i % 2 == 0) for i in range(6)]
