@@ -110,6 +110,7 @@ def _facts(given: GivenAdapter, base: Base, shape: AdapterShape, total: int) -> 
         "steps": 0,
         "throughput": 0.0,
         "resumed_from": None,
+        "layout": "",
         "messages": [],
         "seconds": 0.0,
         "peak_memory_mib": 0.0,

@@ -72,7 +72,7 @@ class Collator:
         self.pad_id = pad_id
 
     def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, labels: int64 (rows, longest rounded up)."""
+        """input_ids, attention_mask, labels: int64 (rows, longest rounded up); row_tokens: int64 (), no padding."""
         import torch
 
         longest = max(len(example) for example in batch)
@@ -86,7 +86,7 @@ class Collator:
             mask[i, : len(row)] = 1
             for start, stop in example.answers:
                 labels[i, start:stop] = row[start:stop]
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "row_tokens": mask.sum()}
 
 
 class GroupedOrder:

@@ -93,22 +93,3 @@ def autocast(model: Any) -> contextlib.AbstractContextManager:
 
     low = model.get_input_embeddings().weight.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16) if low else contextlib.nullcontext()
-
-
-def check_loss(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Prove on one row that this model's logits are its output layer on its last hidden state.
-
-    Raises:
-        RuntimeError: the architecture does more (scales or caps its logits), so the shortcut would be wrong.
-    """
-    import torch
-
-    one = {key: value[:1] for key, value in batch.items()}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), autocast(causal_model(model)):
-        short, count = answer_loss(model, one)
-        full = model(**one).loss.float() * count
-    model.train(was_training)
-    if not torch.isclose(short, full, rtol=0.02, atol=0.02 * count):
-        raise RuntimeError(f"loss at the answer tokens is {short.item():.4f}, by the model itself {full.item():.4f}")

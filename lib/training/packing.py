@@ -7,6 +7,7 @@ Dropout is the one difference in training: the prefix meets one random mask a mi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class PackedCollator:
         Returns:
             input_ids, position_ids, labels: int64 (1, N).
             gather: int64 (B, S), position in the sequence of each row's tokens (an empty place repeats the last one).
-            scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix.
+            scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix; −1 for the filling.
             row_tokens: int64 (), tokens of all rows, the prefix counted once a row.
         """
         import torch
@@ -61,7 +62,7 @@ class PackedCollator:
         used = prefix + sum(len(e) - prefix for e in batch)
         total = -(-used // LENGTH_STEP) * LENGTH_STEP
         ids, labels = torch.full((1, total), self.pad_id), torch.full((1, total), IGNORED)
-        positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.zeros(total - prefix, dtype=torch.int64)
+        positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.full((total - prefix,), -1)
         gather = torch.empty((len(batch), widest), dtype=torch.int64)
         ids[0, :prefix], positions[0, :prefix] = torch.tensor(batch[0].ids[:prefix]), torch.arange(prefix)
         at = prefix
@@ -113,24 +114,19 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    rows, widest = gather.shape
     prefix = query.shape[2] - len(scatter)
     groups = module.num_key_value_groups
-    heads = query.shape[1]
-
-    def own(states: torch.Tensor) -> torch.Tensor:
-        """(1, h, N, width) to (rows, h, widest, width)."""
-        picked = states.index_select(2, gather.reshape(-1))
-        return picked.reshape(states.shape[1], rows, widest, -1).transpose(0, 1)
 
     def seen(states: torch.Tensor) -> torch.Tensor:
         """Prefix and own tokens of every row: (rows, heads, prefix + widest, width)."""
-        return repeat_kv(_join(states[:, :, :prefix].expand(rows, -1, -1, -1), own(states)), groups)
+        front = states[:, :, :prefix].expand(len(gather), -1, -1, -1)
+        return repeat_kv(_join(front, _unpack(states, gather, scatter)), groups)
 
-    behind = attend(own(query), seen(key), seen(value), attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-    behind = behind.permute(0, 2, 1, 3).reshape(rows * widest, heads, -1).index_select(0, scatter)
+    own = _unpack(query, gather, scatter)
+    behind = attend(own, seen(key), seen(value), attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    behind = _pack(behind.transpose(1, 2), gather, scatter)
     if not prefix:
-        return behind[None], None
+        return behind, None
     front = attend(
         query[:, :, :prefix],
         repeat_kv(key[:, :, :prefix], groups),
@@ -139,7 +135,59 @@ def packed_attention(
         dropout_p=dropout,
         scale=scaling,
     )
-    return _join(front.transpose(1, 2), behind[None], 1), None
+    return _join(front.transpose(1, 2), behind, 1), None
+
+
+def _unpack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """(1, heads, N, width) to (rows, heads, widest, width): every row's own tokens."""
+    flat = _functions()[0](states[0].transpose(0, 1), gather, scatter)
+    return flat.unflatten(0, gather.shape).transpose(1, 2)
+
+
+def _pack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """(rows, widest, heads, width) to (1, N − P, heads, width): the reverse of `_unpack`."""
+    return _functions()[1](states.flatten(0, 1), gather, scatter)[None]
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any]:
+    """Both ways as autograd functions: each one's gradient is the other way, where torch would add up in bfloat16.
+
+    That is exact because an empty place has no gradient: no token of a row sees it, and nobody reads what it sees.
+    """
+    import torch
+
+    class Unpack(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+            context.save_for_backward(gather, scatter)
+            return states.index_select(0, gather.reshape(-1))
+
+        @staticmethod
+        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            gather, scatter = context.saved_tensors
+            back = upstream.index_select(0, scatter.clamp(min=0))
+            back[scatter < 0] = 0
+            prefix = int(gather[0, 0])
+            return torch.cat([back.new_zeros(prefix, *back.shape[1:]), back]), None, None
+
+    class Pack(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+            context.save_for_backward(gather, scatter)
+            return states.index_select(0, scatter.clamp(min=0))
+
+        @staticmethod
+        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            gather, _ = context.saved_tensors
+            places = gather.reshape(-1) - gather[0, 0]
+            back = upstream.index_select(0, places)
+            repeated = torch.zeros_like(gather, dtype=torch.bool)
+            repeated[:, 1:] = gather[:, 1:] == gather[:, :-1]
+            back[repeated.reshape(-1)] = 0
+            return back, None, None
+
+    return Unpack.apply, Pack.apply
 
 
 def _join(first: torch.Tensor, second: torch.Tensor, axis: int = 2) -> torch.Tensor:
@@ -161,28 +209,33 @@ def packed_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def use_packed_attention(model: Any) -> str | None:
-    """Switch a model's attention to `packed_attention`.
+def use_packed_attention(model: Any) -> tuple[str | None, str]:
+    """Switch a model's attention to `packed_attention`, which leaves batches that are not packed as they were.
 
     Returns:
-        None, or why this model cannot: then it is unchanged.
+        None, or why this model cannot (then it is unchanged); and the name of the attention it had.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
+    before = config._attn_implementation
     if getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None):
-        return "it has layers with a sliding window"
+        return "it has layers with a sliding window", before
     if not all(hasattr(m, "num_key_value_groups") for n, m in model.named_modules() if n.endswith(".self_attn")):
-        return "its attention is not of the kind of Qwen or Llama"
+        return "its attention is not of the kind of Qwen or Llama", before
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    before = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION)
     except (ValueError, AttributeError) as error:
-        return f"transformers: {' '.join(str(error).split())[:120]}"
+        return f"transformers: {' '.join(str(error).split())[:120]}", before
     if config._attn_implementation != ATTENTION:
         model.set_attn_implementation(before)
-        return "its attention function cannot be changed"
-    return None
+        return "its attention function cannot be changed", before
+    return None, before
+
+
+def restore_attention(model: Any, name: str) -> None:
+    """Back to the attention that `use_packed_attention` found."""
+    model.set_attn_implementation(name)

@@ -28,6 +28,7 @@ class FinetuneResult:
         throughput: median non-padding tokens a second.
         peak_memory_mib: largest resident memory while training (the process and its children).
         resumed_from: step of the checkpoint that this training continued from; None if it ran in one go.
+        layout: how the rows of a micro-batch were laid out, in words.
         messages: what was found on resuming (damaged checkpoints passed over).
         seconds: of the last, uninterrupted part of the training.
         micro_batch: {"asked", "used"}: rows and passes an update each; "out_of_memory": the sizes that did not fit.
@@ -51,6 +52,7 @@ class FinetuneResult:
     throughput: float
     peak_memory_mib: float
     resumed_from: int | None
+    layout: str
     messages: list[str]
     seconds: float
     dtype: str

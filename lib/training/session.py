@@ -20,10 +20,11 @@ from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
-from lib.training.batches import Collator, Example, examples
+from lib.training.batches import Example, examples
 
 if TYPE_CHECKING:
     from lib.settings import Settings
+    from lib.training.layout import Collate
     from lib.training.team import Team
 
 
@@ -153,15 +154,14 @@ def _train(
     job: Job, model: Any, train: list[Example], validation: list[Example], pad_id: int, team: Team | None
 ) -> dict[str, Any] | None:
     """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
-    from lib.training.loss import check_loss
+    from lib.training.layout import choose_layout
     from lib.training.watch import Watch, stop_by_signal
 
-    kind = device.torch_device()
-    check_loss(model, {k: v.to(kind) for k, v in Collator(pad_id)(train[:1]).items()})
+    collate, layout = choose_layout(model, [*train, *validation], pad_id)
     folder, first = job.folder / "checkpoints", team is None or team.first
     for left in (".staged", ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
-    trainer, steps = _trainer(job.settings, folder, model, train, validation, pad_id, team)
+    trainer, steps = _trainer(job.settings, folder, model, train, validation, collate, team)
     good, messages = checkpoints.find(folder)
     start = good[-1] if good else None
     began = time.monotonic()
@@ -171,6 +171,7 @@ def _train(
         trainer.add_callback(watch)
         for message in messages:
             watch.write(f"{message}: passed over")
+        watch.write(f"micro-batches {layout}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
         with stop_by_signal(watch.stop):
             trainer.train(resume_from_checkpoint=str(start.path) if start else None)
@@ -178,7 +179,8 @@ def _train(
         raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
     if not first:
         return None
-    return _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
+    outcome = _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
+    return {**outcome, "layout": layout}
 
 
 def _trainer(
@@ -187,7 +189,7 @@ def _trainer(
     model: Any,
     train: list[Example],
     validation: list[Example],
-    pad_id: int,
+    collate: Collate,
     team: Team | None,
 ) -> tuple[Any, int]:
     """The Trainer of this process, and the updates of the whole training."""
@@ -206,10 +208,10 @@ def _trainer(
         seed=settings.training_seed,
     )
     if team is None:
-        return AnswerTrainer(model, arguments, train, validation, pad_id), steps
+        return AnswerTrainer(model, arguments, train, validation, collate), steps
     from lib.training.team import TeamTrainer
 
-    return TeamTrainer(team, model, arguments, train, validation, pad_id), steps
+    return TeamTrainer(team, model, arguments, train, validation, collate), steps
 
 
 def _outcome(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from lib.training.batches import IGNORED, Example, GroupedOrder
+from lib.training.layout import Collate
 from lib.training.trainer import AnswerTrainer
 
 NOTHING = "nothing"
@@ -98,9 +99,9 @@ class TeamTrainer(AnswerTrainer):
         arguments: Any,
         train: list[Example],
         validation: list[Example],
-        pad_id: int,
+        collate: Collate,
     ) -> None:
-        super().__init__(model, arguments, train, validation, pad_id)
+        super().__init__(model, arguments, train, validation, collate)
         self.team = team
         whole = GroupedOrder([len(e) for e in train], self.order.rows_per_update * team.size, arguments.seed)
         self.order = Share(whole, team.rank, team.size)

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lib.training import checkpoints
-from lib.training.batches import Collator, Example, GroupedOrder
+from lib.training.batches import Example, GroupedOrder
+from lib.training.layout import Collate
 from lib.training.loss import answer_loss
 
 
@@ -37,18 +38,23 @@ class AnswerTrainer(Trainer):
         model: a PeftModel.
         arguments: from `training_arguments`.
         train, validation: encoded rows.
-        pad_id: padding token.
+        collate: makes a batch of rows, padded or packed (`lib.training.layout`).
     """
 
     def __init__(
-        self, model: Any, arguments: TrainingArguments, train: list[Example], validation: list[Example], pad_id: int
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        train: list[Example],
+        validation: list[Example],
+        collate: Collate,
     ) -> None:
         self.order = GroupedOrder(
             [len(example) for example in train],
             arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
             arguments.seed,
         )
-        self.validation, self.collate = validation, Collator(pad_id)
+        self.validation, self.collate = validation, collate
         self.step_tokens, self.interval_tokens, self.interval_started = 0, 0, time.monotonic()
         self.eval_seconds = 0.0
         super().__init__(
@@ -64,7 +70,7 @@ class AnswerTrainer(Trainer):
     ) -> Any:
         """Loss of one forward pass divided by the loss tokens of the whole update, so accumulation changes nothing."""
         total, count = answer_loss(model, inputs)
-        self.step_tokens += int(inputs["attention_mask"].sum())
+        self.step_tokens += int(inputs["row_tokens"])
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return (loss, None) if return_outputs else loss
 

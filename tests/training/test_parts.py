@@ -13,10 +13,11 @@ from lib.errors import InputError
 from lib.run.files import write_json
 from lib.training import checkpoints, memory
 from lib.training.batches import IGNORED, Collator, Example, GroupedOrder
-from lib.training.loss import answer_loss, check_loss
+from lib.training.loss import answer_loss
 from tests.training.conftest import tiny_settings
 
 BATCH = [Example([5, 6, 7, 8, 9], 3), Example([5, 6, 7], 1), Example(list(range(10, 22)), 10)]
+INPUTS = ("input_ids", "attention_mask", "labels")
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_loss_and_gradients_equal_those_of_the_model_itself(model) -> None:
     (total / count).backward()
     short = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    plain = model(**{key: value[:, :12] for key, value in batch.items()}).loss  # without the common padding
+    plain = model(**{key: batch[key][:, :12] for key in INPUTS}).loss  # without the common padding
     plain.backward()
     assert count == 2 + 2 + 2
     assert abs(plain.item() - total.item() / count) < 1e-4
@@ -57,7 +58,6 @@ def test_loss_and_gradients_equal_those_of_the_model_itself(model) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(short[name], parameter.grad, rtol=1e-4, atol=1e-6)
-    check_loss(model, batch)
 
 
 def test_every_answer_of_a_conversation_counts(model) -> None:
@@ -68,24 +68,9 @@ def test_every_answer_of_a_conversation_counts(model) -> None:
     assert torch.nonzero(batch["labels"][0] != IGNORED).flatten().tolist() == wanted
     assert batch["labels"][0, wanted].tolist() == [talk.ids[i] for i in wanted] and talk.loss_tokens == 9
     total, count = answer_loss(model, batch)
-    plain = model(**{key: value[:, :20] for key, value in batch.items()}).loss
+    plain = model(**{key: batch[key][:, :20] for key in INPUTS}).loss
     assert count == 9 + 2
     assert abs(plain.item() - total.item() / count) < 1e-4
-    check_loss(model, batch)
-
-
-def test_a_model_that_scales_its_logits_is_noticed(model) -> None:
-    inner = model.get_base_model()
-    original = inner.forward
-
-    def scaled(*arguments, **options):
-        output = original(*arguments, **options)
-        output.loss = output.loss * 1.5
-        return output
-
-    inner.forward = scaled
-    with pytest.raises(RuntimeError, match="answer tokens"):
-        check_loss(model, Collator(0)(BATCH))
 
 
 def test_padding_is_on_the_right_and_outside_mask_and_loss() -> None:

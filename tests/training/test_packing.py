@@ -1,0 +1,206 @@
+"""Packed micro-batches and the chunked output layer against the model's own padded pass and torch's gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lib.training import loss as loss_room
+from lib.training.batches import IGNORED, Collator, Example
+from lib.training.layout import choose_layout
+from lib.training.loss import answer_loss, head_loss
+from lib.training.packing import LENGTH_STEP, PackedCollator, shared_prefix, use_packed_attention
+
+PREFIX = [7, 3, 9, 9, 4, 60, 2]
+
+
+def rows(*tails: list[int]) -> list[Example]:
+    """Rows of PREFIX, a text and an answer of two tokens."""
+    return [Example([*PREFIX, *tail], len(PREFIX) + len(tail) - 2) for tail in tails]
+
+
+ROWS = rows([1, 2, 3, 4], [5] * 20, list(range(9)), [8, 1, 8])
+
+
+def tuned(kind: str = "qwen2", dtype: torch.dtype = torch.float32, **changes):
+    """A small model of that architecture with a random adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(kind, vocab_size=64, **{**sizes, **heads, **changes})
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(base, lora).train()
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain(model, batch: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The model's own loss over a padded batch, before its attention is changed, and its gradients."""
+    inputs = Collator(0)(batch)
+    loss = model(**{key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}).loss
+    return loss.item(), gradients(model, loss)
+
+
+def packed(model, batch: list[Example], prefix: int) -> tuple[float, dict[str, torch.Tensor]]:
+    total, count = answer_loss(model, PackedCollator(0, prefix)(batch))
+    return total.item() / count, gradients(model, total / count)
+
+
+def assert_equal(found, expected, loss: float, gradient: float) -> None:
+    assert abs(found[0] - expected[0]) < loss
+    assert found[1].keys() == expected[1].keys() and len(found[1]) >= 28
+    for name, value in expected[1].items():
+        assert (found[1][name] - value).norm() <= gradient * value.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_loss_and_gradients_are_those_of_the_padded_batch(kind: str) -> None:
+    model = tuned(kind)
+    expected = plain(model, ROWS)
+    assert use_packed_attention(model.get_base_model())[0] is None
+    for prefix in (len(PREFIX), 3, 1, 0):
+        assert_equal(packed(model, ROWS, prefix), expected, 1e-4, 1e-5)
+
+
+def test_bfloat16_agrees_as_closely_as_bfloat16_can() -> None:
+    model = tuned(dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(model, ROWS)
+    use_packed_attention(model.get_base_model())
+    total, count = answer_loss(model, PackedCollator(0, len(PREFIX))(ROWS))
+    found = gradients(model, total / count)
+    assert abs(total.item() / count - expected[0]) < 1e-2 * expected[0]
+    whole = torch.cat([g.flatten() for g in expected[1].values()])
+    other = torch.cat([found[name].flatten() for name in expected[1]])
+    assert (whole - other).norm() <= 2e-2 * whole.norm()
+
+
+def test_several_answers_in_a_row_and_gradient_checkpointing() -> None:
+    talk = Example([*PREFIX, *range(20)], len(PREFIX) + 3, ((10, 13), (18, 27)))
+    model = tuned()
+    expected = plain(model, [*ROWS, talk])
+    use_packed_attention(model.get_base_model())
+    assert_equal(packed(model, [*ROWS, talk], 5), expected, 1e-4, 1e-5)
+    model.get_base_model().enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_equal(packed(model, [*ROWS, talk], 5), expected, 1e-4, 1e-5)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(st.integers(0, 63), min_size=2, max_size=12), min_size=1, max_size=6), st.booleans())
+def test_any_rows(tails: list[list[int]], whole: bool) -> None:
+    model = tuned(num_hidden_layers=2)
+    batch = rows(*tails)
+    prefix = shared_prefix(batch)
+    expected = plain(model, batch)
+    use_packed_attention(model.get_base_model())
+    assert_equal(packed(model, batch, prefix if whole else prefix // 2), expected, 1e-4, 1e-4)
+
+
+def test_a_row_sees_nothing_of_its_neighbours() -> None:
+    """Changing one row's text leaves the other rows' loss as it is to the last bit."""
+    model = tuned().eval()
+    use_packed_attention(model.get_base_model())
+    collate = PackedCollator(0, len(PREFIX))
+
+    def first_two(batch: list[Example]) -> float:
+        inputs = collate(batch)
+        start = len(PREFIX) + sum(len(e) - len(PREFIX) for e in batch[:2])
+        inputs["labels"][0, start:] = IGNORED
+        with torch.no_grad():
+            return answer_loss(model, inputs)[0].item()
+
+    changed = [*ROWS[:2], *rows([63] * 9, [62] * 3)]
+    assert first_two(ROWS) == first_two(changed)
+
+
+def test_the_sequence_holds_the_prefix_once() -> None:
+    batch = PackedCollator(63, len(PREFIX))(ROWS)
+    tails = [e.ids[len(PREFIX) :] for e in ROWS]
+    used = len(PREFIX) + sum(map(len, tails))
+    assert batch["input_ids"].shape == (1, LENGTH_STEP) and used < LENGTH_STEP
+    assert batch["input_ids"][0].tolist() == PREFIX + [i for tail in tails for i in tail] + [63] * (LENGTH_STEP - used)
+    assert batch["row_tokens"] == sum(map(len, ROWS))
+    positions = [*range(7)] + [i + 7 for tail in tails for i in range(len(tail))]
+    assert batch["position_ids"][0, :used].tolist() == positions
+    assert (batch["labels"] != IGNORED).sum() == 8
+
+
+def test_prefix_ends_before_the_last_prompt_token() -> None:
+    assert shared_prefix(ROWS[:3]) == len(PREFIX)
+    assert shared_prefix(rows([1, 2, 3, 4], [1, 2, 5, 6])) == len(PREFIX) + 1  # the token behind it predicts 3 or 5
+    assert shared_prefix([Example([1, 2], 1), Example([1, 3], 1)]) == 0
+    assert shared_prefix([]) == 0
+
+
+@pytest.mark.parametrize("positions", [1, 4, 9])
+def test_chunked_output_layer(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_room, "HEAD_ROWS", 4)
+    torch.manual_seed(1)
+    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    hidden = torch.randn(positions, 8, requires_grad=True)
+    targets = torch.randint(50, (positions,))
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum") * 0.3
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    found = head_loss(head, hidden, targets) * 0.3
+    (gradient,) = torch.autograd.grad(found, hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_output_layer_that_learns_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_room, "HEAD_ROWS", 2)
+    head = torch.nn.Linear(8, 50, bias=False)
+    head_loss(head, torch.randn(5, 8), torch.arange(5)).backward()
+    assert head.weight.grad.abs().sum() > 0
+
+
+def test_layout_says_what_it_does() -> None:
+    collate, words = choose_layout(tuned(), ROWS, 0)
+    assert isinstance(collate, PackedCollator) and "the 7 tokens" in words
+
+
+def test_layout_falls_back_where_attention_has_a_window() -> None:
+    model = tuned(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    collate, words = choose_layout(model, ROWS, 0)
+    assert isinstance(collate, Collator) and "sliding window" in words
+
+
+def test_layout_falls_back_where_the_packed_loss_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned()
+    before = model.config._attn_implementation
+    wrong = PackedCollator.__call__
+
+    def misplaced(self, batch):
+        made = wrong(self, batch)
+        return {**made, "position_ids": made["position_ids"].flip(1)}
+
+    monkeypatch.setattr(PackedCollator, "__call__", misplaced)
+    collate, words = choose_layout(model, ROWS, 0)
+    assert isinstance(collate, Collator) and "differs" in words
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    model = tuned()
+    inner = model.get_base_model()
+    original = inner.forward
+
+    def scaled(*arguments, **options):
+        output = original(*arguments, **options)
+        output.loss = output.loss * 1.5
+        return output
+
+    inner.forward = scaled
+    with pytest.raises(RuntimeError, match="answer tokens"):
+        choose_layout(model, ROWS, 0)
