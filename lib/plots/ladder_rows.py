@@ -138,3 +138,46 @@ def speeds(files: Iterable[Mapping[str, Any]]) -> list[Row]:
         }
         for e in files
     ]
+
+
+def agreement(pairs: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Equal labels of each pair of models by the first one's margin (`agreement` of comparison.json)."""
+    near = {e["type"]: e["near_ties"] for e in files}
+    return [
+        {
+            "model": pair["second"],
+            "against": pair["first"],
+            "near ties": near[pair["second"]],
+            **{_bin_name(part): _share(part) for part in pair["bins"]},
+        }
+        for pair in pairs
+    ]
+
+
+def _bin_name(part: Mapping[str, Any]) -> str:
+    if part["all"]:
+        return "all rows"
+    if part["high"] is None:
+        return f"≥ {part['low']:g}"
+    return f"{part['low']:g} – {part['high']:g}" if part["low"] else f"< {part['high']:g}"
+
+
+def _share(part: Mapping[str, Any]) -> str | None:
+    if not part["n"]:
+        return None
+    low, high = part["interval"]
+    return f"{100 * part['share']:.1f}\u00a0% [{100 * low:.1f},\u00a0{100 * high:.1f}], n\u00a0=\u00a0{part['n']:,}"
+
+
+def agreement_reading(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """What the first pair says: the backends on one model where there is a merged model, else the first file."""
+    pair = pairs[0]
+    *bins, whole = pair["bins"]
+    flipped = whole["n"] - whole["agree"]
+    tied = bins[0]["n"] - bins[0]["agree"]
+    sure = sum(part["n"] - part["agree"] for part in bins if part["low"] >= 1)
+    return (
+        f"{pair['second']} gives {flipped:,} of {whole['n']:,} rows another label than {pair['first']}: {tied:,} of "
+        f"them are near ties of the latter ({pair['near_ties']:,} rows in all), {sure:,} have a margin of 1 nat or "
+        "more."
+    )

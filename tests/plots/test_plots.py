@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from lib import plots
-from lib.plots import charts, format_rows, ladder, style
+from lib.plots import charts, format_rows, ladder, ladder_rows, style
 
 NAMES = ["负面", "正面"]
 HISTORY = [
@@ -87,3 +87,20 @@ def test_formats_that_were_skipped_are_named_with_the_reason() -> None:
     assert words.startswith("nf4: folders for transformers") and "gptq" in words and "recommendation leaves" in words
     assert format_rows.compared(files[:1], []) == "Only GGUF files were compared."
     assert format_rows.exports([])[0]["format"] == "none"
+
+
+def test_agreement_by_margin_is_shown_with_its_reading() -> None:
+    def part(low: float, high: float | None, n: int, agree: int, every: bool = False) -> dict:
+        share = {"share": agree / n, "interval": [0.1, 0.9]} if n else {"share": None, "interval": None}
+        return {"low": low, "high": high, "all": every, "n": n, "agree": agree, **share}
+
+    bins = [part(0.0, 0.1, 4, 2), part(0.1, 1.0, 0, 0), part(1.0, None, 6, 5), part(0.0, None, 10, 7, True)]
+    pairs = [{"first": "merged", "second": "F16", "near_ties": 4, "bins": bins}]
+    (row,) = ladder_rows.agreement(pairs, [{**REFERENCE, "near_ties": 3}])
+    assert list(row) == ["model", "against", "near ties", "< 0.1", "0.1 – 1", "≥ 1", "all rows"]
+    assert row["near ties"] == 3 and row["0.1 – 1"] is None
+    assert row["< 0.1"].replace("\u00a0", " ") == "50.0 % [10.0, 90.0], n = 4"
+    text = ladder_rows.agreement_reading(pairs)
+    assert "F16 gives 3 of 10 rows another label than merged: 2 of them are near ties" in text
+    assert "(4 rows in all), 1 have a margin of 1 nat or more" in text
+    assert "70.0" in plots.table(ladder_rows.agreement(pairs, [{**REFERENCE, "near_ties": 3}]), "c").data
