@@ -71,8 +71,8 @@ def peer_llama_cpp() -> LlamaCpp:
     script = folder / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise InputError(f"no convert_hf_to_gguf.py in {folder}.", "sources of llama.cpp.", "correct the path.")
-    packages = _packages()
-    path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+    added = packages("converter-packages", _NEEDS)
+    path = os.pathsep.join(filter(None, [str(added), os.environ.get("PYTHONPATH")]))
     return LlamaCpp(version, folder, script, {"PYTHONPATH": path})
 
 
@@ -116,14 +116,23 @@ def _sources(version: str) -> Path:
     return target / "vendor" / "llama.cpp"
 
 
-def _packages() -> Path:
-    """What the official converter imports and the workbook does not, in a folder of its own."""
-    folder = cache() / "converter-packages"
+def packages(name: str, *requirements: str) -> Path:
+    """A folder with packages that the workbook does not have and a peer imports; installed once, without dependencies.
+
+    Args:
+        name: of the folder in the benchmarks' cache.
+        requirements: pinned; a change makes a new folder.
+
+    Raises:
+        InputError: no network and nothing cached.
+    """
+    folder = cache() / f"{name}-{sha256_json(list(requirements))[:8]}"
     if not folder.is_dir():
-        part = cache() / ".converter-packages.part"
+        part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-        _run([*pip, "install", "--no-deps", "--target", str(part), _NEEDS], "installing sentencepiece", "connect.")
+        command = [*pip, "install", "--no-deps", "--target", str(part), *requirements]
+        _run(command, f"installing {', '.join(requirements)}", "connect.")
         part.rename(folder)
     return folder
 
