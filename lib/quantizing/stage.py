@@ -13,6 +13,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.quantizing import recipes
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
+from lib.quantizing.importance import NONE, measure
 from lib.quantizing.ladder import Job, Slots, run_jobs
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
@@ -47,7 +48,7 @@ def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
     Raises:
         InputError: as `quantize`, before the work.
     """
-    options = _options(settings)
+    options = _options(settings, run)
     predictions, _ = survey(_only_gguf(run.require("gguf").path), settings.ladder, options)
     require_matrix(predictions, options)
     return predictions
@@ -64,7 +65,7 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
             little room.
     """
 
-    options = _options(settings)
+    options = _options(settings, run)
 
     def build(work: Work) -> None:
         _build(settings, options, run, work)
@@ -84,10 +85,13 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
     return QuantizeResult(product, summary["source"], files)
 
 
-def _options(settings: Settings) -> Options:
-    matrix = user_path(settings.imatrix) if settings.imatrix else None
+def _options(settings: Settings, run: Run) -> Options:
+    if made := measure(settings, run):
+        matrix: Path | None = made.path
+    else:
+        matrix = None if settings.imatrix in ("", NONE) else user_path(settings.imatrix)
     if matrix is not None and not matrix.is_file():
-        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or leave it empty.")
+        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or set it to auto or none.")
     types = tuple(settings.tensor_types)
     return Options(matrix, types, settings.output_tensor_type, settings.token_embedding_type)
 

@@ -56,6 +56,8 @@ def choose(
     """
     left = [place for place in range(len(units)) if place == leader or not differences[place].behind]
     name = _name(units[leader])
+    if len(units) == 1:
+        return Choice(0, (f"{name} {'is' if len(units[0].names) == 1 else 'are seeds of'} the only recipe",))
     if left == [leader]:
         return Choice(leader, (f"{name} has the best estimate, and the intervals show every other one to be worse",))
     tied = ", ".join(_name(units[place]) for place in left)

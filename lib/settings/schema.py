@@ -87,7 +87,7 @@ class Settings(BaseModel):
         min_length=1,
         description="quantization types, best first",
     )
-    imatrix: str = Field("", description="importance matrix of llama-imatrix, a file; empty = none")
+    imatrix: str = Field("none", description="auto = of the run's training rows, none, or a file of llama-imatrix")
     tensor_types: list[str] = Field([], description="REGEX=TYPE for single tensors, as llama-quantize --tensor-type")
     output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
     token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")
@@ -186,9 +186,9 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         needing = [name for name in self.ladder if name in IMATRIX_TYPES]
-        if needing and not self.imatrix:
+        if needing and self.imatrix in ("", "none"):
             raise ValueError(
-                f"{', '.join(needing)} in ladder need an importance matrix: set imatrix, or leave them out"
+                f"{', '.join(needing)} in ladder need an importance matrix: set imatrix: auto, or leave them out"
             )
         if self.perplexity_tokens < self.n_ctx:
             raise ValueError(f"perplexity_tokens ({self.perplexity_tokens}) must be at least n_ctx ({self.n_ctx})")

@@ -1,0 +1,169 @@
+"""The importance matrix of a run: llama.cpp's own numbers, held-out rows left out, said in every file made with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from lib.device import llama_cpp_problem
+from lib.errors import InputError
+from lib.gguf_export.converting import convert
+from lib.models.tasks import read_task
+from lib.quantizing import calibration, collecting, imatrix, importance, measure, quantize
+from lib.run import Run
+from lib.run.files import read_jsonl, sha256_json
+from lib.settings import Settings
+from tests import tiny_run
+
+pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+LAYERS = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(
+        **{"run_name": "tiny", "imatrix": "auto", "n_ctx": 64, "n_threads": 1, "ladder": ["Q4_0"], **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imatrix") / "base"
+    tiny_run.make_base(folder)
+    return folder
+
+
+@pytest.fixture
+def run(base: Path, home: Path) -> Run:
+    """A run whose merged model is its base."""
+    run = tiny_run.make_run(base)
+    run.produce("merged", lambda work: shutil.copytree(base, work.folder, dirs_exist_ok=True) and None, {})
+    run.produce("gguf", lambda work: convert(base, work.folder / "tiny-F32.gguf", "f32") and None, {})
+    return run
+
+
+def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
+    """llama-imatrix's definition on llama.cpp's own activations: within 2e-3 of each (measured: 1e-3 at most)."""
+    from tests.quantizing.llama_inputs import sums_of_squares
+
+    made = measure(settings(), run)
+    chosen = calibration.choose_windows(run.folder / "data", 64, importance.WINDOWS, 42)
+    sums, counts = sums_of_squares(run.folder / "gguf" / "tiny-F32.gguf", chosen.windows)
+    ours = imatrix.read(made.path)
+    assert set(ours.values) == set(sums) == {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
+    assert set(counts.values()) == {made.record["tokens"]} == {64 * len(chosen.windows)}
+    for name, values in ours.values.items():
+        assert values == pytest.approx(sums[name] / counts[name], rel=2e-3), name
+    assert ours.chunks == made.record["windows"] == len(chosen.windows) > 5
+
+
+def test_the_file_has_llama_imatrixs_form(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    collecting.write(path, {"b": np.array([4.0, 8.0]), "a": np.array([1.0])}, 128, "train.jsonl", 64)
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert values == {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["train.jsonl"],
+        "imatrix.chunk_count": 2,
+        "imatrix.chunk_size": 64,
+    }
+    assert [(t.name, t.shape.tolist(), t.tensor_type.name) for t in reader.tensors] == [
+        *(("a.in_sum2", [1, 1], "F32"), ("a.counts", [1, 1], "F32")),
+        *(("b.in_sum2", [2, 1], "F32"), ("b.counts", [1, 1], "F32")),
+    ]
+    assert imatrix.read(path).values["b"].tolist() == [4 / 128, 8 / 128]
+
+
+def test_held_out_rows_are_left_out_and_that_is_recorded(run: Run) -> None:
+    data = run.folder / "data"
+    train, test = read_jsonl(data / "train.jsonl"), read_jsonl(data / "test.jsonl")
+    changed = [dict(row) for row in train]
+    changed[3]["text"], changed[3]["label"] = test[5]["text"], 1 - test[5]["label"]
+    for i, row in enumerate(changed):
+        row["group"] = 1000 + i
+    changed[7]["group"] = test[2]["group"]
+
+    def build(work: Any) -> None:
+        shutil.copytree(data, work.folder, dirs_exist_ok=True)
+        (work.folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+        work.facts |= run.manifest.entries()["data"].facts
+
+    run.produce("data", build, {"changed": 1})
+    made = calibration.choose_windows(data, 64, 1000, 42)
+    used = made.used
+    assert made.facts["left_out"] == {"text of a held-out row": 1, "nearly the text of a held-out row": 1}
+    assert not {"train-00003", "train-00007"} & {row["id"] for row in used} and len(used) >= 20
+    held_out = {
+        sha256_json([row["text"]]) for name in ("validation", "test") for row in read_jsonl(data / f"{name}.jsonl")
+    }
+    assert len(held_out) == made.facts["held_out_rows"] == 32 and made.facts["shared_with_held_out"] == 0
+    by_id = {row["id"]: row for row in changed}
+    for row in used:
+        assert row["sha256"] == sha256_json([by_id[row["id"]]["text"]]) and row["sha256"] not in held_out
+    assert made.facts["rows_sha256"] == sha256_json([row["sha256"] for row in used])
+
+
+def test_windows_are_rows_as_training_sees_them(run: Run) -> None:
+    from lib.models.loading import load_tokenizer
+
+    data = run.folder / "data"
+    few, many = (calibration.choose_windows(data, 64, most, 42) for most in (2, 1000))
+    assert few.windows == many.windows[:2] and all(len(window) == 64 for window in many.windows)
+    assert len(few.used) < len(many.used) and few.used == many.used[: len(few.used)]
+    tokenizer, rows = load_tokenizer(data / "tokenizer"), {r["id"]: r for r in read_jsonl(data / "train.jsonl")}
+    task, ids = read_task(data), [token for window in many.windows for token in window]
+    for row in (rows[used["id"]] for used in many.used[:5]):
+        turns = [*task.messages(row["text"]), {"role": "assistant", "content": task.label_names[row["label"]]}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = len(wanted) <= task.max_seq_length  # a longer text is cut at its end, as in training
+        same = len(wanted) if whole else 60
+        assert ids[:same] == wanted[:same]
+        ids = ids[min(len(wanted), task.max_seq_length) :]
+    assert calibration.choose_windows(data, 64, 2, 43).windows != few.windows
+    with pytest.raises(InputError, match="do not fill a window of 32768 tokens"):
+        calibration.choose_windows(data, 32768, 2, 42)
+
+
+def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
+    result = quantize(settings(ladder=["Q4_0", "IQ3_XXS"]), run)
+    assert [file.imatrix for file in result.files] == ["imatrix.gguf"] * 2
+    made = measure(settings(), run)
+    assert made.product.made is False and {"n_ctx", "seed"} <= made.product.entry.parameters.keys()
+    record, rows = made.record, read_jsonl(made.product.path / "rows.jsonl")
+    assert record["rows_sha256"] == sha256_json([row["sha256"] for row in rows]) and record["shared_with_held_out"] == 0
+    for file in result.files:
+        reader = gguf.GGUFReader(result.product.path / file.file)
+        found = {key: field.contents() for key, field in reader.fields.items() if key.startswith("quantize.imatrix")}
+        assert found == {
+            "quantize.imatrix.file": "imatrix.gguf",
+            "quantize.imatrix.dataset": record["dataset"][:127],
+            "quantize.imatrix.entries_count": 14,
+            "quantize.imatrix.chunks_count": record["windows"],
+        }
+    plain = quantize(settings(ladder=["Q4_0"], imatrix="none"), run)
+    assert plain.files[0].imatrix is None and plain.product.made
+    assert measure(settings(imatrix="none"), run) is None and measure(settings(imatrix=""), run) is None
+
+
+def test_iq_types_need_one() -> None:
+    assert Settings(ladder=["IQ2_XS"], imatrix="auto").imatrix == "auto"
+    for nothing in ("", "none"):
+        with pytest.raises(ValueError, match="set imatrix: auto"):
+            Settings(ladder=["IQ2_XS"], imatrix=nothing)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(InputError, match=r"layer .* of a opt model, whose name in GGUF is not known"):
+        collecting.gguf_layers(OPTForCausalLM(config))
