@@ -18,9 +18,10 @@ from lib.models import offline_base
 from lib.models.loading import base_of, load_model, load_tokenizer
 from lib.models.tasks import encode_row, read_task
 from lib.run import Run, open_run
-from lib.run.files import read_jsonl
+from lib.run.files import read_json, read_jsonl
 from lib.run.folders import HOME_VARIABLE
 from lib.settings import Settings, check
+from lib.textmetrics import read_prompts
 
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
@@ -36,6 +37,7 @@ SHARED = {
     "lora_r": 4,
     "generated_rows": 2,
     "max_new_tokens": 8,
+    "terms": "counselling",
     "ladder": ["Q8_0"],
     "export_formats": ["bf16"],
     "gate_max_kld": 1.0e-3,
@@ -133,6 +135,37 @@ def test_a_few_answers_can_be_read(results: dict) -> None:
     for row in generated:
         assert row["question"] and row["reference"]
         assert all(row["tokens"][name] <= 8 for name in ("base", "fine-tuned"))
+
+
+def test_what_the_models_write_is_measured_and_prompts_are_answered(results: dict) -> None:
+    result = results["evaluation"]
+    found = {entry["key"]: entry for entry in result.content["answers"]}
+    thinking = results["data"].task.thinking
+    assert ("think" in found) == thinking and found["intact"]["n"] == 2
+    assert result.content["terms"]["name"] == "counselling" and result.content["chrf"].startswith("nrefs:1|")
+    for row in result.generated:
+        assert row["measured"]["base"]["stopped"] == row["ended"]["base"]
+    assert [entry["prompt"] for entry in result.prompts["prompts"]] == [e["prompt"] for e in read_prompts("")]
+    for entry in result.prompts["prompts"]:
+        for own in entry["answers"].values():
+            assert own["greedy"]["first_token_seconds"] > 0 and own["sampled"]["tokens"] <= 8
+    kept = read_json(result.product.path / "counselling_prompts.json")
+    assert kept == result.prompts and kept["system_prompt"] == "你是助手。"
+
+
+def test_every_gguf_file_writes_answers_to_the_same_rows(results: dict) -> None:
+    from lib.plots import written_rows
+
+    result, before = results["comparison"], results["evaluation"]
+    assert list(result.written["same_text"]) == ["F16", "Q8_0"] and result.written["same_text"]["F16"] == 2
+    assert [row["id"] for row in result.generated] == [row["id"] for row in before.generated]
+    assert [row["question"] for row in result.generated] == [row["question"] for row in before.generated]
+    metrics = {entry["key"]: entry for entry in result.written["metrics"]}
+    assert set(metrics["chrf"]["differences"]) == {"Q8_0"}
+    assert [line["type"] for line in written_rows.file_metrics(result)] == ["F16", "Q8_0"]
+    assert "2 test rows, at most 8 tokens" in written_rows.file_conditions(result)
+    assert [line["type"] for line in written_rows.file_differences(result)] == ["Q8_0"]
+    assert "- Q8_0: " in written_rows.file_reading(result)
 
 
 def test_the_gate_compares_answers_without_labels(results: dict) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.comparison.files import SUMMARY, compare_files
+from lib.comparison.written import ROWS, WRITTEN, write_answers, written_parameters
 from lib.errors import InputError
 from lib.models.tasks import has_labels, read_task
 from lib.run import Product, Run, Work
@@ -30,6 +31,9 @@ class ComparisonResult:
         notes: what was done otherwise than asked.
         skipped: {"format", "reason"} of every export format that could not be made here.
         agreement: equal labels by margin for each pair of models (`lib.comparison.agreement`); none without labels.
+        written: without labels what every GGUF file wrote to test rows, measured (`lib.comparison.written`): reference,
+            decoding, chrf, terms, same_text, metrics; empty where nothing was written.
+        generated: {"id", "question", "reference", "answers"} of those rows.
         labelled: whether the rows have labels; without, entries speak of answer perplexity instead of accuracy.
     """
 
@@ -43,6 +47,8 @@ class ComparisonResult:
     notes: tuple[str, ...]
     skipped: tuple[dict[str, str], ...]
     agreement: tuple[dict[str, Any], ...] = ()
+    written: dict[str, Any] = field(default_factory=dict)
+    generated: tuple[dict[str, Any], ...] = ()
     labelled: bool = True
 
     def entry(self, type_name: str) -> dict[str, Any]:
@@ -66,15 +72,17 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
 
     labelled = has_labels(read_task(run.require("data").path))
     margin = "equivalence_margin" if labelled else "perplexity_margin"
+    parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
     product = run.produce(
         "comparison",
         build,
-        parameters=settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin),
+        parameters=parameters if labelled else parameters | written_parameters(settings),
         inputs=("data", "gguf", "quantized", "exports", *(["merged"] if labelled and _has_merged(run) else [])),
         force=settings.force,
         keep_partial=True,
     )
     content = read_json(product.path / SUMMARY)
+    wrote = (product.path / WRITTEN).is_file()
     return ComparisonResult(
         product=product,
         reference=content["reference"],
@@ -86,6 +94,8 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         notes=tuple(content["notes"]),
         skipped=tuple(_exports(run)["skipped"]),
         agreement=tuple(content.get("agreement") or ()),
+        written=read_json(product.path / WRITTEN) if wrote else {},
+        generated=tuple(read_jsonl(product.path / ROWS)) if wrote else (),
         labelled=labelled,
     )
 
@@ -107,14 +117,15 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     reference = _only_gguf(run.require("gguf").path)
     files = [quantized.path / row["file"] for row in read_json(quantized.path / "quantized.json")["files"]]
     folders = [run.folder / "exports" / record["folder"] for record in _exports(run)["made"]]
+    rows, tokenizer = read_jsonl(data.path / "test.jsonl"), load_tokenizer(data.path / "tokenizer")
     result = compare_files(
         reference,
         [*files, *folders],
-        read_jsonl(data.path / "test.jsonl"),
+        rows,
         task,
         work.folder,
         {"source": data.entry.facts.get("source", "")},
-        tokenizer=load_tokenizer(data.path / "tokenizer"),
+        tokenizer=tokenizer,
         n_ctx=settings.n_ctx,
         perplexity_tokens=settings.perplexity_tokens,
         n_threads=settings.n_threads,
@@ -125,6 +136,9 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         merged=run.require("merged").path if has_labels(task) and _has_merged(run) else None,
         seed=settings.seed,
     )
+    if not has_labels(task):
+        names = [entry["type"] for entry in result["files"]]  # the GGUF files stand before the folders
+        write_answers(dict(zip(names, [reference, *files], strict=False)), rows, task, tokenizer, settings, work.folder)
     work.device = result["conditions"]["device"]
     work.notes += result["notes"]
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}

@@ -163,6 +163,7 @@ def _latency(name: str, answers: Sequence[Mapping[str, Any]]) -> Row:
         "first token, ms": _middle(firsts),
         "then, tokens/s": _middle(rates),
         "tokens an answer": _middle([answer["tokens"] for answer in answers]),
+        "characters intact": f"{sum(answer['measured']['intact'] for answer in answers)} of {len(answers)}",
     }
 
 
@@ -183,3 +184,75 @@ def prompts_caption(result: Any) -> str:
         f"Greedy, and drawn with temperature {made['temperature']:g}, top_p {made['top_p']:g}, seed {made['seed']}; "
         f"at most {made['max_new_tokens']:,} tokens; system turn: {result.prompts['system_prompt']}"
     )
+
+
+SHORT = {
+    "intact": "characters intact ↑",
+    "terms": "terms kept ↑",
+    "think": "think complete ↑",
+    "chrf": "chrF ↑",
+    "rouge_l": "ROUGE-L ↑",
+    "stopped": "stopped ↑",
+    "repetition": "repeated ↓",
+}
+"""Columns of the tables of 07."""
+
+
+def file_metrics(result: Any) -> list[Row]:
+    """What each file's answers are worth, one line a file (a ComparisonResult without labels)."""
+    if not result.written:
+        return [{"type": NONE}]
+    found = {entry["key"]: entry for entry in result.written["metrics"] if entry["key"] in SHORT}
+    ppl = {entry["type"]: entry for entry in result.files}
+    lines = []
+    for name, same in result.written["same_text"].items():
+        own = {SHORT[key]: shown(entry["models"][name], _form(entry)) for key, entry in found.items()}
+        loss = {"estimate": ppl[name]["answer_ppl"], "interval": ppl[name]["answer_ppl_interval"]}
+        lines.append({"type": name, **own, "answer PPL ↓": shown(loss, ".2f"), "same text": same})
+    return lines
+
+
+def file_differences(result: Any) -> list[Row]:
+    """The same as differences from the reference (a ComparisonResult without labels)."""
+    if not result.written:
+        return [{"type": NONE}]
+    reference = result.written["reference"]
+    names = [name for name in result.written["same_text"] if name != reference]
+    found = [entry for entry in result.written["metrics"] if entry["key"] in SHORT]
+    return [
+        {"type": name, **{SHORT[e["key"]]: shown(e["differences"][name], _form(e, signed=True)) for e in found}}
+        for name in names
+    ]
+
+
+def file_conditions(result: Any) -> str:
+    """Caption of the table of 07 (a ComparisonResult without labels)."""
+    if not result.written:
+        return NONE
+    made, terms = result.written["decoding"], result.written["terms"]
+    with_terms = next((e for e in result.written["metrics"] if e["key"] == "terms"), None)
+    counted = f", {with_terms['wanted']:,} in {with_terms['n']:,} of these references" if with_terms else ""
+    listed = f"terms: list {terms['name']}{counted}" if terms else "no list of terms"
+    return (
+        f"Greedy answers of every GGUF file to the same {made['rows']:,} test rows, at most {made['max_new_tokens']:,} "
+        f"tokens each, with 95 % intervals; same text: answers that are {result.written['reference']}'s to the letter; "
+        f"{listed}; chrF: {result.written['chrf'].replace('|', ' | ')}."
+    )
+
+
+def file_reading(result: Any) -> str:
+    """Which files write differently from the reference (a ComparisonResult without labels)."""
+    if not result.written:
+        return f"{NONE}."
+    rows, reference = result.written["decoding"]["rows"], result.written["reference"]
+    lines = []
+    for name, same in result.written["same_text"].items():
+        if name == reference:
+            continue
+        moved = [e for e in result.written["metrics"] if _moved(e["differences"][name])]
+        words = ", ".join(
+            f"{e['name'].rstrip(' ↑↓')} {e['differences'][name]['estimate']:{_form(e, True)}}" for e in moved
+        )
+        lines.append(f"- {name}: {same:,} of {rows:,} answers are {reference}'s; beyond chance: {words or 'nothing'}.")
+    note = "Intervals at 95 % each, not corrected for the number of metrics and files: these are checks, no verdicts."
+    return "\n".join([*lines, "", note])
