@@ -85,6 +85,7 @@ def _failure(job: Job, message: str) -> dict[str, Any]:
     sizes = _sizes(job)
     following = smaller(sizes["rows"], sizes["passes"])
     if following is None:
+        (job.folder / RECORD).unlink(missing_ok=True)  # the next try may find more room
         raise InputError(
             f"the device ran out of memory with one row a forward pass ({message}).",
             "a training that fits.",

@@ -12,9 +12,10 @@ from lib.training.launching import train_in_processes
 from lib.training.publishing import publish
 from lib.training.result import FinetuneResult
 from lib.training.session import Job, train
+from lib.training.torchrun import made_once
 
 if TYPE_CHECKING:
-    from lib.run import Run, Work
+    from lib.run import Product, Run, Work
     from lib.settings import Settings
 
 PARAMETERS = (
@@ -35,15 +36,18 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
     """
     if settings.adapter:
         return FinetuneResult.read(take(settings, run, settings.force))
-    product = run.produce(
-        "adapter",
-        lambda work: _build(settings, run, work),
-        parameters=settings.pick(*PARAMETERS) | {"seed": settings.training_seed},
-        inputs=("data",),
-        force=settings.force,
-        keep_partial=True,
-    )
-    return FinetuneResult.read(product)
+
+    def make() -> Product:
+        return run.produce(
+            "adapter",
+            lambda work: _build(settings, run, work),
+            parameters=settings.pick(*PARAMETERS) | {"seed": settings.training_seed},
+            inputs=("data",),
+            force=settings.force,
+            keep_partial=True,
+        )
+
+    return FinetuneResult.read(made_once(make, run, "adapter", settings.num_processes))
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:

@@ -43,13 +43,16 @@ def train_rank(argument: dict[str, Any]) -> dict[str, Any]:
         world_size=argument["size"],
         timeout=PATIENCE,
     )
+    team = Team(argument["rank"], argument["size"], Path(argument["stop_file"]))
     try:
-        team = Team(argument["rank"], argument["size"], Path(argument["stop_file"]))
-        return {"facts": train(_job(argument), team)}
+        answer: dict[str, Any] = {"facts": train(_job(argument), team)}
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).splitlines()[0]}
     except (KeyboardInterrupt, Terminated):
-        return {"stopped": True}
+        answer = {"stopped": True}
+    dist.barrier()  # none leaves while another still listens to it
+    dist.destroy_process_group()
+    return answer
 
 
 def _job(argument: dict[str, Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,3 +75,19 @@ def test_sigterm_stops_after_the_update_with_a_checkpoint(runs, monkeypatch: pyt
     result = finetune(tiny_settings(), runs("fresh"))
     assert result.resumed_from == 3  # no multiple of save_steps
     assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+
+
+def test_kill_9_while_a_checkpoint_is_written(prepared, tmp_path) -> None:
+    """At file operations spread over one save, of every file of it: the next try ends with the same bytes."""
+    shutil.copytree(prepared / "runs" / "fresh", tmp_path / "runs" / "fresh")
+    command = [sys.executable, "-m", "tests.training.forked", "kill", str(tmp_path)]
+    environment = {**os.environ, "WORKBOOK_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment, timeout=400)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    straight, *killed = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert straight["resumed_from"] is None and len(killed) >= 7
+    for found in killed:
+        assert found["status"] == -signal.SIGKILL, found
+        assert found["sha256"] == straight["sha256"] and found["resumed_from"] in (2, 3), found
+    assert {found["resumed_from"] for found in killed} == {2, 3}  # before and after the rename that makes it count
+    assert len({found["call"] for found in killed}) >= 4
