@@ -273,3 +273,46 @@ def chart(path: Path, result: dict[str, Any]) -> None:
     )
     figure.savefig(path)
     plt.close(figure)
+
+
+def write_rates(path: Path, result: dict[str, Any]) -> None:
+    """Write a result whose sides have rates, and a chart of them beside; print the ratios.
+
+    Args:
+        result: with "sides": {key: {"name", "samples_per_second", "samples_per_second_of_runs", "peak_anonymous_mib"}},
+            the workbook first, and "ratios".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    rate_chart(path.with_suffix(".svg"), result)
+    print(json.dumps({"name": result["name"], **result["ratios"]}))
+
+
+def rate_chart(path: Path, result: dict[str, Any]) -> None:
+    """A bar a side: samples a second (with every run as a dot) and memory."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    from lib.plots.style import BLUE, GREY, use_style
+
+    use_style()
+    sides = list(result["sides"].values())[::-1]
+    colors = [GREY] * (len(sides) - 1) + [BLUE]
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 0.9 + 0.5 * len(sides)), layout="constrained")
+    for axis, key, unit, form in (
+        (axes[0], "samples_per_second", "samples/s (more is better)", "%.2f"),
+        (axes[1], "peak_anonymous_mib", "memory, MiB (less is better)", "%.0f"),
+    ):
+        bars = axis.barh([side["name"] for side in sides], [side[key] for side in sides], color=colors, height=0.6)
+        axis.bar_label(bars, fmt=form, padding=6)
+        axis.set_xlabel(unit)
+        axis.margins(x=0.2)
+    for place, side in enumerate(sides):
+        dots = side["samples_per_second_of_runs"]
+        axes[0].plot(dots, [place] * len(dots), "o", color="black", markersize=3)
+    axes[1].set_yticklabels([])
+    figure.suptitle(result["name"], fontsize=11)
+    figure.savefig(path)
+    plt.close(figure)
