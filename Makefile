@@ -46,7 +46,7 @@ params: $(ready) ## every key of a parameter file with its meaning
 
 bench: $(ready) ## ours beside the peers; writes reports/benchmarks/ (RUNS=5; a network, once)
 	@for script in benchmarks/*.py; do \
-	  grep -q -- '--json OUT.json' $$script || continue; \
+	  grep -q '^if __name__' $$script && grep -q -- '--json OUT.json' $$script || continue; \
 	  $(python) $$script --json reports/benchmarks/$$(basename $$script .py).json --runs $(RUNS) || exit 1; \
 	done
 

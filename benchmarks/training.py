@@ -73,7 +73,9 @@ def run_side(side: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One process of a side; its figures with memory in MiB."""
     job_file, out = folder / "job.json", folder / "out.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
-    added = {"PYTHONPATH": str(packages("trl", f"trl=={TRL}"))} if side == "trl" else {}
+    added = {"OMP_WAIT_POLICY": "PASSIVE"}  # for all sides, as the workbook sets it: beside other work spinning costs
+    if side == "trl":
+        added["PYTHONPATH"] = str(packages("trl", f"trl=={TRL}"))
     figures = harness.measure([sys.executable, str(_SCRIPT), side, str(job_file), str(out)], added)
     made = {**json.loads(out.read_text(encoding="utf-8")), "peak_anonymous_mib": figures["peak_anonymous_mib"]}
     rate, memory = made["samples_per_second"], made["peak_anonymous_mib"]
