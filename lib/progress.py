@@ -33,6 +33,11 @@ def _in_notebook() -> bool:
     return instance is not None and hasattr(instance, "kernel")
 
 
+def shown_live() -> bool:
+    """Whether somebody may be watching the output of a cell: in a kernel whose progress does not go to a file."""
+    return not os.environ.get(PROGRESS_FILE_VARIABLE) and _in_notebook()
+
+
 class Progress:
     """Counts `total` units of `what`, at most one message every `every` seconds; use as a context manager.
 
@@ -48,7 +53,7 @@ class Progress:
         self.started = time.monotonic()
         self.last = 0.0
         self.file = os.environ.get(PROGRESS_FILE_VARIABLE)
-        self.notebook = not self.file and _in_notebook()
+        self.notebook = shown_live()
         self.terminal = not self.file and not self.notebook and sys.stderr.isatty()
         self.every = 0.2 if self.terminal else 1.0 if self.notebook else every
         self.handle = None

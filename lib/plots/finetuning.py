@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lib.device import physical_cores
 from lib.plots import charts, rows
+from lib.plots import resources as machine
 from lib.plots.display import key_values, say, table
 
 if TYPE_CHECKING:
@@ -78,6 +80,13 @@ def speed(result: Any) -> Markdown:
         f"{len(_validation(result))} validation passes, took {seconds:.0f} s. Details, update by update, are in "
         f"`training.log`."
     )
+
+
+def resources(result: Any) -> HTML | Markdown:
+    """Processor, GPU and memory over time."""
+    if result.adopted:
+        return say("Nothing was trained here, so nothing was measured.")
+    return machine.resources(result.samples, result.product.entry.facts.get("resources", {}), physical_cores())
 
 
 def learned(result: Any) -> Markdown:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib import device
 from lib.errors import InputError
+from lib.plots.live import LiveLosses
 from lib.progress import Progress
 from lib.run.child import StoppedError, run_child
 from lib.run.memory import PeakMemory
@@ -33,14 +34,14 @@ def train_in_processes(job: Job) -> dict[str, Any]:
     """
     import torch
 
-    from lib.training.watch import stop_by_signal
+    from lib.training.watch import LIVE, stop_by_signal
 
     size = job.settings.num_processes
     with tempfile.TemporaryDirectory(prefix="workbook-team-") as name, PeakMemory() as peak:
         stop_file = Path(name) / "stop"
         members = _arguments(job, size, Path(name), stop_file)
         with stop_by_signal(stop_file.touch):
-            results, failures = _run(members, size)
+            results, failures = _run(members, size, job.folder / LIVE)
             stopped = stop_file.exists() or any("stopped" in result for result in results)
             full = [result["out_of_memory"] for result in results if "out_of_memory" in result]
             if full and not stopped:
@@ -89,7 +90,7 @@ def _gpus(size: int) -> list[str]:
     return [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
 
 
-def _run(members: list[dict[str, Any]], size: int) -> tuple[list[dict[str, Any]], list[BaseException]]:
+def _run(members: list[dict[str, Any]], size: int, losses: Path) -> tuple[list[dict[str, Any]], list[BaseException]]:
     """Results and failures of the processes; when one ends badly, the others are ended too."""
     give_up, lines = threading.Event(), {0: ""}
 
@@ -99,7 +100,11 @@ def _run(members: list[dict[str, Any]], size: int) -> tuple[list[dict[str, Any]]
         function = "lib.training.worker:train_rank"
         return run_child(function, member, what, stop=give_up, heard=lambda line: lines.update({rank: line}))
 
-    with ThreadPoolExecutor(size) as pool, Progress(f"training in {size} processes") as progress:
+    with (
+        ThreadPoolExecutor(size) as pool,
+        Progress(f"training in {size} processes") as progress,
+        LiveLosses(losses) as drawing,
+    ):
         pending = {pool.submit(start, member) for member in members[:size]}
         done: set[Future] = set()
         try:
@@ -107,6 +112,7 @@ def _run(members: list[dict[str, Any]], size: int) -> tuple[list[dict[str, Any]]
                 ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 done |= ended
                 progress.advance(0, lines[0])
+                drawing.update()
                 if any(future.exception() or "facts" not in future.result() for future in ended) and pending:
                     wait(pending, timeout=GRACE)
                     give_up.set()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lib.run.files import read_json, read_jsonl
+from lib.run.resources import read_samples
 
 if TYPE_CHECKING:
     from lib.run import Product
+
+
+RESOURCES = "resources.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class FinetuneResult:
         seconds: of the last, uninterrupted part of the training.
         micro_batch: {"asked", "used"}: rows and passes an update each; "out_of_memory": the sizes that did not fit.
         notes: fallbacks, e.g. LoRA where QLoRA was asked for.
+        samples: what the machine did (`lib.run.resources`): seconds, cpu_percent, rss_mib, gpu_percent, gpu_mib.
         adopted: {"id", "revision", and what its files say} of an adapter that was not trained here; then everything
             that only a training has is zero or empty. None when it was trained here.
     """
@@ -57,10 +62,11 @@ class FinetuneResult:
     seconds: float
     dtype: str
     dtype_reason: str
-    micro_batch: dict[str, Any]
     base: dict[str, Any]
     notes: list[str]
+    samples: list[dict[str, float]]
     adopted: dict[str, Any] | None = None
+    micro_batch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trainable_share(self) -> float:
@@ -72,4 +78,5 @@ class FinetuneResult:
         """From the product's files."""
         facts = read_json(product.path / "training.json")
         history = read_jsonl(product.path / "history.jsonl")
-        return cls(product=product, history=history, notes=product.entry.notes, **facts)
+        samples = read_samples(product.path / RESOURCES)
+        return cls(product=product, history=history, samples=samples, notes=product.entry.notes, **facts)

@@ -173,7 +173,7 @@ def _train(
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with stop_by_signal(watch.stop):
+        with stop_by_signal(watch.stop), watch.drawing:
             trainer.train(resume_from_checkpoint=str(start.path) if start else None)
     if watch.stopped:  # by another process of the team
         raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
@@ -217,8 +217,11 @@ def _trainer(
 def _outcome(
     trainer: Any, watch: Any, folder: Path, steps: int, start: Any, messages: list[str], seconds: float
 ) -> dict[str, Any]:
+    from lib.training.watch import LIVE
+
     for left in (".staged", ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
+    (folder.parent / LIVE).unlink(missing_ok=True)
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     write_jsonl(folder.parent / "history.jsonl", history)
     broken = [row["step"] for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0)))]

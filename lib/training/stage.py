@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from lib import device
 from lib.models.loading import base_of
+from lib.run.resources import ResourceSampler, read_samples, summary
 from lib.training.adopting import take
 from lib.training.attempts import until_it_fits
 from lib.training.launching import train_in_processes
 from lib.training.publishing import publish
-from lib.training.result import FinetuneResult
+from lib.training.result import RESOURCES, FinetuneResult
 from lib.training.session import Job, train
 from lib.training.torchrun import made_once
 
@@ -53,8 +54,10 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
 def _build(settings: Settings, run: Run, work: Work) -> None:
     in_4bit, base = _four_bits(settings, work), base_of(run)
     job = Job(settings, run.require("data").path, base, work.folder, in_4bit)
-    facts, notes = until_it_fits(job, train if settings.num_processes == 1 else train_in_processes)
+    with ResourceSampler(work.folder / RESOURCES, gpus=settings.num_processes):
+        facts, notes = until_it_fits(job, train if settings.num_processes == 1 else train_in_processes)
     work.notes += notes
+    work.facts["resources"] = summary(read_samples(work.folder / RESOURCES))
     work.device = facts.pop("device")
     facts["base"] = {"id": base.id, "revision": base.revision, "offline": base.offline}
     publish(work, base, facts, in_4bit)

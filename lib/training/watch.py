@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import statistics
@@ -16,11 +17,15 @@ import torch
 from transformers import TrainerCallback
 
 from lib.errors import Terminated
+from lib.plots.live import LiveLosses
 from lib.progress import Progress
 from lib.training.trainer import AnswerTrainer
 
 WARM_STEPS = 5
 """Updates not counted for the throughput (first allocations and caches)."""
+
+LIVE = "losses.jsonl.live"
+"""Beside training.log while a training runs: the rows of the history so far."""
 
 INSISTENCE = 3.0
 """Seconds after a Ctrl-C from which on another one means: at once."""
@@ -44,6 +49,7 @@ class Watch(TrainerCallback):
         self.trainer, self.log_file, self.progress, self.agree = trainer, log_file, progress, agree
         self.rates: list[float] = []
         self.note, self.stopped, self.started = "", False, 0.0
+        self.drawing = LiveLosses(log_file.with_name(LIVE) if log_file else Path(LIVE))
 
     def write(self, line: str) -> None:
         """Append a line with a time stamp to training.log."""
@@ -60,6 +66,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.done = state.global_step
         self.trainer.interval_started = time.monotonic()
+        if self.log_file is not None:
+            self.log_file.with_name(LIVE).unlink(missing_ok=True)
+        self._show(state.log_history)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         updates = -(-len(self.trainer.order) // self.trainer.order.rows_per_update)
@@ -86,6 +95,15 @@ class Watch(TrainerCallback):
             self.write(f"step {state.global_step} {loss} lr {logs['learning_rate']:.3e} {rate}")
         if "eval_loss" in logs:
             self.write(f"step {state.global_step} validation loss {logs['eval_loss']:.4f}")
+
+        self._show(state.log_history[-1:])
+
+    def _show(self, rows: list[dict[str, Any]]) -> None:
+        """Give new rows of the history to whoever draws them (`lib.plots.live`), here or in a parent process."""
+        if self.log_file is not None:
+            with self.log_file.with_name(LIVE).open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+            self.drawing.update()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.write(f"step {state.global_step} checkpoint saved")

@@ -169,3 +169,12 @@ def test_death_at_once_leaves_no_product(runs, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         finetune(tiny_settings(), runs("fresh"))
     assert "adapter" not in runs("fresh").manifest.entries()
+
+
+def test_the_machine_is_sampled_into_product_and_manifest(runs) -> None:
+    result = finetune(tiny_settings(), runs("straight"))
+    assert result.samples and all(sample["rss_mib"] > 0 for sample in result.samples)
+    found = result.product.entry.facts["resources"]
+    assert found["samples"] == len(result.samples)
+    assert found["rss_mib_max"] == max(sample["rss_mib"] for sample in result.samples)
+    assert not list(result.product.path.glob("*.live"))

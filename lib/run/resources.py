@@ -1,0 +1,139 @@
+"""What a stage takes of the machine while it works: processor, memory, GPU, sampled every few seconds into a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+EVERY = 2.0
+"""Seconds between samples; a long training gets one a minute at last, so that the file stays small."""
+
+CALM_AFTER, CALM = 900, 60.0
+"""Samples after which the pause grows to CALM seconds."""
+
+MIB = 2**20
+
+
+class ResourceSampler(contextlib.AbstractContextManager):
+    """Appends a JSON line every few seconds while the block runs, of this process and its children together.
+
+    A line holds: seconds since the first sample (a continued stage goes on counting), cpu_percent (100 = one core
+    busy), rss_mib (resident memory), and where there is an NVIDIA GPU gpu_percent (time in which it was busy) and
+    gpu_mib (its memory in use, by whomever).
+
+    Args:
+        path: the file.
+        every: seconds between samples.
+        gpus: how many of the visible GPUs are in use.
+    """
+
+    def __init__(self, path: Path, every: float = EVERY, gpus: int = 1) -> None:
+        self.path, self.every = path, every
+        self._stop = threading.Event()
+        self._known: dict[int, psutil.Process] = {}
+        self._gpus = _nvidia(gpus)
+        self._thread = threading.Thread(target=self._watch, name="resources", daemon=True)
+        self._before = read_samples(path)[-1]["seconds"] if path.is_file() and read_samples(path) else 0.0
+
+    def __enter__(self) -> ResourceSampler:
+        self._started = time.monotonic()
+        self._tree()  # psutil measures the processor between two calls
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write()
+
+    def _watch(self) -> None:
+        written = 0
+        while not self._stop.wait(self.every if written < CALM_AFTER else max(self.every, CALM)):
+            self._write()
+            written += 1
+
+    def _write(self) -> None:
+        cpu, rss = self._tree()
+        seconds = self._before + time.monotonic() - self._started
+        sample = {"seconds": round(seconds, 1), "cpu_percent": round(cpu, 1), "rss_mib": round(rss / MIB, 1)}
+        line = json.dumps({**sample, **_gpu(self._gpus)}) + "\n"
+        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as stream:  # a full disk stops others
+            stream.write(line)
+
+    def _tree(self) -> tuple[float, int]:
+        """Processor use in percent of a core and resident bytes, of this process and all below it."""
+        own = self._known.setdefault(0, psutil.Process())
+        with contextlib.suppress(psutil.Error):
+            found = {child.pid: self._known.get(child.pid, child) for child in own.children(recursive=True)}
+            self._known = {0: own, **found}
+        cpu, rss = 0.0, 0
+        for process in self._known.values():
+            with contextlib.suppress(psutil.Error):
+                cpu, rss = cpu + process.cpu_percent(None), rss + process.memory_info().rss
+        return cpu, rss
+
+
+def _nvidia(count: int) -> list[Any]:
+    """Handles of the first GPUs that are visible, where NVIDIA's library is installed and a driver answers."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        names = visible or [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            pynvml.nvmlDeviceGetHandleByIndex(int(name))
+            if name.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(name.encode())
+            for name in names[:count]
+        ]
+    except Exception:  # no library, no driver, or an error of its own kind: then there is nothing to see
+        return []
+
+
+def _gpu(handles: list[Any]) -> dict[str, float]:
+    """Mean use and total memory of the GPUs; without NVIDIA's library the memory that torch knows of."""
+    if handles:
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            busy = [pynvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in handles]
+            used = sum(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles)
+            return {"gpu_percent": round(statistics.mean(busy), 1), "gpu_mib": round(used / MIB, 1)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        return {"gpu_mib": round((total - free) / MIB, 1)}
+    return {}
+
+
+def read_samples(path: Path) -> list[dict[str, float]]:
+    """The samples of a file; a last line that was cut by a kill is left out."""
+    samples = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            samples.append(json.loads(line))
+    return samples
+
+
+def summary(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of processor and GPU use, largest memory; empty without samples."""
+    found: dict[str, float] = {"samples": len(samples)} if samples else {}
+    for key, name, choose in (
+        ("cpu_percent", "cpu_percent_median", statistics.median),
+        ("rss_mib", "rss_mib_max", max),
+        ("gpu_percent", "gpu_percent_median", statistics.median),
+        ("gpu_mib", "gpu_mib_max", max),
+    ):
+        if values := [sample[key] for sample in samples if key in sample]:
+            found[name] = round(choose(values), 1)
+    return found
