@@ -108,3 +108,29 @@ def _fill(
     count = min(most, len(ids) // size)
     inside = sum(start < count * size for start in starts)
     return [ids[i * size : (i + 1) * size] for i in range(count)], used[:inside]
+
+
+def held_out_windows(data: Path, size: int, most: int, seed: int) -> tuple[list[list[int]], list[int]]:
+    """Windows of test rows (leak-free ones first), and for every token of the windows the number of its row.
+
+    Raises:
+        InputError: the test rows do not fill one window.
+    """
+    from lib.models.loading import load_tokenizer
+
+    task, rows, tokenizer = read_task(data), read_jsonl(data / "test.jsonl"), load_tokenizer(data / "tokenizer")
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    order.sort(key=lambda i: bool(rows[i].get("leaked", False)))
+    ids: list[int] = []
+    owners: list[int] = []
+    for i in order:
+        if len(ids) >= size * most:
+            break
+        ids += (own := whole_ids(tokenizer, task, rows[i]))
+        owners += [i] * len(own)
+    count = min(most, len(ids) // size)
+    if not count:
+        raise InputError(
+            f"test rows of {len(ids)} tokens.", f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows."
+        )
+    return [ids[i * size : (i + 1) * size] for i in range(count)], owners[: count * size]

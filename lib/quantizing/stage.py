@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.quantizing import recipes
+from lib.quantizing.effect import EffectResult, measure_effect
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
-from lib.quantizing.importance import NONE, measure
+from lib.quantizing.importance import AUTO, NONE, measure
 from lib.quantizing.ladder import Job, Slots, run_jobs
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
@@ -83,6 +84,18 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
         QuantizationReport(**{key: value for key, value in row.items() if key != "sha256"}) for row in summary["files"]
     )
     return QuantizeResult(product, summary["source"], files)
+
+
+def effect(settings: Settings, run: Run, result: QuantizeResult) -> EffectResult | None:
+    """The ladder's smallest types with and without the run's own importance matrix; None without `imatrix: auto`.
+
+    Raises:
+        InputError: too few test rows.
+    """
+    if settings.imatrix != AUTO:
+        return None
+    source = _only_gguf(run.require("gguf").path)
+    return measure_effect(settings, _options(settings, run), run, source, result.files)
 
 
 def _options(settings: Settings, run: Run) -> Options:

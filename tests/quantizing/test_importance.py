@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export.converting import convert
 from lib.models.tasks import read_task
-from lib.quantizing import calibration, collecting, imatrix, importance, measure, quantize
+from lib.plots import importance as importance_page
+from lib.quantizing import EffectResult, calibration, collecting, effect, imatrix, importance, measure, quantize
+from lib.quantizing.effect import judge
 from lib.run import Run
 from lib.run.files import read_jsonl, sha256_json
 from lib.settings import Settings
@@ -167,3 +170,69 @@ def test_an_unknown_architecture_is_refused() -> None:
     config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(InputError, match=r"layer .* of a opt model, whose name in GGUF is not known"):
         collecting.gguf_layers(OPTForCausalLM(config))
+
+
+def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None:
+    """The pairs differ in the matrix alone, and the numbers are those of `workbook perplexity`'s scorer."""
+    from lib.quantizing import quantize_file
+
+    wanted = settings(ladder=["Q8_0", "Q4_K_M", "Q4_0"], perplexity_tokens=512)
+    result = quantize(wanted, run)
+    found = effect(wanted, run, result).content
+    assert [entry["type"] for entry in found["types"]] == ["Q4_K_M", "Q4_0"], "Q8_0 uses no matrix"
+    assert found["windows"] == 8 and found["tokens"] == 8 * 31 and 2 <= found["rows"] <= 16
+    entry = found["types"][1]
+    plain, folder = quantize_file(run.folder / "gguf" / "tiny-F32.gguf", run.folder / "plain.gguf", "Q4_0"), run.folder
+    assert plain.bytes == entry["bytes_without"] and plain.imatrix is None
+    windows, _ = calibration.held_out_windows(folder / "data", 64, 8, 42)
+    table = kl_between(folder / "gguf" / "tiny-F32.gguf", folder / "plain.gguf", windows)
+    assert entry["kld_without"] == pytest.approx(table.mean, rel=1e-6)
+    table = kl_between(folder / "gguf" / "tiny-F32.gguf", result.product.path / result.files[2].file, windows)
+    assert entry["kld_with"] == pytest.approx(table.mean, rel=1e-6)
+    assert entry["difference"] == pytest.approx(entry["kld_with"] - entry["kld_without"])
+    assert effect(settings(imatrix="none"), run, result) is None
+    shown = importance_page.effect_table(EffectResult(result.product, found))
+    assert (
+        "Q4_0" in shown.data
+        and "Q4_0 with the matrix is" in importance_page.effect_reading(EffectResult(result.product, found)).data
+    )
+    assert "0 of 32, by hash" in importance_page.card(measure(wanted, run)).data
+
+
+def kl_between(reference: Path, other: Path, windows: list[list[int]]) -> Any:
+    """The KL table of two files, both open at once."""
+    from lib.scoring import LlamaCppBackend
+    from lib.scoring.perplexity import kl_table
+
+    with closing(LlamaCppBackend(reference, 64, 1, 0)) as one, closing(LlamaCppBackend(other, 64, 1, 0)) as two:
+        return kl_table(one, two, windows)
+
+
+def test_verdicts_of_the_effect() -> None:
+    draw = np.random.default_rng(0)
+    rows = np.repeat(np.arange(40), 25)
+    plain = draw.gamma(2, 0.01, 1000)
+    better, same = judge([(plain * 0.7, plain), (plain * draw.normal(1, 0.05, 1000), plain)], rows)
+    assert better["verdict"] == "better" and better["difference_interval"][1] < 0 and better["p_holm"] < 0.01
+    assert same["verdict"] == "cannot tell" and same["p_holm"] == same["p"]
+    assert judge([(plain * 1.3, plain)], rows)[0]["verdict"] == "worse"
+
+
+def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path) -> None:
+    from lib.models.loading import load_tokenizer
+    from lib.models.tasks import whole_ids
+
+    data = shutil.copytree(run.folder / "data", tmp_path / "data")
+    rows = read_jsonl(data / "test.jsonl")
+    for i, row in enumerate(rows):
+        row["leaked"] = i not in (3, 8)
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    windows, owners = calibration.held_out_windows(data, 64, 4, 42)
+    ids = [token for window in windows for token in window]
+    assert len(ids) == len(owners) == 256 and set(owners[:100]) <= {3, 8} < set(owners)
+    tokenizer, task = load_tokenizer(data / "tokenizer"), read_task(data)
+    for owner in set(owners):
+        mine = [token for token, of in zip(ids, owners, strict=True) if of == owner]
+        assert mine == whole_ids(tokenizer, task, rows[owner])[: len(mine)]
+    with pytest.raises(InputError, match="test rows of"):
+        calibration.held_out_windows(data, 32768, 4, 42)

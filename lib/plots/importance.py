@@ -1,0 +1,77 @@
+"""What page 06 shows of the importance matrix and of its effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lib.plots.display import key_values, say, table
+
+if TYPE_CHECKING:
+    from IPython.display import HTML, Markdown
+
+
+def card(matrix: Any) -> HTML | Markdown:
+    """From which rows the matrix was made (an ImatrixResult); a sentence where there is none."""
+    if matrix is None:
+        return say(
+            "No importance matrix was measured in this run: `imatrix: auto` measures one on the training rows, and "
+            "then types below 3 bits (IQ2_XS and others) can be in the ladder."
+        )
+    record = matrix.record
+    left = "; ".join(f"{count:,} with {why}" for why, count in record["left_out"].items())
+    values = {
+        "training rows used": record["rows"],
+        "training rows left out": left,
+        "held-out rows among those used": f"{record['shared_with_held_out']} of {record['held_out_rows']:,}, by hash",
+        "tokens": f"{record['tokens']:,} in {record['windows']} windows of {record['window_tokens']}",
+        "layers": record["entries"],
+        "computed in": f"{record['dtype']} on {record['device']}",
+        "hash over the rows": record["rows_sha256"],
+        "name in the files": record["dataset"],
+    }
+    return key_values(values, "The importance matrix of this run")
+
+
+def effect_table(effect: Any) -> HTML | Markdown:
+    """With and without the matrix (an EffectResult); a sentence where nothing was compared."""
+    if effect is None:
+        return say("Nothing to compare: no file of this ladder was made with an importance matrix of this run.")
+    content = effect.content
+    rows = [
+        {
+            "type": entry["type"],
+            "MB with": entry["bytes"] / 1e6,
+            "MB without": entry["bytes_without"] / 1e6,
+            "KLD with, nats ↓": _limits(entry, "kld_with"),
+            "KLD without, nats ↓": _limits(entry, "kld_without"),
+            "with minus without": _limits(entry, "difference", "+.2g"),
+            "p (Holm)": f"{entry['p_holm']:.2g}",
+            "with it": entry["verdict"],
+        }
+        for entry in content["types"]
+    ]
+    caption = (
+        f"KL divergence from the source on {content['tokens']:,} scored tokens of {content['rows']} held-out rows; in "
+        "brackets 95 % intervals over whole rows, of the difference paired token by token."
+    )
+    return table(rows, caption)
+
+
+def effect_reading(effect: Any) -> Markdown:
+    """What the table says, with its numbers."""
+    if effect is None:
+        return say("So this page does not say what an importance matrix would change.")
+    words = {"better": "closer to the source", "worse": "farther from the source", "cannot tell": "not shown to differ"}
+    sentences = []
+    for entry in effect.content["types"]:
+        change = 100 * entry["difference"] / entry["kld_without"]
+        sentences.append(
+            f"{entry['type']} with the matrix is {words[entry['verdict']]} ({change:+.0f} % KL divergence)"
+        )
+    return say(f"{'; '.join(sentences)}. Size, source, llama.cpp and rows are the same; only the matrix differs.")
+
+
+def _limits(entry: Mapping[str, Any], key: str, form: str = ".2g") -> str:
+    low, high = entry[f"{key}_interval"]
+    return f"{entry[key]:{form}} [{low:{form}}, {high:{form}}]"
