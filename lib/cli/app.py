@@ -199,7 +199,7 @@ def evaluate(
     max_seq_length: MaxLength = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy, interval, speed and memory of models on the same labelled rows."""
+    """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
     from lib.cli import work
 
     given = _given(label_names, system_prompt, user_prompt, max_seq_length)
@@ -226,6 +226,9 @@ def compare(
     run_name: RunName = None,
     max_samples: MaxSamples = 0,
     equivalence_margin: Annotated[float, typer.Option(help="accuracy points that count as equivalent", min=0.01)] = 1.0,
+    perplexity_margin: Annotated[
+        float, typer.Option(help="percent of answer perplexity that count as equivalent, without labels", min=0.01)
+    ] = 1.0,
     n_gpu_layers: GpuLayers = 0,
     n_threads: Threads = 0,
     text_column: TextColumn = "",
@@ -241,7 +244,8 @@ def compare(
 
     given = _given(label_names, system_prompt, user_prompt, max_seq_length)
     rows = work.Rows(data, run_name, max_samples, text_column, label_column, given)
-    options = {"equivalence_margin": equivalence_margin, "n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
+    options: dict[str, Any] = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
+    options |= {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
     work.compare(reference, others, rows, output, options, as_json)
 
 

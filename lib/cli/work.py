@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from lib.gguf_export.converting import Conversion
     from lib.gguf_export.writing import GgufFile
+    from lib.models.conversations import ConversationTask
     from lib.models.prompting import Task
     from lib.models.weights import Weights
 
@@ -126,7 +127,7 @@ class Rows:
     label_column: str = ""
     given: dict[str, Any] = field(default_factory=dict)
 
-    def task(self) -> Task:
+    def task(self) -> Task | ConversationTask:
         """The task of --run, else of the defaults; options that were given replace its parts."""
         from lib import settings
         from lib.models.prompting import Task
@@ -138,15 +139,25 @@ class Rows:
 
             values = read_json(open_run(self.run_name).require("data").path / "task.json")
             if "task" in values:
-                raise InputError(
-                    f"run {self.run_name!r} has the task {values['task']}: its rows have no labels.",
-                    "a run with labels.",
-                    "run its notebooks 03 and 07, which compare models and files by answer perplexity.",
-                )
+                return self._conversation(values)
         checked = settings.check({**values, **self.given}, "the options")
         return Task(tuple(checked.label_names), checked.system_prompt, checked.user_prompt, checked.max_seq_length)
 
-    def rows(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _conversation(self, values: dict[str, Any]) -> ConversationTask:
+        """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
+        from lib.models.conversations import ConversationTask
+
+        wrong = [f"--{name.replace('_', '-')}" for name in self.given if name != "max_seq_length"]
+        wrong += ["--data"] if self.data is not None else []
+        if wrong:
+            raise InputError(
+                f"{', '.join(wrong)} for run {self.run_name!r}, whose task is {values['task']}: rows without labels.",
+                "the run's own test rows, or a run with labels.",
+                f"leave out {', '.join(wrong)}.",
+            )
+        return ConversationTask.from_json({**values, **self.given})
+
+    def rows(self, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows, and what they are in words for the result."""
         if self.data is not None:
             from lib.data import rows_from_file
@@ -175,20 +186,25 @@ class Rows:
 
 def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Evaluate models on the rows and print the table."""
-    from lib.evaluation import evaluate_models
+    from lib.evaluation import evaluate_models, evaluate_models_by_answers
+    from lib.models.tasks import has_labels
     from lib.run.files import write_json
 
     if output is not None:
         _writable_file(output)
     task = rows.task()
     found, source = rows.rows(task)
-    # The same command finds there what an interrupted one has scored.
-    keep = None if output is None else output.with_name(f".{output.name}.scores")
-    result = evaluate_models(models, found, task, source, keep=keep, **options)
+    if has_labels(task):
+        # The same command finds there what an interrupted one has scored.
+        keep = None if output is None else output.with_name(f".{output.name}.scores")
+        result = evaluate_models(models, found, task, source, keep=keep, **options)
+        quality = ("accuracy", "accuracy_interval", "macro_f1")
+    else:
+        result = evaluate_models_by_answers(models, found, task, source, **options)
+        quality = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
     if output is not None:
         write_json(output, result)
-    columns = ("model", "n", "accuracy", "accuracy_interval", "macro_f1", "seconds_per_sample", "peak_memory_mib")
-    show(result, as_json, table(result["models"], columns))
+    show(result, as_json, table(result["models"], ("model", "n", *quality, "seconds_per_sample", "peak_memory_mib")))
 
 
 def compare(
@@ -196,12 +212,18 @@ def compare(
 ) -> None:
     """Compare quantized files with their reference and print the table."""
     from lib.comparison import compare_files
+    from lib.models.tasks import has_labels
+    from lib.run import open_run
+    from lib.run.files import read_jsonl
 
     task = rows.task()
     found, source = rows.rows(task)
+    quality = ("accuracy", "accuracy_interval", "flips")
+    if not has_labels(task):  # token frequencies of the training answers are what the reference has to beat
+        options["train"] = read_jsonl(open_run(rows.run_name).require("data").path / "train.jsonl")
+        quality = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
     result = compare_files(reference, others, found, task, output, source, **options)
-    columns = ("type", "bytes", "bits_per_weight", "accuracy", "accuracy_interval", "flips", "kld_mean", "verdict")
-    show(result, as_json, table(result["files"], columns))
+    show(result, as_json, table(result["files"], ("type", "bytes", "bits_per_weight", *quality, "kld_mean", "verdict")))
 
 
 def _writable_file(path: Path) -> None:

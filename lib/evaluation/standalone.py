@@ -106,8 +106,7 @@ def _summary(scores: Scores, rows: Sequence[Mapping[str, Any]], task: Task) -> d
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, save the scores; runs in the child process."""
     task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
-    opener = _open_gguf if _is_gguf(argument["model"]) else _open_transformers
-    backend, tokenizer, files = opener(argument, task)
+    backend, tokenizer, files = open_model(argument, task.max_seq_length)
     keep = Keep(Path(argument["keep"]), model_hash(*files)) if argument["keep"] else None
     what = f"scoring rows with {Path(argument['model']).name}"
     try:
@@ -120,25 +119,31 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     return {"device": backend.device, "note": note, "peak_of_scoring": peak, "found": scores.found}
 
 
+def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
+    """Backend, tokenizer and files of the model that the options name, with a context of `n_ctx` tokens."""
+    opener = _open_gguf if _is_gguf(argument["model"]) else _open_transformers
+    return opener(argument, n_ctx)
+
+
 def _is_gguf(model: str) -> bool:
     return model.lower().endswith(".gguf") or user_path(model).is_file()
 
 
-def _open_gguf(argument: dict[str, Any], task: Task) -> tuple[Any, Any, list[Path]]:
+def _open_gguf(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.scoring import LlamaCppBackend
 
     path = user_path(argument["model"])
     backend = LlamaCppBackend(
         path,
-        n_ctx=task.max_seq_length,
+        n_ctx=n_ctx,
         n_threads=argument["n_threads"],
         n_gpu_layers=argument["n_gpu_layers"],
     )
     return backend, tokenizer_from_gguf(path), [path]
 
 
-def _open_transformers(argument: dict[str, Any], task: Task) -> tuple[Any, Any, list[Path]]:
+def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
     """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
     from lib.device import compute_dtype
     from lib.models.loading import load_model, load_tokenizer, resolve_base

@@ -191,7 +191,6 @@ SHORT = {
     "terms": "terms kept ↑",
     "think": "think complete ↑",
     "chrf": "chrF ↑",
-    "rouge_l": "ROUGE-L ↑",
     "stopped": "stopped ↑",
     "repetition": "repeated ↓",
 }
@@ -202,14 +201,11 @@ def file_metrics(result: Any) -> list[Row]:
     """What each file's answers are worth, one line a file (a ComparisonResult without labels)."""
     if not result.written:
         return [{"type": NONE}]
-    found = {entry["key"]: entry for entry in result.written["metrics"] if entry["key"] in SHORT}
-    ppl = {entry["type"]: entry for entry in result.files}
-    lines = []
-    for name, same in result.written["same_text"].items():
-        own = {SHORT[key]: shown(entry["models"][name], _form(entry)) for key, entry in found.items()}
-        loss = {"estimate": ppl[name]["answer_ppl"], "interval": ppl[name]["answer_ppl_interval"]}
-        lines.append({"type": name, **own, "answer PPL ↓": shown(loss, ".2f"), "same text": same})
-    return lines
+    found = [entry for entry in result.written["metrics"] if entry["key"] in SHORT]
+    return [
+        {"type": name, "same text": same, **{SHORT[e["key"]]: shown(e["models"][name], _form(e)) for e in found}}
+        for name, same in result.written["same_text"].items()
+    ]
 
 
 def file_differences(result: Any) -> list[Row]:
