@@ -10,11 +10,11 @@ from lib.comparison.judging import REFERENCE_VERDICT
 from lib.statistics import mde_paired, smallest_significant
 
 RULE = (
-    "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose accuracy is judged equivalent to "
-    "the reference's within the margin (or better), by exact McNemar with Holm correction over everything compared and "
-    "the interval of the paired difference, on all test rows. If there is none, say so and how many rows would decide "
-    "it. No recommendation is made from a reference that is not clearly "
-    "better than naming the commonest label: equal accuracy would say nothing."
+    "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose accuracy is judged equivalent "
+    "to the reference's within the margin (or better), by exact McNemar with Holm correction over everything compared "
+    "and the interval of the paired difference, on all test rows. Surer margins alone recommend nothing. If there is "
+    "no such file, say so and how many rows would decide it. No recommendation is made from a reference that is not "
+    "clearly better than naming the commonest label: equal accuracy would say nothing."
 )
 
 
@@ -71,7 +71,7 @@ def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dic
     steps = _next_higher(files, reference)
     if reference["accuracy_interval"][0] <= reference["majority_share"]:
         return _answer(None, "reference", None, steps, _unlearned(reference))
-    good = [e for e in files if e["verdict"].startswith(("equivalent", "better"))]
+    good = [e for e in files if e["verdict"].startswith(("equivalent", "better")) and e["endpoint"] == "accuracy"]
     if good:
         chosen = good[0]
         sentences = _chosen(chosen, reference) + _smaller(chosen, files, margin_points) + _advice(steps, files)
@@ -169,9 +169,14 @@ def _undecided(
     ]
 
 
+def _undecided_accuracy(entry: Mapping[str, Any]) -> bool:
+    """Whether the rows leave open if its accuracy is as good."""
+    return entry["verdict"].startswith("cannot") or (entry["verdict"] == "better" and entry["endpoint"] != "accuracy")
+
+
 def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], margin_points: float) -> list[str]:
     """What is not known of the files below the chosen one."""
-    below = [e for e in files if e["bytes"] < chosen["bytes"] and e["verdict"].startswith("cannot")]
+    below = [e for e in files if e["bytes"] < chosen["bytes"] and _undecided_accuracy(e)]
     if not below:
         return []
     needs = {e["type"]: _decisive(e, margin_points) for e in below}
@@ -184,11 +189,18 @@ def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], marg
 
 def _advice(steps: Mapping[str, str], files: Sequence[Mapping[str, Any]]) -> list[str]:
     worse = {e["type"]: e for e in files if e["type"] in steps}
-    return [
-        f"{name} is worse ({_points(worse[name])}, Holm-adjusted p = {worse[name]['mcnemar_p_holm']:.2g}): "
-        f"take the next higher type, {better}."
-        for name, better in steps.items()
-    ]
+    return [f"{name} is worse ({_why(worse[name])}): take the next higher type, {up}." for name, up in steps.items()]
+
+
+def _why(entry: Mapping[str, Any]) -> str:
+    """What a verdict "worse" rests on."""
+    if entry["endpoint"] == "accuracy":
+        return f"{_points(entry)}, Holm-adjusted p = {entry['mcnemar_p_holm']:.2g}"
+    low, high = entry["margin_change_interval"]
+    return (
+        f"its right answers lost log-odds, {entry['margin_change_mean']:+.3f} nats a row (95 % interval {low:+.3f} to "
+        f"{high:+.3f}), Holm-adjusted p = {entry['margin_p_holm']:.2g}; accuracy: {_points(entry)}"
+    )
 
 
 def _unlearned(reference: Mapping[str, Any]) -> list[str]:

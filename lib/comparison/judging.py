@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lib.scoring import Scores
-from lib.statistics import PairedComparison, compare_all, paired_bootstrap, wilson
+from lib.statistics import PairedComparison, compare_all, wilson
 
 REFERENCE_VERDICT = "reference"
 _RESAMPLES = 2000
@@ -76,9 +76,11 @@ def judge(
     Returns:
         for every name, and for "" (the reference itself): n, accuracy, accuracy_interval (Wilson), macro_f1,
         f1_interval (bootstrap by group), flips, flip_share (labels that differ from the reference's), mcnemar_b
-        (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm (over `others`),
-        accuracy_difference, accuracy_difference_interval, margin_change_mean (of the right answer's log-odds, nats),
-        margin_change_interval, mde (fraction), verdict; and "leak_free": the same on those rows, or None.
+        (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm (over `others` and both endpoints),
+        accuracy_difference, accuracy_difference_interval, equivalence_p (TOST within the margin), design_effect,
+        margin_change_mean (of the right answer's log-odds, nats), margin_change_interval, margin_p, margin_p_holm,
+        margin_mde (nats), mde (fraction), verdict, endpoint ("accuracy" or "margin": which of them decided, None where
+        neither did); and "leak_free": the same on those rows, or None.
     """
     result = _judge(reference, others, rows.groups, margin_points, seed)
     free: dict[str, dict[str, Any]] = {}
@@ -98,18 +100,17 @@ def _judge(
     reference: Scores, others: Mapping[str, Scores], groups: np.ndarray, margin_points: float, seed: int
 ) -> dict[str, dict[str, Any]]:
     correct = {name: scores.correct for name, scores in others.items()}
-    tests = compare_all(reference.correct, correct, groups, margin_points, seed)
+    before = right_margins(reference)
+    changes = {name: right_margins(scores) - before for name, scores in others.items()}
+    tests = compare_all(reference.correct, correct, groups, margin_points, seed, changes)
     result = {"": {**_own(reference, groups, seed), **_itself()}}
     for name, scores in others.items():
         flips = int((scores.predictions != reference.predictions).sum())
-        change = paired_bootstrap(right_margins(scores) - right_margins(reference), groups, seed)
         result[name] = {
             **_own(scores, groups, seed),
             "flips": flips,
             "flip_share": flips / len(scores.ids),
             **_tested(tests[name]),
-            "margin_change_mean": change.estimate,
-            "margin_change_interval": change.to_json(),
         }
     return result
 
@@ -136,13 +137,22 @@ def _tested(test: PairedComparison) -> dict[str, Any]:
         "mcnemar_p_holm": test.p_adjusted,
         "accuracy_difference": test.difference.estimate,
         "accuracy_difference_interval": test.difference.to_json(),
+        "equivalence_p": test.equivalence_p,
+        "design_effect": test.design_effect,
+        "margin_change_mean": test.margin.change.estimate,
+        "margin_change_interval": test.margin.change.to_json(),
+        "margin_p": test.margin.p,
+        "margin_p_holm": test.margin.p_adjusted,
+        "margin_mde": test.margin.mde,
         "mde": test.mde,
         "verdict": test.verdict,
+        "endpoint": test.endpoint,
     }
 
 
 def _itself() -> dict[str, Any]:
     """The reference against itself: nothing to test."""
-    nothing = ("mcnemar_b", "mcnemar_c", "mcnemar_p", "mcnemar_p_holm", "accuracy_difference")
-    nothing += ("accuracy_difference_interval", "mde", "margin_change_mean", "margin_change_interval")
+    nothing = ("mcnemar_b", "mcnemar_c", "mcnemar_p", "mcnemar_p_holm", "accuracy_difference", "endpoint")
+    nothing += ("accuracy_difference_interval", "equivalence_p", "design_effect", "mde")
+    nothing += ("margin_change_mean", "margin_change_interval", "margin_p", "margin_p_holm", "margin_mde")
     return {"flips": 0, "flip_share": 0.0, **dict.fromkeys(nothing), "verdict": REFERENCE_VERDICT}

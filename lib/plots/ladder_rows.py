@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lib.statistics import power_mcnemar, rows_needed
+
 Row = dict[str, Any]
 
 
@@ -87,7 +89,7 @@ def differences(files: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def tests(files: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The paired test of each file against the reference."""
+    """The paired test of each file's accuracy against the reference's."""
     return [
         {
             "type": e["type"],
@@ -95,14 +97,45 @@ def tests(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "won": e["mcnemar_c"],
             "p": e["mcnemar_p"],
             "p (Holm)": e["mcnemar_p_holm"],
+            "p not equivalent": e["equivalence_p"],
             "MDE, points": 100 * e["mde"],
-            "margin change, nats": e["margin_change_mean"],
-            "95 % interval": _interval(e["margin_change_interval"], "+.3f"),
             "verdict": e["verdict"],
             "leak-free verdict": (e["leak_free"] or {}).get("verdict"),
         }
         for e in files
     ]
+
+
+def margin_tests(files: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The paired test of each file's margins against the reference's."""
+    return [
+        {
+            "type": e["type"],
+            "margin change, nats": e["margin_change_mean"],
+            "95 % interval": _interval(e["margin_change_interval"], "+.3f"),
+            "p": e["margin_p"],
+            "p (Holm)": e["margin_p_holm"],
+            "MDE, nats": e["margin_mde"],
+            "verdict rests on": e["endpoint"] or "neither",
+        }
+        for e in files
+    ]
+
+
+def power_reading(files: Sequence[Mapping[str, Any]], margin_points: float) -> str:
+    """What this many rows can show, in words, from the design alone: before any result is looked at."""
+    n = files[0]["n"]
+    effect = max(e["design_effect"] for e in files)
+    independent = max(1, round(n / effect))
+    found = power_mcnemar(independent, max(margin_points / 100, 0.02), margin_points / 100)
+    needed = rows_needed(max(margin_points / 100, 0.02), margin_points / 100)
+    copies = f" (counted as {independent:,} independent ones, for some are near copies)" if independent < n else ""
+    points = f"{margin_points:g} {'point' if margin_points == 1 else 'points'}"
+    share = 100 * max(margin_points / 100, 0.02)
+    return (
+        f"These {n:,} rows{copies} would find a true loss of {points}, with {share:g} % of the rows changed, in "
+        f"{100 * found:.0f} of 100 tests; 80 of 100 take {needed:,} independent rows."
+    )
 
 
 def divergences(files: Iterable[Mapping[str, Any]]) -> list[Row]:

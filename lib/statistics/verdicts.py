@@ -15,6 +15,8 @@ from lib.statistics.margins import MarginTest, margin_test
 from lib.statistics.paired import McNemar, holm, mcnemar_exact
 from lib.statistics.power import mde_exact
 
+_ALPHA = 0.05
+
 
 @dataclass(frozen=True)
 class PairedComparison:
@@ -46,12 +48,21 @@ class PairedComparison:
     equivalence_p: float = 1.0
     margin: MarginTest | None = None
 
+    @property
+    def endpoint(self) -> str | None:
+        """What the verdict rests on: "accuracy", "margin", or None where neither could tell."""
+        if self.verdict.startswith("cannot"):
+            return None
+        by_accuracy = self.verdict.startswith("equivalent") or self.difference.excludes_zero()
+        return "accuracy" if by_accuracy and (self.verdict[0] == "e" or self.p_adjusted < _ALPHA) else "margin"
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; the interval as [low, high]."""
         value = asdict(self)
         value["difference"] = self.difference.estimate
         value["difference_interval"] = self.difference.to_json()
         value["margin"] = self.margin.to_json() if self.margin else None
+        value["endpoint"] = self.endpoint
         return value
 
 
@@ -60,7 +71,7 @@ def verdict(
     p_adjusted: float,
     margin_points: float,
     mde: float,
-    alpha: float = 0.05,
+    alpha: float = _ALPHA,
     margin: MarginTest | None = None,
 ) -> str:
     """The words that tests, intervals and sample size allow.

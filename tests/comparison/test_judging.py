@@ -32,24 +32,39 @@ LABELS = [0, 1] * 100
 
 
 def test_six_losses_are_the_fewest_that_are_significant() -> None:
-    """6 : 0 has p = 2 · 2⁻⁶ = 0.03125 (shared/FEATURES.md A3), 5 : 0 has 0.0625."""
+    """6 : 0 has p = 2 · 2⁻⁶ = 0.03125 (shared/FEATURES.md A3); Holm over both endpoints asks for one loss more."""
     reference = scores(LABELS, LABELS)
-    for lost, verdict in ((6, "worse"), (5, "cannot tell (MDE 3.9 points)")):
+    for lost, verdict in ((7, "worse"), (6, "cannot tell (MDE 3.9 points)")):
         entry = judge(reference, {"q": scores(LABELS, changed(LABELS, range(lost)))}, plain(200), 1.0, 0)["q"]
         assert (entry["mcnemar_b"], entry["mcnemar_c"], entry["flips"]) == (lost, 0, lost)
-        assert entry["mcnemar_p"] == entry["mcnemar_p_holm"] == 2.0 ** (1 - lost)
+        assert entry["mcnemar_p"] == 2.0 ** (1 - lost)
+        assert entry["mcnemar_p_holm"] == 2 * entry["mcnemar_p"]
         assert entry["accuracy_difference"] == pytest.approx(-lost / 200)
         low, high = entry["accuracy_difference_interval"]
         assert low < -lost / 200 < high < 0
         assert entry["verdict"] == verdict
+        assert entry["endpoint"] == ("accuracy" if verdict == "worse" else None)
 
 
 def test_holm_over_the_ladder_takes_the_word_back() -> None:
     reference = scores(LABELS, LABELS)
-    files = {f"q{i}": scores(LABELS, changed(LABELS, range(6))) for i in range(2)}
+    files = {f"q{i}": scores(LABELS, changed(LABELS, range(7))) for i in range(2)}
     entries = judge(reference, files, plain(200), 1.0, 0)
     assert [entries[f"q{i}"]["mcnemar_p_holm"] for i in range(2)] == [0.0625, 0.0625]
     assert entries["q0"]["verdict"].startswith("cannot tell")
+
+
+def test_margins_decide_where_accuracy_cannot() -> None:
+    """No label changes, but every right answer is less sure; the equivalence margin is too narrow for 200 rows."""
+    weaker = scores(LABELS, LABELS, 2.0)
+    rng = np.random.default_rng(0)
+    weaker.log_probs[:, 0] += rng.normal(0, 0.01, 200)
+    entry = judge(scores(LABELS, LABELS, 2.3), {"q": weaker}, plain(200), 1.0, 0)["q"]
+    assert entry["flips"] == 0 and entry["mcnemar_p"] == 1 and entry["equivalence_p"] > 0.05
+    assert (entry["verdict"], entry["endpoint"]) == ("worse", "margin")
+    assert entry["margin_p_holm"] < 0.05 and entry["margin_change_interval"][1] < 0
+    wide = judge(scores(LABELS, LABELS, 2.3), {"q": weaker}, plain(200), 5.0, 0)["q"]
+    assert (wide["verdict"], wide["endpoint"]) == ("equivalent within 5 points", "accuracy")
 
 
 def test_the_same_scores_again() -> None:
@@ -141,6 +156,10 @@ ENTRY = {
     "mcnemar_c": 1,
     "mcnemar_p_holm": 1.0,
     "leak_free": None,
+    "margin_change_mean": -0.02,
+    "margin_change_interval": [-0.03, -0.01],
+    "margin_p_holm": 0.002,
+    "endpoint": "accuracy",
 }
 F16 = {**ENTRY, "type": "F16", "bytes": 100_000_000, "kld_mean": 0.0, "verdict": "reference"}
 
@@ -190,6 +209,20 @@ def test_all_worse_keeps_the_reference() -> None:
     answer = recommend([F16, entry("Q2_K", 20, 0.5, "worse")], 1.0)
     assert answer["type"] is None and answer["rows_needed"] is None
     assert answer["next_higher"] == {"Q2_K": "F16"} and "keep F16" in answer["text"]
+
+
+def test_margins_warn_but_do_not_recommend() -> None:
+    answer = recommend(
+        [
+            F16,
+            entry("Q8_0", 53, 0.001, "better", endpoint="margin"),
+            entry("Q4_0", 25, 0.1, "worse", endpoint="margin"),
+        ],
+        1.0,
+    )
+    assert answer["type"] is None
+    assert "Q4_0 is worse (its right answers lost log-odds, -0.020 nats" in answer["text"]
+    assert answer["next_higher"] == {"Q4_0": "Q8_0"}
 
 
 def test_a_reference_that_guesses_decides_nothing() -> None:
