@@ -3,18 +3,19 @@
 - `quantize_file` makes one file, `quantize_files` several at once, with `Options` for an importance matrix and types
   of single tensors; `predict_sizes` tells exact sizes before, `describe_gguf` what a file really holds.
 - `measure` makes an importance matrix of the run's own training rows, product `imatrix`; `effect` compares files
-  with and without it.
+  with and without it, `errors` every tensor with the source.
 - `quantize` is the stage: the ladder of a run, product `quantized`; `plan` tells its sizes before.
 
 All native work runs in child processes: llama.cpp aborts its process on some damaged files.
 """
 
 from lib.quantizing.effect import EffectResult
+from lib.quantizing.errormap import TensorErrors
 from lib.quantizing.files import QuantizationReport, describe_gguf, predict_sizes, quantize_file
 from lib.quantizing.importance import ImatrixResult, measure
 from lib.quantizing.ladder import quantize_files
 from lib.quantizing.options import Options
-from lib.quantizing.stage import QuantizeResult, effect, plan, quantize
+from lib.quantizing.stage import QuantizeResult, effect, errors, plan, quantize
 
 __all__ = [
     "EffectResult",
@@ -22,8 +23,10 @@ __all__ = [
     "Options",
     "QuantizationReport",
     "QuantizeResult",
+    "TensorErrors",
     "describe_gguf",
     "effect",
+    "errors",
     "measure",
     "plan",
     "predict_sizes",

@@ -13,6 +13,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.quantizing import recipes
 from lib.quantizing.effect import EffectResult, measure_effect
+from lib.quantizing.errormap import TensorErrors, measure_errors
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
 from lib.quantizing.importance import AUTO, NONE, measure
 from lib.quantizing.ladder import Job, Slots, run_jobs
@@ -96,6 +97,15 @@ def effect(settings: Settings, run: Run, result: QuantizeResult) -> EffectResult
         return None
     source = _only_gguf(run.require("gguf").path)
     return measure_effect(settings, _options(settings, run), run, source, result.files)
+
+
+def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors:
+    """How far every tensor of every file of the ladder is from the source.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    return measure_errors(settings, run, _only_gguf(run.require("gguf").path), result.files)
 
 
 def _options(settings: Settings, run: Run) -> Options:

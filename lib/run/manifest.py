@@ -18,6 +18,7 @@ NOTEBOOK_OF = {
     "quantized": "06_quantize",
     "imatrix": "06_quantize",
     "imatrix_effect": "06_quantize",
+    "tensor_errors": "06_quantize",
     "exports": "06_quantize",
     "comparison": "07_compare_quantized",
     "package": "07_compare_quantized",
