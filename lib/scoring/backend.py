@@ -94,6 +94,27 @@ def common_prefix(jobs: Sequence[Job]) -> list[int]:
     return first[: min(same, most)]
 
 
+def cut(widths: Sequence[int], most: int, overhead: float) -> list[int]:
+    """Sizes of the batches of least cost when sequences, shortest first, are padded to the longest of their batch.
+
+    Args:
+        widths: tokens of each sequence, ascending.
+        most: largest batch.
+        overhead: cost of a batch beside its padded tokens, in tokens.
+    """
+    cost, start = [0.0], [0]
+    for end in range(1, len(widths) + 1):
+        choices = range(max(0, end - most), end)
+        best = min(choices, key=lambda first: cost[first] + (end - first) * widths[end - 1])
+        start.append(best)
+        cost.append(cost[best] + overhead + (end - best) * widths[end - 1])
+    sizes, end = [], len(widths)
+    while end:
+        sizes.append(end - start[end])
+        end = start[end]
+    return sizes[::-1]
+
+
 def run_batches(
     batches: Iterable[Sequence[Job]],
     run: Callable[[Sequence[Job]], list[np.ndarray]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from lib.errors import InputError
-from lib.scoring.backend import Job, add_up, check_ids, common_prefix, make_jobs, run_batches
+from lib.scoring.backend import Job, add_up, check_ids, common_prefix, cut, make_jobs, run_batches
 from lib.scoring.prefix import SharedPrefix
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 _HEAD_ROWS = 256
 """Positions whose logits are held at once: 256 rows of a vocabulary of 151,936 in float32 are 156 MB."""
+
+_PASS = {"cpu": 48}
+_PASS_ELSEWHERE = 4096
+"""What a forward pass costs beside its tokens (reading the weights, small products), in tokens, by kind of device."""
 
 
 class TransformersBackend:
@@ -46,6 +51,7 @@ class TransformersBackend:
         self.name = name or causal.config.name_or_path or type(causal).__name__
         self.device = str(self._device)
         self.vocab_size = causal.config.vocab_size
+        self._pass_cost = _PASS.get(self._device.type, _PASS_ELSEWHERE)
         self._prefix = SharedPrefix(self._decoder, self.vocab_size)
         self._share_prefix = share_prefix
         model.eval()
@@ -72,6 +78,7 @@ class TransformersBackend:
         return {
             "batch_size": self.batch_size,
             "share_prefix": self._share_prefix,
+            "pass_cost": self._pass_cost,
             "dtype": str(self.model.dtype),
             "device": self.device,
             "threads": torch.get_num_threads(),
@@ -89,13 +96,18 @@ class TransformersBackend:
         jobs = make_jobs(prompts, answers)
         check_ids([job.ids for job in jobs], self.vocab_size, None, self.name)
         check_ids(answers, self.vocab_size, None, self.name)
-        batches = [jobs[i : i + self.batch_size] for i in range(0, len(jobs), self.batch_size)]
         several = self._share_prefix and len(jobs) > 1
         shared = self._prefix.share(common_prefix(jobs), self._device) if several else 0
-        values = run_batches(
-            batches, lambda batch: self._run(batch, shared), len(prompts) / len(jobs), progress, journal
-        )
+        batches, share = self._batches(jobs, shared), len(prompts) / len(jobs)
+        values = run_batches(batches, lambda batch: self._run(batch, shared), share, progress, journal)
         return add_up(jobs, values, (len(prompts), len(answers)))
+
+    def _batches(self, jobs: Sequence[Job], shared: int) -> list[Sequence[Job]]:
+        """Jobs in order (shortest first), cut where padding would cost more than another forward pass."""
+        widths = [len(job.ids) - shared for job in jobs]
+        sizes = cut(widths, self.batch_size, self._pass_cost)
+        ends = list(itertools.accumulate(sizes))
+        return [jobs[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[Job], shared: int = 0) -> list[np.ndarray]:

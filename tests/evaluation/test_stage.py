@@ -12,7 +12,7 @@ from lib.evaluation import evaluate, evaluate_models
 from lib.evaluation.stage import BASE, FINETUNED, FLOOR
 from lib.evaluation.standalone import _summary, score_in_child
 from lib.run.files import read_json, write_json
-from lib.scoring import Scores, TransformersBackend, score_rows
+from lib.scoring import Scores, TransformersBackend, score_rows, torch_backend
 from lib.settings import Settings
 from tests.evaluation.conftest import save_adapter, test_rows
 from tests.scoring import tiny
@@ -145,6 +145,7 @@ def test_no_rows(small):
 
 def test_interrupted_evaluation_continues(run, monkeypatch, capsys):
     """Stopped in the second model: the first one's rows and the finished batches of the second are not run again."""
+    monkeypatch.setitem(torch_backend._PASS, "cpu", 4096)  # batches of eight, whatever the lengths
     expected = evaluate(SETTINGS, run)
     before = {name: model.scores.log_probs for name, model in expected.models.items()}
     run_batch, batches = TransformersBackend._run, []

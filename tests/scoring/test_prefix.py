@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.scoring import TransformersBackend
-from lib.scoring.backend import common_prefix, make_jobs
+from lib.scoring.backend import common_prefix, cut, make_jobs
 from tests.scoring.test_backends import ANSWERS, brute_force, prompts_of
 
 KINDS = ("Qwen2", "Qwen3", "Llama")
@@ -49,9 +49,37 @@ def test_the_beginning_is_computed_once(small):
         lambda _, args, kwargs, out: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     backend.label_log_probs(prompts, ANSWERS["single"])
-    shared, ordered = len(common_prefix(make_jobs(prompts, ANSWERS["single"]))), sorted(map(len, prompts))
-    padded = [len(ordered[i : i + 4]) * (max(ordered[i : i + 4]) - shared) for i in range(0, len(ordered), 4)]
+    jobs = make_jobs(prompts, ANSWERS["single"])
+    shared = len(common_prefix(jobs))
+    batches = list(backend._batches(jobs, shared))
+    assert [job for batch in batches for job in batch] == jobs and max(map(len, batches)) == 4
+    padded = [len(batch) * (len(batch[-1].ids) - shared) for batch in batches]
     assert seen == [shared, *padded]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("overhead", [0, 20, 1000])
+def test_batches_cost_least(seed, overhead):
+    """Against every way to cut a row of sequences into batches."""
+    draw = np.random.default_rng(seed)
+    widths, most = sorted(draw.integers(1, 90, 9).tolist()), 4
+
+    def cost(sizes):
+        ends = np.cumsum(sizes)
+        return sum(overhead + size * widths[end - 1] for size, end in zip(sizes, ends, strict=True))
+
+    def ways(n):
+        return [[]] if n == 0 else [[k, *rest] for k in range(1, min(n, most) + 1) for rest in ways(n - k)]
+
+    sizes = cut(widths, most, overhead)
+    assert sum(sizes) == 9 and max(sizes) <= most
+    assert cost(sizes) == min(map(cost, ways(9)))
+
+
+def test_a_long_row_does_not_make_short_ones_long(small):
+    prompts = [[1] * n for n in (9, 10, 40, 41, 42, 43, 44, 200, 201, 202)]
+    batches = TransformersBackend(small.model, 8)._batches(make_jobs(prompts, ANSWERS["single"]), 0)
+    assert [[len(job.ids) for job in batch] for batch in batches] == [[9, 10], [40, 41, 42, 43, 44], [200, 201, 202]]
 
 
 def test_a_wrong_position_is_noticed(small, monkeypatch):
