@@ -88,7 +88,7 @@ def conditions(result: Any) -> str:
     listed = f"list {terms['name']}, {terms['terms']} terms" if terms else "no list of terms"
     return (
         f"Greedy answers to {made['rows']:,} test rows, at most {made['max_new_tokens']:,} tokens each, with 95 % "
-        f"intervals (groups of alike rows drawn); difference: fine-tuned minus base on the same rows. "
+        f"intervals (alike rows count once); difference: fine-tuned minus base on the same rows. "
         f"chrF: {result.content['chrf'].replace('|', ' | ')}; {listed}."
     )
 

@@ -24,16 +24,20 @@ class Metric:
         name: on the page, with an arrow where one direction is better.
         kind: SHARE (true or false a row), MEAN (a number a row), RATIO (found and wanted a row).
         meaning: the definition in words.
+        most: largest possible value; None = no limit. The smallest is 0.
     """
 
     key: str
     name: str
     kind: str
     meaning: str
+    most: float | None = 1.0
 
 
 METRICS = (
-    Metric("chrf", "chrF ↑", MEAN, "overlap of character 1- to 6-grams with the reference, 0 to 100 (sacrebleu)"),
+    Metric(
+        "chrf", "chrF ↑", MEAN, "overlap of character 1- to 6-grams with the reference, 0 to 100 (sacrebleu)", 100.0
+    ),
     Metric("rouge_l", "ROUGE-L ↑", MEAN, "F1 of the longest common subsequence of characters (Latin: words), 0 to 1"),
     Metric("terms", "terms of the reference ↑", RATIO, "share of the reference's listed terms that the answer has"),
     Metric("question_terms", "terms of the question ↑", RATIO, "share of the question's listed terms it has"),
@@ -42,7 +46,13 @@ METRICS = (
     Metric("intact", "characters intact ↑", SHARE, "streamed token by token: UTF-8 to the last byte, no U+FFFD"),
     Metric("empty", "empty ↓", SHARE, "no answer, or nothing but reasoning"),
     Metric("repetition", "repeated 4-grams ↓", MEAN, "share of its character 4-grams that stood in it before"),
-    Metric("loop", "longest loop, characters ↓", MEAN, "longest stretch of one unit said three times or more in a row"),
+    Metric(
+        "loop",
+        "longest loop, characters ↓",
+        MEAN,
+        "longest stretch of one unit said three times or more in a row",
+        None,
+    ),
 )
 
 

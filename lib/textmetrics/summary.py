@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from lib.statistics import Interval, clustered_score_interval, design_effect, paired_bootstrap, wilson
-from lib.textmetrics.measuring import METRICS, RATIO, SHARE, Metric
+from lib.statistics import (
+    Interval,
+    clustered_bootstrap_t,
+    clustered_mean,
+    clustered_score_interval,
+    design_effect,
+    wilson,
+)
+from lib.textmetrics.measuring import MEAN, METRICS, RATIO, SHARE, Metric
 
 FEWEST = 3
 """Groups of rows below which an interval would be a pretence."""
@@ -19,10 +26,11 @@ Measured = Sequence[Mapping[str, Any]]
 def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: str, seed: int) -> list[dict[str, Any]]:
     """One entry a metric that applies to these rows.
 
-    Shares have Wilson's interval and, for differences, Tango's, with n divided by the design effect of the groups: a
-    bootstrap of five answers that are all right would claim certainty. Means and ratios have a percentile bootstrap
-    over groups. Where all rows agree it says nothing: ratios of 0 or 1, and differences of ratios, then have the
-    interval of a share with the groups as its n, others none. With fewer than three groups there is none at all.
+    Few rows, skewed values and many zeros are the rule here, so no percentile bootstrap, which covers far too rarely
+    then (docs/LOG.md). Shares, and ratios as shares of all terms, have Wilson's interval with n divided by the design effect
+    of the groups; means a studentized bootstrap over groups. Differences of shares have Tango's interval, likewise;
+    those of means and ratios Student's, with whole groups as units. With fewer than three groups, or where all rows
+    agree in a mean, there is nothing to tell an interval from.
 
     Args:
         models: name -> measured rows (`measure`), the same questions in the same order.
@@ -53,7 +61,7 @@ def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: 
                 "wanted": int(weight.sum()) if metric.kind == RATIO else None,
                 "models": {name: _own(metric, value, own, weight, seed) for name, value in mine.items()},
                 "differences": {
-                    name: _difference(metric, value - base, own, weight, seed)
+                    name: _difference(metric, value - base, own, weight)
                     for name, value in mine.items()
                     if name != reference
                 },
@@ -74,30 +82,45 @@ def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
-    count = len(np.unique(groups))
-    if metric.kind == SHARE and count >= FEWEST:
-        effect = design_effect(values, groups)
-        return _shown(wilson(values.sum() / effect, len(values) / effect))  # type: ignore[arg-type]
-    if metric.kind == RATIO and count >= FEWEST and np.ptp(values) == 0 and values[0] in (0, 1):
-        return _shown(wilson(int(values[0]) * count, count))
-    return _bootstrapped(values, groups, weights, seed)
+    estimate = float(np.average(values, weights=weights))
+    if len(np.unique(groups)) < FEWEST:
+        return _without(estimate)
+    if metric.kind == MEAN:
+        return _bounded(clustered_bootstrap_t(values, groups, seed), metric) if np.ptp(values) else _without(estimate)
+    single, owners = _terms(values * weights, groups, weights) if metric.kind == RATIO else (values, groups)
+    effect = design_effect(single, owners)
+    return _shown(wilson(single.sum() / effect, len(single) / effect))  # type: ignore[arg-type]
 
 
-def _difference(
-    metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int
-) -> dict[str, Any]:
+def _difference(metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     count = len(np.unique(groups))
-    if metric.kind == SHARE and count >= FEWEST:
+    if count < FEWEST:
+        return _without(float(np.average(change, weights=weights)))
+    if metric.kind == SHARE:
         return _shown(clustered_score_interval(change, groups))
-    if metric.kind == RATIO and count >= FEWEST and not change.any():
-        return _shown(clustered_score_interval(np.zeros(count)))
-    return _bootstrapped(change, groups, weights, seed)
+    if metric.kind == RATIO:
+        single, owners = _terms(change * weights, groups, weights)
+        return _shown(clustered_mean(single, owners) if change.any() else clustered_score_interval(np.zeros(count)))
+    return _shown(clustered_mean(change, groups)) if np.ptp(change) else _without(float(change[0]))
 
 
-def _bootstrapped(values: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
-    if len(np.unique(groups)) < FEWEST or np.ptp(values) == 0:
-        return {"estimate": float(np.average(values, weights=weights)), "interval": None}
-    return _shown(paired_bootstrap(values, groups, seed, weights=weights))
+def _terms(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One value a term (as many ±1 as the row's sum says, then zeros), and the group that it belongs to."""
+    single = [
+        np.where(np.arange(round(wanted)) < abs(round(total)), np.sign(total), 0.0)
+        for total, wanted in zip(sums, weights, strict=True)
+    ]
+    return np.concatenate(single), np.repeat(groups, np.round(weights).astype(int))
+
+
+def _bounded(found: Interval, metric: Metric) -> dict[str, Any]:
+    """Within the values that the metric can have; no interval where nothing bounds it."""
+    low, high = max(0.0, found.low), found.high if metric.most is None else min(metric.most, found.high)
+    return {"estimate": found.estimate, "interval": [low, high] if np.isfinite(high) else None}
+
+
+def _without(estimate: float) -> dict[str, Any]:
+    return {"estimate": estimate, "interval": None}
 
 
 def _shown(found: Interval) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sacrebleu.metrics import CHRF
+from scipy.stats import t
 
 from lib.errors import InputError
 from lib.models.conversations import split_thinking
-from lib.statistics import paired_bootstrap, paired_score_interval, wilson
+from lib.statistics import clustered_mean, paired_score_interval, wilson
 from lib.textmetrics import Answered, chrf_signature, measure, read_prompts, read_stream, read_terms, summarise
 from lib.textmetrics.overlap import common_length, longest_loop, repeated_share, rouge_l, units
 from lib.textmetrics.streams import BROKEN, UNFINISHED, WRITTEN
@@ -203,8 +205,10 @@ def test_summary_of_two_models() -> None:
     assert terms["models"]["base"] == {"estimate": pytest.approx(1 / 3), "interval": None}
     chrf = found["chrf"]
     change = [two["chrf"] - one["chrf"] for one, two in zip(base, tuned, strict=True)]
-    wanted = paired_bootstrap(change, [0, 1, 2, 3], 7)
+    wanted = clustered_mean(change)
     assert chrf["differences"]["fine-tuned"] == {"estimate": wanted.estimate, "interval": wanted.to_json()}
+    low, high = chrf["models"]["base"]["interval"]
+    assert 0 <= low <= chrf["models"]["base"]["estimate"] <= high <= 100
     copies = {e["key"]: e for e in summarise({"base": base, "fine-tuned": tuned}, [0, 0, 1, 1], "base", 7)}
     assert copies["chrf"]["models"]["base"]["interval"] is copies["empty"]["models"]["base"]["interval"] is None
 
@@ -213,10 +217,46 @@ def test_rows_that_all_agree_are_not_certain() -> None:
     """A bootstrap of equal values would be an interval of no width."""
     rows = [measured("好", "焦虑、失眠") for _ in range(5)]
     found = {e["key"]: e for e in summarise({"a": rows, "b": rows}, range(5), "a", 0)}
-    assert found["terms"]["models"]["a"] == {"estimate": 0.0, "interval": wilson(0, 5).to_json()}
+    assert found["terms"]["models"]["a"] == {"estimate": 0.0, "interval": wilson(0, 5).to_json()}  # 10 terms in 5 pairs
     assert found["terms"]["differences"]["b"]["interval"] == paired_score_interval(0, 0, 5).to_json()
     assert found["loop"]["models"]["a"] == {"estimate": 0.0, "interval": None}
     assert found["chrf"]["differences"]["b"] == {"estimate": 0.0, "interval": None}
+
+
+def test_terms_are_shares_of_all_terms_in_their_rows() -> None:
+    """Oracle: the ratio estimator's standard error by its formula (Cochran 1977, § 6.4), rows as units."""
+    texts = ["焦虑、失眠、压力", "焦虑", "失眠、压力", "压力、焦虑、失眠", "焦虑、压力"]
+    kept = [["焦虑"], ["焦虑"], [], ["压力", "焦虑", "失眠"], ["压力"]]
+    less = [["焦虑"], [], [], ["压力", "焦虑"], ["压力"]]
+    one = [measured("、".join(own), text) for own, text in zip(kept, texts, strict=True)]
+    two = [measured("、".join(own), text) for own, text in zip(less, texts, strict=True)]
+    found = {e["key"]: e for e in summarise({"a": one, "b": two}, range(5), "a", 0)}["terms"]
+    assert found["models"]["a"]["estimate"] == pytest.approx(6 / 11) and found["wanted"] == 11
+    low, high = found["models"]["a"]["interval"]
+    assert low < wilson(6, 11).low and high > wilson(6, 11).high  # terms of one row go together
+    change, sizes = np.array([0, -1, 0, -1, 0]), np.array([3, 1, 2, 3, 2])
+    mean = change.sum() / sizes.sum()
+    error = np.sqrt(np.sum((change - mean * sizes) ** 2) * 5 / 4) / sizes.sum()
+    half = t.ppf(0.975, 4) * error
+    assert found["differences"]["b"]["estimate"] == pytest.approx(mean)
+    assert found["differences"]["b"]["interval"] == pytest.approx([mean - half, mean + half])
+
+
+@pytest.mark.parametrize("n", [12, 20])
+def test_intervals_cover_on_few_skewed_rows(n: int) -> None:
+    """Simulated answers with many zeros and a long tail: the truth lies inside about as often as promised."""
+    rng, inside, count = np.random.default_rng(0), np.zeros(2), 150
+    plain = {"stopped": True, "intact": True, "empty": False, "think": None, "terms": None, "question_terms": None}
+    for seed in range(count):
+        base, tuned = (np.where(rng.random(n) < 0.5, 0, rng.beta(1, 3, n)) for _ in range(2))
+        models = {
+            name: [{**plain, "chrf": 1.0, "rouge_l": 0.0, "loop": 0, "repetition": value} for value in values]
+            for name, values in (("a", base), ("b", tuned))
+        }
+        entry = next(e for e in summarise(models, range(n), "a", seed) if e["key"] == "repetition")
+        for i, (found, truth) in enumerate(((entry["models"]["a"], 0.125), (entry["differences"]["b"], 0.0))):
+            inside[i] += found["interval"] is not None and found["interval"][0] <= truth <= found["interval"][1]
+    assert (inside / count > 0.9).all(), inside / count
 
 
 def test_copies_are_no_evidence() -> None:
