@@ -116,7 +116,7 @@ def prompts_json(
         **conditions,
         "decoding": {GREEDY: most, SAMPLED: {**most, **questions.sampling.to_json()}},
         "latency": "first_token_seconds: reading the prompt, to the first token; tokens_per_second: the later tokens; "
-        "one prompt at a time, the first one without a warm-up",
+        "one prompt at a time, after the answers to the test rows, which warm up",
         "prompts": [
             {**source, "answers": {name: own[place] for name, own in replies.items()}}
             for place, source in enumerate(questions.sources)

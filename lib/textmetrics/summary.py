@@ -27,10 +27,10 @@ def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: 
     """One entry a metric that applies to these rows.
 
     Few rows, skewed values and many zeros are the rule here, so no percentile bootstrap, which covers far too rarely
-    then (docs/LOG.md). Shares, and ratios as shares of all terms, have Wilson's interval with n divided by the design effect
-    of the groups; means a studentized bootstrap over groups. Differences of shares have Tango's interval, likewise;
-    those of means and ratios Student's, with whole groups as units. With fewer than three groups, or where all rows
-    agree in a mean, there is nothing to tell an interval from.
+    then (docs/LOG.md). Shares, and ratios as shares of all terms, have Wilson's interval with n divided by the design
+    effect of the groups; means a studentized bootstrap over groups. Differences of shares have Tango's interval,
+    likewise; those of means and ratios Student's, with whole groups as units. With fewer than three groups, or where
+    all rows agree in a mean, there is nothing to tell an interval from.
 
     Args:
         models: name -> measured rows (`measure`), the same questions in the same order.
