@@ -24,14 +24,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @app.command(short_help="what this machine can run, and the cure for every lack")
 @guarded
-def doctor(as_json: Json = False) -> None:
-    """What this machine can run; every lack with its cure and the notebooks it touches."""
+def doctor(
+    params_file: Annotated[
+        Path | None, typer.Argument(help="recommend a way to train this parameter file", metavar="[PARAMS.yaml]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="model folder in place of base_model", metavar="DIR")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine can run, with cures; with PARAMS.yaml or --model: which way of training fits it."""
     from lib.cli import doctor as checks
-    from lib.cli.output import show
+    from lib.cli import strategy
 
-    found = checks.examine()
-    show({"checks": [check.to_json() for check in found]}, as_json, checks.as_text(found))
-    if checks.broken(found):
+    if params_file or model:
+        strategy.tell(params_file, model, parameters or [], as_json)
+    elif not checks.tell(as_json):
         raise typer.Exit(2)
 
 
@@ -92,6 +101,20 @@ def select(
     from lib.cli import selecting
 
     selecting.select(runs, output, as_json)
+
+
+@app.command(short_help="which file of a compared run fits a size and a loss")
+@guarded
+def pick(
+    run: Annotated[str, typer.Argument(help="name of a run that 07 has compared", metavar="RUN")],
+    max_mb: Annotated[float | None, typer.Option(help="largest file, 10⁶ bytes [default: any size]")] = None,
+    max_loss: Annotated[float, typer.Option(help="accuracy points; without labels percent of answer perplexity")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
+    from lib.cli import picking
+
+    picking.pick(run, max_mb, max_loss, as_json)
 
 
 @app.command(short_help="adapter + base model → one model folder")

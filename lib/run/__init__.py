@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import difflib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from lib.run.files import flush_to_disk, read_json, readable_by_group, write_jso
 from lib.run.manifest import NOTEBOOK_OF, Entry, Manifest, damage, hash_folder
 from lib.run.memory import PeakMemory
 
-__all__ = ["Entry", "Product", "Run", "Work", "open_run"]
+__all__ = ["Entry", "Product", "Run", "Work", "known_run", "open_run"]
 
 _REQUEST = ".request.json"
 
@@ -244,3 +245,17 @@ def _seal(folder: Path) -> dict[str, dict[str, Any]]:
 def open_run(name: str) -> Run:
     """The run of that name under runs/ (created when its first product is made)."""
     return Run(name, folders.runs_folder() / name)
+
+
+def known_run(name: str) -> Run:
+    """A run that has a manifest.
+
+    Raises:
+        InputError: there is none of that name (those that there are, and the nearest, are named).
+    """
+    there = sorted(path.parent.name for path in folders.runs_folder().glob("*/manifest.json"))
+    if name not in there:
+        near = difflib.get_close_matches(name, there, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"no run {name!r}.", f"one of: {', '.join(there) or 'none yet'}.", f"{hint}Check the name.")
+    return open_run(name)

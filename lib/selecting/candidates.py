@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.tasks import AnyTask, has_labels, kind_of, read_task
-from lib.run import Product, Run, open_run
+from lib.run import Product, Run, known_run
 from lib.run.files import read_json, read_jsonl, sha256_json
-from lib.run.folders import runs_folder
 from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
 
@@ -82,7 +80,7 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
     if len(names) < 2 or twice:
         what = f"run {twice[0]!r} twice" if twice else f"{len(names)} run"
         raise InputError(f"{what} to choose from.", "at least two runs, each once.", "name the runs to compare.")
-    found = [read_candidate(_known(name)) for name in names]
+    found = [read_candidate(known_run(name)) for name in names]
     first = found[0]
     for other in found[1:]:
         if kind_of(other.task) != kind_of(first.task) or _labels(other.task) != _labels(first.task):
@@ -100,16 +98,6 @@ def _labels(task: AnyTask) -> tuple[str, ...]:
 
 def _words(task: AnyTask) -> str:
     return f"{kind_of(task)}{' of ' + '/'.join(_labels(task)) if _labels(task) else ''}"
-
-
-def _known(name: str) -> Run:
-    folder = runs_folder()
-    there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
-    if name not in there:
-        near = difflib.get_close_matches(name, there, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"no run {name!r}.", f"one of: {', '.join(there) or 'none yet'}.", f"{hint}Check the name.")
-    return open_run(name)
 
 
 def read_candidate(run: Run) -> Candidate:

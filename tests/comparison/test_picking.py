@@ -1,0 +1,103 @@
+"""`workbook pick`: the file that a size and a loss leave, and the sentence where none is left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.comparison.picking import pick
+from lib.errors import InputError
+
+
+def entry(name: str, megabytes: float, low: float, high: float, **more) -> dict:
+    """A file whose accuracy differs by low..high points from the reference's."""
+    return {
+        "type": name,
+        "file": f"model-{name}.gguf",
+        "kind": "gguf",
+        "bytes": int(megabytes * 1e6),
+        "verdict": "cannot tell",
+        "accuracy": 0.9,
+        "accuracy_difference": (low + high) / 200,
+        "accuracy_difference_interval": [low / 100, high / 100],
+        "mcnemar_b": 6,
+        "mcnemar_c": 2,
+        "n": 400,
+        **more,
+    }
+
+
+REFERENCE = entry("F16", 100, 0, 0, verdict="reference", accuracy_difference=None, accuracy_difference_interval=None)
+FILES = [
+    REFERENCE,
+    entry("Q8_0", 53, -0.4, 0.4),
+    entry("Q4_K_M", 30, -0.9, 0.5),
+    entry("Q3_K_M", 25, -1.6, 0.2),
+    entry("Q2_K", 20, -6.0, -2.0),
+    entry("nf4", 10, 0.0, 0.0, kind="folder"),
+]
+
+
+def compared(*files: dict, reason: str = "insufficient") -> dict:
+    return {"files": list(files or FILES), "recommendation": {"reason": reason, "text": "It guesses."}}
+
+
+@pytest.mark.parametrize(
+    ("size", "loss", "chosen", "reason"),
+    [
+        (None, 1.0, "Q4_K_M", "shown"),
+        (None, 0.5, "Q8_0", "shown"),
+        (None, 0.1, "F16", "shown"),
+        (None, 7.0, "Q2_K", "shown"),
+        (28, 1.0, None, "open"),
+        (22, 1.0, None, "refuted"),
+        (5, 1.0, None, "size"),
+    ],
+)
+def test_the_smallest_that_is_shown_to_be_good_enough(size, loss, chosen, reason) -> None:
+    answer = pick(compared(), size, loss)
+    assert (answer["type"], answer["reason"]) == (chosen, reason)
+    assert answer["file"] == (f"model-{chosen}.gguf" if chosen else None)
+    assert answer["text"].startswith(chosen or "None")
+    assert "nf4" not in [c["type"] for c in answer["candidates"]]
+    assert (answer["rows_needed"] is not None) == (reason == "open")
+    json.dumps(answer)
+
+
+def test_open_evidence_says_how_many_rows() -> None:
+    answer = pick(compared(), 28, 1.0)
+    assert answer["rows_needed"] > 400 and f"{answer['rows_needed']:,} rows" in answer["text"]
+    assert "Q3_K_M" in answer["text"]
+
+
+def test_a_reference_that_has_learned_nothing_picks_nothing() -> None:
+    answer = pick(compared(reason="reference"), None, 5.0)
+    assert (answer["type"], answer["text"]) == (None, "It guesses.")
+
+
+def test_without_labels_the_loss_is_perplexity() -> None:
+    files = [{"type": "F16", "file": "f", "kind": "gguf", "bytes": 10, "verdict": "reference", "answer_ratio": 1.0}]
+    files.append({**files[0], "type": "Q4_0", "bytes": 4, "verdict": "x", "answer_ratio": 1.012})
+    files[1]["answer_ratio_interval"] = [1.004, 1.02]
+    assert pick(compared(*files), None, 1.0)["type"] == "F16"
+    answer = pick(compared(*files), None, 2.5)
+    assert answer["type"] == "Q4_0" and "+1.20 % of answer perplexity" in answer["text"]
+    assert pick(compared(*files), 0.000005, 1.0)["reason"] == "open"
+
+
+@pytest.mark.parametrize(("size", "loss"), [(0.0, 1.0), (-1.0, 1.0), (None, 0.0), (None, float("nan"))])
+def test_impossible_limits(size, loss) -> None:
+    with pytest.raises(InputError, match="above 0"):
+        pick(compared(), size, loss)
+
+
+@given(st.floats(1, 120), st.floats(0.01, 10), st.floats(0, 5), st.floats(0, 60))
+def test_looser_limits_never_make_the_answer_larger(size: float, loss: float, more: float, room: float) -> None:
+    strict, loose = pick(compared(), size, loss), pick(compared(), size + room, loss + more)
+    sizes = {c["type"]: c["megabytes"] for c in strict["candidates"]}
+    if strict["type"]:
+        assert loose["type"] and sizes[loose["type"]] <= sizes[strict["type"]]
+        assert sizes[strict["type"]] <= size
