@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from lib import device
+from lib.cli.output import show
 from lib.run.folders import PROJECT, home
 
 OK, LACK, BROKEN, INFO = "ok", "lack", "broken", "info"
@@ -217,3 +218,10 @@ def as_text(found: list[Check]) -> str:
     else:
         end = "Everything is there."
     return "\n".join([*lines, "", end])
+
+
+def tell(as_json: bool) -> bool:
+    """Print all checks; False when something is broken."""
+    found = examine()
+    show({"checks": [check.to_json() for check in found]}, as_json, as_text(found))
+    return not broken(found)

@@ -124,13 +124,12 @@ def _build(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: BaseRec
     return facts
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights; rows of the embedding rounded up to a multiple of 256."""
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+def model_config(recipe: BaseRecipe, vocabulary: int, **more: Any) -> Any:
+    """The Qwen2Config of a recipe."""
+    from transformers import Qwen2Config
 
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 256) * 256,
+    return Qwen2Config(
+        vocab_size=vocabulary,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.layers,
@@ -138,10 +137,17 @@ def new_model(tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Qwen2Fo
         num_key_value_heads=recipe.kv_heads,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-        **ends,
+        **more,
     )
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights; rows of the embedding rounded up to a multiple of 256."""
+    from transformers import GenerationConfig, Qwen2ForCausalLM
+
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    vocabulary = -(-len(tokenizer) // 256) * 256
+    config = model_config(recipe, vocabulary, bos_token_id=tokenizer.pad_token_id, attn_implementation="sdpa", **ends)
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.pad_token_id, do_sample=False, **ends)
     return model

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
+from lib.training.loss import HEAD_ROWS
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -17,7 +18,12 @@ NF4_BITS = 4.127
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimate depends on. Sizes in numbers of weights, lengths in tokens."""
+    """What the estimate depends on. Sizes in numbers of weights, lengths in tokens.
+
+    Attributes:
+        length: of the longest row; prefix: tokens at its beginning that a micro-batch computes once for all rows.
+        answer: loss tokens of the row that has most.
+    """
 
     linear: int
     other: int
@@ -34,6 +40,7 @@ class Shape:
     in_4bit: bool
     checkpointing: bool
     dropout: bool
+    prefix: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,14 +72,14 @@ def estimate(shape: Shape, process: int = 0) -> Estimate:
     trainable weight. Activations: the tensors that autograd keeps for a Qwen2 layer, a token: about 16 × hidden,
     6 × key/value width and 6 × intermediate in the compute format (with dropout another 7 copies of layer inputs),
     and 2 norms in float32. With gradient checkpointing one hidden state a layer and the whole of one layer.
-    Logits: loss positions × vocabulary × 12 bytes: float32 values, log-probabilities and gradient; in bfloat16 values
-    and gradient once more in that format, but the float32 values are freed first.
+    Logits: loss positions (HEAD_ROWS at a time) × vocabulary × 12 bytes: float32 values, log-probabilities and
+    gradient; in bfloat16 values and gradient once more in that format, but the float32 values are freed first.
     """
     s = 2.0 if shape.in_4bit else shape.weight_bytes
     weights = shape.linear * NF4_BITS / 8 + shape.other * 2 if shape.in_4bit else (shape.linear + shape.other) * s
     inputs = 5 * shape.hidden + shape.intermediate + shape.key_value if shape.dropout else 0
     layer = s * (16 * shape.hidden + 6 * shape.key_value + 6 * shape.intermediate + 1.5 * inputs) + 16 * shape.hidden
-    tokens = shape.rows * shape.length
+    tokens = shape.prefix + shape.rows * (shape.length - shape.prefix)
     kept = shape.layers * s * shape.hidden + layer if shape.checkpointing else shape.layers * layer
     return Estimate(
         process=process,
@@ -81,11 +88,11 @@ def estimate(shape: Shape, process: int = 0) -> Estimate:
         gradients=4 * shape.adapter,
         optimizer=8 * shape.adapter,
         activations=round(tokens * kept),
-        logits=round(shape.rows * shape.answer * shape.vocabulary * 12),
+        logits=round(min(shape.rows * shape.answer, HEAD_ROWS) * shape.vocabulary * 12),
     )
 
 
-def shape_of(model: Any, settings: Settings, length: int, answer: int, in_4bit: bool) -> Shape:
+def shape_of(model: Any, settings: Settings, length: int, answer: int, in_4bit: bool, prefix: int = 0) -> Shape:
     """The shape of this training: `length` tokens in the longest row, `answer` loss tokens a row."""
     inner = model.get_base_model()
     config = inner.config.get_text_config()
@@ -111,6 +118,7 @@ def shape_of(model: Any, settings: Settings, length: int, answer: int, in_4bit: 
         in_4bit=in_4bit,
         checkpointing=settings.gradient_checkpointing,
         dropout=settings.lora_dropout > 0,
+        prefix=prefix,
     )
 
 

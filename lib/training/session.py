@@ -21,10 +21,10 @@ from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
 from lib.training.batches import Example, examples
+from lib.training.layout import Collate, choose_layout
 
 if TYPE_CHECKING:
     from lib.settings import Settings
-    from lib.training.layout import Collate
     from lib.training.team import Team
 
 
@@ -66,10 +66,11 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
             raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
     dtype, reason = ("bfloat16", "QLoRA computes in it") if job.in_4bit else device.compute_dtype(settings.dtype)
     model = _new_model(job.base, settings, dtype, job.in_4bit)
-    plan = _plan(model, settings, train, validation, job.in_4bit)
+    collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
+    plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
     require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
     with PeakMemory() as peak:  # of the training alone: making the offline base needs more than a LoRA on it
-        outcome = _train(job, model, train, validation, tokenizer.pad_token_id, team)
+        outcome = _train(job, model, train, validation, (collate, layout), team)
     if outcome is None:
         return {}
     method = f"{'QLoRA (NF4)' if job.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
@@ -119,13 +120,10 @@ def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any
         ) from None
 
 
-def _plan(
-    model: Any, settings: Settings, train: list[Example], validation: list[Example], in_4bit: bool
-) -> dict[str, Any]:
+def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, prefix: int) -> dict[str, Any]:
     """Sizes, the memory estimate and the advice; refuses what cannot fit."""
-    longest = max(map(len, train + validation))
-    answer = max(example.loss_tokens for example in train + validation)
-    shape = memory.shape_of(model, settings, longest, answer, in_4bit)
+    answer = max(row.loss_tokens for row in rows)
+    shape = memory.shape_of(model, settings, max(map(len, rows)), answer, in_4bit, prefix)
     if device.torch_device() == "cuda":
         import torch
 
@@ -151,17 +149,20 @@ def _plan(
 
 
 def _train(
-    job: Job, model: Any, train: list[Example], validation: list[Example], pad_id: int, team: Team | None
+    job: Job,
+    model: Any,
+    train: list[Example],
+    validation: list[Example],
+    layout: tuple[Collate, str],
+    team: Team | None,
 ) -> dict[str, Any] | None:
     """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
-    from lib.training.layout import choose_layout
     from lib.training.watch import Watch, stop_by_signal
 
-    collate, layout = choose_layout(model, [*train, *validation], pad_id)
     folder, first = job.folder / "checkpoints", team is None or team.first
     for left in (".staged", ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
-    trainer, steps = _trainer(job.settings, folder, model, train, validation, collate, team)
+    trainer, steps = _trainer(job.settings, folder, model, train, validation, layout[0], team)
     good, messages = checkpoints.find(folder)
     start = good[-1] if good else None
     began = time.monotonic()
@@ -171,7 +172,7 @@ def _train(
         trainer.add_callback(watch)
         for message in messages:
             watch.write(f"{message}: passed over")
-        watch.write(f"micro-batches {layout}")
+        watch.write(f"micro-batches {layout[1]}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
         with stop_by_signal(watch.stop), watch.drawing:
             trainer.train(resume_from_checkpoint=str(start.path) if start else None)
@@ -180,7 +181,7 @@ def _train(
     if not first:
         return None
     outcome = _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
-    return {**outcome, "layout": layout}
+    return {**outcome, "layout": layout[1]}
 
 
 def _trainer(

@@ -166,12 +166,15 @@ def test_memory_estimate_of_a_measured_training() -> None:
 
 
 def test_memory_estimate_of_measured_dialogues() -> None:
-    """Two rows of 940 tokens, 706 of them in the loss, two layers of Qwen1.5-0.5B in bfloat16: 4,037 MiB measured."""
+    """Two rows of 940 tokens, 706 of them in the loss, two layers of Qwen1.5-0.5B in bfloat16: 2,060 MiB measured.
+
+    (4,037 MiB when the logits of all loss positions existed at one time.)
+    """
     shape = dataclasses.replace(
         SHAPE,
         linear=25_700_000,
         other=155_582_464,
-        adapter=440_000,
+        adapter=315_392,
         layers=2,
         hidden=1024,
         intermediate=2816,
@@ -185,7 +188,7 @@ def test_memory_estimate_of_measured_dialogues() -> None:
         checkpointing=False,
         dropout=True,
     )
-    assert memory.estimate(shape, process=828 << 20).total == pytest.approx(4037 << 20, rel=0.1)
+    assert memory.estimate(shape, process=581 << 20).total == pytest.approx(2060 << 20, rel=0.15)
 
 
 def test_memory_estimate_falls_with_each_advice() -> None:
