@@ -81,7 +81,7 @@ def write_answers(
         "chrf": chrf_signature(),
         "terms": terms and {"name": terms.name, "terms": len(terms)},
         "same_text": _same_text(answers, reference),
-        "metrics": summarise(measured, groups, reference, settings.seed),
+        "metrics": summarise(measured, groups, reference),
     }
     write_json(output / WRITTEN, content)
     write_jsonl(output / ROWS, _readable([rows[i] for i in chosen], asked, answers))

@@ -119,7 +119,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
             FINETUNED: f"{base.id} with the adapter ({'NF4 base, ' if in_4bit else ''}{dtype})",
         },
         "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(groups)},
-        "answers": summarise(measured, groups, SHOWN[BASE], settings.seed) if groups else [],
+        "answers": summarise(measured, groups, SHOWN[BASE]) if groups else [],
         "chrf": chrf_signature(),
         "terms": questions.terms and {"name": questions.terms.name, "terms": len(questions.terms)},
         "turns_cut": sum(conversation.turns_cut for conversation in encoded),

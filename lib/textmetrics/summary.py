@@ -9,7 +9,6 @@ import numpy as np
 
 from lib.statistics import (
     Interval,
-    clustered_bootstrap_t,
     clustered_mean,
     clustered_score_interval,
     design_effect,
@@ -23,14 +22,14 @@ FEWEST = 3
 Measured = Sequence[Mapping[str, Any]]
 
 
-def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: str, seed: int) -> list[dict[str, Any]]:
+def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: str) -> list[dict[str, Any]]:
     """One entry a metric that applies to these rows.
 
     Few rows, skewed values and many zeros are the rule here, so no percentile bootstrap, which covers far too rarely
     then (docs/LOG.md). Shares, and ratios as shares of all terms, have Wilson's interval with n divided by the design
-    effect of the groups; means a studentized bootstrap over groups. Differences of shares have Tango's interval,
-    likewise; those of means and ratios Student's, with whole groups as units. With fewer than three groups, or where
-    all rows agree in a mean, there is nothing to tell an interval from.
+    effect of the groups; differences of shares have Tango's, likewise. Means, and differences of means and ratios,
+    have Student's with whole groups as units. With fewer than three groups, or where all rows agree in a mean, there
+    is nothing to tell an interval from.
 
     Args:
         models: name -> measured rows (`measure`), the same questions in the same order.
@@ -59,7 +58,7 @@ def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: 
                 "n": int(kept.sum()),
                 "groups": len(np.unique(own)),
                 "wanted": int(weight.sum()) if metric.kind == RATIO else None,
-                "models": {name: _own(metric, value, own, weight, seed) for name, value in mine.items()},
+                "models": {name: _own(metric, value, own, weight) for name, value in mine.items()},
                 "differences": {
                     name: _difference(metric, value - base, own, weight)
                     for name, value in mine.items()
@@ -81,12 +80,12 @@ def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
     return values, np.ones(len(values))
 
 
-def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray, seed: int) -> dict[str, Any]:
+def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     estimate = float(np.average(values, weights=weights))
     if len(np.unique(groups)) < FEWEST:
         return _without(estimate)
     if metric.kind == MEAN:
-        return _bounded(clustered_bootstrap_t(values, groups, seed), metric) if np.ptp(values) else _without(estimate)
+        return _bounded(clustered_mean(values, groups), metric) if np.ptp(values) else _without(estimate)
     single, owners = _terms(values * weights, groups, weights) if metric.kind == RATIO else (values, groups)
     effect = design_effect(single, owners)
     return _shown(wilson(single.sum() / effect, len(single) / effect))  # type: ignore[arg-type]
@@ -114,9 +113,9 @@ def _terms(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tuple[n
 
 
 def _bounded(found: Interval, metric: Metric) -> dict[str, Any]:
-    """Within the values that the metric can have; no interval where nothing bounds it."""
-    low, high = max(0.0, found.low), found.high if metric.most is None else min(metric.most, found.high)
-    return {"estimate": found.estimate, "interval": [low, high] if np.isfinite(high) else None}
+    """Within the values that the metric can have."""
+    high = found.high if metric.most is None else min(metric.most, found.high)
+    return {"estimate": found.estimate, "interval": [max(0.0, found.low), high]}
 
 
 def _without(estimate: float) -> dict[str, Any]:

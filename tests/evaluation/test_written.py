@@ -116,7 +116,7 @@ def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> Si
     part = {"n": 6, "ratio": 1.0, "ratio_interval": [0.9, 1.1]}
     part |= {name: {"perplexity": 9.0, "perplexity_interval": [8.0, 10.0]} for name in (BASE, FINETUNED)}
     content = {
-        "answers": summarise(measured, [*range(len(answers))], "base", 1) if answers else [],
+        "answers": summarise(measured, [*range(len(answers))], "base") if answers else [],
         "chrf": "signature",
         "terms": {"name": "terms.txt", "terms": 3},
         "decoding": {"rows": len(answers), "max_new_tokens": 12},
