@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 AUTO, NONE = "auto", "none"
 FILE, RECORD, ROWS = "imatrix.gguf", "imatrix.json", "rows.jsonl"
-WINDOWS = 64
-"""Most windows: with 512 tokens 32,768 tokens, in the range that llama.cpp's users take."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def measure(settings: Settings, run: Run) -> ImatrixResult | None:
     product = run.produce(
         "imatrix",
         lambda work: _build(settings, run, work),
-        parameters={**settings.pick("n_ctx", "seed"), "windows": WINDOWS},
+        parameters=settings.pick("n_ctx", "seed", "imatrix_chunks"),
         inputs=("data", "merged"),
         force=settings.force,
     )
@@ -56,7 +54,7 @@ def measure(settings: Settings, run: Run) -> ImatrixResult | None:
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
     data, merged = run.require("data"), run.require("merged")
-    chosen = choose_windows(data.path, settings.n_ctx, WINDOWS, settings.seed)
+    chosen = choose_windows(data.path, settings.n_ctx, settings.imatrix_chunks, settings.seed)
     argument = {
         "model": str(merged.path.resolve()),
         "windows": chosen.windows,

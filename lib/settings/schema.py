@@ -88,6 +88,7 @@ class Settings(BaseModel):
         description="quantization types, best first",
     )
     imatrix: str = Field("none", description="auto = of the run's training rows, none, or a file of llama-imatrix")
+    imatrix_chunks: int = Field(64, ge=1, description="most windows of n_ctx training tokens for imatrix: auto")
     tensor_types: list[str] = Field([], description="REGEX=TYPE for single tensors, as llama-quantize --tensor-type")
     output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
     token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")

@@ -17,7 +17,7 @@ from lib.errors import InputError
 from lib.gguf_export.converting import convert
 from lib.models.tasks import read_task
 from lib.plots import importance as importance_page
-from lib.quantizing import EffectResult, calibration, collecting, effect, imatrix, importance, measure, quantize
+from lib.quantizing import EffectResult, calibration, collecting, effect, imatrix, measure, quantize
 from lib.quantizing.effect import judge
 from lib.run import Run
 from lib.run.files import read_jsonl, sha256_json
@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
     from tests.quantizing.llama_inputs import sums_of_squares
 
     made = measure(settings(), run)
-    chosen = calibration.choose_windows(run.folder / "data", 64, importance.WINDOWS, 42)
+    chosen = calibration.choose_windows(run.folder / "data", 64, Settings().imatrix_chunks, 42)
     sums, counts = sums_of_squares(run.folder / "gguf" / "tiny-F32.gguf", chosen.windows)
     ours = imatrix.read(made.path)
     assert set(ours.values) == set(sums) == {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
