@@ -15,6 +15,7 @@ from lib.comparison.answering import judge_answers, recommend_answers
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
 from lib.comparison.judging import Rows, judge
 from lib.comparison.running import SCORING, run_all, run_one, shared_argument
+from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, step_file
 from lib.device import cpu_name, llama_cpp_problem, physical_cores
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
@@ -75,7 +76,9 @@ def compare_files(
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
         the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
-        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes".
+        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes", and with
+        `merged` "steps": its name, and the file whose weights were also computed by transformers (`lib.comparison.
+        steps`).
 
     Raises:
         InputError: a file that is missing, no GGUF, or that llama.cpp refuses or dies of (named); the same file twice;
@@ -95,7 +98,10 @@ def compare_files(
     names = _names(paths, [answer["file_type"] for answer in answers])
     scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
     labelled = has_labels(task)
-    agreement = _agreement(merged, shared, scores, rows, work, output) if labelled else None
+    title, in_torch = "", None
+    if labelled and merged is not None:
+        answer = run_one("torch_worker:score_merged", merged, dict(shared), output, "scoring the merged model")
+        title, in_torch = f"merged, transformers ({answer['dtype']})", _scores(rows, work, answer)
     margin = equivalence_margin if labelled else perplexity_margin
     floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
     entries = _entries(names, paths, answers, scores, Rows.of(rows), margin, seed)
@@ -123,11 +129,20 @@ def compare_files(
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
         "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
-        "agreement": agreement,
+        "agreement": agreements(scores, in_torch, title) if labelled else None,
         "notes": [*work.notes, *(f"{n}: {a['note']}" for n, a in zip(names, answers, strict=True) if a.get("note"))],
     }
     for name, score in scores.items():
         score.save(output / f"scores-{name}.jsonl")
+    chosen = step_file(files[1:], result["recommendation"])
+    if in_torch is not None and chosen is not None:
+        argument = {**shared, "config": str(merged.resolve())}
+        what = f"scoring the weights of {chosen} in transformers"
+        path = paths[names.index(chosen)]
+        answer = run_one("torch_worker:score_dequantized", path, argument, output, what)
+        in_torch.save(output / MERGED_SCORES)
+        _scores(rows, work, answer).save(output / DEQUANTIZED_SCORES)
+        result["steps"] = {"merged": title, "file": chosen}
     write_json(output / SUMMARY, result)
     shutil.rmtree(output / SCORING, ignore_errors=True)
     return result
@@ -156,21 +171,6 @@ def _check_folder(path: Path) -> None:
     from lib.models.loading import check_model_folder
 
     check_model_folder(path)
-
-
-def _agreement(
-    merged: Path | None,
-    shared: Mapping[str, Any],
-    scores: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    work: Work,
-    output: Path,
-) -> list[dict[str, Any]]:
-    """Equal labels by margin; the merged model is scored for it by transformers."""
-    if merged is None:
-        return agreements(scores, None, "")
-    answer = run_one("torch_worker:score_merged", merged, dict(shared), output, "scoring the merged model")
-    return agreements(scores, _scores(rows, work, answer), f"merged, transformers ({answer['dtype']})")
 
 
 def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]:

@@ -50,7 +50,8 @@ def run_all(paths: Sequence[Path], shared: Mapping[str, Any], output: Path) -> l
 
 def run_one(function: str, path: Path, argument: dict[str, Any], output: Path, what: str) -> dict[str, Any]:
     """One process; the rows' scores are kept in `output` until the whole comparison is done."""
-    keep = journal_path(output / SCORING, path.resolve())
+    kind = function.rpartition("_")[2]  # one file may be scored in two ways
+    keep = journal_path(output / SCORING / kind, path.resolve())
     argument |= {"path": str(path.resolve()), "keep": None if argument["spans"] else str(keep)}
     answer = run_child(f"lib.comparison.{function}", argument, what)
     if answer["found"]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lib.comparison.files import SUMMARY, compare_files
+from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, error_ladder
 from lib.comparison.written import ROWS, WRITTEN, write_answers, written_parameters
 from lib.errors import InputError
 from lib.models.tasks import has_labels, read_task
@@ -31,6 +34,8 @@ class ComparisonResult:
         notes: what was done otherwise than asked.
         skipped: {"format", "reason"} of every export format that could not be made here.
         agreement: equal labels by margin for each pair of models (`lib.comparison.agreement`); none without labels.
+        steps: the error ladder, adapter to quantized file (`lib.comparison.steps.error_ladder`); empty without labels
+            or without a merged model.
         written: without labels what every GGUF file wrote to test rows, measured (`lib.comparison.written`): reference,
             decoding, chrf, terms, same_text, metrics; empty where nothing was written.
         generated: {"id", "question", "reference", "answers"} of those rows.
@@ -47,6 +52,7 @@ class ComparisonResult:
     notes: tuple[str, ...]
     skipped: tuple[dict[str, str], ...]
     agreement: tuple[dict[str, Any], ...] = ()
+    steps: tuple[dict[str, Any], ...] = ()
     written: dict[str, Any] = field(default_factory=dict)
     generated: tuple[dict[str, Any], ...] = ()
     labelled: bool = True
@@ -94,10 +100,33 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         notes=tuple(content["notes"]),
         skipped=tuple(_exports(run)["skipped"]),
         agreement=tuple(content.get("agreement") or ()),
+        steps=_steps(run, product.path, content),
         written=read_json(product.path / WRITTEN) if wrote else {},
         generated=tuple(read_jsonl(product.path / ROWS)) if wrote else (),
         labelled=labelled,
     )
+
+
+def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The error ladder from the scores of 03 and of this product; what is not there is left out."""
+    if "steps" not in content:
+        return ()
+    name, reference = content["steps"]["file"], content["reference"]
+    steps = [
+        (content["steps"]["merged"], Scores.load(folder / MERGED_SCORES)),
+        (f"GGUF {reference}, llama.cpp", Scores.load(folder / f"scores-{reference}.jsonl")),
+        (f"weights of {name}, transformers (float32)", Scores.load(folder / DEQUANTIZED_SCORES)),
+        (f"{name}, llama.cpp", Scores.load(folder / f"scores-{name}.jsonl")),
+    ]
+    tuned = run.folder / "evaluation" / "scores-finetuned.jsonl"
+    if "evaluation" in run.manifest.entries() and tuned.is_file():
+        facts = run.manifest.entries()["adapter"].facts
+        scores = Scores.load(tuned)
+        if scores.ids == steps[0][1].ids:
+            steps.insert(0, (f"adapter ({facts.get('method', 'LoRA')}), transformers", scores))
+    rows = {row["id"]: row for row in read_jsonl(run.require("data").path / "test.jsonl")}
+    groups = np.array([rows[i].get("group", i) for i in steps[0][1].ids])
+    return tuple(error_ladder(steps, groups))
 
 
 def _has_merged(run: Run) -> bool:

@@ -85,6 +85,31 @@ def score_merged(argument: dict[str, Any]) -> dict[str, Any]:
     return {"log_probs": log_probs.tolist(), **scored, "dtype": dtype, "note": backend.note}
 
 
+def score_dequantized(argument: dict[str, Any]) -> dict[str, Any]:
+    """The labels alone, of a GGUF file's weights turned back to float32 and computed by transformers.
+
+    Args:
+        argument: as for `score_merged`; "path" is the GGUF file, "config" the folder of the model it was made from.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lib.models.quiet import no_warnings, quiet
+    from lib.scoring.torch_backend import TransformersBackend
+
+    quiet()
+    path = Path(argument["path"])
+    torch.set_num_threads(argument["n_threads"])
+    config = AutoConfig.from_pretrained(argument["config"], trust_remote_code=False)
+    with no_warnings():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, config=config, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+    scored = row_log_probs(TransformersBackend(model, BATCH, path.name), argument)
+    log_probs = _finite(scored.pop("values"), path, "quantize again with notebook 06 and force: true.")
+    return {"log_probs": log_probs.tolist(), **scored, "dtype": "float32"}
+
+
 def _finite(log_probs: np.ndarray, path: Path, do: str) -> np.ndarray:
     if not np.isfinite(log_probs).all():
         found = f"{path.name} gives log-probabilities that are not numbers."
