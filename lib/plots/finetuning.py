@@ -24,6 +24,7 @@ def card(result: Any) -> HTML:
         "its own base model": given["base"] or "not named",
         "base model of this run": f"{result.base['id']} ({str(result.base['revision'])[:12]})",
         "method": result.method,
+        "base in its training": given.get("trained_on", "not known"),
         "changed modules": given["targets"],
         "weights": f"{result.trainable:,} of {result.total:,} ({100 * result.trainable_share:.2f} %), {result.dtype}",
         "checked": "every tensor has its place and shape in the base model; no NaN, no infinity; safetensors",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.device import bitsandbytes_problem
 from lib.models.fitting import AdapterShape, check_fit
 from lib.models.kinds import adapter_config
 from lib.models.resolving import Base, GivenAdapter, base_of, called, resolve_adapter
 from lib.models.weights import open_weights
-from lib.run.files import write_json, write_jsonl, write_text
+from lib.run.files import read_json, write_json, write_jsonl, write_text
 from lib.selecting import BEST_OF, Best, best_of
 
 if TYPE_CHECKING:
@@ -46,12 +48,18 @@ def adopt(given: GivenAdapter, run: Run, work: Work, best: Best | None = None) -
     """
     base = base_of(run)
     shape = check_fit(given.path, base.path)
+    method, trained_on = (best.method, f"as run {best.run} says") if best else trained_as(given.path)
+    if method == "QLoRA" and (problem := bitsandbytes_problem()):
+        work.notes.append(
+            f"the adapter was trained on a 4-bit base, which does not work here ({problem}): 16 bits instead"
+        )
+        method = "LoRA"
     work.notes += _chosen_note(best) if best else _notes(given, base, shape)
     shutil.copyfile(given.path / "adapter_model.safetensors", work.folder / "adapter_model.safetensors")
     write_config(work.folder, adapter_config(given.path), base)
     write_jsonl(work.folder / "history.jsonl", [])
     total = open_weights(base.path).parameters + shape.parameters
-    write_json(work.folder / "training.json", _facts(given, base, shape, total))
+    write_json(work.folder / "training.json", _facts(given, base, shape, total, trained_on))
     write_text(work.folder / "README.md", _readme(given, base, shape) + (f"\n{best.analysis.text}\n" if best else ""))
     if best:
         best.analysis.write(work.folder)
@@ -60,11 +68,29 @@ def adopt(given: GivenAdapter, run: Run, work: Work, best: Best | None = None) -
         "base_model": base.id,
         "base_revision": base.revision,
         "offline_base": base.offline,
-        "method": best.method if best else "LoRA",
+        "method": method,
         "adopted": {"id": given.id, "revision": given.revision},
         "trainable": shape.parameters,
         "total": total,
     }
+
+
+def trained_as(folder: Path) -> tuple[str, str]:
+    """ "QLoRA" or "LoRA", and in words what an adapter's files say of the base that it was trained on.
+
+    adapter_config.json has no field for it. This workbook's training.json has; peft writes the quantization into the
+    model card, and so do tools whose card holds their configuration. Where nothing is said it is taken for a LoRA.
+    """
+    record = folder / "training.json"
+    if record.is_file() and isinstance(facts := read_json(record), dict) and isinstance(facts.get("method"), str):
+        four = facts["method"].startswith("QLoRA")
+        return ("QLoRA", "a 4-bit base (training.json)") if four else ("LoRA", "a 16- or 32-bit base (training.json)")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if found := re.search(r"load_in_4bit\W+(true|false)", text, re.IGNORECASE):
+        four = found[1].lower() == "true"
+        return ("QLoRA", "a 4-bit base (its model card)") if four else ("LoRA", "no 4-bit base (its model card)")
+    return "LoRA", "not known: its files do not say; taken for a 16-bit base"
 
 
 def write_config(folder: Path, config: dict[str, Any], base: Base) -> None:
@@ -96,10 +122,10 @@ def _last(name: str) -> str:
     return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
 
 
-def _facts(given: GivenAdapter, base: Base, shape: AdapterShape, total: int) -> dict[str, Any]:
+def _facts(given: GivenAdapter, base: Base, shape: AdapterShape, total: int, trained_on: str) -> dict[str, Any]:
     """training.json in the form of a trained adapter's; what only a training has is zero or empty."""
     return {
-        "adopted": {"id": given.id, "revision": given.revision, **shape.to_json()},
+        "adopted": {"id": given.id, "revision": given.revision, **shape.to_json(), "trained_on": trained_on},
         "method": f"{shape.variant} r={shape.rank}, alpha={shape.alpha} on {shape.modules} linear layers",
         "trainable": shape.parameters,
         "total": total,

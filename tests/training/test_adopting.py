@@ -51,7 +51,7 @@ def test_adopted_and_said(runs: Callable[[str], Run], foreign: Path) -> None:
         stamp.startswith("nothing was trained in this run: the adapter (folder foreign) was") for stamp in stamps
     )
     assert any("names org/other-base as its base model; here it is put on offline" in stamp for stamp in stamps)
-    for shown in ("card", "memory", "advice", "curves", "chosen", "speed", "learned"):
+    for shown in ("card", "memory", "advice", "curves", "chosen", "speed", "resources", "learned"):
         text = getattr(finetuning, shown)(result).data
         assert text.strip() and "trained on" not in text
     assert "Nothing was trained" in finetuning.learned(result).data
@@ -72,6 +72,51 @@ def test_adopted_from_a_hub(hub: Hub, runs: Callable[[str], Run], foreign: Path,
     result = finetune(tiny_settings(adapter=f"{place}org/lora"), runs("fresh"))
     assert result.adopted["id"] == f"{place}org/lora"
     assert result.adopted["revision"] == commit or result.adopted["revision"].startswith("sha256:")
+
+
+PEFT_CARD = """---
+library_name: peft
+---
+## Training procedure
+
+The following `bitsandbytes` quantization config was used during training:
+- quant_method: QuantizationMethod.BITS_AND_BYTES
+- _load_in_8bit: False
+- _load_in_4bit: {four}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "method", "words"),
+    [
+        ("README.md", PEFT_CARD.format(four=True), "QLoRA", "a 4-bit base (its model card)"),
+        ("README.md", "```yaml\nadapter: qlora\nload_in_4bit: true\n```", "QLoRA", "a 4-bit base (its model card)"),
+        ("README.md", PEFT_CARD.format(four=False), "LoRA", "no 4-bit base (its model card)"),
+        ("README.md", "A LoRA.", "LoRA", "not known"),
+        ("training.json", '{"method": "QLoRA (NF4) r=4, alpha=32 on 7 linear layers"}', "QLoRA", "(training.json)"),
+    ],
+)
+def test_what_it_was_trained_on_is_said_where_its_files_tell(
+    runs: Callable[[str], Run], foreign: Path, name: str, content: str, method: str, words: str
+) -> None:
+    from lib import device
+
+    (foreign / name).write_text(content)
+    result = finetune(tiny_settings(adapter=str(foreign)), runs("fresh"))
+    works = device.bitsandbytes_problem() is None
+    assert result.product.entry.facts["method"] == (method if works else "LoRA")
+    assert words in result.adopted["trained_on"] and words in finetuning.card(result).data
+    assert any("trained on a 4-bit base, which does not work" in note for note in result.notes) == (
+        method == "QLoRA" and not works
+    )
+
+
+def test_a_4_bit_base_that_does_not_work_here_is_said(runs, foreign: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lib.training.adopting.bitsandbytes_problem", lambda: "not on this machine")
+    (foreign / "README.md").write_text(PEFT_CARD.format(four=True))
+    result = finetune(tiny_settings(adapter=str(foreign)), runs("fresh"))
+    assert result.product.entry.facts["method"] == "LoRA"
+    assert any("which does not work here (not on this machine): 16 bits instead" in note for note in result.notes)
 
 
 def test_later_stages_take_it_as_their_own(runs: Callable[[str], Run], foreign: Path) -> None:

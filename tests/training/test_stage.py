@@ -178,3 +178,38 @@ def test_the_machine_is_sampled_into_product_and_manifest(runs) -> None:
     assert found["samples"] == len(result.samples)
     assert found["rss_mib_max"] == max(sample["rss_mib"] for sample in result.samples)
     assert not list(result.product.path.glob("*.live"))
+
+
+def test_four_bits_with_conversations(runs) -> None:
+    """QLoRA where the loss stands on several answers of a row: every tensor is trained, the validation loss falls."""
+    from lib import device
+    from lib.models import offline
+    from lib.models.conversations import ConversationTask
+    from lib.run.files import write_json, write_jsonl
+    from tests.training.conftest import rows
+
+    if problem := device.bitsandbytes_problem():
+        pytest.skip(problem)
+    task, run = ConversationTask("dialogue", "你是助手。", 128), runs("talk")
+
+    def talk(row: dict) -> dict:
+        turns = [("user", row["text"]), ("assistant", "很满意。"), ("user", "为什么？"), ("assistant", "因为服务好。")]
+        return {"id": row["id"], "messages": [{"role": role, "content": text} for role, text in turns]}
+
+    def build(work) -> None:
+        made = {name: [talk(row) for row in rows(24, seed, name)] for seed, name in enumerate(("train", "validation"))}
+        for name, content in made.items():
+            write_jsonl(work.folder / f"{name}.jsonl", content)
+        write_json(work.folder / "task.json", task.to_json())
+        (work.folder / "tokenizer").mkdir()
+        texts = [message["content"] for row in made["train"] for message in row["messages"]]
+        offline.train_tokenizer(texts, ["你是助手。"], work.folder / "tokenizer", offline.TokenizerRecipe(512))
+        work.facts |= {"base_model": "offline", "base_revision": "", "offline_base": True}
+
+    run.produce("data", build, {})
+    settings = tiny_settings(task="dialogue", dataset="talks.jsonl", load_in_4bit=True, dtype="auto", save_steps=1)
+    result = finetune(settings, run)
+    assert result.method.startswith("QLoRA (NF4)") and result.product.entry.facts["method"] == "QLoRA"
+    losses = [row["eval_loss"] for row in result.history if "eval_loss" in row]
+    assert len(losses) == result.steps == 4 and losses[-1] < losses[0]
+    assert all(value.any() and np.isfinite(value).all() for value in weights(result.product.path).values())
