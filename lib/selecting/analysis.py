@@ -13,7 +13,7 @@ from lib.models.resolving import GivenAdapter
 from lib.models.tasks import kind_of
 from lib.run import Run, open_run
 from lib.run.files import read_json, read_jsonl, sha256_json, write_json
-from lib.selecting.candidates import ACCURACY, Candidate, read_candidate, read_candidates, row_key
+from lib.selecting.candidates import ACCURACY, Candidate, read_candidate, read_candidates, text_key
 from lib.selecting.comparing import Ground, against, leader_of, make_unit, shared_ground
 from lib.selecting.rule import RULE, choose, choose_seed
 
@@ -221,4 +221,4 @@ def best_of(adapter: str, run: Run) -> Best:
     seen = read_candidate(chosen).seen
     rows = read_jsonl(own.path / "test.jsonl")
     method = str(product.entry.facts.get("method", "LoRA"))
-    return Best(given, analysis, chosen.name, method, sum(row_key(row) in seen for row in rows))
+    return Best(given, analysis, chosen.name, method, sum(text_key(row) in seen for row in rows))

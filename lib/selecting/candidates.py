@@ -26,7 +26,8 @@ class Candidate:
     Attributes:
         name: of the run. task: what it was asked.
         keys: hash of every test row (text and label, or messages); copies are numbered.
-        seen: hashes of the rows that training and the choice of the checkpoint have used.
+        texts: hash of every test row without its label.
+        seen: the same of the rows that training and the choice of the checkpoint have used.
         leaked: (n,) whether the run's leak audit found the test row in its training data.
         groups: (n,) near-duplicate group of each test row.
         values: (n,) per test row: right or wrong (1, 0), or loss of the answers in nats a token.
@@ -40,6 +41,7 @@ class Candidate:
     name: str
     task: AnyTask
     keys: list[str]
+    texts: list[str]
     seen: frozenset[str]
     leaked: np.ndarray
     groups: np.ndarray
@@ -58,6 +60,11 @@ class Candidate:
 def row_key(row: Mapping[str, Any]) -> str:
     """Hash of what a row says, whatever its id and place."""
     return sha256_json({key: row[key] for key in ("text", "label", "messages") if key in row})
+
+
+def text_key(row: Mapping[str, Any]) -> str:
+    """Hash of a row's text or messages, whatever its label."""
+    return sha256_json({key: row[key] for key in ("text", "messages") if key in row})
 
 
 def numbered(keys: Iterable[str]) -> list[str]:
@@ -116,20 +123,22 @@ def read_candidate(run: Run) -> Candidate:
             )
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
     values, weights = _values(evaluation, task, [row["id"] for row in rows])
-    used = {split: [row_key(row) for row in read_jsonl(data.path / f"{split}.jsonl")] for split in _USED}
+    used = {split: read_jsonl(data.path / f"{split}.jsonl") for split in _USED}
+    validation = [row_key(row) for row in used["validation"]]
     tokenizer = {n: o["sha256"] for n, o in data.entry.outputs.items() if n.startswith("tokenizer/")}
     parameters = {key: value for key, value in adapter.entry.parameters.items() if key != "seed"}
     return Candidate(
         name=run.name,
         task=task,
         keys=numbered(row_key(row) for row in rows),
-        seen=frozenset(key for keys in used.values() for key in keys),
+        texts=[text_key(row) for row in rows],
+        seen=frozenset(text_key(row) for split in used.values() for row in split),
         leaked=np.array([bool(row.get("leaked", False)) for row in rows]),
         groups=np.array([row["group"] for row in rows]),
         values=values,
         weights=weights,
         recipe=sha256_json({"parameters": parameters, "data": data.entry.digest, "name": _adopted(run, adapter)}),
-        validation=sha256_json({"task": task.to_json(), "tokenizer": tokenizer, "rows": used["validation"]}),
+        validation=sha256_json({"task": task.to_json(), "tokenizer": tokenizer, "rows": validation}),
         facts=_facts(run, data, adapter, evaluation),
     )
 

@@ -60,7 +60,7 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
     common = set(first.keys).intersection(*(run.keys for run in runs[1:]))
     seen = frozenset().union(*(run.seen for run in runs))
     flagged = {key for run in runs for key, bad in zip(run.keys, run.leaked, strict=True) if bad}
-    unseen = {key for key in common if key.partition("#")[0] not in seen}
+    unseen = {key for key, text in zip(first.keys, first.texts, strict=True) if key in common and text not in seen}
     if not unseen:
         raise InputError(
             f"runs {', '.join(run.name for run in runs)} share {len(common)} test rows"

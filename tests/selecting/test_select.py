@@ -101,7 +101,7 @@ def test_a_seed_that_failed_is_not_taken(make: Make) -> None:
 def test_only_rows_that_all_hold_and_none_has_trained_on(make: Make) -> None:
     rows = test_rows(60)
     moved = [{**row, "id": f"x{i}"} for i, row in enumerate(reversed(rows[20:]))]
-    seen = [{**row, "id": f"y{i}"} for i, row in enumerate(test_rows(5, split="train"))]
+    seen = [{**row, "id": f"y{i}", "label": 1 - row["label"]} for i, row in enumerate(test_rows(5, split="train"))]
     flagged = [{**row, "leaked": i == 3} for i, row in enumerate(rows)]
     make("one", right(65), rows=[*flagged, *seen], rank=1)
     make("two", right(45, range(10)), rows=[*moved, *seen], rank=2)
