@@ -14,6 +14,8 @@ from lib.errors import InputError
 from lib.evaluation.answers import BASE, FINETUNED, SHOWN
 from lib.evaluation.written import Questions, generated_rows, prompts_json, write_with
 from lib.models.conversations import ConversationTask
+from lib.models.loading import load_tokenizer
+from lib.models.pieces import token_bytes
 from lib.models.tasks import encode_row
 from lib.plots import written_rows
 from lib.scoring.generation import end_ids, torch_feed, write
@@ -98,6 +100,24 @@ def test_a_template_that_opens_the_reasoning_itself(small: Tiny) -> None:  # noq
     finally:
         tokenizer.chat_template = template
     assert (plain.opening, opened.opening) == ("", "<think>\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [("qwen3-4b-thinking-2507", "<think>\n"), ("qwen2.5-0.5b-instruct", ""), ("qwen1.5-0.5b-chat", "")],
+)
+def test_the_prompts_of_real_models(name: str, opening: str, shared_data: Path) -> None:
+    """Where the answer begins, how it ends, and what bytes its tokens are, with the tokenizers of Qwen."""
+    tokenizer = load_tokenizer(shared_data / name)
+    (row,) = rows(1, thinking=True)
+    asked = ask_row(tokenizer, row, encode_row(tokenizer, THINKING, row))
+    prompt = ask_prompt(tokenizer, THINKING, {"prompt": "什么是AES？", "reference": ""})
+    assert asked.opening == prompt.opening == opening
+    assert tokenizer.decode(prompt.ids).endswith(f"<|im_start|>assistant\n{opening}")
+    ends = {tokenizer.convert_ids_to_tokens(number) for number in end_ids(tokenizer)}
+    assert ends == {"<|im_end|>", "<|endoftext|>"}
+    text = "早餐😀𠮷，é\nthe key — <think>x</think>"
+    assert b"".join(token_bytes(tokenizer, tokenizer(text)["input_ids"])) == text.encode()
 
 
 def test_nothing_is_written_where_nothing_is_wanted(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
