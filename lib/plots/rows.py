@@ -116,6 +116,9 @@ def _update(sizes: Mapping[str, int], processes: int) -> str:
 def memory(result: Any) -> list[Row]:
     """Estimated memory by purpose, what was free, what was measured (a FinetuneResult)."""
     rows = [{"part": part.replace("_", " "), "MiB": size / 2**20} for part, size in result.estimate.items()]
+    processes = result.product.entry.parameters.get("num_processes", 1)
+    if processes > 1:
+        rows.append({"part": f"total of {processes} processes", "MiB": processes * result.estimate["total"] / 2**20})
     rows.append({"part": "free before the start", "MiB": result.memory["available"] / 2**20})
     rows.append({"part": "measured peak while training", "MiB": result.peak_memory_mib})
     return rows

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from lib.errors import Terminated
-from lib.training import finetune
+from lib.training import finetune, watch
 from lib.training.trainer import AnswerTrainer
 from tests.conftest import PROJECT
 from tests.training.conftest import tiny_settings
@@ -24,7 +24,7 @@ import time
 from lib.models import offline_base
 from lib.run import open_run
 from lib.errors import Terminated
-from lib.training import finetune
+from lib.training import finetune, watch
 from lib.training.trainer import AnswerTrainer
 from tests.training.conftest import TINY, tiny_settings
 offline_base.BaseRecipe = lambda: TINY
@@ -58,23 +58,44 @@ def test_kill_9_then_again_gives_the_same_weights(runs) -> None:
     assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
 
 
-def test_sigterm_stops_after_the_update_with_a_checkpoint(runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, before = AnswerTrainer.compute_loss, signal.getsignal(signal.SIGTERM)
+def signal_in_update_3(patch: pytest.MonkeyPatch, number: int, times: int = 1) -> None:
+    original = AnswerTrainer.compute_loss
 
     def compute(self, *arguments, **options):
         if self.state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return original(self, *arguments, **options)
 
+    patch.setattr(AnswerTrainer, "compute_loss", compute)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised", "words"),
+    [(signal.SIGTERM, Terminated, "SIGTERM"), (signal.SIGINT, KeyboardInterrupt, "again")],
+)
+def test_a_signal_stops_after_the_update_with_a_checkpoint(
+    runs, monkeypatch: pytest.MonkeyPatch, number: int, raised: type, words: str
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(AnswerTrainer, "compute_loss", compute)
-        with pytest.raises(Terminated, match="SIGTERM") as ended:
+        signal_in_update_3(patch, number, times=2)  # from the batch system and from the report: one wish
+        with pytest.raises(raised, match=words) as ended:
             finetune(tiny_settings(), runs("fresh"))
-    assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert raised is KeyboardInterrupt or ended.value.code == 143
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     result = finetune(tiny_settings(), runs("fresh"))
     assert result.resumed_from == 3  # no multiple of save_steps
     assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+
+
+def test_an_insistent_ctrl_c_does_not_wait_for_the_update(runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "INSISTENCE", 0.0)
+        signal_in_update_3(patch, signal.SIGINT, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tiny_settings(), runs("fresh"))
+    assert finetune(tiny_settings(), runs("fresh")).resumed_from == 2
 
 
 def test_kill_9_while_a_checkpoint_is_written(prepared, tmp_path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.errors import InputError
+from lib.errors import InputError, Terminated
 from lib.models.resolving import Base
 from lib.run import Run
 from lib.training import finetune, launching
@@ -143,6 +145,21 @@ def test_one_member_out_of_memory_is_out_of_memory(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(launching, "GRACE", 0.1)
     with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 GiB"):
         launching.train_in_processes(job(tmp_path))
+
+
+def test_a_signal_reaches_every_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_child(function: str, argument: dict, what: str, **_: Any) -> dict:
+        if argument["rank"] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 30
+        while not Path(argument["stop_file"]).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return {"stopped": Path(argument["stop_file"]).exists()}
+
+    monkeypatch.setattr(launching, "run_child", run_child)
+    with pytest.raises(Terminated) as ended:
+        launching.train_in_processes(job(tmp_path))
+    assert ended.value.code == 143
 
 
 def test_a_refusal_is_told_before_what_followed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
