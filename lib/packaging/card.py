@@ -1,0 +1,162 @@
+"""README.md of the package, its model card; and export_report.json, the same for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from lib.packaging.facts import Facts
+
+_TRAINING = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lora_r",
+    "lora_alpha",
+    "load_in_4bit",
+    "seed",
+)
+
+
+def card(facts: Facts, contents: Mapping[str, str]) -> str:
+    """The model card.
+
+    Args:
+        contents: {file or folder of the package: what it is}.
+    """
+    parts = [_front(facts), f"# {facts.title}\n", _warnings(facts), _what(facts), _choice(facts), _evaluation(facts)]
+    parts += [_training(facts), _limits(facts), _licences(facts), _contents(contents)]
+    return "\n".join(parts)
+
+
+def _front(facts: Facts) -> str:
+    import yaml
+
+    values: dict[str, Any] = {
+        "license": facts.licences["id"],
+        "language": ["zh"],
+        "library_name": "gguf",
+        "pipeline_tag": "text-classification" if facts.labelled else "text-generation",
+        "tags": ["gguf", "quantized", facts.kind, facts.choice.type],
+    }
+    if facts.base.count("/") == 1 and ":" not in facts.base and ":" not in facts.revision:  # a hub id, not a folder
+        values |= {"base_model": facts.base, "base_model_relation": "quantized"}
+    return f"---\n{yaml.safe_dump(values, allow_unicode=True, sort_keys=False)}---\n"
+
+
+def _warnings(facts: Facts) -> str:
+    return "".join(f"> {note}\n>\n" for note in facts.notes)
+
+
+def _what(facts: Facts) -> str:
+    answers = f"one of {', '.join(facts.task.label_names)}" if facts.labelled else "written answers"
+    return f"""`{facts.base}` (revision `{facts.revision}`), fine-tuned by {facts.method} in the run `{facts.run}` for
+{facts.kind}, merged, converted to GGUF and quantized to {facts.choice.type}: {facts.bytes / 1e6:.2f} MB,
+{facts.choice.entry["bits_per_weight"]:.2f} bits a weight. It gives {answers}. How to run it: deployment_guide.md.
+"""
+
+
+def _choice(facts: Facts) -> str:
+    return f"""## Why this file
+
+**{facts.choice.standing[0].upper()}{facts.choice.standing[1:]}.** {facts.choice.words}
+"""
+
+
+def _interval(entry: Mapping[str, Any], key: str, form: str) -> str:
+    value, interval = entry.get(key), entry.get(f"{key}_interval")
+    if value is None:
+        return "–"
+    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+
+def _evaluation(facts: Facts) -> str:
+    entry, reference, data = facts.choice.entry, facts.choice.reference, facts.comparison["data"]
+    keys = [("accuracy", ".4f")] if facts.labelled else [("answer_ppl", ".3f"), ("answer_ratio", ".4f")]
+    head = f"| | this file | {reference['type']}, unquantized |\n|---|---|---|\n"
+    rows = [f"| {k} | {_interval(entry, k, form)} | {_interval(reference, k, form)} |\n" for k, form in keys]
+    free, free_reference = entry.get("leak_free"), reference.get("leak_free")
+    if free and free_reference and facts.labelled:
+        name = f"accuracy, {free['n']:,} leak-free rows"
+        rows.append(
+            f"| {name} | {_interval(free, 'accuracy', '.4f')} | {_interval(free_reference, 'accuracy', '.4f')} |\n"
+        )
+    rows.append(f"| mean KL divergence, nats | {entry['kld_mean']:.2g} | 0 |\n")
+    rows.append(f"| verdict | {entry['verdict']} | reference |\n")
+    return f"""## Evaluation
+
+{data["rows"]:,} test rows ({data["source"] or facts.source}), with 95 % intervals.
+
+{head}{"".join(rows)}"""
+
+
+def _training(facts: Facts) -> str:
+    rows = ", ".join(f"{split} {count:,}" for split, count in facts.rows.items()) or "not recorded"
+    settings = [f"| {key} | {facts.parameters[key]} |\n" for key in _TRAINING if key in facts.parameters]
+    table = "| setting | value |\n|---|---|\n" + "".join(settings) if settings else "The settings are not recorded.\n"
+    return f"""## Data and training
+
+Data: {facts.source}; rows: {rows}.
+
+{table}"""
+
+
+def _limits(facts: Facts) -> str:
+    judged = "The label that it gives" if facts.labelled else "Perplexity of given answers, which was measured,"
+    own = "says nothing on texts unlike the training rows" if facts.labelled else "does not say that advice is right"
+    return f"""## Limitations
+
+- {judged} {own}.
+- It was measured with one system turn and one wording of the question; with others it may do worse.
+- Quantized weights are other weights: what the comparison cannot tell on these rows stays unknown.
+- Nothing was measured on a phone.
+"""
+
+
+def _licences(facts: Facts) -> str:
+    return f"""## Licences
+
+- base model: {facts.licences["base"]}. The packaged weights inherit it.
+- data: {facts.licences["data"]}. The package holds no row of the data.
+"""
+
+
+def _contents(contents: Mapping[str, str]) -> str:
+    rows = "".join(f"| {name} | {what} |\n" for name, what in contents.items())
+    return f"## In this package\n\n| | |\n|---|---|\n{rows}"
+
+
+def export_report(facts: Facts, sha256: str, checks: int, tolerance: float) -> dict[str, Any]:
+    """The content of export_report.json.
+
+    Args:
+        sha256: of the GGUF file.
+        checks, tolerance: prompts of test_model.py, and nats within which their scores must agree.
+    """
+    return {
+        "format": 1,
+        "run": facts.run,
+        "file": {"name": facts.file, "bytes": facts.bytes, "sha256": sha256, "type": facts.choice.type},
+        "choice": {"standing": facts.choice.standing, "words": facts.choice.words},
+        "recommendation": facts.comparison["recommendation"],
+        "lineage": {
+            "base_model": facts.base,
+            "base_revision": facts.revision,
+            "method": facts.method,
+            "data": facts.source,
+            "rows": facts.rows,
+            "training": facts.parameters,
+            "products": facts.products,
+        },
+        "task": facts.task.to_json(),
+        "evaluation": {"file": facts.choice.entry, "reference": facts.choice.reference},
+        "conditions": facts.comparison["conditions"],
+        "bytes_read_per_token": facts.bytes_per_token,
+        "licences": facts.licences,
+        "export_tree": facts.tree,
+        "checks": {"prompts": checks, "tolerance_nats": tolerance},
+        "versions": {name: metadata.version(name) for name in ("llama_cpp_python", "gguf", "transformers", "numpy")},
+        "notes": facts.notes,
+    }

@@ -1,0 +1,163 @@
+"""deployment_guide.md: how the packaged file is run on phones and desktops, with the numbers of the run."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from lib.models.prompting import Task
+from lib.packaging.facts import Facts
+
+BANDWIDTHS = (
+    ("LPDDR4X-4266", 4266),
+    ("LPDDR5-6400", 6400),
+    ("LPDDR5X-8533", 8533),
+)
+"""Memory of phones, mega-transfers a second: the number in the standard's name (JEDEC)."""
+
+_BUS_BYTES = 8
+
+
+def ceilings(bytes_per_token: int) -> list[tuple[str, float, float]]:
+    """(memory, GB/s on a 64-bit bus, tokens/s that this bandwidth allows at most)."""
+    rows = []
+    for name, transfers in BANDWIDTHS:
+        bandwidth = transfers * 1e6 * _BUS_BYTES
+        rows.append((name, bandwidth / 1e9, bandwidth / bytes_per_token))
+    return rows
+
+
+def guide(facts: Facts) -> str:
+    """The text."""
+    return "\n".join([_head(facts), _measured(facts), _ceiling(facts), _places(facts), _trouble()])
+
+
+def _head(facts: Facts) -> str:
+    return f"""# Running {facts.title}
+
+One file is needed: `{facts.file}`, {facts.bytes / 1e6:.2f} MB.
+It holds weights, tokenizer and chat template. Begin with `python test_model.py`: it says whether the file is whole and
+answers here as it did where it was packed.
+
+The model was trained with this system turn; send it always, it is part of the question:
+
+```text
+{facts.task.system_prompt}
+```
+{_question(facts)}"""
+
+
+def _question(facts: Facts) -> str:
+    if not isinstance(facts.task, Task):
+        return ""
+    return f"""
+And this user turn, with the text in place of `{{text}}`:
+
+```text
+{facts.task.user_prompt}
+```
+"""
+
+
+def _number(value: float | None, form: str, unit: str) -> str:
+    return "not measured" if value is None else f"{value:{form}} {unit}"
+
+
+def _measured(facts: Facts) -> str:
+    entry, here = facts.choice.entry, facts.comparison["conditions"]
+    return f"""## Measured where it was packed ({here.get("processor", "processor unknown")}; {here["device"]})
+
+| | |
+|---|---|
+| file | {facts.bytes / 1e6:.2f} MB, {entry["bits_per_weight"]:.2f} bits a weight |
+| largest memory of the process | {_number(entry.get("peak_memory_mib"), ".0f", "MiB")} |
+| reading a prompt | {_number(entry.get("prompt_tokens_per_second"), ".0f", "tokens/s")} |
+| writing an answer | {_number(entry.get("generation_tokens_per_second"), ".0f", "tokens/s")} |
+
+These are numbers of that machine. Nothing was measured on a phone, and nothing here is carried over to one.
+"""
+
+
+def _ceiling(facts: Facts) -> str:
+    rows = "\n".join(f"| {n} | {b:.1f} GB/s | {t:,.0f} tokens/s |" for n, b, t in ceilings(facts.bytes_per_token))
+    return f"""## What a phone's memory allows at most (arithmetic, not measured)
+
+To write one token, {facts.bytes_per_token / 1e6:.2f} MB of weights are read once. Memory bandwidth (transfers a second
+in the standard's name × 8 bytes of a 64-bit bus) divided by that is a ceiling. Computing, the cache of keys and values
+and heat make real phones slower, often several times; caches can matter for a model of a few MB.
+
+| memory | bandwidth | ceiling |
+|---|---|---|
+{rows}
+"""
+
+
+def _places(facts: Facts) -> str:
+    file, n_ctx = facts.file, facts.n_ctx
+    return f"""## Android, in Termux
+
+```bash
+apt update && apt upgrade -y
+apt install git cmake clang libandroid-spawn
+git clone https://github.com/ggml-org/llama.cpp && cd llama.cpp
+cmake -B build && cmake --build build --config Release -j 4 --target llama-cli llama-server
+./build/bin/llama-cli -m ~/{file} -c {n_ctx} -t 4 -n {facts.most} --temp 0
+```
+
+Copy the file into Termux's home folder (`termux-setup-storage`, then `cp`): files there are read fastest. `-t` is best
+at the number of the phone's large cores; try 2, 4 and 6.
+
+## Android, inside an app
+
+llama.cpp's `examples/llama.android` is a Gradle project with a library module: import the folder into Android Studio,
+build, and load the file from the app's private storage. Ship the GGUF as a download rather than inside the APK when it
+is large. For a library without that project, llama.cpp cross-compiles with the NDK (`docs/android.md`, ABI arm64-v8a).
+
+## iOS
+
+`build-xcframework.sh` of llama.cpp (on a Mac with Xcode) makes an XCFramework for iOS 16.4 and later; releases of
+llama.cpp hold one as well. `examples/llama.swiftui` is an app that uses it: add the GGUF to the app's documents.
+
+## Desktop
+
+```bash
+brew install llama.cpp            # macOS, Linux; Windows: winget install llama.cpp
+llama-cli -m {file} -c {n_ctx} --temp 0
+pip install -r requirements.txt   # Python
+python usage_examples.py
+ollama create {facts.title.lower()} -f Modelfile && ollama run {facts.title.lower()}
+```
+
+## As a server
+
+```bash
+llama-server -m {file} -c {n_ctx} --host 127.0.0.1 --port 8080{_switch(facts)}
+```
+
+speaks the OpenAI protocol at http://127.0.0.1:8080/v1, with the file's own chat template. So does, with the workbook,
+
+```bash
+workbook serve {file}{" --thinking" if facts.thinks else ""}
+```
+
+Both listen to this machine alone; other addresses make the server reachable for everybody in the network, without a
+password.
+"""
+
+
+def _switch(facts: Facts) -> str:
+    """The option that makes llama-server's template write the prompt of the training, where the template has two."""
+    if not facts.switches:
+        return ""
+    return f""" \\
+  --chat-template-kwargs '{{"enable_thinking": {str(facts.thinks).lower()}}}'"""
+
+
+def _trouble() -> str:
+    return f"""## When something is wrong
+
+- **Answers differ from those of the workbook.** Compare the prompt first: system turn, user turn and template must be
+  those of `model_info.json`.
+- **The process is killed.** A smaller context (`-c 512`) needs less memory.
+- **An old program refuses the file.** It was made and tested with llama-cpp-python
+  {metadata.version("llama_cpp_python")}; take a program with a llama.cpp of that age or newer.
+"""

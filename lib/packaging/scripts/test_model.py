@@ -1,0 +1,138 @@
+"""Does the packaged model work here as it did where it was packed?   python test_model.py
+
+Needs llama-cpp-python and numpy (requirements.txt). Checks every file's SHA-256, loads the model, answers five
+prompts, compares token ids, log-probabilities and label margins with the stored ones. Exit code 0: all is well; else 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def damaged_files() -> list[str]:
+    """What is wrong with the files that SHA256SUMS names."""
+    wrong = []
+    for line in (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        wanted, _, name = line.partition("  ")
+        path = HERE / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+            continue
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+        if digest.hexdigest() != wanted:
+            wrong.append(f"{name} is damaged: its SHA-256 is not the one in SHA256SUMS")
+    return wrong
+
+
+class Model:
+    """The GGUF file, asked token by token."""
+
+    def __init__(self, info: dict) -> None:
+        import llama_cpp
+
+        longest = max(len(check["prompt_ids"]) + len(check["ids"]) for check in info["checks"])
+        room = longest + max((len(label["ids"]) for label in info["labels"]), default=0) + 8
+        self.api = llama_cpp
+        self.llm = llama_cpp.Llama(str(HERE / info["file"]), n_ctx=max(256, room), verbose=False)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+        return self.llm.tokenize(text.encode("utf-8"), add_bos=False, special=True)
+
+    def log_probs(self):
+        """Log-probabilities of the next token, nats."""
+        import numpy as np
+
+        pointer = self.api.llama_get_logits_ith(self.llm.ctx, -1)
+        logits = np.ctypeslib.as_array(pointer, shape=(self.llm.n_vocab(),)).astype(np.float64)
+        top = logits.max()
+        return logits - top - np.log(np.exp(logits - top).sum())
+
+    def follow(self, prompt: list[int], ids: list[int]) -> list[tuple[int, float, float]]:
+        """For each id behind the prompt: the likeliest token there, its log-probability, and that of the id."""
+        self.llm.reset()
+        given, found = prompt, []
+        for token in ids:
+            self.llm.eval(given)
+            values = self.log_probs()
+            best = int(values.argmax())
+            found.append((best, float(values[best]), float(values[token])))
+            given = [token]
+        return found
+
+
+def compare_answer(model: Model, check: dict, tolerance: float) -> list[str]:
+    """How the answer differs from the stored one, in words."""
+    wrong = []
+    steps = model.follow(check["prompt_ids"], check["ids"])
+    for i, (token, stored, (best, top, own)) in enumerate(zip(check["ids"], check["log_probs"], steps, strict=True)):
+        if best != token and top - own > tolerance:
+            wrong.append(f"token {i} is {best}, stored {token}, and it is {top - own:.3f} nats likelier")
+        if abs(own - stored) > tolerance:
+            wrong.append(f"token {i}: log-probability {own:.3f}, stored {stored:.3f}")
+    return wrong
+
+
+def compare_labels(model: Model, check: dict, labels: list[dict], tolerance: float) -> tuple[list[str], str]:
+    """How the label scores differ from the stored ones, in words; the label and its margin."""
+    scores = [sum(own for _, _, own in model.follow(check["prompt_ids"], label["ids"])) for label in labels]
+    ranked = sorted(range(len(labels)), key=lambda k: -scores[k])
+    stored = check["labels"]
+    expected = max(range(len(labels)), key=lambda k: stored[k])
+    margins = [[value - max(values) for value in values] for values in (scores, stored)]
+    gap = max(abs(a - b) for a, b in zip(*margins, strict=True))
+    wrong = [f"label margins differ by {gap:.3f} nats"] if gap > tolerance else []
+    if ranked[0] != expected and sorted(stored)[-1] - sorted(stored)[-2] > tolerance:
+        wrong.append(f"label {labels[ranked[0]]['name']}, stored {labels[expected]['name']}")
+    return wrong, f"{labels[ranked[0]]['name']}, margin {scores[ranked[0]] - scores[ranked[1]]:.3f} nats"
+
+
+def check_prompt(model: Model, check: dict, info: dict) -> bool:
+    """Answer one prompt, say what came out."""
+    wrong, shown = [], ""
+    if model.tokens(check["prompt"]) != check["prompt_ids"]:
+        wrong.append("the prompt has other token ids")
+    if info["labels"]:
+        differences, shown = compare_labels(model, check, info["labels"], info["tolerance"])
+        wrong += differences
+    wrong += compare_answer(model, check, info["tolerance"])
+    text = shown or model.llm.detokenize(check["ids"]).decode("utf-8", "replace")
+    print(f"{'FAILED' if wrong else 'ok'}: {check['text'][:40]} → {text}")
+    for line in wrong:
+        print(f"  {line}")
+    return not wrong
+
+
+def main() -> int:
+    """All checks; the exit code."""
+    wrong = damaged_files()
+    for line in wrong:
+        print(f"FAILED: {line}")
+    if wrong:
+        print("Unpack or download the package again.")
+        return 1
+    info = json.loads((HERE / "model_info.json").read_text(encoding="utf-8"))
+    print(f"ok: the files have the SHA-256 of SHA256SUMS ({info['file']} among them)")
+    try:
+        model = Model(info)
+    except ImportError as error:
+        print(f"FAILED: {error}. Install what requirements.txt names: pip install -r requirements.txt")
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"FAILED: llama.cpp does not load {info['file']}: {error}")
+        return 1
+    passed = sum([check_prompt(model, check, info) for check in info["checks"]])
+    print(f"{passed} of {len(info['checks'])} prompts answered as stored, within {info['tolerance']} nats.")
+    return 0 if passed == len(info["checks"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
