@@ -74,7 +74,7 @@ def test_html_and_lost_characters() -> None:
 def test_a_text_in_a_wrong_encoding_consists_of_rare_characters() -> None:
     text = "酒店的地理位置很好，服务员态度也不错，下次还会再来住的，就是早餐少了一点。"
     traditional = "飯店的地理位置很好，服務員態度也不錯，下次還會再來住的，就是早餐少了一點。"
-    assert RARE not in found(text, traditional)
+    assert RARE not in found(text, traditional, "硬盘已运行" + "咔" * 20 + "响个不停，很有节奏")
     broken = traditional.replace("，", "").replace("。", "").encode("big5").decode("gbk", "replace")
     assert found(broken)[RARE]["train"] == 1
     assert is_rare("媪") and not is_rare("的") and not is_rare("說")
