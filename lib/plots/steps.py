@@ -87,6 +87,6 @@ def reading(steps: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"The step that changes the answers' probabilities most is {before} → {costly['name']}: "
         f"{costly['before']['kld']:.2g} nats a row, {100 * costly['before']['agreement']:.1f} % equal labels. All "
-        f"steps together change accuracy by {100 * total['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} to "
-        f"{high:+.2f}) and keep {100 * total['agreement']:.1f} % of the labels."
+        f"steps together change accuracy by {100 * total['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} "
+        f"to {high:+.2f}) and keep {100 * total['agreement']:.1f} % of the labels."
     )

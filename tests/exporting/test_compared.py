@@ -88,6 +88,43 @@ def test_labels_of_the_merged_model_in_transformers(compared: tuple[dict, Path, 
     assert all(part["agree"] == part["n"] for part in bins[2:]), "F16 flips no row with a margin above 0.5 nats"
 
 
+def test_weights_of_the_file_computed_by_transformers(compared: tuple[dict, Path, Path], base: Path) -> None:
+    """Against gguf's own dequantization put into the model by hand: the step between weights and llama.cpp."""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoModelForCausalLM
+
+    from lib.models.loading import load_tokenizer
+
+    result, output, reference = compared
+    assert result["steps"]["file"] == "Q8_0" and result["steps"]["merged"].startswith("merged, transformers")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tensors = {t.name: t for t in GGUFReader(reference.with_name("m-Q8_0.gguf")).tensors}
+    part = tensors["blk.0.ffn_down.weight"]
+    weight = model.model.layers[0].mlp.down_proj.weight
+    rounded = torch.from_numpy(dequantize(part.data, part.tensor_type))
+    assert 0 < (weight - rounded).abs().max() < 0.01 * weight.abs().max()
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            for kind, name in names.items():
+                stored = tensors[f"blk.{i}.{name}.weight"]
+                linear = getattr(layer.mlp if "ffn" in name else layer.self_attn, kind)
+                linear.weight.copy_(torch.from_numpy(dequantize(stored.data, stored.tensor_type)))
+        table = tensors["token_embd.weight"]
+        model.model.embed_tokens.weight.copy_(torch.from_numpy(dequantize(table.data, table.tensor_type)))
+        if "output.weight" in tensors:
+            head = tensors["output.weight"]
+            model.lm_head.weight.copy_(torch.from_numpy(dequantize(head.data, head.tensor_type)))
+    own = score_rows(TransformersBackend(model.eval()), load_tokenizer(base), tiny_run.TASK, ROWS, "test")
+    saved = Scores.load(output / "scores-dequantized.jsonl")
+    np.testing.assert_allclose(saved.log_probs, own.log_probs, atol=1e-4)
+    in_llama = Scores.load(output / "scores-Q8_0.jsonl")
+    assert 0 < np.abs(saved.log_probs - in_llama.log_probs).max() < 0.2
+    assert (output / "scores-merged.jsonl").is_file()
+
+
 def test_advice_and_frontier_are_about_gguf_files(compared: tuple[dict, Path, Path]) -> None:
     result = compared[0]
     assert result["frontier"] == ["Q8_0"] and "GGUF" in result["recommendation"]["rule"]
