@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(
         ("data", "training", "evaluation", "merging", "gguf_export", "quantizing", "exporting", "comparison"), 3
     ),
-    "packaging": 3,
+    **dict.fromkeys(("packaging", "serving"), 3),
     **dict.fromkeys(("cli", "reporting"), 4),
 }
 WITHIN = {("scoring", "models"), ("selecting", "models"), ("selecting", "scoring"), ("cli", "reporting")}

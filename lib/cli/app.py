@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lib.cli import shipping
 from lib.cli.guard import guarded
 
 app = typer.Typer(
@@ -308,3 +309,6 @@ def _given(
         "max_seq_length": max_seq_length,
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+shipping.register(app)

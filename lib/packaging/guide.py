@@ -148,8 +148,7 @@ def _switch(facts: Facts) -> str:
     """The option that makes llama-server's template write the prompt of the training, where the template has two."""
     if not facts.switches:
         return ""
-    return f""" \\
-  --chat-template-kwargs '{{"enable_thinking": {str(facts.thinks).lower()}}}'"""
+    return f" --reasoning {'on' if facts.thinks else 'off'}"
 
 
 def _trouble() -> str:

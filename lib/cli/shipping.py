@@ -1,0 +1,73 @@
+"""The commands `package` and `serve`: what is passed on, and what answers on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lib.cli.guard import guarded, tell
+from lib.cli.output import show
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(short_help="the chosen file of a run with card, guide, examples and test, as folder and zip")(package)
+    app.command(short_help="a GGUF file behind the OpenAI protocol, on this machine")(serve)
+
+
+@guarded
+def package(
+    run_name: Annotated[str, typer.Argument(help="name of a run that was compared (01 to 07)", metavar="RUN")],
+    type_name: Annotated[
+        str | None, typer.Option("--type", help="quantization type [default: as the comparison recommends]")
+    ] = None,
+    formats: Annotated[
+        str, typer.Option(help="also folders, joined by commas: merged_model, fp16, int8, int4, gguf", metavar="NAMES")
+    ] = "",
+    output: Annotated[Path | None, typer.Option(help="folder for the zip [default: the run's]", metavar="DIR")] = None,
+    n_threads: Threads = 0,
+    force: Annotated[bool, typer.Option("--force", help="make it again even if nothing changed")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack the recommended file, or the one of --type, so that somebody else can use and check it."""
+    from lib.packaging import package as make
+    from lib.packaging.linking import read_formats
+    from lib.run import open_run
+    from lib.run.folders import writable
+
+    folder = writable(output) if output else None
+    made = make(open_run(run_name), type_name, read_formats(formats), folder, n_threads, force)
+    result: dict[str, Any] = {
+        "run": run_name,
+        "folder": str(made.product.path),
+        "zip": str(made.archive),
+        "file": made.file,
+        "type": made.type,
+        "standing": made.standing,
+        "notes": made.report["notes"],
+    }
+    lines = [made.product.message, f"{made.type}: {made.standing}. {made.words}", str(made.archive)]
+    show(result, as_json, "\n".join(lines))
+
+
+@guarded
+def serve(
+    model: Annotated[Path, typer.Argument(help="GGUF file with a chat template", metavar="FILE.gguf")],
+    host: Annotated[str, typer.Option(help="address; others than 127.0.0.1 let the network in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 = any free one", min=0, max=65535)] = 8080,
+    n_ctx: Annotated[int, typer.Option(help="tokens of prompt and answer; 0 = the file's, at most 4096", min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(help="most tokens of an answer", min=1)] = 1024,
+    thinking: Annotated[bool, typer.Option("--thinking", help="let a template that knows both ways reason")] = False,
+    n_gpu_layers: Annotated[int, typer.Option(help="layers on the GPU; -1 = all", min=-1)] = 0,
+    n_threads: Threads = 0,
+) -> None:
+    """Serve a GGUF file under /v1 by llama-cpp-python's server, with the file's template, until Ctrl-C or SIGTERM."""
+    from lib.serving import ServeOptions
+    from lib.serving import serve as run
+
+    run(model, ServeOptions(host, port, n_ctx, max_tokens, n_threads, n_gpu_layers, thinking), tell)
