@@ -12,6 +12,7 @@ import numpy as np
 from lib.comparison.advice import frontier, recommend
 from lib.comparison.agreement import agreements
 from lib.comparison.answering import judge_answers, recommend_answers
+from lib.comparison.ceilings import read_bytes
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
 from lib.comparison.judging import Rows, judge
 from lib.comparison.running import SCORING, run_all, run_one, shared_argument
@@ -225,6 +226,7 @@ def _entries(
                 "kind": FOLDER if path.is_dir() else GGUF,
                 "file": path.name,
                 "bytes": answer["bytes"],
+                "read_bytes": None if path.is_dir() else read_bytes(path, answer["tensor_bytes"]),
                 "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
                 **judged["" if name == reference else name],
                 **majority,

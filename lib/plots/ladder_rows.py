@@ -173,6 +173,18 @@ def speeds(files: Iterable[Mapping[str, Any]]) -> list[Row]:
     ]
 
 
+def ceilings(limits: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The most tokens a second that a memory can feed (`lib.comparison.ceilings`)."""
+    return [
+        {
+            "type": limit["type"],
+            "read a token, MB": limit["megabytes"],
+            **{f"≤ tokens/s, {name}": f"{rate:,.0f}" for name, rate in limit["tokens_per_second"].items()},
+        }
+        for limit in limits
+    ]
+
+
 def agreement(pairs: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Equal labels of each pair of models by the first one's margin (`agreement` of comparison.json)."""
     near = {e["type"]: e["near_ties"] for e in files}
