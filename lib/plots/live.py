@@ -40,6 +40,7 @@ class LiveLosses(contextlib.AbstractContextManager):
             return
         if (size := self.path.stat().st_size) == self.size:
             return
+        import matplotlib.pyplot  # noqa: F401  (seconds, the first time: no part of what a drawing takes)
         from IPython.display import display
 
         began = time.monotonic()

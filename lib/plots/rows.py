@@ -102,15 +102,16 @@ def training_card(result: Any) -> Row:
         "rows": f"{result.train_rows:,} for training, {result.validation_rows:,} for validation",
         "number format": f"{result.dtype} ({result.dtype_reason})",
         "device": result.product.entry.device,
-        "an update": _update(result.micro_batch["used"], result.product.entry.parameters["num_processes"]),
+        "an update": _update(result.micro_batch, result.product.entry.parameters["num_processes"]),
         "continued from step": "none; trained in one go" if result.resumed_from is None else result.resumed_from,
         "messages": "; ".join(result.messages) or "none",
     }
 
 
-def _update(sizes: Mapping[str, int], processes: int) -> str:
+def _update(sizes: Mapping[str, Any], processes: int) -> str:
     together = f" × {processes} processes" if processes > 1 else ""
-    return f"{sizes['rows']} rows × {sizes['passes']} forward passes{together}"
+    used, asked = (f"{sizes[key]['rows']} rows × {sizes[key]['passes']} forward passes" for key in ("used", "asked"))
+    return f"{used}{together}" + (f" (asked for: {asked}; the device was full)" if used != asked else "")
 
 
 def memory(result: Any) -> list[Row]:
