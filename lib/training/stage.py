@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lib import device
 from lib.models.loading import base_of
+from lib.models.quiet import quiet
 from lib.run.resources import ResourceSampler, read_samples, summary
 from lib.training.adopting import take
 from lib.training.attempts import until_it_fits
@@ -52,6 +53,7 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
+    quiet()  # also where other processes train: this one loads the same libraries
     in_4bit, base = _four_bits(settings, work), base_of(run)
     job = Job(settings, run.require("data").path, base, work.folder, in_4bit)
     with ResourceSampler(work.folder / RESOURCES, gpus=settings.num_processes):
