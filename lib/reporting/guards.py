@@ -14,9 +14,22 @@ from filelock import FileLock, Timeout
 
 from lib.errors import InputError
 from lib.reporting import Terminated
+from lib.settings import Settings
+from lib.textmetrics import read_prompts, read_terms
 
 DETAIL = "    "
 """How a line of progress inside a notebook begins."""
+
+
+def check_lists(settings: Settings) -> None:
+    """Refuse lists of terms and prompts that cannot be read before hours of training go by.
+
+    Raises:
+        InputError: no such list, or one that cannot be used.
+    """
+    if settings.task != "classification":
+        read_terms(settings.terms)
+        read_prompts(settings.prompts_file)
 
 
 @contextlib.contextmanager

@@ -18,19 +18,20 @@ from typing import Any
 from lib import settings as schema
 from lib.errors import InputError
 from lib.reporting import Terminated, checks, index, outcome, pages, process
-from lib.reporting.guards import DETAIL, alone, sigterm_raises, to_stderr
+from lib.reporting.guards import DETAIL, alone, check_lists, sigterm_raises, to_stderr
 from lib.reporting.pages import Stage, duration
 from lib.reporting.summary import summarise
 from lib.run import open_run
 from lib.run.files import require_space, write_text
 from lib.run.folders import PROJECT, reports_folder, writable
 from lib.run.manifest import NOTEBOOK_OF
+from lib.textmetrics.terms import SHIPPED_TERMS
 
 PATTERN = "[0-9][0-9]_*.ipynb"
 TIMEOUT = 24 * 3600.0
 """Seconds a notebook may take unless the caller says otherwise."""
 
-PATHS = ("dataset", "base_model", "adapter")
+PATHS = ("dataset", "base_model", "adapter", "terms", "prompts_file")
 """Keys whose value may be a path."""
 
 Say = Callable[[str], None]
@@ -122,6 +123,7 @@ def _with_absolute_paths(settings: schema.Settings) -> schema.Settings:
         return str(path.resolve()) if only_here else text
 
     found: dict[str, Any] = {key: absolute(getattr(settings, key)) for key in PATHS}
+    found["terms"] = settings.terms if settings.terms in SHIPPED_TERMS else found["terms"]
     found["fallbacks"] = [
         {key: absolute(value) if key in PATHS else value for key, value in entry.items()}
         for entry in settings.fallbacks
@@ -185,6 +187,7 @@ def run_report(
         KeyboardInterrupt, Terminated: interrupted; the running notebook and all its children were ended.
     """
     settings = _with_absolute_paths(schema.load(params_file, overrides))
+    check_lists(settings)
     found = find_notebooks(notebooks or PROJECT / "notebooks")
     first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
     if last < first:

@@ -271,6 +271,25 @@ def test_refused_parameters_leave_an_old_report_alone(home: Path, params: Path, 
     assert result.pages[0].is_file()
 
 
+def test_lists_that_cannot_be_read_are_refused_before_anything_runs(
+    home: Path, params: Path, write_notebook: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notebook("01_first", "terms", parameters='terms: str = ""  # where')
+    text = params.read_text(encoding="utf-8")
+    params.write_text(f"{text}\ntask: dialogue\ndataset: rows.jsonl\nterms: absent.txt\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"terms: .*absent\.txt") as error:
+        report(params, home)
+    assert error.value.lines == []
+    monkeypatch.chdir(home)
+    (home / "absent.txt").write_text("焦虑\n", encoding="utf-8")
+    (home / "counselling").mkdir()
+    expected = {"absent.txt": str(home / "absent.txt"), "counselling": "counselling"}  # a shipped list comes first
+    for given, passed in expected.items():
+        result, _ = report(params, home, overrides={"terms": given})
+        notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
+        assert notebook.metadata.papermill.parameters == {"terms": passed}
+
+
 def test_one_report_of_a_run_at_a_time(home: Path) -> None:
     (home / ".work-old").mkdir()
     with alone(home):
