@@ -1,0 +1,180 @@
+"""Names, evidence, chat templates taken apart, and what Ollama makes of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lib.errors import InputError
+from lib.packaging.choosing import AGAINST, RECOMMENDED, WITHOUT, choose
+from lib.packaging.linking import read_formats
+from lib.packaging.modelfile import go_template, modelfile
+from lib.packaging.naming import gguf_name
+from lib.packaging.turns import read_turns
+from tests import tiny_run
+
+TOKEN = re.compile(r"\{\{(.*?)\}\}", re.S)
+FILES = ("qwen2.5-0.5b-instruct", "qwen1.5-0.5b-chat", "qwen3-4b-thinking-2507")
+
+
+def render_go(template: str, messages: list[dict[str, str]]) -> str:
+    """A small reader of Go's text/template: range, if, else if, end, fields and string literals."""
+    parts = TOKEN.split(template)
+    assert not any(code.startswith("-") or code.endswith("-") for code in parts[1::2]), "trimming is not read here"
+
+    def block(at: int, message: dict[str, str] | None, live: bool) -> tuple[str, int]:
+        """Text up to the end, or else, of the block that begins with the text parts[at]; the place of that word."""
+        text = ""
+        while True:
+            text += parts[at] if live else ""
+            if at + 1 >= len(parts):
+                return text, at + 1
+            code = parts[at + 1].strip()
+            if code == "end" or code.startswith("else"):
+                return text, at + 1
+            if code == "range .Messages":
+                for each in messages:
+                    inner, after = block(at + 2, each, live)
+                    text += inner
+            elif code.startswith("if "):
+                inner, after = branches(at + 1, message, live)
+                text += inner
+            else:
+                after = at + 1
+                value = code[1:-1] if code.startswith('"') else message[code[1:].lower()] if live else ""
+                text += value if live else ""
+            at = after + 1
+
+    def branches(at: int, message: dict[str, str] | None, live: bool) -> tuple[str, int]:
+        text, open_ = "", live
+        while parts[at].strip() != "end":
+            role = re.fullmatch(r'(?:else )?if eq \.Role "(\w+)"', parts[at].strip())[1]
+            taken = open_ and message["role"] == role
+            inner, at = block(at + 1, message, taken)
+            text += inner
+            open_ = open_ and not taken
+        return text, at
+
+    return block(0, None, True)[0]
+
+
+def conversation(*texts: str) -> list[dict[str, str]]:
+    roles = ["system", *["user", "assistant"] * len(texts)]
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def check_ollama(tokenizer: Any, thinking: bool) -> None:
+    """The Modelfile's template writes what the chat template writes."""
+    turns = read_turns(tokenizer, thinking)
+    for texts in (("系统", "问题 {{ .Content }}"), ("s", "一\n二", "答案。", "再问？"), ("s", "u", "a", "u", "a", "u")):
+        messages = conversation(*texts)
+        expected = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        assert render_go(go_template(turns), messages) == expected == turns.render(messages)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from lib.models.loading import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_run.make_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def test_the_own_template_for_ollama(tokenizer: Any) -> None:
+    check_ollama(tokenizer, False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_real_templates_for_ollama(name: str, shared_data: Path) -> None:
+    from transformers import AutoTokenizer
+
+    if not (shared_data / name / "tokenizer.json").is_file():
+        pytest.skip(f"no tokenizer.json in ../shared/data/{name}")
+    found = AutoTokenizer.from_pretrained(shared_data / name)
+    for thinking in (False, True):
+        check_ollama(found, thinking)
+
+
+QWEN3 = """{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{{- m.content.split('</think>')[-1].lstrip('\\n') }}
+{%- else %}{{- m.content }}{%- endif %}
+{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
+
+def test_a_template_with_two_ways_of_answering(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", QWEN3)
+    assert read_turns(tokenizer, False).answer.endswith("</think>\n\n")
+    assert read_turns(tokenizer, True).answer == "<|im_start|>assistant\n"
+    check_ollama(tokenizer, False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | upper }}|{% endfor %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'user' %}|{% endif %}{% endfor %}>",
+        "{{ messages | length }}{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}",
+    ],
+)
+def test_other_templates_are_refused(template: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(InputError, match="one turn behind the other"):
+        read_turns(tokenizer, False)
+
+
+def test_modelfile(tokenizer: Any) -> None:
+    turns = read_turns(tokenizer, False)
+    text, notes = modelfile("m.gguf", turns, "你是助手。", ["<|im_end|>"], True, 512, 8)
+    assert 'SYSTEM """你是助手。"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n' in text and notes == []
+    text, notes = modelfile("m.gguf", turns, 'say """', [], False, 512, 8)
+    assert "SYSTEM " not in text.replace("No SYSTEM", "") and len(notes) == 1 and text.count('"""') == 3
+
+
+@pytest.mark.parametrize(
+    ("base", "run", "expected"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "hotel", "Qwen2.5-0.5B-Instruct-hotel-v1.0-Q4_K_M.gguf"),
+        ("modelscope:Qwen/Qwen3-0.6B", "a_b.c", "Qwen3-0.6B-a-b-c-v1.0-Q4_K_M.gguf"),
+        ("X-D-Lab/MindChat-Qwen2-0_5B", "r", "MindChat-Qwen2-0.5B-r-v1.0-Q4_K_M.gguf"),
+        ("offline", "quick", "Offline-base-2.0M-quick-v1.0-Q4_K_M.gguf"),
+        ("models/my model/", "r", "my-model-2.0M-r-v1.0-Q4_K_M.gguf"),
+    ],
+)
+def test_names(base: str, run: str, expected: str) -> None:
+    assert gguf_name(base, {"general.size_label": "2.0M"}, run, "Q4_K_M") == expected
+
+
+def test_evidence(tmp_path: Path) -> None:
+    files = [{"type": t, "file": f"{t}.gguf", "verdict": v} for t, v in (("F16", "reference"), ("Q8_0", "equivalent"))]
+    files += [{"type": "Q2_K", "file": "Q2_K.gguf", "verdict": "worse"}, {"type": "nf4", "verdict": "better"}]
+    for entry in files[:3]:
+        (tmp_path / entry["file"]).touch()
+    run: Any = SimpleNamespace(name="r", require=lambda product: SimpleNamespace(path=tmp_path))
+    advice = {"type": "Q8_0", "text": "Because."}
+    comparison = {"files": files, "reference": "F16", "recommendation": advice}
+    assert (choose(run, comparison, None).type, choose(run, comparison, "q8_0").standing) == ("Q8_0", RECOMMENDED)
+    other = choose(run, comparison, "Q2_K")
+    assert other.standing == AGAINST and "against the recommendation, which is Q8_0" in other.words
+    assert "worse" in other.words and other.reference["type"] == "F16"
+    with pytest.raises(InputError, match="nf4"):
+        choose(run, comparison, "nf4")
+    advice["type"] = None
+    assert choose(run, comparison, "Q2_K").standing == WITHOUT
+    with pytest.raises(InputError, match="--type, one of F16, Q8_0, Q2_K"):
+        choose(run, comparison, None)
+
+
+def test_formats() -> None:
+    assert read_formats("gguf, int4,int4") == ["int4", "gguf"] and read_formats("") == []
+    with pytest.raises(InputError, match="int3"):
+        read_formats("int3")
