@@ -236,3 +236,30 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
         assert mine == whole_ids(tokenizer, task, rows[owner])[: len(mine)]
     with pytest.raises(InputError, match="test rows of"):
         calibration.held_out_windows(data, 32768, 4, 42)
+
+
+def test_conversations_too(tmp_path: Path) -> None:
+    """Rows without labels: whole conversations; one whose turns are those of a test row is left out."""
+    from lib.models.conversations import ConversationTask
+    from lib.models.loading import load_tokenizer
+    from lib.models.tasks import whole_ids
+
+    def conversation(i: int, said: str, system: str = "你是助手。") -> dict[str, Any]:
+        turns = [("system", system), ("user", said), ("assistant", "很好，谢谢。")]
+        return {"id": f"r{i}", "messages": [{"role": r, "content": c} for r, c in turns], "group": i, "leaked": False}
+
+    tiny_run.make_tokenizer(tmp_path / "tokenizer")
+    task = ConversationTask("dialogue", "你是助手。", 128, False)
+    (tmp_path / "task.json").write_text(json.dumps(task.to_json()), encoding="utf-8")
+    splits = {
+        "train": [conversation(i, f"房间{i}怎么样？") for i in range(30)],
+        "validation": [conversation(100, "早餐好吗？")],
+        "test": [conversation(200, "房间7怎么样？", "另一个系统提示。")],
+    }
+    for name, rows in splits.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    chosen = calibration.choose_windows(tmp_path, 64, 1000, 42)
+    assert chosen.facts["left_out"]["text of a held-out row"] == 1 and "r7" not in {row["id"] for row in chosen.used}
+    tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
+    wanted = [token for used in chosen.used for token in whole_ids(tokenizer, task, by_id[used["id"]])]
+    assert [token for window in chosen.windows for token in window] == wanted[: 64 * len(chosen.windows)]

@@ -17,7 +17,7 @@ from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
 
 LABELS = Task(("负面", "正面"), "你是情感分析助手。", "评论：{text}", 96)
-TALK = ConversationTask("dialogue", "你是心理咨询师。", False, 256)
+TALK = ConversationTask("dialogue", "你是心理咨询师。", 256, False)
 Make = Callable[..., Run]
 
 
