@@ -130,6 +130,23 @@ def _broken(result: Any) -> str:
     return "; ".join(parts) + "."
 
 
+def learned(result: Any) -> str:
+    """One line of conclusions (an AnswerResult)."""
+    found = {entry["key"]: entry for entry in result.content["answers"]}
+    if not found:
+        return f"- {NONE}."
+    named = [
+        (found[key]["name"].rstrip(" ↑↓"), found[key])
+        for key in ("intact", "stopped", "terms", "think")
+        if key in found
+    ]
+    parts = [
+        f"{name} base {entry['models'][BASE]['estimate']:.2f}, fine-tuned {entry['models'][TUNED]['estimate']:.2f}"
+        for name, entry in named
+    ]
+    return f"- Of {found['intact']['n']:,} written answers: {'; '.join(parts)}."
+
+
 def prompts(result: Any) -> list[Row]:
     """Prompts with both models' answers, a greedy and a drawn line each (an AnswerResult)."""
     rows = []

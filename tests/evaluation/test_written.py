@@ -162,6 +162,7 @@ def test_what_the_page_shows(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
     assert lines["stopped by itself ↑"]["difference"].startswith("+0.00 [-0.")
     assert "signature" in written_rows.conditions(result) and "terms.txt, 3 terms" in written_rows.conditions(result)
     assert "0 differ by more than chance" in written_rows.reading(result)
+    assert "Of 4 written answers: characters intact base" in written_rows.learned(result)
     assert len(written_rows.prompts(result)) == 4 and "seed 42" in written_rows.prompts_caption(result)
     assert [line["prompts"] for line in written_rows.latencies(result)] == [2, 2]
     for shown in (checks, [*lines.values()], written_rows.prompts(result), written_rows.latencies(result)):
@@ -176,4 +177,4 @@ def test_what_the_page_shows_of_thinking_and_of_nothing(small: Tiny, tmp_path: P
     assert "generated_rows is 0" in written_rows.checks(nothing)[0]["measured by"]
     for shown in (written_rows.metrics, written_rows.prompts, written_rows.latencies):
         assert "generated_rows is 0" in str(shown(nothing))
-    assert "generated_rows is 0" in written_rows.reading(nothing)
+    assert "generated_rows is 0" in written_rows.reading(nothing) and "is 0" in written_rows.learned(nothing)
