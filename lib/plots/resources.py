@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 ENOUGH = 3
 """Fewer samples are no curve."""
 
+LONG = 180
+"""Seconds from which on the axis counts minutes."""
+
 
 def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, float], cores: int) -> HTML | Markdown:
     """Two panels over time: use of processor and GPU, and memory.
@@ -27,23 +30,25 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
 
     use_style()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.0), layout="constrained")
-    minutes = [sample["seconds"] / 60 for sample in samples]
-    left.plot(minutes, [sample["cpu_percent"] / 100 for sample in samples], label="processor, cores")
-    right.plot(minutes, [sample["rss_mib"] for sample in samples], label="resident memory")
+    unit, size = ("minutes", 60) if samples[-1]["seconds"] > LONG else ("seconds", 1)
+    times = [sample["seconds"] / size for sample in samples]
+    left.plot(times, [sample["cpu_percent"] / 100 for sample in samples], label="processor, cores")
+    right.plot(times, [sample["rss_mib"] for sample in samples], label="resident memory")
     if "gpu_percent_median" in summary:
         busy = [sample.get("gpu_percent", float("nan")) / 100 for sample in samples]
-        left.plot(minutes, busy, label="GPU, share of time")
+        left.plot(times, busy, label="GPU, share of time")
     if "gpu_mib_max" in summary:
-        right.plot(minutes, [sample.get("gpu_mib", float("nan")) for sample in samples], label="GPU memory")
-    left.set(xlabel="minutes", ylabel="busy", ylim=(0, None))
-    right.set(xlabel="minutes", ylabel="MiB (2²⁰ bytes)", ylim=(0, None))
+        right.plot(times, [sample.get("gpu_mib", float("nan")) for sample in samples], label="GPU memory")
+    left.set(xlabel=unit, ylabel="busy")
+    right.set(xlabel=unit, ylabel="MiB (2²⁰ bytes)")
     for ax in (left, right):
-        ax.legend()
+        ax.set_ylim(0, 1.2 * ax.dataLim.ymax)
+        ax.legend(loc="lower right")
     words = _words(summary, cores)
     caption = (
         f"What the training took of the machine (this process and its children, {len(samples):,} samples). {words}"
     )
-    return figure(fig, caption, f"Processor use and memory over {minutes[-1]:.1f} minutes. {words}")
+    return figure(fig, caption, f"Processor use and memory over {times[-1]:.1f} {unit}. {words}")
 
 
 def _words(summary: Mapping[str, float], cores: int) -> str:

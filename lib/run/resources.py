@@ -46,6 +46,7 @@ class ResourceSampler(contextlib.AbstractContextManager):
 
     def __enter__(self) -> ResourceSampler:
         self._started = time.monotonic()
+        self._last = self._started - self.every  # a stage that is over at once gets a sample all the same
         self._tree()  # psutil measures the processor between two calls
         self._thread.start()
         return self
@@ -53,7 +54,8 @@ class ResourceSampler(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._write()
+        if time.monotonic() - self._last > self.every / 2:  # the use in a shorter time would say nothing
+            self._write()
 
     def _watch(self) -> None:
         written = 0
@@ -63,7 +65,8 @@ class ResourceSampler(contextlib.AbstractContextManager):
 
     def _write(self) -> None:
         cpu, rss = self._tree()
-        seconds = self._before + time.monotonic() - self._started
+        self._last = time.monotonic()
+        seconds = self._before + self._last - self._started
         sample = {"seconds": round(seconds, 1), "cpu_percent": round(cpu, 1), "rss_mib": round(rss / MIB, 1)}
         line = json.dumps({**sample, **_gpu(self._gpus)}) + "\n"
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as stream:  # a full disk stops others

@@ -25,7 +25,9 @@ def test_the_machine_over_time(gpu: bool) -> None:
     text = resources(rows, summary(rows), cores=2).data
     assert "Median 1.50 of 2 cores busy; 930 MiB resident at most" in text and "31 samples" in text
     assert ("GPU busy 80 % of the time" in text) == gpu and ("2,048 MiB of GPU memory" in text) == gpu
-    assert 'alt="Processor use and memory over 1.0 minutes.' in text
+    assert 'alt="Processor use and memory over 60.0 seconds.' in text
+    longer = [{**row, "seconds": 10 * row["seconds"]} for row in rows]
+    assert "over 10.0 minutes" in resources(longer, summary(longer), cores=2).data
 
 
 def test_too_few_samples_are_said() -> None:
