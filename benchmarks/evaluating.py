@@ -101,6 +101,8 @@ def run_side(side: Side, job: Mapping[str, Any]) -> dict[str, Any]:
     made |= {key: figures[key] for key in ("wall_seconds", "cpu_seconds", "peak_anonymous_mib")}
     done, unit = (len(job["rows"]), "samples") if "answers" in made else (made["tokens"], "tokens")
     made[f"{unit}_per_second"] = done / made["seconds"]
+    if "scoring_cpu_seconds" in made:
+        made["samples_per_cpu_second"] = done / made["scoring_cpu_seconds"]
     memory = made["peak_anonymous_mib"]
     print(f"{side.name}: {done / made['seconds']:.2f} {unit}/s, {memory:.0f} MiB", file=sys.stderr, flush=True)
     return made
@@ -137,7 +139,7 @@ def measure(
         for side in list(sides)[:: 1 if number % 2 == 0 else -1]:
             made[side.key].append(run_side(side, job))
     ours, *peers = sides
-    keys = ("samples_per_second", "peak_anonymous_mib", "wall_seconds", "cpu_seconds")
+    keys = ("samples_per_second", "samples_per_cpu_second", "peak_anonymous_mib", "wall_seconds", "cpu_seconds")
     figures = {
         side.key: {
             "name": side.name,
@@ -170,6 +172,7 @@ def measure(
 def ratios(figures: Mapping[str, Any], ours: str, peers: Sequence[str]) -> dict[str, float]:
     """Ours over each peer; "samples_per_second" and "memory" alone are those over the first peer."""
     names = {"samples_per_second": "samples_per_second", "memory": "peak_anonymous_mib"}
+    names["samples_per_cpu_second"] = "samples_per_cpu_second"  # does not see what else the machine does
     found = {}
     for place, peer in enumerate(peers):
         for name, key in names.items():

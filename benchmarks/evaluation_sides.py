@@ -3,8 +3,8 @@
     python -c "from benchmarks.evaluation_sides import run; run('SIDE', 'JOB.json', 'OUT.json')"
 
 SIDE: a name in `SIDES`. JOB.json: {"model", "rows" ({"id", "text", "label"}), "prompts" (rendered), "task", "batch",
-"threads"}. OUT.json: {"seconds" (from the loaded model to the last answer, tokenization included), "answers" ({id:
-label}), "margins" ({id: nats} where the side has them)}.
+"threads"}. OUT.json: {"seconds" (from the loaded model to the last answer, tokenization included), "scoring_cpu_seconds"
+(the same in processor time), "answers" ({id: label}), "margins" ({id: nats} where the side has them)}.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ def run(side: str, job_file: str, out: str) -> None:
     Path(out).write_text(json.dumps(SIDES[side](job)), encoding="utf-8")
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(started: tuple[float, float]) -> Made:
+    """Wall clock and processor time since then."""
+    wall, cpu = _now()
+    return {"seconds": wall - started[0], "scoring_cpu_seconds": cpu - started[1]}
+
+
 def _task(job: Job) -> Any:
     from lib.models.prompting import Task
 
@@ -35,12 +45,12 @@ def _scored(backend: Any, tokenizer: Any, job: Job) -> Made:
     """Our scorer on either backend."""
     from lib.scoring import score_rows
 
-    started = time.perf_counter()
+    started = _now()
     scores = score_rows(backend, tokenizer, _task(job), job["rows"], "scoring")
-    seconds = time.perf_counter() - started
+    took = _since(started)
     answers, margins = scores.predictions.tolist(), scores.margins.tolist()
     return {
-        "seconds": seconds,
+        **took,
         "answers": dict(zip(scores.ids, answers, strict=True)),
         "margins": dict(zip(scores.ids, margins, strict=True)),
         "note": backend.note,
@@ -90,7 +100,7 @@ def lm_eval_hf(job: Job) -> Made:
         values = [float(response[0]) for response in sample["filtered_resps"]]
         answers[sample["doc"]["id"]] = max(range(len(values)), key=values.__getitem__)
     return {
-        "seconds": clock.seconds,
+        **clock.took,
         "answers": answers,
         "margins": {},
         "accuracy": result["results"]["rows"]["acc,none"],
@@ -116,15 +126,15 @@ metric_list:
 
 
 class _Clock:
-    """Times the calls of a function."""
+    """Times one call of a function."""
 
     def __init__(self, function: Callable) -> None:
-        self._function, self.seconds = function, 0.0
+        self._function, self.took = function, {}
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        started = time.perf_counter()
+        started = _now()
         result = self._function(*arguments, **named)
-        self.seconds += time.perf_counter() - started
+        self.took = _since(started)
         return result
 
 
@@ -150,14 +160,14 @@ def chat_completion(job: Job) -> Made:
     model, task = _llama(job), _task(job)
     names, answers = task.label_names, {}
     allowed = {model.tokenize(name.encode(), add_bos=False)[0]: 100.0 for name in names}
-    started = time.perf_counter()
+    started = _now()
     for row in job["rows"]:
         reply = model.create_chat_completion(
             task.messages(row["text"]), max_tokens=job["max_tokens"], temperature=0.0, logit_bias=allowed
         )
         text = reply["choices"][0]["message"]["content"]
         answers[row["id"]] = next(i for i, name in enumerate(names) if text.startswith(name))
-    return {"seconds": time.perf_counter() - started, "answers": answers, "margins": {}}
+    return {**_since(started), "answers": answers, "margins": {}}
 
 
 def one_by_one(job: Job) -> Made:
@@ -170,7 +180,7 @@ def one_by_one(job: Job) -> Made:
     model, task = _llama(job), _task(job)
     labels = [model.tokenize(name.encode(), add_bos=False)[0] for name in task.label_names]
     context, answers, margins = model.ctx, {}, {}
-    started = time.perf_counter()
+    started = _now()
     for row, prompt in zip(job["rows"], job["prompts"], strict=True):
         ids = model.tokenize(prompt.encode(), add_bos=False, special=True)
         api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -181,7 +191,7 @@ def one_by_one(job: Job) -> Made:
         values = [float(logits[label]) for label in labels]
         answers[row["id"]] = int(np.argmax(values))
         margins[row["id"]] = values[1] - values[0]
-    return {"seconds": time.perf_counter() - started, "answers": answers, "margins": margins}
+    return {**_since(started), "answers": answers, "margins": margins}
 
 
 def prompt_rate(job: Job) -> Made:

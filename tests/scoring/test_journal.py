@@ -14,7 +14,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.run.files import write_json
-from lib.scoring import Keep, LlamaCppBackend, Scores, TransformersBackend, score_rows, torch_backend
+from lib.scoring import Keep, LlamaCppBackend, Scores, TransformersBackend, llama, score_rows, torch_backend
 from lib.scoring.journal import model_hash
 from tests.scoring import tiny
 
@@ -26,10 +26,10 @@ import torch
 from lib.models.loading import load_model, load_tokenizer
 from lib.models.prompting import Task
 from lib.scoring import Keep, LlamaCppBackend, TransformersBackend, score_rows
-from lib.scoring import torch_backend
+from lib.scoring import llama, torch_backend
 folder, kind, path, task = sys.argv[1:]
 torch.set_num_threads(1)
-torch_backend._PASS["cpu"] = 4096
+torch_backend._PASS["cpu"], llama._TOKENS_ON_CPU = 4096, 2048
 def slowly(run):
     return lambda *a: (time.sleep(0.15), run(*a))[1]
 TransformersBackend._run = slowly(TransformersBackend._run)
@@ -45,8 +45,9 @@ score_rows(backend, load_tokenizer(Path(folder)), task, rows, "scoring", Keep(Pa
 
 @pytest.fixture(autouse=True)
 def _full_batches(monkeypatch):
-    """Batches of four, whatever the lengths: these tests count them."""
+    """Batches of four (eight in llama.cpp), whatever the lengths: these tests count them."""
     monkeypatch.setitem(torch_backend._PASS, "cpu", 4096)
+    monkeypatch.setattr(llama, "_TOKENS_ON_CPU", 2048)
 
 
 def open_backend(small, kind: str = "folder"):
