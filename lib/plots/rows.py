@@ -109,8 +109,11 @@ def training_card(result: Any) -> Row:
 
 
 def _update(sizes: Mapping[str, Any], processes: int) -> str:
+    def words(size: Mapping[str, int]) -> str:
+        return f"{size['rows']} rows × {size['passes']} forward pass{'es' if size['passes'] > 1 else ''}"
+
+    used, asked = words(sizes["used"]), words(sizes["asked"])
     together = f" × {processes} processes" if processes > 1 else ""
-    used, asked = (f"{sizes[key]['rows']} rows × {sizes[key]['passes']} forward passes" for key in ("used", "asked"))
     return f"{used}{together}" + (f" (asked for: {asked}; the device was full)" if used != asked else "")
 
 
@@ -121,7 +124,8 @@ def memory(result: Any) -> list[Row]:
     if processes > 1:
         rows.append({"part": f"total of {processes} processes", "MiB": processes * result.estimate["total"] / 2**20})
     rows.append({"part": "free before the start", "MiB": result.memory["available"] / 2**20})
-    rows.append({"part": "measured peak while training", "MiB": result.peak_memory_mib})
+    which = " (all processes, and the one that started them)" if processes > 1 else ""
+    rows.append({"part": f"measured peak while training{which}", "MiB": result.peak_memory_mib})
     return rows
 
 

@@ -58,7 +58,7 @@ def test_at_the_start_it_trains_as_if_asked_for_less(runs: Callable[[str], Run],
         "out of memory with 16 rows a forward pass: the training started again with 8 and 2 passes" in result.notes[0]
     )
     card = finetuning.card(result).data
-    assert "4 rows × 4 forward passes (asked for: 16 rows × 1 forward passes; the device was full)" in card
+    assert "4 rows × 4 forward passes (asked for: 16 rows × 1 forward pass; the device was full)" in card
     assert "asked for" not in finetuning.card(expected).data
     assert "16 rows" in (result.product.path / "training.log").read_text()
 
