@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.tasks import AnyTask, has_labels, kind_of
 from lib.packaging.choosing import Choice
 from lib.packaging.licences import licences
-from lib.packaging.naming import gguf_name
+from lib.packaging.naming import gguf_name, size_label
 from lib.run import Run
 
 MOST_LABEL_TOKENS, MOST_ANSWER_TOKENS = 8, 256
@@ -70,13 +71,15 @@ def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any
     data = entries["data"].facts
     metadata = read_metadata(choice.source)
     base = str(data.get("base_model", metadata.get("general.name", "unknown")))
+    weights = sum(math.prod(tensor.shape) for tensor in read_tensors(choice.source))
+    size = str(metadata.get("general.size_label") or size_label(weights))
     labelled = has_labels(task)
     most = MOST_LABEL_TOKENS if labelled else MOST_ANSWER_TOKENS
     trained = int(metadata.get(f"{metadata['general.architecture']}.context_length", _CONTEXT))
     learned = entries.get("adapter")
     return Facts(
         run=run.name,
-        file=gguf_name(base, metadata, run.name, choice.type),
+        file=gguf_name(base, size, run.name, choice.type),
         choice=choice,
         task=task,
         kind=kind_of(task),

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 VERSION = "v1.0"
 
 _SIZE = re.compile(r"(?:^|[-_ ])(\d+(?:[._]\d+)?[KMBTQ])(?=$|[-_ ])", re.IGNORECASE)
 
 
-def gguf_name(base: str, metadata: Mapping[str, Any], run_name: str, encoding: str) -> str:
+def gguf_name(base: str, size: str, run_name: str, encoding: str) -> str:
     """The name of a packaged file.
 
     Args:
         base: hub id, folder or name of the base model, as the run has it.
-        metadata: of the GGUF file; its size label is taken where the base's name holds none.
+        size: label of the size ("494M"), for a base whose name holds none.
         run_name: the fine-tune; behind what the base's own name says of its tuning (Instruct, Chat).
         encoding: quantization type.
     """
     name = re.split(r"[/\\:]", base.rstrip("/\\"))[-1] or "model"
     name = "Offline-base" if name == "offline" else name
     found = _SIZE.search(name)
-    size = found[1].replace("_", ".").upper() if found else str(metadata.get("general.size_label") or "")
+    size = found[1].replace("_", ".").upper() if found else size
     family, tuning = (name[: found.start()], name[found.end() :]) if found else (name, "")
     parts = [_part(family, "."), _part(size, "."), _part(f"{tuning}-{run_name}"), VERSION, encoding]
     return "-".join(part for part in parts if part) + ".gguf"
+
+
+def size_label(weights: int) -> str:
+    """The size of a model in its unit: 2.0M, 494M, 7.6B."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if weights >= scale:
+            return f"{weights / scale:.{1 if weights < 10 * scale else 0}f}{unit}"
+    return f"{max(1, round(weights / 1e3))}K"
 
 
 def _part(text: str, keep: str = "") -> str:

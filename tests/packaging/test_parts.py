@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.packaging.choosing import AGAINST, RECOMMENDED, WITHOUT, choose
 from lib.packaging.linking import read_formats
 from lib.packaging.modelfile import go_template, modelfile
-from lib.packaging.naming import gguf_name
+from lib.packaging.naming import gguf_name, size_label
 from lib.packaging.turns import read_turns
 from tests import tiny_run
 
@@ -151,7 +151,12 @@ def test_modelfile(tokenizer: Any) -> None:
     ],
 )
 def test_names(base: str, run: str, expected: str) -> None:
-    assert gguf_name(base, {"general.size_label": "2.0M"}, run, "Q4_K_M") == expected
+    assert gguf_name(base, "2.0M", run, "Q4_K_M") == expected
+
+
+def test_sizes() -> None:
+    sizes = (900_000, 2_033_920, 494_032_768, 7_615_616_512, 72_000_000_000)
+    assert [size_label(weights) for weights in sizes] == ["900K", "2.0M", "494M", "7.6B", "72B"]
 
 
 def test_evidence(tmp_path: Path) -> None:
