@@ -74,7 +74,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     def shown(column: str, value: Any) -> str:
         given = known.get(column)
         if given and isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value)):
-            return format(value, given)
+            return "0" if value == 0 and given.endswith("e") else format(value, given)
         return _cell(value)
 
     def tag(name: str, column: str, text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 FORMATS: dict[str, str] = {
     **dict.fromkeys(("accuracy ↑", "macro-F1 ↑", "precision", "recall", "F1", "95 % low", "95 % high"), ".3f"),
     **dict.fromkeys(("MB", "predicted, MB"), ",.3f"),
-    **dict.fromkeys(("bits per weight", "bits / weight", "load, s", "ms a row", "MDE, points"), ".2f"),
+    **dict.fromkeys(("bits per weight", "bits / weight", "bits", "load, s", "ms a row", "MDE, points"), ".2f"),
     **dict.fromkeys(("MiB", "peak memory, MiB", "prompt, tokens/s", "generation, tokens/s"), ",.0f"),
     **dict.fromkeys(("KL, nats ↓", "mean", "± (1.96 SE)", "median", "99th percentile", "largest"), ".2e"),
     **dict.fromkeys(("same top token ↑", "same top ↑", "share of the source"), ".1%"),

@@ -54,16 +54,21 @@ def megabytes_by_type(source: Mapping[str, Any], files: Iterable[Any]) -> dict[s
     return {name: {part["type"]: part["bytes"] / 1e6 for part in parts} for name, parts in histograms.items()}
 
 
+def _verdict(entry: Mapping[str, Any]) -> str:
+    """The verdict, and what decided it where that is not the accuracy."""
+    return entry["verdict"] + (", by the margins" if entry["endpoint"] == "margin" else "")
+
+
 def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Size, quality and verdict of each file (entries of comparison.json)."""
     return [
         {
             "type": e["type"],
             "MB": e["bytes"] / 1e6,
-            "bits / weight": e["bits_per_weight"],
+            "bits": e["bits_per_weight"],
             "accuracy ↑": e["accuracy"],
             "95 % interval": _interval(e["accuracy_interval"]),
-            "verdict": e["verdict"],
+            "verdict": _verdict(e),
             "flips ↓": e["flips"],
             "KL, nats ↓": e["kld_mean"],
             "same top ↑": e["same_top"],
@@ -99,8 +104,8 @@ def tests(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "p (Holm)": e["mcnemar_p_holm"],
             "p not equivalent": e["equivalence_p"],
             "MDE, points": 100 * e["mde"],
-            "verdict": e["verdict"],
-            "leak-free verdict": (e["leak_free"] or {}).get("verdict"),
+            "verdict": _verdict(e),
+            "leak-free verdict": _verdict(e["leak_free"]) if e["leak_free"] else None,
         }
         for e in files
     ]
@@ -179,7 +184,7 @@ def ceilings(limits: Iterable[Mapping[str, Any]]) -> list[Row]:
         {
             "type": limit["type"],
             "read a token, MB": limit["megabytes"],
-            **{f"≤ tokens/s, {name}": f"{rate:,.0f}" for name, rate in limit["tokens_per_second"].items()},
+            **{f"≤ tokens/s, {name.split(',')[0]}": f"{r:,.0f}" for name, r in limit["tokens_per_second"].items()},
         }
         for limit in limits
     ]
@@ -211,7 +216,7 @@ def _share(part: Mapping[str, Any]) -> str | None:
     if not part["n"]:
         return None
     low, high = part["interval"]
-    return f"{100 * part['share']:.1f}\u00a0% [{100 * low:.1f},\u00a0{100 * high:.1f}], n\u00a0=\u00a0{part['n']:,}"
+    return f"{part['agree']:,}/{part['n']:,} [{100 * low:.0f},\u00a0{100 * high:.0f}]"
 
 
 def agreement_reading(pairs: Sequence[Mapping[str, Any]]) -> str:

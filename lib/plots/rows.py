@@ -102,6 +102,7 @@ def training_card(result: Any) -> Row:
         "rows": f"{result.train_rows:,} for training, {result.validation_rows:,} for validation",
         "number format": f"{result.dtype} ({result.dtype_reason})",
         "device": result.product.entry.device,
+        "a micro-batch": result.layout or None,
         "an update": _update(result.micro_batch, result.product.entry.parameters["num_processes"]),
         "continued from step": "none; trained in one go" if result.resumed_from is None else result.resumed_from,
         "messages": "; ".join(result.messages) or "none",

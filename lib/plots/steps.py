@@ -33,7 +33,9 @@ def ladder(steps: Sequence[Mapping[str, Any]]) -> HTML:
     left.set_xscale("symlog", linthresh=1e-6)
     left.set_xlim(left=0)
     left.set_yticks(places, [step["name"] for step in steps])
-    left.set_xlabel("KL divergence of the answer words, nats a row (log scale above 10⁻⁶)")
+    left.set_ylim(-0.5, len(steps) - 0.5)
+    right.set_ylim(left.get_ylim())
+    left.set_xlabel("KL divergence, nats a row (log above 10⁻⁶)")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
     middle = np.array([step["accuracy"] for step in steps])
     limits = np.array([step["accuracy_interval"] for step in steps])
@@ -45,7 +47,7 @@ def ladder(steps: Sequence[Mapping[str, Any]]) -> HTML:
         f"From the trained adapter to the quantized file, n = {n:,} test rows. Left: mean KL divergence over the "
         "answer words, with 95 % intervals (near copies together). Right: accuracy with 95 % Wilson intervals."
     )
-    words = "; ".join(f"{row['step']}: {row['KL from the step before']}" for row in rows(steps)[1:])
+    words = "; ".join(f"{row['step']}: {row['KL, nats']}" for row in rows(steps)[1:])
     return figure(fig, caption, f"Error ladder, KL divergence from the step before. {words}.")
 
 
@@ -59,23 +61,30 @@ def rows(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
             {
                 "step": step["name"],
                 "accuracy": step["accuracy"],
-                "KL from the step before": before.get("kld"),
-                "95 % interval": _interval(before.get("kld_interval"), ".2g"),
-                "equal labels": before.get("agreement"),
-                "accuracy change, points": _points(before),
-                "KL from the first": first.get("kld"),
-                "equal labels to the first": first.get("agreement"),
-                "accuracy change to the first, points": _points(first),
+                "KL, nats": _kld(before),
+                "equal labels": _percent(before),
+                "points": _points(before),
+                "KL to the first": _kld(first),
+                "equal": _percent(first),
+                "points to the first": _points(first),
             }
         )
     return table
+
+
+def _kld(entry: Mapping[str, Any]) -> str | None:
+    return f"{entry['kld']:.2g} {_interval(entry['kld_interval'], '.1g')}" if entry else None
+
+
+def _percent(entry: Mapping[str, Any]) -> str | None:
+    return f"{100 * entry['agreement']:.1f}\u00a0%" if entry else None
 
 
 def _points(entry: Mapping[str, Any]) -> str | None:
     if not entry:
         return None
     low, high = (100 * limit for limit in entry["accuracy_difference_interval"])
-    return f"{100 * entry['accuracy_difference']:+.2f} [{low:+.2f},\u00a0{high:+.2f}]"
+    return f"{100 * entry['accuracy_difference']:+.1f} [{low:+.1f},\u00a0{high:+.1f}]"
 
 
 def reading(steps: Sequence[Mapping[str, Any]]) -> str:

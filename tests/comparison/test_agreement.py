@@ -82,7 +82,7 @@ def test_interrupted_comparison_continues(
     with pytest.raises(KeyboardInterrupt):
         compare()
     assert [path.name for path in tmp_path.iterdir()] == [".scores"]
-    kept = {path.name: path.read_text() for path in (tmp_path / ".scores").iterdir()}
+    kept = {path.name: path.read_text() for path in (tmp_path / ".scores" / "file").iterdir()}
     assert [text.count("\n") for text in kept.values()] == [41, 41]
     capsys.readouterr()
     compare()

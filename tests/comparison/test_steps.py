@@ -77,6 +77,6 @@ def test_the_page_names_the_step_that_cost_most() -> None:
     assert "merged → Q2_K" in shown.reading(entries)
     table = shown.rows(entries)
     assert [row["step"] for row in table] == ["adapter", "merged", "Q2_K"]
-    assert table[0]["KL from the step before"] is None and table[2]["KL from the step before"] > 0
+    assert table[0]["KL, nats"] is None and float(table[2]["KL, nats"].split()[0]) > 0
     html = shown.ladder(entries).data
     assert "<figcaption>" in html and "merged: " in html
