@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import sys
@@ -51,8 +52,9 @@ def train_rank(argument: dict[str, Any]) -> dict[str, Any]:
         return {"out_of_memory": str(error).splitlines()[0]}
     except (KeyboardInterrupt, Terminated):
         answer = {"stopped": True}
-    dist.barrier()  # none leaves while another still listens to it
-    dist.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # of whoever is last to leave; the answer is known by now
+        dist.barrier()  # none leaves while another still waits for it in the training
+        dist.destroy_process_group()
     return answer
 
 
