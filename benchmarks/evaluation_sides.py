@@ -3,8 +3,9 @@
     python -c "from benchmarks.evaluation_sides import run; run('SIDE', 'JOB.json', 'OUT.json')"
 
 SIDE: a name in `SIDES`. JOB.json: {"model", "rows" ({"id", "text", "label"}), "prompts" (rendered), "task", "batch",
-"threads"}. OUT.json: {"seconds" (from the loaded model to the last answer, tokenization included), "scoring_cpu_seconds"
-(the same in processor time), "answers" ({id: label}), "margins" ({id: nats} where the side has them)}.
+"threads"}. OUT.json: {"seconds" (from the loaded model to the last answer, tokenization included),
+"scoring_cpu_seconds" (the same in processor time), "answers" ({id: label}), "margins" ({id: nats} where the side has
+them)}.
 """
 
 from __future__ import annotations
