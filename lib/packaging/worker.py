@@ -25,10 +25,22 @@ def answer(argument: dict[str, Any]) -> dict[str, Any]:
     """
     prompts, labels = argument["prompts"], argument["labels"]
     longest = max(map(len, prompts)) + max([argument["most"], *map(len, labels)]) + 1
-    with LlamaCppBackend(Path(argument["path"]), n_ctx=longest, n_threads=argument["n_threads"]) as backend:
-        scores = backend.label_log_probs(prompts, labels).tolist() if labels else [[] for _ in prompts]
+    options = {"n_ctx": longest, "n_threads": argument["n_threads"], "flash_attention": True}
+    with LlamaCppBackend(Path(argument["path"]), **options) as backend:
+        scores = [[_score(backend, ids, label) for label in labels] for ids in prompts]
         answers = [_greedy(backend, ids, argument["most"], argument["ends"]) for ids in prompts]
     return {"answers": [{**written, "labels": own} for written, own in zip(answers, scores, strict=True)]}
+
+
+def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]) -> float:
+    """Log-probability of a label, one sequence at a time as programs do: batches of many round otherwise."""
+    feed, given, total = llama_feed(backend), list(prompt), 0.0
+    for token in label:
+        logits = feed(given)
+        top = logits.max()
+        total += float(logits[token] - top - np.log(np.exp(logits - top).sum()))
+        given = [token]
+    return total
 
 
 def _greedy(backend: LlamaCppBackend, prompt: Sequence[int], most: int, ends: Sequence[int]) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
         n_threads_batch=threads,
         n_gpu_layers=options.n_gpu_layers,
         use_mlock=False,
+        flash_attn=True,  # as llama.cpp's own programs choose it
         logits_all=False,  # else context × vocabulary × 4 bytes: gigabytes for a Qwen
         verbose=False,
     )

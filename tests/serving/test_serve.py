@@ -93,7 +93,7 @@ def expected_text(model: Path, most: int) -> str:
 
     tokenizer = load_tokenizer(model.parent / "tokenizer")
     prompt = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    llm = Llama(str(model), n_ctx=256, n_threads=1, verbose=False)
+    llm = Llama(str(model), n_ctx=256, n_threads=1, flash_attn=True, verbose=False)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return llm.create_completion(ids, max_tokens=most, temperature=0, stop=["<|im_end|>"])["choices"][0]["text"]
 

@@ -41,7 +41,8 @@ class Model:
         longest = max(len(check["prompt_ids"]) + len(check["ids"]) for check in info["checks"])
         room = longest + max((len(label["ids"]) for label in info["labels"]), default=0) + 8
         self.api = llama_cpp
-        self.llm = llama_cpp.Llama(str(HERE / info["file"]), n_ctx=max(256, room), verbose=False)
+        # Flash attention, as llama.cpp's own programs choose it where they can: without it the sums round otherwise.
+        self.llm = llama_cpp.Llama(str(HERE / info["file"]), n_ctx=max(256, room), flash_attn=True, verbose=False)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a rendered prompt."""

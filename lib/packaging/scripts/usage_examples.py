@@ -35,7 +35,7 @@ def load():
     """The model in llama.cpp."""
     from llama_cpp import Llama
 
-    return Llama(str(HERE / INFO["file"]), n_ctx=INFO["n_ctx"], verbose=False)
+    return Llama(str(HERE / INFO["file"]), n_ctx=INFO["n_ctx"], flash_attn=True, verbose=False)
 
 
 def ids_for(llm, text: str) -> list[int]:
