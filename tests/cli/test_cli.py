@@ -55,6 +55,8 @@ def test_help_is_instant_and_names_every_command() -> None:
         "perplexity",
         "params",
         "select",
+        "package",
+        "serve",
     ):
         assert f"  {command} " in answer.stdout
     loaded = "import lib.cli.app, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
