@@ -48,19 +48,18 @@ def _agreement(same: np.ndarray) -> dict[str, Any]:
     }
 
 
-def agreements(scores: Mapping[str, Scores], merged: Scores | None, title: str) -> list[dict[str, Any]]:
+def agreements(scores: Mapping[str, Scores], merged: tuple[str, Scores] | None) -> list[dict[str, Any]]:
     """The pairs that are shown: the merged model in transformers against every file, the reference against the others.
 
     Args:
         scores: by type, the reference first.
-        merged: of the merged model in transformers; None where there is none.
-        title: what that model is, in words.
+        merged: the merged model in transformers in words, and its scores; None where there is none.
 
     Returns:
         {"first", "second", "near_ties" (of the first), "bins"} for each pair.
     """
     reference, *others = scores
-    firsts = [] if merged is None else [(title, merged, [reference, *others])]
+    firsts = [] if merged is None else [(*merged, [reference, *others])]
     firsts.append((reference, scores[reference], others))
     return [
         {"first": name, "second": other, "near_ties": first.near_ties, "bins": by_margin(first, scores[other])}

@@ -92,61 +92,65 @@ def compare_files(
 
         tokenizer = tokenizer_from_gguf(reference)
     work = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens)
-    threads = n_threads or physical_cores()
+    shared = shared_argument(work, rows, n_threads or physical_cores(), n_gpu_layers)
     paths = [reference, *others]
-    shared = shared_argument(work, rows, threads, n_gpu_layers)
     answers = run_all(paths, shared, output)
     names = _names(paths, [answer["file_type"] for answer in answers])
     scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
+    for name, score in scores.items():
+        score.save(output / f"scores-{name}.jsonl")
     labelled = has_labels(task)
-    title, in_torch = "", None
+    in_torch = None
     if labelled and merged is not None:
         answer = run_one("torch_worker:score_merged", merged, dict(shared), output, "scoring the merged model")
-        title, in_torch = f"merged, transformers ({answer['dtype']})", _scores(rows, work, answer)
+        in_torch = (f"merged, transformers ({answer['dtype']})", _scores(rows, work, answer))
     margin = equivalence_margin if labelled else perplexity_margin
     floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
+    judged = {"equivalence_margin_points": margin}
+    if not labelled:
+        judged = {"perplexity_margin_percent": margin, "unigram_ppl": floor}
     entries = _entries(names, paths, answers, scores, Rows.of(rows), margin, seed)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
     best = frontier(files[1:])  # is about what a phone can run
-    free = [row for row in rows if row.get("leaked") is False]
+    recommended = recommend(files, margin) if labelled else recommend_answers(files, margin, floor)
     result = {
-        "data": {**(source or {}), "rows": len(rows), "leak_free_rows": len(free) or None},
-        "conditions": {
-            "device": answers[0]["device"],
-            "processor": cpu_name(),
-            "n_threads": threads,
-            "thread_waiting": answers[0]["thread_waiting"],
-            "n_gpu_layers": n_gpu_layers,
-            "window_tokens": len(work.windows[0]),
-            "windows": len(work.windows),
-            **(
-                {"equivalence_margin_points": margin}
-                if labelled
-                else {"perplexity_margin_percent": margin, "unigram_ppl": floor}
-            ),
-            "seed": seed,
-        },
+        "data": {**(source or {}), "rows": len(rows), "leak_free_rows": _leak_free(rows)},
+        "conditions": {**_conditions(answers[0], shared, work), **judged, "seed": seed},
         "reference": names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
-        "agreement": agreements(scores, in_torch, title) if labelled else None,
+        "recommendation": recommended,
+        "agreement": agreements(scores, in_torch) if labelled else None,
         "notes": [*work.notes, *(f"{n}: {a['note']}" for n, a in zip(names, answers, strict=True) if a.get("note"))],
     }
-    for name, score in scores.items():
-        score.save(output / f"scores-{name}.jsonl")
-    chosen = step_file(files[1:], result["recommendation"])
+    chosen = step_file(files[1:], recommended)
     if in_torch is not None and chosen is not None:
         argument = {**shared, "config": str(merged.resolve())}
         what = f"scoring the weights of {chosen} in transformers"
-        path = paths[names.index(chosen)]
-        answer = run_one("torch_worker:score_dequantized", path, argument, output, what)
-        in_torch.save(output / MERGED_SCORES)
+        answer = run_one("torch_worker:score_dequantized", paths[names.index(chosen)], argument, output, what)
+        in_torch[1].save(output / MERGED_SCORES)
         _scores(rows, work, answer).save(output / DEQUANTIZED_SCORES)
-        result["steps"] = {"merged": title, "file": chosen}
+        result["steps"] = {"merged": in_torch[0], "file": chosen}
     write_json(output / SUMMARY, result)
     shutil.rmtree(output / SCORING, ignore_errors=True)
     return result
+
+
+def _leak_free(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    return sum(row.get("leaked") is False for row in rows) or None
+
+
+def _conditions(answer: Mapping[str, Any], shared: Mapping[str, Any], work: Work) -> dict[str, Any]:
+    """Where and how it was measured."""
+    return {
+        "device": answer["device"],
+        "processor": cpu_name(),
+        "n_threads": shared["n_threads"],
+        "thread_waiting": answer["thread_waiting"],
+        "n_gpu_layers": shared["n_gpu_layers"],
+        "window_tokens": len(work.windows[0]),
+        "windows": len(work.windows),
+    }
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:

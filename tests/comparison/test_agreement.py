@@ -52,14 +52,14 @@ def test_other_rows_are_refused() -> None:
 
 
 def test_pairs() -> None:
-    found = agreements({"F16": SECOND, "Q8_0": FIRST}, FIRST, "merged")
+    found = agreements({"F16": SECOND, "Q8_0": FIRST}, ("merged", FIRST))
     assert [(p["first"], p["second"], p["near_ties"]) for p in found] == [
         ("merged", "F16", 2),
         ("merged", "Q8_0", 2),
         ("F16", "Q8_0", 1),
     ]
     assert found[1]["bins"][-1]["share"] == 1
-    assert [p["first"] for p in agreements({"F16": SECOND, "Q8_0": FIRST}, None, "")] == ["F16"]
+    assert [p["first"] for p in agreements({"F16": SECOND, "Q8_0": FIRST}, None)] == ["F16"]
 
 
 def test_interrupted_comparison_continues(
