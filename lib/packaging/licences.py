@@ -25,12 +25,15 @@ def licences(data: Mapping[str, Any], base: str, is_offline: bool, has_text: boo
         has_text: the base brought a file LICENSE, which is in the package.
     """
     plain = base.removeprefix("modelscope:").partition("@")[0]
-    if is_offline:
+    sample = bool(data.get("sample_data"))
+    if is_offline and sample:
         identifier, model = "mit", _OWN
+    elif is_offline:
+        identifier, model = "unknown", "made by the workbook from the texts of the data, whose licence applies"
     elif plain in BASES:
         identifier, model = BASES[plain], f"{BASES[plain]}, as the model card of {plain} says; read it"
     else:
         identifier, model = "unknown", "see the file LICENSE, which the base model brought"
         model = model if has_text else "unknown to the workbook: read the base model's card before you pass the file on"
-    rows = _OWN if data.get("sample_data") else "unknown to the workbook: ask where the rows come from"
+    rows = _OWN if sample else "unknown to the workbook: ask where the rows come from"
     return {"id": identifier, "base": model, "data": rows}

@@ -11,6 +11,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.packaging.choosing import AGAINST, RECOMMENDED, WITHOUT, choose
+from lib.packaging.licences import licences
 from lib.packaging.linking import read_formats
 from lib.packaging.modelfile import go_template, modelfile
 from lib.packaging.naming import gguf_name, size_label
@@ -177,6 +178,15 @@ def test_evidence(tmp_path: Path) -> None:
     assert choose(run, comparison, "Q2_K").standing == WITHOUT
     with pytest.raises(InputError, match="--type, one of F16, Q8_0, Q2_K"):
         choose(run, comparison, None)
+
+
+def test_licences() -> None:
+    sample, other = {"sample_data": True}, {"sample_data": False}
+    assert licences(sample, "offline", True, False)["id"] == "mit"
+    assert licences(other, "offline", True, False)["id"] == "unknown"  # made from texts of somebody else
+    assert licences(other, "modelscope:Qwen/Qwen3-0.6B@main", False, False)["id"] == "apache-2.0"
+    assert "file LICENSE" in licences(other, "my/model", False, True)["base"]
+    assert "read the base model's card" in licences(other, "my/model", False, False)["base"]
 
 
 def test_formats() -> None:
