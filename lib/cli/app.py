@@ -7,8 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.cli import shipping
+from lib.cli import deciding, shipping
 from lib.cli.guard import guarded
+from lib.cli.options import (
+    Data,
+    GpuLayers,
+    Json,
+    LabelColumn,
+    LabelNames,
+    MaxLength,
+    MaxSamples,
+    RunName,
+    SystemPrompt,
+    TextColumn,
+    Threads,
+    UserPrompt,
+)
 
 app = typer.Typer(
     name="workbook",
@@ -19,8 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.command(short_help="what this machine can run, and the cure for every lack")
@@ -89,35 +101,6 @@ def report(
     making.report(params_file, parameters or [], start_from, end_at, seeds, timeout, as_json)
 
 
-@app.command(short_help="which of several runs to take, by a stated rule")
-@guarded
-def select(
-    runs: Annotated[list[str], typer.Argument(help="names of finished runs (01 to 03 at least)", metavar="RUN...")],
-    output: Annotated[
-        Path | None, typer.Option("--out", help="folder for model_analysis.json [default: reports/]", metavar="DIR")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
-    from lib.cli import selecting
-
-    selecting.select(runs, output, as_json)
-
-
-@app.command(short_help="which file of a compared run fits a size and a loss")
-@guarded
-def pick(
-    run: Annotated[str, typer.Argument(help="name of a run that 07 has compared", metavar="RUN")],
-    max_mb: Annotated[float | None, typer.Option(help="largest file, 10⁶ bytes [default: any size]")] = None,
-    max_loss: Annotated[float, typer.Option(help="accuracy points; without labels percent of answer perplexity")] = 1.0,
-    as_json: Json = False,
-) -> None:
-    """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
-    from lib.cli import picking
-
-    picking.pick(run, max_mb, max_loss, as_json)
-
-
 @app.command(short_help="adapter + base model → one model folder")
 @guarded
 def merge(
@@ -181,21 +164,6 @@ def quantize(
         "token_embedding_type": token_embedding_type,
     }
     work.quantize(source, output, types, options, n_threads, dry_run, as_json)
-
-
-Data = Annotated[
-    str | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet; or a folder", metavar="FILE")
-]
-RunName = Annotated[str | None, typer.Option("--run", help="take task and, without --data, test rows of a run")]
-MaxSamples = Annotated[int, typer.Option(help="most rows, drawn with seed 42; 0 = all", min=0)]
-GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]
-Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
-TextColumn = Annotated[str, typer.Option(help="column with the text; empty = find it")]
-LabelColumn = Annotated[str, typer.Option(help="column with the label; empty = find it")]
-LabelNames = Annotated[str | None, typer.Option(help="answer words of label 0,1,… joined by commas")]
-SystemPrompt = Annotated[str | None, typer.Option(help="system turn")]
-UserPrompt = Annotated[str | None, typer.Option(help="user turn; {text} is the row's text")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer together")]
 
 
 @app.command(short_help="models on labelled rows")
@@ -311,4 +279,5 @@ def _given(
     return {key: value for key, value in values.items() if value is not None}
 
 
+deciding.register(app)
 shipping.register(app)

@@ -10,7 +10,6 @@ import typer
 from lib.cli.guard import guarded, tell
 from lib.cli.output import show
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
 
 
