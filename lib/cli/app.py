@@ -101,6 +101,9 @@ def report(
     making.report(params_file, parameters or [], start_from, end_at, seeds, timeout, as_json)
 
 
+deciding.register(app)
+
+
 @app.command(short_help="adapter + base model → one model folder")
 @guarded
 def merge(
@@ -279,5 +282,4 @@ def _given(
     return {key: value for key, value in values.items() if value is not None}
 
 
-deciding.register(app)
 shipping.register(app)

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from lib.cli.guard import guarded, tell
+from lib.cli.options import Json, Threads
 from lib.cli.output import show
-
-Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
 
 
 def register(app: typer.Typer) -> None:
