@@ -121,8 +121,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
 
-    trained = int(metadata.get(f"{metadata.get('general.architecture')}.context_length", _CONTEXT))
-    n_ctx = options.n_ctx or min(_CONTEXT, trained)
+    n_ctx = _context(metadata, options.n_ctx)
     threads = options.n_threads or physical_cores()
     model = ModelSettings(
         model=str(path),
@@ -154,6 +153,14 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     llm.chat_handler = formatter.to_chat_handler()
     limits = Limits(path.stem, BODY_BYTES, min(options.max_tokens, n_ctx), n_ctx)
     return LimitedApplication(application, limits, _counter(llm, formatter))
+
+
+def _context(metadata: Mapping[str, Any], asked: int) -> int:
+    """Tokens of context: as asked, within what the model was made for; 0 = that, at most 4096."""
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if trained and asked > trained:
+        raise InputError(f"--n-ctx {asked}.", f"at most {trained}, which the model was made for.", "ask for less.")
+    return asked or min(_CONTEXT, int(trained or _CONTEXT))
 
 
 def _formatter(llm: Any, metadata: Mapping[str, Any], thinking: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from lib.packaging.linking import read_formats
 from lib.packaging.modelfile import go_template, modelfile
 from lib.packaging.naming import gguf_name, size_label
 from lib.packaging.turns import read_turns
+from lib.packaging.zipping import write_zip
 from tests import tiny_run
 
 TOKEN = re.compile(r"\{\{(.*?)\}\}", re.S)
@@ -187,6 +189,21 @@ def test_licences() -> None:
     assert licences(other, "modelscope:Qwen/Qwen3-0.6B@main", False, False)["id"] == "apache-2.0"
     assert "file LICENSE" in licences(other, "my/model", False, True)["base"]
     assert "read the base model's card" in licences(other, "my/model", False, False)["base"]
+
+
+def test_large_files_in_the_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the limit of plain zips lowered: what is larger is packed and read (ZIP64); a failure leaves nothing."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "large").write_bytes(bytes(range(256)) * 40)
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    with zipfile.ZipFile(write_zip(tmp_path / "in", tmp_path / "out" / "x.zip", "root")) as archive:
+        assert archive.read("root/sub/large") == bytes(range(256)) * 40
+    raw = (tmp_path / "out" / "x.zip").read_bytes()
+    assert raw[18:26] == b"\xff" * 8  # sizes stand in the ZIP64 field
+    monkeypatch.setattr("lib.packaging.zipping.shutil.copyfileobj", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_zip(tmp_path / "in", tmp_path / "out" / "y.zip", "root")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.zip"]
 
 
 def test_formats() -> None:

@@ -188,6 +188,8 @@ def test_refused_starts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         used.listen()
         with pytest.raises(InputError, match="--port"):
             serve(model, ServeOptions(port=used.getsockname()[1]), print)
+    with pytest.raises(InputError, match="at most 2048"):
+        serve(model, ServeOptions(port=0, n_ctx=4096), print)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(model.read_bytes()[: -(1 << 16)])
     with pytest.raises(InputError, match="cannot load"):
