@@ -52,14 +52,8 @@ def model_info(
     labels = label_ids(tokenizer, task) if labelled else []
     prompts = [_prompt(tokenizer, turns, task.system_prompt, wording.replace("{text}", text)) for text in texts]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    request = {
-        "path": str(gguf.resolve()),
-        "prompts": ids,
-        "labels": labels,
-        "most": min(CHECKED_TOKENS, facts.most),
-        "ends": sorted(end_ids(tokenizer)),
-        "n_threads": n_threads,
-    }
+    request = {"prompts": ids, "labels": labels, "most": min(CHECKED_TOKENS, facts.most), "n_threads": n_threads}
+    request |= {"path": str(gguf.resolve()), "ends": sorted(end_ids(tokenizer))}
     answers = run_child("lib.packaging.worker:answer", request, f"asking {gguf.name}")["answers"]
     checked = zip(texts, prompts, ids, answers, strict=True)
     return {

@@ -28,7 +28,7 @@ def ceilings(bytes_per_token: int) -> list[tuple[str, float, float]]:
 
 def guide(facts: Facts) -> str:
     """The text."""
-    return "\n".join([_head(facts), _measured(facts), _ceiling(facts), _places(facts), _trouble()])
+    return "\n".join([_head(facts), _measured(facts), _ceiling(facts), _phones(facts), _desktops(facts), _trouble()])
 
 
 def _head(facts: Facts) -> str:
@@ -91,7 +91,7 @@ and heat make real phones slower, often several times; caches can matter for a m
 """
 
 
-def _places(facts: Facts) -> str:
+def _phones(facts: Facts) -> str:
     file, n_ctx = facts.file, facts.n_ctx
     return f"""## Android, in Termux
 
@@ -116,8 +116,12 @@ is large. For a library without that project, llama.cpp cross-compiles with the 
 
 `build-xcframework.sh` of llama.cpp (on a Mac with Xcode) makes an XCFramework for iOS 16.4 and later; releases of
 llama.cpp hold one as well. `examples/llama.swiftui` is an app that uses it: add the GGUF to the app's documents.
+"""
 
-## Desktop
+
+def _desktops(facts: Facts) -> str:
+    file, n_ctx = facts.file, facts.n_ctx
+    return f"""## Desktop
 
 ```bash
 brew install llama.cpp            # macOS, Linux; Windows: winget install llama.cpp

@@ -122,13 +122,12 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     from starlette.middleware.cors import CORSMiddleware
 
     n_ctx = _context(metadata, options.n_ctx)
-    threads = options.n_threads or physical_cores()
     model = ModelSettings(
         model=str(path),
         model_alias=path.stem,
         n_ctx=n_ctx,
-        n_threads=threads,
-        n_threads_batch=threads,
+        n_threads=options.n_threads or physical_cores(),
+        n_threads_batch=options.n_threads or physical_cores(),
         n_gpu_layers=options.n_gpu_layers,
         use_mlock=False,
         flash_attn=True,  # as llama.cpp's own programs choose it
@@ -137,9 +136,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     )
     os.environ.pop("CONFIG_FILE", None)  # the server would take the model that it names
     try:
-        application = server.create_app(
-            server_settings=ServerSettings(interrupt_requests=False), model_settings=[model]
-        )
+        application = server.create_app(None, ServerSettings(interrupt_requests=False), [model])
     except ValueError as error:
         raise InputError(
             f"llama.cpp cannot load {path} with {n_ctx} tokens ({error}).",
