@@ -3,7 +3,8 @@
     python benchmarks/evaluation_gguf.py --json OUT.json [--runs N] [--rows N] [--threads N]
 
 The peers: `create_chat_completion` a row (greedy, only the answer words allowed, and the second token that a model
-needs to end its turn), and one `llama_decode` a row. Whole processes in turn; the clock of "samples_per_second" runs
+needs to end its turn), once with the workbook's threads, which wait passively, and once with its own defaults; and one
+`llama_decode` a row. Whole processes in turn; the clock of "samples_per_second" runs
 from the loaded model to the last answer, tokenization included. All must give the same answers but for near ties.
 "limit": the rate at which this file reads one prompt of 512 tokens in one `llama_decode`, as llama-bench has it
 (pp512), in tokens a second and in samples of the mean length.
@@ -28,15 +29,17 @@ from lib.scoring import NEAR_TIE
 
 TYPE = "Q4_K_M"
 OURS = Side("workbook-gguf", "workbook, llama.cpp", {}, {})
+AS_IT_COMES = {"OMP_WAIT_POLICY": "", "OMP_NUM_THREADS": ""}
 LIMIT = Side("prompt-rate", "one prompt of 512 tokens", {}, {})
 
 
 def sides() -> list[Side]:
-    """The workbook and both peers."""
+    """The workbook and the peers."""
     name = f"llama-cpp-python {pinned_version()}"
     return [
         OURS,
         Side("chat", f"{name}, create_chat_completion a row", {}, {"max_tokens": 2}),
+        Side("chat-as-it-comes", f"{name}, the same with its defaults", AS_IT_COMES, {"max_tokens": 2}),
         Side("one-by-one", f"{name}, llama_decode a row", {}, {}),
     ]
 

@@ -156,9 +156,20 @@ def _llama(job: Job) -> Any:
     return Llama(job["model"], n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
 
 
+def chat_as_it_comes(job: Job) -> Made:
+    """`chat_completion` with the constructor's own number of threads, and OpenMP threads that wait as they like."""
+    from llama_cpp import Llama
+
+    return _chat(Llama(job["model"], verbose=False), job)
+
+
 def chat_completion(job: Job) -> Made:
     """llama-cpp-python's `create_chat_completion`, one call a row: the answer word and the end of the turn."""
-    model, task = _llama(job), _task(job)
+    return _chat(_llama(job), job)
+
+
+def _chat(model: Any, job: Job) -> Made:
+    task = _task(job)
     names, answers = task.label_names, {}
     allowed = {model.tokenize(name.encode(), add_bos=False)[0]: 100.0 for name in names}
     started = _now()
@@ -220,6 +231,7 @@ SIDES: dict[str, Callable[[Job], Made]] = {
     "lm-eval": lm_eval_hf,
     "workbook-gguf": workbook_gguf,
     "chat": chat_completion,
+    "chat-as-it-comes": chat_as_it_comes,
     "one-by-one": one_by_one,
     "prompt-rate": prompt_rate,
 }

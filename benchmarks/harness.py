@@ -65,7 +65,7 @@ def workbook(*arguments: object) -> list[str]:
 
 
 def measure(command: Sequence[str], environment: dict[str, str] | None = None) -> dict[str, float]:
-    """Run one whole process and measure it.
+    """Run one whole process and measure it; a variable set to nothing is left out of its environment.
 
     Returns:
         "wall_seconds"; "cpu_seconds" (user and system, children included); "peak_anonymous_mib": largest sum of
@@ -76,6 +76,7 @@ def measure(command: Sequence[str], environment: dict[str, str] | None = None) -
         InputError: the process failed; the message ends with its last words.
     """
     variables = {**os.environ, FSYNC_VARIABLE: "0", **(environment or {})}
+    variables = {name: value for name, value in variables.items() if value}
     path = [str(PROJECT), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     with tempfile.TemporaryFile() as log:
