@@ -4,6 +4,7 @@
   of single tensors; `predict_sizes` tells exact sizes before, `describe_gguf` what a file really holds.
 - `measure` makes an importance matrix of the run's own training rows, product `imatrix`; `effect` compares files
   with and without it, `errors` every tensor with the source.
+- `mix` chooses a type for every tensor under a size budget, by the run's product `sensitivity`.
 - `quantize` is the stage: the ladder of a run, product `quantized`; `plan` tells its sizes before.
 
 All native work runs in child processes: llama.cpp aborts its process on some damaged files.
@@ -14,12 +15,14 @@ from lib.quantizing.errormap import TensorErrors
 from lib.quantizing.files import QuantizationReport, describe_gguf, predict_sizes, quantize_file
 from lib.quantizing.importance import ImatrixResult, measure
 from lib.quantizing.ladder import quantize_files
+from lib.quantizing.mixing import Mix
 from lib.quantizing.options import Options
-from lib.quantizing.stage import QuantizeResult, effect, errors, plan, quantize
+from lib.quantizing.stage import QuantizeResult, effect, errors, mix, plan, quantize
 
 __all__ = [
     "EffectResult",
     "ImatrixResult",
+    "Mix",
     "Options",
     "QuantizationReport",
     "QuantizeResult",
@@ -28,6 +31,7 @@ __all__ = [
     "effect",
     "errors",
     "measure",
+    "mix",
     "plan",
     "predict_sizes",
     "quantize",

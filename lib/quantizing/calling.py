@@ -60,6 +60,7 @@ def _call(
     for name, value in fields.items():
         setattr(params, name, value)
     keep_alive = [_attach_matrix(params, matrix) if matrix is not None else None, _attach_types(params, options)]
+    keep_alive.append(_attach_keys(params, matrix, options))
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
     del keep_alive
     if code != 0:
@@ -85,15 +86,25 @@ def _attach_types(params: Any, options: Options) -> Any:
 
 
 def _attach_matrix(params: Any, matrix: importance.Imatrix) -> list[Any]:
-    """Put the importance matrix and the keys that tell of it into the parameters; returns what must stay alive."""
+    """Put the importance matrix into the parameters; returns what must stay alive."""
     data = (llama_cpp.llama_model_imatrix_data * (len(matrix.values) + 1))()
     for slot, (name, values) in zip(data, matrix.values.items(), strict=False):
         slot.name = name.encode()
         slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         slot.size = values.size
-    texts, numbers = matrix.header_texts(), matrix.header_numbers()
+    params.imatrix = data
+    return [data]
+
+
+def _attach_keys(params: Any, matrix: importance.Imatrix | None, options: Options) -> Any:
+    """Put the keys that tell of the importance matrix, and the notes, into the parameters; returns what must stay."""
+    texts = {} if matrix is None else matrix.header_texts()
+    numbers = {} if matrix is None else matrix.header_numbers()
     order = ("file", "dataset", "entries_count", "chunks_count")
     keys = [key for key in (f"quantize.imatrix.{name}" for name in order) if key in texts or key in numbers]
+    texts |= dict(options.notes)
+    if not (keys := [*keys, *dict(options.notes)]):
+        return None
     overrides = (llama_cpp.llama_model_kv_override * (len(keys) + 1))()
     for slot, key in zip(overrides, keys, strict=False):
         slot.key = key.encode()
@@ -103,5 +114,5 @@ def _attach_matrix(params: Any, matrix: importance.Imatrix) -> list[Any]:
         else:
             slot.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
             slot.value.val_i64 = numbers[key]
-    params.imatrix, params.kv_overrides = data, overrides
-    return [data, overrides]
+    params.kv_overrides = overrides
+    return overrides

@@ -48,7 +48,9 @@ class EffectResult:
 
 def compared_types(files: tuple[QuantizationReport, ...]) -> list[QuantizationReport]:
     """The smallest files of a ladder that could be made without a matrix too, largest first."""
-    able = [f for f in files if f.imatrix and f.type not in {*IMATRIX_TYPES, *recipes.UNQUANTIZED, "Q8_0"}]
+    able = [
+        f for f in files if f.imatrix and not f.mix and f.type not in {*IMATRIX_TYPES, *recipes.UNQUANTIZED, "Q8_0"}
+    ]
     return sorted(able, key=lambda f: -f.bytes)[-TYPES:]
 
 

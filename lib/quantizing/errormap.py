@@ -92,12 +92,14 @@ def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(source: Any, other: Any, name: str) -> dict[str, Any]:
+    from lib.quantizing.stored import rows_of
+
     tensor = other.tensors[name]
     error, size = 0.0, 0.0
     step = max(1, _AT_ONCE // tensor["shape"][0])
     rows = tensor["weights"] // tensor["shape"][0]
     for start in range(0, rows, step):
-        wanted, got = (_weights(header, name, start, min(start + step, rows)) for header in (source, other))
+        wanted, got = (rows_of(h.path, h.tensors[name], start, start + step) for h in (source, other))
         error += float(np.sum((got - wanted) ** 2, dtype=np.float64))
         size += float(np.sum(wanted**2, dtype=np.float64))
     match = _NAME.match(name)
@@ -110,19 +112,3 @@ def _compare(source: Any, other: Any, name: str) -> dict[str, Any]:
         "bits_per_weight": 8 * tensor["bytes"] / tensor["weights"],
         "relative_rmse": (error / size) ** 0.5 if size else 0.0,
     }
-
-
-def _weights(header: Any, name: str, start: int, stop: int) -> np.ndarray:
-    """Rows of a tensor as float32, (rows, columns)."""
-    import gguf
-    from gguf.quants import dequantize
-
-    tensor = header.tensors[name]
-    kind = gguf.GGMLQuantizationType[tensor["type"].upper()]
-    row = tensor["bytes"] // (tensor["weights"] // tensor["shape"][0])
-    raw = np.memmap(header.path, np.uint8, "r", tensor["offset"] + start * row, ((stop - start), row))
-    if kind == gguf.GGMLQuantizationType.F32:
-        return np.asarray(raw).view("<f4")
-    if kind == gguf.GGMLQuantizationType.F16:
-        return np.asarray(raw).view("<f2").astype(np.float32)
-    return dequantize(np.asarray(raw), kind)

@@ -35,6 +35,7 @@ class QuantizationReport:
         imatrix: name of the importance matrix used; None without.
         seconds, peak_memory_mib: cost of quantizing.
         set_by_hand: tensors to which the options give another type than the recipe: {"tensor", "recipe", "type"}.
+        mix: of a file made for a size budget how its types were chosen (see `lib.quantizing.mixing.Mix.record`).
     """
 
     type: str
@@ -51,6 +52,7 @@ class QuantizationReport:
     seconds: float
     peak_memory_mib: float
     set_by_hand: list[dict[str, Any]] = field(default_factory=list)
+    mix: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -166,12 +168,13 @@ def quantize_predicted(
 ) -> QuantizationReport:
     """As `quantize_file`, for a checked source whose size was predicted already; `stop`, `heard`: see `run_child`."""
     name = prediction["type"]
+    recipe = prediction.get("recipe", name)
     require_space(output.parent, prediction["bytes"], f"{output.name}")
     with atomic_path(output) as temporary:
         argument = {
             "source": str(source.resolve()),
             "output": str(temporary.absolute()),
-            "type": name,
+            "type": recipe,
             "options": options.to_json(),
             "n_threads": n_threads,
         }
@@ -186,6 +189,7 @@ def quantize_predicted(
         bytes=description["bytes"],
         predicted_bytes=prediction["bytes"],
         set_by_hand=prediction["set_by_hand"],
+        mix=prediction.get("mix"),
         **{key: description[key] for key in kept},
         seconds=round(answer["seconds"], 3),
         peak_memory_mib=answer["memory_mib"],

@@ -32,10 +32,11 @@ _REFRESH = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """One file to make: its prediction (see `predict_sizes`) and its path."""
+    """One file to make: its prediction (see `predict_sizes`), its path, and options of its own if it has any."""
 
     prediction: dict[str, Any]
     output: Path
+    options: Options | None = None
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,8 @@ class _Crew:
         heard = self._board.listener(name)
         threads = self._slots.threads
         try:
-            return quantize_predicted(
-                self._source, job.output, job.prediction, self._options, threads, self._stop, heard
-            )
+            options = job.options or self._options
+            return quantize_predicted(self._source, job.output, job.prediction, options, threads, self._stop, heard)
         finally:
             self._board.forget(name)
 

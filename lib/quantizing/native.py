@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llama_cpp import _ggml
 
 from lib.errors import InputError
@@ -56,6 +57,7 @@ _type_name = _function("ggml_type_name", _CHARS, _TYPE)
 _row_size = _function("ggml_row_size", ctypes.c_size_t, _TYPE, _I64)
 _block_size = _function("ggml_blck_size", _I64, _TYPE)
 _requires_imatrix = _function("ggml_quantize_requires_imatrix", ctypes.c_bool, _TYPE)
+_quantize_chunk = _function("ggml_quantize_chunk", ctypes.c_size_t, _TYPE, _P, _P, _I64, _I64, _I64, _P)
 
 
 @functools.cache
@@ -80,6 +82,26 @@ def block_size(type_name: str) -> int:
 def requires_imatrix(type_name: str) -> bool:
     """Whether llama.cpp aborts when it quantizes to this tensor type without an importance matrix."""
     return _requires_imatrix(type_number(type_name))
+
+
+def quantize_rows(type_name: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Rows of weights as llama.cpp stores them.
+
+    Args:
+        rows: float32, (rows, columns); columns fill whole blocks of the type.
+        importance: float32, (columns,), or None.
+
+    Returns:
+        bytes, uint8, (rows, bytes of a row).
+    """
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    made = np.zeros((len(rows), row_bytes(type_name, rows.shape[1])), dtype=np.uint8)
+    matrix = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    pointer = None if matrix is None else matrix.ctypes.data
+    size = _quantize_chunk(type_number(type_name), rows.ctypes.data, made.ctypes.data, 0, *rows.shape, pointer)
+    if size != made.nbytes:
+        raise RuntimeError(f"llama.cpp wrote {size} bytes of {type_name} instead of {made.nbytes}")
+    return made
 
 
 class Log:

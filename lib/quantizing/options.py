@@ -20,12 +20,14 @@ class Options:
         tensor_types: "regular expression=type" for tensors whose name it is found in; the first that fits counts.
         output_tensor_type: type of the output matrix (of a tied model: of the token embedding); "" = as the recipe.
         token_embedding_type: type of the token embedding; "" = as the recipe.
+        notes: (key, text of at most 127 bytes) that go into the new header.
     """
 
     imatrix: Path | None = None
     tensor_types: tuple[str, ...] = ()
     output_tensor_type: str = ""
     token_embedding_type: str = ""
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for _, name in self.patterns():
@@ -62,6 +64,7 @@ class Options:
             "tensor_types": list(self.tensor_types),
             "output_tensor_type": self.output_tensor_type,
             "token_embedding_type": self.token_embedding_type,
+            "notes": [list(note) for note in self.notes],
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class Options:
             tuple(values["tensor_types"]),
             values["output_tensor_type"],
             values["token_embedding_type"],
+            tuple((key, text) for key, text in values.get("notes", [])),
         )
 
 

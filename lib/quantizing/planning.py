@@ -41,8 +41,8 @@ class Source:
         return _OUTPUT if _OUTPUT in self.tensors else _EMBEDDING
 
 
-def open_source(path: Path, matrix: importance.Imatrix | None) -> Source:
-    """Read the header of a model that may be quantized.
+def open_source(path: Path, matrix: importance.Imatrix | None, notes: tuple[tuple[str, str], ...] = ()) -> Source:
+    """Read the header of a model that may be quantized; `notes`: see `Options`.
 
     Raises:
         InputError: a part of a split model, an importance matrix, or a file that is quantized already.
@@ -61,8 +61,8 @@ def open_source(path: Path, matrix: importance.Imatrix | None) -> Source:
                 "F16, BF16 or F32 weights: quantizing twice adds the errors.",
                 "start from the F16 file (outtype: f16 in the parameters).",
             )
-        extra = (matrix.header_numbers(), matrix.header_texts()) if matrix else ({}, {})
-        return Source(path, header.tensors, header.size_when_quantized(0, *extra))
+        numbers, texts = (matrix.header_numbers(), matrix.header_texts()) if matrix else ({}, {})
+        return Source(path, header.tensors, header.size_when_quantized(0, numbers, {**texts, **dict(notes)}))
 
 
 def predict(source: Source, recipe: str, options: Options, matrix: importance.Imatrix | None) -> dict[str, Any]:

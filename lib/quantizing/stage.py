@@ -1,4 +1,4 @@
-"""The stage `quantize`: one file for every type of the ladder, product `quantized`."""
+"""The stage `quantize`: one file for every type of the ladder, and one under a size budget; product `quantized`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lib.quantizing.errormap import TensorErrors, measure_errors
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
 from lib.quantizing.importance import AUTO, NONE, measure
 from lib.quantizing.ladder import Job, Slots, run_jobs
+from lib.quantizing.mixing import Mix, plan_mix
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, require_space, sha256_file, write_json
@@ -36,7 +37,7 @@ class QuantizeResult:
     Attributes:
         product: the folder with one `<name>-<TYPE>.gguf` a type.
         source: description of the file that was quantized (see `describe_gguf`).
-        files: one report a type, in the order of the ladder.
+        files: one report a type, in the order of the ladder; behind them the one made for a size budget.
     """
 
     product: Product
@@ -53,11 +54,27 @@ def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
     options = _options(settings, run)
     predictions, _ = survey(_only_gguf(run.require("gguf").path), settings.ladder, options)
     require_matrix(predictions, options)
-    return predictions
+    mixed = _mix(settings, run, options)
+    return [*predictions, mixed.prediction] if mixed else predictions
+
+
+def mix(settings: Settings, run: Run) -> Mix | None:
+    """The types of a file under the size budget, by measured sensitivity; None without `size_budget_mb`.
+
+    Raises:
+        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest possible file.
+    """
+    return _mix(settings, run, _options(settings, run), settings.force)
+
+
+def _mix(settings: Settings, run: Run, options: Options, force: bool = False) -> Mix | None:
+    if not settings.size_budget_mb:
+        return None
+    return plan_mix(settings, run, _only_gguf(run.require("gguf").path), options.imatrix, force)
 
 
 def quantize(settings: Settings, run: Run) -> QuantizeResult:
-    """Quantize the run's GGUF to every type of `settings.ladder`.
+    """Quantize the run's GGUF to every type of `settings.ladder`, and under the size budget if there is one.
 
     Files of the former product whose source and quantizer are the same are taken over, so that a longer ladder costs
     only its new types; after an interruption finished files are kept.
@@ -68,15 +85,16 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
     """
 
     options = _options(settings, run)
+    mixed = _mix(settings, run, options)
 
     def build(work: Work) -> None:
-        _build(settings, options, run, work)
+        _build(settings, options, mixed, run, work)
 
     product = run.produce(
         "quantized",
         build,
-        parameters={**settings.pick("ladder"), **_identity(options)},
-        inputs=("gguf",),
+        parameters={**settings.pick("ladder", *(["size_budget_mb"] if mixed else [])), **_identity(options)},
+        inputs=("gguf", "sensitivity") if mixed else ("gguf",),
         force=settings.force,
         keep_partial=True,
     )
@@ -127,7 +145,7 @@ def _identity(options: Options) -> dict[str, Any]:
     return given
 
 
-def _build(settings: Settings, options: Options, run: Run, work: Work) -> None:
+def _build(settings: Settings, options: Options, mixed: Mix | None, run: Run, work: Work) -> None:
     gguf = run.require("gguf")
     source = _only_gguf(gguf.path)
     for stray in work.folder.glob(".*.part"):
@@ -136,16 +154,16 @@ def _build(settings: Settings, options: Options, run: Run, work: Work) -> None:
     require_matrix(predictions, options)
     identity = _identity(options)
     rows = {} if settings.force else _finished(run, work, gguf.entry.digest, identity)
-    reused = [kind for kind in settings.ladder if kind in rows]
-    jobs = [
-        Job(prediction, work.folder / f"{recipes.stem(source)}-{prediction['type']}.gguf")
-        for prediction in predictions
-        if prediction["type"] not in rows
-    ]
+    if mixed:
+        predictions = [*predictions, mixed.prediction]
+    rows = {kind: row for kind, row in rows.items() if row.get("mix") in (None, mixed and mixed.record)}
+    order = [prediction["type"] for prediction in predictions]
+    reused = [kind for kind in order if kind in rows]
+    jobs = [_job(p, work.folder, source, mixed) for p in predictions if p["type"] not in rows]
     require_space(run.folder, sum(job.prediction["bytes"] for job in jobs), f"{len(jobs)} quantized files")
 
     def write_summary() -> None:
-        files = [rows[kind] for kind in settings.ladder if kind in rows]
+        files = [rows[kind] for kind in order if kind in rows]
         quantizer = versions()["llama-cpp-python"]
         summary = {"source": description, "quantizer": quantizer, "options": identity, "files": files}
         write_json(work.folder / _SUMMARY, summary)
@@ -157,12 +175,17 @@ def _build(settings: Settings, options: Options, run: Run, work: Work) -> None:
     slots = Slots.choose(len(jobs), settings.n_threads)
     run_jobs(source, jobs, options, slots, done)
     write_summary()
-    ordered = [rows[kind] for kind in settings.ladder]
+    ordered = [rows[kind] for kind in order]
     for leftover in {p.name for p in work.folder.glob("*.gguf")} - {row["file"] for row in ordered}:
         (work.folder / leftover).unlink()
     work.facts |= {"source": source.name, "reused": reused, "at_once": slots.files, "threads_each": slots.threads}
     work.metrics |= {row["type"]: _headline(row) for row in ordered}
     work.notes += _fallback_note(ordered)
+
+
+def _job(prediction: dict[str, Any], folder: Path, source: Path, mixed: Mix | None) -> Job:
+    options = mixed.options if mixed and prediction.get("mix") else None
+    return Job(prediction, folder / f"{recipes.stem(source)}-{prediction['type']}.gguf", options)
 
 
 def _only_gguf(folder: Path) -> Path:

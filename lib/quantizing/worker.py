@@ -49,15 +49,16 @@ def quantize(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(argument: dict[str, Any]) -> dict[str, Any]:
-    """Exact sizes before quantizing.
+    """Exact sizes before quantizing; options that are "checked" are not probed one by one.
 
     Returns:
         {"predictions": one dict a type, see `lib.quantizing.predict_sizes`; "source": see `describe`}.
     """
     options = Options.from_json(argument["options"])
     matrix = importance.read(options.imatrix) if options.imatrix else None
-    source = planning.open_source(Path(argument["source"]), matrix)
-    planning.check_options(source, options)
+    source = planning.open_source(Path(argument["source"]), matrix, options.notes)
+    if not argument.get("checked"):
+        planning.check_options(source, options)
     predictions = [planning.predict(source, recipe, options, matrix) for recipe in argument["types"]]
     return {"predictions": predictions, "source": describe({"path": argument["source"]})}
 

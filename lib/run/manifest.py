@@ -17,6 +17,7 @@ NOTEBOOK_OF = {
     "gguf": "05_convert_gguf",
     "quantized": "06_quantize",
     "imatrix": "06_quantize",
+    "sensitivity": "06_quantize",
     "imatrix_effect": "06_quantize",
     "tensor_errors": "06_quantize",
     "exports": "06_quantize",

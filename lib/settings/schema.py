@@ -89,6 +89,12 @@ class Settings(BaseModel):
     )
     imatrix: str = Field("none", description="auto = of the run's training rows, none, or a file of llama-imatrix")
     imatrix_chunks: int = Field(64, ge=1, description="most windows of n_ctx training tokens for imatrix: auto")
+    size_budget_mb: float = Field(
+        0.0,
+        ge=0.0,
+        le=1e6,
+        description="one more file of at most so many MB (10^6 bytes), types by measurement; 0 = off",
+    )
     tensor_types: list[str] = Field([], description="REGEX=TYPE for single tensors, as llama-quantize --tensor-type")
     output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
     token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")

@@ -1,0 +1,109 @@
+"""How much each weight matters: the diagonal of the Fisher information on training text.
+
+To second order a change d of the weights moves the predicted distribution by a KL divergence of ½ Σ F d². F is the mean
+square of the gradient of log p(y), with y drawn from the model's own prediction. Draws of different positions are
+independent, so one backward pass of a window sums the information of all its positions. For child processes only.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.progress import Progress
+from lib.quantizing.collecting import gguf_layers
+
+if TYPE_CHECKING:
+    import torch
+
+
+def collect(argument: dict[str, Any]) -> dict[str, Any]:
+    """Write F of every matrix as `folder`/<GGUF name>.npy, float32, (rows, columns), a mean over positions.
+
+    Rows stand as in GGUF; the sums of the weights' rows lie beside it (<GGUF name>.sums.npy), to check just that.
+
+    Args:
+        argument: "model" (folder), "windows" (token ids, all of one length), "folder", "dtype" and "seed" of the draws.
+
+    Returns:
+        "positions", "seconds" and "device".
+
+    Raises:
+        InputError: an architecture that llama.cpp's names are not known for.
+    """
+    from lib.models.loading import load_model
+
+    model = load_model(Path(argument["model"]), dtype=argument["dtype"])
+    started = time.monotonic()
+    found, folder = information(model, argument["windows"], argument["seed"]), Path(argument["folder"])
+    weights = matrices(model)
+    for name, values in found.items():
+        order = row_order(name, model.config, len(values))
+        np.save(folder / f"{name}.npy", values[order])
+        np.save(folder / f"{name}.sums.npy", weights[name].detach().double().sum(dim=1).cpu().numpy()[order])
+    seconds = round(time.monotonic() - started, 2)
+    return {"positions": sum(map(len, argument["windows"])), "seconds": seconds, "device": str(model.device)}
+
+
+def information(model: Any, windows: list[list[int]], seed: int) -> dict[str, np.ndarray]:
+    """GGUF tensor name → F, float32, of all matrices of the blocks, of embedding and output (one where they are tied).
+
+    Raises:
+        InputError: see `collect`.
+    """
+    import torch
+
+    weights = matrices(model)
+    sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
+    model.requires_grad_(False)
+    handles = []
+    for name, weight in weights.items():
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(_adder(sums[name])))
+    draw = torch.Generator().manual_seed(seed)
+    try:
+        with torch.enable_grad(), Progress("sensitivity, windows", len(windows)) as progress:
+            for window in windows:
+                logits = model(input_ids=torch.tensor([window], device=model.device), use_cache=False).logits[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
+                torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+                progress.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    positions = sum(map(len, windows))
+    return {name: (total / positions).numpy() for name, total in sums.items()}
+
+
+def matrices(model: Any) -> dict[str, torch.nn.Parameter]:
+    """GGUF tensor name → weight."""
+    found = {name: layer.weight for name, layer in gguf_layers(model).items()}
+    found["token_embd.weight"] = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    if head is not found["token_embd.weight"]:
+        found["output.weight"] = head
+    return found
+
+
+def row_order(name: str, config: Any, rows: int) -> np.ndarray:
+    """The rows of a matrix in the order of GGUF: llama.cpp interleaves the halves of Llama's queries and keys."""
+    order = np.arange(rows)
+    kinds = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = kinds.get(name.removesuffix(".weight").rpartition(".")[2])
+    if config.model_type not in ("llama", "mistral") or heads is None:
+        return order
+    return order.reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _adder(total: torch.Tensor) -> Any:
+    """A hook that adds the squared gradient of a pass and drops the gradient."""
+
+    def add(weight: torch.nn.Parameter) -> None:
+        if weight.grad is not None:
+            total.add_(weight.grad.float().square().to(total.device))
+        weight.grad = None
+
+    return add

@@ -1,0 +1,103 @@
+"""What every type would cost every tensor: bytes, and the KL divergence that its rounding is predicted to cost.
+
+For child processes only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.progress import Progress
+from lib.quantizing import imatrix as importance
+from lib.quantizing import native
+from lib.quantizing.calling import dry_run
+from lib.quantizing.options import Options
+from lib.quantizing.planning import Source, open_source, planned_types
+from lib.quantizing.stored import rows_of
+
+PLAIN = (
+    *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "iq3_s", "q3_K", "q2_K"),
+)
+"""Types that any tensor may have."""
+WITH_MATRIX = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
+"""Types for tensors with importance values only."""
+
+_WEIGHTS = 1 << 21
+"""Most weights of a tensor that are tried; a larger one is represented by rows at even distances."""
+_SAME = 1e-2
+"""Largest relative difference between a tensor in GGUF and the weights whose sensitivity was measured."""
+
+
+def measure(argument: dict[str, Any]) -> dict[str, Any]:
+    """Quantize and turn back rows of every tensor in every type, and weigh the squared errors.
+
+    Args:
+        argument: "source" (GGUF), "folder" (of `lib.quantizing.fisher`), "imatrix" (path or None).
+
+    Returns:
+        "tensors": [{"tensor", "weights", "rows_tried", "rows", "types": [{"type", "bytes", "kld"}]}], with the bytes
+        in the file (padded) and KL divergence in nats a token.
+
+    Raises:
+        InputError: a tensor without sensitivities, or other weights than those that were measured.
+    """
+    matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
+    source = open_source(Path(argument["source"]), matrix)
+    names = list(planned_types(dry_run(source.path, "Q8_0", Options())))
+    found = []
+    with Progress("trying types, tensors", len(names)) as progress:
+        for name in names:
+            found.append(_measure(source, name, Path(argument["folder"]), matrix))
+            progress.advance(note=name)
+    return {"tensors": found}
+
+
+def _measure(source: Source, name: str, folder: Path, matrix: importance.Imatrix | None) -> dict[str, Any]:
+    tensor = source.tensors[name]
+    columns = tensor["shape"][0]
+    rows = tensor["weights"] // columns
+    path = folder / f"{name}.npy"
+    sensitivity = np.load(path, mmap_mode="r") if path.is_file() else None
+    if sensitivity is None or sensitivity.shape != (rows, columns):
+        found = f"no sensitivity of {name} ({rows} × {columns}) in the merged model."
+        raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "set size_budget_mb: 0.")
+    step = -(-tensor["weights"] // _WEIGHTS)
+    weights = rows_of(source.path, tensor, 0, rows, step)
+    _check_same(name, weights, np.load(folder / f"{name}.sums.npy")[::step])
+    values = None if matrix is None else matrix.values.get(name)
+    types = [kind for kind in PLAIN if columns % native.block_size(kind) == 0]
+    if values is not None:
+        types += [kind for kind in WITH_MATRIX if columns % native.block_size(kind) == 0]
+    part = np.asarray(sensitivity[::step])
+    share = float(sensitivity.sum(dtype=np.float64)) / max(float(part.sum(dtype=np.float64)), 1e-300)
+    entries = [
+        {
+            "type": kind,
+            "bytes": -(-rows * native.row_bytes(kind, columns) // 32) * 32,
+            "kld": 0.5 * share * _weighted_error(kind, weights, values, part),
+        }
+        for kind in types
+    ]
+    return {"tensor": name, "weights": tensor["weights"], "rows": rows, "rows_tried": len(weights), "types": entries}
+
+
+def _check_same(name: str, weights: np.ndarray, sums: np.ndarray) -> None:
+    """Refuse rows in another order, or another model, than the sensitivities are of."""
+    scale = float(np.abs(sums).max())
+    if not np.allclose(weights.sum(axis=1, dtype=np.float64), sums, rtol=_SAME, atol=_SAME * scale):
+        found = f"{name} in the GGUF has other rows than in the merged model."
+        raise InputError(found, "a GGUF made from this merged model.", "run 05 again, or set size_budget_mb: 0.")
+
+
+def _weighted_error(kind: str, weights: np.ndarray, values: np.ndarray | None, sensitivity: np.ndarray) -> float:
+    import gguf
+    from gguf.quants import dequantize
+
+    stored = native.quantize_rows(kind, weights, values)
+    error = dequantize(stored, gguf.GGMLQuantizationType[kind.upper()]) - weights
+    return float(np.sum(sensitivity * error * error, dtype=np.float64))

@@ -1,0 +1,107 @@
+"""A file under a size budget: a type for every tensor, by measured sensitivity."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.quantizing.budget import Choice, solve
+from lib.quantizing.options import Options
+from lib.quantizing.sensitivity import METHOD, measure_sensitivity
+from lib.run import Run
+from lib.run.child import run_child
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+
+_RECIPES = {"q5_K": "Q5_K_S", "q4_K": "Q4_K_S", "q3_K": "Q3_K_S", "q2_K": "Q2_K"}
+"""Recipes whose name is not their main tensor type's in capitals."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A file to be made.
+
+    Attributes:
+        options: importance matrix, the type of every tensor, and the keys that tell of them in the header.
+        prediction: as of `predict_sizes`; "type" is the name ("MIX_300MB"), "recipe" what the header says (the recipe
+            of the type that most weights have), "mix" the record.
+        record: "method", "budget_bytes", "predicted_kld" (nats a token), "positions", "rows_sha256", "types"
+            ({tensor: type}), "tensors" ([{"tensor", "type", "weights", "bytes", "kld"}]).
+    """
+
+    options: Options
+    prediction: dict[str, Any]
+    record: dict[str, Any]
+
+
+def plan_mix(settings: Settings, run: Run, source: Path, matrix: Path | None, force: bool) -> Mix:
+    """Choose types under `settings.size_budget_mb`; `force`: measure sensitivities again.
+
+    Raises:
+        InputError: as `measure_sensitivity`; a budget below the smallest possible file.
+    """
+    found = measure_sensitivity(settings, run, source, matrix, force).record
+    return choose_types(found, round(settings.size_budget_mb * 1e6), source, matrix)
+
+
+def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path | None) -> Mix:
+    """The types with the least predicted KL divergence of a file of at most `budget` bytes.
+
+    Args:
+        found: record of the product `sensitivity`.
+
+    Raises:
+        InputError: a budget below the smallest possible file.
+    """
+    notes = (
+        ("quantize.mix.method", METHOD),
+        ("quantize.mix.budget_bytes", str(budget)),
+        ("quantize.mix.rows", f"train.jsonl, {found['rows']} rows, sha256 {found['rows_sha256']}"),
+    )
+    rows = found["tensors"]
+    tensors = [[Choice(t["type"], t["bytes"], t["kld"]) for t in row["types"]] for row in rows]
+    plain = _predict(source, "Q8_0", Options(matrix, notes=notes))
+    whole = sum(next(c.bytes for c in tensor if c.type == "q8_0") for tensor in tensors)
+    chosen = solve(tensors, budget, plain["bytes"] - whole)
+    types = {row["tensor"]: choice.type for row, choice in zip(rows, chosen, strict=True)}
+    options = Options(matrix, tuple(f"^{re.escape(name)}$={kind}" for name, kind in types.items()), notes=notes)
+    recipe = _recipe(types, {row["tensor"]: row["weights"] for row in rows})
+    record = {
+        "method": METHOD,
+        "budget_bytes": budget,
+        "predicted_kld": sum(choice.loss for choice in chosen),
+        **{key: found[key] for key in ("positions", "rows_sha256")},
+        "types": types,
+        "tensors": [
+            {"tensor": row["tensor"], "type": c.type, "weights": row["weights"], "bytes": c.bytes, "kld": c.loss}
+            for row, c in zip(rows, chosen, strict=True)
+        ],
+    }
+    prediction = {**_predict(source, recipe, options), "type": label(budget), "recipe": recipe, "mix": record}
+    wanted = plain["bytes"] - whole + sum(choice.bytes for choice in chosen)
+    if prediction["bytes"] != wanted:
+        raise RuntimeError(
+            f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
+        )
+    return Mix(options, prediction, record)
+
+
+def label(budget: int) -> str:
+    """Name of a file with that budget: MIX_300MB, MIX_1968KB."""
+    return f"MIX_{budget // 10**6}MB" if budget % 10**6 == 0 else f"MIX_{budget / 1000:.0f}KB"
+
+
+def _recipe(types: dict[str, str], weights: dict[str, int]) -> str:
+    total: dict[str, int] = {}
+    for name, kind in types.items():
+        total[kind] = total.get(kind, 0) + weights[name]
+    most = max(total, key=lambda kind: total[kind])
+    return _RECIPES.get(most, most.upper())
+
+
+def _predict(source: Path, recipe: str, options: Options) -> dict[str, Any]:
+    argument = {"source": str(source.resolve()), "types": [recipe], "options": options.to_json(), "checked": True}
+    return run_child("lib.quantizing.worker:predict", argument, "predicting sizes")["predictions"][0]

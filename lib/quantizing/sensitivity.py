@@ -1,0 +1,97 @@
+"""The product `sensitivity`: what every type would cost every tensor, on the training rows of the importance matrix."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.device import available_memory
+from lib.errors import InputError
+from lib.quantizing.calibration import choose_windows
+from lib.run import Product, Run, Work
+from lib.run.child import run_child
+from lib.run.files import read_json, require_space, sha256_file, write_json, write_jsonl
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+
+RECORD, ROWS = "sensitivity.json", "rows.jsonl"
+METHOD = "diagonal Fisher information, squared rounding errors, exact knapsack"
+WINDOWS = 16
+"""Most windows: four times as many changed no predicted loss by more than a tenth (docs/LOG.md)."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Predicted losses of a run's tensors.
+
+    Attributes:
+        record: "tensors" (see `lib.quantizing.losses.measure`), "positions", "rows", "left_out", "held_out_rows",
+            "shared_with_held_out" (0), "rows_sha256", "dtype", "device", "seconds".
+    """
+
+    product: Product
+    record: dict[str, Any]
+
+
+def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path | None, force: bool) -> Sensitivity:
+    """Measure how much each weight matters and what every type would cost, or find it unchanged.
+
+    Args:
+        source: the GGUF made from the run's merged model.
+        matrix: importance matrix with which types are tried.
+        force: measure again even if nothing changed.
+
+    Raises:
+        InputError: products missing, too few training rows, an architecture that is not known, too little memory.
+    """
+    identity = None if matrix is None else f"{matrix.name} {sha256_file(matrix)}"
+    product = run.produce(
+        "sensitivity",
+        lambda work: _build(settings, run, source, matrix, work),
+        parameters={**settings.pick("n_ctx", "seed", "imatrix_chunks"), "imatrix": identity},
+        inputs=("data", "merged", "gguf"),
+        force=force,
+    )
+    return Sensitivity(product, read_json(product.path / RECORD))
+
+
+def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work: Work) -> None:
+    data, merged = run.require("data"), run.require("merged")
+    chosen = choose_windows(data.path, settings.n_ctx, min(settings.imatrix_chunks, WINDOWS), settings.seed)
+    size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+    dtype = _dtype(size)
+    require_space(run.folder, 2 * size, "sensitivities of all weights")
+    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=run.folder) as name:
+        argument = {"model": str(merged.path.resolve()), "windows": chosen.windows, "folder": str(Path(name).resolve())}
+        argument |= {"dtype": dtype, "seed": settings.seed}
+        made = run_child("lib.quantizing.fisher:collect", argument, "measuring sensitivities")
+        argument = {"source": str(source.resolve()), "folder": argument["folder"]}
+        argument |= {"imatrix": None if matrix is None else str(matrix.resolve())}
+        tried = run_child("lib.quantizing.losses:measure", argument, "trying types")
+    facts = {**chosen.facts, **{key: made[key] for key in ("positions", "seconds", "device")}, "dtype": dtype}
+    write_json(work.folder / RECORD, {**facts, "method": METHOD, "tensors": tried["tensors"]})
+    write_jsonl(work.folder / ROWS, chosen.used)
+    work.device = made["device"]
+    work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
+    work.metrics |= {"positions": made["positions"], "tensors": len(tried["tensors"])}
+
+
+def _dtype(size: int) -> str:
+    """Number format of the backward pass, for weights of `size` bytes at 16 bits: sums of squares and the gradients of
+    a tensor or two stand beside them.
+
+    Raises:
+        InputError: too little memory for either.
+    """
+    free = available_memory()
+    for dtype, times in (("float32", 5.5), ("bfloat16", 4.0)):
+        if times * size < free:
+            return dtype
+    raise InputError(
+        f"{free / 1e9:.1f} GB of free memory for a backward pass of a model of {size / 1e9:.1f} GB.",
+        f"{4 * size / 1e9:.1f} GB.",
+        "close other programs, or set size_budget_mb: 0.",
+    )
