@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 SUMMARY = "comparison.json"
 GGUF, FOLDER = "gguf", "folder"
 """Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
+
+_MIX = re.compile(r"-(MIX_\w+)$")
 
 _SPEED_KEYS = (
     *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
@@ -179,13 +182,17 @@ def _check_folder(path: Path) -> None:
 
 
 def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]:
-    """A short, distinct name for each file: its recipe, or its file name where two share one."""
+    """A short, distinct name for each file: its recipe, or its file name where two share one.
+
+    The header of a file made for a size budget tells only the recipe of its main type; its name tells the budget.
+    """
     import llama_cpp
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     known = {getattr(llama_cpp, n): n.removeprefix(prefix) for n in dir(llama_cpp) if n.startswith(prefix)}
     known[llama_cpp.LLAMA_FTYPE_ALL_F32] = "F32"
-    recipes = [known.get(number, "") for number in file_types]
+    mixes = [_MIX.search(path.stem) for path in paths]
+    recipes = [mix[1] if mix else known.get(number, "") for mix, number in zip(mixes, file_types, strict=True)]
     names = [
         recipe if recipe and recipes.count(recipe) == 1 else path.name if path.is_dir() else path.stem
         for path, recipe in zip(paths, recipes, strict=True)
