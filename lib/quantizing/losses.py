@@ -37,7 +37,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     """Quantize and turn back rows of every tensor in every type, and weigh the squared errors.
 
     Args:
-        argument: "source" (GGUF), "folder" (of `lib.quantizing.fisher`), "imatrix" (path or None).
+        argument: "source" (GGUF), "folder" and "scales" (of `lib.quantizing.fisher`), "imatrix" (path or None).
 
     Returns:
         "tensors": [{"tensor", "weights", "rows_tried", "rows", "types": [{"type", "bytes", "kld"}]}], with the bytes
@@ -52,12 +52,15 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     found = []
     with Progress("trying types, tensors", len(names)) as progress:
         for name in names:
-            found.append(_measure(source, name, Path(argument["folder"]), matrix))
+            scale = argument["scales"].get(name, 0.0)
+            found.append(_measure(source, name, Path(argument["folder"]), scale, matrix))
             progress.advance(note=name)
     return {"tensors": found}
 
 
-def _measure(source: Source, name: str, folder: Path, matrix: importance.Imatrix | None) -> dict[str, Any]:
+def _measure(
+    source: Source, name: str, folder: Path, scale: float, matrix: importance.Imatrix | None
+) -> dict[str, Any]:
     tensor = source.tensors[name]
     columns = tensor["shape"][0]
     rows = tensor["weights"] // columns
@@ -75,14 +78,11 @@ def _measure(source: Source, name: str, folder: Path, matrix: importance.Imatrix
         types += [kind for kind in WITH_MATRIX if columns % native.block_size(kind) == 0]
     part = np.asarray(sensitivity[::step])
     share = float(sensitivity.sum(dtype=np.float64)) / max(float(part.sum(dtype=np.float64)), 1e-300)
-    entries = [
-        {
-            "type": kind,
-            "bytes": -(-rows * native.row_bytes(kind, columns) // 32) * 32,
-            "kld": 0.5 * share * _weighted_error(kind, weights, values, part),
-        }
-        for kind in types
-    ]
+    entries = []
+    for kind in types:
+        error, shrunk = _errors(kind, weights, values, part)
+        size = -(-rows * native.row_bytes(kind, columns) // 32) * 32
+        entries.append({"type": kind, "bytes": size, "kld": 0.5 * (share * error + scale * shrunk**2)})
     return {"tensor": name, "weights": tensor["weights"], "rows": rows, "rows_tried": len(weights), "types": entries}
 
 
@@ -94,10 +94,13 @@ def _check_same(name: str, weights: np.ndarray, sums: np.ndarray) -> None:
         raise InputError(found, "a GGUF made from this merged model.", "run 05 again, or set size_budget_mb: 0.")
 
 
-def _weighted_error(kind: str, weights: np.ndarray, values: np.ndarray | None, sensitivity: np.ndarray) -> float:
+def _errors(kind: str, weights: np.ndarray, values: np.ndarray | None, sensitivity: np.ndarray) -> tuple[float, float]:
+    """Σ F d² of rows in a type, and by what share of themselves the weights shrink or grow together."""
     import gguf
     from gguf.quants import dequantize
 
     stored = native.quantize_rows(kind, weights, values)
     error = dequantize(stored, gguf.GGMLQuantizationType[kind.upper()]) - weights
-    return float(np.sum(sensitivity * error * error, dtype=np.float64))
+    size = max(float(np.sum(weights * weights, dtype=np.float64)), 1e-300)
+    shrunk = float(np.sum(error * weights, dtype=np.float64)) / size
+    return float(np.sum(sensitivity * error * error, dtype=np.float64)), shrunk

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 RECORD, ROWS = "sensitivity.json", "rows.jsonl"
-METHOD = "diagonal Fisher information, squared rounding errors, exact knapsack"
+METHOD = "Fisher information (diagonal, common factor), rounding errors, exact knapsack"
 WINDOWS = 16
 """Most windows: four times as many changed no predicted loss by more than a tenth (docs/LOG.md)."""
 
@@ -68,7 +68,7 @@ def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work
         argument = {"model": str(merged.path.resolve()), "windows": chosen.windows, "folder": str(Path(name).resolve())}
         argument |= {"dtype": dtype, "seed": settings.seed}
         made = run_child("lib.quantizing.fisher:collect", argument, "measuring sensitivities")
-        argument = {"source": str(source.resolve()), "folder": argument["folder"]}
+        argument = {"source": str(source.resolve()), "folder": argument["folder"], "scales": made["scales"]}
         argument |= {"imatrix": None if matrix is None else str(matrix.resolve())}
         tried = run_child("lib.quantizing.losses:measure", argument, "trying types")
     facts = {**chosen.facts, **{key: made[key] for key in ("positions", "seconds", "device")}, "dtype": dtype}

@@ -172,7 +172,7 @@ def test_information_is_the_mean_squared_gradient_of_drawn_labels(base: Path) ->
     model = load_model(base, dtype="float32", device="cpu")
     draw = torch.Generator().manual_seed(0)
     windows = torch.randint(3, 500, (48, 24), generator=draw).tolist()
-    found = information(model, windows, 0)
+    found, scales = information(model, windows, 0)
     weights = matrices(model)
     assert found.keys() == weights.keys() and {"token_embd.weight", "output.weight"} <= found.keys()
     batch = torch.tensor(windows)
@@ -192,6 +192,10 @@ def test_information_is_the_mean_squared_gradient_of_drawn_labels(base: Path) ->
             weight.copy_(kept)
         expected = 0.5 * 4e-6 * float(found[name].sum(dtype=np.float64))
         assert np.mean(klds) == pytest.approx(expected, rel=0.25), name
+        weight.mul_(1.02)  # a common factor, which the diagonal does not see
+        measured = float((plain.exp() * (plain - predicted())).sum(-1).mean())
+        weight.copy_(kept)
+        assert measured == pytest.approx(0.5 * 0.02**2 * scales[name], rel=0.5), name
 
 
 def test_llama_rows_stand_as_in_gguf() -> None:
