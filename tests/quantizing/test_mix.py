@@ -74,6 +74,15 @@ def test_names() -> None:
     assert [label(n) for n in (300_000_000, 1_967_840, 1_500_000)] == ["MIX_300MB", "MIX_1968KB", "MIX_1500KB"]
 
 
+@native_only
+def test_the_comparison_calls_it_by_its_budget() -> None:
+    """The header of such a file names the recipe of its main type, which another file may have too."""
+    from lib.comparison.files import _names
+
+    paths = [Path(f"base-{name}.gguf") for name in ("F16", "Q6_K", "MIX_300MB")]
+    assert _names(paths, [1, 18, 18]) == ["F16", "Q6_K", "MIX_300MB"]
+
+
 def wanted(**changes: Any) -> Settings:
     return Settings(
         **{"run_name": "tiny", "imatrix": "auto", "n_ctx": 64, "n_threads": 1, "ladder": ["Q4_0"], **changes}
