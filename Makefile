@@ -5,6 +5,7 @@ PARAMS ?= params/quick.yaml
 RUN ?= quick
 RUNS ?= 5
 WORKERS ?= 2
+WLLAMA := @wllama/wllama@3.8.1 @wllama/wllama-compat@3.8.1 playwright-core@1.65.1
 ACTIVE := $(shell sh scripts/active.sh)
 
 ifeq ($(ACTIVE),)
@@ -16,7 +17,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test test-slow lab doctor params bench screenshots clean
+.PHONY: help report test test-slow lab doctor params bench screenshots wllama clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +53,10 @@ bench: $(ready) ## ours beside the peers; writes reports/benchmarks/ (RUNS=5; a 
 
 screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
 	@$(python) -m scripts.screenshots $(RUN)
+
+wllama: ## fetch the library of the phone page into .cache/wllama (needs npm and a network, once)
+	@mkdir -p .cache/wllama
+	@npm install --prefix .cache/wllama --no-audit --no-fund --ignore-scripts --save-exact $(WLLAMA)
 
 clean: ## remove .venv, caches and reports; runs/ stays
 	@rm -rf .venv .cache/benchmarks build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info

@@ -10,6 +10,7 @@ import typer
 from lib.cli.guard import guarded, tell
 from lib.cli.options import Json, Threads
 from lib.cli.output import show
+from lib.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +29,11 @@ def package(
         str, typer.Option(help="also folders, joined by commas: merged_model, fp16, int8, int4, gguf", metavar="NAMES")
     ] = "",
     output: Annotated[Path | None, typer.Option(help="folder for the zip [default: the run's]", metavar="DIR")] = None,
+    web: Annotated[bool, typer.Option("--web", help="add a page that runs the file in a phone's browser")] = False,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="with --web: texts that a phone is checked by, one a line or JSONL", metavar="FILE"),
+    ] = None,
     n_threads: Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="make it again even if nothing changed")] = False,
     as_json: Json = False,
@@ -38,8 +44,10 @@ def package(
     from lib.run import open_run
     from lib.run.folders import writable
 
+    if rows and not web:
+        raise InputError("--rows without --web.", "both, or neither.", "add --web.")
     folder = writable(output) if output else None
-    made = make(open_run(run_name), type_name, read_formats(formats), folder, n_threads, force)
+    made = make(open_run(run_name), type_name, read_formats(formats), folder, n_threads, force, web, rows)
     result: dict[str, Any] = {
         "run": run_name,
         "folder": str(made.product.path),
@@ -55,7 +63,12 @@ def package(
 
 @guarded
 def serve(
-    model: Annotated[Path, typer.Argument(help="GGUF file with a chat template", metavar="FILE.gguf")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="GGUF file with a chat template; with --phone a run or a package's folder", metavar="FILE.gguf"
+        ),
+    ],
     host: Annotated[str, typer.Option(help="address; others than 127.0.0.1 let the network in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 = any free one", min=0, max=65535)] = 8080,
     n_ctx: Annotated[int, typer.Option(help="tokens of prompt and answer; 0 = the file's, at most 4096", min=0)] = 0,
@@ -63,9 +76,33 @@ def serve(
     thinking: Annotated[bool, typer.Option("--thinking", help="let a template that knows both ways reason")] = False,
     n_gpu_layers: Annotated[int, typer.Option(help="layers on the GPU; -1 = all", min=-1)] = 0,
     n_threads: Threads = 0,
+    phone: Annotated[
+        bool, typer.Option("--phone", help="serve a package's page for a phone's browser instead")
+    ] = False,
+    cert: Annotated[
+        Path | None, typer.Option(help="with --phone: certificate, PEM; then https", metavar="FILE")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="with --phone: its key, PEM", metavar="FILE")] = None,
 ) -> None:
     """Serve a GGUF file under /v1 by llama-cpp-python's server, with the file's template, until Ctrl-C or SIGTERM."""
+    if phone:
+        _serve_page(str(model), host, port, cert, key)
+        return
     from lib.serving import ServeOptions
     from lib.serving import serve as run
 
     run(model, ServeOptions(host, port, n_ctx, max_tokens, n_threads, n_gpu_layers, thinking), tell)
+
+
+def _serve_page(name: str, host: str, port: int, cert: Path | None, key: Path | None) -> None:
+    """A package's folder: of a run, or as somebody unpacked it."""
+    from lib.run import known_run
+    from lib.serving.phone import PhoneOptions, serve_phone
+
+    folder = Path(name)
+    if folder.is_dir() and (folder / "model_info.json").is_file():
+        package, devices = folder, folder / "devices"
+    else:
+        run = known_run(name)
+        package, devices = run.require("package").path, run.folder / "devices"
+    serve_phone(package, devices, PhoneOptions(host, port, cert, key), tell)

@@ -159,6 +159,18 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
         return [TensorInfo(name, kind, shape, data + offset) for name, kind, shape, offset in found]
 
 
+def raw_metadata(path: Path | str) -> tuple[int, bytes]:
+    """The number of key-value pairs of a GGUF file, and their bytes as they stand in it.
+
+    Raises:
+        InputError: not a GGUF file, or a damaged header.
+    """
+    with _open(path) as (reader, _):
+        start = reader.at + 8
+        reader.metadata()
+        return int.from_bytes(reader.data[start - 8 : start], "little"), reader.data[start : reader.at]
+
+
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
     """A reader behind the magic and the version, and the number of tensors."""

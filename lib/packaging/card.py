@@ -116,10 +116,13 @@ def _limits(facts: Facts) -> str:
 
 
 def _licences(facts: Facts) -> str:
+    holds = (
+        f"Of rows, web/rows.json holds {facts.page_rows}" if facts.page_rows else "The package holds no row of the data"
+    )
     return f"""## Licences
 
 - base model: {facts.licences["base"]}. The packaged weights inherit it.
-- data: {facts.licences["data"]}. The package holds no row of the data.
+- data: {facts.licences["data"]}. {holds}.
 """
 
 

@@ -50,7 +50,7 @@ def model_info(
     wording = task.user_prompt if labelled else "{text}"
     names = list(task.label_names) if labelled else []
     labels = label_ids(tokenizer, task) if labelled else []
-    prompts = [_prompt(tokenizer, turns, task.system_prompt, wording.replace("{text}", text)) for text in texts]
+    prompts = [prompt_of(tokenizer, turns, task.system_prompt, wording.replace("{text}", text)) for text in texts]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     request = {"prompts": ids, "labels": labels, "most": min(CHECKED_TOKENS, facts.most), "n_threads": n_threads}
     request |= {"path": str(gguf.resolve()), "ends": sorted(end_ids(tokenizer))}
@@ -84,6 +84,7 @@ def stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.convert_ids_to_tokens(number) for number in ends]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str, user: str) -> str:
+def prompt_of(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str, user: str) -> str:
+    """The prompt for one question, names of special tokens inside the texts made harmless."""
     texts = (("system", system), ("user", user))
     return turns.render([{"role": role, "content": escape(tokenizer, text)} for role, text in texts])

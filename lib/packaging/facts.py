@@ -34,6 +34,7 @@ class Facts:
         notes: sentences that every page of the run says.
         switches: whether the chat template knows two ways of answering; thinks: the one that was trained.
         tree: {folder of the export tree: what it holds}.
+        page_rows: where the rows of the phone page come from; empty without the page.
     """
 
     run: str
@@ -59,6 +60,7 @@ class Facts:
     thinks: bool
     notes: list[str] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
+    page_rows: str = ""
 
     @property
     def title(self) -> str:

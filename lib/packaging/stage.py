@@ -20,6 +20,7 @@ from lib.packaging.linking import inputs_of, link, link_tree
 from lib.packaging.modelfile import modelfile
 from lib.packaging.requirements import requirements
 from lib.packaging.turns import read_turns
+from lib.packaging.web import FOLDER, WebRequest, request_web, write_web
 from lib.packaging.zipping import write_zip
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, sha256_file, write_json, write_text
@@ -71,6 +72,8 @@ def package(
     output: Path | None = None,
     n_threads: int = 0,
     force: bool = False,
+    web: bool = False,
+    rows: Path | None = None,
 ) -> PackageResult:
     """Make the product `package`, or skip it when nothing changed, and pack it.
 
@@ -78,17 +81,22 @@ def package(
         wanted: quantization type; None = the recommendation of the run's comparison.
         formats: folders of the export tree that are added (see `lib.packaging.linking`).
         output: folder for the zip; None = the run's.
+        web: whether web/, the page for a phone's browser, is added; rows: texts that it checks itself by (see
+            `lib.packaging.web.request_web`).
 
     Raises:
-        InputError: nothing is recommended and `wanted` is None; a missing product or format; an unfit chat template.
+        InputError: nothing is recommended and `wanted` is None; a missing product or format; an unfit chat template;
+            what the page is made of is not there.
         RuntimeError: the package's own test_model.py fails.
     """
     comparison = read_json(run.require("comparison").path / "comparison.json")
     choice = choose(run, comparison, wanted)
+    request = request_web(run, rows) if web else None
+    parameters = {"package_format": _FORMAT, "type": choice.type, "formats": list(formats)}
     product = run.produce(
         "package",
-        lambda work: _build(run, work, choice, comparison, formats, n_threads),
-        parameters={"package_format": _FORMAT, "type": choice.type, "formats": list(formats)},
+        lambda work: _build(run, work, choice, comparison, formats, n_threads, request),
+        parameters=parameters | (request.parameters() if request else {}),
         inputs=("data", "gguf", "quantized", "comparison", *inputs_of(formats)),
         force=force,
     )
@@ -99,7 +107,13 @@ def package(
 
 
 def _build(
-    run: Run, work: Work, choice: Choice, comparison: dict[str, Any], formats: Sequence[str], n_threads: int
+    run: Run,
+    work: Work,
+    choice: Choice,
+    comparison: dict[str, Any],
+    formats: Sequence[str],
+    n_threads: int,
+    request: WebRequest | None,
 ) -> None:
     from lib.models.loading import load_tokenizer
 
@@ -107,7 +121,7 @@ def _build(
     task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
     turns = read_turns(tokenizer, getattr(task, "thinking", False))
     facts = gather(run, choice, task, comparison)
-    facts = replace(facts, tree=link_tree(run, formats, folder))
+    facts = replace(facts, tree=link_tree(run, formats, folder), page_rows=request.source if request else "")
     gguf = folder / facts.file
     link(choice.source, gguf)
     digest = sha256_file(gguf)
@@ -117,6 +131,8 @@ def _build(
         facts.file, turns, task.system_prompt, stops(tokenizer), facts.labelled, facts.n_ctx, facts.most
     )
     write_text(folder / "Modelfile", text)
+    if request:
+        write_web(request, facts, info, turns, tokenizer, folder, n_threads)
     _write_documents(facts, folder, run.folder / "merged", digest, len(info["checks"]))
     _write_sums(folder)
     _prove(folder)
@@ -132,6 +148,10 @@ def _write_documents(facts: Facts, folder: Path, merged: Path, sha256: str, chec
             shutil.copyfile(merged / name, folder / name)
             contents[name] = "of the base model"
     contents |= {f"{name}/": what for name, what in facts.tree.items()}
+    if facts.page_rows:
+        contents[f"{FOLDER}/"] = (
+            f"a page that runs the model in a phone's browser; it checks itself by {facts.page_rows}"
+        )
     write_text(folder / "README.md", card(facts, contents))
     write_text(folder / "deployment_guide.md", guide(facts))
     write_text(folder / "requirements.txt", requirements(facts.tree, _packages(facts)))

@@ -1,0 +1,97 @@
+"""A GGUF file in parts, named and marked as llama.cpp's loader expects them: base-00001-of-00003.gguf."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from pathlib import Path
+
+from lib.errors import InputError
+from lib.models.gguf_file import MAGIC, TensorInfo, raw_metadata, read_metadata, read_tensors
+from lib.run.files import CHUNK, atomic_path
+
+_UINT16, _UINT32, _INT32 = 2, 4, 5
+_VERSION = 3
+
+
+def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
+    """Write the parts of a file; the metadata stand in the first one.
+
+    Args:
+        limit: bytes of tensors in a part, at most.
+
+    Returns:
+        The parts, in order.
+
+    Raises:
+        InputError: a single tensor is larger than a part.
+    """
+    tensors = sorted(read_tensors(path), key=lambda tensor: tensor.start)
+    starts = [*(tensor.start for tensor in tensors), path.stat().st_size]
+    sizes = [end - start for start, end in itertools.pairwise(starts)]
+    parts = _grouped(tensors, sizes, limit, path.name)
+    alignment = int(read_metadata(path).get("general.alignment", 32))
+    count, raw = raw_metadata(path)
+    rest = (0, b"") if alignment == 32 else (1, _pair("general.alignment", _UINT32, "I", alignment))
+    made, first = [], 0
+    for number, group in enumerate(parts):
+        marks = _pair("split.no", _UINT16, "H", number) + _pair("split.count", _UINT16, "H", len(parts))
+        marks += _pair("split.tensors.count", _INT32, "i", len(tensors))
+        own, pairs = (count, raw) if number == 0 else rest
+        final = folder / f"{path.stem}-{number + 1:05d}-of-{len(parts):05d}.gguf"
+        own_sizes = sizes[first : first + len(group)]
+        _write(path, final, group, own_sizes, (own + 3, pairs + marks), alignment)
+        made.append(final)
+        first += len(group)
+    return made
+
+
+def _grouped(tensors: list[TensorInfo], sizes: list[int], limit: int, name: str) -> list[list[TensorInfo]]:
+    """Neighbouring tensors, as many as a part holds."""
+    parts: list[list[TensorInfo]] = []
+    filled = limit + 1
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if size > limit:
+            raise InputError(
+                f"tensor {tensor.name} of {name} has {size / 1e6:.0f} MB.",
+                f"at most {limit / 1e6:.0f} MB, which a part for a browser holds.",
+                "package a smaller quantization type with --type, or leave out --web.",
+            )
+        if filled + size > limit:
+            parts.append([])
+            filled = 0
+        parts[-1].append(tensor)
+        filled += size
+    return parts
+
+
+def _write(
+    source: Path, final: Path, group: list[TensorInfo], sizes: list[int], metadata: tuple[int, bytes], alignment: int
+) -> None:
+    count, pairs = metadata
+    header = MAGIC + struct.pack("<IQQ", _VERSION, len(group), count) + pairs
+    offset = 0
+    for tensor, size in zip(group, sizes, strict=True):
+        shape = tuple(reversed(tensor.shape))
+        header += _string(tensor.name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        header += struct.pack("<IQ", tensor.type, offset)
+        offset += -(-size // alignment) * alignment
+    with atomic_path(final) as temporary, temporary.open("wb") as target, source.open("rb") as stream:
+        target.write(header + bytes(-len(header) % alignment))
+        for tensor, size in zip(group, sizes, strict=True):
+            stream.seek(tensor.start)
+            left = size
+            while left:
+                block = stream.read(min(CHUNK, left))
+                target.write(block)
+                left -= len(block)
+            target.write(bytes(-size % alignment))
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _pair(key: str, kind: int, code: str, value: int) -> bytes:
+    return _string(key) + struct.pack(f"<I{code}", kind, value)
