@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RECORD, ROWS = "sensitivity.json", "rows.jsonl"
 METHOD = "Fisher information (diagonal, common factor), rounding errors, exact knapsack"
 WINDOWS = 16
-"""Most windows: four times as many changed no predicted loss by more than a tenth (docs/LOG.md)."""
+"""Most windows: four times as many changed predicted losses by 3 % on average, 11 % at most (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
