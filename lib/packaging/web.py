@@ -127,6 +127,7 @@ def write_web(
     for source, name in _FILES.items():
         shutil.copyfile(request.library / source, web / LIBRARY / name)
     gguf = folder / facts.file
+    _require_whole_characters(tokenizer, info["labels"])
     rows = _answered(request.rows, facts, info, turns, tokenizer, gguf, n_threads)
     write_json(web / "rows.json", {"source": request.source, "rows": rows})
     parts = [gguf] if facts.bytes <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
@@ -150,6 +151,17 @@ def write_web(
         "notes": facts.notes,
     }
     write_json(web / "page.json", page)
+
+
+def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequence[dict[str, Any]]) -> None:
+    """The page hands tokens on as text, which half a character is not."""
+    for label in labels:
+        if "\ufffd" in "".join(tokenizer.decode([number]) for number in label["ids"]):
+            raise InputError(
+                f"the tokens of the label {label['name']!r} split a character.",
+                "labels whose tokens are whole characters.",
+                "train with other label_names, or package without --web.",
+            )
 
 
 def _answered(

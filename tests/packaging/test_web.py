@@ -1,0 +1,105 @@
+"""web/ of the package: what is copied, refused and split; the browser itself is in test_phone_page.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lib.errors import InputError
+from lib.models.gguf_file import read_metadata, read_tensors
+from lib.packaging import package
+from lib.packaging.splitting import split_gguf
+from lib.packaging.stage import PackageResult
+from lib.packaging.web import _FILES, _require_whole_characters, request_web
+from lib.run import Run
+from lib.run.files import read_json
+from tests.comparison.conftest import Ladder
+
+
+def make_library(project: Path) -> Path:
+    """Stand-ins for the files of the npm packages, where make wllama puts them."""
+    library = project / ".cache" / "wllama" / "node_modules" / "@wllama"
+    for name in _FILES:
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(f"stand-in for {name}", encoding="utf-8")
+    (library / "wllama" / "package.json").write_text('{"version": "3.8.1"}', encoding="utf-8")
+    return library
+
+
+@pytest.fixture(scope="module")
+def made(runs: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> PackageResult:
+    project = tmp_path_factory.mktemp("project")
+    make_library(project)
+    rows = project / "rows.txt"
+    rows.write_text("房间很干净\n\n服务不好\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lib.packaging.web.PROJECT", project)
+        return package(runs("t"), "Q8_0", output=project / "zip", n_threads=1, web=True, rows=rows)
+
+
+def test_the_page_is_complete(made: PackageResult) -> None:
+    web = made.product.path / "web"
+    page, info = read_json(web / "page.json"), read_json(made.product.path / "model_info.json")
+    assert {path.name for path in (web / "wllama").iterdir()} == set(_FILES.values())
+    assert page["sha256"] == info["sha256"] and page["wllama"] == "3.8.1"
+    (part,) = page["parts"]
+    assert (web / part["url"]).resolve() == made.product.path / made.file and part["bytes"] == page["bytes"]
+    kept = (web / "sw.js").read_text(encoding="utf-8")
+    assert all(f"'{path.name}'" in kept for path in web.glob("*.[jc]s*") if path.name != "sw.js")
+    assert "web/app.js" in (made.product.path / "SHA256SUMS").read_text(encoding="utf-8")
+
+
+def test_nothing_is_fetched_from_elsewhere() -> None:
+    for path in (Path(__file__).parents[2] / "lib" / "packaging" / "web").iterdir():
+        assert "://" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_the_rows_are_the_named_ones_with_this_machines_answers(made: PackageResult) -> None:
+    rows = read_json(made.product.path / "web" / "rows.json")
+    assert [row["text"] for row in rows["rows"]] == ["房间很干净", "服务不好"]
+    assert all(len(row["labels"]) == 2 and max(row["labels"]) < 0 for row in rows["rows"])
+    card = (made.product.path / "README.md").read_text(encoding="utf-8")
+    assert "web/rows.json holds rows of rows.txt, which the user named" in card and "holds no row" not in card
+
+
+def test_refusals(runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.packaging.web.PROJECT", tmp_path)
+    with pytest.raises(InputError, match="make wllama"):
+        request_web(runs("t"), None)
+    make_library(tmp_path)
+    assert request_web(runs("t"), None).rows == ()  # rows of unknown licence are not passed on
+    with pytest.raises(InputError, match="no file"):
+        request_web(runs("t"), tmp_path / "absent.txt")
+    (tmp_path / "rows.jsonl").write_text('{"label": 1}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="holds no text"):
+        request_web(runs("t"), tmp_path / "rows.jsonl")
+    halves = SimpleNamespace(decode=lambda ids: "\ufffd")
+    with pytest.raises(InputError, match="split a character"):
+        _require_whole_characters(halves, [{"name": "好", "ids": [1, 2]}])
+
+
+def test_a_split_file_is_the_same_model(ladder: Ladder, tmp_path: Path) -> None:
+    import llama_cpp
+
+    whole = ladder.reference
+    starts = [tensor.start for tensor in read_tensors(whole)] + [whole.stat().st_size]
+    largest = max(end - start for start, end in itertools.pairwise(sorted(starts)))
+    parts = split_gguf(whole, tmp_path, 2 * largest)
+    assert len(parts) > 2 and parts[0].name.endswith(f"-00001-of-{len(parts):05d}.gguf")
+    assert [read_metadata(part)["split.no"] for part in parts] == list(range(len(parts)))
+    assert sum(len(read_tensors(part)) for part in parts) == len(read_tensors(whole))
+    logits = []
+    for path in (whole, parts[0]):
+        llm = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+        llm.eval([5, 6, 7, 8])
+        pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+        logits.append(np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy())
+        llm.close()
+    assert np.array_equal(*logits)
+    with pytest.raises(InputError, match="a part for a browser holds"):
+        split_gguf(whole, tmp_path, 1000)
