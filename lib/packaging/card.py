@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from lib.packaging.facts import Facts
+from lib.statistics import in_words
 
 _TRAINING = (
     "learning_rate",
@@ -84,7 +85,7 @@ def _evaluation(facts: Facts) -> str:
             f"| {name} | {_interval(free, 'accuracy', '.4f')} | {_interval(free_reference, 'accuracy', '.4f')} |\n"
         )
     rows.append(f"| mean KL divergence, nats | {entry['kld_mean']:.2g} | 0 |\n")
-    rows.append(f"| verdict | {entry['verdict']} | reference |\n")
+    rows.append(f"| verdict | {in_words(entry)} | reference |\n")
     return f"""## Evaluation
 
 {data["rows"]:,} test rows ({data["source"] or facts.source}), with 95 % intervals.

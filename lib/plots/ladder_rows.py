@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lib.statistics import power_mcnemar, rows_needed
+from lib.statistics import in_words, power_mcnemar, rows_needed
 
 Row = dict[str, Any]
 
@@ -54,11 +54,6 @@ def megabytes_by_type(source: Mapping[str, Any], files: Iterable[Any]) -> dict[s
     return {name: {part["type"]: part["bytes"] / 1e6 for part in parts} for name, parts in histograms.items()}
 
 
-def _verdict(entry: Mapping[str, Any]) -> str:
-    """The verdict, and what decided it where that is not the accuracy."""
-    return entry["verdict"] + (", by the margins" if entry["endpoint"] == "margin" else "")
-
-
 def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Size, quality and verdict of each file (entries of comparison.json)."""
     return [
@@ -68,7 +63,7 @@ def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "bits": e["bits_per_weight"],
             "accuracy ↑": e["accuracy"],
             "95 % interval": _interval(e["accuracy_interval"]),
-            "verdict": _verdict(e),
+            "verdict": in_words(e),
             "flips ↓": e["flips"],
             "KL, nats ↓": e["kld_mean"],
             "same top ↑": e["same_top"],
@@ -104,8 +99,8 @@ def tests(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "p (Holm)": e["mcnemar_p_holm"],
             "p not equivalent": e["equivalence_p"],
             "MDE, points": 100 * e["mde"],
-            "verdict": _verdict(e),
-            "leak-free verdict": _verdict(e["leak_free"]) if e["leak_free"] else None,
+            "verdict": in_words(e),
+            "leak-free verdict": in_words(e["leak_free"]) if e["leak_free"] else None,
         }
         for e in files
     ]

@@ -13,6 +13,7 @@ from lib.run import open_run, provenance
 from lib.run.files import write_text
 from lib.run.manifest import NOTEBOOK_OF
 from lib.selecting import outdated, read_analysis
+from lib.statistics import in_words
 
 PAGES = len(set(NOTEBOOK_OF.values()))
 """Pages of a complete report."""
@@ -59,7 +60,7 @@ def _file_row(file: dict[str, Any]) -> list[str]:
         _number(file.get("flips"), "d" if isinstance(file.get("flips"), int) else ".0f"),
         _number(file.get("ppl"), ".3f"),
         _number(file.get("generation_tokens_per_second"), ".0f"),
-        str(file.get("verdict") or "–"),
+        in_words(file) if file.get("verdict") else "–",
     ]
 
 

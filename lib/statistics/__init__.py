@@ -20,7 +20,7 @@ from lib.statistics.intervals import Interval, paired_bootstrap, paired_score_in
 from lib.statistics.margins import MarginTest, margin_test
 from lib.statistics.paired import McNemar, holm, mcnemar_exact, mde_paired, smallest_significant
 from lib.statistics.power import mde_exact, power_curve, power_mcnemar, rows_needed
-from lib.statistics.verdicts import PairedComparison, compare, compare_all, verdict
+from lib.statistics.verdicts import PairedComparison, compare, compare_all, in_words, verdict
 
 __all__ = [
     "Calibration",
@@ -42,6 +42,7 @@ __all__ = [
     "design_effect",
     "equivalence_paired",
     "holm",
+    "in_words",
     "margin_test",
     "mcnemar_exact",
     "mde_exact",

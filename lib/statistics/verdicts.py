@@ -159,3 +159,8 @@ def compare(
 ) -> PairedComparison:
     """One candidate against the reference; see `compare_all`."""
     return compare_all(reference_correct, {"candidate": candidate_correct}, groups, margin_points, seed)["candidate"]
+
+
+def in_words(entry: Mapping[str, Any]) -> str:
+    """The verdict of an entry ("verdict", "endpoint"), with what decided it where that was not the accuracy."""
+    return str(entry["verdict"]) + (", by the margins" if entry.get("endpoint") == "margin" else "")
