@@ -232,6 +232,9 @@ def compare(
     system_prompt: SystemPrompt = None,
     user_prompt: UserPrompt = None,
     max_seq_length: MaxLength = None,
+    device: Annotated[
+        list[Path] | None, typer.Option(help="result of a phone page on one of the files", metavar="FILE.json")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
@@ -241,7 +244,7 @@ def compare(
     rows = work.Rows(data, run_name, max_samples, text_column, label_column, given)
     options: dict[str, Any] = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
     options |= {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
-    work.compare(reference, others, rows, output, options, as_json)
+    work.compare(reference, others, rows, output, options, device or [], as_json)
 
 
 @app.command(short_help="perplexity and KL divergence on a text, as llama-perplexity")

@@ -97,12 +97,13 @@ def serve(
 def _serve_page(name: str, host: str, port: int, cert: Path | None, key: Path | None) -> None:
     """A package's folder: of a run, or as somebody unpacked it."""
     from lib.run import known_run
+    from lib.run.devices import FOLDER
     from lib.serving.phone import PhoneOptions, serve_phone
 
     folder = Path(name)
     if folder.is_dir() and (folder / "model_info.json").is_file():
-        package, devices = folder, folder / "devices"
+        package, devices = folder, folder / FOLDER
     else:
         run = known_run(name)
-        package, devices = run.require("package").path, run.folder / "devices"
+        package, devices = run.require("package").path, run.folder / FOLDER
     serve_phone(package, devices, PhoneOptions(host, port, cert, key), tell)

@@ -208,14 +208,23 @@ def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Pat
 
 
 def compare(
-    reference: Path, others: list[Path], rows: Rows, output: Path, options: dict[str, Any], as_json: bool
+    reference: Path,
+    others: list[Path],
+    rows: Rows,
+    output: Path,
+    options: dict[str, Any],
+    devices: list[Path],
+    as_json: bool,
 ) -> None:
-    """Compare quantized files with their reference and print the table."""
+    """Compare quantized files with their reference and print the table, and what phones measured of them."""
     from lib.comparison import compare_files
+    from lib.comparison.phones import match_files
     from lib.models.tasks import has_labels
+    from lib.plots import phone_rows
     from lib.run import open_run
     from lib.run.files import read_jsonl
 
+    phones = match_files(devices, [reference, *others])
     task = rows.task()
     found, source = rows.rows(task)
     quality = ("accuracy", "accuracy_interval", "flips")
@@ -223,7 +232,14 @@ def compare(
         options["train"] = read_jsonl(open_run(rows.run_name).require("data").path / "train.jsonl")
         quality = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
     result = compare_files(reference, others, found, task, output, source, **options)
-    show(result, as_json, table(result["files"], ("type", "bytes", "bits_per_weight", *quality, "kld_mean", "verdict")))
+    text = table(result["files"], ("type", "bytes", "bits_per_weight", *quality, "kld_mean", "verdict"))
+    if phones:
+        types = {entry["file"]: entry["type"] for entry in result["files"]}
+        phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]
+        result = {**result, "devices": phones}
+        lines = phone_rows.phones(phones, result["files"], result["conditions"]["processor"])
+        text += "\n\n" + table(lines, list(lines[0]))
+    show(result, as_json, text)
 
 
 def _writable_file(path: Path) -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.run.files import write_json
+from lib.run.files import read_json, write_json
+
+FOLDER = "devices"
+"""Of a run: what phones measured."""
 
 MOST_BYTES = 256 << 10
 MOST_TEXT = 2000
@@ -49,6 +52,17 @@ def check_result(content: Any) -> dict[str, Any]:
             raise _wrong(section, "an object")
         result[section] = {key: _checked(found.get(key), kind, f"{section}.{key}") for key, kind in kinds.items()}
     return result
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A saved or downloaded result, checked.
+
+    Raises:
+        InputError: no such file, not JSON, or not a result.
+    """
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise InputError(f"no result {path}.", "a JSON file from the phone page.", "check the path.")
+    return check_result(read_json(path))
 
 
 def save_result(folder: Path, result: Mapping[str, Any]) -> Path:
