@@ -83,7 +83,7 @@ def information(model: Any, windows: list[list[int]], seed: int) -> tuple[dict[s
         for handle in handles:
             handle.remove()
     positions = sum(map(len, windows))
-    found = {name: (total / positions).numpy() for name, total in sums.items()}
+    found = {name: total.div_(positions).numpy() for name, total in sums.items()}
     return found, {name: total / positions for name, total in scales.items()}
 
 
