@@ -28,7 +28,16 @@ def ceilings(bytes_per_token: int) -> list[tuple[str, float, float]]:
 
 def guide(facts: Facts) -> str:
     """The text."""
-    return "\n".join([_head(facts), _measured(facts), _ceiling(facts), _phones(facts), _desktops(facts), _trouble()])
+    parts = [
+        _head(facts),
+        _measured(facts),
+        _ceiling(facts),
+        _page(facts),
+        _phones(facts),
+        _desktops(facts),
+        _trouble(),
+    ]
+    return "\n".join(part for part in parts if part)
 
 
 def _head(facts: Facts) -> str:
@@ -88,6 +97,26 @@ and heat make real phones slower, often several times; caches can matter for a m
 | memory | bandwidth | ceiling |
 |---|---|---|
 {rows}
+"""
+
+
+def _page(facts: Facts) -> str:
+    if not facts.page_rows:
+        return ""
+    return """## Any phone, in the browser
+
+`web/` is a page that runs the file in the browser (llama.cpp as WebAssembly) and measures the phone: load time, tokens
+a second, and whether it answers as stored. Serve this whole folder with any web server, over https or from localhost
+(several threads and use without a network need that), with these headers:
+
+```text
+Cross-Origin-Opener-Policy: same-origin
+Cross-Origin-Embedder-Policy: require-corp
+```
+
+An Android phone on a USB cable: `python -m http.server 8080 --bind 127.0.0.1` here, `adb reverse tcp:8080 tcp:8080`,
+and `http://localhost:8080/web/` on the phone; the page adds the headers itself when it is loaded a second time. A
+browser is slower than llama.cpp in an app of its own.
 """
 
 

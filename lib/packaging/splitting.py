@@ -18,7 +18,7 @@ def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
     """Write the parts of a file; the metadata stand in the first one.
 
     Args:
-        limit: bytes of tensors in a part, at most.
+        limit: bytes of metadata and tensors in a part, at most; marks and names of tensors come on top.
 
     Returns:
         The parts, in order.
@@ -29,9 +29,9 @@ def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
     tensors = sorted(read_tensors(path), key=lambda tensor: tensor.start)
     starts = [*(tensor.start for tensor in tensors), path.stat().st_size]
     sizes = [end - start for start, end in itertools.pairwise(starts)]
-    parts = _grouped(tensors, sizes, limit, path.name)
-    alignment = int(read_metadata(path).get("general.alignment", 32))
     count, raw = raw_metadata(path)
+    parts = _grouped(tensors, sizes, len(raw), limit, path.name)
+    alignment = int(read_metadata(path).get("general.alignment", 32))
     rest = (0, b"") if alignment == 32 else (1, _pair("general.alignment", _UINT32, "I", alignment))
     made, first = [], 0
     for number, group in enumerate(parts):
@@ -46,10 +46,12 @@ def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
     return made
 
 
-def _grouped(tensors: list[TensorInfo], sizes: list[int], limit: int, name: str) -> list[list[TensorInfo]]:
-    """Neighbouring tensors, as many as a part holds."""
-    parts: list[list[TensorInfo]] = []
-    filled = limit + 1
+def _grouped(
+    tensors: list[TensorInfo], sizes: list[int], metadata: int, limit: int, name: str
+) -> list[list[TensorInfo]]:
+    """Neighbouring tensors, as many as a part holds beside the metadata of the first one."""
+    parts: list[list[TensorInfo]] = [[]]
+    filled = metadata
     for tensor, size in zip(tensors, sizes, strict=True):
         if size > limit:
             raise InputError(
@@ -57,7 +59,7 @@ def _grouped(tensors: list[TensorInfo], sizes: list[int], limit: int, name: str)
                 f"at most {limit / 1e6:.0f} MB, which a part for a browser holds.",
                 "package a smaller quantization type with --type, or leave out --web.",
             )
-        if filled + size > limit:
+        if filled + size > limit and parts[-1]:
             parts.append([])
             filled = 0
         parts[-1].append(tensor)

@@ -26,8 +26,8 @@ FOLDER, LIBRARY = "web", "wllama"
 ROWS = 50
 """Rows that a phone answers for comparison."""
 
-LARGEST_PART = 512_000_000
-"""Bytes above which the file is split: browsers refuse to allocate or store larger pieces."""
+LARGEST_PART = 500_000_000
+"""Bytes above which the file is split, with room to spare below the 512 MB from which browsers make trouble."""
 
 _PAGE = Path(__file__).with_name("web")
 _FILES = {

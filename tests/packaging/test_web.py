@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 
+from lib.cli.shipping import package as command
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.packaging import package
@@ -65,6 +67,17 @@ def test_the_rows_are_the_named_ones_with_this_machines_answers(made: PackageRes
     assert all(len(row["labels"]) == 2 and max(row["labels"]) < 0 for row in rows["rows"])
     card = (made.product.path / "README.md").read_text(encoding="utf-8")
     assert "web/rows.json holds rows of rows.txt, which the user named" in card and "holds no row" not in card
+
+
+def test_the_guide_names_the_page(made: PackageResult) -> None:
+    text = (made.product.path / "deployment_guide.md").read_text(encoding="utf-8")
+    assert "## Any phone, in the browser" in text and "Cross-Origin-Embedder-Policy: require-corp" in text
+
+
+def test_rows_need_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        command("t", rows=tmp_path / "rows.txt")
+    assert ended.value.exit_code == 2 and "--rows without --web" in capsys.readouterr().err
 
 
 def test_refusals(runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lib.cli import work
 from lib.comparison.phones import match_files, measured
 from lib.errors import InputError
+from lib.models.prompting import Task
 from lib.plots import phone_rows
 from lib.run.files import write_json
 from tests.serving.test_phone import RESULT
@@ -66,3 +69,23 @@ def test_files_named_by_hand(tmp_path: Path) -> None:
         match_files([tmp_path / "phone.json"], [tmp_path / "a.gguf"])
     with pytest.raises(InputError, match="no result"):
         match_files([tmp_path / "absent.json"], [])
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_command_compare_shows_them(
+    as_json: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the measuring itself replaced: what is under test is the joining of a phone's result with its file."""
+    (tmp_path / "m-Q8_0.gguf").write_bytes(b"model")
+    write_json(tmp_path / "phone.json", {**RESULT, "sha256": hashlib.sha256(b"model").hexdigest()})
+    entry = {**ENTRY, "bytes": 5, "bits_per_weight": 8.5, "kld_mean": 0.1, "verdict": "reference"}
+    content = {"files": [entry], "conditions": {"processor": "EPYC"}}
+    monkeypatch.setattr("lib.comparison.files.compare_files", lambda *args, **keys: content)
+    task = Task(("a", "b"), "s", "{text}", 64)
+    rows = SimpleNamespace(task=lambda: task, rows=lambda task: ([], {}))
+    work.compare(tmp_path / "m-Q8_0.gguf", [], rows, tmp_path, {}, [tmp_path / "phone.json"], as_json)
+    shown = capsys.readouterr().out
+    if as_json:
+        assert json.loads(shown)["devices"][0]["type"] == "Q8_0"
+    else:
+        assert "Pixel 8" in shown and "this machine (EPYC)" in shown and "7.9 (7.5 – 8.2)" in shown
