@@ -16,6 +16,7 @@ FOLDER = "devices"
 """Of a run: what phones measured."""
 
 MOST_BYTES = 256 << 10
+MOST_FILES = 500
 MOST_TEXT = 2000
 _LIST = 5000
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -66,8 +67,14 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def save_result(folder: Path, result: Mapping[str, Any]) -> Path:
-    """Write a checked result as <time>-<device>.json, never over another one."""
+    """Write a checked result as <time>-<device>.json, never over another one.
+
+    Raises:
+        InputError: the folder is full: nobody shall fill the disk with results.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if sum(1 for _ in folder.iterdir()) >= MOST_FILES:
+        raise InputError(f"{MOST_FILES} results are kept already.", "fewer.", "remove some from the run's devices/.")
     slug = re.sub(r"[^a-z0-9]+", "-", result["device"]["name"].lower()).strip("-")[:40] or "device"
     stem = f"{dt.datetime.now():%Y%m%d-%H%M%S}-{slug}"
     path, number = folder / f"{stem}.json", 1

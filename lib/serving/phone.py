@@ -7,6 +7,7 @@ import re
 import secrets
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -97,6 +98,12 @@ def make_server(
         address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         daemon_threads = True
 
+        def handle_error(self, request: object, client_address: object) -> None:
+            """A phone that goes away, or refuses the certificate, is no news; anything else is said in a line."""
+            error = sys.exc_info()[1]
+            if not isinstance(error, OSError):
+                tell(f"The server failed: {type(error).__name__}: {error}")
+
     try:
         server = Server((options.host, options.port), Handler)
     except (OSError, OverflowError) as error:
@@ -163,11 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BYTES} bytes\n".encode())
             return
         try:
-            result = check_result(json.loads(self.rfile.read(int(length))))
+            path = save_result(self.devices, check_result(json.loads(self.rfile.read(int(length)))))
         except (ValueError, RecursionError, InputError) as error:
             self._answer(HTTPStatus.BAD_REQUEST, f"{error}\n".encode())
             return
-        path = save_result(self.devices, result)
         self.tell(f"A result came in: {path}")
         self._answer(HTTPStatus.CREATED, json.dumps({"saved": path.name}).encode(), {"Content-Type": _TYPES[".json"]})
 

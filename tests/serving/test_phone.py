@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +144,30 @@ def test_bodies_that_are_no_result(phone: SimpleNamespace) -> None:
     assert not phone.devices.exists()
     with pytest.raises(InputError, match="sha256"):
         check_result({**RESULT, "sha256": "A" * 64})
+
+
+def test_the_disk_is_not_filled(phone: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.run.devices.MOST_FILES", 1)
+    assert [phone.client.post("/token/result", json=RESULT).status_code for _ in range(2)] == [201, 400]
+
+
+def test_https(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "a.json").write_text("{}", encoding="utf-8")
+    options = PhoneOptions(port=0, certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    told: list[str] = []
+    with make_server(tmp_path, tmp_path / "devices", options, "token", told.append) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        address = f"https://127.0.0.1:{server.server_address[1]}/token/a.json"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(address)  # a certificate that nobody vouches for; the server says nothing and goes on
+        assert httpx.get(address, verify=ssl.create_default_context(cafile=tmp_path / "cert.pem")).json() == {}
+        server.shutdown()
+    assert told == []
 
 
 def test_the_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
