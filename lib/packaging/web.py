@@ -131,18 +131,23 @@ def write_web(
     rows = _answered(request.rows, facts, info, turns, tokenizer, gguf, n_threads)
     write_json(web / "rows.json", {"source": request.source, "rows": rows})
     parts = [gguf] if facts.bytes <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
-    page = {
+    write_json(web / "page.json", _page(request, facts, info["sha256"], gguf, parts))
+
+
+def _page(request: WebRequest, facts: Facts, sha256: str, gguf: Path, parts: Sequence[Path]) -> dict[str, Any]:
+    """The content of page.json."""
+    return {
         "format": 1,
         "title": facts.title,
         "run": facts.run,
         "file": facts.file,
         "bytes": sum(path.stat().st_size for path in parts),
-        "sha256": info["sha256"],
+        "sha256": sha256,
         "parts": [
             {
                 "url": f"../{path.name}" if path == gguf else f"parts/{path.name}",
                 "bytes": path.stat().st_size,
-                "sha256": info["sha256"] if path == gguf else sha256_file(path),
+                "sha256": sha256 if path == gguf else sha256_file(path),
             }
             for path in parts
         ],
@@ -150,7 +155,6 @@ def write_web(
         "checked_tokens": min(CHECKED_TOKENS, facts.most),
         "notes": facts.notes,
     }
-    write_json(web / "page.json", page)
 
 
 def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequence[dict[str, Any]]) -> None:

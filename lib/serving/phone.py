@@ -113,16 +113,21 @@ def make_server(
             "choose another --port (0 = any free one) or --host.",
         ) from None
     if options.certificate:
-        try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(options.certificate, options.key)
-        except (OSError, ssl.SSLError) as error:
-            server.server_close()
-            raise InputError(
-                f"{options.certificate} cannot be used ({error}).", "a certificate and its key, PEM.", "check --cert."
-            ) from None
-        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        _secure(server, options)
     return server
+
+
+def _secure(server: ThreadingHTTPServer, options: PhoneOptions) -> None:
+    """Let a bound server speak https; it is closed where the certificate cannot be used."""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(options.certificate, options.key)
+    except (OSError, ssl.SSLError) as error:
+        server.server_close()
+        raise InputError(
+            f"{options.certificate} cannot be used ({error}).", "a certificate and its key, PEM.", "check --cert."
+        ) from None
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -17,9 +17,9 @@ from lib.models.gguf_file import read_metadata, read_tensors
 from lib.packaging import package
 from lib.packaging.splitting import split_gguf
 from lib.packaging.stage import PackageResult
-from lib.packaging.web import _FILES, _require_whole_characters, request_web
+from lib.packaging.web import _FILES, _require_whole_characters, _rows, request_web
 from lib.run import Run
-from lib.run.files import read_json
+from lib.run.files import read_json, write_jsonl
 from tests.comparison.conftest import Ladder
 
 
@@ -94,6 +94,14 @@ def test_refusals(runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytes
     halves = SimpleNamespace(decode=lambda ids: "\ufffd")
     with pytest.raises(InputError, match="split a character"):
         _require_whole_characters(halves, [{"name": "好", "ids": [1, 2]}])
+
+
+def test_rows_of_the_sample_corpus(tmp_path: Path) -> None:
+    """Fifty of them, none that is known from training."""
+    write_jsonl(tmp_path / "test.jsonl", [{"text": f"房间{i}", "leaked": i % 2 == 0} for i in range(120)])
+    data = SimpleNamespace(path=tmp_path, entry=SimpleNamespace(facts={"sample_data": True}))
+    texts, source = _rows(SimpleNamespace(require=lambda name: data), None)
+    assert texts == [f"房间{i}" for i in range(1, 100, 2)] and "sample corpus" in source
 
 
 def test_a_split_file_is_the_same_model(ladder: Ladder, tmp_path: Path) -> None:
