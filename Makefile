@@ -29,7 +29,7 @@ test: $(ready) ## lint, unit tests, and the quick report with its checks; prints
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m coverage erase
-	@$(python) -m coverage run -m pytest -n $(WORKERS) --dist loadfile
+	@$(python) -m coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	@$(python) -m coverage combine --quiet
 	@$(python) -m coverage report
 

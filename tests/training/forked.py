@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# transformers loads weights in threads; in a forked process torch sometimes finds no thread pool for them and fails.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
 import peft.peft_model  # noqa: F401
 import torch
 import transformers.trainer  # noqa: F401
