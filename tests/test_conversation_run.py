@@ -245,7 +245,7 @@ def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path
     assert ours["bits_per_character"] == pytest.approx(ours["loss"] * part["tokens"] / np.log(2) / characters)
     q8 = next(results["quantized"].product.path.glob("*.gguf"))
     margins = {"equivalence_margin": 1.0, "perplexity_margin": 1.0, "n_gpu_layers": 0, "n_threads": 1}
-    work.compare(f16, [q8], rows, tmp_path / "compared", margins, True)
+    work.compare(f16, [q8], rows, tmp_path / "compared", margins, [], True)
     made, product = read_json(tmp_path / "compared" / "comparison.json"), results["comparison"]
     assert made["files"][1]["answer_ppl"] == pytest.approx(product.files[1]["answer_ppl"])
     assert made["conditions"]["unigram_ppl"] == product.conditions["unigram_ppl"]
