@@ -236,44 +236,11 @@ def arguments(description: str | None, runs: int = 5) -> argparse.Namespace:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write the result and, beside it, a chart (.svg); print the ratios."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    chart(path.with_suffix(".svg"), result)
-    print(json.dumps({"name": result["name"], **result["ratios"]}))
-
-
-def chart(path: Path, result: dict[str, Any]) -> None:
-    """Two pairs of bars: wall clock (with every run as a dot) and memory."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    from lib.plots.style import BLUE, GREY, use_style
-
-    use_style()
-    figure, axes = plt.subplots(1, 2, figsize=(8.0, 2.2), layout="constrained")
-    sides = [result["peer_figures"], result["ours"]]
-    for axis, key, unit in zip(
-        axes, ("wall_seconds", "peak_anonymous_mib"), ("wall clock, s", "memory, MiB"), strict=True
-    ):
-        bars = axis.barh(
-            [side["name"] for side in sides], [side[key] for side in sides], color=[GREY, BLUE], height=0.6
-        )
-        axis.bar_label(bars, fmt="%.1f" if key == "wall_seconds" else "%.0f", padding=6)
-        axis.set_xlabel(unit)
-        axis.margins(x=0.2)
-    for place, side in enumerate(sides):
-        dots = side["wall_seconds_of_runs"]
-        axes[0].plot(dots, [place] * len(dots), "o", color="black", markersize=3)
-    axes[1].set_yticklabels([])
+    """Write a result of `compare` and, beside it, a chart (.svg); print the ratios."""
     ratios = result["ratios"]
-    figure.suptitle(
-        f"{result['name']}: {ratios['wall']:.2f} × the time, {ratios['memory']:.2f} × the memory", fontsize=11
-    )
-    figure.savefig(path)
-    plt.close(figure)
+    title = f"{result['name']}: {ratios['wall']:.2f} × the time, {ratios['memory']:.2f} × the memory"
+    sides = [result["ours"], result["peer_figures"]]
+    _write(path, result, sides, "wall_seconds", "wall clock, s", title)
 
 
 def write_rates(path: Path, result: dict[str, Any]) -> None:
@@ -283,14 +250,19 @@ def write_rates(path: Path, result: dict[str, Any]) -> None:
         result: with "sides": {key: {"name", "samples_per_second", "samples_per_second_of_runs", "peak_anonymous_mib"}},
             the workbook first, and "ratios".
     """
+    sides = list(result["sides"].values())
+    _write(path, result, sides, "samples_per_second", "samples/s (more is better)", result["name"])
+
+
+def _write(path: Path, result: dict[str, Any], sides: list[dict[str, Any]], key: str, unit: str, title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
-    rate_chart(path.with_suffix(".svg"), result)
+    chart(path.with_suffix(".svg"), sides, key, unit, title)
     print(json.dumps({"name": result["name"], **result["ratios"]}))
 
 
-def rate_chart(path: Path, result: dict[str, Any]) -> None:
-    """A bar a side: samples a second (with every run as a dot) and memory."""
+def chart(path: Path, sides: Sequence[dict[str, Any]], key: str, unit: str, title: str) -> None:
+    """A bar a side, the first one (ours) on top: `key` with every run as a dot, and memory."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -299,21 +271,21 @@ def rate_chart(path: Path, result: dict[str, Any]) -> None:
     from lib.plots.style import BLUE, GREY, use_style
 
     use_style()
-    sides = list(result["sides"].values())[::-1]
+    sides = list(sides)[::-1]
     colors = [GREY] * (len(sides) - 1) + [BLUE]
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 0.9 + 0.5 * len(sides)), layout="constrained")
-    for axis, key, unit, form in (
-        (axes[0], "samples_per_second", "samples/s (more is better)", "%.2f"),
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 1.2 + 0.5 * len(sides)), layout="constrained")
+    for axis, name, words, form in (
+        (axes[0], key, unit, "%.2f"),
         (axes[1], "peak_anonymous_mib", "memory, MiB (less is better)", "%.0f"),
     ):
-        bars = axis.barh([side["name"] for side in sides], [side[key] for side in sides], color=colors, height=0.6)
+        bars = axis.barh([side["name"] for side in sides], [side[name] for side in sides], color=colors, height=0.6)
         axis.bar_label(bars, fmt=form, padding=6)
-        axis.set_xlabel(unit)
+        axis.set_xlabel(words)
         axis.margins(x=0.2)
     for place, side in enumerate(sides):
-        dots = side["samples_per_second_of_runs"]
+        dots = side[f"{key}_of_runs"]
         axes[0].plot(dots, [place] * len(dots), "o", color="black", markersize=3)
     axes[1].set_yticklabels([])
-    figure.suptitle(result["name"], fontsize=11)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path)
     plt.close(figure)
