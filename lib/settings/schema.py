@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -152,27 +153,12 @@ class Settings(BaseModel):
     @field_validator("ladder")
     @classmethod
     def _known_types(cls, value: list[str]) -> list[str]:
-        known = (*QUANTIZATION_TYPES, *IMATRIX_TYPES)
-        for name in value:
-            if name not in known:
-                near = difflib.get_close_matches(name.upper(), known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"unknown quantization type {name!r}{hint} Known: {', '.join(known)}")
-        if len(set(value)) != len(value):
-            raise ValueError("expected each type once")
-        return value
+        return _each_known_once(value, (*QUANTIZATION_TYPES, *IMATRIX_TYPES), "quantization type", str.upper)
 
     @field_validator("export_formats")
     @classmethod
     def _known_formats(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if name not in EXPORT_FORMATS:
-                near = difflib.get_close_matches(name.lower(), EXPORT_FORMATS, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"unknown export format {name!r}{hint} Known: {', '.join(EXPORT_FORMATS)}")
-        if len(set(value)) != len(value):
-            raise ValueError("expected each format once")
-        return value
+        return _each_known_once(value, EXPORT_FORMATS, "export format", str.lower)
 
     @field_validator("tensor_types")
     @classmethod
@@ -215,3 +201,15 @@ class Settings(BaseModel):
     def pick(self, *keys: str) -> dict[str, Any]:
         """The named keys with their values, in that order: the parameters a stage depends on."""
         return {key: getattr(self, key) for key in keys}
+
+
+def _each_known_once(value: list[str], known: Sequence[str], what: str, usual: Callable[[str], str]) -> list[str]:
+    """The names, if all are known and none stands twice; `usual` writes a name as the known ones are written."""
+    for name in value:
+        if name not in known:
+            near = difflib.get_close_matches(usual(name), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(known)}")
+    if len(set(value)) != len(value):
+        raise ValueError(f"expected each {what.split()[-1]} once")
+    return value
