@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.comparison.judging import REFERENCE_VERDICT
-from lib.statistics import mde_paired, smallest_significant
+from lib.statistics import in_words, mde_paired, smallest_significant
 
 RULE = (
     "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose accuracy is judged equivalent "
@@ -139,7 +139,7 @@ def _chosen(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]
     ]
     free = entry["leak_free"]
     if free and free["n"] < entry["n"]:
-        text.append(f"On the {free['n']:,} leak-free rows: {free['verdict']}, a difference of {_points(free)}.")
+        text.append(f"On the {free['n']:,} leak-free rows: {in_words(free)}, a difference of {_points(free)}.")
     return text
 
 
