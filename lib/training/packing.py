@@ -20,7 +20,17 @@ ATTENTION = "shared_prefix"
 """Name of the attention function in transformers' registry."""
 
 LENGTH_STEP = 64
-"""The sequence is filled up to a multiple of so many tokens (why: batches.LENGTH_STEP)."""
+"""The sequence is filled up to a multiple of at least so many tokens (why: batches.LENGTH_STEP)."""
+
+
+def filled_length(used: int) -> int:
+    """Tokens of a sequence that holds `used` ones: four to eight lengths from one power of two to the next.
+
+    oneDNN keeps compiled products for each length: 100 updates on ChnSentiCorp took 1,961 MiB with multiples of 64, 1,436
+    with multiples of 512 (6 % slower), and take 1,532 so, as fast as the first.
+    """
+    step = max(LENGTH_STEP, 1 << max(0, used.bit_length() - 3))
+    return -(-used // step) * step
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
@@ -60,7 +70,7 @@ class PackedCollator:
 
         prefix, widest = self.prefix, max(len(e) for e in batch) - self.prefix
         used = prefix + sum(len(e) - prefix for e in batch)
-        total = -(-used // LENGTH_STEP) * LENGTH_STEP
+        total = filled_length(used)
         ids, labels = torch.full((1, total), self.pad_id), torch.full((1, total), IGNORED)
         positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.full((total - prefix,), -1)
         gather = torch.empty((len(batch), widest), dtype=torch.int64)

@@ -11,7 +11,7 @@ from lib.training import loss as loss_room
 from lib.training.batches import IGNORED, Collator, Example
 from lib.training.layout import choose_layout
 from lib.training.loss import answer_loss, head_loss
-from lib.training.packing import LENGTH_STEP, PackedCollator, shared_prefix, use_packed_attention
+from lib.training.packing import LENGTH_STEP, PackedCollator, filled_length, shared_prefix, use_packed_attention
 
 PREFIX = [7, 3, 9, 9, 4, 60, 2]
 
@@ -134,6 +134,12 @@ def test_the_sequence_holds_the_prefix_once() -> None:
     positions = [*range(7)] + [i + 7 for tail in tails for i in range(len(tail))]
     assert batch["position_ids"][0, :used].tolist() == positions
     assert (batch["labels"] != IGNORED).sum() == 8
+
+
+def test_sequences_have_few_lengths() -> None:
+    lengths = {n: filled_length(n) for n in range(1, 4097)}
+    assert all(n <= length <= max(n + LENGTH_STEP, 1.25 * n) for n, length in lengths.items())
+    assert len(set(lengths.values())) <= 8 + 4 * 3 + 4
 
 
 def test_prefix_ends_before_the_last_prompt_token() -> None:
