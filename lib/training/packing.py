@@ -26,8 +26,8 @@ LENGTH_STEP = 64
 def filled_length(used: int) -> int:
     """Tokens of a sequence that holds `used` ones: four to eight lengths from one power of two to the next.
 
-    oneDNN keeps compiled products for each length: 100 updates on ChnSentiCorp took 1,961 MiB with multiples of 64, 1,436
-    with multiples of 512 (6 % slower), and take 1,532 so, as fast as the first.
+    oneDNN keeps compiled products for each length: 100 updates on ChnSentiCorp took 1,961 MiB with multiples of 64,
+    1,436 with multiples of 512 (6 % slower), and 1,532 so, as fast as the first.
     """
     step = max(LENGTH_STEP, 1 << max(0, used.bit_length() - 3))
     return -(-used // step) * step
