@@ -5,8 +5,8 @@ Rows are whole conversations as token ids with the spans of their answers; the s
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.progress import Progress
-from lib.run.files import read_jsonl, write_jsonl
+from lib.run.files import read_jsonl, sha256_json, write_jsonl
 from lib.scoring.backend import Job, check_ids
+from lib.scoring.journal import SCORED, Keep, keeping
 from lib.statistics import Interval, paired_bootstrap
 
 if TYPE_CHECKING:
-    from lib.scoring.llama import LlamaCppBackend
-    from lib.scoring.torch_backend import TransformersBackend
+    from lib.progress import Progress
+    from lib.scoring.backend import Backend
+    from lib.scoring.journal import Journal
 
 Span = Sequence[int]
-_OUTPUTS = 128
-"""Most positions whose logits llama.cpp keeps at once (see `lib.scoring.llama`)."""
-
-_TOKENS = 8192
-"""Most tokens of a forward pass with transformers, padding included."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +36,14 @@ class AnswerScores:
         log_probs: sum of log p of the answers' tokens, nats, float64, (n,).
         tokens: number of those tokens, int64, (n,).
         seconds: time of the forward passes together.
+        found: what of it an interrupted try had done, in words; not saved.
     """
 
     ids: list[str]
     log_probs: np.ndarray
     tokens: np.ndarray
     seconds: float
+    found: str = ""
 
     @property
     def loss(self) -> float:
@@ -70,6 +68,16 @@ class AnswerScores:
     def interval(self, groups: np.ndarray, seed: int) -> Interval:
         """The loss with a bootstrap interval over groups of rows."""
         return paired_bootstrap(self.row_losses, groups, seed, weights=self.tokens)
+
+    def figures(self, groups: np.ndarray, seed: int) -> dict[str, Any]:
+        """Loss and perplexity, JSON values: "loss", "loss_interval", "perplexity", "perplexity_interval"."""
+        loss = self.interval(groups, seed)
+        return {
+            "loss": loss.estimate,
+            "loss_interval": loss.to_json(),
+            "perplexity": math.exp(loss.estimate),
+            "perplexity_interval": [math.exp(limit) for limit in loss.to_json()],
+        }
 
     def subset(self, mask: np.ndarray) -> AnswerScores:
         """The rows of a boolean mask."""
@@ -98,7 +106,12 @@ class AnswerScores:
 
 
 def score_answers(
-    backend: Any, names: Sequence[str], rows: Sequence[list[int]], spans: Sequence[Sequence[Span]], what: str
+    backend: Backend,
+    names: Sequence[str],
+    rows: Sequence[list[int]],
+    spans: Sequence[Sequence[Span]],
+    what: str,
+    keep: Keep | None = None,
 ) -> AnswerScores:
     """Score the answers of rows with either backend.
 
@@ -107,16 +120,17 @@ def score_answers(
         rows: token ids of the whole conversations.
         spans: (first, behind the last) position of every answer of each row; the first token of a row cannot be in one.
         what: the work in words for the progress line.
+        keep: a file that gets every batch as it comes; batches that are in it are not computed again.
 
     Raises:
         InputError: no rows, ids that the model has not, or log-probabilities that are not numbers.
     """
     if not rows:
         raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
-    started = time.perf_counter()
-    with Progress(what, len(rows)) as progress:
-        values = token_log_probs(backend, rows, spans, progress)
-    seconds = time.perf_counter() - started
+    places = sha256_json([[list(span) for span in row] for row in spans])
+    with keeping(keep, what, SCORED, names, rows, backend.settings, spans=places) as work:
+        values = token_log_probs(backend, rows, spans, work.progress, work.journal)
+        seconds = work.seconds
     sums = np.array([value.sum() for value in values])
     broken = np.flatnonzero(~np.isfinite(sums))
     if broken.size:
@@ -125,11 +139,16 @@ def score_answers(
             "finite log-probabilities.",
             "check the model's weights for NaN or infinity, and do not compute in float16.",
         )
-    return AnswerScores(list(names), sums, np.array([len(value) for value in values], dtype=np.int64), seconds)
+    tokens = np.array([len(value) for value in values], dtype=np.int64)
+    return AnswerScores(list(names), sums, tokens, seconds, work.found)
 
 
 def token_log_probs(
-    backend: Any, rows: Sequence[list[int]], spans: Sequence[Sequence[Span]], progress: Progress | None = None
+    backend: Backend,
+    rows: Sequence[list[int]],
+    spans: Sequence[Sequence[Span]],
+    progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> list[np.ndarray]:
     """log p of every token inside the spans, given all tokens before it; one vector a row, float64."""
     jobs = []
@@ -139,41 +158,7 @@ def token_log_probs(
         jobs.append(Job(i, list(ids[: places[-1]]), places[0] - 1, reads))
     jobs.sort(key=lambda job: len(job.ids))
     check_ids(rows, backend.vocab_size, None, backend.name)
-    run = _with_torch if hasattr(backend, "model") else _with_llama
     found: list[np.ndarray] = [np.empty(0)] * len(jobs)
-    for job, values in run(backend, jobs):
+    for job, values in zip(jobs, backend.read_log_probs(jobs, progress, journal), strict=True):
         found[job.prompt] = values
-        if progress is not None:
-            progress.advance()
     return found
-
-
-def _with_torch(backend: TransformersBackend, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
-    """Batches of like length; long rows make small batches."""
-    batch: list[Job] = []
-    for job in [*jobs, None]:
-        full = len(batch) == backend.batch_size
-        if batch and (job is None or full or (len(batch) + 1) * len(job.ids) > _TOKENS):
-            yield from zip(batch, backend._run(batch), strict=True)
-            batch = []
-        if job is not None:
-            batch.append(job)
-
-
-def _with_llama(backend: LlamaCppBackend, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
-    """One row after another: first what needs no logits, then pieces of as many positions as llama.cpp keeps."""
-    check_ids([job.ids for job in jobs], backend.vocab_size, backend.n_ctx, backend.name)
-    for job in jobs:
-        backend._api.llama_memory_clear(backend._memory, True)
-        backend._decode([(token, place, (0,), False) for place, token in enumerate(job.ids[: job.start])])
-        wanted = {place: token for _, place, token in job.reads}
-        values = []
-        for start in range(job.start, len(job.ids), _OUTPUTS):
-            part = list(enumerate(job.ids[start : start + _OUTPUTS], start))
-            backend._decode([(token, place, (0,), place in wanted) for place, token in part])
-            for i, (place, _) in enumerate(part):
-                if place in wanted:
-                    logits = backend._logits(i)
-                    top = logits.max()
-                    values.append(logits[wanted[place]] - top - np.log(np.exp(logits - top).sum()))
-        yield job, np.array(values, dtype=np.float64)

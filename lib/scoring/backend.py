@@ -6,7 +6,7 @@ but the last. Answers that share those inputs share the forward pass, so single-
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """A loaded model that gives log-probabilities.
+    """A loaded model that gives log-probabilities. Batches that stand in a journal are taken from it.
 
     Attributes:
         name: what is being run, in words.
@@ -42,7 +42,13 @@ class Backend(Protocol):
         progress: Progress | None = None,
         journal: Journal | None = None,
     ) -> np.ndarray:
-        """log p(answer | prompt), nats, float64, shape (prompts, answers); batches in the journal are taken from it."""
+        """log p(answer | prompt), nats, float64, shape (prompts, answers)."""
+        ...
+
+    def read_log_probs(
+        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
+    ) -> list[np.ndarray]:
+        """What every job reads, nats, float64, one vector a job; each is run whole, so shortest first is cheapest."""
         ...
 
     def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
@@ -130,17 +136,19 @@ def run_batches(
     """
     values: list[np.ndarray] = []
     for batch in batches:
-        first = len(values)
-        found = journal.known(first, len(batch)) if journal is not None else None
-        if found is None:
-            started = time.perf_counter()
-            found = run(batch)
-            if journal is not None:
-                journal.add(first, batch, found, time.perf_counter() - started)
-        values += found
+        if journal is None:
+            values += run(batch)
+        else:
+            lists = functools.partial(_as_lists, run, batch)
+            found = journal.take(len(values), [job.prompt for job in batch], lists)
+            values += [np.array(value, dtype=np.float64) for value in found]
         if progress is not None and (more := round(share * len(values)) - progress.done) > 0:
             progress.advance(more)
     return values
+
+
+def _as_lists(run: Callable[[Sequence[Job]], list[np.ndarray]], batch: Sequence[Job]) -> list[list[float]]:
+    return [value.tolist() for value in run(batch)]
 
 
 def add_up(jobs: Sequence[Job], values: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

@@ -88,6 +88,12 @@ class KlTable:
     correlation: float
 
 
+def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) of each row of two arrays of log-probabilities (…, vocabulary), nats, summed in float64."""
+    wide = p.astype(np.float64)
+    return np.maximum(np.sum(np.exp(wide) * (wide - q), axis=-1), 0.0)
+
+
 def perplexity_of(positions: Positions, n_windows: int) -> Perplexity:
     """Perplexity of the positions' true tokens."""
     mean, error = mean_and_error(-positions.log_p)

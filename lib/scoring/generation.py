@@ -15,7 +15,7 @@ from lib.scoring.backend import check_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.scoring.llama import LlamaCppBackend
+    from lib.scoring.llama_context import LlamaContext
 
 Feed = Callable[[Sequence[int]], np.ndarray]
 """Takes further token ids of one text and gives the logits behind the last, (V,)."""
@@ -129,20 +129,20 @@ def torch_feed(model: Any) -> Feed:
     return feed
 
 
-def llama_feed(backend: LlamaCppBackend) -> Feed:
+def llama_feed(backend: LlamaContext) -> Feed:
     """A new text for a GGUF file; whatever its context held is forgotten.
 
     The context must have room for prompt and answer (`n_ctx`).
     """
-    backend._api.llama_memory_clear(backend._memory, True)
+    backend.clear()
     done = 0
 
     def feed(ids: Sequence[int]) -> np.ndarray:
         nonlocal done
         check_ids([list(ids)], backend.vocab_size, backend.n_ctx - done, backend.name)
         last = len(ids) - 1
-        backend._decode([(token, done + i, (0,), i == last) for i, token in enumerate(ids)])
+        backend.decode([(token, done + i, (0,), i == last) for i, token in enumerate(ids)])
         done += len(ids)
-        return backend._logits(last)
+        return backend.logits(last)
 
     return feed

@@ -1,4 +1,4 @@
-"""Scores that are kept as they come: one JSON line a sequence behind a header, so that a killed evaluation continues.
+"""Scores and answers that are kept as they come: one JSON line each behind a header, so that killed work continues.
 
 The header says what was asked of which model (hashes) and how; another header means another question, and the file
 begins anew. Batches are always of the same composition, so only whole batches are taken from an earlier try, and what
@@ -7,43 +7,58 @@ follows is computed exactly as if there had been no interruption.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from lib.errors import InputError
+from lib.progress import Progress
 from lib.run.child import peak_memory_mib
 from lib.run.files import read_jsonl, sha256_file, sha256_json
 
-if TYPE_CHECKING:
-    from lib.scoring.backend import Backend, Job
+_FORMAT = 2
 
-_FORMAT = 1
+SCORED, WRITTEN = "rows already scored", "answers already written"
+"""What journals hold, in words."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where work is kept as it comes, and the hash of the model that does it."""
+
+    path: Path
+    model: str
+
+    def part(self, name: str) -> Keep:
+        """A file beside it, for other work of the same model."""
+        return Keep(self.path.with_name(f"{self.path.stem}-{name}{self.path.suffix}"), self.model)
 
 
 class Journal:
-    """An append-only file of scores; use as a context manager.
+    """An append-only file of what a model made of prompts, one line a sequence; use as a context manager.
 
     Args:
         path: the file; it is continued, or begun.
-        header: what is scored, JSON values; the file is begun anew when another one stands there.
+        header: what is asked, JSON values; the file is begun anew when another one stands there.
         names: the prompts' ids, for readers of the file.
+        unit: what it holds, in words (`SCORED`, `WRITTEN`).
 
     Attributes:
         note: how the file was found, in words; empty for a new one.
-        restarted: whether scores were there that belong to another question.
+        restarted: whether something was there that belongs to another question.
 
     Raises:
         InputError: another process writes this file.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], names: Sequence[str]) -> None:
-        self.path, self.names = path, names
+    def __init__(self, path: Path, header: dict[str, Any], names: Sequence[str], unit: str = SCORED) -> None:
+        self.path, self.names, self.unit = path, names, unit
         self.note, self.restarted = "", False
         self._lines: list[dict[str, Any]] = []
         self._ends: list[int] = []
@@ -63,7 +78,7 @@ class Journal:
         found = _parsed(lines[0]) if lines else None
         if found != header:
             self.restarted = found is not None
-            self.note = "scored anew: the kept scores are of " + _difference(found, header) if found else ""
+            self.note = "begun anew: what was kept is of " + _difference(found, header) if found else ""
             os.ftruncate(self._file, 0)
             os.write(self._file, _line(header))
             self._start = len(_line(header))
@@ -77,21 +92,26 @@ class Journal:
             self._lines.append(value)
             self._ends.append(end)
 
-    def known(self, first: int, count: int) -> list[np.ndarray] | None:
-        """The values of `count` sequences from number `first` on, if all of them are there."""
-        if first + count > len(self._lines):
-            return None
-        return [np.array(line["log_probs"], dtype=np.float64) for line in self._lines[first : first + count]]
+    def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
+        """JSON values of the sequences from number `first` on, one for each of `places` (numbers of their prompts).
 
-    def add(self, first: int, batch: Sequence[Job], values: Sequence[np.ndarray], seconds: float) -> None:
-        """Write the values of one batch, whose first sequence has the number `first`."""
+        Where all of them are there they are not computed again; what is computed is written at once.
+        """
+        if first + len(places) <= len(self._lines):
+            return [line["value"] for line in self._lines[first : first + len(places)]]
+        started = time.perf_counter()
+        values = compute()
+        self._add(first, places, values, time.perf_counter() - started)
+        return values
+
+    def _add(self, first: int, places: Sequence[int], values: Sequence[Any], seconds: float) -> None:
         del self._lines[first:], self._ends[first:]
         os.ftruncate(self._file, self._ends[-1] if self._ends else self._start)
         peak, text = peak_memory_mib(), b""
         end = os.fstat(self._file).st_size
-        for number, (job, value) in enumerate(zip(batch, values, strict=True), start=first):
-            line = {"sequence": number, "row": self.names[job.prompt], "log_probs": value.tolist()}
-            line |= {"seconds": seconds / len(batch), "peak_memory_mib": peak}
+        for number, (place, value) in enumerate(zip(places, values, strict=True), start=first):
+            line = {"sequence": number, "row": self.names[place], "value": value}
+            line |= {"seconds": seconds / len(places), "peak_memory_mib": peak}
             text += _line(line)
             self._lines.append(line)
             self._ends.append(end + len(text))
@@ -99,17 +119,17 @@ class Journal:
 
     @property
     def rows(self) -> int:
-        """Number of different prompts that have scores."""
+        """Number of different prompts that are there."""
         return len({line["row"] for line in self._lines})
 
     @property
     def seconds(self) -> float:
-        """Time of all forward passes, also of earlier tries."""
+        """Time of all that is there, also of earlier tries."""
         return float(sum(line["seconds"] for line in self._lines))
 
     def describe(self) -> str:
         """What of the work was found done, in words; empty where nothing was there."""
-        return f"{self.rows} rows already scored" if self.rows else self.note
+        return f"{self.rows} {self.unit}" if self.rows else self.note
 
     def close(self) -> None:
         """Give the file free."""
@@ -125,27 +145,69 @@ class Journal:
 
 
 def open_journal(
-    path: Path,
-    model: str,
-    backend: Backend,
-    names: Sequence[str],
-    prompts: Sequence[list[int]],
-    answers: list[list[int]],
+    keep: Keep, unit: str, names: Sequence[str], prompts: Sequence[list[int]], settings: dict[str, Any], **asked: Any
 ) -> Journal:
     """The journal of one model on some prompts.
 
     Args:
-        model: hash of everything that the model is made of.
-        names: the rows' ids, in the prompts' order.
+        names: the prompts' ids, in their order.
+        settings: of the backend.
+        asked: what is asked of every prompt, JSON values: "labels", "spans" or "writing".
     """
-    header = {
-        "model": model,
-        "rows": sha256_json(list(names)),
-        "prompts": sha256_json(list(prompts)),
-        "labels": answers,
-        "settings": backend.settings,
-    }
-    return Journal(path, header, names)
+    header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
+    return Journal(keep.path, {**header, **asked, "settings": settings}, names, unit)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Work in progress.
+
+    Attributes:
+        journal: where it is kept; None where it is not.
+        found: what of it an interrupted try had done, in words; empty for nothing.
+    """
+
+    journal: Journal | None
+    progress: Progress
+    found: str
+    _before: float
+    _started: float
+
+    @property
+    def seconds(self) -> float:
+        """Time of all tries together."""
+        return self._before + time.perf_counter() - self._started
+
+    def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
+        """As `Journal.take`; always computed where nothing is kept."""
+        return compute() if self.journal is None else self.journal.take(first, places, compute)
+
+
+@contextlib.contextmanager
+def keeping(
+    keep: Keep | None,
+    what: str,
+    unit: str,
+    names: Sequence[str],
+    prompts: Sequence[list[int]],
+    settings: dict[str, Any] | None = None,
+    **asked: Any,
+) -> Iterator[Kept]:
+    """Work on prompts with a progress line that says what was found done.
+
+    Args:
+        keep: the file that gets the work as it comes; None = it is not kept.
+        what: the work in words.
+        unit, names, prompts, settings, asked: as for `open_journal`.
+    """
+    with contextlib.ExitStack() as stack:
+        journal, found, already, seconds = None, "", 0, 0.0
+        if keep is not None:
+            journal = stack.enter_context(open_journal(keep, unit, names, prompts, settings or {}, **asked))
+            found, already, seconds = journal.describe(), journal.rows, journal.seconds
+        words = f"{what} ({found})" if found else what
+        progress = stack.enter_context(Progress(words, len(prompts), already=already))
+        yield Kept(journal, progress, found, seconds, time.perf_counter())
 
 
 def journal_path(folder: Path, model: str | Path) -> Path:
@@ -182,5 +244,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Which parts of two headers differ, in words."""
     names = {"model": "another model", "rows": "other rows", "prompts": "other prompts", "labels": "other labels"}
+    names |= {"spans": "other answers", "writing": "another way of writing"}
     names |= {"settings": "other settings", "format": "another version"}
     return ", ".join(text for key, text in names.items() if found.get(key) != wanted.get(key)) or "another file"

@@ -1,150 +1,42 @@
-"""Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once.
-
-llama.cpp ends the process on what it takes for a programming error, so everything is checked before it is called: ids,
-lengths, tokens a batch, outputs a batch, sequences.
-"""
+"""Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.device import physical_cores
-from lib.errors import InputError
-from lib.models.gguf_file import check_gguf
 from lib.scoring.backend import Job, add_up, check_ids, common_prefix, make_jobs, run_batches
-from lib.scoring.llama_log import forget_errors, last_error, llama
+from lib.scoring.llama_context import OUTPUTS, SEQUENCES, LlamaContext
 
 if TYPE_CHECKING:
     from lib.progress import Progress
     from lib.scoring.journal import Journal
 
-_SEQUENCES = 8
-_OUTPUTS = 128
 _TOKENS_ON_CPU = 256
 """Tokens of several sequences that a CPU takes at once. The keys of all of them are looked at for every token, and the
 products of matrices gain nothing from more: 8 sequences of 100 tokens cost 8 % more than 256 tokens at a time."""
 
 
-_CACHE_TYPES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
-
-
-class LlamaCppBackend:
-    """A GGUF file opened by llama.cpp.
-
-    Args:
-        path: the file.
-        n_ctx: most tokens a prompt or window.
-        n_threads: CPU threads; 0 = physical cores.
-        n_gpu_layers: layers on the GPU; -1 = all.
-        cache_type: number format of keys and values, "f16" (as users run it) or "f32" (for exact comparison).
-        flash_attention: None lets llama.cpp choose; False for exact comparison.
-        n_outputs: most positions a batch whose logits are computed; llama.cpp reserves vocabulary × this × 4 bytes.
-
-    Raises:
-        InputError: not a GGUF file, or one that llama.cpp refuses (with its reason).
-    """
-
-    def __init__(
-        self,
-        path: Path | str,
-        n_ctx: int = 512,
-        n_threads: int = 0,
-        n_gpu_layers: int = 0,
-        cache_type: str = "f16",
-        flash_attention: bool | None = None,
-        n_outputs: int = _OUTPUTS,
-    ) -> None:
-        self._model = self._context = self._batch = None
-        self.path = check_gguf(path)
-        self._api = llama()
-        self.name = self.path.name
-        self.n_ctx, self.n_outputs = n_ctx, max(n_outputs, _OUTPUTS)
-        self.cache_type, self.flash_attention = cache_type, flash_attention
-        self.n_threads = n_threads or physical_cores()
-        self._open_model(n_gpu_layers)
-        self._open_context(n_gpu_layers, cache_type, flash_attention)
-        self._most_tokens = self.n_batch if n_gpu_layers else _TOKENS_ON_CPU
-        on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
-        self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
+class LlamaCppBackend(LlamaContext):
+    """Scores with a GGUF file; opened like a `LlamaContext`, scores as `lib.scoring.backend.Backend` says."""
 
     note = ""
     """What was done otherwise than usual: nothing."""
 
-    def _open_model(self, n_gpu_layers: int) -> None:
-        forget_errors()
-        parameters = self._api.llama_model_default_params()
-        parameters.n_gpu_layers = n_gpu_layers
-        self._model = self._api.llama_model_load_from_file(str(self.path).encode("utf-8"), parameters)
-        if not self._model:
-            reason = last_error() or "no reason given"
-            raise InputError(
-                f"llama.cpp cannot load {self.path}: {reason}.",
-                "a complete model of a kind that llama.cpp knows.",
-                "make or download the file again.",
-            )
-        self._vocab = self._api.llama_model_get_vocab(self._model)
-        self.vocab_size = self._api.llama_vocab_n_tokens(self._vocab)
-
-    def _open_context(self, n_gpu_layers: int, cache_type: str, flash_attention: bool | None) -> None:
-        api = self._api
-        parameters = api.llama_context_default_params()
-        self.n_batch = max(2048, self.n_ctx)
-        parameters.n_ctx = parameters.n_batch = self.n_batch
-        parameters.n_seq_max = _SEQUENCES
-        parameters.kv_unified = True
-        parameters.n_outputs_max = self.n_outputs
-        parameters.n_threads = parameters.n_threads_batch = self.n_threads
-        parameters.type_k = parameters.type_v = getattr(api, _CACHE_TYPES[cache_type])
-        parameters.offload_kqv = n_gpu_layers != 0
-        parameters.no_perf = True
-        if flash_attention is not None:
-            choice = "ENABLED" if flash_attention else "DISABLED"
-            parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{choice}")
-        forget_errors()
-        self._context = api.llama_init_from_model(self._model, parameters)
-        if not self._context:
-            self.close()
-            raise InputError(
-                f"llama.cpp cannot open {self.path} with {self.n_batch} tokens: {last_error() or 'no reason given'}.",
-                "enough memory for the context.",
-                "use a smaller context or a smaller model.",
-            )
-        self._memory = api.llama_get_memory(self._context)
-        self._batch = api.llama_batch_init(self.n_batch, 0, _SEQUENCES)
-
     @property
-    def begin_token(self) -> int | None:
-        """The token that this model wants at the beginning of every text; None for Qwen models."""
-        return self._api.llama_vocab_bos(self._vocab) if self._api.llama_vocab_get_add_bos(self._vocab) else None
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids by llama.cpp's own tokenizer, as its tools read a file: names of special tokens are plain text."""
-        raw = text.encode("utf-8")
-        ids = (self._api.llama_token * (len(raw) + 2))()
-        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), True, False)
-        if count < 0:
-            raise InputError(f"llama.cpp cannot tokenize {len(raw)} bytes.", "a shorter text.", "cut the text.")
-        return ids[:count]
-
-    def piece(self, token: int) -> bytes:
-        """The bytes of text that a token stands for; none for a special token."""
-        buffer = ctypes.create_string_buffer(256)
-        count = self._api.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[: max(0, count)]
+    def _most_tokens(self) -> int:
+        return self.n_batch if self.n_gpu_layers else _TOKENS_ON_CPU
 
     @property
     def settings(self) -> dict[str, Any]:
         """See `lib.scoring.backend.Backend`."""
         keys = ("n_ctx", "n_batch", "n_threads", "device", "cache_type", "flash_attention")
         version = metadata.version("llama_cpp_python")
-        more = {"sequences": _SEQUENCES, "tokens": self._most_tokens, "llama_cpp_python": version}
+        more = {"sequences": SEQUENCES, "tokens": self._most_tokens, "llama_cpp_python": version}
         return {**{key: getattr(self, key) for key in keys}, **more}
 
     def label_log_probs(
@@ -157,7 +49,7 @@ class LlamaCppBackend:
         """See `lib.scoring.backend.Backend`."""
         jobs = make_jobs(prompts, answers)
         check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
-        check_ids(answers, self.vocab_size, _OUTPUTS, self.name)
+        check_ids(answers, self.vocab_size, OUTPUTS, self.name)
         prefix, shared = common_prefix(jobs), False
 
         def run(group: Sequence[Job]) -> list[np.ndarray]:
@@ -177,7 +69,7 @@ class LlamaCppBackend:
         tokens, outputs, most = 0, 0, min(self._most_tokens, self.n_batch - shared)
         for job in jobs:
             more, wanted = len(job.ids) - shared, len(job.ids) - job.start
-            full = len(group) == _SEQUENCES or tokens + more > most or outputs + wanted > _OUTPUTS
+            full = len(group) == SEQUENCES or tokens + more > most or outputs + wanted > OUTPUTS
             if group and full:
                 yield group
                 group, tokens, outputs = [], 0, 0
@@ -188,9 +80,9 @@ class LlamaCppBackend:
 
     def _share(self, prefix: list[int]) -> None:
         """Compute the common beginning once, for all sequences."""
-        self._api.llama_memory_clear(self._memory, True)
-        everyone = range(_SEQUENCES)
-        self._decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
+        self.clear()
+        everyone = range(SEQUENCES)
+        self.decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
 
     def _run(self, group: Sequence[Job], shared: int) -> list[np.ndarray]:
         """The read log-probabilities of one batch; the cache holds only the shared beginning afterwards."""
@@ -199,16 +91,42 @@ class LlamaCppBackend:
             for s, job in enumerate(group)
             for position, token in enumerate(job.ids[shared:], start=shared)
         ]
-        self._decode(tokens)
+        self.decode(tokens)
         row, values = -shared, []
         for job in group:
-            logits = {p: self._logits(row + p) for p in range(job.start, len(job.ids))}
+            logits = {p: self.logits(row + p) for p in range(job.start, len(job.ids))}
             totals = {p: _log_sum_exp(row_logits) for p, row_logits in logits.items()}
             values.append(np.array([logits[p][token] - totals[p] for _, p, token in job.reads]))
             row += len(job.ids) - shared
         for s in range(len(group)):
-            self._api.llama_memory_seq_rm(self._memory, s, shared, -1)
+            self.forget(s, shared)
         return values
+
+    def read_log_probs(
+        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
+    ) -> list[np.ndarray]:
+        """See `lib.scoring.backend.Backend`; one sequence after another."""
+        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
+        return run_batches(([job] for job in jobs), self._run_alone, 1.0, progress, journal)
+
+    def _run_alone(self, batch: Sequence[Job]) -> list[np.ndarray]:
+        """One sequence: first what needs no logits, then pieces of as many positions as llama.cpp keeps."""
+        (job,) = batch
+        wanted: dict[int, list[int]] = {}
+        for number, (_, place, _) in enumerate(job.reads):
+            wanted.setdefault(place, []).append(number)
+        self.clear()
+        self.decode([(token, place, (0,), False) for place, token in enumerate(job.ids[: job.start])])
+        values = np.empty(len(job.reads))
+        for start in range(job.start, len(job.ids), OUTPUTS):
+            part = list(enumerate(job.ids[start : start + OUTPUTS], start))
+            self.decode([(token, place, (0,), place in wanted) for place, token in part])
+            for i, (place, _) in enumerate(part):
+                if place in wanted:
+                    logits = self.logits(i)
+                    tokens = [job.reads[number][2] for number in wanted[place]]
+                    values[wanted[place]] = logits[tokens] - _log_sum_exp(logits)
+        return [values]
 
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
         """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V).
@@ -216,16 +134,16 @@ class LlamaCppBackend:
         In one batch where `n_outputs` allows it, as llama-perplexity has it: the size of a batch changes the rounding.
         """
         check_ids([ids], self.vocab_size, self.n_ctx, self.name)
-        self._api.llama_memory_clear(self._memory, True)
+        self.clear()
         result = np.empty((len(ids) - first, self.vocab_size), dtype=np.float32)
         edges = [0, len(ids)]
         if len(ids) - first > self.n_outputs:
             edges = [*range(first, len(ids), self.n_outputs), len(ids)]
             edges = edges if first == 0 else [0, *edges]
         for start, end in itertools.pairwise(edges):
-            self._decode([(ids[p], p, (0,), p >= first) for p in range(start, end)])
+            self.decode([(ids[p], p, (0,), p >= first) for p in range(start, end)])
             for position in range(max(start, first), end):
-                result[position - first] = self._logits(position - start)
+                result[position - first] = self.logits(position - start)
         return result
 
     def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
@@ -234,53 +152,6 @@ class LlamaCppBackend:
         for row in result:
             row -= _log_sum_exp(row.astype(np.float64))
         return result
-
-    def _decode(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
-        """Run (token, position, sequences, wants logits) in one batch of at most `n_batch` tokens."""
-        if not tokens:
-            return
-        batch = self._batch
-        for i, (token, position, sequences, output) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, output
-            batch.n_seq_id[i] = len(sequences)
-            ids = batch.seq_id[i]
-            for k, sequence in enumerate(sequences):
-                ids[k] = sequence
-        batch.n_tokens = len(tokens)
-        forget_errors()
-        code = self._api.llama_decode(self._context, batch)
-        if code != 0:
-            raise InputError(
-                f"llama.cpp ended a batch of {self.name} with code {code}: {last_error() or 'no reason given'}.",
-                "code 0.",
-                "use a smaller context; if that does not help, make the file again.",
-            )
-
-    def _logits(self, index: int) -> np.ndarray:
-        """Logits of the batch's token `index`, float64, (V,)."""
-        pointer = self._api.llama_get_logits_ith(self._context, ctypes.c_int32(index))
-        if not pointer:
-            raise RuntimeError(f"llama.cpp has no logits for token {index} of the batch")
-        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float64)
-
-    def close(self) -> None:
-        """See `lib.scoring.backend.Backend`; may be called twice."""
-        if self._batch is not None:
-            self._api.llama_batch_free(self._batch)
-        if self._context:
-            self._api.llama_free(self._context)
-        if self._model:
-            self._api.llama_model_free(self._model)
-        self._model = self._context = self._batch = None
-
-    def __enter__(self) -> LlamaCppBackend:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def _log_sum_exp(logits: np.ndarray) -> float:

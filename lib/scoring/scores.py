@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +11,9 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.prompting import Task, encode, label_ids
-from lib.progress import Progress
 from lib.run.files import read_jsonl, write_jsonl
 from lib.scoring.backend import Backend
-from lib.scoring.journal import open_journal
+from lib.scoring.journal import SCORED, Keep, keeping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,14 +104,6 @@ class Scores:
         )
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Where scores are kept as they come (`lib.scoring.journal`), and the hash of the model that they are of."""
-
-    path: Path
-    model: str
-
-
 def score_rows(
     backend: Backend,
     tokenizer: PreTrainedTokenizerBase,
@@ -164,13 +153,6 @@ def kept_log_probs(
     keep: Keep | None = None,
 ) -> tuple[np.ndarray, float, str]:
     """log p(answer | prompt), (prompts, answers), the seconds of all tries together, and what was found done."""
-    with ExitStack() as stack:
-        journal, found, already, seconds = None, "", 0, 0.0
-        if keep is not None:
-            journal = stack.enter_context(open_journal(keep.path, keep.model, backend, names, prompts, answers))
-            found, already, seconds = journal.describe(), journal.rows, journal.seconds
-        started = time.perf_counter()
-        with Progress(f"{what} ({found})" if found else what, len(prompts), already=already) as progress:
-            kept = {} if journal is None else {"journal": journal}
-            values = backend.label_log_probs(prompts, answers, progress, **kept)
-        return values, seconds + time.perf_counter() - started, found
+    with keeping(keep, what, SCORED, names, prompts, backend.settings, labels=answers) as work:
+        values = backend.label_log_probs(prompts, answers, work.progress, work.journal)
+        return values, work.seconds, work.found

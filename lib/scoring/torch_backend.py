@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _HEAD_ROWS = 256
 """Positions whose logits are held at once: 256 rows of a vocabulary of 151,936 in float32 are 156 MB."""
+
+_TOKENS = 8192
+"""Most tokens of a forward pass over whole conversations, padding included."""
 
 _PASS = {"cpu": 48}
 _PASS_ELSEWHERE = 4096
@@ -101,6 +104,24 @@ class TransformersBackend:
         batches, share = self._batches(jobs, shared), len(prompts) / len(jobs)
         values = run_batches(batches, lambda batch: self._run(batch, shared), share, progress, journal)
         return add_up(jobs, values, (len(prompts), len(answers)))
+
+    def read_log_probs(
+        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
+    ) -> list[np.ndarray]:
+        """See `lib.scoring.backend.Backend`; long sequences make small batches."""
+        check_ids([job.ids for job in jobs], self.vocab_size, None, self.name)
+        return run_batches(self._by_tokens(jobs), self._run, 1.0, progress, journal)
+
+    def _by_tokens(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Jobs in order, cut into batches of at most `_TOKENS` tokens; a longer job is a batch alone."""
+        batch: list[Job] = []
+        for job in jobs:
+            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * len(job.ids) > _TOKENS):
+                yield batch
+                batch = []
+            batch.append(job)
+        if batch:
+            yield batch
 
     def _batches(self, jobs: Sequence[Job], shared: int) -> list[Sequence[Job]]:
         """Jobs in order (shortest first), cut where padding would cost more than another forward pass."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lib.models.conversations import (
@@ -16,8 +17,8 @@ from lib.models.conversations import (
     think_tags,
 )
 from lib.models.pieces import token_bytes
-from lib.progress import Progress
 from lib.scoring.generation import Feed, Sampling, Written, write
+from lib.scoring.journal import WRITTEN, Keep, keeping
 from lib.textmetrics import Answered, TermList, measure, read_stream
 
 
@@ -91,16 +92,24 @@ def write_all(
     ends: Collection[int],
     what: str,
     sampling: Sampling | None = None,
-) -> list[Written]:
-    """Answers to all prompts, one after another.
+    keep: Keep | None = None,
+    settings: dict[str, Any] | None = None,
+) -> tuple[list[Written], str]:
+    """Answers to all prompts, one after another, and what of them an interrupted try had written, in words.
 
     Args:
         start: gives the feed of a new text (`torch_feed`, `llama_feed`).
         what: the work in words for the progress line.
+        keep: a file that gets every answer as it comes; answers that are in it are not written again.
+        settings: of the backend, with `keep`.
     """
-    answers = []
-    with Progress(what, len(asked)) as progress:
-        for one in asked:
-            answers.append(write(start(), one.ids, most, ends, sampling))
-            progress.advance()
-    return answers
+    how = {"most": most, "ends": sorted(ends), "sampling": sampling and sampling.to_json()}
+    prompts, answers = [one.ids for one in asked], []
+    names = [str(place) for place in range(len(asked))]
+    with keeping(keep, what, WRITTEN, names, prompts, settings, writing=how) as work:
+        for place, ids in enumerate(prompts):
+            answer = functools.partial(write, start(), ids, most, ends, sampling)
+            (made,) = work.take(place, [place], lambda answer=answer: [asdict(answer())])
+            answers.append(Written(**made))
+            work.progress.advance()
+    return answers, work.found

@@ -115,7 +115,7 @@ def test_header_and_rows_of_the_file(small, tmp_path):
     assert header.keys() == {"format", "model", "rows", "prompts", "labels", "settings"}
     assert header["model"] == "abc" and header["settings"]["batch_size"] == 4
     assert {row["row"] for row in rows} == set(scores.ids) and len(rows) == 30
-    by_id = {row["row"]: row["log_probs"] for row in rows}
+    by_id = {row["row"]: row["value"] for row in rows}
     assert [by_id[name] for name in scores.ids] == scores.log_probs.tolist()
     assert scores.seconds > sum(row["seconds"] for row in rows) > 0
 
@@ -172,7 +172,7 @@ def test_another_question_begins_anew_and_says_so(small, tmp_path, change, words
     model = "other" if change == "model" else "m"
     found = score_rows(backend, small.tokenizer, task, rows, "scoring", Keep(path, model))
     said = capsys.readouterr().err
-    assert "scored anew: the kept scores are of" in said and words in said
+    assert "begun anew: what was kept is of" in said and words in said
     assert sum(counted.batches) == 30 and len(lines(path)) == 31
     np.testing.assert_array_equal(
         found.log_probs, score_rows(backend, small.tokenizer, task, rows, "scoring").log_probs
@@ -198,19 +198,19 @@ def test_two_processes_do_not_write_one_file(small, tmp_path):
 def test_several_sequences_a_prompt(small, tmp_path, counted, monkeypatch):
     """Answer words of several tokens: rows count once, and an interruption between their sequences changes nothing."""
     from lib.progress import Progress
-    from lib.scoring.journal import open_journal
+    from lib.scoring.journal import SCORED, open_journal
 
     prompts, answers = [[7, *range(i, i + 9)] for i in range(1, 12)], [[300], [301, 17, 40], [302, 9, 5]]
     backend = open_backend(small)
     expected = backend.label_log_probs(prompts, answers)
-    names = [str(i) for i in range(11)]
-    with open_journal(tmp_path / "s", "m", backend, names, prompts, answers) as journal:
+    asked = (Keep(tmp_path / "s", "m"), SCORED, [str(i) for i in range(11)], prompts, backend.settings)
+    with open_journal(*asked, labels=answers) as journal:
         backend.label_log_probs(prompts, answers, None, journal)
         assert journal.rows == 11
     kept = (tmp_path / "s").read_bytes().split(b"\n")
     assert len(kept) == 1 + 22 + 1
     (tmp_path / "s").write_bytes(b"\n".join(kept[:10]) + b"\n")
-    with open_journal(tmp_path / "s", "m", backend, names, prompts, answers) as journal:
+    with open_journal(*asked, labels=answers) as journal:
         assert journal.rows == 5
         progress = Progress("scoring", 11, already=journal.rows)
         found = backend.label_log_probs(prompts, answers, progress, journal)

@@ -15,12 +15,12 @@ from tests.scoring import tiny
 class Fixed:
     """A backend that answers from a table, by the prompt's length."""
 
-    name, device, vocab_size = "fixed", "nowhere", 512
+    name, device, vocab_size, settings = "fixed", "nowhere", 512, {}
 
     def __init__(self, values):
         self.values = np.array(values)
 
-    def label_log_probs(self, prompts, answers, progress=None):
+    def label_log_probs(self, prompts, answers, progress=None, journal=None):
         return self.values
 
     def window_log_probs(self, ids, first=0):
