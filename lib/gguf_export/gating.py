@@ -11,7 +11,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ from lib.gguf_export.tokens import HARD_STRINGS, compare_prompts, compare_tokens
 from lib.models.conversations import ASSISTANT, SYSTEM, USER, render_conversation
 from lib.models.gguf_file import read_tensors
 from lib.models.prompting import Task, encode, label_ids, render
+from lib.models.saved import affordable_dtype
 from lib.models.tasks import AnyTask, encode_row, spread, texts_of
 from lib.progress import Progress
+from lib.scoring.divergence import kl_divergence
 
 if TYPE_CHECKING:
     from lib.scoring.backend import Backend
@@ -155,19 +157,41 @@ def _store(backend: Backend, windows: list[Window], folder: Path, progress: Prog
 
 @dataclass
 class _Differences:
-    divergence: list[np.ndarray]
-    same_top: list[np.ndarray]
+    """What was found so far, position by position."""
+
+    divergence: list[float] = field(default_factory=list)
+    same_top: list[bool] = field(default_factory=list)
     largest: float = 0.0
 
     def add(self, p: np.ndarray, q: np.ndarray) -> None:
         """Compare (positions, vocabulary) log-probabilities, row by row, because the arrays are large."""
-        divergence = np.empty(len(p))
-        for i, (left, right) in enumerate(zip(p, q, strict=True)):
-            wide = left.astype(np.float64)
-            divergence[i] = max(0.0, float(np.sum(np.exp(wide) * (wide - right))))
+        for left, right in zip(p, q, strict=True):
+            self.divergence.append(float(kl_divergence(left, right)))
             self.largest = max(self.largest, float(np.abs(left - right).max()))
-        self.divergence.append(divergence)
-        self.same_top.append(p.argmax(-1) == q.argmax(-1))
+            self.same_top.append(bool(left.argmax() == right.argmax()))
+
+
+def _answers(
+    model_dir: Path, path: Path, arithmetic: str, n_threads: int, task: AnyTask, asked: tuple[Any, Any, Any]
+) -> tuple[_Differences, dict[str, float | None]]:
+    """Both models on the same prompts, windows and labels, one after the other in memory."""
+    encoded, windows, answers = asked
+    found = _Differences()
+    progress = Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows)))
+    with progress, tempfile.TemporaryDirectory(prefix="workbook-gate-") as name:
+        merged = _open_merged(model_dir, arithmetic)
+        merged_labels = _labels(merged, encoded, answers, progress)
+        _store(merged, windows, Path(name), progress)
+        merged.close()
+        del merged
+        gc.collect()
+        gguf = _open_gguf(path, task.max_seq_length, n_threads)
+        gguf_labels = _labels(gguf, encoded, answers, progress)
+        for i, ids in enumerate(windows):
+            found.add(np.load(Path(name) / f"{i}.npy", mmap_mode="r"), window_values(gguf, ids))
+            progress.advance()
+        gguf.close()
+    return found, _label_facts(merged_labels, gguf_labels)
 
 
 def gate(
@@ -193,35 +217,20 @@ def gate(
     texts = [*HARD_STRINGS, *(text for row in rows for text in texts_of(row)), *_rendered(tokenizer, task, rows)]
     tokens = compare_tokens(tokenizer, path, texts)
     prompts = compare_prompts(tokenizer, path, task, [*_hard_rows(task), *rows])
-    encoded, windows, answers = _token_ids(tokenizer, task, rows)
-    arithmetic = _arithmetic(model_dir)
-    found = _Differences([], [])
-    progress = Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows)))
-    with progress, tempfile.TemporaryDirectory(prefix="workbook-gate-") as name:
-        merged = _open_merged(model_dir, arithmetic)
-        merged_labels = _labels(merged, encoded, answers, progress)
-        _store(merged, windows, Path(name), progress)
-        merged.close()
-        del merged
-        gc.collect()
-        gguf = _open_gguf(path, task.max_seq_length, n_threads)
-        gguf_labels = _labels(gguf, encoded, answers, progress)
-        for i, ids in enumerate(windows):
-            found.add(np.load(Path(name) / f"{i}.npy", mmap_mode="r"), window_values(gguf, ids))
-            progress.advance()
-        gguf.close()
-    divergence = np.concatenate(found.divergence)
+    asked = encoded, windows, _ = _token_ids(tokenizer, task, rows)
+    arithmetic = affordable_dtype(model_dir)
+    found, labels = _answers(model_dir, path, arithmetic, n_threads, task, asked)
     report = GateReport(
         texts=len(texts),
         tokens=tokens,
         prompts=prompts,
         windows=len(windows),
-        positions=len(divergence),
-        mean_kld=float(divergence.mean()),
-        max_kld=float(divergence.max()),
-        same_top=float(np.concatenate(found.same_top).mean()),
+        positions=len(found.divergence),
+        mean_kld=float(np.mean(found.divergence)),
+        max_kld=max(found.divergence),
+        same_top=float(np.mean(found.same_top)),
         rows=len(encoded),
-        **_label_facts(merged_labels, gguf_labels),
+        **labels,
         max_log_prob_difference=found.largest,
         exact_limit=EXACT if arithmetic == "float32" and _holds_float32(path) else None,
         computed_in=arithmetic,
@@ -248,14 +257,6 @@ def _open_gguf(path: Path, n_ctx: int, n_threads: int) -> Backend:
     from lib.scoring import LlamaCppBackend
 
     return LlamaCppBackend(path, n_ctx, n_threads=n_threads, cache_type="f32", flash_attention=False)
-
-
-def _arithmetic(model_dir: Path) -> str:
-    """float32 where the merged model fits in memory so; else bfloat16."""
-    from lib.device import available_memory
-    from lib.models.weights import open_weights
-
-    return "float32" if open_weights(model_dir).parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
 def _refuse(report: GateReport, path: Path) -> None:

@@ -67,6 +67,12 @@ def _tokenize(api: Any, vocabulary: Any, text: bytes) -> list[int]:
     return list(buffer[:count])
 
 
+def _first_difference(found: Sequence[Any], wanted: Sequence[Any]) -> int:
+    """Index at which two unequal sequences part; the shorter one's end where it begins the other."""
+    pairs = zip(found, wanted, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
+
+
 def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequence[str]) -> int:
     """Check that both tokenizers give the same ids for every text (NFC; llama.cpp does not normalise).
 
@@ -80,7 +86,7 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
     for text, found in zip(texts, gguf_token_ids(path, texts), strict=True):
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != wanted:
-            first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
+            first = _first_difference(found, wanted)
             raise InputError(
                 f"{path.name} cuts {text[:60]!r} into other tokens than the merged model: "
                 f"{found[first : first + 6]} instead of {wanted[first : first + 6]} from token {first} on.",
@@ -127,7 +133,7 @@ def compare_prompts(
         wanted = render(tokenizer, task, row["text"]) if labelled else question(tokenizer, row["messages"], thinking)
         found = formatter(messages=messages, enable_thinking=thinking).prompt
         if found != wanted:
-            first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
+            first = _first_difference(found, wanted)
             raise InputError(
                 f"the template in {path.name} renders another prompt than the merged model's from character {first} "
                 f"on: {found[first : first + 40]!r} instead of {wanted[first : first + 40]!r}.",

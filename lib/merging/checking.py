@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.weights import open_weights
+from lib.models.saved import affordable_dtype
 from lib.progress import Progress
+from lib.scoring.divergence import kl_divergence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,21 +83,8 @@ def _log_probs(model: PreTrainedModel, prompts: Sequence[list[int]], progress: P
     return np.concatenate(rows)
 
 
-def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p ‖ q) of each row of two arrays of log-probabilities, nats, summed in float64."""
-    wide = p.astype(np.float64)
-    return np.maximum(np.sum(np.exp(wide) * (wide - q), axis=-1), 0.0)
-
-
 def _agreement(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.mean(p.argmax(axis=-1) == q.argmax(axis=-1)))
-
-
-def _arithmetic(folder: Path) -> str:
-    """float32 where the model fits in memory so; else bfloat16."""
-    from lib.device import available_memory
-
-    return "float32" if open_weights(folder).parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
 def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[int]], dtype: str) -> MergeCheck:
@@ -114,7 +102,7 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
     started = time.monotonic()
     if not prompts or min(len(ids) for ids in prompts) == 0:
         raise InputError("no prompt to check the merge with.", "a few prompts.", "give rows with text.")
-    arithmetic = _arithmetic(base)
+    arithmetic = affordable_dtype(base)
     with Progress("checking the merge (prompts)", 3 * len(prompts)) as progress:
         model = load_model(base, dtype=arithmetic, adapter=adapter)
         reference = _log_probs(model, prompts, progress)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.merging.checking import kl_divergence
 from lib.models.weights import INDEX, open_weights
 from lib.progress import Progress
+from lib.scoring.divergence import kl_divergence
 
 if TYPE_CHECKING:
     from lib.models.tasks import AnyTask

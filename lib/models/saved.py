@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib.device import available_memory
 from lib.errors import InputError
 from lib.models.loading import check_model_folder
 from lib.models.quiet import no_warnings, quiet
+from lib.models.weights import open_weights
 from lib.run.files import read_json
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ def count_weights(folder: Path) -> int:
         del config.quantization_config
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def affordable_dtype(folder: Path) -> str:
+    """Arithmetic for a check of a model folder: "float32" where its weights fit in memory so, else "bfloat16"."""
+    return "float32" if open_weights(folder).parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
 def load_as_saved(folder: Path) -> PreTrainedModel:

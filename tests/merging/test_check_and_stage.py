@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
 from lib.merging import merge
-from lib.merging.checking import _compare, check_merge, kl_divergence
+from lib.merging.checking import _compare, check_merge
 from lib.merging.folder import merge_folders
 from lib.plots import rows
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.run import Run
+from lib.scoring.divergence import kl_divergence
 from lib.settings import Settings
 from tests import tiny_run
 
