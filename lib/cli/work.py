@@ -194,13 +194,13 @@ def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Pat
         _writable_file(output)
     task = rows.task()
     found, source = rows.rows(task)
+    # The same command finds there what an interrupted one has scored.
+    keep = None if output is None else output.with_name(f".{output.name}.scores")
     if has_labels(task):
-        # The same command finds there what an interrupted one has scored.
-        keep = None if output is None else output.with_name(f".{output.name}.scores")
         result = evaluate_models(models, found, task, source, keep=keep, **options)
         quality = ("accuracy", "accuracy_interval", "macro_f1")
     else:
-        result = evaluate_models_by_answers(models, found, task, source, **options)
+        result = evaluate_models_by_answers(models, found, task, source, keep=keep, **options)
         quality = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
     if output is not None:
         write_json(output, result)

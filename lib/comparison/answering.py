@@ -53,13 +53,13 @@ def _judge(
 
 
 def _own(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    loss = scores.interval(groups, seed)
+    own = scores.figures(groups, seed)
     return {
         "n": len(scores.ids),
         "answer_tokens": int(scores.tokens.sum()),
-        "answer_loss": loss.estimate,
-        "answer_ppl": math.exp(loss.estimate),
-        "answer_ppl_interval": [math.exp(limit) for limit in loss.to_json()],
+        "answer_loss": own["loss"],
+        "answer_ppl": own["perplexity"],
+        "answer_ppl_interval": own["perplexity_interval"],
     }
 
 

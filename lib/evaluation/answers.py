@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.device import compute_dtype, device_name
-from lib.evaluation.written import PROMPTS_FILE, Questions, generated_rows, prompts_json, write_with
+from lib.evaluation.sides import BASE, FINETUNED, SHOWN, both_sides, facts_of, forget_kept
+from lib.evaluation.written import PROMPTS_FILE, Questions, Replies, generated_rows, prompts_json, write_with
 from lib.models.conversations import ConversationTask, EncodedConversation
 from lib.models.tasks import encode_row, read_task
 from lib.run.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.scoring.answers import AnswerScores, score_answers
-from lib.statistics import Interval, paired_bootstrap
+from lib.scoring.journal import Keep, found_done
+from lib.statistics import paired_bootstrap
 from lib.textmetrics import chrf_signature, read_prompts, read_terms, summarise
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lib.run import Product, Run, Work
+    from lib.scoring import Backend
     from lib.settings import Settings
 
-BASE, FINETUNED = "base", "finetuned"
-SHOWN = {BASE: "base", FINETUNED: "fine-tuned"}
 PARAMETERS = (
     *("per_device_eval_batch_size", "seed", "dtype"),
     *("generated_rows", "max_new_tokens", "terms", "prompts_file"),
@@ -76,6 +77,7 @@ def evaluate_answers(settings: Settings, run: Run) -> AnswerResult:
         parameters=settings.pick(*PARAMETERS) | _content(settings),
         inputs=("data", "adapter"),
         force=settings.force,
+        keep_partial=True,
     )
     task = read_task(run.require("data").path)
     scores = {name: AnswerScores.load(product.path / f"scores-{name}.jsonl") for name in (BASE, FINETUNED)}
@@ -90,85 +92,75 @@ def _content(settings: Settings) -> dict[str, Any]:
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
-    from lib.models.loading import base_of, load_tokenizer
+    from lib.models.loading import load_tokenizer
 
-    data, adapter = run.require("data"), run.require("adapter")
+    data = run.require("data")
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
-    tokenizer, base = load_tokenizer(data.path / "tokenizer"), base_of(run)
+    tokenizer = load_tokenizer(data.path / "tokenizer")
     dtype, reason = compute_dtype(settings.dtype)
-    in_4bit = adapter.entry.facts.get("method") == "QLoRA"
+    sides = both_sides(run, dtype)
     work.device = device_name()
     encoded = [encode_row(tokenizer, task, row) for row in rows]
     questions = Questions.of(settings, tokenizer, task, rows, encoded)
-    scores, answers, replies = {}, {}, {}
-    for name, path, quantized in ((BASE, None, False), (FINETUNED, adapter.path, in_4bit)):
-        scores[name], answers[name], replies[name] = _run_model(
-            name, base.path, path, quantized, dtype, settings, rows, encoded, questions
-        )
-        scores[name].save(work.folder / f"scores-{name}.jsonl")
-    write_jsonl(work.folder / "generated.jsonl", generated_rows(rows, questions, _by_shown(answers)))
-    measured = {SHOWN[name]: [answer["measured"] for answer in given] for name, given in answers.items()}
-    groups = [rows[i]["group"] for i in questions.chosen]
+    scores, wrote = {}, {}
+    for side in sides:
+        with side.opened(settings.per_device_eval_batch_size) as backend:
+            keep = side.keep(work.folder)
+            scores[side.name] = _score(backend, rows, encoded, keep)
+            wrote[side.name] = write_with(backend, questions, keep)
+        scores[side.name].save(work.folder / f"scores-{side.name}.jsonl")
     conditions = {"system_prompt": task.system_prompt, "device": work.device, "dtype": dtype}
-    write_json(work.folder / PROMPTS_FILE, prompts_json(questions, _by_shown(replies), conditions))
+    _write(work.folder, rows, questions, wrote, conditions)
     content = {
         "task": task.kind,
         "thinking": task.thinking,
-        "titles": {
-            BASE: f"{base.id} ({dtype})",
-            FINETUNED: f"{base.id} with the adapter ({'NF4 base, ' if in_4bit else ''}{dtype})",
-        },
-        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(groups)},
-        "answers": summarise(measured, groups, SHOWN[BASE]) if groups else [],
-        "chrf": chrf_signature(),
-        "terms": questions.terms and {"name": questions.terms.name, "terms": len(questions.terms)},
+        "titles": {side.name: side.title() for side in sides},
+        **_written(settings, rows, questions, wrote),
         "turns_cut": sum(conversation.turns_cut for conversation in encoded),
         "parts": summary(scores, rows, settings.seed),
     }
     write_json(work.folder / SUMMARY, content)
-    facts = data.entry.facts
-    work.facts |= {
-        **{key: facts[key] for key in ("task", "source", "sample_data", "prompt_hash") if key in facts},
-        "base_model": base.id,
-        "base_revision": base.revision,
-        "offline_base": base.offline,
-        "dtype": dtype,
-        "dtype_reason": reason,
-    }
+    forget_kept(work.folder)
+    found = {name: [scores[name].found, *wrote[name].found] for name in scores}
+    work.facts |= facts_of(run, sides[0], reason, "task") | {"found_done": found_done(found)}
     whole = content["parts"][ALL]
     work.metrics |= {"n": whole["n"], "tokens": whole["tokens"]}
-    work.metrics |= {f"{key}_{name}": whole[name][key] for name in (BASE, FINETUNED) for key in ("loss", "perplexity")}
+    work.metrics |= {f"{key}_{name}": whole[name][key] for name in scores for key in ("loss", "perplexity")}
 
 
-def _by_shown(answers: dict[str, Any]) -> dict[str, Any]:
-    return {SHOWN[name]: given for name, given in answers.items()}
-
-
-def _run_model(
-    name: str,
-    base: Path,
-    adapter: Path | None,
-    in_4bit: bool,
-    dtype: str,
-    settings: Settings,
-    rows: Sequence[dict[str, Any]],
-    encoded: Sequence[EncodedConversation],
-    questions: Questions,
-) -> tuple[AnswerScores, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Scores of one model, its own answers to test rows and to prompts; it is loaded for this and freed again."""
-    from lib.models.loading import load_model
-    from lib.scoring import TransformersBackend
-
-    model = load_model(base, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
-    backend = TransformersBackend(model, settings.per_device_eval_batch_size, f"the {SHOWN[name]} model")
+def _score(
+    backend: Backend, rows: Sequence[dict[str, Any]], encoded: Sequence[EncodedConversation], keep: Keep
+) -> AnswerScores:
     names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
-    try:
-        scores = score_answers(backend, names, ids, spans, f"scoring test answers with {backend.name}")
-        return scores, *write_with(model, questions, backend.name)
-    finally:
-        backend.close()
-        del model
-        gc.collect()
+    return score_answers(backend, names, ids, spans, f"scoring test answers with {backend.name}", keep)
+
+
+def _write(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    questions: Questions,
+    wrote: dict[str, Replies],
+    conditions: dict[str, Any],
+) -> None:
+    """What the models wrote, for reading."""
+    answers = {SHOWN[name]: own.answers for name, own in wrote.items()}
+    replies = {SHOWN[name]: own.replies for name, own in wrote.items()}
+    write_jsonl(folder / "generated.jsonl", generated_rows(rows, questions, answers))
+    write_json(folder / PROMPTS_FILE, prompts_json(questions, replies, conditions))
+
+
+def _written(
+    settings: Settings, rows: Sequence[dict[str, Any]], questions: Questions, wrote: dict[str, Replies]
+) -> dict[str, Any]:
+    """What the models wrote, in numbers."""
+    measured = {SHOWN[name]: [answer["measured"] for answer in own.answers] for name, own in wrote.items()}
+    groups = [rows[i]["group"] for i in questions.chosen]
+    return {
+        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(groups)},
+        "answers": summarise(measured, groups, SHOWN[BASE]) if groups else [],
+        "chrf": chrf_signature(),
+        "terms": questions.terms and {"name": questions.terms.name, "terms": len(questions.terms)},
+    }
 
 
 def summary(scores: dict[str, AnswerScores], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -181,25 +173,16 @@ def summary(scores: dict[str, AnswerScores], rows: Sequence[dict[str, Any]], see
         if not mask.any():
             continue
         base, tuned = (scores[name].subset(mask) for name in (BASE, FINETUNED))
-        losses = {name: own.interval(groups[mask], seed) for name, own in ((BASE, base), (FINETUNED, tuned))}
         change = paired_bootstrap(tuned.row_losses - base.row_losses, groups[mask], seed, weights=base.tokens)
         parts[part] = {
             "n": int(mask.sum()),
             "groups": len(np.unique(groups[mask])),
             "tokens": int(base.tokens.sum()),
-            **{name: _figures(loss) for name, loss in losses.items()},
+            BASE: base.figures(groups[mask], seed),
+            FINETUNED: tuned.figures(groups[mask], seed),
             "difference": change.estimate,
             "difference_interval": change.to_json(),
             "ratio": math.exp(change.estimate),
             "ratio_interval": [math.exp(limit) for limit in change.to_json()],
         }
     return parts
-
-
-def _figures(loss: Interval) -> dict[str, Any]:
-    return {
-        "loss": loss.estimate,
-        "loss_interval": loss.to_json(),
-        "perplexity": math.exp(loss.estimate),
-        "perplexity_interval": [math.exp(limit) for limit in loss.to_json()],
-    }

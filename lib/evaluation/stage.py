@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +12,18 @@ from lib import statistics
 from lib.device import compute_dtype, device_name
 from lib.evaluation.analysis import ALL, LEAK_FREE, ModelEvaluation, compare_with, evaluate_scores, subsets
 from lib.evaluation.answers import AnswerResult, evaluate_answers
+from lib.evaluation.sides import BASE, FINETUNED, SHOWN, both_sides, facts_of, forget_kept
 from lib.models.prompting import Task
 from lib.models.tasks import has_labels, read_task
-from lib.run.files import read_json, read_jsonl, sha256_json, write_json
-from lib.scoring import Keep, Scores, score_rows
+from lib.run.files import read_json, read_jsonl, write_json
+from lib.scoring import Scores, score_rows
+from lib.scoring.journal import found_done
 
 if TYPE_CHECKING:
-    from lib.models.loading import Base
     from lib.run import Product, Run, Work
     from lib.settings import Settings
 
-BASE, FINETUNED, FLOOR = "base", "finetuned", "linear floor"
-SHOWN = {FINETUNED: "fine-tuned"}
-"""How a model is called on pages, where that differs from its key."""
+FLOOR = "linear floor"
 PARAMETERS = ("per_device_eval_batch_size", "seed", "dtype", "equivalence_margin")
 
 
@@ -142,65 +140,26 @@ def evaluate(settings: Settings, run: Run) -> EvaluationResult | AnswerResult:
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
-    from lib.models.loading import base_of, load_tokenizer
+    from lib.models.loading import load_tokenizer
 
-    data, adapter = run.require("data"), run.require("adapter")
+    data = run.require("data")
     task, rows = Task.from_json(read_json(data.path / "task.json")), read_jsonl(data.path / "test.jsonl")
-    tokenizer, base = load_tokenizer(data.path / "tokenizer"), base_of(run)
+    tokenizer = load_tokenizer(data.path / "tokenizer")
     dtype, reason = compute_dtype(settings.dtype)
-    in_4bit = adapter.entry.facts.get("method") == "QLoRA"
     work.device = device_name()
-    plans = {BASE: (None, False, "the base model"), FINETUNED: (adapter.path, in_4bit, "the fine-tuned model")}
-    notes: dict[str, str] = {}
-    for name, (adapter_path, quantized, words) in plans.items():
-        weights = [base.id, base.revision, adapter.entry.digest if adapter_path else None, quantized, dtype]
-        keep = Keep(work.folder / f"kept-{name}.jsonl", sha256_json(weights))
-        scores, notes[name] = _score(base, adapter_path, quantized, dtype, settings, tokenizer, task, rows, words, keep)
-        scores.save(work.folder / f"scores-{name}.jsonl")
-    for name in plans:
-        (work.folder / f"kept-{name}.jsonl").unlink()
-    titles = {
-        BASE: f"{base.id}, zero-shot ({dtype})",
-        FINETUNED: f"{base.id} with the adapter ({'NF4 base, ' if in_4bit else ''}{dtype})",
-    }
-    work.facts |= {
-        **{key: data.entry.facts[key] for key in ("source", "sample_data", "prompt_hash") if key in data.entry.facts},
-        "base_model": base.id,
-        "base_revision": base.revision,
-        "offline_base": base.offline,
-        "dtype": dtype,
-        "dtype_reason": reason,
-    }
+    sides, notes, found = both_sides(run, dtype), {}, {}
+    for side in sides:
+        with side.opened(settings.per_device_eval_batch_size) as backend:
+            what = f"scoring test rows with {side.words}"
+            scores = score_rows(backend, tokenizer, task, rows, what, side.keep(work.folder))
+            notes[side.name], found[side.name] = backend.note, [scores.found]
+        scores.save(work.folder / f"scores-{side.name}.jsonl")
+    forget_kept(work.folder)
+    titles = {side.name: side.title(", zero-shot") for side in sides}
+    work.facts |= facts_of(run, sides[0], reason) | {"found_done": found_done(found)}
     result = _read(None, work.folder, data.path, settings, {"titles": titles, "scoring": notes})
     write_json(work.folder / "evaluation.json", result.to_json())
     work.metrics |= _headline(result)
-
-
-def _score(
-    base: Base,
-    adapter: Path | None,
-    in_4bit: bool,
-    dtype: str,
-    settings: Settings,
-    tokenizer: Any,
-    task: Task,
-    rows: list[dict[str, Any]],
-    words: str,
-    keep: Keep,
-) -> tuple[Scores, str]:
-    """Scores of one model, which is loaded for this and freed again, and the backend's note."""
-    from lib.models.loading import load_model
-    from lib.scoring import TransformersBackend
-
-    model = load_model(base.path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
-    backend = TransformersBackend(model, settings.per_device_eval_batch_size, words)
-    del model
-    try:
-        scores = score_rows(backend, tokenizer, task, rows, f"scoring test rows with {words}", keep)
-        return scores, backend.note
-    finally:
-        backend.close()
-        gc.collect()
 
 
 def _read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lib.evaluation.analysis import LEAK_FREE, evaluate_scores, subsets
 from lib.models.prompting import Task
 from lib.progress import say
 from lib.run.child import run_child
-from lib.run.files import read_json, read_jsonl, write_jsonl
+from lib.run.files import read_json, read_jsonl, sha256_json, write_jsonl
 from lib.run.folders import user_path
 from lib.scoring import Keep, Scores, score_rows
 from lib.scoring.journal import journal_path, kept_peak_memory_mib, model_hash
@@ -66,28 +66,46 @@ def evaluate_models(
         "n_threads": n_threads,
         "n_gpu_layers": n_gpu_layers,
     }
-    results = []
+    results = [
+        {"model": model, **_summary(Scores.load(path), rows, task), **answer}
+        for model, path, answer in each_in_a_child(
+            "lib.evaluation.standalone:score_in_child", models, rows, shared, keep
+        )
+    ]
+    described = {**(data or {}), "n": len(rows), "labels": list(task.label_names)}
+    return {"data": described, "models": results}
+
+
+def each_in_a_child(
+    function: str,
+    models: Sequence[str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    keep: Path | None,
+) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Score the rows with every model in a process of its own; `keep` is removed when all of them are done.
+
+    Args:
+        function: gets `shared`, "model", "rows" (file), "scores" (file to write) and "keep" (journal or None);
+            gives "peak_of_scoring", "found" and what it wants to say.
+
+    Yields:
+        the model, the file of its scores, and what else is known of it, with "peak_memory_mib".
+    """
     with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
         folder = Path(name)
         write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
         for number, model in enumerate(models):
-            argument = {
-                **shared,
-                "model": str(model),
-                "rows": str(folder / "rows.jsonl"),
-                "scores": str(folder / f"scores-{number}.jsonl"),
-                "keep": str(journal_path(keep, model)) if keep else None,
-            }
-            answer = run_child("lib.evaluation.standalone:score_in_child", argument, f"evaluating {model}")
+            scores = folder / f"scores-{number}.jsonl"
+            argument = {**shared, "model": str(model), "rows": str(folder / "rows.jsonl"), "scores": str(scores)}
+            argument["keep"] = str(journal_path(keep, model)) if keep else None
+            answer = run_child(function, argument, f"evaluating {model}")
             answer["peak_memory_mib"] = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
             if found := answer.pop("found"):
                 say(f"{model}: {found}")
-            scores = Scores.load(Path(argument["scores"]))
-            results.append({"model": str(model), **_summary(scores, rows, task), **answer})
+            yield str(model), scores, answer
     if keep is not None:
         shutil.rmtree(keep)
-    described = {**(data or {}), "n": len(rows), "labels": list(task.label_names)}
-    return {"data": described, "models": results}
 
 
 def _summary(scores: Scores, rows: Sequence[Mapping[str, Any]], task: Task) -> dict[str, Any]:
@@ -107,16 +125,26 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, save the scores; runs in the child process."""
     task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
     backend, tokenizer, files = open_model(argument, task.max_seq_length)
-    keep = Keep(Path(argument["keep"]), model_hash(*files)) if argument["keep"] else None
-    what = f"scoring rows with {Path(argument['model']).name}"
+    keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
     try:
         scores = score_rows(backend, tokenizer, task, rows, what, keep)
         note = backend.note
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))
-    peak = kept_peak_memory_mib(keep.path) if keep else 0.0
-    return {"device": backend.device, "note": note, "peak_of_scoring": peak, "found": scores.found}
+    return {"device": backend.device, "note": note, "peak_of_scoring": peak_kept(keep), "found": scores.found}
+
+
+def keep_of(argument: dict[str, Any], files: Sequence[Path]) -> Keep | None:
+    """Where the scores are kept as they come; a base in 4 bits is another model than its files."""
+    if argument["keep"] is None:
+        return None
+    return Keep(Path(argument["keep"]), sha256_json([model_hash(*files), argument["load_in_4bit"]]))
+
+
+def peak_kept(keep: Keep | None) -> float:
+    """Largest memory of the processes that scored before, MiB; 0 where nothing is kept."""
+    return kept_peak_memory_mib(keep.path) if keep else 0.0
 
 
 def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:

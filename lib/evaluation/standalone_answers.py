@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.evaluation.standalone import open_model
+from lib.evaluation.standalone import each_in_a_child, keep_of, open_model, peak_kept
 from lib.models.conversations import ASSISTANT, ConversationTask
 from lib.models.tasks import encode_row
-from lib.run.child import run_child
-from lib.run.files import read_json, read_jsonl, write_json, write_jsonl
+from lib.run.files import read_jsonl
 from lib.scoring.answers import AnswerScores, score_answers
 
 SEED = 42
@@ -27,6 +25,7 @@ def evaluate_models_by_answers(
     rows: Sequence[Mapping[str, Any]],
     task: ConversationTask,
     data: Mapping[str, Any] | None = None,
+    keep: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """How likely each model finds the reference answers of the same rows.
@@ -35,12 +34,12 @@ def evaluate_models_by_answers(
         models: hub ids, folders (a full model, or an adapter), or .gguf files; each has its own tokenizer.
         rows: {"id", "messages"}, with "group" and "leaked" where they were audited.
         data: description of the rows, put into the result.
-        options: as the keywords of `evaluate_models`, without `keep`.
+        keep, options: as the keywords of `evaluate_models`; all options must be given.
 
     Returns:
         {"data": {…, "n", "task"}, "models": [{"model", "n", "answer_tokens", "loss" (nats a token), "perplexity",
-        "perplexity_interval" (bootstrap over groups), "bits_per_character" (for models with other tokenizers),
-        "turns_cut", "leak_free" (the same on those rows; null without an audit), "seconds_per_sample",
+        "loss_interval", "perplexity_interval" (bootstrap over groups), "bits_per_character" (for models with other
+        tokenizers), "turns_cut", "leak_free" (the same on those rows; null without an audit), "seconds_per_sample",
         "peak_memory_mib", "device"}]}.
 
     Raises:
@@ -49,17 +48,11 @@ def evaluate_models_by_answers(
     """
     if not rows:
         raise InputError("no rows to evaluate on.", "at least one conversation.", "check --run and --max-samples.")
-    results = []
-    with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
-        folder = Path(name)
-        write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
-        for number, model in enumerate(models):
-            files = {key: str(folder / f"{key}-{number}") for key in ("scores", "facts")}
-            argument = {**options, **files, "task": task.to_json(), "model": str(model)}
-            argument["rows"] = str(folder / "rows.jsonl")
-            answer = run_child("lib.evaluation.standalone_answers:score_in_child", argument, f"evaluating {model}")
-            scores, facts = AnswerScores.load(Path(files["scores"])), read_json(Path(files["facts"]))
-            results.append({"model": str(model), **_summary(scores, facts, rows), **answer})
+    function = "lib.evaluation.standalone_answers:score_in_child"
+    results = [
+        {"model": model, **_summary(AnswerScores.load(path), answer.pop("facts"), rows), **answer}
+        for model, path, answer in each_in_a_child(function, models, rows, {**options, "task": task.to_json()}, keep)
+    ]
     return {"data": {**(data or {}), "n": len(rows), "task": task.kind}, "models": results}
 
 
@@ -80,13 +73,10 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def _figures(scores: AnswerScores, characters: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-    loss = scores.interval(groups, SEED)
     return {
         "n": len(scores.ids),
         "answer_tokens": int(scores.tokens.sum()),
-        "loss": loss.estimate,
-        "perplexity": math.exp(loss.estimate),
-        "perplexity_interval": [math.exp(limit) for limit in loss.to_json()],
+        **scores.figures(groups, SEED),
         "bits_per_character": float(-scores.log_probs.sum() / math.log(2) / characters.sum()),
     }
 
@@ -94,16 +84,16 @@ def _figures(scores: AnswerScores, characters: np.ndarray, groups: np.ndarray) -
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the answers of the rows, save the scores; runs in the child process."""
     task, rows = ConversationTask.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
-    backend, tokenizer, _ = open_model(argument, task.max_seq_length)
+    backend, tokenizer, files = open_model(argument, task.max_seq_length)
+    keep, what = keep_of(argument, files), f"scoring answers with {Path(argument['model']).name}"
     try:
         encoded = [encode_row(tokenizer, task, row) for row in rows]
         names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
-        scores = score_answers(backend, names, ids, spans, f"scoring answers with {Path(argument['model']).name}")
+        scores = score_answers(backend, names, ids, spans, what, keep)
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))
     answers = [[m["content"] for m in row["messages"] if m["role"] == ASSISTANT] for row in rows]
     kept = [texts[: len(e.spans)] for texts, e in zip(answers, encoded, strict=True)]
     facts = {"characters": [sum(map(len, texts)) for texts in kept], "turns_cut": [e.turns_cut for e in encoded]}
-    write_json(Path(argument["facts"]), facts)
-    return {"device": backend.device}
+    return {"device": backend.device, "facts": facts, "peak_of_scoring": peak_kept(keep), "found": scores.found}

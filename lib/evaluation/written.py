@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lib.models.tasks import spread
 from lib.scoring.generation import Sampling, end_ids, torch_feed
-from lib.scoring.writing import Asked, ask_prompt, ask_row, told, write_all
+from lib.scoring.writing import Asked, Writing, ask_prompt, ask_row, told, write_all
 from lib.textmetrics import TermList, read_prompts, read_terms
 
 if TYPE_CHECKING:
     from lib.models.conversations import ConversationTask, EncodedConversation
+    from lib.scoring import Keep, TransformersBackend
     from lib.settings import Settings
 
 PROMPTS_FILE = "counselling_prompts.json"
@@ -73,18 +74,42 @@ class Questions:
         )
 
 
-def write_with(model: Any, questions: Questions, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A model's greedy answers to the rows (see `told`), and {"greedy", "sampled"} answers to each prompt."""
-    ends, sampling = end_ids(questions.tokenizer), questions.sampling
+@dataclass(frozen=True)
+class Replies:
+    """What one model wrote.
+
+    Attributes:
+        answers: greedy, to the rows (see `told`).
+        replies: {"greedy", "sampled"} to each prompt.
+        found: what of them an interrupted try had written, in words.
+    """
+
+    answers: list[dict[str, Any]]
+    replies: list[dict[str, Any]]
+    found: list[str]
+
+
+def write_with(backend: TransformersBackend, questions: Questions, keep: Keep | None = None) -> Replies:
+    """Let a model answer.
+
+    Args:
+        keep: of the model's scores; beside it every answer is kept as it comes.
+    """
+    model, ends, found = backend.model, end_ids(questions.tokenizer), []
 
     def ask(asked: Sequence[Asked], what: str, drawn: Sampling | None = None) -> list[dict[str, Any]]:
-        written = write_all(lambda: torch_feed(model), asked, questions.most, ends, f"{what} of {name}", drawn)
+        plan = Writing(questions.most, ends, drawn, keep and keep.part(what.replace(" ", "-")), backend.settings)
+        written, done = write_all(lambda: torch_feed(model), asked, plan, what, backend.name)
+        found.append(done)
         rest = (questions.terms, questions.thinking)
         return [told(questions.tokenizer, one, made, *rest) for one, made in zip(asked, written, strict=True)]
 
     answers = ask(questions.asked, "answers")
-    greedy, drawn = ask(questions.prompts, "replies"), ask(questions.prompts, "drawn replies", sampling)
-    return answers, [{GREEDY: one, SAMPLED: other} for one, other in zip(greedy, drawn, strict=True)]
+    for prompt in questions.prompts[:1]:
+        torch_feed(model)(prompt.ids)  # latencies of a model that is warm, whatever was found done
+    greedy, drawn = ask(questions.prompts, "replies"), ask(questions.prompts, "drawn replies", questions.sampling)
+    replies = [{GREEDY: one, SAMPLED: other} for one, other in zip(greedy, drawn, strict=True)]
+    return Replies(answers, replies, found)
 
 
 def generated_rows(
@@ -116,7 +141,7 @@ def prompts_json(
         **conditions,
         "decoding": {GREEDY: most, SAMPLED: {**most, **questions.sampling.to_json()}},
         "latency": "first_token_seconds: reading the prompt, to the first token; tokens_per_second: the later tokens; "
-        "one prompt at a time, after the answers to the test rows, which warm up",
+        "one prompt at a time, the first one read once before to warm up",
         "prompts": [
             {**source, "answers": {name: own[place] for name, own in replies.items()}}
             for place, source in enumerate(questions.sources)

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from lib.run.files import read_jsonl, sha256_file, sha256_json
 
 _FORMAT = 2
 
-SCORED, WRITTEN = "rows already scored", "answers already written"
-"""What journals hold, in words."""
+SCORED = "rows already scored"
+"""What a journal of scores holds, in words."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Journal:
         path: the file; it is continued, or begun.
         header: what is asked, JSON values; the file is begun anew when another one stands there.
         names: the prompts' ids, for readers of the file.
-        unit: what it holds, in words (`SCORED`, `WRITTEN`).
+        unit: what it holds, in words as in "rows already scored".
 
     Attributes:
         note: how the file was found, in words; empty for a new one.
@@ -208,6 +208,12 @@ def keeping(
         words = f"{what} ({found})" if found else what
         progress = stack.enter_context(Progress(words, len(prompts), already=already))
         yield Kept(journal, progress, found, seconds, time.perf_counter())
+
+
+def found_done(found: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """For the manifest: by model, what of its work was found done; nothing where nothing was."""
+    words = {name: ", ".join(filter(None, parts)) for name, parts in found.items()}
+    return {name: text for name, text in words.items() if text}
 
 
 def journal_path(folder: Path, model: str | Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lib.models.conversations import (
@@ -18,7 +18,7 @@ from lib.models.conversations import (
 )
 from lib.models.pieces import token_bytes
 from lib.scoring.generation import Feed, Sampling, Written, write
-from lib.scoring.journal import WRITTEN, Keep, keeping
+from lib.scoring.journal import Keep, keeping
 from lib.textmetrics import Answered, TermList, measure, read_stream
 
 
@@ -85,30 +85,45 @@ def told(tokenizer: Any, asked: Asked, written: Written, terms: TermList | None,
     }
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How answers are written.
+
+    Attributes:
+        most: tokens at which an answer is cut.
+        ends: ids that end it.
+        sampling: None = greedy.
+        keep: a file that gets every answer as it comes; answers that are in it are not written again.
+        settings: of the backend, for `keep`.
+    """
+
+    most: int
+    ends: Collection[int]
+    sampling: Sampling | None = None
+    keep: Keep | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the answers beside the model."""
+        return {"most": self.most, "ends": sorted(self.ends), "sampling": self.sampling and self.sampling.to_json()}
+
+
 def write_all(
-    start: Callable[[], Feed],
-    asked: Sequence[Asked],
-    most: int,
-    ends: Collection[int],
-    what: str,
-    sampling: Sampling | None = None,
-    keep: Keep | None = None,
-    settings: dict[str, Any] | None = None,
+    start: Callable[[], Feed], asked: Sequence[Asked], how: Writing, what: str, name: str
 ) -> tuple[list[Written], str]:
     """Answers to all prompts, one after another, and what of them an interrupted try had written, in words.
 
     Args:
         start: gives the feed of a new text (`torch_feed`, `llama_feed`).
-        what: the work in words for the progress line.
-        keep: a file that gets every answer as it comes; answers that are in it are not written again.
-        settings: of the backend, with `keep`.
+        what: "answers" or another word for them.
+        name: who writes, in words.
     """
-    how = {"most": most, "ends": sorted(ends), "sampling": sampling and sampling.to_json()}
     prompts, answers = [one.ids for one in asked], []
     names = [str(place) for place in range(len(asked))]
-    with keeping(keep, what, WRITTEN, names, prompts, settings, writing=how) as work:
+    unit, question = f"{what} already written", how.to_json()
+    with keeping(how.keep, f"{what} of {name}", unit, names, prompts, how.settings, writing=question) as work:
         for place, ids in enumerate(prompts):
-            answer = functools.partial(write, start(), ids, most, ends, sampling)
+            answer = functools.partial(write, start(), ids, how.most, how.ends, how.sampling)
             (made,) = work.take(place, [place], lambda answer=answer: [asdict(answer())])
             answers.append(Written(**made))
             work.progress.advance()

@@ -11,13 +11,14 @@ import pytest
 
 from lib import plots
 from lib.errors import InputError
-from lib.evaluation.answers import BASE, FINETUNED, SHOWN
-from lib.evaluation.written import Questions, generated_rows, prompts_json, write_with
+from lib.evaluation.sides import BASE, FINETUNED, SHOWN
+from lib.evaluation.written import Questions, Replies, generated_rows, prompts_json, write_with
 from lib.models.conversations import ConversationTask
 from lib.models.loading import load_tokenizer
 from lib.models.pieces import token_bytes
 from lib.models.tasks import encode_row
 from lib.plots import written_rows
+from lib.scoring import Keep, TransformersBackend
 from lib.scoring.generation import end_ids, torch_feed, write
 from lib.scoring.writing import ask_prompt, ask_row
 from lib.settings import Settings
@@ -53,9 +54,13 @@ def questions(small: Tiny, tmp_path: Path, task: ConversationTask = TASK, **valu
     return Questions.of(Settings(**given), small.tokenizer, task, data, encoded)
 
 
+def answered(small: Tiny, asked: Questions, keep: Keep | None = None) -> Replies:  # noqa: F811
+    return write_with(TransformersBackend(small.model, name="a"), asked, keep)
+
+
 def test_rows_and_prompts_are_answered_measured_and_kept(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
     asked = questions(small, tmp_path)
-    first, again = write_with(small.model, asked, "a"), write_with(small.model, asked, "a")
+    first, again = ((found.answers, found.replies) for found in (answered(small, asked), answered(small, asked)))
     untimed = [
         [{key: value for key, value in answer.items() if "second" not in key} for answer in found[0]]
         for found in (first, again)
@@ -122,7 +127,7 @@ def test_the_prompts_of_real_models(name: str, opening: str, shared_data: Path) 
 
 def test_nothing_is_written_where_nothing_is_wanted(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
     asked = questions(small, tmp_path, generated_rows=0)
-    assert write_with(small.model, asked, "a") == ([], [])
+    assert answered(small, asked) == Replies([], [], ["", "", ""])
     with pytest.raises(InputError, match="terms: "):
         questions(small, tmp_path, terms=str(tmp_path / "absent.txt"))
 
@@ -130,7 +135,8 @@ def test_nothing_is_written_where_nothing_is_wanted(small: Tiny, tmp_path: Path)
 def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> SimpleNamespace:  # noqa: F811
     """A result as the stage makes it, both models the same."""
     asked = questions(small, tmp_path, task, generated_rows=wanted)
-    answers, replies = write_with(small.model, asked, "a")
+    found = answered(small, asked)
+    answers, replies = found.answers, found.replies
     own = {SHOWN[name]: answers for name in (BASE, FINETUNED)}
     measured = {name: [answer["measured"] for answer in given] for name, given in own.items()}
     part = {"n": 6, "ratio": 1.0, "ratio_interval": [0.9, 1.1]}
