@@ -9,7 +9,8 @@ import numpy as np
 
 from lib.statistics.intervals import Interval, paired_score_interval
 
-_AT_ONCE = 4_000_000
+_AT_ONCE = 200_000
+"""Numbers computed together: what fits into a cache is twice as fast."""
 
 
 def cluster_sums(
@@ -56,7 +57,7 @@ def clustered_score_interval(
     """Interval of a paired difference of two shares, rows in clusters.
 
     Tango's score interval on the counts divided by the design effect, as Rao & Scott (1992, Biometrics 48:577) do it
-    for clustered counts. Without clusters it is Tango's own. Unlike a bootstrap it does not vanish when no row changed.
+    for clustered counts. Unlike a bootstrap it does not vanish when no row changed.
 
     Args:
         change: (n,) -1 where only the reference is right, 1 where only the candidate is, else 0.

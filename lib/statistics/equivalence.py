@@ -25,7 +25,7 @@ def equivalence_paired(losses: float, gains: float, n: float, margin: float) -> 
     """Score TOST for paired right/wrong answers (Liu, Hsueh, Hsieh & Chen 2002, Stat. Med. 21:231).
 
     The variance is taken at the hypothesis (restricted maximum likelihood), so it holds with few changed rows.
-    p < alpha is the same as: Tango's interval of confidence 1 - 2·alpha lies within ±margin.
+    p < alpha is the same as: `paired_score_interval` of confidence 1 - 2·alpha lies within ±margin.
 
     Args:
         losses: rows only the reference got right; gains: rows only the candidate got right.

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+ADJUSTMENT = 0.25
+"""Continuity adjustment of paired counts, rows. Few changed rows make a coarse lattice, on which Tango's own interval
+covers down to 0.928 instead of 0.95; a quarter of a row is what keeps it at 0.943 and above (docs/LOG.md)."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -54,28 +58,36 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(share, low, high, confidence)
 
 
-def tango_statistic(delta: float, losses: float, gains: float, n: float) -> float:
-    """Tango's score statistic for the hypothesis that the true difference of `paired_score_interval` is `delta`."""
+def tango_statistic(delta: float, losses: float, gains: float, n: float, adjustment: float = ADJUSTMENT) -> float:
+    """Tango's score statistic for the hypothesis that the true difference of `paired_score_interval` is `delta`.
+
+    Continuity-adjusted as by Chang, Liu & Hou (2024, J. Appl. Stat. 51:139), and by Edwards for McNemar's test (which
+    it is for `delta` 0 and an adjustment of 1): the distance from the hypothesis is shortened by `adjustment` rows.
+    """
     # Restricted maximum-likelihood share q of losses: the larger root of 2n q² + b q + c = 0.
     b = delta * (2 * n + losses - gains) - losses - gains
     c = -losses * delta * (1 - delta)
     q = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
     variance = n * (2 * q + delta - delta * delta)
     distance = gains - losses - n * delta
-    if distance == 0:
+    if abs(distance) <= adjustment:
         return 0.0
+    distance -= math.copysign(adjustment, distance)
     return distance / math.sqrt(variance) if variance > 1e-300 else math.copysign(math.inf, distance)
 
 
-def paired_score_interval(losses: float, gains: float, n: float, confidence: float = 0.95) -> Interval:
+def paired_score_interval(
+    losses: float, gains: float, n: float, confidence: float = 0.95, adjustment: float = ADJUSTMENT
+) -> Interval:
     """Score interval of the paired difference (gains - losses) / n of two shares (Tango 1998, Stat. Med. 17:891).
 
-    Unlike a bootstrap it does not shrink to nothing when no row changed: for 0 of n it is ±z²/(n + z²).
+    Unlike a bootstrap it does not shrink to nothing when no row changed: for 0 of n it is about ±(z² + ½) / (n + z²).
 
     Args:
         losses: rows only the reference got right.
         gains: rows only the candidate got right.
         n: all rows. The three may be divided by a design effect.
+        adjustment: for continuity, rows; 0 gives Tango's own interval.
     """
     if n <= 0 or losses < 0 or gains < 0 or losses + gains > n * (1 + 1e-9):
         raise ValueError(f"need losses, gains >= 0 and losses + gains <= n, not {losses}, {gains}, {n}")
@@ -85,7 +97,7 @@ def paired_score_interval(losses: float, gains: float, n: float, confidence: flo
 
     def limit(sign: int) -> float:
         def excess(delta: float) -> float:
-            return min(max(tango_statistic(delta, losses, gains, n), -1e9), 1e9) - sign * z
+            return min(max(tango_statistic(delta, losses, gains, n, adjustment), -1e9), 1e9) - sign * z
 
         if sign * excess(-sign * edge) <= 0:
             return float(-sign)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
 
-def _critical(discordant: np.ndarray, alpha: float) -> np.ndarray:
-    """Largest count on the smaller side that exact McNemar still calls significant; -1 where none is."""
+@cache
+def _critical(rows: int, alpha: float) -> np.ndarray:
+    """Largest count on the smaller side that exact McNemar still calls significant, for 0 to rows discordant rows.
+
+    -1 where none is.
+    """
     from scipy.stats import binom
 
+    discordant = np.arange(rows + 1)
     count = binom.ppf(alpha / 2, discordant, 0.5)
     return np.where(2 * binom.cdf(count, discordant, 0.5) < alpha, count, count - 1)
 
@@ -31,14 +37,17 @@ def power_mcnemar(n: int, discordant_share: float, difference: float, alpha: flo
         raise ValueError(f"need n >= 1 and |difference| <= share <= 1, not {n}, {difference}, {discordant_share}")
     if discordant_share == 0:
         return 0.0
-    from scipy.stats import binom
+    # The functions behind scipy.stats.binom, which takes longer to check its arguments than to compute.
+    from scipy.special import bdtr, gammaln, xlog1py, xlogy
 
-    low, high = binom.ppf([1e-12, 1 - 1e-12], n, discordant_share)
-    discordant = np.arange(low, high + 1)
+    middle, reach = n * discordant_share, 8 * math.sqrt(n * discordant_share * (1 - discordant_share)) + 20
+    count = np.arange(max(0, math.floor(middle - reach)), min(n, math.ceil(middle + reach)) + 1)
+    ways = gammaln(n + 1) - gammaln(count + 1) - gammaln(n - count + 1)
+    chance = np.exp(ways + xlogy(count, discordant_share) + xlog1py(n - count, -discordant_share))
+    limit = _critical(1 << int(count[-1]).bit_length(), alpha)[count]
     side = (1 + abs(difference) / discordant_share) / 2
-    limit = _critical(discordant, alpha)
-    found = binom.cdf(limit, discordant, 1 - side) + binom.cdf(limit, discordant, side)
-    return float(np.sum(binom.pmf(discordant, n, discordant_share) * found))
+    found = bdtr(np.maximum(limit, 0), count, 1 - side) + bdtr(np.maximum(limit, 0), count, side)
+    return float(np.sum(chance * np.where(limit < 0, 0.0, found)))
 
 
 def power_curve(

@@ -18,6 +18,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from lib import statistics
 from lib.statistics import Interval
+from lib.statistics.intervals import tango_statistic
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
@@ -77,7 +78,7 @@ def test_holm_of_nothing():
 def test_score_interval_published_value():
     # Airway hyper-responsiveness, n = 21, discordant 7 and 1: Tango's limits in Fagerland, Lydersen & Laake,
     # Stat. Med. 2014;33:2850, table VI: -0.517 to -0.026.
-    interval = statistics.paired_score_interval(7, 1, 21)
+    interval = statistics.paired_score_interval(7, 1, 21, adjustment=0)
     assert interval.estimate == pytest.approx(-6 / 21)
     assert interval.to_json() == pytest.approx([-0.517, -0.026], abs=5e-4)
 
@@ -85,8 +86,26 @@ def test_score_interval_published_value():
 def test_score_interval_without_discordance():
     z2 = scipy.stats.norm.ppf(0.975) ** 2
     for n in (1, 20, 1200):
-        interval = statistics.paired_score_interval(0, 0, n)
-        assert interval.to_json() == pytest.approx([-z2 / (n + z2), z2 / (n + z2)], abs=1e-9)
+        own = statistics.paired_score_interval(0, 0, n, adjustment=0)
+        assert own.to_json() == pytest.approx([-z2 / (n + z2), z2 / (n + z2)], abs=1e-9)
+    # (n d - a)² = z² n d (1 - d), solved for d
+    a, n = 0.25, 1200
+    roots = np.roots([n * n + z2 * n, -(2 * a * n + z2 * n), a * a])
+    adjusted = statistics.paired_score_interval(0, 0, n)
+    assert adjusted.to_json() == pytest.approx([-max(roots), max(roots)], abs=1e-9)
+    assert adjusted.high == pytest.approx((z2 + 0.5) / (n + z2), rel=0.01)
+
+
+@pytest.mark.parametrize(("losses", "gains"), [(9, 2), (4, 0), (3, 3), (30, 12)])
+def test_score_statistic_at_zero_is_mcnemars(losses: int, gains: int):
+    """Edwards' correction is an adjustment of one row."""
+    table = [[100, losses], [gains, 50]]
+    for adjustment, corrected in ((0.0, False), (1.0, True)):
+        theirs = mcnemar(table, exact=False, correction=corrected)
+        if corrected and losses == gains:
+            continue  # statsmodels takes |0| - 1 for a distance of one
+        found = tango_statistic(0.0, losses, gains, 150 + losses + gains, adjustment)
+        assert 2 * scipy.stats.norm.sf(abs(found)) == pytest.approx(theirs.pvalue, abs=1e-12)
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 200))
