@@ -1,32 +1,38 @@
 """Do the statistics keep their word? False verdicts, coverage and power of `lib.statistics`, counted and simulated.
 
-    python benchmarks/simulate_statistics.py --json OUT.json [--runs 5]
+    python benchmarks/simulate_statistics.py --json OUT.json [--runs 5] [--only pages]
 
 Comparisons of two models row by row, at 200 to 1,200 rows and 0.5 to 10 % discordant rows (rows on which exactly one of
 the two is right). Independent rows are not simulated: the probability of every possible table is added up, so those
-figures are exact. Rows in groups of near-duplicates, margins and documents are simulated, `--runs` × 200 times a
-setting, seed 1; the standard error of a share of 0.95 is then 0.7 points at the default. The tables are printed.
+figures are exact. Rows in groups of near-duplicates, margins, documents and whole comparisons as 07 makes them
+(`simulated_pages`) are simulated, `--runs` × 200 times a setting, seed 1; the standard error of a share of 0.95 is then
+0.7 points at the default, 0.5 with `--runs 10`. The tables are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, norm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.simulated_pages import MARGIN_POINTS, groups, pages
 from lib import statistics
 from lib.progress import track
 from lib.run.files import write_json
 from lib.statistics import Interval
+from lib.statistics.intervals import ADJUSTMENT, tango_statistic
 
 ROWS = (200, 400, 865, 1200)
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
-MARGIN_POINTS = 1.0
+EXPECTED = (0.5, 1, 2, 3, *np.arange(3.5, 10.5, 0.5).tolist(), 12, 15, 20, 30, 50)
 _FLIPS = 999
 
 
@@ -57,13 +63,32 @@ def exact(n: int, share: float, difference: float) -> dict[str, Any]:
     return {"rows": n, "share": share, "difference": difference, **found}
 
 
-def groups(n: int, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Group of each row: "near-duplicates" = 15 % of the rows in groups of 2 to 5, "fours" = all in fours."""
-    if kind == "fours":
-        return np.arange(n) // 4
-    sizes = rng.integers(2, 6, n)
-    sizes = sizes[: np.searchsorted(np.cumsum(sizes), 0.15 * n)]
-    return np.repeat(np.arange(len(sizes) + n - sizes.sum()), [*sizes, *[1] * int(n - sizes.sum())])
+def lattice(n: int, expected: float, lost: float) -> tuple[float, float]:
+    """Coverage of the interval and of Tango's own (without the adjustment) for few discordant rows, exact.
+
+    Args:
+        expected: discordant rows. lost: share of them that the difference is, 0 to 1.
+    """
+    share, z = expected / n, float(norm.ppf(0.975))
+    difference, top = -lost * share, int(expected + 8 * expected**0.5 + 10)
+    losses, gains = np.meshgrid(np.arange(top), np.arange(top if lost < 1 else 1), indexing="ij")
+    p_loss, p_gain = (share - difference) / 2, (share + difference) / 2
+    chances = binom.pmf(losses, n, p_loss) * binom.pmf(gains, n - losses, p_gain / (1 - p_loss))
+    likely = chances > 1e-9
+    found = [0.0, 0.0]
+    for chance, b, c in zip(chances[likely], losses[likely].tolist(), gains[likely].tolist(), strict=True):
+        for i, adjustment in enumerate((ADJUSTMENT, 0.0)):
+            found[i] += chance * (abs(tango_statistic(difference, b, c, n, adjustment)) <= z)
+    return found[0], found[1]
+
+
+def few_discordant(expected: float) -> dict[str, Any]:
+    """The least, mean and largest coverage over numbers of rows and differences; see `lattice`."""
+    found = np.array([lattice(n, expected, lost) for n in (200, 400, 1200) for lost in np.linspace(0, 1, 11)])
+    row: dict[str, Any] = {"expected discordant rows": expected}
+    for name, values in zip(("coverage", "Tango's own"), found.T, strict=True):
+        row |= {name: float(values.mean()), f"{name}, least": values.min(), f"{name}, most": values.max()}
+    return row
 
 
 def clustered(n: int, share: float, difference: float, kind: str, times: int, rng: np.random.Generator) -> dict:
@@ -79,8 +104,7 @@ def clustered(n: int, share: float, difference: float, kind: str, times: int, rn
         plain = statistics.clustered_score_interval(change)
         hits += interval.low <= difference <= interval.high
         naive += plain.low <= difference <= plain.high
-        if interval.high < 0:
-            worse += statistics.sign_flip_test(change, group, i, _FLIPS) < 0.05
+        worse += statistics.compare(change < 1, change > -1, group, MARGIN_POINTS, i).verdict == "worse"
     figures = {"coverage": hits / times, "coverage_without_groups": naive / times, "worse": worse / times}
     return {"rows": n, "share": share, "difference": difference, "groups": kind, **figures}
 
@@ -132,34 +156,33 @@ def power(n: int, share: float) -> dict[str, Any]:
     return {"rows": n, "share": share, "mde": true, "mde_approximate": usual, "power_of_approximate": reached}
 
 
-def simulate(times: int) -> dict[str, list[dict[str, Any]]]:
-    """All tables.
-
-    Args:
-        times: simulated comparisons a setting.
-    """
-    rng = np.random.default_rng(1)
+def independent(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    """Tables of independent rows, all exact."""
     settings = [(n, share) for n in ROWS for share in SHARES]
-    nothing = [exact(n, s, 0.0) for n, s in track(settings, "independent rows, no difference")]
-    half = [exact(n, s, -s / 2) for n, s in track(settings, "independent rows, half of the share lost")]
-    edge = [exact(n, s, -MARGIN_POINTS / 100) for n, s in settings if s >= MARGIN_POINTS / 100]
+    return {
+        "no_difference": [exact(n, s, 0.0) for n, s in track(settings, "independent rows, no difference")],
+        "half_lost": [exact(n, s, -s / 2) for n, s in track(settings, "independent rows, half of the share lost")],
+        "at_the_margin": [exact(n, s, -MARGIN_POINTS / 100) for n, s in settings if s >= MARGIN_POINTS / 100],
+        "few_discordant": [few_discordant(float(expected)) for expected in track(EXPECTED, "few discordant rows")],
+        "power": [power(n, share) for n, share in settings],
+    }
+
+
+def dependent(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    """Tables of rows in groups, of margins and of documents."""
     pairs = [
         (n, s, f, k) for k in ("near-duplicates", "fours") for n, s in ((200, 0.05), (865, 0.02)) for f in (0, 0.5)
     ]
-    in_groups = [clustered(n, s, -f * s, k, times, rng) for n, s, f, k in track(pairs, "rows in groups")]
     kinds = [(n, kind) for n in (200, 865) for kind in MARGINS]
-    of_margins = [margins(n, kind, times, rng) for n, kind in track(kinds, "margins")]
     texts = [(count, uneven) for count in (10, 20, 30, 60) for uneven in (False, True)]
-    of_documents = [documents(count, uneven, times, rng) for count, uneven in track(texts, "documents")]
     return {
-        "no_difference": nothing,
-        "half_lost": half,
-        "at_the_margin": edge,
-        "groups": in_groups,
-        "margins": of_margins,
-        "documents": of_documents,
-        "power": [power(n, share) for n, share in settings],
+        "groups": [clustered(n, s, -f * s, k, times, rng) for n, s, f, k in track(pairs, "rows in groups")],
+        "margins": [margins(n, kind, times, rng) for n, kind in track(kinds, "margins")],
+        "documents": [documents(count, uneven, times, rng) for count, uneven in track(texts, "documents")],
     }
+
+
+PARTS = {"independent": independent, "dependent": dependent, "pages": pages}
 
 
 def markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
@@ -180,8 +203,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="OUT.json", help="where the tables go")
     parser.add_argument("--runs", type=int, default=5, help="200 simulated comparisons a setting for each")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     chosen = parser.parse_args()
-    tables = simulate(200 * chosen.runs)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name in [chosen.only] if chosen.only else PARTS:
+        tables |= PARTS[name](200 * chosen.runs, np.random.default_rng(1))
     write_json(chosen.json, {"name": "simulate_statistics", "times": 200 * chosen.runs, "seed": 1, **tables})
     print(markdown(tables))
 
