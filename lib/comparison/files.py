@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lib.comparison.advice import frontier, recommend
 from lib.comparison.agreement import agreements
-from lib.comparison.answering import judge_answers, recommend_answers
-from lib.comparison.ceilings import read_bytes
+from lib.comparison.answering import recommend_answers
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
-from lib.comparison.judging import Rows, judge
-from lib.comparison.running import SCORING, run_all, run_one, shared_argument
+from lib.comparison.entries import GGUF, Measured, conditions_of, entries_of, row_scores
+from lib.comparison.judging import Rows
+from lib.comparison.running import forget_scores, run_all, run_one, shared_argument
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, step_file
-from lib.device import cpu_name, llama_cpp_problem, physical_cores
+from lib.device import llama_cpp_problem, physical_cores
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.models.tasks import AnyTask, has_labels
 from lib.run.files import write_json
 from lib.run.folders import writable
-from lib.scoring import Scores
-from lib.scoring.answers import AnswerScores
+from lib.scoring.journal import found_done
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "comparison.json"
-GGUF, FOLDER = "gguf", "folder"
-"""Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
-
 _MIX = re.compile(r"-(MIX_\w+)$")
-
-_SPEED_KEYS = (
-    *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
-    *("generation_tokens_per_second", "generation_tokens_per_second_range"),
-)
 
 
 def compare_files(
@@ -60,6 +48,7 @@ def compare_files(
     train: Sequence[Mapping[str, Any]] = (),
     merged: Path | None = None,
     seed: int = 42,
+    forget: bool = True,
 ) -> dict[str, Any]:
     """Compare GGUF files and model folders with a reference on the same rows and on held-out text.
 
@@ -75,14 +64,15 @@ def compare_files(
         equivalence_margin: accuracy points that count as equivalent.
         perplexity_margin: percent of answer perplexity that count as equivalent, for rows without labels.
         train: training rows without labels, whose token frequencies are the least that the reference must beat.
-        merged: folder of the model that `reference` was converted from; its labels in transformers are compared too.
+        merged: folder of the model that `reference` was converted from; its scores in transformers are compared too.
+        forget: False leaves what was kept for an interruption, for more work (`lib.comparison.running`).
 
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
         the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
-        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes", and with
-        `merged` "steps": its name, and the file whose weights were also computed by transformers (`lib.comparison.
-        steps`).
+        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes",
+        "found_done" (by type: what an interrupted try had done, in words), and with `merged` "steps": its name, and
+        the file whose weights were also computed by transformers (`lib.comparison.steps`).
 
     Raises:
         InputError: a file that is missing, no GGUF, or that llama.cpp refuses or dies of (named); the same file twice;
@@ -90,69 +80,89 @@ def compare_files(
     """
     _check(reference, others, rows)
     writable(output)
-    if tokenizer is None:
-        from lib.models.gguf_tokenizer import tokenizer_from_gguf
-
-        tokenizer = tokenizer_from_gguf(reference)
-    work = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens)
+    tokenizer = tokenizer or _tokenizer_in(reference)
+    work, labelled = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens), has_labels(task)
     shared = shared_argument(work, rows, n_threads or physical_cores(), n_gpu_layers)
-    paths = [reference, *others]
-    answers = run_all(paths, shared, output)
-    names = _names(paths, [answer["file_type"] for answer in answers])
-    scores = {name: _scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
-    for name, score in scores.items():
-        score.save(output / f"scores-{name}.jsonl")
-    labelled = has_labels(task)
-    in_torch = None
-    if labelled and merged is not None:
-        answer = run_one("torch_worker:score_merged", merged, dict(shared), output, "scoring the merged model")
-        in_torch = (f"merged, transformers ({answer['dtype']})", _scores(rows, work, answer))
+    measured = _measure([reference, *others], rows, work, shared, output)
+    in_torch = merged and _merged(merged, shared, rows, work, output)
     margin = equivalence_margin if labelled else perplexity_margin
     floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
-    judged = {"equivalence_margin_points": margin}
-    if not labelled:
-        judged = {"perplexity_margin_percent": margin, "unigram_ppl": floor}
-    entries = _entries(names, paths, answers, scores, Rows.of(rows), margin, seed)
-    files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
-    best = frontier(files[1:])  # is about what a phone can run
-    recommended = recommend(files, margin) if labelled else recommend_answers(files, margin, floor)
+    limits = {"perplexity_margin_percent": margin, "unigram_ppl": floor}
+    limits = {"equivalence_margin_points": margin} if labelled else limits
+    notes = (f"{n}: {a['note']}" for n, a in zip(measured.names, measured.answers, strict=True) if a.get("note"))
     result = {
         "data": {**(source or {}), "rows": len(rows), "leak_free_rows": _leak_free(rows)},
-        "conditions": {**_conditions(answers[0], shared, work), **judged, "seed": seed},
-        "reference": names[0],
-        "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
-        "frontier": best,
-        "recommendation": recommended,
-        "agreement": agreements(scores, in_torch) if labelled else None,
-        "notes": [*work.notes, *(f"{n}: {a['note']}" for n, a in zip(names, answers, strict=True) if a.get("note"))],
+        "conditions": {**conditions_of(measured, shared, work), **limits, "seed": seed},
+        **_judge(measured, rows, margin, floor, labelled, seed),
+        "agreement": agreements(measured.scores, in_torch) if labelled else None,
+        "notes": [*work.notes, *notes],
+        "found_done": found_done({name: [score.found] for name, score in measured.scores.items()}),
     }
-    chosen = step_file(files[1:], recommended)
-    if in_torch is not None and chosen is not None:
-        argument = {**shared, "config": str(merged.resolve())}
-        what = f"scoring the weights of {chosen} in transformers"
-        answer = run_one("torch_worker:score_dequantized", paths[names.index(chosen)], argument, output, what)
-        in_torch[1].save(output / MERGED_SCORES)
-        _scores(rows, work, answer).save(output / DEQUANTIZED_SCORES)
+    files = [entry for entry in result["files"] if entry["kind"] == GGUF]
+    chosen = step_file(files[1:], result["recommendation"])
+    if in_torch and chosen is not None:
+        weights = _dequantized(measured, chosen, merged, shared, output)
+        row_scores(rows, work, weights).save(output / DEQUANTIZED_SCORES)
         result["steps"] = {"merged": in_torch[0], "file": chosen}
     write_json(output / SUMMARY, result)
-    shutil.rmtree(output / SCORING, ignore_errors=True)
+    if forget:
+        forget_scores(output)
     return result
+
+
+def _tokenizer_in(reference: Path) -> PreTrainedTokenizerBase:
+    from lib.models.gguf_tokenizer import tokenizer_from_gguf
+
+    return tokenizer_from_gguf(reference)
 
 
 def _leak_free(rows: Sequence[Mapping[str, Any]]) -> int | None:
     return sum(row.get("leaked") is False for row in rows) or None
 
 
-def _conditions(answer: Mapping[str, Any], shared: Mapping[str, Any], work: Work) -> dict[str, Any]:
-    """Where and how it was measured."""
+def _merged(
+    merged: Path, shared: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], work: Work, output: Path
+) -> tuple[str, Any]:
+    """The merged model in transformers: what it is, and its scores, which are saved."""
+    answer = run_one("torch_worker:score_merged", merged, shared, output, "scoring the merged model")
+    scores = row_scores(rows, work, answer)
+    scores.save(output / MERGED_SCORES)
+    return f"merged, transformers ({answer['dtype']})", scores
+
+
+def _dequantized(
+    measured: Measured, chosen: str, merged: Path, shared: Mapping[str, Any], output: Path
+) -> dict[str, Any]:
+    """The weights of the file at the end of the error ladder, computed by transformers."""
+    path, config = measured.paths[measured.names.index(chosen)], str(merged.resolve())
+    what = f"scoring the weights of {chosen} in transformers"
+    return run_one("torch_worker:score_dequantized", path, {**shared, "config": config}, output, what)
+
+
+def _measure(
+    paths: Sequence[Path], rows: Sequence[Mapping[str, Any]], work: Work, shared: Mapping[str, Any], output: Path
+) -> Measured:
+    """Run every file; per-row scores in `output`."""
+    answers = run_all(paths, shared, output)
+    names = _names(paths, [answer["file_type"] for answer in answers])
+    scores = {name: row_scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
+    for name, score in scores.items():
+        score.save(output / f"scores-{name}.jsonl")
+    return Measured(names, paths, answers, scores)
+
+
+def _judge(
+    measured: Measured, rows: Sequence[Mapping[str, Any]], margin: float, floor: float | None, labelled: bool, seed: int
+) -> dict[str, Any]:
+    """The parts of comparison.json that say what the scores mean."""
+    entries = entries_of(measured, Rows.of(rows), margin, seed)
+    files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
+    best = frontier(files[1:])  # is about what a phone can run
     return {
-        "device": answer["device"],
-        "processor": cpu_name(),
-        "n_threads": shared["n_threads"],
-        "thread_waiting": answer["thread_waiting"],
-        "n_gpu_layers": shared["n_gpu_layers"],
-        "window_tokens": len(work.windows[0]),
-        "windows": len(work.windows),
+        "reference": measured.names[0],
+        "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
+        "frontier": best,
+        "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
     }
 
 
@@ -198,83 +208,3 @@ def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]
         for path, recipe in zip(paths, recipes, strict=True)
     ]
     return [name if names.count(name) == 1 else f"{place}-{name}" for place, name in enumerate(names)]
-
-
-def _scores(rows: Sequence[Mapping[str, Any]], work: Work, answer: Mapping[str, Any]) -> Scores | AnswerScores:
-    """A child's numbers in the rows' own order."""
-    values = np.array(answer["log_probs"], dtype=np.float64)
-    log_probs = np.empty_like(values)
-    log_probs[work.order] = values
-    if work.spans:
-        tokens = np.empty(len(rows), dtype=np.int64)
-        tokens[work.order] = [sum(stop - start for start, stop in spans) for spans in work.spans]
-        return AnswerScores([row["id"] for row in rows], log_probs[:, 0], tokens, answer["score_seconds"])
-    labels = np.array([row["label"] for row in rows], dtype=np.int64)
-    return Scores([row["id"] for row in rows], labels, log_probs, work.truncated, answer["score_seconds"])
-
-
-def _entries(
-    names: Sequence[str],
-    paths: Sequence[Path],
-    answers: Sequence[Mapping[str, Any]],
-    scores: Mapping[str, Any],
-    rows: Rows,
-    margin: float,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """One entry a file, the reference first."""
-    reference, *others = names
-    reference_ppl = answers[0]["perplexity"]["ppl"]
-    labels = getattr(scores[reference], "labels", None)
-    decide = judge_answers if labels is None else judge
-    judged = decide(scores[reference], {name: scores[name] for name in others}, rows, margin, seed)
-    majority = {} if labels is None else {"majority_share": float(np.bincount(labels).max() / len(labels))}
-    entries = []
-    for name, path, answer in zip(names, paths, answers, strict=True):
-        entries.append(
-            {
-                "type": name,
-                "kind": FOLDER if path.is_dir() else GGUF,
-                "file": path.name,
-                "bytes": answer["bytes"],
-                "read_bytes": None if path.is_dir() else read_bytes(path, answer["tensor_bytes"]),
-                "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
-                **judged["" if name == reference else name],
-                **majority,
-                **_text_quality(answer, reference_ppl),
-                **{key: answer[key] for key in _SPEED_KEYS},
-                "seconds_per_sample": answer["score_seconds"] / len(rows.groups),
-                "peak_memory_mib": answer["memory_mib"],
-                "device": answer["device"],
-            }
-        )
-    return entries
-
-
-def _text_quality(answer: Mapping[str, Any], reference_ppl: float) -> dict[str, Any]:
-    """KL divergence and perplexity; the reference's divergence from itself is 0 by definition.
-
-    The ratio is taken to the reference's own perplexity: the one in a KlTable is of its rounded log-probabilities,
-    which end 16 nats below the likeliest token.
-    """
-    table = answer["divergence"]
-    if table is None:
-        own = answer["perplexity"]
-        zero = dict.fromkeys(("kld_mean", "kld_uncertainty", "kld_low", "kld_high", "kld_median"), 0.0)
-        text = {"n_tokens": own["n_tokens"], "ppl": own["ppl"], "ppl_uncertainty": own["uncertainty"]}
-        return {**zero, "kld_p99": 0.0, "kld_max": 0.0, "same_top": 1.0, **text, "ppl_ratio": 1.0}
-    half = 1.96 * table["uncertainty"]
-    return {
-        "kld_mean": table["mean"],
-        "kld_uncertainty": table["uncertainty"],
-        "kld_low": max(table["mean"] - half, 0.0),
-        "kld_high": table["mean"] + half,
-        "kld_median": table["median"],
-        "kld_p99": table["p99"],
-        "kld_max": table["max"],
-        "same_top": table["same_top"],
-        "n_tokens": table["n_tokens"],
-        "ppl": table["ppl"],
-        "ppl_uncertainty": table["ppl_uncertainty"],
-        "ppl_ratio": table["ppl"] / reference_ppl,
-    }

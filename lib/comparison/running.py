@@ -15,7 +15,7 @@ from lib.scoring.journal import journal_path
 
 _TEMPORARY = ".reference-"
 SCORING = ".scores"
-"""Folder of the scores that are kept as they come."""
+"""Folder of scores and answers that are kept as they come."""
 
 
 def shared_argument(work: Work, rows: Sequence[Mapping[str, Any]], threads: int, gpu_layers: int) -> dict[str, Any]:
@@ -48,12 +48,21 @@ def run_all(paths: Sequence[Path], shared: Mapping[str, Any], output: Path) -> l
     return answers
 
 
-def run_one(function: str, path: Path, argument: dict[str, Any], output: Path, what: str) -> dict[str, Any]:
-    """One process; the rows' scores are kept in `output` until the whole comparison is done."""
-    kind = function.rpartition("_")[2]  # one file may be scored in two ways
-    keep = journal_path(output / SCORING / kind, path.resolve())
-    argument |= {"path": str(path.resolve()), "keep": None if argument["spans"] else str(keep)}
-    answer = run_child(f"lib.comparison.{function}", argument, what)
+def run_one(function: str, path: Path, argument: Mapping[str, Any], output: Path, what: str) -> dict[str, Any]:
+    """One process; what it scores or writes is kept in `output` until the whole comparison is done.
+
+    Args:
+        function: "module:name" of this package; it gives "found": what was found done, in words.
+    """
+    name = function.partition(":")[2]  # one file may be scored in two ways
+    keep = journal_path(output / SCORING / name, path.resolve())
+    given = {**argument, "path": str(path.resolve()), "keep": str(keep)}
+    answer = run_child(f"lib.comparison.{function}", given, what)
     if answer["found"]:
         say(f"{path.name}: {answer['found']}")
     return answer
+
+
+def forget_scores(output: Path) -> None:
+    """Remove what was kept for an interruption."""
+    shutil.rmtree(output / SCORING, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lib.comparison.files import SUMMARY, compare_files
+from lib.comparison.running import forget_scores
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, error_ladder
 from lib.comparison.written import ROWS, WRITTEN, write_answers, written_parameters
 from lib.errors import InputError
@@ -16,6 +17,8 @@ from lib.models.tasks import has_labels, read_task
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, read_jsonl
 from lib.scoring import Scores
+from lib.scoring.answers import AnswerScores
+from lib.scoring.journal import found_done
 from lib.settings import Settings
 
 
@@ -34,8 +37,8 @@ class ComparisonResult:
         notes: what was done otherwise than asked.
         skipped: {"format", "reason"} of every export format that could not be made here.
         agreement: equal labels by margin for each pair of models (`lib.comparison.agreement`); none without labels.
-        steps: the error ladder, adapter to quantized file (`lib.comparison.steps.error_ladder`); empty without labels
-            or without a merged model.
+        steps: the error ladder, adapter to quantized file (`lib.comparison.steps.error_ladder`); empty without a merged
+            model.
         written: without labels what every GGUF file wrote to test rows, measured (`lib.comparison.written`): reference,
             decoding, chrf, terms, same_text, metrics; empty where nothing was written.
         generated: {"id", "question", "reference", "answers"} of those rows.
@@ -83,7 +86,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         "comparison",
         build,
         parameters=parameters if labelled else parameters | written_parameters(settings),
-        inputs=("data", "gguf", "quantized", "exports", *(["merged"] if labelled and _has_merged(run) else [])),
+        inputs=("data", "gguf", "quantized", "exports", *(["merged"] if _has_merged(run) else [])),
         force=settings.force,
         keep_partial=True,
     )
@@ -112,25 +115,27 @@ def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[dict[str, A
     if "steps" not in content:
         return ()
     name, reference = content["steps"]["file"], content["reference"]
+    conditions, data = content["conditions"], run.require("data").path
+    load = Scores.load if has_labels(read_task(data)) else AnswerScores.load
     steps = [
-        (content["steps"]["merged"], Scores.load(folder / MERGED_SCORES)),
-        (f"GGUF {reference}, llama.cpp", Scores.load(folder / f"scores-{reference}.jsonl")),
-        (f"weights of {name}, transformers (float32)", Scores.load(folder / DEQUANTIZED_SCORES)),
-        (f"{name}, llama.cpp", Scores.load(folder / f"scores-{name}.jsonl")),
+        (content["steps"]["merged"], load(folder / MERGED_SCORES)),
+        (f"GGUF {reference}, llama.cpp", load(folder / f"scores-{reference}.jsonl")),
+        (f"weights of {name}, transformers (float32)", load(folder / DEQUANTIZED_SCORES)),
+        (f"{name}, llama.cpp", load(folder / f"scores-{name}.jsonl")),
     ]
     tuned = run.folder / "evaluation" / "scores-finetuned.jsonl"
     if "evaluation" in run.manifest.entries() and tuned.is_file():
         facts = run.manifest.entries()["adapter"].facts
-        scores = Scores.load(tuned)
+        scores = load(tuned)
         if scores.ids == steps[0][1].ids:
             steps.insert(0, (f"adapter ({facts.get('method', 'LoRA')}), transformers", scores))
-    rows = {row["id"]: row for row in read_jsonl(run.require("data").path / "test.jsonl")}
+    rows = {row["id"]: row for row in read_jsonl(data / "test.jsonl")}
     groups = np.array([rows[i].get("group", i) for i in steps[0][1].ids])
-    return tuple(error_ladder(steps, groups))
+    return tuple(error_ladder(steps, groups, conditions.get("perplexity_margin_percent", 0.0), conditions["seed"]))
 
 
 def _has_merged(run: Run) -> bool:
-    """The merged folder may be deleted to save room once its GGUF is there; then its labels are not compared."""
+    """The merged folder may be deleted to save room once its GGUF is there; then it is not compared."""
     return "merged" in run.manifest.entries() and (run.folder / "merged").is_dir()
 
 
@@ -162,12 +167,18 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         equivalence_margin=settings.equivalence_margin,
         perplexity_margin=settings.perplexity_margin,
         train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
-        merged=run.require("merged").path if has_labels(task) and _has_merged(run) else None,
+        merged=run.require("merged").path if _has_merged(run) else None,
         seed=settings.seed,
+        forget=False,
     )
+    found = {name: [done] for name, done in result["found_done"].items()}
     if not has_labels(task):
         names = [entry["type"] for entry in result["files"]]  # the GGUF files stand before the folders
-        write_answers(dict(zip(names, [reference, *files], strict=False)), rows, task, tokenizer, settings, work.folder)
+        named = dict(zip(names, [reference, *files], strict=False))
+        for name, done in write_answers(named, rows, task, tokenizer, settings, work.folder).items():
+            found.setdefault(name, []).append(done)
+    forget_scores(work.folder)
+    work.facts["found_done"] = found_done(found)
     work.device = result["conditions"]["device"]
     work.notes += result["notes"]
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}

@@ -7,13 +7,15 @@ those → the quantized file in llama.cpp (its arithmetic, which rounds activati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lib.scoring import Scores
-from lib.statistics import clustered_mean, clustered_score_interval, wilson
+from lib.scoring.answers import AnswerScores
+from lib.statistics import clustered_mean, clustered_score_interval, design_effect, paired_bootstrap, wilson
 
 MERGED_SCORES, DEQUANTIZED_SCORES = "scores-merged.jsonl", "scores-dequantized.jsonl"
 """Scores of the merged model in transformers, and of one file's weights there, beside those of the files."""
@@ -38,40 +40,59 @@ def label_divergence(first: Scores, second: Scores) -> np.ndarray:
     return (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(axis=1).clip(min=0.0)
 
 
-def error_ladder(steps: Sequence[tuple[str, Scores]], groups: np.ndarray) -> list[dict[str, Any]]:
+def error_ladder(
+    steps: Sequence[tuple[str, Scores]] | Sequence[tuple[str, AnswerScores]],
+    groups: np.ndarray,
+    margin_percent: float = 1.0,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
     """Every step against the one before and against the first.
 
     Args:
-        steps: name and scores on the same rows, in order.
+        steps: name and scores on the same rows, in order; all with labels, or all without.
         groups: (n,) near-duplicate cluster of each row.
+        margin_percent: without labels: change of a row's perplexity that is not noticeable.
+        seed: of the bootstrap, without labels.
 
     Returns:
-        for each: "name", "n", "accuracy", "accuracy_interval" (Wilson), and "before" and "first": None for the first
-        step, else "kld" and "kld_interval" (mean KL divergence over the answer words, nats a row; clusters together),
-        "agreement" and "agreement_interval" (equal labels, Wilson), "accuracy_difference" and its interval.
+        for each "name" and "n", and "before" and "first": None for the first step. With labels "accuracy" and
+        "accuracy_interval" (Wilson); "before" and "first" hold "kld" and "kld_interval" (mean KL divergence over the
+        answer words, nats a row; clusters together), "agreement" and "agreement_interval" (equal labels, Wilson),
+        "accuracy_difference" and its interval. Without labels "tokens" and what `AnswerScores.figures` gives; "before"
+        and "first" hold "loss_difference" and its interval (nats a token, paired bootstrap over clusters), "moved" and
+        "moved_interval" (mean absolute change of a row's loss, nats a token; what cancels in the difference does not
+        cancel here), "agreement" and "agreement_interval" (rows whose perplexity changed by less than
+        `margin_percent`; Wilson, n divided by the design effect).
 
     Raises:
         ValueError: scores of different rows.
     """
+    labelled = isinstance(steps[0][1], Scores)
     entries = []
     for place, (name, scores) in enumerate(steps):
         if scores.ids != steps[0][1].ids:
             raise ValueError(f"{name} has scores of other rows")
-        share = wilson(int(scores.correct.sum()), len(scores.ids))
-        entries.append(
-            {
-                "name": name,
-                "n": len(scores.ids),
-                "accuracy": share.estimate,
-                "accuracy_interval": share.to_json(),
-                "before": _against(steps[place - 1][1], scores, groups) if place else None,
-                "first": _against(steps[0][1], scores, groups) if place else None,
-            }
-        )
+        own = _accuracy(scores) if labelled else _losses(scores, groups, seed)
+        entry = {"name": name, "n": len(scores.ids), **own, "before": None, "first": None}
+        for key, other in (("before", steps[max(0, place - 1)][1]), ("first", steps[0][1])):
+            if place and labelled:
+                entry[key] = _labels_against(other, scores, groups)
+            elif place:
+                entry[key] = _losses_against(other, scores, groups, margin_percent, seed)
+        entries.append(entry)
     return entries
 
 
-def _against(other: Scores, scores: Scores, groups: np.ndarray) -> dict[str, Any]:
+def _accuracy(scores: Scores) -> dict[str, Any]:
+    share = wilson(int(scores.correct.sum()), len(scores.ids))
+    return {"accuracy": share.estimate, "accuracy_interval": share.to_json()}
+
+
+def _losses(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"tokens": int(scores.tokens.sum()), **scores.figures(groups, seed)}
+
+
+def _labels_against(other: Scores, scores: Scores, groups: np.ndarray) -> dict[str, Any]:
     kld = clustered_mean(label_divergence(other, scores), groups)
     same = wilson(int((scores.predictions == other.predictions).sum()), len(scores.ids))
     change = clustered_score_interval(scores.correct.astype(np.int64) - other.correct, groups)
@@ -82,4 +103,23 @@ def _against(other: Scores, scores: Scores, groups: np.ndarray) -> dict[str, Any
         "agreement_interval": same.to_json(),
         "accuracy_difference": change.estimate,
         "accuracy_difference_interval": change.to_json(),
+    }
+
+
+def _losses_against(
+    other: AnswerScores, scores: AnswerScores, groups: np.ndarray, margin_percent: float, seed: int
+) -> dict[str, Any]:
+    change = scores.row_losses - other.row_losses
+    difference = paired_bootstrap(change, groups, seed, weights=scores.tokens)
+    moved = paired_bootstrap(np.abs(change), groups, seed, weights=scores.tokens)
+    alike = (np.abs(change) < math.log1p(margin_percent / 100)).astype(np.float64)
+    effect = design_effect(alike, groups)
+    same = wilson(alike.sum() / effect, len(alike) / effect)
+    return {
+        "loss_difference": difference.estimate,
+        "loss_difference_interval": difference.to_json(),
+        "moved": moved.estimate,
+        "moved_interval": moved.to_json(),
+        "agreement": same.estimate,
+        "agreement_interval": same.to_json(),
     }

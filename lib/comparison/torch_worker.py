@@ -69,7 +69,7 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_merged(argument: dict[str, Any]) -> dict[str, Any]:
-    """The labels alone, of the model that the files were made from: "log_probs", "score_seconds", "found", "dtype"."""
+    """The rows alone, by the model that the files were made from: "log_probs", "score_seconds", "found", "dtype"."""
     import torch
 
     from lib.models.saved import load_as_saved
@@ -86,7 +86,7 @@ def score_merged(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_dequantized(argument: dict[str, Any]) -> dict[str, Any]:
-    """The labels alone, of a GGUF file's weights turned back to float32 and computed by transformers.
+    """The rows alone, by a GGUF file's weights turned back to float32 and computed by transformers.
 
     Args:
         argument: as for `score_merged`; "path" is the GGUF file, "config" the folder of the model it was made from.

@@ -8,22 +8,20 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from lib.comparison.speed import measure
 from lib.errors import InputError
-from lib.progress import Progress
 from lib.run.child import peak_memory_mib
 from lib.run.files import require_space
-from lib.scoring.answers import token_log_probs
+from lib.scoring.answers import score_answers
 from lib.scoring.backend import Backend
-from lib.scoring.journal import kept_peak_memory_mib, model_hash
+from lib.scoring.journal import Keep, kept_peak_memory_mib, model_hash
 from lib.scoring.llama import LlamaCppBackend
 from lib.scoring.perplexity import kl_table, perplexity
-from lib.scoring.scores import Keep, kept_log_probs
+from lib.scoring.scores import kept_log_probs
 
 WAIT_POLICY = "passive"
 """How llama.cpp's threads wait for one another (OMP_WAIT_POLICY)."""
@@ -60,15 +58,14 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         argument: "path", "names" (of the rows), "prompts", "answers" and "windows" (token ids), "keep" (file for the
-            scores as they come, or None), "spans" (of the answers, without labels),
-            "n_ctx" (longest sequence), "n_threads", "n_gpu_layers", "reference" (file of the reference's
-            log-probabilities), "is_reference" (write that file).
+            scores as they come), "spans" (of the answers; empty with labels), "n_ctx" (longest sequence), "n_threads",
+            "n_gpu_layers", "reference" (file of the reference's log-probabilities), "is_reference" (write that file).
 
     Returns:
         what `measure` gives, "log_probs", "score_seconds", "found" (what of it was done already, in words),
         "memory_mib" (peak while loading, timing and scoring; the reference's log-probabilities, which only this
-        comparison needs, are not in it), "divergence" (a KlTable as a
-        dict; null for the reference) and "perplexity" (a Perplexity as a dict; null for the others).
+        comparison needs, are not in it), "divergence" (a KlTable as a dict; null for the reference) and "perplexity"
+        (a Perplexity as a dict; null for the others).
     """
     # Threads that wait must sleep: spinning ones slow llama.cpp down a hundredfold when the cores are shared. Read by
     # the OpenMP library when llama.cpp is loaded, so it has to be set before.
@@ -104,18 +101,20 @@ def row_log_probs(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:
     Returns:
         "values" (the array), "score_seconds", "found" and "memory_mib" (see `score_file`).
     """
-    prompts, what = argument["prompts"], f"scoring rows with {backend.name}"
-    if argument.get("spans"):
-        started = perf_counter()
-        with Progress(what, len(prompts)) as progress:
-            found = token_log_probs(backend, prompts, argument["spans"], progress)
-        values = np.array([[value.sum()] for value in found])
-        seconds = perf_counter() - started
-        return {"values": values, "score_seconds": seconds, "found": "", "memory_mib": peak_memory_mib()}
-    keep = Keep(Path(argument["keep"]), model_hash(Path(argument["path"]))) if argument.get("keep") else None
-    values, seconds, words = kept_log_probs(backend, argument["names"], prompts, argument["answers"], what, keep)
-    memory = max(peak_memory_mib(), kept_peak_memory_mib(keep.path) if keep else 0.0)
+    keep, what = keep_of(argument), f"scoring rows with {backend.name}"
+    names, prompts = argument["names"], argument["prompts"]
+    if argument["spans"]:
+        scores = score_answers(backend, names, prompts, argument["spans"], what, keep)
+        values, seconds, words = scores.log_probs[:, None], scores.seconds, scores.found
+    else:
+        values, seconds, words = kept_log_probs(backend, names, prompts, argument["answers"], what, keep)
+    memory = max(peak_memory_mib(), kept_peak_memory_mib(keep.path))
     return {"values": values, "score_seconds": seconds, "found": words, "memory_mib": memory}
+
+
+def keep_of(argument: dict[str, Any]) -> Keep:
+    """Where the work on a file or folder is kept as it comes."""
+    return Keep(Path(argument["keep"]), model_hash(Path(argument["path"])))
 
 
 class _Recorder:

@@ -8,14 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.comparison.worker import WAIT_POLICY
+from lib.comparison.running import run_one
+from lib.comparison.worker import WAIT_POLICY, keep_of
 from lib.device import physical_cores
 from lib.models.tasks import encode_row, spread
-from lib.run.child import run_child
 from lib.run.files import write_json, write_jsonl
 from lib.scoring.generation import Written, end_ids, llama_feed
-from lib.scoring.writing import Asked, ask_row, told, write_all
-from lib.textmetrics import chrf_signature, read_terms, summarise
+from lib.scoring.journal import found_done
+from lib.scoring.writing import Asked, Writing, ask_row, told, write_all
+from lib.textmetrics import TermList, chrf_signature, read_terms, summarise
 
 if TYPE_CHECKING:
     from lib.models.conversations import ConversationTask
@@ -42,7 +43,7 @@ def write_answers(
     tokenizer: Any,
     settings: Settings,
     output: Path,
-) -> None:
+) -> dict[str, str]:
     """Let every file answer the same test rows greedily; written.json and generated.jsonl in `output`.
 
     Nothing is written with `generated_rows: 0`.
@@ -50,11 +51,14 @@ def write_answers(
     Args:
         files: type -> GGUF file, the reference first.
 
+    Returns:
+        by type, what an interrupted try had written, in words.
+
     Raises:
         InputError: a file that llama.cpp refuses or dies of.
     """
     if not settings.generated_rows:
-        return
+        return {}
     terms = read_terms(settings.terms)
     chosen = spread(range(len(rows)), settings.generated_rows)
     asked = [ask_row(tokenizer, dict(rows[i]), encode_row(tokenizer, task, rows[i])) for i in chosen]
@@ -65,26 +69,39 @@ def write_answers(
         "n_threads": settings.n_threads or physical_cores(),
         "n_gpu_layers": settings.n_gpu_layers,
     }
-    answers = {}
-    for name, path in files.items():
-        made = run_child("lib.comparison.written:write_file", {**argument, "path": str(path)}, f"answers of {name}")
-        answers[name] = [
+    made = {
+        name: run_one("written:write_file", path, argument, output, f"answers of {name}")
+        for name, path in files.items()
+    }
+    answers = {
+        name: [
             told(tokenizer, one, Written(**written), terms, task.thinking)
-            for one, written in zip(asked, made["written"], strict=True)
+            for one, written in zip(asked, own["written"], strict=True)
         ]
-    reference = next(iter(files))
+        for name, own in made.items()
+    }
+    write_json(output / WRITTEN, _measured(answers, [rows[i].get("group", i) for i in chosen], settings, terms))
+    write_jsonl(output / ROWS, _readable([rows[i] for i in chosen], asked, answers))
+    return found_done({name: [own["found"]] for name, own in made.items()})
+
+
+def _measured(
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    groups: Sequence[int],
+    settings: Settings,
+    terms: TermList | None,
+) -> dict[str, Any]:
+    """The content of written.json; the first of `answers` is the reference."""
+    reference = next(iter(answers))
     measured = {name: [answer["measured"] for answer in given] for name, given in answers.items()}
-    groups = [rows[i].get("group", i) for i in chosen]
-    content = {
+    return {
         "reference": reference,
-        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(chosen)},
+        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(groups)},
         "chrf": chrf_signature(),
         "terms": terms and {"name": terms.name, "terms": len(terms)},
         "same_text": _same_text(answers, reference),
         "metrics": summarise(measured, groups, reference),
     }
-    write_json(output / WRITTEN, content)
-    write_jsonl(output / ROWS, _readable([rows[i] for i in chosen], asked, answers))
 
 
 def _same_text(answers: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> dict[str, int]:
@@ -116,10 +133,11 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
     """Answers of one file, in a process of its own.
 
     Args:
-        argument: "path", "asked" (token ids of every prompt), "ends", "most", "n_threads", "n_gpu_layers".
+        argument: "path", "asked" (token ids of every prompt), "ends", "most", "n_threads", "n_gpu_layers", "keep" (file
+            for the answers as they come).
 
     Returns:
-        {"written": fields of a Written, one a prompt}.
+        {"written": fields of a Written, one a prompt; "found": what of them was there, in words}.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
     from lib.scoring.llama import LlamaCppBackend
@@ -128,6 +146,6 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
     context = max(len(one.ids) for one in asked) + argument["most"]
     path = Path(argument["path"])
     with LlamaCppBackend(path, context, argument["n_threads"], argument["n_gpu_layers"]) as backend:
-        ends = argument["ends"]
-        written = write_all(lambda: llama_feed(backend), asked, argument["most"], ends, f"answers of {path.name}")
-    return {"written": [asdict(one) for one in written]}
+        how = Writing(argument["most"], argument["ends"], keep=keep_of(argument), settings=backend.settings)
+        written, found = write_all(lambda: llama_feed(backend), asked, how, "answers", path.name)
+    return {"written": [asdict(one) for one in written], "found": found}

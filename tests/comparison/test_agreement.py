@@ -82,7 +82,7 @@ def test_interrupted_comparison_continues(
     with pytest.raises(KeyboardInterrupt):
         compare()
     assert [path.name for path in tmp_path.iterdir()] == [".scores"]
-    kept = {path.name: path.read_text() for path in (tmp_path / ".scores" / "file").iterdir()}
+    kept = {path.name: path.read_text() for path in (tmp_path / ".scores" / "score_file").iterdir()}
     assert [text.count("\n") for text in kept.values()] == [41, 41]
     capsys.readouterr()
     compare()
@@ -92,7 +92,7 @@ def test_interrupted_comparison_continues(
     assert not (tmp_path / ".scores").exists()
     for text in kept.values():
         lines = [json.loads(line) for line in text.splitlines()[1:]]
-        values = {line["row"]: line["log_probs"] for line in lines}
+        values = {line["row"]: line["value"] for line in lines}
         assert any(
             [values[i] for i in scores.ids] == scores.log_probs.tolist()
             for scores in (Scores.load(path) for path in tmp_path.glob("scores-*.jsonl"))

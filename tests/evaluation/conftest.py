@@ -24,6 +24,19 @@ def test_rows() -> list[dict]:
 test_rows.__test__ = False
 
 
+def conversations(count: int, thinking: bool = False) -> list[dict]:
+    """Conversations of two exchanges."""
+    thought = "<think>\n想一想\n</think>\n\n" if thinking else ""
+    texts = tiny.texts(4 * count)
+    made = []
+    for i in range(count):
+        q1, a1, q2, a2 = texts[4 * i : 4 * i + 4]
+        turns = [("system", "你是助手。"), ("user", q1), ("assistant", a1), ("user", q2), ("assistant", thought + a2)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        made.append({"id": f"test-{i:05d}", "messages": messages, "group": i, "leaked": False})
+    return made
+
+
 def save_adapter(small: Tiny, folder: Path) -> None:  # noqa: F811
     """A random LoRA adapter of the tiny model."""
     import torch
@@ -58,6 +71,30 @@ def run(small: Tiny, home: Path) -> Run:  # noqa: F811
             "offline_base": False,
             "prompt_hash": "0",
         }
+
+    def adapter(work: Work) -> None:
+        save_adapter(small, work.folder)
+        work.facts |= {"method": "LoRA"}
+
+    run.produce("data", data, {})
+    run.produce("adapter", adapter, {}, inputs=("data",))
+    return run
+
+
+@pytest.fixture
+def talk(small: Tiny, home: Path) -> Run:  # noqa: F811
+    """The same with conversations, in a run of another name."""
+    run = open_run("talk")
+
+    def data(work: Work) -> None:
+        task = {"task": "dialogue", "system_prompt": "你是助手。", "max_seq_length": 192, "thinking": False}
+        write_json(work.folder / "task.json", task)
+        write_jsonl(work.folder / "test.jsonl", conversations(12))
+        write_jsonl(work.folder / "train.jsonl", conversations(3))
+        small.tokenizer.save_pretrained(work.folder / "tokenizer")
+        revision = resolve_base(str(small.folder)).revision
+        work.facts |= {"task": "dialogue", "source": "made for this test", "sample_data": True, "offline_base": False}
+        work.facts |= {"base_model": str(small.folder), "base_revision": revision, "prompt_hash": "0"}
 
     def adapter(work: Work) -> None:
         save_adapter(small, work.folder)

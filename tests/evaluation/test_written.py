@@ -23,24 +23,11 @@ from lib.scoring.generation import end_ids, torch_feed, write
 from lib.scoring.writing import ask_prompt, ask_row
 from lib.settings import Settings
 from lib.textmetrics import summarise
-from tests.scoring import tiny
+from tests.evaluation.conftest import conversations as rows
 from tests.scoring.conftest import Tiny, small  # noqa: F401
 
 TASK = ConversationTask("dialogue", "你是助手。", 192)
 THINKING = replace(TASK, thinking=True)
-
-
-def rows(count: int, thinking: bool = False) -> list[dict]:
-    """Conversations of two exchanges."""
-    thought = "<think>\n想一想\n</think>\n\n" if thinking else ""
-    texts = tiny.texts(4 * count)
-    made = []
-    for i in range(count):
-        q1, a1, q2, a2 = texts[4 * i : 4 * i + 4]
-        turns = [("system", "你是助手。"), ("user", q1), ("assistant", a1), ("user", q2), ("assistant", thought + a2)]
-        messages = [{"role": role, "content": text} for role, text in turns]
-        made.append({"id": f"test-{i:05d}", "messages": messages, "group": i, "leaked": False})
-    return made
 
 
 def questions(small: Tiny, tmp_path: Path, task: ConversationTask = TASK, **values: object) -> Questions:  # noqa: F811
