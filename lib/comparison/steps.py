@@ -58,11 +58,11 @@ def error_ladder(
         for each "name" and "n", and "before" and "first": None for the first step. With labels "accuracy" and
         "accuracy_interval" (Wilson); "before" and "first" hold "kld" and "kld_interval" (mean KL divergence over the
         answer words, nats a row; clusters together), "agreement" and "agreement_interval" (equal labels, Wilson),
-        "accuracy_difference" and its interval. Without labels "tokens" and what `AnswerScores.figures` gives; "before"
-        and "first" hold "loss_difference" and its interval (nats a token, paired bootstrap over clusters), "moved" and
-        "moved_interval" (mean absolute change of a row's loss, nats a token; what cancels in the difference does not
-        cancel here), "agreement" and "agreement_interval" (rows whose perplexity changed by less than
-        `margin_percent`; Wilson, n divided by the design effect).
+        "accuracy_difference" and its interval. Without labels "tokens", "margin_percent" and what
+        `AnswerScores.figures` gives; "before" and "first" hold "loss_difference" and its interval (nats a token,
+        paired bootstrap over clusters), "moved" and "moved_interval" (mean absolute change of a row's loss, nats a
+        token: what cancels in the difference does not cancel here), "agreement" and "agreement_interval" (rows whose
+        perplexity changed by less than `margin_percent`; Wilson, n divided by the design effect).
 
     Raises:
         ValueError: scores of different rows.
@@ -72,7 +72,7 @@ def error_ladder(
     for place, (name, scores) in enumerate(steps):
         if scores.ids != steps[0][1].ids:
             raise ValueError(f"{name} has scores of other rows")
-        own = _accuracy(scores) if labelled else _losses(scores, groups, seed)
+        own = _accuracy(scores) if labelled else {"margin_percent": margin_percent, **_losses(scores, groups, seed)}
         entry = {"name": name, "n": len(scores.ids), **own, "before": None, "first": None}
         for key, other in (("before", steps[max(0, place - 1)][1]), ("first", steps[0][1])):
             if place and labelled:

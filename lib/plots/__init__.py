@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lib.plots.display import banner, figure, key_values, say, stamps, table, texts, tokens
+from lib.plots.display import banner, figure, key_values, made, say, stamps, table, texts, tokens
 from lib.plots.style import font_note, readable, use_style
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "figure",
     "font_note",
     "key_values",
+    "made",
     "readable",
     "say",
     "stamps",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.figure import Figure
 
-    from lib.run import Run
+    from lib.run import Product, Run
 
 
 def _html(text: str) -> HTML:
@@ -107,6 +107,13 @@ def say(text: str) -> Markdown:
     from IPython.display import Markdown
 
     return Markdown(text)
+
+
+def made(product: Product) -> Markdown:
+    """The sentence of a product, and what an interrupted try had done of it (its facts "found_done")."""
+    found = product.entry.facts.get("found_done", {})
+    words = "; ".join(f"{name}: {done}" for name, done in found.items())
+    return say(product.message + (f" An interrupted try had done: {words}." if words else ""))
 
 
 def banner(text: str) -> HTML:

@@ -1,8 +1,10 @@
-"""The error ladder of 07: which step from the adapter to the quantized file changed what."""
+"""The error ladder of 07: which step from the adapter to the quantized file changed what, with labels and without."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,66 +16,149 @@ from lib.plots.style import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from IPython.display import HTML
+    from matplotlib.axes import Axes
+
+Steps = Sequence[Mapping[str, Any]]
 
 
-def ladder(steps: Sequence[Mapping[str, Any]]) -> HTML:
-    """KL divergence of every step from the one before and from the first, and the accuracy after each."""
+@dataclass(frozen=True)
+class _Chart:
+    """How one kind of ladder is drawn.
+
+    Attributes:
+        change, level: keys of what a step changed, and of what there is after it.
+        change_axis, level_axis: the same in words, with units.
+        linear: up to here the axis of the change is linear, beyond it logarithmic.
+        signed: whether a change can be negative.
+        caption: behind "n = … test rows. ".
+    """
+
+    change: str
+    level: str
+    change_axis: str
+    level_axis: str
+    linear: float
+    signed: bool
+    caption: str
+
+
+_LABELS = _Chart(
+    "kld",
+    "accuracy",
+    "KL divergence, nats a row (log above 10⁻⁶)",
+    "accuracy",
+    1e-6,
+    False,
+    "Left: mean KL divergence over the answer words, with 95 % intervals (near copies together). Right: accuracy with "
+    "95 % Wilson intervals.",
+)
+_ANSWERS = _Chart(
+    "loss_difference",
+    "perplexity",
+    "change of the loss, nats a token (log beyond ± 10⁻⁵)",
+    "perplexity of the reference answers",
+    1e-5,
+    True,
+    "Left: change of the mean loss of the reference answers, paired, with 95 % bootstrap intervals over groups of "
+    "alike rows; to the right is worse. Right: perplexity with its interval.",
+)
+
+
+def _kind(steps: Steps) -> _Chart:
+    return _LABELS if "accuracy" in steps[0] else _ANSWERS
+
+
+def ladder(steps: Steps) -> HTML:
+    """What every step changed against the one before and the first, and the quality after each."""
+    kind = _kind(steps)
     fig, (left, right) = _axes(9.5, 1.2 + 0.5 * len(steps), columns=2)
     places = np.arange(len(steps))[::-1]
     for key, shift, colour, shape, words in (
         ("before", 0.12, BLUE, "o", "from the step before"),
         ("first", -0.12, ORANGE, "s", "from the first step"),
     ):
-        shown = [(place, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
-        middle = np.array([entry["kld"] for _, entry in shown])
-        limits = np.array([entry["kld_interval"] for _, entry in shown])
-        error = [middle - limits[:, 0], limits[:, 1] - middle]
-        height = [place + shift for place, _ in shown]
-        left.errorbar(middle, height, xerr=error, fmt=shape, color=colour, capsize=3, linestyle="none", label=words)
-    left.set_xscale("symlog", linthresh=1e-6)
-    left.set_xlim(left=0)
+        shown = [(place + shift, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
+        _bars(left, shown, kind.change, fmt=shape, color=colour, linestyle="none", label=words)
+    left.set_xscale("symlog", linthresh=kind.linear)
+    if kind.signed:
+        left.axvline(0, color=GREY, linewidth=0.8)
+    else:
+        left.set_xlim(left=0)
     left.set_yticks(places, [step["name"] for step in steps])
     left.set_ylim(-0.5, len(steps) - 0.5)
-    right.set_ylim(left.get_ylim())
-    left.set_xlabel("KL divergence, nats a row (log above 10⁻⁶)")
+    left.set_xlabel(kind.change_axis)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
-    middle = np.array([step["accuracy"] for step in steps])
-    limits = np.array([step["accuracy_interval"] for step in steps])
-    right.errorbar(middle, places, xerr=[middle - limits[:, 0], limits[:, 1] - middle], fmt="o", color=GREY, capsize=3)
+    _bars(right, list(zip(places, steps, strict=True)), kind.level, fmt="o", color=GREY)
+    right.set_ylim(left.get_ylim())
     right.set_yticks(places, [])
-    right.set_xlabel("accuracy")
-    n = steps[0]["n"]
-    caption = (
-        f"From the trained adapter to the quantized file, n = {n:,} test rows. Left: mean KL divergence over the "
-        "answer words, with 95 % intervals (near copies together). Right: accuracy with 95 % Wilson intervals."
-    )
-    words = "; ".join(f"{row['step']}: {row['KL, nats']}" for row in rows(steps)[1:])
-    return figure(fig, caption, f"Error ladder, KL divergence from the step before. {words}.")
+    right.set_xlabel(kind.level_axis)
+    caption = f"From the trained adapter to the quantized file, n = {steps[0]['n']:,} test rows. {kind.caption}"
+    words = "; ".join(f"{step['name']}: {step['before'][kind.change]:.2g}" for step in steps[1:])
+    return figure(fig, caption, f"Error ladder, {kind.change_axis}, from the step before. {words}.")
 
 
-def rows(steps: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _bars(axes: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
+    """Estimates with their intervals at some heights."""
+    middle = np.array([entry[key] for _, entry in shown])
+    limits = np.array([entry[f"{key}_interval"] for _, entry in shown])
+    error = [middle - limits[:, 0], limits[:, 1] - middle]
+    axes.errorbar(middle, [height for height, _ in shown], xerr=error, capsize=3, **style)
+
+
+def rows(steps: Steps) -> list[Row]:
     """One row a step."""
-    nothing: dict[str, Any] = {}
-    table = []
-    for step in steps:
-        before, first = step["before"] or nothing, step["first"] or nothing
-        table.append(
-            {
-                "step": step["name"],
-                "accuracy": step["accuracy"],
-                "KL, nats": _kld(before),
-                "equal labels": _percent(before),
-                "points": _points(before),
-                "KL to the first": _kld(first),
-                "equal": _percent(first),
-                "points to the first": _points(first),
-            }
-        )
-    return table
+    row = _label_row if _kind(steps) is _LABELS else _answer_row
+    return [row(step, step["before"] or {}, step["first"] or {}) for step in steps]
+
+
+def caption(steps: Steps) -> str:
+    """Caption of the table."""
+    if _kind(steps) is _LABELS:
+        return "Every step against the one before, and to the first: KL divergence, equal labels and accuracy points."
+    return (
+        f"Every step against the one before, and to the first, on {steps[0]['tokens']:,} answer tokens: change of the "
+        "mean loss (paired, 95 % bootstrap interval over groups of alike rows), by how much a row's loss moves on "
+        "average whatever the sign (nats a token), and the share of rows whose perplexity changes by less than "
+        f"{steps[0]['margin_percent']:g} %."
+    )
+
+
+def _label_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
+    return {
+        "step": step["name"],
+        "accuracy": step["accuracy"],
+        "KL, nats": _kld(before),
+        "equal labels": _percent(before),
+        "points": _points(before),
+        "KL to the first": _kld(first),
+        "equal": _percent(first),
+        "points to the first": _points(first),
+    }
+
+
+def _answer_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
+    return {
+        "step": step["name"],
+        "answer PPL ↓": step["perplexity"],
+        "loss, nats": _change(before),
+        "rows move": _moved(before),
+        "rows alike": _percent(before),
+        "loss to the first": _change(first),
+        "move to the first": _moved(first),
+        "alike": _percent(first),
+    }
 
 
 def _kld(entry: Mapping[str, Any]) -> str | None:
     return f"{entry['kld']:.2g} {_interval(entry['kld_interval'], '.1g')}" if entry else None
+
+
+def _change(entry: Mapping[str, Any]) -> str | None:
+    return f"{entry['loss_difference']:+.2g} {_interval(entry['loss_difference_interval'], '+.1g')}" if entry else None
+
+
+def _moved(entry: Mapping[str, Any]) -> str | None:
+    return f"{entry['moved']:.2g} {_interval(entry['moved_interval'], '.1g')}" if entry else None
 
 
 def _percent(entry: Mapping[str, Any]) -> str | None:
@@ -87,15 +172,25 @@ def _points(entry: Mapping[str, Any]) -> str | None:
     return f"{100 * entry['accuracy_difference']:+.1f} [{low:+.1f},\u00a0{high:+.1f}]"
 
 
-def reading(steps: Sequence[Mapping[str, Any]]) -> str:
+def reading(steps: Steps) -> str:
     """Which step cost most."""
-    costly = max(steps[1:], key=lambda step: step["before"]["kld"])
-    total = steps[-1]["first"]
-    low, high = (100 * limit for limit in total["accuracy_difference_interval"])
-    before = steps[[step["name"] for step in steps].index(costly["name"]) - 1]["name"]
+    labelled = _kind(steps) is _LABELS
+    place = max(range(1, len(steps)), key=lambda i: steps[i]["before"]["kld" if labelled else "moved"])
+    costly, total = steps[place]["before"], steps[-1]["first"]
+    which = f"{steps[place - 1]['name']} → {steps[place]['name']}"
+    if labelled:
+        low, high = (100 * limit for limit in total["accuracy_difference_interval"])
+        return (
+            f"The step that changes the answers' probabilities most is {which}: {costly['kld']:.2g} nats a row, "
+            f"{100 * costly['agreement']:.1f} % equal labels. All steps together change accuracy by "
+            f"{100 * total['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}) and keep "
+            f"{100 * total['agreement']:.1f} % of the labels."
+        )
+    low, high = total["loss_difference_interval"]
     return (
-        f"The step that changes the answers' probabilities most is {before} → {costly['name']}: "
-        f"{costly['before']['kld']:.2g} nats a row, {100 * costly['before']['agreement']:.1f} % equal labels. All "
-        f"steps together change accuracy by {100 * total['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} "
-        f"to {high:+.2f}) and keep {100 * total['agreement']:.1f} % of the labels."
+        f"The step that moves the loss of the rows most is {which}: by {costly['moved']:.2g} nats a token on average, "
+        f"while the mean changes by {costly['loss_difference']:+.2g}; the perplexity of "
+        f"{100 * costly['agreement']:.1f} % of the rows stays within {steps[0]['margin_percent']:g} %. All steps "
+        f"together change the mean loss by {total['loss_difference']:+.2g} nats a token (95 % interval {low:+.2g} to "
+        f"{high:+.2g}), the perplexity by a factor of {math.exp(total['loss_difference']):.4f}."
     )

@@ -11,6 +11,7 @@ from scipy.special import rel_entr, softmax
 from lib.comparison.steps import error_ladder, label_divergence, step_file
 from lib.plots import steps as shown
 from lib.scoring import Scores
+from lib.scoring.answers import AnswerScores
 
 LABELS = np.array([0, 1] * 50)
 
@@ -80,3 +81,60 @@ def test_the_page_names_the_step_that_cost_most() -> None:
     assert table[0]["KL, nats"] is None and float(table[2]["KL, nats"].split()[0]) > 0
     html = shown.ladder(entries).data
     assert "<figcaption>" in html and "merged: " in html
+
+
+def answers(shift: float, noise: float, seed: int) -> AnswerScores:
+    """Losses around 2 nats a token, `shift` added to every row."""
+    tokens = np.random.default_rng(0).integers(20, 60, 100)
+    losses = np.random.default_rng(1).uniform(1.5, 2.5, 100) + shift
+    losses += noise * np.random.default_rng(seed).normal(0, 1, 100)
+    return AnswerScores([f"r{i}" for i in range(100)], -losses * tokens, tokens, 1.0)
+
+
+def test_steps_without_labels() -> None:
+    chain = [("adapter", answers(0, 0, 0)), ("merged", answers(0, 0, 0)), ("F16", answers(0.001, 0.001, 1))]
+    entries = error_ladder([*chain, ("Q2_K", answers(0.2, 0.05, 2))], np.arange(100), 1.0, 0)
+    assert entries[0]["before"] is None and entries[0]["loss"] == pytest.approx(chain[0][1].loss)
+    assert entries[1]["before"] == {
+        "loss_difference": 0.0,
+        "loss_difference_interval": [0.0, 0.0],
+        "moved": 0.0,
+        "moved_interval": [0.0, 0.0],
+        "agreement": 1.0,
+        "agreement_interval": entries[1]["before"]["agreement_interval"],
+    }
+    assert entries[1]["before"]["agreement_interval"][0] < 1
+    assert entries[2]["before"] == entries[2]["first"]
+    last = entries[3]
+    scores = [answers(0.001, 0.001, 1), answers(0.2, 0.05, 2)]
+    assert last["before"]["loss_difference"] == pytest.approx(scores[1].loss - scores[0].loss, abs=1e-12)
+    change = np.abs(scores[1].log_probs / scores[1].tokens - scores[0].log_probs / scores[0].tokens)
+    assert last["before"]["moved"] == pytest.approx(np.average(change, weights=scores[0].tokens), abs=1e-12)
+    assert last["before"]["agreement"] == np.mean(np.exp(change) < 1.01)
+    low, high = last["first"]["loss_difference_interval"]
+    assert low < last["first"]["loss_difference"] < high and low > 0.1
+    json.dumps(entries)
+
+
+def test_the_interval_is_that_of_whole_groups() -> None:
+    """Copies of ten rows are as uncertain as the ten rows alone."""
+    first, second = answers(0, 0, 0), answers(0.01, 0.02, 3)
+    place = np.repeat(np.arange(10), 10)
+    copies = [AnswerScores(s.ids, s.log_probs[place], s.tokens[place], 1.0) for s in (first, second)]
+    few = np.arange(100) < 10
+    alone = error_ladder([("a", first.subset(few)), ("b", second.subset(few))], np.arange(10), 1.0, 0)
+    together = error_ladder([("a", copies[0]), ("b", copies[1])], place, 1.0, 0)
+    for key in ("loss_difference", "moved", "agreement"):
+        wanted = [alone[1]["before"][key], *alone[1]["before"][f"{key}_interval"]]
+        assert [together[1]["before"][key], *together[1]["before"][f"{key}_interval"]] == pytest.approx(wanted)
+
+
+def test_the_page_without_labels() -> None:
+    chain = [("adapter", answers(0, 0, 0)), ("merged", answers(0, 0.001, 1)), ("Q2_K", answers(0.2, 0.05, 2))]
+    entries = error_ladder(chain, np.arange(100), 2.0, 0)
+    assert "merged → Q2_K" in shown.reading(entries) and "within 2 %" in shown.reading(entries)
+    table = shown.rows(entries)
+    assert table[0]["loss, nats"] is None and table[2]["loss, nats"].startswith("+0.2")
+    assert "less than 2 %" in shown.caption(entries) and "answer tokens" in shown.caption(entries)
+    html = shown.ladder(entries).data
+    assert "<figcaption>" in html and "perplexity" in html and "Q2_K: 0.2" in html
