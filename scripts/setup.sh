@@ -45,8 +45,11 @@ grep '^llama_cpp_python==' requirements.txt >"$work/llama.txt"
 if [ -n "${WORKBOOK_WITHOUT_LLAMA_CPP:-}" ]; then
     say "      Without llama-cpp-python, as WORKBOOK_WITHOUT_LLAMA_CPP asks: notebooks 05 to 07 will not run."
 elif ! .venv/bin/python scripts/satisfied.py --quiet "$work/llama.txt"; then
+    # GCC leaves out most of the tile configuration of llama.cpp's AMX code (its ldtilecfg says that it reads 8 of the
+    # 64 bytes; seen with 12.2), and every prompt on 8-bit weights then ends in SIGSEGV: compiled without that code
+    export CFLAGS="${CFLAGS:-} -U__AMX_INT8__" CXXFLAGS="${CXXFLAGS:-} -U__AMX_INT8__"
     flags=$(grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -p)
-    key=$(printf '%s' "$flags ${CMAKE_ARGS:-}" | cksum | cut -d ' ' -f 1)
+    key=$(printf '%s' "$flags ${CMAKE_ARGS:-} $CXXFLAGS" | cksum | cut -d ' ' -f 1)
     tag=$(.venv/bin/python -c 'import sysconfig, sys; print("cp%d%d-%s" % (*sys.version_info[:2], sysconfig.get_platform()))')
     wheels="${XDG_CACHE_HOME:-$HOME/.cache}/quantization-workbook/wheels/$tag-$key"
     if ! ls "$wheels"/llama_cpp_python-"${llama#*==}"-*.whl >/dev/null 2>&1; then
