@@ -14,6 +14,7 @@ Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
 CHAT, COMPLETION, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 
+_UNSUPPORTED = "unsupported_parameter"
 _DRAINED = 64 << 20
 """Bytes of a refused body that are still read, so that the client gets to see the answer."""
 
@@ -23,13 +24,15 @@ class Limits:
     """The limits of a server.
 
     Attributes:
-        name: of the model, taken where a request names none.
+        name: of the model, taken where a request names none; another one is refused.
+        created: seconds since 1970, of the model.
         body_bytes: largest body of a request.
         max_tokens: most tokens of an answer, and the number taken where a request names none.
         n_ctx: tokens of prompt and answer together.
     """
 
     name: str
+    created: int
     body_bytes: int
     max_tokens: int
     n_ctx: int
@@ -56,19 +59,34 @@ class LimitedApplication:
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
-        if scope["type"] != "http" or (scope["method"], scope["path"]) == ("GET", MODELS):
+        if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
         try:
+            if scope["method"] == "GET" and scope["path"].startswith(MODELS):
+                await _answer(send, 200, self._models(scope["path"]))
+                return
             raw = await self._body(scope, receive)
             body = await self._checked(scope["path"], raw)
         except RefusedError as error:
-            await _answer(send, error)
+            await _answer(send, error.status, {"error": error_body(error.message, error.code)})
             return
         encoded = json.dumps(body).encode("utf-8")
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         headers.append((b"content-length", str(len(encoded)).encode()))
         await self._inner({**scope, "headers": headers}, _replay(encoded, receive), send)
+
+    def _models(self, path: str) -> dict[str, Any]:
+        """The list of the one model, or the model itself. (The inner server's list has no time of making.)"""
+        model = {"id": self._limits.name, "object": "model", "created": self._limits.created, "owned_by": "workbook"}
+        if path == MODELS:
+            return {"object": "list", "data": [model]}
+        self._check_model(path.removeprefix(MODELS + "/"))
+        return model
+
+    def _check_model(self, asked: Any) -> None:
+        if asked != self._limits.name:
+            raise RefusedError(404, f"no model {asked!r}; there is {self._limits.name!r}", "model_not_found")
 
     async def _body(self, scope: dict[str, Any], receive: Receive) -> bytes:
         if scope["path"] not in (CHAT, COMPLETION):
@@ -95,7 +113,7 @@ class LimitedApplication:
         return bytes(body)
 
     async def _checked(self, path: str, raw: bytes) -> dict[str, Any]:
-        """The body with `max_tokens` within the limit."""
+        """The body with `max_tokens` within the limit, and no penalty that the protocol does not know."""
         from starlette.concurrency import run_in_threadpool
 
         try:
@@ -104,9 +122,12 @@ class LimitedApplication:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
         if not isinstance(body, dict):
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
-        if body.get("logprobs"):
-            raise RefusedError(400, "this server gives no logprobs", "unsupported_parameter")
+        for name, only in (("logprobs", None), ("top_logprobs", None), ("n", 1), ("best_of", 1)):
+            if body.get(name) and body[name] != only:
+                raise RefusedError(400, f"{name} is {body[name]!r}; this server has no such thing", _UNSUPPORTED)
         body["model"] = body.get("model") or self._limits.name
+        self._check_model(body["model"])
+        body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers
         most = body.pop("max_completion_tokens", None)
         most = body.get("max_tokens") if most is None else most
         body["max_tokens"] = self._limits.max_tokens if most is None else self._tokens(most)
@@ -145,8 +166,8 @@ def error_body(message: str, code: str | None, kind: str = "invalid_request_erro
     return {"message": message, "type": kind, "param": None, "code": code}
 
 
-async def _answer(send: Send, error: RefusedError) -> None:
-    content = json.dumps({"error": error_body(error.message, error.code)}).encode("utf-8")
+async def _answer(send: Send, status: int, value: dict[str, Any]) -> None:
+    content = json.dumps(value).encode("utf-8")
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -148,7 +148,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     llm = server._llama_proxy()
     formatter = _formatter(llm, metadata, options.thinking)
     llm.chat_handler = formatter.to_chat_handler()
-    limits = Limits(path.stem, BODY_BYTES, min(options.max_tokens, n_ctx), n_ctx)
+    limits = Limits(path.stem, int(path.stat().st_mtime), BODY_BYTES, min(options.max_tokens, n_ctx), n_ctx)
     return LimitedApplication(application, limits, _counter(llm, formatter))
 
 

@@ -9,6 +9,18 @@ _CONTROL = 3
 """Type of tokens that are not text: <|im_start|> and its like."""
 
 
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _text(content: Any) -> str | None:
+    """A message's text; of several parts, as clients may send them, one after the other; None where one is no text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return "".join(texts) if parts and len(texts) == len(parts) else None
+
+
 def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
     """The texts of a GGUF file's control tokens."""
     types = metadata.get("tokenizer.ggml.token_type") or []
@@ -36,9 +48,11 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
 
     def harmless(message: Any) -> dict[str, Any]:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+        content = _text(message["content"]) if isinstance(message, Mapping) and "content" in message else None
+        if content is None:
             raise ValueError("each of messages must be an object with role and content, both texts")
-        content = message["content"]
+        if message.get("role") not in ROLES:
+            raise ValueError(f"no role {message.get('role')!r}; there are {', '.join(ROLES)}")
         for token in control:
             content = content.replace(token, token[:1] + " " + token[1:])
         return {**message, "content": content}

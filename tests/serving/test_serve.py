@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +21,9 @@ from lib.models.gguf_file import read_metadata
 from lib.serving import ServeOptions, serve
 from lib.serving.server import NEEDS, is_loopback
 from lib.serving.template import control_tokens, make_formatter
-from tests import tiny_gguf, tiny_run
+from tests import tiny_gguf
+from tests.conftest import PROJECT
+from tests.serving.conftest import MESSAGES, start
 
 pytestmark = [
     pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
@@ -34,46 +31,7 @@ pytestmark = [
 for _name in NEEDS:
     pytest.importorskip(_name)
 
-PROJECT = Path(__file__).resolve().parents[2]
-MESSAGES = [{"role": "system", "content": "你是助手。"}, {"role": "user", "content": "房间很干净"}]
 CHAT = "/v1/chat/completions"
-
-
-def start(*arguments: str) -> tuple[subprocess.Popen, list[str], str]:
-    """The process, the lines of its stderr so far (and later), its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lib.cli", "serve", *arguments], cwd=PROJECT, stderr=subprocess.PIPE, text=True
-    )
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")), daemon=True)
-    reader.start()
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        found = [match for line in list(lines) if (match := re.search(r"served at (http://\S+)/v1", line))]
-        if found:
-            return process, lines, found[0][1]
-        time.sleep(0.05)
-    process.kill()
-    raise AssertionError("".join(lines))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_run.make_tokenizer(folder / "tokenizer")
-    return tiny_gguf.write(folder / "tiny.gguf", layers=1, tokenizer=folder / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[SimpleNamespace]:
-    process, lines, address = start(
-        str(model), "--port", "0", "--n-ctx", "256", "--max-tokens", "12", "--n-threads", "1"
-    )
-    with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
-        yield SimpleNamespace(client=client, lines=lines, process=process, address=address)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert not any("Traceback" in line for line in lines), "".join(lines)
 
 
 def post(server: SimpleNamespace, path: str = CHAT, **body: Any) -> httpx.Response:
@@ -112,25 +70,6 @@ def test_chat_stream_and_limits(server: SimpleNamespace, model: Path) -> None:
                 pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content", ""))
             ended = ended or line == "data: [DONE]"
     assert "".join(pieces) == text and ended
-    models = server.client.get("/v1/models").json()["data"]
-    assert [entry["id"] for entry in models] == ["tiny"]
-
-
-def test_several_clients_at_once_get_whole_answers(server: SimpleNamespace) -> None:
-    alone = post(server).json()["choices"][0]["message"]["content"]
-
-    def ask(streamed: bool) -> str:
-        if not streamed:
-            return httpx.post(
-                server.address + CHAT, json={"messages": MESSAGES, "temperature": 0}, timeout=60, trust_env=False
-            ).json()["choices"][0]["message"]["content"]
-        body = {"messages": MESSAGES, "temperature": 0, "stream": True}
-        answer = httpx.post(server.address + CHAT, json=body, timeout=60, trust_env=False)
-        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-
-    with ThreadPoolExecutor(6) as pool:
-        assert set(pool.map(ask, [True, False] * 3)) == {alone}
 
 
 def test_refused_requests(server: SimpleNamespace) -> None:
@@ -146,11 +85,8 @@ def test_refused_requests(server: SimpleNamespace) -> None:
     assert error_of(post(server, max_tokens=-1), 400)["code"] == "invalid_max_tokens"
     assert "temperature" in error_of(post(server, temperature="hot"), 400)["message"]
     assert error_of(post(server, messages=[]), 400) and error_of(post(server, messages=[{"role": "user"}]), 400)
-    assert error_of(post(server, logprobs=True), 400)["code"] == "unsupported_parameter"
-    long = [{"role": "user", "content": "好" * 2000}]
-    for stream in (False, True):
-        assert error_of(post(server, messages=long, stream=stream), 400)["code"] == "context_length_exceeded"
-    assert error_of(client.post("/v1/embeddings", json={}), 404) and error_of(client.get("/docs"), 404)
+    assert error_of(post(server, messages=[{"role": "user", "content": 5}]), 400)
+    assert error_of(client.get("/docs"), 404)
     assert error_of(client.get(CHAT), 405)
     foreign = client.options(CHAT, headers={"origin": "http://example.com", "access-control-request-method": "POST"})
     assert "access-control-allow-origin" not in foreign.headers  # no page of the web may read an answer
