@@ -137,7 +137,10 @@ def _death(code: int, what: str, log: str) -> InputError:
     if code == -signal.SIGKILL:
         do = "free memory or use a smaller model: the system kills a process that asks for more memory than there is."
     else:
-        do = "check that the model file is complete and made for this version of llama.cpp; make it again if in doubt."
+        do = (
+            "check that the model file is complete and made for this version of llama.cpp, and that `workbook doctor` "
+            "finds llama.cpp working; make the file again if in doubt."
+        )
     return InputError(f"the process for {what} was {how}.{said}", "a process that ends by itself.", do)
 
 
