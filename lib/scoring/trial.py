@@ -1,7 +1,7 @@
 """Does llama.cpp, as it was compiled here, survive a prompt on 8-bit weights? Tried in a process of its own.
 
 Compiled by GCC for a processor with AMX it does not: the inline assembly behind `_tile_loadconfig` names 8 of the 64
-bytes that it reads, GCC 12 leaves out the stores to the others, and `ldtilecfg` faults (llama.cpp ggml-cpu/amx/mmq.cpp).
+bytes that it reads, GCC 12 leaves out the stores to the others, and `ldtilecfg` faults (ggml-cpu/amx/mmq.cpp).
 `scripts/setup.sh` compiles without that code; a llama-cpp-python from elsewhere may have it.
 """
 
