@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lib.data import splitting
 from lib.data.cleaning import Row
 from lib.models.resolving import ChosenBase
-from lib.settings import Settings
+from lib.settings import SAMPLE_DATASET, Settings
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from transformers import PreTrainedTokenizerBase
+
+    from lib.data.choosing import ChosenData
+    from lib.run import Work
 
 R = TypeVar("R", bound=Row)
 
@@ -55,3 +60,40 @@ def put_tokenizer(
     tokenizer = loading.load_tokenizer(chosen.base.path)
     tokenizer.save_pretrained(folder)
     return tokenizer, facts | {"base_revision": chosen.base.revision}
+
+
+def count_steps(split: str, read: int, counts: Counter[str], flow: list[dict[str, Any]], changes: Counter[str]) -> None:
+    """Add to `flow` how many rows of a split were read and dropped, and to `changes` what was altered in the others."""
+    flow.append({"step": "read", "split": split, "rows": read})
+    for reason, count in counts.items():
+        if reason.startswith("dropped"):
+            flow.append({"step": reason, "split": split, "rows": count})
+        else:
+            changes[reason] += count
+
+
+def record_sources(
+    work: Work,
+    data: ChosenData,
+    chosen: ChosenBase,
+    base: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Row]],
+    prompt_hash: str,
+    notes: Sequence[str] = (),
+) -> None:
+    """What the manifest and every page say of where the rows and the base model came from.
+
+    Args:
+        base: facts of `put_tokenizer`. notes: more sentences for the pages.
+    """
+    table, sample = data.table, data.source == SAMPLE_DATASET
+    stamp = STAMPS.get((base["offline_base"], sample))
+    work.notes += [*([stamp] if stamp else []), *chosen.notes, *data.notes, *notes]
+    work.facts |= {
+        "source": table.source,
+        "sample_data": sample,
+        "dataset": {"source": data.source, "revision": table.revision, "rows": table.rows, "sha256": table.hashes},
+        **base,
+        "prompt_hash": prompt_hash,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+    }

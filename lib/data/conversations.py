@@ -12,7 +12,7 @@ from lib.data import splitting
 from lib.data.audit import Audit, audit, normalise
 from lib.data.choosing import choose_data
 from lib.data.cleaning import Row
-from lib.data.common import STAMPS, limit, put_tokenizer
+from lib.data.common import count_steps, limit, put_tokenizer, record_sources
 from lib.data.dialogues import Conversation, clean_conversations, in_tags_of
 from lib.data.lengths import conversation_example, conversation_lengths
 from lib.data.reading import SPLITS, Table
@@ -77,18 +77,8 @@ def build(settings: Settings, work: Work) -> None:
         "example": conversation_example(tokenizer, task, splits["train"], lengths["train"]),
     }
     _write(work, task, splits, shown)
-    stamp = STAMPS.get((base["offline_base"], False))
-    work.notes += [*([stamp] if stamp else []), *base_chosen.notes, *chosen.notes]
-    read = chosen.table
-    work.facts |= {
-        "task": task.kind,
-        "source": read.source,
-        "sample_data": False,
-        "dataset": {"source": chosen.source, "revision": read.revision, "rows": read.rows, "sha256": read.hashes},
-        **base,
-        "prompt_hash": conversation_hash(tokenizer, task),
-        "rows": {name: len(rows) for name, rows in splits.items()},
-    }
+    record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task))
+    work.facts["task"] = task.kind
 
 
 def _write(work: Work, task: ConversationTask, splits: Splits, shown: dict[str, Any]) -> None:
@@ -110,12 +100,7 @@ def _clean(table: Table, task: ConversationTask) -> tuple[Splits, list[dict[str,
         table.splits["test"] = table.splits.pop("validation")
     for name in [name for name in (*SPLITS, "all") if name in table.splits]:
         splits[name], counts = clean_conversations(table.splits[name], name, task)
-        flow.append({"step": "read", "split": name, "rows": len(table.splits[name])})
-        for reason, count in counts.items():
-            if reason.startswith("dropped"):
-                flow.append({"step": reason, "split": name, "rows": count})
-            else:
-                changes[reason] += count
+        count_steps(name, len(table.splits[name]), counts, flow, changes)
     if not any(splits.values()):
         reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
         raise InputError(f"no usable conversation ({reasons}).", "rows with a question and an answer.", "correct them.")

@@ -12,7 +12,7 @@ from lib.data import conversations, sample, splitting
 from lib.data.audit import Audit, audit, find_duplicates
 from lib.data.choosing import choose_data
 from lib.data.cleaning import Row, clean_split, require_labels, unlabelled
-from lib.data.common import STAMPS, limit, put_tokenizer
+from lib.data.common import count_steps, limit, put_tokenizer, record_sources
 from lib.data.reading import SPLITS, Table, read_table
 from lib.data.result import DataResult
 from lib.data.textaudit import audit_texts
@@ -112,9 +112,6 @@ def _build(settings: Settings, work: Work) -> None:
     words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
     texts = [row.text for row in final["train"]]
     tokenizer, base = put_tokenizer(base_chosen, texts, words, work.folder / "tokenizer")
-    sample_data = chosen.source == SAMPLE_DATASET
-    stamp = STAMPS.get((base["offline_base"], sample_data))
-    work.notes += [*([stamp] if stamp else []), *base_chosen.notes, *chosen.notes, *notes]
     _measure(
         work,
         final,
@@ -133,14 +130,7 @@ def _build(settings: Settings, work: Work) -> None:
     )
     for name, rows in final.items():
         write_jsonl(work.folder / f"{name}.jsonl", [row.to_json(name) for row in rows])
-    work.facts |= {
-        "source": table.source,
-        "sample_data": sample_data,
-        "dataset": {"source": chosen.source, "revision": table.revision, "rows": table.rows, "sha256": table.hashes},
-        **base,
-        "prompt_hash": template_hash(tokenizer, task),
-        "rows": {name: len(rows) for name, rows in final.items()},
-    }
+    record_sources(work, chosen, base_chosen, base, final, template_hash(tokenizer, task), notes)
 
 
 def _labelled(table: Table, settings: Settings) -> tuple[Table, list[str]]:
@@ -164,12 +154,7 @@ def _clean(table: Table, settings: Settings) -> tuple[dict[str, list[Row]], list
             table.splits[name], name, settings.text_column, settings.label_column, settings.label_names
         )
         splits[name] = rows
-        flow.append({"step": "read", "split": name, "rows": len(table.splits[name])})
-        for reason, count in counts.items():
-            if reason.startswith("dropped"):
-                flow.append({"step": reason, "split": name, "rows": count})
-            else:
-                changes[reason] += count
+        count_steps(name, len(table.splits[name]), counts, flow, changes)
     everything = [row for rows in splits.values() for row in rows]
     require_labels(everything, settings.label_names, "the data set")
     return splits, flow, changes
