@@ -20,6 +20,8 @@ from lib.models.tasks import encode_row, read_task
 from lib.run import Run, open_run
 from lib.run.files import read_json, read_jsonl
 from lib.run.folders import HOME_VARIABLE
+from lib.scoring import LlamaCppBackend, TransformersBackend
+from lib.scoring.answers import AnswerScores, token_log_probs
 from lib.settings import Settings, check
 from lib.textmetrics import read_prompts
 
@@ -204,6 +206,41 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     assert "perplexity" in result.recommendation["rule"] and "accuracy" not in result.recommendation["text"]
 
 
+def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: dict) -> None:
+    """Every step's loss against the scores of 03 and 07, and the two models that only the ladder needs."""
+    from lib.plots import steps as shown
+
+    result, folder = results["comparison"], results["comparison"].product.path
+    dtype = results["merged"].product.entry.facts["dtype"]
+    assert [step["name"] for step in result.steps] == [
+        "adapter (LoRA), transformers",
+        f"merged, transformers ({dtype})",
+        "GGUF F16, llama.cpp",
+        "weights of Q8_0, transformers (float32)",
+        "Q8_0, llama.cpp",
+    ]
+    adapter, merged, f16, _, q8 = result.steps
+    part = results["evaluation"].content["parts"]["all"]
+    assert {key: adapter[key] for key in part["finetuned"]} == part["finetuned"]
+    assert adapter["before"] is None and adapter["n"] == part["n"] and adapter["tokens"] == part["tokens"]
+    assert f16["loss"] == result.files[0]["answer_loss"] and q8["loss"] == result.files[1]["answer_loss"]
+    assert q8["loss"] - f16["loss"] == pytest.approx(result.files[1]["loss_difference"], abs=1e-12)
+    for before, step in zip(result.steps, result.steps[1:], strict=False):
+        assert step["before"]["loss_difference"] == pytest.approx(step["loss"] - before["loss"], abs=1e-9)
+        assert step["first"]["loss_difference"] == pytest.approx(step["loss"] - adapter["loss"], abs=1e-9)
+        low, high = step["before"]["loss_difference_interval"]
+        assert low <= step["before"]["loss_difference"] <= high and 0 < step["before"]["moved"] < 0.05
+    assert merged["before"]["agreement"] == 1
+    _, encoded = encoded_rows(results["run"], "test")
+    model = TransformersBackend(load_model(results["merged"].product.path, dtype=dtype), 4)
+    wanted = token_log_probs(model, [e.ids for e in encoded], [e.spans for e in encoded])
+    saved = AnswerScores.load(folder / "scores-merged.jsonl")
+    np.testing.assert_allclose(saved.log_probs, [values.sum() for values in wanted], rtol=1e-4)
+    assert [row["step"] for row in shown.rows(result.steps)] == [step["name"] for step in result.steps]
+    assert "less than 1 %" in shown.caption(result.steps) and " → " in shown.reading(result.steps)
+    assert "<figcaption>" in shown.ladder(result.steps).data
+
+
 def test_what_the_pages_show(results: dict) -> None:
     from lib.plots import answer_rows, rows
 
@@ -263,9 +300,6 @@ def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
 
 
 def test_llama_cpp_scores_the_same_answers(results: dict) -> None:
-    from lib.scoring import LlamaCppBackend, TransformersBackend
-    from lib.scoring.answers import token_log_probs
-
     _, encoded = encoded_rows(results["run"], "test")
     chosen = encoded[:4]
     ids, spans = [e.ids for e in chosen], [e.spans for e in chosen]

@@ -114,7 +114,7 @@ def _losses_against(
     moved = paired_bootstrap(np.abs(change), groups, seed, weights=scores.tokens)
     alike = (np.abs(change) < math.log1p(margin_percent / 100)).astype(np.float64)
     effect = design_effect(alike, groups)
-    same = wilson(alike.sum() / effect, len(alike) / effect)
+    same = wilson(float(alike.sum()) / effect, len(alike) / effect)
     return {
         "loss_difference": difference.estimate,
         "loss_difference_interval": difference.to_json(),
