@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.cli import deciding, shipping
+from lib.cli import deciding, quantizing, shipping
 from lib.cli.guard import guarded
 from lib.cli.options import (
     Data,
@@ -141,32 +141,7 @@ def convert(
     work.convert(model_dir, output, outtype, llama_cpp, as_json)
 
 
-@app.command(short_help="GGUF → smaller GGUF, one type or several")
-@guarded
-def quantize(
-    source: Annotated[Path, typer.Argument(help="GGUF with F32, F16 or BF16 weights", metavar="IN.gguf")],
-    output: Annotated[Path, typer.Argument(help="new GGUF file; a folder for several types", metavar="OUT")],
-    types: Annotated[list[str], typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="TYPE...")],
-    imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
-    tensor_type: Annotated[
-        list[str] | None, typer.Option(help="type of single tensors; may be repeated", metavar="REGEX=TYPE")
-    ] = None,
-    output_tensor_type: Annotated[str, typer.Option(help="type of the output matrix", metavar="TYPE")] = "",
-    token_embedding_type: Annotated[str, typer.Option(help="type of the token embedding", metavar="TYPE")] = "",
-    n_threads: Annotated[int, typer.Option(help="CPU threads together; 0 = physical cores", min=0)] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the sizes")] = False,
-    as_json: Json = False,
-) -> None:
-    """Quantize a GGUF file with llama.cpp; several types at once where cores and memory allow."""
-    from lib.cli import work
-
-    options: dict[str, Any] = {
-        "imatrix": imatrix,
-        "tensor_types": tuple(tensor_type or ()),
-        "output_tensor_type": output_tensor_type,
-        "token_embedding_type": token_embedding_type,
-    }
-    work.quantize(source, output, types, options, n_threads, dry_run, as_json)
+quantizing.register(app)
 
 
 @app.command(short_help="models on labelled rows")

@@ -86,32 +86,6 @@ def convert(model_dir: Path, output: Path, outtype: str, llama_cpp: Path | None,
     show(report, as_json, _text(report, *keys))
 
 
-def quantize(
-    source: Path, output: Path, types: list[str], options: dict[str, Any], n_threads: int, dry_run: bool, as_json: bool
-) -> None:
-    """Quantize a file to one or several types, or only tell the sizes, and print what was done."""
-    from lib.quantizing import Options, predict_sizes, quantize_file, quantize_files
-
-    chosen = Options(**options)
-    single = len(types) == 1 and not output.is_dir() and output.suffix == ".gguf"
-    if dry_run:
-        rows = predict_sizes(source, types, chosen)
-    elif single:
-        rows = [quantize_file(source, output, types[0], chosen, n_threads).to_json()]
-    else:
-        if output.suffix == ".gguf":
-            do = "name a folder; the files in it get the source's name and their type."
-            raise InputError(f"one file {output} for {len(types)} types.", "a folder for several types.", do)
-        rows = [r.to_json() for r in quantize_files(source, output, types, chosen, n_threads)]
-    columns = ["type", "bytes", "bits_per_weight", "fallbacks", "set_by_hand"]
-    columns += [] if dry_run else ["imatrix", "seconds", "peak_memory_mib", "file"]
-    counted = [{**r, "fallbacks": len(r["fallbacks"]), "set_by_hand": len(r["set_by_hand"])} for r in rows]
-    text = table(counted, columns)
-    if any(row["fallbacks"] for row in rows):
-        text += "\nfallbacks: tensors of another type than the recipe wants, because their rows do not fill its blocks"
-    show(rows[0] if single and not dry_run else {"files": rows}, as_json, text)
-
-
 @dataclass(frozen=True)
 class Rows:
     """Where the rows and the task come from, as the options say.

@@ -38,16 +38,8 @@ def solve(tensors: Sequence[Sequence[Choice]], budget: int, fixed: int = 0) -> l
         InputError: a budget that even the smallest choices exceed.
     """
     smallest = [min(choice.bytes for choice in tensor) for tensor in tensors]
+    require_room(budget, fixed + sum(smallest))
     room = budget - fixed - sum(smallest)
-    if room < 0:
-        least = fixed + sum(smallest)
-        found, expected = (
-            f"a size budget of {budget / 1e6:g} MB",
-            f"at least {least:,} bytes, the smallest file possible",
-        )
-        raise InputError(
-            f"{found}.", f"{expected}.", f"set size_budget_mb: {math.ceil(least / 1e4) / 100:.2f} or more."
-        )
     extra = [[c.bytes - low for c in tensor] for tensor, low in zip(tensors, smallest, strict=True)]
     most = sum(map(max, extra))
     unit = math.gcd(*(e for row in extra for e in row)) or 1
@@ -55,6 +47,18 @@ def solve(tensors: Sequence[Sequence[Choice]], budget: int, fixed: int = 0) -> l
     capacity = min(room // unit, sum(max(-(-e // unit) for e in row) for row in extra))
     steps = [[-(-e // unit) for e in row] for row in extra]
     return _best(tensors, steps, capacity)
+
+
+def require_room(budget: int, least: int) -> None:
+    """Refuse a budget below the smallest possible file of `least` bytes.
+
+    Raises:
+        InputError: with that size.
+    """
+    if budget < least:
+        expected = f"at least {least:,} bytes, the smallest file possible."
+        do = f"set size_budget_mb (--size-budget-mb) to {math.ceil(least / 1e4) / 100:.2f} or more."
+        raise InputError(f"a size budget of {budget / 1e6:g} MB.", expected, do)
 
 
 def _best(tensors: Sequence[Sequence[Choice]], steps: list[list[int]], capacity: int) -> list[Choice]:

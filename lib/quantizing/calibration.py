@@ -40,7 +40,14 @@ class Calibration:
     @property
     def dataset(self) -> str:
         """Name for the header of quantized files (which keep 127 bytes of it)."""
-        return f"train.jsonl, {self.facts['rows']} rows, sha256 {self.facts['rows_sha256']}"
+        return dataset_name("train.jsonl", f"{self.facts['rows']} rows", self.facts["rows_sha256"])
+
+
+def dataset_name(file: str, part: str, digest: str) -> str:
+    """What a header says of a text, in the 127 bytes that llama.cpp keeps: its name (cut where it is long), how much
+    of it was used, and its hash."""
+    rest = f", {part}, sha256 {digest}"
+    return file.encode()[: 127 - len(rest)].decode("utf-8", "ignore") + rest
 
 
 def choose_windows(data: Path, size: int, most: int, seed: int) -> Calibration:

@@ -17,41 +17,68 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.errors import InputError
 from lib.progress import Progress
 from lib.quantizing.collecting import gguf_layers
 
 if TYPE_CHECKING:
     import torch
 
+_CHECKED = 1 << 21
+"""Most weights of a tensor that are compared with the GGUF; of a larger one, rows at even distances."""
+_SAME = 1e-2
+"""Largest relative difference of a row's sum."""
+
 
 def collect(argument: dict[str, Any]) -> dict[str, Any]:
     """Write F of every matrix as `folder`/<GGUF name>.npy, float32, (rows, columns), a mean over positions.
 
-    Rows stand as in GGUF; the sums of the weights' rows lie beside it (<GGUF name>.sums.npy), to check just that.
+    Rows stand as in GGUF.
 
     Args:
-        argument: "model" (folder), "windows" (token ids, all of one length), "folder", "dtype" and "seed" of the draws.
+        argument: "model" (folder), "source" (the GGUF made from it), "windows" (token ids, all of one length),
+            "folder", "dtype" and "seed" of the draws.
 
     Returns:
         "positions", "scales" ({tensor: information of its common factor}), "seconds" and "device".
 
     Raises:
-        InputError: an architecture that llama.cpp's names are not known for.
+        InputError: an architecture that llama.cpp's names are not known for, a GGUF of another model.
     """
     from lib.models.loading import load_model
 
     model = load_model(Path(argument["model"]), dtype=argument["dtype"])
+    check_same(model, Path(argument["source"]))
     started = time.monotonic()
     found, scales = information(model, argument["windows"], argument["seed"])
-    folder = Path(argument["folder"])
-    weights = matrices(model)
     for name, values in found.items():
-        order = row_order(name, model.config, len(values))
-        np.save(folder / f"{name}.npy", values[order])
-        np.save(folder / f"{name}.sums.npy", weights[name].detach().double().sum(dim=1).cpu().numpy()[order])
+        np.save(Path(argument["folder"]) / f"{name}.npy", values[row_order(name, model.config, len(values))])
     seconds = round(time.monotonic() - started, 2)
     positions = sum(map(len, argument["windows"]))
     return {"positions": positions, "scales": scales, "seconds": seconds, "device": str(model.device)}
+
+
+def check_same(model: Any, source: Path) -> None:
+    """Refuse, before the gradients, a GGUF with other rows than the model, or with rows in another order.
+
+    Raises:
+        InputError: with the first such tensor.
+    """
+    from lib.quantizing import native
+    from lib.quantizing.stored import rows_of
+
+    with native.open_header(source) as header:
+        for name, weight in matrices(model).items():
+            tensor = header.tensors.get(name)
+            if tensor is None:  # an output matrix that only one of the two ties: its rows are those of the embedding
+                continue
+            sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, model.config, len(weight))]
+            rows, step = tensor["weights"] // tensor["shape"][0], -(-tensor["weights"] // _CHECKED)
+            found = rows_of(source, tensor, 0, rows, step).sum(axis=1, dtype=np.float64)
+            scale = float(np.abs(sums).max())
+            if rows != len(sums) or not np.allclose(found, sums[::step], rtol=_SAME, atol=_SAME * scale):
+                do = "convert the model again (05, or workbook convert), or name the one that the GGUF was made from."
+                raise InputError(f"{name} in {source.name} has other rows than in the model folder.", "equal rows.", do)
 
 
 def information(model: Any, windows: list[list[int]], seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:

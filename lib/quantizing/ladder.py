@@ -20,6 +20,7 @@ from lib.quantizing import recipes
 from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, predict_sizes, quantize_predicted, require_matrix
 from lib.quantizing.options import Options
+from lib.quantizing.standalone import Budget, mix_of_text
 from lib.run.child import StoppedError
 from lib.run.files import require_space
 
@@ -56,27 +57,36 @@ class Slots:
 
 
 def quantize_files(
-    source: Path, folder: Path, types: Sequence[str], options: Options | None = None, n_threads: int = 0
+    source: Path,
+    folder: Path,
+    types: Sequence[str],
+    options: Options | None = None,
+    n_threads: int = 0,
+    budget: Budget | None = None,
 ) -> list[QuantizationReport]:
-    """Quantize one GGUF file to several types: `folder`/<name of the source>-<TYPE>.gguf each.
+    """Quantize one GGUF file to several types, and under a budget: `folder`/<name of the source>-<TYPE>.gguf each.
 
     Every refusal comes before the first file is begun; each file is complete or absent.
 
     Raises:
-        InputError: as `quantize_file`; a type named twice.
+        InputError: as `quantize_file` and `mix_of_text`; a type named twice.
     """
     for name in types:
         recipes.file_type(name)
-    if len(set(types)) != len(types):
-        raise InputError(f"a type named twice: {' '.join(types)}.", "each type once.", "remove one of the two.")
-    outputs = [folder / f"{recipes.stem(source)}-{name}.gguf" for name in types]
+    names = [*types, budget.name] if budget else types
+    if len(set(names)) != len(names):
+        raise InputError(f"a type named twice: {' '.join(names)}.", "each type once.", "remove one of the two.")
+    outputs = [folder / f"{recipes.stem(source)}-{name}.gguf" for name in names]
     for output in outputs:
         check_output(source, output)
     options = options or Options()
     predictions = predict_sizes(source, types, options)
     require_matrix(predictions, options)
-    require_space(folder, sum(p["bytes"] for p in predictions), f"{len(types)} quantized files")
-    jobs = [Job(prediction, output) for prediction, output in zip(predictions, outputs, strict=True)]
+    mixed = mix_of_text(source, budget, options.imatrix, folder) if budget else None
+    predictions += [mixed.prediction] if mixed else []
+    require_space(folder, sum(p["bytes"] for p in predictions), f"{len(names)} quantized files")
+    own = [None] * len(types) + [mixed.options if mixed else None]
+    jobs = [Job(*job) for job in zip(predictions, outputs, own, strict=False)]
     return run_jobs(source, jobs, options, Slots.choose(len(jobs), n_threads))
 
 

@@ -29,8 +29,24 @@ WITH_MATRIX = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
 
 _WEIGHTS = 1 << 21
 """Most weights of a tensor that are tried; a larger one is represented by rows at even distances."""
-_SAME = 1e-2
-"""Largest relative difference between a tensor in GGUF and the weights whose sensitivity was measured."""
+
+
+def sizes(argument: dict[str, Any]) -> dict[str, Any]:
+    """What `measure` finds of bytes, without the work.
+
+    Args:
+        argument: "source" (GGUF), "imatrix" (path or None).
+
+    Returns:
+        "tensors": [[{"type", "bytes"}]].
+    """
+    matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
+    source = open_source(Path(argument["source"]), matrix)
+    found = []
+    for name in planned_types(dry_run(source.path, "Q8_0", Options())):
+        columns, rows = _shape(source.tensors[name])
+        found.append([{"type": t, "bytes": _bytes(t, rows, columns)} for t in _candidates(name, columns, matrix)])
+    return {"tensors": found}
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +60,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         in the file (padded) and KL divergence in nats a token.
 
     Raises:
-        InputError: a tensor without sensitivities, or other weights than those that were measured.
+        InputError: a tensor without sensitivities.
     """
     matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
     source = open_source(Path(argument["source"]), matrix)
@@ -62,36 +78,39 @@ def _measure(
     source: Source, name: str, folder: Path, scale: float, matrix: importance.Imatrix | None
 ) -> dict[str, Any]:
     tensor = source.tensors[name]
-    columns = tensor["shape"][0]
-    rows = tensor["weights"] // columns
+    columns, rows = _shape(tensor)
     path = folder / f"{name}.npy"
     sensitivity = np.load(path, mmap_mode="r") if path.is_file() else None
     if sensitivity is None or sensitivity.shape != (rows, columns):
-        found = f"no sensitivity of {name} ({rows} × {columns}) in the merged model."
-        raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "set size_budget_mb: 0.")
+        found = f"no sensitivity of {name} ({rows} × {columns}) in the model folder."
+        raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "do without a size budget.")
     step = -(-tensor["weights"] // _WEIGHTS)
     weights = rows_of(source.path, tensor, 0, rows, step)
-    _check_same(name, weights, np.load(folder / f"{name}.sums.npy")[::step])
     values = None if matrix is None else matrix.values.get(name)
-    types = [kind for kind in PLAIN if columns % native.block_size(kind) == 0]
-    if values is not None:
-        types += [kind for kind in WITH_MATRIX if columns % native.block_size(kind) == 0]
     part = np.asarray(sensitivity[::step])
     share = float(sensitivity.sum(dtype=np.float64)) / max(float(part.sum(dtype=np.float64)), 1e-300)
     entries = []
-    for kind in types:
+    for kind in _candidates(name, columns, matrix):
         error, shrunk = _errors(kind, weights, values, part)
-        size = -(-rows * native.row_bytes(kind, columns) // 32) * 32
-        entries.append({"type": kind, "bytes": size, "kld": 0.5 * (share * error + scale * shrunk**2)})
+        kld = 0.5 * (share * error + scale * shrunk**2)
+        entries.append({"type": kind, "bytes": _bytes(kind, rows, columns), "kld": kld})
     return {"tensor": name, "weights": tensor["weights"], "rows": rows, "rows_tried": len(weights), "types": entries}
 
 
-def _check_same(name: str, weights: np.ndarray, sums: np.ndarray) -> None:
-    """Refuse rows in another order, or another model, than the sensitivities are of."""
-    scale = float(np.abs(sums).max())
-    if not np.allclose(weights.sum(axis=1, dtype=np.float64), sums, rtol=_SAME, atol=_SAME * scale):
-        found = f"{name} in the GGUF has other rows than in the merged model."
-        raise InputError(found, "a GGUF made from this merged model.", "run 05 again, or set size_budget_mb: 0.")
+def _shape(tensor: dict[str, Any]) -> tuple[int, int]:
+    """Columns and rows, those of all experts together."""
+    return tensor["shape"][0], tensor["weights"] // tensor["shape"][0]
+
+
+def _candidates(name: str, columns: int, matrix: importance.Imatrix | None) -> list[str]:
+    """The types that a tensor may have."""
+    types = PLAIN + (WITH_MATRIX if matrix is not None and name in matrix.values else ())
+    return [kind for kind in types if columns % native.block_size(kind) == 0]
+
+
+def _bytes(kind: str, rows: int, columns: int) -> int:
+    """In the file, with padding."""
+    return -(-rows * native.row_bytes(kind, columns) // 32) * 32
 
 
 def _errors(kind: str, weights: np.ndarray, values: np.ndarray | None, sensitivity: np.ndarray) -> tuple[float, float]:

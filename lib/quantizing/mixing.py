@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.quantizing.budget import Choice, solve
+from lib.quantizing.budget import Choice, require_room, solve
+from lib.quantizing.calibration import dataset_name
 from lib.quantizing.options import Options
 from lib.quantizing.sensitivity import METHOD, measure_sensitivity
 from lib.run import Run
@@ -43,29 +44,46 @@ def plan_mix(settings: Settings, run: Run, source: Path, matrix: Path | None, fo
     Raises:
         InputError: as `measure_sensitivity`; a budget below the smallest possible file.
     """
+    budget = budget_bytes(settings.size_budget_mb)
+    about = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
+    require_possible(budget, source, matrix, about)
     found = measure_sensitivity(settings, run, source, matrix, force).record
-    return choose_types(found, round(settings.size_budget_mb * 1e6), source, matrix)
+    dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
+    return choose_types(found, budget, source, matrix, dataset)
 
 
-def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path | None) -> Mix:
+def budget_bytes(megabytes: float) -> int:
+    """10⁶ bytes each."""
+    return round(megabytes * 1e6)
+
+
+def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str) -> None:
+    """Refuse, before anything is measured, a budget that no choice of types keeps; arguments as of `choose_types`.
+
+    Raises:
+        InputError: with the smallest size.
+    """
+    argument = {"source": str(source.resolve()), "imatrix": None if matrix is None else str(matrix.resolve())}
+    tensors = run_child("lib.quantizing.losses:sizes", argument, "predicting sizes")["tensors"]
+    smallest = sum(min(kind["bytes"] for kind in types) for types in tensors)
+    require_room(budget, _fixed(source, Options(matrix, notes=_notes(budget, dataset)), tensors) + smallest)
+
+
+def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str) -> Mix:
     """The types with the least predicted KL divergence of a file of at most `budget` bytes.
 
     Args:
-        found: record of the product `sensitivity`.
+        found: record of the product `sensitivity`, or of `measure_types` with "rows_sha256".
+        dataset: what it was measured on, for the header.
 
     Raises:
         InputError: a budget below the smallest possible file.
     """
-    notes = (
-        ("quantize.mix.method", METHOD),
-        ("quantize.mix.budget_bytes", str(budget)),
-        ("quantize.mix.rows", f"train.jsonl, {found['rows']} rows, sha256 {found['rows_sha256']}"),
-    )
+    notes = _notes(budget, dataset)
     rows = found["tensors"]
     tensors = [[Choice(t["type"], t["bytes"], t["kld"]) for t in row["types"]] for row in rows]
-    plain = _predict(source, "Q8_0", Options(matrix, notes=notes))
-    whole = sum(next(c.bytes for c in tensor if c.type == "q8_0") for tensor in tensors)
-    chosen = solve(tensors, budget, plain["bytes"] - whole)
+    fixed = _fixed(source, Options(matrix, notes=notes), [row["types"] for row in rows])
+    chosen = solve(tensors, budget, fixed)
     types = {row["tensor"]: choice.type for row, choice in zip(rows, chosen, strict=True)}
     options = Options(matrix, tuple(f"^{re.escape(name)}$={kind}" for name, kind in types.items()), notes=notes)
     recipe = _recipe(types, {row["tensor"]: row["weights"] for row in rows})
@@ -81,7 +99,7 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
         ],
     }
     prediction = {**_predict(source, recipe, options), "type": label(budget), "recipe": recipe, "mix": record}
-    wanted = plain["bytes"] - whole + sum(choice.bytes for choice in chosen)
+    wanted = fixed + sum(choice.bytes for choice in chosen)
     if prediction["bytes"] != wanted:
         raise RuntimeError(
             f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
@@ -92,6 +110,18 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
 def label(budget: int) -> str:
     """Name of a file with that budget: MIX_300MB, MIX_1968KB."""
     return f"MIX_{budget // 10**6}MB" if budget % 10**6 == 0 else f"MIX_{budget / 1000:.0f}KB"
+
+
+def _notes(budget: int, dataset: str) -> tuple[tuple[str, str], ...]:
+    """What the file's header tells of the choice."""
+    rows = (("method", METHOD), ("budget_bytes", str(budget)), ("rows", dataset))
+    return tuple((f"quantize.mix.{key}", value) for key, value in rows)
+
+
+def _fixed(source: Path, options: Options, tensors: list[list[dict[str, Any]]]) -> int:
+    """Bytes of the header, and of what is never quantized."""
+    whole = sum(next(kind["bytes"] for kind in types if kind["type"] == "q8_0") for types in tensors)
+    return _predict(source, "Q8_0", options)["bytes"] - whole
 
 
 def _recipe(types: dict[str, str], weights: dict[str, int]) -> str:

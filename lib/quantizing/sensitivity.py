@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.device import available_memory
 from lib.errors import InputError
+from lib.models.saved import weight_bytes
 from lib.quantizing.calibration import choose_windows
 from lib.run import Product, Run, Work
 from lib.run.child import run_child
@@ -61,22 +62,44 @@ def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path
 def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work: Work) -> None:
     data, merged = run.require("data"), run.require("merged")
     chosen = choose_windows(data.path, settings.n_ctx, min(settings.imatrix_chunks, WINDOWS), settings.seed)
-    size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+    measured = measure_types(merged.path, source, chosen.windows, matrix, settings.seed, run.folder)
+    write_json(work.folder / RECORD, {**chosen.facts, **measured})
+    write_jsonl(work.folder / ROWS, chosen.used)
+    work.device = measured["device"]
+    work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
+    work.metrics |= {"positions": measured["positions"], "tensors": len(measured["tensors"])}
+
+
+def measure_types(
+    model: Path, source: Path, windows: list[list[int]], matrix: Path | None, seed: int, scratch: Path
+) -> dict[str, Any]:
+    """How much each weight matters on a text, and what every type would cost every tensor.
+
+    Args:
+        model: folder of 16- or 32-bit weights that transformers loads; source: the GGUF made from it.
+        windows: token ids, all of one length.
+        matrix: importance matrix with which types are tried.
+        seed: of the labels that are drawn.
+        scratch: folder on a disk with room for the sensitivities, twice the size of the weights at 16 bits.
+
+    Returns:
+        "tensors" (see `lib.quantizing.losses.measure`), "positions", "method", "dtype", "device", "seconds".
+
+    Raises:
+        InputError: as `measure_sensitivity`.
+    """
+    size = weight_bytes(model)
     dtype = _dtype(size)
-    require_space(run.folder, 2 * size, "sensitivities of all weights")
-    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=run.folder) as name:
-        argument = {"model": str(merged.path.resolve()), "windows": chosen.windows, "folder": str(Path(name).resolve())}
-        argument |= {"dtype": dtype, "seed": settings.seed}
+    require_space(scratch, 2 * size, "sensitivities of all weights")
+    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as name:
+        argument = {"model": str(model.resolve()), "windows": windows, "folder": str(Path(name).resolve())}
+        argument |= {"source": str(source.resolve()), "dtype": dtype, "seed": seed}
         made = run_child("lib.quantizing.fisher:collect", argument, "measuring sensitivities")
-        argument = {"source": str(source.resolve()), "folder": argument["folder"], "scales": made["scales"]}
+        argument = {"source": argument["source"], "folder": argument["folder"], "scales": made["scales"]}
         argument |= {"imatrix": None if matrix is None else str(matrix.resolve())}
         tried = run_child("lib.quantizing.losses:measure", argument, "trying types")
-    facts = {**chosen.facts, **{key: made[key] for key in ("positions", "seconds", "device")}, "dtype": dtype}
-    write_json(work.folder / RECORD, {**facts, "method": METHOD, "tensors": tried["tensors"]})
-    write_jsonl(work.folder / ROWS, chosen.used)
-    work.device = made["device"]
-    work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
-    work.metrics |= {"positions": made["positions"], "tensors": len(tried["tensors"])}
+    facts = {key: made[key] for key in ("positions", "seconds", "device")}
+    return {**facts, "dtype": dtype, "method": METHOD, "tensors": tried["tensors"]}
 
 
 def _dtype(size: int) -> str:
@@ -93,5 +116,5 @@ def _dtype(size: int) -> str:
     raise InputError(
         f"{free / 1e9:.1f} GB of free memory for a backward pass of a model of {size / 1e9:.1f} GB.",
         f"{4 * size / 1e9:.1f} GB.",
-        "close other programs, or set size_budget_mb: 0.",
+        "close other programs, or do without a size budget.",
     )

@@ -1,0 +1,147 @@
+"""`workbook quantize`: by recipes, and under a size budget by the sensitivity of every tensor."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lib.cli.guard import guarded
+from lib.cli.options import Json, TextColumn
+from lib.cli.output import show, table
+from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from lib.quantizing import Options
+    from lib.quantizing.standalone import Budget
+
+
+def register(app: typer.Typer) -> None:
+    """Add `quantize`."""
+    app.command(short_help="GGUF → smaller GGUF, one type or several, or the best under a size")(quantize)
+
+
+@guarded
+def quantize(
+    source: Annotated[Path, typer.Argument(help="GGUF with F32, F16 or BF16 weights", metavar="IN.gguf")],
+    output: Annotated[Path, typer.Argument(help="new GGUF file; a folder for several", metavar="OUT")],
+    types: Annotated[
+        list[str] | None, typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="[TYPE...]")
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
+    size_budget_mb: Annotated[
+        float | None, typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01)
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="for the budget: folder that IN.gguf was converted from", metavar="DIR")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="for the budget: text like the model's task, or a table", metavar="FILE")
+    ] = None,
+    text_column: TextColumn = "",
+    n_ctx: Annotated[int, typer.Option(help="tokens a window of that text", min=16)] = 512,
+    tensor_type: Annotated[
+        list[str] | None, typer.Option(help="type of single tensors; may be repeated", metavar="REGEX=TYPE")
+    ] = None,
+    output_tensor_type: Annotated[str, typer.Option(help="type of the output matrix", metavar="TYPE")] = "",
+    token_embedding_type: Annotated[str, typer.Option(help="type of the token embedding", metavar="TYPE")] = "",
+    n_threads: Annotated[int, typer.Option(help="CPU threads together; 0 = physical cores", min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the sizes")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a GGUF file with llama.cpp: to types, or under --size-budget-mb with types chosen by measurement."""
+    from lib.quantizing import Options
+
+    options = Options(imatrix, tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
+    wanted = types or []
+    if not wanted and options.any_types():
+        do = "name a TYPE, or leave them out: a size budget decides every tensor."
+        raise InputError("types of single tensors without a TYPE.", "the type of the other tensors.", do)
+    budget = _budget(size_budget_mb, model, text, text_column, n_ctx)
+    if not wanted and budget is None:
+        do = "name one, e.g. Q4_K_M, or give --size-budget-mb."
+        raise InputError("no type.", "a TYPE, several, or a size budget.", do)
+    if dry_run:
+        rows = _predict(source, wanted, options, budget)
+        show({"files": rows}, as_json, _as_text(rows))
+        return
+    rows = _make(source, output, wanted, options, budget, n_threads)
+    single = len(rows) == 1 and not output.is_dir()
+    show(rows[0] if single else {"files": rows}, as_json, _as_text(rows))
+
+
+def _budget(
+    megabytes: float | None, model: Path | None, text: Path | None, text_column: str, n_ctx: int
+) -> Budget | None:
+    """What the options say of a budget.
+
+    Raises:
+        InputError: one of the three without the others.
+    """
+    given = {"--size-budget-mb": megabytes, "--model": model, "--text": text}
+    lacking = [name for name, value in given.items() if value is None]
+    if len(lacking) == 3:
+        return None
+    if megabytes is None or model is None or text is None:
+        found = f"{' and '.join(set(given) - set(lacking))} without {' and '.join(lacking)}."
+        expected = (
+            "all three: gradients of the model folder on a text tell which weights matter; a GGUF alone cannot give "
+            "them."
+        )
+        do = "add --model DIR (of a run: runs/RUN/merged) and --text FILE, or name a TYPE in place of the budget."
+        raise InputError(found, expected, do)
+    from lib.cli.perplexing import read_text
+    from lib.quantizing.standalone import Budget
+
+    return Budget(megabytes, model, read_text(text, text_column), text, n_ctx)
+
+
+def _predict(source: Path, types: list[str], options: Options, budget: Budget | None) -> list[dict[str, Any]]:
+    """What the files would be; nothing is written."""
+    from lib.quantizing import predict_sizes
+    from lib.quantizing.standalone import mix_of_text
+
+    rows = predict_sizes(source, types, options)
+    if budget is None:
+        return rows
+    with tempfile.TemporaryDirectory() as scratch:
+        return [*rows, mix_of_text(source, budget, options.imatrix, Path(scratch)).prediction]
+
+
+def _make(
+    source: Path, output: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
+) -> list[dict[str, Any]]:
+    """Write the files; their reports."""
+    from lib.quantizing import quantize_file, quantize_files
+    from lib.quantizing.standalone import quantize_to_budget
+
+    count = len(types) + (budget is not None)
+    if output.suffix != ".gguf" or output.is_dir():
+        made = quantize_files(source, output, types, options, n_threads, budget)
+    elif count > 1:
+        do = "name a folder; the files in it get the source's name and their type."
+        raise InputError(f"one file {output} for {count} types.", "a folder for several types.", do)
+    elif budget is not None:
+        made = [quantize_to_budget(source, output, budget, options.imatrix, n_threads)]
+    else:
+        made = [quantize_file(source, output, types[0], options, n_threads)]
+    return [report.to_json() for report in made]
+
+
+def _as_text(rows: list[dict[str, Any]]) -> str:
+    """A table, and what its columns leave open."""
+    columns = ["type", "bytes", "bits_per_weight", "fallbacks", "set_by_hand"]
+    columns += [name for name in ("imatrix", "seconds", "peak_memory_mib", "file") if name in rows[0]]
+    counted = [{**r, "fallbacks": len(r["fallbacks"]), "set_by_hand": len(r["set_by_hand"])} for r in rows]
+    lines = [table(counted, columns)]
+    if any(row["fallbacks"] for row in rows):
+        lines.append("fallbacks: tensors of another type than the recipe wants, whose rows do not fill its blocks")
+    for row in rows:
+        if mix := row.get("mix"):
+            types = ", ".join(f"{count} {kind}" for kind, count in Counter(mix["types"].values()).most_common())
+            kld = f"predicted KL divergence from the source {mix['predicted_kld']:.4g} nats a token"
+            lines.append(f"{row['type']}: {kld}; tensors: {types}")
+    return "\n".join(lines)

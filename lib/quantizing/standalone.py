@@ -1,0 +1,87 @@
+"""A file under a size budget without a run: from a GGUF, the model folder that it was made from, and a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.device import physical_cores
+from lib.errors import InputError
+from lib.models.gguf_file import check_gguf
+from lib.models.loading import check_model_folder, load_tokenizer
+from lib.models.saved import quantization_method
+from lib.quantizing.calibration import dataset_name
+from lib.quantizing.checks import check_output
+from lib.quantizing.files import QuantizationReport, quantize_predicted
+from lib.quantizing.mixing import Mix, budget_bytes, choose_types, label, require_possible
+from lib.quantizing.sensitivity import WINDOWS, measure_types
+from lib.run.files import sha256_file
+from lib.scoring.texts import Text, tokenize_with_transformers
+
+SEED = 42
+"""Of the labels that are drawn."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a file under a size budget is chosen by.
+
+    Attributes:
+        megabytes: of 10⁶ bytes, the most that the file may have.
+        model: the folder that the GGUF was converted from; gradients are computed there.
+        text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from.
+    """
+
+    megabytes: float
+    model: Path
+    text: Text
+    file: Path
+    n_ctx: int = 512
+
+    @property
+    def bytes(self) -> int:
+        """The same in bytes."""
+        return budget_bytes(self.megabytes)
+
+    @property
+    def name(self) -> str:
+        """What stands in place of a type (MIX_300MB)."""
+        return label(self.bytes)
+
+
+def quantize_to_budget(
+    source: Path, output: Path, budget: Budget, matrix: Path | None = None, n_threads: int = 0
+) -> QuantizationReport:
+    """Quantize one GGUF file to at most a size; `output` is complete or absent.
+
+    Raises:
+        InputError: as `mix_of_text`; a place that cannot be written.
+    """
+    check_output(source, output)
+    mixed = mix_of_text(source, budget, matrix, output.parent)
+    return quantize_predicted(source, output, mixed.prediction, mixed.options, n_threads or physical_cores())
+
+
+def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path) -> Mix:
+    """Choose types for a file of a size, as the stage does for a run.
+
+    Args:
+        source: GGUF with F32, F16 or BF16 weights.
+        matrix: importance matrix.
+        scratch: folder on a disk with room for the sensitivities.
+
+    Raises:
+        InputError: an impossible budget (before the work), a folder that is quantized or holds another model, a text
+            that does not fill a window, too little memory or room.
+    """
+    check_gguf(source)
+    check_model_folder(budget.model)
+    if method := quantization_method(budget.model):
+        found = f"{budget.model} is quantized ({method})."
+        raise InputError(found, "the 16- or 32-bit folder that the GGUF was converted from.", "name that folder.")
+    tokens = tokenize_with_transformers(load_tokenizer(budget.model), budget.text)
+    windows, digest = tokens.windows(budget.n_ctx, WINDOWS), sha256_file(budget.file)
+    dataset = dataset_name(budget.file.name, f"{len(windows)} windows of {budget.n_ctx} tokens", digest)
+    require_possible(budget.bytes, source, matrix, dataset)
+    found = {**measure_types(budget.model, source, windows, matrix, SEED, scratch), "rows_sha256": digest}
+    return choose_types(found, budget.bytes, source, matrix, dataset)

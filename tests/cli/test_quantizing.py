@@ -1,0 +1,98 @@
+"""`workbook quantize` under a size budget: the stage's own choice, from a model folder and a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+
+from lib.device import llama_cpp_problem
+from lib.gguf_export.converting import convert
+from lib.run.files import sha256_file
+from tests import tiny_run
+from tests.cli.test_cli import workbook
+
+pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+BUDGET_MB = 0.12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, m-F32.gguf made from it, other/ (other weights), adapter/, and reviews.txt."""
+    folder = tmp_path_factory.mktemp("budget")
+    tiny_run.make_base(folder / "base")
+    tiny_run.make_base(folder / "other", seed=5)
+    tiny_run.make_adapter(folder / "base", folder / "adapter")
+    convert(folder / "base", folder / "m-F32.gguf", "f32")
+    (folder / "reviews.txt").write_text("\n\n".join(tiny_run.texts(200)), encoding="utf-8")
+    return folder
+
+
+def options(folder: Path, model: str = "base", megabytes: float = BUDGET_MB) -> list[str]:
+    return [
+        *("--size-budget-mb", str(megabytes), "--model", str(folder / model), "--text", str(folder / "reviews.txt")),
+        *("--n-ctx", "64"),
+    ]
+
+
+def test_the_file_keeps_the_budget_and_says_how(folder: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "small.gguf", folder / "m-F32.gguf"
+    made = workbook("quantize", str(source), str(out), *options(folder), "--json")
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert report["type"] == "MIX_120KB" and out.stat().st_size == report["bytes"] <= BUDGET_MB * 1e6
+    reader = gguf.GGUFReader(out)
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    assert {name: kind.lower() for name, kind in report["mix"]["types"].items()}.items() <= types.items()
+    assert len(set(report["mix"]["types"].values())) > 1 and report["mix"]["predicted_kld"] > 0
+    rows = reader.fields["quantize.mix.rows"].contents()
+    assert rows == f"reviews.txt, 16 windows of 64 tokens, sha256 {sha256_file(folder / 'reviews.txt')}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.gguf"]
+
+
+def test_beside_types_and_before_writing(folder: Path, tmp_path: Path) -> None:
+    """A folder for several; the dry run tells the same sizes and writes nothing."""
+    command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "out"), "Q8_0", *options(folder))
+    sizes = json.loads(workbook(*command, "--dry-run", "--json").stdout)["files"]
+    assert [row["type"] for row in sizes] == ["Q8_0", "MIX_120KB"] and not (tmp_path / "out").exists()
+    made = workbook(*command)
+    assert made.returncode == 0, made.stderr
+    files = [tmp_path / "out" / f"m-{row['type']}.gguf" for row in sizes]
+    assert [path.stat().st_size for path in files] == [row["bytes"] for row in sizes]
+    assert "MIX_120KB: predicted KL divergence from the source" in made.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["m-MIX_120KB.gguf", "m-Q8_0.gguf"]
+
+
+REFUSED = {
+    "no model": (("--size-budget-mb", "1"), "--size-budget-mb without --model and --text"),
+    "no budget": (("--model", "x"), "--model without --size-budget-mb and --text"),
+    "nothing": ((), "no type"),
+    "single tensors alone": (("--tensor-type", "attn_v=q8_0"), "without a TYPE"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_lacks_is_named(case: str, folder: Path, tmp_path: Path) -> None:
+    arguments, words = REFUSED[case]
+    refused(workbook("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *arguments), words, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "megabytes", "words"),
+    [
+        ("other", BUDGET_MB, "has other rows than in the model folder"),
+        ("adapter", BUDGET_MB, "is a LoRA adapter"),
+        ("base", 0.02, "the smallest file possible"),
+    ],
+)
+def test_what_cannot_be_is_refused(model: str, megabytes: float, words: str, folder: Path, tmp_path: Path) -> None:
+    command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *options(folder, model, megabytes))
+    refused(workbook(*command), words, tmp_path)
+
+
+def refused(answer, words: str, folder: Path) -> None:
+    assert answer.returncode == 2 and answer.stdout == "" and words in answer.stderr, answer.stderr
+    assert "Traceback" not in answer.stderr and "Do this: " in answer.stderr
+    assert list(folder.iterdir()) == []
