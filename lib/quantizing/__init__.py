@@ -5,6 +5,7 @@
 - `measure` makes an importance matrix of the run's own training rows, product `imatrix`; `effect` compares files
   with and without it, `errors` every tensor with the source.
 - `mix` chooses a type for every tensor under a size budget, by the run's product `sensitivity`.
+  `predictions` tells what the same sensitivities predict of every file of the ladder.
 - `quantize` is the stage: the ladder of a run, product `quantized`; `plan` tells its sizes before.
 
 All native work runs in child processes: llama.cpp aborts its process on some damaged files.
@@ -13,6 +14,7 @@ All native work runs in child processes: llama.cpp aborts its process on some da
 from lib.quantizing.effect import EffectResult
 from lib.quantizing.errormap import TensorErrors
 from lib.quantizing.files import QuantizationReport, describe_gguf, predict_sizes, quantize_file
+from lib.quantizing.forecast import predictions
 from lib.quantizing.importance import ImatrixResult, measure
 from lib.quantizing.ladder import quantize_files
 from lib.quantizing.mixing import Mix
@@ -34,6 +36,7 @@ __all__ = [
     "mix",
     "plan",
     "predict_sizes",
+    "predictions",
     "quantize",
     "quantize_file",
     "quantize_files",

@@ -18,7 +18,7 @@ from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export.converting import convert
 from lib.plots import mix_rows
-from lib.quantizing import Mix, errors, mix, plan, quantize
+from lib.quantizing import Mix, errors, mix, plan, predictions, quantize
 from lib.quantizing.budget import Choice, solve
 from lib.quantizing.mixing import label
 from lib.run import Run
@@ -147,6 +147,34 @@ def test_the_written_file_is_what_was_chosen(run: Run) -> None:
 
 
 @native_only
+def test_every_file_of_the_ladder_is_predicted_by_the_same_sensitivities(run: Run) -> None:
+    """The mixed file as it was chosen, recipes by the types that they really have; other files are refused."""
+    asked = wanted(ladder=["Q8_0", "Q4_K_M"], size_budget_mb=1.0)
+    result = quantize(asked, run)
+    with pytest.raises(InputError, match=r"sensitivities or errors of other files|tensor_errors"):
+        predictions(run)
+    errors(asked, run, result)
+    found = predictions(run)
+    paths = {file.type: file.file for file in result.files}
+    assert found.keys() == set(paths.values()) == {f"tiny-{name}.gguf" for name in ("Q8_0", "Q4_K_M", "MIX_1MB")}
+    assert found[paths["MIX_1MB"]] == pytest.approx(result.files[2].mix["predicted_kld"], rel=1e-12)
+    table = read_json(run.folder / "sensitivity" / "sensitivity.json")["tensors"]
+    by_hand = {
+        name: sum(
+            next(k["kld"] for k in row["types"] if k["type"].lower() == tensor.tensor_type.name.lower())
+            for tensor in gguf.GGUFReader(result.product.path / paths[name]).tensors
+            for row in table
+            if row["tensor"] == tensor.name
+        )
+        for name in ("Q8_0", "Q4_K_M")
+    }
+    assert {name: found[paths[name]] for name in by_hand} == pytest.approx(by_hand, rel=1e-12)
+    assert by_hand["Q8_0"] < by_hand["Q4_K_M"]
+    quantize(wanted(ladder=["Q8_0"]), run)
+    assert predictions(run) == {}, "made without sensitivities"
+
+
+@native_only
 def test_the_rows_are_those_of_the_importance_matrix(run: Run) -> None:
     """The first of the same order, held-out rows provably absent."""
     mix(wanted(size_budget_mb=1.0), run)
@@ -173,7 +201,7 @@ def test_a_gguf_of_another_model_is_refused(base: Path, home: Path) -> None:
     other, run = home / "other", make(base)
     tiny_run.make_base(other, tied=False, seed=5)
     run.produce("gguf", lambda work: convert(other, work.folder / "tiny-F32.gguf", "f32") and None, {"changed": 1})
-    with pytest.raises(InputError, match="has other rows than in the merged model"):
+    with pytest.raises(InputError, match="has other rows than in the model folder"):
         mix(wanted(size_budget_mb=1.0, imatrix="none"), run)
     assert not [path for path in run.folder.iterdir() if path.name.startswith(".sens")], "nothing half-written"
 
