@@ -39,7 +39,7 @@ def run_all(paths: Sequence[Path], shared: Mapping[str, Any], output: Path) -> l
     for stray in output.glob(f"{_TEMPORARY}*"):  # of a comparison that was killed
         shutil.rmtree(stray, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
-        stored = str(Path(folder).resolve() / "log-probs.f32")
+        stored = str(Path(folder).resolve() / "log-probs")
         for place, path in enumerate(paths):
             function = "torch_worker:score_folder" if path.is_dir() else "worker:score_file"
             what = f"comparing {path.name} ({place + 1} of {len(paths)})"

@@ -15,42 +15,15 @@ import numpy as np
 from lib.comparison.speed import measure
 from lib.errors import InputError
 from lib.run.child import peak_memory_mib
-from lib.run.files import require_space
 from lib.scoring.answers import score_answers
 from lib.scoring.backend import Backend
 from lib.scoring.journal import Keep, kept_peak_memory_mib, model_hash
 from lib.scoring.llama import LlamaCppBackend
-from lib.scoring.perplexity import kl_table, perplexity
+from lib.scoring.perplexity import kl_table, open_reference, store_reference
 from lib.scoring.scores import kept_log_probs
 
 WAIT_POLICY = "passive"
 """How llama.cpp's threads wait for one another (OMP_WAIT_POLICY)."""
-
-
-class StoredReference:
-    """The reference's next-token log-probabilities for some windows, in a file: a backend that only remembers.
-
-    Args:
-        path: float32, (windows, positions, V); positions are those of the windows' second halves.
-    """
-
-    name = "the reference"
-
-    def __init__(self, path: Path, windows: list[list[int]], vocab_size: int, mode: str) -> None:
-        positions = len(windows[0]) - len(windows[0]) // 2
-        self.vocab_size = vocab_size
-        self._place = {tuple(window): i for i, window in enumerate(windows)}
-        self._values = np.memmap(path, np.float32, mode, shape=(len(windows), positions, vocab_size))
-
-    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
-        """The stored values; `first` must be the middle of the window."""
-        if first != len(ids) // 2:
-            raise ValueError(f"only positions from {len(ids) // 2} on are stored, not from {first}")
-        return np.array(self._values[self._place[tuple(ids)]])
-
-    def put(self, ids: list[int], values: np.ndarray) -> None:
-        """Store one window's values."""
-        self._values[self._place[tuple(ids)]] = values
 
 
 def score_file(argument: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +32,7 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
     Args:
         argument: "path", "names" (of the rows), "prompts", "answers" and "windows" (token ids), "keep" (file for the
             scores as they come), "spans" (of the answers; empty with labels), "n_ctx" (longest sequence), "n_threads",
-            "n_gpu_layers", "reference" (file of the reference's log-probabilities), "is_reference" (write that file).
+            "n_gpu_layers", "reference" (file of the reference's log-probabilities), "is_reference" (make that file).
 
     Returns:
         what `measure` gives, "log_probs", "score_seconds", "found" (what of it was done already, in words),
@@ -82,8 +55,11 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
                 "finite log-probabilities.",
                 "check the model's weights for NaN or infinity.",
             )
-        stored = Path(argument["reference"])
-        text = store(backend, windows, stored) if argument["is_reference"] else diverge(backend, windows, stored)
+    # windows in one batch, as llama-perplexity has them; the room for their logits is not the scoring's memory
+    n_ctx, devices = len(windows[0]), (argument["n_threads"], argument["n_gpu_layers"])
+    backend = LlamaCppBackend(path, n_ctx, *devices, n_outputs=n_ctx - n_ctx // 2)
+    with backend:
+        text = (store if argument["is_reference"] else diverge)(backend, windows, Path(argument["reference"]))
     return {
         **speed,
         "bytes": path.stat().st_size,
@@ -117,36 +93,14 @@ def keep_of(argument: dict[str, Any]) -> Keep:
     return Keep(Path(argument["keep"]), model_hash(Path(argument["path"])))
 
 
-class _Recorder:
-    """Passes a backend's answers on and stores them."""
-
-    def __init__(self, backend: LlamaCppBackend, stored: StoredReference) -> None:
-        self.name, self._backend, self._stored = backend.name, backend, stored
-
-    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
-        values = self._backend.window_log_probs(ids, first)
-        self._stored.put(ids, values)
-        return values
-
-
-def store(backend: LlamaCppBackend, windows: list[list[int]], path: Path) -> dict[str, Any]:
+def store(backend: Backend, windows: list[list[int]], path: Path) -> dict[str, Any]:
     """The reference's perplexity; its log-probabilities go into the file."""
-    size = 4 * len(windows) * (len(windows[0]) - len(windows[0]) // 2) * backend.vocab_size
-    require_space(path.parent, size, "the reference's log-probabilities")
-    recorder = _Recorder(backend, StoredReference(path, windows, backend.vocab_size, "w+"))
-    result = perplexity(recorder, windows, f"perplexity of {backend.name}")
-    return {"perplexity": asdict(result), "divergence": None}
+    reference = store_reference(backend, windows, path, f"perplexity of {backend.name}")
+    return {"perplexity": asdict(reference.perplexity), "divergence": None}
 
 
 def diverge(backend: Backend, windows: list[list[int]], path: Path) -> dict[str, Any]:
     """KL divergence from the stored reference, and perplexity."""
-    wanted = 4 * len(windows) * (len(windows[0]) - len(windows[0]) // 2) * backend.vocab_size
-    if path.stat().st_size != wanted:
-        raise InputError(
-            f"{backend.name} has {backend.vocab_size} tokens, the reference another number.",
-            "files with one vocabulary.",
-            "compare files that were made from one model.",
-        )
-    reference = StoredReference(path, windows, backend.vocab_size, "r")
+    reference = open_reference(path, windows, backend.vocab_size)
     table = kl_table(reference, backend, windows, f"KL divergence of {backend.name}")
     return {"perplexity": None, "divergence": asdict(table)}

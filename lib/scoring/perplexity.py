@@ -9,6 +9,7 @@ over tokens whose reference log-probability is above -16, both as llama-perplexi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ __all__ = [
     "Perplexity",
     "Reference",
     "kl_table",
+    "open_reference",
     "perplexity",
     "positions",
     "store_reference",
@@ -39,27 +41,62 @@ class Reference:
     """The reference's log-probabilities for some windows, kept in a file; the same for every model compared with it.
 
     Use as a context manager: the file is removed at the end.
+
+    Args:
+        path: the file: steps (uint16), then step size and lowest value of each position (float32).
+        shape: windows, positions a window, vocabulary.
+        write: make the file; else it is read as another process made it.
+
+    Raises:
+        InputError: the file is of another shape.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.path = path
-        self._steps = np.memmap(path, dtype=np.uint16, mode="w+", shape=shape)
-        self._scale = np.zeros((*shape[:2], 2), dtype=np.float32)
+    def __init__(self, path: Path, shape: tuple[int, int, int], write: bool = True) -> None:
+        self.path, scales = path, (*shape[:2], 2)
+        steps = 2 * math.prod(shape)
+        if not write and path.stat().st_size != steps + 4 * math.prod(scales):
+            raise InputError(
+                f"a reference whose file is not one of {shape[2]} tokens and {shape[0]} windows.",
+                "files with one vocabulary.",
+                "compare files that were made from one model.",
+            )
+        self._steps = np.memmap(path, np.uint16, "w+" if write else "r", shape=shape)
+        self._scale = np.memmap(path, np.float32, "r+" if write else "r", offset=steps, shape=scales)
+        self._log_p: list[np.ndarray] = []
 
-    def put(self, window: int, logits: np.ndarray) -> None:
-        """Keep one window's (positions, V) logits as rounded log-probabilities."""
+    def put(self, window: int, logits: np.ndarray, targets: np.ndarray) -> None:
+        """Keep one window's (positions, V) logits as rounded log-probabilities; `targets`: the tokens that came."""
         self._steps[window], self._scale[window] = _round(logits)
+        self._log_p.append(_of_tokens(logits, targets))
 
     def get(self, window: int) -> np.ndarray:
         """One window's log-probabilities, rounded, float32, (positions, V)."""
         return _unround(self._steps[window], self._scale[window])
 
+    @property
+    def perplexity(self) -> Perplexity:
+        """Of the model whose logits were put, before they were rounded."""
+        return perplexity_of(Positions(np.concatenate(self._log_p)), len(self._log_p))
+
     def __enter__(self) -> Reference:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._steps
+        del self._steps, self._scale
         self.path.unlink(missing_ok=True)
+
+
+def open_reference(path: Path, windows: Sequence[list[int]], vocab_size: int) -> Reference:
+    """What `store_reference` kept of the same windows, in another process.
+
+    Raises:
+        InputError: it was made of a model with another vocabulary, or of other windows.
+    """
+    return Reference(path, _shape(windows, vocab_size), write=False)
+
+
+def _shape(windows: Sequence[list[int]], vocab_size: int) -> tuple[int, int, int]:
+    return len(windows), len(windows[0]) - 1 - len(windows[0]) // 2, vocab_size
 
 
 def text_windows(ids: Sequence[int], n_ctx: int, max_tokens: int) -> list[list[int]]:
@@ -85,13 +122,12 @@ def store_reference(backend: Backend, windows: Sequence[list[int]], path: Path, 
         path: a file to make, 2 bytes a position and vocabulary entry.
         what: the work in words for the progress line.
     """
-    positions = len(windows[0]) - 1 - len(windows[0]) // 2
-    shape = (len(windows), positions, backend.vocab_size)
-    require_space(path.parent, 2 * int(np.prod(shape)), "the reference's log-probabilities")
+    shape = _shape(windows, backend.vocab_size)
+    require_space(path.parent, 2 * math.prod(shape), "the reference's log-probabilities")
     reference = Reference(path, shape)
     with Progress(what, len(windows)) as progress:
         for i, window in enumerate(windows):
-            reference.put(i, _logits(backend, window))
+            reference.put(i, _logits(backend, window), _targets(window))
             progress.advance()
     return reference
 
@@ -128,7 +164,7 @@ def positions(
     columns: list[np.ndarray] = []
     with Progress(what, len(windows)) as progress:
         for i, window in enumerate(windows):
-            mine, targets = _logits(other, window), np.array(window[len(window) // 2 + 1 :])
+            mine, targets = _logits(other, window), _targets(window)
             if reference is None:
                 columns.append(_of_tokens(mine, targets)[None])
             else:
@@ -165,6 +201,11 @@ def _reference_window(reference: Backend | Reference, index: int, window: list[i
     if isinstance(reference, Reference):
         return reference.get(index)
     return _unround(*_round(_logits(reference, window)))
+
+
+def _targets(window: list[int]) -> np.ndarray:
+    """The tokens that the scored positions of a window predict, (positions,)."""
+    return np.array(window[len(window) // 2 + 1 :])
 
 
 def _logits(backend: Backend, window: list[int]) -> np.ndarray:

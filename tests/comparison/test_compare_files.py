@@ -109,7 +109,7 @@ def test_divergence_is_that_of_two_open_models(compared: tuple[dict, Path], ladd
         "same_top": table.same_top,
         "ppl": table.ppl,
     }.items():
-        assert q2[key] == pytest.approx(value, rel=1e-5)
+        assert q2[key] == value  # digit by digit, as `workbook perplexity` and the tool have it
 
 
 def test_held_out_text_begins_with_leak_free_rows(ladder: Ladder) -> None:

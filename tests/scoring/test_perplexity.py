@@ -8,7 +8,7 @@ import torch
 
 from lib.errors import InputError
 from lib.scoring import LlamaCppBackend, TransformersBackend
-from lib.scoring.perplexity import kl_table, perplexity, store_reference, text_windows
+from lib.scoring.perplexity import kl_table, open_reference, perplexity, store_reference, text_windows
 from tests.scoring import tiny
 
 
@@ -84,7 +84,11 @@ def test_kl_table_is_the_definition(small, other, tmp_path):
     path = tmp_path / "reference"
     with store_reference(base, windows, path, "storing") as reference:
         assert kl_table(reference, other, windows) == found
-        assert path.stat().st_size == 2 * 294 * 512
+        assert kl_table(open_reference(path, windows, 512), other, windows) == found
+        assert reference.perplexity == perplexity(base, windows)
+        assert path.stat().st_size == 2 * 294 * (512 + 4)
+        with pytest.raises(InputError, match="one vocabulary"):
+            open_reference(path, windows, 256)
     assert not path.exists()
 
 
