@@ -16,6 +16,8 @@ from lib.run.folders import PROJECT, home
 
 OK, LACK, BROKEN, INFO = "ok", "lack", "broken", "info"
 MEMORY_GIB, DISK_GB = 4.0, 3.0
+LLAMA = "llama_cpp_python"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,37 @@ def _python() -> Check:
     return Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
 
 
-def lock_differences() -> list[str]:
-    """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
-    found = []
+def _locked() -> dict[str, str]:
+    """Versions of requirements.txt that hold on this system, by name."""
+    versions = {}
     for line in (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         requirement, _, marker = line.partition("#")[0].partition(";")
         name, separator, version = requirement.strip().partition("==")
-        if not separator or ("Darwin" in marker and platform.system() != "Darwin"):
-            continue
-        if name == "llama_cpp_python":  # which has a line of its own
+        if separator and ("Darwin" not in marker or platform.system() == "Darwin"):
+            versions[name] = version.strip()
+    return versions
+
+
+def _pip(name: str) -> str:
+    """The command that installs a package of the lock in its version."""
+    try:
+        return f"pip install {name}=={_locked()[name]}"
+    except (OSError, KeyError):  # without the project's files, or a lock of another time
+        return f"pip install {name}"
+
+
+def lock_differences() -> list[str]:
+    """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
+    found = []
+    for name, version in _locked().items():
+        if name == LLAMA:  # which has a line of its own
             continue
         try:
             have = metadata.version(name)
         except metadata.PackageNotFoundError:
             have = "absent"
-        if have.partition("+")[0] != version.strip():
-            found.append(f"{name} {have} (lock: {version.strip()})")
+        if have.partition("+")[0] != version:
+            found.append(f"{name} {have} (lock: {version})")
     return found
 
 
@@ -81,7 +98,7 @@ def _torch() -> list[Check]:
         kind = device.torch_device()
     except Exception as error:  # a broken native library may raise anything
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return [Check("torch", BROKEN, found, "pip install --force-reinstall torch==2.13.0", "all")]
+        return [Check("torch", BROKEN, found, f"{_pip('torch')} --force-reinstall", "all")]
     checks = [Check("torch", OK, torch.__version__)]
     if kind == "cpu":
         cure = "none needed for the offline base; for Qwen, a GPU saves hours (README: GPU builds)."
@@ -100,14 +117,14 @@ def _torch() -> list[Check]:
 def _optional() -> list[Check]:
     """The libraries without which part of the notebooks still runs."""
     four_bit, llama = device.bitsandbytes_problem(), device.llama_cpp_problem()
-    cure = "pip install bitsandbytes==0.50.2; without it load_in_4bit falls back to LoRA and the pages say so."
+    cure = f"{_pip('bitsandbytes')}; without it load_in_4bit falls back to LoRA and the pages say so."
     checks = [
         Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true; 06: int8, nf4")
         if four_bit
         else Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
     ]
     if llama:
-        cure = "install a C/C++ compiler, then pip install llama-cpp-python==0.3.36 (about 4 minutes on 2 cores)."
+        cure = f"install a C/C++ compiler, then {_pip(LLAMA)} (about 4 minutes on 2 cores)."
         checks.append(Check("llama-cpp-python", LACK, llama, cure, "05 (gate), 06, 07"))
     else:
         import llama_cpp
@@ -124,7 +141,7 @@ def _export_libraries() -> list[Check]:
         if device.has_module(package):
             checks.append(Check(package, OK, metadata.version(package)))
         else:
-            cure = f"pip install {package} (requirements.txt has the version); without it {formats} is skipped."
+            cure = f"{_pip(package)}; without it {formats} is skipped."
             checks.append(Check(package, LACK, "not installed", cure, f"06 with export_formats: [{formats}]"))
     return checks
 
@@ -171,12 +188,22 @@ def _tools() -> list[Check]:
         if shutil.which("git")
         else Check("git", LACK, "absent", "install git; without it the pages cannot name the commit.", "all (footer)")
     ]
-    browser = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-    )
-    words = browser or "absent: wanted only by `make screenshots`"
-    checks.append(Check("Chromium", INFO, words))
-    return checks
+    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
+        return [*checks, Check("Chromium", OK, browser)]
+    cure = "apt install chromium, or dnf install chromium."
+    return [*checks, Check("Chromium", LACK, "absent", cure, "no notebook: make screenshots, a test of the phone page")]
+
+
+def _phone_page() -> Check:
+    from lib.packaging.web import library_lacks, library_version
+
+    missing = library_lacks()
+    if not missing:
+        return Check("wllama", OK, f"{library_version()} (phone page)")
+    npm = "" if shutil.which("npm") else "install Node.js with npm (apt install npm, or dnf install npm), then "
+    cure = f"{npm}make wllama (it needs a network, once)."
+    found = f"{missing[0]} is not in .cache/wllama"
+    return Check("wllama", LACK, found, cure, "no notebook: workbook package --web")
 
 
 def _hub() -> list[Check]:
@@ -193,7 +220,7 @@ def _hub() -> list[Check]:
 
 def examine() -> list[Check]:
     """All checks, in the order of importance."""
-    return [_python(), _lock(), *_torch(), *_optional(), *_room(), _fonts(), *_tools(), *_hub()]
+    return [_python(), _lock(), *_torch(), *_optional(), *_room(), _fonts(), *_tools(), _phone_page(), *_hub()]
 
 
 def broken(found: list[Check]) -> bool:

@@ -30,6 +30,7 @@ LARGEST_PART = 500_000_000
 """Bytes above which the file is split, with room to spare below the 512 MB from which browsers make trouble."""
 
 _PAGE = Path(__file__).with_name("web")
+_VERSION = "wllama/package.json"
 _FILES = {
     "wllama/esm/index.min.js": "index.min.js",
     "wllama/esm/wasm/wllama.wasm": "wllama.wasm",
@@ -71,16 +72,28 @@ def request_web(run: Run, rows: Path | None) -> WebRequest:
     Raises:
         InputError: the library was not fetched; a file without rows.
     """
-    library = PROJECT / ".cache" / "wllama" / "node_modules" / "@wllama"
-    if missing := [name for name in _FILES if not (library / name).is_file()]:
+    if missing := library_lacks():
         raise InputError(
             f"the phone page needs the npm package @wllama/wllama, and {missing[0]} is not in .cache/wllama.",
             "the library, fetched once.",
             "run make wllama (needs npm and a network).",
         )
-    version = str(read_json(library / "wllama" / "package.json")["version"])
     texts, source = _rows(run, rows)
-    return WebRequest(library, version, tuple(texts), source)
+    return WebRequest(_library(), library_version(), tuple(texts), source)
+
+
+def _library() -> Path:
+    return PROJECT / ".cache" / "wllama" / "node_modules" / "@wllama"
+
+
+def library_lacks() -> list[str]:
+    """Files of the library that `make wllama` would fetch and that are not there."""
+    return [name for name in (*_FILES, _VERSION) if not (_library() / name).is_file()]
+
+
+def library_version() -> str:
+    """Version of the library that was fetched."""
+    return str(read_json(_library() / _VERSION)["version"])
 
 
 def _rows(run: Run, path: Path | None) -> tuple[list[str], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from lib.errors import InputError
 from lib.reporting import Terminated
 from lib.settings import Settings
 from tests import tiny_run
+from tests.packaging.test_web import make_library
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -183,6 +185,41 @@ def test_doctor_examines_this_machine() -> None:
     assert all(check.cure and check.touches for check in found if check.state == "lack")
     assert (not broken(found) and "notebooks" in as_text(found)) or "Everything" in as_text(found)
     assert broken([*found, Check("torch", BROKEN, "gone", "install it.", "all")])
+
+
+def test_doctor_names_a_cure_for_every_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without programs, optional libraries and the phone page's library; then with npm."""
+    from lib import device
+    from lib.cli import doctor
+    from lib.packaging import web
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(web, "PROJECT", tmp_path)
+    monkeypatch.setattr(device, "has_module", lambda name: False)
+    monkeypatch.setattr(device, "bitsandbytes_problem", lambda: "not installed")
+    monkeypatch.setattr(device, "llama_cpp_problem", lambda: "not installed")
+    found = {check.name: check for check in examine()}
+    for name in ("git", "Chromium", "wllama", "llmcompressor", "torchao", "bitsandbytes", "llama-cpp-python"):
+        assert found[name].state == "lack" and found[name].touches, name
+    locked = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    for name in ("llmcompressor", "torchao", "bitsandbytes", "llama-cpp-python"):
+        (pin,) = re.findall(r"pip install ([\w-]+==[\d.]+)", found[name].cure)
+        assert pin in locked
+    assert "install Node.js with npm" in found["wllama"].cure and "chromium" in found["Chromium"].cure
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = {check.name: check for check in examine()}
+    assert found["wllama"].cure == "make wllama (it needs a network, once)."
+    assert found["Chromium"].state == "ok" and found["Chromium"].found == "/usr/bin/chromium"
+
+
+def test_doctor_knows_the_phone_pages_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_library(tmp_path)
+    monkeypatch.setattr("lib.packaging.web.PROJECT", tmp_path)
+    (wllama,) = [check for check in examine() if check.name == "wllama"]
+    assert wllama.state == "ok" and wllama.found == "3.8.1 (phone page)" and not wllama.cure
+    next(tmp_path.rglob("LICENCE")).unlink()
+    (wllama,) = [check for check in examine() if check.name == "wllama"]
+    assert wllama.state == "lack" and "wllama/LICENCE" in wllama.found
 
 
 def test_tables_align_chinese() -> None:
