@@ -1,23 +1,32 @@
 """A notebook or script that torchrun or `accelerate launch` has started several times at once.
 
 The stage starts its own processes (`num_processes`), so the launcher is not needed; but it does no harm: the first of
-its processes makes the product, the others wait for it and read it.
+its processes makes the product, the others wait for it and read it. What a launcher sets for the processes of a Trainer
+(a place in a process group, a compiler, DeepSpeed) is not what the run's parameters say: the training does not see it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 
 if TYPE_CHECKING:
     from lib.run import Product, Run
+
+VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "KMP_AFFINITY", "KMP_BLOCKTIME"),
+)
+PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")
+"""Set by torchrun and accelerate for their own processes."""
 
 WAITING = dt.timedelta(days=7)
 _calls = itertools.count()
@@ -29,6 +38,17 @@ def _size() -> int:
     return int(size) if ours and size.isdigit() else 1
 
 
+@contextlib.contextmanager
+def _without_launcher() -> Iterator[None]:
+    """Take what a launcher has set out of the environment, and give it back afterwards."""
+    names = [name for name in os.environ if name in VARIABLES or name.startswith(PREFIXES)]
+    found = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
+
+
 def made_once(make: Callable[[], Product], run: Run, product: str, num_processes: int) -> Product:
     """`make()`; under a launcher only in its first process, whose product or refusal the others take over.
 
@@ -37,7 +57,8 @@ def made_once(make: Callable[[], Product], run: Run, product: str, num_processes
     """
     size = _size()
     if size == 1:
-        return make()
+        with _without_launcher():
+            return make()
     if size != num_processes or os.environ.get("LOCAL_WORLD_SIZE", str(size)) != str(size):
         raise InputError(
             f"a launcher (torchrun, accelerate) started {size} processes, and num_processes is {num_processes}.",
@@ -67,7 +88,8 @@ def _store(size: int) -> Any:
 def _tell(make: Callable[[], Product], store: Any, key: str, size: int) -> Product:
     refused: list[str] = []
     try:
-        return make()
+        with _without_launcher():
+            return make()
     except InputError as error:
         refused = [error.found, error.expected, error.do]
         raise

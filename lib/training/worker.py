@@ -9,13 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LAUNCHER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
-    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME"),
-)
-LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
-"""Set by torchrun and accelerate for their own processes; a team's members are not those."""
-
 PATIENCE = dt.timedelta(days=7)
 """A process waits so long for the others, e.g. while they validate; one that dies is noticed by the parent at once."""
 
@@ -69,10 +62,7 @@ def _job(argument: dict[str, Any]) -> Any:
 
 
 def _environment(argument: dict[str, Any]) -> None:
-    """Before torch is imported: threads, the GPU of this process, loopback only, no launcher's variables."""
-    for name in list(os.environ):
-        if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
-            del os.environ[name]
+    """Before torch is imported: threads, the GPU of this process, loopback only."""
     os.environ["OMP_NUM_THREADS"] = str(argument["threads"])
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     if argument["gpu"] is not None:
