@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -56,6 +57,19 @@ def _what(facts: Facts) -> str:
     return f"""`{facts.base}` (revision `{facts.revision}`), fine-tuned by {facts.method} in the run `{facts.run}` for
 {facts.kind}, merged, converted to GGUF and quantized to {facts.choice.type}: {facts.bytes / 1e6:.2f} MB,
 {facts.choice.entry["bits_per_weight"]:.2f} bits a weight. It gives {answers}. How to run it: deployment_guide.md.
+{_types(facts)}"""
+
+
+def _types(facts: Facts) -> str:
+    """What a file under a size budget is: its name is that of no recipe."""
+    if facts.mix is None:
+        return ""
+    kinds = ", ".join(f"{kind} × {count}" for kind, count in Counter(facts.mix["types"].values()).most_common())
+    return f"""
+{facts.choice.type} is no recipe of llama.cpp: under a budget of {facts.mix["budget_bytes"]:,} bytes every tensor has
+the type that measured sensitivity on training text chose for it ({kinds}).
+Every program that runs these types runs the file; some name it by its commonest type. The choice predicted a KL
+divergence of {facts.mix["predicted_kld"]:.2g} nats a token.
 """
 
 
@@ -144,6 +158,7 @@ def export_report(facts: Facts, sha256: str, checks: int, tolerance: float) -> d
         "run": facts.run,
         "file": {"name": facts.file, "bytes": facts.bytes, "sha256": sha256, "type": facts.choice.type},
         "choice": {"standing": facts.choice.standing, "words": facts.choice.words},
+        "mix": facts.mix,
         "recommendation": facts.comparison["recommendation"],
         "lineage": {
             "base_model": facts.base,

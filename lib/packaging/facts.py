@@ -13,6 +13,7 @@ from lib.packaging.choosing import Choice
 from lib.packaging.licences import licences
 from lib.packaging.naming import gguf_name, size_label
 from lib.run import Run
+from lib.run.files import read_json
 
 MOST_LABEL_TOKENS, MOST_ANSWER_TOKENS = 8, 256
 """Tokens at which an answer is cut: a label, a written answer."""
@@ -34,6 +35,7 @@ class Facts:
         notes: sentences that every page of the run says.
         switches: whether the chat template knows two ways of answering; thinks: the one that was trained.
         tree: {folder of the export tree: what it holds}.
+        mix: of a file under a size budget how its types were chosen (`mix` of quantized.json); None for a recipe.
         page_rows: where the rows of the phone page come from; empty without the page.
     """
 
@@ -61,6 +63,7 @@ class Facts:
     notes: list[str] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     page_rows: str = ""
+    mix: Mapping[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -102,7 +105,13 @@ def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any
         switches="enable_thinking" in str(metadata.get("tokenizer.chat_template", "")),
         thinks=bool(getattr(task, "thinking", False)),
         notes=run.stamps(),
+        mix=_mix(run, choice),
     )
+
+
+def _mix(run: Run, choice: Choice) -> Mapping[str, Any] | None:
+    files = read_json(run.require("quantized").path / "quantized.json")["files"]
+    return next((row.get("mix") for row in files if row["file"] == choice.source.name), None)
 
 
 def _bytes_per_token(choice: Choice) -> int:

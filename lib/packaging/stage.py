@@ -28,7 +28,7 @@ from lib.run.manifest import hash_folder
 
 SUMS, INFO, REPORT = "SHA256SUMS", "model_info.json", "export_report.json"
 _SCRIPTS = Path(__file__).with_name("scripts")
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the package's content changes, so that an older one is made again."""
 _SECONDS = 900
 

@@ -1,9 +1,10 @@
-"""What page 07 shows of predicted and measured KL divergence: whether the sensitivities can be believed."""
+"""What pages 06 and 07 show of predicted and measured KL divergence: whether the sensitivities can be believed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,84 +16,123 @@ from lib.plots.style import BLUE, GREEN, GREY
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
-Entries = Sequence[Mapping[str, Any]]
 _NONE = "No prediction in this run: with `size_budget_mb` 06 measures the sensitivity of every tensor."
 
 
-def rows(predicted: Mapping[str, float], files: Entries) -> list[dict[str, Any]]:
-    """One row a file that rounds something, smallest divergence predicted first.
+@dataclass(frozen=True)
+class Forecast:
+    """Files with both numbers.
 
-    Args:
-        predicted: {file: nats a token} (`lib.quantizing.predictions`).
-        files: entries of comparison.json.
+    Attributes:
+        points: "type", "bytes", "predicted", "measured", "low", "high" (nats a token), smallest prediction first.
+        tokens: that the measurement is of; text: what they are, in words; interval: what the intervals are.
+        note: what sets this measurement apart from what was predicted.
     """
+
+    points: list[dict[str, Any]]
+    tokens: int = 0
+    text: str = ""
+    interval: str = ""
+    note: str = ""
+
+
+def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
+    """As 07 measured it: entries of comparison.json; `predicted`: `lib.quantizing.predictions`."""
     known = [e for e in files if predicted.get(e["file"], 0.0) > 0]
-    return [
-        {
-            "type": e["type"],
-            "MB": e["bytes"] / 1e6,
-            "predicted, nats": predicted[e["file"]],
-            "measured, nats": e["kld_mean"],
-            "± (1.96 SE)": 1.96 * e["kld_uncertainty"],
-            "measured / predicted": e["kld_mean"] / predicted[e["file"]],
-        }
-        for e in sorted(known, key=lambda e: predicted[e["file"]])
-    ]
+    points = [_point(e, predicted, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in known]
+    note = " It was made for rows with system turn and question; these texts stand alone."
+    interval = "± 1.96 standard errors over tokens"
+    return Forecast(_sorted(points), files[0]["n_tokens"], "bare test texts", interval, note)
 
 
-def shown(predicted: Mapping[str, float], files: Entries) -> HTML | Markdown:
+def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
+    """As 06 measured it (a MixEffect); no points where there is none."""
+    if effect is None:
+        return Forecast([])
+    content = effect.content
+    known = [e for e in (content["mixed"], *content["types"]) if predicted.get(e["file"], 0.0) > 0]
+    points = [_point(e, predicted, e["kld"], e["kld_interval"]) for e in known]
+    text = f"{content['rows']} held-out rows, written as for training"
+    return Forecast(_sorted(points), content["tokens"], text, "95 % bootstrap intervals over rows")
+
+
+def _point(
+    entry: Mapping[str, Any], predicted: Mapping[str, float], measured: float, limits: Sequence[float]
+) -> dict[str, Any]:
+    values = {"predicted": predicted[entry["file"]], "measured": measured, "low": limits[0], "high": limits[1]}
+    return {"type": entry["type"], "bytes": entry["bytes"], **values}
+
+
+def _sorted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(points, key=lambda point: point["predicted"])
+
+
+def shown(forecast: Forecast) -> HTML | Markdown:
     """The table; a sentence where nothing was predicted."""
-    if not (found := rows(predicted, files)):
+    if not forecast.points:
         return say(_NONE)
+    rows = [
+        {
+            "type": p["type"],
+            "MB": p["bytes"] / 1e6,
+            "predicted, nats": f"{p['predicted']:.2g}",
+            "measured, nats": f"{p['measured']:.2g} [{p['low']:.2g}, {p['high']:.2g}]",
+            "measured / predicted": p["measured"] / p["predicted"],
+        }
+        for p in forecast.points
+    ]
     caption = (
-        f"KL divergence from the unquantized file: predicted in 06 from gradients on training rows and the rounding of "
-        f"every tensor, and measured here on {files[0]['n_tokens']:,} tokens of held-out text."
+        "KL divergence from the unquantized file, smallest prediction first: predicted from gradients on training rows "
+        f"and the rounding of every tensor; measured on {forecast.tokens:,} tokens of {forecast.text} "
+        f"({forecast.interval})."
     )
-    formats = {"predicted, nats": ".2e", "measured, nats": ".2e", "measured / predicted": ".2f"}
-    return table(found, caption, formats)
+    return table(rows, caption, {"measured / predicted": ".2f"})
 
 
-def chart(predicted: Mapping[str, float], files: Entries) -> HTML | None:
+def chart(forecast: Forecast) -> HTML | None:
     """Measured against predicted, both on log scales, with the line on which they are equal."""
-    if not (found := rows(predicted, files)):
+    points = [p for p in forecast.points if p["measured"] > 0]
+    if not points:
         return None
-    fig, ax = _axes(5.2, 4.0)
-    x, y, half = (np.array([row[key] for row in found]) for key in ("predicted, nats", "measured, nats", "± (1.96 SE)"))
+    fig, ax = _axes(5.6, 4.0)
+    x, y, low, high = (np.array([p[key] for p in points]) for key in ("predicted", "measured", "low", "high"))
     ends = [0.7 * min(x.min(), y.min()), 1.4 * max(x.max(), y.max())]
     ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1, label="as predicted")
-    for row, place, value, error in zip(found, x, y, half, strict=True):
-        mixed = row["type"].startswith("MIX_")
-        bars = [[min(error, 0.999 * value)], [error]]  # a log scale has no place for 0
-        ax.errorbar(place, value, yerr=bars, fmt="D" if mixed else "o", color=GREEN if mixed else BLUE, capsize=3)
-        ax.annotate(row["type"], (place, value), (6, -3), textcoords="offset points", fontsize=8)
+    for place, (point, at, value) in enumerate(zip(points, x, y, strict=True)):
+        mixed = point["type"].startswith("MIX_")
+        bars = [[value - max(low[place], 0.01 * value)], [high[place] - value]]  # a log scale has no place for 0
+        ax.errorbar(at, value, yerr=bars, fmt="D" if mixed else "o", color=GREEN if mixed else BLUE, capsize=3)
+        side = (7, -3) if place % 2 else (-7, -3)  # names at alternate sides, or neighbours would overlap
+        ends_at = {"ha": "left" if place % 2 else "right", "fontsize": 8}
+        ax.annotate(point["type"], (at, value), side, textcoords="offset points", **ends_at)
+    ax.margins(x=0.15)
     ax.set(xscale="log", yscale="log", xlabel="predicted KL divergence, nats a token")
     ax.set_ylabel("measured KL divergence, nats a token")
     ax.legend()
     caption = (
-        f"Predicted and measured KL divergence from the unquantized file (log scales; bars ± 1.96 standard errors over "
-        f"{files[0]['n_tokens']:,} tokens); diamonds are files under a size budget. Above the dashed line a file is "
-        "farther from the source than predicted."
+        f"Predicted and measured KL divergence from the unquantized file (log scales; {forecast.interval}; "
+        f"n = {forecast.tokens:,} tokens of {forecast.text}); a diamond is a file under a size budget. Above the "
+        "dashed line a file is farther from the source than predicted."
     )
-    words = "; ".join(f"{r['type']} {r['predicted, nats']:.2g}, {r['measured, nats']:.2g}" for r in found)
+    words = "; ".join(f"{p['type']} {p['predicted']:.2g}, {p['measured']:.2g}" for p in points)
     return figure(fig, caption, f"Predicted and measured KL divergence in nats. {words}.")
 
 
-def reading(predicted: Mapping[str, float], files: Entries) -> Markdown | None:
+def reading(forecast: Forecast) -> Markdown | None:
     """How far the predictions are off, and whether they put the files in the right order; nothing without them."""
-    if not (found := rows(predicted, files)):
+    if not forecast.points:
         return None
-    ratios = [row["measured / predicted"] for row in found]
-    near = sum(0.5 <= ratio <= 2 for ratio in ratios)
-    low, high = (found[int(pick(ratios))] for pick in (np.argmin, np.argmax))
+    ratios = {p["type"]: p["measured"] / p["predicted"] for p in forecast.points}
+    low, high = (pick(ratios, key=lambda name: ratios[name]) for pick in (min, max))
+    near = sum(0.5 <= ratio <= 2 for ratio in ratios.values())
     text = (
-        f"Measured over predicted lies between {low['measured / predicted']:.2f} ({low['type']}) and "
-        f"{high['measured / predicted']:.2f} ({high['type']}), within a factor of two for {near} of {len(found)} files."
+        f"Measured over predicted lies between {ratios[low]:.2f} ({low}) and {ratios[high]:.2f} ({high}), within a "
+        f"factor of two for {near} of {len(ratios)} files."
     )
-    if len(found) > 1:
-        measured = [row["measured, nats"] for row in found]  # in the order of the predictions
-        pairs = list(itertools.combinations(measured, 2))
+    pairs = list(itertools.combinations([p["measured"] for p in forecast.points], 2))  # in the order of predictions
+    if pairs:
         text += f" Of {len(pairs)} pairs of files {sum(a < b for a, b in pairs)} are measured in the predicted order."
     return say(
-        f"{text} The prediction is one of second order on other rows, takes tensors and weights for independent, and "
-        "leaves out llama.cpp's rounding of activations, which weighs most where the weights are rounded least."
+        f"{text} The prediction is of second order, takes tensors and weights for independent, and leaves out "
+        f"llama.cpp's rounding of activations, which weighs most where the weights are rounded least.{forecast.note}"
     )

@@ -1,8 +1,9 @@
-"""What page 06 shows of the file under a size budget: which types were chosen, and what they are predicted to cost."""
+"""What page 06 shows of the file under a size budget: its types, what they are predicted to cost, what they bought."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import say, table
@@ -56,8 +57,51 @@ def reading(mix: Any) -> Markdown | None:
         f"bits per weight in {len(set(record['types'].values()))} types. Predicted KL divergence from the unquantized "
         f"file: {record['predicted_kld']:.5f} nats a token, {100 * share:.0f} % of it by {worst['tensor']} as "
         f"{worst['type']}. The prediction adds the tensors up and leaves out that llama.cpp rounds "
-        f"activations too; 07 measures it on held-out text."
+        f"activations too; below it is measured on held-out rows, in 07 on bare texts."
     )
+
+
+def against_recipes(effect: Any) -> HTML | Markdown:
+    """The mixed file beside every recipe (a MixEffect); a sentence where nothing was compared."""
+    if effect is None:
+        return say("Nothing to compare: this run has no file under a size budget.")
+    content = effect.content
+    mixed = content["mixed"]
+    rows = [
+        {
+            "recipe": e["type"],
+            "its size": f"{e['bytes'] / mixed['bytes']:.2f}",
+            "KLD of the recipe": _limits(e["kld"], e["kld_interval"]),
+            "mixed minus recipe": _limits(e["difference"], e["difference_interval"], "+.2g"),
+            "p (Holm)": f"{e['p_holm']:.2g}",
+            "the mixed file is": e["verdict"],
+        }
+        for e in content["types"]
+    ]
+    own = f"{mixed['bytes'] / 1e6:.2f} MB, KL divergence {_limits(mixed['kld'], mixed['kld_interval'])}"
+    caption = (
+        f"{mixed['type']} ({own}) beside the recipes, in nats a token, on {content['tokens']:,} scored tokens of "
+        f"{content['rows']} held-out rows; sizes in units of its own; in brackets 95 % intervals over whole rows, of "
+        "differences paired token by token."
+    )
+    return table(rows, caption)
+
+
+def against_reading(effect: Any) -> Markdown | None:
+    """What the budget bought, in words."""
+    if effect is None:
+        return None
+    content = effect.content
+    mixed, types = content["mixed"], content["types"]
+    better = [e["type"] for e in types if e["verdict"] == "better"]
+    larger = [e["type"] for e in types if e["verdict"] == "better" and e["bytes"] > mixed["bytes"]]
+    worse = [e["type"] for e in types if e["verdict"] == "worse" and e["bytes"] <= mixed["bytes"]]
+    text = f"{mixed['type']} is shown to be closer to the unquantized file than {', '.join(better) or 'no recipe'}."
+    if larger:
+        text += f" Larger than it, and still farther: {', '.join(larger)}."
+    if worse:
+        text += f" No larger, and closer: {', '.join(worse)}; here the choice of types did not pay."
+    return say(text)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -74,3 +118,7 @@ def _runs(types: list[str]) -> str:
         else:
             parts.append([1, kind])
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for count, kind in parts)
+
+
+def _limits(value: float, interval: Sequence[float], form: str = ".2g") -> str:
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"

@@ -5,7 +5,7 @@
 - `measure` makes an importance matrix of the run's own training rows, product `imatrix`; `effect` compares files
   with and without it, `errors` every tensor with the source.
 - `mix` chooses a type for every tensor under a size budget, by the run's product `sensitivity`.
-  `predictions` tells what the same sensitivities predict of every file of the ladder.
+  `predictions` tells what the same sensitivities predict of every file, `mix_effect` measures it beside the recipes.
 - `quantize` is the stage: the ladder of a run, product `quantized`; `plan` tells its sizes before.
 
 All native work runs in child processes: llama.cpp aborts its process on some damaged files.
@@ -17,14 +17,16 @@ from lib.quantizing.files import QuantizationReport, describe_gguf, predict_size
 from lib.quantizing.forecast import predictions
 from lib.quantizing.importance import ImatrixResult, measure
 from lib.quantizing.ladder import quantize_files
+from lib.quantizing.mixeffect import MixEffect
 from lib.quantizing.mixing import Mix
 from lib.quantizing.options import Options
-from lib.quantizing.stage import QuantizeResult, effect, errors, mix, plan, quantize
+from lib.quantizing.stage import QuantizeResult, effect, errors, mix, mix_effect, plan, quantize
 
 __all__ = [
     "EffectResult",
     "ImatrixResult",
     "Mix",
+    "MixEffect",
     "Options",
     "QuantizationReport",
     "QuantizeResult",
@@ -34,6 +36,7 @@ __all__ = [
     "errors",
     "measure",
     "mix",
+    "mix_effect",
     "plan",
     "predict_sizes",
     "predictions",

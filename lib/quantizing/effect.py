@@ -79,38 +79,54 @@ def measure_effect(
 def _build(
     settings: Settings, options: Options, run: Run, source: Path, chosen: list[QuantizationReport], work: Work
 ) -> None:
-    data, folder = run.require("data"), run.require("quantized").path
-    windows, rows = held_out_windows(
-        data.path, settings.n_ctx, settings.perplexity_tokens // settings.n_ctx, settings.seed
-    )
+    folder = run.require("quantized").path
     with tempfile.TemporaryDirectory(prefix=".without-", dir=run.folder) as name:
         pairs, sizes = [], []
         for report in chosen:
             plain = Path(name) / f"{report.type}.gguf"
             quantize_file(source, plain, report.type, replace(options, imatrix=None), settings.n_threads)
             sizes.append(plain.stat().st_size)
-            pairs.append([str((folder / report.file).resolve()), str(plain.resolve())])
+            pairs.append((folder / report.file, plain))
+        content, found = compare_pairs(settings, run, source, pairs, "with and without importance matrix")
+    types = [
+        {"type": report.type, "bytes": report.bytes, "bytes_without": size, **entry}
+        for report, size, entry in zip(chosen, sizes, found, strict=True)
+    ]
+    write_json(work.folder / SUMMARY, {**content, "types": types})
+    work.metrics |= {entry["type"]: entry["difference"] for entry in types}
+
+
+def compare_pairs(
+    settings: Settings, run: Run, source: Path, pairs: list[tuple[Path, Path]], what: str
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Pairs of files on held-out rows as training sees them.
+
+    Returns:
+        "tokens" (scored), "rows", "windows" and "window_tokens"; and what `judge` says of each pair.
+
+    Raises:
+        InputError: too few test rows.
+    """
+    windows, rows = held_out_windows(
+        run.require("data").path, settings.n_ctx, settings.perplexity_tokens // settings.n_ctx, settings.seed
+    )
+    with tempfile.TemporaryDirectory(prefix=".compared-", dir=run.folder) as name:
         argument = {
             "reference": str(source.resolve()),
-            "pairs": pairs,
+            "pairs": [[str(path.resolve()) for path in pair] for pair in pairs],
             "windows": windows,
             "rows": rows,
             "n_threads": settings.n_threads,
             "scratch": name,
         }
-        answer = run_child("lib.quantizing.effect:compare_in_child", argument, "with and without importance matrix")
-    types = [
-        {"type": report.type, "bytes": report.bytes, "bytes_without": size, **found}
-        for report, size, found in zip(chosen, sizes, answer["pairs"], strict=True)
-    ]
+        answer = run_child("lib.quantizing.effect:compare_in_child", argument, what)
     scored = len(windows) * (settings.n_ctx - settings.n_ctx // 2 - 1)
     content = {"tokens": scored, "rows": answer["rows"], "windows": len(windows), "window_tokens": settings.n_ctx}
-    write_json(work.folder / SUMMARY, {**content, "types": types})
-    work.metrics |= {entry["type"]: entry["difference"] for entry in types}
+    return content, answer["pairs"]
 
 
 def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    """KL divergence from the reference of pairs of files, each file opened alone.
+    """KL divergence from the reference of pairs of files; each file is opened alone, and scored once.
 
     Returns:
         "pairs" (see `EffectResult`) and "rows", the number of rows with a scored token.
@@ -126,14 +142,13 @@ def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
 
     with opened(argument["reference"]) as backend:
         kept: Reference = store_reference(backend, windows, Path(argument["scratch"]) / "reference", "the source")
+    klds = {}
     with kept:
-        klds = []
-        for pair in argument["pairs"]:
-            for path in pair:
-                with opened(path) as backend:
-                    klds.append(np.asarray(positions(kept, backend, windows, f"KL of {Path(path).name}").kl))
+        for path in dict.fromkeys(path for pair in argument["pairs"] for path in pair):
+            with opened(path) as backend:
+                klds[path] = np.asarray(positions(kept, backend, windows, f"KL of {Path(path).name}").kl)
     rows = np.array(argument["rows"]).reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
-    pairs = list(zip(klds[::2], klds[1::2], strict=True))
+    pairs = [(klds[one], klds[other]) for one, other in argument["pairs"]]
     return {"pairs": judge(pairs, rows), "rows": len(np.unique(rows))}
 
 

@@ -182,12 +182,13 @@ def quantize_predicted(
         description = answer["description"]
         if description["bytes"] != prediction["bytes"]:
             raise RuntimeError(f"{output.name} has {description['bytes']} bytes; predicted {prediction['bytes']}")
-    kept = ("weights", "tensor_bytes", "bits_per_weight", "histogram", "fallbacks", "token_embedding_type", "imatrix")
+    kept = ("weights", "tensor_bytes", "bits_per_weight", "histogram", "token_embedding_type", "imatrix")
     return QuantizationReport(
         type=name,
         file=output.name,
         bytes=description["bytes"],
         predicted_bytes=prediction["bytes"],
+        fallbacks=[] if "mix" in prediction else description["fallbacks"],
         set_by_hand=prediction["set_by_hand"],
         mix=prediction.get("mix"),
         **{key: description[key] for key in kept},

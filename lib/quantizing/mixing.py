@@ -98,7 +98,9 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
             for row, c in zip(rows, chosen, strict=True)
         ],
     }
-    prediction = {**_predict(source, recipe, options), "type": label(budget), "recipe": recipe, "mix": record}
+    prediction = _predict(source, recipe, options)
+    prediction |= {"type": label(budget), "recipe": recipe, "mix": record}
+    prediction |= {"fallbacks": [], "set_by_hand": []}  # no recipe was wanted that it could depart from
     wanted = fixed + sum(choice.bytes for choice in chosen)
     if prediction["bytes"] != wanted:
         raise RuntimeError(

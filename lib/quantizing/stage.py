@@ -17,6 +17,7 @@ from lib.quantizing.errormap import TensorErrors, measure_errors
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
 from lib.quantizing.importance import AUTO, NONE, measure
 from lib.quantizing.ladder import Job, Slots, run_jobs
+from lib.quantizing.mixeffect import MixEffect, measure_mix_effect
 from lib.quantizing.mixing import Mix, plan_mix
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
@@ -115,6 +116,15 @@ def effect(settings: Settings, run: Run, result: QuantizeResult) -> EffectResult
         return None
     source = _only_gguf(run.require("gguf").path)
     return measure_effect(settings, _options(settings, run), run, source, result.files)
+
+
+def mix_effect(settings: Settings, run: Run, result: QuantizeResult) -> MixEffect | None:
+    """The file under the size budget beside every recipe, on held-out rows; None without a budget.
+
+    Raises:
+        InputError: too few test rows.
+    """
+    return measure_mix_effect(settings, run, _only_gguf(run.require("gguf").path), result.files)
 
 
 def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors:
