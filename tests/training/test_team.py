@@ -30,7 +30,7 @@ from tests.training.conftest import tiny_settings
 from tests.training.test_stage import same, weights
 
 ROUNDING = 1e-5
-"""Other shapes of the micro-batches round otherwise, and Adam makes a little more of it; an update moves weights by 5e-3."""
+"""Other shapes of micro-batches round otherwise, which Adam makes a little more of; an update moves weights by 5e-3."""
 
 LAUNCHED = """
 import os, sys
