@@ -116,22 +116,33 @@ def _torch() -> list[Check]:
 
 def _optional() -> list[Check]:
     """The libraries without which part of the notebooks still runs."""
-    four_bit, llama = device.bitsandbytes_problem(), device.llama_cpp_problem()
+    four_bit = device.bitsandbytes_problem()
     cure = f"{_pip('bitsandbytes')}; without it load_in_4bit falls back to LoRA and the pages say so."
     checks = [
         Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true; 06: int8, nf4")
         if four_bit
         else Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
     ]
-    if llama:
-        cure = f"install a C/C++ compiler, then {_pip(LLAMA)} (about 4 minutes on 2 cores)."
-        checks.append(Check("llama-cpp-python", LACK, llama, cure, "05 (gate), 06, 07"))
-    else:
-        import llama_cpp
+    return [*checks, _llama_cpp(), *_export_libraries()]
 
-        gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
-        checks.append(Check("llama-cpp-python", OK, f"{metadata.version('llama-cpp-python')}, {gpu}"))
-    return [*checks, *_export_libraries()]
+
+def _llama_cpp() -> Check:
+    """Imported, and tried on 8-bit weights: as some compilers make it, it does not survive them."""
+    name, touches = "llama-cpp-python", "05 (gate), 06, 07"
+    if problem := device.llama_cpp_problem():
+        cure = f"install a C/C++ compiler, then {_pip(LLAMA)} (about 4 minutes on 2 cores)."
+        return Check(name, LACK, problem, cure, touches)
+    from lib.scoring.trial import llama_cpp_crash
+
+    if crash := llama_cpp_crash():
+        flag = "-U__AMX_INT8__"
+        again = f"{_pip(LLAMA)} --force-reinstall --no-cache-dir --no-deps"
+        cure = f"compile it without the code for AMX: CFLAGS={flag} CXXFLAGS={flag} {again}"
+        return Check(name, BROKEN, crash, cure, touches)
+    import llama_cpp
+
+    gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
+    return Check(name, OK, f"{metadata.version(name)}, {gpu}: survives a prompt on 8-bit weights")
 
 
 def _export_libraries() -> list[Check]:

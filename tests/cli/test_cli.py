@@ -212,6 +212,14 @@ def test_doctor_names_a_cure_for_every_lack(tmp_path: Path, monkeypatch: pytest.
     assert found["Chromium"].state == "ok" and found["Chromium"].found == "/usr/bin/chromium"
 
 
+def test_doctor_tries_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    (llama,) = [check for check in examine() if check.name == "llama-cpp-python"]
+    assert llama.state == "ok" and "8-bit" in llama.found
+    monkeypatch.setattr("lib.scoring.trial.llama_cpp_crash", lambda: "a prompt ended by signal SIGSEGV")
+    (llama,) = [check for check in examine() if check.name == "llama-cpp-python"]
+    assert broken([llama]) and "SIGSEGV" in llama.found and "-U__AMX_INT8__ pip install llama" in llama.cure
+
+
 def test_doctor_knows_the_phone_pages_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_library(tmp_path)
     monkeypatch.setattr("lib.packaging.web.PROJECT", tmp_path)
