@@ -99,12 +99,10 @@ def run_side(side: Side, job: Mapping[str, Any]) -> dict[str, Any]:
         figures = harness.measure([sys.executable, "-c", code], environment)
         made = json.loads(out.read_text(encoding="utf-8"))
     made |= {key: figures[key] for key in ("wall_seconds", "cpu_seconds", "peak_anonymous_mib")}
-    done, unit = (len(job["rows"]), "samples") if "answers" in made else (made["tokens"], "tokens")
-    made[f"{unit}_per_second"] = done / made["seconds"]
-    if "scoring_cpu_seconds" in made:
-        made["samples_per_cpu_second"] = done / made["scoring_cpu_seconds"]
-    memory = made["peak_anonymous_mib"]
-    print(f"{side.name}: {done / made['seconds']:.2f} {unit}/s, {memory:.0f} MiB", file=sys.stderr, flush=True)
+    made["samples_per_second"] = len(job["rows"]) / made["seconds"]
+    made["samples_per_cpu_second"] = len(job["rows"]) / made["scoring_cpu_seconds"]
+    rate, memory = made["samples_per_second"], made["peak_anonymous_mib"]
+    print(f"{side.name}: {rate:.2f} samples/s, {memory:.0f} MiB", file=sys.stderr, flush=True)
     return made
 
 

@@ -6,12 +6,13 @@ The peers: `create_chat_completion` a row (greedy, only the answer words allowed
 needs to end its turn), once with the workbook's threads, which wait passively, and once with its own defaults; and one
 `llama_decode` a row. Whole processes in turn; the clock of "samples_per_second" runs
 from the loaded model to the last answer, tokenization included. All must give the same answers but for near ties.
-"limit": the rate at which this file reads one prompt of 512 tokens in one `llama_decode`, as llama-bench has it
-(pp512), in tokens a second and in samples of the mean length.
+"limit": the rate at which llama-bench reads a prompt of 512 tokens with this file (pp512), in tokens a second and in
+samples of the mean length.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
-from benchmarks.evaluating import Side, arguments, make_job, measure, read_rows, run_side, task
-from benchmarks.peers import pinned_version
+from benchmarks.evaluating import Side, arguments, make_job, measure, read_rows, task
+from benchmarks.peers import pinned_version, tool
 from benchmarks.quantize import source_file
 from benchmarks.shapes import cache
 from lib.models.prompting import encode
@@ -30,7 +31,8 @@ from lib.scoring import NEAR_TIE
 TYPE = "Q4_K_M"
 OURS = Side("workbook-gguf", "workbook, llama.cpp", {}, {})
 AS_IT_COMES = {"OMP_WAIT_POLICY": "", "OMP_NUM_THREADS": ""}
-LIMIT = Side("prompt-rate", "one prompt of 512 tokens", {}, {})
+PROMPT = 512
+"""Tokens of the prompt whose rate is the limit."""
 
 
 def sides() -> list[Side]:
@@ -53,6 +55,14 @@ def model_file() -> Path:
     return path
 
 
+def prompt_rate(model: Path, threads: int) -> float:
+    """Tokens a second, mean of five prompts after a warm-up."""
+    command = [tool("llama-bench"), "-m", model, "-p", PROMPT, "-n", 0, "-t", threads, "-r", 5, "-o", "json"]
+    answer = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    (found,) = json.loads(answer.stdout)
+    return float(found["avg_ts"])
+
+
 def main() -> None:
     """Measure, compare the answers, write the result."""
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
@@ -64,7 +74,7 @@ def main() -> None:
     job = make_job(model, rows, tokenizer, chosen.threads)
     result = measure("evaluation_gguf", sides(), job, source, chosen.runs, NEAR_TIE)
     length = statistics.mean(len(encode(tokenizer, task(), row["text"]).prompt_ids) for row in rows)
-    rate = run_side(LIMIT, job)["tokens_per_second"]
+    rate = prompt_rate(model, chosen.threads)
     result["limit"] = {"tokens_per_second": round(rate, 1), "samples_per_second": round(rate / length, 3)}
     result["rows"]["mean_tokens"] = round(length, 1)
     harness.write_rates(chosen.json, result)

@@ -206,26 +206,6 @@ def one_by_one(job: Job) -> Made:
     return {**_since(started), "answers": answers, "margins": margins}
 
 
-def prompt_rate(job: Job) -> Made:
-    """The limit: tokens a second of one prompt of 512 tokens in one `llama_decode`, the median of three after one."""
-    import statistics
-
-    import llama_cpp.llama_cpp as api
-
-    job["task"]["max_seq_length"] = 512
-    model = _llama(job)
-    ids = [(i * 37) % 1000 + 100 for i in range(512)]
-    tokens, times = (api.llama_token * len(ids))(*ids), []
-    for _ in range(4):
-        api.llama_memory_clear(api.llama_get_memory(model.ctx), True)
-        started = time.perf_counter()
-        if api.llama_decode(model.ctx, api.llama_batch_get_one(tokens, len(ids))) != 0:
-            raise RuntimeError("llama_decode failed")
-        api.llama_synchronize(model.ctx)
-        times.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(times[1:]), "tokens": len(ids)}
-
-
 SIDES: dict[str, Callable[[Job], Made]] = {
     "workbook-transformers": workbook_transformers,
     "lm-eval": lm_eval_hf,
@@ -233,5 +213,4 @@ SIDES: dict[str, Callable[[Job], Made]] = {
     "chat": chat_completion,
     "chat-as-it-comes": chat_as_it_comes,
     "one-by-one": one_by_one,
-    "prompt-rate": prompt_rate,
 }

@@ -24,8 +24,13 @@ LLAMA_CPP_VARIABLE = "WORKBOOK_LLAMA_CPP"
 """Environment variable: a checkout of llama.cpp to use instead of downloading its sources."""
 
 _NEEDS = "sentencepiece>=0.1.98,<0.3"
-_QUANTIZE = ("tools/quantize/main.cpp", "tools/quantize/quantize.cpp")
 _COMMON = tuple(f"common/{name}.cpp" for name in ("common", "log", "json", "imatrix-loader"))
+_TOOLS = {
+    "llama-quantize": ("tools/quantize/main.cpp", "tools/quantize/quantize.cpp", *_COMMON),
+    "llama-bench": ("tools/llama-bench/main.cpp", "tools/llama-bench/llama-bench.cpp"),
+}
+_LIBRARIES = {"llama-bench": ("-lllama-common",)}
+"""What a tool needs beside llama and ggml; installed beside the package, not in it."""
 _INCLUDES = ("include", "ggml/include", "common", "vendor", "tools/quantize")
 
 
@@ -76,17 +81,17 @@ def peer_llama_cpp() -> LlamaCpp:
     return LlamaCpp(version, folder, script, {"PYTHONPATH": path})
 
 
-def llama_quantize() -> Path:
-    """The official llama-quantize, compiled once against the installed libraries.
+def tool(name: str) -> Path:
+    """The official llama-quantize or llama-bench, compiled once against the installed libraries.
 
     Raises:
         InputError: no compiler, or the sources do not compile.
     """
-    peer = peer_llama_cpp()
-    digest = sha256_json([sha256_file(peer.folder / file) for file in (*_QUANTIZE, *_COMMON)])[:8]
-    binary = cache() / f"llama-quantize-{peer.version}-{digest}"
+    peer, files = peer_llama_cpp(), _TOOLS[name]
+    digest = sha256_json([sha256_file(peer.folder / file) for file in files])[:8]
+    binary = cache() / f"{name}-{peer.version}-{digest}"
     if not binary.is_file():
-        _compile(peer.folder, (*_QUANTIZE, *_COMMON), binary)
+        _compile(peer.folder, files, _LIBRARIES.get(name, ()), binary)
     return binary
 
 
@@ -137,7 +142,7 @@ def packages(name: str, *requirements: str) -> Path:
     return folder
 
 
-def _compile(sources: Path, files: tuple[str, ...], binary: Path) -> None:
+def _compile(sources: Path, files: tuple[str, ...], more: tuple[str, ...], binary: Path) -> None:
     """Compile a tool of llama.cpp and link it against the libraries inside the installed llama-cpp-python."""
     import importlib.util
 
@@ -145,6 +150,7 @@ def _compile(sources: Path, files: tuple[str, ...], binary: Path) -> None:
     if found is None or found.origin is None:
         raise InputError("llama-cpp-python is not installed.", "its shared libraries.", "see the README.")
     libraries = Path(found.origin).parent / "lib"
+    common = libraries.parents[1] / "lib"
     information = cache() / "build-info.cpp"
     text = (sources / "common" / "build-info.cpp.in").read_text(encoding="utf-8")
     text = text.replace("@LLAMA_BUILD_NUMBER@", "0")
@@ -152,11 +158,11 @@ def _compile(sources: Path, files: tuple[str, ...], binary: Path) -> None:
     part = binary.with_name(f".{binary.name}.part")
     _run(
         [
-            *("c++", "-std=c++17", "-O2", "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"),
+            *("c++", "-std=c++17", "-O2", "-DNDEBUG", "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"),
             *(f"-I{sources / folder}" for folder in _INCLUDES),
             *(str(information), *(str(sources / file) for file in files)),
-            *(f"-L{libraries}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", "-lpthread"),
-            *(f"-Wl,-rpath,{libraries}", "-o", str(part)),
+            *(f"-L{libraries}", f"-L{common}", *more, "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", "-lpthread"),
+            *(f"-Wl,-rpath,{libraries}:{common}", "-o", str(part)),
         ],
         f"compiling {binary.name}",
         "install a C++ compiler (the README names it).",

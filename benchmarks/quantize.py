@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness
-from benchmarks.peers import llama_quantize, pinned_version
+from benchmarks.peers import pinned_version, tool
 from benchmarks.shapes import cache, shape_folder
 from lib.device import physical_cores
 from lib.errors import InputError
@@ -34,7 +34,7 @@ def source_file() -> Path:
 def main() -> None:
     """Measure, compare the files, write the result."""
     chosen = harness.arguments(__doc__)
-    types, source, binary = Settings().ladder, source_file(), llama_quantize()
+    types, source, binary = Settings().ladder, source_file(), tool("llama-quantize")
     folders = {side: cache() / f"quantized-{side}" for side in ("ours", "peer")}
     folders["peer"].mkdir(exist_ok=True)
     name = source.name.removesuffix("-F16.gguf")

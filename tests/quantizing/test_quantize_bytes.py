@@ -197,11 +197,11 @@ def test_same_bytes_with_types_of_single_tensors(sources: dict[int, Path], tmp_p
 @same_floats
 def test_the_hashes_are_those_of_llama_quantize(sources: dict[int, Path], home: Path) -> None:
     """Compiled from the checkout that WORKBOOK_LLAMA_CPP names, run on the same files."""
-    from benchmarks.peers import LLAMA_CPP_VARIABLE, llama_quantize
+    from benchmarks.peers import LLAMA_CPP_VARIABLE, tool
 
     if not os.environ.get(LLAMA_CPP_VARIABLE):
         pytest.skip(f"{LLAMA_CPP_VARIABLE} does not name a checkout of llama.cpp")
-    binary, output = llama_quantize(), home / "out.gguf"
+    binary, output = tool("llama-quantize"), home / "out.gguf"
 
     def official(width: int, name: str, *options: str) -> str:
         command = [binary, *options, sources[width], output, name, "2"]
