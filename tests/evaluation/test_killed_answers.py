@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lib.cli import work
+from lib.cli.work import Rows
 from lib.evaluation import evaluate
+from lib.evaluation.standalone_answers import score_in_child
 from lib.run.files import read_json, read_jsonl
 from lib.scoring.journal import journal_path
 from lib.settings import Settings
-from tests.support.killing import PROJECT, kill_at
+from tests.support.killing import kill_at
 
 SETTINGS = Settings(
     run_name="talk", dtype="float32", per_device_eval_batch_size=2, generated_rows=4, max_new_tokens=6, force=True
@@ -76,32 +78,34 @@ def test_killed_stage_continues(talk, tmp_path: Path, capsys: pytest.CaptureFixt
     }
 
 
-def test_other_settings_begin_anew(talk, tmp_path: Path) -> None:
-    """What was kept for other answers is not taken."""
-    command = [sys.executable, "-c", STAGE, SETTINGS.model_dump_json()]
-    kill_at(command, talk.folder / ".evaluation.part", "kept-base-answers.jsonl", 2, tmp_path / "slow")
-    found = evaluate(SETTINGS.model_copy(update={"max_new_tokens": 5}), talk)
-    assert found.product.entry.facts["found_done"] == {}
-    assert max(row["tokens"]["base"] for row in found.generated) <= 5
-
-
-def test_killed_command_continues(talk, small, tmp_path: Path) -> None:
+def test_killed_command_continues(
+    talk, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """`workbook evaluate` on conversations with a folder and a file, killed in the second model."""
-    command = [sys.executable, "-m", "lib.cli", "evaluate", str(small.folder), str(small.gguf), "--run", "talk"]
-    command += ["--n-threads", "1", "--dtype", "float32", "--batch-size", "2", "--json", "--output"]
-    plain = {"check": True, "capture_output": True, "cwd": PROJECT}
-    subprocess.run([*command, str(tmp_path / "whole.json")], **plain)
-    folder = tmp_path / ".cut.json.scores"
+    models, folder = [str(small.folder), str(small.gguf)], tmp_path / ".cut.json.scores"
+    command = [sys.executable, "-m", "lib.cli", "evaluate", *models, "--run", "talk", "--n-threads", "1"]
+    command += ["--dtype", "float32", "--batch-size", "2", "--json", "--output", str(tmp_path / "cut.json")]
     journal = journal_path(folder, small.gguf)
-    kill_at([*command, str(tmp_path / "cut.json")], folder, journal.name, 3, tmp_path / "slow")
+    kill_at(command, folder, journal.name, 3, tmp_path / "slow")
     kept = journal.read_bytes().count(b"\n") - 1
     assert not (tmp_path / "cut.json").exists() and 3 <= kept < 12
-    answer = subprocess.run([*command, str(tmp_path / "cut.json")], **plain)
-    said = answer.stderr.decode()
-    assert f"{small.folder}: 12 rows already scored" in said and f"{small.gguf}: {kept} rows already scored" in said
+    options = {"base_model": None, "revision": "main", "dtype": "float32", "load_in_4bit": False, "batch_size": 2}
+    options |= {"n_threads": 1, "n_gpu_layers": 0}
+    monkeypatch.setattr("lib.evaluation.standalone.run_child", here)
+    for name in ("whole", "cut"):
+        capsys.readouterr()
+        work.evaluate(models, Rows(None, "talk", 0), options, tmp_path / f"{name}.json", True)
+        said = capsys.readouterr().err
+        assert (f"{models[0]}: 12 rows already scored" in said) == (name == "cut")
+        assert (f"{models[1]}: {kept} rows already scored" in said) == (name == "cut")
     assert not folder.exists()
-    whole, cut = (json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("whole", "cut"))
-    for models in (whole["models"], cut["models"]):
-        for entry in models:
-            entry.pop("peak_memory_mib")
-    assert untimed(cut) == untimed(whole)
+    whole, cut = (untimed(read_json(tmp_path / f"{name}.json"))["models"] for name in ("whole", "cut"))
+    for entry in (*whole, *cut):
+        assert entry.pop("peak_memory_mib") > 50
+    assert cut == whole
+
+
+def here(function: str, argument: dict[str, Any], what: str) -> dict[str, Any]:
+    """In place of `run_child`, in this process."""
+    assert function == "lib.evaluation.standalone_answers:score_in_child" and what.startswith("evaluating")
+    return {**score_in_child(json.loads(json.dumps(argument))), "peak_memory_mib": 51.0}

@@ -19,7 +19,7 @@ from lib.models.pieces import token_bytes
 from lib.models.tasks import encode_row
 from lib.plots import written_rows
 from lib.scoring import Keep, TransformersBackend
-from lib.scoring.generation import end_ids, torch_feed, write
+from lib.scoring.generation import Sampling, end_ids, torch_feed, write
 from lib.scoring.writing import ask_prompt, ask_row
 from lib.settings import Settings
 from lib.textmetrics import summarise
@@ -68,6 +68,25 @@ def test_rows_and_prompts_are_answered_measured_and_kept(small: Tiny, tmp_path: 
     without, given = content["prompts"]
     assert given["reference"] == "很好。" and without["answers"]["base"]["greedy"]["measured"]["chrf"] is None
     assert given["answers"]["base"]["sampled"]["measured"]["chrf"] is not None
+
+
+def test_kept_answers_are_not_written_again_and_others_are(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Clocks show it: kept answers come back with their times; another limit, draw or prompt begins anew."""
+    asked, keep = questions(small, tmp_path), Keep(tmp_path / "kept.jsonl", "m")
+    first = answered(small, asked, keep)
+    again = answered(small, asked, keep)
+    assert (again.answers, again.replies) == (first.answers, first.replies)
+    assert first.found == ["", "", ""]
+    kinds = ("answers", "replies", "drawn replies")
+    found = [f"{n} {kind} already written" for n, kind in zip((4, 2, 2), kinds, strict=True)]
+    assert again.found == found
+    shorter = answered(small, replace(asked, most=11), keep)
+    assert shorter.found == ["begun anew: what was kept is of another way of writing"] * 3
+    assert max(answer["tokens"] for answer in shorter.answers) <= 11
+    drawn = answered(small, replace(asked, most=11, sampling=Sampling(seed=7)), keep)
+    assert drawn.found[:2] == found[:2] and "another way of writing" in drawn.found[2]
+    other = answered(small, replace(asked, most=11, asked=asked.asked[::-1]), keep)
+    assert "other prompts" in other.found[0]
 
 
 def test_a_row_is_asked_up_to_its_last_answer_that_fits(small: Tiny) -> None:  # noqa: F811
