@@ -125,6 +125,9 @@ class LimitedApplication:
         for name, only in (("logprobs", None), ("top_logprobs", None), ("n", 1), ("best_of", 1)):
             if body.get(name) and body[name] != only:
                 raise RefusedError(400, f"{name} is {body[name]!r}; this server has no such thing", _UNSUPPORTED)
+        heat = body.get("temperature")
+        if isinstance(heat, (int, float)) and not 0 <= heat <= 2:
+            raise RefusedError(400, f"temperature is {heat!r}; expected a number from 0 to 2", "invalid_temperature")
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])
         body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers

@@ -132,6 +132,7 @@ def test_answers_are_not_penalized_for_repeating(client: openai.OpenAI, model: P
         ({"messages": [{"role": "user", "content": "好" * 2000}]}, "context_length_exceeded", "holds 256"),
         ({"messages": [{"role": "user", "content": "好" * 2000}], "stream": True}, "context_length_exceeded", "256"),
         ({"max_tokens": 13}, "invalid_max_tokens", "from 1 to 12"),
+        ({"temperature": -1}, "invalid_temperature", "from 0 to 2"),
         ({"logprobs": True, "top_logprobs": 2}, "unsupported_parameter", "logprobs is True"),
         ({"top_logprobs": 2}, "unsupported_parameter", "top_logprobs is 2"),
         ({"n": 2}, "unsupported_parameter", "n is 2"),
