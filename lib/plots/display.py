@@ -111,9 +111,11 @@ def say(text: str) -> Markdown:
 
 def made(product: Product) -> Markdown:
     """The sentence of a product, and what an interrupted try had done of it (its facts "found_done")."""
-    found = product.entry.facts.get("found_done", {})
-    words = "; ".join(f"{name}: {done}" for name, done in found.items())
-    return say(product.message + (f" An interrupted try had done: {words}." if words else ""))
+    names: dict[str, list[str]] = {}
+    for name, words in product.entry.facts.get("found_done", {}).items():
+        names.setdefault(words, []).append(name)
+    done = "; ".join(f"{', '.join(own)}: {words}" for words, own in names.items())
+    return say(product.message + (f" An interrupted try had left: {done}." if done else ""))
 
 
 def banner(text: str) -> HTML:

@@ -26,41 +26,37 @@ class _Chart:
     """How one kind of ladder is drawn.
 
     Attributes:
-        change, level: keys of what a step changed, and of what there is after it.
-        change_axis, level_axis: the same in words, with units.
-        linear: up to here the axis of the change is linear, beyond it logarithmic.
-        signed: whether a change can be negative.
+        change: key of how far a step is from another, never negative: left, logarithmic.
+        effect: key of what that means: right; of the step itself, or of the step against another (`paired`).
+        change_axis, effect_axis: the same in words, with units.
         caption: behind "n = … test rows. ".
     """
 
     change: str
-    level: str
+    effect: str
+    paired: bool
     change_axis: str
-    level_axis: str
-    linear: float
-    signed: bool
+    effect_axis: str
     caption: str
 
 
 _LABELS = _Chart(
     "kld",
     "accuracy",
+    False,
     "KL divergence, nats a row (log above 10⁻⁶)",
     "accuracy",
-    1e-6,
-    False,
     "Left: mean KL divergence over the answer words, with 95 % intervals (near copies together). Right: accuracy with "
     "95 % Wilson intervals.",
 )
 _ANSWERS = _Chart(
+    "moved",
     "loss_difference",
-    "perplexity",
-    "change of the loss, nats a token (log beyond ± 10⁻⁵)",
-    "perplexity of the reference answers",
-    1e-5,
     True,
-    "Left: change of the mean loss of the reference answers, paired, with 95 % bootstrap intervals over groups of "
-    "alike rows; to the right is worse. Right: perplexity with its interval.",
+    "|change| of a row's loss, nats a token (log above 10⁻⁶)",
+    "change of the mean loss, nats a token",
+    "Left: by how much the loss of a row's reference answers moves, whatever the sign. Right: change of the mean loss; "
+    "to the right of 0 is worse. Paired, with 95 % bootstrap intervals over groups of alike rows.",
 )
 
 
@@ -69,7 +65,7 @@ def _kind(steps: Steps) -> _Chart:
 
 
 def ladder(steps: Steps) -> HTML:
-    """What every step changed against the one before and the first, and the quality after each."""
+    """How far every step is from the one before and from the first, and what that means for the quality."""
     kind = _kind(steps)
     fig, (left, right) = _axes(9.5, 1.2 + 0.5 * len(steps), columns=2)
     places = np.arange(len(steps))[::-1]
@@ -78,20 +74,23 @@ def ladder(steps: Steps) -> HTML:
         ("first", -0.12, ORANGE, "s", "from the first step"),
     ):
         shown = [(place + shift, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
-        _bars(left, shown, kind.change, fmt=shape, color=colour, linestyle="none", label=words)
-    left.set_xscale("symlog", linthresh=kind.linear)
-    if kind.signed:
-        left.axvline(0, color=GREY, linewidth=0.8)
+        style = {"fmt": shape, "color": colour, "label": words}
+        _bars(left, shown, kind.change, **style)
+        if kind.paired:
+            _bars(right, shown, kind.effect, **style)
+    if kind.paired:
+        right.axvline(0, color=GREY, linewidth=0.8)
     else:
-        left.set_xlim(left=0)
+        _bars(right, list(zip(places, steps, strict=True)), kind.effect, fmt="o", color=GREY)
+    left.set_xscale("symlog", linthresh=1e-6)
+    left.set_xlim(left=0)
     left.set_yticks(places, [step["name"] for step in steps])
     left.set_ylim(-0.5, len(steps) - 0.5)
+    right.set_ylim(left.get_ylim())
     left.set_xlabel(kind.change_axis)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
-    _bars(right, list(zip(places, steps, strict=True)), kind.level, fmt="o", color=GREY)
-    right.set_ylim(left.get_ylim())
     right.set_yticks(places, [])
-    right.set_xlabel(kind.level_axis)
+    right.set_xlabel(kind.effect_axis)
     caption = f"From the trained adapter to the quantized file, n = {steps[0]['n']:,} test rows. {kind.caption}"
     words = "; ".join(f"{step['name']}: {step['before'][kind.change]:.2g}" for step in steps[1:])
     return figure(fig, caption, f"Error ladder, {kind.change_axis}, from the step before. {words}.")
@@ -102,7 +101,7 @@ def _bars(axes: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str
     middle = np.array([entry[key] for _, entry in shown])
     limits = np.array([entry[f"{key}_interval"] for _, entry in shown])
     error = [middle - limits[:, 0], limits[:, 1] - middle]
-    axes.errorbar(middle, [height for height, _ in shown], xerr=error, capsize=3, **style)
+    axes.errorbar(middle, [height for height, _ in shown], xerr=error, capsize=3, linestyle="none", **style)
 
 
 def rows(steps: Steps) -> list[Row]:

@@ -137,4 +137,4 @@ def test_the_page_without_labels() -> None:
     assert table[0]["loss, nats"] is None and table[2]["loss, nats"].startswith("+0.2")
     assert "less than 2 %" in shown.caption(entries) and "answer tokens" in shown.caption(entries)
     html = shown.ladder(entries).data
-    assert "<figcaption>" in html and "perplexity" in html and "Q2_K: 0.2" in html
+    assert "<figcaption>" in html and "mean loss" in html and "Q2_K: 0.2" in html

@@ -104,3 +104,13 @@ def test_agreement_by_margin_is_shown_with_its_reading() -> None:
     assert "F16 gives 3 of 10 rows another label than merged: 2 of them are near ties" in text
     assert "(4 rows in all), 1 have a margin of 1 nat or more" in text
     assert "7/10" in plots.table(ladder_rows.agreement(pairs, [{**REFERENCE, "near_ties": 3}]), "c").data
+
+
+def test_what_an_interrupted_try_had_done_is_said() -> None:
+    from types import SimpleNamespace
+
+    facts = {"found_done": {"F16": "12 rows already scored", "Q8_0": "12 rows already scored", "Q2_K": "3 answers"}}
+    product = SimpleNamespace(message="made in 3 s.", entry=SimpleNamespace(facts=facts))
+    words = "made in 3 s. An interrupted try had left: F16, Q8_0: 12 rows already scored; Q2_K: 3 answers."
+    assert plots.made(product).data == words
+    assert plots.made(SimpleNamespace(message="made.", entry=SimpleNamespace(facts={}))).data == "made."
