@@ -171,19 +171,30 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         seed=settings.seed,
         forget=False,
     )
-    found = {name: [done] for name, done in result["found_done"].items()}
+    wrote: dict[str, str] = {}
     if not has_labels(task):
         names = [entry["type"] for entry in result["files"]]  # the GGUF files stand before the folders
         named = dict(zip(names, [reference, *files], strict=False))
-        for name, done in write_answers(named, rows, task, tokenizer, settings, work.folder).items():
-            found.setdefault(name, []).append(done)
+        wrote = write_answers(named, rows, task, tokenizer, settings, work.folder)
     forget_scores(work.folder)
-    work.facts["found_done"] = found_done(found)
+    _tell(work, result, wrote)
+
+
+def _tell(work: Work, result: dict[str, Any], wrote: dict[str, str]) -> None:
+    """What the manifest says of a comparison.
+
+    Args:
+        wrote: by type, what of the written answers was found done.
+    """
     work.device = result["conditions"]["device"]
     work.notes += result["notes"]
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
+    scored = result["found_done"]
+    found = {entry["type"]: [own.get(entry["type"], "") for own in (scored, wrote)] for entry in result["files"]}
+    work.facts["found_done"] = found_done(found)
     keys = ("bytes", "kld_mean", "ppl", "verdict")
-    keys += ("accuracy", "accuracy_interval", "flips") if has_labels(task) else ("answer_ppl", "answer_ratio")
+    labelled = "accuracy" in result["files"][0]
+    keys += ("accuracy", "accuracy_interval", "flips") if labelled else ("answer_ppl", "answer_ratio")
     work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}
 
 
