@@ -23,3 +23,8 @@ TENSOR_TYPES: tuple[str, ...] = (
 
 EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
 """Formats other than GGUF: see lib.exporting.formats."""
+
+
+def mix_name(budget: int) -> str:
+    """What stands in place of a type for a file under a budget of so many bytes: MIX_300MB, MIX_1968KB."""
+    return f"MIX_{budget // 10**6}MB" if budget % 10**6 == 0 else f"MIX_{budget / 1000:.0f}KB"

@@ -28,9 +28,7 @@ def register(app: typer.Typer) -> None:
 def quantize(
     source: Annotated[Path, typer.Argument(help="GGUF with F32, F16 or BF16 weights", metavar="IN.gguf")],
     output: Annotated[Path, typer.Argument(help="new GGUF file; a folder for several", metavar="OUT")],
-    types: Annotated[
-        list[str] | None, typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="[TYPE...]")
-    ] = None,
+    types: Annotated[list[str] | None, typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="TYPE")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
     size_budget_mb: Annotated[
         float | None, typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01)

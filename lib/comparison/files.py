@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from lib.comparison.running import forget_scores, run_all, run_one, shared_argum
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, step_file
 from lib.device import llama_cpp_problem, physical_cores
 from lib.errors import InputError
+from lib.formats import mix_name
 from lib.models.gguf_file import check_gguf
 from lib.models.tasks import AnyTask, has_labels
 from lib.run.files import write_json
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "comparison.json"
-_MIX = re.compile(r"-(MIX_\w+)$")
 
 
 def compare_files(
@@ -144,7 +143,7 @@ def _measure(
 ) -> Measured:
     """Run every file; per-row scores in `output`."""
     answers = run_all(paths, shared, output)
-    names = _names(paths, [answer["file_type"] for answer in answers])
+    names = _names(paths, *([answer.get(key) for answer in answers] for key in ("file_type", "size_budget")))
     scores = {name: row_scores(rows, work, answer) for name, answer in zip(names, answers, strict=True)}
     for name, score in scores.items():
         score.save(output / f"scores-{name}.jsonl")
@@ -191,18 +190,17 @@ def _check_folder(path: Path) -> None:
     check_model_folder(path)
 
 
-def _names(paths: Sequence[Path], file_types: Sequence[int | None]) -> list[str]:
-    """A short, distinct name for each file: its recipe, or its file name where two share one.
-
-    The header of a file made for a size budget tells only the recipe of its main type; its name tells the budget.
-    """
+def _names(paths: Sequence[Path], file_types: Sequence[int | None], budgets: Sequence[int | None]) -> list[str]:
+    """A short, distinct name for each file: its recipe or size budget, or its file name where two share one."""
     import llama_cpp
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     known = {getattr(llama_cpp, n): n.removeprefix(prefix) for n in dir(llama_cpp) if n.startswith(prefix)}
     known[llama_cpp.LLAMA_FTYPE_ALL_F32] = "F32"
-    mixes = [_MIX.search(path.stem) for path in paths]
-    recipes = [mix[1] if mix else known.get(number, "") for mix, number in zip(mixes, file_types, strict=True)]
+    recipes = [
+        mix_name(budget) if budget else known.get(number, "")
+        for number, budget in zip(file_types, budgets, strict=True)
+    ]
     names = [
         recipe if recipe and recipes.count(recipe) == 1 else path.name if path.is_dir() else path.stem
         for path, recipe in zip(paths, recipes, strict=True)

@@ -27,9 +27,10 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
         prompt: token ids; the first 128 are used.
 
     Returns:
-        "file_type" (header number), "weights", "tensor_bytes", "vocab_size", "load_seconds" (model and context, file
-        in the page cache), and for prompt and generation "…_tokens_per_second" (median), "…_range" ([slowest,
-        fastest]) and "…_runs". Generation is greedy, 32 tokens after the prompt, one at a time.
+        "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes", "vocab_size",
+        "load_seconds" (model and context, file in the page cache), and for prompt and generation "…_tokens_per_second"
+        (median), "…_range" ([slowest, fastest]) and "…_runs". Generation is greedy, 32 tokens after the prompt, one at
+        a time.
     """
     api = llama()
     ids = list(prompt[:PROMPT_TOKENS])
@@ -41,7 +42,8 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
         seconds = time.perf_counter() - started
         vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         facts = {
-            "file_type": _file_type(model),
+            "file_type": _number(model, "general.file_type"),
+            "size_budget": _number(model, "quantize.mix.budget_bytes"),
             "weights": int(api.llama_model_n_params(model)),
             "tensor_bytes": int(api.llama_model_size(model)),
             "vocab_size": vocab,
@@ -100,9 +102,10 @@ def _context(model: Any, path: Path, tokens: int, n_threads: int, n_gpu_layers: 
     return context
 
 
-def _file_type(model: Any) -> int | None:
+def _number(model: Any, key: str) -> int | None:
+    """A whole number of the header."""
     buffer = ctypes.create_string_buffer(32)
-    length = llama().llama_model_meta_val_str(model, b"general.file_type", buffer, len(buffer))
+    length = llama().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return int(buffer.value) if length > 0 and buffer.value.isdigit() else None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.formats import mix_name
 from lib.quantizing.budget import Choice, require_room, solve
 from lib.quantizing.calibration import dataset_name
 from lib.quantizing.options import Options
@@ -99,7 +100,7 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
         ],
     }
     prediction = _predict(source, recipe, options)
-    prediction |= {"type": label(budget), "recipe": recipe, "mix": record}
+    prediction |= {"type": mix_name(budget), "recipe": recipe, "mix": record}
     prediction |= {"fallbacks": [], "set_by_hand": []}  # no recipe was wanted that it could depart from
     wanted = fixed + sum(choice.bytes for choice in chosen)
     if prediction["bytes"] != wanted:
@@ -107,11 +108,6 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
             f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
         )
     return Mix(options, prediction, record)
-
-
-def label(budget: int) -> str:
-    """Name of a file with that budget: MIX_300MB, MIX_1968KB."""
-    return f"MIX_{budget // 10**6}MB" if budget % 10**6 == 0 else f"MIX_{budget / 1000:.0f}KB"
 
 
 def _notes(budget: int, dataset: str) -> tuple[tuple[str, str], ...]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from lib.device import physical_cores
 from lib.errors import InputError
+from lib.formats import mix_name
 from lib.models.gguf_file import check_gguf
 from lib.models.loading import check_model_folder, load_tokenizer
 from lib.models.saved import quantization_method
 from lib.quantizing.calibration import dataset_name
 from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, quantize_predicted
-from lib.quantizing.mixing import Mix, budget_bytes, choose_types, label, require_possible
+from lib.quantizing.mixing import Mix, budget_bytes, choose_types, require_possible
 from lib.quantizing.sensitivity import WINDOWS, measure_types
 from lib.run.files import sha256_file
 from lib.scoring.texts import Text, tokenize_with_transformers
@@ -46,7 +47,7 @@ class Budget:
     @property
     def name(self) -> str:
         """What stands in place of a type (MIX_300MB)."""
-        return label(self.bytes)
+        return mix_name(self.bytes)
 
 
 def quantize_to_budget(

@@ -50,6 +50,8 @@ def test_the_file_keeps_the_budget_and_says_how(folder: Path, tmp_path: Path) ->
     rows = reader.fields["quantize.mix.rows"].contents()
     assert rows == f"reviews.txt, 16 windows of 64 tokens, sha256 {sha256_file(folder / 'reviews.txt')}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.gguf"]
+    seen = workbook("inspect", str(out))
+    assert "types chosen by measurement under a budget of 120000 bytes" in seen.stdout, seen.stdout + seen.stderr
 
 
 def test_beside_types_and_before_writing(folder: Path, tmp_path: Path) -> None:

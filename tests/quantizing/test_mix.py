@@ -16,11 +16,11 @@ from hypothesis import given, settings, strategies
 
 from lib.device import llama_cpp_problem
 from lib.errors import InputError
+from lib.formats import mix_name
 from lib.gguf_export.converting import convert
 from lib.plots import mix_rows
 from lib.quantizing import Mix, errors, mix, plan, predictions, quantize
 from lib.quantizing.budget import Choice, solve
-from lib.quantizing.mixing import label
 from lib.run import Run
 from lib.run.files import read_json, read_jsonl, sha256_file
 from lib.settings import Settings
@@ -71,7 +71,7 @@ def test_more_bytes_never_predict_more_loss(seed: int, one: int, other: int) -> 
 
 
 def test_names() -> None:
-    assert [label(n) for n in (300_000_000, 1_967_840, 1_500_000)] == ["MIX_300MB", "MIX_1968KB", "MIX_1500KB"]
+    assert [mix_name(n) for n in (300_000_000, 1_967_840, 1_500_000)] == ["MIX_300MB", "MIX_1968KB", "MIX_1500KB"]
 
 
 @native_only
@@ -79,8 +79,8 @@ def test_the_comparison_calls_it_by_its_budget() -> None:
     """The header of such a file names the recipe of its main type, which another file may have too."""
     from lib.comparison.files import _names
 
-    paths = [Path(f"base-{name}.gguf") for name in ("F16", "Q6_K", "MIX_300MB")]
-    assert _names(paths, [1, 18, 18]) == ["F16", "Q6_K", "MIX_300MB"]
+    paths = [Path(f"base-{name}.gguf") for name in ("F16", "Q6_K", "small")]
+    assert _names(paths, [1, 18, 18], [None, None, 300_000_000]) == ["F16", "Q6_K", "MIX_300MB"]
 
 
 def wanted(**changes: Any) -> Settings:
@@ -120,7 +120,7 @@ def test_the_written_file_is_what_was_chosen(run: Run) -> None:
     assert [p["type"] for p in plan(asked, run)] == ["Q4_0", made.prediction["type"]]
     result = quantize(asked, run)
     report, path = result.files[1], result.product.path / result.files[1].file
-    assert path.name == f"tiny-{label(stock.bytes)}.gguf" and report.type == label(stock.bytes)
+    assert path.name == f"tiny-{mix_name(stock.bytes)}.gguf" and report.type == mix_name(stock.bytes)
     assert path.stat().st_size == report.bytes == made.prediction["bytes"] <= stock.bytes
     reader = gguf.GGUFReader(path)
     types = {t.name: t.tensor_type.name.lower() for t in reader.tensors}

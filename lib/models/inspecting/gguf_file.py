@@ -73,6 +73,9 @@ def _check(
     embedding = next((tensor.shape for tensor in tensors if tensor.name == "token_embd.weight"), ())
     if facts["vocabulary"] and embedding and embedding[0] < facts["vocabulary"]:
         problems.append(f"{facts['vocabulary']:,} tokens, but {embedding[0]:,} embeddings")
+    if budget := metadata.get("quantize.mix.budget_bytes"):
+        found = f"types chosen by measurement under a budget of {budget} bytes"
+        notes.append(f"{found}: the file type is only the recipe of the commonest one")
     parts = whole(metadata.get("split.count"))
     if parts and parts > 1:
         notes.append(f"one of {parts} parts of a split file")
