@@ -38,7 +38,10 @@ _Tensor._fields_ = [
 
 
 def sums_of_squares(model: Path, windows: Sequence[Sequence[int]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """GGUF tensor → Σ x² of its inputs over all windows, float64; and → the number of tokens that were summed."""
+    """GGUF tensor → Σ x² of its inputs over all windows, float64; and → the number of tokens that were summed.
+
+    Nothing but the file is rounded to 16 bits; with weights in F16 llama.cpp would round the inputs too.
+    """
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
 
@@ -68,6 +71,8 @@ def sums_of_squares(model: Path, windows: Sequence[Sequence[int]]) -> tuple[dict
     params.n_ctx = params.n_batch = params.n_ubatch = size
     params.n_threads = params.n_threads_batch = 1
     params.cb_eval = hear
+    params.type_k = params.type_v = _F32  # a cache of 16 bits alone moves single values by up to 3e-3
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama_cpp.llama_init_from_model(loaded, params)
     batch = llama_cpp.llama_batch_init(size, 0, 1)
     try:

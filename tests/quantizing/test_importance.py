@@ -51,7 +51,7 @@ def run(base: Path, home: Path) -> Run:
 
 
 def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
-    """llama-imatrix's definition on llama.cpp's own activations: within 2e-3 of each (measured: 1e-3 at most)."""
+    """llama-imatrix's definition on llama.cpp's own activations, weights and cache in 32 bits: within 1e-4 of each."""
     from tests.quantizing.llama_inputs import sums_of_squares
 
     made = measure(settings(), run)
@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
     assert set(ours.values) == set(sums) == {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
     assert set(counts.values()) == {made.record["tokens"]} == {64 * len(chosen.windows)}
     for name, values in ours.values.items():
-        assert values == pytest.approx(sums[name] / counts[name], rel=2e-3), name
+        assert values == pytest.approx(sums[name] / counts[name], rel=1e-4), name
     assert ours.chunks == made.record["windows"] == len(chosen.windows) > 5
 
 
