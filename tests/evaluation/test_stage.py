@@ -143,6 +143,16 @@ def test_no_rows(small):
         evaluate_models([small.gguf], [], small.task)
 
 
+def test_a_base_in_four_bits_is_another_model(tmp_path):
+    from lib.evaluation.standalone import keep_of
+
+    (tmp_path / "weights").write_bytes(b"w")
+    asked = {"keep": str(tmp_path / "kept.jsonl"), "load_in_4bit": False}
+    full, again, in_4bit = (keep_of(asked | {"load_in_4bit": b}, [tmp_path / "weights"]) for b in (False, False, True))
+    assert full == again and full.model != in_4bit.model
+    assert keep_of(asked | {"keep": None}, []) is None
+
+
 def test_interrupted_evaluation_continues(run, monkeypatch, capsys):
     """Stopped in the second model: the first one's rows and the finished batches of the second are not run again."""
     monkeypatch.setitem(torch_backend._PASS, "cpu", 4096)  # batches of eight, whatever the lengths
