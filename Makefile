@@ -6,6 +6,7 @@ RUN ?= quick
 RUNS ?= 5
 WORKERS ?= 2
 WLLAMA := @wllama/wllama@3.8.1 @wllama/wllama-compat@3.8.1 playwright-core@1.65.1
+THREADS = $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) > 1 ? $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) : 1 )))
 ACTIVE := $(shell sh scripts/active.sh)
 
 ifeq ($(ACTIVE),)
@@ -29,7 +30,7 @@ test: $(ready) ## lint, unit tests, and the quick report with its checks; prints
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m coverage erase
-	@$(python) -m coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=$(THREADS) $(python) -m coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	@$(python) -m coverage combine --quiet
 	@$(python) -m coverage report
 

@@ -13,7 +13,7 @@ from lib.gguf_export.converting import convert
 from lib.packaging import package
 from lib.quantizing import QuantizeResult, errors, mix_effect, predictions, quantize
 from lib.run import Run
-from lib.run.files import read_json, write_json
+from lib.run.files import write_json
 from lib.settings import Settings
 from tests import tiny_run
 from tests.packaging.test_package import CONVENTION
@@ -57,13 +57,3 @@ def test_from_the_budget_to_the_package(run: Run) -> None:
     assert f"{MIX} is no recipe of llama.cpp: under a budget of 120,000 bytes" in card
     assert made.report["mix"] == mixed.mix and made.report["file"]["type"] == MIX
     assert f"FROM ./{made.file}" in (made.product.path / "Modelfile").read_text(encoding="utf-8")
-
-
-def test_without_a_budget_nothing_is_said_of_one(run: Run) -> None:
-    settings = SETTINGS.model_copy(update={"size_budget_mb": 0.0})
-    result = quantize(settings, run)
-    assert mix_effect(settings, run, result) is None and predictions(run) == {}
-    compare(settings, run)
-    made = package(run, "Q4_0", n_threads=1)
-    assert made.report["mix"] is None and "no recipe" not in (made.product.path / "README.md").read_text()
-    assert read_json(run.folder / "quantized" / "quantized.json")["files"][0]["mix"] is None

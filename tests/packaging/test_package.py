@@ -56,6 +56,7 @@ def test_contents(made: PackageResult, runs: Callable[[str], Run]) -> None:
     lock = (Path(__file__).parents[2] / "requirements.txt").read_text().lower().replace("_", "-").splitlines()
     pins = (folder / "requirements.txt").read_text().lower().replace("_", "-").splitlines()[1:]
     assert any(pin.startswith("llama-cpp-python==") for pin in pins) and {*pins} <= {*lock}
+    assert made.report["mix"] is None, "a recipe, not types chosen under a budget"
 
 
 def test_the_card_says_that_the_evidence_recommends_nothing(made: PackageResult) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.plots import ladder_rows
-from lib.quantizing import ladder, plan, quantize
+from lib.quantizing import ladder, mix_effect, plan, predictions, quantize
 from lib.run import Run, Work, open_run
 from lib.run.files import sha256_file
 from lib.settings import Settings
@@ -52,9 +52,10 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
     again = quantize(settings("Q8_0", "Q4_K_M"), run)
     assert not again.product.made and again.files == first.files
-    predictions = plan(settings("Q8_0", "Q4_K_M"), run)
-    assert [p["bytes"] for p in predictions] == [f.bytes for f in first.files]
-    rows = ladder_rows.predicted(predictions)
+    assert mix_effect(settings("Q8_0", "Q4_K_M"), run, first) is None and predictions(run) == {}
+    planned = plan(settings("Q8_0", "Q4_K_M"), run)
+    assert [p["bytes"] for p in planned] == [f.bytes for f in first.files]
+    rows = ladder_rows.predicted(planned)
     assert [row["tensors that fall back"] for row in rows] == [len(f.fallbacks) for f in first.files] == [0, 7]
     assert rows[0]["tensor types"] == "q8_0, f32" and rows[0]["tensors set by hand"] == 0
 
