@@ -61,28 +61,34 @@ def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dic
     Returns:
         "rule", "type" (None when the evidence does not suffice), "reason" ("equivalent" | "better" | "insufficient" |
         "reference"), "rows_needed" (None where more rows would not help or are not needed), "next_higher" ({type
-        judged worse: next larger one that is not, or the reference}), "text" (a paragraph).
+        judged worse: next larger one that is not, or the reference}), "text" (a paragraph; behind a blank line another
+        on the files judged worse, where there are any).
     """
     reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
     files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
     if not files:
         alone = f"No recommendation: no GGUF file was compared with {reference['type']}."
         return _answer(None, "insufficient", None, {}, [alone])
-    steps = _next_higher(files, reference)
+    steps = next_higher(files, reference)
     if reference["accuracy_interval"][0] <= reference["majority_share"]:
         return _answer(None, "reference", None, steps, _unlearned(reference))
     good = [e for e in files if e["verdict"].startswith(("equivalent", "better")) and e["endpoint"] == "accuracy"]
     if good:
         chosen = good[0]
-        sentences = _chosen(chosen, reference) + _smaller(chosen, files, margin_points) + _advice(steps, files)
-        return _answer(chosen["type"], chosen["verdict"].split()[0], None, steps, sentences)
+        sentences = _chosen(chosen, reference) + _smaller(chosen, files, margin_points)
+        return _answer(chosen["type"], chosen["verdict"].split()[0], None, steps, sentences, _advice(steps, files))
     needed = _needed(files, margin_points)
-    sentences = _undecided(files, reference, margin_points, needed) + _advice(steps, files)
-    return _answer(None, "insufficient", needed, steps, sentences)
+    sentences = _undecided(files, reference, margin_points, needed)
+    return _answer(None, "insufficient", needed, steps, sentences, _advice(steps, files))
 
 
 def _answer(
-    type_name: str | None, reason: str, needed: int | None, steps: dict[str, str], sentences: list[str]
+    type_name: str | None,
+    reason: str,
+    needed: int | None,
+    steps: dict[str, str],
+    sentences: Sequence[str],
+    advice: Sequence[str] = (),
 ) -> dict[str, Any]:
     return {
         "rule": RULE,
@@ -90,11 +96,21 @@ def _answer(
         "reason": reason,
         "rows_needed": needed,
         "next_higher": steps,
-        "text": " ".join(sentences),
+        "text": paragraphs(sentences, advice),
     }
 
 
-def _next_higher(files: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> dict[str, str]:
+def paragraphs(*parts: Sequence[str]) -> str:
+    """Sentences as paragraphs with a blank line between them; an empty part is none."""
+    return "\n\n".join(" ".join(part) for part in parts if part)
+
+
+def next_higher(files: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> dict[str, str]:
+    """For each type judged worse the next larger one that is not, or the reference.
+
+    Args:
+        files: by size, the smallest first.
+    """
     steps = {}
     for i, entry in enumerate(files):
         if entry["verdict"] == "worse":

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.comparison.advice import next_higher, paragraphs
 from lib.comparison.judging import REFERENCE_VERDICT, Rows
 from lib.scoring.answers import AnswerScores
 from lib.statistics.losses import LossComparison, compare_losses
@@ -93,11 +94,7 @@ def recommend_answers(
     reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
     files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
     good = [e for e in files if e["verdict"].startswith(("equivalent", "better"))]
-    steps = {}
-    for i, entry in enumerate(files):
-        if entry["verdict"] == "worse":
-            larger = (e for e in files[i + 1 :] if e["verdict"] != "worse" and e["bytes"] > entry["bytes"])
-            steps[entry["type"]] = next(larger, reference)["type"]
+    steps = next_higher(files, reference)
     unlearned = floor is not None and reference["answer_ppl_interval"][1] >= floor
     if unlearned:
         good, text = [], _unlearned(reference, floor)
@@ -118,7 +115,7 @@ def recommend_answers(
         "reason": good[0]["verdict"].split()[0] if good else "reference" if unlearned else "insufficient",
         "rows_needed": None,
         "next_higher": steps,
-        "text": " ".join([text, *worse]),
+        "text": paragraphs([text], worse),
     }
 
 
