@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -20,8 +21,23 @@ def cjk_font() -> str | None:
     """The first installed font that has Chinese glyphs; None when there is none."""
     from matplotlib import font_manager
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return next((name for name in CJK_FONTS if name in installed), None)
+    def known() -> str | None:
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        return next((name for name in CJK_FONTS if name in installed), None)
+
+    return known() or (known() if _add_new_fonts() else None)
+
+
+def _add_new_fonts() -> int:
+    """Make fonts known that were installed after matplotlib wrote its list of fonts; returns their number."""
+    from matplotlib import font_manager
+
+    listed, added = {font.fname for font in font_manager.fontManager.ttflist}, 0
+    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+        with contextlib.suppress(RuntimeError, OSError):  # a file that FreeType cannot read
+            font_manager.fontManager.addfont(path)
+            added += 1
+    return added
 
 
 def readable(names: Sequence[str]) -> list[str]:

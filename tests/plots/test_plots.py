@@ -61,6 +61,23 @@ def test_without_a_chinese_font_labels_are_english_and_the_caption_says_so(monke
     assert "label 0 = 负面" in page and "No Chinese font" in page
 
 
+def test_a_font_installed_after_matplotlib_listed_them_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import font_manager
+
+    new = font_manager.findfont("DejaVu Sans Mono")
+    monkeypatch.setattr(style, "CJK_FONTS", ("DejaVu Sans Mono",))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    try:
+        style.cjk_font.cache_clear()
+        assert style.cjk_font() is None
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [new])
+        style.cjk_font.cache_clear()
+        assert style.cjk_font() == "DejaVu Sans Mono"
+    finally:
+        style.cjk_font.cache_clear()
+
+
 def test_table_escapes_and_formats() -> None:
     page = plots.table(
         [{"text": "<b>|x", "n": 1234, "share": 0.12345, "none": None}], "cap & tion", {"share": ".1%"}
