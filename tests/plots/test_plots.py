@@ -67,7 +67,7 @@ def test_a_font_installed_after_matplotlib_listed_them_is_found(monkeypatch: pyt
     new = font_manager.findfont("DejaVu Sans Mono")
     monkeypatch.setattr(style, "CJK_FONTS", ("DejaVu Sans Mono",))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
     try:
         style.cjk_font.cache_clear()
         assert style.cjk_font() is None
