@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -77,11 +79,17 @@ def test_every_row_of_chnsenticorp(made: dict[str, Path], shared_data: Path) -> 
     assert compare_tokens(load_tokenizer(made[name].with_suffix("")), made[name], texts) > 500_000
 
 
+@functools.cache
+def loaded_once(folder: Path) -> Any:
+    """A tokenizer for many examples."""
+    return load_tokenizer(folder)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXTS, min_size=20, max_size=40))
 def test_random_strings(texts: list[str], made: dict[str, Path]) -> None:
-    name = "qwen3-4b-thinking-2507"
-    compare_tokens(load_tokenizer(made[name].with_suffix("")), made[name], texts)
+    path = made["qwen3-4b-thinking-2507"]
+    compare_tokens(loaded_once(path.with_suffix("")), path, texts)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -67,6 +67,7 @@ def test_mcnemar_known_splits(b: int, c: int, p: float):
 
 
 @given(P_VALUES)
+@settings(max_examples=30, deadline=None)
 def test_holm_is_statsmodels(p: list[float]):
     assert statistics.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]), abs=1e-12)
 

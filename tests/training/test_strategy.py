@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def model(tmp_path: Path) -> str:
     """The shape of Qwen2.5-0.5B; no weights."""
     (tmp_path / "config.json").write_text(json.dumps(HALF_BILLION))
     return str(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def one_skeleton_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test asks many times for the same model."""
+    monkeypatch.setattr(strategy, "_skeleton", functools.cache(strategy._skeleton))
 
 
 def machine(patch: pytest.MonkeyPatch, free: float, kind: str = "cpu", devices: int = 1) -> None:
