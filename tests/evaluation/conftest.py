@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,18 @@ def save_adapter(small: Tiny, folder: Path) -> None:  # noqa: F811
     model.save_pretrained(folder)
 
 
+def _with_adapter(run: Run, small: Tiny, data: Callable[[Work], None]) -> Run:  # noqa: F811
+    """The run with its products `data` and `adapter`."""
+
+    def adapter(work: Work) -> None:
+        save_adapter(small, work.folder)
+        work.facts |= {"method": "LoRA"}
+
+    run.produce("data", data, {})
+    run.produce("adapter", adapter, {}, inputs=("data",))
+    return run
+
+
 @pytest.fixture
 def run(small: Tiny, home: Path) -> Run:  # noqa: F811
     """A run whose base model is the tiny model's folder."""
@@ -72,13 +85,7 @@ def run(small: Tiny, home: Path) -> Run:  # noqa: F811
             "prompt_hash": "0",
         }
 
-    def adapter(work: Work) -> None:
-        save_adapter(small, work.folder)
-        work.facts |= {"method": "LoRA"}
-
-    run.produce("data", data, {})
-    run.produce("adapter", adapter, {}, inputs=("data",))
-    return run
+    return _with_adapter(run, small, data)
 
 
 @pytest.fixture
@@ -96,13 +103,7 @@ def talk(small: Tiny, home: Path) -> Run:  # noqa: F811
         work.facts |= {"task": "dialogue", "source": "made for this test", "sample_data": True, "offline_base": False}
         work.facts |= {"base_model": str(small.folder), "base_revision": revision, "prompt_hash": "0"}
 
-    def adapter(work: Work) -> None:
-        save_adapter(small, work.folder)
-        work.facts |= {"method": "LoRA"}
-
-    run.produce("data", data, {})
-    run.produce("adapter", adapter, {}, inputs=("data",))
-    return run
+    return _with_adapter(run, small, data)
 
 
 @pytest.fixture(scope="session")
