@@ -178,6 +178,8 @@ def _train(
             trainer.train(resume_from_checkpoint=str(start.path) if start else None)
     if watch.stopped:  # by another process of the team
         raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
+    if team is not None:
+        team.total(0.0)  # all have left the Trainer: at its end it lists a folder that the first removes now
     if not first:
         return None
     outcome = _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
