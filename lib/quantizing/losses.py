@@ -5,11 +5,13 @@ For child processes only.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lib.device import physical_cores
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.quantizing import imatrix as importance
@@ -50,7 +52,8 @@ def sizes(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
-    """Quantize and turn back rows of every tensor in every type, and weigh the squared errors.
+    """Quantize and turn back rows of every tensor in every type, and weigh the squared errors; as many tensors at once
+    as there are cores (llama.cpp's functions and numpy leave Python's lock).
 
     Args:
         argument: "source" (GGUF), "folder" and "scales" (of `lib.quantizing.fisher`), "imatrix" (path or None).
@@ -65,12 +68,12 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
     source = open_source(Path(argument["source"]), matrix)
     names = list(planned_types(dry_run(source.path, "Q8_0", Options())))
+    folder, scales = Path(argument["folder"]), argument["scales"]
     found = []
-    with Progress("trying types, tensors", len(names)) as progress:
-        for name in names:
-            scale = argument["scales"].get(name, 0.0)
-            found.append(_measure(source, name, Path(argument["folder"]), scale, matrix))
-            progress.advance(note=name)
+    with ThreadPoolExecutor(physical_cores()) as pool, Progress("trying types, tensors", len(names)) as progress:
+        for entry in pool.map(lambda n: _measure(source, n, folder, scales.get(n, 0.0), matrix), names):
+            found.append(entry)
+            progress.advance(note=entry["tensor"])
     return {"tensors": found}
 
 
@@ -115,11 +118,8 @@ def _bytes(kind: str, rows: int, columns: int) -> int:
 
 def _errors(kind: str, weights: np.ndarray, values: np.ndarray | None, sensitivity: np.ndarray) -> tuple[float, float]:
     """Σ F d² of rows in a type, and by what share of themselves the weights shrink or grow together."""
-    import gguf
-    from gguf.quants import dequantize
-
-    stored = native.quantize_rows(kind, weights, values)
-    error = dequantize(stored, gguf.GGMLQuantizationType[kind.upper()]) - weights
+    error = native.dequantize_rows(kind, native.quantize_rows(kind, weights, values))
+    error -= weights
     size = max(float(np.sum(weights * weights, dtype=np.float64)), 1e-300)
     shrunk = float(np.sum(error * weights, dtype=np.float64)) / size
     return float(np.sum(sensitivity * error * error, dtype=np.float64)), shrunk

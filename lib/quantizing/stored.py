@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lib.quantizing import native
+
 
 def rows_of(path: Path, tensor: dict[str, Any], start: int, stop: int, step: int = 1) -> np.ndarray:
     """Every `step`-th row of a tensor, float32, (rows, columns).
@@ -16,15 +18,7 @@ def rows_of(path: Path, tensor: dict[str, Any], start: int, stop: int, step: int
         tensor: an entry of `lib.quantizing.native.Header.tensors`.
         start, stop: as in a slice.
     """
-    import gguf
-    from gguf.quants import dequantize
-
-    kind = gguf.GGMLQuantizationType[tensor["type"].upper()]
     rows = tensor["weights"] // tensor["shape"][0]
     row = tensor["bytes"] // rows
     raw = np.ascontiguousarray(np.memmap(path, np.uint8, "r", tensor["offset"], (rows, row))[start:stop:step])
-    if kind == gguf.GGMLQuantizationType.F32:
-        return raw.view("<f4")
-    if kind == gguf.GGMLQuantizationType.F16:
-        return raw.view("<f2").astype(np.float32)
-    return dequantize(raw, kind)
+    return raw.view("<f4") if tensor["type"] == "f32" else native.dequantize_rows(tensor["type"], raw)
