@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lib.serving.asking import RefusedError, check_sampling
+
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -14,7 +16,6 @@ Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
 CHAT, COMPLETION, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 
-_UNSUPPORTED = "unsupported_parameter"
 _DRAINED = 64 << 20
 """Bytes of a refused body that are still read, so that the client gets to see the answer."""
 
@@ -29,6 +30,7 @@ class Limits:
         body_bytes: largest body of a request.
         max_tokens: most tokens of an answer, and the number taken where a request names none.
         n_ctx: tokens of prompt and answer together.
+        n_vocab: tokens of the vocabulary.
     """
 
     name: str
@@ -36,14 +38,7 @@ class Limits:
     body_bytes: int
     max_tokens: int
     n_ctx: int
-
-
-class RefusedError(Exception):
-    """A request that is answered with an error of the OpenAI protocol."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+    n_vocab: int
 
 
 class LimitedApplication:
@@ -122,12 +117,7 @@ class LimitedApplication:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
         if not isinstance(body, dict):
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
-        for name, only in (("logprobs", None), ("top_logprobs", None), ("n", 1), ("best_of", 1)):
-            if body.get(name) and body[name] != only:
-                raise RefusedError(400, f"{name} is {body[name]!r}; this server has no such thing", _UNSUPPORTED)
-        heat = body.get("temperature")
-        if isinstance(heat, (int, float)) and not 0 <= heat <= 2:
-            raise RefusedError(400, f"temperature is {heat!r}; expected a number from 0 to 2", "invalid_temperature")
+        check_sampling(body, self._limits.n_vocab)
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])
         body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers

@@ -148,7 +148,8 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     llm = server._llama_proxy()
     formatter = _formatter(llm, metadata, options.thinking)
     llm.chat_handler = formatter.to_chat_handler()
-    limits = Limits(path.stem, int(path.stat().st_mtime), BODY_BYTES, min(options.max_tokens, n_ctx), n_ctx)
+    made, most = int(path.stat().st_mtime), min(options.max_tokens, n_ctx)
+    limits = Limits(path.stem, made, BODY_BYTES, most, n_ctx, llm.n_vocab())
     return LimitedApplication(application, limits, _counter(llm, formatter))
 
 
