@@ -174,10 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MOST_BYTES:
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BYTES} bytes\n".encode())
             return
+        body = self.rfile.read(int(length))
         try:
-            path = save_result(self.devices, check_result(json.loads(self.rfile.read(int(length)))))
-        except (ValueError, RecursionError, InputError) as error:
+            path = save_result(self.devices, check_result(json.loads(body)))
+        except (ValueError, RecursionError) as error:
             self._answer(HTTPStatus.BAD_REQUEST, f"{error}\n".encode())
+            return
+        except OSError as error:
+            self.tell(f"A result came in and could not be saved in {self.devices}: {error.strerror or error}")
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, b"the result could not be saved\n")
             return
         self.tell(f"A result came in: {path}")
         self._answer(HTTPStatus.CREATED, json.dumps({"saved": path.name}).encode(), {"Content-Type": _TYPES[".json"]})
