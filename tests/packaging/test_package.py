@@ -82,7 +82,11 @@ def test_the_zip_is_the_same_whenever_it_is_made(made: PackageResult, runs: Call
     before = made.archive.read_bytes()
     for path in made.product.path.iterdir():
         path.touch()
+    foreign = made.product.path / "devices" / "phone.json"  # as an older `serve --phone` left it there
+    foreign.parent.mkdir()
+    foreign.write_text("user agents", encoding="utf-8")
     again = package(runs("t"), "Q8_0", output=made.archive.parent)
+    shutil.rmtree(foreign.parent)
     assert not again.product.made and "nothing to do" in again.product.message
     assert again.archive.read_bytes() == before
     with zipfile.ZipFile(made.archive) as archive:
@@ -148,6 +152,29 @@ def test_the_guide_computes_its_numbers(made: PackageResult) -> None:
 def test_a_type_that_was_not_compared_is_refused(runs: Callable[[str], Run]) -> None:
     with pytest.raises(InputError, match=r"Q4_K_M.*F16, Q8_0"):
         package(runs("t"), "Q4_K_M")
+
+
+def test_where_the_zip_cannot_go(made: PackageResult, runs: Callable[[str], Run], tmp_path: Path) -> None:
+    for inside in (made.product.path, made.product.path / "zips", runs("t").folder / "data"):
+        with pytest.raises(InputError, match="is inside run 't'"):
+            package(runs("t"), "Q8_0", output=inside)
+    assert not (made.product.path / "zips").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file is a file\. Expected: a folder"):
+        package(runs("t"), "Q8_0", output=tmp_path / "file")
+
+
+def test_results_are_never_kept_in_what_is_served(
+    made: PackageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lib.cli.shipping import serve as command
+
+    kept: list[Path] = []
+    monkeypatch.setattr("lib.serving.phone.serve_phone", lambda package, devices, *_: kept.append(devices))
+    command(made.product.path, phone=True)
+    shutil.copytree(made.product.path, tmp_path / "model")
+    command(tmp_path / "model", phone=True)
+    assert kept == [made.product.path.parent / "devices", tmp_path / "model-devices"]
 
 
 def test_a_failing_check_publishes_nothing(runs: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:
