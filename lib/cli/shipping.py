@@ -53,9 +53,13 @@ def package(
         "file": made.file,
         "type": made.type,
         "standing": made.standing,
+        "page_rows": made.report["page_rows"],
         "notes": made.report["notes"],
     }
-    lines = [made.product.message, f"{made.type}: {made.standing}. {made.words}", str(made.archive)]
+    lines = [made.product.message, f"{made.type}: {made.standing}. {made.words}"]
+    if result["page_rows"]:
+        lines.append(f"The phone page checks itself by {result['page_rows']}.")
+    lines.append(str(made.archive))
     show(result, as_json, "\n".join(lines))
 
 

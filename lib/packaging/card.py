@@ -175,6 +175,7 @@ def export_report(facts: Facts, sha256: str, checks: int, tolerance: float) -> d
         "bytes_read_per_token": facts.bytes_per_token,
         "licences": facts.licences,
         "export_tree": facts.tree,
+        "page_rows": facts.page_rows,
         "checks": {"prompts": checks, "tolerance_nats": tolerance},
         "versions": {name: metadata.version(name) for name in ("llama_cpp_python", "gguf", "transformers", "numpy")},
         "notes": facts.notes,

@@ -140,7 +140,7 @@ def _build(
     task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
     turns = read_turns(tokenizer, getattr(task, "thinking", False))
     facts = gather(run, choice, task, comparison)
-    facts = replace(facts, tree=link_tree(run, formats, folder), page_rows=request.source if request else "")
+    facts = replace(facts, tree=link_tree(run, formats, folder))
     gguf = folder / facts.file
     link(choice.source, gguf)
     digest = sha256_file(gguf)
@@ -151,7 +151,8 @@ def _build(
     )
     write_text(folder / "Modelfile", text)
     if request:
-        write_web(request, facts, info, turns, tokenizer, folder, n_threads)
+        source = write_web(request, facts, info, turns, tokenizer, folder, n_threads)
+        facts = replace(facts, page_rows=source)
     _write_documents(facts, folder, run.folder / "merged", digest, len(info["checks"]))
     _write_sums(folder)
     _prove(folder)
