@@ -126,7 +126,7 @@ def _limits(facts: Facts) -> str:
 - {judged} {own}.
 - It was measured with one system turn and one wording of the question; with others it may do worse.
 - Quantized weights are other weights: what the comparison cannot tell on these rows stays unknown.
-- Nothing was measured on a phone.
+- No phone measurement is part of this package.
 """
 
 

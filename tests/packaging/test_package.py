@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from lib.errors import InputError
 from lib.packaging import package
+from lib.packaging.commands import chat_command, example_turn, question_command, request_command
 from lib.packaging.stage import PackageResult
 from lib.run import Run, open_run
 from lib.run.files import read_json, read_jsonl, write_json
@@ -146,7 +152,44 @@ def test_the_guide_computes_its_numbers(made: PackageResult) -> None:
     assert f"{entry['generation_tokens_per_second']:.0f} tokens/s" in text
     assert 0 < per_token < entry["bytes"]  # the header is not read for every token
     assert f"| LPDDR5-6400 | 51.2 GB/s | {51.2e9 / per_token:,.0f} tokens/s |" in text
-    assert "{" not in text.replace("{text}", "")
+    outside = re.sub(r"^  -d '.*'$", "", text, flags=re.M)
+    assert "{" not in outside.replace("{text}", "")
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every command in the guide, as a shell reads them."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [shlex.split(line, comments=True) for b in blocks for line in b.replace("\\\n", " ").splitlines() if line]
+
+
+def test_the_guide_sends_the_trained_prompt(made: PackageResult) -> None:
+    info = read_json(made.product.path / "model_info.json")
+    text = (made.product.path / "deployment_guide.md").read_text(encoding="utf-8")
+    commands = commands_of(text)
+    chats = [words for words in commands if words and words[0].endswith("llama-cli")]
+    assert len(chats) == 3 and all(words[words.index("-sys") + 1] == info["system"] for words in chats)
+    turn = info["user"].replace("{text}", info["checks"][0]["text"])
+    asked = [words[words.index("-p") + 1] for words in chats if "-p" in words]
+    assert asked == [turn]
+    (request,) = [json.loads(words[words.index("-d") + 1]) for words in commands if words and words[0] == "curl"]
+    assert [message["content"] for message in request["messages"]] == [info["system"], turn]
+    assert "No phone measurement is part of this package" in text
+
+
+def test_quoting_for_the_shell() -> None:
+    system, user = 'it\'s `$HOME`\n"two" \\n lines', "say \\t: {text}"
+    facts: Any = SimpleNamespace(task=replace(tiny_run.TASK, system_prompt=system, user_prompt=user))
+    facts.n_ctx, facts.most, facts.switches, facts.thinks = 512, 8, True, False
+    words = shlex.split(question_command("llama-cli", "m.gguf", facts).replace(" \\\n", " "))
+    assert words[words.index("-sys") + 1] == system and words[words.index("-p") + 1] == example_turn(facts)
+    assert "--no-escape" in words and words[words.index("--reasoning") + 1] == "off"
+    shown = subprocess.run(
+        ["/bin/sh", "-c", request_command(facts).replace("curl", "printf '%s|'", 1)], capture_output=True
+    )
+    body = json.loads(shown.stdout.decode().split("|-d|")[1].removesuffix("|"))
+    assert [message["content"] for message in body["messages"]] == [system, example_turn(facts)]
+    facts.task = replace(facts.task, system_prompt="")
+    assert "-sys" not in chat_command("llama-cli", "m.gguf", facts)
 
 
 def test_a_type_that_was_not_compared_is_refused(runs: Callable[[str], Run]) -> None:
