@@ -134,7 +134,9 @@ cmake -B build && cmake --build build --config Release -j 4 --target llama-cli l
 ```
 
 Copy the file into Termux's home folder (`termux-setup-storage`, then `cp`): files there are read fastest. `-t` is best
-at the number of the phone's large cores; try 2, 4 and 6. {_typed(facts)}
+at the number of the phone's large cores; try 2, 4 and 6.
+
+{_typed(facts)}
 
 ## Android, inside an app
 
@@ -164,7 +166,8 @@ python usage_examples.py
 ollama create {facts.title.lower()} -f Modelfile && ollama run {facts.title.lower()}
 ```
 
-The Modelfile sends the system turn by itself. {_typed(facts)}
+The Modelfile sends the system turn by itself.
+{_typed(facts)}
 
 ## As a server
 

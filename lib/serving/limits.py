@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.serving.asking import RefusedError, check_sampling
+from lib.serving.hosts import names_loopback
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -31,6 +32,7 @@ class Limits:
         max_tokens: most tokens of an answer, and the number taken where a request names none.
         n_ctx: tokens of prompt and answer together.
         n_vocab: tokens of the vocabulary.
+        local: whether requests must name this machine by a loopback name.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Limits:
     max_tokens: int
     n_ctx: int
     n_vocab: int
+    local: bool
 
 
 class LimitedApplication:
@@ -58,6 +61,7 @@ class LimitedApplication:
             await self._inner(scope, receive, send)
             return
         try:
+            self._check_host(scope)
             if scope["method"] == "GET" and scope["path"].startswith(MODELS):
                 await _answer(send, 200, self._models(scope["path"]))
                 return
@@ -70,6 +74,12 @@ class LimitedApplication:
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         headers.append((b"content-length", str(len(encoded)).encode()))
         await self._inner({**scope, "headers": headers}, _replay(encoded, receive), send)
+
+    def _check_host(self, scope: dict[str, Any]) -> None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"]
+        if self._limits.local and not all(map(names_loopback, hosts)):
+            text = f"no {hosts[0]!r} here: this server listens to this machine alone, as localhost (see --host)"
+            raise RefusedError(421, text, "misdirected_request")
 
     def _models(self, path: str) -> dict[str, Any]:
         """The list of the one model, or the model itself. (The inner server's list has no time of making.)"""

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
 
 from lib.errors import InputError
 from lib.packaging import package
-from lib.packaging.commands import chat_command, example_turn, question_command, request_command
 from lib.packaging.stage import PackageResult
 from lib.run import Run, open_run
 from lib.run.files import read_json, read_jsonl, write_json
@@ -146,6 +144,27 @@ def test_damage_is_found(what: str, made: PackageResult, bare_python: Path, tmp_
         assert f"FAILED: {'Modelfile is missing' if what == 'missing' else f'{name} is damaged'}" in answer.stdout
 
 
+@pytest.mark.parametrize("sums", [None, "", "\n", "\xff"])
+def test_without_sums_nothing_is_trusted(sums: str | None, tmp_path: Path, bare_python: Path) -> None:
+    """And without model_info.json the examples end with a sentence."""
+    for name in ("test_model.py", "usage_examples.py"):
+        shutil.copy(Path(__file__).parents[2] / "lib" / "packaging" / "scripts" / name, tmp_path / name)
+    if sums is not None:
+        (tmp_path / "SHA256SUMS").write_text(sums, encoding="latin-1")
+    tested = python_in(bare_python, tmp_path, "test_model.py")
+    assert tested.returncode == 1 and tested.stderr == "" and "FAILED: SHA256SUMS" in tested.stdout
+    shown = python_in(bare_python, tmp_path, "usage_examples.py")
+    assert shown.returncode == 1 and shown.stderr.startswith("model_info.json cannot be read")
+
+
+def test_a_terminal_of_another_encoding(made: PackageResult) -> None:
+    """cp1252 has neither the arrow nor Chinese."""
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-B", "test_model.py"]
+    tested = subprocess.run(command, cwd=made.product.path, env=environment, capture_output=True, timeout=300)
+    assert tested.returncode == 0 and b"5 of 5 prompts" in tested.stdout, tested.stderr
+
+
 def test_the_guide_computes_its_numbers(made: PackageResult) -> None:
     text = (made.product.path / "deployment_guide.md").read_text(encoding="utf-8")
     entry, per_token = made.report["evaluation"]["file"], made.report["bytes_read_per_token"]
@@ -174,22 +193,6 @@ def test_the_guide_sends_the_trained_prompt(made: PackageResult) -> None:
     (request,) = [json.loads(words[words.index("-d") + 1]) for words in commands if words and words[0] == "curl"]
     assert [message["content"] for message in request["messages"]] == [info["system"], turn]
     assert "No phone measurement is part of this package" in text
-
-
-def test_quoting_for_the_shell() -> None:
-    system, user = 'it\'s `$HOME`\n"two" \\n lines', "say \\t: {text}"
-    facts: Any = SimpleNamespace(task=replace(tiny_run.TASK, system_prompt=system, user_prompt=user))
-    facts.n_ctx, facts.most, facts.switches, facts.thinks = 512, 8, True, False
-    words = shlex.split(question_command("llama-cli", "m.gguf", facts).replace(" \\\n", " "))
-    assert words[words.index("-sys") + 1] == system and words[words.index("-p") + 1] == example_turn(facts)
-    assert "--no-escape" in words and words[words.index("--reasoning") + 1] == "off"
-    shown = subprocess.run(
-        ["/bin/sh", "-c", request_command(facts).replace("curl", "printf '%s|'", 1)], capture_output=True
-    )
-    body = json.loads(shown.stdout.decode().split("|-d|")[1].removesuffix("|"))
-    assert [message["content"] for message in body["messages"]] == [system, example_turn(facts)]
-    facts.task = replace(facts.task, system_prompt="")
-    assert "-sys" not in chat_command("llama-cli", "m.gguf", facts)
 
 
 def test_a_type_that_was_not_compared_is_refused(runs: Callable[[str], Run]) -> None:

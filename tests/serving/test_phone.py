@@ -84,6 +84,8 @@ def test_the_page_is_isolated_and_typed(phone: SimpleNamespace) -> None:
         "/token/web",
         "/token/%00",
         "/t%C3%B6ken/web/",
+        "/token/" + "a" * 300,
+        "//[",
     ],
 )
 def test_nothing_else_is_served(path: str, phone: SimpleNamespace) -> None:
@@ -103,7 +105,11 @@ def test_ranges(asked: str, first: int, last: int, phone: SimpleNamespace) -> No
 
 
 def test_ranges_that_cannot_be(phone: SimpleNamespace) -> None:
-    assert phone.client.get("/token/m.gguf", headers={"Range": "bytes=100-"}).status_code == 416
+    for beyond in ("100-", f"{'9' * 5000}-", f"{'9' * 5000}-{'9' * 5000}"):
+        assert phone.client.get("/token/m.gguf", headers={"Range": f"bytes={beyond}"}).status_code == 416
+    asked = {"Range": f"bytes={'0' * 5000}7-{'9' * 5000}"}
+    assert phone.client.get("/token/m.gguf", headers=asked).content == bytes(range(7, 100))
+    assert phone.client.get("/token/m.gguf", headers={"Range": f"bytes=-{'9' * 5000}"}).content == bytes(range(100))
     assert phone.client.get("/token/m.gguf", headers={"Range": "lines=1-2"}).content == bytes(range(100))
 
 
