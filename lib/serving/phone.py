@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The path behind the token; None without it."""
         try:
             path = unquote(urlsplit(self.path).path)
-        except ValueError:  # "//[" is the begin of an address that has no end
+        except ValueError:  # "http://[x" is the begin of an address that has no end
             return None
         start, _, rest = path.removeprefix("/").partition("/")
         return rest if secrets.compare_digest(start.encode("utf-8", "replace"), self.token.encode()) else None
