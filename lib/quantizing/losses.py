@@ -18,7 +18,7 @@ from lib.quantizing import imatrix as importance
 from lib.quantizing import native
 from lib.quantizing.calling import dry_run
 from lib.quantizing.options import Options
-from lib.quantizing.planning import Source, open_source, planned_types
+from lib.quantizing.planning import Source, check_coverage, open_source, planned_types
 from lib.quantizing.stored import rows_of
 
 PLAIN = (
@@ -41,11 +41,13 @@ def sizes(argument: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         "tensors": [[{"type", "bytes"}]].
+
+    Raises:
+        InputError: an importance matrix of another model.
     """
-    matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
-    source = open_source(Path(argument["source"]), matrix)
+    source, names, matrix = _open(argument)
     found = []
-    for name in planned_types(dry_run(source.path, "Q8_0", Options())):
+    for name in names:
         columns, rows = _shape(source.tensors[name])
         found.append([{"type": t, "bytes": _bytes(t, rows, columns)} for t in _candidates(name, columns, matrix)])
     return {"tensors": found}
@@ -63,11 +65,9 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         in the file (padded) and KL divergence in nats a token.
 
     Raises:
-        InputError: a tensor without sensitivities.
+        InputError: a tensor without sensitivities, an importance matrix of another model.
     """
-    matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
-    source = open_source(Path(argument["source"]), matrix)
-    names = list(planned_types(dry_run(source.path, "Q8_0", Options())))
+    source, names, matrix = _open(argument)
     folder, scales = Path(argument["folder"]), argument["scales"]
     found = []
     with ThreadPoolExecutor(physical_cores()) as pool, Progress("trying types, tensors", len(names)) as progress:
@@ -75,6 +75,16 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
             found.append(entry)
             progress.advance(note=entry["tensor"])
     return {"tensors": found}
+
+
+def _open(argument: dict[str, Any]) -> tuple[Source, list[str], importance.Imatrix | None]:
+    """The source, its tensors that are quantized, and the importance matrix."""
+    matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
+    source = open_source(Path(argument["source"]), matrix)
+    names = list(planned_types(dry_run(source.path, "Q8_0", Options())))
+    if matrix is not None:
+        check_coverage(source, names, matrix)
+    return source, names, matrix
 
 
 def _measure(

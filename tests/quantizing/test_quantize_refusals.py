@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.quantizing import Options, describe_gguf, files, imatrix, predict_sizes, quantize_file, recipes, worker
+from lib.quantizing import (
+    Options,
+    describe_gguf,
+    files,
+    imatrix,
+    losses,
+    native,
+    predict_sizes,
+    quantize_file,
+    recipes,
+    worker,
+)
 from lib.run.files import sha256_file
 from tests import tiny_gguf
 
@@ -119,6 +130,17 @@ def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> Non
     argument = {"source": str(source), "output": str(tmp_path / "out.gguf"), "type": "Q4_K_M", "n_threads": 1}
     with pytest.raises(InputError, match=r"has 896 values for .*256"):
         worker.quantize({**argument, "options": Options(matrix).to_json()})
+    with pytest.raises(InputError, match=r"has 896 values for .*256"):
+        predict_sizes(source, ["Q4_K_M"], Options(matrix))
+    argument = {"source": str(source), "imatrix": str(matrix), "folder": str(tmp_path), "scales": {}, "n_threads": 1}
+    for work in (losses.sizes, losses.measure):
+        with pytest.raises(InputError, match=r"has 896 values for .*256"):
+            work(argument)
+
+
+def test_importance_beyond_the_rows_is_never_read() -> None:
+    with pytest.raises(ValueError, match="rows of 256 weights"):
+        native.quantize_rows("q4_K", np.ones((2, 256), np.float32), np.ones(128, np.float32))
 
 
 def test_importance_matrix_values(tmp_path: Path) -> None:
