@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.quantizing import (
     Options,
+    collecting,
     describe_gguf,
     files,
     imatrix,
@@ -151,6 +152,27 @@ def test_importance_matrix_values(tmp_path: Path) -> None:
     for name, values in new.values.items():
         np.testing.assert_array_equal(values, old.values[name])
     assert (new.dataset, new.chunks) == (old.dataset, old.chunks) == ("calibration.txt", 4)
+
+
+BROKEN = {
+    "negative": ({"a": np.array([1.0, -2.0])}, 777, "a holds negative values"),
+    "zeros": ({"a": np.ones(2), "b": np.zeros(2)}, 777, "b holds nothing but zeros"),
+    "no count": ({"a": np.ones(2)}, float("nan"), "a has counts that are no numbers"),
+    "endless count": ({"a": np.ones(2)}, float("inf"), "a has counts that are no numbers"),
+    "negative count": ({"a": np.ones(2)}, -2, "a has counts that are no numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_importance_matrix_that_no_text_gives(case: str, tmp_path: Path) -> None:
+    sums, count, words = BROKEN[case]
+    path = tmp_path / "a.gguf"
+    collecting.write(path, sums, 777, "text", 1)
+    data, written = path.read_bytes(), np.float32(777).tobytes()
+    assert data.count(written) == len(sums)
+    path.write_bytes(data.replace(written, np.float32(count).tobytes()))
+    with pytest.raises(InputError, match=words):
+        imatrix.read(path)
 
 
 def test_importance_matrix_with_nan(tmp_path: Path) -> None:
