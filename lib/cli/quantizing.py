@@ -31,7 +31,8 @@ def quantize(
     types: Annotated[list[str] | None, typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="TYPE")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
     size_budget_mb: Annotated[
-        float | None, typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01)
+        float | None,
+        typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01, max=1e6),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="for the budget: folder that IN.gguf was converted from", metavar="DIR")
@@ -117,6 +118,9 @@ def _make(
     from lib.quantizing.standalone import quantize_to_budget
 
     count = len(types) + (budget is not None)
+    if output.suffix not in ("", ".gguf") and not output.is_dir():
+        do = f"write {output.with_suffix('.gguf')}, or make the folder {output} first."
+        raise InputError(f"the output {output}.", "a name that ends with .gguf, or a folder.", do)
     if output.suffix != ".gguf" or output.is_dir():
         made = quantize_files(source, output, types, options, n_threads, budget)
     elif count > 1:

@@ -78,13 +78,23 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(argument: dict[str, Any]) -> tuple[Source, list[str], importance.Imatrix | None]:
-    """The source, its tensors that are quantized, and the importance matrix."""
+    """The source, its tensors for which there is a choice, and the importance matrix.
+
+    Rows that do not fill blocks of 32 weights fit no type: llama.cpp leaves such a tensor in F16 whatever is wanted.
+
+    Raises:
+        InputError: no choice for any tensor, an importance matrix of another model.
+    """
     matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
     source = open_source(Path(argument["source"]), matrix)
     names = list(planned_types(dry_run(source.path, "Q8_0", Options())))
     if matrix is not None:
         check_coverage(source, names, matrix)
-    return source, names, matrix
+    able = [name for name in names if _candidates(name, _shape(source.tensors[name])[0], matrix)]
+    if not able:
+        found = f"no tensor of {source.path.name} has rows that fill blocks of 32 weights."
+        raise InputError(found, "a model that can be quantized.", "do without a size budget.")
+    return source, able, matrix
 
 
 def _measure(

@@ -19,6 +19,7 @@ from lib.quantizing.sensitivity import WINDOWS, measure_types
 from lib.run.files import sha256_file
 from lib.scoring.texts import Text, tokenize_with_transformers
 
+MOST_MB = 1e6
 SEED = 42
 """Of the labels that are drawn."""
 
@@ -38,6 +39,11 @@ class Budget:
     text: Text
     file: Path
     n_ctx: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 < self.megabytes <= MOST_MB:  # also what is no number
+            found = f"a size budget of {self.megabytes:g} MB."
+            raise InputError(found, f"more than 0, at most {MOST_MB:g} MB.", "correct --size-budget-mb.")
 
     @property
     def bytes(self) -> int:

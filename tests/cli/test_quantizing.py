@@ -9,8 +9,11 @@ import gguf
 import pytest
 
 from lib.device import llama_cpp_problem
+from lib.errors import InputError
 from lib.gguf_export.converting import convert
+from lib.quantizing.standalone import Budget
 from lib.run.files import sha256_file
+from lib.scoring.texts import Text
 from tests import tiny_run
 from tests.cli.test_cli import workbook
 
@@ -30,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(folder: Path, model: str = "base", megabytes: float = BUDGET_MB) -> list[str]:
+def options(folder: Path, model: str = "base", megabytes: float | str = BUDGET_MB) -> list[str]:
     return [
         *("--size-budget-mb", str(megabytes), "--model", str(folder / model), "--text", str(folder / "reviews.txt")),
         *("--n-ctx", "64"),
@@ -92,6 +95,20 @@ def test_what_lacks_is_named(case: str, folder: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(model: str, megabytes: float, words: str, folder: Path, tmp_path: Path) -> None:
     command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *options(folder, model, megabytes))
     refused(workbook(*command), words, tmp_path)
+
+
+def test_a_budget_that_is_no_size(folder: Path, tmp_path: Path) -> None:
+    arguments = options(folder, "base", "inf")
+    made = workbook("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *arguments)
+    assert made.returncode == 2 and "--size-budget-mb" in made.stderr and "Traceback" not in made.stderr, made.stderr
+    for nothing in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(InputError, match="a size budget of"):
+            Budget(nothing, folder / "base", Text.of_rows(["a"]), folder / "reviews.txt")
+
+
+def test_another_suffix_is_no_folder(folder: Path, tmp_path: Path) -> None:
+    command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "out.bin"), "Q8_0")
+    refused(workbook(*command), "a name that ends with .gguf, or a folder", tmp_path)
 
 
 def refused(answer, words: str, folder: Path) -> None:

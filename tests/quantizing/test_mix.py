@@ -21,10 +21,11 @@ from lib.gguf_export.converting import convert
 from lib.plots import mix_rows
 from lib.quantizing import Mix, errors, mix, plan, predictions, quantize
 from lib.quantizing.budget import Choice, solve
+from lib.quantizing.mixing import choose_types
 from lib.run import Run
 from lib.run.files import read_json, read_jsonl, sha256_file
 from lib.settings import Settings
-from tests import tiny_run
+from tests import tiny_gguf, tiny_run
 
 native_only = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
@@ -240,6 +241,33 @@ def test_information_is_the_mean_squared_gradient_of_drawn_labels(base: Path) ->
         measured = float((plain.exp() * (plain - predicted())).sum(-1).mean())
         weight.copy_(kept)
         assert measured == pytest.approx(0.5 * 0.02**2 * scales[name], rel=0.5), name
+
+
+@native_only
+def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path) -> None:
+    """There is no choice for them; the size is exact all the same. A model of such rows alone is refused."""
+    from lib.quantizing import losses
+
+    odd = tiny_gguf.tensors(256, 1, 1, 259, 100, 128)  # the columns of ffn_down
+    source = tiny_gguf.write(tmp_path / "odd-F32.gguf", layers=1, weights=odd, outtype="f32")
+    matrices = [name for name in odd if odd[name].ndim == 2]
+    for name in matrices:
+        np.save(tmp_path / f"{name}.npy", np.ones_like(odd[name]))
+    asked = {"source": str(source), "folder": str(tmp_path), "imatrix": None, "scales": {}, "n_threads": 1}
+    found = losses.measure(asked)["tensors"]
+    assert {row["tensor"] for row in found} == {name for name in matrices if "ffn_down" not in name}
+    assert [[t["type"] for t in row] for row in losses.sizes(asked)["tensors"]] == [
+        [t["type"] for t in row["types"]] for row in found
+    ]
+    record = {"tensors": found, "positions": 1, "rows_sha256": ""}
+    made = choose_types(
+        record, source.stat().st_size // 4, source, None, "rows"
+    )  # raises if bytes are not as predicted
+    assert "f16" in {part["type"] for part in made.prediction["histogram"]}
+    none = tiny_gguf.tensors(48, 1, 1, 259, 100, 24)
+    source = tiny_gguf.write(tmp_path / "none-F16.gguf", layers=1, weights=none)
+    with pytest.raises(InputError, match=r"no tensor of none-F16\.gguf has rows that fill blocks"):
+        losses.sizes({"source": str(source), "imatrix": None})
 
 
 def test_llama_rows_stand_as_in_gguf() -> None:
