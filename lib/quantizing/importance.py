@@ -35,11 +35,24 @@ class ImatrixResult:
 
 
 def measure(settings: Settings, run: Run) -> ImatrixResult | None:
-    """Make the importance matrix, or find it unchanged; None unless the setting `imatrix` is auto.
+    """Make the importance matrix, or find it unchanged (but with `force`); None unless the setting `imatrix` is auto.
+
+    Raises:
+        InputError: as `existing`.
+    """
+    return _produce(settings, run, settings.force)
+
+
+def existing(settings: Settings, run: Run) -> ImatrixResult | None:
+    """The same for the steps that use it: what is there and unchanged is never made again, whatever `force` says.
 
     Raises:
         InputError: products missing, too few training rows, an architecture that is not known.
     """
+    return _produce(settings, run, False)
+
+
+def _produce(settings: Settings, run: Run, force: bool) -> ImatrixResult | None:
     if settings.imatrix != AUTO:
         return None
     product = run.produce(
@@ -47,7 +60,7 @@ def measure(settings: Settings, run: Run) -> ImatrixResult | None:
         lambda work: _build(settings, run, work),
         parameters=settings.pick("n_ctx", "seed", "imatrix_chunks"),
         inputs=("data", "merged"),
-        force=settings.force,
+        force=force,
     )
     return ImatrixResult(product, product.path / FILE, read_json(product.path / RECORD))
 

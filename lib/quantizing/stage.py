@@ -15,7 +15,7 @@ from lib.quantizing import recipes
 from lib.quantizing.effect import EffectResult, measure_effect
 from lib.quantizing.errormap import TensorErrors, measure_errors
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
-from lib.quantizing.importance import AUTO, NONE, measure
+from lib.quantizing.importance import AUTO, NONE, existing
 from lib.quantizing.ladder import Job, Slots, run_jobs
 from lib.quantizing.mixeffect import MixEffect, measure_mix_effect
 from lib.quantizing.mixing import Mix, plan_mix
@@ -137,7 +137,7 @@ def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors
 
 
 def _options(settings: Settings, run: Run) -> Options:
-    if made := measure(settings, run):
+    if made := existing(settings, run):
         matrix: Path | None = made.path
     else:
         matrix = None if settings.imatrix in ("", NONE) else user_path(settings.imatrix)

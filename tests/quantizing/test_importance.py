@@ -25,12 +25,14 @@ from lib.quantizing import (
     collecting,
     effect,
     imatrix,
+    importance,
     measure,
     quantize,
     quantize_file,
+    stage,
 )
 from lib.quantizing.effect import compared_types, judge, measure_effect, retyped
-from lib.run import Run
+from lib.run import Run, Work
 from lib.run.files import read_jsonl, sha256_json, write_json
 from lib.settings import Settings
 from tests import tiny_gguf, tiny_run
@@ -164,6 +166,26 @@ def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
     plain = quantize(settings(ladder=["Q4_0"], imatrix="none"), run)
     assert plain.files[0].imatrix is None and plain.product.made
     assert measure(settings(imatrix="none"), run) is None and measure(settings(imatrix=""), run) is None
+
+
+def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`measure` again; the steps that use the matrix take what it has made."""
+    made: list[str] = []
+
+    def build(settings: Settings, run: Run, work: Work) -> None:
+        made.append("once more")
+        collecting.write(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
+        write_json(work.folder / "imatrix.json", {})
+
+    monkeypatch.setattr(importance, "_build", build)
+    forced = settings(force=True)
+    for _ in range(2):
+        measure(forced, run)
+    assert len(made) == 2
+    assert stage._options(forced, run).imatrix == run.folder / "imatrix" / "imatrix.gguf"
+    assert len(made) == 2
+    measure(settings(), run)
+    assert len(made) == 2
 
 
 def test_iq_types_need_one() -> None:
