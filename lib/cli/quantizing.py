@@ -34,6 +34,9 @@ def quantize(
         float | None,
         typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01, max=1e6),
     ] = None,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="the same budget in bits per weight", min=0.01, max=32)
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="for the budget: folder that IN.gguf was converted from", metavar="DIR")
     ] = None,
@@ -51,7 +54,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the sizes")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a GGUF file with llama.cpp: to types, or under --size-budget-mb with types chosen by measurement."""
+    """Quantize a GGUF file with llama.cpp: to types, or under a size budget with types chosen by measurement."""
     from lib.quantizing import Options
 
     options = Options(imatrix, tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
@@ -59,9 +62,9 @@ def quantize(
     if not wanted and options.any_types():
         do = "name a TYPE, or leave them out: a size budget decides every tensor."
         raise InputError("types of single tensors without a TYPE.", "the type of the other tensors.", do)
-    budget = _budget(size_budget_mb, model, text, text_column, n_ctx)
+    budget = _budget(source, size_budget_mb, bits_per_weight, model, text, text_column, n_ctx)
     if not wanted and budget is None:
-        do = "name one, e.g. Q4_K_M, or give --size-budget-mb."
+        do = "name one, e.g. Q4_K_M, or give --size-budget-mb or --bits-per-weight."
         raise InputError("no type.", "a TYPE, several, or a size budget.", do)
     if dry_run:
         rows = _predict(source, wanted, options, budget)
@@ -73,18 +76,28 @@ def quantize(
 
 
 def _budget(
-    megabytes: float | None, model: Path | None, text: Path | None, text_column: str, n_ctx: int
+    source: Path,
+    megabytes: float | None,
+    bits: float | None,
+    model: Path | None,
+    text: Path | None,
+    text_column: str,
+    n_ctx: int,
 ) -> Budget | None:
     """What the options say of a budget.
 
     Raises:
-        InputError: one of the three without the others.
+        InputError: two budgets; one of the three options without the others.
     """
-    given = {"--size-budget-mb": megabytes, "--model": model, "--text": text}
+    if megabytes is not None and bits is not None:
+        found = "--size-budget-mb and --bits-per-weight."
+        raise InputError(found, "one of the two: they are one budget in two units.", "leave one out.")
+    budget = "--size-budget-mb" if bits is None else "--bits-per-weight"
+    given = {budget: megabytes if bits is None else bits, "--model": model, "--text": text}
     lacking = [name for name, value in given.items() if value is None]
     if len(lacking) == 3:
         return None
-    if megabytes is None or model is None or text is None:
+    if lacking or model is None or text is None:
         found = f"{' and '.join(set(given) - set(lacking))} without {' and '.join(lacking)}."
         expected = (
             "all three: gradients of the model folder on a text tell which weights matter; a GGUF alone cannot give "
@@ -93,9 +106,13 @@ def _budget(
         do = "add --model DIR (of a run: runs/RUN/merged) and --text FILE, or name a TYPE in place of the budget."
         raise InputError(found, expected, do)
     from lib.cli.perplexing import read_text
+    from lib.models.gguf_file import check_gguf
+    from lib.quantizing.mixing import budget_bytes
     from lib.quantizing.standalone import Budget
 
-    return Budget(megabytes, model, read_text(text, text_column), text, n_ctx)
+    check_gguf(source)
+    most = budget_bytes(source, megabytes or 0.0, bits or 0.0)
+    return Budget(most, model, read_text(text, text_column), text, n_ctx)
 
 
 def _predict(source: Path, types: list[str], options: Options, budget: Budget | None) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ def predict(source: Source, recipe: str, options: Options, matrix: importance.Im
     weights = sum(t["weights"] for t in tensors.values())
     return {
         "type": recipe,
+        "header_bytes": source.header_bytes,
         "bytes": source.header_bytes + sum(-(-t["bytes"] // 32) * 32 for t in tensors.values()),
         "tensor_bytes": tensor_bytes,
         "weights": weights,

@@ -60,16 +60,16 @@ def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
 
 
 def mix(settings: Settings, run: Run) -> Mix | None:
-    """The types of a file under the size budget, by measured sensitivity; None without `size_budget_mb`.
+    """The types of a file under the size budget, by measured sensitivity; None without one.
 
     Raises:
-        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest possible file.
+        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest file of the types tried.
     """
     return _mix(settings, run, _options(settings, run), settings.force)
 
 
 def _mix(settings: Settings, run: Run, options: Options, force: bool = False) -> Mix | None:
-    if not settings.size_budget_mb:
+    if not settings.size_budget:
         return None
     return plan_mix(settings, run, _only_gguf(run.require("gguf").path), options.imatrix, force)
 
@@ -94,7 +94,7 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
     product = run.produce(
         "quantized",
         build,
-        parameters={**settings.pick("ladder", *(["size_budget_mb"] if mixed else [])), **_identity(options)},
+        parameters={**settings.pick("ladder", *([settings.size_budget] if mixed else [])), **_identity(options)},
         inputs=("gguf", "sensitivity") if mixed else ("gguf",),
         force=settings.force,
         keep_partial=True,

@@ -14,12 +14,11 @@ from lib.models.saved import quantization_method
 from lib.quantizing.calibration import dataset_name
 from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, quantize_predicted
-from lib.quantizing.mixing import Mix, budget_bytes, choose_types, require_possible
+from lib.quantizing.mixing import Mix, choose_types, require_possible
 from lib.quantizing.sensitivity import WINDOWS, measure_types
 from lib.run.files import sha256_file
 from lib.scoring.texts import Text, tokenize_with_transformers
 
-MOST_MB = 1e6
 SEED = 42
 """Of the labels that are drawn."""
 
@@ -29,26 +28,16 @@ class Budget:
     """What a file under a size budget is chosen by.
 
     Attributes:
-        megabytes: of 10⁶ bytes, the most that the file may have.
+        bytes: the most that the file may have (see `lib.quantizing.mixing.budget_bytes`).
         model: the folder that the GGUF was converted from; gradients are computed there.
         text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from.
     """
 
-    megabytes: float
+    bytes: int
     model: Path
     text: Text
     file: Path
     n_ctx: int = 512
-
-    def __post_init__(self) -> None:
-        if not 0 < self.megabytes <= MOST_MB:  # also what is no number
-            found = f"a size budget of {self.megabytes:g} MB."
-            raise InputError(found, f"more than 0, at most {MOST_MB:g} MB.", "correct --size-budget-mb.")
-
-    @property
-    def bytes(self) -> int:
-        """The same in bytes."""
-        return budget_bytes(self.megabytes)
 
     @property
     def name(self) -> str:

@@ -11,9 +11,8 @@ import pytest
 from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export.converting import convert
-from lib.quantizing.standalone import Budget
+from lib.quantizing.mixing import budget_bytes
 from lib.run.files import sha256_file
-from lib.scoring.texts import Text
 from tests import tiny_run
 from tests.cli.test_cli import workbook
 
@@ -73,6 +72,8 @@ def test_beside_types(folder: Path, tmp_path: Path) -> None:
 REFUSED = {
     "no model": (("--size-budget-mb", "1"), "--size-budget-mb without --model and --text"),
     "no budget": (("--model", "x"), "--model without --size-budget-mb and --text"),
+    "two budgets": (("--size-budget-mb", "1", "--bits-per-weight", "4"), "one budget in two units"),
+    "bits alone": (("--bits-per-weight", "4"), "--bits-per-weight without --model and --text"),
     "nothing": ((), "no type"),
     "single tensors alone": (("--tensor-type", "attn_v=q8_0"), "without a TYPE"),
 }
@@ -89,7 +90,7 @@ def test_what_lacks_is_named(case: str, folder: Path, tmp_path: Path) -> None:
     [
         ("other", BUDGET_MB, "has other rows than in the model folder"),
         ("adapter", BUDGET_MB, "is a LoRA adapter"),
-        ("base", 0.02, "the smallest file possible"),
+        ("base", 0.02, "the smallest file of the types tried"),
     ],
 )
 def test_what_cannot_be_is_refused(model: str, megabytes: float, words: str, folder: Path, tmp_path: Path) -> None:
@@ -101,9 +102,9 @@ def test_a_budget_that_is_no_size(folder: Path, tmp_path: Path) -> None:
     arguments = options(folder, "base", "inf")
     made = workbook("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *arguments)
     assert made.returncode == 2 and "--size-budget-mb" in made.stderr and "Traceback" not in made.stderr, made.stderr
-    for nothing in (float("nan"), float("inf"), 0.0):
+    for nothing in ((float("nan"), 0.0), (float("inf"), 0.0), (0.0, 0.0), (0.0, float("nan")), (0.0, 33.0)):
         with pytest.raises(InputError, match="a size budget of"):
-            Budget(nothing, folder / "base", Text.of_rows(["a"]), folder / "reviews.txt")
+            budget_bytes(folder / "m-F32.gguf", *nothing)
 
 
 def test_another_suffix_is_no_folder(folder: Path, tmp_path: Path) -> None:

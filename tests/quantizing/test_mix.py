@@ -46,7 +46,7 @@ def test_the_solver_is_exact(tensors: list[list[Choice]], budget: int, fixed: in
     fits = [c for c in itertools.product(*tensors) if fixed + sum(t.bytes for t in c) <= budget]
     if not fits:
         least = fixed + sum(min(c.bytes for c in tensor) for tensor in tensors)
-        with pytest.raises(InputError, match=f"at least {least:,} bytes, the smallest file possible"):
+        with pytest.raises(InputError, match=f"at least {least:,} bytes, the smallest file of the types tried"):
             solve(tensors, budget, fixed)
         return
     chosen = solve(tensors, budget, fixed)
@@ -195,6 +195,19 @@ def test_an_impossible_budget_is_refused(run: Run) -> None:
     least = int(caught.value.expected.split()[2].replace(",", ""))
     assert mix(wanted(size_budget_mb=least / 1e6), run).prediction["bytes"] == least
     assert run.manifest.entries().get("quantized") == before
+
+
+@native_only
+def test_a_budget_in_bits_per_weight(run: Run) -> None:
+    """As the pages count them; the whole file is what the name and the header say."""
+    made = mix(wanted(size_budget_bpw=5.5), run)
+    budget = made.record["budget_bytes"]
+    assert 5.0 < made.prediction["bits_per_weight"] <= 5.5 and made.prediction["bytes"] <= budget
+    assert made.prediction["type"] == mix_name(budget) and f"{budget}" in dict(made.options.notes).values()
+    weights, header = made.prediction["weights"], made.prediction["header_bytes"]
+    assert 0 < header - (budget - int(5.5 * weights / 8)) < 1000, "the keys that tell of the choice"
+    with pytest.raises(ValueError, match="one budget in two units"):
+        wanted(size_budget_mb=1.0, size_budget_bpw=4.0)
 
 
 @native_only
