@@ -1,4 +1,4 @@
-"""`workbook quantize`: by recipes, and under a size budget by the sensitivity of every tensor."""
+"""`workbook quantize`: by recipes, and under a size budget by the sensitivity of every tensor; `workbook imatrix`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lib.cli.guard import guarded
 from lib.cli.options import Json, TextColumn
 from lib.cli.output import show, table
 from lib.errors import InputError
+from lib.run.folders import user_path
 
 if TYPE_CHECKING:
     from lib.quantizing import Options
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `quantize`."""
+    """Add `imatrix` and `quantize`."""
+    app.command(short_help="model folder + text → importance matrix for quantize")(imatrix)
     app.command(short_help="GGUF → smaller GGUF, one type or several, or the best under a size")(quantize)
 
 
@@ -75,6 +77,26 @@ def quantize(
     show(rows[0] if single else {"files": rows}, as_json, _as_text(rows))
 
 
+@guarded
+def imatrix(
+    model_dir: Annotated[Path, typer.Argument(help="folder that the GGUF is converted from", metavar="MODEL_DIR")],
+    output: Annotated[Path, typer.Argument(help="new importance matrix", metavar="OUT.gguf")],
+    text: Annotated[Path, typer.Option(help="text like the model's task, or a table; no test rows", metavar="FILE")],
+    text_column: TextColumn = "",
+    n_ctx: Annotated[int, typer.Option(help="tokens a window", min=16)] = 512,
+    chunks: Annotated[int, typer.Option(help="most windows; 0 = the whole text", min=0)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Measure which inputs of every layer are large on a text: what llama-imatrix measures, for --imatrix."""
+    from lib.cli.perplexing import read_text
+    from lib.quantizing.standalone import measure_imatrix
+
+    made = measure_imatrix(model_dir, output, read_text(text, text_column), user_path(str(text)), n_ctx, chunks)
+    rows = "" if made["rows"] is None else f" of {made['rows']:,} rows"
+    words = f"{output}: {made['entries']} layers, {made['tokens']:,} tokens{rows}; {made['dataset']}"
+    show(made, as_json, words)
+
+
 def _budget(
     source: Path,
     megabytes: float | None,
@@ -112,7 +134,7 @@ def _budget(
 
     check_gguf(source)
     most = budget_bytes(source, megabytes or 0.0, bits or 0.0)
-    return Budget(most, model, read_text(text, text_column), text, n_ctx)
+    return Budget(most, model, read_text(text, text_column), user_path(str(text)), n_ctx)
 
 
 def _predict(source: Path, types: list[str], options: Options, budget: Budget | None) -> list[dict[str, Any]]:

@@ -106,7 +106,9 @@ def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> N
     """
     for prediction in predictions:
         if prediction["needs_imatrix"] and options.imatrix is None:
-            do = "give one (--imatrix FILE, made by llama-imatrix), or choose a K-type such as Q3_K_M or Q2_K."
+            do = (
+                "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose a K-type, e.g. Q2_K."
+            )
             name = prediction["type"]
             raise InputError(f"{name} without an importance matrix.", "an importance matrix for this type.", do)
 

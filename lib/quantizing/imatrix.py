@@ -42,7 +42,9 @@ class Imatrix:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"the importance matrix {path}: {what}.", "a file of llama-imatrix.", "make it again.")
+    return InputError(
+        f"the importance matrix {path}: {what}.", "a file of `workbook imatrix` or llama-imatrix.", "make it again."
+    )
 
 
 def read(path: Path) -> Imatrix:

@@ -73,7 +73,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         "windows": chosen.windows,
         "output": str((work.folder / FILE).resolve()),
         "dataset": chosen.dataset,
-        "dtype": _dtype(merged),
+        "dtype": computing_dtype(_stored(merged)),
     }
     answer = run_child("lib.quantizing.collecting:collect", argument, "measuring the importance matrix")
     made = {key: answer[key] for key in ("entries", "seconds", "device")}
@@ -85,7 +85,10 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     work.metrics |= {key: record[key] for key in ("rows", "tokens", "windows")}
 
 
-def _dtype(merged: Product) -> str:
-    """float32 as llama.cpp computes, where the weights (16 bits on the disk) leave room for it."""
-    size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+def _stored(merged: Product) -> int:
+    return sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+
+
+def computing_dtype(size: int) -> str:
+    """float32 as llama.cpp computes, where weights of `size` bytes (16 bits each on the disk) leave room for it."""
     return "float32" if 4 * size < available_memory() else "bfloat16"

@@ -264,4 +264,6 @@ def check_coverage(source: Source, names: Iterable[str], matrix: importance.Imat
         have = matrix.values[name].size if name in matrix.values else 0
         if have != wanted:
             found = f"the importance matrix {matrix.file} has {have} values for {name}."
-            raise InputError(found, f"{wanted}.", "make the importance matrix with this very model.")
+            raise InputError(
+                found, f"{wanted}.", "make it with this very model (`workbook imatrix MODEL_DIR OUT.gguf --text FILE`)."
+            )

@@ -51,6 +51,7 @@ def test_help_is_instant_and_names_every_command() -> None:
         "report",
         "merge",
         "convert",
+        "imatrix",
         "quantize",
         "evaluate",
         "compare",

@@ -11,6 +11,7 @@ import pytest
 from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export.converting import convert
+from lib.quantizing import Options, imatrix, predict_sizes
 from lib.quantizing.mixing import budget_bytes
 from lib.run.files import sha256_file
 from tests import tiny_run
@@ -67,6 +68,24 @@ def test_beside_types(folder: Path, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert "MIX_120KB: predicted KL divergence from the source" in made.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["m-MIX_120KB.gguf", "m-Q8_0.gguf"]
+
+
+def test_an_importance_matrix_of_a_text(folder: Path, tmp_path: Path) -> None:
+    """It names the text, covers every layer, and quantize takes it."""
+    out, text = tmp_path / "own.gguf", folder / "reviews.txt"
+    command = ("imatrix", str(folder / "base"), str(out), "--text", str(text), "--n-ctx", "64", "--chunks", "4")
+    made = workbook(*command, "--json")
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout)
+    dataset = f"reviews.txt, 4 windows of 64 tokens, sha256 {sha256_file(text)}"
+    assert told["dataset"] == dataset and told["text_sha256"] == sha256_file(text)
+    assert told["entries"] == 14 and told["tokens"] == 256 and 4 < told["rows"] < 200
+    matrix = imatrix.read(out)
+    assert matrix.dataset == dataset and matrix.chunks == 4
+    layers = {t.name for t in gguf.GGUFReader(folder / "m-F32.gguf").tensors if t.name.startswith("blk.")}
+    assert matrix.values.keys() == {name for name in layers if not name.endswith(("norm.weight", "bias"))}
+    (row,) = predict_sizes(folder / "m-F32.gguf", ["Q4_0"], Options(out))
+    assert row["bytes"] > 0 and sorted(path.name for path in tmp_path.iterdir()) == ["own.gguf"]
 
 
 REFUSED = {
