@@ -69,7 +69,7 @@ def quantize(
         do = "name one, e.g. Q4_K_M, or give --size-budget-mb or --bits-per-weight."
         raise InputError("no type.", "a TYPE, several, or a size budget.", do)
     if dry_run:
-        rows = _predict(source, wanted, options, budget)
+        rows = _predict(source, wanted, options, budget, n_threads)
         show({"files": rows}, as_json, _as_text(rows))
         return
     rows = _make(source, output, wanted, options, budget, n_threads)
@@ -137,7 +137,9 @@ def _budget(
     return Budget(most, model, read_text(text, text_column), user_path(str(text)), n_ctx)
 
 
-def _predict(source: Path, types: list[str], options: Options, budget: Budget | None) -> list[dict[str, Any]]:
+def _predict(
+    source: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
+) -> list[dict[str, Any]]:
     """What the files would be; nothing is written."""
     from lib.quantizing import predict_sizes
     from lib.quantizing.standalone import mix_of_text
@@ -146,7 +148,7 @@ def _predict(source: Path, types: list[str], options: Options, budget: Budget | 
     if budget is None:
         return rows
     with tempfile.TemporaryDirectory() as scratch:
-        return [*rows, mix_of_text(source, budget, options.imatrix, Path(scratch)).prediction]
+        return [*rows, mix_of_text(source, budget, options.imatrix, Path(scratch), n_threads).prediction]
 
 
 def _make(

@@ -57,17 +57,18 @@ def quantize_to_budget(
         InputError: as `mix_of_text`; a place that cannot be written.
     """
     check_output(source, output)
-    mixed = mix_of_text(source, budget, matrix, output.parent)
+    mixed = mix_of_text(source, budget, matrix, output.parent, n_threads)
     return quantize_predicted(source, output, mixed.prediction, mixed.options, n_threads or physical_cores())
 
 
-def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path) -> Mix:
+def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path, n_threads: int = 0) -> Mix:
     """Choose types for a file of a size, as the stage does for a run.
 
     Args:
         source: GGUF with F32, F16 or BF16 weights.
         matrix: importance matrix.
         scratch: folder on a disk with room for the sensitivities.
+        n_threads: for trying types; 0 = physical cores.
 
     Raises:
         InputError: an impossible budget (before the work), a folder that is quantized or holds another model, a text
@@ -78,7 +79,7 @@ def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path
     windows, digest = tokens.windows(budget.n_ctx, WINDOWS), sha256_file(budget.file)
     dataset = dataset_name(budget.file.name, f"{len(windows)} windows of {budget.n_ctx} tokens", digest)
     require_possible(budget.bytes, source, matrix, dataset)
-    found = {**measure_types(budget.model, source, windows, matrix, SEED, scratch), "rows_sha256": digest}
+    found = {**measure_types(budget.model, source, windows, matrix, SEED, scratch, n_threads), "rows_sha256": digest}
     return choose_types(found, budget.bytes, source, matrix, dataset)
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_information_is_the_mean_squared_gradient_of_drawn_labels(base: Path) ->
 
 
 @native_only
-def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path) -> None:
+def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no choice for them; the size is exact all the same. A model of such rows alone is refused."""
     from lib.quantizing import losses
 
@@ -272,6 +273,21 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path) -> None:
     assert [[t["type"] for t in row] for row in losses.sizes(asked)["tensors"]] == [
         [t["type"] for t in row["types"]] for row in found
     ]
+    threads, done, loss = [], [], losses._loss
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, n: int) -> None:
+            threads.append(n)
+            super().__init__(1)
+
+    def noted(source: Any, tensor: Any, kind: str, matrix: Any) -> float:
+        done.append(losses._seconds(tensor, kind))
+        return loss(source, tensor, kind, matrix)
+
+    monkeypatch.setattr(losses, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(losses, "_loss", noted)
+    assert losses.measure({**asked, "n_threads": 3})["tensors"] == found and threads == [3]
+    assert done == sorted(done, reverse=True) and done[0] > 2 * done[-1], "the longest first"
     record = {"tensors": found, "positions": 1, "rows_sha256": ""}
     made = choose_types(
         record, source.stat().st_size // 4, source, None, "rows"
