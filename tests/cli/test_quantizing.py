@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from lib.cli.perplexing import read_text
 from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export.converting import convert
@@ -124,6 +125,12 @@ def test_a_budget_that_is_no_size(folder: Path, tmp_path: Path) -> None:
     for nothing in ((float("nan"), 0.0), (float("inf"), 0.0), (0.0, 0.0), (0.0, float("nan")), (0.0, 33.0)):
         with pytest.raises(InputError, match="a size budget of"):
             budget_bytes(folder / "m-F32.gguf", *nothing)
+
+
+def test_a_missing_text_is_named_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"no file {tmp_path / 'nofile.txt'}"):
+        read_text(Path("nofile.txt"))
 
 
 def test_another_suffix_is_no_folder(folder: Path, tmp_path: Path) -> None:
