@@ -46,6 +46,7 @@ def test_help_is_instant_and_names_every_command() -> None:
         "report",
         "merge",
         "convert",
+        "imatrix",
         "quantize",
         "evaluate",
         "compare",
@@ -63,7 +64,7 @@ def test_help_is_instant_and_names_every_command() -> None:
 REFUSED = {
     "no parameter file": (("report", "no.yaml"), "no file no.yaml"),
     "misspelt key": (("report", "params/quick.yaml", "-p", "learning_rat", "1e-3"), "write 'learning_rate'"),
-    "wrong type": (("report", "params/quick.yaml", "-p", "seed", "many"), "seed: 'many'"),
+    "wrong type": (("report", "params/quick.yaml", "-p", "seed", "many"), "seed: 'many' given by -p"),
     "unknown type": (("report", "params/quick.yaml", "-p", "ladder", "Q4_K_X"), "unknown quantization type"),
     "unknown notebook": (("report", "params/quick.yaml", "--from", "11"), "--from '11'"),
     "no data": (("evaluate", "x.gguf"), "neither --data nor --run"),
