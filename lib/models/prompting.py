@@ -121,9 +121,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: Task, text: str, label: int
             f"at least {frame + task.max_seq_length - room + 16}.",
             "raise max_seq_length or shorten system_prompt and user_prompt.",
         )
+    # What is cut is the escaped text: the prompt holds its tokens, and no prefix of it is a special token.
+    text = escape(tokenizer, text)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     keep = room - frame
     while len(prompt) > room:
+        keep = max(0, keep)  # nothing of the text fits in any case: frame < room
         cut = text[: offsets[keep][0]] if keep < len(offsets) else text
         prompt = _ids(tokenizer, render(tokenizer, task, cut))
         keep -= max(1, len(prompt) - room)
