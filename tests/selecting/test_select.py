@@ -148,6 +148,7 @@ def test_refusals_in_one_sentence(make: Make) -> None:
     make("labels", right(30))
     make("talk", [2.0] * 30, task=TALK)
     make("talk8", [2.0] * 30, task=TALK, tokens=8, rank=2)
+    make("again", right(30, [2]))
     make("away", right(30), rows=test_rows(30, split="elsewhere"))
     unfinished = make("unfinished", right(30))
     unfinished.manifest.remove("unfinished", "evaluation")
@@ -157,6 +158,7 @@ def test_refusals_in_one_sentence(make: Make) -> None:
     for names, words in (
         (["labels"], "at least two runs"),
         (["labels", "labels"], "run 'labels' twice"),
+        (["labels", "again"], "runs 'labels' and 'again' have the same data, training parameters and train_seed (42)"),
         (["labels", "lables"], "did you mean labels?"),
         (["labels", "talk"], "run 'talk' a dialogue"),
         (["talk", "talk8"], "different numbers of tokens"),
