@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.statistics.intervals import Interval
+from lib.statistics.intervals import Interval, wilson
 
 FEWEST = 3
 """Groups of rows below which an interval would be a pretence; `cluster_test` has the same limit."""
@@ -49,3 +49,26 @@ def weighted_mean(
 def limits(found: Interval) -> list[float] | None:
     """[low, high] as JSON; None where there is no interval to tell."""
     return found.to_json() if math.isfinite(found.low) and math.isfinite(found.high) else None
+
+
+def clustered_share(values: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray) -> Interval:
+    """Share of right rows, each the mean of several tries in 0…1: Wilson's 95 % interval on the effective rows.
+
+    Effective are p (1 - p) / variance of the mean over groups, times (z / t)², at most n (Korn & Graubard 1998, Survey
+    Methodology 24:193). Unlike Student's interval it has a width where all rows are right, or all wrong; there copies
+    of a row count once. Infinite limits as in `weighted_mean` for fewer than `FEWEST` groups.
+    """
+    from scipy.stats import norm, t
+
+    values = np.asarray(values, dtype=np.float64)
+    sizes = np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1])
+    share, n, count = float(values.mean()), len(values), len(sizes)
+    if count < FEWEST:
+        return Interval(share, -math.inf, math.inf)
+    student = weighted_mean(values, np.ones(n), groups)
+    quantile = float(t.ppf(0.975, count - 1))
+    error = (student.high - share) / quantile
+    rows = n * n / float(np.sum(sizes**2))
+    if math.isfinite(error):
+        rows = min(float(n), share * (1 - share) / error**2 * (float(norm.ppf(0.975)) / quantile) ** 2)
+    return wilson(share * rows, rows)
