@@ -47,13 +47,13 @@ def _judge(
 ) -> dict[str, dict[str, Any]]:
     losses = {name: scores.row_losses for name, scores in others.items()}
     tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin, seed)
-    result = {"": {**_own(reference, groups), **_itself()}}
+    result = {"": {**_own(reference, groups, seed), **_itself()}}
     for name, scores in others.items():
-        result[name] = {**_own(scores, groups), **_tested(tests[name])}
+        result[name] = {**_own(scores, groups, seed), **_tested(tests[name])}
     return result
 
 
-def _own(scores: AnswerScores, groups: np.ndarray) -> dict[str, Any]:
+def _own(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
     own = scores.figures(groups)
     return {
         "n": len(scores.ids),

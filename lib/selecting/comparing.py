@@ -20,7 +20,7 @@ from lib.statistics import (
     wilson,
 )
 from lib.statistics.losses import cluster_test
-from lib.statistics.ratios import FEWEST, clustered_share, limits, weighted_mean
+from lib.statistics.ratios import FEWEST, averaged_share, limits, weighted_mean
 
 ALPHA = 0.05
 
@@ -139,7 +139,7 @@ def make_unit(runs: Sequence[Candidate], ground: Ground) -> Unit:
     elif len(runs) == 1 and ground.enough:
         interval = wilson(int(values.sum()), len(values))  # as 03 shows it
     else:
-        interval = clustered_share(values, ground.groups)
+        interval = averaged_share(values, ground.groups)
     return Unit(tuple(run.name for run in runs), values, scores, interval)
 
 

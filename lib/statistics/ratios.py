@@ -51,7 +51,7 @@ def limits(found: Interval) -> list[float] | None:
     return found.to_json() if math.isfinite(found.low) and math.isfinite(found.high) else None
 
 
-def clustered_share(values: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray) -> Interval:
+def averaged_share(values: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray) -> Interval:
     """Share of right rows, each the mean of several tries in 0…1: Wilson's 95 % interval on the effective rows.
 
     Effective are p (1 - p) / variance of the mean over groups, times (z / t)², at most n (Korn & Graubard 1998, Survey

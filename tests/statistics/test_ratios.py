@@ -9,7 +9,7 @@ import pytest
 
 from lib.statistics import clustered_mean, wilson
 from lib.statistics.losses import cluster_test
-from lib.statistics.ratios import clustered_share, limits, weighted_mean
+from lib.statistics.ratios import averaged_share, limits, weighted_mean
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -41,18 +41,18 @@ def test_no_interval_where_there_is_no_spread_to_see(values: list[float]) -> Non
 
 def test_a_share_has_a_width_at_its_ends_and_is_near_wilsons_between() -> None:
     for value in (0.0, 1.0):
-        assert clustered_share([value] * 40, range(40)).to_json() == pytest.approx(wilson(40 * value, 40).to_json())
-    copies = clustered_share([1.0] * 40, np.repeat(np.arange(10), 4))
+        assert averaged_share([value] * 40, range(40)).to_json() == pytest.approx(wilson(40 * value, 40).to_json())
+    copies = averaged_share([1.0] * 40, np.repeat(np.arange(10), 4))
     assert copies.to_json() == pytest.approx(wilson(10, 10).to_json()), "copies count once"
     right = np.repeat([0.0, 1.0], [40, 360])
-    assert clustered_share(right, range(400)).to_json() == pytest.approx(wilson(360, 400).to_json(), abs=1e-3)
-    assert limits(clustered_share([1.0, 0.0], [0, 1])) is None
+    assert averaged_share(right, range(400)).to_json() == pytest.approx(wilson(360, 400).to_json(), abs=1e-3)
+    assert limits(averaged_share([1.0, 0.0], [0, 1])) is None
 
 
 def test_shares_of_averaged_seeds_are_covered() -> None:
     rng, hits = np.random.default_rng(5), 0
     for _ in range(400):
         ease = rng.beta(9, 1, 30)[np.repeat(np.arange(30), 2)]
-        found = clustered_share(rng.binomial(3, ease) / 3, np.repeat(np.arange(30), 2))
+        found = averaged_share(rng.binomial(3, ease) / 3, np.repeat(np.arange(30), 2))
         hits += found.low <= 0.9 <= found.high
     assert hits / 400 >= 0.91
