@@ -11,9 +11,6 @@ READABLE = 8
 ALPHA = 0.05
 
 
-_UNKNOWN = (None, None)
-
-
 def _limits(values: Sequence[float] | None, form: str = ".3f") -> str | None:
     return None if values is None else f"[{values[0]:{form}},\u00a0{values[1]:{form}}]"
 
@@ -56,8 +53,8 @@ def perplexities(result: Any) -> list[Row]:
         {
             "name": f"{name}, {part.replace('_', '-')} rows",
             "estimate": found[key]["perplexity"],
-            "low": (found[key]["perplexity_interval"] or _UNKNOWN)[0],
-            "high": (found[key]["perplexity_interval"] or _UNKNOWN)[1],
+            "low": (found[key]["perplexity_interval"] or (None, None))[0],
+            "high": (found[key]["perplexity_interval"] or (None, None))[1],
             "n": found["n"],
         }
         for part, found in result.content["parts"].items()
