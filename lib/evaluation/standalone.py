@@ -11,7 +11,8 @@ from typing import Any
 from lib.errors import InputError
 from lib.evaluation.analysis import LEAK_FREE, evaluate_scores, subsets
 from lib.evaluation.checking import base_of_adapter, check_models, is_gguf
-from lib.models.prompting import Task
+from lib.evaluation.sides import notes
+from lib.models.prompting import Task, label_note
 from lib.progress import say
 from lib.run.child import run_child
 from lib.run.files import read_json, read_jsonl, sha256_json, write_jsonl
@@ -50,7 +51,8 @@ def evaluate_models(
     Returns:
         {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
         "per_class", "confusion", "leak_free" (null without an audit), "ece", "near_ties", "truncated",
-        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than usual)}]}.
+        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than
+        usual, and answer words of several tokens)}]}.
 
     Raises:
         InputError: no rows, or a model that cannot be loaded or run.
@@ -140,7 +142,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
     try:
         scores = score_rows(backend, tokenizer, task, rows, what, keep)
-        note = backend.note
+        note = notes(backend.note, label_note(tokenizer, task))
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.errors import InputError
 from lib.models.loading import load_tokenizer
 from lib.models.offline import TokenizerRecipe, train_tokenizer
-from lib.models.prompting import Task, encode, escape, render
+from lib.models.prompting import Task, encode, escape, label_ids, label_note, render
 
 NAMES = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 PIECES = st.sampled_from(
@@ -83,3 +84,20 @@ def test_texts_without_names_are_cut_where_they_always_were(tokenizer, text: str
         ids = _tokens(tokenizer, render(tokenizer, task, text[: offsets[keep][0]] if keep < len(offsets) else text))
         keep -= max(1, len(ids) - most)
     assert encode(tokenizer, task, text).prompt_ids == ids
+
+
+def test_answer_words_stand_without_white_space_and_their_tokens_are_told(tokenizer) -> None:
+    def task(*names: str) -> Task:
+        return Task(names, "你是助手。", "判断：{text}", 100)
+
+    for name in (" 正面", "正面\n", "\u3000正面"):
+        with pytest.raises(InputError, match="white space"):
+            label_ids(tokenizer, task("负面", name))
+    assert label_note(tokenizer, task("负面", "正面")) == ""
+    equal, unequal = ("x" * 3 + "y", "zq" * 3), ("正面", "差劲透顶了吧")
+    counts = [len(ids) for ids in label_ids(tokenizer, task(*unequal))]
+    assert counts[0] == 1 < counts[1]
+    note = label_note(tokenizer, task(*unequal))
+    assert f"正面 1, 差劲透顶了吧 {counts[1]};" in note and "exact sum" in note and "more to lose" in note
+    same = [len(ids) for ids in label_ids(tokenizer, task(*equal))]
+    assert ("more to lose" in label_note(tokenizer, task(*equal))) == (same[0] != same[1])
