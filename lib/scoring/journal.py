@@ -72,7 +72,7 @@ class Journal:
         self._continue({"format": _FORMAT, **header})
 
     def _continue(self, header: dict[str, Any]) -> None:
-        """Read what is there up to the first line that is damaged, and cut it off there; begin anew under another header."""
+        """Read what is there and cut it off at the first damaged line; begin anew under another header."""
         *lines, _ = self.path.read_bytes().split(b"\n")  # what stands behind the last line break was cut off
         end = len(lines[0]) + 1 if lines else 0
         found = _parsed(lines[0]) if lines else None
