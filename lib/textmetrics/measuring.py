@@ -43,7 +43,7 @@ METRICS = (
         "terms",
         "terms of the reference ↑",
         RATIO,
-        "share of the reference's listed terms that the answer holds, also in longer ones",
+        "share of the reference's listed terms that it holds, also in longer ones",
     ),
     Metric("question_terms", "terms of the question ↑", RATIO, "share of the question's listed terms that it holds"),
     Metric("think", "think block complete ↑", SHARE, "one block: opened, closed, filled, and an answer behind it"),
