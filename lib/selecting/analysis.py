@@ -134,7 +134,7 @@ def _text(content: dict[str, Any]) -> str:
     chosen, rows = content["chosen"], content["rows"]
     entry = next(run for run in content["runs"] if run["run"] == chosen["run"])
     known = entry["interval"]
-    interval = f"[{known[0]:.4f}, {known[1]:.4f}]" if known else "(too few groups of rows for an interval)"
+    interval = f"[{known[0]:.4f}, {known[1]:.4f}]" if known else "(no interval: too few groups of rows, or all alike)"
     words = "accuracy" if content["metric"] == ACCURACY else "loss of the answers (nats a token)"
     recipe = next(r for r in content["recipes"] if chosen["run"] in r["runs"])
     spread = ""

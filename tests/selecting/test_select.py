@@ -159,7 +159,7 @@ def test_no_interval_is_told_where_there_is_none(make: Make, tmp_path: Path) -> 
         assert [r["interval"] for r in analysis.content["recipes"] + analysis.content["runs"]] == [None] * 5
         assert of(analysis.content, "recipes", f"c{talk}")["difference_interval"] is None
         assert of(analysis.content, "recipes", f"c{talk}")["verdict"] == "cannot tell"
-        assert "too few groups of rows for an interval" in analysis.text
+        assert "no interval: too few groups of rows" in analysis.text
         json.dumps(analysis.content, allow_nan=False)
         for _, shown in (run_rows(analysis.content), recipe_rows(analysis.content)):
             assert "nan" not in str(shown) and "inf" not in str(shown)
