@@ -248,7 +248,7 @@ def write_rates(path: Path, result: dict[str, Any]) -> None:
 
     Args:
         result: with "sides": {key: {"name", "samples_per_second", "samples_per_second_of_runs", "peak_anonymous_mib"}},
-            the workbook first, and "ratios".
+            the workbook first, "ratios", and where one was measured the "limit" of the machine.
     """
     sides = list(result["sides"].values())
     _write(path, result, sides, "samples_per_second", "samples/s (more is better)", result["name"])
@@ -258,7 +258,8 @@ def _write(path: Path, result: dict[str, Any], sides: list[dict[str, Any]], key:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     chart(path.with_suffix(".svg"), sides, key, unit, title)
-    print(json.dumps({"name": result["name"], **result["ratios"]}))
+    limit = {"limit": result["limit"]} if "limit" in result else {}
+    print(json.dumps({"name": result["name"], **result["ratios"], **limit}))
 
 
 def chart(path: Path, sides: Sequence[dict[str, Any]], key: str, unit: str, title: str) -> None:

@@ -46,6 +46,8 @@ def test_every_parameter_file_loads_and_comments_every_key(path: Path) -> None:
         ({"ladder": ["Q4_0", "Q4_0"]}, ["ladder", "once"]),
         ({"label_names": ["a"]}, ["label_names"]),
         ({"label_names": ["a", "a"]}, ["distinct"]),
+        ({"label_names": ["负面", " 正面"]}, ["label_names", "white space", "' 正面'"]),
+        ({"label_names": ["负面\n", "正面"]}, ["white space"]),
         ({"user_prompt": "no slot"}, ["{text}"]),
         ({"run_name": "../up"}, ["run_name", "letters"]),
         ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lib.run.files import json_text
 
 
 def width(text: str) -> int:
@@ -34,4 +35,4 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 def show(value: Mapping[str, Any], as_json: bool, text: str) -> None:
     """Print a result: JSON when asked for, else the text."""
-    print(json.dumps(value, ensure_ascii=False, indent=1) if as_json else text)
+    print(json_text(value, indent=1) if as_json else text)

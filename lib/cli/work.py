@@ -131,15 +131,24 @@ class Rows:
             )
         return ConversationTask.from_json({**values, **self.given})
 
+    def _file_rows(self, data: str, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of --data; what is left out of them is said."""
+        from lib.data import rows_from_file
+        from lib.progress import say
+
+        rows, counts = rows_from_file(data, list(task.label_names), self.text_column, self.label_column)
+        if not any(row.get("leaked") for row in rows):  # no leak audit was made for these rows
+            rows = [{key: value for key, value in row.items() if key != "leaked"} for row in rows]
+        if left_out := counts["left_out"]:
+            reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+            lost, read = sum(left_out.values()), counts["rows_available"]
+            say(f"{data}: {lost:,} of {read:,} rows left out ({reasons})")
+        return rows, {"source": data, **counts}
+
     def rows(self, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows, and what they are in words for the result."""
         if self.data is not None:
-            from lib.data import rows_from_file
-
-            rows = rows_from_file(self.data, list(task.label_names), self.text_column, self.label_column)
-            if not any(row.get("leaked") for row in rows):  # no leak audit was made for these rows
-                rows = [{key: value for key, value in row.items() if key != "leaked"} for row in rows]
-            source: dict[str, Any] = {"source": self.data}
+            rows, source = self._file_rows(self.data, task)
         elif self.run_name is not None:
             from lib.run import open_run
             from lib.run.files import read_jsonl
@@ -147,9 +156,9 @@ class Rows:
             product = open_run(self.run_name).require("data")
             rows = read_jsonl(product.path / "test.jsonl")
             source = {"source": f"test rows of run {self.run_name}", "facts": product.entry.facts}
+            source |= {"rows_available": len(rows), "left_out": {}}
         else:
             raise InputError("neither --data nor --run.", "labelled rows.", "give --data FILE, or --run NAME.")
-        source["rows_available"] = len(rows)
         if 0 < self.max_samples < len(rows):
             import random
 

@@ -54,7 +54,7 @@ def _judge(
 
 
 def _own(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    own = scores.figures(groups, seed)
+    own = scores.figures(groups)
     return {
         "n": len(scores.ids),
         "answer_tokens": int(scores.tokens.sum()),
@@ -95,7 +95,8 @@ def recommend_answers(
     files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
     good = [e for e in files if e["verdict"].startswith(("equivalent", "better"))]
     steps = next_higher(files, reference)
-    unlearned = floor is not None and reference["answer_ppl_interval"][1] >= floor
+    limits = reference["answer_ppl_interval"]  # None: too few groups to be clear of anything
+    unlearned = floor is not None and (limits is None or limits[1] >= floor)
     if unlearned:
         good, text = [], _unlearned(reference, floor)
     elif good:

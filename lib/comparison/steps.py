@@ -72,7 +72,7 @@ def error_ladder(
     for place, (name, scores) in enumerate(steps):
         if scores.ids != steps[0][1].ids:
             raise ValueError(f"{name} has scores of other rows")
-        own = _accuracy(scores) if labelled else {"margin_percent": margin_percent, **_losses(scores, groups, seed)}
+        own = _accuracy(scores) if labelled else {"margin_percent": margin_percent, **_losses(scores, groups)}
         entry = {"name": name, "n": len(scores.ids), **own, "before": None, "first": None}
         for key, other in (("before", steps[max(0, place - 1)][1]), ("first", steps[0][1])):
             if place and labelled:
@@ -88,8 +88,8 @@ def _accuracy(scores: Scores) -> dict[str, Any]:
     return {"accuracy": share.estimate, "accuracy_interval": share.to_json()}
 
 
-def _losses(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    return {"tokens": int(scores.tokens.sum()), **scores.figures(groups, seed)}
+def _losses(scores: AnswerScores, groups: np.ndarray) -> dict[str, Any]:
+    return {"tokens": int(scores.tokens.sum()), **scores.figures(groups)}
 
 
 def _labels_against(other: Scores, scores: Scores, groups: np.ndarray) -> dict[str, Any]:

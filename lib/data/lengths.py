@@ -12,7 +12,7 @@ import numpy as np
 from lib.data.cleaning import Row
 from lib.data.dialogues import Conversation
 from lib.models.conversations import ConversationTask, ExchangeTooLongError, encode_conversation
-from lib.models.prompting import Task, encode, label_ids, render
+from lib.models.prompting import Task, encode, label_ids, label_note, render
 from lib.progress import Progress
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def worked_example(
 
     Returns:
         text, label, and `pieces`: {"text", "ids", "loss"} in order; tokens that are only part of a character are
-        joined to one piece; `loss` marks the tokens that training counts.
+        joined to one piece; `loss` marks the tokens that training counts; `answer_words`: see `label_note`.
     """
     row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
     encoded = encode(tokenizer, task, row.text, row.label)
@@ -75,6 +75,7 @@ def worked_example(
         "prompt_tokens": len(encoded.prompt_ids),
         "loss_tokens": len(encoded.answer_ids),
         "truncated": encoded.truncated,
+        "answer_words": label_note(tokenizer, task),
     }
 
 

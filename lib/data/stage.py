@@ -72,11 +72,14 @@ def _with_hash(entry: Mapping[str, str | int]) -> dict[str, str | int]:
 
 def rows_from_file(
     source: str | Path, label_names: Sequence[str], text_column: str = "", label_column: str = ""
-) -> list[dict[str, Any]]:
-    """Rows to evaluate on, from a file (all rows) or a folder or hub id (its test split).
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows to evaluate on, from a file (all rows) or a folder or hub id (its test split), and what became of them.
 
     The columns `id`, `leaked` and `group` of a run's own test.jsonl are kept; other rows are numbered, count as not
     leaked, and are grouped by near-duplication.
+
+    Returns:
+        The rows, and {"rows_available": rows that were read, "left_out": why some cannot be used -> how many}.
 
     Raises:
         InputError: unreadable, or without usable rows.
@@ -85,12 +88,14 @@ def rows_from_file(
     name = "test" if "test" in table.splits else next(iter(table.splits))
     ours = {"id", "leaked", "group"}
     keep = ours | {"pattern"} if ours <= set(table.splits[name].column_names) else ()
-    rows, _ = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
+    rows, counts = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
     if not rows:
         raise InputError(f"{source}: no usable row.", "rows with a text and a label.", "correct the file.")
     for row, group in zip(rows, find_duplicates([row.text for row in rows]).groups.tolist(), strict=True):
         row.group = group
-    return [row.to_json("row") for row in rows]
+    dropped = "dropped: "
+    left_out = {why.removeprefix(dropped): count for why, count in counts.items() if why.startswith(dropped)}
+    return [row.to_json("row") for row in rows], {"rows_available": len(table.splits[name]), "left_out": left_out}
 
 
 def _build(settings: Settings, work: Work) -> None:

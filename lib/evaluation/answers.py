@@ -15,9 +15,10 @@ from lib.evaluation.written import PROMPTS_FILE, Questions, Replies, generated_r
 from lib.models.conversations import ConversationTask, EncodedConversation
 from lib.models.tasks import encode_row, read_task
 from lib.run.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
-from lib.scoring.answers import AnswerScores, score_answers
+from lib.scoring.answers import AnswerScores, exponentials, score_answers
 from lib.scoring.journal import Keep, found_done
-from lib.statistics import paired_bootstrap
+from lib.statistics.losses import cluster_test
+from lib.statistics.ratios import limits, weighted_mean
 from lib.textmetrics import chrf_signature, read_prompts, read_terms, summarise
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class AnswerResult:
         product: the product `evaluation`.
         task: what was asked.
         scores: "base" and "finetuned": per-row log-probabilities of the reference answers.
-        content: evaluation.json: "titles", "parts" (of the rows: n, tokens; by model loss, its interval and
-            perplexity; difference of the losses with its interval, and the ratio of the perplexities), "decoding",
+        content: evaluation.json: "titles", "parts" (of the rows: n, groups, tokens; by model loss, its interval and
+            perplexity; difference of the losses with its interval, p and MDE, and the ratio of the perplexities; see
+            `summary`), "decoding",
             "answers" (entries of `summarise`; empty where none were written), "chrf" (signature), "terms" (name and
             number of the list, or None).
         generated: {"id", "question", "reference", "base", "fine-tuned", "measured", …} of some test rows.
@@ -81,8 +83,10 @@ def evaluate_answers(settings: Settings, run: Run) -> AnswerResult:
     )
     task = read_task(run.require("data").path)
     scores = {name: AnswerScores.load(product.path / f"scores-{name}.jsonl") for name in (BASE, FINETUNED)}
+    rows = read_jsonl(run.require("data").path / "test.jsonl")
+    content = {**read_json(product.path / SUMMARY), "parts": summary(scores, rows)}  # of whatever version wrote it
     generated, prompts = read_jsonl(product.path / "generated.jsonl"), read_json(product.path / PROMPTS_FILE)
-    return AnswerResult(product, task, scores, read_json(product.path / SUMMARY), generated, prompts)
+    return AnswerResult(product, task, scores, content, generated, prompts)
 
 
 def _content(settings: Settings) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         "titles": {side.name: side.title() for side in sides},
         **_written(settings, rows, questions, wrote),
         "turns_cut": sum(conversation.turns_cut for conversation in encoded),
-        "parts": summary(scores, rows, settings.seed),
+        "parts": summary(scores, rows),
     }
     write_json(work.folder / SUMMARY, content)
     forget_kept(work.folder)
@@ -163,8 +167,12 @@ def _written(
     }
 
 
-def summary(scores: dict[str, AnswerScores], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Losses, perplexities and their paired difference on all rows and on the leak-free rows."""
+def summary(scores: dict[str, AnswerScores], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Losses, perplexities and their paired difference on all rows and on the leak-free rows.
+
+    Intervals are Student's over groups, None where the groups show no spread; "p" is the test that belongs to them,
+    "mde" the smallest difference that these rows could have shown with 80 % power, nats a token (None: any).
+    """
     groups = np.array([row["group"] for row in rows])
     free = np.array([not row["leaked"] for row in rows])
     masks = {ALL: np.ones(len(rows), dtype=bool), LEAK_FREE: free}
@@ -173,16 +181,20 @@ def summary(scores: dict[str, AnswerScores], rows: Sequence[dict[str, Any]], see
         if not mask.any():
             continue
         base, tuned = (scores[name].subset(mask) for name in (BASE, FINETUNED))
-        change = paired_bootstrap(tuned.row_losses - base.row_losses, groups[mask], seed, weights=base.tokens)
+        losses = tuned.row_losses - base.row_losses
+        change = weighted_mean(losses, base.tokens, groups[mask])
+        p, mde = cluster_test(losses, base.tokens, groups[mask])
         parts[part] = {
             "n": int(mask.sum()),
             "groups": len(np.unique(groups[mask])),
             "tokens": int(base.tokens.sum()),
-            BASE: base.figures(groups[mask], seed),
-            FINETUNED: tuned.figures(groups[mask], seed),
+            BASE: base.figures(groups[mask]),
+            FINETUNED: tuned.figures(groups[mask]),
             "difference": change.estimate,
-            "difference_interval": change.to_json(),
+            "difference_interval": limits(change),
+            "p": p,
+            "mde": mde if limits(change) else None,
             "ratio": math.exp(change.estimate),
-            "ratio_interval": [math.exp(limit) for limit in change.to_json()],
+            "ratio_interval": exponentials(limits(change)),
         }
     return parts

@@ -85,6 +85,11 @@ def both_sides(run: Run, dtype: str) -> tuple[Side, Side]:
     return Side(BASE, base, None, dtype), Side(FINETUNED, base, run.require("adapter"), dtype)
 
 
+def notes(*texts: str) -> str:
+    """What is to be said of a scoring, in one text; empty where nothing is."""
+    return "; ".join(filter(None, texts))
+
+
 def forget_kept(folder: Path) -> None:
     """Remove what was kept for an interruption."""
     for path in folder.glob("kept-*.jsonl"):

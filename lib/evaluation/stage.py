@@ -12,8 +12,8 @@ from lib import statistics
 from lib.device import compute_dtype, device_name
 from lib.evaluation.analysis import ALL, LEAK_FREE, ModelEvaluation, compare_with, evaluate_scores, subsets
 from lib.evaluation.answers import AnswerResult, evaluate_answers
-from lib.evaluation.sides import BASE, FINETUNED, SHOWN, both_sides, facts_of, forget_kept
-from lib.models.prompting import Task
+from lib.evaluation.sides import BASE, FINETUNED, SHOWN, both_sides, facts_of, forget_kept, notes
+from lib.models.prompting import Task, label_note
 from lib.models.tasks import has_labels, read_task
 from lib.run.files import read_json, read_jsonl, write_json
 from lib.scoring import Scores, score_rows
@@ -39,7 +39,8 @@ class EvaluationResult:
         comparisons: subset -> reference ("base", "linear floor") -> the fine-tuned model against it.
         majority_share: share of the commonest label among the test rows: what answering one word always would reach.
         titles: what each model is, in words.
-        scoring: what was done otherwise than usual while scoring, by model; empty texts where nothing was.
+        scoring: what was done otherwise than usual while scoring, and of answer words of several tokens, by model;
+            empty texts where there is nothing.
         labelled: True; an AnswerResult says False.
     """
 
@@ -147,17 +148,18 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     tokenizer = load_tokenizer(data.path / "tokenizer")
     dtype, reason = compute_dtype(settings.dtype)
     work.device = device_name()
-    sides, notes, found = both_sides(run, dtype), {}, {}
+    sides, said, found = both_sides(run, dtype), {}, {}
     for side in sides:
         with side.opened(settings.per_device_eval_batch_size) as backend:
             what = f"scoring test rows with {side.words}"
             scores = score_rows(backend, tokenizer, task, rows, what, side.keep(work.folder))
-            notes[side.name], found[side.name] = backend.note, [scores.found]
+            said[side.name] = notes(backend.note, label_note(tokenizer, task))
+            found[side.name] = [scores.found]
         scores.save(work.folder / f"scores-{side.name}.jsonl")
     forget_kept(work.folder)
     titles = {side.name: side.title(", zero-shot") for side in sides}
     work.facts |= facts_of(run, sides[0], reason) | {"found_done": found_done(found)}
-    result = _read(None, work.folder, data.path, settings, {"titles": titles, "scoring": notes})
+    result = _read(None, work.folder, data.path, settings, {"titles": titles, "scoring": said})
     write_json(work.folder / "evaluation.json", result.to_json())
     work.metrics |= _headline(result)
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.evaluation.analysis import LEAK_FREE, evaluate_scores, subsets
-from lib.models.prompting import Task
+from lib.evaluation.checking import base_of_adapter, check_models, is_gguf
+from lib.evaluation.sides import notes
+from lib.models.prompting import Task, label_note
 from lib.progress import say
 from lib.run.child import run_child
 from lib.run.files import read_json, read_jsonl, sha256_json, write_jsonl
@@ -49,7 +51,8 @@ def evaluate_models(
     Returns:
         {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
         "per_class", "confusion", "leak_free" (null without an audit), "ece", "near_ties", "truncated",
-        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than usual)}]}.
+        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than
+        usual, and answer words of several tokens)}]}.
 
     Raises:
         InputError: no rows, or a model that cannot be loaded or run.
@@ -85,13 +88,19 @@ def each_in_a_child(
 ) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Score the rows with every model in a process of its own; `keep` is removed when all of them are done.
 
+    All models are looked at before the first is loaded, so that a wrong name does not cost the work on the others.
+
     Args:
         function: gets `shared`, "model", "rows" (file), "scores" (file to write) and "keep" (journal or None);
             gives "peak_of_scoring", "found" and what it wants to say.
 
     Yields:
         the model, the file of its scores, and what else is known of it, with "peak_memory_mib".
+
+    Raises:
+        InputError: a model that cannot be had, loaded or run; what was scored is in `keep`, which is said.
     """
+    check_models(models, shared["base_model"], shared["revision"])
     with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
         folder = Path(name)
         write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
@@ -99,7 +108,12 @@ def each_in_a_child(
             scores = folder / f"scores-{number}.jsonl"
             argument = {**shared, "model": str(model), "rows": str(folder / "rows.jsonl"), "scores": str(scores)}
             argument["keep"] = str(journal_path(keep, model)) if keep else None
-            answer = run_child(function, argument, f"evaluating {model}")
+            try:
+                answer = run_child(function, argument, f"evaluating {model}")
+            except BaseException:
+                if keep is not None and keep.is_dir():
+                    say(f"what was scored so far is kept in {keep}; the same command goes on from there")
+                raise
             answer["peak_memory_mib"] = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
             if found := answer.pop("found"):
                 say(f"{model}: {found}")
@@ -128,7 +142,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
     try:
         scores = score_rows(backend, tokenizer, task, rows, what, keep)
-        note = backend.note
+        note = notes(backend.note, label_note(tokenizer, task))
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))
@@ -149,12 +163,8 @@ def peak_kept(keep: Keep | None) -> float:
 
 def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
     """Backend, tokenizer and files of the model that the options name, with a context of `n_ctx` tokens."""
-    opener = _open_gguf if _is_gguf(argument["model"]) else _open_transformers
+    opener = _open_gguf if is_gguf(argument["model"]) else _open_transformers
     return opener(argument, n_ctx)
-
-
-def _is_gguf(model: str) -> bool:
-    return model.lower().endswith(".gguf") or user_path(model).is_file()
 
 
 def _open_gguf(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
@@ -182,11 +192,8 @@ def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, 
     name = argument["model"]
     if (folder / "adapter_config.json").is_file():
         adapter = folder
-        name = argument["base_model"] or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if not name:
-            raise InputError(
-                f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model."
-            )
+        own_base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        name = base_of_adapter(argument["base_model"] or own_base, folder)
     base = resolve_base(name, argument["revision"])
     own = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(adapter if own else base.path)

@@ -16,9 +16,6 @@ from lib.models.tasks import encode_row
 from lib.run.files import read_jsonl
 from lib.scoring.answers import AnswerScores, score_answers
 
-SEED = 42
-"""Of the bootstrap."""
-
 
 def evaluate_models_by_answers(
     models: Sequence[str | Path],
@@ -38,9 +35,9 @@ def evaluate_models_by_answers(
 
     Returns:
         {"data": {…, "n", "task"}, "models": [{"model", "n", "answer_tokens", "loss" (nats a token), "perplexity",
-        "loss_interval", "perplexity_interval" (bootstrap over groups), "bits_per_character" (for models with other
-        tokenizers), "turns_cut", "leak_free" (the same on those rows; null without an audit), "seconds_per_sample",
-        "peak_memory_mib", "device"}]}.
+        "loss_interval", "perplexity_interval" (Student's over groups; null below three), "bits_per_character" (for
+        models with other tokenizers), "turns_cut", "leak_free" (the same on those rows; null without an audit),
+        "seconds_per_sample", "peak_memory_mib", "device"}]}.
 
     Raises:
         InputError: no rows, a model that cannot be loaded or run, or whose tokenizer needs more than
@@ -76,7 +73,7 @@ def _figures(scores: AnswerScores, characters: np.ndarray, groups: np.ndarray) -
     return {
         "n": len(scores.ids),
         "answer_tokens": int(scores.tokens.sum()),
-        **scores.figures(groups, SEED),
+        **scores.figures(groups),
         "bits_per_character": float(-scores.log_probs.sum() / math.log(2) / characters.sum()),
     }
 

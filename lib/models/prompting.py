@@ -92,8 +92,15 @@ def label_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[list[int]]
     """Token ids of each answer word, as they follow the prompt (no leading space); do not change the lists.
 
     Raises:
-        InputError: one answer's ids begin with another's, so their probabilities could not be compared.
+        InputError: a word with white space around it; or one answer's ids begin with another's, so their probabilities
+            could not be compared.
     """
+    if spaced := [name for name in task.label_names if name != name.strip()]:
+        raise InputError(
+            f"label_names holds {spaced[0]!r}.",
+            "words without leading or trailing white space: the answer follows the prompt directly.",
+            f"write {spaced[0].strip()!r}.",
+        )
     answers = [_ids(tokenizer, name) for name in task.label_names]
     for i, first in enumerate(answers):
         for j, second in enumerate(answers):
@@ -104,6 +111,16 @@ def label_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[list[int]]
                     "choose other label_names, e.g. 负面 and 正面.",
                 )
     return answers
+
+
+def label_note(tokenizer: PreTrainedTokenizerBase, task: Task) -> str:
+    """What must be said of answer words that are not one token each; empty where they are."""
+    counts = [len(ids) for ids in label_ids(tokenizer, task)]
+    if max(counts) == 1:
+        return ""
+    words = ", ".join(f"{name} {count}" for name, count in zip(task.label_names, counts, strict=True))
+    note = f"tokens of the answer words: {words}; each score is the exact sum of log-probabilities over them"
+    return note if len(set(counts)) == 1 else f"{note}, so a longer word has more to lose"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, task: Task, text: str, label: int | None = None) -> Encoded:
@@ -121,9 +138,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: Task, text: str, label: int
             f"at least {frame + task.max_seq_length - room + 16}.",
             "raise max_seq_length or shorten system_prompt and user_prompt.",
         )
+    # What is cut is the escaped text: the prompt holds its tokens, and no prefix of it is a special token.
+    text = escape(tokenizer, text)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     keep = room - frame
     while len(prompt) > room:
+        keep = max(0, keep)  # nothing of the text fits in any case: frame < room
         cut = text[: offsets[keep][0]] if keep < len(offsets) else text
         prompt = _ids(tokenizer, render(tokenizer, task, cut))
         keep -= max(1, len(prompt) - room)

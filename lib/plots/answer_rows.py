@@ -8,6 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 READABLE = 8
 """Written answers that a page shows; all of them are in generated.jsonl."""
+ALPHA = 0.05
 
 
 def _limits(values: Sequence[float] | None, form: str = ".3f") -> str | None:
@@ -52,8 +53,8 @@ def perplexities(result: Any) -> list[Row]:
         {
             "name": f"{name}, {part.replace('_', '-')} rows",
             "estimate": found[key]["perplexity"],
-            "low": found[key]["perplexity_interval"][0],
-            "high": found[key]["perplexity_interval"][1],
+            "low": (found[key]["perplexity_interval"] or (None, None))[0],
+            "high": (found[key]["perplexity_interval"] or (None, None))[1],
             "n": found["n"],
         }
         for part, found in result.content["parts"].items()
@@ -80,18 +81,25 @@ def losses(result: Any) -> list[Row]:
 
 def difference(result: Any) -> str:
     """The paired comparison in words (an AnswerResult)."""
-    part = result.part
-    low, high = part["difference_interval"]
-    if part["groups"] < 3:
-        words = "So few groups of rows show nothing, whatever the interval."
-    elif low <= 0 <= high:
-        words = "The interval holds zero: these rows do not show a difference."
+    part, limits = result.part, result.part["difference_interval"]
+    tested, times = "(no interval)", ""
+    if limits is not None:
+        tested = f"{_limits(limits, '+.4f')} (p = {part['p']:.2g}, t-test over groups)"
+        times = f" {_limits(part['ratio_interval'])}"
+    if limits is None:
+        words = "So few groups of rows, or rows that all say the same, show nothing."
+    elif part["p"] < ALPHA and not limits[0] <= 0 <= limits[1]:
+        direction = "likelier" if limits[1] < 0 else "less likely"
+        words = f"The fine-tuned model finds the reference answers **{direction}**."
     else:
-        words = f"The fine-tuned model finds the reference answers **{'likelier' if high < 0 else 'less likely'}**."
+        words = (
+            "These rows do not show a difference; one below "
+            f"{part['mde']:.2g} nats a token they would miss more often than one time in five."
+        )
     return (
         f"On {part['n']:,} rows in {part['groups']:,} groups ({part['tokens']:,} answer tokens) the loss differs by "
-        f"{part['difference']:+.4f} nats a token [{low:+.4f}, {high:+.4f}], the perplexity by a factor of "
-        f"{part['ratio']:.3f} [{part['ratio_interval'][0]:.3f}, {part['ratio_interval'][1]:.3f}]. {words}"
+        f"{part['difference']:+.4f} nats a token {tested}, the perplexity by a factor of {part['ratio']:.3f}{times}. "
+        f"{words}"
     )
 
 

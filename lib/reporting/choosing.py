@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _WORDS = {"accuracy": "accuracy ↑", "answer_loss": "loss of the answers, nats a token ↓"}
@@ -11,8 +12,10 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _limits(low: float | None, high: float | None, form: str = ".4f") -> str:
-    return f"[{_number(low, form)}, {_number(high, form)}]"
+def _limits(interval: Sequence[float | None] | None, form: str = ".4f") -> str:
+    if interval is None or None in interval:
+        return "–"
+    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 def run_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -27,7 +30,7 @@ def run_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 f"{run['run']}{' ★' if run['run'] == content['chosen']['run'] else ''}",
-                f"{run['metric']:.4f} {_limits(*run['interval'])}",
+                f"{run['metric']:.4f} {_limits(run['interval'])}",
                 _number(run["validation_loss"], ".4f"),
                 _number(run["train_seed"], "d"),
                 _number(run["samples_per_second"], ".2f"),
@@ -55,8 +58,8 @@ def recipe_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 str(recipe["n_seeds"]),
                 f"{recipe['mean']:.4f}",
                 _number(recipe["seed_sd"], ".4f"),
-                _limits(*recipe["seed_range"]) if seeds else "–",
-                "–" if leads else f"{recipe['difference']:+.4f} {_limits(*recipe['difference_interval'], '+.4f')}",
+                _limits(recipe["seed_range"]) if seeds else "–",
+                "–" if leads else f"{recipe['difference']:+.4f} {_limits(recipe['difference_interval'], '+.4f')}",
                 "–" if leads else f"{recipe['p_holm']:.2g}",
                 recipe["verdict"],
             ]

@@ -56,7 +56,7 @@ def run_child(
     Raises:
         InputError: the one that the function raised; or the child was killed (signal, memory, timeout).
         StoppedError: `stop` was set.
-        RuntimeError: the function raised something else; the message ends with its traceback.
+        RuntimeError: the function raised something else; its first line says what, its traceback follows.
     """
     with tempfile.TemporaryDirectory(prefix="workbook-child-") as name:
         folder = Path(name)
@@ -71,7 +71,7 @@ def run_child(
             raise InputError(*answer["input_error"])
         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
     if "error" in answer:
-        raise RuntimeError(f"{what} failed in its process:\n{answer['error']}")
+        raise RuntimeError(f"{what} failed in its process: {answer['cause']}\n{answer['error']}")
     raise _death(code, what, log)
 
 
@@ -176,8 +176,10 @@ def _main(folder: Path) -> None:
         answer = {"value": {**value, "peak_memory_mib": peak_memory_mib()}}
     except InputError as error:
         answer = {"input_error": [error.found, error.expected, error.do]}
-    except Exception:
-        answer = {"error": traceback.format_exc()}
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        cause = f"{type(error).__name__}: {first[0] if first else 'no message'}"
+        answer = {"cause": cause, "error": traceback.format_exc()}
     partial = folder / "result.json.part"
     partial.write_text(json.dumps(answer), encoding="utf-8")
     partial.replace(folder / "result.json")

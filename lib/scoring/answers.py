@@ -6,6 +6,7 @@ Rows are whole conversations as token ids with the spans of their answers; the s
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from lib.errors import InputError
 from lib.run.files import read_jsonl, sha256_json, write_jsonl
 from lib.scoring.backend import Job, check_ids
 from lib.scoring.journal import SCORED, Keep, keeping
-from lib.statistics import Interval, paired_bootstrap
+from lib.statistics import Interval
+from lib.statistics.ratios import limits, weighted_mean
 
 if TYPE_CHECKING:
     from lib.progress import Progress
@@ -65,18 +67,22 @@ class AnswerScores:
         """Mean time a row."""
         return self.seconds / max(1, len(self.ids))
 
-    def interval(self, groups: np.ndarray, seed: int) -> Interval:
-        """The loss with a bootstrap interval over groups of rows."""
-        return paired_bootstrap(self.row_losses, groups, seed, weights=self.tokens)
+    def interval(self, groups: np.ndarray) -> Interval:
+        """The loss with Student's interval over groups of rows; no loss is below 0."""
+        found = weighted_mean(self.row_losses, self.tokens, groups)
+        return found if limits(found) is None else Interval(found.estimate, max(0.0, found.low), found.high)
 
-    def figures(self, groups: np.ndarray, seed: int) -> dict[str, Any]:
-        """Loss and perplexity, JSON values: "loss", "loss_interval", "perplexity", "perplexity_interval"."""
-        loss = self.interval(groups, seed)
+    def figures(self, groups: np.ndarray) -> dict[str, Any]:
+        """Loss and perplexity, JSON values: "loss", "loss_interval", "perplexity", "perplexity_interval".
+
+        The intervals are None where there are too few groups to tell one from (`lib.statistics.ratios`).
+        """
+        loss = self.interval(groups)
         return {
             "loss": loss.estimate,
-            "loss_interval": loss.to_json(),
+            "loss_interval": limits(loss),
             "perplexity": math.exp(loss.estimate),
-            "perplexity_interval": [math.exp(limit) for limit in loss.to_json()],
+            "perplexity_interval": exponentials(limits(loss)),
         }
 
     def subset(self, mask: np.ndarray) -> AnswerScores:
@@ -103,6 +109,13 @@ class AnswerScores:
             tokens=np.array([row["tokens"] for row in rows], dtype=np.int64),
             seconds=float(sum(row["seconds"] for row in rows)),
         )
+
+
+def exponentials(logarithms: list[float] | None) -> list[float] | None:
+    """An interval of losses as one of perplexities; a limit beyond all floats is infinite."""
+    return logarithms and [
+        math.exp(limit) if limit < math.log(sys.float_info.max) else math.inf for limit in logarithms
+    ]
 
 
 def score_answers(

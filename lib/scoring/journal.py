@@ -72,7 +72,7 @@ class Journal:
         self._continue({"format": _FORMAT, **header})
 
     def _continue(self, header: dict[str, Any]) -> None:
-        """Read what is there up to the first line that is damaged; begin anew under another header."""
+        """Read what is there and cut it off at the first damaged line; begin anew under another header."""
         *lines, _ = self.path.read_bytes().split(b"\n")  # what stands behind the last line break was cut off
         end = len(lines[0]) + 1 if lines else 0
         found = _parsed(lines[0]) if lines else None
@@ -86,11 +86,12 @@ class Journal:
         self._start = end
         for line in lines[1:]:
             value = _parsed(line)
-            if value is None or value.get("sequence") != len(self._lines):
+            if value is None or value.get("sequence") != len(self._lines) or not _complete(value):
                 break
             end += len(line) + 1
             self._lines.append(value)
             self._ends.append(end)
+        os.ftruncate(self._file, end)
 
     def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
         """JSON values of the sequences from number `first` on, one for each of `places` (numbers of their prompts).
@@ -245,6 +246,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except (ValueError, UnicodeDecodeError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _complete(line: dict[str, Any]) -> bool:
+    """Whether a line has all that is read from it."""
+    numbers = all(type(line.get(key)) in (int, float) for key in ("seconds", "peak_memory_mib"))
+    return numbers and isinstance(line.get("row"), str) and isinstance(line.get("value"), (list, dict))
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from lib.run.files import read_json, read_jsonl, sha256_json, write_json
 from lib.selecting.candidates import ACCURACY, Candidate, read_candidate, read_candidates, text_key
 from lib.selecting.comparing import Ground, against, leader_of, make_unit, shared_ground
 from lib.selecting.rule import RULE, choose, choose_seed
+from lib.statistics.ratios import limits
 
 FILE = "model_analysis.json"
 FORMAT = 1
@@ -23,7 +24,7 @@ FORMAT = 1
 BEST_OF = "best-of:"
 """How the setting `adapter` asks for a choice among runs."""
 SEED = 42
-"""Of the resampling: the same runs always give the same answer."""
+"""Of the sign flips: the same runs always give the same answer."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def select(names: Sequence[str]) -> Analysis:
     recipes: dict[str, list[Candidate]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    units = [make_unit(members, ground, SEED) for members in recipes.values()]
+    units = [make_unit(members, ground) for members in recipes.values()]
     leader = leader_of(units, metric)
     differences = against(units, leader, ground, metric, SEED)
     by_name = {run.name: run for run in runs}
     choice = choose(units, leader, differences, by_name, speeds=len(devices) == 1)
-    seeds = [make_unit([by_name[name]], ground, SEED) for name in units[choice.place].names]
+    seeds = [make_unit([by_name[name]], ground) for name in units[choice.place].names]
     best = leader_of(seeds, metric)
     seed = choose_seed(seeds, best, against(seeds, best, ground, metric, SEED), metric)
     chosen = seeds[seed.place].names[0]
@@ -108,7 +109,7 @@ def _rows(ground: Ground) -> dict[str, Any]:
 
 def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
     """A run's row: metric on the shared rows, cost, and in which respects it is not like the first one."""
-    unit = make_unit([run], ground, SEED)
+    unit = make_unit([run], ground)
     unlike = [
         words
         for words, same in (
@@ -122,7 +123,7 @@ def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
     return {
         "run": run.name,
         "metric": unit.interval.estimate,
-        "interval": unit.interval.to_json(),
+        "interval": limits(unit.interval),
         **run.facts,
         "unlike_first": unlike,
     }
@@ -132,7 +133,8 @@ def _text(content: dict[str, Any]) -> str:
     """The answer as a paragraph."""
     chosen, rows = content["chosen"], content["rows"]
     entry = next(run for run in content["runs"] if run["run"] == chosen["run"])
-    low, high = entry["interval"]
+    known = entry["interval"]
+    interval = f"[{known[0]:.4f}, {known[1]:.4f}]" if known else "(no interval: too few groups of rows, or all alike)"
     words = "accuracy" if content["metric"] == ACCURACY else "loss of the answers (nats a token)"
     recipe = next(r for r in content["recipes"] if chosen["run"] in r["runs"])
     spread = ""
@@ -143,7 +145,7 @@ def _text(content: dict[str, Any]) -> str:
         )
     alone = "" if all(r["n_seeds"] > 1 for r in content["recipes"]) else _ALONE
     return (
-        f"Taken: run {chosen['run']}, {words} {entry['metric']:.4f} [{low:.4f}, {high:.4f}] on {rows['n']:,} "
+        f"Taken: run {chosen['run']}, {words} {entry['metric']:.4f} {interval} on {rows['n']:,} "
         f"{'leak-free ' if rows['leak_free'] else ''}test rows that all runs share.{spread} Why: "
         f"{'; '.join(chosen['reasons'])}.{alone}"
     )

@@ -81,7 +81,7 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
 
     Raises:
         InputError: fewer than two runs, a run twice or unknown, without a product, with an evaluation of another
-            adapter, or runs of different tasks.
+            adapter, runs of different tasks, or two of one recipe with one seed.
     """
     twice = [name for name, count in Counter(names).items() if count > 1]
     if len(names) < 2 or twice:
@@ -96,7 +96,22 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
                 "runs of one task.",
                 "compare runs with the same task (and the same label_names).",
             )
+    _refuse_repetitions(found)
     return found
+
+
+def _refuse_repetitions(runs: Sequence[Candidate]) -> None:
+    """Two trainings of one recipe with one seed are one piece of evidence: no spread of seeds can be seen in them."""
+    first: dict[tuple[str, Any], Candidate] = {}
+    for run in runs:
+        seed = run.facts["train_seed"]
+        same = first.setdefault((run.recipe, seed), run)
+        if same is not run:
+            raise InputError(
+                f"runs {same.name!r} and {run.name!r} have the same data, training parameters and train_seed ({seed}).",
+                "runs that differ in their recipe or in the seed of training.",
+                f"leave one of the two out, or train run {run.name!r} with another train_seed.",
+            )
 
 
 def _labels(task: AnyTask) -> tuple[str, ...]:

@@ -14,14 +14,13 @@ from lib.errors import InputError
 from lib.selecting.candidates import ACCURACY, Candidate
 from lib.statistics import (
     Interval,
-    clustered_mean,
     clustered_score_interval,
     holm,
-    paired_bootstrap,
     sign_flip_test,
     wilson,
 )
 from lib.statistics.losses import cluster_test
+from lib.statistics.ratios import FEWEST, averaged_share, limits, weighted_mean
 
 ALPHA = 0.05
 
@@ -44,6 +43,11 @@ class Ground:
     weights: np.ndarray
     leak_free: bool
     left_out: dict[str, int]
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are groups enough for an interval."""
+        return len(np.unique(self.groups)) >= FEWEST
 
     def values(self, run: Candidate) -> np.ndarray:
         """A run's values on these rows."""
@@ -99,7 +103,8 @@ class Unit:
 
     Attributes:
         names: the runs. scores: each run's metric on the rows.
-        interval: the metric (mean over the runs) with its 95 % interval over rows.
+        interval: the metric (mean over the runs) with its 95 % interval over rows; infinite limits where fewer than
+            three groups of rows, or losses that all agree, leave nothing to tell one from.
     """
 
     names: tuple[str, ...]
@@ -118,23 +123,23 @@ class Unit:
             "runs": list(self.names),
             "n_seeds": len(self.names),
             "mean": self.interval.estimate,
-            "interval": self.interval.to_json(),
+            "interval": limits(self.interval),
             "seed_sd": self.spread,
             "seed_range": [min(self.scores), max(self.scores)],
         }
 
 
-def make_unit(runs: Sequence[Candidate], ground: Ground, seed: int) -> Unit:
+def make_unit(runs: Sequence[Candidate], ground: Ground) -> Unit:
     """The mean of runs on the shared rows."""
     table = np.stack([ground.values(run) for run in runs])
     values = table.mean(axis=0)
     scores = tuple(float(np.average(row, weights=ground.weights)) for row in table)
     if runs[0].metric != ACCURACY:
-        interval = paired_bootstrap(values, ground.groups, seed, weights=ground.weights)
-    elif len(runs) == 1:
-        interval = wilson(int(values.sum()), len(values))
+        interval = weighted_mean(values, ground.weights, ground.groups)
+    elif len(runs) == 1 and ground.enough:
+        interval = wilson(int(values.sum()), len(values))  # as 03 shows it
     else:
-        interval = clustered_mean(values, ground.groups)
+        interval = averaged_share(values, ground.groups)
     return Unit(tuple(run.name for run in runs), values, scores, interval)
 
 
@@ -154,11 +159,10 @@ class Difference:
     behind: bool
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; infinite limits (too few groups) as None."""
-        limits = [limit if math.isfinite(limit) else None for limit in self.interval.to_json()]
+        """As plain values; no interval (too few groups) is None."""
         return {
             "difference": self.interval.estimate,
-            "difference_interval": limits,
+            "difference_interval": limits(self.interval),
             "confidence": self.interval.confidence,
             "p": self.p,
             "p_holm": self.p_holm,
@@ -185,7 +189,7 @@ def against(units: Sequence[Unit], leader: int, ground: Ground, metric: str, see
         if place == leader:
             continue
         p, p_holm = adjusted[min(place, leader), max(place, leader)]
-        interval = _interval(unit, units[leader], ground, metric, seed, 1 - ALPHA / len(pairs))
+        interval = _interval(unit, units[leader], ground, metric, 1 - ALPHA / len(pairs))
         found[place] = Difference(interval, p, p_holm, p_holm < ALPHA and interval.excludes_zero())
     return found
 
@@ -193,17 +197,19 @@ def against(units: Sequence[Unit], leader: int, ground: Ground, metric: str, see
 def _p(change: np.ndarray, ground: Ground, metric: str, seed: int) -> float:
     if metric == ACCURACY:
         return sign_flip_test(change, ground.groups, seed)
+    if limits(weighted_mean(change, ground.weights, ground.groups)) is None:
+        return 1.0  # no spread, nothing to test against
     return cluster_test(change, ground.weights, ground.groups)[0]
 
 
-def _interval(unit: Unit, leader: Unit, ground: Ground, metric: str, seed: int, confidence: float) -> Interval:
+def _interval(unit: Unit, leader: Unit, ground: Ground, metric: str, confidence: float) -> Interval:
     change = unit.values - leader.values
-    if metric != ACCURACY:
-        rows = paired_bootstrap(change, ground.groups, seed, confidence=confidence, weights=ground.weights)
-    elif len(unit.names) == len(leader.names) == 1:
+    if metric != ACCURACY or not ground.enough:
+        rows = weighted_mean(change, ground.weights, ground.groups, confidence)
+    elif len(unit.names) == len(leader.names) == 1 or not change.any():
         rows = clustered_score_interval(np.rint(change).astype(np.int64), ground.groups, confidence)
     else:
-        rows = clustered_mean(change, ground.groups, confidence)
+        rows = weighted_mean(change, ground.weights, ground.groups, confidence)
     return _widened(rows, unit, leader)
 
 

@@ -132,6 +132,11 @@ class Settings(BaseModel):
     def _distinct_labels(cls, value: list[str]) -> list[str]:
         if len(set(value)) != len(value) or any(not name.strip() for name in value):
             raise ValueError("expected distinct, non-empty names")
+        if spaced := [name for name in value if name != name.strip()]:
+            raise ValueError(
+                f"expected names without leading or trailing white space (the answer follows the prompt directly); "
+                f"found {spaced[0]!r}"
+            )
         return value
 
     @field_validator("fallbacks")

@@ -39,8 +39,13 @@ METRICS = (
         "chrf", "chrF ↑", MEAN, "overlap of character 1- to 6-grams with the reference, 0 to 100 (sacrebleu)", 100.0
     ),
     Metric("rouge_l", "ROUGE-L ↑", MEAN, "F1 of the longest common subsequence of characters (Latin: words), 0 to 1"),
-    Metric("terms", "terms of the reference ↑", RATIO, "share of the reference's listed terms that the answer has"),
-    Metric("question_terms", "terms of the question ↑", RATIO, "share of the question's listed terms it has"),
+    Metric(
+        "terms",
+        "terms of the reference ↑",
+        RATIO,
+        "share of the reference's listed terms that it holds, also in longer ones",
+    ),
+    Metric("question_terms", "terms of the question ↑", RATIO, "share of the question's listed terms that it holds"),
     Metric("think", "think block complete ↑", SHARE, "one block: opened, closed, filled, and an answer behind it"),
     Metric("stopped", "stopped by itself ↑", SHARE, "ended its turn within the limit of tokens"),
     Metric("intact", "characters intact ↑", SHARE, "streamed token by token: UTF-8 to the last byte, no U+FFFD"),
@@ -117,7 +122,7 @@ def measure(answer: Answered, question: str, reference: str, terms: TermList | N
 def _terms(terms: TermList | None, said: str, wanted: Mapping[str, str]) -> dict[str, list[int] | None]:
     if terms is None:
         return dict.fromkeys(wanted)
-    found, kept = {key: terms.found(text) for key, text in wanted.items()}, terms.found(said)
+    found, kept = {key: terms.found(text) for key, text in wanted.items()}, terms.held(said)
     return {key: [len(asked & kept), len(asked)] for key, asked in found.items()}
 
 

@@ -52,6 +52,19 @@ class TermList:
         """
         return {self.forms[match[0]] for match in self._pattern.finditer(fold(text))}
 
+    @functools.cached_property
+    def _alone(self) -> dict[str, re.Pattern[str]]:
+        """A pattern for every term: any of its forms."""
+        forms: dict[str, list[str]] = {}
+        for form, term in self.forms.items():
+            forms.setdefault(term, []).append(_bounded(form))
+        return {term: re.compile("|".join(patterns)) for term, patterns in forms.items()}
+
+    def held(self, text: str) -> set[str]:
+        """The terms that a text holds anywhere, also inside longer ones: who writes 密钥管理 has not lost 密钥."""
+        folded = fold(text)
+        return {term for term, pattern in self._alone.items() if pattern.search(folded)}
+
 
 def _bounded(form: str) -> str:
     """A pattern for a term whose Latin ends touch no other letter or digit."""

@@ -127,3 +127,12 @@ def test_a_shape_is_a_model_that_peft_and_the_merge_accept(
 
     _, loading = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_a_limit_is_printed_beside_the_ratios(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    side = {"name": "ours", "samples_per_second": 2.0, "samples_per_second_of_runs": [2.0], "peak_anonymous_mib": 9.0}
+    result = {"name": "n", "sides": {"ours": side}, "ratios": {"a": 1.5}, "machine": "m"}
+    harness.write_rates(tmp_path / "one.json", {**result, "limit": {"tokens_per_second": 208.0}})
+    assert json.loads(capsys.readouterr().out) == {"name": "n", "a": 1.5, "limit": {"tokens_per_second": 208.0}}
+    harness.write_rates(tmp_path / "two.json", result)
+    assert json.loads(capsys.readouterr().out) == {"name": "n", "a": 1.5}

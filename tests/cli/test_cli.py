@@ -172,6 +172,16 @@ def test_rows_are_drawn_the_same_every_time(tmp_path: Path) -> None:
     assert not any("leaked" in row for row in rows), "no leak audit was made for a bare file"
 
 
+def test_rows_that_a_file_loses_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n房间很好,1\n早餐很差,0\n  ,1\n服务好,\n,0\n", encoding="utf-8")
+    source = Rows(str(file), None, 1)
+    rows, described = source.rows(source.task())
+    assert len(rows) == 1 and described["rows_available"] == 5
+    assert described["left_out"] == {"empty text": 2, "no label": 1}
+    assert "3 of 5 rows left out (2 empty text, 1 no label)" in capsys.readouterr().err
+
+
 def test_doctor_examines_this_machine() -> None:
     found = examine()
     assert {"Python", "torch", "bitsandbytes", "llama-cpp-python", "Memory", "Disk", "Chinese font", "git"} <= {

@@ -193,11 +193,11 @@ def test_three_labels_work(home: Path):
 
 
 def test_rows_from_file(sample_run: DataResult, home: Path):
-    own = rows_from_file(sample_run.product.path / "test.jsonl", ["负面", "正面"])
-    assert own == sample_run.rows("test")
+    own, counts = rows_from_file(sample_run.product.path / "test.jsonl", ["负面", "正面"])
+    assert own == sample_run.rows("test") and counts == {"rows_available": len(own), "left_out": {}}
     csv = home / "new.csv"
     csv.write_text("review,sentiment\n好吃！,pos\n好吃,pos\n难吃,neg\n", encoding="utf-8")
-    assert rows_from_file(csv, ["负面", "正面"]) == [
+    assert rows_from_file(csv, ["负面", "正面"])[0] == [
         {"id": "row-00000", "text": "好吃！", "label": 1, "group": 0, "leaked": False},
         {"id": "row-00001", "text": "好吃", "label": 1, "group": 0, "leaked": False},
         {"id": "row-00002", "text": "难吃", "label": 0, "group": 1, "leaked": False},

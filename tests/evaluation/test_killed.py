@@ -43,7 +43,7 @@ def test_killed_command_continues(small, tmp_path, monkeypatch):
     (entry,) = json.loads((tmp_path / "cut.json").read_text(encoding="utf-8"))["models"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.json", "rows.json"]
     monkeypatch.setattr("lib.evaluation.standalone.run_child", here)
-    found = rows_from_file(str(tmp_path / "rows.json"), ["负面", "正面"])
+    found, _ = rows_from_file(str(tmp_path / "rows.json"), ["负面", "正面"])
     plain = [{key: row[key] for key in ("id", "text", "label")} for row in found]
     task = Task(("负面", "正面"), Settings().system_prompt, "评价：{text}", Settings().max_seq_length)
     (whole,) = evaluate_models([small.gguf], plain, task, n_threads=1)["models"]

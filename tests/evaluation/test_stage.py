@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def test_unusable_models(small, tmp_path, monkeypatch):
     for name, problem in cases.items():
         with pytest.raises(InputError, match=problem):
             evaluate_models([tmp_path / name], test_rows()[:2], small.task)
+
+
+def test_answer_words_of_several_tokens_are_told(small, monkeypatch):
+    monkeypatch.setattr("lib.evaluation.standalone.run_child", here)
+    for words, note in ((("负面", "正面"), ""), (("负面", "差劲透顶"), "so a longer word has more to lose")):
+        task = replace(small.task, label_names=words)
+        (entry,) = evaluate_models([small.folder], test_rows()[:4], task, dtype="float32")["models"]
+        assert entry["note"].endswith(note) and bool(entry["note"]) == bool(note)
 
 
 def test_a_file_that_makes_llama_cpp_abort_is_an_error(small, tmp_path):

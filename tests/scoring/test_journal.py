@@ -15,7 +15,7 @@ import pytest
 from lib.errors import InputError
 from lib.run.files import write_json
 from lib.scoring import Keep, LlamaCppBackend, Scores, TransformersBackend, llama, score_rows, torch_backend
-from lib.scoring.journal import model_hash
+from lib.scoring.journal import kept_peak_memory_mib, model_hash
 from tests.scoring import tiny
 
 ROWS = tiny.rows(30)
@@ -120,7 +120,16 @@ def test_header_and_rows_of_the_file(small, tmp_path):
     assert scores.seconds > sum(row["seconds"] for row in rows) > 0
 
 
-@pytest.mark.parametrize("tail", [b'{"sequence": 9, "ro', b"\x00\x00\x00\n", b"[]\n", b'{"sequence": 3}\n'])
+LACKING = (
+    b'{"sequence": 9}\n',
+    b'{"sequence": 9, "row": "row-00009", "value": [0.1, 0.2], "seconds": null, "peak_memory_mib": 1.0}\n',
+    b'{"sequence": 9, "row": "row-00009", "value": 0.1, "seconds": 0.1, "peak_memory_mib": 1.0}\n',
+)
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"sequence": 9, "ro', b"\x00\x00\x00\n", b"[]\n", b'{"sequence": 3}\n', *LACKING], ids=repr
+)
 def test_what_is_cut_off_or_damaged_is_dropped(small, tmp_path, tail, counted):
     path = tmp_path / "scores"
     expected = score(small, Keep(path, "m"))
@@ -132,6 +141,17 @@ def test_what_is_cut_off_or_damaged_is_dropped(small, tmp_path, tail, counted):
     assert sum(counted.batches) == 22, "two whole batches of four are taken, the ninth row is computed again"
     np.testing.assert_array_equal(found.log_probs, expected.log_probs)
     assert [line["row"] for line in lines(path)[1:]] == [json.loads(line)["row"] for line in pieces[1:-1]]
+
+
+def test_what_stands_behind_a_finished_journal_is_cut_off(small, tmp_path, counted):
+    path = tmp_path / "scores"
+    score(small, Keep(path, "m"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"sequence": 30, "ro')
+    counted.batches.clear()
+    score(small, Keep(path, "m"))
+    assert counted.batches == [] and path.read_bytes() == whole
+    assert kept_peak_memory_mib(path) > 0
 
 
 def test_finished_scores_need_no_forward_pass(small, tmp_path, counted):

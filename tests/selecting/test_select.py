@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 from lib.cli.making import seed_overrides
 from lib.errors import InputError
+from lib.reporting.choosing import recipe_rows, run_rows
 from lib.reporting.index import write_all_index
 from lib.selecting import outdated, read_analysis, select
 from lib.settings import Settings
@@ -144,10 +145,42 @@ def test_tiny_difference_of_losses_does_not_decide(make: Make) -> None:
     assert select(["large", "small"]).chosen == "small"
 
 
+def test_no_interval_is_told_where_there_is_none(make: Make, tmp_path: Path) -> None:
+    """One group of rows, as of one source text: no limits, no verdict, and JSON that every reader takes."""
+    for talk in (False, True):
+        rows = [{**row, "group": 0} for row in test_rows(20, talk)]
+        values = [0.5] * 20 if talk else right(20)
+        worse = list(np.linspace(0.8, 0.9, 20)) if talk else right(20, range(12))
+        task = {"task": TALK} if talk else {}
+        make(f"a{talk}", values, rows=rows, seed=1, **task)
+        make(f"b{talk}", values, rows=rows, seed=2, **task)
+        make(f"c{talk}", worse, rows=rows, rank=4, **task)
+        analysis = select([f"a{talk}", f"b{talk}", f"c{talk}"])
+        assert [r["interval"] for r in analysis.content["recipes"] + analysis.content["runs"]] == [None] * 5
+        assert of(analysis.content, "recipes", f"c{talk}")["difference_interval"] is None
+        assert of(analysis.content, "recipes", f"c{talk}")["verdict"] == "cannot tell"
+        assert "no interval: too few groups of rows" in analysis.text
+        json.dumps(analysis.content, allow_nan=False)
+        for _, shown in (run_rows(analysis.content), recipe_rows(analysis.content)):
+            assert "nan" not in str(shown) and "inf" not in str(shown)
+
+
+def test_intervals_of_recipes_that_are_all_right_have_a_width(make: Make) -> None:
+    for seed in (1, 2):
+        make(f"all-{seed}", right(50), seed=seed)
+        make(f"too-{seed}", right(50), seed=seed, rank=4)
+    content = select(["all-1", "all-2", "too-1", "too-2"]).content
+    single = of(content, "runs", "all-1")["interval"]
+    assert of(content, "recipes", "all-1")["interval"] == pytest.approx(single) and single[0] < 0.95
+    low, high = of(content, "recipes", "too-1")["difference_interval"]
+    assert low < -0.03 and high > 0.03
+
+
 def test_refusals_in_one_sentence(make: Make) -> None:
     make("labels", right(30))
     make("talk", [2.0] * 30, task=TALK)
     make("talk8", [2.0] * 30, task=TALK, tokens=8, rank=2)
+    make("again", right(30, [2]))
     make("away", right(30), rows=test_rows(30, split="elsewhere"))
     unfinished = make("unfinished", right(30))
     unfinished.manifest.remove("unfinished", "evaluation")
@@ -157,6 +190,7 @@ def test_refusals_in_one_sentence(make: Make) -> None:
     for names, words in (
         (["labels"], "at least two runs"),
         (["labels", "labels"], "run 'labels' twice"),
+        (["labels", "again"], "runs 'labels' and 'again' have the same data, training parameters and train_seed (42)"),
         (["labels", "lables"], "did you mean labels?"),
         (["labels", "talk"], "run 'talk' a dialogue"),
         (["talk", "talk8"], "different numbers of tokens"),

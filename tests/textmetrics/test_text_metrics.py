@@ -57,7 +57,8 @@ def test_terms_longest_first_bounded_and_folded(tmp_path: Path) -> None:
     assert len(terms) == 4
     assert terms.found("密码学与ＡＥＳ算法") == {"密码学", "AES"}
     assert terms.found("Cryptography, aes-gcm; CAESAR; AESX") == {"密码学", "AES-GCM"}
-    assert terms.found("") == set()
+    assert terms.found("") == terms.held("") == set()
+    assert terms.held("aes-gcm; CAESAR; AESX") == {"AES-GCM", "AES"} and terms.held("CAESAR; AESX") == set()
     assert read_terms("") is None
 
 
@@ -174,6 +175,16 @@ def test_a_complete_block_is_one_that_training_would_accept(text: str) -> None:
 def measured(text: str, reference: str = "好的，先休息。", thinking: bool = False, **given: object) -> dict:
     answer = Answered(read_stream([text.encode()]), bool(given.pop("ended", True)), str(given.pop("opening", "")))
     return measure(answer, "我很焦虑，失眠。", reference, read_terms("counselling"), thinking)
+
+
+def test_an_answer_keeps_a_term_that_stands_inside_a_longer_one() -> None:
+    answer = Answered(read_stream(["密钥管理很重要".encode()]), True)
+    row = measure(answer, "什么是密钥管理？", "密钥要保密。", read_terms("cryptography"), False)
+    assert row["terms"] == [1, 1] and row["question_terms"] == [1, 1]
+    row = measure(
+        Answered(read_stream(["密钥要保密".encode()]), True), "", "密钥管理", read_terms("cryptography"), False
+    )
+    assert row["terms"] == [0, 1], "the longer term is not kept by a part of it"
 
 
 def test_a_measured_answer() -> None:
