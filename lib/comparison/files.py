@@ -161,8 +161,16 @@ def _judge(
         "reference": measured.names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
+        "recommendation": _recommend(files, margin, len(entries) - 1, floor, labelled),
     }
+
+
+def _recommend(
+    files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None, labelled: bool
+) -> dict[str, Any]:
+    if labelled:
+        return recommend(files, margin, compared)
+    return recommend_answers(files, margin, floor, compared)
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lib.comparison.advice import worse_on
+from lib.comparison.judging import label_divergence
 from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
 from lib.statistics import clustered_mean, clustered_score_interval, design_effect, paired_bootstrap, wilson
@@ -29,15 +31,8 @@ def step_file(files: Sequence[Mapping[str, Any]], recommendation: Mapping[str, A
     """
     if recommendation["type"] is not None or not files:
         return recommendation["type"]
-    kept = [entry for entry in files if entry["verdict"] != "worse"]
+    kept = [entry for entry in files if not worse_on(entry)]
     return min(kept or files, key=lambda entry: entry["bytes"])["type"]
-
-
-def label_divergence(first: Scores, second: Scores) -> np.ndarray:
-    """KL(first ‖ second) of the answer words' probabilities, nats, (n,)."""
-    p, q = first.probabilities, second.probabilities
-    tiny = np.finfo(float).tiny
-    return (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(axis=1).clip(min=0.0)
 
 
 def error_ladder(
