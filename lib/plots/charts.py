@@ -92,7 +92,7 @@ def estimates(
     """Estimates with intervals, one a line.
 
     Args:
-        points: mappings with name, estimate, low, high (same unit as the axis) and n.
+        points: mappings with name, estimate, low, high (same unit as the axis; None = no interval) and n.
         reference: position of a vertical line; `band` shades ± that much around it (an equivalence margin).
     """
     fig, ax = _axes(height=0.9 + 0.38 * len(points))
@@ -102,13 +102,18 @@ def estimates(
         if band:
             ax.axvspan(reference - band, reference + band, color=GREEN, alpha=0.12, linewidth=0)
     for place, point in zip(places, points, strict=True):
-        error = [[point["estimate"] - point["low"]], [point["high"] - point["estimate"]]]
+        bounded = point["low"] is not None and point["high"] is not None
+        error = [[point["estimate"] - point["low"]], [point["high"] - point["estimate"]]] if bounded else None
         ax.errorbar(point["estimate"], place, xerr=error, fmt="o", color=BLUE, capsize=3, linestyle="none")
     ax.set_yticks(places, [f"{point['name']}  (n = {point['n']:,})" for point in points])
     ax.set_ylim(-0.6, len(points) - 0.4)
     ax.set_xlabel(axis)
-    words = "; ".join(f"{p['name']} {p['estimate']:.4g} [{p['low']:.4g}, {p['high']:.4g}]" for p in points)
+    words = "; ".join(f"{p['name']} {p['estimate']:.4g} {_limits(p)}" for p in points)
     return figure(fig, caption, f"{axis}: {words}.")
+
+
+def _limits(point: Mapping[str, Any]) -> str:
+    return "(no interval)" if None in (point["low"], point["high"]) else f"[{point['low']:.4g}, {point['high']:.4g}]"
 
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:

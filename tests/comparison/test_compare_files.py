@@ -162,5 +162,5 @@ def test_full_disk_is_refused(ladder: Ladder, tmp_path: Path, monkeypatch: pytes
         LlamaCppBackend(ladder.reference, 64, 1) as backend,
         pytest.raises(InputError, match="reference's log-probabilities"),
     ):
-        worker.store(backend, work.windows, tmp_path / "log-probs.f32")
+        worker.store(backend, {"windows": work.windows, "reference": str(tmp_path / "log-probs.f32")})
     assert not list(tmp_path.iterdir())
