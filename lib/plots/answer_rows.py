@@ -134,7 +134,8 @@ def detectable(files: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]
         f"With {files[0]['n']:,} test rows and {files[0]['answer_tokens']:,} answer tokens, changes of the answer "
         f"perplexity below {mdes} (depending on the file) would be missed more often than one time in five, after "
         f"correction for all {len(files)} files. The margin of equivalence is ± {margin:g} %. Equivalence is asked "
-        f"first: over so many tokens even a difference far below the margin is certain to exist. Token frequencies of the training answers alone reach {floor:.1f}."
+        "first: over so many tokens even a difference far below the margin is certain to exist. Token frequencies of "
+        f"the training answers alone reach {floor:.1f}."
     )
 
 

@@ -124,6 +124,7 @@ def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1)
     caption = (
         f"What n = {n:,} independent rows can show: chance that the exact McNemar test (5 %, two-sided, after "
         f"correction for all {tests} tests of this page) finds a difference, by the share of rows on which exactly one "
-        "of two files is right (or the difference, if larger). Dotted: 80 %; dashed: the margin of equivalence. Computed, not measured."
+        "of two files is right (or the difference, if larger). Dotted: 80 %; dashed: the margin of equivalence. "
+        "Computed, not measured."
     )
     return figure(fig, caption, f"Power curves for {n:,} rows. {'; '.join(words)}.")

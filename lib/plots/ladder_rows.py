@@ -118,9 +118,10 @@ def tests_caption(files: Sequence[Mapping[str, Any]]) -> str:
         "Rows lost and won against the reference. p: exact McNemar; Holm corrects the larger of it and, where rows "
         f"have near copies, the sign-flip test of whole groups, over all {_family(files)} tests of this page: "
         f"{len(files)} files and export folders, both endpoints. Not equivalent: two one-sided tests against the "
-        "margin; below 0.05 is their 90 % interval, the verdict takes the 95 % one, which is p below 0.025; beside it Holm "
-        "over the files alone. MDE: found in 80 % of tests after the first step of that correction. Macro-F1: paired "
-        "bootstrap over groups (BCa). An equivalent file may differ significantly, which the verdict then says."
+        "margin; below 0.05 is their 90 % interval, the verdict takes the 95 % one, which is p below 0.025; beside it "
+        "Holm over the files alone. MDE: found in 80 % of tests at the first step of the correction for the page. "
+        "Macro-F1: paired bootstrap over groups (BCa). An equivalent file may differ significantly, which its verdict "
+        "then says."
     )
 
 
