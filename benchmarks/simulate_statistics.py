@@ -4,9 +4,9 @@
 
 Comparisons of two models row by row, at 200 to 1,200 rows and 0.5 to 10 % discordant rows (rows on which exactly one of
 the two is right). Independent rows are not simulated: the probability of every possible table is added up, so those
-figures are exact. Rows in groups of near-duplicates, margins, documents, answers without labels and whole comparisons as 07 makes them
-(`simulated_pages`) are simulated, `--runs` × 200 times a setting, seed 1; the standard error of a share of 0.95 is then
-0.7 points at the default, 0.5 with `--runs 10`. The tables are printed.
+figures are exact. Rows in groups of near-duplicates, margins, documents, answers without labels and whole comparisons
+as 07 makes them (`simulated_pages`) are simulated, `--runs` × 200 times a setting, seed 1; the standard error of a
+share of 0.95 is then 0.7 points at the default, 0.5 with `--runs 10`. The tables are printed.
 """
 
 from __future__ import annotations
