@@ -34,9 +34,13 @@ def read_text(path: Path, text_column: str = "") -> Text:
     """
     from lib.scoring.texts import Text
 
-    path = user_path(str(path))
+    given, path = path, user_path(str(path))
     if not path.is_file():
-        raise InputError(f"no file {path}.", "a text (UTF-8), or a table with one text a row.", "correct --text.")
+        raise InputError(
+            f"no file {given.expanduser().absolute()}.",
+            "a text (UTF-8), or a table with one text a row.",
+            "correct --text.",
+        )
     if path.suffix.lower() in _ROWS:
         text = Text.of_rows(_rows(path, text_column))
     else:

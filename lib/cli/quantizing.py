@@ -1,4 +1,4 @@
-"""`workbook quantize`: by recipes, and under a size budget by the sensitivity of every tensor."""
+"""`workbook quantize`: by recipes, and under a size budget by the sensitivity of every tensor; `workbook imatrix`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lib.cli.guard import guarded
 from lib.cli.options import Json, TextColumn
 from lib.cli.output import show, table
 from lib.errors import InputError
+from lib.run.folders import user_path
 
 if TYPE_CHECKING:
     from lib.quantizing import Options
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `quantize`."""
+    """Add `imatrix` and `quantize`."""
+    app.command(short_help="model folder + text → importance matrix for quantize")(imatrix)
     app.command(short_help="GGUF → smaller GGUF, one type or several, or the best under a size")(quantize)
 
 
@@ -31,7 +33,11 @@ def quantize(
     types: Annotated[list[str] | None, typer.Argument(help="e.g. Q4_K_M, or Q8_0 Q4_K_M Q4_0", metavar="TYPE")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="importance matrix", metavar="FILE")] = None,
     size_budget_mb: Annotated[
-        float | None, typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01)
+        float | None,
+        typer.Option(help="a file of at most so many MB (10⁶ bytes), types by measurement", min=0.01, max=1e6),
+    ] = None,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="the same budget in bits per weight", min=0.01, max=32)
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="for the budget: folder that IN.gguf was converted from", metavar="DIR")
@@ -50,7 +56,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the sizes")] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a GGUF file with llama.cpp: to types, or under --size-budget-mb with types chosen by measurement."""
+    """Quantize a GGUF file with llama.cpp: to types, or under a size budget with types chosen by measurement."""
     from lib.quantizing import Options
 
     options = Options(imatrix, tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
@@ -58,12 +64,12 @@ def quantize(
     if not wanted and options.any_types():
         do = "name a TYPE, or leave them out: a size budget decides every tensor."
         raise InputError("types of single tensors without a TYPE.", "the type of the other tensors.", do)
-    budget = _budget(size_budget_mb, model, text, text_column, n_ctx)
+    budget = _budget(source, size_budget_mb, bits_per_weight, model, text, text_column, n_ctx)
     if not wanted and budget is None:
-        do = "name one, e.g. Q4_K_M, or give --size-budget-mb."
+        do = "name one, e.g. Q4_K_M, or give --size-budget-mb or --bits-per-weight."
         raise InputError("no type.", "a TYPE, several, or a size budget.", do)
     if dry_run:
-        rows = _predict(source, wanted, options, budget)
+        rows = _predict(source, wanted, options, budget, n_threads)
         show({"files": rows}, as_json, _as_text(rows))
         return
     rows = _make(source, output, wanted, options, budget, n_threads)
@@ -71,19 +77,49 @@ def quantize(
     show(rows[0] if single else {"files": rows}, as_json, _as_text(rows))
 
 
+@guarded
+def imatrix(
+    model_dir: Annotated[Path, typer.Argument(help="folder that the GGUF is converted from", metavar="MODEL_DIR")],
+    output: Annotated[Path, typer.Argument(help="new importance matrix", metavar="OUT.gguf")],
+    text: Annotated[Path, typer.Option(help="text like the model's task, or a table; no test rows", metavar="FILE")],
+    text_column: TextColumn = "",
+    n_ctx: Annotated[int, typer.Option(help="tokens a window", min=16)] = 512,
+    chunks: Annotated[int, typer.Option(help="most windows; 0 = the whole text", min=0)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Measure which inputs of every layer are large on a text: what llama-imatrix measures, for --imatrix."""
+    from lib.cli.perplexing import read_text
+    from lib.quantizing.standalone import measure_imatrix
+
+    made = measure_imatrix(model_dir, output, read_text(text, text_column), user_path(str(text)), n_ctx, chunks)
+    rows = "" if made["rows"] is None else f" of {made['rows']:,} rows"
+    words = f"{output}: {made['entries']} layers, {made['tokens']:,} tokens{rows}; {made['dataset']}"
+    show(made, as_json, words)
+
+
 def _budget(
-    megabytes: float | None, model: Path | None, text: Path | None, text_column: str, n_ctx: int
+    source: Path,
+    megabytes: float | None,
+    bits: float | None,
+    model: Path | None,
+    text: Path | None,
+    text_column: str,
+    n_ctx: int,
 ) -> Budget | None:
     """What the options say of a budget.
 
     Raises:
-        InputError: one of the three without the others.
+        InputError: two budgets; one of the three options without the others.
     """
-    given = {"--size-budget-mb": megabytes, "--model": model, "--text": text}
+    if megabytes is not None and bits is not None:
+        found = "--size-budget-mb and --bits-per-weight."
+        raise InputError(found, "one of the two: they are one budget in two units.", "leave one out.")
+    budget = "--size-budget-mb" if bits is None else "--bits-per-weight"
+    given = {budget: megabytes if bits is None else bits, "--model": model, "--text": text}
     lacking = [name for name, value in given.items() if value is None]
     if len(lacking) == 3:
         return None
-    if megabytes is None or model is None or text is None:
+    if lacking or model is None or text is None:
         found = f"{' and '.join(set(given) - set(lacking))} without {' and '.join(lacking)}."
         expected = (
             "all three: gradients of the model folder on a text tell which weights matter; a GGUF alone cannot give "
@@ -92,12 +128,18 @@ def _budget(
         do = "add --model DIR (of a run: runs/RUN/merged) and --text FILE, or name a TYPE in place of the budget."
         raise InputError(found, expected, do)
     from lib.cli.perplexing import read_text
+    from lib.models.gguf_file import check_gguf
+    from lib.quantizing.mixing import budget_bytes
     from lib.quantizing.standalone import Budget
 
-    return Budget(megabytes, model, read_text(text, text_column), text, n_ctx)
+    check_gguf(source)
+    most = budget_bytes(source, megabytes or 0.0, bits or 0.0)
+    return Budget(most, model, read_text(text, text_column), user_path(str(text)), n_ctx)
 
 
-def _predict(source: Path, types: list[str], options: Options, budget: Budget | None) -> list[dict[str, Any]]:
+def _predict(
+    source: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
+) -> list[dict[str, Any]]:
     """What the files would be; nothing is written."""
     from lib.quantizing import predict_sizes
     from lib.quantizing.standalone import mix_of_text
@@ -106,7 +148,7 @@ def _predict(source: Path, types: list[str], options: Options, budget: Budget | 
     if budget is None:
         return rows
     with tempfile.TemporaryDirectory() as scratch:
-        return [*rows, mix_of_text(source, budget, options.imatrix, Path(scratch)).prediction]
+        return [*rows, mix_of_text(source, budget, options.imatrix, Path(scratch), n_threads).prediction]
 
 
 def _make(
@@ -117,6 +159,9 @@ def _make(
     from lib.quantizing.standalone import quantize_to_budget
 
     count = len(types) + (budget is not None)
+    if output.suffix not in ("", ".gguf") and not output.is_dir():
+        do = f"write {output.with_suffix('.gguf')}, or make the folder {output} first."
+        raise InputError(f"the output {output}.", "a name that ends with .gguf, or a folder.", do)
     if output.suffix != ".gguf" or output.is_dir():
         made = quantize_files(source, output, types, options, n_threads, budget)
     elif count > 1:

@@ -42,12 +42,10 @@ def package(
     from lib.packaging import package as make
     from lib.packaging.linking import read_formats
     from lib.run import open_run
-    from lib.run.folders import writable
 
     if rows and not web:
         raise InputError("--rows without --web.", "both, or neither.", "add --web.")
-    folder = writable(output) if output else None
-    made = make(open_run(run_name), type_name, read_formats(formats), folder, n_threads, force, web, rows)
+    made = make(open_run(run_name), type_name, read_formats(formats), output, n_threads, force, web, rows)
     result: dict[str, Any] = {
         "run": run_name,
         "folder": str(made.product.path),
@@ -55,9 +53,13 @@ def package(
         "file": made.file,
         "type": made.type,
         "standing": made.standing,
+        "page_rows": made.report["page_rows"],
         "notes": made.report["notes"],
     }
-    lines = [made.product.message, f"{made.type}: {made.standing}. {made.words}", str(made.archive)]
+    lines = [made.product.message, f"{made.type}: {made.standing}. {made.words}"]
+    if result["page_rows"]:
+        lines.append(f"The phone page checks itself by {result['page_rows']}.")
+    lines.append(str(made.archive))
     show(result, as_json, "\n".join(lines))
 
 
@@ -95,14 +97,16 @@ def serve(
 
 
 def _serve_page(name: str, host: str, port: int, cert: Path | None, key: Path | None) -> None:
-    """A package's folder: of a run, or as somebody unpacked it."""
+    """A package's folder: of a run, or as somebody unpacked it; results are kept beside it, never in what is served."""
     from lib.run import known_run
     from lib.run.devices import FOLDER
     from lib.serving.phone import PhoneOptions, serve_phone
 
     folder = Path(name)
     if folder.is_dir() and (folder / "model_info.json").is_file():
-        package, devices = folder, folder / FOLDER
+        package = folder.resolve()
+        own = package.name == "package" and (package.parent / "manifest.json").is_file()
+        devices = package.parent / FOLDER if own else package.with_name(f"{package.name}-{FOLDER}")
     else:
         run = known_run(name)
         package, devices = run.require("package").path, run.folder / FOLDER

@@ -22,7 +22,7 @@ def tell(params_file: Path | None, model: str | None, pairs: list[str], as_json:
 
     texts = [text.partition("=") for text in pairs]
     overrides = {key: schema.parse_override(key, value) for key, _, value in texts}
-    settings = schema.load(params_file, overrides) if params_file else schema.check(overrides, "-p")
+    settings = schema.load(params_file, overrides) if params_file else schema.check(overrides, "-p", overrides)
     found = recommend(settings, model)
     show(found.to_json(), as_json, as_text(found, settings))
 

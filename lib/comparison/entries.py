@@ -21,8 +21,9 @@ GGUF, FOLDER = "gguf", "folder"
 """Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
 
 _SPEED_KEYS = (
-    *("load_seconds", "prompt_tokens_per_second", "prompt_tokens_per_second_range"),
-    *("generation_tokens_per_second", "generation_tokens_per_second_range"),
+    *("load_seconds", "load_seconds_range", "load_runs"),
+    *("prompt_tokens_per_second", "prompt_tokens_per_second_range", "prompt_runs"),
+    *("generation_tokens_per_second", "generation_tokens_per_second_range", "generation_runs"),
 )
 
 

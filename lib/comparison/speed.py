@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ PROMPT_TOKENS = 128
 GENERATED_TOKENS = 32
 _FEWEST, _MOST, _SECONDS = 5, 25, 0.5
 """Timed repeats: at least the first number, then more until the time is up or the second number is reached."""
+LOADS = (3, 5, 5.0)
+"""The same for loading: fewest, most, seconds."""
 
 
 def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int) -> dict[str, Any]:
@@ -28,18 +31,16 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
 
     Returns:
         "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes", "vocab_size",
-        "load_seconds" (model and context, file in the page cache), and for prompt and generation "…_tokens_per_second"
-        (median), "…_range" ([slowest, fastest]) and "…_runs". Generation is greedy, 32 tokens after the prompt, one at
-        a time.
+        "load_seconds" (model and context, file in the page cache: median), "load_seconds_range" ([fastest, slowest]),
+        "load_runs", and for prompt and generation "…_tokens_per_second" (median), "…_range" ([slowest, fastest]) and
+        "…_runs". Generation is greedy, 32 tokens after the prompt, one at a time.
     """
     api = llama()
     ids = list(prompt[:PROMPT_TOKENS])
     read_once(path)
-    started = time.perf_counter()
-    model = _load(path, n_gpu_layers)
-    try:
-        context = _context(model, path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
-        seconds = time.perf_counter() - started
+    place = (path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
+    loads = repeat_loads(lambda: _load_once(*place))
+    with _opened(*place) as (model, context):
         vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         facts = {
             "file_type": _number(model, "general.file_type"),
@@ -47,7 +48,6 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
             "weights": int(api.llama_model_n_params(model)),
             "tensor_bytes": int(api.llama_model_size(model)),
             "vocab_size": vocab,
-            "load_seconds": seconds,
         }
         if max(ids) >= vocab:
             raise InputError(
@@ -55,15 +55,11 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
                 "the tokenizer of this model.",
                 "compare files that were made from one model.",
             )
-        try:
-            prompts = repeat(lambda: _read_prompt(context, ids))
-            written = repeat(lambda: _write(context, ids, vocab))
-        finally:
-            api.llama_free(context)
-    finally:
-        api.llama_model_free(model)
+        prompts = repeat(lambda: _read_prompt(context, ids))
+        written = repeat(lambda: _write(context, ids, vocab))
     return {
         **facts,
+        **load_facts(loads),
         **rate("prompt", len(ids), prompts),
         **rate("generation", GENERATED_TOKENS, written),
     }
@@ -74,6 +70,27 @@ def read_once(path: Path) -> None:
     with path.open("rb") as stream:
         while stream.read(1 << 22):
             pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Iterator[tuple[Any, Any]]:
+    """A model and a context for so many tokens."""
+    model = _load(path, n_gpu_layers)
+    try:
+        context = _context(model, path, tokens, n_threads, n_gpu_layers)
+        try:
+            yield model, context
+        finally:
+            llama().llama_free(context)
+    finally:
+        llama().llama_model_free(model)
+
+
+def _load_once(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> float:
+    """Seconds until model and context are there."""
+    started = time.perf_counter()
+    with _opened(path, tokens, n_threads, n_gpu_layers):
+        return time.perf_counter() - started
 
 
 def _load(path: Path, n_gpu_layers: int) -> Any:
@@ -137,13 +154,30 @@ def _write(context: Any, ids: Sequence[int], vocab: int) -> float:
     return time.perf_counter() - started
 
 
-def repeat(run: Callable[[], float]) -> list[float]:
-    """Seconds of each timed run, after one that is not counted."""
+def repeat(
+    run: Callable[[], float], fewest: int = _FEWEST, most: int = _MOST, seconds: float = _SECONDS
+) -> list[float]:
+    """Seconds of each timed run, after one that is not counted: at least `fewest`, then more until `seconds` are up or
+    there are `most`."""
     run()
     times: list[float] = []
-    while len(times) < _FEWEST or (sum(times) < _SECONDS and len(times) < _MOST):
+    while len(times) < fewest or (sum(times) < seconds and len(times) < most):
         times.append(run())
     return times
+
+
+def repeat_loads(load: Callable[[], float]) -> list[float]:
+    """`repeat` for loading, of which a run may take long."""
+    return repeat(load, *LOADS)
+
+
+def load_facts(times: list[float]) -> dict[str, Any]:
+    """Seconds of a load: median, [fastest, slowest], number of loads."""
+    return {
+        "load_seconds": statistics.median(times),
+        "load_seconds_range": [min(times), max(times)],
+        "load_runs": len(times),
+    }
 
 
 def rate(kind: str, tokens: int, times: list[float]) -> dict[str, Any]:

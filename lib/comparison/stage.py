@@ -10,6 +10,7 @@ import numpy as np
 
 from lib.comparison.files import SUMMARY, compare_files
 from lib.comparison.running import forget_scores
+from lib.comparison.speed import LOADS
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, error_ladder
 from lib.comparison.written import ROWS, WRITTEN, write_answers, written_parameters
 from lib.errors import InputError
@@ -86,9 +87,8 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
 
     labelled = has_labels(read_task(run.require("data").path))
     margin = "equivalence_margin" if labelled else "perplexity_margin"
-    parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin) | {
-        "rules": _RULES
-    }
+    parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
+    parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
     product = run.produce(
         "comparison",
         build,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.comparison.speed import GENERATED_TOKENS, PROMPT_TOKENS, rate, read_once, repeat
+from lib.comparison.speed import GENERATED_TOKENS, PROMPT_TOKENS, load_facts, rate, read_once, repeat, repeat_loads
 from lib.comparison.worker import diverge, row_log_probs
 from lib.errors import InputError
 
@@ -43,9 +44,8 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
     stored, weights = open_weights(path), count_weights(path)
     for file in stored.files:
         read_once(file)
-    started = time.perf_counter()
+    loads = repeat_loads(lambda: _load_once(path))
     model = load_as_saved(path)
-    loaded = time.perf_counter() - started
     speed = _speed(model, windows[0][:PROMPT_TOKENS])
     backend = TransformersBackend(model, BATCH, path.name)
     scored = row_log_probs(backend, argument)
@@ -57,7 +57,7 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
         "weights": weights,
         "tensor_bytes": stored.nbytes,
         "vocab_size": backend.vocab_size,
-        "load_seconds": loaded,
+        **load_facts(loads),
         **speed,
         "log_probs": log_probs.tolist(),
         **scored,
@@ -121,6 +121,18 @@ def score_dequantized(argument: dict[str, Any]) -> dict[str, Any]:
     scored = row_log_probs(TransformersBackend(model, BATCH, path.name), argument)
     log_probs = _finite(scored.pop("values"), path, "quantize again with notebook 06 and force: true.")
     return {"log_probs": log_probs.tolist(), **scored, "dtype": "float32"}
+
+
+def _load_once(path: Path) -> float:
+    """Seconds of a load; the model is gone before the next one."""
+    from lib.models.saved import load_as_saved
+
+    started = time.perf_counter()
+    model = load_as_saved(path)
+    seconds = time.perf_counter() - started
+    del model
+    gc.collect()
+    return seconds
 
 
 def _finite(log_probs: np.ndarray, path: Path, do: str) -> np.ndarray:

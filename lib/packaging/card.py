@@ -126,7 +126,7 @@ def _limits(facts: Facts) -> str:
 - {judged} {own}.
 - It was measured with one system turn and one wording of the question; with others it may do worse.
 - Quantized weights are other weights: what the comparison cannot tell on these rows stays unknown.
-- Nothing was measured on a phone.
+- No phone measurement is part of this package.
 """
 
 
@@ -175,6 +175,7 @@ def export_report(facts: Facts, sha256: str, checks: int, tolerance: float) -> d
         "bytes_read_per_token": facts.bytes_per_token,
         "licences": facts.licences,
         "export_tree": facts.tree,
+        "page_rows": facts.page_rows,
         "checks": {"prompts": checks, "tolerance_nats": tolerance},
         "versions": {name: metadata.version(name) for name in ("llama_cpp_python", "gguf", "transformers", "numpy")},
         "notes": facts.notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from lib.models.prompting import Task
+from lib.packaging.commands import ADDRESS, chat_command, question_command, request_command, switch
 from lib.packaging.facts import Facts
 
 BANDWIDTHS = (
@@ -82,7 +83,8 @@ def _measured(facts: Facts) -> str:
 | reading a prompt | {_number(entry.get("prompt_tokens_per_second"), ".0f", "tokens/s")} |
 | writing an answer | {_number(entry.get("generation_tokens_per_second"), ".0f", "tokens/s")} |
 
-These are numbers of that machine. Nothing was measured on a phone, and nothing here is carried over to one.
+These are numbers of that machine. No phone measurement is part of this package, and nothing here is carried over to
+one.
 """
 
 
@@ -121,7 +123,6 @@ browser is slower than llama.cpp in an app of its own.
 
 
 def _phones(facts: Facts) -> str:
-    file, n_ctx = facts.file, facts.n_ctx
     return f"""## Android, in Termux
 
 ```bash
@@ -129,11 +130,13 @@ apt update && apt upgrade -y
 apt install git cmake clang libandroid-spawn
 git clone https://github.com/ggml-org/llama.cpp && cd llama.cpp
 cmake -B build && cmake --build build --config Release -j 4 --target llama-cli llama-server
-./build/bin/llama-cli -m ~/{file} -c {n_ctx} -t 4 -n {facts.most} --temp 0
+{chat_command("./build/bin/llama-cli -t 4", f"~/{facts.file}", facts)}
 ```
 
 Copy the file into Termux's home folder (`termux-setup-storage`, then `cp`): files there are read fastest. `-t` is best
 at the number of the phone's large cores; try 2, 4 and 6.
+
+{_typed(facts)}
 
 ## Android, inside an app
 
@@ -154,22 +157,34 @@ def _desktops(facts: Facts) -> str:
 
 ```bash
 brew install llama.cpp            # macOS, Linux; Windows: winget install llama.cpp
-llama-cli -m {file} -c {n_ctx} --temp 0
+# a chat:
+{chat_command("llama-cli", file, facts)}
+# one question, with the whole user turn:
+{question_command("llama-cli", file, facts)}
 pip install -r requirements.txt   # Python
 python usage_examples.py
 ollama create {facts.title.lower()} -f Modelfile && ollama run {facts.title.lower()}
 ```
 
+The Modelfile sends the system turn by itself.
+{_typed(facts)}
+
 ## As a server
 
 ```bash
-llama-server -m {file} -c {n_ctx} --host 127.0.0.1 --port 8080{_switch(facts)}
+llama-server -m {file} -c {n_ctx} --host 127.0.0.1 --port 8080{switch(facts)}
 ```
 
-speaks the OpenAI protocol at http://127.0.0.1:8080/v1, with the file's own chat template. So does, with the workbook,
+speaks the OpenAI protocol at {ADDRESS}/v1, with the file's own chat template. So does, with the workbook,
 
 ```bash
 workbook serve {file}{" --thinking" if facts.thinks else ""}
+```
+
+Neither adds a system turn: every request sends it, and the whole user turn.
+
+```bash
+{request_command(facts)}
 ```
 
 Both listen to this machine alone; other addresses make the server reachable for everybody in the network, without a
@@ -177,11 +192,15 @@ password.
 """
 
 
-def _switch(facts: Facts) -> str:
-    """The option that makes llama-server's template write the prompt of the training, where the template has two."""
-    if not facts.switches:
-        return ""
-    return f" --reasoning {'on' if facts.thinks else 'off'}"
+def _typed(facts: Facts) -> str:
+    """What a user types into a chat, and what an empty system turn means there."""
+    if isinstance(facts.task, Task):
+        text = "What is typed becomes the user turn as it is: type the whole wording above, with the text in its place."
+    else:
+        text = "What is typed becomes the user turn as it is."
+    if not facts.task.system_prompt:
+        text += " The trained system turn is empty, which `llama-cli` cannot send: use a server, or Python."
+    return text
 
 
 def _trouble() -> str:

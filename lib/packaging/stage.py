@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lib.errors import InputError
 from lib.models.tasks import read_task
 from lib.packaging.card import card, export_report
 from lib.packaging.checks import TOLERANCE, model_info, stops
@@ -21,14 +22,15 @@ from lib.packaging.modelfile import modelfile
 from lib.packaging.requirements import requirements
 from lib.packaging.turns import read_turns
 from lib.packaging.web import FOLDER, WebRequest, request_web, write_web
-from lib.packaging.zipping import write_zip
+from lib.packaging.zipping import check_target, write_zip
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, sha256_file, write_json, write_text
+from lib.run.folders import writable
 from lib.run.manifest import hash_folder
 
 SUMS, INFO, REPORT = "SHA256SUMS", "model_info.json", "export_report.json"
 _SCRIPTS = Path(__file__).with_name("scripts")
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the package's content changes, so that an older one is made again."""
 _SECONDS = 900
 
@@ -86,9 +88,10 @@ def package(
 
     Raises:
         InputError: nothing is recommended and `wanted` is None; a missing product or format; an unfit chat template;
-            what the page is made of is not there.
+            what the page is made of is not there; an `output` that cannot take the zip.
         RuntimeError: the package's own test_model.py fails.
     """
+    target = _zip_folder(run, output)
     comparison = read_json(run.require("comparison").path / "comparison.json")
     choice = choose(run, comparison, wanted)
     request = request_web(run, rows) if web else None
@@ -102,8 +105,24 @@ def package(
     )
     report = read_json(product.path / REPORT)
     title = report["file"]["name"].removesuffix(".gguf")
-    archive = write_zip(product.path, (output or run.folder) / f"{title}.zip", title)
+    archive = target / f"{title}.zip"
+    check_target(archive, title, REPORT, run.name)
+    write_zip(product.path, product.entry.outputs, archive, title)
     return PackageResult(product, archive, report["file"]["name"], choice.type, choice.standing, choice.words, report)
+
+
+def _zip_folder(run: Run, output: Path | None) -> Path:
+    """The folder for the zip, writable, and none of the run's own: a product holds what its stage made, no more."""
+    if output is None:
+        return run.folder
+    if output.exists() and not output.is_dir():
+        raise InputError(
+            f"--output {output} is a file.", "a folder; the zip's name is that of the GGUF file.", "name the folder."
+        )
+    found, own = output.resolve(), run.folder.resolve()
+    if found != own and found.is_relative_to(own):
+        raise InputError(f"--output {output} is inside run {run.name!r}.", "a folder outside.", "choose another one.")
+    return writable(output)
 
 
 def _build(
@@ -121,7 +140,7 @@ def _build(
     task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
     turns = read_turns(tokenizer, getattr(task, "thinking", False))
     facts = gather(run, choice, task, comparison)
-    facts = replace(facts, tree=link_tree(run, formats, folder), page_rows=request.source if request else "")
+    facts = replace(facts, tree=link_tree(run, formats, folder))
     gguf = folder / facts.file
     link(choice.source, gguf)
     digest = sha256_file(gguf)
@@ -132,7 +151,8 @@ def _build(
     )
     write_text(folder / "Modelfile", text)
     if request:
-        write_web(request, facts, info, turns, tokenizer, folder, n_threads)
+        source = write_web(request, facts, info, turns, tokenizer, folder, n_threads)
+        facts = replace(facts, page_rows=source)
     _write_documents(facts, folder, run.folder / "merged", digest, len(info["checks"]))
     _write_sums(folder)
     _prove(folder)

@@ -12,20 +12,18 @@ from lib.errors import InputError
 from lib.models.prompting import Task
 from lib.packaging.checks import CHECKED_TOKENS, prompt_of
 from lib.packaging.facts import Facts
+from lib.packaging.rows import Rows, find_rows, fitting
 from lib.packaging.splitting import split_gguf
 from lib.packaging.turns import Turns
 from lib.run import Run
 from lib.run.child import run_child
-from lib.run.files import read_json, read_jsonl, sha256_file, sha256_json, write_json
+from lib.run.files import read_json, sha256_file, sha256_json, write_json
 from lib.run.folders import PROJECT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER, LIBRARY = "web", "wllama"
-ROWS = 50
-"""Rows that a phone answers for comparison."""
-
 LARGEST_PART = 500_000_000
 """Bytes above which the file is split, with room to spare below the 512 MB from which browsers make trouble."""
 
@@ -48,18 +46,17 @@ class WebRequest:
     Attributes:
         library: node_modules/@wllama with the files that are copied.
         version: of wllama.
-        rows: texts that the phone answers for comparison; source: where they come from, in words.
+        rows: that the phone answers for comparison.
     """
 
     library: Path
     version: str
-    rows: tuple[str, ...]
-    source: str
+    rows: Rows
 
     def parameters(self) -> dict[str, Any]:
         """What decides whether the page has to be made again."""
         page = {path.name: sha256_file(path) for path in sorted(_PAGE.iterdir())}
-        return {"web": {"wllama": self.version, "rows": sha256_json(self.rows), "page": sha256_json(page)}}
+        return {"web": {"wllama": self.version, "rows": sha256_json(self.rows.texts), "page": sha256_json(page)}}
 
 
 def request_web(run: Run, rows: Path | None) -> WebRequest:
@@ -70,7 +67,7 @@ def request_web(run: Run, rows: Path | None) -> WebRequest:
             the run is made from it, else the package's own five sentences.
 
     Raises:
-        InputError: the library was not fetched; a file without rows.
+        InputError: the library was not fetched; a file that cannot be read as rows.
     """
     if missing := library_lacks():
         raise InputError(
@@ -78,8 +75,7 @@ def request_web(run: Run, rows: Path | None) -> WebRequest:
             "the library, fetched once.",
             "run make wllama (needs npm and a network).",
         )
-    texts, source = _rows(run, rows)
-    return WebRequest(_library(), library_version(), tuple(texts), source)
+    return WebRequest(_library(), library_version(), find_rows(run, rows))
 
 
 def _library() -> Path:
@@ -96,29 +92,6 @@ def library_version() -> str:
     return str(read_json(_library() / _VERSION)["version"])
 
 
-def _rows(run: Run, path: Path | None) -> tuple[list[str], str]:
-    data = run.require("data")
-    if path is not None:
-        return _read_rows(path), f"rows of {path.name}, which the user named"
-    if data.entry.facts.get("sample_data"):
-        rows = [row for row in read_jsonl(data.path / "test.jsonl") if row.get("text") and not row.get("leaked")]
-        return [row["text"] for row in rows[:ROWS]], "test rows of the workbook's own sample corpus"
-    return [], "the package's own sentences"  # whether other rows may be passed on is not known here
-
-
-def _read_rows(path: Path) -> list[str]:
-    if not path.is_file():
-        raise InputError(f"no file {path}.", "--rows with one text a line, or JSONL.", "check the path.")
-    if path.suffix == ".jsonl":
-        texts = [row.get("text") for row in read_jsonl(path)]
-    else:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if not found:
-        raise InputError(f"{path} holds no text.", 'one text a line, or JSONL with "text".', "check the file.")
-    return found[:ROWS]
-
-
 def write_web(
     request: WebRequest,
     facts: Facts,
@@ -127,12 +100,15 @@ def write_web(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     n_threads: int,
-) -> None:
-    """Write folder/web.
+) -> str:
+    """Write folder/web; returns where its rows come from and how many are left out, in words.
 
     Args:
         info: content of model_info.json.
         folder: of the package; the GGUF file lies in it.
+
+    Raises:
+        InputError: labels that split a character; rows of which none fits into the context.
     """
     web = folder / FOLDER
     shutil.copytree(_PAGE, web)
@@ -141,10 +117,11 @@ def write_web(
         shutil.copyfile(request.library / source, web / LIBRARY / name)
     gguf = folder / facts.file
     _require_whole_characters(tokenizer, info["labels"])
-    rows = _answered(request.rows, facts, info, turns, tokenizer, gguf, n_threads)
-    write_json(web / "rows.json", {"source": request.source, "rows": rows})
+    rows, source = _answered(request.rows, facts, info, turns, tokenizer, gguf, n_threads)
+    write_json(web / "rows.json", {"source": source, "rows": rows})
     parts = [gguf] if facts.bytes <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
     write_json(web / "page.json", _page(request, facts, info["sha256"], gguf, parts))
+    return source
 
 
 def _page(request: WebRequest, facts: Facts, sha256: str, gguf: Path, parts: Sequence[Path]) -> dict[str, Any]:
@@ -182,24 +159,26 @@ def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequen
 
 
 def _answered(
-    texts: Sequence[str],
+    rows: Rows,
     facts: Facts,
     info: dict[str, Any],
     turns: Turns,
     tokenizer: PreTrainedTokenizerBase,
     gguf: Path,
     n_threads: int,
-) -> list[dict[str, Any]]:
-    """The rows with the labels' log-probabilities here; those of model_info.json where there are no others."""
+) -> tuple[list[dict[str, Any]], str]:
+    """The rows with the labels' log-probabilities here, those of model_info.json where there are no others; source."""
     if not isinstance(facts.task, Task):
-        return []
-    if not texts:
-        return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]]
-    wording = facts.task.user_prompt
-    prompts = [prompt_of(tokenizer, turns, facts.task.system_prompt, wording.replace("{text}", text)) for text in texts]
+        return [], rows.source
+    if not rows.texts:
+        return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]], rows.source
+    system, wording = facts.task.system_prompt, facts.task.user_prompt
+    prompts = [prompt_of(tokenizer, turns, system, wording.replace("{text}", text)) for text in rows.texts]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    fitting = [i for i, own in enumerate(ids) if len(own) + facts.most < facts.n_ctx]
-    request = {"prompts": [ids[i] for i in fitting], "labels": [label["ids"] for label in info["labels"]], "most": 1}
+    kept, source = fitting(rows, [len(own) + facts.most for own in ids], facts.n_ctx)
+    request = {"prompts": [ids[i] for i in kept], "labels": [label["ids"] for label in info["labels"]], "most": 1}
     request |= {"path": str(gguf.resolve()), "ends": [], "n_threads": n_threads}
     answers = run_child("lib.packaging.worker:answer", request, f"asking {gguf.name} the phone's rows")["answers"]
-    return [{"text": texts[i], "labels": answer["labels"]} for i, answer in zip(fitting, answers, strict=True)]
+    return [
+        {"text": rows.texts[i], "labels": answer["labels"]} for i, answer in zip(kept, answers, strict=True)
+    ], source

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from lib.errors import InputError
 from lib.progress import Progress
 from lib.run.files import CHUNK, atomic_path, require_space
 
@@ -13,16 +16,42 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 _MODE = 0o100644 << 16
 
 
-def write_zip(folder: Path, target: Path, root: str) -> Path:
-    """Pack a folder, atomically.
+def check_target(target: Path, root: str, report: str, run_name: str) -> None:
+    """Refuse to replace what is not an earlier zip of the same run.
+
+    Args:
+        report: name of the file in the zip that names the run.
+
+    Raises:
+        InputError: another run's package, or another file, has the name.
+    """
+    if not target.exists():
+        return
+    try:
+        with zipfile.ZipFile(target) as archive:
+            found = json.loads(archive.read(f"{root}/{report}"))["run"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        found = None
+    if found != run_name:
+        what = f"the package of run {found!r}" if found else "no package of the workbook"
+        raise InputError(
+            f"{target} is there already and is {what}.",
+            f"a folder where no other file has the name {target.name}.",
+            "name another folder with --output, or move that file away.",
+        )
+
+
+def write_zip(folder: Path, names: Iterable[str], target: Path, root: str) -> Path:
+    """Pack files of a folder, atomically.
 
     Names are sorted, times and rights fixed, nothing compressed (weights do not shrink, and compressors differ from
     version to version); files over 4 GB are allowed (ZIP64).
 
     Args:
+        names: relative paths of the product's files: what else came into the folder is nobody's to hand on.
         root: name of the folder that the zip unpacks to.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(folder / name for name in names)
     total = sum(path.stat().st_size for path in paths)
     require_space(target.parent, total, f"{target.name}")
     with (

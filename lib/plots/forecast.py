@@ -16,7 +16,10 @@ from lib.plots.style import BLUE, GREEN, GREY
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
-_NONE = "No prediction in this run: with `size_budget_mb` 06 measures the sensitivity of every tensor."
+_NONE = (
+    "No prediction in this run: under a size budget (`size_budget_mb` or `size_budget_bpw`) 06 measures the "
+    "sensitivity of every tensor."
+)
 
 
 @dataclass(frozen=True)

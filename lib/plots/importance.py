@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import key_values, say, table
@@ -38,11 +38,14 @@ def effect_table(effect: Any) -> HTML | Markdown:
     if effect is None:
         return say("Nothing to compare: no file of this ladder was made with an importance matrix of this run.")
     content = effect.content
+    if not content["types"]:
+        return say(f"Nothing to compare: {_left_out(content['left_out'])}")
     rows = [
         {
             "type": entry["type"],
             "MB with": entry["bytes"] / 1e6,
             "MB without": entry["bytes_without"] / 1e6,
+            "tensors of other types": len(entry["retyped"]),
             "KLD with, nats ↓": _limits(entry, "kld_with"),
             "KLD without, nats ↓": _limits(entry, "kld_without"),
             "with minus without": _limits(entry, "difference", "+.2g"),
@@ -60,7 +63,7 @@ def effect_table(effect: Any) -> HTML | Markdown:
 
 def effect_reading(effect: Any) -> Markdown:
     """What the table says, with its numbers."""
-    if effect is None:
+    if effect is None or not effect.content["types"]:
         return say("So this page does not say what an importance matrix would change.")
     words = {"better": "closer to the source", "worse": "farther from the source", "cannot tell": "not shown to differ"}
     sentences = []
@@ -69,7 +72,34 @@ def effect_reading(effect: Any) -> Markdown:
         sentences.append(
             f"{entry['type']} with the matrix is {words[entry['verdict']]} ({change:+.0f} % KL divergence)"
         )
-    return say(f"{'; '.join(sentences)}. Size, source, llama.cpp and rows are the same; only the matrix differs.")
+    differing = "; ".join(f"{entry['type']}: {_beside(entry)}" for entry in effect.content["types"])
+    left_out = effect.content["left_out"]
+    return say(
+        f"{'; '.join(sentences)}. Source, llama.cpp and rows are the same. What differs beside the matrix, against the "
+        f"file without it: {differing}.{' Not compared: ' + _left_out(left_out) if left_out else ''}"
+    )
+
+
+def _beside(entry: Mapping[str, Any]) -> str:
+    """What the matrix changed of a file but its rounding: types of tensors, which llama.cpp chooses, and bytes."""
+    changes: dict[tuple[str, str], list[str]] = {}
+    for tensor in entry["retyped"]:
+        changes.setdefault((tensor["with"], tensor["without"]), []).append(tensor["tensor"].removesuffix(".weight"))
+    parts = []
+    for (new, old), names in changes.items():
+        which = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+        parts.append(f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {new} instead of {old} ({which})")
+    size = f"{entry['bytes'] - entry['bytes_without']:+,} bytes"
+    return (
+        f"{', '.join(parts)}, {size}" if parts else f"{size} (the header names the matrix), all tensors of equal types"
+    )
+
+
+def _left_out(types: Sequence[str]) -> str:
+    return (
+        f"{', '.join(types)} cannot be made without a matrix here, because `tensor_types` or its companions want a "
+        "type that needs one."
+    )
 
 
 def _limits(entry: Mapping[str, Any], key: str, form: str = ".2g") -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.plots.charts import HATCHES, _axes
-from lib.plots.display import figure
+from lib.plots.display import figure, side_by_side
 from lib.plots.style import BLUE, GREEN, GREY, ORANGE
 from lib.statistics import power_mcnemar
 
@@ -53,51 +53,120 @@ def _mark(entry: Mapping[str, Any], frontier: Sequence[str]) -> tuple[str, str]:
     return ("o", BLUE) if entry["type"] in frontier else ("s", ORANGE)
 
 
+def _style(entry: Mapping[str, Any], frontier: Sequence[str]) -> dict[str, Any]:
+    """The same for a point with its interval."""
+    shape, colour = _mark(entry, frontier)
+    return {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
+
+
+_PANEL = (5.2, 3.7)
+"""Inches: readable alone on a phone; on a wider screen two stand beside one another."""
+_MB, _BITS = "file size, MB (10⁶ bytes)", "bits per weight (tensors alone)"
+
+
 def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    """KL divergence against file size, and accuracy with intervals against file size; the frontier is joined.
+    """What size buys: KL divergence against file size and against bits per weight, accuracy, speed and memory.
 
     Args:
-        entries: mappings with type, bytes, kld_mean, kld_low, kld_high, accuracy, accuracy_interval, n.
+        entries: mappings with type, bytes, bits_per_weight, kld_mean, kld_low, kld_high, accuracy, accuracy_interval,
+            n, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
         frontier: types of which no other file is both smaller and closer to the reference.
     """
-    fig, (left, right) = _axes(9.5, 3.8, columns=2)
-    sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
-    for place, entry in enumerate(sorted(entries, key=lambda e: e["bytes"])):
-        x = sizes[entry["type"]]
-        shape, colour = _mark(entry, frontier)
-        style = {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
-        if entry["kld_mean"] > 0:
-            low, high = entry["kld_mean"] - entry["kld_low"], entry["kld_high"] - entry["kld_mean"]
-            left.errorbar(x, entry["kld_mean"], yerr=[[low], [high]], **style)
-            left.annotate(entry["type"], (x, entry["kld_mean"]), (4, 4), textcoords="offset points", fontsize=8)
-        bounds = entry["accuracy_interval"]
-        error = [[entry["accuracy"] - bounds[0]], [bounds[1] - entry["accuracy"]]]
-        right.errorbar(x, entry["accuracy"], yerr=error, **style)
-        end, sign = (bounds[1], 1) if place % 2 else (bounds[0], -1)  # names at alternate ends and distances, or they
-        shift = sign * (4 + place // 2 % 2 * 22)  # would overlap
-        side = {"ha": "center", "va": "bottom" if place % 2 else "top", "rotation": 45, "fontsize": 8}
-        right.annotate(entry["type"], (x, end), (0, shift), textcoords="offset points", **side)
-    joined = sorted((sizes[e["type"]], e["kld_mean"]) for e in entries if e["type"] in frontier and e["kld_mean"] > 0)
-    if joined:
-        left.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
-    left.set(
-        xlabel="file size, MB (10⁶ bytes)", ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log"
-    )
-    right.margins(y=0.3)
-    right.set(xlabel="file size, MB (10⁶ bytes)", ylabel="accuracy ↑")
-    n = entries[0]["n"]
     others = any(entry.get("kind") == "folder" for entry in entries)
-    triangles = "triangles are formats for transformers (size of the weights alone); " if others else ""
+    marks = (
+        "circles are on the efficient frontier, squares are beaten in both size and divergence; "
+        f"{'triangles are formats for transformers (size of the weights alone); ' if others else ''}"
+    )
+    sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
+    bits = {entry["type"]: entry["bits_per_weight"] for entry in entries}
+    by_size = (
+        "What size buys: mean KL divergence of the next-token distribution from the reference on held-out text by file "
+        f"size (log scale; bars ± 1.96 standard errors over tokens); {marks}the line joins the frontier."
+    )
+    by_bits = (
+        f"The same by bits per weight, which leaves out the header and the names of files; {marks}the line joins the "
+        "same frontier."
+    )
+    return side_by_side(
+        [
+            _divergence(entries, frontier, sizes, _MB, by_size),
+            _divergence(entries, frontier, bits, _BITS, by_bits),
+            _accuracy(entries, frontier, sizes),
+            _speed_and_memory(entries, frontier),
+        ]
+    )
+
+
+def _name(ax: Any, name: str, x: float, y: float, place: int) -> None:
+    """Above to the right and below to the left in turn, or neighbours' names would overlap."""
+    sign = -1 if place % 2 else 1
+    side = {"ha": "right" if place % 2 else "left", "va": "top" if place % 2 else "bottom", "fontsize": 8}
+    ax.annotate(name, (x, y), (4 * sign, 4 * sign), textcoords="offset points", **side)
+
+
+def _divergence(
+    entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], places: Mapping[str, float], axis: str, caption: str
+) -> HTML:
+    fig, ax = _axes(*_PANEL)
+    apart = [entry for entry in entries if entry["kld_mean"] > 0]
+    for place, entry in enumerate(sorted(apart, key=lambda e: places[e["type"]])):
+        x, y = places[entry["type"]], entry["kld_mean"]
+        ax.errorbar(x, y, yerr=[[y - entry["kld_low"]], [entry["kld_high"] - y]], **_style(entry, frontier))
+        _name(ax, entry["type"], x, y, place)
+    joined = sorted((places[e["type"]], e["kld_mean"]) for e in apart if e["type"] in frontier)
+    if joined:
+        ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
+    ax.margins(x=0.12)
+    ax.set(xlabel=axis, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
+    words = "; ".join(f"{e['type']} {places[e['type']]:.2f}, KL {e['kld_mean']:.2g}" for e in entries)
+    return figure(fig, caption, f"KL divergence by {axis}. {words}.")
+
+
+def _accuracy(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
+    fig, ax = _axes(*_PANEL)
+    for place, entry in enumerate(sorted(entries, key=lambda e: e["bytes"])):
+        x, (low, high) = sizes[entry["type"]], entry["accuracy_interval"]
+        error = [[entry["accuracy"] - low], [high - entry["accuracy"]]]
+        ax.errorbar(x, entry["accuracy"], yerr=error, **_style(entry, frontier))
+        end, sign = (
+            (high, 1) if place % 2 else (low, -1)
+        )  # names at alternate ends and distances, or they would overlap
+        shift = sign * (4 + place // 2 % 2 * 22)
+        side = {"ha": "center", "va": "bottom" if place % 2 else "top", "rotation": 45, "fontsize": 8}
+        ax.annotate(entry["type"], (x, end), (0, shift), textcoords="offset points", **side)
+    ax.margins(y=0.3)
+    ax.set(xlabel=_MB, ylabel="accuracy ↑")
     caption = (
-        "What size buys. Left: mean KL divergence of the next-token distribution from the reference on held-out text "
-        "(log scale; bars ± 1.96 standard errors over tokens); circles are on the efficient frontier, squares are "
-        f"beaten in both size and divergence; {triangles}the diamond is the reference. Right: accuracy on "
-        f"n = {n:,} test rows with 95 % Wilson intervals."
+        f"Accuracy by file size, on n = {entries[0]['n']:,} test rows with 95 % Wilson intervals; the diamond is the "
+        "reference."
+    )
+    words = "; ".join(f"{e['type']} {sizes[e['type']]:.2f} MB, accuracy {e['accuracy']:.3f}" for e in entries)
+    return figure(fig, caption, f"Accuracy by file size. {words}.")
+
+
+def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
+    fig, (left, right) = _axes(*_PANEL, columns=2)
+    places = np.arange(len(entries))[::-1]
+    for place, entry in zip(places, entries, strict=True):
+        (shape, colour), x = _mark(entry, frontier), entry["generation_tokens_per_second"]
+        low, high = entry["generation_tokens_per_second_range"]
+        left.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
+        right.plot(entry["peak_memory_mib"], place, shape, color=colour)
+    left.set_yticks(places, [entry["type"] for entry in entries], fontsize=8)
+    right.set_yticks(places, [""] * len(entries))
+    fastest = max(entry["generation_tokens_per_second_range"][1] for entry in entries)
+    largest = max(entry["peak_memory_mib"] for entry in entries)
+    left.set(xlabel="generation,\ntokens a second →", xlim=(0, 1.08 * fastest))
+    right.set(xlabel="peak memory of\nthe process, MiB ←", xlim=(0, 1.08 * largest))
+    caption = (
+        "Speed and memory of the same files on this machine: median of writing tokens one at a time, bars from the "
+        "slowest to the fastest run. A phone orders files otherwise."
     )
     words = "; ".join(
-        f"{e['type']} {sizes[e['type']]:.2f} MB, KL {e['kld_mean']:.2g}, accuracy {e['accuracy']:.3f}" for e in entries
+        f"{e['type']} {e['generation_tokens_per_second']:.0f} tokens a second, {e['peak_memory_mib']:.0f} MiB"
+        for e in entries
     )
-    return figure(fig, caption, f"Size against quality. {words}.")
+    return figure(fig, caption, f"Speed and memory of each file. {words}.")
 
 
 def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1) -> HTML:

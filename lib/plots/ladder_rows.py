@@ -186,11 +186,12 @@ def divergences(files: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def speeds(files: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Load time, token rates with their range, and memory of each file."""
+    """Load time and token rates with their range, time a row, and memory of each file."""
     return [
         {
             "type": e["type"],
             "load, s": e["load_seconds"],
+            "load range": "{:.3g} – {:.3g}".format(*e["load_seconds_range"]),
             "prompt, tokens/s": e["prompt_tokens_per_second"],
             "prompt range": "{:,.0f} – {:,.0f}".format(*e["prompt_tokens_per_second_range"]),
             "generation, tokens/s": e["generation_tokens_per_second"],
@@ -200,6 +201,19 @@ def speeds(files: Iterable[Mapping[str, Any]]) -> list[Row]:
         }
         for e in files
     ]
+
+
+def speed_caption(files: Sequence[Mapping[str, Any]], where: str) -> str:
+    """How often each column of `speeds` was measured."""
+    kinds = {"load": "loads", "prompt": "prompts", "generation": "generations"}
+    counts = {words: [e[f"{kind}_runs"] for e in files] for kind, words in kinds.items()}
+    runs = ", ".join(
+        f"{min(n)} {words}" if min(n) == max(n) else f"{min(n)} to {max(n)} {words}" for words, n in counts.items()
+    )
+    return (
+        f"On {where}. Median and range (slowest and fastest) of {runs} a file, after one of each that is not counted; "
+        "the file is in the page cache. Measured once: ms a row (all rows in one pass), peak memory (of the process)."
+    )
 
 
 def ceilings(limits: Iterable[Mapping[str, Any]]) -> list[Row]:

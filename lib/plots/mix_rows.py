@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
 _NONE = (
-    "No size budget in this run: `size_budget_mb` adds one more file of at most that size, with a type for every "
-    "tensor chosen by measurement."
+    "No size budget in this run: `size_budget_mb` (or `size_budget_bpw`) adds one more file of at most that size, with "
+    "a type for every tensor chosen by measurement."
 )
 
 

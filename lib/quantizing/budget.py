@@ -50,15 +50,17 @@ def solve(tensors: Sequence[Sequence[Choice]], budget: int, fixed: int = 0) -> l
 
 
 def require_room(budget: int, least: int) -> None:
-    """Refuse a budget below the smallest possible file of `least` bytes.
+    """Refuse a budget below the smallest file of the types tried, of `least` bytes.
 
     Raises:
         InputError: with that size.
     """
     if budget < least:
-        expected = f"at least {least:,} bytes, the smallest file possible."
-        do = f"set size_budget_mb (--size-budget-mb) to {math.ceil(least / 1e4) / 100:.2f} or more."
-        raise InputError(f"a size budget of {budget / 1e6:g} MB.", expected, do)
+        expected = f"at least {least:,} bytes, the smallest file of the types tried (q8_0 to q2_K, with an importance "
+        expected += "matrix to iq2_xxs)."
+        least_mb = f"{math.ceil(least / 1e4) / 100:.2f}"
+        do = f"set size_budget_mb (--size-budget-mb) to {least_mb} or more; in bits per weight likewise more."
+        raise InputError(f"a size budget of {budget / 1e6:.7g} MB.", expected, do)
 
 
 def _best(tensors: Sequence[Sequence[Choice]], steps: list[list[int]], capacity: int) -> list[Choice]:

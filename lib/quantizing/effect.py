@@ -1,7 +1,9 @@
 """The product `imatrix_effect`: the same types with and without the importance matrix, on held-out rows.
 
-Everything else is equal: source, llama.cpp, options, windows. What is compared is the KL divergence from the source at
-every scored token, so the difference is paired; whole rows are drawn, because tokens of one row are not independent.
+Source, llama.cpp, options and windows are equal. Not all types of tensors need be: a recipe may want another type for
+some where it has a matrix (Q4_0 then stores a few as q4_1); these are recorded, with the bytes. What is compared is the
+KL divergence from the source at every scored token, so the difference is paired; whole rows are drawn, because tokens
+of one row are not independent.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 from lib.formats import IMATRIX_TYPES
 from lib.quantizing import recipes
 from lib.quantizing.calibration import held_out_windows
-from lib.quantizing.files import QuantizationReport, quantize_file
+from lib.quantizing.files import QuantizationReport, predict_sizes, quantize_file
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
 from lib.run.child import run_child
@@ -39,19 +41,28 @@ class EffectResult:
     Attributes:
         content: "tokens", "rows", "windows", "window_tokens" and "types", each with "type", "bytes", "bytes_without",
             "kld_with", "kld_without" (nats a token, with "…_interval"), "difference" (with minus without),
-            "difference_interval", "p", "p_holm", "verdict" ("better" | "worse" | "cannot tell").
+            "difference_interval", "p", "p_holm", "verdict" ("better" | "worse" | "cannot tell") and "retyped" (tensors
+            of other types: {"tensor", "with", "without"}). "left_out": types of the ladder that cannot be made without
+            a matrix, because tensor_types or its companions want a type that needs one.
     """
 
     product: Product
     content: dict[str, Any]
 
 
-def compared_types(files: tuple[QuantizationReport, ...]) -> list[QuantizationReport]:
-    """The smallest files of a ladder that could be made without a matrix too, largest first."""
-    able = [
-        f for f in files if f.imatrix and not f.mix and f.type not in {*IMATRIX_TYPES, *recipes.UNQUANTIZED, "Q8_0"}
-    ]
-    return sorted(able, key=lambda f: -f.bytes)[-TYPES:]
+def compared_types(
+    files: tuple[QuantizationReport, ...], source: Path, options: Options
+) -> tuple[list[QuantizationReport], list[str]]:
+    """The smallest files of a ladder that could be made without a matrix too, largest first; and types of which the
+    recipe could, but not with the types of single tensors that `options` set."""
+    never = {*IMATRIX_TYPES, *recipes.UNQUANTIZED, "Q8_0"}
+    able = [f for f in files if f.imatrix and not f.mix and f.type not in never]
+    needing: set[str] = set()
+    if able and options.any_types():
+        told = predict_sizes(source, [f.type for f in able], replace(options, imatrix=None))
+        needing = {prediction["type"] for prediction in told if prediction["needs_imatrix"]}
+    free = [f for f in able if f.type not in needing]
+    return sorted(free, key=lambda f: -f.bytes)[-TYPES:], [f.type for f in able if f.type in needing]
 
 
 def measure_effect(
@@ -63,13 +74,17 @@ def measure_effect(
         options: of the ladder, with its matrix.
         source, files: what was quantized, and to what.
     """
-    chosen = compared_types(files)
-    if not chosen:
+    chosen, left_out = compared_types(files, source, options)
+    if not chosen and not left_out:
         return None
     product = run.produce(
         "imatrix_effect",
-        lambda work: _build(settings, options, run, source, chosen, work),
-        parameters={**settings.pick("n_ctx", "perplexity_tokens", "seed"), "types": [f.type for f in chosen]},
+        lambda work: _build(settings, options, run, source, chosen, left_out, work),
+        parameters={
+            **settings.pick("n_ctx", "perplexity_tokens", "seed"),
+            "types": [f.type for f in chosen],
+            "left_out": left_out,
+        },
         inputs=("data", "gguf", "quantized"),
         force=settings.force,
     )
@@ -77,8 +92,17 @@ def measure_effect(
 
 
 def _build(
-    settings: Settings, options: Options, run: Run, source: Path, chosen: list[QuantizationReport], work: Work
+    settings: Settings,
+    options: Options,
+    run: Run,
+    source: Path,
+    chosen: list[QuantizationReport],
+    left_out: list[str],
+    work: Work,
 ) -> None:
+    if not chosen:
+        write_json(work.folder / SUMMARY, {"types": [], "left_out": left_out})
+        return
     folder = run.require("quantized").path
     with tempfile.TemporaryDirectory(prefix=".without-", dir=run.folder) as name:
         pairs, sizes = [], []
@@ -92,7 +116,7 @@ def _build(
         {"type": report.type, "bytes": report.bytes, "bytes_without": size, **entry}
         for report, size, entry in zip(chosen, sizes, found, strict=True)
     ]
-    write_json(work.folder / SUMMARY, {**content, "types": types})
+    write_json(work.folder / SUMMARY, {**content, "types": types, "left_out": left_out})
     work.metrics |= {entry["type"]: entry["difference"] for entry in types}
 
 
@@ -129,7 +153,7 @@ def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """KL divergence from the reference of pairs of files; each file is opened alone, and scored once.
 
     Returns:
-        "pairs" (see `EffectResult`) and "rows", the number of rows with a scored token.
+        "pairs" (see `EffectResult`; "retyped" too) and "rows", the number of rows with a scored token.
     """
     from lib.scoring.llama import LlamaCppBackend
     from lib.scoring.perplexity import Reference, positions, store_reference
@@ -149,7 +173,18 @@ def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
                 klds[path] = np.asarray(positions(kept, backend, windows, f"KL of {Path(path).name}").kl)
     rows = np.array(argument["rows"]).reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
     pairs = [(klds[one], klds[other]) for one, other in argument["pairs"]]
-    return {"pairs": judge(pairs, rows), "rows": len(np.unique(rows))}
+    judged = zip(judge(pairs, rows), argument["pairs"], strict=True)
+    found = [{**entry, "retyped": retyped(Path(one), Path(other))} for entry, (one, other) in judged]
+    return {"pairs": found, "rows": len(np.unique(rows))}
+
+
+def retyped(one: Path, other: Path) -> list[dict[str, str]]:
+    """Tensors that two files of one model store in different types: "tensor", "with" (in `one`), "without"."""
+    from lib.quantizing import native
+
+    with native.open_header(one) as first, native.open_header(other) as second:
+        types = {name: (tensor["type"], second.tensors[name]["type"]) for name, tensor in first.tensors.items()}
+    return [{"tensor": name, "with": a, "without": b} for name, (a, b) in types.items() if a != b]
 
 
 def judge(pairs: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> list[dict[str, Any]]:

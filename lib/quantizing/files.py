@@ -74,9 +74,9 @@ def predict_sizes(source: Path, types: Sequence[str], options: Options | None = 
         options: importance matrix and types of single tensors; all change sizes.
 
     Returns:
-        One dict a type: "type", "bytes" (of the file), "tensor_bytes", "weights", "bits_per_weight" (effective:
-        8 * tensor bytes / weights), "fallbacks" and "set_by_hand" (see `QuantizationReport`), "needs_imatrix",
-        "histogram" (see `QuantizationReport`).
+        One dict a type: "type", "bytes" (of the file), "header_bytes" (of it), "tensor_bytes", "weights",
+        "bits_per_weight" (effective: 8 * tensor bytes / weights), "fallbacks" and "set_by_hand" (see
+        `QuantizationReport`), "needs_imatrix", "histogram" (see `QuantizationReport`).
 
     Raises:
         InputError: unknown type, no usable source, source already quantized, options that do not fit the model.
@@ -106,7 +106,9 @@ def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> N
     """
     for prediction in predictions:
         if prediction["needs_imatrix"] and options.imatrix is None:
-            do = "give one (--imatrix FILE, made by llama-imatrix), or choose a K-type such as Q3_K_M or Q2_K."
+            do = (
+                "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose a K-type, e.g. Q2_K."
+            )
             name = prediction["type"]
             raise InputError(f"{name} without an importance matrix.", "an importance matrix for this type.", do)
 

@@ -29,10 +29,11 @@ def predictions(run: Run) -> dict[str, float]:
         raise InputError(found, "products of one run of 06.", "run notebooks/06_quantize.ipynb again.")
     tensors = read_json(measured.path / RECORD)["tensors"]
     losses = {(t["tensor"], kind["type"]): kind["kld"] for t in tensors for kind in t["types"]}
+    tried = {t["tensor"] for t in tensors}  # the others are in F16 in every file
     types = read_json(errors.path / ERRORS)["files"]
     found = {}
     for row in read_json(quantized.path / "quantized.json")["files"]:
-        parts = [losses.get((tensor["tensor"], tensor["type"])) for tensor in types[row["type"]]]
+        parts = [losses.get((t["tensor"], t["type"])) for t in types[row["type"]] if t["tensor"] in tried]
         if None not in parts:
             found[row["file"]] = sum(parts)
     return found

@@ -42,14 +42,17 @@ class Imatrix:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"the importance matrix {path}: {what}.", "a file of llama-imatrix.", "make it again.")
+    return InputError(
+        f"the importance matrix {path}: {what}.", "a file of `workbook imatrix` or llama-imatrix.", "make it again."
+    )
 
 
 def read(path: Path) -> Imatrix:
     """Read an importance matrix.
 
     Raises:
-        InputError: no such file, neither format, or values that are not finite.
+        InputError: no such file, neither format, or values that no mean square can have: not finite, negative, or 0
+            for every input of a layer (llama.cpp would round all its weights to nothing).
     """
     if not path.is_file():
         raise InputError(f"no file {path}.", "an importance matrix.", "correct the path.")
@@ -59,6 +62,10 @@ def read(path: Path) -> Imatrix:
     for name, values in result.values.items():
         if not np.isfinite(values).all():
             raise _damaged(path, f"{name} holds values that are not finite")
+        if (values < 0).any():
+            raise _damaged(path, f"{name} holds negative values, which no mean square is")
+        if not values.any():
+            raise _damaged(path, f"{name} holds nothing but zeros")
     return result
 
 
@@ -75,6 +82,8 @@ def _read_gguf(path: Path) -> Imatrix:
             if name + _COUNTS not in header.tensors:
                 raise _damaged(path, f"{name} has sums but no counts")
             sums, counts = _floats(path, header, name + _SUMS), np.round(_floats(path, header, name + _COUNTS))
+            if not np.isfinite(counts).all() or (counts < 0).any():
+                raise _damaged(path, f"{name} has counts that are no numbers of tokens")
             if counts.size == 0 or sums.size % counts.size:
                 raise _damaged(path, f"{name} has {sums.size} sums for {counts.size} counts")
             sums, counts = sums.reshape(counts.size, -1), counts[:, None]

@@ -35,11 +35,24 @@ class ImatrixResult:
 
 
 def measure(settings: Settings, run: Run) -> ImatrixResult | None:
-    """Make the importance matrix, or find it unchanged; None unless the setting `imatrix` is auto.
+    """Make the importance matrix, or find it unchanged (but with `force`); None unless the setting `imatrix` is auto.
+
+    Raises:
+        InputError: as `existing`.
+    """
+    return _produce(settings, run, settings.force)
+
+
+def existing(settings: Settings, run: Run) -> ImatrixResult | None:
+    """The same for the steps that use it: what is there and unchanged is never made again, whatever `force` says.
 
     Raises:
         InputError: products missing, too few training rows, an architecture that is not known.
     """
+    return _produce(settings, run, False)
+
+
+def _produce(settings: Settings, run: Run, force: bool) -> ImatrixResult | None:
     if settings.imatrix != AUTO:
         return None
     product = run.produce(
@@ -47,7 +60,7 @@ def measure(settings: Settings, run: Run) -> ImatrixResult | None:
         lambda work: _build(settings, run, work),
         parameters=settings.pick("n_ctx", "seed", "imatrix_chunks"),
         inputs=("data", "merged"),
-        force=settings.force,
+        force=force,
     )
     return ImatrixResult(product, product.path / FILE, read_json(product.path / RECORD))
 
@@ -60,7 +73,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         "windows": chosen.windows,
         "output": str((work.folder / FILE).resolve()),
         "dataset": chosen.dataset,
-        "dtype": _dtype(merged),
+        "dtype": computing_dtype(_stored(merged)),
     }
     answer = run_child("lib.quantizing.collecting:collect", argument, "measuring the importance matrix")
     made = {key: answer[key] for key in ("entries", "seconds", "device")}
@@ -72,7 +85,10 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     work.metrics |= {key: record[key] for key in ("rows", "tokens", "windows")}
 
 
-def _dtype(merged: Product) -> str:
-    """float32 as llama.cpp computes, where the weights (16 bits on the disk) leave room for it."""
-    size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+def _stored(merged: Product) -> int:
+    return sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+
+
+def computing_dtype(size: int) -> str:
+    """float32 as llama.cpp computes, where weights of `size` bytes (16 bits each on the disk) leave room for it."""
     return "float32" if 4 * size < available_memory() else "bfloat16"

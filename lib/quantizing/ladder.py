@@ -82,7 +82,7 @@ def quantize_files(
     options = options or Options()
     predictions = predict_sizes(source, types, options)
     require_matrix(predictions, options)
-    mixed = mix_of_text(source, budget, options.imatrix, folder) if budget else None
+    mixed = mix_of_text(source, budget, options.imatrix, folder, n_threads) if budget else None
     predictions += [mixed.prediction] if mixed else []
     require_space(folder, sum(p["bytes"] for p in predictions), f"{len(names)} quantized files")
     own = [None] * len(types) + [mixed.options if mixed else None]

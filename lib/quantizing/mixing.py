@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.errors import InputError
 from lib.formats import mix_name
 from lib.quantizing.budget import Choice, require_room, solve
 from lib.quantizing.calibration import dataset_name
@@ -18,6 +19,8 @@ from lib.run.child import run_child
 if TYPE_CHECKING:
     from lib.settings import Settings
 
+MOST_MB, MOST_BITS = 1e6, 32.0
+"""Bounds of a budget, as in the settings."""
 _RECIPES = {"q5_K": "Q5_K_S", "q4_K": "Q4_K_S", "q3_K": "Q3_K_S", "q2_K": "Q2_K"}
 """Recipes whose name is not their main tensor type's in capitals."""
 
@@ -40,12 +43,12 @@ class Mix:
 
 
 def plan_mix(settings: Settings, run: Run, source: Path, matrix: Path | None, force: bool) -> Mix:
-    """Choose types under `settings.size_budget_mb`; `force`: measure sensitivities again.
+    """Choose types under `settings.size_budget_mb` or `size_budget_bpw`; `force`: measure sensitivities again.
 
     Raises:
-        InputError: as `measure_sensitivity`; a budget below the smallest possible file.
+        InputError: as `measure_sensitivity`; a budget below the smallest file of the types tried.
     """
-    budget = budget_bytes(settings.size_budget_mb)
+    budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
     about = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
     require_possible(budget, source, matrix, about)
     found = measure_sensitivity(settings, run, source, matrix, force).record
@@ -53,9 +56,20 @@ def plan_mix(settings: Settings, run: Run, source: Path, matrix: Path | None, fo
     return choose_types(found, budget, source, matrix, dataset)
 
 
-def budget_bytes(megabytes: float) -> int:
-    """10⁶ bytes each."""
-    return round(megabytes * 1e6)
+def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -> int:
+    """The most bytes that a file may have: megabytes of 10⁶ bytes for all of it or, where they are 0, bits per weight
+    as the pages count them (of the tensors alone), to which the header of the source is added.
+
+    Raises:
+        InputError: a budget that is no size.
+    """
+    if not (0 <= megabytes <= MOST_MB and 0 <= bits_per_weight <= MOST_BITS and megabytes + bits_per_weight > 0):
+        found = f"a size budget of {f'{megabytes:g} MB' if megabytes else f'{bits_per_weight:g} bits per weight'}."
+        raise InputError(found, f"at most {MOST_MB:g} MB or {MOST_BITS:g} bits per weight.", "correct it.")
+    if megabytes:
+        return round(megabytes * 1e6)
+    plain = _predict(source, "Q8_0", Options())
+    return plain["header_bytes"] + int(bits_per_weight * plain["weights"] / 8)
 
 
 def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str) -> None:
@@ -78,7 +92,7 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
         dataset: what it was measured on, for the header.
 
     Raises:
-        InputError: a budget below the smallest possible file.
+        InputError: a budget below the smallest file of the types tried.
     """
     notes = _notes(budget, dataset)
     rows = found["tensors"]

@@ -110,7 +110,12 @@ def quantize_rows(type_name: str, rows: np.ndarray, importance: np.ndarray | Non
 
     Returns:
         bytes, uint8, (rows, bytes of a row).
+
+    Raises:
+        ValueError: importance of another width, beyond which llama.cpp would read.
     """
+    if importance is not None and importance.shape != (rows.shape[1],):
+        raise ValueError(f"importance of shape {importance.shape} for rows of {rows.shape[1]} weights")
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     made = np.zeros((len(rows), row_bytes(type_name, rows.shape[1])), dtype=np.uint8)
     matrix = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)

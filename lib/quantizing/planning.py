@@ -6,6 +6,7 @@ For child processes only.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,14 @@ def predict(source: Source, recipe: str, options: Options, matrix: importance.Im
     fallbacks = find_fallbacks(recipe, tensors, log, options)
     if options.any_types():
         _check_effect(source, recipe, options, tensors, fallbacks)
+    if matrix is not None:
+        check_coverage(source, planned_types(log), matrix)
     _check_matrix_of_embeddings(tensors, source.tensors, matrix)
     tensor_bytes = sum(t["bytes"] for t in tensors.values())
     weights = sum(t["weights"] for t in tensors.values())
     return {
         "type": recipe,
+        "header_bytes": source.header_bytes,
         "bytes": source.header_bytes + sum(-(-t["bytes"] // 32) * 32 for t in tensors.values()),
         "tensor_bytes": tensor_bytes,
         "weights": weights,
@@ -243,18 +247,23 @@ def _check_matrix_of_embeddings(tensors: Tensors, before: Tensors, matrix: impor
             )
 
 
-def check_coverage(source: Source, recipe: str, options: Options, matrix: importance.Imatrix) -> None:
-    """Refuse a matrix that lacks layers of this model or has other widths: llama.cpp would quantize without it.
+def check_coverage(source: Source, names: Iterable[str], matrix: importance.Imatrix) -> None:
+    """Refuse a matrix that lacks layers of this model (llama.cpp would quantize without it) or has other widths.
+
+    Args:
+        names: the tensors that are to be quantized; embedding and output matrix may do without values.
 
     Raises:
         InputError: with the first tensor that lacks values.
     """
-    for name in planned_types(dry_run(source.path, recipe, options, matrix)):
-        if not name.startswith("blk."):
+    for name in names:
+        if not name.startswith("blk.") and name not in matrix.values:
             continue
         shape = source.tensors[name]["shape"]
         wanted = shape[0] * (shape[2] if len(shape) > 2 else 1)
         have = matrix.values[name].size if name in matrix.values else 0
         if have != wanted:
             found = f"the importance matrix {matrix.file} has {have} values for {name}."
-            raise InputError(found, f"{wanted}.", "make the importance matrix with this very model.")
+            raise InputError(
+                found, f"{wanted}.", "make it with this very model (`workbook imatrix MODEL_DIR OUT.gguf --text FILE`)."
+            )

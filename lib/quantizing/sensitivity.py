@@ -62,7 +62,7 @@ def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path
 def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work: Work) -> None:
     data, merged = run.require("data"), run.require("merged")
     chosen = choose_windows(data.path, settings.n_ctx, min(settings.imatrix_chunks, WINDOWS), settings.seed)
-    measured = measure_types(merged.path, source, chosen.windows, matrix, settings.seed, run.folder)
+    measured = measure_types(merged.path, source, chosen.windows, matrix, settings.seed, run.folder, settings.n_threads)
     write_json(work.folder / RECORD, {**chosen.facts, **measured})
     write_jsonl(work.folder / ROWS, chosen.used)
     work.device = measured["device"]
@@ -71,7 +71,13 @@ def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work
 
 
 def measure_types(
-    model: Path, source: Path, windows: list[list[int]], matrix: Path | None, seed: int, scratch: Path
+    model: Path,
+    source: Path,
+    windows: list[list[int]],
+    matrix: Path | None,
+    seed: int,
+    scratch: Path,
+    n_threads: int = 0,
 ) -> dict[str, Any]:
     """How much each weight matters on a text, and what every type would cost every tensor.
 
@@ -81,6 +87,7 @@ def measure_types(
         matrix: importance matrix with which types are tried.
         seed: of the labels that are drawn.
         scratch: folder on a disk with room for the sensitivities, twice the size of the weights at 16 bits.
+        n_threads: for trying types; 0 = physical cores. The result does not depend on it.
 
     Returns:
         "tensors" (see `lib.quantizing.losses.measure`), "positions", "method", "dtype", "device", "seconds".
@@ -96,7 +103,7 @@ def measure_types(
         argument |= {"source": str(source.resolve()), "dtype": dtype, "seed": seed}
         made = run_child("lib.quantizing.fisher:collect", argument, "measuring sensitivities")
         argument = {"source": argument["source"], "folder": argument["folder"], "scales": made["scales"]}
-        argument |= {"imatrix": None if matrix is None else str(matrix.resolve())}
+        argument |= {"n_threads": n_threads, "imatrix": None if matrix is None else str(matrix.resolve())}
         tried = run_child("lib.quantizing.losses:measure", argument, "trying types")
     facts = {key: made[key] for key in ("positions", "seconds", "device")}
     return {**facts, "dtype": dtype, "method": METHOD, "tensors": tried["tensors"]}

@@ -15,7 +15,7 @@ from lib.quantizing import recipes
 from lib.quantizing.effect import EffectResult, measure_effect
 from lib.quantizing.errormap import TensorErrors, measure_errors
 from lib.quantizing.files import QuantizationReport, require_matrix, survey
-from lib.quantizing.importance import AUTO, NONE, measure
+from lib.quantizing.importance import AUTO, NONE, existing
 from lib.quantizing.ladder import Job, Slots, run_jobs
 from lib.quantizing.mixeffect import MixEffect, measure_mix_effect
 from lib.quantizing.mixing import Mix, plan_mix
@@ -60,16 +60,16 @@ def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
 
 
 def mix(settings: Settings, run: Run) -> Mix | None:
-    """The types of a file under the size budget, by measured sensitivity; None without `size_budget_mb`.
+    """The types of a file under the size budget, by measured sensitivity; None without one.
 
     Raises:
-        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest possible file.
+        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest file of the types tried.
     """
     return _mix(settings, run, _options(settings, run), settings.force)
 
 
 def _mix(settings: Settings, run: Run, options: Options, force: bool = False) -> Mix | None:
-    if not settings.size_budget_mb:
+    if not settings.size_budget:
         return None
     return plan_mix(settings, run, _only_gguf(run.require("gguf").path), options.imatrix, force)
 
@@ -94,7 +94,7 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
     product = run.produce(
         "quantized",
         build,
-        parameters={**settings.pick("ladder", *(["size_budget_mb"] if mixed else [])), **_identity(options)},
+        parameters={**settings.pick("ladder", *([settings.size_budget] if mixed else [])), **_identity(options)},
         inputs=("gguf", "sensitivity") if mixed else ("gguf",),
         force=settings.force,
         keep_partial=True,
@@ -137,7 +137,7 @@ def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors
 
 
 def _options(settings: Settings, run: Run) -> Options:
-    if made := measure(settings, run):
+    if made := existing(settings, run):
         matrix: Path | None = made.path
     else:
         matrix = None if settings.imatrix in ("", NONE) else user_path(settings.imatrix)

@@ -1,23 +1,26 @@
-"""A file under a size budget without a run: from a GGUF, the model folder that it was made from, and a text."""
+"""Without a run, from a model folder and a text: a file under a size budget, and an importance matrix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.device import physical_cores
 from lib.errors import InputError
 from lib.formats import mix_name
 from lib.models.gguf_file import check_gguf
 from lib.models.loading import check_model_folder, load_tokenizer
-from lib.models.saved import quantization_method
+from lib.models.saved import quantization_method, weight_bytes
 from lib.quantizing.calibration import dataset_name
 from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, quantize_predicted
-from lib.quantizing.mixing import Mix, budget_bytes, choose_types, require_possible
+from lib.quantizing.importance import computing_dtype
+from lib.quantizing.mixing import Mix, choose_types, require_possible
 from lib.quantizing.sensitivity import WINDOWS, measure_types
+from lib.run.child import run_child
 from lib.run.files import sha256_file
-from lib.scoring.texts import Text, tokenize_with_transformers
+from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
 
 SEED = 42
 """Of the labels that are drawn."""
@@ -28,21 +31,16 @@ class Budget:
     """What a file under a size budget is chosen by.
 
     Attributes:
-        megabytes: of 10⁶ bytes, the most that the file may have.
+        bytes: the most that the file may have (see `lib.quantizing.mixing.budget_bytes`).
         model: the folder that the GGUF was converted from; gradients are computed there.
         text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from.
     """
 
-    megabytes: float
+    bytes: int
     model: Path
     text: Text
     file: Path
     n_ctx: int = 512
-
-    @property
-    def bytes(self) -> int:
-        """The same in bytes."""
-        return budget_bytes(self.megabytes)
 
     @property
     def name(self) -> str:
@@ -59,30 +57,82 @@ def quantize_to_budget(
         InputError: as `mix_of_text`; a place that cannot be written.
     """
     check_output(source, output)
-    mixed = mix_of_text(source, budget, matrix, output.parent)
+    mixed = mix_of_text(source, budget, matrix, output.parent, n_threads)
     return quantize_predicted(source, output, mixed.prediction, mixed.options, n_threads or physical_cores())
 
 
-def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path) -> Mix:
+def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path, n_threads: int = 0) -> Mix:
     """Choose types for a file of a size, as the stage does for a run.
 
     Args:
         source: GGUF with F32, F16 or BF16 weights.
         matrix: importance matrix.
         scratch: folder on a disk with room for the sensitivities.
+        n_threads: for trying types; 0 = physical cores.
 
     Raises:
         InputError: an impossible budget (before the work), a folder that is quantized or holds another model, a text
             that does not fill a window, too little memory or room.
     """
     check_gguf(source)
-    check_model_folder(budget.model)
-    if method := quantization_method(budget.model):
-        found = f"{budget.model} is quantized ({method})."
-        raise InputError(found, "the 16- or 32-bit folder that the GGUF was converted from.", "name that folder.")
-    tokens = tokenize_with_transformers(load_tokenizer(budget.model), budget.text)
+    tokens = _tokens(budget.model, budget.text)
     windows, digest = tokens.windows(budget.n_ctx, WINDOWS), sha256_file(budget.file)
     dataset = dataset_name(budget.file.name, f"{len(windows)} windows of {budget.n_ctx} tokens", digest)
     require_possible(budget.bytes, source, matrix, dataset)
-    found = {**measure_types(budget.model, source, windows, matrix, SEED, scratch), "rows_sha256": digest}
+    found = {**measure_types(budget.model, source, windows, matrix, SEED, scratch, n_threads), "rows_sha256": digest}
     return choose_types(found, budget.bytes, source, matrix, dataset)
+
+
+def measure_imatrix(
+    model: Path, output: Path, text: Text, file: Path, n_ctx: int = 512, chunks: int = 64
+) -> dict[str, Any]:
+    """Make an importance matrix of a model folder on a text, as 06 does of training rows.
+
+    Args:
+        model: folder of 16- or 32-bit weights that transformers loads.
+        output: new GGUF file, which `workbook quantize --imatrix` and llama-quantize read; complete or absent.
+        text: at most `chunks` windows of `n_ctx` tokens of it are used; `file`: where it was read from.
+
+    Returns:
+        "file", "dataset" (its name in the file: the text's, how much of it, its SHA-256), "text_sha256", "rows"
+        (documents of which a token is used), "tokens", "windows", "window_tokens", "entries" (layers), "dtype",
+        "device", "seconds".
+
+    Raises:
+        InputError: a place that cannot be written, a folder that is no model or is quantized, a text that does not fill
+            a window, an architecture that is not known.
+    """
+    check_output(file, output)
+    tokens = _tokens(model, text)
+    windows, digest = tokens.windows(n_ctx, chunks), sha256_file(file)
+    used = n_ctx * len(windows)
+    dataset = dataset_name(file.name, f"{len(windows)} windows of {n_ctx} tokens", digest)
+    dtype = computing_dtype(weight_bytes(model))
+    argument = {"model": str(model.resolve()), "windows": windows, "output": str(output.absolute()), "dataset": dataset}
+    made = run_child(
+        "lib.quantizing.collecting:collect", argument | {"dtype": dtype}, "measuring the importance matrix"
+    )
+    return {
+        "file": str(output),
+        "dataset": dataset,
+        "text_sha256": digest,
+        "rows": None if tokens.documents is None else len(set(tokens.documents[:used].tolist())),
+        "tokens": used,
+        "windows": len(windows),
+        "window_tokens": n_ctx,
+        "dtype": dtype,
+        **{key: made[key] for key in ("entries", "device", "seconds")},
+    }
+
+
+def _tokens(model: Path, text: Text) -> Tokens:
+    """A text in the ids of a model that can be computed with.
+
+    Raises:
+        InputError: no model folder, or one that is quantized.
+    """
+    check_model_folder(model)
+    if method := quantization_method(model):
+        expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
+        raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
+    return tokenize_with_transformers(load_tokenizer(model), text)

@@ -29,7 +29,8 @@ def quantize(argument: dict[str, Any]) -> dict[str, Any]:
     options = Options.from_json(argument["options"])
     matrix = importance.read(options.imatrix) if options.imatrix else None
     if matrix is not None:
-        planning.check_coverage(planning.open_source(source, matrix), recipe, options, matrix)
+        names = planning.planned_types(calling.dry_run(source, recipe, options, matrix))
+        planning.check_coverage(planning.open_source(source, matrix), names, matrix)
     started = time.monotonic()
     with Progress(f"quantizing to {recipe}, tensors", every=1.0) as progress:
 

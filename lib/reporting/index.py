@@ -8,6 +8,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.reporting.choosing import section
 from lib.reporting.pages import Stage, card, pages, shown, stylesheet
+from lib.reporting.reading import reading
 from lib.reporting.summary import Quality, Summary, summarise
 from lib.run import open_run, provenance
 from lib.run.files import write_text
@@ -112,6 +113,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
             measure=_MEASURE[summary.labelled],
             file_columns=_columns(summary.labelled),
             files=[_file_row(file) for file in summary.files],
+            reading=reading(summary),
             cost=_cost_rows(summary),
             parameters=[(key, shown(value)) for key, value in summary.parameters().items()],
             versions=list(versions.items()),

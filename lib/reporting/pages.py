@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.reporting.summary import Summary, commit_words
 from lib.run import provenance
+from lib.run.manifest import NOTEBOOK_OF
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -160,8 +161,15 @@ def _link(match: re.Match[str], there: set[str]) -> str:
     return match["text"]
 
 
+def _answered(body: str, answer: str) -> str:
+    """The page's body with the answer directly under its title, before the evidence."""
+    before, title, after = body.partition("</h1>")
+    block = pages().get_template("answer.html.j2").render(text=answer)
+    return f"{before}{title}\n{block}{after}" if title else block + body
+
+
 def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
-    """The page of one executed notebook.
+    """The page of one executed notebook; that of the comparison opens with its answer.
 
     Args:
         executed: papermill's output, named like the stage.
@@ -206,5 +214,7 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
     body, end, foot = rest.partition("</main>")
     there = {s.name for s in stages if s.exists}
     body = _STAGE_LINK.sub(lambda m: _link(m, there), body)
+    if name == NOTEBOOK_OF["comparison"] and summary.recommendation:
+        body = _answered(body, summary.recommendation)
     body = _TABLE.sub(lambda m: f'<div class="scroll" tabindex="0" role="region" aria-label="table">{m[0]}</div>', body)
     return head + separator + body + end + foot

@@ -41,7 +41,7 @@ class Summary:
         qualities: accuracy (without labels: perplexity of the reference answers) on "all" and on "leak_free" test rows,
             by "linear floor", "base" and "fine-tuned".
         files: one dict a quantized file, with the keys of comparison.json.
-        recommendation: the comparison's answer in words; empty when there is none.
+        recommendation, rule: the comparison's answer in words, and the rule behind it; empty when there is none.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Summary:
     qualities: dict[str, dict[str, Quality]] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
     recommendation: str = ""
+    rule: str = ""
 
     @property
     def labelled(self) -> bool:
@@ -189,4 +190,5 @@ def summarise(run: Run) -> Summary:
         qualities=_qualities(run.folder, known),
         files=files,
         recommendation=recommendation.get("text", ""),
+        rule=recommendation.get("rule", ""),
     )

@@ -7,6 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lib.serving.asking import RefusedError, check_sampling
+from lib.serving.hosts import names_loopback
+
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -14,7 +17,6 @@ Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
 CHAT, COMPLETION, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 
-_UNSUPPORTED = "unsupported_parameter"
 _DRAINED = 64 << 20
 """Bytes of a refused body that are still read, so that the client gets to see the answer."""
 
@@ -29,6 +31,8 @@ class Limits:
         body_bytes: largest body of a request.
         max_tokens: most tokens of an answer, and the number taken where a request names none.
         n_ctx: tokens of prompt and answer together.
+        n_vocab: tokens of the vocabulary.
+        local: whether requests must name this machine by a loopback name.
     """
 
     name: str
@@ -36,14 +40,8 @@ class Limits:
     body_bytes: int
     max_tokens: int
     n_ctx: int
-
-
-class RefusedError(Exception):
-    """A request that is answered with an error of the OpenAI protocol."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+    n_vocab: int
+    local: bool
 
 
 class LimitedApplication:
@@ -63,6 +61,7 @@ class LimitedApplication:
             await self._inner(scope, receive, send)
             return
         try:
+            self._check_host(scope)
             if scope["method"] == "GET" and scope["path"].startswith(MODELS):
                 await _answer(send, 200, self._models(scope["path"]))
                 return
@@ -75,6 +74,12 @@ class LimitedApplication:
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
         headers.append((b"content-length", str(len(encoded)).encode()))
         await self._inner({**scope, "headers": headers}, _replay(encoded, receive), send)
+
+    def _check_host(self, scope: dict[str, Any]) -> None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"]
+        if self._limits.local and not all(map(names_loopback, hosts)):
+            text = f"no {hosts[0]!r} here: this server listens to this machine alone, as localhost (see --host)"
+            raise RefusedError(421, text, "misdirected_request")
 
     def _models(self, path: str) -> dict[str, Any]:
         """The list of the one model, or the model itself. (The inner server's list has no time of making.)"""
@@ -122,12 +127,7 @@ class LimitedApplication:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
         if not isinstance(body, dict):
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
-        for name, only in (("logprobs", None), ("top_logprobs", None), ("n", 1), ("best_of", 1)):
-            if body.get(name) and body[name] != only:
-                raise RefusedError(400, f"{name} is {body[name]!r}; this server has no such thing", _UNSUPPORTED)
-        heat = body.get("temperature")
-        if isinstance(heat, (int, float)) and not 0 <= heat <= 2:
-            raise RefusedError(400, f"temperature is {heat!r}; expected a number from 0 to 2", "invalid_temperature")
+        check_sampling(body, self._limits.n_vocab)
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])
         body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from lib.errors import InputError
 from lib.run.devices import MOST_BYTES, check_result, save_result
-from lib.serving.server import is_loopback
+from lib.serving.hosts import is_loopback
 
 PAGE = "web/index.html"
 RESULT = "result"
@@ -174,10 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > MOST_BYTES:
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BYTES} bytes\n".encode())
             return
+        body = self.rfile.read(int(length))
         try:
-            path = save_result(self.devices, check_result(json.loads(self.rfile.read(int(length)))))
-        except (ValueError, RecursionError, InputError) as error:
+            path = save_result(self.devices, check_result(json.loads(body)))
+        except (ValueError, RecursionError) as error:
             self._answer(HTTPStatus.BAD_REQUEST, f"{error}\n".encode())
+            return
+        except OSError as error:
+            self.tell(f"A result came in and could not be saved in {self.devices}: {error.strerror or error}")
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, b"the result could not be saved\n")
             return
         self.tell(f"A result came in: {path}")
         self._answer(HTTPStatus.CREATED, json.dumps({"saved": path.name}).encode(), {"Content-Type": _TYPES[".json"]})
@@ -187,7 +192,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _inner(self) -> str | None:
         """The path behind the token; None without it."""
-        start, _, rest = unquote(urlsplit(self.path).path).removeprefix("/").partition("/")
+        try:
+            path = unquote(urlsplit(self.path).path)
+        except ValueError:  # "http://[x" is the begin of an address that has no end
+            return None
+        start, _, rest = path.removeprefix("/").partition("/")
         return rest if secrets.compare_digest(start.encode("utf-8", "replace"), self.token.encode()) else None
 
     def _file(self) -> Path | None:
@@ -195,7 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         if inner is None or "\0" in inner or any(part.startswith(".") for part in inner.split("/")):
             return None
         path = self.root / (inner + "index.html" if inner.endswith("/") else inner)
-        return path if path.is_file() and path.resolve().is_relative_to(self.root) else None
+        try:
+            return path if path.is_file() and path.resolve().is_relative_to(self.root) else None
+        except (OSError, ValueError):  # a name that no file system takes
+            return None
 
     def _span(self, size: int) -> tuple[int, int, HTTPStatus]:
         """First and last byte, and the status; what Range says in another way than one span is ignored, as allowed."""
@@ -203,9 +215,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not found or found[1] == found[2] == "":
             return 0, size - 1, HTTPStatus.OK
         if not found[1]:
-            first, last = max(0, size - int(found[2])), size - 1
+            first, last = max(0, size - _offset(found[2])), size - 1
         else:
-            first, last = int(found[1]), min(int(found[2] or size), size - 1)
+            first, last = _offset(found[1]), min(_offset(found[2] or str(size)), size - 1)
         if first > last:
             return 0, 0, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
         return first, last, HTTPStatus.PARTIAL_CONTENT
@@ -234,6 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, given)
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _offset(digits: str) -> int:
+    """The number; of more digits than Python reads the first, which are beyond any file too."""
+    return int(digits.lstrip("0")[:19] or "0")
 
 
 def _shown(host: str) -> str:

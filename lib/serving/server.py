@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from lib.device import has_module, llama_cpp_problem, physical_cores
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf, read_metadata
+from lib.serving.hosts import is_loopback
 from lib.serving.limits import CHAT, Application, LimitedApplication, Limits, error_body
 from lib.serving.template import control_tokens, make_formatter
 
@@ -21,6 +21,7 @@ NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_s
 BODY_BYTES = 1 << 20
 _CONTEXT = 4096
 _WAITING = 64
+_BACKLOG = 2048
 _GRACE_SECONDS = 5
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -75,14 +76,6 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
         _run(application, listening, options, path, tell)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _require_packages() -> None:
     missing = [name for name in NEEDS if not has_module(name)]
     if missing:
@@ -96,11 +89,12 @@ def _require_packages() -> None:
 
 
 def _bound(options: ServeOptions) -> socket.socket:
-    """A socket of the address, before the model is loaded."""
+    """A socket that listens at the address, before the model is loaded: two that only bind it could share it."""
     listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((options.host, options.port))
+        listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
         raise InputError(
@@ -148,7 +142,8 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     llm = server._llama_proxy()
     formatter = _formatter(llm, metadata, options.thinking)
     llm.chat_handler = formatter.to_chat_handler()
-    limits = Limits(path.stem, int(path.stat().st_mtime), BODY_BYTES, min(options.max_tokens, n_ctx), n_ctx)
+    made, most = int(path.stat().st_mtime), min(options.max_tokens, n_ctx)
+    limits = Limits(path.stem, made, BODY_BYTES, most, n_ctx, llm.n_vocab(), is_loopback(options.host))
     return LimitedApplication(application, limits, _counter(llm, formatter))
 
 

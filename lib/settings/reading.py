@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from lib.errors import InputError
 from lib.settings.schema import Settings
 
 
-def _sentence(where: str, error: dict[str, Any]) -> InputError:
-    """One pydantic error as found – expected – do this."""
+def _sentence(place: str, error: dict[str, Any]) -> InputError:
+    """One pydantic error as found – expected – do this; `place`: "in FILE", or "given by -p"."""
     key = ".".join(str(part) for part in error["loc"][:1]) or "the parameters together"
     value = error["input"]
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, Settings.model_fields, 1)
         do = f"write {near[0]!r}." if near else "remove it; `workbook params` lists every key."
-        return InputError(f"unknown parameter {key!r} in {where}.", "a key of the workbook.", do)
+        return InputError(f"unknown parameter {key!r} {place}.", "a key of the workbook.", do)
     if isinstance(value, str) and error["type"] in ("float_type", "int_type"):
         try:
             number = float(value)
@@ -34,16 +35,16 @@ def _sentence(where: str, error: dict[str, Any]) -> InputError:
         else:
             plain = format(number, ".12g") if error["type"] == "int_type" else _with_dot(number)
             return InputError(
-                f"{key}: {value!r} in {where} is text for YAML.",
+                f"{key}: {value!r} {place} is text for YAML.",
                 "a number (YAML reads an exponent only behind a dot).",
                 f"write {key}: {plain}",
             )
     if key == "the parameters together":
         message = error["msg"].removeprefix("Value error, ")
-        return InputError(f"a contradiction in {where}.", f"{message}.", "change one of the two.")
+        return InputError(f"a contradiction {place}.", f"{message}.", "change one of the two.")
     message = error["msg"].removeprefix("Value error, ")
     do = f"correct {key} ({Settings.model_fields[key].description})."
-    return InputError(f"{key}: {value!r} in {where}.", f"{message[0].lower()}{message[1:]}.", do)
+    return InputError(f"{key}: {value!r} {place}.", f"{message[0].lower()}{message[1:]}.", do)
 
 
 def _with_dot(number: float) -> str:
@@ -53,8 +54,11 @@ def _with_dot(number: float) -> str:
     return f"{mantissa}e{exponent}" if exponent else mantissa
 
 
-def check(values: dict[str, Any], where: str) -> Settings:
+def check(values: dict[str, Any], where: str, replaced: Collection[str] = ()) -> Settings:
     """Validate a mapping of parameters.
+
+    Args:
+        where: the file or notebook that they come from, but for `replaced`, which were given by -p.
 
     Raises:
         InputError: the first problem, with the number of further ones.
@@ -63,7 +67,8 @@ def check(values: dict[str, Any], where: str) -> Settings:
         return Settings(**values)
     except ValidationError as error:
         first, *others = error.errors()
-        problem = _sentence(where, first)
+        by_hand = bool(first["loc"]) and first["loc"][0] in replaced
+        problem = _sentence("given by -p" if by_hand else f"in {where}", first)
         if others:
             problem = InputError(problem.found, problem.expected, f"{problem.do} ({len(others)} more after this one.)")
         raise problem from None
@@ -97,7 +102,7 @@ def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
         values = {}
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}.", "lines `key: value`.", "see params/quick.yaml.")
-    return check({**values, **(overrides or {})}, str(path))
+    return check({**values, **(overrides or {})}, str(path), overrides or ())
 
 
 def parse_override(key: str, text: str) -> Any:

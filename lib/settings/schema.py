@@ -96,6 +96,12 @@ class Settings(BaseModel):
         le=1e6,
         description="one more file of at most so many MB (10^6 bytes), types by measurement; 0 = off",
     )
+    size_budget_bpw: float = Field(
+        0.0,
+        ge=0.0,
+        le=32.0,
+        description="the same budget in bits per weight, in place of size_budget_mb; 0 = off",
+    )
     tensor_types: list[str] = Field([], description="REGEX=TYPE for single tensors, as llama-quantize --tensor-type")
     output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
     token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")
@@ -183,6 +189,8 @@ class Settings(BaseModel):
             raise ValueError(
                 f"{', '.join(needing)} in ladder need an importance matrix: set imatrix: auto, or leave them out"
             )
+        if self.size_budget_mb and self.size_budget_bpw:
+            raise ValueError("size_budget_mb and size_budget_bpw are one budget in two units: set one of them to 0")
         if self.perplexity_tokens < self.n_ctx:
             raise ValueError(f"perplexity_tokens ({self.perplexity_tokens}) must be at least n_ctx ({self.n_ctx})")
         if self.task != "classification" and self.dataset == SAMPLE_DATASET:
@@ -197,6 +205,11 @@ class Settings(BaseModel):
     def training_seed(self) -> int:
         """The seed that training uses: `train_seed` where it is given, else `seed`."""
         return self.seed if self.train_seed < 0 else self.train_seed
+
+    @property
+    def size_budget(self) -> str:
+        """The key that sets a size budget; empty without one."""
+        return next((key for key in ("size_budget_mb", "size_budget_bpw") if getattr(self, key)), "")
 
     def pick(self, *keys: str) -> dict[str, Any]:
         """The named keys with their values, in that order: the parameters a stage depends on."""

@@ -8,8 +8,12 @@ from pathlib import Path
 import gguf
 import pytest
 
+from lib.cli.perplexing import read_text
 from lib.device import llama_cpp_problem
+from lib.errors import InputError
 from lib.gguf_export.converting import convert
+from lib.quantizing import Options, imatrix, predict_sizes
+from lib.quantizing.mixing import budget_bytes
 from lib.run.files import sha256_file
 from tests import tiny_run
 from tests.cli.test_cli import workbook
@@ -30,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(folder: Path, model: str = "base", megabytes: float = BUDGET_MB) -> list[str]:
+def options(folder: Path, model: str = "base", megabytes: float | str = BUDGET_MB) -> list[str]:
     return [
         *("--size-budget-mb", str(megabytes), "--model", str(folder / model), "--text", str(folder / "reviews.txt")),
         *("--n-ctx", "64"),
@@ -67,9 +71,29 @@ def test_beside_types(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["m-MIX_120KB.gguf", "m-Q8_0.gguf"]
 
 
+def test_an_importance_matrix_of_a_text(folder: Path, tmp_path: Path) -> None:
+    """It names the text, covers every layer, and quantize takes it."""
+    out, text = tmp_path / "own.gguf", folder / "reviews.txt"
+    command = ("imatrix", str(folder / "base"), str(out), "--text", str(text), "--n-ctx", "64", "--chunks", "4")
+    made = workbook(*command, "--json")
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout)
+    dataset = f"reviews.txt, 4 windows of 64 tokens, sha256 {sha256_file(text)}"
+    assert told["dataset"] == dataset and told["text_sha256"] == sha256_file(text)
+    assert told["entries"] == 14 and told["tokens"] == 256 and 4 < told["rows"] < 200
+    matrix = imatrix.read(out)
+    assert matrix.dataset == dataset and matrix.chunks == 4
+    layers = {t.name for t in gguf.GGUFReader(folder / "m-F32.gguf").tensors if t.name.startswith("blk.")}
+    assert matrix.values.keys() == {name for name in layers if not name.endswith(("norm.weight", "bias"))}
+    (row,) = predict_sizes(folder / "m-F32.gguf", ["Q4_0"], Options(out))
+    assert row["bytes"] > 0 and sorted(path.name for path in tmp_path.iterdir()) == ["own.gguf"]
+
+
 REFUSED = {
     "no model": (("--size-budget-mb", "1"), "--size-budget-mb without --model and --text"),
     "no budget": (("--model", "x"), "--model without --size-budget-mb and --text"),
+    "two budgets": (("--size-budget-mb", "1", "--bits-per-weight", "4"), "one budget in two units"),
+    "bits alone": (("--bits-per-weight", "4"), "--bits-per-weight without --model and --text"),
     "nothing": ((), "no type"),
     "single tensors alone": (("--tensor-type", "attn_v=q8_0"), "without a TYPE"),
 }
@@ -86,12 +110,32 @@ def test_what_lacks_is_named(case: str, folder: Path, tmp_path: Path) -> None:
     [
         ("other", BUDGET_MB, "has other rows than in the model folder"),
         ("adapter", BUDGET_MB, "is a LoRA adapter"),
-        ("base", 0.02, "the smallest file possible"),
+        ("base", 0.02, "the smallest file of the types tried"),
     ],
 )
 def test_what_cannot_be_is_refused(model: str, megabytes: float, words: str, folder: Path, tmp_path: Path) -> None:
     command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *options(folder, model, megabytes))
     refused(workbook(*command), words, tmp_path)
+
+
+def test_a_budget_that_is_no_size(folder: Path, tmp_path: Path) -> None:
+    arguments = options(folder, "base", "inf")
+    made = workbook("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), *arguments)
+    assert made.returncode == 2 and "--size-budget-mb" in made.stderr and "Traceback" not in made.stderr, made.stderr
+    for nothing in ((float("nan"), 0.0), (float("inf"), 0.0), (0.0, 0.0), (0.0, float("nan")), (0.0, 33.0)):
+        with pytest.raises(InputError, match="a size budget of"):
+            budget_bytes(folder / "m-F32.gguf", *nothing)
+
+
+def test_a_missing_text_is_named_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"no file {tmp_path / 'nofile.txt'}"):
+        read_text(Path("nofile.txt"))
+
+
+def test_another_suffix_is_no_folder(folder: Path, tmp_path: Path) -> None:
+    command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "out.bin"), "Q8_0")
+    refused(workbook(*command), "a name that ends with .gguf, or a folder", tmp_path)
 
 
 def refused(answer, words: str, folder: Path) -> None:

@@ -83,7 +83,10 @@ def test_speed_and_memory_are_measured(compared: tuple[dict, Path]) -> None:
         for kind in ("prompt", "generation"):
             low, high = e[f"{kind}_tokens_per_second_range"]
             assert 0 < low <= e[f"{kind}_tokens_per_second"] <= high
-        assert e["load_seconds"] > 0 and 20 < e["peak_memory_mib"] < 1000
+            assert e[f"{kind}_runs"] >= 5
+        low, high = e["load_seconds_range"]
+        assert 0 < low <= e["load_seconds"] <= high and 3 <= e["load_runs"] <= 5
+        assert 20 < e["peak_memory_mib"] < 1000
 
 
 def test_scores_are_those_of_the_one_scorer(compared: tuple[dict, Path], ladder: Ladder) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +86,11 @@ def test_the_zip_is_the_same_whenever_it_is_made(made: PackageResult, runs: Call
     before = made.archive.read_bytes()
     for path in made.product.path.iterdir():
         path.touch()
+    foreign = made.product.path / "devices" / "phone.json"  # as an older `serve --phone` left it there
+    foreign.parent.mkdir()
+    foreign.write_text("user agents", encoding="utf-8")
     again = package(runs("t"), "Q8_0", output=made.archive.parent)
+    shutil.rmtree(foreign.parent)
     assert not again.product.made and "nothing to do" in again.product.message
     assert again.archive.read_bytes() == before
     with zipfile.ZipFile(made.archive) as archive:
@@ -136,18 +144,83 @@ def test_damage_is_found(what: str, made: PackageResult, bare_python: Path, tmp_
         assert f"FAILED: {'Modelfile is missing' if what == 'missing' else f'{name} is damaged'}" in answer.stdout
 
 
+@pytest.mark.parametrize("sums", [None, "", "\n", "\xff"])
+def test_without_sums_nothing_is_trusted(sums: str | None, tmp_path: Path, bare_python: Path) -> None:
+    """And without model_info.json the examples end with a sentence."""
+    for name in ("test_model.py", "usage_examples.py"):
+        shutil.copy(Path(__file__).parents[2] / "lib" / "packaging" / "scripts" / name, tmp_path / name)
+    if sums is not None:
+        (tmp_path / "SHA256SUMS").write_text(sums, encoding="latin-1")
+    tested = python_in(bare_python, tmp_path, "test_model.py")
+    assert tested.returncode == 1 and tested.stderr == "" and "FAILED: SHA256SUMS" in tested.stdout
+    shown = python_in(bare_python, tmp_path, "usage_examples.py")
+    assert shown.returncode == 1 and shown.stderr.startswith("model_info.json cannot be read")
+
+
+def test_a_terminal_of_another_encoding(made: PackageResult) -> None:
+    """cp1252 has neither the arrow nor Chinese."""
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-B", "test_model.py"]
+    tested = subprocess.run(command, cwd=made.product.path, env=environment, capture_output=True, timeout=300)
+    assert tested.returncode == 0 and b"5 of 5 prompts" in tested.stdout, tested.stderr
+
+
 def test_the_guide_computes_its_numbers(made: PackageResult) -> None:
     text = (made.product.path / "deployment_guide.md").read_text(encoding="utf-8")
     entry, per_token = made.report["evaluation"]["file"], made.report["bytes_read_per_token"]
     assert f"{entry['generation_tokens_per_second']:.0f} tokens/s" in text
     assert 0 < per_token < entry["bytes"]  # the header is not read for every token
     assert f"| LPDDR5-6400 | 51.2 GB/s | {51.2e9 / per_token:,.0f} tokens/s |" in text
-    assert "{" not in text.replace("{text}", "")
+    outside = re.sub(r"^  -d '.*'$", "", text, flags=re.M)
+    assert "{" not in outside.replace("{text}", "")
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every command in the guide, as a shell reads them."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [shlex.split(line, comments=True) for b in blocks for line in b.replace("\\\n", " ").splitlines() if line]
+
+
+def test_the_guide_sends_the_trained_prompt(made: PackageResult) -> None:
+    info = read_json(made.product.path / "model_info.json")
+    text = (made.product.path / "deployment_guide.md").read_text(encoding="utf-8")
+    commands = commands_of(text)
+    chats = [words for words in commands if words and words[0].endswith("llama-cli")]
+    assert len(chats) == 3 and all(words[words.index("-sys") + 1] == info["system"] for words in chats)
+    turn = info["user"].replace("{text}", info["checks"][0]["text"])
+    asked = [words[words.index("-p") + 1] for words in chats if "-p" in words]
+    assert asked == [turn]
+    (request,) = [json.loads(words[words.index("-d") + 1]) for words in commands if words and words[0] == "curl"]
+    assert [message["content"] for message in request["messages"]] == [info["system"], turn]
+    assert "No phone measurement is part of this package" in text
 
 
 def test_a_type_that_was_not_compared_is_refused(runs: Callable[[str], Run]) -> None:
     with pytest.raises(InputError, match=r"Q4_K_M.*F16, Q8_0"):
         package(runs("t"), "Q4_K_M")
+
+
+def test_where_the_zip_cannot_go(made: PackageResult, runs: Callable[[str], Run], tmp_path: Path) -> None:
+    for inside in (made.product.path, made.product.path / "zips", runs("t").folder / "data"):
+        with pytest.raises(InputError, match="is inside run 't'"):
+            package(runs("t"), "Q8_0", output=inside)
+    assert not (made.product.path / "zips").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file is a file\. Expected: a folder"):
+        package(runs("t"), "Q8_0", output=tmp_path / "file")
+
+
+def test_results_are_never_kept_in_what_is_served(
+    made: PackageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lib.cli.shipping import serve as command
+
+    kept: list[Path] = []
+    monkeypatch.setattr("lib.serving.phone.serve_phone", lambda package, devices, *_: kept.append(devices))
+    command(made.product.path, phone=True)
+    shutil.copytree(made.product.path, tmp_path / "model")
+    command(tmp_path / "model", phone=True)
+    assert kept == [made.product.path.parent / "devices", tmp_path / "model-devices"]
 
 
 def test_a_failing_check_publishes_nothing(runs: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from lib.packaging.linking import read_formats
 from lib.packaging.modelfile import go_template, modelfile
 from lib.packaging.naming import gguf_name, size_label
 from lib.packaging.turns import read_turns
-from lib.packaging.zipping import write_zip
+from lib.packaging.zipping import check_target, write_zip
+from lib.run.files import write_json
 from tests import tiny_run
 
 TOKEN = re.compile(r"\{\{(.*?)\}\}", re.S)
@@ -147,7 +148,9 @@ def test_modelfile(tokenizer: Any) -> None:
     ("base", "run", "expected"),
     [
         ("Qwen/Qwen2.5-0.5B-Instruct", "hotel", "Qwen2.5-0.5B-Instruct-hotel-v1.0-Q4_K_M.gguf"),
-        ("modelscope:Qwen/Qwen3-0.6B", "a_b.c", "Qwen3-0.6B-a-b-c-v1.0-Q4_K_M.gguf"),
+        ("modelscope:Qwen/Qwen3-0.6B@v1.0.0", "a-b", "Qwen3-0.6B-a-b-v1.0-Q4_K_M.gguf"),
+        ("Qwen/Qwen3-0.6B@refs/pr/1", "a-b", "Qwen3-0.6B-a-b-v1.0-Q4_K_M.gguf"),
+        ("/home/a@b/my model", "r", "my-model-2.0M-r-v1.0-Q4_K_M.gguf"),
         ("X-D-Lab/MindChat-Qwen2-0_5B", "r", "MindChat-Qwen2-0.5B-r-v1.0-Q4_K_M.gguf"),
         ("offline", "quick", "Offline-base-2.0M-quick-v1.0-Q4_K_M.gguf"),
         ("models/my model/", "r", "my-model-2.0M-r-v1.0-Q4_K_M.gguf"),
@@ -155,6 +158,26 @@ def test_modelfile(tokenizer: Any) -> None:
 )
 def test_names(base: str, run: str, expected: str) -> None:
     assert gguf_name(base, "2.0M", run, "Q4_K_M") == expected
+
+
+def test_different_runs_get_different_names() -> None:
+    names = [gguf_name("Qwen/Qwen3-0.6B", "", run, "Q8_0") for run in ("情感甲", "情感乙", "a.b", "a-b", "a_b")]
+    assert len({*names}) == 5 and names[3] == "Qwen3-0.6B-a-b-v1.0-Q8_0.gguf"
+    assert all(re.fullmatch(r"Qwen3-0\.6B(-[A-Za-z0-9]+)+-v1\.0-Q8_0\.gguf", name) for name in names)
+
+
+def test_the_zip_of_another_run_stays(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_json(tmp_path / "in" / "report.json", {"run": "a"})
+    target = tmp_path / "x.zip"
+    check_target(target, "x", "report.json", "b")
+    write_zip(tmp_path / "in", ["report.json"], target, "x")
+    check_target(target, "x", "report.json", "a")
+    with pytest.raises(InputError, match="package of run 'a'"):
+        check_target(target, "x", "report.json", "b")
+    target.write_bytes(b"my own")
+    with pytest.raises(InputError, match="no package of the workbook"):
+        check_target(target, "x", "report.json", "b")
 
 
 def test_sizes() -> None:
@@ -195,14 +218,17 @@ def test_large_files_in_the_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """With the limit of plain zips lowered: what is larger is packed and read (ZIP64); a failure leaves nothing."""
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "sub" / "large").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "in" / "foreign").touch()
+    names = ["sub/large"]
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
-    with zipfile.ZipFile(write_zip(tmp_path / "in", tmp_path / "out" / "x.zip", "root")) as archive:
+    with zipfile.ZipFile(write_zip(tmp_path / "in", names, tmp_path / "out" / "x.zip", "root")) as archive:
+        assert archive.namelist() == ["root/sub/large"]
         assert archive.read("root/sub/large") == bytes(range(256)) * 40
     raw = (tmp_path / "out" / "x.zip").read_bytes()
     assert raw[18:26] == b"\xff" * 8  # sizes stand in the ZIP64 field
     monkeypatch.setattr("lib.packaging.zipping.shutil.copyfileobj", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_zip(tmp_path / "in", tmp_path / "out" / "y.zip", "root")
+        write_zip(tmp_path / "in", names, tmp_path / "out" / "y.zip", "root")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.zip"]
 
 

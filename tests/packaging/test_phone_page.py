@@ -77,7 +77,7 @@ def test_labels(runs: Callable[[str], Run], served: Callable, tmp_path: Path) ->
     assert len(result["load"]["seconds"]) == 3 and len(result["generation"]["tokens_per_second"]) == 5
     margin = stored[0]["labels"][1] - stored[0]["labels"][0]
     assert seen["shares"][1] == pytest.approx(100 / (1 + 2.718281828**-margin), abs=100 * GAP_NATS / 4)
-    (saved,) = (tmp_path / "package" / "devices").iterdir()  # posted back, and checked on arrival
+    (saved,) = (tmp_path / "package-devices").iterdir()  # posted back, and checked on arrival
     assert read_json(saved)["rows"] == result["rows"] and "Sent" in seen["sent"]
     assert seen["offline"]["shares"] == seen["shares"] and seen["wide"] is False
 

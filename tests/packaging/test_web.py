@@ -15,9 +15,10 @@ from lib.cli.shipping import package as command
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.packaging import package
+from lib.packaging.rows import Rows, find_rows, fitting, read_rows
 from lib.packaging.splitting import split_gguf
 from lib.packaging.stage import PackageResult
-from lib.packaging.web import _FILES, _require_whole_characters, _rows, request_web
+from lib.packaging.web import _FILES, _require_whole_characters, request_web
 from lib.run import Run
 from lib.run.files import read_json, write_jsonl
 from tests.comparison.conftest import Ladder
@@ -38,7 +39,7 @@ def made(runs: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -
     project = tmp_path_factory.mktemp("project")
     make_library(project)
     rows = project / "rows.txt"
-    rows.write_text("房间很干净\n\n服务不好\n", encoding="utf-8")
+    rows.write_text(f"房间很干净\n\n{'好' * 9000}\n服务不好\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib.packaging.web.PROJECT", project)
         return package(runs("t"), "Q8_0", output=project / "zip", n_threads=1, web=True, rows=rows)
@@ -66,7 +67,8 @@ def test_the_rows_are_the_named_ones_with_this_machines_answers(made: PackageRes
     assert [row["text"] for row in rows["rows"]] == ["房间很干净", "服务不好"]
     assert all(len(row["labels"]) == 2 and max(row["labels"]) < 0 for row in rows["rows"])
     card = (made.product.path / "README.md").read_text(encoding="utf-8")
-    assert "web/rows.json holds rows of rows.txt, which the user named" in card and "holds no row" not in card
+    assert "web/rows.json holds rows of rows.txt, which the user named (1 of 3 left out" in card
+    assert "holds no row" not in card and made.report["page_rows"] == rows["source"]
 
 
 def test_the_guide_names_the_page(made: PackageResult) -> None:
@@ -85,7 +87,7 @@ def test_refusals(runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError, match="make wllama"):
         request_web(runs("t"), None)
     make_library(tmp_path)
-    assert request_web(runs("t"), None).rows == ()  # rows of unknown licence are not passed on
+    assert request_web(runs("t"), None).rows.texts == ()  # rows of unknown licence are not passed on
     with pytest.raises(InputError, match="no file"):
         request_web(runs("t"), tmp_path / "absent.txt")
     (tmp_path / "rows.jsonl").write_text('{"label": 1}\n', encoding="utf-8")
@@ -100,8 +102,44 @@ def test_rows_of_the_sample_corpus(tmp_path: Path) -> None:
     """Fifty of them, none that is known from training."""
     write_jsonl(tmp_path / "test.jsonl", [{"text": f"房间{i}", "leaked": i % 2 == 0} for i in range(120)])
     data = SimpleNamespace(path=tmp_path, entry=SimpleNamespace(facts={"sample_data": True}))
-    texts, source = _rows(SimpleNamespace(require=lambda name: data), None)
-    assert texts == [f"房间{i}" for i in range(1, 100, 2)] and "sample corpus" in source
+    rows = find_rows(SimpleNamespace(require=lambda name: data), None)
+    assert rows.texts == tuple(f"房间{i}" for i in range(1, 100, 2)) and "sample corpus" in rows.source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n[1, 2]\n', "line 3 holds no text"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1 holds no text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1 holds half of a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.JSONL", b'{"text": 1' + b"0" * 5000 + b"}", "line 1 is not JSON"),
+        ("a.txt", "好\n房间很干净\n".encode("gb18030"), r"not UTF-8: line 1 \(it would be readable as GB18030"),
+        ("a.txt", b"good\n\xff bad", r"not UTF-8: line 2\."),
+        ("a.txt", b"\n \r\n", "holds no text"),
+    ],
+)
+def test_rows_that_cannot_be_read(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}.*{words}"):
+        read_rows(tmp_path / name)
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(f"房间\u2028{i}" for i in range(60)).encode())
+    rows = read_rows(path)
+    assert rows.texts[0] == "房间\u20280" and len(rows.texts) == 50 and "(the first 50 of 60)" in rows.source
+    assert rows.places[49] == f"{path}, line 50"
+
+
+def test_rows_longer_than_the_context_are_counted_or_refused() -> None:
+    rows = Rows(("a", "b", "c"), "rows of x", ("x, line 1", "x, line 3", "x, line 4"))
+    assert fitting(rows, [10, 99, 100], 100) == ([0, 1], "rows of x (1 of 3 left out, longer than the context)")
+    assert fitting(rows, [1, 2, 3], 100) == ([0, 1, 2], "rows of x")
+    with pytest.raises(InputError, match="x, line 1 has 100 tokens"):
+        fitting(rows, [100, 200, 300], 100)
 
 
 def test_a_split_file_is_the_same_model(ladder: Ladder, tmp_path: Path) -> None:

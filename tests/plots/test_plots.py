@@ -18,6 +18,8 @@ HISTORY = [
     {"step": 3, "loss": 0.5, "learning_rate": 1e-4, "eval_loss": 1.2},
 ]
 ENTRY = {"type": "Q8_0", "bytes": 3_000_000, "kld_mean": 1e-3, "kld_low": 8e-4, "kld_high": 1.2e-3}
+ENTRY |= {"bits_per_weight": 8.5, "peak_memory_mib": 50.0, "generation_tokens_per_second": 90.0}
+ENTRY |= {"generation_tokens_per_second_range": [80.0, 95.0]}
 ENTRY |= {"accuracy": 0.9, "accuracy_interval": [0.85, 0.93], "n": 400}
 REFERENCE = {**ENTRY, "type": "F16", "kld_mean": 0.0, "kld_low": 0.0, "kld_high": 0.0}
 FOLDER = {**ENTRY, "type": "nf4", "kind": "folder"}
@@ -95,6 +97,17 @@ def test_tokens_mark_exactly_the_loss() -> None:
 def test_triangles_are_explained_only_where_there_are_some() -> None:
     assert "triangles" in FIGURES["size_quality with folders"]().data
     assert "triangles" not in FIGURES["size_quality"]().data
+
+
+def test_quality_stands_by_size_and_by_bits_with_speed_and_memory() -> None:
+    """Four panels, each with words of its own for readers who do not see it."""
+    page = FIGURES["size_quality with folders"]().data
+    described = re.findall(r'alt="([^"]+)"', page)
+    assert len(described) == page.count("<figcaption>") == 4
+    assert described[0].startswith("KL divergence by file size") and "Q8_0 3.00, KL 0.001" in described[0]
+    assert described[1].startswith("KL divergence by bits per weight") and "Q8_0 8.50, KL 0.001" in described[1]
+    assert "Q8_0 3.00 MB, accuracy 0.900" in described[2]
+    assert "Q8_0 90 tokens a second, 50 MiB" in described[3]
 
 
 def test_formats_that_were_skipped_are_named_with_the_reason() -> None:

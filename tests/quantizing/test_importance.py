@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,12 +18,24 @@ from lib.errors import InputError
 from lib.gguf_export.converting import convert
 from lib.models.tasks import read_task
 from lib.plots import importance as importance_page
-from lib.quantizing import EffectResult, calibration, collecting, effect, imatrix, measure, quantize
-from lib.quantizing.effect import judge
-from lib.run import Run
-from lib.run.files import read_jsonl, sha256_json
+from lib.quantizing import (
+    EffectResult,
+    Options,
+    calibration,
+    collecting,
+    effect,
+    imatrix,
+    importance,
+    measure,
+    quantize,
+    quantize_file,
+    stage,
+)
+from lib.quantizing.effect import compared_types, judge, measure_effect, retyped
+from lib.run import Run, Work
+from lib.run.files import read_jsonl, sha256_json, write_json
 from lib.settings import Settings
-from tests import tiny_run
+from tests import tiny_gguf, tiny_run
 
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 LAYERS = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
@@ -155,6 +168,26 @@ def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
     assert measure(settings(imatrix="none"), run) is None and measure(settings(imatrix=""), run) is None
 
 
+def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`measure` again; the steps that use the matrix take what it has made."""
+    made: list[str] = []
+
+    def build(settings: Settings, run: Run, work: Work) -> None:
+        made.append("once more")
+        collecting.write(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
+        write_json(work.folder / "imatrix.json", {})
+
+    monkeypatch.setattr(importance, "_build", build)
+    forced = settings(force=True)
+    for _ in range(2):
+        measure(forced, run)
+    assert len(made) == 2
+    assert stage._options(forced, run).imatrix == run.folder / "imatrix" / "imatrix.gguf"
+    assert len(made) == 2
+    measure(settings(), run)
+    assert len(made) == 2
+
+
 def test_iq_types_need_one() -> None:
     assert Settings(ladder=["IQ2_XS"], imatrix="auto").imatrix == "auto"
     for nothing in ("", "none"):
@@ -174,8 +207,6 @@ def test_an_unknown_architecture_is_refused() -> None:
 
 def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None:
     """The pairs differ in the matrix alone, and the numbers are those of `workbook perplexity`'s scorer."""
-    from lib.quantizing import quantize_file
-
     wanted = settings(ladder=["Q8_0", "Q4_K_M", "Q4_0"], perplexity_tokens=512)
     result = quantize(wanted, run)
     found = effect(wanted, run, result).content
@@ -196,7 +227,43 @@ def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None
         "Q4_0" in shown.data
         and "Q4_0 with the matrix is" in importance_page.effect_reading(EffectResult(result.product, found)).data
     )
+    assert found["left_out"] == [] and [entry["retyped"] for entry in found["types"]] == [[], []]
+    assert "all tensors of equal types" in importance_page.effect_reading(EffectResult(result.product, found)).data
     assert "0 of 32, by hash" in importance_page.card(measure(wanted, run)).data
+
+
+def test_types_that_need_the_matrix_are_left_out_and_said(run: Run) -> None:
+    wide = tiny_gguf.write(run.folder / "wide-F16.gguf")
+    common = {"imatrix": "imatrix.gguf", "mix": None}
+    reports = tuple(SimpleNamespace(type=name, bytes=n, **common) for n, name in enumerate(("Q4_0", "Q4_K_M")))
+    options = Options(run.folder / "imatrix.gguf", ("attn_v=iq3_xxs",))
+    assert compared_types(reports, wide, options) == ([], ["Q4_0", "Q4_K_M"])
+    free = compared_types(reports, wide, Options(run.folder / "imatrix.gguf", ("attn_v=q8_0",)))
+    assert free == ([*reversed(reports)], [])
+    run.produce("quantized", lambda work: write_json(work.folder / "quantized.json", {}), {})
+    found = measure_effect(settings(), options, run, wide, reports)
+    assert found.content == {"types": [], "left_out": ["Q4_0", "Q4_K_M"]}
+    assert "Q4_0, Q4_K_M cannot be made without a matrix" in importance_page.effect_table(found).data
+    assert "does not say" in importance_page.effect_reading(found).data
+
+
+def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
+    """With a matrix llama.cpp gives some tensors of Q4_0 a larger type, where there are enough layers."""
+    source = tiny_gguf.write(tmp_path / "a-F16.gguf", layers=8)
+    names = tiny_gguf.tensors(256, 8, 1, 259, 512, 128)
+    values = {n: np.ones(v.shape[1]) for n, v in names.items() if n.startswith("blk.") and v.ndim == 2}
+    collecting.write(tmp_path / "a.imatrix", values, 64, "text", 64)
+    one, other = (
+        quantize_file(source, tmp_path / f"{name}.gguf", "Q4_0", Options(matrix))
+        for name, matrix in (("with", tmp_path / "a.imatrix"), ("without", None))
+    )
+    found = retyped(tmp_path / "with.gguf", tmp_path / "without.gguf")
+    assert found == [{"tensor": "blk.0.ffn_down.weight", "with": "q4_1", "without": "q4_0"}]
+    entry = {"type": "Q4_0", "bytes": one.bytes, "bytes_without": other.bytes, "retyped": found, "verdict": "better"}
+    entry |= {"difference": -0.1, "kld_without": 1.0}
+    reading = importance_page.effect_reading(SimpleNamespace(content={"types": [entry], "left_out": ["Q2_K"]})).data
+    assert f"1 tensor q4_1 instead of q4_0 (blk.0.ffn_down), {one.bytes - other.bytes:+,} bytes" in reading
+    assert "Q2_K cannot be made without a matrix" in reading
 
 
 def kl_between(reference: Path, other: Path, windows: list[list[int]]) -> Any:

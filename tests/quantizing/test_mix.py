@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from lib.gguf_export.converting import convert
 from lib.plots import mix_rows
 from lib.quantizing import Mix, errors, mix, plan, predictions, quantize
 from lib.quantizing.budget import Choice, solve
+from lib.quantizing.mixing import choose_types
 from lib.run import Run
 from lib.run.files import read_json, read_jsonl, sha256_file
 from lib.settings import Settings
-from tests import tiny_run
+from tests import tiny_gguf, tiny_run
 
 native_only = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
@@ -45,7 +47,7 @@ def test_the_solver_is_exact(tensors: list[list[Choice]], budget: int, fixed: in
     fits = [c for c in itertools.product(*tensors) if fixed + sum(t.bytes for t in c) <= budget]
     if not fits:
         least = fixed + sum(min(c.bytes for c in tensor) for tensor in tensors)
-        with pytest.raises(InputError, match=f"at least {least:,} bytes, the smallest file possible"):
+        with pytest.raises(InputError, match=f"at least {least:,} bytes, the smallest file of the types tried"):
             solve(tensors, budget, fixed)
         return
     chosen = solve(tensors, budget, fixed)
@@ -197,6 +199,19 @@ def test_an_impossible_budget_is_refused(run: Run) -> None:
 
 
 @native_only
+def test_a_budget_in_bits_per_weight(run: Run) -> None:
+    """As the pages count them; the whole file is what the name and the header say."""
+    made = mix(wanted(size_budget_bpw=5.5), run)
+    budget = made.record["budget_bytes"]
+    assert 5.0 < made.prediction["bits_per_weight"] <= 5.5 and made.prediction["bytes"] <= budget
+    assert made.prediction["type"] == mix_name(budget) and f"{budget}" in dict(made.options.notes).values()
+    weights, header = made.prediction["weights"], made.prediction["header_bytes"]
+    assert 0 < header - (budget - int(5.5 * weights / 8)) < 1000, "the keys that tell of the choice"
+    with pytest.raises(ValueError, match="one budget in two units"):
+        wanted(size_budget_mb=1.0, size_budget_bpw=4.0)
+
+
+@native_only
 def test_a_gguf_of_another_model_is_refused(base: Path, home: Path) -> None:
     other, run = home / "other", make(base)
     tiny_run.make_base(other, tied=False, seed=5)
@@ -240,6 +255,48 @@ def test_information_is_the_mean_squared_gradient_of_drawn_labels(base: Path) ->
         measured = float((plain.exp() * (plain - predicted())).sum(-1).mean())
         weight.copy_(kept)
         assert measured == pytest.approx(0.5 * 0.02**2 * scales[name], rel=0.5), name
+
+
+@native_only
+def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no choice for them; the size is exact all the same. A model of such rows alone is refused."""
+    from lib.quantizing import losses
+
+    odd = tiny_gguf.tensors(256, 1, 1, 259, 100, 128)  # the columns of ffn_down
+    source = tiny_gguf.write(tmp_path / "odd-F32.gguf", layers=1, weights=odd, outtype="f32")
+    matrices = [name for name in odd if odd[name].ndim == 2]
+    for name in matrices:
+        np.save(tmp_path / f"{name}.npy", np.ones_like(odd[name]))
+    asked = {"source": str(source), "folder": str(tmp_path), "imatrix": None, "scales": {}, "n_threads": 1}
+    found = losses.measure(asked)["tensors"]
+    assert {row["tensor"] for row in found} == {name for name in matrices if "ffn_down" not in name}
+    assert [[t["type"] for t in row] for row in losses.sizes(asked)["tensors"]] == [
+        [t["type"] for t in row["types"]] for row in found
+    ]
+    threads, done, loss = [], [], losses._loss
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, n: int) -> None:
+            threads.append(n)
+            super().__init__(1)
+
+    def noted(source: Any, tensor: Any, kind: str, matrix: Any) -> float:
+        done.append(losses._seconds(tensor, kind))
+        return loss(source, tensor, kind, matrix)
+
+    monkeypatch.setattr(losses, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(losses, "_loss", noted)
+    assert losses.measure({**asked, "n_threads": 3})["tensors"] == found and threads == [3]
+    assert done == sorted(done, reverse=True) and done[0] > 2 * done[-1], "the longest first"
+    record = {"tensors": found, "positions": 1, "rows_sha256": ""}
+    made = choose_types(
+        record, source.stat().st_size // 4, source, None, "rows"
+    )  # raises if bytes are not as predicted
+    assert "f16" in {part["type"] for part in made.prediction["histogram"]}
+    none = tiny_gguf.tensors(48, 1, 1, 259, 100, 24)
+    source = tiny_gguf.write(tmp_path / "none-F16.gguf", layers=1, weights=none)
+    with pytest.raises(InputError, match=r"no tensor of none-F16\.gguf has rows that fill blocks"):
+        losses.sizes({"source": str(source), "imatrix": None})
 
 
 def test_llama_rows_stand_as_in_gguf() -> None:

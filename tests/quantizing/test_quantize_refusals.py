@@ -11,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.quantizing import Options, describe_gguf, files, imatrix, predict_sizes, quantize_file, recipes, worker
+from lib.quantizing import (
+    Options,
+    collecting,
+    describe_gguf,
+    files,
+    imatrix,
+    losses,
+    native,
+    predict_sizes,
+    quantize_file,
+    recipes,
+    worker,
+)
 from lib.run.files import sha256_file
 from tests import tiny_gguf
 
@@ -119,6 +131,17 @@ def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> Non
     argument = {"source": str(source), "output": str(tmp_path / "out.gguf"), "type": "Q4_K_M", "n_threads": 1}
     with pytest.raises(InputError, match=r"has 896 values for .*256"):
         worker.quantize({**argument, "options": Options(matrix).to_json()})
+    with pytest.raises(InputError, match=r"has 896 values for .*256"):
+        predict_sizes(source, ["Q4_K_M"], Options(matrix))
+    argument = {"source": str(source), "imatrix": str(matrix), "folder": str(tmp_path), "scales": {}, "n_threads": 1}
+    for work in (losses.sizes, losses.measure):
+        with pytest.raises(InputError, match=r"has 896 values for .*256"):
+            work(argument)
+
+
+def test_importance_beyond_the_rows_is_never_read() -> None:
+    with pytest.raises(ValueError, match="rows of 256 weights"):
+        native.quantize_rows("q4_K", np.ones((2, 256), np.float32), np.ones(128, np.float32))
 
 
 def test_importance_matrix_values(tmp_path: Path) -> None:
@@ -129,6 +152,27 @@ def test_importance_matrix_values(tmp_path: Path) -> None:
     for name, values in new.values.items():
         np.testing.assert_array_equal(values, old.values[name])
     assert (new.dataset, new.chunks) == (old.dataset, old.chunks) == ("calibration.txt", 4)
+
+
+BROKEN = {
+    "negative": ({"a": np.array([1.0, -2.0])}, 777, "a holds negative values"),
+    "zeros": ({"a": np.ones(2), "b": np.zeros(2)}, 777, "b holds nothing but zeros"),
+    "no count": ({"a": np.ones(2)}, float("nan"), "a has counts that are no numbers"),
+    "endless count": ({"a": np.ones(2)}, float("inf"), "a has counts that are no numbers"),
+    "negative count": ({"a": np.ones(2)}, -2, "a has counts that are no numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_importance_matrix_that_no_text_gives(case: str, tmp_path: Path) -> None:
+    sums, count, words = BROKEN[case]
+    path = tmp_path / "a.gguf"
+    collecting.write(path, sums, 777, "text", 1)
+    data, written = path.read_bytes(), np.float32(777).tobytes()
+    assert data.count(written) == len(sums)
+    path.write_bytes(data.replace(written, np.float32(count).tobytes()))
+    with pytest.raises(InputError, match=words):
+        imatrix.read(path)
 
 
 def test_importance_matrix_with_nan(tmp_path: Path) -> None:

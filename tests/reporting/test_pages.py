@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 
 from lib.reporting import index, pages
 from lib.reporting.checks import problems_in
@@ -163,6 +164,53 @@ def test_a_page_shows_the_cells_of_its_task(home: Path, tmp_path: Path) -> None:
         make(run, "data", {"task.json": {}}, facts=facts)
         page = pages.render(path, summarise(run), stages)
         assert shown in page and hidden not in page
+
+
+def test_the_comparison_opens_with_its_answer(home: Path, tmp_path: Path) -> None:
+    """Directly under the title and escaped, two paragraphs as on the overview; other pages have none."""
+    v4 = nbformat.v4
+    run = open_run("full")
+    advice = {"type": "Q4_K_M", "text": f"Ship Q4_K_M: it is <b>smallest</b>.\n\n{HOSTILE} was judged worse."}
+    make(run, "comparison", {"comparison.json": {**COMPARISON, "recommendation": advice}})
+    for name, opens in (("07_compare_quantized", True), ("06_quantize", False)):
+        path = tmp_path / f"{name}.ipynb"
+        cells = [v4.new_markdown_cell("# Title\n\n> What?"), v4.new_markdown_cell("# Another title")]
+        nbformat.write(v4.new_notebook(cells=cells), path)
+        page = pages.render(path, summarise(run), [Stage(name, "Title", "What?", True)])
+        found = re.search(r"</h1>\s*<div class=\"answer\"><p>(.*?)</p><p>(.*?)</p></div>\s*<blockquote>", page, re.S)
+        assert bool(found) is opens and page.count('<div class="answer">') == opens and HOSTILE not in page
+        assert problems_in(page) == []
+    assert found is None
+    page = pages.render(tmp_path / "07_compare_quantized.ipynb", summarise(open_run("nothing")), [])
+    assert '<div class="answer">' not in page
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters", "words"),
+    [
+        ("classification", {"equivalence_margin": 1.5}, ("±δ = 1.5 accuracy points", "exact McNemar", "flips")),
+        ("dialogue", {"perplexity_margin": 2.0}, ("±δ = 2 %", "ratio of perplexities", "answer perplexity")),
+    ],
+)
+def test_the_overview_explains_its_words(task: str, parameters: dict, words: tuple, home: Path, tmp_path: Path) -> None:
+    run = open_run("full")
+    content = {**COMPARISON, "recommendation": {"type": "Q4_K_M", "text": "Ship.", "rule": "The smallest that …"}}
+    make(run, "data", {"task.json": {}}, facts={**FACTS, "task": task})
+    given = {**parameters, "seed": 43}
+    run.produce("comparison", lambda work: write_json(work.folder / "comparison.json", content), given)
+    text = index.write_run_index(tmp_path, summarise(run), []).read_text(encoding="utf-8")
+    assert problems_in(text) == []
+    reading = re.search(r"How to read this</h3>\s*<dl.*?</dl>", text, re.S)[0]
+    common = (
+        "equivalent within δ",
+        "worse, better",
+        "cannot tell (MDE x)",
+        "Holm",
+        "KLD",
+        "seed 43",
+        "The smallest that",
+    )
+    assert all(word in reading for word in (*common, *words))
 
 
 def test_perplexities_stand_where_there_are_no_accuracies(home: Path, tmp_path: Path) -> None:

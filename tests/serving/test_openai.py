@@ -140,13 +140,54 @@ def test_answers_are_not_penalized_for_repeating(client: openai.OpenAI, model: P
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_messages", "both texts"),
         ({"messages": "a"}, "invalid_messages", "must be a list"),
         ({"response_format": {"type": "yaml"}}, "invalid_request", "response_format"),
-        ({"logit_bias": {"x": 1}}, "invalid_request", "'x'"),
+        ({"logit_bias": {"x": 1}}, "invalid_logit_bias", "'x'"),
+        ({"logit_bias": {"99999999": 1}}, "invalid_logit_bias", "token ids from 0 to"),
+        ({"logit_bias": {"-1": 1}}, "invalid_logit_bias", "'-1'"),
+        ({"logit_bias": {"\u0665": 1}}, "invalid_logit_bias", "token ids"),
+        ({"logit_bias": {"1": -1e39}}, "invalid_logit_bias", "from -1000 to 1000"),
+        ({"extra_body": {"logit_bias": {"a": 1e39}, "logit_bias_type": "tokens"}}, "invalid_logit_bias", "1e+39"),
+        ({"extra_body": {"repeat_penalty": 0}}, "invalid_repeat_penalty", "from 0.1 to 10"),
+        ({"extra_body": {"repeat_penalty": "1e39"}}, "invalid_repeat_penalty", "'1e39'"),
     ],
 )
 def test_what_is_refused_names_the_cause(client: openai.OpenAI, asked: dict, code: str, words: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**{**ASKED, **asked})
     assert refused.value.code == code and words in refused.value.message and refused.value.status_code == 400
+
+
+DEADLY = {"type": "string", "pattern": r"^\$"}  # llama-cpp-python makes a grammar of it that llama.cpp cannot read
+TOOL = {"name": "f", "parameters": DEADLY}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"extra_body": {"grammar": "root ::= ((("}},
+        {"response_format": {"type": "json_object", "schema": DEADLY}},
+        {"response_format": {"type": "json_object", "schema": {"type": "string", "pattern": "^[z-a]$"}}},
+        {"response_format": {"type": "json_object"}, "extra_body": {"min_tokens": 5}},
+        {
+            "tools": [{"type": "function", "function": TOOL}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+        {"functions": [TOOL], "function_call": {"name": "f"}},
+    ],
+)
+def test_no_grammar_of_a_client_ends_the_server(client: openai.OpenAI, asked: dict) -> None:
+    """Unread grammars end the process with SIGSEGV, those that leave no token with SIGABRT."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**{**ASKED, **asked})
+    assert refused.value.code == "unsupported_parameter"
+    assert client.models.list().data
+
+
+def test_json_without_a_schema(client: openai.OpenAI) -> None:
+    assert text_of(client, response_format={"type": "json_object"}).startswith("{")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt="a", extra_body={"grammar": "root ::= ((("})
+    tools = [{"type": "function", "function": TOOL}]
+    assert client.chat.completions.create(**ASKED, tools=tools, tool_choice="auto").choices
 
 
 def test_other_refusals(client: openai.OpenAI) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +19,7 @@ import httpx
 import pytest
 
 from lib.errors import InputError
-from lib.run.devices import MOST_BYTES, check_result
+from lib.run.devices import MOST_BYTES, check_result, read_result, save_result
 from lib.run.files import read_json
 from lib.serving.phone import PhoneOptions, _announce, _shown, make_server, serve_phone
 
@@ -82,12 +85,19 @@ def test_the_page_is_isolated_and_typed(phone: SimpleNamespace) -> None:
         "/token/web",
         "/token/%00",
         "/t%C3%B6ken/web/",
+        "/token/" + "a" * 300,
     ],
 )
 def test_nothing_else_is_served(path: str, phone: SimpleNamespace) -> None:
     raw = phone.client.build_request("GET", phone.client.base_url)
     raw.url = raw.url.copy_with(raw_path=path.encode())
     assert phone.client.send(raw).status_code == 404
+
+
+def test_an_address_that_is_none_gets_an_answer(phone: SimpleNamespace) -> None:
+    with socket.create_connection(("127.0.0.1", phone.client.base_url.port), timeout=30) as raw:
+        raw.sendall(b"GET http://[x HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 404")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,11 @@ def test_ranges(asked: str, first: int, last: int, phone: SimpleNamespace) -> No
 
 
 def test_ranges_that_cannot_be(phone: SimpleNamespace) -> None:
-    assert phone.client.get("/token/m.gguf", headers={"Range": "bytes=100-"}).status_code == 416
+    for beyond in ("100-", f"{'9' * 5000}-", f"{'9' * 5000}-{'9' * 5000}"):
+        assert phone.client.get("/token/m.gguf", headers={"Range": f"bytes={beyond}"}).status_code == 416
+    asked = {"Range": f"bytes={'0' * 5000}7-{'9' * 5000}"}
+    assert phone.client.get("/token/m.gguf", headers=asked).content == bytes(range(7, 100))
+    assert phone.client.get("/token/m.gguf", headers={"Range": f"bytes=-{'9' * 5000}"}).content == bytes(range(100))
     assert phone.client.get("/token/m.gguf", headers={"Range": "lines=1-2"}).content == bytes(range(100))
 
 
@@ -123,15 +137,67 @@ def test_a_result_is_saved_once_each(phone: SimpleNamespace) -> None:
         ("load", "seconds", [-1.0]),
         ("load", "seconds", ["1"]),
         ("prompt", "tokens", True),
+        ("prompt", "tokens", None),
+        ("checks", "tokens", None),
+        ("rows", "agree", None),
         ("rows", "n", "5"),
+        ("rows", "n", 2.5),
+        pytest.param("rows", "n", 10**400, id="more-than-a-float"),
+        ("rows", "agree", 1),
+        ("checks", "exact", 6),
+        ("checks", "prompts_as_stored", 6),
+        ("checks", "same_tokens", 10),
+        ("load", "seconds", [None]),
+        ("load", "seconds", [1e10]),
+        ("device", "name", "a\x1b[31mred"),
+        ("device", "name", "a\u202etxt.exe"),
+        ("device", "browser", "a\ud800"),
+        ("device", "user_agent", "a\nb"),
     ],
 )
 def test_other_values_are_refused(section: str, key: str, value: Any, phone: SimpleNamespace) -> None:
     content = copy.deepcopy(RESULT)
     content[section][key] = value
-    answer = phone.client.post("/token/result", json=content)
+    answer = phone.client.post("/token/result", content=json.dumps(content))
     assert answer.status_code == 400 and f"{section}.{key}" in answer.text
     assert not phone.devices.exists()
+
+
+def test_what_a_browser_may_keep_to_itself(phone: SimpleNamespace) -> None:
+    content = copy.deepcopy(RESULT)
+    content["device"] |= {"name": "小米 手机 👩‍🔬", "cores": None, "memory_gb": 0.25}
+    assert phone.client.post("/token/result", json=content).status_code == 201
+
+
+def test_results_that_arrive_together_are_all_kept(tmp_path: Path) -> None:
+    """The same device in the same second, from sixteen threads."""
+    together = threading.Barrier(16)
+
+    def save(number: int) -> Path:
+        together.wait()
+        return save_result(tmp_path, {**RESULT, "run": f"r{number}"})
+
+    with ThreadPoolExecutor(16) as threads:
+        paths = list(threads.map(save, range(16)))
+    assert len(set(paths)) == 16 and sorted(paths) == sorted(tmp_path.iterdir())
+    assert {read_json(path)["run"] for path in paths} == {f"r{number}" for number in range(16)}
+
+
+def test_a_result_that_cannot_be_saved_is_no_silent_loss(phone: SimpleNamespace) -> None:
+    phone.devices.write_text("a file where the folder should be", encoding="utf-8")
+    assert phone.client.post("/token/result", json=RESULT).status_code == 500
+    (line,) = phone.told
+    assert "could not be saved" in line and str(phone.devices) in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"format": 1, "rows": ' + b"9" * 5000 + b"}", b"\xff", json.dumps(RESULT)[:-1].encode()],
+)
+def test_a_damaged_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "phone.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"phone\.json is damaged"):
+        read_result(tmp_path / "phone.json")
 
 
 def test_bodies_that_are_no_result(phone: SimpleNamespace) -> None:

@@ -19,7 +19,8 @@ from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
 from lib.serving import ServeOptions, serve
-from lib.serving.server import NEEDS, is_loopback
+from lib.serving.hosts import is_loopback
+from lib.serving.server import NEEDS, _bound
 from lib.serving.template import control_tokens, make_formatter
 from tests import tiny_gguf
 from tests.conftest import PROJECT
@@ -91,6 +92,19 @@ def test_refused_requests(server: SimpleNamespace) -> None:
     foreign = client.options(CHAT, headers={"origin": "http://example.com", "access-control-request-method": "POST"})
     assert "access-control-allow-origin" not in foreign.headers  # no page of the web may read an answer
     assert post(server).status_code == 200
+
+
+def test_only_loopback_names_are_answered(server: SimpleNamespace) -> None:
+    """A page of the web whose name leads here (DNS rebinding) reads nothing."""
+    for host, status in (("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 421)):
+        assert server.client.get("/v1/models", headers={"host": host}).status_code == status, host
+    refused = server.client.post(CHAT, json={"messages": MESSAGES}, headers={"host": "[evil"})
+    assert error_of(refused, 421)["code"] == "misdirected_request"
+
+
+def test_two_that_start_together_do_not_share_a_port() -> None:
+    with _bound(ServeOptions(port=0)) as first, pytest.raises(InputError, match="--port"):
+        _bound(ServeOptions(port=first.getsockname()[1]))
 
 
 def test_no_text_closes_its_turn(model: Path) -> None:

@@ -15,13 +15,16 @@ HERE = Path(__file__).resolve().parent
 
 
 def damaged_files() -> list[str]:
-    """What is wrong with the files that SHA256SUMS names."""
-    wrong = []
-    for line in (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        wanted, _, name = line.partition("  ")
+    """What is wrong with SHA256SUMS, and with the files that it names."""
+    if not (HERE / "SHA256SUMS").is_file():
+        return ["SHA256SUMS is missing"]
+    lines = (HERE / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
+    named = [line.partition("  ")[::2] for line in lines]
+    wrong = [] if "model_info.json" in [name for _, name in named] else ["SHA256SUMS does not name model_info.json"]
+    for wanted, name in named:
         path = HERE / name
         if not path.is_file():
-            wrong.append(f"{name} is missing")
+            wrong.append(f"{name or 'a file without a name'} is missing")
             continue
         digest = hashlib.sha256()
         with path.open("rb") as stream:
@@ -136,4 +139,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding (cp1252) shows "?", and the checks go on
     sys.exit(main())

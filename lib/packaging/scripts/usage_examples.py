@@ -11,7 +11,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-INFO = json.loads((HERE / "model_info.json").read_text(encoding="utf-8"))
+
+
+def read_info() -> dict:
+    """What the package says of its model."""
+    try:
+        return json.loads((HERE / "model_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"model_info.json cannot be read ({error}). Unpack or download the package again.")
+
+
+INFO = read_info()
 
 
 def messages_for(text: str) -> list[dict]:
@@ -121,4 +131,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding (cp1252) shows "?", and goes on
     sys.exit(main())
