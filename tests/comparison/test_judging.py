@@ -304,6 +304,12 @@ def test_a_reference_that_guesses_decides_nothing() -> None:
     guess = {**F16, "accuracy": 0.52, "accuracy_interval": [0.47, 0.57]}
     answer = recommend([guess, entry("Q8_0", 53, 0.001, "equivalent within 1 point")], 1.0)
     assert answer["type"] is None and answer["reason"] == "reference" and "No recommendation" in answer["text"]
+    copies = {**F16, "accuracy": 0.56, "accuracy_interval": [0.511, 0.608]}  # clear on 400 rows, not on 100
+    sure = [
+        recommend([{**copies, "copies_effect": c}, entry("Q8_0", 53, 0.001, "equivalent within 1 point")], 1.0)
+        for c in (1, 4)
+    ]
+    assert [one["reason"] for one in sure] == ["equivalent", "reference"]
 
 
 @pytest.mark.parametrize(("seen", "n"), [((0, 0), 200), ((4, 2), 400), ((20, 20), 400)])

@@ -52,6 +52,8 @@ def test_copies_of_a_row_weigh_less() -> None:
     chain = [("a", scores(0.0)), ("b", scores(1.0, 3))]
     alone, together = error_ladder(chain, np.arange(100)), error_ladder(chain, np.arange(100) // 10)
     width = [entry[1]["before"]["kld_interval"][1] - entry[1]["before"]["kld"] for entry in (alone, together)]
+    equal = [entry[1]["before"]["agreement_interval"] for entry in (alone, together)]
+    assert equal[1][0] < equal[0][0] < equal[0][1] < equal[1][1], "labels of copies are equal together"
     assert width[0] != width[1] and alone[1]["before"]["kld"] == together[1]["before"]["kld"]
 
 
