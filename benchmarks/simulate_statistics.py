@@ -4,9 +4,9 @@
 
 Comparisons of two models row by row, at 200 to 1,200 rows and 0.5 to 10 % discordant rows (rows on which exactly one of
 the two is right). Independent rows are not simulated: the probability of every possible table is added up, so those
-figures are exact. Rows in groups of near-duplicates, margins, documents and whole comparisons as 07 makes them
-(`simulated_pages`) are simulated, `--runs` × 200 times a setting, seed 1; the standard error of a share of 0.95 is then
-0.7 points at the default, 0.5 with `--runs 10`. The tables are printed.
+figures are exact. Rows in groups of near-duplicates, margins, documents, answers without labels and whole comparisons
+as 07 makes them (`simulated_pages`) are simulated, `--runs` × 200 times a setting, seed 1; the standard error of a
+share of 0.95 is then 0.7 points at the default, 0.5 with `--runs 10`. The tables are printed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lib.progress import track
 from lib.run.files import write_json
 from lib.statistics import Interval
 from lib.statistics.intervals import ADJUSTMENT, tango_statistic
+from lib.statistics.losses import compare_losses
 
 ROWS = (200, 400, 865, 1200)
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -149,6 +150,36 @@ def documents(count: int, uneven: bool, times: int, rng: np.random.Generator) ->
     return {"documents": count, "uneven": uneven, **{name: hits / times for name, hits in found.items()}}
 
 
+LOSSES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "heavy tails": lambda rng, n: rng.standard_t(3, n),
+    "few rows lose much": lambda rng, n: (np.exp(rng.normal(0, 1.2, n)) - np.exp(0.72)) / 2,
+}
+"""Changes of rows' losses around their mean, in percent of perplexity."""
+
+
+def losses(count: int, kind: str, times: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Answers without labels, exactly 1 % lost, the margin: "equivalent" is false; beside it how percentiles cover."""
+    lost, found = np.log(1.01), dict.fromkeys(("equivalent", "inside", "coverage", "percentile"), 0)
+    for i in range(times):
+        tokens, group = rng.integers(10, 90, count), np.arange(count)
+        change = lost + 0.01 * LOSSES[kind](rng, count)
+        reference = rng.uniform(1, 3, count)
+        one = compare_losses(reference, {"q": reference + change}, tokens, group, MARGIN_POINTS)["q"]
+        drawn = statistics.paired_bootstrap(change, group, i, 500, weights=tokens)
+        found["equivalent"] += one.verdict.startswith("equivalent")
+        found["inside"] += one.difference.within(lost)
+        found["coverage"] += one.difference.low <= lost <= one.difference.high
+        found["percentile"] += drawn.low <= lost <= drawn.high
+    return {"groups": count, "losses": kind, **{name: hits / times for name, hits in found.items()}}
+
+
+def unlabelled(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    """Table of answers without labels."""
+    settings = [(count, kind) for count in (3, 5, 10, 20, 40, 200) for kind in LOSSES]
+    return {"losses": [losses(count, kind, times, rng) for count, kind in track(settings, "answers without labels")]}
+
+
 def power(n: int, share: float) -> dict[str, Any]:
     """The minimum detectable effect, exact and by the usual approximation, with the exact power of the latter."""
     usual, true = statistics.mde_paired(n, share), statistics.mde_exact(n, share)
@@ -182,7 +213,7 @@ def dependent(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, 
     }
 
 
-PARTS = {"independent": independent, "dependent": dependent, "pages": pages}
+PARTS = {"independent": independent, "dependent": dependent, "unlabelled": unlabelled, "pages": pages}
 
 
 def markdown(tables: dict[str, list[dict[str, Any]]]) -> str:

@@ -215,11 +215,15 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
     assert [step["name"] for step in result.steps] == [
         "adapter (LoRA), transformers",
         f"merged, transformers ({dtype})",
+        *(["merged, transformers (float32)"] if dtype != "float32" else []),
         "GGUF F16, llama.cpp",
         "weights of Q8_0, transformers (float32)",
         "Q8_0, llama.cpp",
     ]
-    adapter, merged, f16, _, q8 = result.steps
+    adapter, merged, *_, f16, _, q8 = result.steps
+    assert result.steps_note == ""
+    if dtype != "float32":
+        assert result.steps[2]["before"]["moved"] > 10 * f16["before"]["moved"], "16-bit arithmetic, not the runtime"
     part = results["evaluation"].content["parts"]["all"]
     assert {key: adapter[key] for key in part["finetuned"]} == part["finetuned"]
     assert adapter["before"] is None and adapter["n"] == part["n"] and adapter["tokens"] == part["tokens"]

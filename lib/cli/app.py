@@ -195,7 +195,9 @@ def compare(
     data: Data = None,
     run_name: RunName = None,
     max_samples: MaxSamples = 0,
-    equivalence_margin: Annotated[float, typer.Option(help="accuracy points that count as equivalent", min=0.01)] = 1.0,
+    equivalence_margin: Annotated[
+        float, typer.Option(help="accuracy points that count as equivalent", min=0.01, max=50)
+    ] = 1.0,
     perplexity_margin: Annotated[
         float, typer.Option(help="percent of answer perplexity that count as equivalent, without labels", min=0.01)
     ] = 1.0,

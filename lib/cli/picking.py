@@ -20,11 +20,11 @@ def pick(run_name: str, max_mb: float | None, max_loss: float, as_json: bool) ->
     rows = [
         {
             "type": c["type"],
-            "MB": round(c["megabytes"], 2),
-            "loss": round(c["loss"], 3),
-            "95 % interval": [round(limit, 3) for limit in c["interval"]],
+            "MB": round(c["megabytes"], 3),
+            "loss": round(c["loss"], 3) + 0.0,
+            "95 % interval": "–" if None in c["interval"] else [round(limit, 3) + 0.0 for limit in c["interval"]],
             "fits": "yes" if c["fits"] else "no",
-            "evidence": c["evidence"],
+            "evidence": c["evidence"] + (" (worse on leak-free rows)" if c["leak_free"] else ""),
         }
         for c in answer["candidates"]
     ]

@@ -7,15 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.comparison.judging import REFERENCE_VERDICT
-from lib.statistics import in_words, mde_paired, smallest_significant
+from lib.comparison.needed import rows_needed
+from lib.statistics import in_words, wilson
 
 RULE = (
-    "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose accuracy is judged equivalent "
-    "to the reference's within the margin (or better), by exact McNemar with Holm correction over everything compared "
-    "and the interval of the paired difference, on all test rows. Surer margins alone recommend nothing. If there is "
-    "no such file, say so and how many rows would decide it. No recommendation is made from a reference that is not "
-    "clearly better than naming the commonest label: equal accuracy would say nothing."
+    "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose accuracy on all test rows is "
+    "judged equivalent to the reference's: the whole 95 % interval of its own paired difference lies within the "
+    "margin, and the text says whether that survives Holm's correction over all files. Or better: exact McNemar and, "
+    "where rows have near copies, the sign-flip test of whole groups, the larger p, Holm-corrected over everything "
+    "compared and both endpoints, and an interval above zero. A file judged worse on the leak-free rows is not "
+    "recommended, and surer margins alone recommend nothing. If there is no such file, say so and how many rows would "
+    "decide it. No recommendation is made from a reference that is not clearly better than naming the commonest "
+    "label: equal accuracy would say nothing."
 )
+SURVIVES = 0.025
+"""Level of a corrected p of "not equivalent": the verdict's 95 % interval is two one-sided tests at this level."""
 
 
 def frontier(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -32,31 +38,21 @@ def frontier(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return chosen
 
 
-def rows_needed(discordant: int, n: int, margin_points: float, difference: float = 0.0) -> int | None:
-    """Rows with which the interval of the difference would lie inside the margin in 80 % of tests.
-
-    Solves mde_paired(rows, share) = margin - |difference| for the share of rows on which exactly one of the two was
-    right (none seen is taken as one), and asks for enough rows that the fewest significant changes fit into the margin.
-
-    Args:
-        discordant: such rows among the n seen.
-        difference: in accuracy, the one that was seen, a fraction; it is taken as the true one.
-
-    Returns:
-        None when the difference is as large as the margin: more rows would then not show equivalence.
-    """
-    margin, share = margin_points / 100, max(discordant, 1) / n
-    gap = margin - abs(difference)
-    if gap <= 0:
-        return None
-    return math.ceil(max((mde_paired(1, share) / gap) ** 2, smallest_significant() / margin))
+def worse_on(entry: Mapping[str, Any]) -> str | None:
+    """The rows on which a file is judged worse: "all", "leak-free", or None."""
+    if entry["verdict"] == "worse":
+        return "all"
+    return "leak-free" if (entry.get("leak_free") or {}).get("verdict") == "worse" else None
 
 
-def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dict[str, Any]:
+def recommend(
+    entries: Sequence[Mapping[str, Any]], margin_points: float, compared: int | None = None
+) -> dict[str, Any]:
     """The recommendation.
 
     Args:
         entries: one a GGUF file as in comparison.json, the reference (verdict "reference") among them.
+        compared: files and folders that were compared with the reference; None = those of `entries`.
 
     Returns:
         "rule", "type" (None when the evidence does not suffice), "reason" ("equivalent" | "better" | "insufficient" |
@@ -70,16 +66,38 @@ def recommend(entries: Sequence[Mapping[str, Any]], margin_points: float) -> dic
         alone = f"No recommendation: no GGUF file was compared with {reference['type']}."
         return _answer(None, "insufficient", None, {}, [alone])
     steps = next_higher(files, reference)
-    if reference["accuracy_interval"][0] <= reference["majority_share"]:
+    if not _learned(reference):
         return _answer(None, "reference", None, steps, _unlearned(reference))
-    good = [e for e in files if e["verdict"].startswith(("equivalent", "better")) and e["endpoint"] == "accuracy"]
+    kept = [e for e in files if not worse_on(e)]
+    good = [e for e in kept if e["verdict"].startswith(("equivalent", "better")) and e["endpoint"] == "accuracy"]
     if good:
         chosen = good[0]
-        sentences = _chosen(chosen, reference) + _smaller(chosen, files, margin_points)
+        sentences = _chosen(chosen, reference)
+        sentences += corrected(chosen, compared or len(files)) + _smaller(chosen, files, margin_points)
         return _answer(chosen["type"], chosen["verdict"].split()[0], None, steps, sentences, _advice(steps, files))
     needed = _needed(files, margin_points)
     sentences = _undecided(files, reference, margin_points, needed)
     return _answer(None, "insufficient", needed, steps, sentences, _advice(steps, files))
+
+
+def _learned(reference: Mapping[str, Any]) -> bool:
+    """Whether it is clearly better than the commonest label, near copies among the rows counted once."""
+    effect = reference["copies_effect"]
+    low = wilson(reference["accuracy"] * reference["n"] / effect, reference["n"] / effect).low
+    return bool(low > reference["majority_share"])
+
+
+def corrected(entry: Mapping[str, Any], compared: int) -> list[str]:
+    """Whether an equivalence outlasts that several files were tried and the smallest one taken."""
+    if not entry["verdict"].startswith("equivalent") or compared < 2:
+        return []
+    p = f"Holm-adjusted p = {entry['equivalence_p_holm']:.2g}"
+    if entry["equivalence_p_holm"] < SURVIVES:
+        return [f"That holds after correction for all {compared} files ({p}, below {SURVIVES})."]
+    return [
+        f"That does not survive a correction for {compared} files ({p}, not below {SURVIVES}), of which the smallest "
+        "is taken: confirm it on rows not used here."
+    ]
 
 
 def _answer(
@@ -106,33 +124,26 @@ def paragraphs(*parts: Sequence[str]) -> str:
 
 
 def next_higher(files: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> dict[str, str]:
-    """For each type judged worse the next larger one that is not, or the reference.
+    """For each type judged worse (on all or on the leak-free rows) the next larger one that is not, or the reference.
 
     Args:
         files: by size, the smallest first.
     """
     steps = {}
     for i, entry in enumerate(files):
-        if entry["verdict"] == "worse":
-            larger = (e for e in files[i + 1 :] if e["verdict"] != "worse" and e["bytes"] > entry["bytes"])
+        if worse_on(entry):
+            larger = (e for e in files[i + 1 :] if not worse_on(e) and e["bytes"] > entry["bytes"])
             steps[entry["type"]] = next(larger, reference)["type"]
     return steps
 
 
 def _needed(files: Sequence[Mapping[str, Any]], margin_points: float) -> int | None:
     """Rows that would decide about the file nearest to the reference; None when all are worse."""
-    open_files = [e for e in files if e["verdict"] != "worse"]
+    open_files = [e for e in files if not worse_on(e)]
     if not open_files:
         return None
     nearest = min(open_files, key=lambda e: e["mcnemar_b"] + e["mcnemar_c"])
-    return _decisive(nearest, margin_points)
-
-
-def _decisive(entry: Mapping[str, Any], margin_points: float) -> int | None:
-    """`rows_needed` for an undecided file: more than it was tested on."""
-    changed = entry["mcnemar_b"] + entry["mcnemar_c"]
-    rows = rows_needed(changed, entry["n"], margin_points, entry["accuracy_difference"])
-    return None if rows is None else max(rows, entry["n"] + 1)
+    return rows_needed(nearest, margin_points)
 
 
 def _points(entry: Mapping[str, Any]) -> str:
@@ -148,7 +159,7 @@ def _chosen(entry: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]
     share = entry["bytes"] / reference["bytes"]
     text = [
         f"Recommended: {entry['type']}, {entry['bytes'] / 1e6:.2f} MB, {100 * share:.0f} % of {reference['type']}.",
-        f"It is the smallest file judged {entry['verdict']} on {entry['n']:,} rows: accuracy "
+        f"It is the smallest file judged {in_words(entry)} on {entry['n']:,} rows: accuracy "
         f"{100 * entry['accuracy']:.2f} % against {100 * reference['accuracy']:.2f} %, a difference of "
         f"{_points(entry)}; {_labels(entry['flips'])} changed; mean KL divergence "
         f"{entry['kld_mean']:.2g} nats a token.",
@@ -163,10 +174,10 @@ def _undecided(
     files: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], margin_points: float, needed: int | None
 ) -> list[str]:
     margin = f"{margin_points:g} {'point' if margin_points == 1 else 'points'}"
-    open_files = [e for e in files if e["verdict"] != "worse"]
+    open_files = [e for e in files if not worse_on(e)]
     text = [
         f"The evidence does not suffice to recommend a file: none of {len(files)} is judged equivalent to "
-        f"{reference['type']} within {margin} on {reference['n']:,} rows."
+        f"{reference['type']} within {margin} on {reference['n']:,} rows and not worse on the leak-free ones."
     ]
     if not open_files:
         return [*text, f"All are judged worse: keep {reference['type']}, or try a larger type."]
@@ -195,7 +206,7 @@ def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], marg
     below = [e for e in files if e["bytes"] < chosen["bytes"] and _undecided_accuracy(e)]
     if not below:
         return []
-    needs = {e["type"]: _decisive(e, margin_points) for e in below}
+    needs = {e["type"]: rows_needed(e, margin_points) for e in below}
     listed = ", ".join(
         f"{name} (about {rows:,} rows)" if rows else f"{name} (none: the difference seen is as large as the margin)"
         for name, rows in needs.items()
@@ -205,7 +216,14 @@ def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], marg
 
 def _advice(steps: Mapping[str, str], files: Sequence[Mapping[str, Any]]) -> list[str]:
     worse = {e["type"]: e for e in files if e["type"] in steps}
-    return [f"{name} is worse ({_why(worse[name])}): take the next higher type, {up}." for name, up in steps.items()]
+    lines = []
+    for name, up in steps.items():
+        entry, where = worse[name], ""
+        if worse_on(entry) == "leak-free":
+            entry = entry["leak_free"]
+            where = f" on the {entry['n']:,} leak-free rows"
+        lines.append(f"{name} is worse{where} ({_why(entry)}): take the next higher type, {up}.")
+    return lines
 
 
 def _why(entry: Mapping[str, Any]) -> str:

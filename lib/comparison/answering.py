@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from lib.comparison.advice import next_higher, paragraphs
+from lib.comparison.advice import corrected, next_higher, paragraphs, worse_on
 from lib.comparison.judging import REFERENCE_VERDICT, Rows
 from lib.scoring.answers import AnswerScores
 from lib.statistics.losses import LossComparison, compare_losses
 
 RULE = (
     "Of the GGUF files (which llama.cpp runs on a phone) recommend the smallest whose perplexity of the reference "
-    "answers is judged equivalent to the reference's within the margin (or better): the whole 95 % bootstrap interval "
-    "of the ratio, over groups of alike rows, lies inside it. If there is none, say so. Likely answers are not yet "
-    "good answers: read some before shipping. No recommendation is made from a reference that is not clearly better "
-    "than token frequencies alone."
+    "answers is judged equivalent to the reference's: the whole 95 % interval of its own ratio (Student's, over groups "
+    "of alike rows, at least 20 of them) lies within the margin, and the text says whether that survives Holm's "
+    "correction over all files. Or better: a t-test over groups, Holm-corrected over all files, and an interval below "
+    "one. A file judged worse on the leak-free rows is not recommended. If there is none, say so. Likely answers are "
+    "not yet good answers: read some before shipping. No recommendation is made from a reference that is not clearly "
+    "better than token frequencies alone."
 )
 
 
@@ -30,7 +32,8 @@ def judge_answers(
     Returns:
         for every name, and for "" (the reference itself): n, answer_tokens, answer_loss (nats a token),
         answer_ppl, answer_ppl_interval, answer_ratio (of the perplexities, to the reference), answer_ratio_interval,
-        loss_difference, loss_difference_interval, p, p_holm, mde (nats a token), verdict; and "leak_free": the same on
+        loss_difference, loss_difference_interval, p, p_holm, equivalence_p (two one-sided t-tests within the margin),
+        equivalence_p_holm, groups, mde (nats a token), verdict; and "leak_free": the same on
         those rows, or None.
     """
     result = _judge(reference, others, rows.groups, margin_percent, seed)
@@ -46,7 +49,7 @@ def _judge(
     reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
 ) -> dict[str, dict[str, Any]]:
     losses = {name: scores.row_losses for name, scores in others.items()}
-    tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin, seed)
+    tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin)
     result = {"": {**_own(reference, groups, seed), **_itself()}}
     for name, scores in others.items():
         result[name] = {**_own(scores, groups, seed), **_tested(tests[name])}
@@ -57,6 +60,7 @@ def _own(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
     own = scores.figures(groups)
     return {
         "n": len(scores.ids),
+        "groups": len(np.unique(groups)),
         "answer_tokens": int(scores.tokens.sum()),
         "answer_loss": own["loss"],
         "answer_ppl": own["perplexity"],
@@ -72,6 +76,8 @@ def _tested(test: LossComparison) -> dict[str, Any]:
         "loss_difference_interval": test.difference.to_json(),
         "p": test.p,
         "p_holm": test.p_adjusted,
+        "equivalence_p": test.equivalence_p,
+        "equivalence_p_holm": test.equivalence_p_adjusted,
         "mde": test.mde if math.isfinite(test.mde) else None,
         "verdict": test.verdict,
     }
@@ -79,28 +85,30 @@ def _tested(test: LossComparison) -> dict[str, Any]:
 
 def _itself() -> dict[str, Any]:
     nothing = ("answer_ratio_interval", "loss_difference", "loss_difference_interval", "p", "p_holm", "mde")
+    nothing += ("equivalence_p", "equivalence_p_holm")
     return {"answer_ratio": 1.0, **dict.fromkeys(nothing), "verdict": REFERENCE_VERDICT}
 
 
 def recommend_answers(
-    entries: Sequence[Mapping[str, Any]], margin_percent: float, floor: float | None
+    entries: Sequence[Mapping[str, Any]], margin_percent: float, floor: float | None, compared: int | None = None
 ) -> dict[str, Any]:
     """The recommendation, with the keys of `lib.comparison.advice.recommend`.
 
     Args:
         entries: one a GGUF file as in comparison.json, the reference (verdict "reference") among them.
         floor: answer perplexity of token frequencies alone; None = not known.
+        compared: files and folders that were compared with the reference; None = those of `entries`.
     """
     reference = next(e for e in entries if e["verdict"] == REFERENCE_VERDICT)
     files = sorted((e for e in entries if e is not reference), key=lambda e: e["bytes"])
-    good = [e for e in files if e["verdict"].startswith(("equivalent", "better"))]
+    good = [e for e in files if e["verdict"].startswith(("equivalent", "better")) and not worse_on(e)]
     steps = next_higher(files, reference)
     limits = reference["answer_ppl_interval"]  # None: too few groups to be clear of anything
     unlearned = floor is not None and (limits is None or limits[1] >= floor)
     if unlearned:
         good, text = [], _unlearned(reference, floor)
     elif good:
-        text = _chosen(good[0], reference)
+        text = " ".join([_chosen(good[0], reference), *corrected(good[0], compared or len(files))])
     else:
         text = (
             f"The evidence does not suffice to recommend a file: none of {len(files)} is judged equivalent to "
@@ -109,7 +117,11 @@ def recommend_answers(
         if files:
             near = min(files, key=lambda e: e["kld_mean"])
             text += f" Closest by KL divergence is {near['type']}: {_ratio(near)}."
-    worse = [f"{name} is worse: take the next higher type, {better}." for name, better in steps.items()]
+    leaky = {e["type"] for e in files if worse_on(e) == "leak-free"}
+    worse = [
+        f"{name} is worse{' on the leak-free rows' if name in leaky else ''}: take the next higher type, {better}."
+        for name, better in steps.items()
+    ]
     return {
         "rule": RULE,
         "type": good[0]["type"] if good else None,

@@ -32,6 +32,7 @@ class Work:
         n_ctx: longest sequence.
         notes: sentences about what was changed to make it work.
         spans: without labels (first, behind the last) position of every answer of each prompt.
+        documents: group of near-duplicate rows that each scored token of the windows is from, window after window.
     """
 
     order: list[int]
@@ -43,6 +44,7 @@ class Work:
     n_ctx: int
     notes: list[str]
     spans: list[list[tuple[int, int]]] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
 
 
 def encode_work(
@@ -77,6 +79,23 @@ def _windows(ids: list[int], n_ctx: int, most: int) -> tuple[list[list[int]], li
     return text_windows(ids, window, most), notes
 
 
+def _scored(rows: Sequence[int], groups: Sequence[Any], windows: list[list[int]]) -> list[int]:
+    """Group of the row of every scored token, see `lib.scoring.perplexity.positions`.
+
+    Args:
+        rows: row of each token of the text, by its place in `groups`.
+        groups: of the rows, in the text's order.
+    """
+    numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
+    size = len(windows[0])
+    of_tokens = numbers[np.asarray(rows)[: size * len(windows)]].reshape(len(windows), size)
+    return of_tokens[:, size // 2 + 1 :].ravel().tolist()
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], order: Sequence[int]) -> list[Any]:
+    return [rows[i].get("group", i) for i in order]
+
+
 def _sample(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, Any]:
     return {"text": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
@@ -87,8 +106,12 @@ def _labelled(
     order = _order(rows)
     encoded = [encode(tokenizer, task, row["text"]) for row in rows]
     answers = label_ids(tokenizer, task)
-    texts = [rows[i]["text"] for i in _leak_free_first(rows)]
-    windows, notes = _windows(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"], n_ctx, most)
+    first = _leak_free_first(rows)
+    texts = [rows[i]["text"] for i in first]
+    tokens = tokenizer("\n".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+    windows, notes = _windows(tokens["input_ids"], n_ctx, most)
+    starts = np.cumsum([0, *(len(text) + 1 for text in texts[:-1])])
+    of_tokens = np.searchsorted(starts, [begin for begin, _ in tokens["offset_mapping"]], side="right") - 1
     longest = max(len(e.prompt_ids) for e in encoded) + max(len(a) for a in answers)
     return Work(
         order=order,
@@ -99,6 +122,7 @@ def _labelled(
         sample=_sample(tokenizer, texts[0]),
         n_ctx=max(len(windows[0]), longest),
         notes=notes,
+        documents=_scored(of_tokens, _groups(rows, first), windows),
     )
 
 
@@ -114,6 +138,7 @@ def _conversations(
     encoded = [encode_row(tokenizer, task, row) for row in rows]
     first = _leak_free_first(rows)
     windows, notes = _windows([token for i in first for token in encoded[i].ids], n_ctx, most)
+    of_tokens = np.repeat(np.arange(len(first)), [len(encoded[i].ids) for i in first])
     return Work(
         order=order,
         prompts=[encoded[i].ids for i in order],
@@ -124,6 +149,7 @@ def _conversations(
         n_ctx=max(len(windows[0]), *(len(e.ids) for e in encoded)),
         notes=notes,
         spans=[encoded[i].spans for i in order],
+        documents=_scored(of_tokens, _groups(rows, first), windows),
     )
 
 

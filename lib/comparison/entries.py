@@ -112,13 +112,22 @@ def _text_quality(answer: Mapping[str, Any], reference_ppl: float) -> dict[str, 
         own = answer["perplexity"]
         zero = dict.fromkeys(("kld_mean", "kld_uncertainty", "kld_low", "kld_high", "kld_median"), 0.0)
         text = {"n_tokens": own["n_tokens"], "ppl": own["ppl"], "ppl_uncertainty": own["uncertainty"]}
-        return {**zero, "kld_p99": 0.0, "kld_max": 0.0, "same_top": 1.0, **text, "ppl_ratio": 1.0}
+        return {
+            **zero,
+            "kld_mean_interval": None,
+            "kld_p99": 0.0,
+            "kld_max": 0.0,
+            "same_top": 1.0,
+            **text,
+            "ppl_ratio": 1.0,
+        }
     half = 1.96 * table["uncertainty"]
     return {
         "kld_mean": table["mean"],
         "kld_uncertainty": table["uncertainty"],
         "kld_low": max(table["mean"] - half, 0.0),
         "kld_high": table["mean"] + half,
+        "kld_mean_interval": answer["kld_mean_interval"],
         "kld_median": table["median"],
         "kld_p99": table["p99"],
         "kld_max": table["max"],

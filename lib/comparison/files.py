@@ -13,7 +13,7 @@ from lib.comparison.encoding import Work, encode_work, unigram_perplexity
 from lib.comparison.entries import GGUF, Measured, conditions_of, entries_of, row_scores
 from lib.comparison.judging import Rows
 from lib.comparison.running import forget_scores, run_all, run_one, shared_argument
-from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, step_file
+from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, step_file
 from lib.device import llama_cpp_problem, physical_cores
 from lib.errors import InputError
 from lib.formats import mix_name
@@ -70,8 +70,9 @@ def compare_files(
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
         the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
         "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes",
-        "found_done" (by type: what an interrupted try had done, in words), and with `merged` "steps": its name, and
-        the file whose weights were also computed by transformers (`lib.comparison.steps`).
+        "found_done" (by type: what an interrupted try had done, in words), and with `merged` "steps": its name, its
+        name in float32 where it was scored in that too (else None), and the file whose weights were also computed by
+        transformers (`lib.comparison.steps`).
 
     Raises:
         InputError: a file that is missing, no GGUF, or that llama.cpp refuses or dies of (named); the same file twice;
@@ -102,7 +103,9 @@ def compare_files(
     if in_torch and chosen is not None:
         weights = _dequantized(measured, chosen, merged, shared, output)
         row_scores(rows, work, weights).save(output / DEQUANTIZED_SCORES)
-        result["steps"] = {"merged": in_torch[0], "file": chosen}
+        in_float32, note = _merged_float32(in_torch[0], merged, shared, rows, work, output)
+        result["steps"] = {"merged": in_torch[0], "merged_float32": in_float32, "file": chosen}
+        result["notes"] += note
     write_json(output / SUMMARY, result)
     if forget:
         forget_scores(output)
@@ -126,7 +129,28 @@ def _merged(
     answer = run_one("torch_worker:score_merged", merged, shared, output, "scoring the merged model")
     scores = row_scores(rows, work, answer)
     scores.save(output / MERGED_SCORES)
-    return f"merged, transformers ({answer['dtype']})", scores
+    return merged_name(answer["dtype"]), scores
+
+
+def _merged_float32(
+    name: str, merged: Path, shared: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], work: Work, output: Path
+) -> tuple[str | None, list[str]]:
+    """The merged model in 32-bit arithmetic, if it was scored in another: its name, and a note where it is left out."""
+    from lib.models.saved import affordable_dtype
+
+    if name == merged_name("float32"):
+        return None, []
+    if affordable_dtype(merged) != "float32":
+        words = "the merged model in float32 does not fit into the free memory (4 bytes a weight and a third)"
+        return None, [f"{words}, so the step from 16-bit to 32-bit arithmetic is left out of the error ladder"]
+    answer = run_one("torch_worker:score_merged_float32", merged, shared, output, "scoring the merged model in float32")
+    row_scores(rows, work, answer).save(output / MERGED32_SCORES)
+    return merged_name("float32"), []
+
+
+def merged_name(dtype: str) -> str:
+    """The merged model as a step of the error ladder."""
+    return f"merged, transformers ({dtype})"
 
 
 def _dequantized(
@@ -161,8 +185,16 @@ def _judge(
         "reference": measured.names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": recommend(files, margin) if labelled else recommend_answers(files, margin, floor),
+        "recommendation": _recommend(files, margin, len(entries) - 1, floor, labelled),
     }
+
+
+def _recommend(
+    files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None, labelled: bool
+) -> dict[str, Any]:
+    if labelled:
+        return recommend(files, margin, compared)
+    return recommend_answers(files, margin, floor, compared)
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:

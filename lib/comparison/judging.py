@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lib.scoring import Scores
-from lib.statistics import PairedComparison, compare_all, wilson
+from lib.statistics import PairedComparison, bca_limits, clustered_mean, compare_all, copies_effect, wilson
 
 REFERENCE_VERDICT = "reference"
 _RESAMPLES = 2000
@@ -43,6 +43,13 @@ def right_margins(scores: Scores) -> np.ndarray:
     return scores.log_probs[rows, scores.labels] - others.max(axis=1)
 
 
+def label_divergence(first: Scores, second: Scores) -> np.ndarray:
+    """KL(first ‖ second) of the answer words' probabilities, nats, (n,)."""
+    p, q = first.probabilities, second.probabilities
+    tiny = np.finfo(float).tiny
+    return (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(axis=1).clip(min=0.0)
+
+
 def macro_f1(counts: np.ndarray) -> np.ndarray:
     """Unweighted mean of the classes' F1 from confusion counts (…, true, predicted); an empty class counts as 0."""
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
@@ -52,16 +59,49 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
 
 def f1_interval(scores: Scores, groups: np.ndarray, seed: int) -> tuple[float, list[float]]:
     """Macro-F1 and its 95 % percentile bootstrap interval; whole groups are drawn."""
+    by_group = _cells(scores, groups)
+    values = _macro_f1s(_drawn(by_group, seed), scores)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(_macro_f1s(by_group.sum(axis=0), scores)), [float(low), float(high)]
+
+
+def f1_difference(scores: Scores, reference: Scores, groups: np.ndarray, seed: int) -> tuple[float, list[float] | None]:
+    """Macro-F1 minus the reference's, and its 95 % bootstrap interval (BCa; both drawn together, whole groups).
+
+    Bias-corrected and accelerated: macro-F1 is no mean, and percentiles of its difference lie off centre. None where no
+    draw differs (no changed label), which leaves nothing to see a spread in.
+    """
+
+    def change(counts: np.ndarray) -> np.ndarray:
+        own, before = np.split(counts, 2, axis=-1)
+        return _macro_f1s(own, scores) - _macro_f1s(before, scores)
+
+    by_group = np.concatenate([_cells(scores, groups), _cells(reference, groups)], axis=1)
+    total, values = by_group.sum(axis=0), change(_drawn(by_group, seed))
+    estimate = float(change(total))
+    if np.ptp(values) == 0:
+        return estimate, None
+    return estimate, list(bca_limits(values, estimate, change(total - by_group)))
+
+
+def _cells(scores: Scores, groups: np.ndarray) -> np.ndarray:
+    """Confusion counts of each group, (groups, labels · labels)."""
     n_labels = scores.log_probs.shape[1]
-    cells = scores.labels * n_labels + scores.predictions
     _, group = np.unique(groups, return_inverse=True)
     by_group = np.zeros((group.max() + 1, n_labels * n_labels))
-    np.add.at(by_group, (group, cells), 1)
+    np.add.at(by_group, (group, scores.labels * n_labels + scores.predictions), 1)
+    return by_group
+
+
+def _drawn(by_group: np.ndarray, seed: int) -> np.ndarray:
+    """Summed counts of resampled groups, (resamples, counts)."""
     kinds, times = np.unique(by_group, axis=0, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(by_group), times / len(by_group), size=_RESAMPLES) @ kinds
-    values = macro_f1(draws.reshape(-1, n_labels, n_labels))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(macro_f1(by_group.sum(axis=0).reshape(n_labels, n_labels))), [float(low), float(high)]
+    return np.random.default_rng(seed).multinomial(len(by_group), times / len(by_group), size=_RESAMPLES) @ kinds
+
+
+def _macro_f1s(counts: np.ndarray, scores: Scores) -> np.ndarray:
+    n_labels = scores.log_probs.shape[1]
+    return macro_f1(counts.reshape(*counts.shape[:-1], n_labels, n_labels))
 
 
 def judge(
@@ -75,9 +115,12 @@ def judge(
 
     Returns:
         for every name, and for "" (the reference itself): n, accuracy, accuracy_interval (Wilson), macro_f1,
-        f1_interval (bootstrap by group), flips, flip_share (labels that differ from the reference's), mcnemar_b
-        (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm (over `others` and both endpoints),
-        accuracy_difference, accuracy_difference_interval, equivalence_p (TOST within the margin), design_effect,
+        f1_interval (bootstrap by group), macro_f1_difference, macro_f1_difference_interval (BCa, paired), copies_effect
+        (design effect if near-duplicates were copies), label_kld (mean KL divergence of the answer words from the
+        reference's, nats a row) and label_kld_interval, flips, flip_share (labels that differ from the reference's),
+        mcnemar_b (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm (over `others` and both
+        endpoints), accuracy_difference, accuracy_difference_interval, equivalence_p (TOST within the margin),
+        equivalence_p_holm (over `others`), design_effect,
         margin_change_mean (of the right answer's log-odds, nats), margin_change_interval, margin_p, margin_p_holm,
         margin_mde (nats), mde (fraction), verdict, endpoint ("accuracy" or "margin": which of them decided, None where
         neither did); and "leak_free": the same on those rows, or None.
@@ -105,11 +148,17 @@ def _judge(
     tests = compare_all(reference.correct, correct, groups, margin_points, seed, changes)
     result = {"": {**_own(reference, groups, seed), **_itself()}}
     for name, scores in others.items():
+        kld = clustered_mean(label_divergence(reference, scores), groups).to_json()
+        f1, f1_limits = f1_difference(scores, reference, groups, seed)
         flips = int((scores.predictions != reference.predictions).sum())
         result[name] = {
             **_own(scores, groups, seed),
             "flips": flips,
             "flip_share": flips / len(scores.ids),
+            "label_kld": float(label_divergence(reference, scores).mean()),
+            "label_kld_interval": [None if limit is None else max(0.0, limit) for limit in kld],
+            "macro_f1_difference": f1,
+            "macro_f1_difference_interval": f1_limits,
             **_tested(tests[name]),
         }
     return result
@@ -126,6 +175,7 @@ def _own(scores: Scores, groups: np.ndarray, seed: int) -> dict[str, Any]:
         "macro_f1": f1,
         "f1_interval": interval,
         "near_ties": scores.near_ties,
+        "copies_effect": copies_effect(groups, n),
     }
 
 
@@ -138,12 +188,13 @@ def _tested(test: PairedComparison) -> dict[str, Any]:
         "accuracy_difference": test.difference.estimate,
         "accuracy_difference_interval": test.difference.to_json(),
         "equivalence_p": test.equivalence_p,
+        "equivalence_p_holm": test.equivalence_p_adjusted,
         "design_effect": test.design_effect,
         "margin_change_mean": test.margin.change.estimate,
         "margin_change_interval": test.margin.change.to_json(),
         "margin_p": test.margin.p,
         "margin_p_holm": test.margin.p_adjusted,
-        "margin_mde": test.margin.mde,
+        "margin_mde": test.margin.to_json()["mde"],
         "mde": test.mde,
         "verdict": test.verdict,
         "endpoint": test.endpoint,
@@ -153,6 +204,14 @@ def _tested(test: PairedComparison) -> dict[str, Any]:
 def _itself() -> dict[str, Any]:
     """The reference against itself: nothing to test."""
     nothing = ("mcnemar_b", "mcnemar_c", "mcnemar_p", "mcnemar_p_holm", "accuracy_difference", "endpoint")
-    nothing += ("accuracy_difference_interval", "equivalence_p", "design_effect", "mde")
+    nothing += ("accuracy_difference_interval", "equivalence_p", "equivalence_p_holm", "design_effect", "mde")
+    nothing += ("label_kld_interval", "macro_f1_difference_interval")
     nothing += ("margin_change_mean", "margin_change_interval", "margin_p", "margin_p_holm", "margin_mde")
-    return {"flips": 0, "flip_share": 0.0, **dict.fromkeys(nothing), "verdict": REFERENCE_VERDICT}
+    return {
+        "flips": 0,
+        "flip_share": 0.0,
+        "label_kld": 0.0,
+        "macro_f1_difference": 0.0,
+        **dict.fromkeys(nothing),
+        "verdict": REFERENCE_VERDICT,
+    }

@@ -11,7 +11,7 @@ import numpy as np
 from lib.comparison.files import SUMMARY, compare_files
 from lib.comparison.running import forget_scores
 from lib.comparison.speed import LOADS
-from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED_SCORES, error_ladder
+from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, error_ladder
 from lib.comparison.written import ROWS, WRITTEN, write_answers, written_parameters
 from lib.errors import InputError
 from lib.models.tasks import has_labels, read_task
@@ -21,6 +21,10 @@ from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
 from lib.scoring.journal import found_done
 from lib.settings import Settings
+
+_TUNED = "scores-finetuned.jsonl"
+_RULES = 2
+"""Goes up when entries or verdicts are made otherwise, so that a comparison made before is made again."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class ComparisonResult:
         skipped: {"format", "reason"} of every export format that could not be made here.
         agreement: equal labels by margin for each pair of models (`lib.comparison.agreement`); none without labels.
         steps: the error ladder, adapter to quantized file (`lib.comparison.steps.error_ladder`); empty without a merged
-            model.
+            model. steps_note: why its first step is missing, in words.
         written: without labels what every GGUF file wrote to test rows, measured (`lib.comparison.written`): reference,
             decoding, chrf, terms, same_text, metrics; empty where nothing was written.
         generated: {"id", "question", "reference", "answers"} of those rows.
@@ -57,6 +61,7 @@ class ComparisonResult:
     skipped: tuple[dict[str, str], ...]
     agreement: tuple[dict[str, Any], ...] = ()
     steps: tuple[dict[str, Any], ...] = ()
+    steps_note: str = ""
     written: dict[str, Any] = field(default_factory=dict)
     generated: tuple[dict[str, Any], ...] = ()
     labelled: bool = True
@@ -83,7 +88,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     labelled = has_labels(read_task(run.require("data").path))
     margin = "equivalence_margin" if labelled else "perplexity_margin"
     parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
-    parameters |= {"timed_loads": list(LOADS[:2])}
+    parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
     product = run.produce(
         "comparison",
         build,
@@ -94,6 +99,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     )
     content = read_json(product.path / SUMMARY)
     wrote = (product.path / WRITTEN).is_file()
+    steps, steps_note = _steps(run, product.path, content)
     return ComparisonResult(
         product=product,
         reference=content["reference"],
@@ -105,17 +111,18 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         notes=tuple(content["notes"]),
         skipped=tuple(_exports(run)["skipped"]),
         agreement=tuple(content.get("agreement") or ()),
-        steps=_steps(run, product.path, content),
+        steps=steps,
+        steps_note=steps_note,
         written=read_json(product.path / WRITTEN) if wrote else {},
         generated=tuple(read_jsonl(product.path / ROWS)) if wrote else (),
         labelled=labelled,
     )
 
 
-def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The error ladder from the scores of 03 and of this product; what is not there is left out."""
+def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The error ladder from the scores of 03 and of this product, and why a step of 03 is left out."""
     if "steps" not in content:
-        return ()
+        return (), ""
     name, reference = content["steps"]["file"], content["reference"]
     conditions, data = content["conditions"], run.require("data").path
     load = Scores.load if has_labels(read_task(data)) else AnswerScores.load
@@ -125,15 +132,37 @@ def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[dict[str, A
         (f"weights of {name}, transformers (float32)", load(folder / DEQUANTIZED_SCORES)),
         (f"{name}, llama.cpp", load(folder / f"scores-{name}.jsonl")),
     ]
-    tuned = run.folder / "evaluation" / "scores-finetuned.jsonl"
-    if "evaluation" in run.manifest.entries() and tuned.is_file():
-        facts = run.manifest.entries()["adapter"].facts
-        scores = load(tuned)
+    if in_float32 := content["steps"].get("merged_float32"):
+        steps.insert(1, (in_float32, load(folder / MERGED32_SCORES)))
+    note = _stale(run)
+    if not note:
+        scores = load(run.folder / "evaluation" / _TUNED)
         if scores.ids == steps[0][1].ids:
-            steps.insert(0, (f"adapter ({facts.get('method', 'LoRA')}), transformers", scores))
+            method = run.manifest.entries()["adapter"].facts.get("method", "LoRA")
+            steps.insert(0, (f"adapter ({method}), transformers", scores))
+        else:
+            note = "03 scored other rows, so the adapter is left out."
     rows = {row["id"]: row for row in read_jsonl(data / "test.jsonl")}
     groups = np.array([rows[i].get("group", i) for i in steps[0][1].ids])
-    return tuple(error_ladder(steps, groups, conditions.get("perplexity_margin_percent", 0.0), conditions["seed"]))
+    margin = conditions.get("perplexity_margin_percent", 0.0)
+    return tuple(error_ladder(steps, groups, margin, conditions["seed"])), note
+
+
+def _stale(run: Run) -> str:
+    """Why the scores of 03 are not those of the adapter that was merged; empty where they are."""
+    entries = run.manifest.entries()
+    if "evaluation" not in entries or "adapter" not in entries:
+        return "03 was not run, so the adapter is left out."
+    adapter = entries["adapter"].digest
+    if entries["evaluation"].inputs.get("adapter") != adapter:
+        return "03 was not run again after the training, so the adapter is left out."
+    if "merged" in entries and entries["merged"].inputs.get("adapter") != adapter:
+        return "04 was not run again after the training, so the adapter is left out."
+    try:
+        found = run.require("evaluation").path / _TUNED
+    except InputError as error:
+        return f"The adapter is left out: {error.found}"
+    return "" if found.is_file() else "03 kept no scores of the fine-tuned model, so the adapter is left out."
 
 
 def _has_merged(run: Run) -> bool:

@@ -1,8 +1,9 @@
 """The error ladder: what each step from the trained adapter to the quantized file changed, from scores that exist.
 
-A step is a model on one backend. Between two neighbours only one thing differs: adapter → merged (the merge), merged →
-GGUF (the conversion and the other runtime), GGUF → its quantized weights computed exactly (the rounding of weights),
-those → the quantized file in llama.cpp (its arithmetic, which rounds activations too).
+A step is a model on one backend. What differs between neighbours: adapter → merged (the merge), merged → merged in
+float32 (16-bit → 32-bit arithmetic), that → GGUF (other file and runtime), GGUF → its quantized weights computed
+exactly (the rounding of weights, and the runtime back), those → the quantized file in llama.cpp (the runtime's
+arithmetic, which rounds activations too).
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from lib.comparison.advice import worse_on
+from lib.comparison.judging import label_divergence
 from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
-from lib.statistics import clustered_mean, clustered_score_interval, design_effect, paired_bootstrap, wilson
+from lib.statistics import clustered_mean, clustered_score_interval, clustered_share, paired_bootstrap, wilson
 
 MERGED_SCORES, DEQUANTIZED_SCORES = "scores-merged.jsonl", "scores-dequantized.jsonl"
 """Scores of the merged model in transformers, and of one file's weights there, beside those of the files."""
+MERGED32_SCORES = "scores-merged-float32.jsonl"
+"""The merged model's in float32, where it was scored in another dtype first."""
 
 
 def step_file(files: Sequence[Mapping[str, Any]], recommendation: Mapping[str, Any]) -> str | None:
@@ -29,15 +34,8 @@ def step_file(files: Sequence[Mapping[str, Any]], recommendation: Mapping[str, A
     """
     if recommendation["type"] is not None or not files:
         return recommendation["type"]
-    kept = [entry for entry in files if entry["verdict"] != "worse"]
+    kept = [entry for entry in files if not worse_on(entry)]
     return min(kept or files, key=lambda entry: entry["bytes"])["type"]
-
-
-def label_divergence(first: Scores, second: Scores) -> np.ndarray:
-    """KL(first ‖ second) of the answer words' probabilities, nats, (n,)."""
-    p, q = first.probabilities, second.probabilities
-    tiny = np.finfo(float).tiny
-    return (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum(axis=1).clip(min=0.0)
 
 
 def error_ladder(
@@ -57,12 +55,13 @@ def error_ladder(
     Returns:
         for each "name" and "n", and "before" and "first": None for the first step. With labels "accuracy" and
         "accuracy_interval" (Wilson); "before" and "first" hold "kld" and "kld_interval" (mean KL divergence over the
-        answer words, nats a row; clusters together), "agreement" and "agreement_interval" (equal labels, Wilson),
+        answer words, nats a row; clusters together), "agreement" and "agreement_interval" (equal labels; Wilson, rows
+        divided by the design effect),
         "accuracy_difference" and its interval. Without labels "tokens", "margin_percent" and what
         `AnswerScores.figures` gives; "before" and "first" hold "loss_difference" and its interval (nats a token,
         paired bootstrap over clusters), "moved" and "moved_interval" (mean absolute change of a row's loss, nats a
         token: what cancels in the difference does not cancel here), "agreement" and "agreement_interval" (rows whose
-        perplexity changed by less than `margin_percent`; Wilson, n divided by the design effect).
+        perplexity changed by less than `margin_percent`; the same).
 
     Raises:
         ValueError: scores of different rows.
@@ -94,11 +93,11 @@ def _losses(scores: AnswerScores, groups: np.ndarray) -> dict[str, Any]:
 
 def _labels_against(other: Scores, scores: Scores, groups: np.ndarray) -> dict[str, Any]:
     kld = clustered_mean(label_divergence(other, scores), groups)
-    same = wilson(int((scores.predictions == other.predictions).sum()), len(scores.ids))
+    same = clustered_share(scores.predictions == other.predictions, groups)
     change = clustered_score_interval(scores.correct.astype(np.int64) - other.correct, groups)
     return {
         "kld": kld.estimate,
-        "kld_interval": [max(0.0, kld.low), kld.high],
+        "kld_interval": [None if limit is None else max(0.0, limit) for limit in kld.to_json()],
         "agreement": same.estimate,
         "agreement_interval": same.to_json(),
         "accuracy_difference": change.estimate,
@@ -112,9 +111,7 @@ def _losses_against(
     change = scores.row_losses - other.row_losses
     difference = paired_bootstrap(change, groups, seed, weights=scores.tokens)
     moved = paired_bootstrap(np.abs(change), groups, seed, weights=scores.tokens)
-    alike = (np.abs(change) < math.log1p(margin_percent / 100)).astype(np.float64)
-    effect = design_effect(alike, groups)
-    same = wilson(float(alike.sum()) / effect, len(alike) / effect)
+    same = clustered_share(np.abs(change) < math.log1p(margin_percent / 100), groups)
     return {
         "loss_difference": difference.estimate,
         "loss_difference_interval": difference.to_json(),

@@ -50,7 +50,7 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
     backend = TransformersBackend(model, BATCH, path.name)
     scored = row_log_probs(backend, argument)
     log_probs = _finite(scored.pop("values"), path, "leave this format out of export_formats.")
-    text = diverge(backend, windows, Path(argument["reference"]))
+    text = diverge(backend, argument)
     return {
         "file_type": None,
         "bytes": weight_bytes(path),
@@ -70,19 +70,32 @@ def score_folder(argument: dict[str, Any]) -> dict[str, Any]:
 
 def score_merged(argument: dict[str, Any]) -> dict[str, Any]:
     """The rows alone, by the model that the files were made from: "log_probs", "score_seconds", "found", "dtype"."""
-    import torch
-
     from lib.models.saved import load_as_saved
-    from lib.scoring.torch_backend import TransformersBackend
 
     path = Path(argument["path"])
-    torch.set_num_threads(argument["n_threads"])
     _check_tokenizer(path, argument["sample"])
-    backend = TransformersBackend(load_as_saved(path), BATCH, path.name)
+    return _score_rows(load_as_saved(path), path, argument)
+
+
+def _score_rows(model: PreTrainedModel, path: Path, argument: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from lib.scoring.torch_backend import TransformersBackend
+
+    torch.set_num_threads(argument["n_threads"])
+    backend = TransformersBackend(model, BATCH, path.name)
     scored = row_log_probs(backend, argument)
     log_probs = _finite(scored.pop("values"), path, "merge again with notebook 04 and force: true.")
     dtype = str(backend.model.dtype).removeprefix("torch.")
     return {"log_probs": log_probs.tolist(), **scored, "dtype": dtype, "note": backend.note}
+
+
+def score_merged_float32(argument: dict[str, Any]) -> dict[str, Any]:
+    """The same as `score_merged`, the weights loaded in float32: what 16-bit arithmetic alone changed."""
+    from lib.models.loading import load_model
+
+    path = Path(argument["path"])
+    return _score_rows(load_model(path, dtype="float32", device="cpu"), path, argument)
 
 
 def score_dequantized(argument: dict[str, Any]) -> dict[str, Any]:

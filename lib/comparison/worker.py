@@ -17,10 +17,13 @@ from lib.errors import InputError
 from lib.run.child import peak_memory_mib
 from lib.scoring.answers import score_answers
 from lib.scoring.backend import Backend
+from lib.scoring.divergence import table_of
 from lib.scoring.journal import Keep, kept_peak_memory_mib, model_hash
 from lib.scoring.llama import LlamaCppBackend
-from lib.scoring.perplexity import kl_table, open_reference, store_reference
+from lib.scoring.measuring import FEWEST_DOCUMENTS, SEED
+from lib.scoring.perplexity import open_reference, positions, store_reference
 from lib.scoring.scores import kept_log_probs
+from lib.statistics import clustered_bootstrap_t
 
 WAIT_POLICY = "passive"
 """How llama.cpp's threads wait for one another (OMP_WAIT_POLICY)."""
@@ -31,14 +34,15 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         argument: "path", "names" (of the rows), "prompts", "answers" and "windows" (token ids), "keep" (file for the
-            scores as they come), "spans" (of the answers; empty with labels), "n_ctx" (longest sequence), "n_threads",
-            "n_gpu_layers", "reference" (file of the reference's log-probabilities), "is_reference" (make that file).
+            scores as they come), "spans" (of the answers; empty with labels), "documents" (of each scored token of the
+            windows), "n_ctx" (longest sequence), "n_threads", "n_gpu_layers", "reference" (file of the reference's
+            log-probabilities), "is_reference" (make that file).
 
     Returns:
         what `measure` gives, "log_probs", "score_seconds", "found" (what of it was done already, in words),
         "memory_mib" (peak while loading, timing and scoring; the reference's log-probabilities, which only this
-        comparison needs, are not in it), "divergence" (a KlTable as a dict; null for the reference) and "perplexity"
-        (a Perplexity as a dict; null for the others).
+        comparison needs, are not in it), "divergence" (a KlTable as a dict; null for the reference),
+        "kld_mean_interval" (over documents) and "perplexity" (a Perplexity as a dict; null for the others).
     """
     # Threads that wait must sleep: spinning ones slow llama.cpp down a hundredfold when the cores are shared. Read by
     # the OpenMP library when llama.cpp is loaded, so it has to be set before.
@@ -59,7 +63,7 @@ def score_file(argument: dict[str, Any]) -> dict[str, Any]:
     n_ctx, devices = len(windows[0]), (argument["n_threads"], argument["n_gpu_layers"])
     backend = LlamaCppBackend(path, n_ctx, *devices, n_outputs=n_ctx - n_ctx // 2)
     with backend:
-        text = (store if argument["is_reference"] else diverge)(backend, windows, Path(argument["reference"]))
+        text = (store if argument["is_reference"] else diverge)(backend, argument)
     return {
         **speed,
         "bytes": path.stat().st_size,
@@ -93,14 +97,19 @@ def keep_of(argument: dict[str, Any]) -> Keep:
     return Keep(Path(argument["keep"]), model_hash(Path(argument["path"])))
 
 
-def store(backend: Backend, windows: list[list[int]], path: Path) -> dict[str, Any]:
+def store(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:
     """The reference's perplexity; its log-probabilities go into the file."""
-    reference = store_reference(backend, windows, path, f"perplexity of {backend.name}")
-    return {"perplexity": asdict(reference.perplexity), "divergence": None}
+    path = Path(argument["reference"])
+    reference = store_reference(backend, argument["windows"], path, f"perplexity of {backend.name}")
+    return {"perplexity": asdict(reference.perplexity), "divergence": None, "kld_mean_interval": None}
 
 
-def diverge(backend: Backend, windows: list[list[int]], path: Path) -> dict[str, Any]:
-    """KL divergence from the stored reference, and perplexity."""
-    reference = open_reference(path, windows, backend.vocab_size)
-    table = kl_table(reference, backend, windows, f"KL divergence of {backend.name}")
-    return {"perplexity": None, "divergence": asdict(table)}
+def diverge(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:
+    """KL divergence from the stored reference, and perplexity; an interval over documents where there are enough."""
+    windows, documents = argument["windows"], np.array(argument["documents"])
+    reference = open_reference(Path(argument["reference"]), windows, backend.vocab_size)
+    found = positions(reference, backend, windows, f"KL divergence of {backend.name}")
+    interval = None
+    if found.kl is not None and len(np.unique(documents)) >= FEWEST_DOCUMENTS:
+        interval = clustered_bootstrap_t(found.kl, documents, SEED).to_json()
+    return {"perplexity": None, "divergence": asdict(table_of(found)), "kld_mean_interval": interval}

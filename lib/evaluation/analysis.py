@@ -124,7 +124,7 @@ def compare_with(
         groups: (n,) near-duplicate cluster of each row.
     """
     alone = {
-        name: statistics.compare(reference, candidate, groups, margin_points, seed)
+        name: statistics.compare(reference, candidate, groups, margin_points, seed, len(references))
         for name, reference in references.items()
     }
     adjusted = statistics.holm([comparison.p for comparison in alone.values()])

@@ -12,7 +12,7 @@ ALPHA = 0.05
 
 
 def _limits(values: Sequence[float] | None, form: str = ".3f") -> str | None:
-    return None if values is None else f"[{values[0]:{form}},\u00a0{values[1]:{form}}]"
+    return None if values is None or None in values else f"[{values[0]:{form}},\u00a0{values[1]:{form}}]"
 
 
 def leaks(result: Any) -> str:
@@ -140,9 +140,10 @@ def detectable(files: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]
     mdes = f"{100 * min(seen):.2f} to {100 * max(seen):.2f} %" if seen else "any size"
     return (
         f"With {files[0]['n']:,} test rows and {files[0]['answer_tokens']:,} answer tokens, changes of the answer "
-        f"perplexity below {mdes} (depending on the file) would be missed more often than one time in five. The margin "
-        f"of equivalence is ± {margin:g} %. Equivalence is asked first: over so many tokens even a difference far "
-        f"below the margin is certain to exist. Token frequencies of the training answers alone reach {floor:.1f}."
+        f"perplexity below {mdes} (depending on the file) would be missed more often than one time in five, after "
+        f"correction for all {len(files)} files. The margin of equivalence is ± {margin:g} %. Equivalence is asked "
+        "first: over so many tokens even a difference far below the margin is certain to exist. Token frequencies of "
+        f"the training answers alone reach {floor:.1f}."
     )
 
 
@@ -152,12 +153,16 @@ def ratios(files: Iterable[Mapping[str, Any]]) -> list[Row]:
         {
             "name": entry["type"],
             "estimate": 100 * (entry["answer_ratio"] - 1),
-            "low": 100 * (entry["answer_ratio_interval"][0] - 1),
-            "high": 100 * (entry["answer_ratio_interval"][1] - 1),
+            "low": _change(entry["answer_ratio_interval"][0]),
+            "high": _change(entry["answer_ratio_interval"][1]),
             "n": entry["n"],
         }
         for entry in files
     ]
+
+
+def _change(ratio: float | None) -> float | None:
+    return None if ratio is None else 100 * (ratio - 1)
 
 
 def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -171,6 +176,7 @@ def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "95 % interval": _limits(e["answer_ppl_interval"]),
             "change, %": None if e["loss_difference"] is None else 100 * (e["answer_ratio"] - 1),
             "p (Holm)": e["p_holm"],
+            "p not eq. (Holm)": e["equivalence_p_holm"],
             "verdict": e["verdict"],
             "leak-free verdict": (e["leak_free"] or {}).get("verdict"),
             "KL, nats ↓": e["kld_mean"],

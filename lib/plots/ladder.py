@@ -169,29 +169,31 @@ def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[s
     return figure(fig, caption, f"Speed and memory of each file. {words}.")
 
 
-def power(n: int, shares: Sequence[float], margin_points: float) -> HTML:
+def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1) -> HTML:
     """Chance that exact McNemar finds a difference in accuracy with n independent rows.
 
     Args:
+        tests: how many Holm corrects together; the first step of that correction is drawn.
         shares: of rows on which exactly one of two files is right; a line each.
         margin_points: the equivalence margin, marked.
     """
     fig, ax = _axes(height=3.2)
-    top = max(4 * margin_points, 3.0)
+    top, alpha = max(4 * margin_points, 3.0), 0.05 / tests
     words = []
     for share, colour, style in zip(shares, (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), strict=False):
         points = np.linspace(top / 60, top, 60)
-        found = [power_mcnemar(n, max(share, x / 100), x / 100) for x in points]
+        found = [power_mcnemar(n, max(share, x / 100), x / 100, alpha) for x in points]
         ax.plot(points, found, color=colour, linestyle=style, label=f"{100 * share:.2g} %")
-        at = power_mcnemar(n, max(share, margin_points / 100), margin_points / 100)
+        at = power_mcnemar(n, max(share, margin_points / 100), margin_points / 100, alpha)
         words.append(f"{100 * share:.2g} % of rows changed: {100 * at:.0f} % at {margin_points:g} points")
     ax.axhline(0.8, color=GREY, linewidth=1, linestyle=":")
     ax.axvline(margin_points, color=GREEN, linewidth=1, linestyle="--")
     ax.set(xlabel="true difference in accuracy, points", ylabel="chance to find it", ylim=(0, 1.02))
     ax.legend(title="rows changed")
     caption = (
-        f"What n = {n:,} independent rows can show: chance that the exact McNemar test (5 %, two-sided, before "
-        "Holm) finds a difference, by the share of rows on which exactly one of two files is right (or the "
-        "difference, if larger). Dotted: 80 %; dashed: the margin of equivalence. Computed, not measured."
+        f"What n = {n:,} independent rows can show: chance that the exact McNemar test (5 %, two-sided, after "
+        f"correction for all {tests} tests of this page) finds a difference, by the share of rows on which exactly one "
+        "of two files is right (or the difference, if larger). Dotted: 80 %; dashed: the margin of equivalence. "
+        "Computed, not measured."
     )
     return figure(fig, caption, f"Power curves for {n:,} rows. {'; '.join(words)}.")

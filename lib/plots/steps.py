@@ -47,7 +47,7 @@ _LABELS = _Chart(
     "KL divergence, nats a row (log above 10⁻⁶)",
     "accuracy",
     "Left: mean KL divergence over the answer words, with 95 % intervals (near copies together). Right: accuracy with "
-    "95 % Wilson intervals.",
+    "95 % Wilson intervals (rows as they are).",
 )
 _ANSWERS = _Chart(
     "moved",
@@ -99,7 +99,8 @@ def ladder(steps: Steps) -> HTML:
 def _bars(axes: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
     """Estimates with their intervals at some heights."""
     middle = np.array([entry[key] for _, entry in shown])
-    limits = np.array([entry[f"{key}_interval"] for _, entry in shown])
+    limits = np.array([entry[f"{key}_interval"] for _, entry in shown], dtype=np.float64)
+    limits = np.where(np.isfinite(limits), limits, middle[:, None])  # a limit that there is not draws no bar
     error = [middle - limits[:, 0], limits[:, 1] - middle]
     axes.errorbar(middle, [height for height, _ in shown], xerr=error, capsize=3, linestyle="none", **style)
 
@@ -149,7 +150,7 @@ def _answer_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mappi
 
 
 def _kld(entry: Mapping[str, Any]) -> str | None:
-    return f"{entry['kld']:.2g} {_interval(entry['kld_interval'], '.1g')}" if entry else None
+    return f"{entry['kld']:.2g} {_interval(entry['kld_interval'], '.1g') or ''}".strip() if entry else None
 
 
 def _change(entry: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from lib.run.folders import user_path
 from lib.scoring.backend import Backend
 from lib.scoring.divergence import KlTable, Positions, perplexity_of, table_of
 from lib.scoring.texts import Text, Tokens, tokenize_with_llama, tokenize_with_transformers
-from lib.statistics import Interval, clustered_bootstrap_t
+from lib.statistics import Interval, clustered_bootstrap_t, clustered_share
 
 FEWEST_DOCUMENTS = 30
 """With fewer documents in the scored text, an interval over them covers too rarely to be shown (docs/LOG.md)."""
@@ -172,7 +172,10 @@ def _table_keys(table: KlTable | None) -> dict[str, Any]:
 
 
 def _intervals(found: Positions, documents: np.ndarray | None) -> dict[str, list[float] | None]:
-    """95 % intervals from drawing whole documents."""
+    """95 % intervals over whole documents: drawn ones, and Wilson's for the share of equal tokens.
+
+    A share that misses in few documents has no interval by drawing: most draws hold no miss at all.
+    """
     keys = ("ppl_interval", "kld_mean_interval", "ln_ppl_ratio_interval", "same_top_interval")
     if documents is None:
         return dict.fromkeys(keys)
@@ -184,8 +187,8 @@ def _intervals(found: Positions, documents: np.ndarray | None) -> dict[str, list
     ppl = [float(np.exp(loss.low)), float(np.exp(loss.high))]
     if found.kl is None:
         return {**dict.fromkeys(keys), "ppl_interval": ppl}
-    others = (found.kl, found.log_p_reference - found.log_p, found.same)
-    return dict(zip(keys, (ppl, *(drawn(values).to_json() for values in others)), strict=True))
+    drawn_too = (drawn(values).to_json() for values in (found.kl, found.log_p_reference - found.log_p))
+    return dict(zip(keys, (ppl, *drawn_too, clustered_share(found.same, documents).to_json()), strict=True))
 
 
 def _note(n_documents: int | None) -> str:

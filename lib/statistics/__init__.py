@@ -12,14 +12,23 @@ from lib.statistics.clustered import (
     clustered_bootstrap_t,
     clustered_mean,
     clustered_score_interval,
+    clustered_share,
+    copies_effect,
     design_effect,
     sign_flip_test,
 )
 from lib.statistics.equivalence import Equivalence, equivalence_paired
-from lib.statistics.intervals import Interval, paired_bootstrap, paired_score_interval, wilson
+from lib.statistics.intervals import Interval, bca_limits, paired_bootstrap, paired_score_interval, wilson
 from lib.statistics.margins import MarginTest, margin_test
 from lib.statistics.paired import McNemar, holm, mcnemar_exact, mde_paired, smallest_significant
-from lib.statistics.power import mde_exact, power_curve, power_mcnemar, rows_needed
+from lib.statistics.power import (
+    mde_exact,
+    power_curve,
+    power_inside,
+    power_mcnemar,
+    rows_for_inside,
+    rows_needed,
+)
 from lib.statistics.verdicts import PairedComparison, compare, compare_all, in_words, verdict
 
 __all__ = [
@@ -31,14 +40,17 @@ __all__ = [
     "MarginTest",
     "McNemar",
     "PairedComparison",
+    "bca_limits",
     "calibration",
     "classification_report",
     "clustered_bootstrap_t",
     "clustered_mean",
     "clustered_score_interval",
+    "clustered_share",
     "compare",
     "compare_all",
     "confidences",
+    "copies_effect",
     "design_effect",
     "equivalence_paired",
     "holm",
@@ -50,7 +62,9 @@ __all__ = [
     "paired_bootstrap",
     "paired_score_interval",
     "power_curve",
+    "power_inside",
     "power_mcnemar",
+    "rows_for_inside",
     "rows_needed",
     "sign_flip_test",
     "smallest_significant",

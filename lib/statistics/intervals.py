@@ -23,9 +23,9 @@ class Interval:
     high: float
     confidence: float = 0.95
 
-    def to_json(self) -> list[float]:
-        """[low, high]."""
-        return [self.low, self.high]
+    def to_json(self) -> list[float | None]:
+        """[low, high]; None for a limit that is not finite, which JSON cannot hold."""
+        return [limit if math.isfinite(limit) else None for limit in (self.low, self.high)]
 
     def within(self, margin: float) -> bool:
         """True when the whole interval lies strictly inside ±margin."""
@@ -42,13 +42,18 @@ def _z(confidence: float) -> float:
     return float(norm.ppf(0.5 + confidence / 2))
 
 
-def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson(k: float, n: float, confidence: float = 0.95) -> Interval:
     """Wilson score interval of a share k/n (Wilson 1927, without continuity correction).
+
+    Args:
+        k, n: hits and rows; both may be divided by a design effect.
 
     Raises:
         ValueError: n < 1 or k outside 0..n.
     """
-    if n < 1 or not 0 <= k <= n:
+    # A sum of fractions may miss its whole by a rounding.
+    k = n if n < k <= n * (1 + 1e-9) else k
+    if n < 1 - 1e-9 or not 0 <= k <= n:
         raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, not k={k}, n={n}")
     z, share = _z(confidence), k / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -74,6 +79,18 @@ def tango_statistic(delta: float, losses: float, gains: float, n: float, adjustm
         return 0.0
     distance -= math.copysign(adjustment, distance)
     return distance / math.sqrt(variance) if variance > 1e-300 else math.copysign(math.inf, distance)
+
+
+def tango_statistics(
+    delta: float, losses: np.ndarray, gains: np.ndarray, n: float, adjustment: float = ADJUSTMENT
+) -> np.ndarray:
+    """`tango_statistic` of many tables at once, losses and gains broadcast."""
+    b = delta * (2 * n + losses - gains) - losses - gains
+    c = -losses * delta * (1 - delta)
+    q = (np.sqrt(np.maximum(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+    distance = gains - losses - n * delta
+    short = np.sign(distance) * np.maximum(0.0, np.abs(distance) - adjustment)
+    return short / np.sqrt(np.maximum(n * (2 * q + delta - delta * delta), 1e-300))
 
 
 def paired_score_interval(
@@ -121,20 +138,27 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: 
     return means
 
 
-def _bca_levels(means: np.ndarray, sums: np.ndarray, sizes: np.ndarray, tails: np.ndarray) -> np.ndarray:
-    """Bias-corrected and accelerated percentile levels (Efron 1987), jackknife over clusters."""
+def bca_limits(
+    values: np.ndarray, estimate: float, left_out: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Bias-corrected and accelerated limits of a bootstrap (Efron 1987).
+
+    Args:
+        values: the number in every resample. estimate: in the rows themselves.
+        left_out: the number without each cluster in turn (jackknife), for the acceleration.
+    """
     from scipy.stats import norm
 
-    estimate = sums.sum() / sizes.sum()
-    below = np.mean(means < estimate) + np.mean(means == estimate) / 2
-    left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    below = np.mean(values < estimate) + np.mean(values == estimate) / 2
     spread = left_out.mean() - left_out
     scale = 6 * np.sum(spread**2) ** 1.5
-    if not 0 < below < 1 or scale == 0:
-        return tails
-    bias, acceleration = norm.ppf(below), np.sum(spread**3) / scale
-    shifted = bias + norm.ppf(tails)
-    return norm.cdf(bias + shifted / (1 - acceleration * shifted))
+    if 0 < below < 1 and scale > 0:
+        bias, acceleration = norm.ppf(below), np.sum(spread**3) / scale
+        shifted = bias + norm.ppf(tails)
+        tails = norm.cdf(bias + shifted / (1 - acceleration * shifted))
+    low, high = np.quantile(values, tails)
+    return float(low), float(high)
 
 
 def paired_bootstrap(
@@ -163,8 +187,9 @@ def paired_bootstrap(
     weight = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
     sums, sizes = np.bincount(groups, values * weight), np.bincount(groups, weight)
     means = _resampled_means(sums, sizes, resamples, seed)
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    estimate = float(np.average(values, weights=weights))
     if method == "bca" and len(sums) > 1:
-        tails = _bca_levels(means, sums, sizes, tails)
-    low, high = np.quantile(means, tails)
-    return Interval(float(np.average(values, weights=weights)), float(low), float(high), confidence)
+        left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
+        return Interval(estimate, *bca_limits(means, float(sums.sum() / sizes.sum()), left_out, confidence), confidence)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(estimate, float(low), float(high), confidence)

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.statistics.intervals import Interval, paired_bootstrap
+from lib.statistics.clustered import clustered_mean
+from lib.statistics.intervals import Interval
 from lib.statistics.paired import holm
+
+FEWEST_GROUPS = 20
+"""Fewest groups for "equivalent": with fewer even Student's interval covers too rarely where losses are skewed."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,13 @@ class LossComparison:
 
     Attributes:
         n, groups, tokens: rows, groups of rows that are alike, tokens of the answers.
-        difference: candidate's loss minus the reference's, nats a token, with a bootstrap interval over groups; its
-            exponential is the ratio of the perplexities.
-        p: two-sided t-test of the difference over groups (linearized ratio estimator). p_adjusted: after Holm.
-        mde: smallest difference these rows could have shown with 80 % power, nats a token.
-        verdict: "equivalent within δ %" | "worse" | "better" | "cannot tell (MDE x %)".
+        difference: candidate's loss minus the reference's, nats a token, with Student's interval over groups
+            (linearized ratio estimator); its exponential is the ratio of the perplexities.
+        p: two-sided t-test of the difference over groups. p_adjusted: after Holm.
+        mde: smallest difference these rows could have shown with 80 % power after that correction, nats a token.
+        verdict: "equivalent within δ %" | "worse" | "better" | "cannot tell (MDE x %)" | "cannot tell (too few groups
+            of rows)".
+        equivalence_p: two one-sided t-tests against the margin, the larger p-value. equivalence_p_adjusted: after Holm.
     """
 
     n: int
@@ -33,15 +39,25 @@ class LossComparison:
     p_adjusted: float
     mde: float
     verdict: str
+    equivalence_p: float = 1.0
+    equivalence_p_adjusted: float = 1.0
 
     @property
     def ratio(self) -> Interval:
         """Perplexity of the candidate over that of the reference."""
-        return Interval(*(math.exp(x) for x in (self.difference.estimate, self.difference.low, self.difference.high)))
+        found = self.difference
+        if not math.isfinite(found.low):
+            return Interval(math.exp(found.estimate), -math.inf, math.inf)
+        return Interval(*(math.exp(x) for x in (found.estimate, found.low, found.high)))
 
 
 def loss_verdict(
-    difference: Interval, p_adjusted: float, margin_percent: float, mde: float, alpha: float = 0.05
+    difference: Interval,
+    p_adjusted: float,
+    margin_percent: float,
+    mde: float,
+    alpha: float = 0.05,
+    groups: int = FEWEST_GROUPS,
 ) -> str:
     """The words that interval and test allow.
 
@@ -51,37 +67,60 @@ def loss_verdict(
         difference: of the losses, nats a token.
         margin_percent: change of perplexity that counts as equivalent.
         mde: minimum detectable effect, nats a token; infinite where there are too few groups for any test.
+        groups: of rows that are alike; fewer than `FEWEST_GROUPS` show no equivalence.
     """
     if not math.isfinite(mde):
         return "cannot tell (too few groups of rows)"
-    if -math.log1p(margin_percent / 100) < difference.low and difference.high < math.log1p(margin_percent / 100):
-        return f"equivalent within {margin_percent:g} %"
+    if difference.within(math.log1p(margin_percent / 100)):
+        few = groups < FEWEST_GROUPS
+        return "cannot tell (too few groups of rows)" if few else f"equivalent within {margin_percent:g} %"
     if p_adjusted < alpha and difference.excludes_zero():
         return "worse" if difference.estimate > 0 else "better"
     return f"cannot tell (MDE {100 * math.expm1(mde):.1f} %)"
 
 
-def cluster_test(differences: np.ndarray, tokens: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+def cluster_test(
+    differences: np.ndarray, tokens: np.ndarray, groups: np.ndarray, alpha: float = 0.05
+) -> tuple[float, float]:
     """p of "no difference", and the minimum detectable effect (80 % power), of a token-weighted mean over groups.
 
     The standard error is that of a ratio estimator (Cochran 1977, §6.4): groups, not rows, are independent.
+
+    Args:
+        alpha: level for the minimum detectable effect.
 
     Returns:
         (1.0, inf) where fewer than three groups leave nothing to test; (1.0, 0.0) for differences that are all zero.
     """
     from scipy.stats import t
 
-    numbers = np.unique(groups, return_inverse=True)[1]
-    sums, sizes = np.bincount(numbers, differences * tokens), np.bincount(numbers, tokens)
-    count = len(sums)
+    count = len(np.unique(groups))
     if count < 3:
         return 1.0, math.inf
-    mean = sums.sum() / sizes.sum()
-    error = math.sqrt(count / (count - 1) * float(np.sum((sums - mean * sizes) ** 2))) / float(sizes.sum())
+    mean, error = _mean_and_error(clustered_mean(differences, groups, weights=tokens), count)
     if error == 0.0:
         return (1.0 if mean == 0 else 0.0), 0.0
     p = 2 * float(t.sf(abs(mean) / error, count - 1))
-    return p, float(t.ppf(0.975, count - 1) + t.ppf(0.8, count - 1)) * error
+    return p, float(t.ppf(1 - alpha / 2, count - 1) + t.ppf(0.8, count - 1)) * error
+
+
+def _mean_and_error(found: Interval, groups: int) -> tuple[float, float]:
+    from scipy.stats import t
+
+    return found.estimate, (found.high - found.estimate) / float(t.ppf(0.5 + found.confidence / 2, groups - 1))
+
+
+def _not_equivalent(found: Interval, groups: int, margin: float) -> float:
+    """p of "the difference is as large as the margin": two one-sided t-tests, the larger."""
+    from scipy.stats import t
+
+    if groups < 3:
+        return 1.0
+    mean, error = _mean_and_error(found, groups)
+    room = margin - abs(mean)
+    if error == 0.0:
+        return 0.0 if room > 0 else 1.0
+    return float(t.sf(room / error, groups - 1))
 
 
 def compare_losses(
@@ -90,7 +129,6 @@ def compare_losses(
     tokens: np.ndarray,
     groups: np.ndarray,
     margin_percent: float,
-    seed: int = 0,
 ) -> dict[str, LossComparison]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
 
@@ -101,12 +139,16 @@ def compare_losses(
         groups: (n,) group of each row.
     """
     changes = {name: losses - reference for name, losses in candidates.items()}
-    tests = {name: cluster_test(change, tokens, groups) for name, change in changes.items()}
-    adjusted = holm([p for p, _ in tests.values()])
+    count, alpha = len(np.unique(groups)), 0.05 / max(1, len(changes))
+    tests = {name: cluster_test(change, tokens, groups, alpha) for name, change in changes.items()}
+    intervals = {name: clustered_mean(change, groups, weights=tokens) for name, change in changes.items()}
+    margin = math.log1p(margin_percent / 100)
+    unequal = [_not_equivalent(found, count, margin) for found in intervals.values()]
+    adjusted = zip(tests, holm([p for p, _ in tests.values()]), unequal, holm(unequal), strict=True)
     result = {}
-    for (name, (p, mde)), p_adjusted in zip(tests.items(), adjusted, strict=True):
-        difference = paired_bootstrap(changes[name], groups, seed, weights=tokens)
-        words = loss_verdict(difference, p_adjusted, margin_percent, mde)
-        counts = (len(reference), len(np.unique(groups)), int(tokens.sum()))
-        result[name] = LossComparison(*counts, difference, p, p_adjusted, mde, words)
+    for name, p_adjusted, *equivalence in adjusted:
+        (p, mde), difference = tests[name], intervals[name]
+        words = loss_verdict(difference, p_adjusted, margin_percent, mde, groups=count)
+        counts = (len(reference), count, int(tokens.sum()))
+        result[name] = LossComparison(*counts, difference, p, p_adjusted, mde, words, *equivalence)
     return result

@@ -8,6 +8,11 @@ from functools import cache
 
 import numpy as np
 
+from lib.statistics.intervals import tango_statistics
+
+_COUNTED = 2_000.0
+"""Expected discordant rows up to which every table is counted; with more the normal approximation is as good."""
+
 
 @cache
 def _critical(rows: int, alpha: float) -> np.ndarray:
@@ -94,4 +99,87 @@ def rows_needed(discordant_share: float, difference: float, power: float = 0.8, 
         middle = math.ceil((low + high) / 2)
         found = power_mcnemar(middle, discordant_share, difference, alpha) >= power
         low, high = (low, middle) if found else (middle, high)
+    return high
+
+
+def power_inside(
+    n: int,
+    discordant_share: float,
+    difference: float,
+    margin: float,
+    one_sided: bool = False,
+    confidence: float = 0.95,
+) -> float:
+    """Probability that `paired_score_interval` of n rows lies inside ±margin, over all tables that may come.
+
+    Args:
+        discordant_share: share of rows on which exactly one of the two models is right.
+        difference: true accuracy difference, a fraction, negative = the candidate is worse; at most the share.
+        one_sided: ask only for the lower limit to lie above -margin ("not worse by more").
+
+    Raises:
+        ValueError: n < 1, no margin, or |difference| <= share <= 1 does not hold.
+    """
+    if n < 1 or not abs(difference) <= discordant_share <= 1 or not 0 < margin < 1:
+        raise ValueError(f"need n >= 1, |difference| <= share <= 1 and a margin, not {n}, {difference}, {margin}")
+    from scipy.stats import norm
+
+    z, p_loss, p_gain = float(norm.ppf(0.5 + confidence / 2)), *_sides(discordant_share, difference)
+    if n * discordant_share > _COUNTED:
+        error = math.sqrt((discordant_share - difference**2) / n)
+        above, below = norm.cdf((margin + difference) / error - z), norm.cdf((margin - difference) / error - z)
+        return max(0.0, float(above if one_sided else above + below - 1))
+    losses, gains = (_likely(n, p) for p in (p_loss, p_gain))
+    table = (losses[:, None].astype(float), gains[None, :].astype(float), float(n))
+    inside = tango_statistics(-margin, *table) > z
+    if not one_sided:
+        inside &= tango_statistics(margin, *table) < -z
+    return float(np.sum(_chances(n, losses[:, None], gains[None, :], p_loss, p_gain) * inside))
+
+
+def _sides(share: float, difference: float) -> tuple[float, float]:
+    return max(0.0, (share - difference) / 2), max(0.0, (share + difference) / 2)
+
+
+def _likely(n: int, p: float) -> np.ndarray:
+    """Counts of n rows with probability p, all but one in a million of what may come."""
+    reach = 5.5 * math.sqrt(n * p * (1 - p)) + 10
+    return np.arange(max(0, math.floor(n * p - reach)), min(n, math.ceil(n * p + reach)) + 1)
+
+
+def _chances(n: int, losses: np.ndarray, gains: np.ndarray, p_loss: float, p_gain: float) -> np.ndarray:
+    """Multinomial probability of so many losses and gains, broadcast; 0 where they are more than the rows."""
+    from scipy.special import gammaln, xlog1py, xlogy
+
+    same = np.maximum(n - losses - gains, 0)
+    ways = gammaln(n + 1) - gammaln(losses + 1) - gammaln(gains + 1) - gammaln(same + 1)
+    log = ways + xlogy(losses, p_loss) + xlogy(gains, p_gain) + xlog1py(same, -min(1.0, p_loss + p_gain))
+    return np.where(losses + gains <= n, np.exp(log), 0.0)
+
+
+def rows_for_inside(
+    discordant_share: float, difference: float, margin: float, one_sided: bool = False, power: float = 0.8
+) -> int:
+    """Rows with which the interval of the difference lies inside the margin with the given power; see `power_inside`.
+
+    With few discordant rows the power is a saw over the rows: searched upwards in steps of a fifth, then by halving.
+
+    Raises:
+        ValueError: a difference as large as the margin, which no number of rows shows to be inside.
+    """
+    if difference <= -margin or (difference >= margin and not one_sided):
+        raise ValueError(f"{difference} is not inside a margin of {margin}")
+
+    def enough(n: int) -> bool:
+        return power_inside(n, discordant_share, difference, margin, one_sided) >= power
+
+    # from half of what the normal approximation says, or the lattice of a few rows, whichever is less
+    room = margin + difference if one_sided else margin - abs(difference)
+    low = max(1, min(int(7.8 * discordant_share / room**2), int(3.8 / margin)) // 2)
+    low, high = (1, 32) if enough(low) else (low, math.ceil(1.2 * low))
+    while not enough(high):
+        low, high = high, math.ceil(1.2 * high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high

@@ -29,10 +29,13 @@ class PairedComparison:
             rows' design effect (near-duplicates count once, and the interval does not vanish when no row changed).
         p: exact McNemar. p_adjusted: after Holm over the candidates compared together (and over both endpoints where
             margins are compared too), taken of the larger of p and the same test with whole clusters exchanged.
-        mde: smallest difference that these rows would have shown with 80 % power, a fraction (exact McNemar).
+        mde: smallest difference that these rows would have shown with 80 % power, a fraction (exact McNemar at the
+            first step of Holm's correction: after correction for all tests made together).
         verdict: "worse" | "better" | "equivalent within δ" | "cannot tell (MDE x)".
         design_effect: rows that say as much as one independent row.
-        equivalence_p: two one-sided score tests against ±δ, the larger p-value.
+        equivalence_p: two one-sided score tests against ±δ, the larger p-value; below 0.025 where the verdict is
+            "equivalent" (its 95 % interval is two one-sided tests at half of 0.05). equivalence_p_adjusted: after Holm
+            over the candidates.
         margin: the test of the right answers' margins; None where none were given.
     """
 
@@ -47,6 +50,7 @@ class PairedComparison:
     design_effect: float = 1.0
     equivalence_p: float = 1.0
     margin: MarginTest | None = None
+    equivalence_p_adjusted: float = 1.0
 
     @property
     def endpoint(self) -> str | None:
@@ -76,10 +80,11 @@ def verdict(
 ) -> str:
     """The words that tests, intervals and sample size allow.
 
-    "worse" and "better" need both an adjusted p below alpha and an interval without zero, of the accuracy; "equivalent"
-    needs the whole interval of the accuracy inside ±margin_points. What neither settles, the margins of the right
-    answers may: they call a candidate worse or better by the same two conditions, if accuracy does not point the other
-    way. Everything else is "cannot tell".
+    In this order: "equivalent" needs the whole interval of the accuracy inside ±margin_points, for a difference may
+    be certain and still too small to matter. "worse" and "better" need both an adjusted p below alpha and an interval
+    without zero, of the accuracy. What neither settles, the margins of the right answers may: they call a candidate
+    worse or better by the same two conditions, if accuracy does not point the other way. Everything else is "cannot
+    tell".
 
     Args:
         difference: candidate minus reference, fractions.
@@ -87,10 +92,10 @@ def verdict(
         mde: minimum detectable effect of the accuracy, a fraction.
         margin: the test of the margins, its p adjusted; None = judge by accuracy alone.
     """
-    if p_adjusted < alpha and difference.excludes_zero():
-        return "worse" if difference.estimate < 0 else "better"
     if difference.within(margin_points / 100):
         return f"equivalent within {margin_points:g} {'point' if margin_points == 1 else 'points'}"
+    if p_adjusted < alpha and difference.excludes_zero():
+        return "worse" if difference.estimate < 0 else "better"
     if margin is not None and margin.p_adjusted < alpha and margin.change.excludes_zero():
         direction = margin.change.estimate
         if direction * difference.estimate >= 0:
@@ -105,6 +110,7 @@ def compare_all(
     margin_points: float,
     seed: int = 0,
     margin_changes: Mapping[str, Sequence[float] | np.ndarray] | None = None,
+    family: int | None = None,
 ) -> dict[str, PairedComparison]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
 
@@ -114,12 +120,14 @@ def compare_all(
         groups: (n,) near-duplicate cluster of each row; None = every row its own.
         margin_points: equivalence margin in accuracy points.
         margin_changes: name -> (n,) margin of the right answer under the candidate minus under the reference, nats, for
-            every candidate: the primary endpoint. Holm then corrects over candidates and both endpoints.
+            every candidate: the more powerful endpoint. Holm then corrects over candidates and both endpoints.
+        family: how many tests the caller corrects together, for the minimum detectable effect; None = those made here.
     """
     reference = np.asarray(reference_correct, dtype=bool)
     changes = {name: np.asarray(correct, dtype=np.int64) - reference for name, correct in candidates.items()}
     tests = {name: mcnemar_exact(reference, correct) for name, correct in candidates.items()}
-    margins = {name: margin_test(margin_changes[name], groups, seed) for name in tests} if margin_changes else {}
+    alpha = _ALPHA / max(1, family or len(tests) * (2 if margin_changes else 1))
+    margins = {name: margin_test(margin_changes[name], groups, seed, alpha) for name in tests} if margin_changes else {}
     p_values = [test.p for test in tests.values()]
     if groups is not None and len(np.unique(np.asarray(groups))) < len(reference):
         clustered = (sign_flip_test(change, groups, seed) for change in changes.values())
@@ -127,10 +135,12 @@ def compare_all(
     adjusted = holm([*p_values, *(margin.p for margin in margins.values())])
     for name, p_adjusted in zip(margins, adjusted[len(tests) :], strict=True):
         margins[name] = replace(margins[name], p_adjusted=p_adjusted)
-    return {
-        name: _compare(changes[name], test, p_adjusted, groups, margin_points, margins.get(name))
+    found = {
+        name: _compare(changes[name], test, p_adjusted, groups, margin_points, margins.get(name), alpha)
         for (name, test), p_adjusted in zip(tests.items(), adjusted[: len(tests)], strict=True)
     }
+    equal = holm([one.equivalence_p for one in found.values()])
+    return {name: replace(one, equivalence_p_adjusted=p) for (name, one), p in zip(found.items(), equal, strict=True)}
 
 
 def _compare(
@@ -140,12 +150,13 @@ def _compare(
     groups: Sequence[Any] | np.ndarray | None,
     margin_points: float,
     margin: MarginTest | None,
+    alpha: float,
 ) -> PairedComparison:
     """Everything on one candidate, from its rows' changes (-1, 0, 1)."""
     n, effect = len(change), design_effect(change, groups)
     difference = clustered_score_interval(change, groups)
     equal = equivalence_paired(test.b / effect, test.c / effect, n / effect, margin_points / 100)
-    mde = mde_exact(max(1, round(n / effect)), (test.b + test.c) / n)
+    mde = mde_exact(max(1, round(n / effect)), (test.b + test.c) / n, alpha=alpha)
     words = verdict(difference, p_adjusted, margin_points, mde, margin=margin)
     return PairedComparison(*(n, test.b, test.c, difference, test.p, p_adjusted, mde, words), effect, equal.p, margin)
 
@@ -156,11 +167,21 @@ def compare(
     groups: Sequence[Any] | np.ndarray | None,
     margin_points: float,
     seed: int = 0,
+    family: int | None = None,
 ) -> PairedComparison:
     """One candidate against the reference; see `compare_all`."""
-    return compare_all(reference_correct, {"candidate": candidate_correct}, groups, margin_points, seed)["candidate"]
+    one = {"candidate": candidate_correct}
+    return compare_all(reference_correct, one, groups, margin_points, seed, family=family)["candidate"]
 
 
 def in_words(entry: Mapping[str, Any]) -> str:
-    """The verdict of an entry ("verdict", "endpoint"), with what decided it where that was not the accuracy."""
-    return str(entry["verdict"]) + (", by the margins" if entry.get("endpoint") == "margin" else "")
+    """The verdict of an entry of comparison.json, with what decided it where that was not the accuracy.
+
+    Of an equivalent file it also tells where the difference is certain, though too small to matter.
+    """
+    words = str(entry["verdict"]) + (", by the margins" if entry.get("endpoint") == "margin" else "")
+    if words.startswith("equivalent") and entry.get("mcnemar_p_holm", 1.0) < _ALPHA:
+        low, high = entry["accuracy_difference_interval"]
+        if low > 0 or high < 0:
+            words += f" (a difference of {100 * entry['accuracy_difference']:+.2f} points is significant)"
+    return words

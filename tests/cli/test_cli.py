@@ -92,6 +92,8 @@ def test_refused_input_is_one_paragraph(case: str, tmp_path: Path) -> None:
 def test_usage_errors_exit_2() -> None:
     assert workbook("frobnicate").returncode == 2
     assert workbook("quantize", "a.gguf").returncode == 2
+    margin = workbook("compare", "a.gguf", "b.gguf", "--output", "o", "--equivalence-margin", "100")
+    assert margin.returncode == 2 and "equivalence-margin" in margin.stderr  # before any file is measured
 
 
 def test_params_lists_every_key() -> None:

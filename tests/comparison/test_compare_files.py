@@ -13,7 +13,8 @@ from lib.comparison.encoding import encode_work
 from lib.errors import InputError
 from lib.quantizing import describe_gguf
 from lib.scoring import LlamaCppBackend, Scores, score_rows
-from lib.scoring.perplexity import kl_table
+from lib.scoring.perplexity import kl_table, positions
+from lib.statistics import clustered_bootstrap_t
 from tests import tiny_gguf
 from tests.comparison.conftest import Ladder
 
@@ -115,6 +116,32 @@ def test_divergence_is_that_of_two_open_models(compared: tuple[dict, Path], ladd
         assert q2[key] == value  # digit by digit, as `workbook perplexity` and the tool have it
 
 
+def test_divergence_has_an_interval_over_groups_of_rows(compared: tuple[dict, Path], ladder: Ladder) -> None:
+    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
+    with LlamaCppBackend(ladder.reference, 128, 1) as first, LlamaCppBackend(ladder.q2, 128, 1) as second:
+        found = positions(first, second, work.windows, "t")
+    assert len(work.documents) == len(found.kl)
+    interval = entry(compared[0], "Q2_K")["kld_mean_interval"]
+    if len(set(work.documents)) < 30:
+        assert interval is None
+    else:
+        assert interval == clustered_bootstrap_t(found.kl, work.documents, 42).to_json()
+    assert entry(compared[0], "m-F16")["kld_mean_interval"] is None
+
+
+def test_every_scored_token_knows_its_row(ladder: Ladder) -> None:
+    """One text a letter: the row of a token is seen in the token itself; copies of a row count as one document."""
+    rows = [{**ladder.rows[0], "id": f"x{i}", "text": "ABCDEFGHIJ"[i] * 40, "group": min(i, 8)} for i in range(10)]
+    work = encode_work(ladder.tokenizer, ladder.task, rows, 64, 8192)
+    size = len(work.windows[0])
+    scored = [ladder.tokenizer.decode([token]) for window in work.windows for token in window[size // 2 + 1 :]]
+    letters = {"ABCDEFGHIJ"[i]: min(i, 8) for i in range(10)}
+    seen = [
+        (letters[word.strip()[0]], number) for word, number in zip(scored, work.documents, strict=True) if word.strip()
+    ]
+    assert len(seen) > 20 and all(letter == number for letter, number in seen)
+
+
 def test_held_out_text_begins_with_leak_free_rows(ladder: Ladder) -> None:
     work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
     text = ladder.tokenizer.decode(work.windows[0])
@@ -165,5 +192,5 @@ def test_full_disk_is_refused(ladder: Ladder, tmp_path: Path, monkeypatch: pytes
         LlamaCppBackend(ladder.reference, 64, 1) as backend,
         pytest.raises(InputError, match="reference's log-probabilities"),
     ):
-        worker.store(backend, work.windows, tmp_path / "log-probs.f32")
+        worker.store(backend, {"windows": work.windows, "reference": str(tmp_path / "log-probs.f32")})
     assert not list(tmp_path.iterdir())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.comparison.picking import pick
@@ -23,6 +24,8 @@ def entry(name: str, megabytes: float, low: float, high: float, **more) -> dict:
         "accuracy": 0.9,
         "accuracy_difference": (low + high) / 200,
         "accuracy_difference_interval": [low / 100, high / 100],
+        "design_effect": 1.0,
+        "leak_free": None,
         "mcnemar_b": 6,
         "mcnemar_c": 2,
         "n": 400,
@@ -88,12 +91,78 @@ def test_without_labels_the_loss_is_perplexity() -> None:
     assert pick(compared(*files), 0.000005, 1.0)["reason"] == "open"
 
 
-@pytest.mark.parametrize(("size", "loss"), [(0.0, 1.0), (-1.0, 1.0), (None, 0.0), (None, float("nan"))])
+def test_a_loss_as_large_as_the_limit_is_not_shown_by_more_rows() -> None:
+    answer = pick(compared(REFERENCE, entry("Q2_K", 20, -2.5, -0.1)), 25, 1.0)
+    assert answer["reason"] == "open" and answer["rows_needed"] is None
+    assert "more than allowed, however many rows" in answer["text"]
+
+
+def test_rows_needed_are_of_the_allowed_side() -> None:
+    """A file that seems better needs fewer rows than one that seems worse by as much."""
+    needed = [pick(compared(REFERENCE, entry("Q4", 20, *limits)), 25, 1.0)["rows_needed"] for limits in WIDE]
+    assert 400 < needed[0] < needed[1]
+
+
+WIDE = [(-1.1, 1.6), (-1.6, 1.1)]
+
+
+def test_without_labels_rows_follow_from_the_width() -> None:
+    files = [{"type": "F16", "file": "f", "kind": "gguf", "bytes": 10, "verdict": "reference", "answer_ratio": 1.0}]
+    files.append({**files[0], "type": "Q4_0", "bytes": 4, "verdict": "x", "answer_ratio": math.exp(0.004), "n": 90})
+    files[1] |= {"loss_difference": 0.004, "loss_difference_interval": [-0.008, 0.016]}
+    files[1]["answer_ratio_interval"] = [math.exp(-0.008), math.exp(0.016)]
+    answer = pick(compared(*files), 0.000005, 1.0)
+    assert answer["rows_needed"] == math.ceil(90 * (0.012 / (math.log(1.01) - 0.004)) ** 2) > 90
+    files[1] |= {"loss_difference_interval": [None, None], "answer_ratio_interval": [None, None]}
+    alone = pick(compared(*files), 0.000005, 1.0)
+    assert (alone["reason"], alone["rows_needed"]) == ("open", None) and "no interval" in alone["text"]
+    json.dumps(alone, allow_nan=False)
+
+
+@pytest.mark.parametrize("verdict", ["worse", "better"])
+def test_a_file_worse_on_the_leak_free_rows_is_not_chosen(verdict: str) -> None:
+    free = {**entry("", 1, -3.0, -0.5), "n": 300, "verdict": verdict}
+    files = (REFERENCE, entry("Q8_0", 53, -0.4, 0.4), entry("Q4_K_M", 30, -0.9, 0.5, leak_free=free))
+    answer = pick(compared(*files), None, 1.0)
+    assert answer["type"] == ("Q8_0" if verdict == "worse" else "Q4_K_M")
+    assert ("Q4_K_M is judged worse on the 300 leak-free rows" in answer["text"]) == (verdict == "worse")
+    assert pick(compared(*files), None, 4.0)["type"] == "Q4_K_M", "the loss is within the limit on those rows too"
+
+
+def test_small_things_are_told_as_they_are() -> None:
+    files = [entry("Q8_0", 30.004, 0.0, 0.0), REFERENCE]
+    assert "takes 30.004 MB" in pick(compared(*files), 30.0, 1.0)["text"]
+    assert pick(compared(*files, reason="reference"), 30.0, 1.0)["reason"] == "size"
+    chosen = pick(compared(*files), 31.0, 1.0)
+    assert "-0" not in chosen["text"] and math.copysign(1, chosen["candidates"][0]["loss"]) == 1
+
+
+def test_the_command(tmp_path, monkeypatch, capsys) -> None:
+    from lib.cli.picking import pick as command
+    from lib.run import open_run
+    from lib.run.files import write_json
+
+    monkeypatch.setenv("WORKBOOK_HOME", str(tmp_path))
+    open_run("r").produce("comparison", lambda work: write_json(work.folder / "comparison.json", compared()), {})
+    command("r", 40.0, 1.0, as_json=True)
+    assert json.loads(capsys.readouterr().out)["type"] == "Q4_K_M"
+    command("r", 28.0, 1.0, as_json=False)
+    shown = capsys.readouterr().out
+    assert (
+        "None: the evidence does not suffice" in shown and "Rule: Of the GGUF files" in shown and "-0.0 " not in shown
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "loss"),
+    [(0.0, 1.0), (-1.0, 1.0), (None, 0.0), (None, float("nan")), (None, math.inf), (math.inf, 1.0), (math.nan, 1.0)],
+)
 def test_impossible_limits(size, loss) -> None:
     with pytest.raises(InputError, match="above 0"):
         pick(compared(), size, loss)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.floats(1, 120), st.floats(0.01, 10), st.floats(0, 5), st.floats(0, 60))
 def test_looser_limits_never_make_the_answer_larger(size: float, loss: float, more: float, room: float) -> None:
     strict, loose = pick(compared(), size, loss), pick(compared(), size + room, loss + more)

@@ -88,6 +88,28 @@ def test_labels_of_the_merged_model_in_transformers(compared: tuple[dict, Path, 
     assert all(part["agree"] == part["n"] for part in bins[2:]), "F16 flips no row with a margin above 0.5 nats"
 
 
+def test_the_merged_model_in_32_bit_arithmetic(tmp_path: Path) -> None:
+    """A bfloat16 folder: the scores of its weights in float32, not those of 16-bit arithmetic."""
+    from lib.comparison.encoding import encode_work
+    from lib.comparison.running import shared_argument
+    from lib.models.loading import load_model, load_tokenizer
+
+    folder = tmp_path / "bf16"
+    tiny_run.make_base(folder, "bfloat16")
+    tokenizer, rows = load_tokenizer(folder), ROWS[:8]
+    given = shared_argument(encode_work(tokenizer, tiny_run.TASK, rows, 64, 512), rows, 1, 0)
+    given |= {"path": str(folder), "keep": str(tmp_path / "keep.jsonl")}
+    answer = torch_worker.score_merged_float32(given)
+    own = score_rows(
+        TransformersBackend(load_model(folder, "float32", device="cpu")), tokenizer, tiny_run.TASK, rows, "t"
+    )
+    order = np.argsort([row["id"] for row in rows], kind="stable")
+    np.testing.assert_allclose(answer["log_probs"], own.log_probs[order], atol=1e-4)
+    rough = torch_worker.score_merged({**given, "keep": str(tmp_path / "other.jsonl")})
+    assert (answer["dtype"], rough["dtype"]) == ("float32", "bfloat16")
+    assert np.abs(np.array(rough["log_probs"]) - answer["log_probs"]).max() > 1e-3
+
+
 def test_weights_of_the_file_computed_by_transformers(compared: tuple[dict, Path, Path], base: Path) -> None:
     """Against gguf's own dequantization put into the model by hand: the step between weights and llama.cpp."""
     import torch

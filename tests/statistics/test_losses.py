@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lib.statistics import Interval, paired_bootstrap
+from lib.statistics import Interval, holm, paired_bootstrap
 from lib.statistics.losses import cluster_test, compare_losses, loss_verdict
 
 
@@ -69,8 +69,38 @@ def test_holm_over_the_candidates_and_the_ratio() -> None:
     assert found["worse"].tokens == tokens.sum()
 
 
+def test_the_interval_is_students_over_groups() -> None:
+    change, tokens = np.random.default_rng(4).normal(0.002, 0.01, 25), np.full(25, 9)
+    found = compare_losses(np.full(25, 2.0), {"q": 2.0 + change}, tokens, np.arange(25), 1.0)["q"]
+    assert found.difference.to_json() == pytest.approx(list(stats.ttest_1samp(change, 0).confidence_interval()))
+    sides = [stats.ttest_1samp(change, m, alternative=a).pvalue for m, a in ((-0.00995, "greater"), (0.00995, "less"))]
+    assert found.equivalence_p == pytest.approx(max(sides), rel=1e-3)
+
+
+def test_few_groups_are_not_equivalent() -> None:
+    """With three groups a bootstrap called 12 to 36 % equivalent that were not."""
+    words = []
+    for count in (3, 19, 20):
+        change = np.random.default_rng(0).normal(0, 1e-4, count)
+        words.append(compare_losses(np.full(count, 2.0), {"q": 2.0 + change}, np.full(count, 9), np.arange(count), 1.0))
+    assert [found["q"].verdict for found in words] == [
+        *("cannot tell (too few groups of rows)", "cannot tell (too few groups of rows)", "equivalent within 1 %")
+    ]
+
+
+def test_detectable_and_equivalent_after_correction() -> None:
+    rng = np.random.default_rng(6)
+    reference, tokens, groups = rng.uniform(1, 3, 30), rng.integers(5, 20, 30), np.arange(30)
+    files = {name: reference + rng.normal(0, 0.02, 30) for name in "abcd"}
+    found = compare_losses(reference, files, tokens, groups, 1.0)
+    assert found["a"].mde == cluster_test(files["a"] - reference, tokens, groups, 0.05 / 4)[1]
+    p = [found[name].equivalence_p for name in "abcd"]
+    assert [found[name].equivalence_p_adjusted for name in "abcd"] == holm(p)
+
+
 def test_one_group_tells_nothing() -> None:
-    """A bootstrap over one group has no width, which must not pass for certainty."""
+    """One group has no spread, which must not pass for certainty."""
     reference, tokens = np.array([1.0, 2.0, 1.5]), np.array([5, 6, 7])
     found = compare_losses(reference, {"other": reference + 1e-4}, tokens, np.zeros(3), 1.0)
     assert found["other"].verdict == "cannot tell (too few groups of rows)" and math.isinf(found["other"].mde)
+    assert found["other"].ratio.to_json() == [None, None]
