@@ -1,14 +1,14 @@
-"""From a table to conversations: forms recognized, roles checked, thinking validated, everything dropped counted."""
+"""From a table to conversations: roles checked, thinking validated, everything dropped counted."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lib.data.cleaning import Row, safe_text
+from lib.data.cleaning import DamagedError, Row, plain, safe_text
+from lib.data.forms import find_form, turns_of
 from lib.errors import InputError
 from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, Message, split_thinking, with_thinking
 
@@ -24,8 +24,6 @@ ROLES = {
 
 KEPT = ("topic", "difficulty")
 """Further columns whose values stay with a row."""
-
-_SPEAKER = re.compile(r"\s*([^：:\s]{1,12})[：:]")
 
 
 @dataclass
@@ -45,79 +43,34 @@ class Conversation(Row):
         return {**row, "group": self.group, "leaked": self.leaked, **self.extra}
 
 
-class _DamagedError(ValueError):
-    """Why a row cannot be used."""
-
-
 def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> tuple[list[Conversation], Counter[str]]:
     """Rows with an explicit system turn, in the table's order, and why the others were left out.
 
     Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
-    content}), and `dialogue` (texts that begin with their speaker). Turns behind the last answer are removed and
-    counted.
+    content}), `conversations` ({from, value}) and `dialogue` (texts that begin with their speaker). Turns behind the
+    last answer are removed and counted.
 
     Raises:
         InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
     """
-    form = _form(table.column_names, where)
+    form, columns = find_form(table.column_names, where)
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     rows: list[Conversation] = []
-    for index, raw in enumerate(table):
+    for index, cells in enumerate(table):
+        raw = {folded: cells[name] for folded, name in columns.items()}
         try:
-            turns = [(role, safe_text(text, counts).strip()) for role, text in _turns(raw, form)]
+            turns = [(role, safe_text(text, counts).strip()) for role, text in turns_of(raw, form)]
             messages = _messages(turns, task, counts, unknown)
-        except _DamagedError as reason:
+        except DamagedError as reason:
             counts[f"dropped: {reason}"] += 1
             continue
         opening = next(message["content"] for message in messages if message["role"] == USER)
-        extra = {name: raw[name] for name in KEPT if raw.get(name) is not None}
+        given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
+        extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
         rows.append(Conversation(index, opening, 0, extra=extra, messages=messages))
     _refuse(unknown, counts, len(table), where, task)
     return rows, counts
-
-
-def _form(columns: Sequence[str], where: str) -> str:
-    for form, needed in {
-        "messages": {"messages"},
-        "dialogue": {"dialogue"},
-        "alpaca": {"instruction", "output"},
-    }.items():
-        if needed <= set(columns):
-            return form
-    raise InputError(
-        f"{where}: the columns {', '.join(map(repr, columns))[:300]}.",
-        "messages ({role, content}), dialogue (lines that begin with their speaker), or instruction and output.",
-        "rename the columns, or set task: classification for labelled texts.",
-    )
-
-
-def _turns(raw: Mapping[str, Any], form: str) -> list[tuple[str, Any]]:
-    """(speaker as written, text) of each turn."""
-    if form == "alpaca":
-        request = [str(raw.get(name) or "").strip() for name in ("instruction", "input")]
-        system = [("system", raw["system"])] if str(raw.get("system") or "").strip() else []
-        asked = ("user", "\n".join(part for part in request if part))
-        return [*system, *_history(raw.get("history")), asked, ("assistant", raw["output"])]
-    if form == "messages":
-        return [(str((m or {}).get("role")), (m or {}).get("content")) for m in raw["messages"] or ()]
-    turns = []
-    for line in raw["dialogue"] or ():
-        found = _SPEAKER.match(line or "")
-        if not found:
-            raise _DamagedError("a turn without its speaker")
-        turns.append((found[1], line[found.end() :]))
-    return turns
-
-
-def _history(earlier: Any) -> list[tuple[str, Any]]:
-    """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
-    if earlier is None or earlier in ("", [], ()):
-        return []
-    pairs = [pair if isinstance(pair, list) else [] for pair in earlier] if isinstance(earlier, list) else [[]]
-    if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
-        raise _DamagedError("history that is no list of [question, answer]")
-    return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
 
 
 def _messages(
@@ -127,15 +80,15 @@ def _messages(
     odd = [role for role, _ in turns if role.strip().lower() not in ROLES]
     if odd:
         unknown[odd[0]] += 1
-        raise _DamagedError("a role that is not known")
+        raise DamagedError("a role that is not known")
     messages = [{"role": ROLES[role.strip().lower()], "content": text} for role, text in turns]
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == SYSTEM else task.system_prompt
     if any(not message["content"] for message in messages):
-        raise _DamagedError("an empty turn")
+        raise DamagedError("an empty turn")
     if any(m["role"] != (USER, ASSISTANT)[i % 2] for i, m in enumerate(messages)):
-        raise _DamagedError("roles not in turn (user first, then assistant)")
+        raise DamagedError("roles not in turn (user first, then assistant)")
     if len(messages) < 2:
-        raise _DamagedError("no assistant turn")
+        raise DamagedError("no assistant turn")
     if len(messages) % 2:
         messages.pop()
         counts["changed: last turn without an answer removed"] += 1
@@ -149,11 +102,11 @@ def _check_thinking(messages: Sequence[Message], task: ConversationTask, counts:
         try:
             reasoning, _ = split_thinking(message["content"])
         except ValueError as error:
-            raise _DamagedError(str(error)) from None
+            raise DamagedError(str(error)) from None
         if reasoning and not task.thinking:
             counts["thinking"] += 1
     if task.thinking and not reasoning:
-        raise _DamagedError("no thinking in the last answer")
+        raise DamagedError("no thinking in the last answer")
 
 
 def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, task: ConversationTask) -> None:
