@@ -206,6 +206,10 @@ def test_contradictions() -> None:
         check({"task": "dialogue"}, "the test")
     with pytest.raises(InputError, match="thinking must be false"):
         check({"thinking": True}, "the test")
+    for task in ("dialogue", "instruction"):  # the default of the other task must not slip in
+        with pytest.raises(InputError, match="set system_prompt for task"):
+            check({"task": task, "dataset": "x.jsonl"}, "the test")
+        assert check({"task": task, "dataset": "x.jsonl", "system_prompt": ""}, "the test").system_prompt == ""
 
 
 def test_cpsycoun_dialogues(home: Path, shared_data: Path) -> None:
