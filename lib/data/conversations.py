@@ -46,6 +46,7 @@ def build(settings: Settings, work: Work) -> None:
     """
     task = ConversationTask(settings.task, settings.system_prompt, settings.max_seq_length, settings.thinking)
     chosen = choose_data(settings)
+    notes = _test_from_validation(chosen.table)
     splits, flow, changes = _clean(chosen.table, task)
     found = audit_conversations(splits)
     splits, rule, dropped = _divide(splits, settings)
@@ -56,11 +57,12 @@ def build(settings: Settings, work: Work) -> None:
     texts = [text for row in splits["train"] for text in texts_of({"messages": row.messages})]
     tokenizer, base = put_tokenizer(base_chosen, texts, [settings.system_prompt], work.folder / "tokenizer")
     for row in (row for rows in splits.values() for row in rows):
-        row.messages = in_tags_of(tokenizer, row.messages)
+        row.messages = in_tags_of(tokenizer, row.messages, changes)
     splits, lengths, table = conversation_lengths(tokenizer, task, splits)
     for line in table:
         if line["rows too long"]:
-            reason = f"dropped: first exchange over {task.max_seq_length} tokens"
+            reason = "no answer with its reasoning within" if task.thinking else "first exchange over"
+            reason = f"dropped: {reason} {task.max_seq_length} tokens"
             flow.append({"step": reason, "split": line["split"], "rows": line["rows too long"]})
     flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
     _require(splits)
@@ -77,7 +79,7 @@ def build(settings: Settings, work: Work) -> None:
         "example": conversation_example(tokenizer, task, splits["train"], lengths["train"]),
     }
     _write(work, task, splits, shown)
-    record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task))
+    record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task), notes)
     work.facts["task"] = task.kind
 
 
@@ -92,12 +94,18 @@ def _write(work: Work, task: ConversationTask, splits: Splits, shown: dict[str, 
     work.metrics |= {"test_rows": len(splits["test"]), "leaked_test_rows": leaked}
 
 
+def _test_from_validation(table: Table) -> list[str]:
+    """A validation split stands in for a test split that is missing; the note that says so."""
+    if "test" in table.splits or "validation" not in table.splits:
+        return []
+    table.splits["test"] = table.splits.pop("validation")
+    return ["the data has no test split: its validation split is the test split of this run"]
+
+
 def _clean(table: Table, task: ConversationTask) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
     splits: Splits = {}
     flow: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
-    if "test" not in table.splits and "validation" in table.splits:
-        table.splits["test"] = table.splits.pop("validation")
     for name in [name for name in (*SPLITS, "all") if name in table.splits]:
         splits[name], counts = clean_conversations(table.splits[name], name, task)
         count_steps(name, len(table.splits[name]), counts, flow, changes)

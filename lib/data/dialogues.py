@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lib.data.cleaning import DamagedError, Row, plain, safe_text
 from lib.data.forms import find_form, turns_of
 from lib.errors import InputError
-from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, Message, split_thinking, with_thinking
+from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, Message
+from lib.models.reasoning import split_thinking, with_thinking
+from lib.textmetrics.thinking import is_blank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +24,8 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "counselor", "支持者", "心理咨询师"), ASSISTANT),
 }
 """Names of the speakers in messages, SMILE and CPsyCoun files, and what they are called here."""
+
+_NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
 
 KEPT = ("topic", "difficulty")
 """Further columns whose values stay with a row."""
@@ -58,13 +63,14 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
     unknown: Counter[str] = Counter()
     rows: list[Conversation] = []
     for index, cells in enumerate(table):
-        raw = {folded: cells[name] for folded, name in columns.items()}
+        raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
         try:
-            turns = [(role, safe_text(text, counts).strip()) for role, text in turns_of(raw, form)]
-            messages = _messages(turns, task, counts, unknown)
+            turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
+            messages = _messages(turns, task, changed, unknown)
         except DamagedError as reason:
             counts[f"dropped: {reason}"] += 1
             continue
+        counts += changed
         opening = next(message["content"] for message in messages if message["role"] == USER)
         given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
         extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
@@ -74,7 +80,7 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
 
 
 def _messages(
-    turns: Sequence[tuple[str, str]], task: ConversationTask, counts: Counter[str], unknown: Counter[str]
+    turns: Sequence[tuple[str, str]], task: ConversationTask, changed: Counter[str], unknown: Counter[str]
 ) -> list[Message]:
     """Turns with our roles, the system turn explicit, ending on an answer; its parts are checked."""
     odd = [role for role, _ in turns if role.strip().lower() not in ROLES]
@@ -83,20 +89,40 @@ def _messages(
         raise DamagedError("a role that is not known")
     messages = [{"role": ROLES[role.strip().lower()], "content": text} for role, text in turns]
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == SYSTEM else task.system_prompt
-    if any(not message["content"] for message in messages):
+    if any(is_blank(message["content"]) for message in messages):
         raise DamagedError("an empty turn")
+    messages = _in_turn(messages, changed)
     if any(m["role"] != (USER, ASSISTANT)[i % 2] for i, m in enumerate(messages)):
         raise DamagedError("roles not in turn (user first, then assistant)")
     if len(messages) < 2:
         raise DamagedError("no assistant turn")
     if len(messages) % 2:
         messages.pop()
-        counts["changed: last turn without an answer removed"] += 1
-    _check_thinking(messages, task, counts)
+        changed["changed: last turn without an answer removed"] += 1
+    _check_thinking(messages, task, changed)
     return [{"role": SYSTEM, "content": system}, *messages]
 
 
-def _check_thinking(messages: Sequence[Message], task: ConversationTask, counts: Counter[str]) -> None:
+def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """Turns of one speaker in succession as one, and without the assistant's greeting before the first question.
+
+    They stay apart where a turn names a speaker inside: its text holds what somebody else said (SMILE has such rows).
+    """
+    joined: list[Message] = []
+    mixed = any(_NAMED.search(message["content"]) for message in messages)
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"] != SYSTEM and not mixed:
+            joined[-1] = {**message, "content": f"{joined[-1]['content']}\n{message['content']}"}
+            changed["changed: turns of one speaker in succession joined"] += 1
+        else:
+            joined.append(message)
+    if joined and joined[0]["role"] == ASSISTANT:
+        changed["changed: the assistant's greeting before the first question removed"] += 1
+        joined.pop(0)
+    return joined
+
+
+def _check_thinking(messages: Sequence[Message], task: ConversationTask, changed: Counter[str]) -> None:
     reasoning = ""
     for message in messages[1::2]:
         try:
@@ -104,7 +130,7 @@ def _check_thinking(messages: Sequence[Message], task: ConversationTask, counts:
         except ValueError as error:
             raise DamagedError(str(error)) from None
         if reasoning and not task.thinking:
-            counts["thinking"] += 1
+            changed["thinking"] += 1
     if task.thinking and not reasoning:
         raise DamagedError("no thinking in the last answer")
 
@@ -113,18 +139,24 @@ def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, 
     """What is not a slip of single rows stops the run."""
     if thinking := counts.pop("thinking", 0):
         raise InputError(
-            f"{where}: {thinking} answers with <think> or <thinking>, and thinking: false.",
+            f"{where}: {thinking} answers with <think>, <thinking> or reasoning_content, and thinking: false.",
             "the setting that says what the answers hold.",
-            "set thinking: true, or remove the blocks.",
+            "set thinking: true, or remove the reasoning.",
         )
     if sum(unknown.values()) > max(1, rows // 100):
         names = ", ".join(f"{name!r} ({count} rows)" for name, count in unknown.most_common(6))
         raise InputError(f"{where}: the roles {names}.", f"one of {', '.join(ROLES)}.", "rename them.")
 
 
-def in_tags_of(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
-    """The turns with thinking in the form of the base model's own tags."""
-    return [
-        {**m, "content": with_thinking(tokenizer, *split_thinking(m["content"]))} if m["role"] == ASSISTANT else m
-        for m in messages
-    ]
+def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
+    made: list[Message] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == ASSISTANT:
+            content = with_thinking(tokenizer, *split_thinking(content))
+        changed["changed: thinking brought into the base model's form (tags, white space)"] += (
+            content != message["content"]
+        )
+        made.append({**message, "content": content})
+    return made

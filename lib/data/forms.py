@@ -9,6 +9,7 @@ from typing import Any
 
 from lib.data.cleaning import DamagedError, text_of
 from lib.errors import InputError
+from lib.textmetrics.thinking import TAG, is_blank
 
 Turn = tuple[str, str]
 """(speaker as written, text)."""
@@ -80,14 +81,17 @@ def _list(cell: Any, name: str) -> list[Any]:
 
 
 def _message(message: Any, form: str) -> Turn:
-    """A turn {role, content} or {from, value}."""
+    """A turn {role, content} or {from, value}; `reasoning_content` is its reasoning where the content has none."""
     if not isinstance(message, Mapping):
         raise DamagedError(f"{form} that are no list of turns with a role")
     role, text = (
         message.get(other) if message.get(name) is None else message[name]
         for name, other in (("role", "from"), ("content", "value"))
     )
-    return str(role), text_of(text)
+    content, reasoning = text_of(text), message.get("reasoning_content")
+    if isinstance(reasoning, str) and not is_blank(reasoning) and not TAG.search(content):
+        content = f"<think>\n{reasoning}\n</think>\n\n{content}"
+    return str(role), content
 
 
 def _lines(cell: Any) -> list[Any]:

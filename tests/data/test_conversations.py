@@ -13,6 +13,7 @@ from lib.data import prepare
 from lib.errors import InputError
 from lib.models.conversations import ConversationTask
 from lib.models.tasks import encode_row, read_task
+from lib.plots import rows as tables
 from lib.run import open_run
 from lib.settings import Settings, check
 
@@ -51,7 +52,7 @@ def test_product_of_dialogues(home: Path) -> None:
     copies = [rows[5], {"messages": [rows[6]["messages"][0], {"role": "assistant", "content": "另一个回答。"}]}]
     damaged = [
         {"messages": [{"role": "user", "content": "只有问题"}]},
-        {"messages": [{"role": "assistant", "content": "先答"}, {"role": "user", "content": "后问"}]},
+        {"messages": [*rows[8]["messages"][:1], {"role": "system", "content": "中间"}, *rows[8]["messages"][1:]]},
         {"messages": [{"role": "user", "content": "空"}, {"role": "assistant", "content": "  "}]},
     ]
     open_end = {"messages": [*rows[7]["messages"], {"role": "user", "content": "还有一件事"}]}
@@ -96,6 +97,19 @@ def test_given_splits_keep_their_rows_and_flag_leaks(home: Path) -> None:
     assert compared == {"opening": 1, "whole row": 0}
 
 
+def test_a_validation_split_that_becomes_the_test_split_is_noted(home: Path) -> None:
+    folder = home / "source"
+    folder.mkdir()
+    write(folder / "train.jsonl", dialogues(30, 1))
+    write(folder / "dev.jsonl", dialogues(10, 3))
+    result = prepare(settings(folder), open_run("t"))
+    assert len(result.rows("test")) == 10
+    assert any("its validation split is the test split" in note for note in result.product.entry.notes)
+    assert tables.copies_caption(result).startswith("Copies of openings") and "whole turns" in tables.lengths_caption(
+        result
+    )
+
+
 def test_alpaca_with_thinking(home: Path) -> None:
     rng = random.Random(3)
     rows = [
@@ -124,6 +138,8 @@ def test_alpaca_with_thinking(home: Path) -> None:
     assert (
         "dropped: no thinking in the last answer" in steps and "dropped: thinking nested, repeated or crossed" in steps
     )
+    used = sum(len(result.rows(name)) for name in SPLITS)
+    assert result.changes == {"changed: thinking brought into the base model's form (tags, white space)": used}
     row = next(row for row in result.rows("train") if row["difficulty"] == 1)
     system, _, answer = row["messages"]
     assert system["content"] in ("你是密码学专家。", SYSTEM)
@@ -187,6 +203,26 @@ def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
     assert sum(line["rows"] for line in result.flow if "first exchange over 96 tokens" in line["step"]) >= 1
 
 
+def test_rows_whose_thinking_does_not_fit_are_dropped_with_their_own_reason(home: Path) -> None:
+    rng = random.Random(6)
+    rows = dialogues(40, 6)
+    for i, row in enumerate(rows):
+        row["messages"][-1]["content"] = f"<think>{sentence(rng, 300 if i < 5 else 2)}</think>答{i}"
+    chosen = settings(write(home / "d.jsonl", rows), thinking=True, max_seq_length=160)
+    result = prepare(chosen, open_run("t"))
+    dropped = [
+        line["rows"] for line in result.flow if line["step"].endswith("no answer with its reasoning within 160 tokens")
+    ]
+    assert sum(dropped) == 5
+    table = {line["split"]: line for line in result.length_table}
+    for name in SPLITS:
+        answers = sum(len(row["messages"]) // 2 for row in result.rows(name))
+        assert table[name]["answers learned"] == len(
+            result.rows(name)
+        )  # the last of each row, the only one that thinks
+        assert table[name]["answers learned"] + table[name]["answers only read"] == answers
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -227,9 +263,9 @@ def test_smile_dialogues(home: Path, shared_data: Path) -> None:
     result = prepare(settings(path, max_seq_length=1024), open_run("t"))
     raw = [json.loads(line)["messages"] for line in lines]
     open_ends = sum(m[-1]["role"] == "client" for m in raw)
-    odd = sum(any(a["role"] == b["role"] for a, b in itertools.pairwise(m)) for m in raw)
     assert 0 < result.changes["changed: last turn without an answer removed"] <= open_ends
-    assert sum(line["rows"] for line in result.flow if "roles not in turn" in line["step"]) == odd
+    odd = sum(any(a["role"] == b["role"] for a, b in itertools.pairwise(m)) for m in raw)
+    assert sum(line["rows"] for line in result.flow if "roles not in turn" in line["step"]) == odd  # speakers in a text
     openings: dict[str, set[str]] = {}
     for name in ("train", "validation", "test"):
         for row in result.rows(name):

@@ -96,6 +96,43 @@ def test_kept_values_can_be_written_as_json(home: Path) -> None:
     json.dumps([row.to_json("train") for row in made], allow_nan=False)
 
 
+def turns(*said: str) -> dict[str, Any]:
+    """A row of messages; "u…" is said by the user, "a…" by the assistant."""
+    return {"messages": [{"role": {"u": "user", "a": "assistant"}[text[0]], "content": text} for text in said]}
+
+
+def test_turns_in_succession_are_joined_and_a_greeting_goes() -> None:
+    made, counts = read(turns("u1", "u2", "a1", "a2"), turns("a0", "a00", "u1", "a1"), turns("a0", "u1"))
+    assert [[m["content"] for m in messages[1:]] for messages in made] == [["u1\nu2", "a1\na2"], ["u1", "a1"]]
+    assert counts == {
+        "changed: turns of one speaker in succession joined": 3,
+        "changed: the assistant's greeting before the first question removed": 1,
+        "dropped: no assistant turn": 1,
+    }
+    _, counts = read(turns("u1", "a1求助者：其实是我说的", "a2"))
+    assert counts == {"dropped: roles not in turn (user first, then assistant)": 1}
+
+
+@pytest.mark.parametrize("unseen", ["\u200b", "\ufeff \u2060", "\u3164", "\u2028"])
+def test_turns_that_nobody_can_see_are_empty(unseen: str) -> None:
+    assert read(turns("u1", "a1"), {"messages": [TURNS[0], {"role": "assistant", "content": unseen}]})[1] == {
+        "dropped: an empty turn": 1
+    }
+
+
+def test_reasoning_beside_the_content_is_read() -> None:
+    thinking = ConversationTask("dialogue", SYSTEM, 512, thinking=True)
+    beside = {"role": "assistant", "content": "答", "reasoning_content": "想"}
+    both = {**beside, "content": "<think>别的</think>答"}
+    made, counts = read(*({"messages": [TURNS[0], answer]} for answer in (beside, both, TURNS[1])), task=thinking)
+    assert [messages[-1]["content"] for messages in made] == ["<think>\n想\n</think>\n\n答", both["content"]]
+    assert counts == {"dropped: no thinking in the last answer": 1}
+    with pytest.raises(InputError, match=r"1 answers with .*reasoning_content"):
+        read({"messages": [TURNS[0], beside]})
+    with pytest.raises(InputError, match="1 answers with"):
+        read({"messages": [TURNS[0], {"role": "assistant", "content": "<Think>想</Think>答"}]})
+
+
 def test_one_row_of_another_kind_in_a_file(home: Path) -> None:
     result = prepare(settings(write(home / "d.jsonl", [*dialogues(20), {"messages": "str"}])), open_run("t"))
     assert {"step": "dropped: messages that are no list", "split": "all", "rows": 1} in result.flow
