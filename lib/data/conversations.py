@@ -124,7 +124,7 @@ def audit_conversations(splits: Mapping[str, list[Conversation]]) -> dict[str, l
     rows = [row for split in splits.values() for row in split]
     shadows = {name: [Row(row.index, row.whole, 0) for row in split] for name, split in splits.items()}
     whole = audit(shadows)
-    opening = audit(splits)
+    opening = audit(splits, contained=True)
     copies = [row for split in shadows.values() for row in split]
     groups = _joined([row.group for row in rows], [row.group for row in copies])
     for row, copy, group in zip(rows, copies, groups, strict=True):
@@ -181,7 +181,8 @@ def _divide(splits: Splits, settings: Settings) -> tuple[Splits, str, Counter[st
             f"{groups} groups of conversations that differ.", f"at least {FEWEST} for a split 8 : 1 : 1.", "add rows."
         )
     dropped = Counter({"dropped: copy of an earlier row": len(rows) - len(kept)})
-    rule = f"8 : 1 : 1 by group (same or nearly the same opening or text), seed {settings.seed}; copies dropped first"
+    alike = "openings or texts nearly the same, or opening within opening"
+    rule = f"8 : 1 : 1 by group ({alike}), seed {settings.seed}; copies dropped first"
     return splitting.split_by_cluster(kept, settings.seed), rule, +dropped
 
 

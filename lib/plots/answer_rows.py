@@ -20,7 +20,7 @@ def leaks(result: Any) -> str:
     leaked = sum(row["leaked"] for row in rows)
     return (
         f"**{leaked:,} of {len(rows):,} test rows ({100 * leaked / len(rows):.1f} %) have nearly the opening or the "
-        f"text of a training row.** Split: {result.split_rule}."
+        f"text of a training row, or one opening contains the other.** Split: {result.split_rule}."
     )
 
 
