@@ -122,7 +122,7 @@ def audit_conversations(splits: Mapping[str, list[Conversation]]) -> dict[str, l
         "duplicates", "overlaps" (each with the column "compared") and "leaked_examples", ready to be tables.
     """
     rows = [row for split in splits.values() for row in split]
-    shadows = {name: [Row(row.index, row.whole, 0) for row in split] for name, split in splits.items()}
+    shadows = {name: [Row(row.index, row.compared, 0) for row in split] for name, split in splits.items()}
     whole = audit(shadows)
     opening = audit(splits, contained=True)
     copies = [row for split in shadows.values() for row in split]
@@ -177,13 +177,24 @@ def _divide(splits: Splits, settings: Settings) -> tuple[Splits, str, Counter[st
     kept = list({normalise(row.whole): row for row in reversed(rows)}.values())[::-1]
     groups = len({row.group for row in kept})
     if groups < FEWEST:
-        raise InputError(
-            f"{groups} groups of conversations that differ.", f"at least {FEWEST} for a split 8 : 1 : 1.", "add rows."
-        )
+        raise _too_few(kept, groups)
     dropped = Counter({"dropped: copy of an earlier row": len(rows) - len(kept)})
     alike = "openings or texts nearly the same, or opening within opening"
     rule = f"8 : 1 : 1 by group ({alike}), seed {settings.seed}; copies dropped first"
     return splitting.split_by_cluster(kept, settings.seed), rule, +dropped
+
+
+def _too_few(rows: Sequence[Conversation], groups: int) -> InputError:
+    """The refusal of rows that make too few groups, with what the largest one has in common."""
+    [(largest, size)] = Counter(row.group for row in rows).most_common(1)
+    first = next(row for row in rows if row.group == largest)
+    return InputError(
+        f"{len(rows)} rows in {groups} groups of conversations that differ; {size} have nearly one opening or text, "
+        f"e.g. {first.text[:60]!r}.",
+        f"at least {FEWEST} groups for a split 8 : 1 : 1.",
+        "add rows that differ, or put what all questions share into system_prompt (Alpaca: into instruction, the "
+        "question into input).",
+    )
 
 
 def _require(splits: Mapping[str, Sequence[Any]]) -> None:

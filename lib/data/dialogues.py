@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lib.data.audit import normalise
 from lib.data.cleaning import DamagedError, Row, plain, safe_text
-from lib.data.forms import find_form, turns_of
+from lib.data.forms import find_form, request_of, turns_of
 from lib.errors import InputError
 from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, Message
 from lib.models.reasoning import split_thinking, with_thinking
@@ -30,17 +31,31 @@ _NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|
 KEPT = ("topic", "difficulty")
 """Further columns whose values stay with a row."""
 
+SHARED = 5
+"""Different inputs from which on an instruction is the task of a file, not a question."""
+
 
 @dataclass
 class Conversation(Row):
-    """A row of turns; `text` is the user's opening, by which rows are grouped, and `label` has no meaning."""
+    """A row of turns; `label` has no meaning.
+
+    Attributes:
+        text: the user's opening, by which rows are grouped, without what it shares.
+        shared: an instruction that many rows begin with, and by which they are therefore not compared; mostly "".
+    """
 
     messages: list[Message] = field(default_factory=list)
+    shared: str = ""
 
     @property
     def whole(self) -> str:
         """All turns but the system's, as one text."""
         return "\n".join(message["content"] for message in self.messages if message["role"] != SYSTEM)
+
+    @property
+    def compared(self) -> str:
+        """As `whole`, without what many rows share."""
+        return self.whole.removeprefix(self.shared).lstrip()
 
     def to_json(self, split: str) -> dict[str, Any]:
         """The row as the product holds it."""
@@ -62,6 +77,7 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     rows: list[Conversation] = []
+    requests: list[tuple[str, str]] = []
     for index, cells in enumerate(table):
         raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
         try:
@@ -75,8 +91,21 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
         given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
         extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
         rows.append(Conversation(index, opening, 0, extra=extra, messages=messages))
+        if form == "alpaca":
+            requests.append(request_of(raw))
     _refuse(unknown, counts, len(table), where, task)
+    _set_shared(rows, requests)
     return rows, counts
+
+
+def _set_shared(rows: Sequence[Conversation], requests: Sequence[tuple[str, str]]) -> None:
+    """Rows whose instruction occurs with many inputs are compared by their input."""
+    inputs: dict[str, set[str]] = {}
+    for instruction, given in requests:
+        inputs.setdefault(normalise(instruction), set()).add(normalise(given))
+    for row, (instruction, given) in zip(rows, requests, strict=False):  # no requests where they are not Alpaca's
+        if given and len(inputs[normalise(instruction)]) >= SHARED and row.text == f"{instruction}\n{given}":
+            row.text, row.shared = given, instruction
 
 
 def _messages(

@@ -148,6 +148,25 @@ def test_alpaca_with_thinking(home: Path) -> None:
         prepare(settings(path, task="instruction", run_name="u"), open_run("u"))
 
 
+def test_rows_with_one_instruction_are_compared_by_their_input(home: Path) -> None:
+    """A long instruction and a short question: nearly equal as texts, and still different questions."""
+    rng = random.Random(8)
+    shared = (
+        "你是一位资深的密码学专家，请根据下面的题目逐步推理和计算，先给出完整的思考过程，再给出结论，并说明所用的定理。"
+    )
+    rows = [{"instruction": shared, "input": f"{sentence(rng, 4)}", "output": sentence(rng, 8)} for _ in range(40)]
+    rows += [{**rows[i], "output": sentence(rng, 8)} for i in range(3)]  # the same question, another answer
+    rows.append({"instruction": "这一条指令只有一个输入", "input": rows[7]["input"], "output": "答"})
+    result = prepare(settings(write(home / "i.jsonl", rows), task="instruction"), open_run("t"))
+    made = [row for name in SPLITS for row in result.rows(name)]
+    groups: dict[int, list[str]] = {}
+    for row in made:
+        groups.setdefault(row["group"], []).append(row["messages"][1]["content"])
+    assert len(made) == 44 and len(groups) == 41
+    assert sorted(map(len, groups.values()))[-4:] == [1, 2, 2, 2]
+    assert all(content.startswith((shared, "这一条")) for contents in groups.values() for content in contents)
+
+
 def test_alpaca_history_is_earlier_turns(home: Path) -> None:
     rng = random.Random(5)
     rows = [{"instruction": f"问{sentence(rng)}", "output": f"答{sentence(rng)}", "history": []} for _ in range(30)]
@@ -230,6 +249,10 @@ def test_rows_whose_thinking_does_not_fit_are_dropped_with_their_own_reason(home
         ([{"messages": [{"role": "robot", "content": "a"}]}] * 3, "robot"),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "no usable conversation"),
         (dialogues(4), "at least 5"),
+        (
+            [{"instruction": f"请按同样的要求逐步推理并且回答下面的问题：{i}", "output": f"{i}"} for i in range(9)],
+            "9 have nearly one",
+        ),
     ],
 )
 def test_refused(home: Path, rows: list[dict], message: str) -> None:
