@@ -58,14 +58,14 @@ def build(settings: Settings, work: Work) -> None:
     tokenizer, base = put_tokenizer(base_chosen, texts, [settings.system_prompt], work.folder / "tokenizer")
     for row in (row for rows in splits.values() for row in rows):
         row.messages = in_tags_of(tokenizer, row.messages, changes)
+    before = {name: len(rows) for name, rows in splits.items()}
     splits, lengths, table = conversation_lengths(tokenizer, task, splits)
-    for line in table:
-        if line["rows too long"]:
-            reason = "no answer with its reasoning within" if task.thinking else "first exchange over"
-            reason = f"dropped: {reason} {task.max_seq_length} tokens"
-            flow.append({"step": reason, "split": line["split"], "rows": line["rows too long"]})
+    reason = "no answer with its reasoning within" if task.thinking else "first exchange over"
+    reason = f"dropped: {reason} {task.max_seq_length} tokens"
+    lost = {name: count - len(splits[name]) for name, count in before.items() if count > len(splits[name])}
+    flow += [{"step": reason, "split": name, "rows": count} for name, count in lost.items()]
     flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
-    _require(splits)
+    _require(splits, {name: f" ({count:,} rows {reason})" for name, count in lost.items()})
     shown = {
         "source": chosen.table.source,
         "split_rule": rule,
@@ -73,7 +73,7 @@ def build(settings: Settings, work: Work) -> None:
         "changes": dict(changes + chosen.table.changes),
         **found,
         "overlaps_used": used["overlaps"],
-        "text_audit": audit_texts({name: [row.whole for row in rows] for name, rows in splits.items()}),
+        "text_audit": audit_texts({name: [_audited(row, task) for row in rows] for name, rows in splits.items()}),
         "lengths": lengths,
         "length_table": table,
         "example": conversation_example(tokenizer, task, splits["train"], lengths["train"]),
@@ -81,6 +81,12 @@ def build(settings: Settings, work: Work) -> None:
     _write(work, task, splits, shown)
     record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task), notes)
     work.facts["task"] = task.kind
+
+
+def _audited(row: Conversation, task: ConversationTask) -> str:
+    """All turns of a row, its system turn where it brought its own."""
+    system = row.messages[0]["content"]
+    return row.whole if system == task.system_prompt else f"{system}\n{row.whole}"
 
 
 def _write(work: Work, task: ConversationTask, splits: Splits, shown: dict[str, Any]) -> None:
@@ -197,10 +203,12 @@ def _too_few(rows: Sequence[Conversation], groups: int) -> InputError:
     )
 
 
-def _require(splits: Mapping[str, Sequence[Any]]) -> None:
+def _require(splits: Mapping[str, Sequence[Any]], why: Mapping[str, str]) -> None:
     for name, rows in splits.items():
         if not rows:
-            raise InputError(f"{name}: no usable row.", "at least one.", "add rows, or raise max_seq_length.")
+            raise InputError(
+                f"{name}: no usable row{why.get(name, '')}.", "at least one.", "add rows, or raise max_seq_length."
+            )
 
 
 def _shape(name: str, rows: Iterable[Conversation]) -> dict[str, Any]:

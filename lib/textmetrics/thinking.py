@@ -9,13 +9,13 @@ from dataclasses import dataclass
 TAG = re.compile(r"<\s*(/?)\s*(think|thinking)\s*>", re.IGNORECASE)
 """A tag around reasoning; group 1 is "/" for a closing one, group 2 its name as written."""
 
-_FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 """Characters of other categories that show nothing."""
 
 
 def is_blank(text: str) -> bool:
     """True where there is nothing to see: white space, zero-width and other format characters, fillers."""
-    return all(c.isspace() or c in _FILLERS or unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in text)
+    return all(c.isspace() or c in FILLERS or unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in text)
 
 
 @dataclass(frozen=True)

@@ -194,13 +194,14 @@ def test_alpaca_history_of_another_form_is_refused(home: Path) -> None:
 def test_the_characters_of_the_rows_are_audited(home: Path) -> None:
     rows = dialogues(40, 9)
     rows[0]["messages"][1]["content"] += "Ａ\u200b&nbsp;"
+    rows[2]["messages"].insert(0, {"role": "system", "content": "自己的\u2060提示"})
     rows[1]["messages"][0]["content"] = "這個學習壓力讓我覺得很難過。"
     audit = prepare(settings(write(home / "a.jsonl", rows)), open_run("t")).text_audit
     found = {line["what"]: line for line in audit["findings"]}
     assert audit["rows"] == 40 and audit["changed_beyond_punctuation"] == 1
     for what in ("full-width letters", "zero-width", "HTML entities"):
         (line,) = [line for name, line in found.items() if name.startswith(what)]
-        assert line["train"] + line["validation"] + line["test"] == 1
+        assert line["train"] + line["validation"] + line["test"] == 1 + (what == "zero-width")  # its own system turn
     assert sum(line["traditional"] + line["mixed"] for line in audit["scripts"]) == 1
 
 
