@@ -282,7 +282,7 @@ def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path
     assert ours["n"] == part["n"] and ours["answer_tokens"] == llama["answer_tokens"] == part["tokens"]
     cut, encoded = encoded_rows(results["run"], "test")
     said = [[m["content"] for m in row["messages"] if m["role"] == "assistant"] for row in cut]
-    characters = sum(len("".join(texts[: len(e.spans)])) for texts, e in zip(said, encoded, strict=True))
+    characters = sum(sum(len(texts[i]) for i in e.answers) for texts, e in zip(said, encoded, strict=True))
     assert ours["bits_per_character"] == pytest.approx(ours["loss"] * part["tokens"] / np.log(2) / characters)
     q8 = next(results["quantized"].product.path.glob("*.gguf"))
     margins = {"equivalence_margin": 1.0, "perplexity_margin": 1.0, "n_gpu_layers": 0, "n_threads": 1}

@@ -57,12 +57,15 @@ def read_text(path: Path, text_column: str = "") -> Text:
 def _rows(path: Path, text_column: str) -> list[str]:
     from collections import Counter
 
-    from lib.data.cleaning import TEXT_COLUMNS, find_column, safe_text
+    from lib.data.cleaning import TEXT_COLUMNS, DamagedError, find_column, safe_text
     from lib.data.reading import read_table
 
     table = next(iter(read_table(str(path)).splits.values()))
     name = find_column(table.column_names, text_column, TEXT_COLUMNS, "text")
-    return [safe_text(value, Counter()) for value in table[name]]
+    try:
+        return [safe_text(value, Counter()) for value in table[name]]
+    except DamagedError as reason:
+        raise InputError(f"{path}, column {name!r}: {reason}.", "text.", "correct the file.") from None
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ TEXT_COLUMNS = (
 LABEL_COLUMNS = ("label", "labels", "sentiment", "polarity", "class", "category", "target", "output", "标签", "情感")
 NEGATIVE = frozenset(("negative", "neg", "负面", "消极", "负向", "差评", "负", "贬义"))
 POSITIVE = frozenset(("positive", "pos", "正面", "积极", "正向", "好评", "正", "褒义"))
+
+
+class DamagedError(ValueError):
+    """Why a row cannot be used; rows are left out and counted by it."""
 
 
 @dataclass
@@ -134,26 +139,67 @@ def clean_split(
     extra = [name for name in table.column_names if name in keep]
     columns = table.select_columns([text_name, label_name, *extra]).to_dict()
     for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
-        text = safe_text(raw, counts)
-        label = read(value)
-        if not text.strip():
-            counts["dropped: empty text"] += 1
-        elif value is None or (isinstance(value, str) and not value.strip()):
+        text, label = _filled_text(raw, counts), read(value)
+        if text is None:
+            continue
+        if value is None or (isinstance(value, str) and not value.strip()):
             counts["dropped: no label"] += 1
         elif label is None:
             unknown[str(value).strip()[:40]] += 1
         else:
-            rows.append(Row(index, text, label, extra={name: columns[name][index] for name in extra}))
+            rows.append(Row(index, text, label, extra={name: plain(columns[name][index]) for name in extra}))
     _refuse_labels(unknown, len(table), label_names, where)
     if unknown:
         counts["dropped: label not understood"] += sum(unknown.values())
     return rows, counts
 
 
-def safe_text(raw: Any, counts: Counter[str]) -> str:
-    if raw is None or raw != raw:
+def _filled_text(raw: Any, counts: Counter[str]) -> str | None:
+    """The text of a cell; None for one without, which is counted."""
+    try:
+        text = safe_text(raw, counts)
+    except DamagedError as reason:
+        counts[f"dropped: {reason}"] += 1
+        return None
+    if not text.strip():
+        counts["dropped: empty text"] += 1
+        return None
+    return text
+
+
+def text_of(raw: Any) -> str:
+    """The text of a cell; nothing is empty text, a number is written out, text parts of OpenAI's form are joined.
+
+    Raises:
+        DamagedError: a list of anything else, a mapping, true or false, bytes; written out it would be code.
+    """
+    if raw is None or (isinstance(raw, float) and raw != raw):
         return ""
-    text = raw if isinstance(raw, str) else str(raw)
+    if isinstance(raw, list) and raw:
+        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in raw]
+        if all(isinstance(part, str) for part in parts):
+            return "\n".join(parts)
+    if isinstance(raw, list | tuple | Mapping | bool | bytes):
+        raise DamagedError("content that is no text")
+    return str(raw)
+
+
+def plain(value: Any) -> Any:
+    """A value that goes along with a row: as it is where JSON can hold it, else as text (a date)."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
+
+
+def safe_text(raw: Any, counts: Counter[str]) -> str:
+    """The text of a cell without NUL characters and lone surrogates (counted).
+
+    Raises:
+        DamagedError: a cell that holds no text.
+    """
+    text = text_of(raw)
     if "\0" in text:
         counts["changed: NUL characters removed"] += text.count("\0")
         text = text.replace("\0", "")

@@ -46,6 +46,7 @@ def build(settings: Settings, work: Work) -> None:
     """
     task = ConversationTask(settings.task, settings.system_prompt, settings.max_seq_length, settings.thinking)
     chosen = choose_data(settings)
+    notes = _test_from_validation(chosen.table)
     splits, flow, changes = _clean(chosen.table, task)
     found = audit_conversations(splits)
     splits, rule, dropped = _divide(splits, settings)
@@ -56,14 +57,10 @@ def build(settings: Settings, work: Work) -> None:
     texts = [text for row in splits["train"] for text in texts_of({"messages": row.messages})]
     tokenizer, base = put_tokenizer(base_chosen, texts, [settings.system_prompt], work.folder / "tokenizer")
     for row in (row for rows in splits.values() for row in rows):
-        row.messages = in_tags_of(tokenizer, row.messages)
+        row.messages = in_tags_of(tokenizer, row.messages, changes)
+    before = {name: len(rows) for name, rows in splits.items()}
     splits, lengths, table = conversation_lengths(tokenizer, task, splits)
-    for line in table:
-        if line["rows too long"]:
-            reason = f"dropped: first exchange over {task.max_seq_length} tokens"
-            flow.append({"step": reason, "split": line["split"], "rows": line["rows too long"]})
-    flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
-    _require(splits)
+    flow += _left(task, before, splits)
     shown = {
         "source": chosen.table.source,
         "split_rule": rule,
@@ -71,14 +68,20 @@ def build(settings: Settings, work: Work) -> None:
         "changes": dict(changes + chosen.table.changes),
         **found,
         "overlaps_used": used["overlaps"],
-        "text_audit": audit_texts({name: [row.whole for row in rows] for name, rows in splits.items()}),
+        "text_audit": audit_texts({name: [_audited(row, task) for row in rows] for name, rows in splits.items()}),
         "lengths": lengths,
         "length_table": table,
         "example": conversation_example(tokenizer, task, splits["train"], lengths["train"]),
     }
     _write(work, task, splits, shown)
-    record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task))
+    record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task), notes)
     work.facts["task"] = task.kind
+
+
+def _audited(row: Conversation, task: ConversationTask) -> str:
+    """All turns of a row, its system turn where it brought its own."""
+    system = row.messages[0]["content"]
+    return row.whole if system == task.system_prompt else f"{system}\n{row.whole}"
 
 
 def _write(work: Work, task: ConversationTask, splits: Splits, shown: dict[str, Any]) -> None:
@@ -92,12 +95,18 @@ def _write(work: Work, task: ConversationTask, splits: Splits, shown: dict[str, 
     work.metrics |= {"test_rows": len(splits["test"]), "leaked_test_rows": leaked}
 
 
+def _test_from_validation(table: Table) -> list[str]:
+    """A validation split stands in for a test split that is missing; the note that says so."""
+    if "test" in table.splits or "validation" not in table.splits:
+        return []
+    table.splits["test"] = table.splits.pop("validation")
+    return ["the data has no test split: its validation split is the test split of this run"]
+
+
 def _clean(table: Table, task: ConversationTask) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
     splits: Splits = {}
     flow: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
-    if "test" not in table.splits and "validation" in table.splits:
-        table.splits["test"] = table.splits.pop("validation")
     for name in [name for name in (*SPLITS, "all") if name in table.splits]:
         splits[name], counts = clean_conversations(table.splits[name], name, task)
         count_steps(name, len(table.splits[name]), counts, flow, changes)
@@ -114,9 +123,9 @@ def audit_conversations(splits: Mapping[str, list[Conversation]]) -> dict[str, l
         "duplicates", "overlaps" (each with the column "compared") and "leaked_examples", ready to be tables.
     """
     rows = [row for split in splits.values() for row in split]
-    shadows = {name: [Row(row.index, row.whole, 0) for row in split] for name, split in splits.items()}
+    shadows = {name: [Row(row.index, row.compared, 0) for row in split] for name, split in splits.items()}
     whole = audit(shadows)
-    opening = audit(splits)
+    opening = audit(splits, contained=True)
     copies = [row for split in shadows.values() for row in split]
     groups = _joined([row.group for row in rows], [row.group for row in copies])
     for row, copy, group in zip(rows, copies, groups, strict=True):
@@ -169,18 +178,37 @@ def _divide(splits: Splits, settings: Settings) -> tuple[Splits, str, Counter[st
     kept = list({normalise(row.whole): row for row in reversed(rows)}.values())[::-1]
     groups = len({row.group for row in kept})
     if groups < FEWEST:
-        raise InputError(
-            f"{groups} groups of conversations that differ.", f"at least {FEWEST} for a split 8 : 1 : 1.", "add rows."
-        )
+        raise _too_few(kept, groups)
     dropped = Counter({"dropped: copy of an earlier row": len(rows) - len(kept)})
-    rule = f"8 : 1 : 1 by group (same or nearly the same opening or text), seed {settings.seed}; copies dropped first"
+    alike = "openings or texts nearly the same, or opening within opening"
+    rule = f"8 : 1 : 1 by group ({alike}), seed {settings.seed}; copies dropped first"
     return splitting.split_by_cluster(kept, settings.seed), rule, +dropped
 
 
-def _require(splits: Mapping[str, Sequence[Any]]) -> None:
+def _too_few(rows: Sequence[Conversation], groups: int) -> InputError:
+    """The refusal of rows that make too few groups, with what the largest one has in common."""
+    [(largest, size)] = Counter(row.group for row in rows).most_common(1)
+    first = next(row for row in rows if row.group == largest)
+    return InputError(
+        f"{len(rows)} rows in {groups} groups of conversations that differ; {size} have nearly one opening or text, "
+        f"e.g. {first.text[:60]!r}.",
+        f"at least {FEWEST} groups for a split 8 : 1 : 1.",
+        "add rows that differ, or put what all questions share into system_prompt (Alpaca: into instruction, the "
+        "question into input).",
+    )
+
+
+def _left(task: ConversationTask, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
+    """Steps of the flow: rows too long, and rows used; a split without any is refused with its reason."""
+    what = "no answer with its reasoning within" if task.thinking else "first exchange over"
+    reason = f"dropped: {what} {task.max_seq_length} tokens"
+    lost = {name: before[name] - len(rows) for name, rows in splits.items() if before[name] > len(rows)}
     for name, rows in splits.items():
         if not rows:
-            raise InputError(f"{name}: no usable row.", "at least one.", "add rows, or raise max_seq_length.")
+            why = f" ({lost[name]:,} rows {reason})" if name in lost else ""
+            raise InputError(f"{name}: no usable row{why}.", "at least one.", "add rows, or raise max_seq_length.")
+    flow = [{"step": reason, "split": name, "rows": count} for name, count in lost.items()]
+    return flow + [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
 
 
 def _shape(name: str, rows: Iterable[Conversation]) -> dict[str, Any]:

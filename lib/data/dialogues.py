@@ -1,16 +1,20 @@
-"""From a table to conversations: forms recognized, roles checked, thinking validated, everything dropped counted."""
+"""From a table to conversations: roles checked, thinking validated, everything dropped counted."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lib.data.cleaning import Row, safe_text
+from lib.data.audit import normalise
+from lib.data.cleaning import DamagedError, Row, plain, safe_text
+from lib.data.forms import find_form, request_of, turns_of
 from lib.errors import InputError
-from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, Message, split_thinking, with_thinking
+from lib.models.conversations import ASSISTANT, SYSTEM, USER, ConversationTask, Message
+from lib.models.reasoning import split_thinking, with_thinking
+from lib.textmetrics.thinking import is_blank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,22 +26,36 @@ ROLES = {
 }
 """Names of the speakers in messages, SMILE and CPsyCoun files, and what they are called here."""
 
+_NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
+
 KEPT = ("topic", "difficulty")
 """Further columns whose values stay with a row."""
 
-_SPEAKER = re.compile(r"\s*([^：:\s]{1,12})[：:]")
+SHARED = 5
+"""Different inputs from which on an instruction is the task of a file, not a question."""
 
 
 @dataclass
 class Conversation(Row):
-    """A row of turns; `text` is the user's opening, by which rows are grouped, and `label` has no meaning."""
+    """A row of turns; `label` has no meaning.
+
+    Attributes:
+        text: the user's opening, by which rows are grouped, without what it shares.
+        shared: an instruction that many rows begin with, and by which they are therefore not compared; mostly "".
+    """
 
     messages: list[Message] = field(default_factory=list)
+    shared: str = ""
 
     @property
     def whole(self) -> str:
         """All turns but the system's, as one text."""
         return "\n".join(message["content"] for message in self.messages if message["role"] != SYSTEM)
+
+    @property
+    def compared(self) -> str:
+        """As `whole`, without what many rows share."""
+        return self.whole.removeprefix(self.shared).lstrip()
 
     def to_json(self, split: str) -> dict[str, Any]:
         """The row as the product holds it."""
@@ -45,133 +63,129 @@ class Conversation(Row):
         return {**row, "group": self.group, "leaked": self.leaked, **self.extra}
 
 
-class _DamagedError(ValueError):
-    """Why a row cannot be used."""
-
-
 def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> tuple[list[Conversation], Counter[str]]:
     """Rows with an explicit system turn, in the table's order, and why the others were left out.
 
     Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
-    content}), and `dialogue` (texts that begin with their speaker). Turns behind the last answer are removed and
-    counted.
+    content}), `conversations` ({from, value}) and `dialogue` (texts that begin with their speaker). Turns behind the
+    last answer are removed and counted.
 
     Raises:
         InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
     """
-    form = _form(table.column_names, where)
+    form, columns = find_form(table.column_names, where)
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     rows: list[Conversation] = []
-    for index, raw in enumerate(table):
+    requests: list[tuple[str, str]] = []
+    for index, cells in enumerate(table):
+        raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
         try:
-            turns = [(role, safe_text(text, counts).strip()) for role, text in _turns(raw, form)]
-            messages = _messages(turns, task, counts, unknown)
-        except _DamagedError as reason:
+            turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
+            messages = _messages(turns, task, changed, unknown)
+        except DamagedError as reason:
             counts[f"dropped: {reason}"] += 1
             continue
+        counts += changed
         opening = next(message["content"] for message in messages if message["role"] == USER)
-        extra = {name: raw[name] for name in KEPT if raw.get(name) is not None}
+        given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
+        extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
         rows.append(Conversation(index, opening, 0, extra=extra, messages=messages))
+        if form == "alpaca":
+            requests.append(request_of(raw))
     _refuse(unknown, counts, len(table), where, task)
+    _set_shared(rows, requests)
     return rows, counts
 
 
-def _form(columns: Sequence[str], where: str) -> str:
-    for form, needed in {
-        "messages": {"messages"},
-        "dialogue": {"dialogue"},
-        "alpaca": {"instruction", "output"},
-    }.items():
-        if needed <= set(columns):
-            return form
-    raise InputError(
-        f"{where}: the columns {', '.join(map(repr, columns))[:300]}.",
-        "messages ({role, content}), dialogue (lines that begin with their speaker), or instruction and output.",
-        "rename the columns, or set task: classification for labelled texts.",
-    )
-
-
-def _turns(raw: Mapping[str, Any], form: str) -> list[tuple[str, Any]]:
-    """(speaker as written, text) of each turn."""
-    if form == "alpaca":
-        request = [str(raw.get(name) or "").strip() for name in ("instruction", "input")]
-        system = [("system", raw["system"])] if str(raw.get("system") or "").strip() else []
-        asked = ("user", "\n".join(part for part in request if part))
-        return [*system, *_history(raw.get("history")), asked, ("assistant", raw["output"])]
-    if form == "messages":
-        return [(str((m or {}).get("role")), (m or {}).get("content")) for m in raw["messages"] or ()]
-    turns = []
-    for line in raw["dialogue"] or ():
-        found = _SPEAKER.match(line or "")
-        if not found:
-            raise _DamagedError("a turn without its speaker")
-        turns.append((found[1], line[found.end() :]))
-    return turns
-
-
-def _history(earlier: Any) -> list[tuple[str, Any]]:
-    """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
-    if earlier is None or earlier in ("", [], ()):
-        return []
-    pairs = [pair if isinstance(pair, list) else [] for pair in earlier] if isinstance(earlier, list) else [[]]
-    if any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
-        raise _DamagedError("history that is no list of [question, answer]")
-    return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+def _set_shared(rows: Sequence[Conversation], requests: Sequence[tuple[str, str]]) -> None:
+    """Rows whose instruction occurs with many inputs are compared by their input."""
+    inputs: dict[str, set[str]] = {}
+    for instruction, given in requests:
+        inputs.setdefault(normalise(instruction), set()).add(normalise(given))
+    for row, (instruction, given) in zip(rows, requests, strict=False):  # no requests where they are not Alpaca's
+        if given and len(inputs[normalise(instruction)]) >= SHARED and row.text == f"{instruction}\n{given}":
+            row.text, row.shared = given, instruction
 
 
 def _messages(
-    turns: Sequence[tuple[str, str]], task: ConversationTask, counts: Counter[str], unknown: Counter[str]
+    turns: Sequence[tuple[str, str]], task: ConversationTask, changed: Counter[str], unknown: Counter[str]
 ) -> list[Message]:
     """Turns with our roles, the system turn explicit, ending on an answer; its parts are checked."""
     odd = [role for role, _ in turns if role.strip().lower() not in ROLES]
     if odd:
         unknown[odd[0]] += 1
-        raise _DamagedError("a role that is not known")
+        raise DamagedError("a role that is not known")
     messages = [{"role": ROLES[role.strip().lower()], "content": text} for role, text in turns]
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == SYSTEM else task.system_prompt
-    if any(not message["content"] for message in messages):
-        raise _DamagedError("an empty turn")
+    if any(is_blank(message["content"]) for message in messages):
+        raise DamagedError("an empty turn")
+    messages = _in_turn(messages, changed)
     if any(m["role"] != (USER, ASSISTANT)[i % 2] for i, m in enumerate(messages)):
-        raise _DamagedError("roles not in turn (user first, then assistant)")
+        raise DamagedError("roles not in turn (user first, then assistant)")
     if len(messages) < 2:
-        raise _DamagedError("no assistant turn")
+        raise DamagedError("no assistant turn")
     if len(messages) % 2:
         messages.pop()
-        counts["changed: last turn without an answer removed"] += 1
-    _check_thinking(messages, task, counts)
+        changed["changed: last turn without an answer removed"] += 1
+    _check_thinking(messages, task, changed)
     return [{"role": SYSTEM, "content": system}, *messages]
 
 
-def _check_thinking(messages: Sequence[Message], task: ConversationTask, counts: Counter[str]) -> None:
+def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """Turns of one speaker in succession as one, and without the assistant's greeting before the first question.
+
+    They stay apart where a turn names a speaker inside: its text holds what somebody else said (SMILE has such rows).
+    """
+    joined: list[Message] = []
+    mixed = any(_NAMED.search(message["content"]) for message in messages)
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"] != SYSTEM and not mixed:
+            joined[-1] = {**message, "content": f"{joined[-1]['content']}\n{message['content']}"}
+            changed["changed: turns of one speaker in succession joined"] += 1
+        else:
+            joined.append(message)
+    if joined and joined[0]["role"] == ASSISTANT:
+        changed["changed: the assistant's greeting before the first question removed"] += 1
+        joined.pop(0)
+    return joined
+
+
+def _check_thinking(messages: Sequence[Message], task: ConversationTask, changed: Counter[str]) -> None:
     reasoning = ""
     for message in messages[1::2]:
         try:
             reasoning, _ = split_thinking(message["content"])
         except ValueError as error:
-            raise _DamagedError(str(error)) from None
+            raise DamagedError(str(error)) from None
         if reasoning and not task.thinking:
-            counts["thinking"] += 1
+            changed["thinking"] += 1
     if task.thinking and not reasoning:
-        raise _DamagedError("no thinking in the last answer")
+        raise DamagedError("no thinking in the last answer")
 
 
 def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, task: ConversationTask) -> None:
     """What is not a slip of single rows stops the run."""
     if thinking := counts.pop("thinking", 0):
         raise InputError(
-            f"{where}: {thinking} answers with <think> or <thinking>, and thinking: false.",
+            f"{where}: {thinking} answers with <think>, <thinking> or reasoning_content, and thinking: false.",
             "the setting that says what the answers hold.",
-            "set thinking: true, or remove the blocks.",
+            "set thinking: true, or remove the reasoning.",
         )
     if sum(unknown.values()) > max(1, rows // 100):
         names = ", ".join(f"{name!r} ({count} rows)" for name, count in unknown.most_common(6))
         raise InputError(f"{where}: the roles {names}.", f"one of {', '.join(ROLES)}.", "rename them.")
 
 
-def in_tags_of(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
-    """The turns with thinking in the form of the base model's own tags."""
-    return [
-        {**m, "content": with_thinking(tokenizer, *split_thinking(m["content"]))} if m["role"] == ASSISTANT else m
-        for m in messages
-    ]
+def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
+    made: list[Message] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == ASSISTANT:
+            content = with_thinking(tokenizer, *split_thinking(content))
+        changed["changed: thinking brought into the base model's form (tags, white space)"] += (
+            content != message["content"]
+        )
+        made.append({**message, "content": content})
+    return made

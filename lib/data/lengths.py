@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,27 +95,32 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: bool) -> l
 def conversation_lengths(
     tokenizer: PreTrainedTokenizerBase, task: ConversationTask, splits: Mapping[str, list[Conversation]]
 ) -> tuple[dict[str, list[Conversation]], dict[str, list[int]], list[dict[str, Any]]]:
-    """The rows of which at least one exchange fits; their tokens before the cut; a table with one line a split."""
+    """The rows of which at least one exchange fits (with thinking: one with its reasoning); their tokens before the
+    cut; a table with one line a split.
+    """
     kept: dict[str, list[Conversation]] = {}
     lengths: dict[str, list[int]] = {}
     table = []
     with Progress("token lengths", sum(map(len, splits.values()))) as progress:
         for name, rows in splits.items():
-            kept[name], lengths[name], shorter, turns = [], [], 0, 0
+            kept[name], lengths[name], counts = [], [], Counter[str]()
             for row in rows:
                 progress.advance()
-                whole = len(encode_conversation(tokenizer, row.messages, sys.maxsize, task.thinking).ids)
+                used = encode_conversation(tokenizer, row.messages, sys.maxsize, task.thinking)
+                whole = len(used.ids)
                 if whole > task.max_seq_length:
                     try:
-                        cut = encode_conversation(tokenizer, row.messages, task.max_seq_length, task.thinking)
+                        used = encode_conversation(tokenizer, row.messages, task.max_seq_length, task.thinking)
                     except ExchangeTooLongError:
                         continue
-                    shorter, turns = shorter + 1, turns + cut.turns_cut
+                    counts["truncated"] += 1
+                counts += Counter(cut=used.turns_cut, learned=len(used.answers), read=used.unlearned)
                 kept[name].append(row)
                 lengths[name].append(whole)
             if kept[name]:
-                line = _line(name, lengths[name], shorter)
-                table.append({**line, "turns cut": turns, "rows too long": len(rows) - len(kept[name])})
+                line = _line(name, lengths[name], counts["truncated"])
+                line |= {"turns cut": counts["cut"], "rows too long": len(rows) - len(kept[name])}
+                table.append({**line, "answers learned": counts["learned"], "answers only read": counts["read"]})
     return kept, lengths, table
 
 
@@ -132,7 +138,7 @@ def conversation_example(
     ]
     return {
         "text": row.text,
-        "turns": 2 * len(encoded.spans),
+        "turns": 2 * (len(encoded.answers) + encoded.unlearned),
         "pieces": pieces,
         "prompt_tokens": len(encoded.ids) - len(encoded.loss),
         "loss_tokens": len(encoded.loss),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.data.known import Known, recognize
-from lib.data.textfiles import FORMATS, data_files, file_fingerprint, readable_copy
+from lib.data.textfiles import FORMATS, bad_json_line, data_files, file_fingerprint, json_rows, readable_copy
 from lib.errors import InputError
 from lib.models.hub import SourceError, looks_like_path
 from lib.run.files import sha256_file, sha256_json
@@ -193,12 +193,32 @@ def _read_file(path: Path, changes: Counter[str]) -> Dataset:
         except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
             if "corresponds to no data" in str(error):
                 raise _no_rows(path) from None
+            if kind == "json" and (line := bad_json_line(readable)):
+                raise InputError(
+                    f"{path}, line {line[0]} is not JSON ({line[1]}).",
+                    "a list of objects, or one object a line.",
+                    "correct that line.",
+                ) from None
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
             raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
     if not len(table):
         raise _no_rows(path)
-    return table
+    return _dates_as_written(table, readable) if kind == "json" else table
+
+
+def _dates_as_written(table: Dataset, path: Path) -> Dataset:
+    """A JSON table with the columns that the reader took for dates as they stand in the file."""
+    import pyarrow
+
+    schema = table.data.schema
+    dated = [name for name in table.column_names if "timestamp" in str(schema.field(name).type)]
+    if not dated:
+        return table
+    rows = json_rows(path)
+    with quiet_datasets() as datasets:
+        read = datasets.Dataset(pyarrow.table({name: [row.get(name) for row in rows] for name in dated}))
+        return datasets.concatenate_datasets([table.remove_columns(dated), read], axis=1)
 
 
 def _no_rows(path: Path) -> InputError:

@@ -6,7 +6,7 @@ look-up in arrays.
 
 from __future__ import annotations
 
-import html
+import html.entities
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lib.data.scripts import is_ideograph, is_rare, script_of, scripts_of_rows
+from lib.textmetrics.thinking import FILLERS
 
 _AT_ONCE = 4_000_000
 """Most characters looked up at once: 16 MB of code points."""
@@ -30,7 +31,7 @@ KINDS = (
     "superscripts, subscripts, fractions (² ½)",
     "radicals and compatibility ideographs that look like common ones (⼈ \uf90a)",
     "other characters that NFKC would change",
-    "zero-width characters and soft hyphens",
+    "zero-width characters, soft hyphens, fillers and U+2028",
     "marks that turn the direction of writing",
     "control characters",
     "private use and unassigned",
@@ -50,7 +51,9 @@ RARE_SHARE, FEWEST = 0.14, 10
 """A text of at least FEWEST different ideographs is suspect from this share of rare ones on. In 19,766 reviews the five
 that were read in a wrong encoding have 0.18 and more, all others 0.10 and less."""
 
-_ZERO_WIDTH = frozenset("\u00ad\u180e\u200b\u200c\u200d\u2060\u2061\u2062\u2063\u2064\ufeff")
+_SEEN = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd")
+"""Format characters (Cf) that are written: Arabic, Syriac and Kaithi number and verse signs."""
+
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _BY_TAG = {
     "<narrow>": 2,
@@ -60,7 +63,9 @@ _BY_TAG = {
 }
 _LATIN_RUN = re.compile("[\u0080-\u00ff\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]{3,}")
 _GBK = re.compile("锟斤拷|烫烫烫|屯屯屯")
-_ENTITY = re.compile(r"&(?:[a-zA-Z][a-zA-Z0-9]{1,30}|#[0-9]{2,7}|#[xX][0-9a-fA-F]{2,6});")
+_ENTITY = re.compile(
+    r"[&＆](?:([a-zA-Z][a-zA-Z0-9]{1,30})|#[0-9]{2,7}|#[xX][0-9a-fA-F]{2,6})(?:[;；]|(?![a-zA-Z0-9=]))"
+)
 _TAG = re.compile(
     r"</?(?:a|b|blockquote|body|br|code|div|em|font|h[1-6]|hr|html|i|img|li|ol|p|pre|script|span|strong|style|table|td|"
     r"th|tr|u|ul)(?:\s[^<>]{0,200})?/?>",
@@ -72,11 +77,11 @@ def kind_of(character: str) -> int:
     """Place in KINDS + 1; 0 for a character that has nothing to report."""
     if character == "\ufffd":
         return 16
-    if character in _ZERO_WIDTH:
-        return 10
     if character in _BIDI:
         return 11
     category = unicodedata.category(character)
+    if character in FILLERS or (category in ("Cf", "Zl", "Zp") and character not in _SEEN):
+        return 10
     if category == "Cc":
         return 0 if character in "\n\t\r" else 12
     if category in ("Co", "Cn"):
@@ -217,13 +222,20 @@ def _count_damage(text: str, split: str, findings: list[dict[str, Any]]) -> None
 
 def _damage(text: str) -> list[list[re.Match[str]]]:
     """Matches for each of DAMAGE."""
-    marked, tagged = "&" in text, "<" in text
+    marked, tagged = "&" in text or "＆" in text, "<" in text
     return [
         [] if text.isascii() else [match for match in _LATIN_RUN.finditer(text) if _was_utf8(match[0])],
         list(_GBK.finditer(text)),
-        [m for m in _ENTITY.finditer(text) if html.unescape(m[0]) != m[0]] if marked else [],
+        list(filter(_is_entity, _ENTITY.finditer(text))) if marked else [],
         list(_TAG.finditer(text)) if tagged else [],
     ]
+
+
+def _is_entity(match: re.Match[str]) -> bool:
+    """Whether HTML knows the entity, as it is written: not every name may lack its semicolon."""
+    if match[1] is None:
+        return True
+    return match[1] + ";" * (match[0][-1] in ";；") in html.entities.html5 or match[1] in html.entities.html5
 
 
 def _was_utf8(run: str) -> bool:

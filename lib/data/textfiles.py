@@ -111,6 +111,29 @@ def _json_without_surrogates(path: Path, text: str, changes: Counter[str]) -> st
     return "\n".join(lines) + "\n"
 
 
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON file: a list, or one a line."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.split("\n") if t.strip()]
+
+
+def bad_json_line(path: Path) -> tuple[int, str] | None:
+    """Number of the first line that is not JSON, and why; None where all are, or the file is one JSON value."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        json.loads(text)
+        return None
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
+            return error.lineno, error.msg
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            json.loads(line or "{}")
+        except json.JSONDecodeError as error:
+            return number, error.msg
+    return None
+
+
 def readable_copy(path: Path, cache: Path) -> tuple[Path, Counter[str]]:
     """The file itself when it is plain UTF-8 with LF, else a cleaned copy of it in `cache`.
 

@@ -91,6 +91,6 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         backend.close()
     scores.save(Path(argument["scores"]))
     answers = [[m["content"] for m in row["messages"] if m["role"] == ASSISTANT] for row in rows]
-    kept = [texts[: len(e.spans)] for texts, e in zip(answers, encoded, strict=True)]
+    kept = [[texts[i] for i in e.answers] for texts, e in zip(answers, encoded, strict=True)]
     facts = {"characters": [sum(map(len, texts)) for texts in kept], "turns_cut": [e.turns_cut for e in encoded]}
     return {"device": backend.device, "facts": facts, "peak_of_scoring": peak_kept(keep), "found": scores.found}

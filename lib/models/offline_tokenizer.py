@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 PLAIN_BYTES = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+LONGEST = 4096
+"""Characters of a text that are trained on. A run of letters without end (a damaged row) is one piece for the trainer,
+whose time grows with the square of its length: 80,000 took over a minute."""
+
 ROLES = ("system", "user", "assistant")
 
 CHAT_TEMPLATE = """\
@@ -95,8 +99,11 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
 
 
 def ensure_tokenizer(texts: list[str], words: list[str]) -> Path:
-    """The stored tokenizer for these texts and words, trained if it is not there yet; a folder to load or copy."""
-    recipe = TokenizerRecipe()
+    """The stored tokenizer for these texts and words, trained if it is not there yet; a folder to load or copy.
+
+    Of each text only the first LONGEST characters are used.
+    """
+    recipe, texts = TokenizerRecipe(), [text[:LONGEST] for text in texts]
     determined_by = {
         "texts": sha256_json(texts),
         "words": sha256_json(words),

@@ -21,7 +21,7 @@ def leaks(result: Any) -> str:
     leaked = sum(row["leaked"] for row in rows)
     return (
         f"**{leaked:,} of {len(rows):,} test rows ({100 * leaked / len(rows):.1f} %) have nearly the opening or the "
-        f"text of a training row.** Split: {result.split_rule}."
+        f"text of a training row, or one opening contains the other.** Split: {result.split_rule}."
     )
 
 
@@ -37,11 +37,19 @@ def example(result: Any) -> str:
 def learned_of_data(result: Any) -> str:
     """The conclusions of page 01 (a DataResult)."""
     shape = {row["split"]: row for row in result.balance}
-    cut = sum(row["truncated rows"] for row in result.length_table)
+    cut, learned, read = (
+        sum(row.get(key, 0) for row in result.length_table)
+        for key in ("truncated rows", "answers learned", "answers only read")
+    )
+    unlearned = (
+        f"- {read:,} of {learned + read:,} answers are read and not learned: the chat template writes them otherwise "
+        f"than it asks for an answer{', or without reasoning' if result.task.thinking else ''}.\n"
+    )
     return (
         f"- {shape['train']['rows']:,} rows with {shape['train']['turns']:,} turns to train on, "
         f"{shape['test']['rows']:,} to test on; thinking is {'on' if result.task.thinking else 'off'}.\n"
         f"- {sum(row['leaked'] for row in result.rows('test')):,} test rows are leaked.\n"
+        f"{unlearned if read else ''}"
         f"- The longest row has {max(max(v) for v in result.lengths.values()):,} tokens; {cut:,} rows lose turns at "
         f"{result.task.max_seq_length}."
     )

@@ -22,6 +22,22 @@ def machine_card(machine: Any) -> Row:
     }
 
 
+def copies_caption(result: Any) -> str:
+    """Caption of the duplicates on page 01 (a DataResult)."""
+    what = "Copies and conflicting labels" if result.labelled else "Copies of openings and of whole rows"
+    return f"{what} within each split and over all splits, as read."
+
+
+def lengths_caption(result: Any) -> str:
+    """Caption of the token lengths on page 01 (a DataResult)."""
+    if result.labelled:
+        return "Tokens a row: percentiles, and rows whose text is cut at its end."
+    return (
+        "Tokens a row: percentiles, rows that lose whole turns at their end, rows left out as too long, and answers "
+        "that are learned or only read."
+    )
+
+
 def reports(parts: Mapping[str, Mapping[str, Any] | None]) -> list[Row]:
     """Estimates for `charts.estimates` from classification reports as JSON; parts without rows are left out."""
     return [

@@ -14,9 +14,9 @@ from lib.models.conversations import (
     ConversationTask,
     EncodedConversation,
     question,
-    think_tags,
 )
 from lib.models.pieces import token_bytes
+from lib.models.reasoning import think_tags
 from lib.scoring.generation import Feed, Sampling, Written, write
 from lib.scoring.journal import Keep, keeping
 from lib.textmetrics import Answered, TermList, measure, read_stream
@@ -42,7 +42,7 @@ class Asked:
 def ask_row(tokenizer: Any, row: dict[str, Any], encoded: EncodedConversation) -> Asked:
     """The last answer of a test row that is not cut off, as a task."""
     answers = [place for place, message in enumerate(row["messages"]) if message["role"] == ASSISTANT]
-    last = answers[len(encoded.spans) - 1]
+    last = answers[encoded.answers[-1]]
     texts = [message["content"] for message in row["messages"]]
     return Asked(encoded.prompt_ids, texts[last - 1], texts[last], _opening(tokenizer, encoded.prompt_ids))
 

@@ -16,6 +16,7 @@ from lib.formats import EXPORT_FORMATS, IMATRIX_TYPES, QUANTIZATION_TYPES, TENSO
 
 OFFLINE_BASE = "offline"
 SAMPLE_DATASET = "sample"
+SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
 class Settings(BaseModel):
@@ -38,7 +39,7 @@ class Settings(BaseModel):
     split: Literal["auto", "given", "cluster"] = Field(
         "auto", description="given = keep the files' split, cluster = 8:1:1 by duplicate cluster, auto = given if any"
     )
-    system_prompt: str = Field("你是情感分析助手。", description="system turn, always explicit")
+    system_prompt: str = Field(SENTIMENT_PROMPT, description="system turn, always explicit")
     user_prompt: str = Field(
         "判断下面这段评论的情感倾向，只回答负面或正面。\n评论：{text}",
         description="user turn; {text} is the row's text",
@@ -202,6 +203,11 @@ class Settings(BaseModel):
             raise ValueError(f"the sample corpus holds labelled reviews: set dataset to your own for task {self.task}")
         if self.task == "classification" and self.thinking:
             raise ValueError("answers of a classification are single words: thinking must be false")
+        if self.task != "classification" and self.system_prompt == SENTIMENT_PROMPT:
+            raise ValueError(
+                f"{SENTIMENT_PROMPT!r} is the sentiment task's system turn: set system_prompt for task {self.task} "
+                '("" = an empty one)'
+            )
         if self.load_in_4bit and self.dtype == "float32":
             raise ValueError("load_in_4bit computes in bfloat16: set dtype to auto or bfloat16")
         return self

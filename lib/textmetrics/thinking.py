@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
-_TAG = re.compile(r"<(/?)(think|thinking)>")
+TAG = re.compile(r"<\s*(/?)\s*(think|thinking)\s*>", re.IGNORECASE)
+"""A tag around reasoning; group 1 is "/" for a closing one, group 2 its name as written."""
+
+FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+"""Characters of other categories that show nothing."""
+
+
+def is_blank(text: str) -> bool:
+    """True where there is nothing to see: white space, zero-width and other format characters, fillers."""
+    return all(c.isspace() or c in FILLERS or unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in text)
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,14 @@ class Block:
 
 def read_block(text: str) -> Block:
     """Read the block that an answer begins with; without an opening tag the whole text is the answer."""
-    tags = list(_TAG.finditer(text))
-    opened = bool(tags) and not tags[0][1] and not text[: tags[0].start()].strip()
+    tags = list(TAG.finditer(text))
+    opened = bool(tags) and not tags[0][1] and is_blank(text[: tags[0].start()])
     if not opened:
         return Block(False, False, False, False, False, text.strip())
-    closed = len(tags) > 1 and bool(tags[1][1]) and tags[0][2] == tags[1][2]
+    closed = len(tags) > 1 and bool(tags[1][1]) and tags[0][2].lower() == tags[1][2].lower()
     if not closed:
         return Block(True, False, False, False, False, "")
     answer = text[tags[1].end() :].strip()
-    filled = bool(text[tags[0].end() : tags[1].start()].strip())
-    answered = filled and bool(answer)
+    filled = not is_blank(text[tags[0].end() : tags[1].start()])
+    answered = filled and not is_blank(answer)
     return Block(True, True, filled, answered, answered and len(tags) == 2, answer)

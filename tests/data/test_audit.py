@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.data.audit import audit, find_duplicates, near_pairs, normalise
+from lib.data.audit import audit, find_duplicates, normalise
 from lib.data.cleaning import Row
+from lib.data.grams import CONTAINED, contained_pairs, near_pairs
 
 TEXTS = st.lists(st.text("好差吃房间", min_size=1, max_size=14), min_size=0, max_size=25, unique=True)
 
@@ -30,6 +31,37 @@ def brute_force(texts: list[str], threshold: float) -> set[tuple[int, int]]:
 @given(TEXTS, st.sampled_from([0.3, 0.5, 0.8, 1.0]))
 def test_near_pairs_are_exact(texts: list[str], threshold: float):
     assert {tuple(pair) for pair in near_pairs(texts, threshold).tolist()} == brute_force(texts, threshold)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("好差吃房间", min_size=8, max_size=40), max_size=12, unique=True), st.data())
+def test_contained_pairs_are_exact(texts: list[str], data: st.DataObject):
+    for text in texts[:4]:  # parts of texts, with something before and behind
+        start = data.draw(st.integers(0, len(text) // 2))
+        texts.append(data.draw(st.sampled_from(["", "另", "别的话"])) + text[start:])
+    texts = list(dict.fromkeys(texts))
+    expected = set()
+    for i, a in enumerate(texts):
+        for j in range(i + 1, len(texts)):
+            smaller = min(len(grams(a)), len(grams(texts[j])))
+            if smaller >= 10 and len(grams(a) & grams(texts[j])) >= CONTAINED * smaller - 1e-9:
+                expected.add((i, j))
+    assert {tuple(pair) for pair in contained_pairs(texts).tolist()} == expected
+
+
+def test_a_post_with_and_without_its_body_is_one_group():
+    title, body = (
+        "毕业六年在做程序员到底要不要裸辞",
+        "我毕业以后一直在做程序员的工作，久坐使身体出现了很多毛病，想换一个环境。" * 2,
+    )
+    train, test = [Row(0, f"{title}？{body}", 0), Row(1, "嗯", 0)], [Row(0, f"{title}？", 0), Row(1, "嗯嗯", 0)]
+    audit({"train": train, "test": test})
+    assert not any(row.leaked for row in test) and train[0].group != test[0].group
+    found = audit({"train": train, "test": test}, contained=True)
+    assert [row.leaked for row in test] == [True, False] and train[0].group == test[0].group
+    (line,) = found.across
+    assert (line["or near-duplicate"], line["or one contains the other"]) == (0, 1)
+    assert found.total["pairs of which one contains the other"] == 1 and found.leaked_examples[0]["train row"] == 0
 
 
 @settings(deadline=None)

@@ -13,6 +13,7 @@ from lib.data import prepare
 from lib.errors import InputError
 from lib.models.conversations import ConversationTask
 from lib.models.tasks import encode_row, read_task
+from lib.plots import rows as tables
 from lib.run import open_run
 from lib.settings import Settings, check
 
@@ -51,7 +52,7 @@ def test_product_of_dialogues(home: Path) -> None:
     copies = [rows[5], {"messages": [rows[6]["messages"][0], {"role": "assistant", "content": "另一个回答。"}]}]
     damaged = [
         {"messages": [{"role": "user", "content": "只有问题"}]},
-        {"messages": [{"role": "assistant", "content": "先答"}, {"role": "user", "content": "后问"}]},
+        {"messages": [*rows[8]["messages"][:1], {"role": "system", "content": "中间"}, *rows[8]["messages"][1:]]},
         {"messages": [{"role": "user", "content": "空"}, {"role": "assistant", "content": "  "}]},
     ]
     open_end = {"messages": [*rows[7]["messages"], {"role": "user", "content": "还有一件事"}]}
@@ -96,6 +97,19 @@ def test_given_splits_keep_their_rows_and_flag_leaks(home: Path) -> None:
     assert compared == {"opening": 1, "whole row": 0}
 
 
+def test_a_validation_split_that_becomes_the_test_split_is_noted(home: Path) -> None:
+    folder = home / "source"
+    folder.mkdir()
+    write(folder / "train.jsonl", dialogues(30, 1))
+    write(folder / "dev.jsonl", dialogues(10, 3))
+    result = prepare(settings(folder), open_run("t"))
+    assert len(result.rows("test")) == 10
+    assert any("its validation split is the test split" in note for note in result.product.entry.notes)
+    assert tables.copies_caption(result).startswith("Copies of openings") and "whole turns" in tables.lengths_caption(
+        result
+    )
+
+
 def test_alpaca_with_thinking(home: Path) -> None:
     rng = random.Random(3)
     rows = [
@@ -124,12 +138,33 @@ def test_alpaca_with_thinking(home: Path) -> None:
     assert (
         "dropped: no thinking in the last answer" in steps and "dropped: thinking nested, repeated or crossed" in steps
     )
+    used = sum(len(result.rows(name)) for name in SPLITS)
+    assert result.changes == {"changed: thinking brought into the base model's form (tags, white space)": used}
     row = next(row for row in result.rows("train") if row["difficulty"] == 1)
     system, _, answer = row["messages"]
     assert system["content"] in ("你是密码学专家。", SYSTEM)
     assert answer["content"].startswith("<think>\n先想") and "\n</think>\n\n答案" in answer["content"]
     with pytest.raises(InputError, match="thinking: true"):
         prepare(settings(path, task="instruction", run_name="u"), open_run("u"))
+
+
+def test_rows_with_one_instruction_are_compared_by_their_input(home: Path) -> None:
+    """A long instruction and a short question: nearly equal as texts, and still different questions."""
+    rng = random.Random(8)
+    shared = (
+        "你是一位资深的密码学专家，请根据下面的题目逐步推理和计算，先给出完整的思考过程，再给出结论，并说明所用的定理。"
+    )
+    rows = [{"instruction": shared, "input": f"{sentence(rng, 4)}", "output": sentence(rng, 8)} for _ in range(40)]
+    rows += [{**rows[i], "output": sentence(rng, 8)} for i in range(3)]  # the same question, another answer
+    rows.append({"instruction": "这一条指令只有一个输入", "input": rows[7]["input"], "output": "答"})
+    result = prepare(settings(write(home / "i.jsonl", rows), task="instruction"), open_run("t"))
+    made = [row for name in SPLITS for row in result.rows(name)]
+    groups: dict[int, list[str]] = {}
+    for row in made:
+        groups.setdefault(row["group"], []).append(row["messages"][1]["content"])
+    assert len(made) == 44 and len(groups) == 41
+    assert sorted(map(len, groups.values()))[-4:] == [1, 2, 2, 2]
+    assert all(content.startswith((shared, "这一条")) for contents in groups.values() for content in contents)
 
 
 def test_alpaca_history_is_earlier_turns(home: Path) -> None:
@@ -159,13 +194,14 @@ def test_alpaca_history_of_another_form_is_refused(home: Path) -> None:
 def test_the_characters_of_the_rows_are_audited(home: Path) -> None:
     rows = dialogues(40, 9)
     rows[0]["messages"][1]["content"] += "Ａ\u200b&nbsp;"
+    rows[2]["messages"].insert(0, {"role": "system", "content": "自己的\u2060提示"})
     rows[1]["messages"][0]["content"] = "這個學習壓力讓我覺得很難過。"
     audit = prepare(settings(write(home / "a.jsonl", rows)), open_run("t")).text_audit
     found = {line["what"]: line for line in audit["findings"]}
     assert audit["rows"] == 40 and audit["changed_beyond_punctuation"] == 1
     for what in ("full-width letters", "zero-width", "HTML entities"):
         (line,) = [line for name, line in found.items() if name.startswith(what)]
-        assert line["train"] + line["validation"] + line["test"] == 1
+        assert line["train"] + line["validation"] + line["test"] == 1 + (what == "zero-width")  # its own system turn
     assert sum(line["traditional"] + line["mixed"] for line in audit["scripts"]) == 1
 
 
@@ -187,6 +223,26 @@ def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
     assert sum(line["rows"] for line in result.flow if "first exchange over 96 tokens" in line["step"]) >= 1
 
 
+def test_rows_whose_thinking_does_not_fit_are_dropped_with_their_own_reason(home: Path) -> None:
+    rng = random.Random(6)
+    rows = dialogues(40, 6)
+    for i, row in enumerate(rows):
+        row["messages"][-1]["content"] = f"<think>{sentence(rng, 300 if i < 5 else 2)}</think>答{i}"
+    chosen = settings(write(home / "d.jsonl", rows), thinking=True, max_seq_length=160)
+    result = prepare(chosen, open_run("t"))
+    dropped = [
+        line["rows"] for line in result.flow if line["step"].endswith("no answer with its reasoning within 160 tokens")
+    ]
+    assert sum(dropped) == 5
+    table = {line["split"]: line for line in result.length_table}
+    for name in SPLITS:
+        answers = sum(len(row["messages"]) // 2 for row in result.rows(name))
+        assert table[name]["answers learned"] == len(
+            result.rows(name)
+        )  # the last of each row, the only one that thinks
+        assert table[name]["answers learned"] + table[name]["answers only read"] == answers
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -194,6 +250,10 @@ def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
         ([{"messages": [{"role": "robot", "content": "a"}]}] * 3, "robot"),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "no usable conversation"),
         (dialogues(4), "at least 5"),
+        (
+            [{"instruction": f"请按同样的要求逐步推理并且回答下面的问题：{i}", "output": f"{i}"} for i in range(9)],
+            "9 have nearly one",
+        ),
     ],
 )
 def test_refused(home: Path, rows: list[dict], message: str) -> None:
@@ -201,11 +261,23 @@ def test_refused(home: Path, rows: list[dict], message: str) -> None:
         prepare(settings(write(home / "d.jsonl", rows)), open_run("t"))
 
 
+def test_a_split_without_rows_is_refused_with_its_reason(home: Path) -> None:
+    rows = dialogues(20, 7)
+    for row in rows:
+        row["messages"][-1]["content"] = f"<think>{sentence(random.Random(7), 300)}</think>答"
+    with pytest.raises(InputError, match=r"no usable row \(\d+ rows dropped: no answer with its reasoning within 64"):
+        prepare(settings(write(home / "d.jsonl", rows), thinking=True, max_seq_length=64), open_run("t"))
+
+
 def test_contradictions() -> None:
     with pytest.raises(InputError, match="sample corpus"):
         check({"task": "dialogue"}, "the test")
     with pytest.raises(InputError, match="thinking must be false"):
         check({"thinking": True}, "the test")
+    for task in ("dialogue", "instruction"):  # the default of the other task must not slip in
+        with pytest.raises(InputError, match="set system_prompt for task"):
+            check({"task": task, "dataset": "x.jsonl"}, "the test")
+        assert check({"task": task, "dataset": "x.jsonl", "system_prompt": ""}, "the test").system_prompt == ""
 
 
 def test_cpsycoun_dialogues(home: Path, shared_data: Path) -> None:
@@ -223,9 +295,9 @@ def test_smile_dialogues(home: Path, shared_data: Path) -> None:
     result = prepare(settings(path, max_seq_length=1024), open_run("t"))
     raw = [json.loads(line)["messages"] for line in lines]
     open_ends = sum(m[-1]["role"] == "client" for m in raw)
-    odd = sum(any(a["role"] == b["role"] for a, b in itertools.pairwise(m)) for m in raw)
     assert 0 < result.changes["changed: last turn without an answer removed"] <= open_ends
-    assert sum(line["rows"] for line in result.flow if "roles not in turn" in line["step"]) == odd
+    odd = sum(any(a["role"] == b["role"] for a, b in itertools.pairwise(m)) for m in raw)
+    assert sum(line["rows"] for line in result.flow if "roles not in turn" in line["step"]) == odd  # speakers in a text
     openings: dict[str, set[str]] = {}
     for name in ("train", "validation", "test"):
         for row in result.rows(name):

@@ -44,6 +44,29 @@ def test_every_format_gives_the_same_rows(home: Path, tmp_path: Path, kind: str)
     assert rows_of(path) == [(row["text"], row["label"]) for row in ROWS]
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"text": "a"}\n,,,\n{"text": "b"}\n', 2),
+        ('{"text": "a"}\n{"text": "b"}\n{"text": [{"role"', 3),
+        ('[{"text": "a"},\n{"text" "b"}]', 2),
+    ],
+)
+def test_a_line_that_is_no_json_is_named(home: Path, tmp_path: Path, text: str, line: int):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"a\.jsonl, line {line} is not JSON"):
+        read_table(str(path))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_dates_stay_as_they_are_written(home: Path, tmp_path: Path, kind: str):
+    rows = [{"a": i, "text": f"2024-02-0{i}", "turns": [{"said": f"2024-01-01T10:00:0{i}"}]} for i in range(1, 4)]
+    path = tmp_path / f"a.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [dict(row) for row in read_table(str(path)).splits["all"]] == rows
+
+
 def test_tsv_is_unquoted(home: Path, tmp_path: Path):
     path = tmp_path / "a.tsv"
     path.write_text('label\ttext_a\n1\t"开头有引号\n0\t第二行"有\n1\t三\n', encoding="utf-8")
@@ -126,8 +149,8 @@ BAD = {
     "raw_surrogate.csv": (b"label,text\n1,\xed\xa0\xbd\n", "line 2"),
     "header_only.tsv": (b"label\ttext\n", "holds no rows"),
     "list.json": (b"[]", "holds no rows"),
-    "broken.json": (b'[{"text": "a", "label": 1}', "cannot be read"),
-    "broken.jsonl": (b'{"text": "a", "label": 1}\n{"text": \n', "cannot be read"),
+    "broken.json": (b'[{"text": "a", "label": 1}', "line 1 is not JSON"),
+    "broken.jsonl": (b'{"text": "a", "label": 1}\n{"text": \n', "line 2 is not JSON"),
     "cut.parquet": (b"PAR1 and no more", "start and end as Parquet"),
     "too_many.csv": (b"label,text\n1,a\n1,a,b,c\n", "cannot be read"),
     "twice.csv": (b"text,text\na,b\n", "distinct name"),

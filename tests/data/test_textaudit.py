@@ -21,13 +21,34 @@ def found(*texts: str) -> dict[str, dict]:
     [
         *[("，", 0), ("…", 0), ("Ａ", 1), ("１", 1), ("ｱ", 2), ("\u3000", 3), ("\u00a0", 3), ("①", 4), ("㎏", 4)],
         *[("⑴", 4), ("ﬁ", 5), ("Ⅳ", 5), ("℃", 5), ("²", 6), ("½", 6), ("⼈", 7), ("\uf90a", 7), ("\u200b", 9)],
-        *[("\ufeff", 9), ("\u202e", 10), ("\x07", 11), ("\ue000", 12), ("\ufe0f", 13), ("\u0301", 14), ("\ufffd", 15)],
+        *[("\ufeff", 9), ("\u2028", 9), ("\u2029", 9)],
+        *[(c, 9) for c in "\U000e0041\u206a\ufff9\u115f\u2800\U0001d173\u3164\uffa0\u034f"],
+        *[("\u202e", 10), ("\x07", 11), ("\ue000", 12), ("\ufe0f", 13), ("\u0301", 14), ("\ufffd", 15)],
     ],
 )
 def test_every_kind(character: str, kind: int) -> None:
     assert kind_of(character) == kind + 1
     (line,) = found(f"前{character}后").values()
     assert line["what"] == KINDS[kind] and (line["train"], line["characters"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "entities"),
+    [
+        *[
+            (text, 1)
+            for text in ("&nbsp;", "很好&nbsp再来", "&quot", "&#8203", "&#xa0;", "＆nbsp；", "&hellip;", "&amp;nbsp;")
+        ],
+        *[(text, 0) for text in ("R&D;x", "AT&T", "&hellip", "a&copy=1", "&copy2020", "&NBSP;", "A & B；", "Q&A")],
+    ],
+)
+def test_entities_are_those_of_html(text: str, entities: int) -> None:
+    lines = found(f"{text}。")
+    assert lines.get(DAMAGE[2], {"train": 0})["train"] == entities
+
+
+def test_written_format_characters_are_no_hidden_ones() -> None:
+    assert [kind_of(c) for c in "\u0600\u06dd"] == [0, 0]
 
 
 def test_what_nfkc_changes_has_a_kind_and_plain_text_none() -> None:
@@ -66,7 +87,7 @@ def test_text_read_as_latin_is_recognized_by_reading_it_back(codec: str) -> None
 
 def test_html_and_lost_characters() -> None:
     lines = found("a&nbsp;b &amp c &#21306; &unknown;", "x<br/>y <p class='a'>z</p> <think>1<2>0</think>", "锟斤拷")
-    assert lines[DAMAGE[2]]["characters"] == len("&nbsp;") + len("&#21306;")
+    assert lines[DAMAGE[2]]["characters"] == len("&nbsp;") + len("&amp") + len("&#21306;")
     assert lines[DAMAGE[3]]["most frequent"].count("×1") == 3
     assert lines[DAMAGE[1]]["train"] == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import unicodedata
 from pathlib import Path
 
@@ -18,23 +19,23 @@ from lib.models.conversations import (
     question,
     render_conversation,
     safe_messages,
-    split_thinking,
-    think_tags,
-    with_thinking,
 )
 from lib.models.loading import load_tokenizer
 from lib.models.offline import TokenizerRecipe, train_tokenizer
+from lib.models.reasoning import split_thinking, think_tags, with_thinking
+from lib.textmetrics.thinking import is_blank
 
 END = "<|im_end|>"
 REAL = ("qwen2.5-0.5b-instruct", "qwen3-4b-thinking-2507", "qwen1.5-0.5b-chat")
-NAMES = ("offline", *REAL, "qwen3-0.6b")
+NAMES = ("offline", *REAL, "qwen3-0.6b", "qwq")
+THINKERS = ("qwen3-4b-thinking-2507", "qwq")
 PIECES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
     st.sampled_from(
         ["好的，", "\n", "  ", "😀", "e\u0301", END, "<|im_start|>user\n", "<tool_response>", "\u200b", "a.\n"]
     ),
 )
-TEXT = st.lists(PIECES, min_size=1, max_size=4).map("".join).map(str.strip).filter(bool)
+TEXT = st.lists(PIECES, min_size=1, max_size=4).map("".join).map(str.strip).filter(lambda text: not is_blank(text))
 
 
 def untagged(text: str) -> bool:
@@ -57,10 +58,9 @@ def tokenizers(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         ["你好，最近怎么样？", "我很累。", "yes 123"] * 20, ["你是助手。"], made, TokenizerRecipe(vocabulary=512)
     )
     found = {"offline": load_tokenizer(made), **{name: load_tokenizer(shared_data / name) for name in REAL}}
-    found["qwen3-0.6b"] = load_tokenizer(shared_data / REAL[1])
-    found["qwen3-0.6b"].chat_template = (shared_data / "qwen2-tokenizer-vectors" / "Qwen-Qwen3-0.6B.jinja").read_text(
-        encoding="utf-8"
-    )
+    for name, file in (("qwen3-0.6b", "Qwen-Qwen3-0.6B.jinja"), ("qwq", "Qwen-QwQ-32B.jinja")):
+        found[name] = copy.copy(found[REAL[1]])
+        found[name].chat_template = (shared_data / "qwen2-tokenizer-vectors" / file).read_text(encoding="utf-8")
     return found
 
 
@@ -72,14 +72,17 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@given(messages=conversations(), thinking=st.booleans())
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in THINKERS])
+@given(messages=conversations())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_loss_is_on_the_answers_and_their_ends(tokenizers: dict, name: str, messages: list, thinking: bool) -> None:
-    tokenizer = tokenizers[name]
+def test_loss_is_on_the_answers_and_their_ends(tokenizers: dict, name: str, messages: list) -> None:
+    tokenizer, thinking = tokenizers[name], False
     encoded = encode_conversation(tokenizer, messages, 32768, thinking)
     safe = safe_messages(tokenizer, messages)
     answers = [nfc(m["content"]) + END for m in safe if m["role"] == "assistant"]
+    if name == "qwen3-0.6b":  # writes an empty block before the last answer alone, and asks behind one always
+        assert encoded.unlearned == len(answers) - 1
+        answers = answers[-1:]
     assert [nfc(decoded(tokenizer, encoded.ids[a:b])) for a, b in encoded.spans] == answers
     assert decoded(tokenizer, [encoded.ids[i] for i in encoded.loss]) == "".join(answers)
     real = tokenizer.apply_chat_template(safe, tokenize=False, enable_thinking=thinking)
@@ -105,7 +108,7 @@ def test_reasoning_of_the_last_answer_is_learned_once(
         safe_messages(tokenizer, [{"role": "user", "content": text}])[0]["content"] for text in (reasoning, answer)
     )
     wanted = f"<think>\n{safe_reasoning}\n</think>\n\n{safe_answer}{END}"
-    if name == "qwen3-4b-thinking-2507":  # its own prompt opens the block
+    if name in THINKERS:  # its own prompt opens the block
         wanted = wanted.removeprefix("<think>\n")
     found = decoded(tokenizer, encoded.ids[start:stop])
     assert nfc(found).strip("\n") == nfc(wanted)
@@ -117,19 +120,33 @@ def test_reasoning_of_the_last_answer_is_learned_once(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("thinking", [False, True])
-def test_the_question_is_how_training_began(tokenizers: dict, name: str, thinking: bool) -> None:
+def test_every_learned_answer_stands_behind_the_question_of_its_turn(
+    tokenizers: dict, name: str, thinking: bool
+) -> None:
     """What is asked at use is a beginning of what was trained on, so an answer starts where it was learned to."""
     tokenizer = tokenizers[name]
-    messages = [{"role": "system", "content": "你是助手。"}, {"role": "user", "content": "你好"}]
-    answer = with_thinking(tokenizer, "想一想" if thinking else "", "好。")
-    encoded = encode_conversation(tokenizer, [*messages, {"role": "assistant", "content": answer}], 512, thinking)
-    asked = question(tokenizer, messages, thinking)
-    prompt = decoded(tokenizer, encoded.prompt_ids)
-    assert asked.startswith("<|im_start|>system\n你是助手。<|im_end|>")
-    if name == "qwen3-4b-thinking-2507" and not thinking:  # this model cannot be asked not to think
-        assert prompt == asked + "\n</think>\n\n"
+    reasons = [thinking, False, thinking]
+    messages = [{"role": "system", "content": "你是助手。"}]
+    for i, reason in enumerate(reasons):
+        answer = with_thinking(tokenizer, f"想{i}" if reason else "", f"答{i}。")
+        messages += [{"role": "user", "content": f"问{i}"}, {"role": "assistant", "content": answer}]
+    if name in THINKERS and not thinking:
+        with pytest.raises(InputError, match="always thinks"):
+            encode_conversation(tokenizer, messages, 512, thinking)
+        return
+    encoded = encode_conversation(tokenizer, messages, 512, thinking)
+    assert question(tokenizer, messages[:2], thinking).startswith("<|im_start|>system\n你是助手。<|im_end|>")
+    for number, (start, stop) in zip(encoded.answers, encoded.spans, strict=True):
+        asked = question(tokenizer, messages[: 2 * number + 2], thinking)
+        assert decoded(tokenizer, encoded.ids[:start]) == asked
+        learned = decoded(tokenizer, encoded.ids[start:stop])
+        assert learned.endswith(f"答{number}。{END}") and (f"想{number}" in learned) == thinking
+    if name.startswith("qw") and "qwen2" not in name and name != "qwen1.5-0.5b-chat":
+        assert encoded.answers == (2,)  # shows the last answer alone as it was given
     else:
-        assert prompt == asked
+        assert encoded.answers == ((0, 2) if thinking else (0, 1, 2))
+    assert encoded.unlearned == 3 - len(encoded.answers)
+    assert decoded(tokenizer, encoded.prompt_ids) == question(tokenizer, messages, thinking)
 
 
 def test_tags_of_the_tokenizer(tokenizers: dict) -> None:
@@ -147,6 +164,11 @@ def test_tags_of_the_tokenizer(tokenizers: dict) -> None:
         ("<think> </think>c", "empty thinking"),
         ("<thinking>a</thinking>\n", "no answer"),
         ("first <think>a</think>c", "text before"),
+        ("<Think>a", "not closed"),
+        ("<think>\u200b</think>c", "empty thinking"),
+        ("<think>a</think>\u200b\ufeff", "no answer"),
+        ("&lt;think&gt;a&lt;/think&gt;b", "escaped tags"),
+        ("\n＜Thinking＞a＜/Thinking＞b", "escaped tags"),
     ],
 )
 def test_damaged_thinking_is_named(content: str, problem: str) -> None:
@@ -154,8 +176,42 @@ def test_damaged_thinking_is_named(content: str, problem: str) -> None:
         split_thinking(content)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<Think>a</Think>b",
+        "<THINKING>a</thinking >b",
+        "< think >a</ think>b",
+        "\ufeff<think>a</think>b",
+        "\u200b<think>a</think>b",
+    ],
+)
+def test_tags_in_other_writings(content: str) -> None:
+    assert split_thinking(content) == ("a", "b")
+
+
+def test_escaped_tags_inside_an_answer_are_text() -> None:
+    assert split_thinking("写作 &lt;think&gt;") == ("", "写作 &lt;think&gt;")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thinking_is_never_cut_away(tokenizers: dict, name: str) -> None:
+    tokenizer = tokenizers[name]
+    messages = [{"role": "system", "content": "你是助手。"}]
+    for answer in ("<think>想</think>甲", "乙", "<think>" + "很长的推理。" * 40 + "</think>丙"):
+        messages += [{"role": "user", "content": "问"}, {"role": "assistant", "content": answer}]
+    cut = encode_conversation(tokenizer, messages, 128, True)
+    assert cut.turns_cut == 4 and cut.answers == (0,)
+    assert "想" in decoded(tokenizer, [cut.ids[i] for i in cut.loss])
+    messages[2]["content"] = "甲"  # the turns that would fit have no reasoning
+    with pytest.raises(ExchangeTooLongError, match="with its reasoning"):
+        encode_conversation(tokenizer, messages, 128, True)
+
+
 def test_long_dialogues_lose_whole_turns_at_their_end(tokenizers: dict) -> None:
     for name, tokenizer in tokenizers.items():
+        if name in THINKERS:
+            continue
         messages = [{"role": "system", "content": "你是助手。"}]
         for i in range(6):
             messages += [{"role": "user", "content": f"问题{i}"}, {"role": "assistant", "content": f"回答{i}" * 5}]
@@ -164,7 +220,7 @@ def test_long_dialogues_lose_whole_turns_at_their_end(tokenizers: dict) -> None:
         cut = encode_conversation(tokenizer, messages, most, False)
         assert cut.turns_cut == 2 and len(cut.ids) <= most, name
         assert cut.ids == encode_conversation(tokenizer, messages[:-2], 4096, False).ids
-        assert len(cut.spans) == 5
+        assert len(cut.spans) + cut.unlearned == 5
         with pytest.raises(ExchangeTooLongError):
             encode_conversation(tokenizer, messages, 12, False)
 

@@ -127,3 +127,15 @@ def test_no_token_is_longer_than_three_chinese_characters(tokenizer) -> None:
     """Whole clauses as tokens are too rare to learn from (docs/LOG.md)."""
     special = set(tokenizer.all_special_ids)
     assert max(len(token) for token, index in tokenizer.get_vocab().items() if index not in special) <= 9
+
+
+def test_a_text_without_end_is_used_in_part(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer's time grows with the square of the longest piece; the store's key is that of the part."""
+    from lib.models import offline_tokenizer
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(offline_tokenizer, "train_tokenizer", lambda texts, *_: seen.append(texts))
+    texts = ["你好。"] * 3
+    first = offline_tokenizer.ensure_tokenizer([*texts, "答" * 100_000], ["你是助手。"])
+    assert offline_tokenizer.ensure_tokenizer([*texts, "答" * 50_000], ["你是助手。"]) == first
+    assert [max(map(len, used)) for used in seen] == [offline_tokenizer.LONGEST]

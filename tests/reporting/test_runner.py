@@ -276,7 +276,9 @@ def test_lists_that_cannot_be_read_are_refused_before_anything_runs(
 ) -> None:
     write_notebook("01_first", "terms", parameters='terms: str = ""  # where')
     text = params.read_text(encoding="utf-8")
-    params.write_text(f"{text}\ntask: dialogue\ndataset: rows.jsonl\nterms: absent.txt\n", encoding="utf-8")
+    params.write_text(
+        f"{text}\ntask: dialogue\nsystem_prompt: x\ndataset: rows.jsonl\nterms: absent.txt\n", encoding="utf-8"
+    )
     with pytest.raises(InputError, match=r"terms: .*absent\.txt") as error:
         report(params, home)
     assert error.value.lines == []

@@ -13,7 +13,7 @@ from sacrebleu.metrics import CHRF
 from scipy.stats import t
 
 from lib.errors import InputError
-from lib.models.conversations import split_thinking
+from lib.models.reasoning import split_thinking
 from lib.statistics import clustered_mean, paired_score_interval, wilson
 from lib.textmetrics import Answered, chrf_signature, measure, read_prompts, read_stream, read_terms, summarise
 from lib.textmetrics.overlap import common_length, longest_loop, repeated_share, rouge_l, units

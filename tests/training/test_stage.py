@@ -207,7 +207,9 @@ def test_four_bits_with_conversations(runs) -> None:
         work.facts |= {"base_model": "offline", "base_revision": "", "offline_base": True}
 
     run.produce("data", build, {})
-    settings = tiny_settings(task="dialogue", dataset="talks.jsonl", load_in_4bit=True, dtype="auto", save_steps=1)
+    settings = tiny_settings(
+        task="dialogue", system_prompt="", dataset="talks.jsonl", load_in_4bit=True, dtype="auto", save_steps=1
+    )
     result = finetune(settings, run)
     assert result.method.startswith("QLoRA (NF4)") and result.product.entry.facts["method"] == "QLoRA"
     losses = [row["eval_loss"] for row in result.history if "eval_loss" in row]
