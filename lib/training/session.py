@@ -20,6 +20,7 @@ from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
+from lib.training.arithmetic import number_format
 from lib.training.batches import Example, examples
 from lib.training.layout import Collate, choose_layout
 
@@ -64,7 +65,7 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     for name, rows in (("training", train), ("validation", validation)):
         if not rows:
             raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
-    dtype, reason = ("bfloat16", "QLoRA computes in it") if job.in_4bit else device.compute_dtype(settings.dtype)
+    dtype, reason = number_format(settings, job.in_4bit)
     model = _new_model(job.base, settings, dtype, job.in_4bit)
     collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
     plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
