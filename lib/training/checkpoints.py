@@ -12,6 +12,9 @@ from lib.run.manifest import hash_folder
 
 RECORD = "complete.json"
 
+STAGED = ".staged"
+"""Folder beside the checkpoints for what is not complete."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -22,16 +25,24 @@ class Checkpoint:
     eval_loss: float | None
 
 
-def publish(staged: Path, final: Path, step: int, eval_loss: float | None) -> None:
+def publish(staged: Path, final: Path, step: int) -> None:
     """Seal a staged checkpoint with its record and rename it to its place; a kill in between leaves nothing there."""
     files = hash_folder(staged)
     for name in files:
         readable_by_group(staged / name)
         flush_to_disk(staged / name)
-    write_json(staged / RECORD, {"step": step, "eval_loss": eval_loss, "files": files})
+    write_json(staged / RECORD, {"step": step, "eval_loss": None, "files": files})
     shutil.rmtree(final, ignore_errors=True)
     staged.rename(final)
     flush_to_disk(final.parent)
+
+
+def judge(path: Path, eval_loss: float) -> None:
+    """Add the validation loss to a checkpoint's record; a kill in between leaves the record without it."""
+    staged = path.parent / STAGED / RECORD
+    write_json(staged, {**read_json(path / RECORD), "eval_loss": eval_loss})
+    staged.replace(path / RECORD)
+    flush_to_disk(path)
 
 
 def problem(path: Path) -> str | None:

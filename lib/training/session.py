@@ -161,7 +161,7 @@ def _train(
     from lib.training.watch import Watch, stop_by_signal
 
     folder, first = job.folder / "checkpoints", team is None or team.first
-    for left in (".staged", ".ranks"):
+    for left in (checkpoints.STAGED, ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
     trainer, steps = _trainer(job.settings, folder, model, train, validation, layout[0], team)
     good, messages = checkpoints.find(folder)
@@ -176,7 +176,11 @@ def _train(
         watch.write(f"micro-batches {layout[1]}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
         with stop_by_signal(watch.stop), watch.drawing:
-            trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+            if start and start.eval_loss is None and (start.step % job.settings.save_steps == 0 or start.step == steps):
+                start = trainer.judge(start)
+            watch.start = start
+            if not watch.stopped:
+                trainer.train(resume_from_checkpoint=str(start.path) if start else None)
     if watch.stopped:  # by another process of the team
         raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
     if team is not None:
@@ -223,7 +227,7 @@ def _outcome(
 ) -> dict[str, Any]:
     from lib.training.watch import LIVE
 
-    for left in (".staged", ".ranks"):
+    for left in (checkpoints.STAGED, ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
     (folder.parent / LIVE).unlink(missing_ok=True)
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]

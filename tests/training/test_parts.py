@@ -104,10 +104,12 @@ def test_rows_of_an_update_are_of_like_length_and_epochs_differ() -> None:
 
 
 def _checkpoint(folder, step: int, loss: float | None):
-    staged = folder / ".staged"
+    staged = folder / checkpoints.STAGED / "new"
     staged.mkdir(parents=True)
     (staged / "weights").write_bytes(bytes([step]) * 10)
-    checkpoints.publish(staged, folder / f"checkpoint-{step}", step, loss)
+    checkpoints.publish(staged, folder / f"checkpoint-{step}", step)
+    if loss is not None:
+        checkpoints.judge(folder / f"checkpoint-{step}", loss)
 
 
 def test_best_is_the_earlier_of_equals_and_pruning_keeps_it(tmp_path) -> None:
@@ -118,7 +120,7 @@ def test_best_is_the_earlier_of_equals_and_pruning_keeps_it(tmp_path) -> None:
     assert checkpoints.best(good).step == 4
     (tmp_path / "checkpoint-99").mkdir()
     checkpoints.prune(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11", "checkpoint-4"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-11", "checkpoint-4"]
 
 
 def test_damage_is_named(tmp_path) -> None:
