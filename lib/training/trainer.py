@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -67,6 +69,16 @@ class AnswerTrainer(Trainer):
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
         return _Order(self.order)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Linear warm-up and cosine decay (`rate`) in place of transformers', whose first update has the rate 0."""
+        if self.lr_scheduler is None:
+            shape = functools.partial(
+                rate, warm=self.args.get_warmup_steps(num_training_steps), total=num_training_steps
+            )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, shape)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -162,8 +174,19 @@ class AnswerTrainer(Trainer):
         self.eval_seconds += time.monotonic() - started
 
 
+def rate(done: int, warm: int, total: int) -> float:
+    """Share of the learning rate that the update after `done` ones has, of `total` with `warm` before the peak.
+
+    It rises evenly from 1 / (warm + 1) to 1 and falls as half a cosine towards 0 behind the last update, so that every
+    update, also the only one of a short training, changes the weights.
+    """
+    if done < warm:
+        return (done + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / max(1, total - warm))))
+
+
 def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) -> TrainingArguments:
-    """Arguments shared by all runs: AdamW, 4 % linear warm-up, cosine to zero, gradients clipped to norm 1.
+    """Arguments shared by all runs: AdamW, 4 % warm-up before the cosine (`rate`), gradients clipped to norm 1.
 
     Args:
         folder: of the checkpoints.
@@ -173,7 +196,6 @@ def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) 
     arguments = TrainingArguments(
         output_dir=str(folder),
         warmup_steps=max(1, round(0.04 * steps)),
-        lr_scheduler_type="cosine",
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,

@@ -14,6 +14,7 @@ from lib.run.files import write_json
 from lib.training import checkpoints, memory
 from lib.training.batches import IGNORED, Collator, Example, GroupedOrder
 from lib.training.loss import answer_loss
+from lib.training.trainer import rate
 from tests.training.conftest import tiny_settings
 
 BATCH = [Example([5, 6, 7, 8, 9], 3), Example([5, 6, 7], 1), Example(list(range(10, 22)), 10)]
@@ -214,3 +215,12 @@ def test_advice_comes_in_order_and_only_when_needed() -> None:
     with pytest.raises(InputError, match="GiB"):
         memory.refuse_impossible(2**40, 2**30, steps)
     memory.refuse_impossible(2**30, 2**30, steps)
+
+
+def test_the_rate_rises_to_the_peak_and_falls_and_is_never_zero() -> None:
+    for warm, total in ((1, 1), (1, 2), (4, 100), (0, 3)):
+        rates = [rate(done, warm, total) for done in range(total)]
+        assert all(0 < share <= 1 for share in rates)
+        assert rates[: warm + 1] == sorted(rates[: warm + 1]) and rates[warm:] == sorted(rates[warm:], reverse=True)
+        assert warm >= total or rates[warm] == 1
+    assert rate(9, 1, 9) == pytest.approx(0) and rate(0, 4, 100) == pytest.approx(0.2)

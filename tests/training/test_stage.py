@@ -16,7 +16,7 @@ from lib.errors import InputError
 from lib.run import sealing
 from lib.training import arithmetic, checkpoints, finetune
 from lib.training.trainer import AnswerTrainer
-from tests.training.conftest import die_after, tiny_settings
+from tests.training.conftest import die_after, make_data, tiny_settings
 
 
 def weights(folder) -> dict[str, np.ndarray]:
@@ -146,6 +146,17 @@ def test_accumulation_gives_the_same_updates(runs) -> None:
         np.testing.assert_allclose(value, weights(results[1].product.path)[key], atol=2e-4)
     first, second = ([row["eval_loss"] for row in one.history if "eval_loss" in row] for one in results)
     assert first == pytest.approx(second, abs=1e-4)
+
+
+@pytest.mark.parametrize(("learning_rate", "learns"), [(5e-3, True), (1e-60, False)])
+def test_a_single_update_changes_the_weights_or_a_note_says_that_it_did_not(runs, learning_rate, learns) -> None:
+    run = runs("one")
+    make_data(run, train=4, validation=4)
+    one = {"per_device_train_batch_size": 4, "num_train_epochs": 1.0, "learning_rate": learning_rate}
+    result = finetune(tiny_settings(**one), run)
+    assert result.steps == 1 and any("adapter is zero" in note for note in result.notes) != learns
+    tensors = weights(result.product.path)
+    assert all(tensors[name].any() for name in tensors if "lora_A" in name or learns)
 
 
 def test_diverging_training_is_refused_and_leaves_no_product(runs, monkeypatch: pytest.MonkeyPatch) -> None:
