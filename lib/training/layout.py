@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lib.errors import InputError
 from lib.training.batches import Collator, Example
 from lib.training.loss import answer_loss, autocast, causal_model
 from lib.training.packing import PackedCollator, restore_attention, shared_prefix, unpackable, use_packed_attention
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     import torch
 
 Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
+
+ENLARGED = 1024.0
+"""Factor on the hidden states for which the logits are compared; a power of two is exact in every number format."""
+
+SAME = 1e-4
+"""Relative difference of the logits from which on they count as others; they come from one product of one shape."""
 
 LEAK = 1e-5
 """Relative change of a row's loss from which on its neighbours count as seen: of equal shapes, so rounding is none."""
@@ -29,17 +36,14 @@ def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Col
         rows: of training and validation together: the prefix is what all of them have in common.
 
     Raises:
-        RuntimeError: the model's logits are not its output layer on its last hidden state (it scales or caps them),
-            so that computing them at the answer tokens alone would be wrong.
+        InputError: the model's logits are not its output layer on its last hidden state (it scales or caps them), so
+            that computing them at the answer tokens alone would be wrong.
     """
     padded = Collator(pad_id)
     sample = [min(rows, key=len), max(rows, key=len)]
     inner = causal_model(model)
     with _evaluating(model):
-        batch = _on_device(model, padded([sample[0]]))
-        found, expected = _mean_loss(model, batch), _own_loss(model, batch)
-        if not _close(model, found, expected):
-            raise RuntimeError(f"loss at the answer tokens is {found}, by the model itself {expected}")
+        _require_plain_logits(model, _on_device(model, padded([sample[0]])))
         problem = unpackable(inner, len(sample[1]))
         if problem is None:
             packed = PackedCollator(pad_id, shared_prefix(rows))
@@ -105,10 +109,31 @@ def _mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
     return total.item() / count
 
 
-def _own_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
-    """By the model's own forward pass, with the logits of every position."""
-    with autocast(causal_model(model)):
-        return model(**{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}).loss.item()
+def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """The model's own logits are what its output layer makes of the same hidden states.
+
+    Those are enlarged, so that a cap on the logits shows whatever their size is.
+    """
+    inner, seen = causal_model(model), []
+
+    def enlarge(module: Any, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * ENLARGED
+        seen.append(output.last_hidden_state)
+        return output
+
+    handle = inner.get_decoder().register_forward_hook(enlarge)
+    try:
+        with autocast(inner):
+            own = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits.float()
+            plain = inner.get_output_embeddings()(seen[0]).float()
+    finally:
+        handle.remove()
+    if (own - plain).abs().max() > SAME * plain.abs().max():
+        raise InputError(
+            "the base model scales or caps its logits (as Gemma 2 and Granite do).",
+            "logits that are the output layer's (Qwen, Llama, Mistral, Phi-3, Gemma 3).",
+            "choose another base_model.",
+        )
 
 
 def _close(model: Any, found: float, expected: float) -> bool:

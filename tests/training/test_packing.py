@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lib.errors import InputError
 from lib.training import layout as layout_room
 from lib.training import loss as loss_room
 from lib.training.batches import IGNORED, Collator, Example
@@ -220,16 +221,13 @@ def test_layout_falls_back_where_the_packed_loss_is_not_the_models(monkeypatch: 
     assert model.config._attn_implementation == before
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
-    model = tuned()
-    inner = model.get_base_model()
-    original = inner.forward
-
-    def scaled(*arguments, **options):
-        output = original(*arguments, **options)
-        output.loss = output.loss * 1.5
-        return output
-
-    inner.forward = scaled
-    with pytest.raises(RuntimeError, match="answer tokens"):
-        choose_layout(model, ROWS, 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gemma2", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 1.02})],
+)
+def test_a_model_that_scales_or_caps_its_logits_is_refused(kind: str, changes: dict, dtype: torch.dtype) -> None:
+    odd = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    with pytest.raises(InputError, match="scales or caps"):
+        choose_layout(tuned(kind, dtype, **changes, **odd), ROWS, 0)
+    assert choose_layout(tuned(dtype=dtype), ROWS, 0)[1].startswith("packed")
