@@ -23,6 +23,7 @@ from lib.training import checkpoints, memory
 from lib.training.arithmetic import number_format
 from lib.training.batches import Example, examples
 from lib.training.layout import Collate, choose_layout
+from lib.training.targets import with_adapter
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -90,35 +91,12 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
 
 def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any:
     """The frozen base with a fresh adapter (float32), from the run's seed."""
-    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    targets: Any = settings.target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
-        if bad := sorted({"lm_head", "embed_tokens"} & set(targets)):
-            raise InputError(
-                f"target_modules names {bad[0]}.",
-                "linear layers of the blocks: small Qwen models tie their embeddings, and a merge would be wrong.",
-                "set target_modules: all-linear.",
-            )
     model = load_model(base.path, dtype=dtype, load_in_4bit=in_4bit)
     model.config.use_cache = False
     set_seed(settings.training_seed)
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with no_warnings():
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(
-            f"target_modules {settings.target_modules!r} ({error}).", "names of linear layers.", "set it to all-linear."
-        ) from None
+    return with_adapter(model, settings)
 
 
 def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, prefix: int) -> dict[str, Any]:
