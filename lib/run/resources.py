@@ -22,6 +22,9 @@ CALM_AFTER, CALM = 900, 60.0
 
 MIB = 2**20
 
+WHOLE = ("seconds", "cpu_percent", "rss_mib")
+"""What every sample has."""
+
 
 class ResourceSampler(contextlib.AbstractContextManager):
     """Appends a JSON line every few seconds while the block runs, of this process and its children together.
@@ -120,11 +123,13 @@ def _gpu(handles: list[Any]) -> dict[str, float]:
 
 
 def read_samples(path: Path) -> list[dict[str, float]]:
-    """The samples of a file; a last line that was cut by a kill is left out."""
+    """The samples of a file; lines that are no sample, as a last one that was cut by a kill, are left out."""
     samples = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            samples.append(json.loads(line))
+            sample = json.loads(line)
+            if isinstance(sample, dict) and all(isinstance(sample.get(key), int | float) for key in WHOLE):
+                samples.append(sample)
     return samples
 
 

@@ -131,6 +131,7 @@ def _ways(settings: Settings, kind: str, devices: int) -> list[tuple[str, dict[s
         root = single if kind != "cuda" or settings.num_processes > devices else {}
     for words, changes in _alternatives(settings.model_copy(update=root)):
         together = {**root, **changes}
+        words += ", a single process" if root else ""
         ways.append((words, {key: value for key, value in together.items() if getattr(settings, key) != value}))
     return ways
 

@@ -30,7 +30,7 @@ def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:
 
 def test_a_continued_stage_goes_on_counting_behind_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "resources.jsonl"
-    path.write_text('{"seconds": 50.0, "cpu_percent": 100, "rss_mib": 10}\n{"seconds": 5\n')
+    path.write_text('{"seconds": 50.0, "cpu_percent": 100, "rss_mib": 10}\n3\n{}\n{"seconds": 5\n')
     with ResourceSampler(path, every=0.05):
         time.sleep(0.2)
     seconds = [sample["seconds"] for sample in read_samples(path)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.run.files import write_json
+from lib.run.files import read_json, write_json
 from lib.training import checkpoints, memory
 from lib.training.batches import IGNORED, Collator, Example, GroupedOrder
 from lib.training.loss import answer_loss
@@ -215,6 +215,22 @@ def test_advice_comes_in_order_and_only_when_needed() -> None:
     with pytest.raises(InputError, match="GiB"):
         memory.refuse_impossible(2**40, 2**30, steps)
     memory.refuse_impossible(2**30, 2**30, steps)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 3}, {"eval_loss": 0.1}, {"eval_loss": "x"}, {"files": {}}, {"files": []}, {}]
+)
+def test_a_record_that_is_json_and_not_as_it_was_written_is_damage(tmp_path, change: dict) -> None:
+    for step in (2, 4):
+        _checkpoint(tmp_path, step, 1.0)
+    (tmp_path / "checkpoint-20").write_text("a file")
+    record = tmp_path / "checkpoint-4" / checkpoints.RECORD
+    content = read_json(record)
+    write_json(record, {**content, **change} if change else {"files": content["files"]})
+    good, problems = checkpoints.find(tmp_path)
+    assert [c.step for c in good] == [2] and problems == [f"checkpoint-4 is damaged ({checkpoints.RECORD})"]
+    checkpoints.prune(tmp_path)
+    assert (tmp_path / "checkpoint-2").is_dir() and not record.exists()
 
 
 def test_the_rate_rises_to_the_peak_and_falls_and_is_never_zero() -> None:
