@@ -59,6 +59,8 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
         torch.OutOfMemoryError: the device has no room for a micro-batch.
     """
     quiet()
+    from lib.training import full
+
     settings = job.settings
     task, tokenizer = read_task(job.data), load_tokenizer(job.data / "tokenizer")
     train = examples(read_jsonl(job.data / "train.jsonl"), task, tokenizer, "training")
@@ -67,7 +69,8 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
         if not rows:
             raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
     dtype, reason = number_format(settings, job.in_4bit)
-    model = _new_model(job.base, settings, dtype, job.in_4bit)
+    with full.loading():
+        model = _new_model(job.base, settings, dtype, job.in_4bit)
     collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
     plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
     require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
@@ -136,6 +139,7 @@ def _train(
     team: Team | None,
 ) -> dict[str, Any] | None:
     """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
+    from lib.training import full
     from lib.training.watch import Watch, stop_by_signal
 
     folder, first = job.folder / "checkpoints", team is None or team.first
@@ -153,7 +157,7 @@ def _train(
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout[1]}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with stop_by_signal(watch.stop), watch.drawing:
+        with stop_by_signal(watch.stop), watch.drawing, full.memory_in_one_word():
             if start and start.eval_loss is None and (start.step % job.settings.save_steps == 0 or start.step == steps):
                 start = trainer.judge(start)
             watch.start = start

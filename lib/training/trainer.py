@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lib.training import checkpoints
+from lib.training import checkpoints, full
 from lib.training.batches import Example, GroupedOrder
 from lib.training.layout import Collate
 from lib.training.loss import answer_loss
@@ -165,11 +165,12 @@ class AnswerTrainer(Trainer):
         """As transformers writes it, but staged, sealed with a record and renamed."""
         started = time.monotonic()
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        super()._save_checkpoint(model, trial)
-        staged = folder / checkpoints.STAGED / name
-        for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; peft's empty card
-            (staged / unneeded).unlink(missing_ok=True)
-        checkpoints.publish(staged, folder / name, self.state.global_step)
+        with full.writing(folder):
+            super()._save_checkpoint(model, trial)
+            staged = folder / checkpoints.STAGED / name
+            for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; an empty card
+                (staged / unneeded).unlink(missing_ok=True)
+            checkpoints.publish(staged, folder / name, self.state.global_step)
         checkpoints.prune(folder)
         self.eval_seconds += time.monotonic() - started
 
