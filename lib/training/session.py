@@ -113,7 +113,7 @@ def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, pr
         estimate = memory.estimate(shape)
         free += torch.cuda.memory_allocated()
     else:
-        total, process = psutil.virtual_memory().total, psutil.Process().memory_info().rss
+        total, process = device.total_memory(), psutil.Process().memory_info().rss
         estimate = memory.estimate(shape, max(0, process - round(shape.weight_bytes * (shape.linear + shape.other))))
         free = device.available_memory() + process
     can_4bit = device.bitsandbytes_problem() is None
