@@ -189,8 +189,6 @@ class Settings(BaseModel):
             raise ValueError(f"the sample corpus holds labelled reviews: set dataset to your own for task {self.task}")
         if self.task == "classification" and self.thinking:
             raise ValueError("answers of a classification are single words: thinking must be false")
-        if self.load_in_4bit and self.dtype == "float32":
-            raise ValueError("load_in_4bit computes in bfloat16: set dtype to auto or bfloat16")
         return self
 
     @property

@@ -21,11 +21,6 @@ RECORD = "arithmetic.json"
 """Beside the checkpoints."""
 
 
-def number_format(settings: Settings, in_4bit: bool) -> tuple[str, str]:
-    """The format of products and of the base (where it is not in 4 bits), and the reason for it."""
-    return ("bfloat16", "QLoRA computes in it") if in_4bit else device.compute_dtype(settings.dtype)
-
-
 def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]:
     """Remove what an interrupted training left if it computed in another way, and record how this one computes.
 
@@ -35,7 +30,7 @@ def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]
     Returns:
         For the reader: what was different, in a sentence; nothing where all is as it was.
     """
-    asked = {"dtype": number_format(settings, in_4bit)[0], "in_4bit": in_4bit, "device": device.torch_device()}
+    asked = {"dtype": device.compute_dtype(settings.dtype)[0], "in_4bit": in_4bit, "device": device.torch_device()}
     before, messages = _before(folder), []
     there = any(folder.glob("checkpoints/checkpoint-*"))
     if before != asked and (before or there):

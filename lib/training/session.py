@@ -20,7 +20,6 @@ from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import PeakMemory
 from lib.training import checkpoints, memory
-from lib.training.arithmetic import number_format
 from lib.training.batches import Example, examples
 from lib.training.layout import Collate, choose_layout
 from lib.training.targets import with_adapter
@@ -68,7 +67,7 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     for name, rows in (("training", train), ("validation", validation)):
         if not rows:
             raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
-    dtype, reason = number_format(settings, job.in_4bit)
+    dtype, reason = device.compute_dtype(settings.dtype)
     with full.loading():
         model = _new_model(job.base, settings, dtype, job.in_4bit)
     collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
@@ -114,7 +113,7 @@ def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, pr
         free += torch.cuda.memory_allocated()
     else:
         total, process = device.total_memory(), psutil.Process().memory_info().rss
-        estimate = memory.estimate(shape, max(0, process - round(shape.weight_bytes * (shape.linear + shape.other))))
+        estimate = memory.estimate(shape, max(0, process - memory.estimate(shape).weights))
         free = device.available_memory() + process
     can_4bit = device.bitsandbytes_problem() is None
     need = estimate.total * (settings.num_processes if device.torch_device() == "cpu" else 1)  # a GPU each

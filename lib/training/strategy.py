@@ -88,7 +88,7 @@ def recommend(settings: Settings, source: str | None = None) -> Strategy:
     """
     quiet()
     name = source or settings.base_model
-    dtype = "bfloat16" if settings.load_in_4bit else device.compute_dtype(settings.dtype)[0]
+    dtype = device.compute_dtype(settings.dtype)[0]
     kind, free, devices = _machine()
     base_model = _skeleton(name, dtype)
     weights = sum(parameter.numel() for parameter in base_model.parameters())

@@ -193,10 +193,20 @@ def test_lora_with_a_note_where_four_bits_do_not_work(runs, monkeypatch: pytest.
     assert any("not on this machine" in note for note in result.notes) and result.notes == run.stamps()
 
 
-def test_four_bits_where_they_work(runs) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_four_bits_where_they_work(runs, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Computed in what the parameters say, for a device without bfloat16 too."""
     if problem := device.bitsandbytes_problem():
         pytest.skip(problem)
-    result = finetune(tiny_settings(load_in_4bit=True, dtype="auto", num_train_epochs=0.5), runs("fresh"))
+    seen, original = set(), AnswerTrainer.compute_loss
+
+    def compute(self, model, *arguments, **options):
+        seen.update(m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype"))
+        return original(self, model, *arguments, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute)
+    result = finetune(tiny_settings(load_in_4bit=True, dtype=dtype, num_train_epochs=0.5), runs("fresh"))
+    assert result.dtype == device.compute_dtype(dtype)[0] and [f"torch.{result.dtype}"] == [str(d) for d in seen]
     assert result.method.startswith("QLoRA") and result.product.entry.facts["method"] == "QLoRA"
     assert result.total - result.trainable == 512 * 64 + 64 * 64 * 2 + 64 * 32 * 2 + 64 * 64 * 3 + 64 + 64 + 3 * 64
 
