@@ -18,7 +18,7 @@ from lib.models.quiet import no_warnings, quiet
 from lib.models.tasks import read_task
 from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
-from lib.run.memory import PeakMemory
+from lib.run.memory import DevicePeak, PeakMemory
 from lib.training import checkpoints, memory
 from lib.training.batches import Example, examples
 from lib.training.layout import Collate, choose_layout
@@ -73,8 +73,9 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
     plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
     require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
-    with PeakMemory() as peak:  # of the training alone: making the offline base needs more than a LoRA on it
+    with PeakMemory() as peak, DevicePeak() as on_gpu:  # of the training alone: making the offline base needs more
         outcome = _train(job, model, train, validation, (collate, layout), team)
+    most = on_gpu.bytes if team is None else round(team.most(on_gpu.bytes))
     if outcome is None:
         return {}
     method = f"{'QLoRA (NF4)' if job.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
@@ -83,6 +84,7 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
         **plan,
         **outcome,
         "peak_memory_mib": round(peak.bytes / 2**20, 1),
+        "peak_device_mib": round(most / 2**20, 1) if most else None,
         "train_rows": len(train),
         "validation_rows": len(validation),
         "dtype": dtype,

@@ -46,6 +46,12 @@ class Team:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    def most(self, value: float) -> float:
+        """The largest of all processes."""
+        largest = torch.tensor([value], dtype=torch.float64, device=_device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
     def total(self, *values: float) -> list[float]:
         """Sums over all processes (float64 where the device has it)."""
         sums = torch.tensor(values, dtype=torch.float64, device=_device())
