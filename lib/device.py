@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
 
 def physical_cores() -> int:
     """Physical cores this process may use (scheduler limits counted); at least 1."""
@@ -23,12 +25,52 @@ def physical_cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be used now without swapping (a cgroup limit counted)."""
-    free = psutil.virtual_memory().available
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(name).read_text()) - psutil.Process().memory_info().rss)
-    return max(0, free)
+    """Bytes of memory that can be used now without swapping (the limits of a batch system or container counted)."""
+    rooms = [limit - used for limit, used in memory_limits()]
+    return max(0, min([psutil.virtual_memory().available, *rooms]))
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process could have if nothing else used any (limits counted)."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])
+
+
+def memory_limits(mounted: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[tuple[int, int]]:
+    """(limit, use) in bytes of every control group around this process that has a limit, from the innermost out.
+
+    The use is without file contents that the kernel gives up first (`inactive_file`). In a container the names in
+    /proc may be those of the machine outside; then only the group at the root of the mount is readable, its own.
+
+    Args:
+        mounted: where control groups are mounted; both versions are understood.
+        own: the file that names this process's groups, `number:controllers:path` a line.
+    """
+    found = []
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = [line.split(":", 2) for line in own.read_text().splitlines() if line.count(":") >= 2]
+    for _, controllers, name in lines:
+        if controllers == "":
+            root, files = mounted, ("memory.max", "memory.current", "inactive_file ")
+        elif "memory" in controllers.split(","):
+            root, files = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
+        else:
+            continue
+        inside = root / name.lstrip("/")
+        for group in (inside, *inside.parents):
+            if group.is_relative_to(root) and (pair := _limit(group, *files)):
+                found.append(pair)
+    return found
+
+
+def _limit(group: Path, limit: str, use: str, given_up: str) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number; the outermost group has no such file
+        most, used = int((group / limit).read_text()), int((group / use).read_text())
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            lines = (group / "memory.stat").read_text().splitlines()
+            used -= int(next(line for line in lines if line.startswith(given_up)).split()[1])
+        return most, max(0, used)
+    return None
 
 
 @functools.cache
@@ -154,7 +196,7 @@ def machine(disk: Path) -> Machine:
         system=f"{platform.system()} {platform.release()} ({platform.machine()})",
         processor=cpu_name(),
         cores=physical_cores(),
-        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        memory_gib=round(total_memory() / 2**30, 1),
         available_gib=round(available_memory() / 2**30, 1),
         disk_free_gb=round(shutil.disk_usage(existing).free / 1e9, 1),
         accelerator="none" if torch_device() == "cpu" else device_name(),

@@ -51,7 +51,6 @@ def test_every_parameter_file_loads_and_comments_every_key(path: Path) -> None:
         ({"user_prompt": "no slot"}, ["{text}"]),
         ({"run_name": "../up"}, ["run_name", "letters"]),
         ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),
-        ({"load_in_4bit": True, "dtype": "float32"}, ["load_in_4bit", "bfloat16"]),
     ],
 )
 def test_refusals_name_key_value_and_cure(values: dict, parts: list[str]) -> None:

@@ -57,14 +57,16 @@ def _advice(found: Strategy, settings: Settings) -> str:
     if found.chosen is None:
         return (
             "Recommended: none of these fits. Take a smaller base_model or max_seq_length, or a device with "
-            f"{min(plan.need for plan in found.plans) / 0.9 / GIB:.1f} GiB free. {OFFLOAD}"
+            f"{min(plan.need for plan in found.plans if plan.possible) / 0.9 / GIB:.1f} GiB free. {OFFLOAD}"
         )
     changes = found.chosen.changes
     asked = settings.model_copy(update=changes)
     kind = "QLoRA" if asked.load_in_4bit else "LoRA"
     processes = asked.num_processes
-    way = f"data parallel on {processes} processes, one GPU each" if processes > 1 else "a single process"
+    way = f"data parallel on {processes} processes, one GPU each" if found.devices > 1 else f"{processes} processes"
+    way = way if processes > 1 else "a single process"
     change = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
-    note = "" if found.devices > 1 else " Several processes on one device would share its memory and its speed."
+    note = "" if found.devices > 1 else " Several processes on one device share its memory and its speed."
     todo = f"Set {change}." if change else "Nothing needs to be changed."
+    way += "".join(found.chosen.name.partition(" (")[1:])  # an update of another size
     return f"Recommended: {kind} in {way}. {todo}{note} {OFFLOAD}"

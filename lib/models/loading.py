@@ -57,7 +57,7 @@ def load_model(
     Args:
         path: model folder.
         dtype: "auto" (what this machine computes natively), "float32" or "bfloat16".
-        load_in_4bit: linear layers in NF4 with double quantization, computed in bfloat16.
+        load_in_4bit: linear layers in NF4 with double quantization, computed in `dtype`.
         adapter: LoRA folder (safetensors) put on top; its weights stay float32.
         device: "cpu", "cuda", …; None = the best one here.
 
@@ -74,7 +74,7 @@ def load_model(
     device = device or torch_device()
     options: dict[str, Any] = {"dtype": getattr(torch, compute_dtype(dtype)[0])}
     if load_in_4bit:
-        options = {"dtype": torch.bfloat16, "quantization_config": _nf4(), "device_map": {"": device}}
+        options |= {"quantization_config": _nf4(options["dtype"]), "device_map": {"": device}}
     with no_warnings():
         model, report = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -113,9 +113,11 @@ def _keep_trainable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _nf4() -> Any:
-    """Frozen weights as in QLoRA: NormalFloat4 in blocks of 64, the block scales quantized again."""
-    import torch
+def _nf4(compute_dtype: Any) -> Any:
+    """Frozen weights as in QLoRA: NormalFloat4 in blocks of 64, the block scales quantized again.
+
+    Products are computed in what the machine computes natively: bfloat16 is emulated, slowly, on older devices.
+    """
     from transformers import BitsAndBytesConfig
 
     from lib.device import bitsandbytes_problem
@@ -128,7 +130,7 @@ def _nf4() -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 

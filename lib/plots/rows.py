@@ -138,6 +138,14 @@ def memory(result: Any) -> list[Row]:
     """Estimated memory by purpose, what was free, what was measured (a FinetuneResult)."""
     rows = [{"part": part.replace("_", " "), "MiB": size / 2**20} for part, size in result.estimate.items()]
     processes = result.product.entry.parameters.get("num_processes", 1)
+    if result.peak_device_mib is not None:  # estimate and free are the GPU's, one a process; so is this peak
+        which = "of a GPU, the fullest of them" if processes > 1 else "of the GPU"
+        rows.append(
+            {"part": f"free {which.partition(',')[0]} before the start", "MiB": result.memory["available"] / 2**20}
+        )
+        rows.append({"part": f"measured peak {which} (tensors)", "MiB": result.peak_device_mib})
+        rows.append({"part": "measured peak of the processor's memory", "MiB": result.peak_memory_mib})
+        return rows
     if processes > 1:
         rows.append({"part": f"total of {processes} processes", "MiB": processes * result.estimate["total"] / 2**20})
     rows.append({"part": "free before the start", "MiB": result.memory["available"] / 2**20})

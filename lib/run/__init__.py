@@ -1,7 +1,8 @@
 """A run: its folders, its manifest, and the one way in which a stage makes a product.
 
 A stage writes into a temporary sibling, the folder is hashed and renamed, and the manifest entry is added last. A
-stage whose entry exists, whose files verify and whose parameters and inputs are unchanged is skipped and says so.
+stage whose entry exists, whose files verify and whose parameters and inputs are unchanged is skipped and says so. One
+that was killed between its end and its entry is not made again (`lib.run.sealing`).
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lib.errors import InputError
-from lib.run import folders, provenance
-from lib.run.files import flush_to_disk, read_json, readable_by_group, write_json
-from lib.run.manifest import NOTEBOOK_OF, Entry, Manifest, damage, hash_folder
+from lib.run import folders, provenance, sealing
+from lib.run.files import flush_to_disk
+from lib.run.manifest import NOTEBOOK_OF, Entry, Manifest, damage
 from lib.run.memory import PeakMemory
 
 __all__ = ["Entry", "Product", "Run", "Work", "known_run", "open_run"]
-
-_REQUEST = ".request.json"
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,18 @@ class Run:
             wanted = {"parameters": dict(parameters), "inputs": digests}
             reason = self._reason(product, wanted, force)
             if reason is None:
+                _tidy(self.folder / product)
                 entry = self.manifest.entries()[product]
                 text = f"{product}: already made on {entry.finished} with these parameters; nothing to do."
                 return Product(self.folder / product, entry, False, text)
-            entry = self._make(product, build, wanted, keep_partial)
+            temporary = self._remains(product)
+            found = None if force else sealing.finished(temporary, wanted)
+            if found is not None:
+                reason = "an interrupted try had finished it"
+            else:
+                found = self._make(temporary, build, wanted, keep_partial)
+            entry = Entry(product=product, outputs=sealing.outputs(temporary), **wanted, **found)
+            self._publish(temporary, self.folder / product, entry)
             made = f"{product}: made in {entry.seconds:.0f} s, {entry.peak_memory_mib:.0f} MiB at most ({reason})."
             return Product(self.folder / product, entry, True, made)
 
@@ -156,13 +163,20 @@ class Run:
         problem = damage(self.folder / product, entry)
         return f"damaged: {problem}" if problem else None
 
-    def _make(self, product: str, build: Callable[[Work], None], wanted: dict, keep_partial: bool) -> Entry:
-        final, temporary = self.folder / product, self.folder / f".{product}.part"
-        resumed = keep_partial and _same_request(temporary, wanted)
+    def _remains(self, product: str) -> Path:
+        """The temporary folder of a product, with what an interrupted try left of it (it need not exist)."""
+        temporary = self.folder / f".{product}.part"
+        if product not in self.manifest.entries():
+            sealing.take_back(self.folder / product, temporary)
+        return temporary
+
+    def _make(self, temporary: Path, build: Callable[[Work], None], wanted: dict, keep_partial: bool) -> dict[str, Any]:
+        """Build into the temporary folder; returns what the manifest entry says beside files, parameters and inputs."""
+        resumed = keep_partial and sealing.asked(temporary, wanted)
         if not resumed:
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(exist_ok=True)
-        write_json(temporary / _REQUEST, wanted)
+        sealing.begin(temporary, wanted)
         work = Work(folder=temporary, resumed=resumed)
         started = time.monotonic()
         try:
@@ -172,37 +186,31 @@ class Run:
             if not keep_partial:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        seconds = time.monotonic() - started
-        (temporary / _REQUEST).unlink()
-        outputs = _seal(temporary)
-        entry = Entry(
-            product=product,
-            outputs=outputs,
-            **wanted,
-            facts=work.facts,
-            metrics=work.metrics,
-            notes=work.notes,
-            finished=dt.datetime.now().astimezone().isoformat(timespec="seconds"),
-            seconds=round(seconds, 2),
-            peak_memory_mib=round(memory.bytes / 2**20, 1),
-            device=work.device,
-            versions=provenance.versions(),
-            git=provenance.commit(),
-        )
-        self._publish(temporary, final, entry)
-        return entry
+        facts = {
+            "facts": work.facts,
+            "metrics": work.metrics,
+            "notes": work.notes,
+            "finished": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_memory_mib": round(memory.bytes / 2**20, 1),
+            "device": work.device,
+            "versions": provenance.versions(),
+            "git": provenance.commit(),
+        }
+        sealing.finish(temporary, facts)
+        return facts
 
     def _publish(self, temporary: Path, final: Path, entry: Entry) -> None:
         """Replace the old product: entry out, folder swapped, entry in; a kill in between leaves no half product."""
         self.manifest.remove(self.name, entry.product)
-        old = final.with_name(f".{final.name}.old")
+        old = _old(final)
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         temporary.rename(final)
         flush_to_disk(self.folder)
         self.manifest.add(self.name, entry)
-        shutil.rmtree(old, ignore_errors=True)
+        _tidy(final)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -221,25 +229,14 @@ class Run:
             lock.release()
 
 
-def _same_request(temporary: Path, wanted: dict[str, Any]) -> bool:
-    request = temporary / _REQUEST
-    if not request.is_file():
-        return False
-    try:
-        return read_json(request) == wanted
-    except InputError:
-        return False
+def _tidy(final: Path) -> None:
+    """Remove what is of no use once the entry is there."""
+    sealing.forget(final)
+    shutil.rmtree(_old(final), ignore_errors=True)
 
 
-def _seal(folder: Path) -> dict[str, dict[str, Any]]:
-    """Hash every file of a finished temporary folder and flush it to the disk."""
-    outputs = hash_folder(folder)
-    if not outputs:
-        raise RuntimeError(f"the stage wrote nothing into {folder}")
-    for name in outputs:
-        readable_by_group(folder / name)
-        flush_to_disk(folder / name)
-    return outputs
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 def open_run(name: str) -> Run:

@@ -62,14 +62,24 @@ class Entry:
         return sha256_json({name: output["sha256"] for name, output in self.outputs.items()})
 
 
+def files_of(folder: Path) -> list[Path]:
+    """Every file under `folder`, sorted.
+
+    Raises:
+        InputError: one is a symbolic link.
+    """
+    found = sorted(p for p in folder.rglob("*") if not p.is_dir())
+    if links := [path for path in found if path.is_symlink()]:
+        raise InputError(f"{links[0]} is a symbolic link.", "plain files in a product.", "copy the file instead.")
+    return found
+
+
 def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every file under `folder`, by relative path; symbolic links are refused."""
-    outputs = {}
-    for path in sorted(p for p in folder.rglob("*") if not p.is_dir()):
-        if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link.", "plain files in a product.", "copy the file instead.")
-        outputs[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return outputs
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files_of(folder)
+    }
 
 
 def damage(folder: Path, entry: Entry) -> str | None:

@@ -1,9 +1,11 @@
-"""Peak resident memory of this process and its children while a block runs."""
+"""Peak memory while a block runs: resident, of this process and its children; and of its tensors on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
+from typing import Any
 
 import psutil
 
@@ -39,3 +41,24 @@ class PeakMemory(contextlib.AbstractContextManager):
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):
             self._sample()
+
+
+class DevicePeak(contextlib.AbstractContextManager):
+    """`bytes`: the most that this process's tensors took on its NVIDIA GPU in the block, those there before included.
+
+    0 without one: what does not use torch has no tensors on it.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        torch = sys.modules.get("torch")
+        self._cuda: Any = torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+    def __enter__(self) -> DevicePeak:
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self.bytes = self._cuda.max_memory_allocated()

@@ -22,6 +22,9 @@ CALM_AFTER, CALM = 900, 60.0
 
 MIB = 2**20
 
+WHOLE = ("seconds", "cpu_percent", "rss_mib")
+"""What every sample has."""
+
 
 class ResourceSampler(contextlib.AbstractContextManager):
     """Appends a JSON line every few seconds while the block runs, of this process and its children together.
@@ -86,13 +89,24 @@ class ResourceSampler(contextlib.AbstractContextManager):
 
 
 def _nvidia(count: int) -> list[Any]:
-    """Handles of the first GPUs that are visible, where NVIDIA's library is installed and a driver answers."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    """Handles of the first GPUs that are visible, where NVIDIA's library is installed and a driver answers.
+
+    Numbers in CUDA_VISIBLE_DEVICES count in CUDA's order, the fastest first, and those of NVIDIA's library by bus: they
+    are one order only under CUDA_DEVICE_ORDER=PCI_BUS_ID or with a single GPU. Otherwise torch, which has chosen by
+    then where it trains, is asked which one is meant.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+    if names == [] or (names and names[0] == "-1"):
+        return []
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        names = visible or [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        there = pynvml.nvmlDeviceGetCount()
+        if there > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and not _all_unique(names):
+            names = _unique_names(count)
+        names = [str(index) for index in range(there)] if names is None else names
         return [
             pynvml.nvmlDeviceGetHandleByIndex(int(name))
             if name.isdigit()
@@ -101,6 +115,19 @@ def _nvidia(count: int) -> list[Any]:
         ]
     except Exception:  # no library, no driver, or an error of its own kind: then there is nothing to see
         return []
+
+
+def _all_unique(names: list[str] | None) -> bool:
+    """Whether all are identifiers, which mean the same to everybody."""
+    return names is not None and not any(name.isdigit() for name in names)
+
+
+def _unique_names(count: int) -> list[str]:
+    """Identifiers of torch's first GPUs."""
+    import torch
+
+    found = range(min(count, torch.cuda.device_count()))
+    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in found]
 
 
 def _gpu(handles: list[Any]) -> dict[str, float]:
@@ -120,11 +147,13 @@ def _gpu(handles: list[Any]) -> dict[str, float]:
 
 
 def read_samples(path: Path) -> list[dict[str, float]]:
-    """The samples of a file; a last line that was cut by a kill is left out."""
+    """The samples of a file; lines that are no sample, as a last one that was cut by a kill, are left out."""
     samples = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            samples.append(json.loads(line))
+            sample = json.loads(line)
+            if isinstance(sample, dict) and all(isinstance(sample.get(key), int | float) for key in WHOLE):
+                samples.append(sample)
     return samples
 
 

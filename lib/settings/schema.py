@@ -208,8 +208,6 @@ class Settings(BaseModel):
                 f"{SENTIMENT_PROMPT!r} is the sentiment task's system turn: set system_prompt for task {self.task} "
                 '("" = an empty one)'
             )
-        if self.load_in_4bit and self.dtype == "float32":
-            raise ValueError("load_in_4bit computes in bfloat16: set dtype to auto or bfloat16")
         return self
 
     @property

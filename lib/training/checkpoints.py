@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import InputError
-from lib.run.files import flush_to_disk, read_json, readable_by_group, write_json
+from lib.run.files import flush_to_disk, read_json, readable_by_group, sha256_json, write_json
 from lib.run.manifest import hash_folder
 
 RECORD = "complete.json"
+
+STAGED = ".staged"
+"""Folder beside the checkpoints for what is not complete."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +26,42 @@ class Checkpoint:
     eval_loss: float | None
 
 
-def publish(staged: Path, final: Path, step: int, eval_loss: float | None) -> None:
+def publish(staged: Path, final: Path, step: int) -> None:
     """Seal a staged checkpoint with its record and rename it to its place; a kill in between leaves nothing there."""
     files = hash_folder(staged)
     for name in files:
         readable_by_group(staged / name)
         flush_to_disk(staged / name)
-    write_json(staged / RECORD, {"step": step, "eval_loss": eval_loss, "files": files})
+    write_json(staged / RECORD, _sealed({"step": step, "eval_loss": None, "files": files}))
     shutil.rmtree(final, ignore_errors=True)
     staged.rename(final)
     flush_to_disk(final.parent)
+
+
+def judge(path: Path, eval_loss: float) -> None:
+    """Add the validation loss to a checkpoint's record; a kill in between leaves the record without it."""
+    staged = path.parent / STAGED / RECORD
+    write_json(staged, _sealed({**_record(path), "eval_loss": eval_loss}))
+    staged.replace(path / RECORD)
+    flush_to_disk(path)
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a hash over the rest of it: its step and loss are believed, too."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return {**content, "sha256": sha256_json(content)}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A checkpoint's record.
+
+    Raises:
+        InputError: it is not as it was written, or of another step than the folder.
+    """
+    found = read_json(path / RECORD)
+    if not isinstance(found, dict) or _sealed(found) != found or found.get("step") != _step(path):
+        raise InputError(f"{path / RECORD} is damaged.", "the record of this checkpoint.", "delete the checkpoint.")
+    return found
 
 
 def problem(path: Path) -> str | None:
@@ -39,8 +69,8 @@ def problem(path: Path) -> str | None:
     if not (path / RECORD).is_file():
         return f"{path.name} is incomplete (no {RECORD})"
     try:
-        wanted = read_json(path / RECORD)["files"]
-    except (InputError, KeyError, TypeError):
+        wanted = _record(path)["files"]
+    except InputError:
         return f"{path.name} is damaged ({RECORD})"
     found = hash_folder(path)
     found.pop(RECORD, None)
@@ -53,11 +83,11 @@ def problem(path: Path) -> str | None:
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     """All verified checkpoints of a training, oldest first, and what is wrong with the others."""
     good, problems = [], []
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: _step(p)):
+    for path in sorted(filter(Path.is_dir, folder.glob("checkpoint-*")), key=_step):
         if wrong := problem(path):
             problems.append(wrong)
         else:
-            record = read_json(path / RECORD)
+            record = _record(path)
             good.append(Checkpoint(record["step"], path, record["eval_loss"]))
     return good, problems
 
@@ -79,6 +109,6 @@ def prune(folder: Path, newest: int = 2) -> None:
     keep = {c.path for c in good[-newest:]}
     if chosen := best(good):
         keep.add(chosen.path)
-    for path in folder.glob("checkpoint-*"):
+    for path in filter(Path.is_dir, folder.glob("checkpoint-*")):
         if path not in keep:
             shutil.rmtree(path)

@@ -75,8 +75,8 @@ def estimate(shape: Shape, process: int = 0) -> Estimate:
     Logits: loss positions (HEAD_ROWS at a time) × vocabulary × 12 bytes: float32 values, log-probabilities and
     gradient; in bfloat16 values and gradient once more in that format, but the float32 values are freed first.
     """
-    s = 2.0 if shape.in_4bit else shape.weight_bytes
-    weights = shape.linear * NF4_BITS / 8 + shape.other * 2 if shape.in_4bit else (shape.linear + shape.other) * s
+    s = shape.weight_bytes
+    weights = shape.linear * (NF4_BITS / 8 if shape.in_4bit else s) + shape.other * s
     inputs = 5 * shape.hidden + shape.intermediate + shape.key_value if shape.dropout else 0
     layer = s * (16 * shape.hidden + 6 * shape.key_value + 6 * shape.intermediate + 1.5 * inputs) + 16 * shape.hidden
     tokens = shape.prefix + shape.rows * (shape.length - shape.prefix)

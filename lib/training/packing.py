@@ -219,21 +219,36 @@ def packed_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
+def unpackable(model: Any, longest: int) -> str | None:
+    """Why the layers of this model do not treat a packed row of `longest` tokens as a padded one, by its configuration.
+
+    A window that is shorter than a row hides its beginning, and a layer without attention (Mamba, gated delta rule)
+    carries its state from one row into the next. None: nothing speaks against it.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of {' and '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < longest:
+        return f"it has layers with a sliding window of {window} tokens, and a row of {longest}"
+    layers = getattr(model.get_decoder(), "layers", ())
+    if not layers or not all(hasattr(getattr(layer, "self_attn", None), "num_key_value_groups") for layer in layers):
+        return "its layers are not of the kind of Qwen or Llama"
+    return None
+
+
 def use_packed_attention(model: Any) -> tuple[str | None, str]:
     """Switch a model's attention to `packed_attention`, which leaves batches that are not packed as they were.
 
     Returns:
-        None, or why this model cannot (then it is unchanged); and the name of the attention it had.
+        None, or why transformers cannot (then it is unchanged); and the name of the attention it had.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
     before = config._attn_implementation
-    if getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None):
-        return "it has layers with a sliding window", before
-    if not all(hasattr(m, "num_key_value_groups") for n, m in model.named_modules() if n.endswith(".self_attn")):
-        return "its attention is not of the kind of Qwen or Llama", before
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.models.loading import Base
@@ -19,6 +20,8 @@ def publish(work: Work, base: Base, facts: dict[str, Any], in_4bit: bool) -> Non
     """The chosen checkpoint's adapter with its card beside the history; facts for the manifest."""
     chosen = work.folder / "checkpoints" / f"checkpoint-{facts['chosen_step']}"
     shutil.copyfile(chosen / "adapter_model.safetensors", work.folder / "adapter_model.safetensors")
+    if _is_zero(work.folder / "adapter_model.safetensors"):
+        work.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
     write_config(work.folder, read_json(chosen / "adapter_config.json"), base)
     write_json(work.folder / "training.json", facts)
     loss = read_json(chosen / checkpoints.RECORD)["eval_loss"]
@@ -34,6 +37,13 @@ def publish(work: Work, base: Base, facts: dict[str, Any], in_4bit: bool) -> Non
         },
     }
     work.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
+
+
+def _is_zero(adapter: Path) -> bool:
+    """Whether the second factor of every layer is as it began."""
+    from safetensors.numpy import load_file
+
+    return not any(tensor.any() for name, tensor in load_file(adapter).items() if ".lora_B." in name)
 
 
 def _readme(base: Base, facts: dict[str, Any], loss: float) -> str:

@@ -31,6 +31,7 @@ class FinetuneResult:
         advice: what to change when memory is scarce, cheapest first; empty when it is not.
         throughput: median non-padding tokens a second.
         peak_memory_mib: largest resident memory while training (the process and its children).
+        peak_device_mib: most that the tensors took on a GPU then, of several the fullest; None where there is none.
         resumed_from: step of the checkpoint that this training continued from; None if it ran in one go.
         layout: how the rows of a micro-batch were laid out, in words.
         messages: what was found on resuming (damaged checkpoints passed over).
@@ -66,6 +67,7 @@ class FinetuneResult:
     notes: list[str]
     samples: list[dict[str, float]]
     adopted: dict[str, Any] | None = None
+    peak_device_mib: float | None = None
     micro_batch: dict[str, Any] = field(default_factory=dict)
 
     @property

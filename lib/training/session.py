@@ -18,10 +18,11 @@ from lib.models.quiet import no_warnings, quiet
 from lib.models.tasks import read_task
 from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
-from lib.run.memory import PeakMemory
+from lib.run.memory import DevicePeak, PeakMemory
 from lib.training import checkpoints, memory
 from lib.training.batches import Example, examples
 from lib.training.layout import Collate, choose_layout
+from lib.training.targets import with_adapter
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -57,6 +58,8 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
         torch.OutOfMemoryError: the device has no room for a micro-batch.
     """
     quiet()
+    from lib.training import full
+
     settings = job.settings
     task, tokenizer = read_task(job.data), load_tokenizer(job.data / "tokenizer")
     train = examples(read_jsonl(job.data / "train.jsonl"), task, tokenizer, "training")
@@ -64,13 +67,15 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     for name, rows in (("training", train), ("validation", validation)):
         if not rows:
             raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
-    dtype, reason = ("bfloat16", "QLoRA computes in it") if job.in_4bit else device.compute_dtype(settings.dtype)
-    model = _new_model(job.base, settings, dtype, job.in_4bit)
+    dtype, reason = device.compute_dtype(settings.dtype)
+    with full.loading():
+        model = _new_model(job.base, settings, dtype, job.in_4bit)
     collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
     plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
     require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
-    with PeakMemory() as peak:  # of the training alone: making the offline base needs more than a LoRA on it
+    with PeakMemory() as peak, DevicePeak() as on_gpu:  # of the training alone: making the offline base needs more
         outcome = _train(job, model, train, validation, (collate, layout), team)
+    most = on_gpu.bytes if team is None else round(team.most(on_gpu.bytes))
     if outcome is None:
         return {}
     method = f"{'QLoRA (NF4)' if job.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
@@ -79,6 +84,7 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
         **plan,
         **outcome,
         "peak_memory_mib": round(peak.bytes / 2**20, 1),
+        "peak_device_mib": round(most / 2**20, 1) if most else None,
         "train_rows": len(train),
         "validation_rows": len(validation),
         "dtype": dtype,
@@ -89,35 +95,12 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
 
 def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any:
     """The frozen base with a fresh adapter (float32), from the run's seed."""
-    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    targets: Any = settings.target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
-        if bad := sorted({"lm_head", "embed_tokens"} & set(targets)):
-            raise InputError(
-                f"target_modules names {bad[0]}.",
-                "linear layers of the blocks: small Qwen models tie their embeddings, and a merge would be wrong.",
-                "set target_modules: all-linear.",
-            )
     model = load_model(base.path, dtype=dtype, load_in_4bit=in_4bit)
     model.config.use_cache = False
     set_seed(settings.training_seed)
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with no_warnings():
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(
-            f"target_modules {settings.target_modules!r} ({error}).", "names of linear layers.", "set it to all-linear."
-        ) from None
+    return with_adapter(model, settings)
 
 
 def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, prefix: int) -> dict[str, Any]:
@@ -131,8 +114,8 @@ def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, pr
         estimate = memory.estimate(shape)
         free += torch.cuda.memory_allocated()
     else:
-        total, process = psutil.virtual_memory().total, psutil.Process().memory_info().rss
-        estimate = memory.estimate(shape, max(0, process - round(shape.weight_bytes * (shape.linear + shape.other))))
+        total, process = device.total_memory(), psutil.Process().memory_info().rss
+        estimate = memory.estimate(shape, max(0, process - memory.estimate(shape).weights))
         free = device.available_memory() + process
     can_4bit = device.bitsandbytes_problem() is None
     need = estimate.total * (settings.num_processes if device.torch_device() == "cpu" else 1)  # a GPU each
@@ -157,10 +140,11 @@ def _train(
     team: Team | None,
 ) -> dict[str, Any] | None:
     """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
+    from lib.training import full
     from lib.training.watch import Watch, stop_by_signal
 
     folder, first = job.folder / "checkpoints", team is None or team.first
-    for left in (".staged", ".ranks"):
+    for left in (checkpoints.STAGED, ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
     trainer, steps = _trainer(job.settings, folder, model, train, validation, layout[0], team)
     good, messages = checkpoints.find(folder)
@@ -174,8 +158,12 @@ def _train(
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout[1]}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with stop_by_signal(watch.stop), watch.drawing:
-            trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+        with stop_by_signal(watch.stop), watch.drawing, full.memory_in_one_word():
+            if start and start.eval_loss is None and (start.step % job.settings.save_steps == 0 or start.step == steps):
+                start = trainer.judge(start)
+            watch.start = start
+            if not watch.stopped:
+                trainer.train(resume_from_checkpoint=str(start.path) if start else None)
     if watch.stopped:  # by another process of the team
         raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
     if team is not None:
@@ -222,7 +210,7 @@ def _outcome(
 ) -> dict[str, Any]:
     from lib.training.watch import LIVE
 
-    for left in (".staged", ".ranks"):
+    for left in (checkpoints.STAGED, ".ranks"):
         shutil.rmtree(folder / left, ignore_errors=True)
     (folder.parent / LIVE).unlink(missing_ok=True)
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]

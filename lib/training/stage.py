@@ -9,6 +9,7 @@ from lib.models.loading import base_of
 from lib.models.quiet import quiet
 from lib.run.resources import ResourceSampler, read_samples, summary
 from lib.training.adopting import take
+from lib.training.arithmetic import same_or_afresh
 from lib.training.attempts import until_it_fits
 from lib.training.launching import train_in_processes
 from lib.training.publishing import publish
@@ -56,9 +57,11 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     quiet()  # also where other processes train: this one loads the same libraries
     in_4bit, base = _four_bits(settings, work), base_of(run)
     job = Job(settings, run.require("data").path, base, work.folder, in_4bit)
+    messages = same_or_afresh(work.folder, settings, in_4bit)
     with ResourceSampler(work.folder / RESOURCES, gpus=settings.num_processes):
         facts, notes = until_it_fits(job, train if settings.num_processes == 1 else train_in_processes)
     work.notes += notes
+    facts["messages"] = [*messages, *facts["messages"]]
     work.facts["resources"] = summary(read_samples(work.folder / RESOURCES))
     work.device = facts.pop("device")
     facts["base"] = {"id": base.id, "revision": base.revision, "offline": base.offline}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lib.models.quiet import no_warnings, quiet
 from lib.run.folders import user_path
 from lib.settings import OFFLINE_BASE
 from lib.training import memory
+from lib.training.targets import with_adapter
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -38,13 +40,15 @@ class Plan:
     Attributes:
         name: in words. changes: the settings that differ from those asked for.
         estimate: bytes by purpose of one process; need: bytes on one device, of all processes that share it.
-        fits: whether that is at most MOST of what is free.
+        possible: whether this machine can start so many processes.
+        fits: whether the need is at most MOST of what is free, too.
     """
 
     name: str
     changes: dict[str, Any]
     estimate: memory.Estimate
     need: int
+    possible: bool
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -84,24 +88,20 @@ def recommend(settings: Settings, source: str | None = None) -> Strategy:
     """
     quiet()
     name = source or settings.base_model
-    dtype = "bfloat16" if settings.load_in_4bit else device.compute_dtype(settings.dtype)[0]
+    dtype = device.compute_dtype(settings.dtype)[0]
     kind, free, devices = _machine()
-    wanted = [("as the parameter file says", {})]
-    wanted += _alternatives(settings)
-    if devices > 1 and settings.num_processes != devices:
-        wanted.insert(0, (f"{devices} processes, one on each GPU", {"num_processes": devices}))
-    plans = []
     base_model = _skeleton(name, dtype)
-    process = psutil.Process().memory_info().rss if kind == "cpu" else 0
-    for words, changes in wanted:
-        asked = settings.model_copy(update=changes)
-        estimate = memory.estimate(_shape(base_model, asked), process)
-        need = estimate.total * (asked.num_processes if kind == "cpu" else 1)
-        plans.append(
-            Plan(words, changes, estimate, need, need <= MOST * free and asked.num_processes <= max(devices, 1))
-        )
-    chosen = next((plan for plan in plans if plan.fits), None)
     weights = sum(parameter.numel() for parameter in base_model.parameters())
+    adapted = with_adapter(copy.deepcopy(base_model).requires_grad_(False), settings)
+    process = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    plans = []
+    for words, changes in _ways(settings, kind, devices):
+        asked = settings.model_copy(update=changes)
+        estimate = memory.estimate(_shape(adapted, asked), process)
+        need = estimate.total * (asked.num_processes if kind == "cpu" else 1)
+        possible = kind == "cpu" or asked.num_processes <= devices
+        plans.append(Plan(words, changes, estimate, need, possible, possible and need <= MOST * free))
+    chosen = next((plan for plan in plans if plan.fits), None)
     return Strategy(
         name, weights, settings.max_seq_length, device.device_name(), devices, free, dtype, tuple(plans), chosen
     )
@@ -116,6 +116,38 @@ def _machine() -> tuple[str, int, int]:
 
     count = torch.cuda.device_count()
     return kind, min(torch.cuda.mem_get_info(index)[0] for index in range(count)), count
+
+
+def _ways(settings: Settings, kind: str, devices: int) -> list[tuple[str, dict[str, Any]]]:
+    """All plans as words and changes, in the order of preference."""
+    ways: list[tuple[str, dict[str, Any]]] = [("as the parameter file says", {})]
+    if kind == "cuda" and devices > 1 and settings.num_processes != devices:
+        words, changes = _divided(settings, devices)
+        ways.insert(0, (f"{devices} processes, one on each GPU{words}", changes))
+    root: dict[str, Any] = {}
+    if settings.num_processes > 1:
+        words, single = _divided(settings, 1)
+        ways.append((f"a single process{words}", single))
+        root = single if kind != "cuda" or settings.num_processes > devices else {}
+    for words, changes in _alternatives(settings.model_copy(update=root)):
+        together = {**root, **changes}
+        words += ", a single process" if root else ""
+        ways.append((words, {key: value for key, value in together.items() if getattr(settings, key) != value}))
+    return ways
+
+
+def _divided(settings: Settings, processes: int) -> tuple[str, dict[str, Any]]:
+    """The changes for so many processes with as many rows an update; and a word where that cannot be divided."""
+    rows, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    update = rows * passes * settings.num_processes
+    if update % processes:
+        more = rows * passes * processes
+        return f" (an update of {more} rows, not {update})", {"num_processes": processes}
+    each = update // processes
+    fitting = max(size for size in range(1, min(rows, each) + 1) if each % size == 0)
+    changes = {"num_processes": processes, "per_device_train_batch_size": fitting}
+    changes["gradient_accumulation_steps"] = each // fitting
+    return "", {key: value for key, value in changes.items() if getattr(settings, key) != value}
 
 
 def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
@@ -136,17 +168,8 @@ def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
     return plans
 
 
-def _shape(skeleton: Any, settings: Settings) -> memory.Shape:
-    """Sizes with an adapter of these settings on the model without weights."""
-    import copy
-
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = settings.target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
-    config = LoraConfig(r=settings.lora_r, lora_alpha=1, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(copy.deepcopy(skeleton).requires_grad_(False), config)
+def _shape(model: Any, settings: Settings) -> memory.Shape:
+    """Sizes of a plan; `model` has the adapter, which is the same in all plans, and no weights."""
     answer = ANSWER_TOKENS if settings.task == "classification" else settings.max_seq_length
     return memory.shape_of(model, settings, settings.max_seq_length, answer, settings.load_in_4bit)
 

@@ -8,6 +8,7 @@ hold different numbers of loss tokens, and wants every pass to go through its ow
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +45,12 @@ class Team:
         flag = torch.tensor([float(this_one or self.stop_file.exists())], device=_device())
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
+
+    def most(self, value: float) -> float:
+        """The largest of all processes."""
+        largest = torch.tensor([value], dtype=torch.float64, device=_device())
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
     def total(self, *values: float) -> list[float]:
         """Sums over all processes (float64 where the device has it)."""
@@ -145,11 +152,19 @@ class TeamTrainer(AnswerTrainer):
     def _trainable(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def validation_loss(self, rows: list[Example]) -> tuple[float, int]:
-        """Every process measures its share of the rows; all get the sums."""
+    def validation_loss(self, rows: list[Example], passes: int | None = None) -> tuple[float, int] | None:
+        """Every process measures its share of the rows; all get the sums, or None together."""
         own = sorted(rows, key=len, reverse=True)[self.team.rank :: self.team.size]
-        total, tokens = self.team.total(*(super().validation_loss(own)))
+        size = 2 * self.args.per_device_train_batch_size
+        found = super().validation_loss(own, math.ceil(math.ceil(len(rows) / self.team.size) / size))
+        if found is None:
+            return None
+        total, tokens = self.team.total(*found)
         return total, round(tokens)
+
+    def _keep_judgement(self, step: int, loss: float) -> None:
+        if self.team.first:
+            super()._keep_judgement(step, loss)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The first process writes; each brings the state of its random numbers."""

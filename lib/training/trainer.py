@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lib.training import checkpoints
+from lib.training import checkpoints, full
 from lib.training.batches import Example, GroupedOrder
 from lib.training.layout import Collate
 from lib.training.loss import answer_loss
@@ -57,6 +61,7 @@ class AnswerTrainer(Trainer):
         self.validation, self.collate = validation, collate
         self.step_tokens, self.interval_tokens, self.interval_started = 0, 0, time.monotonic()
         self.eval_seconds = 0.0
+        self.interrupted: Callable[[], bool] = lambda: False  # whether a stop is asked for (`lib.training.watch`)
         super().__init__(
             model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=self.collate
         )
@@ -64,6 +69,16 @@ class AnswerTrainer(Trainer):
 
     def _get_train_sampler(self, *_: Any) -> Sampler:
         return _Order(self.order)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Linear warm-up and cosine decay (`rate`) in place of transformers', whose first update has the rate 0."""
+        if self.lr_scheduler is None:
+            shape = functools.partial(
+                rate, warm=self.args.get_warmup_steps(num_training_steps), total=num_training_steps
+            )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, shape)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -74,28 +89,66 @@ class AnswerTrainer(Trainer):
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """As transformers does it, but the checkpoint first: a batch system does not wait for a validation."""
+        judging, self.control.should_evaluate = self.control.should_evaluate, False
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        if judging:
+            self.evaluate()
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean cross-entropy (nats) over the answer tokens of the validation rows, as "eval_loss"."""
+        """Mean cross-entropy (nats) over the answer tokens of the validation rows, as "eval_loss".
+
+        It is added to the record of this update's checkpoint. When a stop is asked for meanwhile, there is none, and
+        the training ends; `judge` makes up for it.
+        """
         started = time.monotonic()
-        total, tokens = self.validation_loss(self.validation)
-        metrics = {"eval_loss": total / tokens}
+        found = self.validation_loss(self.validation)
+        if found is None:
+            self.control.should_training_stop = True
+            return {}
+        metrics = {"eval_loss": found[0] / found[1]}
+        self._keep_judgement(self.state.global_step, metrics["eval_loss"])
         self.eval_seconds += time.monotonic() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.interrupted():
+            self.control.should_training_stop = True
         return metrics
 
-    def validation_loss(self, rows: list[Example]) -> tuple[float, int]:
-        """Summed cross-entropy (nats) over the answer tokens of `rows`, and their number."""
+    def judge(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+        """The checkpoint with the validation loss that its own training did not come to; unchanged on a stop."""
+        self._load_from_checkpoint(str(checkpoint.path))
+        found = self.validation_loss(self.validation)
+        if found is None:
+            return checkpoint
+        self._keep_judgement(checkpoint.step, found[0] / found[1])
+        return replace(checkpoint, eval_loss=found[0] / found[1])
+
+    def _keep_judgement(self, step: int, loss: float) -> None:
+        folder = Path(self.args.output_dir)
+        checkpoints.judge(folder / f"checkpoint-{step}", loss)
+        checkpoints.prune(folder)
+
+    def validation_loss(self, rows: list[Example], passes: int | None = None) -> tuple[float, int] | None:
+        """Summed cross-entropy (nats) over the answer tokens of `rows`, and their number; None when asked to stop.
+
+        Args:
+            passes: how often to ask whether to stop; by default once a forward pass.
+        """
         self.model.eval()
         total, tokens, size = 0.0, 0, 2 * self.args.per_device_train_batch_size
-        rows = sorted(rows, key=len, reverse=True)
+        rows, stopped = sorted(rows, key=len, reverse=True), False
         with torch.no_grad():
-            for i in range(0, len(rows), size):
-                batch = {key: value.to(self.args.device) for key, value in self.collate(rows[i : i + size]).items()}
-                loss, count = answer_loss(self.model, batch)
-                total, tokens = total + loss.item(), tokens + count
+            for i in range(math.ceil(len(rows) / size) if passes is None else passes):
+                if stopped := self.interrupted():
+                    break
+                if part := rows[i * size : (i + 1) * size]:
+                    batch = {key: value.to(self.args.device) for key, value in self.collate(part).items()}
+                    loss, count = answer_loss(self.model, batch)
+                    total, tokens = total + loss.item(), tokens + count
         self.model.train()
-        return total, tokens
+        return None if stopped else (total, tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep a row of the history, with the throughput since the last one."""
@@ -106,25 +159,35 @@ class AnswerTrainer(Trainer):
         super().log(logs, None)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(Path(self.args.output_dir) / ".staged")
+        return str(Path(self.args.output_dir) / checkpoints.STAGED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As transformers writes it, but staged, sealed with a record and renamed."""
         started = time.monotonic()
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        super()._save_checkpoint(model, trial)
-        staged = folder / ".staged" / name
-        for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; peft's empty card
-            (staged / unneeded).unlink(missing_ok=True)
-        last = self.state.log_history[-1]
-        here = last.get("eval_loss") if last["step"] == self.state.global_step else None
-        checkpoints.publish(staged, folder / name, self.state.global_step, here)
+        with full.writing(folder):
+            super()._save_checkpoint(model, trial)
+            staged = folder / checkpoints.STAGED / name
+            for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; an empty card
+                (staged / unneeded).unlink(missing_ok=True)
+            checkpoints.publish(staged, folder / name, self.state.global_step)
         checkpoints.prune(folder)
         self.eval_seconds += time.monotonic() - started
 
 
+def rate(done: int, warm: int, total: int) -> float:
+    """Share of the learning rate that the update after `done` ones has, of `total` with `warm` before the peak.
+
+    It rises evenly from 1 / (warm + 1) to 1 and falls as half a cosine towards 0 behind the last update, so that every
+    update, also the only one of a short training, changes the weights.
+    """
+    if done < warm:
+        return (done + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / max(1, total - warm))))
+
+
 def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) -> TrainingArguments:
-    """Arguments shared by all runs: AdamW, 4 % linear warm-up, cosine to zero, gradients clipped to norm 1.
+    """Arguments shared by all runs: AdamW, 4 % warm-up before the cosine (`rate`), gradients clipped to norm 1.
 
     Args:
         folder: of the checkpoints.
@@ -134,7 +197,6 @@ def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) 
     arguments = TrainingArguments(
         output_dir=str(folder),
         warmup_steps=max(1, round(0.04 * steps)),
-        lr_scheduler_type="cosine",
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,

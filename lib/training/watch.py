@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from lib.errors import Terminated
 from lib.plots.live import LiveLosses
 from lib.progress import Progress
+from lib.training.checkpoints import Checkpoint
 from lib.training.trainer import AnswerTrainer
 
 WARM_STEPS = 5
@@ -37,6 +38,9 @@ class Watch(TrainerCallback):
     Args:
         log_file: training.log; None = none.
         agree: whether to stop, from whether this process was asked to (of a team: whether any was).
+
+    Attributes:
+        start: the checkpoint that the training goes on from, if any.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class Watch(TrainerCallback):
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.trainer, self.log_file, self.progress, self.agree = trainer, log_file, progress, agree
+        trainer.interrupted = self.asked
+        self.start: Checkpoint | None = None
         self.rates: list[float] = []
         self.note, self.stopped, self.started = "", False, 0.0
         self.drawing = LiveLosses(log_file.with_name(LIVE) if log_file else Path(LIVE))
@@ -63,11 +69,19 @@ class Watch(TrainerCallback):
         """End the training after the current update, with a checkpoint."""
         self.stopped, self.note = True, "stopping after this update, with a checkpoint"
 
+    def asked(self) -> bool:
+        """Whether to stop now; of a team all get the same answer."""
+        self.stopped = self.agree(self.stopped)
+        return self.stopped
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.done = state.global_step
         self.trainer.interval_started = time.monotonic()
         if self.log_file is not None:
             self.log_file.with_name(LIVE).unlink(missing_ok=True)
+        if self.start and self.start.eval_loss is not None and not _judged(state.log_history, self.start.step):
+            judgement = {"eval_loss": self.start.eval_loss, "epoch": state.epoch, "step": self.start.step}
+            state.log_history.append(judgement)  # it was measured after this state was saved
         self._show(state.log_history)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -82,8 +96,8 @@ class Watch(TrainerCallback):
         self.trainer.interval_tokens += self.trainer.step_tokens
         if control.should_save:
             control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
-        if self.agree(self.stopped):
-            self.stopped = control.should_save = control.should_training_stop = True
+        if self.asked():
+            control.should_save = control.should_training_stop = True
         self.progress.advance(note=self.note)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -113,6 +127,10 @@ class Watch(TrainerCallback):
         """Median non-padding tokens a second over the updates after the first few."""
         rates = self.rates[WARM_STEPS:] or self.rates
         return statistics.median(rates) if rates else 0.0
+
+
+def _judged(history: list[dict[str, Any]], step: int) -> bool:
+    return any("eval_loss" in row and row["step"] == step for row in history)
 
 
 @contextlib.contextmanager

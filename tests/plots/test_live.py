@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import IPython.display
 import pytest
 
 from lib.plots import live
+from lib.plots import rows as tables
 from lib.plots.resources import resources
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.run.resources import summary
@@ -84,3 +86,21 @@ def test_headless_there_is_no_plot(watched: Handle, tmp_path: Path, monkeypatch:
     with live.LiveLosses(tmp_path / "losses") as drawing:
         drawing.update()
     assert watched.shown == []
+
+
+@pytest.mark.parametrize(("processes", "device"), [(1, None), (2, None), (1, 700.0), (2, 700.0)])
+def test_memory_is_compared_with_memory_of_the_same_kind(processes: int, device: float | None) -> None:
+    result = SimpleNamespace(
+        estimate={"weights": 100 << 20, "total": 600 << 20},
+        memory={"available": 4096 << 20},
+        peak_memory_mib=2500.0,
+        peak_device_mib=device,
+        product=SimpleNamespace(entry=SimpleNamespace(parameters={"num_processes": processes})),
+    )
+    found = {row["part"]: row["MiB"] for row in tables.memory(result)}
+    own = [part for part, size in found.items() if size == 2500.0]
+    assert ("total of 2 processes" in found) == (processes == 2 and device is None)
+    assert own == ["measured peak of the processor's memory"] if device else "measured peak while training" in own[0]
+    assert device is None or [part for part, size in found.items() if size in (device, 4096)] == [
+        part for part in found if "GPU" in part
+    ]

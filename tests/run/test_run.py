@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.run import Run, Work, open_run
+from lib.run import Run, Work, open_run, sealing
 from lib.run.files import atomic_path, read_json, require_space
+from lib.run.manifest import Manifest
 
 
 @pytest.fixture
@@ -94,6 +95,43 @@ def test_an_interrupted_stage_finds_its_remains_only_for_the_same_request(run: R
         except KeyboardInterrupt:
             continue
     assert seen == [(False, []), (False, []), (True, ["1.ckpt"])]
+
+
+@pytest.mark.parametrize("where", ["outputs", "remove", "add", "forget"])
+def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """While the files are hashed, before and after the folder is renamed, behind the entry: never made twice."""
+    run.produce("adapter", write("old"), {"seed": 0})
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealing if where in ("outputs", "forget") else Manifest, where, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.produce("adapter", write("hours of work"), {"seed": 1}, keep_partial=True)
+
+    def unwanted(work: Work) -> None:
+        raise AssertionError("made again")
+
+    again = run.produce("adapter", unwanted, {"seed": 1}, keep_partial=True)
+    assert again.made == (where != "forget") and ("interrupted" in again.message) == again.made
+    assert again.entry.metrics == {"n": 13} and list(again.entry.outputs) == ["a.txt"]
+    assert run.require("adapter").entry == again.entry
+    assert sorted(p.name for p in run.folder.rglob("*")) == [".lock", "a.txt", "adapter", "manifest.json"]
+
+
+def test_finished_work_is_made_again_for_another_request_by_force_or_when_cut(run: Run, monkeypatch) -> None:
+    def interrupted(seed: int) -> None:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Manifest, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            run.produce("adapter", write("first"), {"seed": seed})
+
+    for seed, wanted, force, cut in ((1, 2, False, False), (3, 3, True, False), (4, 4, False, True)):
+        interrupted(seed)
+        if cut:
+            (run.folder / "adapter" / "a.txt").write_text("f")
+        again = run.produce("adapter", write("second"), {"seed": wanted}, force=force)
+        assert (again.path / "a.txt").read_text() == "second"
 
 
 KILLED = """

@@ -13,18 +13,22 @@ import time
 import pytest
 
 from lib.errors import Terminated
-from lib.training import finetune, watch
+from lib.training import checkpoints, finetune, watch
+from lib.training import trainer as trainer_room
+from lib.training.loss import answer_loss
 from lib.training.trainer import AnswerTrainer
 from tests.conftest import PROJECT
 from tests.training.conftest import tiny_settings
-from tests.training.test_stage import same, weights
+from tests.training.test_stage import same, untimed, weights
 
 SLOW_TRAINING = """
 import time
 from lib.models import offline_base
 from lib.run import open_run
 from lib.errors import Terminated
-from lib.training import finetune, watch
+from lib.training import checkpoints, finetune, watch
+from lib.training import trainer as trainer_room
+from lib.training.loss import answer_loss
 from lib.training.trainer import AnswerTrainer
 from tests.training.conftest import TINY, tiny_settings
 offline_base.BaseRecipe = lambda: TINY
@@ -87,6 +91,32 @@ def test_a_signal_stops_after_the_update_with_a_checkpoint(
     result = finetune(tiny_settings(), runs("fresh"))
     assert result.resumed_from == 3  # no multiple of save_steps
     assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(runs, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Nor does one while it is made up for; in the end all is as if there had been none."""
+    run, measured = runs("fresh"), []
+    settings = tiny_settings(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_train_epochs=1.0)
+    checkpoint = run.folder / ".adapter.part" / "checkpoints" / f"checkpoint-{step}"
+
+    def counted(model, batch):
+        if not model.training and checkpoint.is_dir():
+            measured.append(len(batch["labels"]))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer_loss(model, batch)
+
+    for tries in (1, 2):
+        with monkeypatch.context() as patch, pytest.raises(Terminated):
+            patch.setattr(trainer_room, "answer_loss", counted)
+            finetune(settings, run)
+        good, _ = checkpoints.find(checkpoint.parent)
+        assert (good[-1].step, good[-1].eval_loss) == (step, None) and len(measured) == tries
+    result = finetune(settings, run)
+    straight = finetune(settings, runs("straight"))
+    assert result.resumed_from == step and straight.resumed_from is None
+    assert untimed(result.history) == untimed(straight.history)
+    assert same(weights(result.product.path), weights(straight.product.path))
 
 
 def test_an_insistent_ctrl_c_does_not_wait_for_the_update(runs, monkeypatch: pytest.MonkeyPatch) -> None:

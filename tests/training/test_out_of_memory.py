@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.plots import finetuning
 from lib.run import Run
 from lib.run.files import read_json
-from lib.training import attempts, finetune
+from lib.training import attempts, finetune, full
 from lib.training.trainer import AnswerTrainer
 from tests.training.conftest import die_after, tiny_settings
 from tests.training.test_stage import same, weights
@@ -103,3 +103,47 @@ def test_other_errors_are_not_taken_for_a_full_device(runs: Callable[[str], Run]
     fill_memory(monkeypatch, most=4, error=RuntimeError)
     with pytest.raises(RuntimeError, match="out of memory"):
         finetune(tiny_settings(), runs("fresh"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 8.00 GB)",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.",
+    ],
+)
+def test_other_words_for_a_full_device(words: str) -> None:
+    with pytest.raises(torch.OutOfMemoryError), full.memory_in_one_word():
+        raise RuntimeError(words)
+    with pytest.raises(InputError, match="base model itself"), full.loading():
+        raise RuntimeError(words)
+
+
+def test_a_base_that_does_not_fit_is_not_blamed_on_the_rows(runs: Callable[[str], Run], monkeypatch) -> None:
+    def loads(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr("lib.training.session.load_model", loads)
+    with pytest.raises(InputError, match=r"no room for the base model itself.*9\.00 GiB"):
+        finetune(tiny_settings(), runs("fresh"))
+    assert not (runs("fresh").folder / ".adapter.part" / attempts.RECORD).exists()
+
+
+def test_a_full_device_by_another_name_and_a_full_disk_in_a_training(runs: Callable[[str], Run], monkeypatch) -> None:
+    run, original = runs("fresh"), AnswerTrainer.compute_loss
+
+    def compute(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.args.per_device_train_batch_size > 8:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")
+        return original(self, *arguments, **options)
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"disk of .* is full"):
+        patch.setattr(torch, "save", full_disk)
+        finetune(tiny_settings(), run)
+    record = read_json(run.folder / ".adapter.part" / attempts.RECORD)
+    assert [failure["next"] for failure in record] == [{"rows": 8, "passes": 2}]

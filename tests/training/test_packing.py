@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lib.errors import InputError
+from lib.training import layout as layout_room
 from lib.training import loss as loss_room
 from lib.training.batches import IGNORED, Collator, Example
 from lib.training.layout import choose_layout
@@ -182,6 +184,28 @@ def test_layout_falls_back_where_attention_has_a_window() -> None:
     assert isinstance(collate, Collator) and "sliding window" in words
 
 
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "gemma3_text"])
+def test_layout_falls_back_where_the_longest_row_is_longer_than_the_window(kind: str) -> None:
+    odd = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    batch = [*ROWS, *rows([6] * 33)]  # the others, and twice the shortest, would fit into the window
+    assert "window of 32" in choose_layout(tuned(kind, sliding_window=32, **odd), batch, 0)[1]
+    assert choose_layout(tuned(kind, sliding_window=40, **odd), batch, 0)[1].startswith("packed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layout_falls_back_where_a_state_goes_from_row_to_row(dtype: torch.dtype, monkeypatch) -> None:
+    """As in Qwen3.5: by the configuration, and, had it said nothing, by what the rows see."""
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+    sizes = {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    model = tuned("qwen3_5_text", dtype, **kinds, **sizes)
+    assert "linear_attention" in choose_layout(model, ROWS, 0)[1]
+    monkeypatch.setattr(layout_room, "unpackable", lambda *_: None)
+    before = model.config._attn_implementation
+    collate, words = choose_layout(model, ROWS, 0)
+    assert isinstance(collate, Collator) and ("differs" in words or "see one another" in words)
+    assert model.config._attn_implementation == before
+
+
 def test_layout_falls_back_where_the_packed_loss_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tuned()
     before = model.config._attn_implementation
@@ -197,16 +221,13 @@ def test_layout_falls_back_where_the_packed_loss_is_not_the_models(monkeypatch: 
     assert model.config._attn_implementation == before
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
-    model = tuned()
-    inner = model.get_base_model()
-    original = inner.forward
-
-    def scaled(*arguments, **options):
-        output = original(*arguments, **options)
-        output.loss = output.loss * 1.5
-        return output
-
-    inner.forward = scaled
-    with pytest.raises(RuntimeError, match="answer tokens"):
-        choose_layout(model, ROWS, 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gemma2", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 1.02})],
+)
+def test_a_model_that_scales_or_caps_its_logits_is_refused(kind: str, changes: dict, dtype: torch.dtype) -> None:
+    odd = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    with pytest.raises(InputError, match="scales or caps"):
+        choose_layout(tuned(kind, dtype, **changes, **odd), ROWS, 0)
+    assert choose_layout(tuned(dtype=dtype), ROWS, 0)[1].startswith("packed")

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.run.files import write_json
+from lib.run.files import read_json, write_json
 from lib.training import checkpoints, memory
 from lib.training.batches import IGNORED, Collator, Example, GroupedOrder
 from lib.training.loss import answer_loss
+from lib.training.trainer import rate
 from tests.training.conftest import tiny_settings
 
 BATCH = [Example([5, 6, 7, 8, 9], 3), Example([5, 6, 7], 1), Example(list(range(10, 22)), 10)]
@@ -104,10 +105,12 @@ def test_rows_of_an_update_are_of_like_length_and_epochs_differ() -> None:
 
 
 def _checkpoint(folder, step: int, loss: float | None):
-    staged = folder / ".staged"
+    staged = folder / checkpoints.STAGED / "new"
     staged.mkdir(parents=True)
     (staged / "weights").write_bytes(bytes([step]) * 10)
-    checkpoints.publish(staged, folder / f"checkpoint-{step}", step, loss)
+    checkpoints.publish(staged, folder / f"checkpoint-{step}", step)
+    if loss is not None:
+        checkpoints.judge(folder / f"checkpoint-{step}", loss)
 
 
 def test_best_is_the_earlier_of_equals_and_pruning_keeps_it(tmp_path) -> None:
@@ -118,7 +121,7 @@ def test_best_is_the_earlier_of_equals_and_pruning_keeps_it(tmp_path) -> None:
     assert checkpoints.best(good).step == 4
     (tmp_path / "checkpoint-99").mkdir()
     checkpoints.prune(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11", "checkpoint-4"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-11", "checkpoint-4"]
 
 
 def test_damage_is_named(tmp_path) -> None:
@@ -212,3 +215,28 @@ def test_advice_comes_in_order_and_only_when_needed() -> None:
     with pytest.raises(InputError, match="GiB"):
         memory.refuse_impossible(2**40, 2**30, steps)
     memory.refuse_impossible(2**30, 2**30, steps)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 3}, {"eval_loss": 0.1}, {"eval_loss": "x"}, {"files": {}}, {"files": []}, {}]
+)
+def test_a_record_that_is_json_and_not_as_it_was_written_is_damage(tmp_path, change: dict) -> None:
+    for step in (2, 4):
+        _checkpoint(tmp_path, step, 1.0)
+    (tmp_path / "checkpoint-20").write_text("a file")
+    record = tmp_path / "checkpoint-4" / checkpoints.RECORD
+    content = read_json(record)
+    write_json(record, {**content, **change} if change else {"files": content["files"]})
+    good, problems = checkpoints.find(tmp_path)
+    assert [c.step for c in good] == [2] and problems == [f"checkpoint-4 is damaged ({checkpoints.RECORD})"]
+    checkpoints.prune(tmp_path)
+    assert (tmp_path / "checkpoint-2").is_dir() and not record.exists()
+
+
+def test_the_rate_rises_to_the_peak_and_falls_and_is_never_zero() -> None:
+    for warm, total in ((1, 1), (1, 2), (4, 100), (0, 3)):
+        rates = [rate(done, warm, total) for done in range(total)]
+        assert all(0 < share <= 1 for share in rates)
+        assert rates[: warm + 1] == sorted(rates[: warm + 1]) and rates[warm:] == sorted(rates[warm:], reverse=True)
+        assert warm >= total or rates[warm] == 1
+    assert rate(9, 1, 9) == pytest.approx(0) and rate(0, 4, 100) == pytest.approx(0.2)

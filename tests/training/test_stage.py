@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lib import device
 from lib.errors import InputError
-from lib.training import checkpoints, finetune
+from lib.run import sealing
+from lib.training import arithmetic, checkpoints, finetune
 from lib.training.trainer import AnswerTrainer
-from tests.training.conftest import die_after, tiny_settings
+from tests.training.conftest import die_after, make_data, tiny_settings
 
 
 def weights(folder) -> dict[str, np.ndarray]:
@@ -101,6 +103,40 @@ def test_other_parameters_start_afresh(runs) -> None:
     assert finetune(tiny_settings(lora_r=2), runs("broken")).resumed_from is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "now", "words"),
+    [
+        (
+            {"dtype": "auto"},
+            {"compute_dtype": lambda _: ("bfloat16", "here")},
+            "float32 on cpu, and now it is bfloat16",
+        ),
+        ({}, {}, "bfloat16 on cpu over a base in 4 bits, and now it is float32 on cpu"),
+        ({}, {}, "unknown number format"),
+    ],
+)
+def test_another_number_format_starts_afresh_and_says_so(runs, monkeypatch, changes, now, words: str) -> None:
+    """The machine changed under the same parameters: the record must be true of all updates."""
+    run = runs("broken")
+    record = run.folder / ".adapter.part" / "checkpoints" / arithmetic.RECORD
+    assert json.loads(record.read_text()) == {"dtype": "float32", "in_4bit": False, "device": "cpu"}
+    request = record.parents[1] / sealing.REQUEST
+    request.write_text(
+        request.read_text().replace('"dtype": "float32"', f'"dtype": "{changes.get("dtype", "float32")}"')
+    )
+    if "4 bits" in words:
+        record.write_text('{"dtype": "bfloat16", "in_4bit": true, "device": "cpu"}')
+    elif "unknown" in words:
+        record.write_text("[]")
+    for name, function in now.items():
+        monkeypatch.setattr(device, name, function)
+    result = finetune(tiny_settings(**changes), run)
+    assert result.resumed_from is None and words in result.messages[0]
+    assert words in (result.product.path / "training.log").read_text()
+    if not now:
+        assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+
+
 def test_accumulation_gives_the_same_updates(runs) -> None:
     results = []
     for name, batch, parts in (("fresh", 16, 1), ("straight", 4, 4)):
@@ -110,6 +146,17 @@ def test_accumulation_gives_the_same_updates(runs) -> None:
         np.testing.assert_allclose(value, weights(results[1].product.path)[key], atol=2e-4)
     first, second = ([row["eval_loss"] for row in one.history if "eval_loss" in row] for one in results)
     assert first == pytest.approx(second, abs=1e-4)
+
+
+@pytest.mark.parametrize(("learning_rate", "learns"), [(5e-3, True), (1e-60, False)])
+def test_a_single_update_changes_the_weights_or_a_note_says_that_it_did_not(runs, learning_rate, learns) -> None:
+    run = runs("one")
+    make_data(run, train=4, validation=4)
+    one = {"per_device_train_batch_size": 4, "num_train_epochs": 1.0, "learning_rate": learning_rate}
+    result = finetune(tiny_settings(**one), run)
+    assert result.steps == 1 and any("adapter is zero" in note for note in result.notes) != learns
+    tensors = weights(result.product.path)
+    assert all(tensors[name].any() for name in tensors if "lora_A" in name or learns)
 
 
 def test_diverging_training_is_refused_and_leaves_no_product(runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +193,20 @@ def test_lora_with_a_note_where_four_bits_do_not_work(runs, monkeypatch: pytest.
     assert any("not on this machine" in note for note in result.notes) and result.notes == run.stamps()
 
 
-def test_four_bits_where_they_work(runs) -> None:
-    from lib import device
-
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_four_bits_where_they_work(runs, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Computed in what the parameters say, for a device without bfloat16 too."""
     if problem := device.bitsandbytes_problem():
         pytest.skip(problem)
-    result = finetune(tiny_settings(load_in_4bit=True, dtype="auto", num_train_epochs=0.5), runs("fresh"))
+    seen, original = set(), AnswerTrainer.compute_loss
+
+    def compute(self, model, *arguments, **options):
+        seen.update(m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype"))
+        return original(self, model, *arguments, **options)
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute)
+    result = finetune(tiny_settings(load_in_4bit=True, dtype=dtype, num_train_epochs=0.5), runs("fresh"))
+    assert result.dtype == device.compute_dtype(dtype)[0] and [f"torch.{result.dtype}"] == [str(d) for d in seen]
     assert result.method.startswith("QLoRA") and result.product.entry.facts["method"] == "QLoRA"
     assert result.total - result.trainable == 512 * 64 + 64 * 64 * 2 + 64 * 32 * 2 + 64 * 64 * 3 + 64 + 64 + 3 * 64
 
@@ -182,7 +237,6 @@ def test_the_machine_is_sampled_into_product_and_manifest(runs) -> None:
 
 def test_four_bits_with_conversations(runs) -> None:
     """QLoRA where the loss stands on several answers of a row: every tensor is trained, the validation loss falls."""
-    from lib import device
     from lib.models import offline
     from lib.models.conversations import ConversationTask
     from lib.run.files import write_json, write_jsonl

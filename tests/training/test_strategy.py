@@ -36,6 +36,13 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """Two layers of it."""
+    (tmp_path / "config.json").write_text(json.dumps({**HALF_BILLION, "num_hidden_layers": 2}))
+    return str(tmp_path)
+
+
 @pytest.fixture(autouse=True)
 def one_skeleton_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test asks many times for the same model."""
@@ -90,15 +97,42 @@ def test_the_least_change_that_fits(model: str, monkeypatch: pytest.MonkeyPatch)
     assert none.chosen is None and "none of these fits" in shown.as_text(none, asked)
 
 
-def test_several_gpus_train_together_and_processors_do_not(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_train_together_with_the_same_updates(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 80, "cuda", devices=2)
-    found = strategy.recommend(settings(), model)
-    assert found.chosen.changes == {"num_processes": 2} and found.chosen.need == found.plans[1].need  # on each
+    found = strategy.recommend(settings(gradient_accumulation_steps=4), small)
+    assert found.chosen.changes == {"num_processes": 2, "gradient_accumulation_steps": 2}
+    assert found.chosen.need == found.plans[1].need  # on each
     assert "data parallel on 2 processes" in shown.as_text(found, settings())
+    assert strategy.recommend(settings(), small).chosen.changes == {
+        "num_processes": 2,
+        "per_device_train_batch_size": 2,
+    }
+    odd = settings(per_device_train_batch_size=3)
+    assert "an update of 6 rows, not 3" in shown.as_text(strategy.recommend(odd, small), odd)
+    machine(monkeypatch, 80, "cuda")
+    found = strategy.recommend(settings(num_processes=2), small)  # a GPU too few
+    assert not found.plans[0].fits and found.chosen.name == "a single process"
+    assert found.chosen.changes == {"num_processes": 1, "gradient_accumulation_steps": 2}
+
+
+def test_processes_on_a_processor_share_its_memory(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(num_processes=2)
     machine(monkeypatch, 80)
-    found = strategy.recommend(settings(num_processes=2), model)
-    asked = found.plans[0]
-    assert not asked.fits and asked.need == 2 * asked.estimate.total
+    found = strategy.recommend(asked, small)
+    assert found.chosen is found.plans[0] and found.chosen.need == 2 * found.chosen.estimate.total
+    assert "LoRA in 2 processes. Nothing needs to be changed." in shown.as_text(found, asked)
+    machine(monkeypatch, 0.6 * found.chosen.need / 0.9 / GIB)
+    found = strategy.recommend(asked, small)
+    assert found.chosen.changes == {"num_processes": 1, "gradient_accumulation_steps": 2}
+    assert all(plan.need == plan.estimate.total for plan in found.plans[1:])
+    machine(monkeypatch, 80, "mps")
+    assert strategy.recommend(asked, small).chosen.name == "a single process"
+
+
+@pytest.mark.parametrize("targets", ["foo", "lm_head"])
+def test_targets_that_a_training_refuses_are_refused(small: str, targets: str) -> None:
+    answer = CliRunner().invoke(app, ["doctor", "--model", small, "-p", f"target_modules={targets}"])
+    assert answer.exit_code == 2 and "all-linear" in answer.stderr
 
 
 def test_at_the_command_line(model: str) -> None:
