@@ -139,15 +139,10 @@ def clean_split(
     extra = [name for name in table.column_names if name in keep]
     columns = table.select_columns([text_name, label_name, *extra]).to_dict()
     for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
-        try:
-            text = safe_text(raw, counts)
-        except DamagedError as reason:
-            counts[f"dropped: {reason}"] += 1
+        text, label = _filled_text(raw, counts), read(value)
+        if text is None:
             continue
-        label = read(value)
-        if not text.strip():
-            counts["dropped: empty text"] += 1
-        elif value is None or (isinstance(value, str) and not value.strip()):
+        if value is None or (isinstance(value, str) and not value.strip()):
             counts["dropped: no label"] += 1
         elif label is None:
             unknown[str(value).strip()[:40]] += 1
@@ -157,6 +152,19 @@ def clean_split(
     if unknown:
         counts["dropped: label not understood"] += sum(unknown.values())
     return rows, counts
+
+
+def _filled_text(raw: Any, counts: Counter[str]) -> str | None:
+    """The text of a cell; None for one without, which is counted."""
+    try:
+        text = safe_text(raw, counts)
+    except DamagedError as reason:
+        counts[f"dropped: {reason}"] += 1
+        return None
+    if not text.strip():
+        counts["dropped: empty text"] += 1
+        return None
+    return text
 
 
 def text_of(raw: Any) -> str:

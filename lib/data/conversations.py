@@ -60,12 +60,7 @@ def build(settings: Settings, work: Work) -> None:
         row.messages = in_tags_of(tokenizer, row.messages, changes)
     before = {name: len(rows) for name, rows in splits.items()}
     splits, lengths, table = conversation_lengths(tokenizer, task, splits)
-    reason = "no answer with its reasoning within" if task.thinking else "first exchange over"
-    reason = f"dropped: {reason} {task.max_seq_length} tokens"
-    lost = {name: count - len(splits[name]) for name, count in before.items() if count > len(splits[name])}
-    flow += [{"step": reason, "split": name, "rows": count} for name, count in lost.items()]
-    flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
-    _require(splits, {name: f" ({count:,} rows {reason})" for name, count in lost.items()})
+    flow += _left(task, before, splits)
     shown = {
         "source": chosen.table.source,
         "split_rule": rule,
@@ -203,12 +198,17 @@ def _too_few(rows: Sequence[Conversation], groups: int) -> InputError:
     )
 
 
-def _require(splits: Mapping[str, Sequence[Any]], why: Mapping[str, str]) -> None:
+def _left(task: ConversationTask, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
+    """Steps of the flow: rows too long, and rows used; a split without any is refused with its reason."""
+    what = "no answer with its reasoning within" if task.thinking else "first exchange over"
+    reason = f"dropped: {what} {task.max_seq_length} tokens"
+    lost = {name: before[name] - len(rows) for name, rows in splits.items() if before[name] > len(rows)}
     for name, rows in splits.items():
         if not rows:
-            raise InputError(
-                f"{name}: no usable row{why.get(name, '')}.", "at least one.", "add rows, or raise max_seq_length."
-            )
+            why = f" ({lost[name]:,} rows {reason})" if name in lost else ""
+            raise InputError(f"{name}: no usable row{why}.", "at least one.", "add rows, or raise max_seq_length.")
+    flow = [{"step": reason, "split": name, "rows": count} for name, count in lost.items()]
+    return flow + [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
 
 
 def _shape(name: str, rows: Iterable[Conversation]) -> dict[str, Any]:
