@@ -263,8 +263,10 @@ def test_refused(home: Path, rows: list[dict], message: str) -> None:
 
 def test_a_split_without_rows_is_refused_with_its_reason(home: Path) -> None:
     rows = dialogues(20, 7)
+    rng = random.Random(7)
     for row in rows:
-        row["messages"][-1]["content"] = f"<think>{sentence(random.Random(7), 300)}</think>答"
+        reasoning = "".join(chr(0x4E00 + rng.randrange(3000)) for _ in range(300))
+        row["messages"][-1]["content"] = f"<think>{reasoning}</think>答"
     with pytest.raises(InputError, match=r"no usable row \(\d+ rows dropped: no answer with its reasoning within 64"):
         prepare(settings(write(home / "d.jsonl", rows), thinking=True, max_seq_length=64), open_run("t"))
 
