@@ -45,7 +45,9 @@ def copies_effect(clusters: Sequence[Any] | np.ndarray | None, n: int) -> float:
 
 
 def design_effect(
-    differences: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray | None = None
+    differences: Sequence[float] | np.ndarray,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+    prior: float | None = None,
 ) -> float:
     """How many rows say as much as one independent row (Kish 1965), at least 1: n / design effect is the real n.
 
@@ -53,6 +55,9 @@ def design_effect(
     units, drawn towards `copies_effect` as if `_PRIOR` times that many changed rows had been seen that change as copies
     do. So few changed rows, which show nothing of how rows of a cluster go together, leave the effect at that bound,
     and one more does not make it jump. With a single cluster all rows are one.
+
+    Args:
+        prior: weight of the bound in changed rows; None = `_PRIOR` for each row of the bound.
     """
     sums, sizes = cluster_sums(differences, clusters)
     n, groups = float(sizes.sum()), len(sums)
@@ -63,7 +68,7 @@ def design_effect(
     values, bound = np.asarray(differences, dtype=np.float64), float(np.sum(sizes**2) / n)
     by_row = float(np.sum((values - values.mean()) ** 2)) * n / (n - 1)
     by_cluster = float(np.sum((sums - values.mean() * sizes) ** 2)) * groups / (groups - 1)
-    prior = _PRIOR * bound
+    prior = _PRIOR * bound if prior is None else prior
     return max(1.0, (prior * bound + by_cluster) / (prior + by_row))
 
 
@@ -93,13 +98,14 @@ def clustered_share(
 ) -> Interval:
     """Share of hits among rows in clusters: Wilson's interval on hits and rows divided by the design effect.
 
-    Like Wilson's it does not vanish where all rows are hits, or none is.
+    Like Wilson's it does not vanish where all rows are hits, or none is. The bound of the design effect weighs as one
+    row that misses: clusters may be whole documents, whose tokens are no copies.
 
     Args:
         hits: (n,) 0 or 1, True or False.
     """
     values = np.asarray(hits, dtype=np.float64)
-    effect = design_effect(values, clusters)
+    effect = design_effect(values, clusters, prior=1.0)
     return wilson(float(values.sum()) / effect, len(values) / effect, confidence)
 
 

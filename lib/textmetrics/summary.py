@@ -11,8 +11,7 @@ from lib.statistics import (
     Interval,
     clustered_mean,
     clustered_score_interval,
-    design_effect,
-    wilson,
+    clustered_share,
 )
 from lib.textmetrics.measuring import MEAN, METRICS, RATIO, SHARE, Metric
 
@@ -87,8 +86,7 @@ def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.nda
     if metric.kind == MEAN:
         return _bounded(clustered_mean(values, groups), metric) if np.ptp(values) else _without(estimate)
     single, owners = _terms(values * weights, groups, weights) if metric.kind == RATIO else (values, groups)
-    effect = design_effect(single, owners)
-    return _shown(wilson(single.sum() / effect, len(single) / effect))  # type: ignore[arg-type]
+    return _shown(clustered_share(single, owners))
 
 
 def _difference(metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:

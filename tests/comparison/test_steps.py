@@ -130,7 +130,7 @@ def test_the_interval_is_that_of_whole_groups() -> None:
     for key in ("loss_difference", "moved", "agreement"):
         wanted = [alone[1]["before"][key], *alone[1]["before"][f"{key}_interval"]]
         found = [together[1]["before"][key], *together[1]["before"][f"{key}_interval"]]
-        assert found == pytest.approx(wanted, rel=0.02 if key == "agreement" else 1e-6)
+        assert found == pytest.approx(wanted, rel=0.05 if key == "agreement" else 1e-6)
 
 
 def test_the_page_without_labels() -> None:

@@ -96,6 +96,9 @@ def test_shares_of_rows_in_clusters():
     assert statistics.clustered_share(hits) == statistics.wilson(190, 200)
     copied = statistics.clustered_share(np.repeat(hits, 5), np.repeat(np.arange(200), 5))
     assert copied.to_json() == pytest.approx(statistics.wilson(190, 200).to_json(), rel=0.002)
+    tokens = np.random.default_rng(0).random(8000) > 0.03  # of 40 documents, no copies
+    wide, narrow = statistics.clustered_share(tokens, np.arange(8000) // 200), statistics.wilson(tokens.sum(), 8000)
+    assert 1 <= (wide.high - wide.low) / (narrow.high - narrow.low) < 1.6
     whole = statistics.clustered_share(np.ones(800), np.repeat(np.arange(40), 20))
     assert whole.to_json() == pytest.approx(statistics.wilson(40, 40).to_json())
 
