@@ -19,6 +19,7 @@ Message = dict[str, str]
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 _MARK = re.compile("\ue000(\\d+)([ra])\ue001")
+_EMPTY_BLOCK = re.compile(r"<think(ing)?>\s*</think(ing)?>\s*")
 
 
 def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool, prompt: bool) -> str:
@@ -67,8 +68,9 @@ class Layout:
         frame: the rendering with marks in place of the texts.
         marks: (turn, "r" for reasoning or "a" for the rest, start, stop) of each mark in the frame, in order.
         starts: turn of an answer -> where in the frame it begins, as the model would have to write it.
-        learned: the turns that the template writes behind the very prompt by which it asks for them, and with
-            `thinking` with their reasoning.
+        learned: the turns that the template writes behind the prompt by which it asks for them; with `thinking` only
+            those with their reasoning, without it also those before the last one where only an empty block of that prompt
+            is missing (Qwen3).
     """
 
     frame: str
@@ -95,7 +97,7 @@ def layout_of(
         frame = frame[: marks[-1][3]] + end + frame[marks[-1][3] :]
     opened = _opens(tokenizer, thinking)
     starts: dict[int, int] = {}
-    learned = set()
+    learned, nearly = set(), set()
     for turn, kind, start, stop in marks:
         if kinds[turn][0] != ASSISTANT:
             continue
@@ -106,6 +108,10 @@ def layout_of(
             raise unfit("does not close an answer")
         shown = turn in starts
         first = starts.setdefault(turn, start)
-        if (shown or not thinking) and frame[:first] == apply(tokenizer, marked[:turn], thinking, True):
+        asked = apply(tokenizer, marked[:turn], thinking, True)
+        missing = asked[first:] if asked.startswith(frame[:first]) else "?"
+        if not missing and (shown or not thinking):
             learned.add(turn)
-    return Layout(frame, tuple(marks), starts, frozenset(learned))
+        elif not thinking and _EMPTY_BLOCK.fullmatch(missing):
+            nearly.add(turn)
+    return Layout(frame, tuple(marks), starts, frozenset(learned | nearly if learned else learned))
