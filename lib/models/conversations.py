@@ -1,7 +1,7 @@
 """From a conversation to token ids, and which of them the loss counts: answers, each with its end of turn.
 
-An answer is learned where the template writes it behind the prompt by which it asks for one, and with thinking only with
-its reasoning, so that no prompt is answered both ways. Qwen3 writes earlier answers without their reasoning.
+An answer is learned where the template writes it behind the prompt by which it asks for one, and with thinking only
+with its reasoning, so that no prompt is answered both ways. Qwen3 writes earlier answers without their reasoning.
 
 The whole conversation is rendered once by the tokenizer's own chat template and tokenized once. Where the answers stand
 is found by rendering it a second time with marks in place of the texts, so that no template has to be known here.

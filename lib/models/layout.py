@@ -69,8 +69,8 @@ class Layout:
         marks: (turn, "r" for reasoning or "a" for the rest, start, stop) of each mark in the frame, in order.
         starts: turn of an answer -> where in the frame it begins, as the model would have to write it.
         learned: the turns that the template writes behind the prompt by which it asks for them; with `thinking` only
-            those with their reasoning, without it also those before the last one where only an empty block of that prompt
-            is missing (Qwen3).
+            those with their reasoning, without it also those before the last one where only an empty block of that
+            prompt is missing (Qwen3).
     """
 
     frame: str

@@ -166,6 +166,13 @@ def power_reading(files: Sequence[Mapping[str, Any]], margin_points: float) -> s
     )
 
 
+def span(values: Iterable[float], form: str) -> str:
+    """The smallest and the largest number, or the one if both read alike."""
+    ordered = sorted(values)
+    low, high = (f"{limit:{form}}".replace("%", " %") for limit in (ordered[0], ordered[-1]))
+    return low if low == high else f"{low} to {high}"
+
+
 def divergences(files: Iterable[Mapping[str, Any]]) -> list[Row]:
     """KL divergence from the reference and perplexity of each file."""
     return [
