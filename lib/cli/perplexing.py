@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.cli.output import show
 from lib.errors import InputError
+from lib.run.files import utf8
 from lib.run.folders import user_path
 
 if TYPE_CHECKING:
@@ -44,11 +45,7 @@ def read_text(path: Path, text_column: str = "") -> Text:
     if path.suffix.lower() in _ROWS:
         text = Text.of_rows(_rows(path, text_column))
     else:
-        try:
-            text = Text.of_file(path.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            found = f"{path} is not UTF-8 (byte {error.start})."
-            raise InputError(found, "UTF-8 text.", "save it again as UTF-8.") from None
+        text = Text.of_file(utf8(path, path.read_bytes()))
     if not text.content.strip():
         raise InputError(f"{path} holds no text.", "a text of at least one window.", "give another file.")
     return text

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.run.files import atomic_path, sha256_file, sha256_json
+from lib.run.files import atomic_path, sha256_file, sha256_json, utf8
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Suffix of a data file -> how it is read. TSV is unquoted."""
@@ -47,21 +47,6 @@ def check_content(path: Path, head: bytes) -> None:
         )
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path} is UTF-16.", "UTF-8.", "save it again as UTF-8.")
-
-
-def _decode(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        try:
-            raw.decode("gb18030")
-            guess = " (it would be readable as GB18030)"
-        except UnicodeDecodeError:
-            guess = ""
-        raise InputError(
-            f"{path} is not UTF-8: line {line}, byte {error.start}{guess}.", "UTF-8 text.", "save it again as UTF-8."
-        ) from None
 
 
 def _line_ends(text: str, kind: str, changes: Counter[str]) -> str:
@@ -154,7 +139,7 @@ def readable_copy(path: Path, cache: Path) -> tuple[Path, Counter[str]]:
                 f"{path} does not start and end as Parquet does.", "a whole Parquet file.", "fetch it again."
             )
         return path, changes
-    text = original = _decode(path, raw)
+    text = original = utf8(path, raw)
     if text.startswith("\ufeff"):
         changes["byte-order mark"] += 1
         text = text[1:]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.errors import InputError
 from lib.run import Run
-from lib.run.files import read_jsonl
+from lib.run.files import read_jsonl, utf8
 
 MOST = 50
 """Rows that a phone answers."""
@@ -56,7 +56,11 @@ def read_rows(path: Path) -> Rows:
     """
     if not path.is_file():
         raise InputError(f"no file {path}.", "--rows with one text a line, or JSONL.", "check the path.")
-    lines = [(number, line) for number, line in enumerate(_LINE.split(_decoded(path)), 1) if line.strip()]
+    lines = [
+        (number, line)
+        for number, line in enumerate(_LINE.split(utf8(path, path.read_bytes()).removeprefix("\ufeff")), 1)
+        if line.strip()
+    ]
     if not lines:
         raise InputError(f"{path} holds no text.", 'one text a line, or JSONL with "text".', "check the file.")
     json_lines = path.suffix.lower() == ".jsonl"
@@ -66,25 +70,6 @@ def read_rows(path: Path) -> Rows:
         source += f" (the first {MOST} of {len(texts):,})"
     places = tuple(f"{path}, line {number}" for number, _ in lines[:MOST])
     return Rows(tuple(texts[:MOST]), source, places)
-
-
-def _decoded(path: Path) -> str:
-    """The file's text; other encodings are refused as 01 refuses them, since a guess could change the rows."""
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        try:
-            raw.decode("gb18030")
-            guess = " (it would be readable as GB18030)"
-        except UnicodeDecodeError:
-            guess = ""
-        raise InputError(
-            f"{path} is not UTF-8: line {line}{guess}.",
-            "UTF-8 text.",
-            "save it again as UTF-8, for example with `iconv -f GB18030 -t UTF-8`.",
-        ) from None
 
 
 def _text(path: Path, number: int, line: str) -> str:

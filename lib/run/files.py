@@ -134,3 +134,25 @@ def require_space(folder: Path, need: int, what: str) -> None:
             f"{need / 1e6:.0f} MB for {what} and 67 MB to spare.",
             "free some space, or set WORKBOOK_HOME to a folder on another disk.",
         )
+
+
+def utf8(path: Path, raw: bytes) -> str:
+    """The text of a user's file, a byte-order mark kept; other encodings are refused: a guess could change the rows.
+
+    Raises:
+        InputError: not UTF-8; with the line, and whether GB18030 would read it.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        try:
+            raw.decode("gb18030")
+            guess = " (it would be readable as GB18030)"
+        except UnicodeDecodeError:
+            guess = ""
+        raise InputError(
+            f"{path} is not UTF-8: line {line}, byte {error.start}{guess}.",
+            "UTF-8 text.",
+            "save it again as UTF-8, for example with `iconv -f GB18030 -t UTF-8`.",
+        ) from None

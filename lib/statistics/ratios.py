@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.statistics.clustered import clustered_mean
 from lib.statistics.intervals import Interval, wilson
 
 FEWEST = 3
@@ -20,7 +21,7 @@ def weighted_mean(
     groups: Sequence[Any] | np.ndarray,
     confidence: float = 0.95,
 ) -> Interval:
-    """Weighted mean with Student's interval: the ratio estimator over whole groups (Cochran 1977, §6.4).
+    """Weighted mean with Student's interval: `clustered_mean`, but no limits from too few groups.
 
     It belongs to `cluster_test`: the 95 % interval excludes zero exactly where that p is below 0.05. A percentile
     bootstrap of so few groups covers far too rarely (docs/LOG.md).
@@ -31,19 +32,11 @@ def weighted_mean(
     Returns:
         The mean; its limits are infinite where fewer than `FEWEST` groups, or groups that all agree, show no spread.
     """
-    numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
-    weight = np.asarray(weights, dtype=np.float64)
-    sums, sizes = np.bincount(numbers, np.asarray(values, dtype=np.float64) * weight), np.bincount(numbers, weight)
-    mean, count = float(sums.sum() / sizes.sum()), len(sums)
-    error = 0.0
-    if count >= FEWEST:
-        error = math.sqrt(count / (count - 1) * float(np.sum((sums - mean * sizes) ** 2))) / float(sizes.sum())
-    if error <= 1e-12 * abs(mean):  # rounding alone
-        return Interval(mean, -math.inf, math.inf, confidence)
-    from scipy.stats import t
-
-    half = float(t.ppf(0.5 + confidence / 2, count - 1)) * error
-    return Interval(mean, mean - half, mean + half, confidence)
+    found = clustered_mean(values, groups, confidence, weights)
+    few = len(set(np.asarray(groups).tolist())) < FEWEST
+    if few or found.high - found.low <= 1e-12 * abs(found.estimate):  # rounding alone
+        return Interval(found.estimate, -math.inf, math.inf, confidence)
+    return found
 
 
 def limits(found: Interval) -> list[float] | None:

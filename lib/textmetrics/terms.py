@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.run.files import sha256_file
+from lib.run.files import sha256_file, utf8
 from lib.run.folders import user_path
 
 _HERE = Path(__file__).parent
@@ -115,10 +115,7 @@ def _lines(path: Path, setting: str, known: str) -> Iterator[tuple[int, list[str
     """Number and TAB-separated parts of each line that is neither empty nor a comment."""
     if not path.is_file():
         raise InputError(f"{setting}: {path}, which is no file.", f"{known}.", f"correct {setting}.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}).", "UTF-8 text.", "save it again.") from None
+    text = utf8(path, path.read_bytes()).removeprefix("\ufeff")
     filled = False
     for number, line in enumerate(text.splitlines(), 1):
         parts = [part.strip() for part in line.split("\t")]

@@ -115,8 +115,12 @@ def test_rows_of_the_sample_corpus(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1 holds half of a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.JSONL", b'{"text": 1' + b"0" * 5000 + b"}", "line 1 is not JSON"),
-        ("a.txt", "好\n房间很干净\n".encode("gb18030"), r"not UTF-8: line 1 \(it would be readable as GB18030"),
-        ("a.txt", b"good\n\xff bad", r"not UTF-8: line 2\."),
+        (
+            "a.txt",
+            "好\n房间很干净\n".encode("gb18030"),
+            r"not UTF-8: line 1, byte \d+ \(it would be readable as GB18030",
+        ),
+        ("a.txt", b"good\n\xff bad", r"not UTF-8: line 2, byte 5\."),
         ("a.txt", b"\n \r\n", "holds no text"),
     ],
 )

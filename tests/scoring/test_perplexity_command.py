@@ -122,7 +122,7 @@ def test_alone_and_as_text(files: Path):
     [
         ("a.gguf", "short.txt", "Found: a text of 100 tokens. Expected: at least one window of 512 tokens (--n-ctx)"),
         ("a.gguf", "no.txt", "no file"),
-        ("a.gguf", "latin.txt", "is not UTF-8 (byte 3)"),
+        ("a.gguf", "latin.txt", "is not UTF-8: line 1, byte 3"),
         ("a.gguf", "empty.txt", "holds no text"),
         ("a.gguf", "table.csv", "one with the text"),
         ("no.gguf", "text.txt", "no file or folder"),
