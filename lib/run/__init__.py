@@ -125,10 +125,7 @@ class Run:
             wanted = {"parameters": dict(parameters), "inputs": digests}
             reason = self._reason(product, wanted, force)
             if reason is None:
-                _tidy(self.folder / product)
-                entry = self.manifest.entries()[product]
-                text = f"{product}: already made on {entry.finished} with these parameters; nothing to do."
-                return Product(self.folder / product, entry, False, text)
+                return self._unchanged(product)
             temporary = self._remains(product)
             found = None if force else sealing.finished(temporary, wanted)
             if found is not None:
@@ -162,6 +159,12 @@ class Run:
             return f"made from another {' and '.join(stale)}"
         problem = damage(self.folder / product, entry)
         return f"damaged: {problem}" if problem else None
+
+    def _unchanged(self, product: str) -> Product:
+        _tidy(self.folder / product)
+        entry = self.manifest.entries()[product]
+        text = f"{product}: already made on {entry.finished} with these parameters; nothing to do."
+        return Product(self.folder / product, entry, False, text)
 
     def _remains(self, product: str) -> Path:
         """The temporary folder of a product, with what an interrupted try left of it (it need not exist)."""

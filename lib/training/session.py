@@ -15,7 +15,7 @@ from lib import device
 from lib.errors import InputError
 from lib.models.loading import Base, load_model, load_tokenizer
 from lib.models.quiet import no_warnings, quiet
-from lib.models.tasks import read_task
+from lib.models.tasks import AnyTask, read_task
 from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import DevicePeak, PeakMemory
@@ -62,11 +62,7 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
 
     settings = job.settings
     task, tokenizer = read_task(job.data), load_tokenizer(job.data / "tokenizer")
-    train = examples(read_jsonl(job.data / "train.jsonl"), task, tokenizer, "training")
-    validation = examples(read_jsonl(job.data / "validation.jsonl"), task, tokenizer, "validation")
-    for name, rows in (("training", train), ("validation", validation)):
-        if not rows:
-            raise InputError(f"the data product holds no {name} row.", "at least one.", "run 01_data with more rows.")
+    train, validation = (_rows(job, task, tokenizer, name) for name in ("train", "validation"))
     dtype, reason = device.compute_dtype(settings.dtype)
     with full.loading():
         model = _new_model(job.base, settings, dtype, job.in_4bit)
@@ -91,6 +87,14 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
         "dtype_reason": reason,
         "device": device.device_name(),
     }
+
+
+def _rows(job: Job, task: AnyTask, tokenizer: Any, name: str) -> list[Example]:
+    what = {"train": "training"}.get(name, name)
+    rows = examples(read_jsonl(job.data / f"{name}.jsonl"), task, tokenizer, what)
+    if not rows:
+        raise InputError(f"the data product holds no {what} row.", "at least one.", "run 01_data with more rows.")
+    return rows
 
 
 def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any:
@@ -144,8 +148,7 @@ def _train(
     from lib.training.watch import Watch, stop_by_signal
 
     folder, first = job.folder / "checkpoints", team is None or team.first
-    for left in (checkpoints.STAGED, ".ranks"):
-        shutil.rmtree(folder / left, ignore_errors=True)
+    _remove_unfinished(folder)
     trainer, steps = _trainer(job.settings, folder, model, train, validation, layout[0], team)
     good, messages = checkpoints.find(folder)
     start = good[-1] if good else None
@@ -205,13 +208,17 @@ def _trainer(
     return TeamTrainer(team, model, arguments, train, validation, collate), steps
 
 
+def _remove_unfinished(folder: Path) -> None:
+    for left in (checkpoints.STAGED, ".ranks"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+
+
 def _outcome(
     trainer: Any, watch: Any, folder: Path, steps: int, start: Any, messages: list[str], seconds: float
 ) -> dict[str, Any]:
     from lib.training.watch import LIVE
 
-    for left in (checkpoints.STAGED, ".ranks"):
-        shutil.rmtree(folder / left, ignore_errors=True)
+    _remove_unfinished(folder)
     (folder.parent / LIVE).unlink(missing_ok=True)
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     write_jsonl(folder.parent / "history.jsonl", history)
