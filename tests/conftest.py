@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The whole report first: it takes minutes, and the other worker has all other files for them."""
     items.sort(key=lambda item: item.get_closest_marker("report") is None)
+
+
+@pytest.fixture(scope="module")
+def unmeasured_children() -> Iterator[None]:
+    """Child processes of a module's tests run without coverage, which makes them a third slower.
+
+    For long runs of code whose lines other tests measure.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield

@@ -27,6 +27,8 @@ import sys
 from lib.comparison import compare
 from lib.run import open_run
 from lib.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 compare(Settings.model_validate_json(sys.argv[1]), open_run("t"))
 """
 SCORES = ("scores-F16.jsonl", "scores-Q2_K.jsonl")

@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from lib.data import rows_from_file
 from lib.evaluation import evaluate_models
 from lib.models.prompting import Task
 from lib.settings import Settings
 from tests.evaluation.test_stage import here
 from tests.scoring import tiny
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -28,6 +28,8 @@ torch.set_num_threads(1)
 from lib.evaluation import evaluate
 from lib.run import open_run
 from lib.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 evaluate(Settings.model_validate_json(sys.argv[1]), open_run("talk"))
 """
 
@@ -78,6 +80,7 @@ def test_killed_stage_continues(talk, tmp_path: Path, capsys: pytest.CaptureFixt
     }
 
 
+@pytest.mark.slow  # the journal is the stage's, killed above; the command's with labels is in test_killed.py
 def test_killed_command_continues(
     talk, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -18,6 +18,8 @@ from lib.quantizing import quantize_file
 from lib.scoring import Scores, TransformersBackend, score_rows
 from tests import tiny_run
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 ROWS = tiny_run.rows(30, "test", 3)
 
 

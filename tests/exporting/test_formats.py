@@ -21,6 +21,8 @@ from lib.run.folders import PROJECT
 from tests import tiny_run
 from tests.exporting.conftest import make, token_ids
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 Exported = Callable[[str], tuple[Path, dict]]
 each = pytest.mark.parametrize("name", EXPORT_FORMATS)
 METHODS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "gptq": "compressed-tensors", "torchao-int8": "torchao"}
@@ -64,7 +66,9 @@ def test_fewer_bits_are_further_away(exported: Exported) -> None:
     assert max(klds["int8"], klds["torchao-int8"]) < min(klds["nf4"], klds["gptq"]) / 3
 
 
-@pytest.mark.parametrize("name", ["fp16", *METHODS])  # a process takes seconds, and bf16 is loaded as fp16 is
+@pytest.mark.parametrize(  # a process takes seconds, and bf16 is loaded as fp16 is
+    "name", ["fp16", "nf4", "gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "torchao-int8"))]
+)
 def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: Exported) -> None:
     import torch
 

@@ -18,7 +18,10 @@ from lib.settings import Settings
 from tests import tiny_run
 from tests.packaging.test_package import CONVENTION
 
-pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+pytestmark = [
+    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
+    pytest.mark.usefixtures("unmeasured_children"),
+]
 MIX = "MIX_120KB"
 SETTINGS = Settings(
     run_name="tiny", imatrix="auto", size_budget_mb=0.12, ladder=["Q8_0", "Q4_0"], n_ctx=64, perplexity_tokens=512

@@ -20,7 +20,10 @@ def test_findings_scripts_and_reading() -> None:
     assert [line["traditional"] for line in text_rows.scripts(result)] == [0, 1]
     words = text_rows.reading(result)
     assert "change 2 of 4 rows, 1 of them (25.0 %)" in words
-    assert "zero-width characters, soft hyphens, fillers and U+2028 in 1 rows" in words and "HTML entities in 1 rows" in words
+    assert (
+        "zero-width characters, soft hyphens, fillers and U+2028 in 1 rows" in words
+        and "HTML entities in 1 rows" in words
+    )
     assert "traditional forms: 1." in words
 
 

@@ -36,6 +36,8 @@ with Progress('work', 2) as progress:
 
 STAGE = """
 from lib.run import open_run
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 def build(work):
     (work.folder / 'rows.txt').write_text(str(seed))
     work.facts = {'source': 'a test', 'sample_data': True, 'offline_base': True, 'base_model': 'offline'}

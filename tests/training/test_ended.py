@@ -42,6 +42,8 @@ REPORT = """
 import sys
 from pathlib import Path
 from lib.reporting.runner import run_report
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 run_report(sys.argv[1], notebooks=Path(sys.argv[2]))
 """
 
@@ -75,7 +77,7 @@ def command(kind: str, folder: Path) -> list[str]:
     return [sys.executable, "-m", "lib.reporting.execute", str(folder / "request.json")]
 
 
-@pytest.mark.parametrize("kind", ["script", "papermill", "report"])
+@pytest.mark.parametrize("kind", ["script", pytest.param("papermill", marks=pytest.mark.slow), "report"])
 def test_sigterm_saves_and_exits_143(runs, kind: str, tmp_path: Path) -> None:
     run, pid_file = runs("fresh"), tmp_path / "pid"
     environment = {**os.environ, "PID_FILE": str(pid_file), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}

@@ -31,6 +31,8 @@ from lib.training import trainer as trainer_room
 from lib.training.loss import answer_loss
 from lib.training.trainer import AnswerTrainer
 from tests.training.conftest import TINY, tiny_settings
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 offline_base.BaseRecipe = lambda: TINY
 step = AnswerTrainer.training_step
 def slow(self, *arguments, **options):

@@ -38,6 +38,8 @@ from lib.models import offline_base
 from lib.run import open_run
 from lib.training import finetune
 from tests.training.conftest import TINY, tiny_settings
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
 offline_base.BaseRecipe = lambda: TINY
 settings = tiny_settings(
     num_processes=2, per_device_train_batch_size=8, lora_dropout=0.0, num_train_epochs=1.0, force=True
@@ -106,7 +108,9 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "bf16"]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"]
+)
 def test_under_a_launcher_the_stage_is_made_once(
     runs: Callable[[str], Run], tmp_path: Path, launcher: list[str]
 ) -> None:
