@@ -184,7 +184,7 @@ def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "95 % interval": _limits(e["answer_ppl_interval"]),
             "change, %": None if e["loss_difference"] is None else 100 * (e["answer_ratio"] - 1),
             "p (Holm)": e["p_holm"],
-            "p not eq. (Holm)": e["equivalence_p_holm"],
+            "TOST (Holm)": e["equivalence_p_holm"],
             "verdict": e["verdict"],
             "leak-free verdict": (e["leak_free"] or {}).get("verdict"),
             "KL, nats ↓": e["kld_mean"],

@@ -45,7 +45,7 @@ def figure(fig: Figure, caption: str, alt: str) -> HTML:
 
 def side_by_side(figures: Iterable[HTML]) -> HTML:
     """Figures that stand beside one another where the screen is wide enough, and below one another on a phone."""
-    parts = (f'<div style="flex:1 1 20em;min-width:0">{shown.data}</div>' for shown in figures)
+    parts = (f'<div style="flex:1 1 28em;min-width:0">{shown.data}</div>' for shown in figures)
     return _html(f'<div style="display:flex;flex-wrap:wrap;gap:0 1em">{"".join(parts)}</div>')
 
 

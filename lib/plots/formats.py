@@ -10,7 +10,7 @@ FORMATS: dict[str, str] = {
     **dict.fromkeys(
         (
             "KL, nats ↓",
-            "label KL, nats ↓",
+            "label KL ↓",
             "leak-free label KL",
             "mean",
             "± (1.96 SE)",
@@ -21,12 +21,12 @@ FORMATS: dict[str, str] = {
         ".2e",
     ),
     **dict.fromkeys(("same top token ↑", "same top ↑", "share of the source"), ".1%"),
-    **dict.fromkeys(("p", "p (Holm)", "p not equivalent", "p not eq. (Holm)"), ".2g"),
+    **dict.fromkeys(("p", "p (Holm)", "p (TOST)", "TOST (Holm)"), ".2g"),
     **dict.fromkeys(("difference, points", "from, points", "to, points"), "+.2f"),
     **dict.fromkeys(("perplexity ↓", "PPL ↓", "±"), ".3f"),
     **dict.fromkeys(("truncated share", "seconds"), ".3g"),
     "margin change, nats": "+.4f",
-    "macro-F1 minus reference": "+.3f",
+    "Δ macro-F1": "+.3f",
     "ratio to reference": ".4f",
     "probability": ".3f",
     "answer PPL ↓": ".3f",

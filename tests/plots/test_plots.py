@@ -150,8 +150,8 @@ def test_the_table_of_tests_names_its_family() -> None:
     files = [file_entry(), file_entry(type="nf4", kind="folder")]
     caption = ladder_rows.tests_caption(files)
     assert "all 4 tests of this page: 2 files and export folders, both endpoints" in caption and "0.025" in caption
-    assert ladder_rows.tests(files)[0]["p not eq. (Holm)"] == 0.5
-    assert ">–<" in plots.table(ladder_rows.tests(files), caption).data  # no interval where no label changed
+    assert ladder_rows.tests(files)[0]["TOST (Holm)"] == 0.5
+    assert ">–<" in plots.table(ladder_rows.tests_beside(files), caption).data  # no interval where no label changed
 
 
 def test_power_is_of_the_design_and_after_correction() -> None:
