@@ -19,6 +19,8 @@ from lib.settings import Settings
 from tests.comparison.conftest import WORDS, Ladder
 from tests.support.killing import kill_at
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 SETTINGS = Settings(
     run_name="t", ladder=["Q2_K"], n_ctx=128, perplexity_tokens=512, n_threads=1, generated_rows=4, max_new_tokens=6
 )
@@ -27,8 +29,6 @@ import sys
 from lib.comparison import compare
 from lib.run import open_run
 from lib.settings import Settings
-
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
 compare(Settings.model_validate_json(sys.argv[1]), open_run("t"))
 """
 SCORES = ("scores-F16.jsonl", "scores-Q2_K.jsonl")

@@ -18,6 +18,8 @@ from lib.scoring.journal import journal_path
 from lib.settings import Settings
 from tests.support.killing import kill_at
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 SETTINGS = Settings(
     run_name="talk", dtype="float32", per_device_eval_batch_size=2, generated_rows=4, max_new_tokens=6, force=True
 )
@@ -28,8 +30,6 @@ torch.set_num_threads(1)
 from lib.evaluation import evaluate
 from lib.run import open_run
 from lib.settings import Settings
-
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
 evaluate(Settings.model_validate_json(sys.argv[1]), open_run("talk"))
 """
 

@@ -22,6 +22,8 @@ from lib.reporting.checks import broken_links, problems
 from lib.reporting.guards import alone
 from lib.reporting.runner import ReportError, run_report
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 Writer = Callable[..., Path]
 
 GOOD = "from lib.run import open_run\nseed"
@@ -36,8 +38,6 @@ with Progress('work', 2) as progress:
 
 STAGE = """
 from lib.run import open_run
-
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
 def build(work):
     (work.folder / 'rows.txt').write_text(str(seed))
     work.facts = {'source': 'a test', 'sample_data': True, 'offline_base': True, 'base_model': 'offline'}

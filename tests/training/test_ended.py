@@ -20,6 +20,8 @@ from tests.conftest import PROJECT
 from tests.training.conftest import tiny_settings
 from tests.training.test_stage import same, weights
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 SLOW = """
 import os, time
 from pathlib import Path
@@ -42,8 +44,6 @@ REPORT = """
 import sys
 from pathlib import Path
 from lib.reporting.runner import run_report
-
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
 run_report(sys.argv[1], notebooks=Path(sys.argv[2]))
 """
 

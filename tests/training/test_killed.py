@@ -21,6 +21,8 @@ from tests.conftest import PROJECT
 from tests.training.conftest import tiny_settings
 from tests.training.test_stage import same, untimed, weights
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 SLOW_TRAINING = """
 import time
 from lib.models import offline_base
@@ -31,8 +33,6 @@ from lib.training import trainer as trainer_room
 from lib.training.loss import answer_loss
 from lib.training.trainer import AnswerTrainer
 from tests.training.conftest import TINY, tiny_settings
-
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
 offline_base.BaseRecipe = lambda: TINY
 step = AnswerTrainer.training_step
 def slow(self, *arguments, **options):

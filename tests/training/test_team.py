@@ -29,6 +29,8 @@ from tests.conftest import PROJECT
 from tests.training.conftest import tiny_settings
 from tests.training.test_stage import same, weights
 
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
 ROUNDING = 1e-5
 """Other shapes of micro-batches round otherwise, which Adam makes a little more of; an update moves weights by 5e-3."""
 
@@ -38,8 +40,6 @@ from lib.models import offline_base
 from lib.run import open_run
 from lib.training import finetune
 from tests.training.conftest import TINY, tiny_settings
-
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
 offline_base.BaseRecipe = lambda: TINY
 settings = tiny_settings(
     num_processes=2, per_device_train_batch_size=8, lora_dropout=0.0, num_train_epochs=1.0, force=True
