@@ -150,7 +150,7 @@ def test_modelfile(tokenizer: Any) -> None:
         ("Qwen/Qwen2.5-0.5B-Instruct", "hotel", "Qwen2.5-0.5B-Instruct-hotel-v1.0-Q4_K_M.gguf"),
         ("modelscope:Qwen/Qwen3-0.6B@v1.0.0", "a-b", "Qwen3-0.6B-a-b-v1.0-Q4_K_M.gguf"),
         ("Qwen/Qwen3-0.6B@refs/pr/1", "a-b", "Qwen3-0.6B-a-b-v1.0-Q4_K_M.gguf"),
-        ("models/a@b/my model", "r", "my-model-2.0M-r-v1.0-Q4_K_M.gguf"),
+        ("/models/a@b/my model", "r", "my-model-2.0M-r-v1.0-Q4_K_M.gguf"),
         ("X-D-Lab/MindChat-Qwen2-0_5B", "r", "MindChat-Qwen2-0.5B-r-v1.0-Q4_K_M.gguf"),
         ("offline", "quick", "Offline-base-2.0M-quick-v1.0-Q4_K_M.gguf"),
         ("models/my model/", "r", "my-model-2.0M-r-v1.0-Q4_K_M.gguf"),
