@@ -59,6 +59,18 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
     )
 
 
+def same_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a GGUF file has every token of a tokenizer under the same id.
+
+    Raises:
+        InputError: not a GGUF file.
+    """
+    tokens = read_metadata(path).get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return False
+    return all(i < len(tokens) and tokens[i] == token for token, i in tokenizer.get_vocab().items())
+
+
 def write_tokenizer(metadata: Mapping[str, Any], source: Path, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template of a GGUF file into a model folder.
 
@@ -173,9 +185,7 @@ def _require_parts(vocabulary: Mapping[str, int], merges: list[str], source: Pat
             )
 
 
-def _post_processor(
-    metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path
-) -> dict[str, Any]:
+def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path) -> dict[str, Any]:
     """Nothing is added, or the start token before every text."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise InputError(

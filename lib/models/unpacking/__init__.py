@@ -5,16 +5,23 @@ The folder holds `unpacked.json`, which says where it comes from, and of which t
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
 
-__all__ = ["RECORD", "notes_of", "unpack", "unpack_into"]
+__all__ = ["RECORD", "asked_in", "identity", "notes_of", "plain_name", "unpack", "unpack_into", "unpacked"]
 
 RECORD = "unpacked.json"
 CHOICES = ("auto", "float16", "bfloat16", "float32")
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""Types that are no quantized ones."""
+
+VERSION = 1
+"""Raised when other weights, configuration or tokenizer come out of the same file."""
 
 
 def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
@@ -26,8 +33,9 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
 
     Returns:
         What unpacked.json holds: {"source": file name, "sha256", "types": {type: weights}, "main_type", "dtype",
-        "off_grid", "seed" (null on the grid), "scales" (smallest and largest, or null), "parameters",
-        "cost": {dtype: mean KL divergence in nats a token from float32 on the grid} or null, "cost_note"}.
+        "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on the grid), "parameters",
+        "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see `cost.cost_of`, or null),
+        "cost_note"}.
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
@@ -65,12 +73,18 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
     from lib.models.unpacking.cost import cost_of
     from lib.models.unpacking.rescaling import RANGE, SEED, Rescaling
     from lib.models.unpacking.source import read_source
-    from lib.models.unpacking.writing import DTYPES, TooLarge, write_weights
+    from lib.models.unpacking.writing import DTYPES, TooLargeError, write_weights
     from lib.run.files import require_space, sha256_file, write_json
 
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
     source = read_source(path)
+    if off_grid and source.main_type in PLAIN:
+        raise InputError(
+            f"{source.path} of {source.main_type} weights, which lie on no grid to leave.",
+            "a file of a quantized type.",
+            "leave out --off-grid (gguf_off_grid: false).",
+        )
     scaling = Rescaling(source.config) if off_grid else None
     require_space(folder, source.parameters * (4 if dtype == "float32" else 2), f"the weights of {source.path.name}")
     tries = ["float16", "bfloat16", "float32"] if dtype == "auto" else [dtype]
@@ -78,7 +92,7 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
         try:
             write_weights(source, folder, chosen, scaling)
             break
-        except TooLarge as error:
+        except TooLargeError as error:
             if chosen == tries[-1]:
                 raise InputError(
                     f"{error} of {source.path}, too large for {chosen}.", "weights it can hold.", "set dtype to auto."
@@ -94,10 +108,12 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
         "types": source.types,
         "main_type": source.main_type,
         "dtype": chosen,
+        "dtype_asked": dtype,
         "off_grid": off_grid,
         "seed": SEED if off_grid else None,
         "scales": list(RANGE) if off_grid else None,
         "parameters": source.parameters,
+        "license": source.metadata.get("general.license"),
         "cost": cost,
         "cost_note": note,
     }
@@ -105,9 +121,57 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
     return record
 
 
-def notes_of(record: dict[str, Any]) -> tuple[str, ...]:
+def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The model folder of a GGUF file, kept under .cache/unpacked and made only once, and its `unpacked.json`.
+
+    Raises:
+        InputError: a file that cannot be unpacked.
+    """
+    from lib.models import store
+    from lib.models.unpacking.rescaling import RANGE, SEED
+    from lib.progress import say
+    from lib.run import folders
+    from lib.run.files import read_json, sha256_file
+
+    key: dict[str, Any] = {"sha256": sha256_file(path), "name": path.name, "dtype": dtype, "off_grid": off_grid}
+    key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
+    made = []
+
+    def build(folder: Path) -> dict[str, Any]:
+        made.append(folder)
+        return unpack_into(path, folder, dtype, off_grid)
+
+    folder = store.ensure(path.stem, key, build, folders.home() / ".cache" / "unpacked")
+    say(f"{path.name}: {'unpacked into' if made else 'unpacked before, found in'} {folder}")
+    return folder, read_json(folder / RECORD)
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """What tells a base from a GGUF file from all others: the file's hash, and what was asked for beside it."""
+    asked = record["dtype_asked"]
+    more = [*([asked] if asked != "auto" else []), *(["off-grid"] if record["off_grid"] else [])]
+    return "+".join([f"sha256:{record['sha256'][:16]}", *more])
+
+
+def asked_in(revision: str) -> dict[str, Any]:
+    """How the base of this identity was unpacked, as keywords of `resolve_base`; empty where it says nothing."""
+    _, *more = revision.split("+") if revision.startswith("sha256:") else [revision]
+    dtype = next((part for part in more if part in CHOICES), None)
+    return ({"gguf_dtype": dtype} if dtype else {}) | ({"gguf_off_grid": True} if "off-grid" in more else {})
+
+
+def plain_name(name: str) -> str:
+    """A GGUF file's name without its type: SmolLM2-135M-Instruct.Q4_1.gguf → SmolLM2-135M-Instruct.
+
+    Other names stay as they are.
+    """
+    if not name.lower().endswith(".gguf"):
+        return name
+    return re.sub(r"[.-](I?Q\d\w*|TQ\d\w*|MXFP4\w*|B?F16|F32)$", "", name[:-5], flags=re.IGNORECASE) or name
+
+
+def notes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What every page must say of a base that comes from a GGUF file."""
     kind, source = record["main_type"], record["source"]
-    plain = kind in ("F32", "F16", "BF16")
-    first = f"weights {'read' if plain else 'dequantized'} from {kind} ({source})"
+    first = f"weights {'read' if kind in PLAIN else 'dequantized'} from {kind} ({source})"
     return (first, *(["channels rescaled so that they leave the source's grid"] if record["off_grid"] else []))

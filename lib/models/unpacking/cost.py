@@ -11,7 +11,7 @@ from lib.models.floats import widen
 from lib.models.gguf_tokenizer import tokenizer_json
 from lib.models.unpacking.rescaling import Rescaling
 from lib.models.unpacking.source import Source
-from lib.models.unpacking.writing import DTYPES, TooLarge, rounded, scaled_slabs
+from lib.models.unpacking.writing import DTYPES, TooLargeError, rounded, scaled_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
         for kind in ("float16", "bfloat16", "float32"):
             try:
                 other = exact if kind == "float32" and not scaling else _log_probs(model, source, kind, scaling, texts)
-            except TooLarge:
+            except TooLargeError:
                 continue
             found[kind] = float((exact.exp() * (exact - other)).sum(-1).mean().clamp(min=0))
     return found, f"mean KL divergence from float32, nats a token, over {len(exact)} positions of {len(texts)} texts"

@@ -31,8 +31,9 @@ SLAB = 4 << 20
 """Weights dequantized at a time (16 MiB of float32)."""
 
 _BIASES = {
-    "attention_bias": tuple((f"attn_{p}.bias", f"self_attn.{q}_proj.bias") for p, q in zip(
-        ("q", "k", "v", "output"), "qkvo", strict=True)),
+    "attention_bias": tuple(
+        (f"attn_{p}.bias", f"self_attn.{q}_proj.bias") for p, q in zip(("q", "k", "v", "output"), "qkvo", strict=True)
+    ),
     "mlp_bias": tuple((f"ffn_{p}.bias", f"mlp.{p}_proj.bias") for p in ("gate", "up", "down")),
 }
 """Key of config.json → biases of every block that it stands for, in GGUF and in transformers."""
@@ -138,7 +139,9 @@ def read_source(path: Path | str) -> Source:
     parts = metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise InputError(
-            f"{path} is one of {parts} parts of a split file.", "one whole file.", "join them: llama-gguf-split --merge."
+            f"{path} is one of {parts} parts of a split file.",
+            "one whole file.",
+            "join them: llama-gguf-split --merge.",
         )
     tokenizer_json(metadata, path)
     tensors = {tensor.name: tensor for tensor in found}
@@ -190,7 +193,9 @@ def _check_names(keys: Keys, tensors: dict[str, TensorInfo], names: dict[str, st
 def _check_vocabulary(metadata: dict[str, Any], config: dict[str, Any], path: Path) -> None:
     tokens, rows = len(metadata["tokenizer.ggml.tokens"]), config["vocab_size"]
     if tokens > rows:
-        raise InputError(f"{tokens} tokens, {rows} rows of embedding in {path}.", "a row for every token.", "get it again.")
+        raise InputError(
+            f"{tokens} tokens, {rows} rows of embedding in {path}.", "a row for every token.", "get it again."
+        )
 
 
 def _shape(name: str, config: dict[str, Any]) -> tuple[int, ...]:

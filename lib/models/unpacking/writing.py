@@ -23,7 +23,7 @@ FLOAT16_MAX = 65504.0
 _LAST_OF_BFLOAT16 = float(np.array(0x7F7F8000, np.uint32).view(np.float32))  # from here on rounding gives infinity
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """A weight that the asked dtype cannot hold: its tensor and its magnitude."""
 
 
@@ -32,7 +32,7 @@ def rounded(values: np.ndarray, dtype: str, name: str, source: Source) -> np.nda
 
     Raises:
         InputError: NaN or infinity.
-        TooLarge: a value beyond the largest of the dtype.
+        TooLargeError: a value beyond the largest of the dtype.
     """
     largest = largest_magnitude(values, "F32")
     if not math.isfinite(largest):
@@ -40,7 +40,7 @@ def rounded(values: np.ndarray, dtype: str, name: str, source: Source) -> np.nda
             f"NaN or infinity in tensor {name} of {source.path}.", "finite weights.", "make or download the file again."
         )
     if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
-        raise TooLarge(f"tensor {name} holds a weight of size {largest:.6g}")
+        raise TooLargeError(f"tensor {name} holds a weight of size {largest:.6g}")
     if dtype == "float32":
         return values
     return (to_float16 if dtype == "float16" else to_bfloat16)(values, "F32")
@@ -57,7 +57,7 @@ def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling |
 
     Raises:
         InputError: NaN or infinity.
-        TooLarge: a weight that `dtype` cannot hold.
+        TooLargeError: a weight that `dtype` cannot hold.
     """
     width = np.dtype(NUMPY[DTYPES[dtype]]).itemsize
     with (folder / SINGLE).open("wb") as stream:
