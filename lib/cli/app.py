@@ -105,10 +105,27 @@ def report(
 deciding.register(app)
 
 
+@app.command(short_help="GGUF file → model folder")
+@guarded
+def unpack(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a Qwen2, Qwen3 or Llama model", metavar="FILE.gguf")],
+    folder: Annotated[Path, typer.Argument(help="new model folder", metavar="FOLDER")],
+    dtype: Annotated[str, typer.Option(help="auto (float16 where they fit), float16, bfloat16 or float32")] = "auto",
+    off_grid: Annotated[
+        bool, typer.Option("--off-grid", help="rescale channels: same function, weights off the grid of their type")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a GGUF file into a model folder: weights dequantized, configuration and tokenizer rebuilt."""
+    from lib.cli import unpacking
+
+    unpacking.unpack(file, folder, dtype, off_grid, as_json)
+
+
 @app.command(short_help="adapter + base model → one model folder")
 @guarded
 def merge(
-    base_model: Annotated[str, typer.Option(help="folder, hub or ModelScope id of the base model", metavar="DIR")],
+    base_model: Annotated[str, typer.Option(help="folder, .gguf file or id of the base model", metavar="DIR")],
     adapter: Annotated[str, typer.Option(help="folder, hub or ModelScope id of the LoRA adapter", metavar="DIR")],
     output_dir: Annotated[Path, typer.Option(help="new folder of the merged model", metavar="DIR")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as the base]")] = None,

@@ -42,18 +42,22 @@ def merge(
     from lib.merging.card import write_lineage
     from lib.merging.folder import merge_folders
     from lib.models.kinds import refuse_adapter, require_adapter
-    from lib.models.resolving import resolve_adapter, resolve_base
+    from lib.models.resolving import resolve_adapter, resolve_base, unpacking_of
 
     local = Path(base_model).is_dir()
-    base = Path(base_model) if local else resolve_base(base_model, revision).path
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
+    found = None if local else resolve_base(base_model, revision, **unpacking_of(given))
+    base = found.path if found else Path(base_model)
+    name, commit = (base.name, None) if local else (base_model, base.name)
+    if found and found.unpacked:
+        name, commit = found.unpacked["source"], None
     refuse_adapter(base)
     require_adapter(given)
     conversions: list[Conversion] = []
 
     @contextlib.contextmanager
     def also(folder: Path, weights: Weights) -> Iterator[GgufFile | None]:
-        write_lineage(folder, base.name if local else base_model, None if local else base.name, Path(adapter).name)
+        write_lineage(folder, name, commit, Path(adapter).name)
         if gguf is None:
             yield None
             return
@@ -117,6 +121,14 @@ class Rows:
         checked = settings.check({**values, **self.given}, "the options")
         return Task(tuple(checked.label_names), checked.system_prompt, checked.user_prompt, checked.max_seq_length)
 
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer of --run."""
+        if self.run_name is None:
+            return None
+        from lib.run import open_run
+
+        return open_run(self.run_name).require("data").path / "tokenizer"
+
     def _conversation(self, values: dict[str, Any]) -> ConversationTask:
         """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
         from lib.models.conversations import ConversationTask
@@ -179,6 +191,7 @@ def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Pat
     found, source = rows.rows(task)
     # The same command finds there what an interrupted one has scored.
     keep = None if output is None else output.with_name(f".{output.name}.scores")
+    options = options | {"tokenizer": rows.tokenizer()}
     if has_labels(task):
         result = evaluate_models(models, found, task, source, keep=keep, **options)
         quality = ("accuracy", "accuracy_interval", "macro_f1")

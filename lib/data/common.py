@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.data import splitting
 from lib.data.cleaning import Row
-from lib.models.resolving import ChosenBase
-from lib.settings import SAMPLE_DATASET, Settings
+from lib.models.resolving import ChosenBase, choose_base, resolve_base
+from lib.models.unpacking import RECORD as UNPACKED
+from lib.run.files import write_json
+from lib.run.folders import user_path
+from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -39,6 +42,22 @@ def limit(splits: Mapping[str, list[R]], settings: Settings) -> dict[str, list[R
     }
 
 
+def base_parameters(settings: Settings) -> dict[str, Any]:
+    """What the product depends on, beside the name of the base model: the hash of a local one, how it is unpacked."""
+    path = user_path(settings.base_model)
+    gguf = {"gguf_dtype": settings.gguf_dtype, "gguf_off_grid": settings.gguf_off_grid}
+    if settings.base_model == OFFLINE_BASE or not path.exists():
+        return gguf if settings.gguf_off_grid else {}
+    unpacking = gguf if path.is_file() or settings.gguf_off_grid else {}
+    return {"base_revision": resolve_base(settings.base_model, settings.revision, **gguf).revision, **unpacking}
+
+
+def chosen_base(settings: Settings) -> ChosenBase:
+    """The base model that the settings name, or the first of the fallbacks that can be had."""
+    unpacking = (settings.gguf_dtype, settings.gguf_off_grid)
+    return choose_base(settings.base_model, settings.revision, settings.fallbacks, *unpacking)
+
+
 def put_tokenizer(
     chosen: ChosenBase, texts: list[str], words: Sequence[str], folder: Path
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
@@ -59,7 +78,7 @@ def put_tokenizer(
         return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
     tokenizer = loading.load_tokenizer(chosen.base.path)
     tokenizer.save_pretrained(folder)
-    return tokenizer, facts | {"base_revision": chosen.base.revision}
+    return tokenizer, facts | {"base_revision": chosen.base.revision, **chosen.base.facts}
 
 
 def count_steps(split: str, read: int, counts: Counter[str], flow: list[dict[str, Any]], changes: Counter[str]) -> None:
@@ -86,6 +105,8 @@ def record_sources(
     Args:
         base: facts of `put_tokenizer`. notes: more sentences for the pages.
     """
+    if chosen.base is not None and chosen.base.unpacked is not None:  # other weights must make another product
+        write_json(work.folder / UNPACKED, dict(chosen.base.unpacked))
     table, sample = data.table, data.source == SAMPLE_DATASET
     stamp = STAMPS.get((base["offline_base"], sample))
     work.notes += [*([stamp] if stamp else []), *chosen.notes, *data.notes, *notes]

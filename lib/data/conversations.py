@@ -12,14 +12,13 @@ from lib.data import splitting
 from lib.data.audit import Audit, audit, normalise
 from lib.data.choosing import choose_data
 from lib.data.cleaning import Row
-from lib.data.common import count_steps, limit, put_tokenizer, record_sources
+from lib.data.common import chosen_base, count_steps, limit, put_tokenizer, record_sources
 from lib.data.dialogues import Conversation, clean_conversations, in_tags_of
 from lib.data.lengths import conversation_example, conversation_lengths
 from lib.data.reading import SPLITS, Table
 from lib.data.textaudit import audit_texts
 from lib.errors import InputError
 from lib.models.conversations import ConversationTask, conversation_hash
-from lib.models.resolving import choose_base
 from lib.models.tasks import texts_of
 from lib.run import Work
 from lib.run.files import write_json, write_jsonl
@@ -53,7 +52,7 @@ def build(settings: Settings, work: Work) -> None:
     flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
     used = found if rule.startswith("given: kept") else audit_conversations(splits)
     splits = limit(splits, settings)
-    base_chosen = choose_base(settings.base_model, settings.revision, settings.fallbacks)
+    base_chosen = chosen_base(settings)
     texts = [text for row in splits["train"] for text in texts_of({"messages": row.messages})]
     tokenizer, base = put_tokenizer(base_chosen, texts, [settings.system_prompt], work.folder / "tokenizer")
     for row in (row for rows in splits.values() for row in rows):

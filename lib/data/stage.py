@@ -12,18 +12,17 @@ from lib.data import conversations, sample, splitting
 from lib.data.audit import Audit, audit, find_duplicates
 from lib.data.choosing import choose_data
 from lib.data.cleaning import Row, clean_split, require_labels, unlabelled
-from lib.data.common import count_steps, limit, put_tokenizer, record_sources
+from lib.data.common import base_parameters, chosen_base, count_steps, limit, put_tokenizer, record_sources
 from lib.data.reading import SPLITS, Table, read_table
 from lib.data.result import DataResult
 from lib.data.textaudit import audit_texts
 from lib.data.textfiles import file_fingerprint
 from lib.errors import InputError
 from lib.models.prompting import Task, template_hash
-from lib.models.resolving import choose_base
 from lib.run import Run, Work
 from lib.run.files import write_json, write_jsonl
 from lib.run.folders import user_path
-from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
+from lib.settings import SAMPLE_DATASET, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,10 +53,7 @@ def prepare(settings: Settings, run: Run) -> DataResult:
         parameters["dataset_sha256"] = file_fingerprint(path)
     if settings.fallbacks:
         parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
-    if settings.base_model != OFFLINE_BASE and user_path(settings.base_model).is_dir():
-        from lib.models.resolving import resolve_base
-
-        parameters["base_revision"] = resolve_base(settings.base_model, settings.revision).revision
+    parameters |= base_parameters(settings)
     build = _build if labelled else conversations.build
     product = run.produce("data", lambda work: build(settings, work), parameters, force=settings.force)
     return DataResult.read(product)
@@ -113,7 +109,7 @@ def _build(settings: Settings, work: Work) -> None:
     final = limit(final, settings)
     flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in final.items()]
     task = Task(tuple(settings.label_names), settings.system_prompt, settings.user_prompt, settings.max_seq_length)
-    base_chosen = choose_base(settings.base_model, settings.revision, settings.fallbacks)
+    base_chosen = chosen_base(settings)
     words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
     texts = [row.text for row in final["train"]]
     tokenizer, base = put_tokenizer(base_chosen, texts, words, work.folder / "tokenizer")

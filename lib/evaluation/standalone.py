@@ -34,6 +34,7 @@ def evaluate_models(
     n_threads: int = 0,
     n_gpu_layers: int = 0,
     keep: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> dict[str, Any]:
     """Accuracy and cost of each model on the same rows.
 
@@ -47,6 +48,7 @@ def evaluate_models(
         dtype, load_in_4bit, batch_size: for transformers models; folders that are quantized keep their own dtype.
         n_threads, n_gpu_layers: for .gguf files.
         keep: folder for the scores of an interrupted evaluation, where the next one finds them; removed in the end.
+        tokenizer: folder of the run's tokenizer, for .gguf files with its vocabulary; None = the one in the file.
 
     Returns:
         {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
@@ -68,6 +70,7 @@ def evaluate_models(
         "batch_size": batch_size,
         "n_threads": n_threads,
         "n_gpu_layers": n_gpu_layers,
+        "tokenizer": str(tokenizer) if tokenizer else None,
     }
     results = [
         {"model": model, **_summary(Scores.load(path), rows, task), **answer}
@@ -168,7 +171,6 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Pat
 
 
 def _open_gguf(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
-    from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.scoring import LlamaCppBackend
 
     path = user_path(argument["model"])
@@ -178,13 +180,24 @@ def _open_gguf(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Pat
         n_threads=argument["n_threads"],
         n_gpu_layers=argument["n_gpu_layers"],
     )
-    return backend, tokenizer_from_gguf(path), [path]
+    return backend, _tokenizer_for(path, argument.get("tokenizer")), [path]
+
+
+def _tokenizer_for(path: Path, of_run: str | None) -> Any:
+    """The run's own tokenizer where the file has its vocabulary, else the one inside the file."""
+    from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
+    from lib.models.loading import load_tokenizer
+
+    if of_run is not None and same_vocabulary(path, tokenizer := load_tokenizer(Path(of_run))):
+        return tokenizer
+    return tokenizer_from_gguf(path)
 
 
 def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
     """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
     from lib.device import compute_dtype
     from lib.models.loading import load_model, load_tokenizer, resolve_base
+    from lib.models.resolving import unpacking_of
     from lib.models.saved import load_as_saved, quantization_method
     from lib.scoring import TransformersBackend
 
@@ -194,7 +207,7 @@ def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, 
         adapter = folder
         own_base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         name = base_of_adapter(argument["base_model"] or own_base, folder)
-    base = resolve_base(name, argument["revision"])
+    base = resolve_base(name, argument["revision"], **(unpacking_of(adapter) if adapter else {}))
     own = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(adapter if own else base.path)
     if adapter is None and (method := quantization_method(base.path)):

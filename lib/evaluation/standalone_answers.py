@@ -23,6 +23,7 @@ def evaluate_models_by_answers(
     task: ConversationTask,
     data: Mapping[str, Any] | None = None,
     keep: Path | None = None,
+    tokenizer: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """How likely each model finds the reference answers of the same rows.
@@ -31,7 +32,7 @@ def evaluate_models_by_answers(
         models: hub ids, folders (a full model, or an adapter), or .gguf files; each has its own tokenizer.
         rows: {"id", "messages"}, with "group" and "leaked" where they were audited.
         data: description of the rows, put into the result.
-        keep, options: as the keywords of `evaluate_models`; all options must be given.
+        keep, tokenizer, options: as the keywords of `evaluate_models`; all options must be given.
 
     Returns:
         {"data": {…, "n", "task"}, "models": [{"model", "n", "answer_tokens", "loss" (nats a token), "perplexity",
@@ -46,9 +47,10 @@ def evaluate_models_by_answers(
     if not rows:
         raise InputError("no rows to evaluate on.", "at least one conversation.", "check --run and --max-samples.")
     function = "lib.evaluation.standalone_answers:score_in_child"
+    shared = {**options, "task": task.to_json(), "tokenizer": str(tokenizer) if tokenizer else None}
     results = [
         {"model": model, **_summary(AnswerScores.load(path), answer.pop("facts"), rows), **answer}
-        for model, path, answer in each_in_a_child(function, models, rows, {**options, "task": task.to_json()}, keep)
+        for model, path, answer in each_in_a_child(function, models, rows, shared, keep)
     ]
     return {"data": {**(data or {}), "n": len(rows), "task": task.kind}, "models": results}
 

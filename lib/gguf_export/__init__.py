@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.models.unpacking import plain_name
 from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def model_name(base: str, run_name: str) -> str:
 
     The naming convention of GGUF is BaseName-SizeLabel-FineTune-Version-Encoding; base names of hubs hold the size.
     """
-    last = base.rstrip("/").rsplit("/", 1)[-1] or "model"
+    last = plain_name(base.rstrip("/").rsplit("/", 1)[-1] or "model")
     name = "Offline-base" if last == "offline" else last
     return re.sub(r"[^\w.-]+", "-", f"{name}-{run_name}").strip("-.")
 

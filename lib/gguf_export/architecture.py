@@ -7,28 +7,16 @@ The order and the types of the keys are those of the converter of llama.cpp (`co
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lib.errors import InputError
+from lib.models.gguf_architecture import ARCHITECTURES, ROPE_TYPES, head_size, rope_of, rotary_heads, tensor_names
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
-"""Class in config.json → architecture in GGUF."""
-
-_BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-_EXTRA = {
-    "qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
-    "qwen3": ("attn_q_norm.weight", "attn_k_norm.weight"),
-    "llama": (),
-}
-_ROPE_TYPES = {"qwen2": ("linear", "yarn"), "qwen3": ("linear", "yarn"), "llama": ("linear", "yarn", "llama3")}
 _NUMBERS = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
 _NUMBERS += ("num_key_value_heads", "vocab_size")
 _MODEL_TYPES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
@@ -44,21 +32,12 @@ class Architecture:
 
     def expected_tensors(self) -> set[str]:
         """GGUF names that llama.cpp needs to load the model."""
-        names = {"token_embd.weight", "output_norm.weight"}
-        if not self.config.get("tie_word_embeddings"):
-            names.add("output.weight")
-        for block in range(self.blocks):
-            names |= {f"blk.{block}.{part}.weight" for part in _BLOCK}
-            names |= {f"blk.{block}.{part}" for part in _EXTRA[self.name]}
-        return names
+        tied = bool(self.config.get("tie_word_embeddings"))
+        return set(tensor_names(self.name, self.blocks, tied))
 
     def heads_of(self, name: str) -> int:
         """Heads whose rows llama.cpp wants in another order: query and key of Llama; 0 for all other tensors."""
-        if self.name == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
-            return int(self.config["num_attention_heads"])
-        if self.name == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
-            return int(self.config["num_key_value_heads"])
-        return 0
+        return rotary_heads(self.name, name, self.config)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -127,11 +106,11 @@ def _refuse_special(folder: Path, config: dict[str, Any], name: str) -> None:
     card = folder / "README.md"
     if card.is_file() and "# qwen3-reranker" in card.read_text(encoding="utf-8", errors="replace").lower():
         raise InputError(f"a reranker in {folder}.", "a causal language model.", "use llama.cpp's converter.")
-    rope = _rope(config)
-    if rope.get("rope_type") not in (None, "default", *_ROPE_TYPES[name]):
+    rope = rope_of(config)
+    if rope.get("rope_type") not in (None, "default", *ROPE_TYPES[name]):
         raise InputError(
             f"rope type {rope['rope_type']!r} in {folder / 'config.json'}.",
-            f"default, {', '.join(_ROPE_TYPES[name])}.",
+            f"default, {', '.join(ROPE_TYPES[name])}.",
             "use llama.cpp's converter.",
         )
     if rope.get("rope_type") == "yarn" and "original_max_position_embeddings" not in rope:
@@ -140,52 +119,6 @@ def _refuse_special(folder: Path, config: dict[str, Any], name: str) -> None:
             "the context length the model was trained with.",
             "add it to rope_scaling.",
         )
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rope parameters of the full-attention layers, in the layout of transformers 5."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope = dict(rope.get("full_attention", rope))
-    if "rope_theta" not in rope and config.get("rope_theta") is not None:
-        rope["rope_theta"] = config["rope_theta"]
-    rope.setdefault("rope_type", rope.get("type"))
-    return rope
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    if config.get("head_dim") is not None:
-        return int(config["head_dim"])
-    return int(config["hidden_size"]) // int(config["num_attention_heads"])
-
-
-def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """Divisors of the rotary frequencies of Llama 3.1 and later (rope type llama3), float32; None for other models.
-
-    Wavelengths below the high-frequency bound stay, those above the low-frequency bound are stretched by `factor`, and
-    those between are blended (llama.cpp, conversion/llama.py, generate_extra_tensors).
-    """
-    rope = _rope(config)
-    if str(rope.get("rope_type")).lower() != "llama3":
-        return None
-    size = _head_size(config)
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    frequencies = (1.0 / np.power(np.float32(rope.get("rope_theta", 10000.0)), exponents)).astype(np.float32)
-    factor, low, high = (rope.get(key, default) for key, default in _LLAMA3)
-    trained = rope.get("original_max_position_embeddings", 8192)
-    factors = []
-    for frequency in frequencies:
-        length = np.float32(2 * math.pi) / frequency
-        if length < trained / high:
-            factors.append(1.0)
-        elif length > trained / low:
-            factors.append(factor)
-        else:
-            smooth = (trained / length - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(factors, np.float32)
-
-
-_LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 
 def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
@@ -197,7 +130,7 @@ def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) ->
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    _write_rope(writer, _rope(config))
+    _write_rope(writer, rope_of(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
@@ -205,7 +138,7 @@ def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) ->
     writer.add_file_type(file_type)
     if model.name == "llama":
         writer.add_vocab_size(config["vocab_size"])
-        writer.add_rope_dimension_count(_head_size(config))
+        writer.add_rope_dimension_count(head_size(config))
 
 
 def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:

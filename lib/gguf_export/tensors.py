@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib.errors import InputError
-from lib.gguf_export.architecture import Architecture, rope_factors
+from lib.gguf_export.architecture import Architecture
 from lib.models.floats import largest_magnitude, to_bfloat16, to_float16, widen
+from lib.models.gguf_architecture import pair_rows, rope_factors
 from lib.models.weights import StoredTensor, Weights
 
 if TYPE_CHECKING:
@@ -137,19 +138,13 @@ def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
 
     _check_values(values, dtype, tensor)
     if tensor.heads:
-        values = _pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
+        values = pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
     kind = tensor.type.name
     if kind == "Q8_0":
         data = gguf.quants.quantize(widen(values, dtype).reshape(-1, tensor.row), tensor.type)
     else:
         data = {"F32": widen, "F16": to_float16, "BF16": to_bfloat16}[kind](values, dtype)
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-
-
-def _pair_rows(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head reordered from halves (transformers) to neighbours (llama.cpp's rotary order for Llama)."""
-    rows = values.shape[0] // heads // 2
-    return values.reshape(heads, 2, rows, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None:

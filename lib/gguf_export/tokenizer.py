@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.models.pretokenizers import QWEN2_PATTERN
 
 CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
@@ -20,10 +21,6 @@ CHECK_TEXT = (
     "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 """The text whose token ids identify a pre-tokenizer in llama.cpp's converter."""
-
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")

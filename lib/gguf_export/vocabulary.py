@@ -187,6 +187,8 @@ def special_tokens(
     for processor in post.get("processors", [post]):
         if processor.get("type") == "ByteLevel":
             add = {"bos": False, "eos": False, **add}
+        elif _adds_nothing(processor):
+            continue  # the official converter looks into no nested sequence, and this one says nothing
         elif processor.get("type") == "TemplateProcessing":
             _follow_template(processor, settings, names, add, folder)
         else:
@@ -224,6 +226,16 @@ def _unknown_processor(kind: str, folder: Path) -> InputError:
 def _template_names(template: list[dict[str, Any]]) -> list[str]:
     """Special tokens, and A and B for the texts between them."""
     return [str((part.get("SpecialToken") or part.get("Sequence") or {}).get("id")) for part in template]
+
+
+def _adds_nothing(processor: dict[str, Any]) -> bool:
+    """Whether texts come out as they went in; transformers 5 saves such a template with every plain tokenizer."""
+    if processor.get("type") == "Sequence":
+        return all(_adds_nothing(part) for part in processor.get("processors", []))
+    if processor.get("type") == "TemplateProcessing":
+        single, pair = (_template_names(processor.get(key, [])) for key in ("single", "pair"))
+        return single == ["A"] and pair in ([], ["A", "B"])
+    return processor.get("type") == "ByteLevel"
 
 
 def _follow_template(

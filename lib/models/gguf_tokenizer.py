@@ -1,93 +1,231 @@
-"""A Hugging Face tokenizer from a bare .gguf file, so that GGUF models are prompted by the same code as all others."""
+"""The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
+
+transformers' own reading of such files is not used: it adds byte fallback and forgets that some tokenizers (SmolLM's)
+cut numbers into single digits.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
+from lib.models.pretokenizers import PLAIN_BYTES, RULES, Rules
+from lib.run.files import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types of the format
-_PLAIN = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # as the format spells it
+    "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
+_ALWAYS_QWEN2 = "qwen2"  # transformers reads every tokenizer of this model type with Qwen2's rules
 
 
 def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer stored in a GGUF file: byte-level BPE with Qwen2's rules (NFC, pre-tokenizer) and its template.
+    """The tokenizer stored in a GGUF file: byte-level BPE with the rules that the file names, and its template.
 
-    Token ids equal llama.cpp's on NFC text; on other text this follows Qwen2 (llama.cpp does not normalise).
+    Token ids equal llama.cpp's, except that Qwen2's rules bring a text into NFC first (llama.cpp does not normalise).
 
     Raises:
-        InputError: not a GGUF file; another kind of tokenizer; no chat template.
+        InputError: not a GGUF file; another kind of tokenizer; no vocabulary, merges or chat template.
     """
     path = Path(path)
     metadata = read_metadata(path)
-    kind, rules = (metadata.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
-    if (kind, rules) != ("gpt2", "qwen2"):
-        raise InputError(
-            f"{path} has a tokenizer of kind {kind!r} with rules {rules!r}.",
-            "kind 'gpt2' with rules 'qwen2', as Qwen2, Qwen2.5 and Qwen3 models have.",
-            "give the model's folder instead, whose tokenizer files are read.",
-        )
-    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-    template = metadata.get("tokenizer.chat_template")
-    for name, value in (("tokens", tokens), ("merges", merges), ("chat template", template)):
-        if not value:
-            raise InputError(f"{path} has no {name}.", f"a file with its {name}.", "convert the model again.")
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    return _build(metadata, tokens, types if len(types) == len(tokens) else [1] * len(tokens), merges, template)
-
-
-def _build(
-    metadata: dict[str, Any], tokens: list[str], types: list[int], merges: list[str], template: str
-) -> PreTrainedTokenizerBase:
+    if not metadata.get("tokenizer.chat_template"):
+        raise InputError(f"{path} has no chat template.", "a file with its chat template.", "convert the model again.")
+    stored = tokenizer_json(metadata, path)
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    added = [i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)]
-    raw = Tokenizer.from_str(
-        json.dumps(
-            {
-                "version": "1.0",
-                "added_tokens": [_added(i, tokens[i], types[i] == _CONTROL) for i in added],
-                "normalizer": {"type": "NFC"},
-                "pre_tokenizer": _pre_tokenizer(),
-                "post_processor": {"type": "ByteLevel", **_PLAIN},
-                "decoder": {"type": "ByteLevel", **_PLAIN},
-                "model": {
-                    "type": "BPE",
-                    "vocab": {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED},
-                    "merges": [merge.split(" ", 1) for merge in merges],
-                },
-            }
-        )
-    )
-    named = {
-        role: tokens[metadata[f"tokenizer.ggml.{key}"]]
-        for role, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id"))
-        if metadata.get(f"tokenizer.ggml.{key}", len(tokens)) < len(tokens)
-    }
-    others = [tokens[i] for i in added if types[i] == _CONTROL and tokens[i] not in named.values()]
+    named = _named(metadata)
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
+        tokenizer_object=Tokenizer.from_str(json.dumps(stored)),
         **named,
-        extra_special_tokens=others,
-        chat_template=template,
+        extra_special_tokens=_others(stored, named),
+        chat_template=metadata["tokenizer.chat_template"],
         clean_up_tokenization_spaces=False,
     )
 
 
+def same_vocabulary(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a GGUF file has every token of a tokenizer under the same id.
+
+    Raises:
+        InputError: not a GGUF file.
+    """
+    tokens = read_metadata(path).get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return False
+    return all(i < len(tokens) and tokens[i] == token for token, i in tokenizer.get_vocab().items())
+
+
+def write_tokenizer(metadata: Mapping[str, Any], source: Path, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat template of a GGUF file into a model folder.
+
+    Args:
+        metadata: of the file `source`, which errors name.
+
+    Raises:
+        InputError: as `tokenizer_from_gguf`, but a file without template is taken.
+    """
+    stored = tokenizer_json(metadata, source)
+    named = _named(metadata)
+    architecture = metadata.get("general.architecture")
+    settings: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer" if architecture == _ALWAYS_QWEN2 else "PreTrainedTokenizerFast",
+        **{role: named.get(role) for role in _ROLES},
+        "additional_special_tokens": _others(stored, named),
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in stored["added_tokens"]
+        },
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": metadata.get(f"{architecture}.context_length", 4096),
+    }
+    if isinstance(metadata.get("tokenizer.ggml.add_space_prefix"), bool):
+        settings["add_prefix_space"] = metadata["tokenizer.ggml.add_space_prefix"]
+    write_json(folder / "tokenizer.json", stored)
+    write_json(folder / "tokenizer_config.json", settings)
+    for key, template in metadata.items():
+        if key == "tokenizer.chat_template":
+            write_text(folder / "chat_template.jinja", template)
+        elif key.startswith("tokenizer.chat_template."):
+            (folder / "additional_chat_templates").mkdir(exist_ok=True)
+            write_text(folder / "additional_chat_templates" / f"{Path(key).suffix[1:]}.jinja", template)
+
+
+def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """tokenizer.json of the tokenizer that a GGUF file holds.
+
+    Raises:
+        InputError: no byte-level BPE whose rules are known, no tokens or merges, a token twice, or an end token that is
+            put behind every text.
+    """
+    rules = _rules(metadata, source)
+    tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+    for name, value in (("tokens", tokens), ("merges", merges)):
+        if not value or not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise InputError(f"{source} has no {name}.", f"a file with its {name}.", "convert the model again.")
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise InputError(
+            f"{source}: {len(tokens)} tokens, {len(types)} token types.", "a type for each.", "convert again."
+        )
+    used = [i for i, kind in enumerate(types) if kind != _UNUSED]
+    vocabulary = {tokens[i]: i for i in used}
+    if len(vocabulary) != len(used):
+        token, count = Counter(tokens[i] for i in used).most_common(1)[0]
+        raise InputError(f"{source} has the token {token!r} {count} times.", "each token once.", "convert again.")
+    _require_parts(vocabulary, merges, source)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added(i, tokens[i], types[i] == _CONTROL) for i in used if types[i] in (_CONTROL, _USER_DEFINED)
+        ],
+        "normalizer": rules.normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(rules.steps)},
+        "post_processor": _post_processor(metadata, rules, tokens, source),
+        "decoder": PLAIN_BYTES,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": rules.ignore_merges,
+            "vocab": vocabulary,
+            "merges": [merge.split(" ", 1) for merge in merges],
+        },
+    }
+
+
+def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
+    kind, name = (metadata.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
+    if kind != "gpt2" or name not in RULES:
+        raise InputError(
+            f"{source} has a tokenizer of kind {kind!r} with rules {name!r}.",
+            f"kind 'gpt2' (byte-level BPE) with rules {', '.join(map(repr, RULES))}.",
+            "give the model's folder instead, whose tokenizer files are read.",
+        )
+    changes = [key for key in ("lowercase", "strip_accents") if metadata.get(f"tokenizer.ggml.normalizer.{key}")]
+    if changes:
+        raise InputError(
+            f"{source} has a tokenizer that changes texts first ({', '.join(changes)}).",
+            "one that leaves them as they are.",
+            "give the model's folder instead.",
+        )
+    return RULES[name]
+
+
+def _require_parts(vocabulary: Mapping[str, int], merges: list[str], source: Path) -> None:
+    """Refuse a merge whose parts or whole are no tokens; the tokenizers library would only say so without the file."""
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not space or not {left, right, left + right} <= vocabulary.keys():
+            raise InputError(
+                f"{source}: the merge {merge!r} of parts that are no tokens.",
+                "merges of the file's own tokens.",
+                "convert the model again.",
+            )
+
+
+def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path) -> dict[str, Any]:
+    """Nothing is added, or the start token before every text."""
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        raise InputError(
+            f"{source} has a tokenizer that ends every text with the end token.",
+            "one of a chat model, whose template does that.",
+            "give the model's folder instead.",
+        )
+    if not metadata.get("tokenizer.ggml.add_bos_token", rules.starts):
+        return PLAIN_BYTES
+    number = metadata.get("tokenizer.ggml.bos_token_id")
+    if type(number) is not int or not 0 <= number < len(tokens):
+        raise InputError(
+            f"{source} puts a start token before every text and does not name it.",
+            "tokenizer.ggml.bos_token_id.",
+            "convert the model again.",
+        )
+    start = tokens[number]
+    first, second = ({"SpecialToken": {"id": start, "type_id": i}} for i in (0, 1))
+    texts = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, texts[0], second, texts[1]],
+        "special_tokens": {start: {"id": start, "ids": [number], "tokens": [start]}},
+    }
+    return {"type": "Sequence", "processors": [PLAIN_BYTES, template]}
+
+
+def _named(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Text of every special token that the file names."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {role: metadata.get(f"tokenizer.ggml.{key}") for role, key in _ROLES.items()}
+    return {role: tokens[i] for role, i in ids.items() if type(i) is int and 0 <= i < len(tokens)}
+
+
+def _others(stored: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
+    """Control tokens without a role of their own."""
+    return [t["content"] for t in stored["added_tokens"] if t["special"] and t["content"] not in named.values()]
+
+
 def _added(number: int, content: str, special: bool) -> dict[str, Any]:
     switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": content, "special": special, **switches}
-
-
-def _pre_tokenizer() -> dict[str, Any]:
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    split = {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", **_PLAIN}]}
+    return {"id": number, "content": content, **switches, "special": special}

@@ -13,8 +13,9 @@ from lib.models import hub
 from lib.models.hub import SourceError
 from lib.models.kinds import refuse_adapter, require_adapter
 from lib.models.tasks import read_task, texts_of
+from lib.models.unpacking import asked_in, identity, notes_of, unpacked
 from lib.models.weights import open_weights
-from lib.run.files import read_jsonl, sha256_file, sha256_json
+from lib.run.files import read_json, read_jsonl, sha256_file, sha256_json
 from lib.run.folders import user_path
 from lib.settings import OFFLINE_BASE
 
@@ -28,19 +29,36 @@ class Base:
 
     Attributes:
         path: its folder.
-        id: what the user called it: a hub id, a folder, or "offline".
-        revision: commit of a hub model; a hash of the files of a folder; the key of the offline base.
+        id: what the user called it: a hub id, a folder, a GGUF file, or "offline".
+        revision: commit of a hub model; hash of a folder's files or of a GGUF file; key of the offline base.
         offline: True for the project's own small model, which is no Qwen result.
+        unpacked: what `lib.models.unpacking` says of weights that came out of a GGUF file; None for others.
     """
 
     path: Path
     id: str
     revision: str
     offline: bool
+    unpacked: Mapping[str, Any] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every page must say of it."""
+        return () if self.unpacked is None else notes_of(self.unpacked)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: what is known of the file that the weights came out of."""
+        return {} if self.unpacked is None else {"unpacked": dict(self.unpacked)}
 
 
-def resolve_base(base_model: str, revision: str = "main") -> Base:
-    """The folder of a base model: a local one, or a hub model downloaded to (or found in) the hub cache.
+def resolve_base(
+    base_model: str, revision: str = "main", gguf_dtype: str = "auto", gguf_off_grid: bool = False
+) -> Base:
+    """The folder of a base model: a local one, a GGUF file unpacked, or a hub model in (or downloaded to) the cache.
+
+    Args:
+        gguf_dtype, gguf_off_grid: of a GGUF file, as `lib.models.unpacking.unpack` takes them.
 
     Raises:
         InputError: no such folder or hub model, no access, no network, or a folder that is not a usable model.
@@ -49,11 +67,15 @@ def resolve_base(base_model: str, revision: str = "main") -> Base:
     if local.is_dir():
         check_model_folder(local)
         return Base(local, base_model, _fingerprint(local), False)
-    if local.is_file() or hub.looks_like_path(base_model):
+    if local.is_file() and local.suffix.lower() == ".gguf":
+        folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
+        return Base(folder, base_model, identity(record), False, record)
+    if local.is_file() or hub.looks_like_path(base_model) or base_model.lower().endswith(".gguf"):
         kind = "a file" if local.is_file() else "no folder"
         raise SourceError(
             f"base_model {base_model!r}: {kind} {local}.",
-            "a model folder (config.json, safetensors, tokenizer), or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
+            "a model folder (config.json, safetensors, tokenizer), a .gguf file, or an id such as "
+            "Qwen/Qwen2.5-0.5B-Instruct.",
             "correct the path, or set base_model: offline for the small built-in model.",
             f"{kind} there",
         )
@@ -69,7 +91,7 @@ class ChosenBase:
     Attributes:
         source: what it is called: "offline", a folder, or an id.
         base: its folder; None for the offline base, which is made from the run's rows.
-        notes: what every page must say: that it is a fallback, and why.
+        notes: what every page must say: that it is a fallback, and why; that it comes out of a GGUF file.
     """
 
     source: str
@@ -77,11 +99,18 @@ class ChosenBase:
     notes: tuple[str, ...] = ()
 
 
-def choose_base(base_model: str, revision: str, fallbacks: Sequence[Mapping[str, Any]] = ()) -> ChosenBase:
+def choose_base(
+    base_model: str,
+    revision: str,
+    fallbacks: Sequence[Mapping[str, Any]] = (),
+    gguf_dtype: str = "auto",
+    gguf_off_grid: bool = False,
+) -> ChosenBase:
     """The first source that can be had: base_model, then the listed fallbacks in order.
 
     Args:
         fallbacks: the setting; entries without "base_model" are left out. "sha256" is compared, "revision" used.
+        gguf_dtype, gguf_off_grid: how a GGUF file among them is unpacked.
 
     Raises:
         InputError: none can be had; or the first that can be had is not usable, or not the one that was listed.
@@ -91,13 +120,21 @@ def choose_base(base_model: str, revision: str, fallbacks: Sequence[Mapping[str,
     for entry in listed:
         source = str(entry["base_model"])
         try:
-            base = None if source == OFFLINE_BASE else resolve_base(source, str(entry.get("revision", "main")))
+            asked = str(entry.get("revision", "main"))
+            base = None if source == OFFLINE_BASE else resolve_base(source, asked, gguf_dtype, gguf_off_grid)
         except SourceError as error:
             failures.append(error)
             continue
         if base is not None and "sha256" in entry:
             _check_weights(base, str(entry["sha256"]))
-        return ChosenBase(base.id if base else source, base, fallback_note("base model", base_model, source, failures))
+        if gguf_off_grid and not failures and (base is None or base.unpacked is None):
+            raise InputError(
+                f"gguf_off_grid: true, and base_model {source}, which is no GGUF file.",
+                "gguf_off_grid: false, or a .gguf file as base_model.",
+                "correct one of them.",
+            )
+        notes = fallback_note("base model", base_model, source, failures)
+        return ChosenBase(base.id if base else source, base, (*notes, *(base.notes if base else ())))
     raise none_left(failures, [str(entry["base_model"]) for entry in listed])
 
 
@@ -125,7 +162,7 @@ def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> Source
 
 
 def _check_weights(base: Base, wanted: str) -> None:
-    files = open_weights(base.path).files
+    files = [user_path(base.id)] if base.unpacked is not None else open_weights(base.path).files
     hashes = {path.name: sha256_file(path) for path in files}
     found = next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
     if found != wanted.lower():
@@ -170,6 +207,17 @@ def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
     return GivenAdapter(found.path, adapter, found.revision)
 
 
+def unpacking_of(adapter: Path) -> dict[str, Any]:
+    """How the base of an adapter that this workbook trained was unpacked, as keywords of `resolve_base`.
+
+    An adapter fits the weights it was trained on: channels rescaled or not. Empty where its files say nothing.
+    """
+    record = adapter / "training.json"
+    content = read_json(record) if record.is_file() else {}
+    base = content.get("base") if isinstance(content, dict) else None
+    return asked_in(str(base.get("revision", ""))) if isinstance(base, dict) else {}
+
+
 def base_of(run: Run) -> Base:
     """The base model that notebook 01 chose for this run (the offline one is made now if it is not there yet)."""
     data = run.require("data")
@@ -180,7 +228,8 @@ def base_of(run: Run) -> Base:
         texts = [text for row in read_jsonl(data.path / "train.jsonl") for text in texts_of(row)]
         folder = ensure_base(texts, read_task(data.path), data.path / "tokenizer")
         return Base(folder, OFFLINE_BASE, folder.name, True)
-    base = resolve_base(facts["base_model"], _commit(facts.get("base_revision", "main")))
+    recorded = str(facts.get("base_revision", "main"))
+    base = resolve_base(facts["base_model"], _commit(recorded), **asked_in(recorded))
     if facts.get("base_revision") not in (None, base.revision):
         raise InputError(
             f"base model {base.id} is now {base.revision}.",

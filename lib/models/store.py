@@ -31,18 +31,24 @@ def whole(folder: Path) -> bool:
     return hash_folder(folder) == record_of(folder)["files"]
 
 
-def ensure(kind: str, determined_by: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Path:
+def ensure(
+    kind: str,
+    determined_by: dict[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    place: Path | None = None,
+) -> Path:
     """The stored folder for this key, made by `build` if it is absent or damaged.
 
     Args:
         kind: first part of the folder's name, e.g. "tokenizer".
         determined_by: everything the content depends on (JSON values); its hash is the key.
         build: writes files into an empty folder, returns facts for the record.
+        place: folder that holds it; None = `store()`.
 
     Returns:
         The folder. One process builds, others wait for it; a kill in between leaves nothing under the final name.
     """
-    place = folders.writable(store())
+    place = folders.writable(place or store())
     final = place / f"{kind}-{sha256_json(determined_by)[:16]}"
     record = final.with_name(f"{final.name}.json")
     with FileLock(final.with_name(f".{final.name}.lock")):

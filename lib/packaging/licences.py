@@ -32,6 +32,8 @@ def licences(data: Mapping[str, Any], base: str, is_offline: bool, has_text: boo
         identifier, model = "unknown", "made by the workbook from the texts of the data, whose licence applies"
     elif plain in BASES:
         identifier, model = BASES[plain], f"{BASES[plain]}, as the model card of {plain} says; read it"
+    elif licence := (data.get("unpacked") or {}).get("license"):
+        identifier, model = str(licence), f"{licence}, as the GGUF file of the base model says"
     else:
         identifier, model = "unknown", "see the file LICENSE, which the base model brought"
         model = model if has_text else "unknown to the workbook: read the base model's card before you pass the file on"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 
+from lib.models.unpacking import plain_name
+
 VERSION = "v1.0"
 
 _SIZE = re.compile(r"(?:^|[-_ ])(\d+(?:[._]\d+)?[KMBTQ])(?=$|[-_ ])", re.IGNORECASE)
@@ -23,6 +25,7 @@ def gguf_name(base: str, size: str, run_name: str, encoding: str) -> str:
         encoding: quantization type.
     """
     name = re.split(r"[/\\:]", _REVISION.sub(r"\1", base).rstrip("/\\"))[-1] or "model"
+    name = plain_name(name)
     name = "Offline-base" if name == "offline" else name
     found = _SIZE.search(name)
     size = found[1].replace("_", ".").upper() if found else size

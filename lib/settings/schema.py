@@ -44,8 +44,14 @@ class Settings(BaseModel):
         "判断下面这段评论的情感倾向，只回答负面或正面。\n评论：{text}",
         description="user turn; {text} is the row's text",
     )
-    base_model: str = Field(OFFLINE_BASE, min_length=1, description="'offline', folder, hub id, modelscope:id")
+    base_model: str = Field(OFFLINE_BASE, min_length=1, description="'offline', folder, .gguf file, id, modelscope:id")
     revision: str = Field("main", min_length=1, description="commit, branch or tag of an id; id@revision for one alone")
+    gguf_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="of weights unpacked from a .gguf base_model; auto = float16 where they fit"
+    )
+    gguf_off_grid: bool = Field(
+        False, description="rescale channels of a .gguf base_model, same function, so that it leaves its type's grid"
+    )
     fallbacks: list[dict[str, str | int]] = Field(
         [], description="sources tried in order when base_model or dataset cannot be had: {base_model: …}, {dataset: …}"
     )

@@ -194,6 +194,10 @@ def _config(name: str) -> Any:
 
         return model_config(BaseRecipe(), TokenizerRecipe().vocabulary)
     folder = user_path(name)
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
+        from lib.models.unpacking.source import read_source
+
+        return AutoConfig.for_model(**read_source(folder).config)
     file = folder / "config.json" if folder.is_dir() else folder if folder.name == "config.json" else _cached(name)
     if file is None or not file.is_file():
         raise InputError(

@@ -24,6 +24,7 @@ from lib.gguf_export.tensors import PlannedTensor, encode
 from lib.gguf_export.tokenizer import Tokenizer, has_qwen2_structure, read_tokenizer
 from lib.gguf_export.verifying import metadata_table, verify
 from lib.gguf_export.vocabulary import recognise
+from lib.models.gguf_architecture import rope_factors
 from lib.models.weights import StoredTensor, open_weights
 from tests.gguf_export.convertible import official, write_model
 
@@ -159,10 +160,10 @@ def test_rope_factors_of_llama_3(size: int, factor: float) -> None:
     config.rope_parameters = rope
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / (500000.0 ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    factors = architecture.rope_factors({"rope_parameters": rope, "head_dim": size})
+    factors = rope_factors({"rope_parameters": rope, "head_dim": size})
     assert factors is not None and factors.dtype == np.float32
     np.testing.assert_allclose(plain.numpy() / factors, scaled.numpy(), rtol=3e-7)
-    assert architecture.rope_factors({"rope_theta": 1e6, "head_dim": size}) is None
+    assert rope_factors({"rope_theta": 1e6, "head_dim": size}) is None
 
 
 @pytest.mark.parametrize(

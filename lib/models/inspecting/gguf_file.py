@@ -73,12 +73,24 @@ def _check(
     embedding = next((tensor.shape for tensor in tensors if tensor.name == "token_embd.weight"), ())
     if facts["vocabulary"] and embedding and embedding[0] < facts["vocabulary"]:
         problems.append(f"{facts['vocabulary']:,} tokens, but {embedding[0]:,} embeddings")
+    notes.append(_as_base(path))
     if budget := metadata.get("quantize.mix.budget_bytes"):
         found = f"types chosen by measurement under a budget of {budget} bytes"
         notes.append(f"{found}: the file type is only the recipe of the commonest one")
     parts = whole(metadata.get("split.count"))
     if parts and parts > 1:
         notes.append(f"one of {parts} parts of a split file")
+
+
+def _as_base(path: Path) -> str:
+    """Whether the file can be a base model; the same is asked when it is unpacked."""
+    from lib.models.unpacking.source import read_source
+
+    try:
+        main = read_source(path).main_type
+    except InputError as error:
+        return f"no base model (base_model, workbook unpack): {error.found.rstrip('.')}"
+    return f"can be a base model (base_model, workbook unpack): its {main} weights are turned back into numbers"
 
 
 def _template(metadata: dict[str, Any], render: bool, problems: list[str]) -> dict[str, Any] | None:

@@ -1,0 +1,177 @@
+"""A GGUF file as a model folder that `from_pretrained` loads: weights dequantized, configuration and tokenizer rebuilt.
+
+The folder holds `unpacked.json`, which says where it comes from, and of which type the weights were.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+
+__all__ = ["RECORD", "asked_in", "identity", "notes_of", "plain_name", "unpack", "unpack_into", "unpacked"]
+
+RECORD = "unpacked.json"
+CHOICES = ("auto", "float16", "bfloat16", "float32")
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""Types that are no quantized ones."""
+
+VERSION = 1
+"""Raised when other weights, configuration or tokenizer come out of the same file."""
+
+
+def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
+    """Write the model of a GGUF file as the new folder `folder`.
+
+    Args:
+        dtype: of the weights; auto = float16, or bfloat16 where a weight is too large for it.
+        off_grid: scale channels, without changing the function, so that the weights leave the grid of their type.
+
+    Returns:
+        What unpacked.json holds: {"source": file name, "sha256", "types": {type: weights}, "main_type", "dtype",
+        "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on the grid), "parameters",
+        "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see `cost.cost_of`, or null),
+        "cost_note"}.
+
+    Raises:
+        InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
+    """
+    from lib.run.files import flush_to_disk, readable_by_group
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
+    temporary = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        record = unpack_into(path, temporary, dtype, off_grid)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                readable_by_group(file)
+                flush_to_disk(file)
+        if folder.is_dir():
+            folder.rmdir()
+        temporary.rename(folder)
+        flush_to_disk(folder.parent)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}).", "a folder with room that may be written.", "choose one."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
+    """As `unpack`, into an empty folder that the caller made and will rename."""
+    from lib.models.gguf_tokenizer import write_tokenizer
+    from lib.models.unpacking.cost import cost_of
+    from lib.models.unpacking.rescaling import RANGE, SEED, Rescaling
+    from lib.models.unpacking.source import read_source
+    from lib.models.unpacking.writing import DTYPES, TooLargeError, write_weights
+    from lib.run.files import require_space, sha256_file, write_json
+
+    if dtype not in CHOICES:
+        raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
+    source = read_source(path)
+    if off_grid and source.main_type in PLAIN:
+        raise InputError(
+            f"{source.path} of {source.main_type} weights, which lie on no grid to leave.",
+            "a file of a quantized type.",
+            "leave out --off-grid (gguf_off_grid: false).",
+        )
+    scaling = Rescaling(source.config) if off_grid else None
+    require_space(folder, source.parameters * (4 if dtype == "float32" else 2), f"the weights of {source.path.name}")
+    tries = ["float16", "bfloat16", "float32"] if dtype == "auto" else [dtype]
+    for chosen in tries:
+        try:
+            write_weights(source, folder, chosen, scaling)
+            break
+        except TooLargeError as error:
+            if chosen == tries[-1]:
+                raise InputError(
+                    f"{error} of {source.path}, too large for {chosen}.", "weights it can hold.", "set dtype to auto."
+                ) from None
+    assert chosen in DTYPES
+    write_json(folder / "config.json", {**source.config, "torch_dtype": chosen})
+    write_json(folder / "generation_config.json", source.generation)
+    write_tokenizer(source.metadata, source.path, folder)
+    cost, note = cost_of(source, chosen, scaling)
+    record = {
+        "source": source.path.name,
+        "sha256": sha256_file(source.path),
+        "types": source.types,
+        "main_type": source.main_type,
+        "dtype": chosen,
+        "dtype_asked": dtype,
+        "off_grid": off_grid,
+        "seed": SEED if off_grid else None,
+        "scales": list(RANGE) if off_grid else None,
+        "parameters": source.parameters,
+        "license": source.metadata.get("general.license"),
+        "cost": cost,
+        "cost_note": note,
+    }
+    write_json(folder / RECORD, record)
+    return record
+
+
+def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[Path, dict[str, Any]]:
+    """The model folder of a GGUF file, kept under .cache/unpacked and made only once, and its `unpacked.json`.
+
+    Raises:
+        InputError: a file that cannot be unpacked.
+    """
+    from lib.models import store
+    from lib.models.unpacking.rescaling import RANGE, SEED
+    from lib.progress import say
+    from lib.run import folders
+    from lib.run.files import read_json, sha256_file
+
+    key: dict[str, Any] = {"sha256": sha256_file(path), "name": path.name, "dtype": dtype, "off_grid": off_grid}
+    key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
+    made = []
+
+    def build(folder: Path) -> dict[str, Any]:
+        made.append(folder)
+        return unpack_into(path, folder, dtype, off_grid)
+
+    folder = store.ensure(path.stem, key, build, folders.home() / ".cache" / "unpacked")
+    say(f"{path.name}: {'unpacked into' if made else 'unpacked before, found in'} {folder}")
+    return folder, read_json(folder / RECORD)
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """What tells a base from a GGUF file from all others: the file's hash, and what was asked for beside it."""
+    asked = record["dtype_asked"]
+    more = [*([asked] if asked != "auto" else []), *(["off-grid"] if record["off_grid"] else [])]
+    return "+".join([f"sha256:{record['sha256'][:16]}", *more])
+
+
+def asked_in(revision: str) -> dict[str, Any]:
+    """How the base of this identity was unpacked, as keywords of `resolve_base`; empty where it says nothing."""
+    _, *more = revision.split("+") if revision.startswith("sha256:") else [revision]
+    dtype = next((part for part in more if part in CHOICES), None)
+    return ({"gguf_dtype": dtype} if dtype else {}) | ({"gguf_off_grid": True} if "off-grid" in more else {})
+
+
+def plain_name(name: str) -> str:
+    """A GGUF file's name without its type: SmolLM2-135M-Instruct.Q4_1.gguf → SmolLM2-135M-Instruct.
+
+    Other names stay as they are.
+    """
+    if not name.lower().endswith(".gguf"):
+        return name
+    return re.sub(r"[.-](I?Q\d\w*|TQ\d\w*|MXFP4\w*|B?F16|F32)$", "", name[:-5], flags=re.IGNORECASE) or name
+
+
+def notes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What every page must say of a base that comes from a GGUF file."""
+    kind, source = record["main_type"], record["source"]
+    first = f"weights {'read' if kind in PLAIN else 'dequantized'} from {kind} ({source})"
+    return (first, *(["channels rescaled so that they leave the source's grid"] if record["off_grid"] else []))
