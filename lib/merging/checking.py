@@ -34,9 +34,9 @@ FORMATS = ("float32", "float16", "bfloat16")
 KLD_SHARE = 0.1
 """Largest mean KL divergence of a merge, as a share of what the adapter itself changes.
 
-SmolLM2-135M with a trained adapter loses 0.8 % of 0.37 nats in bfloat16, and that file is as accurate as the adapter;
-a wrong merge loses far more (half the scaling about a quarter, one tensor of 210 left out a percent or more, which the
-proof finds). A tenth leaves a merge that still does nine tenths of what was trained."""
+KL divergence grows with about the square of a change: a tenth is what undoing a third of the adapter does. SmolLM2-135M
+in bfloat16, LoRA of rank 8 on all linear layers: 0.8 % after an epoch of 1,600 rows (as accurate as the adapter), and
+11.6 % after 20 updates, whose small changes rounding sets back in 60 % of the weights (float16 loses 0.0002 %)."""
 
 FLOAT16_MOST = 65504.0
 """Largest number of float16."""
@@ -124,11 +124,25 @@ class _Reference:
         return FormatCost(
             dtype=dtype,
             written=written,
-            mean_kld=float(kl_divergence(self.tuned, found).mean()),
+            mean_kld=_mean_kld(self.tuned, found),
             max_abs_log_prob=float(np.abs(self.tuned - found)[likely].max()),
             argmax_agreement=_agreement(self.tuned, found),
             answer_agreement=_agreement(self.tuned[self.starts], found[self.starts]),
         )
+
+
+def _mean_kld(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean KL(p ‖ q) of a position, nats.
+
+    The probabilities are made to add up to 1 in float64: what the float32 log-softmax leaves over is larger than the
+    cost of float32 weights.
+    """
+    return float(np.mean([kl_divergence(_normal(left), _normal(right)) for left, right in zip(p, q, strict=True)]))
+
+
+def _normal(log_probs: np.ndarray) -> np.ndarray:
+    wide = log_probs.astype(np.float64)
+    return wide - np.log(np.exp(wide).sum())
 
 
 def _agreement(p: np.ndarray, q: np.ndarray) -> float:
@@ -236,7 +250,7 @@ def _summary(
     prompts: int,
     started: float,
 ) -> MergeCheck:
-    own, effect = costs[0], float(kl_divergence(reference.tuned, reference.plain).mean())
+    own, effect = costs[0], _mean_kld(reference.tuned, reference.plain)
     return MergeCheck(
         dtype=own.dtype,
         computed_in=arithmetic,

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class MergeProof:
         decided: summed weights for which only one number of the format is right (all of them hold it).
         nearest: summed weights that hold the rounding of the exact sum; the others hold its neighbour, which a float32
             sum in another order gives.
+        kept: Σ (stored - W) (T - W) / Σ (T - W)² over the summed weights: how much of the adapter's change rounding
+            leaves (1 = all; less where changes are smaller than half a step of the format, so that W comes back); None
+            where nothing changes.
+        set_back: summed weights that hold W again although T differs from it.
         dtype: of the merged weights as safetensors names it ("BF16"), "mixed" where there are several.
     """
 
@@ -67,6 +72,8 @@ class MergeProof:
     weights_copied: int
     decided: int
     nearest: int
+    kept: float | None
+    set_back: int
     dtype: str
     seconds: float
 
@@ -93,7 +100,7 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
     updates = plan_updates(lora, weights, config)
     _check_places(weights, written, dtype)
     factors = _scalings(adapter, updates)
-    counts = {"decided": 0, "nearest": 0}
+    counts: dict[str, float] = defaultdict(float)
     wrong: dict[str, int] = {}
     with Progress("proving the merge (tensors)", len(written.tensors)) as progress:
         for name, tensor in written.tensors.items():
@@ -115,7 +122,10 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
         weights_summed=weights_summed,
         tensors_copied=len(written.tensors) - len(summed),
         weights_copied=written.parameters - weights_summed,
-        **counts,
+        decided=int(counts["decided"]),
+        nearest=int(counts["nearest"]),
+        kept=counts["kept"] / counts["change"] if counts["change"] else None,
+        set_back=int(counts["set back"]),
         dtype=kinds.pop() if len(kinds) == 1 else "mixed",
         seconds=round(time.monotonic() - started, 2),
     )
@@ -202,7 +212,7 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _check_sums(
-    written: StoredTensor, base: StoredTensor, update: Update, scaling: float, counts: dict[str, int]
+    written: StoredTensor, base: StoredTensor, update: Update, scaling: float, counts: dict[str, float]
 ) -> int:
     """Number of weights outside of what a float32 sum, rounded once, can be; adds to `counts`."""
     import torch
@@ -216,6 +226,10 @@ def _check_sums(
             found = _read(written, first, count).reshape(right.shape)
             counts["decided"] += int((low == high).sum())
             counts["nearest"] += int((found == right).sum())
+            change, stored = ((value.to(torch.float64) - weight).reshape(-1) for value in (total, found))
+            counts["kept"] += float(stored @ change)
+            counts["change"] += float(change @ change)
+            counts["set back"] += int(((stored == 0) & (change != 0)).sum())
             wrong += count - int(((low <= found) & (found <= high)).sum())  # NaN is in no interval
     return wrong
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lib.errors import InputError
 from lib.merging.folder import merge_folders
 from lib.merging.proving import prove_merge
+from lib.plots import merge_rows
 from lib.run.files import read_json, write_json
 from tests.merging.test_merge_folders import VARIANTS, peft_merged
 
@@ -46,7 +47,9 @@ def test_another_format_is_rounded_once(
     base = make_base("bfloat16")
     adapter = make_adapter(base, **VARIANTS[variant])
     merge_folders(base, adapter, tmp_path / "out", dtype=wanted)
-    proof = prove_merge(base, adapter, tmp_path / "out", {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted])
+    proof = prove_merge(
+        base, adapter, tmp_path / "out", {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]
+    )
     assert proof.dtype == {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]
     if wanted != "bfloat16":
         with pytest.raises(InputError, match="should be BF16"):
@@ -54,9 +57,7 @@ def test_another_format_is_rounded_once(
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
-def test_untied_models_and_embeddings(
-    saved: str, make_base: Callable, make_adapter: Callable, tmp_path: Path
-) -> None:
+def test_untied_models_and_embeddings(saved: str, make_base: Callable, make_adapter: Callable, tmp_path: Path) -> None:
     tied = make_base("bfloat16", tied=True, shards=3)
     adapter = make_adapter(tied, modules_to_save=[saved])
     merge_folders(tied, adapter, tmp_path / "untied")
@@ -192,6 +193,34 @@ def test_rounded_twice(merged: tuple[Path, Path, Path], through: str) -> None:
     rewrite(merged[2], twice)
     count, named = refused(merged)
     assert count == 6 and min(named.values()) > 50
+
+
+def test_what_rounding_leaves(merged: tuple[Path, Path, Path], make_adapter: Callable, tmp_path: Path) -> None:
+    """Slope and set-back weights against NumPy in float64; an adapter of small numbers is mostly rounded away."""
+    base, _, _ = merged
+    small = make_adapter(base)
+    path = small / "adapter_model.safetensors"
+    lora = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
+    save_file(lora, path, metadata={"format": "pt"})
+    merge_folders(base, small, tmp_path / "small")
+    found = {}
+    for dtype in ("bfloat16", "float16"):
+        merge_folders(base, small, tmp_path / dtype, dtype=dtype)
+        found[dtype] = prove_merge(base, small, tmp_path / dtype, {"bfloat16": "BF16", "float16": "F16"}[dtype])
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "bfloat16" / "model.safetensors")
+    kept = change = back = 0.0
+    for name in before:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in lora:
+            a, b = (lora[f"{module}.lora_{role}.weight"].double().numpy() for role in "AB")
+            delta, stored = 2.0 * b @ a, (after[name].double() - before[name].double()).numpy()
+            kept, change = kept + (stored * delta).sum(), change + (delta * delta).sum()
+            back += (stored == 0).sum()
+    assert found["bfloat16"].kept == pytest.approx(kept / change, rel=1e-9)
+    assert found["bfloat16"].set_back == back > 0.5 * found["bfloat16"].weights_summed
+    assert found["bfloat16"].kept < 0.9 < 0.99 < found["float16"].kept
+    words = merge_rows.survival(found["bfloat16"])
+    assert f"leaves {kept / change:.1%} of the adapter's change" in words and "are the base's again" in words
 
 
 def test_nan_missing_and_reshaped_tensors(merged: tuple[Path, Path, Path]) -> None:
