@@ -1,4 +1,4 @@
-"""Stage 04: merge the adapter into the base model and prove that the answers stayed the same."""
+"""Stage 04: merge the adapter into the base model, prove the weights, and measure what their rounding costs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
     from lib.merging.checking import MergeCheck
+    from lib.merging.proving import MergeProof
     from lib.merging.report import MergeReport
     from lib.run import Product, Run, Work
     from lib.settings import Settings
 
 __all__ = ["MergeResult", "merge"]
 
-_CHECK = 2
+_CHECK = 3
 """Raised when the check measures more, so that an older merge is measured again."""
 
 CHECK_PROMPTS = 12
@@ -33,7 +34,8 @@ class MergeResult:
 
     Attributes:
         report: sizes, tensors, memory and rules of the merge.
-        check: how far its answers are from those of base + adapter.
+        proof: what was recomputed, and found right.
+        check: what rounding the weights costs: answers beside those of base + adapter.
         nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
         files: bytes of every file of the product.
         base: id of the base model; method: how the adapter was trained ("LoRA", "QLoRA").
@@ -42,6 +44,7 @@ class MergeResult:
 
     product: Product
     report: MergeReport
+    proof: MergeProof
     check: MergeCheck
     nf4: Nf4Comparison | None
     files: dict[str, int]
@@ -54,19 +57,20 @@ def merge(settings: Settings, run: Run) -> MergeResult:
     """Make the product `merged` from `adapter` and the run's base model, or skip it when nothing changed.
 
     Raises:
-        InputError: an adapter that cannot be merged exactly, or a merged model that answers differently.
+        InputError: an adapter that cannot be merged exactly, a merged weight that is not the rounded sum, or rounding
+            that takes too much of what the adapter changed.
     """
     product = run.produce(
         "merged",
-        lambda work: _build(settings.merge_base, run, work),
-        parameters=settings.pick("merge_base") | {"check": _CHECK},
+        lambda work: _build(settings.merge_base, settings.merge_dtype, run, work),
+        parameters=settings.pick("merge_base", "merge_dtype") | {"check": _CHECK},
         inputs=("data", "adapter"),
         force=settings.force,
     )
     return _read(product)
 
 
-def _build(merge_base: str, run: Run, work: Work) -> None:
+def _build(merge_base: str, merge_dtype: str, run: Run, work: Work) -> None:
     from lib.merging.card import write_card
     from lib.models.loading import base_of
 
@@ -83,7 +87,10 @@ def _build(merge_base: str, run: Run, work: Work) -> None:
         scratch = Path(name)
         if method == "QLoRA":
             folders[DEQUANTIZED] = dequantize_base(base.path, scratch / "dequantized-base")
-        made = {key: _merge_into(folder, scratch / key, data.path, adapter.path) for key, folder in folders.items()}
+        dtype = None if merge_dtype == "base" else merge_dtype
+        made = {
+            key: _merge_into(folder, scratch / key, data.path, adapter.path, dtype) for key, folder in folders.items()
+        }
         nf4 = None
         if method == "QLoRA":
             rows, task = _rows(data.path, ROWS), read_task(data.path)
@@ -91,14 +98,15 @@ def _build(merge_base: str, run: Run, work: Work) -> None:
             nf4 = compare_merges(base.path, adapter.path, merges, rows, task, data.path / "tokenizer")
         for path in sorted((scratch / merge_base).iterdir()):
             path.rename(work.folder / path.name)
-    report, check = made[merge_base]
+    report, proof, check = made[merge_base]
     kind = kind_of(read_task(data.path))
     purpose = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind, "sentiment-analysis")
     chosen = adapter.entry.facts.get("chosen")
     notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
-    write_card(work.folder, base.id, base.revision, report, check, notes, merge_base, purpose)
+    write_card(work.folder, base.id, base.revision, report, proof, check, notes, merge_base, purpose)
     record = {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"}
-    content = {"report": record, "check": check.to_json(), "method": method, "merge_base": merge_base}
+    content = {"report": record, "proof": proof.to_json(), "check": check.to_json()}
+    content |= {"method": method, "merge_base": merge_base}
     write_json(work.folder / "merge.json", content | {"nf4": nf4.to_json() if nf4 else None})
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
@@ -110,13 +118,18 @@ def _build(merge_base: str, run: Run, work: Work) -> None:
     }
 
 
-def _merge_into(base: Path, output: Path, data: Path, adapter: Path) -> tuple[MergeReport, MergeCheck]:
-    """Merge, and check the merged model on prompts of the run."""
+def _merge_into(
+    base: Path, output: Path, data: Path, adapter: Path, dtype: str | None
+) -> tuple[MergeReport, MergeProof, MergeCheck]:
+    """Merge, prove the merged weights, and measure what rounding them costs on prompts of the run."""
     from lib.merging.checking import check_merge
     from lib.merging.folder import merge_folders
+    from lib.merging.proving import prove_merge
+    from lib.merging.writing import DTYPES
 
-    report = merge_folders(base, adapter, output, tokenizer=data / "tokenizer")
-    return report, check_merge(base, adapter, output, check_prompts(data), report.dtype)
+    report = merge_folders(base, adapter, output, dtype, tokenizer=data / "tokenizer")
+    proof = prove_merge(base, adapter, output, DTYPES[dtype] if dtype else None)
+    return report, proof, check_merge(base, adapter, output, check_prompts(data), report.dtype)
 
 
 def _rows(data: Path, count: int) -> list[dict[str, Any]]:
@@ -136,6 +149,7 @@ def check_prompts(data: Path) -> list[list[int]]:
 
 def _read(product: Product) -> MergeResult:
     from lib.merging.checking import MergeCheck
+    from lib.merging.proving import MergeProof
     from lib.merging.report import MergeReport
 
     content: dict[str, Any] = read_json(product.path / "merge.json")
@@ -143,7 +157,8 @@ def _read(product: Product) -> MergeResult:
     return MergeResult(
         product=product,
         report=MergeReport(**report),
-        check=MergeCheck(**content["check"]),
+        proof=MergeProof(**content["proof"]),
+        check=MergeCheck.from_json(content["check"]),
         nf4=Nf4Comparison.from_json(content["nf4"]) if content["nf4"] else None,
         files={name: output["bytes"] for name, output in product.entry.outputs.items()},
         base=content["report"]["base"],

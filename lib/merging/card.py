@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lib.merging.checking import MergeCheck
+from lib.merging.proving import MergeProof
 from lib.merging.report import MergeReport
 from lib.run.files import write_text
 
@@ -20,6 +21,7 @@ def write_card(
     base: str,
     revision: str,
     report: MergeReport,
+    proof: MergeProof,
     check: MergeCheck,
     notes: list[str],
     merge_base: str,
@@ -58,9 +60,10 @@ A LoRA adapter merged into `{base}` (revision `{revision}`){through}.
 |---|---|
 | weights | {report.parameters:,} in {report.dtype}, {report.bytes_merged / 1e6:.1f} MB |
 | tensors changed, copied | {report.tensors_changed}, {report.tensors_copied} |
-| checked against base + adapter | {check.positions} positions of {check.prompts} prompts, in {check.computed_in} |
-| largest difference of log-probabilities | {check.max_abs_log_prob:.2g} (allowed {check.tolerance:g}) |
-| mean KL divergence | {check.mean_kld:.2g} nats (the adapter changes the base by {check.effect_kld:.2g}) |
+| computed again and found right | {proof.weights_summed:,} summed and {proof.weights_copied:,} copied weights |
+| compared with base + adapter | {check.positions} positions of {check.prompts} prompts, in {check.computed_in} |
+| what rounding to {check.dtype} costs | mean KL divergence {check.mean_kld:.2g} nats (the adapter changes the base by \
+{check.effect_kld:.2g}), largest change of a log-probability {check.max_abs_log_prob:.2g} |
 | same most probable token | {check.argmax_agreement:.1%} |
 
 Each changed weight is summed in float32 and rounded once. How it was trained and measured: the reports of the run.

@@ -169,6 +169,12 @@ class _Parts:
 
     def _put(self, target: StoredTensor, first: int, values: np.ndarray) -> None:
         if not math.isfinite(largest_magnitude(values, target.dtype)):
+            if target.dtype == "F16":
+                raise InputError(
+                    f"{target.name}: a weight that is not finite in float16, which ends at 65,504.",
+                    "weights within the number format.",
+                    "merge into bfloat16 or float32 (merge_dtype, --dtype), or look for a diverged training.",
+                )
             raise infinite(target.name, self.base.tensors[target.name].file)
         write_at(self.descriptors[target.file], values.view(np.uint8), target.start + first * values.itemsize)
         if self.sink is not None:
@@ -185,7 +191,7 @@ def infinite(what: str, where: Path) -> InputError:
 
 
 def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
-    """The merged weight in float32 (float64 for a float64 base), to be rounded once by the caller; "rows" in its dtype.
+    """The merged weight in float32 (float64 for a float64 base), to be rounded once by the caller.
 
     linear: W + s·B·A; embedding: W + s·(B·A)ᵀ; with a magnitude m (DoRA): m ⊙ rows / ‖rows‖₂ of that sum.
 
@@ -197,7 +203,7 @@ def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Ten
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with torch.inference_mode():
         if update.kind == "rows":
-            result, trained = weight.clone(), update.tensors["value"].tensor()
+            result, trained = weight.to(wide, copy=True), update.tensors["value"].tensor()
             for i, row in enumerate(update.rows):
                 if rows.start <= row < rows.stop:
                     result[row - rows.start] = trained[i]

@@ -170,15 +170,6 @@ def merge_card(result: Any) -> Row:
     }
 
 
-def merge_check(check: Any) -> list[Row]:
-    """The merge's cost beside the adapter's effect (a MergeCheck)."""
-    found = {
-        "base + adapter → merged (the merge's cost)": (check.mean_kld, check.argmax_agreement),
-        "base + adapter → base (the adapter's effect)": (check.effect_kld, check.effect_agreement),
-    }
-    return [{"compared": name, "KL, nats ↓": kld, "same top token ↑": same} for name, (kld, same) in found.items()]
-
-
 def nf4_merges(comparison: Any) -> list[Row]:
     """The trained QLoRA model and both merges on the same rows (an Nf4Comparison)."""
     return [

@@ -85,6 +85,9 @@ class Settings(BaseModel):
     merge_base: Literal["original", "dequantized"] = Field(
         "original", description="weights a QLoRA adapter is merged into: the 16-bit ones, or NF4 turned back"
     )
+    merge_dtype: Literal["base", "float16", "bfloat16", "float32"] = Field(
+        "base", description="number format of the merged weights; base = that of the base model, tensor by tensor"
+    )
 
     outtype: Literal["f16", "bf16", "f32", "q8_0"] = Field("f16", description="type of the converted GGUF")
     gate_max_kld: float = Field(1.0e-3, gt=0.0, description="largest mean KL divergence, nats, merged vs GGUF")

@@ -1,4 +1,4 @@
-"""The self-check refuses wrong merges, and the stage publishes only what passed it."""
+"""What rounding costs is measured and refused where it spoils the adapter; the stage publishes only what passed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
 from lib.merging import merge
-from lib.merging.checking import _compare, check_merge
+from lib.merging.checking import KLD_FLOOR, KLD_SHARE, FormatCost, MergeCheck, _Reference, _refuse, check_merge
 from lib.merging.folder import merge_folders
-from lib.plots import rows
+from lib.merging.proving import prove_merge
+from lib.plots import merge_rows, rows
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.run import Run
 from lib.scoring.divergence import kl_divergence
@@ -48,6 +49,7 @@ def test_right_merge_passes(merged: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("mistake", ["not merged", "twice", "half", "transposed", "one tensor"])
 def test_wrong_merge_is_refused(merged: tuple[Path, str], mistake: str, tmp_path: Path) -> None:
+    """By the proof always, by its answers where the mistake is a large one."""
     folder, dtype = merged
     merge_folders(folder / "base", folder / "adapter", tmp_path / "wrong")
     path = tmp_path / "wrong" / "model.safetensors"
@@ -64,8 +66,142 @@ def test_wrong_merge_is_refused(merged: tuple[Path, str], mistake: str, tmp_path
         name = "model.layers.1.mlp.down_proj.weight"
         wrong[name] = base[name]
     save_file(wrong, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"differs from base \+ adapter.*nats"):
-        check_merge(folder / "base", folder / "adapter", tmp_path / "wrong", PROMPTS, dtype)
+    with pytest.raises(InputError, match=r"is not base \+ adapter: \d of"):
+        prove_merge(folder / "base", folder / "adapter", tmp_path / "wrong")
+    if mistake in ("not merged", "twice", "half"):
+        with pytest.raises(InputError, match=r"does not answer as base \+ adapter.*nats"):
+            check_merge(folder / "base", folder / "adapter", tmp_path / "wrong", PROMPTS, dtype)
+
+
+def distributions(model: torch.nn.Module) -> torch.Tensor:
+    """Log-probabilities at the last eight positions of every prompt, by plain transformers; float64."""
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([ids])).logits[0, -8:].double().log_softmax(-1) for ids in PROMPTS])
+
+
+def test_costs_agree_with_plain_transformers(merged: tuple[Path, str]) -> None:
+    """Each format: peft's merge_and_unload of the float32 model, cast and widened again, its answers by torch."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, dtype = merged
+    check = check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
+    assert sorted(cost.dtype for cost in check.costs) == ["bfloat16", "float16", "float32"] and not check.left_out
+    assert [cost.dtype for cost in check.costs if cost.written] == [dtype]
+
+    def base() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+
+    tuned = distributions(PeftModel.from_pretrained(base(), folder / "adapter"))
+    effect = (tuned.exp() * (tuned - distributions(base()))).sum(-1).mean()
+    assert check.effect_kld == pytest.approx(float(effect), rel=1e-4)
+    for cost in check.costs:
+        sums = PeftModel.from_pretrained(base(), folder / "adapter").merge_and_unload()
+        state = {name: value.to(getattr(torch, cost.dtype)) for name, value in sums.state_dict().items()}
+        rounded = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        rounded.load_state_dict(state)  # casting the module would round the rotary frequencies, too
+        rounded = distributions(rounded)
+        kld = (tuned.exp() * (tuned - rounded)).sum(-1)
+        likely = torch.maximum(tuned, rounded) > np.log(1e-4)
+        assert cost.mean_kld == pytest.approx(float(kld.mean()), rel=0.02, abs=2e-10)
+        assert cost.max_abs_log_prob == pytest.approx(float((tuned - rounded)[likely].abs().max()), rel=0.02, abs=1e-5)
+        same = tuned.argmax(-1) == rounded.argmax(-1)
+        assert cost.argmax_agreement == float(same.double().mean())
+        assert cost.answer_agreement == float(same[7::8].double().mean())
+    by_name = {cost.dtype: cost.mean_kld for cost in check.costs}
+    assert by_name["float32"] < by_name["float16"] < by_name["bfloat16"] / 10  # 3 bits more: 64 times in variance
+
+
+def test_weights_beyond_float16_are_left_out(tmp_path: Path) -> None:
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.0.self_attn.k_proj.bias"][0] = 70_000.0
+    save_file(stored, path, metadata={"format": "pt"})
+    tiny_run.make_adapter(tmp_path / "base", tmp_path / "adapter")
+    merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    check = check_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", PROMPTS, "bfloat16")
+    assert list(check.left_out) == ["float16"] and [cost.dtype for cost in check.costs] == ["bfloat16", "float32"]
+    assert "float16 was not measured: a weight is larger than 65,504." in merge_rows.reading(check)
+    with pytest.raises(InputError, match="float16, which ends at 65,504"):
+        merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype="float16")
+
+
+def test_formats_that_memory_does_not_allow_are_named(merged: tuple[Path, str], monkeypatch) -> None:
+    folder, dtype = merged
+    monkeypatch.setattr("lib.merging.checking.affordable_dtype", lambda folder: "bfloat16")
+    check = check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
+    assert check.computed_in == "bfloat16" and [cost.written for cost in check.costs] == [True]
+    assert set(check.left_out) == {"float32", "float16", "bfloat16"} - {dtype}
+    assert "do not fit into memory" in merge_rows.reading(check)
+
+
+def test_a_model_with_large_logits_passes_where_fixed_limits_refused(tmp_path: Path) -> None:
+    """Sharp distributions as trained models have them: rounding moves rare tokens by whole nats, and little is lost."""
+    tiny_run.make_base(tmp_path / "base", "bfloat16")
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.norm.weight"] *= 32  # log-probabilities of 40 nats and more
+    save_file(stored, path, metadata={"format": "pt"})
+    tiny_run.make_adapter(tmp_path / "base", tmp_path / "adapter")
+    small = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    small = {name: tensor * (0.1 if "lora_B" in name else 1) for name, tensor in small.items()}
+    save_file(small, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    prove_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    check = check_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", PROMPTS, "bfloat16")
+    assert check.max_abs_log_prob > 0.25  # the old limit for bfloat16
+    assert check.mean_kld > 2e-4 + 0.01 * check.effect_kld  # the other one
+    assert check.mean_kld < KLD_SHARE * check.effect_kld
+
+
+def checked(mean: float, effect: float, arithmetic: str = "float32", half: float = 1e-6) -> MergeCheck:
+    """A check with these figures; float16 would cost `half`."""
+    costs = [
+        FormatCost(name, name == "bfloat16", kld, 0.1, 1.0, 1.0)
+        for name, kld in (("bfloat16", mean), ("float32", 1e-12), ("float16", half))
+    ]
+    limit = max(KLD_FLOOR[arithmetic], KLD_SHARE * effect)
+    return MergeCheck("bfloat16", arithmetic, 12, 96, 0.1, mean, 1.0, 1.0, effect, 0.5, limit, tuple(costs), {}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "effect", "arithmetic", "passes"),
+    [
+        (0.0028, 0.37, "float32", True),  # the real run
+        (0.0369, 0.37, "float32", True),
+        (0.0371, 0.37, "float32", False),
+        (9e-4, 1e-5, "float32", True),  # an adapter that does nearly nothing
+        (1.1e-3, 1e-5, "float32", False),
+        (9e-3, 1e-5, "bfloat16", True),
+        (1.1e-2, 1e-5, "bfloat16", False),
+        (float("nan"), 0.37, "float32", False),
+    ],
+)
+def test_the_limit_on_both_sides(mean: float, effect: float, arithmetic: str, passes: bool) -> None:
+    check = checked(mean, effect, arithmetic)
+    if passes:
+        _refuse(check, Path("merged"))
+        return
+    with pytest.raises(InputError, match="set merge_dtype: float16, which would cost 1e-06 nats"):
+        _refuse(check, Path("merged"))
+
+
+def test_the_page_recommends_a_far_better_format() -> None:
+    said = merge_rows.reading(checked(0.0028, 0.37, half=0.00007))
+    assert "Rounding to bfloat16 costs 0.0028 nats, 0.76% of the 0.37 nats" in said
+    assert "float16, in the same bytes, would cost 40 times less (7e-05 nats): **set `merge_dtype: float16`**." in said
+    assert "set `merge_dtype" not in merge_rows.reading(checked(0.0028, 0.37, half=0.0012))
+    assert "too little to matter" in merge_rows.reading(checked(0.00028, 0.37, half=0.00007))
+    assert "would cost 2.0 times more" in merge_rows.reading(checked(0.0028, 0.37, half=0.0056))
+    table = merge_rows.costs(checked(0.0028, 0.37))
+    assert [row["weights of base + adapter"].split(" ")[0] for row in table] == [
+        "bfloat16",
+        "float32",
+        "float16",
+        "the",
+    ]
+    assert table[0]["share of the effect"] == pytest.approx(0.0028 / 0.37) and table[-1]["KL, nats ↓"] == 0.37
 
 
 def test_kl_divergence_by_hand() -> None:
@@ -79,8 +215,8 @@ def test_flat_distributions_are_compared_at_their_top() -> None:
     flat = np.full((3, 20_000), -np.log(20_000.0), np.float32)
     other = flat.copy()
     other[:, 0] += 0.25
-    check = _compare(flat, flat, other, "float32", "float32", 1, 0.0)
-    assert check.max_abs_log_prob == pytest.approx(0.25)
+    cost = _Reference(flat, flat, np.array([2])).cost("float32", other)
+    assert cost.max_abs_log_prob == pytest.approx(0.25)
 
 
 def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -90,6 +226,8 @@ def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert result.product.made
     assert result.report.tensors_changed == 6
     assert result.check.prompts == 12
+    assert result.proof.tensors_summed == 6 and result.proof.dtype == "BF16"
+    assert f"All {result.report.parameters:,} weights were computed again" in merge_rows.proof(result.proof)
     names = set(result.files)
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
     assert not [path for path in result.product.path.iterdir() if path.name not in names]
@@ -99,7 +237,13 @@ def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "not a result" in (result.product.path / "README.md").read_text()
     again = merge(Settings(), run)
     assert not again.product.made
-    assert (again.report, again.check) == (result.report, result.check)
+    assert (again.report, again.proof, again.check) == (result.report, result.proof, result.check)
+    card = (result.product.path / "README.md").read_text()
+    assert f"{result.proof.weights_summed:,} summed" in card and "what rounding to bfloat16 costs" in card
+    other = merge(Settings(merge_dtype="float16"), run)
+    assert other.product.made and other.report.dtype == "float16" and other.proof.dtype == "F16"
+    assert other.check.mean_kld < result.check.mean_kld / 10
+    assert load_file(other.product.path / "model.safetensors")["model.norm.weight"].dtype == torch.float16
     assert ".part" not in (result.product.path / "merge.json").read_text()  # no temporary path
 
 
@@ -112,7 +256,7 @@ def test_stage_publishes_nothing_when_the_check_fails(
     run = tiny_run.make_run(tmp_path / "base")
     right = writing.apply_update
     monkeypatch.setattr(writing, "apply_update", lambda weight, update, rows: right(weight, update, rows) * 1.1)
-    with pytest.raises(InputError, match="differs from base"):
+    with pytest.raises(InputError, match="is not base \\+ adapter: 6 of"):
         merge(Settings(), run)
     assert not (run.folder / "merged").exists()
     assert "merged" not in run.manifest.entries()
