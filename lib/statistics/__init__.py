@@ -29,9 +29,17 @@ from lib.statistics.power import (
     rows_for_inside,
     rows_needed,
 )
+from lib.statistics.retention import (
+    KEEPS_LITTLE,
+    keeps_little,
+    kept_words,
+    retention_warning,
+    slope_through_origin,
+)
 from lib.statistics.verdicts import PairedComparison, compare, compare_all, in_words, verdict
 
 __all__ = [
+    "KEEPS_LITTLE",
     "Calibration",
     "ClassScores",
     "ClassificationReport",
@@ -55,6 +63,8 @@ __all__ = [
     "equivalence_paired",
     "holm",
     "in_words",
+    "keeps_little",
+    "kept_words",
     "margin_test",
     "mcnemar_exact",
     "mde_exact",
@@ -65,8 +75,10 @@ __all__ = [
     "power_inside",
     "power_mcnemar",
     "rows_for_inside",
+    "retention_warning",
     "rows_needed",
     "sign_flip_test",
+    "slope_through_origin",
     "smallest_significant",
     "verdict",
     "wilson",
