@@ -209,8 +209,9 @@ def _recommend(
     files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None, labelled: bool
 ) -> dict[str, Any]:
     advice = recommend(files, margin, compared) if labelled else recommend_answers(files, margin, floor, compared)
-    chosen = next((entry for entry in files if entry["type"] == advice["type"]), {})
-    return {**advice, "text": paragraphs([advice["text"]], [warning] if (warning := retention_warning(chosen)) else [])}
+    named = [entry for entry in files if advice["type"] in (None, entry["type"])]
+    warnings = [warning for entry in named if (warning := retention_warning(entry))]
+    return {**advice, "text": paragraphs([advice["text"]], warnings)}
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:
