@@ -74,7 +74,7 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     fit = [name for name in matrices if name in stored and list(stored[name].shape[::-1]) == _shape(source, name)]
     if not fit:
         found = f"none of the {len(matrices)} matrices of {source.path.name} is in the base {folder}."
-        raise InputError(found, "the base that it was trained from.", "run notebook 01 again with the right base_model.")
+        raise InputError(found, "the base that it was trained from.", "run 01 again with the right base_model.")
     found = {name: BaseMatrix(stored[name], row_order(name, config, stored[name].shape[0])) for name in fit}
     return found, [name for name in matrices if name not in found]
 

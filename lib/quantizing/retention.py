@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.formats import GRID_SIZABLE
 from lib.quantizing.files import QuantizationReport
 from lib.quantizing.importance import AUTO
 from lib.run import Product, Run, Work
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from lib.models.resolving import Base
     from lib.settings import Settings
 
+NF4 = "nf4"
+"""Type that is tried, and the export folder of 06, which quantizes the matrices of the layers."""
 GRID, KEPT = "source_grid.json", "retention.json"
 GRID_SHARE = 0.05
 """Share of blocks that a type gives back from which the weights count as lying on its grid; generic ones give 0."""
-SIZABLE = 0.1
-"""Share of a file's weights in types on that grid from which the file is marked."""
 FEW_VALUES = 22.0
 """Different values in a block of 32 below which weights must come from a quantized file; generic ones have 30 to 32."""
 
@@ -61,8 +62,8 @@ class SourceGrid:
         return sum(p["weights"] for p in parts if p["type"] in self.types) / sum(p["weights"] for p in parts)
 
     def marked(self, files: Iterable[tuple[str, Iterable[Mapping[str, Any]]]]) -> list[str]:
-        """What tables mark: such types, and the files (name and histogram) with a `SIZABLE` share of them."""
-        return [*self.types, *(name for name, parts in files if self.share(parts) >= SIZABLE)]
+        """What tables mark: such types, and the files (name and histogram) with a `GRID_SIZABLE` share of them."""
+        return [*self.types, *(name for name, parts in files if self.share(parts) >= GRID_SIZABLE)]
 
 
 def stamp(grid: SourceGrid) -> str:
@@ -90,7 +91,7 @@ class Retention:
         files: {type: rows of `lib.quantizing.surviving.measure`}.
         moved: ‖δ‖ / ‖base‖ over all matrices.
         left_out: matrices that the base does not have.
-        source_grid: {file name: share of its weights in types on the grid of the base's weights}.
+        source_grid: {file or folder name: share of its weights in types on the grid of the base's weights}.
     """
 
     product: Product | None
@@ -171,6 +172,7 @@ def measure_retention(
         }
         answer = run_child("lib.quantizing.surviving:measure", argument, "what is left of the fine-tuning")
         shares = {file.file: grid.share(file.histogram) for file in files}
+        shares |= {NF4: answer["in_blocks"]} if NF4 in grid.types else {}
         write_json(
             work.folder / KEPT,
             {"source_grid": shares, **{k: v for k, v in answer.items() if k != "peak_memory_mib"}},

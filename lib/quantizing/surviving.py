@@ -31,10 +31,11 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         argument: "base" (folder), "source" (the unquantized GGUF of the tuned model), "files" ({type: path}).
 
     Returns:
-        "files": {type: [{"tensor", "layer", "kind", "type", "weights", "square" (‖δ‖²), "kept" (⟨q, δ⟩ / ‖δ‖²), "changed"
-        (blocks of 32 in which the tuned weights are not the base's, to 16 bits), "returned" (those of them in which
-        the file's are the base's again)}]}, of the matrices that fine-tuning moved and the file quantizes; "moved"
-        (‖δ‖ / ‖base‖ over all matrices), "left_out" (matrices that the base does not have).
+        "files": {type: [{"tensor", "layer", "kind", "type", "weights", "square" (‖δ‖²), "kept" (⟨q, δ⟩ / ‖δ‖²),
+        "changed", "returned"}]}, of the matrices that fine-tuning moved and the file quantizes (changed: blocks of 32
+        in which the tuned weights are not the base's to 16 bits; returned: those of them in which the file's are the
+        base's again); "moved" (‖δ‖ / ‖base‖ over all matrices), "in_blocks" (share of the weights in matrices of the
+        layers), "left_out" (matrices that the base does not have).
 
     Raises:
         InputError: see `lib.quantizing.base.base_matrices`; a damaged file.
@@ -56,7 +57,10 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
                         if header.tensors[name]["type"] != source.tensors[name]["type"]:
                             rows.append(_row(name, header, own.delta, sums))
                 progress.advance(note=name)
-    return {"files": files, "moved": float(np.sqrt(squares[0] / squares[1])), "left_out": left_out}
+        weights = {name: tensor["weights"] for name, tensor in source.tensors.items()}
+        inside = sum(weights[name] for name in found if place(name)["layer"] is not None)
+    moved = float(np.sqrt(squares[0] / squares[1]))
+    return {"files": files, "moved": moved, "in_blocks": inside / sum(weights.values()), "left_out": left_out}
 
 
 class _Sums:

@@ -128,9 +128,8 @@ def test_comparison_json_and_the_answer(ladder: Ladder, tmp_path: Path) -> None:
     assert [e["source_grid"] for e in plain["files"]] == [None, None]
     reference, q2 = known["files"]
     assert (reference["retention"], reference["retention_interval"]) == (1.0, None) and q2["source_grid"] == 0.75
-    base, tuned, file = (
-        _odds(s) for s in (start.base, *(Scores.load(tmp_path / "1" / f"scores-{e['type']}.jsonl") for e in known["files"]))
-    )
+    saved = [Scores.load(tmp_path / "1" / f"scores-{e['type']}.jsonl") for e in known["files"]]
+    base, tuned, file = (_odds(found) for found in (start.base, *saved))
     slope = np.linalg.lstsq((tuned - base)[:, None], file - base, rcond=None)[0][0]
     assert q2["retention"] == pytest.approx(slope) and q2["retention_interval"][0] < slope < q2["retention_interval"][1]
 

@@ -97,7 +97,8 @@ def test_a_model_in_its_file(tmp_path: Path, architecture: str) -> None:
 
     number = gguf.GGMLQuantizationType.Q4_1
     weights = tiny_gguf.tensors(256, 1, 3, 259, 512, 128)
-    grid = {k: gguf.quants.dequantize(gguf.quants.quantize(v, number), number) for k, v in weights.items() if v.ndim > 1}
+    rounded = {k: gguf.quants.quantize(v, number) for k, v in weights.items() if v.ndim > 1}
+    grid = {k: gguf.quants.dequantize(v, number) for k, v in rounded.items()}
     for name, values in (("grid", {**weights, **grid}), ("plain", weights)):
         source = tiny_gguf.write(tmp_path / f"{name}.gguf", layers=1, weights=values)
         base = write_base(tmp_path / name, values, architecture)
