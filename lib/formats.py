@@ -28,3 +28,7 @@ EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torch
 def mix_name(budget: int) -> str:
     """What stands in place of a type for a file under a budget of so many bytes: MIX_300MB, MIX_1968KB."""
     return f"MIX_{budget // 10**6}MB" if budget % 10**6 == 0 else f"MIX_{budget / 1000:.0f}KB"
+
+
+GRID_SIZABLE = 0.1
+"""Share of a file's weights in types on the grid of the base's own weights from which tables mark the file."""

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.comparison.advice import frontier, recommend
+from lib.comparison.advice import frontier, paragraphs, recommend
 from lib.comparison.agreement import agreements
 from lib.comparison.answering import recommend_answers
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
 from lib.comparison.entries import GGUF, Measured, conditions_of, entries_of, row_scores
 from lib.comparison.judging import Rows
+from lib.comparison.retention import BaseScores, Retentions, retentions
 from lib.comparison.running import forget_scores, run_all, run_one, shared_argument
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, step_file
 from lib.device import llama_cpp_problem, physical_cores
@@ -22,6 +23,7 @@ from lib.models.tasks import AnyTask, has_labels
 from lib.run.files import write_json
 from lib.run.folders import writable
 from lib.scoring.journal import found_done
+from lib.statistics import retention_warning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,8 @@ def compare_files(
     train: Sequence[Mapping[str, Any]] = (),
     merged: Path | None = None,
     seed: int = 42,
+    start: BaseScores | None = None,
+    grid: Mapping[str, float] | None = None,
     forget: bool = True,
 ) -> dict[str, Any]:
     """Compare GGUF files and model folders with a reference on the same rows and on held-out text.
@@ -64,12 +68,15 @@ def compare_files(
         perplexity_margin: percent of answer perplexity that count as equivalent, for rows without labels.
         train: training rows without labels, whose token frequencies are the least that the reference must beat.
         merged: folder of the model that `reference` was converted from; its scores in transformers are compared too.
+        start: scores of the base model on the same rows, from which the reference was trained.
+        grid: by file name, share of its weights in types on the grid of the base's weights; None = not known.
         forget: False leaves what was kept for an interruption, for more work (`lib.comparison.running`).
 
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
         the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
-        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "notes",
+        "agreement" (equal labels by margin, see `lib.comparison.agreement`; None without labels), "retention_note"
+        (what the entries' "retention" rests on, or why it is unknown), "notes",
         "found_done" (by type: what an interrupted try had done, in words), and with `merged` "steps": its name, its
         name in float32 where it was scored in that too (else None), and the file whose weights were also computed by
         transformers (`lib.comparison.steps`).
@@ -89,11 +96,13 @@ def compare_files(
     floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
     limits = {"perplexity_margin_percent": margin, "unigram_ppl": floor}
     limits = {"equivalence_margin_points": margin} if labelled else limits
+    kept = retentions(measured.scores, start or BaseScores(), Rows.of(rows).groups)
     notes = (f"{n}: {a['note']}" for n, a in zip(measured.names, measured.answers, strict=True) if a.get("note"))
     result = {
         "data": {**(source or {}), "rows": len(rows), "leak_free_rows": _leak_free(rows)},
         "conditions": {**conditions_of(measured, shared, work), **limits, "seed": seed},
-        **_judge(measured, rows, margin, floor, labelled, seed),
+        **_judge(measured, rows, margin, floor, labelled, seed, kept, grid or {}),
+        "retention_note": kept.note,
         "agreement": agreements(measured.scores, in_torch) if labelled else None,
         "notes": [*work.notes, *notes],
         "found_done": found_done({name: [score.found] for name, score in measured.scores.items()}),
@@ -175,10 +184,17 @@ def _measure(
 
 
 def _judge(
-    measured: Measured, rows: Sequence[Mapping[str, Any]], margin: float, floor: float | None, labelled: bool, seed: int
+    measured: Measured,
+    rows: Sequence[Mapping[str, Any]],
+    margin: float,
+    floor: float | None,
+    labelled: bool,
+    seed: int,
+    kept: Retentions,
+    grid: Mapping[str, float],
 ) -> dict[str, Any]:
     """The parts of comparison.json that say what the scores mean."""
-    entries = entries_of(measured, Rows.of(rows), margin, seed)
+    entries = entries_of(measured, Rows.of(rows), margin, seed, kept, grid)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
     best = frontier(files[1:])  # is about what a phone can run
     return {
@@ -192,9 +208,10 @@ def _judge(
 def _recommend(
     files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None, labelled: bool
 ) -> dict[str, Any]:
-    if labelled:
-        return recommend(files, margin, compared)
-    return recommend_answers(files, margin, floor, compared)
+    advice = recommend(files, margin, compared) if labelled else recommend_answers(files, margin, floor, compared)
+    named = [entry for entry in files if advice["type"] in (None, entry["type"])]
+    warnings = [warning for entry in named if (warning := retention_warning(entry))]
+    return {**advice, "text": paragraphs([advice["text"]], warnings)}
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from lib.comparison.files import GGUF
 from lib.comparison.judging import REFERENCE_VERDICT
 from lib.comparison.needed import rows_needed, rows_needed_losses
 from lib.errors import InputError
+from lib.statistics import retention_warning
 
 RULE = (
     "Of the GGUF files no larger than the limit take the smallest whose loss is shown to be at most the one "
@@ -56,6 +57,8 @@ def pick(comparison: Mapping[str, Any], max_mb: float | None, max_loss: float) -
         chosen, reason, text = None, "reference", comparison["recommendation"]["text"]
     elif shown:
         chosen, reason, text = shown[0], "shown", _chosen(shown[0], unit, max_loss)
+        warning = retention_warning(next(e for e in files if e["type"] == chosen["type"]))
+        text += f" {warning}" if warning else ""
     else:
         chosen, reason = None, "open" if any(c["evidence"] == "open" for c in fitting) else "refuted"
         text = _none(fitting, unit, max_loss)

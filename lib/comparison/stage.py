@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lib.comparison.files import SUMMARY, compare_files
+from lib.comparison.retention import base_scores
 from lib.comparison.running import forget_scores
 from lib.comparison.speed import LOADS
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, error_ladder
@@ -23,7 +24,7 @@ from lib.scoring.journal import found_done
 from lib.settings import Settings
 
 _TUNED = "scores-finetuned.jsonl"
-_RULES = 2
+_RULES = 3
 """Goes up when entries or verdicts are made otherwise, so that a comparison made before is made again."""
 
 
@@ -42,6 +43,7 @@ class ComparisonResult:
         notes: what was done otherwise than asked.
         skipped: {"format", "reason"} of every export format that could not be made here.
         agreement: equal labels by margin for each pair of models (`lib.comparison.agreement`); none without labels.
+        retention_note: what the entries' retention rests on, or why it is unknown.
         steps: the error ladder, adapter to quantized file (`lib.comparison.steps.error_ladder`); empty without a merged
             model. steps_note: why its first step is missing, in words.
         written: without labels what every GGUF file wrote to test rows, measured (`lib.comparison.written`): reference,
@@ -65,6 +67,7 @@ class ComparisonResult:
     written: dict[str, Any] = field(default_factory=dict)
     generated: tuple[dict[str, Any], ...] = ()
     labelled: bool = True
+    retention_note: str = ""
 
     def entry(self, type_name: str) -> dict[str, Any]:
         """The entry of one type."""
@@ -89,11 +92,12 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     margin = "equivalence_margin" if labelled else "perplexity_margin"
     parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
     parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
+    parameters["base_scores"] = base_scores(run, labelled).base is not None  # without those of 03, made when they come
     product = run.produce(
         "comparison",
         build,
         parameters=parameters if labelled else parameters | written_parameters(settings),
-        inputs=("data", "gguf", "quantized", "exports", *(["merged"] if _has_merged(run) else [])),
+        inputs=("data", "gguf", "quantized", "exports", *_further_inputs(run)),
         force=settings.force,
         keep_partial=True,
     )
@@ -116,6 +120,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         written=read_json(product.path / WRITTEN) if wrote else {},
         generated=tuple(read_jsonl(product.path / ROWS)) if wrote else (),
         labelled=labelled,
+        retention_note=content["retention_note"],
     )
 
 
@@ -165,6 +170,26 @@ def _stale(run: Run) -> str:
     return "" if found.is_file() else "03 kept no scores of the fine-tuned model, so the adapter is left out."
 
 
+def _further_inputs(run: Run) -> list[str]:
+    """What is compared, or told of the files, only where it is there."""
+    return [*(["merged"] if _has_merged(run) else []), *(["retention"] if _has_grid(run) else [])]
+
+
+def _has_grid(run: Run) -> bool:
+    """Whether 06 has told, of these files, what lies on the grid of the base's weights."""
+    entries = run.manifest.entries()
+    if not {"retention", "quantized"} <= set(entries) or not (run.folder / "retention").is_dir():
+        return False
+    return entries["retention"].inputs.get("quantized") == entries["quantized"].digest
+
+
+def _grid(run: Run) -> dict[str, float] | None:
+    """By file name, share of the weights in types on that grid; None where 06 has not told."""
+    if not _has_grid(run):
+        return None
+    return read_json(run.require("retention").path / "retention.json")["source_grid"]
+
+
 def _has_merged(run: Run) -> bool:
     """The merged folder may be deleted to save room once its GGUF is there; then it is not compared."""
     return "merged" in run.manifest.entries() and (run.folder / "merged").is_dir()
@@ -200,6 +225,8 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
         merged=run.require("merged").path if _has_merged(run) else None,
         seed=settings.seed,
+        start=base_scores(run, has_labels(task)),
+        grid=_grid(run),
         forget=False,
     )
     wrote: dict[str, str] = {}
@@ -223,7 +250,7 @@ def _tell(work: Work, result: dict[str, Any], wrote: dict[str, str]) -> None:
     scored = result["found_done"]
     found = {entry["type"]: [own.get(entry["type"], "") for own in (scored, wrote)] for entry in result["files"]}
     work.facts["found_done"] = found_done(found)
-    keys = ("bytes", "kld_mean", "ppl", "verdict")
+    keys = ("bytes", "kld_mean", "ppl", "verdict", "retention")
     labelled = "accuracy" in result["files"][0]
     keys += ("accuracy", "accuracy_interval", "flips") if labelled else ("answer_ppl", "answer_ratio")
     work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}

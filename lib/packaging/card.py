@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from lib.packaging.facts import Facts
-from lib.statistics import in_words
+from lib.statistics import in_words, kept_words
 
 _TRAINING = (
     "learning_rate",
@@ -99,6 +99,8 @@ def _evaluation(facts: Facts) -> str:
             f"| {name} | {_interval(free, 'accuracy', '.4f')} | {_interval(free_reference, 'accuracy', '.4f')} |\n"
         )
     rows.append(f"| mean KL divergence, nats | {entry['kld_mean']:.2g} | 0 |\n")
+    if kept := kept_words(entry):
+        rows.append(f"| share kept of what fine-tuning changed | {kept} | 1 |\n")
     rows.append(f"| verdict | {in_words(entry)} | reference |\n")
     return f"""## Evaluation
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.run import Run
-from lib.statistics import in_words
+from lib.statistics import in_words, retention_warning
 
 RECOMMENDED, AGAINST, WITHOUT = "recommended", "against the recommendation", "without sufficient evidence"
 
@@ -65,7 +65,7 @@ def choose(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> Choic
 def _standing(chosen: str, entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str, str]:
     if chosen == advice["type"]:
         return RECOMMENDED, advice["text"]
-    own = f"The verdict on this file: {in_words(entry)}."
+    own = " ".join([f"The verdict on this file: {in_words(entry)}.", retention_warning(entry)]).strip()
     if advice["type"] is None:
         return WITHOUT, f"{chosen} was chosen by the user; the evidence recommends no file. {own} {advice['text']}"
     text = f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}. {own}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lib.statistics import kept_words
+
 Row = dict[str, Any]
 READABLE = 8
 """Written answers that a page shows; all of them are in generated.jsonl."""
@@ -188,6 +190,7 @@ def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "verdict": e["verdict"],
             "leak-free verdict": (e["leak_free"] or {}).get("verdict"),
             "KL, nats ↓": e["kld_mean"],
+            "kept ↑": kept_words(e),
             "same top ↑": e["same_top"],
         }
         for e in files

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.formats import FORMATS
+from lib.plots.marks import GRID_MARK, caption_of_marks, marked
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -81,15 +82,17 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
         given = known.get(column)
         if given and isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value)):
             return "0" if value == 0 and given.endswith("e") else format(value, given)
-        return _cell(value)
+        return marked(_cell(value))
 
     def tag(name: str, column: str, text: str) -> str:
         kind = ' class="number"' if column in numeric else ""
         scope = ' scope="col"' if name == "th" else ""
         return f"<{name}{kind}{scope}>{html.escape(text)}</{name}>"
 
-    head = "".join(tag("th", c, c) for c in columns)
+    head = "".join(tag("th", c, marked(c)) for c in columns)
     body = "".join("<tr>" + "".join(tag("td", c, shown(c, row.get(c))) for c in columns) + "</tr>" for row in rows)
+    if GRID_MARK in head + body:
+        caption = f"{caption} {caption_of_marks()}"
     return _html(
         f'<div class="table"><table><caption>{html.escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -148,9 +151,9 @@ def _shortened(value: Any, longest: int) -> Any:
 def tokens(pieces: Sequence[str], in_loss: Sequence[bool], caption: str) -> HTML:
     """A tokenized example; the tokens that the loss is computed on are marked (and underlined, for print)."""
     spans = []
-    for piece, marked in zip(pieces, in_loss, strict=True):
+    for piece, learned in zip(pieces, in_loss, strict=True):
         shown = html.escape(piece).replace("\n", "↵<br>")
-        spans.append(f'<mark class="loss"><u>{shown}</u></mark>' if marked else f'<span class="token">{shown}</span>')
+        spans.append(f'<mark class="loss"><u>{shown}</u></mark>' if learned else f'<span class="token">{shown}</span>')
     text = "".join(spans)
     return _html(
         f'<figure class="tokens"><p lang="zh">{text}</p><figcaption>{html.escape(caption)}</figcaption></figure>'

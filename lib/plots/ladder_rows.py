@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lib.statistics import in_words, power_mcnemar, rows_needed
+from lib.statistics import in_words, kept_words, power_mcnemar, rows_needed
 
 Row = dict[str, Any]
 
@@ -68,6 +68,7 @@ def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:
             "flips ↓": e["flips"],
             "KL, nats ↓": e["kld_mean"],
             "label KL ↓": e["label_kld"],
+            "kept ↑": kept_words(e),
             "same top ↑": e["same_top"],
             "PPL ↓": e["ppl"],
             "macro-F1 ↑": e["macro_f1"],

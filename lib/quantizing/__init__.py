@@ -4,6 +4,7 @@
   of single tensors; `predict_sizes` tells exact sizes before, `describe_gguf` what a file really holds.
 - `measure` makes an importance matrix of the run's own training rows, product `imatrix`; `effect` compares files
   with and without it, `errors` every tensor with the source.
+- `grid` tells which types' grid the base's weights lie on, `retention` what every file keeps of the fine-tuning.
 - `mix` chooses a type for every tensor under a size budget, by the run's product `sensitivity`.
   `predictions` tells what the same sensitivities predict of every file, `mix_effect` measures it beside the recipes.
 - `quantize` is the stage: the ladder of a run, product `quantized`; `plan` tells its sizes before.
@@ -20,7 +21,8 @@ from lib.quantizing.ladder import quantize_files
 from lib.quantizing.mixeffect import MixEffect
 from lib.quantizing.mixing import Mix
 from lib.quantizing.options import Options
-from lib.quantizing.stage import QuantizeResult, effect, errors, mix, mix_effect, plan, quantize
+from lib.quantizing.retention import Retention, SourceGrid
+from lib.quantizing.stage import QuantizeResult, effect, errors, grid, mix, mix_effect, plan, quantize, retention
 
 __all__ = [
     "EffectResult",
@@ -30,10 +32,13 @@ __all__ = [
     "Options",
     "QuantizationReport",
     "QuantizeResult",
+    "Retention",
+    "SourceGrid",
     "TensorErrors",
     "describe_gguf",
     "effect",
     "errors",
+    "grid",
     "measure",
     "mix",
     "mix_effect",
@@ -43,4 +48,5 @@ __all__ = [
     "quantize",
     "quantize_file",
     "quantize_files",
+    "retention",
 ]

@@ -91,6 +91,12 @@ def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     return {"files": found}
 
 
+def place(name: str) -> dict[str, Any]:
+    """The "layer" (None outside of the blocks) and "kind" of a tensor."""
+    match = _NAME.match(name)
+    return {"layer": int(match[1]) if match else None, "kind": match[2] if match else name.removesuffix(".weight")}
+
+
 def _compare(source: Any, other: Any, name: str) -> dict[str, Any]:
     from lib.quantizing.stored import rows_of
 
@@ -102,11 +108,9 @@ def _compare(source: Any, other: Any, name: str) -> dict[str, Any]:
         wanted, got = (rows_of(h.path, h.tensors[name], start, start + step) for h in (source, other))
         error += float(np.sum((got - wanted) ** 2, dtype=np.float64))
         size += float(np.sum(wanted**2, dtype=np.float64))
-    match = _NAME.match(name)
     return {
         "tensor": name,
-        "layer": int(match[1]) if match else None,
-        "kind": match[2] if match else name.removesuffix(".weight"),
+        **place(name),
         "type": tensor["type"],
         "weights": tensor["weights"],
         "bits_per_weight": 8 * tensor["bytes"] / tensor["weights"],

@@ -20,6 +20,7 @@ from lib.quantizing.ladder import Job, Slots, run_jobs
 from lib.quantizing.mixeffect import MixEffect, measure_mix_effect
 from lib.quantizing.mixing import Mix, plan_mix
 from lib.quantizing.options import Options
+from lib.quantizing.retention import Retention, SourceGrid, measure_retention, source_grid
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, require_space, sha256_file, write_json
 from lib.run.folders import user_path
@@ -134,6 +135,26 @@ def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors
         InputError: a damaged file.
     """
     return measure_errors(settings, run, _only_gguf(run.require("gguf").path), result.files)
+
+
+def grid(settings: Settings, run: Run) -> SourceGrid:
+    """On which types' grid the weights of the run's base lie: told before anything is quantized.
+
+    Raises:
+        InputError: no product `gguf`, or of another base.
+    """
+    options, source = _options(settings, run), _only_gguf(run.require("gguf").path)
+    return source_grid(settings, run, source, options.imatrix, _identity(options).get("imatrix"))
+
+
+def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention:
+    """What every file of the ladder keeps of the change that fine-tuning made to the weights.
+
+    Raises:
+        InputError: a base of another model, a damaged file.
+    """
+    found = grid(settings.model_copy(update={"force": False}), run)
+    return measure_retention(settings, run, _only_gguf(run.require("gguf").path), result.files, found)
 
 
 def _options(settings: Settings, run: Run) -> Options:

@@ -29,9 +29,17 @@ from lib.statistics.power import (
     rows_for_inside,
     rows_needed,
 )
+from lib.statistics.retention import (
+    KEEPS_LITTLE,
+    keeps_little,
+    kept_words,
+    retention_warning,
+    slope_through_origin,
+)
 from lib.statistics.verdicts import PairedComparison, compare, compare_all, in_words, verdict
 
 __all__ = [
+    "KEEPS_LITTLE",
     "Calibration",
     "ClassScores",
     "ClassificationReport",
@@ -55,6 +63,8 @@ __all__ = [
     "equivalence_paired",
     "holm",
     "in_words",
+    "keeps_little",
+    "kept_words",
     "margin_test",
     "mcnemar_exact",
     "mde_exact",
@@ -64,9 +74,11 @@ __all__ = [
     "power_curve",
     "power_inside",
     "power_mcnemar",
+    "retention_warning",
     "rows_for_inside",
     "rows_needed",
     "sign_flip_test",
+    "slope_through_origin",
     "smallest_significant",
     "verdict",
     "wilson",

@@ -1,0 +1,98 @@
+"""What page 07 shows of retention: how much of what fine-tuning taught is left in each file's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from lib.formats import GRID_SIZABLE
+from lib.plots.charts import _axes
+from lib.plots.display import figure, say
+from lib.plots.ladder import _MB, _PANEL, _name, _style
+from lib.plots.marks import mark_names
+from lib.plots.retention_map import MARK
+from lib.plots.style import GREY
+from lib.statistics import KEEPS_LITTLE, keeps_little, kept_words
+
+if TYPE_CHECKING:
+    from IPython.display import HTML, Markdown
+
+_PAIRS = 3
+"""Pairs of files that are named."""
+
+
+def mark(files: Sequence[Mapping[str, Any]]) -> None:
+    """From now on tables mark the files with a sizable share of weights on the grid of the base's."""
+    mark_names([entry["type"] for entry in files if (entry["source_grid"] or 0) >= GRID_SIZABLE], MARK)
+
+
+def chart(files: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML | None:
+    """Retention by file size (entries of comparison.json); nothing where it is unknown."""
+    known = sorted((e for e in files if e["retention"] is not None), key=lambda e: e["bytes"])
+    if not known:
+        return None
+    fig, ax = _axes(*_PANEL)
+    for place, entry in enumerate(known):
+        x, y, limits = entry["bytes"] / 1e6, entry["retention"], entry["retention_interval"]
+        error = [[y - limits[0]], [limits[1] - y]] if limits else None
+        ax.errorbar(x, y, yerr=error, **_style(entry, frontier))
+        _name(ax, entry["type"], x, y, place)
+    for level, line in ((1.0, "-"), (KEEPS_LITTLE, "--"), (0.0, "-")):
+        ax.axhline(level, color=GREY, linewidth=1, linestyle=line, zorder=0)
+    ax.margins(x=0.12, y=0.12)
+    ax.set(xlabel=_MB, ylabel="kept of what fine-tuning\nchanged in the answers ↑")
+    caption = (
+        "Slope of each file's change from the base on the tuned model's, row by row through the origin, with 95 % "
+        f"intervals (near copies together), n = {known[0]['n']:,} test rows: 1 is the tuned model, 0 the base again; "
+        f"dashed: {KEEPS_LITTLE:g}."
+    )
+    words = "; ".join(f"{e['type']} {e['bytes'] / 1e6:.2f} MB, {kept_words(e)}" for e in known)
+    return figure(fig, caption, f"Retention by file size. {words}.")
+
+
+def reading(files: Sequence[Mapping[str, Any]], note: str) -> Markdown:
+    """What the rows say, which files keep little, and whether KL divergence on text shows it."""
+    known = [e for e in files if e["retention"] is not None and e["verdict"] != "reference"]
+    if not known:
+        return say(f"What the files keep of the fine-tuning is not known. {note}")
+    poor = sorted((e for e in known if keeps_little(e)), key=lambda e: e["retention"])
+    if poor:
+        listed = "; ".join(f"{e['type']} {kept_words(e)}" for e in poor)
+        text = f"**Less than {KEEPS_LITTLE:g} of what fine-tuning changed is left in: {listed}.**"
+    else:
+        least = min(known, key=lambda e: e["retention"])
+        text = f"No file is shown to keep less than {KEEPS_LITTLE:g}; least: {least['type']} {kept_words(least)}."
+    return say(" ".join(part for part in (text, note, _order(known)) if part))
+
+
+def _order(known: Sequence[Mapping[str, Any]]) -> str:
+    """How KL divergence on text orders the files, beside retention."""
+    if len(known) < 3:
+        return ""
+    from scipy.stats import spearmanr
+
+    values = [[e["kld_mean"] for e in known], [e["retention"] for e in known]]
+    if any(len(set(column)) == 1 for column in values):
+        return ""
+    rank = -float(spearmanr(*values).statistic)
+    pairs = [pair for e, other in combinations(known, 2) if (pair := _turned(e, other))]
+    pairs.sort(key=lambda pair: pair[0]["retention"] - pair[1]["retention"])
+    beside = f"KL divergence on text and retention order the {len(known)} files with a rank correlation of {rank:.2f}"
+    if not pairs:
+        return f"{beside} (Spearman; 1 = alike); no two files are surely in opposite order."
+    named = "; ".join(
+        f"{near['type']} is nearer on text ({near['kld_mean']:.2g} against {far['kld_mean']:.2g} nats) but keeps "
+        f"{near['retention']:.2f} where {far['type']} keeps {far['retention']:.2f}"
+        for near, far in pairs[:_PAIRS]
+    )
+    count = f"{len(pairs)} {'pair is' if len(pairs) == 1 else 'pairs are'}"
+    return f"{beside} (Spearman; 1 = alike); {count} surely in opposite order: {named}. Text does not show this loss."
+
+
+def _turned(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The file that is nearer on text and the other, if it surely keeps less (both intervals apart)."""
+    near, far = sorted((first, second), key=lambda e: e["kld_mean"])
+    if near["kld_mean"] == far["kld_mean"] or not (near["retention_interval"] and far["retention_interval"]):
+        return None
+    return (near, far) if near["retention_interval"][1] < far["retention_interval"][0] else None

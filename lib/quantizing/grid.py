@@ -1,0 +1,118 @@
+"""Whether the base's weights lie on the grid of a quantization type. For child processes only.
+
+Weights that were once dequantized from a type sit on its grid, and rounding them to it again gives them back. So does
+rounding them with a fine-tuning's small change on top: the change is lost. What a model's weights come from is written
+nowhere, so it is measured: the share of blocks of 32 that each type gives back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.progress import Progress
+from lib.quantizing import imatrix as importance
+from lib.quantizing import native
+from lib.quantizing.base import BLOCK, BaseMatrix, base_matrices, given_back, varied
+
+TYPES = (
+    *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "iq3_s", "q3_K", "q2_K"),
+)
+"""Types that are tried, beside NF4; those of two bits with a codebook take a hundred times as long and are not."""
+NF4 = "nf4"
+_NF4_BLOCK, _NF4_BITS = 64, 4.5
+_NF4_CODE = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023),
+        1.0,
+    ],
+    dtype=np.float32,
+)
+"""Dettmers et al. (2023), arXiv:2305.14314, appendix E."""
+_SAMPLED = 1 << 14
+"""Most weights of a matrix that are tried, in rows at even distances."""
+
+
+def measure(argument: dict[str, Any]) -> dict[str, Any]:
+    """Shares of blocks that each type gives back.
+
+    Args:
+        argument: "base" (folder), "source" (the GGUF made from it, for names and row order), "imatrix" (path or None:
+            with one llama.cpp searches scales, which finds grids that the plain rounding misses).
+
+    Returns:
+        "types" ({type: share of the blocks of 32 of all matrices, weighted by their weights}), "distinct" (different
+        values in a block of 32, likewise), "blocks" (tried), "weights" (of the matrices), "dtype", "left_out" (matrices
+        that the base does not have).
+
+    Raises:
+        InputError: see `lib.quantizing.base.base_matrices`; an importance matrix that cannot be read.
+    """
+    matrix = importance.read(Path(argument["imatrix"])) if argument["imatrix"] else None
+    shares: dict[str, list[tuple[float, int]]] = {}
+    distinct, blocks = [], 0
+    with native.open_header(Path(argument["source"])) as source:
+        found, left_out = base_matrices(Path(argument["base"]), source)
+        with Progress("grid of the base's weights, tensors", len(found)) as progress:
+            for name, stored in found.items():
+                weights = _sample(stored)
+                total = source.tensors[name]["weights"]
+                if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
+                    values = None if matrix is None else matrix.values.get(name)
+                    for kind, share in _shares(weights, stored.dtype, values, counted).items():
+                        shares.setdefault(kind, []).append((share, total))
+                    distinct.append((_distinct(weights)[counted].mean(), total))
+                    blocks += int(counted.sum())
+                progress.advance(note=name)
+    return {
+        "types": {kind: _mean(pairs) for kind, pairs in shares.items()},
+        "distinct": _mean(distinct) if distinct else None,
+        "blocks": blocks,
+        "weights": sum(source.tensors[name]["weights"] for name in found),
+        "dtype": next(iter(found.values())).dtype,
+        "left_out": left_out,
+    }
+
+
+def _sample(stored: BaseMatrix) -> np.ndarray:
+    rows, columns = stored.stored.shape
+    return stored.rows(0, rows, max(1, -(-rows * columns // _SAMPLED)))
+
+
+def _shares(weights: np.ndarray, dtype: str, values: np.ndarray | None, counted: np.ndarray) -> dict[str, float]:
+    """The share of the counted blocks that each type gives back; types whose blocks the rows do not fill are left
+    out."""
+    columns, found = weights.shape[1], {}
+    for kind in TYPES:
+        if columns % native.block_size(kind) == 0:
+            rounded = native.dequantize_rows(kind, native.quantize_rows(kind, weights, values))
+            bits = 8 * native.row_bytes(kind, columns) / columns
+            found[kind] = float(given_back(rounded, weights, dtype, bits)[counted].mean())
+    if columns % _NF4_BLOCK == 0:
+        found[NF4] = float(given_back(nf4(weights), weights, dtype, _NF4_BITS)[counted].mean())
+    return found
+
+
+def nf4(weights: np.ndarray) -> np.ndarray:
+    """Rounded to NF4 with a float scale for every 64 weights, and back; float32, (rows, columns)."""
+    blocks = weights.reshape(-1, _NF4_BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True)
+    scaled = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
+    nearest = np.searchsorted((_NF4_CODE[1:] + _NF4_CODE[:-1]) / 2, scaled)
+    return (_NF4_CODE[nearest] * scale).reshape(weights.shape)
+
+
+def _distinct(weights: np.ndarray) -> np.ndarray:
+    """Different values in each block of 32, (rows, columns / 32)."""
+    ordered = np.sort(weights.reshape(len(weights), -1, BLOCK), axis=-1)
+    return 1 + np.count_nonzero(np.diff(ordered, axis=-1), axis=-1)
+
+
+def _mean(pairs: list[tuple[float, int]]) -> float:
+    values, weights = zip(*pairs, strict=True)
+    return float(np.average(values, weights=weights))
