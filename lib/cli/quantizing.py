@@ -46,6 +46,12 @@ def quantize(
         Path | None, typer.Option(help="for the budget: text like the model's task, or a table", metavar="FILE")
     ] = None,
     text_column: TextColumn = "",
+    data: Annotated[
+        Path | None, typer.Option(help="in place of --text: runs/RUN/data, whose rows have answers", metavar="DIR")
+    ] = None,
+    answer_weight: Annotated[
+        float, typer.Option(help="with --data: what the loss at answers counts, 0 = text alone", min=0, max=1)
+    ] = 0.5,
     n_ctx: Annotated[int, typer.Option(help="tokens a window of that text", min=16)] = 512,
     tensor_type: Annotated[
         list[str] | None, typer.Option(help="type of single tensors; may be repeated", metavar="REGEX=TYPE")
@@ -64,7 +70,7 @@ def quantize(
     if not wanted and options.any_types():
         do = "name a TYPE, or leave them out: a size budget decides every tensor."
         raise InputError("types of single tensors without a TYPE.", "the type of the other tensors.", do)
-    budget = _budget(source, size_budget_mb, bits_per_weight, model, text, text_column, n_ctx)
+    budget = _budget(source, size_budget_mb, bits_per_weight, model, text, text_column, data, n_ctx, answer_weight)
     if not wanted and budget is None:
         do = "name one, e.g. Q4_K_M, or give --size-budget-mb or --bits-per-weight."
         raise InputError("no type.", "a TYPE, several, or a size budget.", do)
@@ -104,28 +110,34 @@ def _budget(
     model: Path | None,
     text: Path | None,
     text_column: str,
+    data: Path | None,
     n_ctx: int,
+    answer_weight: float,
 ) -> Budget | None:
     """What the options say of a budget.
 
     Raises:
-        InputError: two budgets; one of the three options without the others.
+        InputError: two budgets; one of the three options without the others; a text and the rows of a run.
     """
     if megabytes is not None and bits is not None:
         found = "--size-budget-mb and --bits-per-weight."
         raise InputError(found, "one of the two: they are one budget in two units.", "leave one out.")
     budget = "--size-budget-mb" if bits is None else "--bits-per-weight"
-    given = {budget: megabytes if bits is None else bits, "--model": model, "--text": text}
+    if text is not None and data is not None:
+        raise InputError("--text and --data.", "one of the two: what gradients are of.", "leave one out.")
+    given = {budget: megabytes if bits is None else bits, "--model": model}
+    given |= {"--text": text} if data is None else {"--data": data}
     lacking = [name for name, value in given.items() if value is None]
     if len(lacking) == 3:
         return None
-    if lacking or model is None or text is None:
+    if lacking or model is None:
         found = f"{' and '.join(set(given) - set(lacking))} without {' and '.join(lacking)}."
         expected = (
             "all three: gradients of the model folder on a text tell which weights matter; a GGUF alone cannot give "
             "them."
         )
-        do = "add --model DIR (of a run: runs/RUN/merged) and --text FILE, or name a TYPE in place of the budget."
+        do = "add --model DIR (of a run: runs/RUN/merged) and --text FILE (or --data runs/RUN/data), or name a TYPE in "
+        do += "place of the budget."
         raise InputError(found, expected, do)
     from lib.cli.perplexing import read_text
     from lib.models.gguf_file import check_gguf
@@ -134,6 +146,9 @@ def _budget(
 
     check_gguf(source)
     most = budget_bytes(source, megabytes or 0.0, bits or 0.0)
+    if data is not None:
+        return Budget(most, model, n_ctx=n_ctx, data=user_path(str(data)), answer_weight=answer_weight)
+    assert text is not None
     return Budget(most, model, read_text(text, text_column), user_path(str(text)), n_ctx)
 
 
@@ -186,5 +201,9 @@ def _as_text(rows: list[dict[str, Any]]) -> str:
         if mix := row.get("mix"):
             types = ", ".join(f"{count} {kind}" for kind, count in Counter(mix["types"].values()).most_common())
             kld = f"predicted KL divergence from the source {mix['predicted_kld']:.4g} nats a token"
+            if mix["answers"]:
+                kld += f", {mix['predicted_answer_kld']:.4g} at answers, which counted {mix['answer_weight']:g}"
+            else:
+                kld += ", of text alone: it has no answers (--data takes the rows of a run)"
             lines.append(f"{row['type']}: {kld}; tensors: {types}")
     return "\n".join(lines)

@@ -61,6 +61,16 @@ def whole_ids(tokenizer: PreTrainedTokenizerBase, task: AnyTask, row: Row) -> li
     return encode_row(tokenizer, task, row).ids
 
 
+def learned(tokenizer: PreTrainedTokenizerBase, task: AnyTask, row: Row) -> tuple[list[int], list[int]]:
+    """Token ids of a row with its answer, and the positions that the loss of training counts: the answers' tokens."""
+    if isinstance(task, Task):
+        encoded = encode(tokenizer, task, row["text"], row["label"])
+        ids = encoded.prompt_ids + encoded.answer_ids
+        return ids, list(range(len(encoded.prompt_ids), len(ids)))
+    conversation = encode_row(tokenizer, task, row)
+    return conversation.ids, conversation.loss
+
+
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """About `count` rows, evenly spaced."""
     return list(rows[:: max(1, len(rows) // count)][:count])

@@ -10,6 +10,10 @@ import numpy as np
 
 from lib.errors import InputError
 
+TEXT, AT_ANSWERS = "kld", "answer_kld"
+"""The two predicted losses of a type: KL divergence in nats a token of text, and in nats a position that predicts a
+token of an answer."""
+
 _CELLS = 1 << 16
 """Most cells of the grid: on a coarser one than the files' own, bytes are rounded up, so the budget always holds."""
 
@@ -21,7 +25,7 @@ class Choice:
     Attributes:
         type: as llama.cpp writes it ("q4_K").
         bytes: in the file, with padding.
-        loss: predicted KL divergence that it alone costs, nats a token.
+        loss: predicted KL divergence that it alone costs, nats.
     """
 
     type: str

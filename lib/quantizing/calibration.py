@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.tasks import AnyTask, read_task, texts_of, whole_ids
+from lib.models.tasks import AnyTask, learned, read_task, texts_of, whole_ids
 from lib.run.files import read_jsonl, sha256_json
 
 HELD_OUT = ("validation", "test")
@@ -90,6 +90,75 @@ def choose_windows(data: Path, size: int, most: int, seed: int) -> Calibration:
     return Calibration(windows, used, facts)
 
 
+@dataclass(frozen=True)
+class AnswerRows:
+    """Whole rows with their answers.
+
+    Attributes:
+        rows: {"ids": token ids up to the last one that is read from, "positions": where the model predicts a learned
+            token (the position before it), "targets": these tokens, "row": number of the row in its split}.
+        used: {"id", "sha256"} of every row.
+        facts: counts for the record: rows, positions, tokens, rows_sha256.
+    """
+
+    rows: list[dict[str, Any]]
+    used: list[dict[str, str]]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "rows": len(self.rows),
+            "positions": sum(len(row["positions"]) for row in self.rows),
+            "tokens": sum(len(row["ids"]) for row in self.rows),
+            "rows_sha256": sha256_json([row["sha256"] for row in self.used]),
+        }
+
+
+def choose_rows(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
+    """Whole training rows for what is measured at their answers, in the order and under the rules of `choose_windows`.
+
+    Args:
+        most_rows, most_tokens: bounds; one row is taken whatever its length.
+    """
+    rows = read_jsonl(data / "train.jsonl")
+    held_out = [row for split in HELD_OUT for row in read_jsonl(data / f"{split}.jsonl")]
+    allowed, _ = exclude(rows, held_out)
+    order = np.random.default_rng(seed).permutation(len(allowed)).tolist()
+    chosen = _whole_rows(data, [(i, allowed[i]) for i in order], most_rows, most_tokens)
+    if shared := {row["sha256"] for row in chosen.used} & {text_hash(row) for row in held_out}:
+        raise RuntimeError(f"{len(shared)} held-out rows came among those whose answers are measured")
+    return chosen
+
+
+def held_out_rows(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
+    """Whole test rows, in the order of `held_out_windows` (leak-free ones first); bounds as of `choose_rows`."""
+    rows = read_jsonl(data / "test.jsonl")
+    return _whole_rows(data, [(i, rows[i]) for i in _held_out_order(rows, seed)], most_rows, most_tokens)
+
+
+def _held_out_order(rows: Sequence[Row], seed: int) -> list[int]:
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    return sorted(order, key=lambda i: bool(rows[i].get("leaked", False)))
+
+
+def _whole_rows(data: Path, rows: Iterable[tuple[int, Row]], most_rows: int, most_tokens: int) -> AnswerRows:
+    from lib.models.loading import load_tokenizer
+
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    chosen: list[dict[str, Any]] = []
+    used, tokens = [], 0
+    for number, row in rows:
+        ids, learns = learned(tokenizer, task, row)
+        read = [position - 1 for position in learns if position]
+        tokens += read[-1] + 1
+        if len(chosen) == most_rows or (chosen and tokens > most_tokens):
+            break
+        targets = [ids[position + 1] for position in read]
+        chosen.append({"ids": ids[: read[-1] + 1], "positions": read, "targets": targets, "row": number})
+        used.append({"id": str(row["id"]), "sha256": text_hash(row)})
+    return AnswerRows(chosen, used)
+
+
 def exclude(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
     """Training rows that neither equal nor nearly equal a held-out row, and how many were left out why."""
     texts = {text_hash(row) for row in held_out}
@@ -126,11 +195,9 @@ def held_out_windows(data: Path, size: int, most: int, seed: int) -> tuple[list[
     from lib.models.loading import load_tokenizer
 
     task, rows, tokenizer = read_task(data), read_jsonl(data / "test.jsonl"), load_tokenizer(data / "tokenizer")
-    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    order.sort(key=lambda i: bool(rows[i].get("leaked", False)))
     ids: list[int] = []
     owners: list[int] = []
-    for i in order:
+    for i in _held_out_order(rows, seed):
         if len(ids) >= size * most:
             break
         ids += (own := whole_ids(tokenizer, task, rows[i]))

@@ -1,8 +1,15 @@
-"""How much each weight matters: the diagonal of the Fisher information on training text.
+"""How much each weight matters: the diagonal of the Fisher information on training text, and at its answers.
 
 To second order a change d of the weights moves the predicted distribution by a KL divergence of ½ Σ F d². F is the mean
 square of the gradient of log p(y), with y drawn from the model's own prediction. Draws of different positions are
 independent, so one backward pass of a window sums the information of all its positions.
+
+Answers are a few positions a row, most of them nearly certain: a drawn label would nearly always be the likely one, and
+rare others would carry all of the information. So u'∇logits is squared there in place of ∇log p(y), with a random
+vector u over the vocabulary whose mean square is the same, E[u u'] = diag(p) - p p' (the covariance of the drawn
+labels): u = √p s - p (√p·s) with random signs s, which hardly scatters where the model is sure. Whole rows are run, few
+at once: signs of different rows are independent, so that the squares add up in the mean, and the more passes, the less
+chance is in their sum.
 
 The diagonal takes rounding errors for independent. Some types (IQ3_S and its kin) shrink all weights of a tensor by
 about two percent, which no diagonal sees; so the information of a common factor is measured too: F of s in (1 + s) W,
@@ -28,19 +35,26 @@ _CHECKED = 1 << 21
 """Most weights of a tensor that are compared with the GGUF; of a larger one, rows at even distances."""
 _SAME = 1e-2
 """Largest relative difference of a row's sum."""
+_TOGETHER, _TOKENS = 4, 512
+"""Most rows of a pass over answers, and most tokens of one of several rows."""
+ANSWERS = "answers"
+"""Folder of the sensitivities at answers."""
 
 
 def collect(argument: dict[str, Any]) -> dict[str, Any]:
-    """Write F of every matrix as `folder`/<GGUF name>.npy, float32, (rows, columns), a mean over positions.
+    """Write F of every matrix as `folder`/<GGUF name>.npy, float32, (rows, columns), a mean over positions; and that at
+    answers as `folder`/answers/<GGUF name>.npy.
 
     Rows stand as in GGUF.
 
     Args:
         argument: "model" (folder), "source" (the GGUF made from it), "windows" (token ids, all of one length),
-            "folder", "dtype" and "seed" of the draws.
+            "rows" (of `lib.quantizing.calibration.AnswerRows`; [] = no answers), "folder", "dtype" and "seed" of the
+            draws.
 
     Returns:
-        "positions", "scales" ({tensor: information of its common factor}), "seconds" and "device".
+        "positions", "scales" ({tensor: information of its common factor}), "answer_scales" (None without rows),
+        "seconds" and "device".
 
     Raises:
         InputError: an architecture that llama.cpp's names are not known for, a GGUF of another model.
@@ -50,12 +64,23 @@ def collect(argument: dict[str, Any]) -> dict[str, Any]:
     model = load_model(Path(argument["model"]), dtype=argument["dtype"])
     check_same(model, Path(argument["source"]))
     started = time.monotonic()
-    found, scales = information(model, argument["windows"], argument["seed"])
-    for name, values in found.items():
-        np.save(Path(argument["folder"]) / f"{name}.npy", values[row_order(name, model.config, len(values))])
+    folder, rows, answer_scales = Path(argument["folder"]), argument["rows"], None
+    scales = _store(folder, model, information(model, argument["windows"], argument["seed"]))
+    if rows:
+        (folder / ANSWERS).mkdir()
+        answer_scales = _store(folder / ANSWERS, model, answer_information(model, rows, argument["seed"]))
     seconds = round(time.monotonic() - started, 2)
     positions = sum(map(len, argument["windows"]))
-    return {"positions": positions, "scales": scales, "seconds": seconds, "device": str(model.device)}
+    found = {"positions": positions, "scales": scales, "answer_scales": answer_scales}
+    return {**found, "seconds": seconds, "device": str(model.device)}
+
+
+def _store(folder: Path, model: Any, measured: tuple[dict[str, np.ndarray], dict[str, float]]) -> dict[str, float]:
+    """Write one file a matrix; the information of the common factors."""
+    found, scales = measured
+    for name, values in found.items():
+        np.save(folder / f"{name}.npy", values[row_order(name, model.config, len(values))])
+    return scales
 
 
 def check_same(model: Any, source: Path) -> None:
@@ -90,28 +115,99 @@ def information(model: Any, windows: list[list[int]], seed: int) -> tuple[dict[s
     """
     import torch
 
-    weights = matrices(model)
-    sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
-    scales = dict.fromkeys(weights, 0.0)
-    model.requires_grad_(False)
-    handles = []
-    for name, weight in weights.items():
-        weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(_adder(name, sums[name], scales)))
     draw = torch.Generator().manual_seed(seed)
-    try:
-        with torch.enable_grad(), Progress("sensitivity, windows", len(windows)) as progress:
-            for window in windows:
-                logits = model(input_ids=torch.tensor([window], device=model.device), use_cache=False).logits[0].float()
-                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
-                torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-                progress.advance()
-    finally:
-        for handle in handles:
+    with _Squares(model) as squares, Progress("sensitivity, windows", len(windows)) as progress:
+        for window in windows:
+            logits = model(input_ids=torch.tensor([window], device=model.device), use_cache=False).logits[0].float()
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
+            torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+            progress.advance()
+    return squares.means(sum(map(len, windows)))
+
+
+def answer_information(
+    model: Any, rows: list[dict[str, Any]], seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """As `information`, at the positions that predict an answer's tokens alone, a mean over them.
+
+    Args:
+        rows: of `lib.quantizing.calibration.AnswerRows`.
+        seed: of the random signs.
+
+    Raises:
+        InputError: see `collect`.
+    """
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    body, head = model.get_decoder(), model.get_output_embeddings()
+    with _Squares(model) as squares, Progress("sensitivity at answers, rows", len(rows)) as progress:
+        for group in groups(rows):
+            ids = torch.zeros((len(group), max(len(row["ids"]) for row in group)), dtype=torch.long)
+            for place, row in enumerate(group):  # padding stands behind: a causal model does not see it
+                ids[place, : len(row["ids"])] = torch.tensor(row["ids"])
+            hidden = body(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+            read = [hidden[place, row["positions"]] for place, row in enumerate(group)]
+            logits = head(torch.cat(read)).float()
+            logits.backward(_random_labels(logits.detach(), draw))
+            progress.advance(len(group))
+    return squares.means(sum(len(row["positions"]) for row in rows))
+
+
+def groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of like length together, few enough that many passes add up and padding stays small."""
+    found: list[list[dict[str, Any]]] = []
+    for row in sorted(rows, key=lambda row: len(row["ids"])):
+        if found and len(found[-1]) < _TOGETHER and (len(found[-1]) + 1) * len(row["ids"]) <= _TOKENS:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def _random_labels(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Random vectors u with mean 0 and E[u u'] = diag(p) - p p', one a position: (positions, V)."""
+    import torch
+
+    p = logits.softmax(-1)
+    signs = torch.randint(0, 2, p.shape, generator=draw, dtype=torch.int8).to(p.device) * 2 - 1
+    signed = p.sqrt() * signs
+    return signed - p * signed.sum(-1, keepdim=True)
+
+
+class _Squares:
+    """Sums of squared gradients of every matrix, one square a backward pass, and of its common factor; the gradients
+    are dropped."""
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        self._weights = matrices(model)
+        self._sums = {name: torch.zeros(w.shape, dtype=torch.float32) for name, w in self._weights.items()}
+        self._scales = dict.fromkeys(self._weights, 0.0)
+        model.requires_grad_(False)
+
+    def __enter__(self) -> _Squares:
+        import torch
+
+        self._handles = []
+        for name, weight in self._weights.items():
+            weight.requires_grad_(True)
+            hook = _adder(name, self._sums[name], self._scales)
+            self._handles.append(weight.register_post_accumulate_grad_hook(hook))
+        self._grad = torch.enable_grad()
+        self._grad.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._grad.__exit__(*error)
+        for handle in self._handles:
             handle.remove()
-    positions = sum(map(len, windows))
-    found = {name: total.div_(positions).numpy() for name, total in sums.items()}
-    return found, {name: total / positions for name, total in scales.items()}
+
+    def means(self, positions: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """The sums a position; the object cannot be used afterwards."""
+        found = {name: total.div_(positions).numpy() for name, total in self._sums.items()}
+        return found, {name: total / positions for name, total in self._scales.items()}
 
 
 def matrices(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -1,12 +1,16 @@
-"""What every type would cost every tensor: bytes, and the KL divergence that its rounding is predicted to cost.
+"""What every type would cost every tensor: bytes, and the KL divergence that its rounding is predicted to cost, on text
+and at answers.
 
-For child processes only.
+llama.cpp's search for the small types takes nearly all of the time. So one cheap type is tried on all rows of a tensor,
+and the others on some of them, drawn by their share in the cheap type's loss (with replacement, so that every row drawn
+has a known weight); a type's loss is the cheap type's, times the ratio of the two on these rows. Rows differ far more
+among themselves than in that ratio. For child processes only.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,9 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.quantizing import imatrix as importance
 from lib.quantizing import native, recipes
+from lib.quantizing.budget import AT_ANSWERS, TEXT
 from lib.quantizing.calling import dry_run
+from lib.quantizing.fisher import ANSWERS
 from lib.quantizing.options import Options
 from lib.quantizing.planning import Source, check_coverage, open_source, planned_types
 from lib.quantizing.stored import rows_of
@@ -32,6 +38,12 @@ WITH_MATRIX = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
 
 _WEIGHTS = 1 << 21
 """Most weights of a tensor that are tried; a larger one is represented by rows at even distances."""
+_CHEAP = "q4_0"
+"""The type that is tried on all of them; its blocks of 32 weights fit wherever any type's do."""
+_DRAWN = 96
+"""Rows that the other types are tried on, of a tensor that has more than twice as many (docs/LOG.md: six budgets)."""
+_EVEN = 0.25
+"""Part of the draw that is even over all rows, so that none stands for too many."""
 
 
 def sizes(argument: dict[str, Any]) -> dict[str, Any]:
@@ -55,26 +67,60 @@ def sizes(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Fisher:
+    """Sensitivities of a tensor.
+
+    Attributes:
+        path: of them, (rows, columns).
+        scale: information of the tensor's common factor.
+        share: by what the sensitivities of all rows exceed those of the rows tried.
+    """
+
+    path: Path
+    scale: float
+    share: float
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Some of the rows tried.
+
+    Attributes:
+        rows: their numbers among the rows tried.
+        stands: how many rows each of them stands for, float64.
+        ratios: {loss: the cheap type's on all rows tried over that on these}.
+    """
+
+    rows: np.ndarray
+    stands: np.ndarray
+    ratios: dict[str, float]
+
+
+@dataclass(frozen=True)
 class _Matrix:
     """A tensor to be tried: every `step`-th of its rows, weighed by its sensitivities.
 
     Attributes:
-        path: of the sensitivities, (rows, columns).
-        scale: information of its common factor.
-        share: by what the sensitivities of all rows exceed those of the rows tried.
+        fisher: {loss: sensitivities}.
+        draw: the rows for all types but the cheap one; None = all that are tried.
+        cheap: the losses of the cheap type.
     """
 
     name: str
     rows: int
     columns: int
     step: int
-    path: Path
-    scale: float
-    share: float
+    fisher: dict[str, _Fisher]
+    draw: _Draw | None
+    cheap: dict[str, float]
 
     @property
     def rows_tried(self) -> int:
         return -(-self.rows // self.step)
+
+    @property
+    def rows_drawn(self) -> int:
+        return self.rows_tried if self.draw is None else len(self.draw.rows)
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
@@ -82,28 +128,37 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     are threads (llama.cpp's functions and numpy leave Python's lock), the longest first.
 
     Args:
-        argument: "source" (GGUF), "folder" and "scales" (of `lib.quantizing.fisher`), "imatrix" (path or None),
-            "n_threads" (0 = physical cores).
+        argument: "source" (GGUF), "folder", "scales" and "answer_scales" (of `lib.quantizing.fisher`; None without
+            answers), "imatrix" (path or None), "n_threads" (0 = physical cores).
 
     Returns:
-        "tensors": [{"tensor", "weights", "rows_tried", "rows", "types": [{"type", "bytes", "kld"}]}], with the bytes
-        in the file (padded) and KL divergence in nats a token.
+        "tensors": [{"tensor", "weights", "rows_tried", "rows_drawn", "rows", "types": [{"type", "bytes", "kld",
+        "answer_kld"}]}], with the bytes in the file (padded) and KL divergence in nats a token of text, and a position
+        that predicts a token of an answer (absent without answers).
 
     Raises:
         InputError: a tensor without sensitivities, an importance matrix of another model.
     """
     source, names, matrix = _open(argument)
-    folder, scales = Path(argument["folder"]), argument["scales"]
+    folders = {TEXT: (Path(argument["folder"]), argument["scales"])}
+    if argument["answer_scales"] is not None:
+        folders[AT_ANSWERS] = (Path(argument["folder"]) / ANSWERS, argument["answer_scales"])
     with ThreadPoolExecutor(argument["n_threads"] or physical_cores()) as pool:
-        tensors = list(pool.map(lambda name: _prepare(source, name, folder, scales.get(name, 0.0)), names))
-        jobs = [(tensor, kind) for tensor in tensors for kind in _candidates(tensor.name, tensor.columns, matrix)]
+        longest = sorted(names, key=lambda name: -source.tensors[name]["weights"])
+        prepared = pool.map(lambda name: _prepare(source, name, folders, matrix), longest)
+        with Progress(f"trying {_CHEAP}, tensors", len(names)) as progress:
+            tensors = []
+            for tensor in prepared:
+                tensors.append(tensor)
+                progress.advance(note=tensor.name)
+        jobs = [(t, kind) for t in tensors for kind in _candidates(t.name, t.columns, matrix) if kind != _CHEAP]
         jobs.sort(key=lambda job: -_seconds(*job))
-        losses = {}
+        losses = {(tensor.name, _CHEAP): tensor.cheap for tensor in tensors}
         with Progress("trying types, tensors × types", len(jobs)) as progress:
-            for (tensor, kind), kld in zip(jobs, pool.map(lambda job: _loss(source, *job, matrix), jobs), strict=True):
-                losses[tensor.name, kind] = kld
+            for (tensor, kind), lost in zip(jobs, pool.map(lambda job: _loss(source, *job, matrix), jobs), strict=True):
+                losses[tensor.name, kind] = lost
                 progress.advance(note=f"{tensor.name} {kind}")
-    return {"tensors": [_entry(tensor, losses, matrix) for tensor in tensors]}
+    return {"tensors": [_entry(t, losses, matrix) for t in sorted(tensors, key=lambda t: names.index(t.name))]}
 
 
 def _open(argument: dict[str, Any]) -> tuple[Source, list[str], importance.Imatrix | None]:
@@ -126,39 +181,103 @@ def _open(argument: dict[str, Any]) -> tuple[Source, list[str], importance.Imatr
     return source, able, matrix
 
 
-def _prepare(source: Source, name: str, folder: Path, scale: float) -> _Matrix:
-    tensor = source.tensors[name]
-    columns, rows = _shape(tensor)
-    path = folder / f"{name}.npy"
-    sensitivity = np.load(path, mmap_mode="r") if path.is_file() else None
-    if sensitivity is None or sensitivity.shape != (rows, columns):
-        found = f"no sensitivity of {name} ({rows} × {columns}) in the model folder."
-        raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "do without a size budget.")
-    step = -(-tensor["weights"] // _WEIGHTS)
-    part = float(sensitivity[::step].sum(dtype=np.float64))
-    share = float(sensitivity.sum(dtype=np.float64)) / max(part, 1e-300)
-    return _Matrix(name, rows, columns, step, path, scale, share)
+def _prepare(
+    source: Source, name: str, folders: dict[str, tuple[Path, dict[str, float]]], matrix: importance.Imatrix | None
+) -> _Matrix:
+    """Try the cheap type, and draw rows for the others."""
+    columns, rows = _shape(source.tensors[name])
+    step = -(-source.tensors[name]["weights"] // _WEIGHTS)
+    fisher = {}
+    for loss, (folder, scales) in folders.items():
+        path = folder / f"{name}.npy"
+        values = np.load(path, mmap_mode="r") if path.is_file() else None
+        if values is None or values.shape != (rows, columns):
+            found = f"no sensitivity of {name} ({rows} × {columns}) in the model folder."
+            raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "do without a size budget.")
+        part = float(values[::step].sum(dtype=np.float64))
+        share = float(values.sum(dtype=np.float64)) / max(part, 1e-300)
+        fisher[loss] = _Fisher(path, scales.get(name, 0.0), share)
+    all_rows = _Matrix(name, rows, columns, step, fisher, None, {})
+    error, weights = _error(source, all_rows, _CHEAP, matrix)
+    whole = {loss: np.load(of.path, mmap_mode="r")[::step] for loss, of in fisher.items()}
+    cheap = _weigh(all_rows, error, weights, whole)
+    if all_rows.rows_tried <= 2 * _DRAWN:
+        return replace(all_rows, cheap=cheap)
+    by_row = {loss: np.sum(values * error * error, axis=1, dtype=np.float64) for loss, values in whole.items()}
+    return replace(all_rows, cheap=cheap, draw=_draw(by_row))
+
+
+def _draw(losses: dict[str, np.ndarray]) -> _Draw:
+    """Rows by their share in the losses, one at a random place of every stretch of equal share."""
+    count = len(next(iter(losses.values())))
+    shares = [values / total for values in losses.values() if (total := values.sum()) > 0]
+    chance = np.full(count, 1 / count) if not shares else (1 - _EVEN) * np.mean(shares, axis=0) + _EVEN / count
+    ends = np.cumsum(chance)
+    places = (np.arange(_DRAWN) + np.random.default_rng(0).random(_DRAWN)) / _DRAWN * ends[-1]
+    rows, times = np.unique(np.minimum(np.searchsorted(ends, places), count - 1), return_counts=True)
+    stands = times / (_DRAWN * chance[rows])
+    ratios = {loss: _over(values.sum(), np.sum(stands * values[rows])) for loss, values in losses.items()}
+    return _Draw(rows, stands, ratios)
+
+
+def _over(above: float, below: float) -> float:
+    return float(above / below) if below > 0 else 1.0
 
 
 def _seconds(tensor: _Matrix, kind: str) -> float:
     """Roughly, for the order."""
-    return recipes.work([{"type": kind, "weights": tensor.rows_tried * tensor.columns}])
+    return recipes.work([{"type": kind, "weights": tensor.rows_drawn * tensor.columns}])
 
 
-def _loss(source: Source, tensor: _Matrix, kind: str, matrix: importance.Imatrix | None) -> float:
-    """KL divergence that the tensor in a type is predicted to cost; its rows are read again for every type, which takes
-    a hundredth of the time and spares the memory for all of them."""
+def _loss(source: Source, tensor: _Matrix, kind: str, matrix: importance.Imatrix | None) -> dict[str, float]:
+    """KL divergences that the tensor in a type is predicted to cost; its rows are read again for every type, which
+    takes little time and spares the memory for all of them."""
+    error, weights = _error(source, tensor, kind, matrix)
+    fisher = {loss: np.load(of.path, mmap_mode="r")[:: tensor.step] for loss, of in tensor.fisher.items()}
+    if tensor.draw is not None:
+        fisher = {loss: values[tensor.draw.rows] for loss, values in fisher.items()}
+    return _weigh(tensor, error, weights, fisher)
+
+
+def _error(
+    source: Source, tensor: _Matrix, kind: str, matrix: importance.Imatrix | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a type changes of the rows drawn, and these rows, float32, (rows, columns)."""
     weights = rows_of(source.path, source.tensors[tensor.name], 0, tensor.rows, tensor.step)
-    part = np.asarray(np.load(tensor.path, mmap_mode="r")[:: tensor.step])
+    if tensor.draw is not None:
+        weights = weights[tensor.draw.rows]
     values = None if matrix is None else matrix.values.get(tensor.name)
-    error, shrunk = _errors(kind, weights, values, part)
-    return 0.5 * (tensor.share * error + tensor.scale * shrunk**2)
+    error = native.dequantize_rows(kind, native.quantize_rows(kind, weights, values))
+    error -= weights
+    return error, weights
 
 
-def _entry(tensor: _Matrix, losses: dict[tuple[str, str], float], matrix: importance.Imatrix | None) -> dict[str, Any]:
+def _weigh(tensor: _Matrix, error: np.ndarray, weights: np.ndarray, fisher: dict[str, np.ndarray]) -> dict[str, float]:
+    """½ (Σ F d² + F of the common factor × its square): by what share of themselves the weights shrink together."""
+    draw, stands = tensor.draw, None if tensor.draw is None else tensor.draw.stands
+    size = max(_sum(weights * weights, stands), 1e-300)
+    shrunk = _sum(error * weights, stands) / size
+    found = {}
+    for loss, of in tensor.fisher.items():
+        lost = _sum(fisher[loss] * error * error, stands) * (1.0 if draw is None else draw.ratios[loss])
+        found[loss] = 0.5 * (of.share * lost + of.scale * shrunk**2)
+    return found
+
+
+def _sum(values: np.ndarray, stands: np.ndarray | None) -> float:
+    """Over all rows; each as many times as it stands for."""
+    if stands is None:
+        return float(np.sum(values, dtype=np.float64))
+    return float(np.sum(values, axis=1, dtype=np.float64) @ stands)
+
+
+def _entry(
+    tensor: _Matrix, losses: dict[tuple[str, str], dict[str, float]], matrix: importance.Imatrix | None
+) -> dict[str, Any]:
     kinds = _candidates(tensor.name, tensor.columns, matrix)
-    types = [{"type": k, "bytes": _bytes(k, tensor.rows, tensor.columns), "kld": losses[tensor.name, k]} for k in kinds]
+    types = [{"type": k, "bytes": _bytes(k, tensor.rows, tensor.columns), **losses[tensor.name, k]} for k in kinds]
     counted = {"weights": tensor.rows * tensor.columns, "rows": tensor.rows, "rows_tried": tensor.rows_tried}
+    counted |= {"rows_drawn": tensor.rows_drawn}
     return {"tensor": tensor.name, **counted, "types": types}
 
 
@@ -176,12 +295,3 @@ def _candidates(name: str, columns: int, matrix: importance.Imatrix | None) -> l
 def _bytes(kind: str, rows: int, columns: int) -> int:
     """In the file, with padding."""
     return -(-rows * native.row_bytes(kind, columns) // 32) * 32
-
-
-def _errors(kind: str, weights: np.ndarray, values: np.ndarray | None, sensitivity: np.ndarray) -> tuple[float, float]:
-    """Σ F d² of rows in a type, and by what share of themselves the weights shrink or grow together."""
-    error = native.dequantize_rows(kind, native.quantize_rows(kind, weights, values))
-    error -= weights
-    size = max(float(np.sum(weights * weights, dtype=np.float64)), 1e-300)
-    shrunk = float(np.sum(error * weights, dtype=np.float64)) / size
-    return float(np.sum(sensitivity * error * error, dtype=np.float64)), shrunk

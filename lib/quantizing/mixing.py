@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.formats import mix_name
-from lib.quantizing.budget import Choice, require_room, solve
+from lib.quantizing.budget import AT_ANSWERS, TEXT, Choice, require_room, solve
 from lib.quantizing.calibration import dataset_name
 from lib.quantizing.options import Options
 from lib.quantizing.sensitivity import METHOD, measure_sensitivity
@@ -33,8 +33,10 @@ class Mix:
         options: importance matrix, the type of every tensor, and the keys that tell of them in the header.
         prediction: as of `predict_sizes`; "type" is the name ("MIX_300MB"), "recipe" what the header says (the recipe
             of the type that most weights have), "mix" the record.
-        record: "method", "budget_bytes", "predicted_kld" (nats a token), "positions", "rows_sha256", "types"
-            ({tensor: type}), "tensors" ([{"tensor", "type", "weights", "bytes", "kld"}]).
+        record: "method", "budget_bytes", "answer_weight" (0 = text alone), "predicted_kld" (nats a token),
+            "predicted_answer_kld" (nats a position that predicts a token of an answer; None without answers),
+            "positions", "answers", "rows_sha256", "types" ({tensor: type}), "tensors" ([{"tensor", "type", "weights",
+            "bytes", "kld", "answer_kld"}]).
     """
 
     options: Options
@@ -50,10 +52,10 @@ def plan_mix(settings: Settings, run: Run, source: Path, matrix: Path | None, fo
     """
     budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
     about = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
-    require_possible(budget, source, matrix, about)
+    require_possible(budget, source, matrix, about, settings.answer_weight)
     found = measure_sensitivity(settings, run, source, matrix, force).record
     dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
-    return choose_types(found, budget, source, matrix, dataset)
+    return choose_types(found, budget, source, matrix, dataset, settings.answer_weight)
 
 
 def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -> int:
@@ -72,7 +74,7 @@ def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -
     return plain["header_bytes"] + int(bits_per_weight * plain["weights"] / 8)
 
 
-def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str) -> None:
+def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0) -> None:
     """Refuse, before anything is measured, a budget that no choice of types keeps; arguments as of `choose_types`.
 
     Raises:
@@ -81,37 +83,51 @@ def require_possible(budget: int, source: Path, matrix: Path | None, dataset: st
     argument = {"source": str(source.resolve()), "imatrix": None if matrix is None else str(matrix.resolve())}
     tensors = run_child("lib.quantizing.losses:sizes", argument, "predicting sizes")["tensors"]
     smallest = sum(min(kind["bytes"] for kind in types) for types in tensors)
-    require_room(budget, _fixed(source, Options(matrix, notes=_notes(budget, dataset)), tensors) + smallest)
+    require_room(
+        budget, _fixed(source, Options(matrix, notes=_notes(budget, dataset, answer_weight)), tensors) + smallest
+    )
 
 
-def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str) -> Mix:
-    """The types with the least predicted KL divergence of a file of at most `budget` bytes.
+def choose_types(
+    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0
+) -> Mix:
+    """The types with the least predicted KL divergence of a file of at most `budget` bytes: of text and answers
+    together, (1 - answer_weight) × nats a token + answer_weight × nats a position of an answer.
 
     Args:
         found: record of the product `sensitivity`, or of `measure_types` with "rows_sha256".
         dataset: what it was measured on, for the header.
+        answer_weight: 0 = text alone, 1 = answers alone; without answers in `found` it is 0.
 
     Raises:
         InputError: a budget below the smallest file of the types tried.
     """
-    notes = _notes(budget, dataset)
+    weight = answer_weight if found["answers"] else 0.0
+    notes = _notes(budget, dataset, weight)
     rows = found["tensors"]
-    tensors = [[Choice(t["type"], t["bytes"], t["kld"]) for t in row["types"]] for row in rows]
+    tensors = [[Choice(t["type"], t["bytes"], _mixed(t, weight)) for t in row["types"]] for row in rows]
     fixed = _fixed(source, Options(matrix, notes=notes), [row["types"] for row in rows])
     chosen = solve(tensors, budget, fixed)
     types = {row["tensor"]: choice.type for row, choice in zip(rows, chosen, strict=True)}
     options = Options(matrix, tuple(f"^{re.escape(name)}$={kind}" for name, kind in types.items()), notes=notes)
     recipe = _recipe(types, {row["tensor"]: row["weights"] for row in rows})
+    parts = [
+        {
+            "tensor": row["tensor"],
+            "weights": row["weights"],
+            **next(t for t in row["types"] if t["type"] == choice.type),
+        }
+        for row, choice in zip(rows, chosen, strict=True)
+    ]
     record = {
         "method": METHOD,
         "budget_bytes": budget,
-        "predicted_kld": sum(choice.loss for choice in chosen),
-        **{key: found[key] for key in ("positions", "rows_sha256")},
+        "answer_weight": weight,
+        "predicted_kld": sum(part[TEXT] for part in parts),
+        "predicted_answer_kld": sum(part[AT_ANSWERS] for part in parts) if found["answers"] else None,
+        **{key: found[key] for key in ("positions", "answers", "rows_sha256")},
         "types": types,
-        "tensors": [
-            {"tensor": row["tensor"], "type": c.type, "weights": row["weights"], "bytes": c.bytes, "kld": c.loss}
-            for row, c in zip(rows, chosen, strict=True)
-        ],
+        "tensors": parts,
     }
     prediction = _predict(source, recipe, options)
     prediction |= {"type": mix_name(budget), "recipe": recipe, "mix": record}
@@ -124,9 +140,16 @@ def choose_types(found: dict[str, Any], budget: int, source: Path, matrix: Path 
     return Mix(options, prediction, record)
 
 
-def _notes(budget: int, dataset: str) -> tuple[tuple[str, str], ...]:
+def _mixed(kind: dict[str, Any], weight: float) -> float:
+    """The loss that is minimized; that of text alone to the last bit where the weight is 0."""
+    return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
+
+
+def _notes(budget: int, dataset: str, answer_weight: float) -> tuple[tuple[str, str], ...]:
     """What the file's header tells of the choice."""
     rows = (("method", METHOD), ("budget_bytes", str(budget)), ("rows", dataset))
+    if answer_weight:
+        rows = (*rows, ("answer_weight", f"{answer_weight:g}"))
     return tuple((f"quantize.mix.{key}", value) for key, value in rows)
 
 

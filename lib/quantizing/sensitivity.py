@@ -1,4 +1,5 @@
-"""The product `sensitivity`: what every type would cost every tensor, on the training rows of the importance matrix."""
+"""The product `sensitivity`: what every type would cost every tensor, on the training rows of the importance matrix and
+at the answers of whole training rows."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lib.device import available_memory
 from lib.errors import InputError
 from lib.models.saved import weight_bytes
-from lib.quantizing.calibration import choose_windows
+from lib.quantizing.calibration import AnswerRows, choose_rows, choose_windows
 from lib.run import Product, Run, Work
 from lib.run.child import run_child
 from lib.run.files import read_json, require_space, sha256_file, write_json, write_jsonl
@@ -18,7 +19,9 @@ from lib.run.files import read_json, require_space, sha256_file, write_json, wri
 if TYPE_CHECKING:
     from lib.settings import Settings
 
-RECORD, ROWS = "sensitivity.json", "rows.jsonl"
+RECORD, ROWS, ANSWER_ROWS = "sensitivity.json", "rows.jsonl", "answer_rows.jsonl"
+MOST_ANSWERS, MOST_TOKENS = 256, 8192
+"""Most rows whose answers are measured, and most tokens of them: as many as those of the windows."""
 METHOD = "Fisher information (diagonal, common factor), rounding errors, exact knapsack"
 WINDOWS = 16
 """Most windows: four times as many changed predicted losses by 3 % on average, 11 % at most (docs/LOG.md)."""
@@ -30,7 +33,8 @@ class Sensitivity:
 
     Attributes:
         record: "tensors" (see `lib.quantizing.losses.measure`), "positions", "rows", "left_out", "held_out_rows",
-            "shared_with_held_out" (0), "rows_sha256", "dtype", "device", "seconds".
+            "shared_with_held_out" (0), "rows_sha256", "dtype", "device", "seconds"; "answers": "rows", "positions",
+            "tokens" and "rows_sha256" of the rows whose answers were measured (None without answers).
     """
 
     product: Product
@@ -52,7 +56,11 @@ def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path
     product = run.produce(
         "sensitivity",
         lambda work: _build(settings, run, source, matrix, work),
-        parameters={**settings.pick("n_ctx", "seed", "imatrix_chunks"), "imatrix": identity},
+        parameters={
+            **settings.pick("n_ctx", "seed", "imatrix_chunks"),
+            "imatrix": identity,
+            "answers": f"{MOST_ANSWERS} rows, {MOST_TOKENS} tokens",
+        },
         inputs=("data", "merged", "gguf"),
         force=force,
     )
@@ -62,50 +70,71 @@ def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path
 def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work: Work) -> None:
     data, merged = run.require("data"), run.require("merged")
     chosen = choose_windows(data.path, settings.n_ctx, min(settings.imatrix_chunks, WINDOWS), settings.seed)
-    measured = measure_types(merged.path, source, chosen.windows, matrix, settings.seed, run.folder, settings.n_threads)
+    answers = choose_rows(data.path, MOST_ANSWERS, MOST_TOKENS, settings.seed)
+    texts = Texts(chosen.windows, answers)
+    measured = measure_types(merged.path, source, texts, matrix, settings.seed, run.folder, settings.n_threads)
     write_json(work.folder / RECORD, {**chosen.facts, **measured})
     write_jsonl(work.folder / ROWS, chosen.used)
+    write_jsonl(work.folder / ANSWER_ROWS, answers.used)
     work.device = measured["device"]
     work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
     work.metrics |= {"positions": measured["positions"], "tensors": len(measured["tensors"])}
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What gradients are of.
+
+    Attributes:
+        windows: token ids, all of one length.
+        answers: rows whose answers are measured; None for a text that has none.
+    """
+
+    windows: list[list[int]]
+    answers: AnswerRows | None = None
+
+
 def measure_types(
     model: Path,
     source: Path,
-    windows: list[list[int]],
+    texts: Texts,
     matrix: Path | None,
     seed: int,
     scratch: Path,
     n_threads: int = 0,
 ) -> dict[str, Any]:
-    """How much each weight matters on a text, and what every type would cost every tensor.
+    """How much each weight matters on a text and at its answers, and what every type would cost every tensor.
 
     Args:
         model: folder of 16- or 32-bit weights that transformers loads; source: the GGUF made from it.
-        windows: token ids, all of one length.
+        texts: see `Texts`.
         matrix: importance matrix with which types are tried.
         seed: of the labels that are drawn.
-        scratch: folder on a disk with room for the sensitivities, twice the size of the weights at 16 bits.
+        scratch: folder on a disk with room for the sensitivities, twice the size of the weights at 16 bits, with
+            answers four times.
         n_threads: for trying types; 0 = physical cores. The result does not depend on it.
 
     Returns:
-        "tensors" (see `lib.quantizing.losses.measure`), "positions", "method", "dtype", "device", "seconds".
+        "tensors" (see `lib.quantizing.losses.measure`), "positions", "answers" (see `Sensitivity`), "method", "dtype",
+        "device", "seconds" (of the gradients).
 
     Raises:
         InputError: as `measure_sensitivity`.
     """
     size = weight_bytes(model)
     dtype = _dtype(size)
-    require_space(scratch, 2 * size, "sensitivities of all weights")
+    require_space(scratch, (4 if texts.answers else 2) * size, "sensitivities of all weights")
     with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as name:
-        argument = {"model": str(model.resolve()), "windows": windows, "folder": str(Path(name).resolve())}
+        argument = {"model": str(model.resolve()), "windows": texts.windows, "folder": str(Path(name).resolve())}
         argument |= {"source": str(source.resolve()), "dtype": dtype, "seed": seed}
+        argument |= {"rows": texts.answers.rows if texts.answers else []}
         made = run_child("lib.quantizing.fisher:collect", argument, "measuring sensitivities")
-        argument = {"source": argument["source"], "folder": argument["folder"], "scales": made["scales"]}
+        argument = {key: argument[key] for key in ("source", "folder")}
+        argument |= {key: made[key] for key in ("scales", "answer_scales")}
         argument |= {"n_threads": n_threads, "imatrix": None if matrix is None else str(matrix.resolve())}
         tried = run_child("lib.quantizing.losses:measure", argument, "trying types")
     facts = {key: made[key] for key in ("positions", "seconds", "device")}
+    facts |= {"answers": texts.answers.facts if texts.answers else None}
     return {**facts, "dtype": dtype, "method": METHOD, "tensors": tried["tensors"]}
 
 

@@ -95,7 +95,10 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
     product = run.produce(
         "quantized",
         build,
-        parameters={**settings.pick("ladder", *([settings.size_budget] if mixed else [])), **_identity(options)},
+        parameters={
+            **settings.pick("ladder", *([settings.size_budget, "answer_weight"] if mixed else [])),
+            **_identity(options),
+        },
         inputs=("gguf", "sensitivity") if mixed else ("gguf",),
         force=settings.force,
         keep_partial=True,

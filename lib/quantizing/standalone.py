@@ -12,12 +12,12 @@ from lib.formats import mix_name
 from lib.models.gguf_file import check_gguf
 from lib.models.loading import check_model_folder, load_tokenizer
 from lib.models.saved import quantization_method, weight_bytes
-from lib.quantizing.calibration import dataset_name
+from lib.quantizing.calibration import choose_rows, choose_windows, dataset_name
 from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, quantize_predicted
 from lib.quantizing.importance import computing_dtype
 from lib.quantizing.mixing import Mix, choose_types, require_possible
-from lib.quantizing.sensitivity import WINDOWS, measure_types
+from lib.quantizing.sensitivity import MOST_ANSWERS, MOST_TOKENS, WINDOWS, Texts, measure_types
 from lib.run.child import run_child
 from lib.run.files import sha256_file
 from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
@@ -33,14 +33,19 @@ class Budget:
     Attributes:
         bytes: the most that the file may have (see `lib.quantizing.mixing.budget_bytes`).
         model: the folder that the GGUF was converted from; gradients are computed there.
-        text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from.
+        text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from. A text
+            has no answers, so it decides alone.
+        data: in place of a text the folder of a run's product `data`, whose training rows have answers.
+        answer_weight: what the loss at answers counts (see `lib.quantizing.mixing.choose_types`).
     """
 
     bytes: int
     model: Path
-    text: Text
-    file: Path
+    text: Text | None = None
+    file: Path | None = None
     n_ctx: int = 512
+    data: Path | None = None
+    answer_weight: float = 0.0
 
     @property
     def name(self) -> str:
@@ -75,12 +80,34 @@ def mix_of_text(source: Path, budget: Budget, matrix: Path | None, scratch: Path
             that does not fill a window, too little memory or room.
     """
     check_gguf(source)
-    tokens = _tokens(budget.model, budget.text)
-    windows, digest = tokens.windows(budget.n_ctx, WINDOWS), sha256_file(budget.file)
-    dataset = dataset_name(budget.file.name, f"{len(windows)} windows of {budget.n_ctx} tokens", digest)
-    require_possible(budget.bytes, source, matrix, dataset)
-    found = {**measure_types(budget.model, source, windows, matrix, SEED, scratch, n_threads), "rows_sha256": digest}
-    return choose_types(found, budget.bytes, source, matrix, dataset)
+    texts, dataset, digest = _texts(budget)
+    weight = budget.answer_weight if texts.answers else 0.0
+    require_possible(budget.bytes, source, matrix, dataset, weight)
+    found = {**measure_types(budget.model, source, texts, matrix, SEED, scratch, n_threads), "rows_sha256": digest}
+    return choose_types(found, budget.bytes, source, matrix, dataset, weight)
+
+
+def _texts(budget: Budget) -> tuple[Texts, str, str]:
+    """What gradients are of, its name for the header, and its hash.
+
+    Raises:
+        InputError: no model folder, a folder that is no product `data`, too little text.
+    """
+    if budget.data is not None:
+        _check_whole(budget.model)
+        if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
+            do = "name runs/RUN/data, or give a text by --text."
+            raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
+        chosen = choose_windows(budget.data, budget.n_ctx, WINDOWS, SEED)
+        answers = choose_rows(budget.data, MOST_ANSWERS, MOST_TOKENS, SEED)
+        return Texts(chosen.windows, answers), chosen.dataset, chosen.facts["rows_sha256"]
+    assert budget.text is not None and budget.file is not None
+    windows, digest = _tokens(budget.model, budget.text).windows(budget.n_ctx, WINDOWS), sha256_file(budget.file)
+    return (
+        Texts(windows),
+        dataset_name(budget.file.name, f"{len(windows)} windows of {budget.n_ctx} tokens", digest),
+        digest,
+    )
 
 
 def measure_imatrix(
@@ -131,8 +158,17 @@ def _tokens(model: Path, text: Text) -> Tokens:
     Raises:
         InputError: no model folder, or one that is quantized.
     """
+    _check_whole(model)
+    return tokenize_with_transformers(load_tokenizer(model), text)
+
+
+def _check_whole(model: Path) -> None:
+    """Refuse what gradients cannot be computed with.
+
+    Raises:
+        InputError: no model folder, or one that is quantized.
+    """
     check_model_folder(model)
     if method := quantization_method(model):
         expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
         raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
-    return tokenize_with_transformers(load_tokenizer(model), text)

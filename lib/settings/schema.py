@@ -112,6 +112,12 @@ class Settings(BaseModel):
         le=32.0,
         description="the same budget in bits per weight, in place of size_budget_mb; 0 = off",
     )
+    answer_weight: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="what the loss at answers counts where a budget chooses types: 0 = text alone, 1 = answers alone",
+    )
     tensor_types: list[str] = Field([], description="REGEX=TYPE for single tensors, as llama-quantize --tensor-type")
     output_tensor_type: str = Field("", description="type of the output matrix; empty = as the recipe")
     token_embedding_type: str = Field("", description="type of the token embedding; empty = as the recipe")

@@ -267,7 +267,14 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
     matrices = [name for name in odd if odd[name].ndim == 2]
     for name in matrices:
         np.save(tmp_path / f"{name}.npy", np.ones_like(odd[name]))
-    asked = {"source": str(source), "folder": str(tmp_path), "imatrix": None, "scales": {}, "n_threads": 1}
+    asked = {
+        "source": str(source),
+        "folder": str(tmp_path),
+        "imatrix": None,
+        "scales": {},
+        "answer_scales": None,
+        "n_threads": 1,
+    }
     found = losses.measure(asked)["tensors"]
     assert {row["tensor"] for row in found} == {name for name in matrices if "ffn_down" not in name}
     assert [[t["type"] for t in row] for row in losses.sizes(asked)["tensors"]] == [
@@ -288,7 +295,7 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(losses, "_loss", noted)
     assert losses.measure({**asked, "n_threads": 3})["tensors"] == found and threads == [3]
     assert done == sorted(done, reverse=True) and done[0] > 2 * done[-1], "the longest first"
-    record = {"tensors": found, "positions": 1, "rows_sha256": ""}
+    record = {"tensors": found, "positions": 1, "answers": None, "rows_sha256": ""}
     made = choose_types(
         record, source.stat().st_size // 4, source, None, "rows"
     )  # raises if bytes are not as predicted

@@ -133,7 +133,14 @@ def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> Non
         worker.quantize({**argument, "options": Options(matrix).to_json()})
     with pytest.raises(InputError, match=r"has 896 values for .*256"):
         predict_sizes(source, ["Q4_K_M"], Options(matrix))
-    argument = {"source": str(source), "imatrix": str(matrix), "folder": str(tmp_path), "scales": {}, "n_threads": 1}
+    argument = {
+        "source": str(source),
+        "imatrix": str(matrix),
+        "folder": str(tmp_path),
+        "scales": {},
+        "answer_scales": None,
+        "n_threads": 1,
+    }
     for work in (losses.sizes, losses.measure):
         with pytest.raises(InputError, match=r"has 896 values for .*256"):
             work(argument)
