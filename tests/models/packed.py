@@ -1,0 +1,72 @@
+"""Tiny random GGUF files of the three architectures, quantized by the gguf library, and ways to damage them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from lib.gguf_export import converting
+from lib.models.gguf_file import raw_metadata
+from tests.gguf_export.convertible import write_model
+
+Q = gguf.GGMLQuantizationType
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"kind": "qwen2"},
+    "qwen3": {"kind": "qwen3", "tied": False},
+    "llama": {"kind": "llama", "head_dim": 16, "rope_theta": 10000.0, "rms_norm_eps": 1e-5},
+}
+
+
+def text(value: str) -> bytes:
+    """A string as GGUF has it."""
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def mixed(name: str) -> Any:
+    """Q4_1 for matrices, Q8_0 for the embedding, as the SmolLM2 file of the package has them."""
+    return Q.Q8_0 if name.startswith(("token_embd", "output.")) else Q.Q4_1
+
+
+def repack(
+    source: Path,
+    target: Path,
+    kind: Callable[[str], Any] = mixed,
+    change: Callable[[bytes], bytes] = lambda pairs: pairs,
+    tensors: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+) -> Path:
+    """A copy of a float GGUF file whose matrices are quantized.
+
+    Args:
+        change: alters the bytes of the key-value pairs; tensors: alters the float32 tensors by name.
+    """
+    arrays = {t.name: np.asarray(t.data).reshape(t.shape[::-1]).copy() for t in gguf.GGUFReader(source).tensors}
+    tensors(arrays)
+    count, pairs = raw_metadata(source)
+    infos, data, offset = b"", b"", 0
+    for name, array in arrays.items():
+        matrix = array.ndim > 1 and name.endswith(".weight")
+        wanted = kind(name) if matrix else Q.F32
+        raw = gguf.quants.quantize(array.astype(np.float32), wanted).tobytes()
+        shape = array.shape[::-1]
+        infos += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, wanted, offset)
+        raw += b"\0" * (-len(raw) % 32)
+        data, offset = data + raw, offset + len(raw)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(arrays), count) + change(pairs) + infos
+    target.write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    return target
+
+
+def make(folder: Path, name: str, options: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+    """folder/NAME.Q4_1.gguf of a random model; `options` of `write_model`, `changes` of `repack`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converting, "load_check", lambda *_: "")  # other tests load files in llama.cpp
+        whole = write_model(folder / f"{name}-original", **{"dtype": "float32", **(options or MODELS[name])})
+        converting.convert(whole, folder / f"{name}-f32.gguf", "f32")
+    return repack(folder / f"{name}-f32.gguf", folder / f"{name}.Q4_1.gguf", **changes)

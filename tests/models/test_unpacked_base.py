@@ -1,0 +1,101 @@
+"""A .gguf file in place of a base model: unpacked once, found again, told apart, said on every page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lib.cli.app import app
+from lib.errors import InputError
+from lib.models.inspecting import inspect
+from lib.models.resolving import choose_base, resolve_base, unpacking_of
+from lib.plots.base_rows import unpacked as card
+from tests.models.real import SMOLLM2, needs_smollm2
+
+
+def test_unpacked_once_and_reused(
+    packed_files: dict[str, Path], home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = resolve_base(str(packed_files["qwen2"]))
+    assert first.path.is_relative_to(home / ".cache/unpacked") and first.id == str(packed_files["qwen2"])
+    assert first.revision.startswith("sha256:") and first.notes == ("weights dequantized from Q4_1 (qwen2.Q4_1.gguf)",)
+    assert "qwen2.Q4_1.gguf: unpacked into" in capsys.readouterr().err
+    monkeypatch.setattr("lib.models.unpacking.unpack_into", lambda *_: pytest.fail("made twice"))
+    assert resolve_base(str(packed_files["qwen2"])) == first
+    assert "unpacked before, found in" in capsys.readouterr().err
+
+
+def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home: Path) -> None:
+    path = str(packed_files["llama"])
+    plain, wide, off = (
+        resolve_base(path),
+        resolve_base(path, gguf_dtype="float32"),
+        resolve_base(path, "main", "auto", True),
+    )
+    assert len({base.path for base in (plain, wide, off)}) == len({base.revision for base in (plain, wide, off)}) == 3
+    assert off.revision == plain.revision + "+off-grid" and len(off.notes) == 2
+    (home / "adapter").mkdir()
+    (home / "adapter/training.json").write_text(json.dumps({"base": {"revision": off.revision}}))
+    assert unpacking_of(home / "adapter") == {"gguf_off_grid": True} and unpacking_of(home) == {}
+    lines = card(off.facts)
+    assert lines["channels rescaled by"].startswith("0.8 to 1.25") and "float16" in lines["cost of rounding"]
+    assert card({}) == {}
+
+
+def test_settings_that_do_not_fit_are_refused(packed_files: dict[str, Path], home: Path) -> None:
+    with pytest.raises(InputError, match="base_model offline, which is no GGUF file"):
+        choose_base("offline", "main", gguf_off_grid=True)
+    with pytest.raises(InputError, match=r"no folder .*gone\.gguf"):
+        resolve_base("gone.gguf")
+    chosen = choose_base("gone.gguf", "main", [{"base_model": "offline"}], gguf_off_grid=True)
+    assert chosen.base is None and "gone.gguf could not be had" in chosen.notes[0]
+    with pytest.raises(InputError, match="fallback .* SHA-256"):
+        fallback = {"base_model": str(packed_files["llama"]), "sha256": "0" * 64}
+        choose_base("gone.gguf", "main", [fallback])
+
+
+def test_inspect_asks_what_unpacking_asks(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    assert any(note.startswith("can be a base model") for note in inspect(packed_files["qwen3"], False)["notes"])
+    odd = tmp_path / "odd.gguf"
+    odd.write_bytes(packed_files["qwen3"].read_bytes().replace(b"qwen3.context_length", b"qwen3.context_longth"))
+    assert any("no base model" in note and "context_length" in note for note in inspect(odd, False)["notes"])
+
+
+def test_the_command(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    run = CliRunner()
+    result = run.invoke(app, ["unpack", str(packed_files["llama"]), str(tmp_path / "m"), "--off-grid", "--json"])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["off_grid"] and record["types"].keys() == {"Q4_1", "Q8_0", "F32"}
+    shutil.rmtree(tmp_path / "m")
+    result = run.invoke(app, ["unpack", str(packed_files["llama"]), str(tmp_path / "m"), "--dtype", "bfloat16"])
+    assert "weights dequantized from Q4_1" in result.stdout and "cost of rounding: bfloat16" in result.stdout
+    assert run.invoke(app, ["unpack", str(packed_files["llama"]), str(tmp_path / "m")]).exit_code == 2
+
+
+def test_merging_into_a_gguf_file(packed_files: dict[str, Path], home: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = resolve_base(str(packed_files["qwen2"]))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), LoraConfig(target_modules=["q_proj"]))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["merge", "--base-model", str(packed_files["qwen2"]), "--adapter", str(tmp_path / "adapter")]
+    result = CliRunner().invoke(app, [*command, "--output-dir", str(tmp_path / "merged"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["tensors_changed"] == 2
+    assert "the local model `qwen2.Q4_1.gguf`" in (tmp_path / "merged/README.md").read_text()
+
+
+@needs_smollm2
+def test_a_real_file_can_be_a_base() -> None:
+    found = inspect(SMOLLM2)
+    assert found["problems"] == [] and "its Q4_1 weights are turned back into numbers" in " ".join(found["notes"])

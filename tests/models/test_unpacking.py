@@ -1,0 +1,257 @@
+"""A GGUF file unpacked is the file's own model: tensors, configuration, tokenizer; and nothing is left of a failure."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lib.errors import InputError
+from lib.gguf_export import converting
+from lib.models import unpacking
+from lib.models.loading import load_model, load_tokenizer
+from lib.models.unpacking import asked_in, identity, notes_of, plain_name, unpack
+from lib.models.unpacking.source import read_source
+from lib.run.files import sha256_file
+from tests.models import packed
+
+each = pytest.mark.parametrize("name", packed.MODELS)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def expected(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every tensor by the gguf library's reader, names by its table, Llama's rows put back one by one."""
+    reader = gguf.GGUFReader(path)
+    keys = {key: field.contents() for key, field in reader.fields.items()}
+    kind = keys["general.architecture"]
+    heads = {"attn_q": keys[f"{kind}.attention.head_count"], "attn_k": keys[f"{kind}.attention.head_count_kv"]}
+    number = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[kind]
+    table = gguf.get_tensor_name_map(number, keys[f"{kind}.block_count"]).mapping
+    originals = load_file(path.parent / f"{path.name.partition('.')[0]}-original/model.safetensors").keys()
+    found = {}
+    for tensor in reader.tensors:
+        stem, _, suffix = tensor.name.rpartition(".")
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        count = heads.get(stem.rpartition(".")[2], 0) if kind == "llama" else 0
+        if count:
+            half = len(values) // count // 2
+            order = [h * 2 * half + 2 * j + i for h in range(count) for i in range(2) for j in range(half)]
+            values = values[order]
+        names = {f"{key}.{suffix}" for key, (_, ours) in table.items() if ours == stem}
+        (theirs,) = names & originals
+        found[theirs] = values.to(dtype)
+    return found
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool((a.view(torch.uint8) == b.view(torch.uint8)).all())
+
+
+@each
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tensor_is_the_librarys_dequantization_rounded_once(
+    name: str, dtype: str, packed_files: dict[str, Path], tmp_path: Path
+) -> None:
+    record = unpack(packed_files[name], tmp_path / "model", dtype)
+    found, wanted = load_file(tmp_path / "model/model.safetensors"), expected(packed_files[name], DTYPES[dtype])
+    assert found.keys() == wanted.keys()
+    assert all(same_bits(found[key], wanted[key]) for key in wanted)
+    assert record["main_type"] == "Q4_1" and sum(record["types"].values()) == sum(t.numel() for t in found.values())
+    assert record["sha256"] == sha256_file(packed_files[name]) and record["dtype"] == dtype
+    assert json.loads((tmp_path / "model/unpacked.json").read_text()) == record
+    assert record["cost"][dtype] == pytest.approx(0, abs=1e-3) and record["cost"]["float32"] == 0
+
+
+@each
+def test_logits_equal_those_of_transformers_own_reading(
+    name: str, packed_files: dict[str, Path], tmp_path: Path
+) -> None:
+    unpack(packed_files[name], tmp_path / "model", "float32")
+    ours = load_model(tmp_path / "model", "float32", device="cpu")
+    told = {"head_dim": 32} if name == "qwen3" else {}  # transformers 5.17 takes 128 whatever attention.key_length says
+    theirs = AutoModelForCausalLM.from_pretrained(
+        packed_files[name].parent, gguf_file=packed_files[name].name, dtype=torch.float32, **told
+    ).eval()
+    ids = torch.arange(3, 120)[None]
+    with torch.inference_mode():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+
+
+@each
+def test_folder_to_gguf_to_folder_is_bit_equal(
+    name: str, packed_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converting, "load_check", lambda *_: "")
+    unpack(packed_files[name], tmp_path / "model")
+    converting.convert(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    unpack(tmp_path / "model.gguf", tmp_path / "again", "float16")
+    files = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
+    different = [f for f in files if (tmp_path / "model" / f).read_bytes() != (tmp_path / "again" / f).read_bytes()]
+    assert different == ["unpacked.json"]
+
+
+@each
+def test_configuration_equals_the_originals(name: str, packed_files: dict[str, Path], tmp_path: Path) -> None:
+    unpack(packed_files[name], tmp_path / "model")
+    original = packed_files[name].parent / f"{name}-original"
+    found, wanted = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "model", original))
+    same = set(wanted) - {"torch_dtype"}
+    assert {key: found[key] for key in same} == {key: wanted[key] for key in same}
+    sampling = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert (sampling["temperature"], sampling["top_k"], sampling["repetition_penalty"]) == (0.7, 20, 1.1)
+    assert load_tokenizer(tmp_path / "model").chat_template == load_tokenizer(original).chat_template
+
+
+ROPES = [
+    {"rope_type": "linear", "factor": 2.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 24.0},
+    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 8192},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 6.0}
+    | {"original_max_position_embeddings": 1024},
+]
+
+
+@pytest.mark.parametrize("scaling", ROPES, ids=lambda s: f"{s['rope_type']}-{s['factor']:g}")
+def test_rope_scaling_comes_back(scaling: dict, tmp_path: Path) -> None:
+    options = {"kind": "llama", "width": 256, "head_dim": 64, "rope_theta": 500000.0, "rope_scaling": scaling}
+    path = packed.make(tmp_path, "rope", options)
+    assert read_source(path).config["rope_scaling"] == scaling
+
+
+def test_other_factors_of_rotary_frequencies_are_refused(tmp_path: Path) -> None:
+    options = {"kind": "llama", "width": 256, "head_dim": 64, "rope_theta": 500000.0, "rope_scaling": ROPES[2]}
+    path = packed.make(
+        tmp_path, "rope", options, tensors=lambda arrays: arrays["rope_freqs.weight"].__imul__(np.float32(1.1))
+    )
+    with pytest.raises(InputError, match="not those of Llama 3"):
+        read_source(path)
+
+
+def replaced(key: str, old: int, new: int) -> Callable[[bytes], bytes]:
+    """An unsigned 32-bit value of the header replaced."""
+
+    def change(pairs: bytes) -> bytes:
+        before, after = (packed.text(key) + struct.pack("<II", 4, value) for value in (old, new))
+        assert before in pairs
+        return pairs.replace(before, after)
+
+    return change
+
+
+def named(old: str, new: str) -> Callable[[bytes], bytes]:
+    """A string of the header replaced by one of the same kind."""
+    return lambda pairs: pairs.replace(packed.text(old), packed.text(new))
+
+
+REFUSED = {
+    "another architecture": ({"change": named("qwen2", "gemma")}, "architecture 'gemma'"),
+    "another pre-tokenizer": (
+        {
+            "change": lambda b: b.replace(
+                packed.text("tokenizer.ggml.pre") + struct.pack("<I", 8) + packed.text("qwen2"),
+                packed.text("tokenizer.ggml.pre") + struct.pack("<I", 8) + packed.text("tekken"),
+            )
+        },
+        "rules 'tekken'",
+    ),
+    "no merges": ({"change": named("tokenizer.ggml.merges", "tokenizer.ggml.morges")}, "has no merges"),
+    "no vocabulary": ({"change": named("tokenizer.ggml.tokens", "tokenizer.ggml.tokons")}, "has no tokens"),
+    "experts": ({"change": named("qwen2.context_length", "qwen2.expert_count")}, "expert_count 4096"),
+    "no context": ({"change": named("qwen2.context_length", "qwen2.context_longth")}, "no key qwen2.context_length"),
+    "another width": ({"change": replaced("qwen2.feed_forward_length", 96, 128)}, r"of shape \(96, 64\)"),
+    "more blocks": ({"change": replaced("qwen2.block_count", 2, 3)}, "lacks 12 tensors"),
+    "billions of blocks": ({"change": replaced("qwen2.block_count", 2, 2**31)}, "blocks, 26 tensors"),
+    "a tensor more": ({"tensors": lambda a: a.update(odd=np.zeros(3, np.float32))}, "also has 1 tensors"),
+    "a tensor less": ({"tensors": lambda a: a.pop("output_norm.weight")}, "lacks 1 tensors"),
+    "NaN": ({"tensors": lambda a: a["output_norm.weight"].fill(np.nan)}, "NaN or infinity in tensor model.norm"),
+    "infinity": ({"tensors": lambda a: a["output_norm.weight"].fill(np.inf)}, "NaN or infinity in tensor model.norm"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str, packed_files: dict[str, Path], tmp_path: Path) -> None:
+    changes, match = REFUSED[case]
+    path = packed.repack(packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "odd.gguf", **changes)
+    with pytest.raises(InputError, match=match):
+        unpack(path, tmp_path / "model")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["odd.gguf"]
+
+
+def test_split_cut_and_unknown_files_are_refused(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    whole = packed_files["llama"].read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:-4000])
+    with pytest.raises(InputError, match="ends at byte"):
+        unpack(tmp_path / "cut.gguf", tmp_path / "model")
+    (tmp_path / "split.gguf").write_bytes(
+        whole.replace(packed.text("llama.context_length"), packed.text("split.count"))
+        + b"\0" * 64  # the key became shorter: the data still begins where it is looked for, or later
+    )
+    with pytest.raises(InputError, match="one of 4096 parts"):
+        unpack(tmp_path / "split.gguf", tmp_path / "model")
+    at = whole.index(packed.text("blk.0.attn_q.weight")) + len(packed.text("blk.0.attn_q.weight")) + 4 + 16
+    (tmp_path / "type.gguf").write_bytes(whole[:at] + struct.pack("<I", packed.Q.I16) + whole[at + 4 :])
+    with pytest.raises(InputError, match="of type I16"):
+        unpack(tmp_path / "type.gguf", tmp_path / "model")
+    with pytest.raises(InputError, match="starts with GGUF"):
+        unpack(packed_files["llama"].parent / "llama-original/config.json", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_too_large_for_float16(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    def enlarge(arrays: dict[str, np.ndarray]) -> None:
+        arrays["output_norm.weight"][3] = 70000.0
+
+    path = packed.repack(packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "large.gguf", tensors=enlarge)
+    record = unpack(path, tmp_path / "model")
+    assert record["dtype"] == "bfloat16" and record["dtype_asked"] == "auto" and "float16" not in record["cost"]
+    with pytest.raises(InputError, match="holds a weight of size 70000"):
+        unpack(path, tmp_path / "half", "float16")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["large.gguf", "model"]
+
+
+def test_nothing_of_a_failure_gets_the_final_name(
+    packed_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lib.models.gguf_tokenizer.write_tokenizer", fail)
+    with pytest.raises(InputError, match="No space left"):
+        unpack(packed_files["llama"], tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="already exists"):
+        unpack(packed_files["llama"], tmp_path / "model")
+
+
+def test_too_little_memory_leaves_the_cost_unmeasured(
+    packed_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.device.available_memory", lambda: 1 << 20)
+    record = unpack(packed_files["llama"], tmp_path / "model")
+    assert record["cost"] is None and record["cost_note"].startswith("not measured: the weights in float32 need")
+
+
+def test_names_and_identity() -> None:
+    record = {"main_type": "Q4_1", "source": "x.gguf", "sha256": "ab" * 32, "dtype_asked": "auto", "off_grid": False}
+    assert notes_of(record) == ("weights dequantized from Q4_1 (x.gguf)",)
+    assert notes_of(record | {"main_type": "F16"}) == ("weights read from F16 (x.gguf)",)
+    assert identity(record) == f"sha256:{'ab' * 8}" and asked_in(identity(record)) == {}
+    asked = record | {"dtype_asked": "bfloat16", "off_grid": True}
+    assert asked_in(identity(asked)) == {"gguf_dtype": "bfloat16", "gguf_off_grid": True}
+    assert notes_of(asked)[1] == "channels rescaled so that they leave the source's grid"
+    assert asked_in("main+off-grid") == {}
+    names = ["SmolLM2-135M-Instruct.Q4_1.gguf", "m-q4_k_m.gguf", "m-F16.gguf", "Qwen/Qwen2", "plain.gguf"]
+    assert [plain_name(name) for name in names] == ["SmolLM2-135M-Instruct", "m", "m", "Qwen/Qwen2", "plain"]
+    assert unpacking.CHOICES[0] == "auto"
