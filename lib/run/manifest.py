@@ -18,6 +18,7 @@ NOTEBOOK_OF = {
     "quantized": "06_quantize",
     "imatrix": "06_quantize",
     "sensitivity": "06_quantize",
+    "held_out_kld": "06_quantize",
     "imatrix_effect": "06_quantize",
     "mix_effect": "06_quantize",
     "tensor_errors": "06_quantize",
