@@ -51,7 +51,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def test_random_labels_have_the_covariance_of_drawn_ones() -> None:
-    """E[u] = 0 and E[u u'] = diag(p) - p p', also where the model is nearly sure; there they hardly scatter."""
+    """E[u] = 0 and E[u u'] = diag(p) - p p', also where the model is nearly sure; there they scatter far less."""
     import torch
 
     from lib.quantizing.fisher import _random_labels
@@ -63,7 +63,9 @@ def test_random_labels_have_the_covariance_of_drawn_ones() -> None:
         exact = torch.diag(p) - torch.outer(p, p)
         assert (u.T @ u / len(u)).numpy() == pytest.approx(exact.numpy(), abs=4e-3 * float(exact.diag().max()) + 1e-9)
         assert float(u.sum(-1).abs().max()) < 1e-5, "logits have no common level"
-    assert float(u[:, 0].square().std() / u[:, 0].square().mean()) < 0.1, "drawn labels: 45 times the mean"
+    sure = float(p[0])
+    drawn = (((1 - sure) ** 3 / sure + sure**3 / (1 - sure)) - 1) ** 0.5  # of a drawn label's square, in its means
+    assert float(u[:, 0].square().std() / u[:, 0].square().mean()) < 1 < 20 < drawn
 
 
 def test_information_at_answers_is_that_of_single_gradients(base: Path) -> None:
@@ -280,7 +282,7 @@ def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatc
     assert calls == [0.0, 1.0, 0.5]
     record = read_json(run.folder / "sensitivity" / "sensitivity.json")
     rows = read_jsonl(run.folder / "sensitivity" / "answer_rows.jsonl")
-    assert record["answers"]["rows"] == len(rows) == 24 and record["answers"]["positions"] >= 48
+    assert record["answers"]["rows"] == len(rows) == 8, "the other 16 are near copies of held-out rows"
     held_out = {
         calibration.text_hash(r) for s in ("validation", "test") for r in read_jsonl(run.folder / f"data/{s}.jsonl")
     }
