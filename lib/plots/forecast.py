@@ -28,7 +28,8 @@ class Forecast:
 
     Attributes:
         points: "type", "bytes", "predicted", "measured", "low", "high" (nats a token), smallest prediction first.
-        tokens: that the measurement is of; text: what they are, in words; interval: what the intervals are.
+        tokens: that the measurement is of; text: what they are, in words; interval: what the intervals are; unit: what
+            is counted, if not tokens.
         note: what sets this measurement apart from what was predicted.
     """
 
@@ -37,6 +38,7 @@ class Forecast:
     text: str = ""
     interval: str = ""
     note: str = ""
+    unit: str = "tokens"
 
 
 def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
@@ -57,6 +59,33 @@ def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
     points = [_point(e, predicted, e["kld"], e["kld_interval"]) for e in known]
     text = f"{content['rows']} held-out rows, written as for training"
     return Forecast(_sorted(points), content["tokens"], text, "95 % bootstrap intervals over rows")
+
+
+def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
+    """As 06 measured it where answers are predicted (a MixEffect); `predicted`: of the loss "answer_kld"."""
+    if effect is None:
+        return Forecast([])
+    content = effect.content
+    known = [e for e in (content["mixed"], *content["types"]) if predicted.get(e["file"], 0.0) > 0]
+    points = [_point(e, predicted, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in known]
+    text = f"the answers of {content['answer_rows']} held-out rows"
+    return Forecast(_sorted(points), content["answer_positions"], text, "95 % bootstrap intervals over rows")
+
+
+def on_label_words(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
+    """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
+    known = [e for e in files if predicted.get(e["file"], 0.0) > 0 and _whole(e.get("label_kld_interval"))]
+    points = [_point(e, predicted, e["label_kld"], e["label_kld_interval"]) for e in known]
+    note = (
+        " It is of a token of an answer, its end of turn included, and over the whole vocabulary; measured is the "
+        "choice among the answer words of a row."
+    )
+    count = files[0]["n"] if files else 0
+    return Forecast(_sorted(points), count, "the answer words alone", "95 % intervals over rows", note, "test rows")
+
+
+def _whole(interval: Sequence[float | None] | None) -> bool:
+    return interval is not None and None not in interval
 
 
 def _point(
@@ -86,7 +115,7 @@ def shown(forecast: Forecast) -> HTML | Markdown:
     ]
     caption = (
         "KL divergence from the unquantized file, smallest prediction first: predicted from gradients on training rows "
-        f"and the rounding of every tensor; measured on {forecast.tokens:,} tokens of {forecast.text} "
+        f"and the rounding of every tensor; measured on {forecast.tokens:,} {forecast.unit} of {forecast.text} "
         f"({forecast.interval})."
     )
     return table(rows, caption, {"measured / predicted": ".2f"})
@@ -114,8 +143,8 @@ def chart(forecast: Forecast) -> HTML | None:
     ax.legend()
     caption = (
         f"Predicted and measured KL divergence from the unquantized file (log scales; {forecast.interval}; "
-        f"n = {forecast.tokens:,} tokens of {forecast.text}); a diamond is a file under a size budget. Above the "
-        "dashed line a file is farther from the source than predicted."
+        f"n = {forecast.tokens:,} {forecast.unit} of {forecast.text}); a diamond is a file under a size budget. Above "
+        "the dashed line a file is farther from the source than predicted."
     )
     words = "; ".join(f"{p['type']} {p['predicted']:.2g}, {p['measured']:.2g}" for p in points)
     return figure(fig, caption, f"Predicted and measured KL divergence in nats. {words}.")

@@ -51,12 +51,16 @@ def effect_table(effect: Any) -> HTML | Markdown:
             "with minus without": _limits(entry, "difference", "+.2g"),
             "p (Holm)": f"{entry['p_holm']:.2g}",
             "with it": entry["verdict"],
+            "at answers, with minus without": _limits(entry["answers"], "difference", "+.2g"),
+            "p at answers (Holm)": f"{entry['answers']['p_holm']:.2g}",
+            "with it, at answers": entry["answers"]["verdict"],
         }
         for entry in content["types"]
     ]
     caption = (
-        f"KL divergence from the source on {content['tokens']:,} scored tokens of {content['rows']} held-out rows; in "
-        "brackets 95 % intervals over whole rows, of the difference paired token by token."
+        f"KL divergence from the source on {content['tokens']:,} scored tokens of {content['rows']} held-out rows, and "
+        f"at the {content['answer_positions']:,} tokens of the answers of {content['answer_rows']:,}; in brackets 95 % "
+        "intervals over whole rows, of the difference paired token by token."
     )
     return table(rows, caption)
 
@@ -70,7 +74,8 @@ def effect_reading(effect: Any) -> Markdown:
     for entry in effect.content["types"]:
         change = 100 * entry["difference"] / entry["kld_without"]
         sentences.append(
-            f"{entry['type']} with the matrix is {words[entry['verdict']]} ({change:+.0f} % KL divergence)"
+            f"{entry['type']} with the matrix is {words[entry['verdict']]} ({change:+.0f} % KL divergence), at answers "
+            f"{words[entry['answers']['verdict']]}"
         )
     differing = "; ".join(f"{entry['type']}: {_beside(entry)}" for entry in effect.content["types"])
     left_out = effect.content["left_out"]

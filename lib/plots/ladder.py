@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.plots.charts import HATCHES, _axes
-from lib.plots.display import figure, side_by_side
+from lib.plots.display import figure, say, side_by_side
 from lib.plots.style import BLUE, GREEN, GREY, ORANGE
 from lib.statistics import power_mcnemar
 
 if TYPE_CHECKING:
-    from IPython.display import HTML
+    from IPython.display import HTML, Markdown
 
 TYPE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
@@ -197,3 +197,29 @@ def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1)
         "Computed, not measured."
     )
     return figure(fig, caption, f"Power curves for {n:,} rows. {'; '.join(words)}.")
+
+
+def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
+    """Which files no other beats in both size and divergence, of text and of the answer words (entries of
+    comparison.json with labels, the reference left out; folders for transformers have no text divergence of a GGUF)."""
+    known = [e for e in files if e["file"].endswith(".gguf") and e.get("label_kld") is not None and e["kld_mean"] > 0]
+    if not known:
+        return None
+    text, task = (_frontier(known, lambda e, key=key: e[key]) for key in ("kld_mean", "label_kld"))
+    said = f"Efficient by size and KL divergence of text: {', '.join(text)}; by size and that of the answer words: "
+    said += f"{', '.join(task)}."
+    lost, won = [t for t in text if t not in task], [t for t in task if t not in text]
+    if lost:
+        said += f" Efficient on text alone, so not for this task: {', '.join(lost)}."
+    if won:
+        said += f" Efficient for this task alone: {', '.join(won)}."
+    return say(said)
+
+
+def _frontier(files: Sequence[Mapping[str, Any]], loss: Callable[[Mapping[str, Any]], float]) -> list[str]:
+    best, found = float("inf"), []
+    for entry in sorted(files, key=lambda e: (e["bytes"], loss(e))):
+        if loss(entry) < best:
+            best = loss(entry)
+            found.append(entry["type"])
+    return found

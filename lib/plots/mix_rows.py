@@ -21,15 +21,21 @@ def types_table(mix: Any) -> HTML | Markdown:
     """One row a kind of tensor (of a `lib.quantizing.Mix`); a sentence where there is none."""
     if mix is None:
         return say(_NONE)
+    record, at_answers = mix.record, ""
+    if record["answers"]:
+        answers = record["answers"]
+        at_answers = f", and {answers['positions']:,} tokens of the answers of {answers['rows']:,} training rows"
     caption = (
         f"The types chosen for {mix.prediction['type']} (layer by layer, first to last; MB = 10⁶ bytes), and the KL "
-        f"divergence that each kind alone is predicted to cost, {mix.record['positions']:,} positions of training text."
+        f"divergence that each kind alone is predicted to cost, {record['positions']:,} positions of training "
+        f"text{at_answers}."
     )
     return table(rows(mix.record["tensors"]), caption)
 
 
 def rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tensors by kind: "kind", "types" in the order of layers, "MB", "bits per weight", "predicted KL"."""
+    """Tensors by kind: "kind", "types" in the order of layers, "MB", "bits per weight", "predicted KL" and, where there
+    were answers, "predicted KL at answers"."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for tensor in sorted(tensors, key=lambda t: _place(t["tensor"])[0]):
         kinds.setdefault(_place(tensor["tensor"])[1], []).append(tensor)
@@ -40,9 +46,16 @@ def rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "MB": round(sum(t["bytes"] for t in group) / 1e6, 3),
             "bits per weight": round(8 * sum(t["bytes"] for t in group) / sum(t["weights"] for t in group), 2),
             "predicted KL": round(sum(t["kld"] for t in group), 6),
+            **_at_answers(group),
         }
         for kind, group in kinds.items()
     ]
+
+
+def _at_answers(tensors: list[dict[str, Any]]) -> dict[str, float]:
+    if "answer_kld" not in tensors[0]:
+        return {}
+    return {"predicted KL at answers": round(sum(t["answer_kld"] for t in tensors), 6)}
 
 
 def reading(mix: Any) -> Markdown | None:
@@ -56,9 +69,20 @@ def reading(mix: Any) -> Markdown | None:
         f"{prediction['bytes']:,} bytes of {record['budget_bytes']:,} allowed, {prediction['bits_per_weight']:.2f} "
         f"bits per weight in {len(set(record['types'].values()))} types. Predicted KL divergence from the unquantized "
         f"file: {record['predicted_kld']:.5f} nats a token, {100 * share:.0f} % of it by {worst['tensor']} as "
-        f"{worst['type']}. The prediction adds the tensors up and leaves out that llama.cpp rounds "
+        f"{worst['type']}. {_weight(record)} The prediction adds the tensors up and leaves out that llama.cpp rounds "
         f"activations too; below it is measured on held-out rows, in 07 on bare texts."
     )
+
+
+def _weight(record: dict[str, Any]) -> str:
+    """What counted in the choice."""
+    if record["predicted_answer_kld"] is None:
+        return "Text alone decided: there were no answers."
+    loss, weight = f"{record['predicted_answer_kld']:.5f} nats", record["answer_weight"]
+    if not weight:
+        return f"Text alone decided (`answer_weight` 0); at a token of an answer {loss} are predicted."
+    said = f"At a token of an answer {loss} are predicted"
+    return f"{said}; answers alone decided." if weight == 1 else f"{said}; answers counted {weight:g} in the choice."
 
 
 def against_recipes(effect: Any) -> HTML | Markdown:

@@ -8,8 +8,6 @@ of one row are not independent.
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +16,11 @@ import numpy as np
 
 from lib.formats import IMATRIX_TYPES
 from lib.quantizing import recipes
-from lib.quantizing.calibration import held_out_windows
-from lib.quantizing.files import QuantizationReport, predict_sizes, quantize_file
+from lib.quantizing.files import QuantizationReport, predict_sizes
+from lib.quantizing.heldout import WITHOUT, HeldOut, measure_held_out
+from lib.quantizing.importance import AUTO
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
-from lib.run.child import run_child
 from lib.run.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -39,10 +37,11 @@ class EffectResult:
     """What the matrix changed.
 
     Attributes:
-        content: "tokens", "rows", "windows", "window_tokens" and "types", each with "type", "bytes", "bytes_without",
-            "kld_with", "kld_without" (nats a token, with "…_interval"), "difference" (with minus without),
-            "difference_interval", "p", "p_holm", "verdict" ("better" | "worse" | "cannot tell") and "retyped" (tensors
-            of other types: {"tensor", "with", "without"}). "left_out": types of the ladder that cannot be made without
+        content: what `counts` says and "types", each with "type", "bytes", "bytes_without", "kld_with", "kld_without"
+            (nats a token, with "…_interval"), "difference" (with minus without), "difference_interval", "p", "p_holm",
+            "verdict" ("better" | "worse" | "cannot tell"); "answers": the same from "kld_with" to "verdict" in nats a
+            position that predicts a token of an answer, Holm-corrected among themselves; "retyped" (tensors of other
+            types: {"tensor", "with", "without"}). "left_out": types of the ladder that cannot be made without
             a matrix, because tensor_types or its companions want a type that needs one.
     """
 
@@ -68,131 +67,78 @@ def compared_types(
 def measure_effect(
     settings: Settings, options: Options, run: Run, source: Path, files: tuple[QuantizationReport, ...]
 ) -> EffectResult | None:
-    """Quantize the smallest types without the matrix and compare; None where no file was made with one.
+    """Compare the smallest types with and without the matrix; None where no file was made with one.
 
     Args:
         options: of the ladder, with its matrix.
         source, files: what was quantized, and to what.
+
+    Raises:
+        InputError: too few test rows.
     """
     chosen, left_out = compared_types(files, source, options)
     if not chosen and not left_out:
         return None
+    scored = scores(settings, options, run, source, files) if chosen else None
     product = run.produce(
         "imatrix_effect",
-        lambda work: _build(settings, options, run, source, chosen, left_out, work),
-        parameters={
-            **settings.pick("n_ctx", "perplexity_tokens", "seed"),
-            "types": [f.type for f in chosen],
-            "left_out": left_out,
-        },
-        inputs=("data", "gguf", "quantized"),
+        lambda work: _build(scored, chosen, left_out, work),
+        parameters={"types": [f.type for f in chosen], "left_out": left_out},
+        inputs=("held_out_kld",) if scored else ("quantized",),
         force=settings.force,
     )
     return EffectResult(product, read_json(product.path / SUMMARY))
 
 
-def _build(
-    settings: Settings,
-    options: Options,
-    run: Run,
-    source: Path,
-    chosen: list[QuantizationReport],
-    left_out: list[str],
-    work: Work,
-) -> None:
-    if not chosen:
-        write_json(work.folder / SUMMARY, {"types": [], "left_out": left_out})
-        return
-    folder = run.require("quantized").path
-    with tempfile.TemporaryDirectory(prefix=".without-", dir=run.folder) as name:
-        pairs, sizes = [], []
-        for report in chosen:
-            plain = Path(name) / f"{report.type}.gguf"
-            quantize_file(source, plain, report.type, replace(options, imatrix=None), settings.n_threads)
-            sizes.append(plain.stat().st_size)
-            pairs.append((folder / report.file, plain))
-        content, found = compare_pairs(settings, run, source, pairs, "with and without importance matrix")
-    types = [
-        {"type": report.type, "bytes": report.bytes, "bytes_without": size, **entry}
-        for report, size, entry in zip(chosen, sizes, found, strict=True)
-    ]
-    write_json(work.folder / SUMMARY, {**content, "types": types, "left_out": left_out})
-    work.metrics |= {entry["type"]: entry["difference"] for entry in types}
-
-
-def compare_pairs(
-    settings: Settings, run: Run, source: Path, pairs: list[tuple[Path, Path]], what: str
-) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Pairs of files on held-out rows as training sees them.
-
-    Returns:
-        "tokens" (scored), "rows", "windows" and "window_tokens"; and what `judge` says of each pair.
+def scores(
+    settings: Settings, options: Options, run: Run, source: Path, files: tuple[QuantizationReport, ...]
+) -> HeldOut:
+    """Divergences of all files that this page and `lib.quantizing.mixeffect` compare, each scored once.
 
     Raises:
         InputError: too few test rows.
     """
-    windows, rows = held_out_windows(
-        run.require("data").path, settings.n_ctx, settings.perplexity_tokens // settings.n_ctx, settings.seed
+    wanted, without = [], []
+    if settings.imatrix == AUTO:
+        wanted = compared_types(files, source, options)[0]
+        without = [file.type for file in wanted]
+    beside = [file for file in files if file.type not in recipes.UNQUANTIZED]
+    if any(file.mix for file in beside) and not all(file.mix for file in beside):
+        wanted = beside
+    return measure_held_out(settings, options, run, source, wanted, without)
+
+
+def _build(scored: HeldOut | None, chosen: list[QuantizationReport], left_out: list[str], work: Work) -> None:
+    if scored is None:
+        write_json(work.folder / SUMMARY, {"types": [], "left_out": left_out})
+        return
+    names = [report.type for report in chosen]
+    text, answers = (
+        judge([(values[name], values[f"{name}{WITHOUT}"]) for name in names], rows)
+        for values, rows in ((scored.text, scored.text_rows), (scored.answers, scored.answer_rows))
     )
-    with tempfile.TemporaryDirectory(prefix=".compared-", dir=run.folder) as name:
-        argument = {
-            "reference": str(source.resolve()),
-            "pairs": [[str(path.resolve()) for path in pair] for pair in pairs],
-            "windows": windows,
-            "rows": rows,
-            "n_threads": settings.n_threads,
-            "scratch": name,
-        }
-        answer = run_child("lib.quantizing.effect:compare_in_child", argument, what)
-    scored = len(windows) * (settings.n_ctx - settings.n_ctx // 2 - 1)
-    content = {"tokens": scored, "rows": answer["rows"], "windows": len(windows), "window_tokens": settings.n_ctx}
-    return content, answer["pairs"]
+    types = []
+    for report, entry, at_answers in zip(chosen, text, answers, strict=True):
+        plain = scored.content["without"][report.type]
+        sizes = {"type": report.type, "bytes": report.bytes, "bytes_without": plain["bytes"]}
+        types.append({**sizes, **entry, "answers": at_answers, "retyped": plain["retyped"]})
+    write_json(work.folder / SUMMARY, {**counts(scored), "types": types, "left_out": left_out})
+    work.metrics |= {entry["type"]: entry["difference"] for entry in types}
 
 
-def compare_in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    """KL divergence from the reference of pairs of files; each file is opened alone, and scored once.
-
-    Returns:
-        "pairs" (see `EffectResult`; "retyped" too) and "rows", the number of rows with a scored token.
-    """
-    from lib.scoring.llama import LlamaCppBackend
-    from lib.scoring.perplexity import Reference, positions, store_reference
-
-    windows = argument["windows"]
-    size = len(windows[0])
-
-    def opened(path: str) -> Any:
-        return closing(LlamaCppBackend(Path(path), size, argument["n_threads"], 0, n_outputs=size - size // 2))
-
-    with opened(argument["reference"]) as backend:
-        kept: Reference = store_reference(backend, windows, Path(argument["scratch"]) / "reference", "the source")
-    klds = {}
-    with kept:
-        for path in dict.fromkeys(path for pair in argument["pairs"] for path in pair):
-            with opened(path) as backend:
-                klds[path] = np.asarray(positions(kept, backend, windows, f"KL of {Path(path).name}").kl)
-    rows = np.array(argument["rows"]).reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
-    pairs = [(klds[one], klds[other]) for one, other in argument["pairs"]]
-    judged = zip(judge(pairs, rows), argument["pairs"], strict=True)
-    found = [{**entry, "retyped": retyped(Path(one), Path(other))} for entry, (one, other) in judged]
-    return {"pairs": found, "rows": len(np.unique(rows))}
-
-
-def retyped(one: Path, other: Path) -> list[dict[str, str]]:
-    """Tensors that two files of one model store in different types: "tensor", "with" (in `one`), "without"."""
-    from lib.quantizing import native
-
-    with native.open_header(one) as first, native.open_header(other) as second:
-        types = {name: (tensor["type"], second.tensors[name]["type"]) for name, tensor in first.tensors.items()}
-    return [{"tensor": name, "with": a, "without": b} for name, (a, b) in types.items() if a != b]
+def counts(scored: HeldOut) -> dict[str, Any]:
+    """What a comparison is of: "tokens" (scored), "rows", "windows", "window_tokens"; "answer_rows" and
+    "answer_positions"."""
+    keys = ("tokens", "rows", "windows", "window_tokens", "answer_rows", "answer_positions")
+    return {key: scored.content[key] for key in keys}
 
 
 def judge(pairs: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> list[dict[str, Any]]:
     """Means, paired differences and verdicts of (with, without), Holm-corrected over the pairs.
 
     Args:
-        pairs: KL divergence of every scored token, nats.
-        rows: the row of each token.
+        pairs: KL divergence of every scored token or position, nats.
+        rows: the row of each.
     """
     from lib.statistics import clustered_bootstrap_t, holm, sign_flip_test
 

@@ -7,9 +7,9 @@ independent, so one backward pass of a window sums the information of all its po
 Answers are a few positions a row, most of them nearly certain: a drawn label would nearly always be the likely one, and
 rare others would carry all of the information. So u'∇logits is squared there in place of ∇log p(y), with a random
 vector u over the vocabulary whose mean square is the same, E[u u'] = diag(p) - p p' (the covariance of the drawn
-labels): u = √p s - p (√p·s) with random signs s, which hardly scatters where the model is sure. Whole rows are run, few
-at once: signs of different rows are independent, so that the squares add up in the mean, and the more passes, the less
-chance is in their sum.
+labels): u = √p s - p (√p·s) with random signs s, whose squares scatter by about their mean at most, however sure the
+model is. Whole rows are run, few at once: signs of different rows are independent, so that the squares add up in the
+mean, and the more passes, the less chance is in their sum.
 
 The diagonal takes rounding errors for independent. Some types (IQ3_S and its kin) shrink all weights of a tensor by
 about two percent, which no diagonal sees; so the information of a common factor is measured too: F of s in (1 + s) W,

@@ -25,6 +25,11 @@ _RECIPES = {"q5_K": "Q5_K_S", "q4_K": "Q4_K_S", "q3_K": "Q3_K_S", "q2_K": "Q2_K"
 """Recipes whose name is not their main tensor type's in capitals."""
 
 
+_CHOSEN: dict[tuple[Any, ...], tuple[str, Mix]] = {}
+"""The last choice of this process, by what was asked, with the digest of the sensitivities: page 06 asks three times
+(types, sizes, files), and each answer takes several child processes and a search."""
+
+
 @dataclass(frozen=True)
 class Mix:
     """A file to be made.
@@ -50,12 +55,23 @@ def plan_mix(settings: Settings, run: Run, source: Path, matrix: Path | None, fo
     Raises:
         InputError: as `measure_sensitivity`; a budget below the smallest file of the types tried.
     """
-    budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
-    about = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
-    require_possible(budget, source, matrix, about, settings.answer_weight)
-    found = measure_sensitivity(settings, run, source, matrix, force).record
+    asked = (*settings.pick("size_budget_mb", "size_budget_bpw", "answer_weight").values(), str(matrix))
+    key = (*asked, str(source), run.require("gguf").entry.digest)
+    budget = 0
+    if key not in _CHOSEN:
+        budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
+        about = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
+        require_possible(budget, source, matrix, about, settings.answer_weight)
+    measured = measure_sensitivity(settings, run, source, matrix, force)
+    digest, found = measured.product.entry.digest, measured.record
+    if key in _CHOSEN and _CHOSEN[key][0] == digest:
+        return _CHOSEN[key][1]
+    budget = budget or budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
     dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
-    return choose_types(found, budget, source, matrix, dataset, settings.answer_weight)
+    mix = choose_types(found, budget, source, matrix, dataset, settings.answer_weight)
+    _CHOSEN.clear()
+    _CHOSEN[key] = (digest, mix)
+    return mix
 
 
 def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -> int:

@@ -128,7 +128,8 @@ def mix_effect(settings: Settings, run: Run, result: QuantizeResult) -> MixEffec
     Raises:
         InputError: too few test rows.
     """
-    return measure_mix_effect(settings, run, _only_gguf(run.require("gguf").path), result.files)
+    source = _only_gguf(run.require("gguf").path)
+    return measure_mix_effect(settings, _options(settings, run), run, source, result.files)
 
 
 def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors:

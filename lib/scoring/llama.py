@@ -128,6 +128,29 @@ class LlamaCppBackend(LlamaContext):
                     values[wanted[place]] = logits[tokens] - _log_sum_exp(logits)
         return [values]
 
+    def read_logits(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+        """Raw logits at the positions that every job reads, float32, (reads, V), in the jobs' order.
+
+        Several jobs a batch; their common beginning is computed once. A job may read at most `n_outputs` positions.
+        """
+        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
+        prefix = common_prefix(jobs)
+        self._share(prefix)
+        for group in self._groups(list(jobs), len(prefix)):
+            read = [{place for _, place, _ in job.reads} for job in group]
+            tokens = [
+                (token, position, (s,), position in read[s])
+                for s, job in enumerate(group)
+                for position, token in enumerate(job.ids[len(prefix) :], start=len(prefix))
+            ]
+            self.decode(tokens)
+            first = -len(prefix)
+            for job in group:
+                yield job, np.stack([self.logits(first + place) for _, place, _ in job.reads]).astype(np.float32)
+                first += len(job.ids) - len(prefix)
+            for s in range(len(group)):
+                self.forget(s, len(prefix))
+
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
         """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V).
 

@@ -31,7 +31,8 @@ from lib.quantizing import (
     quantize_file,
     stage,
 )
-from lib.quantizing.effect import compared_types, judge, measure_effect, retyped
+from lib.quantizing.effect import compared_types, judge, measure_effect
+from lib.quantizing.heldout import retyped
 from lib.run import Run, Work
 from lib.run.files import read_jsonl, sha256_json, write_json
 from lib.settings import Settings
