@@ -53,7 +53,7 @@ def test_settings_that_do_not_fit_are_refused(packed_files: dict[str, Path], hom
         resolve_base("gone.gguf")
     chosen = choose_base("gone.gguf", "main", [{"base_model": "offline"}], gguf_off_grid=True)
     assert chosen.base is None and "gone.gguf could not be had" in chosen.notes[0]
-    with pytest.raises(InputError, match="fallback .* SHA-256"):
+    with pytest.raises(InputError, match=r"fallback .* SHA-256"):
         fallback = {"base_model": str(packed_files["llama"]), "sha256": "0" * 64}
         choose_base("gone.gguf", "main", [fallback])
 
