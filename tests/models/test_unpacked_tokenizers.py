@@ -74,7 +74,7 @@ def test_a_start_token_before_every_text(packed_files: dict[str, Path], tmp_path
     assert tokenizer("he")["input_ids"] == [264, *tokenizer("he", add_special_tokens=False)["input_ids"]]
 
     def ends(pairs: bytes) -> bytes:
-        return starts(pairs).replace(start, packed.text("tokenizer.ggml.add_eos_token"))
+        return pairs.replace(*(start.replace(b"bos", b"eos") + struct.pack("<I?", 7, value) for value in (False, True)))
 
     with pytest.raises(InputError, match="ends every text with the end token"):
         unpack(packed.repack(source, tmp_path / "end.gguf", change=ends), tmp_path / "other")
