@@ -42,7 +42,7 @@ def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home
     (home / "adapter/training.json").write_text(json.dumps({"base": {"revision": off.revision}}))
     assert unpacking_of(home / "adapter") == {"gguf_off_grid": True} and unpacking_of(home) == {}
     lines = card(off.facts)
-    assert lines["channels rescaled by"].startswith("0.7 to 1.43") and "float16" in lines["cost of rounding"]
+    assert lines["channels rescaled by"].startswith("0.8 to 1.25") and "float16" in lines["cost of rounding"]
     assert card({}) == {}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from lib.models.gguf_architecture import head_size
 
 SEED = 20261128
-RANGE = (0.7, 1.43)
+RANGE = (0.8, 1.25)
 """Smallest and largest scale; they are log-uniform between. Why these: docs/LOG.md."""
 
 
