@@ -72,11 +72,13 @@ def test_labels_are_compared_where_they_are_no_near_ties() -> None:
     """Rows decided by less than 0.1 nats may flip, others not."""
     merged = np.log([[0.5, 0.5], [0.51, 0.49], [0.9, 0.1], [0.2, 0.8]])
     gguf = np.log([[0.49, 0.51], [0.49, 0.51], [0.8, 0.2], [0.3, 0.7]])
-    facts = _label_facts(merged, gguf)
+    facts = _label_facts(merged, gguf, "float32")
     assert (facts["label_agreement"], facts["clear_rows"], facts["clear_agreement"]) == (0.5, 2, 1.0)
     gguf[3] = np.log([0.6, 0.4])
-    assert _label_facts(merged, gguf)["clear_agreement"] == 0.5
-    assert _label_facts(merged[:2], gguf[:2])["clear_agreement"] is None
+    assert _label_facts(merged, gguf, "float32")["clear_agreement"] == 0.5
+    assert _label_facts(merged[:2], gguf[:2], "float32")["clear_agreement"] is None
+    merged[1] = np.log([0.6, 0.4])  # by 0.4 nats: clear in float32, not in bfloat16
+    assert [_label_facts(merged, gguf, kind)["clear_rows"] for kind in ("float32", "bfloat16")] == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -106,10 +108,13 @@ def test_limits_on_both_sides(model: Path, gguf: Path, changes: dict, passes: bo
         _refuse(report, gguf)
 
 
-def test_q8_0_may_cost_what_its_rounding_costs(model: Path, gguf: Path, tmp_path: Path) -> None:
+def test_q8_0_and_bfloat16_may_cost_their_rounding(model: Path, gguf: Path, tmp_path: Path, monkeypatch) -> None:
     convert(model, tmp_path / "q8.gguf", "q8_0")
     assert run_gate(model, tmp_path / "q8.gguf").limit_kld == pytest.approx(1e-2)
     assert run_gate(model, gguf).limit_kld == 1e-3
+    monkeypatch.setattr("lib.gguf_export.gating.affordable_dtype", lambda folder: "bfloat16")
+    report = run_gate(model, gguf)
+    assert report.computed_in == "bfloat16" and report.exact_limit is None and report.limit_kld == pytest.approx(1e-2)
 
 
 @pytest.mark.parametrize(("outtype", "limit"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2)])
