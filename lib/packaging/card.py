@@ -148,12 +148,13 @@ def _contents(contents: Mapping[str, str]) -> str:
     return f"## In this package\n\n| | |\n|---|---|\n{rows}"
 
 
-def export_report(facts: Facts, sha256: str, checks: int, tolerance: float) -> dict[str, Any]:
+def export_report(facts: Facts, sha256: str, checks: int, tolerance: float, share: float) -> dict[str, Any]:
     """The content of export_report.json.
 
     Args:
         sha256: of the GGUF file.
-        checks, tolerance: prompts of test_model.py, and nats within which their scores must agree.
+        checks, tolerance, share: prompts of test_model.py, nats within which their scores must agree, and the share of
+            the stored value that is added.
     """
     return {
         "format": 1,
@@ -178,7 +179,7 @@ def export_report(facts: Facts, sha256: str, checks: int, tolerance: float) -> d
         "licences": facts.licences,
         "export_tree": facts.tree,
         "page_rows": facts.page_rows,
-        "checks": {"prompts": checks, "tolerance_nats": tolerance},
+        "checks": {"prompts": checks, "tolerance_nats": tolerance, "tolerance_share": share},
         "versions": {name: metadata.version(name) for name in ("llama_cpp_python", "gguf", "transformers", "numpy")},
         "notes": facts.notes,
     }

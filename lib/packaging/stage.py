@@ -13,7 +13,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.models.tasks import read_task
 from lib.packaging.card import card, export_report
-from lib.packaging.checks import TOLERANCE, model_info, stops
+from lib.packaging.checks import TOLERANCE, TOLERANCE_SHARE, model_info, stops
 from lib.packaging.choosing import Choice, choose
 from lib.packaging.facts import Facts, gather
 from lib.packaging.guide import guide
@@ -30,7 +30,7 @@ from lib.run.manifest import hash_folder
 
 SUMS, INFO, REPORT = "SHA256SUMS", "model_info.json", "export_report.json"
 _SCRIPTS = Path(__file__).with_name("scripts")
-_FORMAT = 3
+_FORMAT = 4
 """Raised when the package's content changes, so that an older one is made again."""
 _SECONDS = 900
 
@@ -175,7 +175,7 @@ def _write_documents(facts: Facts, folder: Path, merged: Path, sha256: str, chec
     write_text(folder / "README.md", card(facts, contents))
     write_text(folder / "deployment_guide.md", guide(facts))
     write_text(folder / "requirements.txt", requirements(facts.tree, _packages(facts)))
-    write_json(folder / REPORT, export_report(facts, sha256, checks, TOLERANCE))
+    write_json(folder / REPORT, export_report(facts, sha256, checks, TOLERANCE, TOLERANCE_SHARE))
     for name in ("test_model.py", "usage_examples.py"):
         shutil.copyfile(_SCRIPTS / name, folder / name)
 

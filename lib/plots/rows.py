@@ -222,9 +222,16 @@ def conversion_card(result: Any) -> Row:
     }
 
 
+def _clear(report: Any) -> str:
+    """Equal labels of the rows that are no near ties, in words."""
+    if report.clear_agreement is None:
+        return "all of which are near ties"
+    return f"{100 * report.clear_agreement:.2f} % of the {report.clear_rows:,} that are no near ties"
+
+
 def gate(report: Any) -> list[Row]:
     """The questions of the gate with what was measured and what was required (a GateReport)."""
-    exact = f"at most {report.exact_limit:g} nats" if report.exact_limit else "none (weights are rounded)"
+    exact = f"at most {report.exact_limit:.1e} nats" if report.exact_limit else "none (weights are rounded)"
     divergence = f"mean KL {report.mean_kld:.2e} nats, largest {report.max_kld:.1e}, {report.positions:,} positions"
     answers = {
         "same token ids": (f"{report.tokens:,} ids of {report.texts:,} texts, all equal", "all equal"),
@@ -234,8 +241,8 @@ def gate(report: Any) -> list[Row]:
         "same labels": (
             "does not apply: the rows have no labels"
             if report.label_agreement is None
-            else f"{100 * report.label_agreement:.2f} % of {report.rows:,} rows",
-            "–" if report.label_agreement is None else f"at least {100 * report.limit_agreement:g} %",
+            else f"{100 * report.label_agreement:.2f} % of {report.rows:,} rows, {_clear(report)}",
+            "–" if report.clear_agreement is None else f"at least {100 * report.limit_agreement:g} % of the latter",
         ),
     }
     return [{"question": q, "measured": measured, "required": needed} for q, (measured, needed) in answers.items()]

@@ -10,13 +10,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lib.scoring.backend import Backend
-from lib.scoring.scores import NEAR_TIE, Keep, Scores, score_rows
+from lib.scoring.scores import NEAR_TIE, NEAR_TIE_LOW, Keep, Scores, score_rows
 
 if TYPE_CHECKING:
     from lib.scoring.llama import LlamaCppBackend
     from lib.scoring.torch_backend import TransformersBackend
 
-__all__ = ["NEAR_TIE", "Backend", "Keep", "LlamaCppBackend", "Scores", "TransformersBackend", "score_rows"]
+__all__ = [
+    "NEAR_TIE",
+    "NEAR_TIE_LOW",
+    "Backend",
+    "Keep",
+    "LlamaCppBackend",
+    "Scores",
+    "TransformersBackend",
+    "score_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

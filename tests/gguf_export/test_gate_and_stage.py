@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.gguf_export import export, model_name
 from lib.gguf_export.converting import convert
-from lib.gguf_export.gating import gate
+from lib.gguf_export.gating import EXACT, GateReport, _label_facts, _refuse, gate
 from lib.gguf_export.tokens import HARD_STRINGS, compare_tokens
 from lib.settings import Settings
 from tests import tiny_run
@@ -45,11 +46,75 @@ def run_gate(model: Path, path: Path, limit_kld: float = 1e-3):
 def test_float32_answers_alike(model: Path, gguf: Path) -> None:
     report = run_gate(model, gguf, 1e-6)
     assert report.max_kld < 1e-6
-    assert report.exact_limit == 1e-4 > report.max_log_prob_difference > 0
+    assert report.exact_limit == EXACT * report.log_prob_range > report.max_log_prob_difference > 0
     assert report.max_label_difference < 1e-3
     assert report.label_agreement == report.same_top == 1.0
     assert report.rows == 16
     assert report.positions > 200
+
+
+def test_float32_of_a_model_with_large_logits(model: Path, tmp_path: Path) -> None:
+    """A trained model's log-probabilities reach 40 nats: 1e-4 for all refused SmolLM2's right file (1.6e-4)."""
+    large = Path(shutil.copytree(model, tmp_path / "large"))
+    tensors = load_file(large / "model.safetensors")
+    tensors["model.norm.weight"] *= 64
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    convert(large, tmp_path / "x.gguf", "f32")
+    report = run_gate(large, tmp_path / "x.gguf")
+    assert 1e-4 < report.max_log_prob_difference < report.exact_limit
+    tensors["model.layers.1.self_attn.q_proj.weight"][5] *= 1.001  # one row of one matrix, a thousandth
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"does not answer.*Δ log p\| of .* for float32"):
+        run_gate(large, tmp_path / "x.gguf")
+
+
+def test_labels_are_compared_where_they_are_no_near_ties() -> None:
+    """Rows decided by less than 0.1 nats may flip, others not."""
+    merged = np.log([[0.5, 0.5], [0.51, 0.49], [0.9, 0.1], [0.2, 0.8]])
+    gguf = np.log([[0.49, 0.51], [0.49, 0.51], [0.8, 0.2], [0.3, 0.7]])
+    facts = _label_facts(merged, gguf, "float32")
+    assert (facts["label_agreement"], facts["clear_rows"], facts["clear_agreement"]) == (0.5, 2, 1.0)
+    gguf[3] = np.log([0.6, 0.4])
+    assert _label_facts(merged, gguf, "float32")["clear_agreement"] == 0.5
+    assert _label_facts(merged[:2], gguf[:2], "float32")["clear_agreement"] is None
+    merged[1] = np.log([0.6, 0.4])  # by 0.4 nats: clear in float32, not in bfloat16
+    assert [_label_facts(merged, gguf, kind)["clear_rows"] for kind in ("float32", "bfloat16")] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, True),
+        ({"mean_kld": 0.99e-3}, True),
+        ({"mean_kld": 1.01e-3}, False),
+        ({"mean_kld": float("nan")}, False),
+        ({"label_agreement": 0.97, "clear_agreement": 0.99}, True),  # near ties flipped
+        ({"clear_agreement": 0.98}, False),
+        ({"clear_agreement": None}, True),
+        ({"exact_limit": 1e-3, "max_log_prob_difference": 0.9e-3}, True),
+        ({"exact_limit": 1e-3, "max_log_prob_difference": 1.1e-3}, False),
+    ],
+)
+def test_limits_on_both_sides(model: Path, gguf: Path, changes: dict, passes: bool) -> None:
+    values = {"texts": 1, "tokens": 1, "prompts": 1, "windows": 1, "positions": 1, "mean_kld": 1e-5, "max_kld": 1e-5}
+    values |= {"same_top": 1.0, "rows": 4, "label_agreement": 1.0, "clear_rows": 2, "clear_agreement": 1.0}
+    values |= {"max_label_difference": 0.0, "max_log_prob_difference": 0.0, "log_prob_range": 40.0}
+    values |= {"exact_limit": None, "computed_in": "float32", "limit_kld": 1e-3, "limit_agreement": 0.99}
+    report = GateReport(**values | changes, seconds=0.0)
+    if passes:
+        _refuse(report, gguf)
+        return
+    with pytest.raises(InputError, match="does not answer"):
+        _refuse(report, gguf)
+
+
+def test_q8_0_and_bfloat16_may_cost_their_rounding(model: Path, gguf: Path, tmp_path: Path, monkeypatch) -> None:
+    convert(model, tmp_path / "q8.gguf", "q8_0")
+    assert run_gate(model, tmp_path / "q8.gguf").limit_kld == pytest.approx(1e-2)
+    assert run_gate(model, gguf).limit_kld == 1e-3
+    monkeypatch.setattr("lib.gguf_export.gating.affordable_dtype", lambda folder: "bfloat16")
+    report = run_gate(model, gguf)
+    assert report.computed_in == "bfloat16" and report.exact_limit is None and report.limit_kld == pytest.approx(1e-2)
 
 
 @pytest.mark.parametrize(("outtype", "limit"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2)])

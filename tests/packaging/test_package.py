@@ -124,7 +124,7 @@ def test_damage_is_found(what: str, made: PackageResult, bare_python: Path, tmp_
         (folder / "Modelfile").unlink()
     elif what == "answer":  # a file that agrees with its hash, but not with the model
         info = read_json(folder / name)
-        info["checks"][0]["log_probs"][0] -= 2 * info["tolerance"]
+        info["checks"][0]["log_probs"][0] -= 2 + abs(info["checks"][0]["log_probs"][0])
         info["checks"][1]["labels"] = [value - 3 * i for i, value in enumerate(info["checks"][1]["labels"])]
         info["checks"][2]["prompt_ids"] = info["checks"][2]["prompt_ids"][1:]
         write_json(folder / name, info)
