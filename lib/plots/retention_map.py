@@ -28,8 +28,9 @@ def grid_table(grid: Any) -> HTML | Markdown:
         return say(f"Not measured. {grid.reason}")
     shares = sorted(grid.shares.items(), key=lambda pair: -pair[1])
     caption = (
-        f"Share of {grid.blocks:,} blocks of 32 of the base's own weights (rows at even distances, constant blocks "
-        "left out) that a type gives back but for the last places of 16 bits."
+        f"Share of {grid.blocks:,} blocks of 32 of the base's own weights that a type gives back but for the last "
+        f"places of 16 bits: rows at even distances of the {grid.matrices:,} matrices that fine-tuning moved, constant "
+        "blocks left out."
     )
     rows = [{"tensor type": kind, "given back": share} for kind, share in shares]
     return table(rows, caption, {"given back": ".1%"})
@@ -56,8 +57,9 @@ def kept_table(kept: Any) -> HTML | Markdown:
         return say(f"Not measured. {kept.reason}")
     caption = (
         "⟨file − base, δ⟩ / ‖δ‖² with δ = tuned − base: 1 where a file keeps what fine-tuning changed in the weights, "
-        "0 where it gives the base back; in brackets the share of changed blocks of 32 that are the base's again. "
-        f"Exact, over all quantized matrices that fine-tuning moved; ‖δ‖ / ‖base‖ is {kept.moved:.2g}."
+        "0 where it gives the base back, above 1 where it exaggerates the change; in brackets the share of changed "
+        "blocks of 32 that are the base's again. Exact, over all quantized matrices that fine-tuning moved; "
+        f"‖δ‖ / ‖base‖ is {kept.moved:.2g}."
     )
     if kept.left_out:
         caption += f" Not in the base and left out: {', '.join(kept.left_out)}."

@@ -17,6 +17,8 @@ from lib.models.weights import StoredTensor, open_weights
 from lib.quantizing.fisher import row_order
 from lib.quantizing.native import Header
 
+LEAST_MOVE = 1e-5
+"""‖δ‖ / ‖base‖ below which a tensor counts as not moved: 16-bit floats of two kinds differ by less."""
 _MANTISSA = {"BF16": 7, "F16": 10}
 _LEAST_F16 = 2.0**-24
 BLOCK = 32

@@ -15,7 +15,8 @@ import numpy as np
 from lib.progress import Progress
 from lib.quantizing import imatrix as importance
 from lib.quantizing import native
-from lib.quantizing.base import BLOCK, BaseMatrix, base_matrices, given_back, varied
+from lib.quantizing.base import BLOCK, LEAST_MOVE, BaseMatrix, base_matrices, given_back, varied
+from lib.quantizing.stored import rows_of
 
 TYPES = (
     *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0"),
@@ -39,16 +40,17 @@ _SAMPLED = 1 << 14
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
-    """Shares of blocks that each type gives back.
+    """Shares of blocks that each type gives back, of the matrices that fine-tuning moved: only there is anything to
+    lose. (Of all matrices where it moved none.)
 
     Args:
         argument: "base" (folder), "source" (the GGUF made from it, for names and row order), "imatrix" (path or None:
             with one llama.cpp searches scales, which finds grids that the plain rounding misses).
 
     Returns:
-        "types" ({type: share of the blocks of 32 of all matrices, weighted by their weights}), "distinct" (different
-        values in a block of 32, likewise), "blocks" (tried), "weights" (of the matrices), "dtype", "left_out" (matrices
-        that the base does not have).
+        "types" ({type: share of the blocks of 32 of those matrices, weighted by their weights}), "distinct" (different
+        values in a block of 32, likewise), "blocks" (tried), "matrices" (tried), "dtype", "left_out" (matrices that the
+        base does not have).
 
     Raises:
         InputError: see `lib.quantizing.base.base_matrices`; an importance matrix that cannot be read.
@@ -58,9 +60,11 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     distinct, blocks = [], 0
     with native.open_header(Path(argument["source"])) as source:
         found, left_out = base_matrices(Path(argument["base"]), source)
+        found = {name: stored for name, stored in found.items() if _moved(name, stored, source)} or found
         with Progress("grid of the base's weights, tensors", len(found)) as progress:
             for name, stored in found.items():
-                weights = _sample(stored)
+                rows = stored.stored.shape[0]
+                weights = stored.rows(0, rows, _step(stored))
                 total = source.tensors[name]["weights"]
                 if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
                     values = None if matrix is None else matrix.values.get(name)
@@ -73,15 +77,23 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         "types": {kind: _mean(pairs) for kind, pairs in shares.items()},
         "distinct": _mean(distinct) if distinct else None,
         "blocks": blocks,
-        "weights": sum(source.tensors[name]["weights"] for name in found),
+        "matrices": len(found),
         "dtype": next(iter(found.values())).dtype,
         "left_out": left_out,
     }
 
 
-def _sample(stored: BaseMatrix) -> np.ndarray:
-    rows, columns = stored.stored.shape
-    return stored.rows(0, rows, max(1, -(-rows * columns // _SAMPLED)))
+def _step(stored: BaseMatrix) -> int:
+    """Distance of the rows that are tried."""
+    return max(1, -(-stored.stored.size // _SAMPLED))
+
+
+def _moved(name: str, stored: BaseMatrix, source: native.Header) -> bool:
+    """Whether fine-tuning moved a matrix, by the rows that are tried."""
+    rows, step = stored.stored.shape[0], _step(stored)
+    base = stored.rows(0, rows, step)
+    tuned = rows_of(source.path, source.tensors[name], 0, rows, step)
+    return float(np.linalg.norm(tuned - base)) > LEAST_MOVE * float(np.linalg.norm(base))
 
 
 def _shares(weights: np.ndarray, dtype: str, values: np.ndarray | None, counted: np.ndarray) -> dict[str, float]:

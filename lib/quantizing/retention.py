@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 NF4 = "nf4"
 """Type that is tried, and the export folder of 06, which quantizes the matrices of the layers."""
 GRID, KEPT = "source_grid.json", "retention.json"
-GRID_SHARE = 0.05
-"""Share of blocks that a type gives back from which the weights count as lying on its grid; generic ones give 0."""
+GRID_SHARE = 0.2
+"""Share of blocks that a type gives back from which the weights count as lying on its grid. Generic ones give 0; a type
+that shares a few blocks by chance of their form (q5_0 of a symmetric block of q4_1) gives some hundredths."""
 FEW_VALUES = 22.0
 """Different values in a block of 32 below which weights must come from a quantized file; generic ones have 30 to 32."""
 
@@ -41,13 +42,14 @@ class SourceGrid:
         product: None where the base could not be had; `reason` says why.
         shares: {type: share of blocks of 32 that it gives back}.
         distinct: different values in a block of 32, mean; None where no block could be tried.
-        blocks: tried.
+        blocks, matrices: tried, those that fine-tuning moved.
     """
 
     product: Product | None
     shares: dict[str, float] = field(default_factory=dict)
     distinct: float | None = None
     blocks: int = 0
+    matrices: int = 0
     reason: str = ""
 
     @property
@@ -148,7 +150,7 @@ def source_grid(settings: Settings, run: Run, source: Path, matrix: Path | None,
 
 def _read_grid(product: Product | None, folder: Path) -> SourceGrid:
     content = read_json(folder / GRID)
-    return SourceGrid(product, content["types"], content["distinct"], content["blocks"])
+    return SourceGrid(product, content["types"], content["distinct"], content["blocks"], content["matrices"])
 
 
 def measure_retention(

@@ -14,14 +14,15 @@ import numpy as np
 
 from lib.progress import Progress
 from lib.quantizing import native
-from lib.quantizing.base import BLOCK, BaseMatrix, base_matrices, given_back
+from lib.quantizing.base import BLOCK, LEAST_MOVE, BaseMatrix, base_matrices, given_back
 from lib.quantizing.errormap import place
 from lib.quantizing.stored import rows_of
 
+_PLACES = "BF16"
+"""Floats to whose last places a block counts as the base's: the change that is lost also moves a block's scale by some
+thousandths, which float16 would see."""
 _AT_ONCE = 1 << 22
 """Weights of a tensor that are held together."""
-_LEAST_MOVE = 1e-5
-"""‖δ‖ / ‖base‖ below which a tensor counts as not moved: 16-bit floats of two kinds differ by less."""
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     Returns:
         "files": {type: [{"tensor", "layer", "kind", "type", "weights", "square" (‖δ‖²), "kept" (⟨q, δ⟩ / ‖δ‖²),
         "changed", "returned"}]}, of the matrices that fine-tuning moved and the file quantizes (changed: blocks of 32
-        in which the tuned weights are not the base's to 16 bits; returned: those of them in which the file's are the
+        in which the tuned weights are not the base's to bfloat16; returned: those of them in which the file's are the
         base's again); "moved" (‖δ‖ / ‖base‖ over all matrices), "in_blocks" (share of the weights in matrices of the
         layers), "left_out" (matrices that the base does not have).
 
@@ -52,7 +53,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
             for name, stored in found.items():
                 own = _tensor(name, stored, source, headers)
                 squares += own.delta, own.base
-                if own.delta > _LEAST_MOVE**2 * own.base:
+                if own.delta > LEAST_MOVE**2 * own.base:
                     for rows, header, sums in zip(files.values(), headers, own.sums, strict=True):
                         if header.tensors[name]["type"] != source.tensors[name]["type"]:
                             rows.append(_row(name, header, own.delta, sums))
@@ -87,9 +88,9 @@ def _tensor(name: str, stored: BaseMatrix, source: Any, headers: list[Any]) -> _
             sums[0] += _dot(made - base, delta)
             if columns % BLOCK == 0:
                 bits = 8 * tensor["bytes"] / tensor["weights"]
-                changed = ~given_back(tuned, base, stored.dtype, bits)
+                changed = ~given_back(tuned, base, _PLACES, bits)
                 sums[1] += changed.sum()
-                sums[2] += (changed & given_back(made, base, stored.dtype, bits)).sum()
+                sums[2] += (changed & given_back(made, base, _PLACES, bits)).sum()
     return total
 
 

@@ -170,3 +170,12 @@ def test_looser_limits_never_make_the_answer_larger(size: float, loss: float, mo
     if strict["type"]:
         assert loose["type"] and sizes[loose["type"]] <= sizes[strict["type"]]
         assert sizes[strict["type"]] <= size
+
+
+def test_a_file_that_keeps_little_is_chosen_with_a_warning() -> None:
+    little = {"retention": 0.28, "retention_interval": [0.25, 0.31]}
+    answer = pick(compared(REFERENCE, entry("Q5_K_M", 30, -0.9, 0.5, **little)), None, 1.0)
+    assert (
+        answer["type"] == "Q5_K_M" and "keeps only 0.28 [0.25,\u00a00.31] of what fine-tuning changed" in answer["text"]
+    )
+    assert "keeps only" not in pick(compared(), None, 1.0)["text"]

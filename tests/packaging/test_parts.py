@@ -199,6 +199,8 @@ def test_evidence(tmp_path: Path) -> None:
     assert "worse" in other.words and other.reference["type"] == "F16"
     with pytest.raises(InputError, match="nf4"):
         choose(run, comparison, "nf4")
+    files[2] |= {"retention": 0.28, "retention_interval": [0.25, 0.31]}
+    assert "Q2_K keeps only 0.28 [0.25,\u00a00.31]" in choose(run, comparison, "Q2_K").words
     advice["type"] = None
     assert choose(run, comparison, "Q2_K").standing == WITHOUT
     with pytest.raises(InputError, match="--type, one of F16, Q8_0, Q2_K"):

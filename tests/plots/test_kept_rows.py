@@ -1,0 +1,85 @@
+"""Page 07 on retention: figure, sentences, marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from scipy.stats import spearmanr
+
+from lib import plots
+from lib.plots import answer_rows, kept_rows, ladder_rows
+from lib.plots.marks import mark_names, marked
+
+
+def entry(name: str, size: int, kld: float, kept: float | None, half: float = 0.03, grid: float | None = 0.0) -> dict:
+    limits = None if kept is None else [kept - half, kept + half]
+    return {
+        "type": name,
+        "bytes": size * 10**6,
+        "kld_mean": kld,
+        "n": 800,
+        "verdict": "cannot tell",
+        "retention": kept,
+        "retention_interval": limits,
+        "source_grid": grid,
+    }
+
+
+REFERENCE = {**entry("F16", 270, 0.0, 1.0), "verdict": "reference", "retention_interval": None}
+FILES = [
+    REFERENCE,
+    entry("Q8_0", 145, 0.003, 0.97, 0.05),
+    entry("Q5_K_M", 112, 0.013, 0.31, grid=0.79),
+    entry("Q4_K_M", 105, 0.041, 0.76),
+]
+
+
+@pytest.fixture(autouse=True)
+def unmarked() -> Iterator[None]:
+    yield
+    mark_names([], "")
+
+
+def test_reading() -> None:
+    words = kept_rows.reading(FILES, "The note.").data
+    assert "is left in: Q5_K_M 0.31 [0.28,\u00a00.34]; Q4_K_M 0.76 [0.73,\u00a00.79].** The note." in words
+    rank = -spearmanr([0.003, 0.013, 0.041], [0.97, 0.31, 0.76]).statistic
+    assert f"3 files with a rank correlation of {rank:.2f}" in words
+    assert (
+        "1 pair is surely in opposite order: Q5_K_M is nearer on text (0.013 against 0.041 nats) but keeps 0.31"
+        in words
+    )
+    fine = kept_rows.reading(
+        [REFERENCE, FILES[1], entry("Q6_K", 120, 0.005, 0.95), entry("Q4_0", 90, 0.1, 0.93)], ""
+    ).data
+    assert "No file is shown to keep less than 0.9; least: Q4_0 0.93" in fine and "no two files are surely" in fine
+    assert "Spearman" not in kept_rows.reading(FILES[:3], "").data
+    unknown = kept_rows.reading([entry("F16", 1, 0, None), entry("Q8_0", 1, 0, None)], "03 was not run.").data
+    assert unknown == "What the files keep of the fine-tuning is not known. 03 was not run."
+
+
+def test_chart() -> None:
+    shown = kept_rows.chart(FILES, ["Q8_0"]).data
+    assert "n = 800 test rows" in shown and "Q5_K_M 112.00 MB, 0.31 [0.28,\u00a00.34]" in shown
+    assert "F16 270.00 MB, 1.00" in shown
+    assert kept_rows.chart([entry("F16", 1, 0, None)], []) is None
+
+
+def test_marks() -> None:
+    kept_rows.mark(FILES)
+    shown = plots.table([{"type": e["type"], "MB": 1.0} for e in FILES], "Files.").data
+    assert re.findall(r"<td>(\w+‡?)</td>", shown) == ["F16", "Q8_0", "Q5_K_M‡", "Q4_K_M"]
+    assert "Files. ‡ on the grid of the base&#x27;s weights" in shown
+    assert marked("XQ5_K_M, Q5_K_M_L, Q5_K_M × 3") == "XQ5_K_M, Q5_K_M_L, Q5_K_M‡ × 3"
+    mark_names([], "")
+    assert "‡" not in plots.table([{"type": "Q5_K_M"}], "Files.").data
+
+
+def test_columns_of_the_main_tables() -> None:
+    keys = ("bits_per_weight", "accuracy", "flips", "label_kld", "same_top", "ppl", "macro_f1", "answer_ppl", "mde")
+    keys += ("loss_difference", "p_holm", "equivalence_p_holm", "leak_free", "accuracy_interval", "answer_ppl_interval")
+    rows = [{**dict.fromkeys(keys), **e, "verdict": "reference"} for e in (FILES[2], entry("nf4", 1, 0.1, None))]
+    for made in (ladder_rows.quality(rows), answer_rows.quality(rows)):
+        assert [row["kept ↑"] for row in made] == ["0.31 [0.28,\u00a00.34]", None]
