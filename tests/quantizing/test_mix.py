@@ -135,6 +135,7 @@ def test_the_written_file_is_what_was_chosen(run: Run) -> None:
     assert texts == {
         "quantize.mix.method": made.record["method"],
         "quantize.mix.budget_bytes": str(stock.bytes),
+        "quantize.mix.answer_weight": "0.5",
         "quantize.mix.rows": f"train.jsonl, {record['rows']} rows, sha256 {record['rows_sha256']}",
     }
     assert read_json(result.product.path / "quantized.json")["files"][1]["mix"] == report.mix == made.record
