@@ -59,7 +59,13 @@ class HeldOut:
 
 
 def measure_held_out(
-    settings: Settings, options: Options, run: Run, source: Path, files: list[QuantizationReport], without: list[str]
+    settings: Settings,
+    options: Options,
+    run: Run,
+    source: Path,
+    files: list[QuantizationReport],
+    without: list[str],
+    force: bool,
 ) -> HeldOut:
     """Score files of the ladder, or find it done.
 
@@ -67,6 +73,7 @@ def measure_held_out(
         options: of the ladder.
         source, files: what was quantized, and the files to score.
         without: types that are made again without the importance matrix and scored too.
+        force: score again even if nothing changed.
 
     Raises:
         InputError: too few test rows.
@@ -81,7 +88,7 @@ def measure_held_out(
             "most": f"{MOST_TOKENS} tokens, {ANSWER_ROWS} rows of {ANSWER_TOKENS} tokens",
         },
         inputs=("data", "gguf", "quantized"),
-        force=settings.force,
+        force=force,
     )
     with np.load(product.path / VALUES) as stored:
         values = {key: stored[key] for key in stored.files}
