@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SUMMARY, VALUES = "held_out_kld.json", "held_out_kld.npz"
 MOST_TOKENS = 2048
 """Most tokens of the windows, whatever `perplexity_tokens` allows: 07 measures more, and these files are many."""
-ANSWER_ROWS, ANSWER_TOKENS = 128, 8192
+ANSWER_ROWS, ANSWER_TOKENS = 96, 8192
 """Most rows whose answers are scored, and most tokens of them."""
 _FILES, _MEMORY = 4, 1 << 30
 """Most files that are scored at once, and bytes that each needs beside its weights."""
