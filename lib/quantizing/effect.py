@@ -79,7 +79,7 @@ def measure_effect(
     chosen, left_out = compared_types(files, source, options)
     if not chosen and not left_out:
         return None
-    scored = scores(settings, options, run, source, files) if chosen else None
+    scored = scores(settings, options, run, source, files, settings.force) if chosen else None
     product = run.produce(
         "imatrix_effect",
         lambda work: _build(scored, chosen, left_out, work),
@@ -91,9 +91,12 @@ def measure_effect(
 
 
 def scores(
-    settings: Settings, options: Options, run: Run, source: Path, files: tuple[QuantizationReport, ...]
+    settings: Settings, options: Options, run: Run, source: Path, files: tuple[QuantizationReport, ...], force: bool
 ) -> HeldOut:
     """Divergences of all files that this page and `lib.quantizing.mixeffect` compare, each scored once.
+
+    Args:
+        force: score again even if nothing changed.
 
     Raises:
         InputError: too few test rows.
@@ -105,7 +108,7 @@ def scores(
     beside = [file for file in files if file.type not in recipes.UNQUANTIZED]
     if any(file.mix for file in beside) and not all(file.mix for file in beside):
         wanted = beside
-    return measure_held_out(settings, options, run, source, wanted, without)
+    return measure_held_out(settings, options, run, source, wanted, without, force)
 
 
 def _build(scored: HeldOut | None, chosen: list[QuantizationReport], left_out: list[str], work: Work) -> None:

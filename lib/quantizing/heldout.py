@@ -8,6 +8,7 @@ rows at the positions that predict an answer's tokens (the task). What is compar
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.device import available_memory, physical_cores
 from lib.quantizing.calibration import held_out_rows, held_out_windows
 from lib.quantizing.files import QuantizationReport
 from lib.quantizing.ladder import quantize_files
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 SUMMARY, VALUES = "held_out_kld.json", "held_out_kld.npz"
-MOST_TOKENS = 4096
+MOST_TOKENS = 2048
 """Most tokens of the windows, whatever `perplexity_tokens` allows: 07 measures more, and these files are many."""
-ANSWER_ROWS, ANSWER_TOKENS = 128, 8192
+ANSWER_ROWS, ANSWER_TOKENS = 96, 8192
 """Most rows whose answers are scored, and most tokens of them."""
+_FILES, _MEMORY = 4, 1 << 30
+"""Most files that are scored at once, and bytes that each needs beside its weights."""
 WITHOUT = " without matrix"
 """Behind the type of a file that was made again without the importance matrix."""
 
@@ -55,7 +59,13 @@ class HeldOut:
 
 
 def measure_held_out(
-    settings: Settings, options: Options, run: Run, source: Path, files: list[QuantizationReport], without: list[str]
+    settings: Settings,
+    options: Options,
+    run: Run,
+    source: Path,
+    files: list[QuantizationReport],
+    without: list[str],
+    force: bool,
 ) -> HeldOut:
     """Score files of the ladder, or find it done.
 
@@ -63,6 +73,7 @@ def measure_held_out(
         options: of the ladder.
         source, files: what was quantized, and the files to score.
         without: types that are made again without the importance matrix and scored too.
+        force: score again even if nothing changed.
 
     Raises:
         InputError: too few test rows.
@@ -77,7 +88,7 @@ def measure_held_out(
             "most": f"{MOST_TOKENS} tokens, {ANSWER_ROWS} rows of {ANSWER_TOKENS} tokens",
         },
         inputs=("data", "gguf", "quantized"),
-        force=settings.force,
+        force=force,
     )
     with np.load(product.path / VALUES) as stored:
         values = {key: stored[key] for key in stored.files}
@@ -134,7 +145,9 @@ def _build(
 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    """KL divergence from the reference; each file is opened alone, and scored once. The values go into "output".
+    """KL divergence from the reference; each file is scored once. The values go into "output".
+
+    Several files at once with few threads each: comparing distributions is work of one thread. No number depends on it.
 
     Returns:
         "rows" (with a scored token of text), "retyped" (of "pairs"), "means" ({type: mean over the text}).
@@ -148,18 +161,25 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     n_ctx = max(size, *(len(job.ids) for job in jobs))
     outputs = max(size - size // 2, *(len(job.reads) for job in jobs))
 
-    def opened(path: str) -> Any:
-        return closing(LlamaCppBackend(Path(path), n_ctx, argument["n_threads"], 0, n_outputs=outputs))
+    threads = argument["n_threads"] or physical_cores()
+    at_once = _at_once([Path(path).stat().st_size for path in argument["files"].values()], threads)
 
-    with opened(argument["reference"]) as backend:
+    def opened(path: str, threads: int) -> Any:
+        return closing(LlamaCppBackend(Path(path), n_ctx, threads, 0, n_outputs=outputs))
+
+    with opened(argument["reference"], threads) as backend:
         text = store_reference(backend, windows, scratch / "text", "the source")
         answers = store_answers(backend, jobs, scratch / "answers", "the source's answers")
+
+    def scored(kind: str) -> tuple[np.ndarray, np.ndarray]:
+        with opened(argument["files"][kind], max(1, threads // at_once)) as backend:
+            found = np.asarray(positions(text, backend, windows, f"KL of {kind}").kl)
+            return found, answer_divergences(answers, backend, jobs, f"KL of {kind} at answers")
+
     values: dict[str, np.ndarray] = {}
-    with text, answers:
-        for kind, path in argument["files"].items():
-            with opened(path) as backend:
-                values[f"text/{kind}"] = np.asarray(positions(text, backend, windows, f"KL of {kind}").kl)
-                values[f"answers/{kind}"] = answer_divergences(answers, backend, jobs, f"KL of {kind} at answers")
+    with text, answers, ThreadPoolExecutor(at_once) as pool:
+        for kind, found in zip(argument["files"], pool.map(scored, argument["files"]), strict=True):
+            values[f"text/{kind}"], values[f"answers/{kind}"] = found
     rows = np.array(argument["text_rows"]).reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
     owners = [argument["answers"][job.prompt]["row"] for job in jobs for _ in job.reads]
     np.savez(argument["output"], text_rows=rows, answer_rows=np.array(owners), **values)
@@ -169,6 +189,14 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         "retyped": {kind: retyped(*pair) for kind, pair in pairs.items()},
         "means": {kind: float(values[f"text/{kind}"].mean()) for kind in argument["files"]},
     }
+
+
+def _at_once(sizes: list[int], threads: int) -> int:
+    """Files that are open together: no more than threads, and what fits into the free memory."""
+    count, largest = min(threads, len(sizes), _FILES), sorted(sizes, reverse=True)
+    while count > 1 and sum(largest[:count]) + count * _MEMORY > available_memory():
+        count -= 1
+    return count
 
 
 def retyped(one: Path, other: Path) -> list[dict[str, str]]:

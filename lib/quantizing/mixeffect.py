@@ -15,6 +15,7 @@ from lib.quantizing import recipes
 from lib.quantizing.effect import counts, judge, scores
 from lib.quantizing.files import QuantizationReport
 from lib.quantizing.heldout import HeldOut
+from lib.quantizing.importance import AUTO
 from lib.quantizing.options import Options
 from lib.run import Product, Run, Work
 from lib.run.files import read_json, write_json
@@ -53,7 +54,8 @@ def measure_mix_effect(
     others = [file for file in files if not file.mix and file.type not in recipes.UNQUANTIZED]
     if not mixed or not others:
         return None
-    scored = scores(settings, options, run, source, files)
+    again = settings.force and settings.imatrix != AUTO  # else the effect of the matrix has scored them anew just now
+    scored = scores(settings, options, run, source, files, again)
     product = run.produce(
         "mix_effect",
         lambda work: _build(scored, mixed[0], others, work),

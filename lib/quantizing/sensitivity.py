@@ -23,8 +23,9 @@ RECORD, ROWS, ANSWER_ROWS = "sensitivity.json", "rows.jsonl", "answer_rows.jsonl
 MOST_ANSWERS, MOST_TOKENS = 256, 8192
 """Most rows whose answers are measured, and most tokens of them: as many as those of the windows."""
 METHOD = "Fisher information (diagonal, common factor), rounding errors, exact knapsack"
-WINDOWS = 16
-"""Most windows: four times as many changed predicted losses by 3 % on average, 11 % at most (docs/LOG.md)."""
+WINDOWS, WITH_ANSWERS = 16, 8
+"""Most windows where text alone decides (four times as many changed predicted losses by 3 % on average, 11 % at most,
+docs/LOG.md), and where answers count too: the time of the others goes to the answers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path
         parameters={
             **settings.pick("n_ctx", "seed", "imatrix_chunks"),
             "imatrix": identity,
+            "windows": most_windows(settings.answer_weight),
             "answers": f"{MOST_ANSWERS} rows, {MOST_TOKENS} tokens",
         },
         inputs=("data", "merged", "gguf"),
@@ -69,7 +71,8 @@ def measure_sensitivity(settings: Settings, run: Run, source: Path, matrix: Path
 
 def _build(settings: Settings, run: Run, source: Path, matrix: Path | None, work: Work) -> None:
     data, merged = run.require("data"), run.require("merged")
-    chosen = choose_windows(data.path, settings.n_ctx, min(settings.imatrix_chunks, WINDOWS), settings.seed)
+    most = min(settings.imatrix_chunks, most_windows(settings.answer_weight))
+    chosen = choose_windows(data.path, settings.n_ctx, most, settings.seed)
     answers = choose_rows(data.path, MOST_ANSWERS, MOST_TOKENS, settings.seed)
     texts = Texts(chosen.windows, answers)
     measured = measure_types(merged.path, source, texts, matrix, settings.seed, run.folder, settings.n_threads)
@@ -92,6 +95,11 @@ class Texts:
 
     windows: list[list[int]]
     answers: AnswerRows | None = None
+
+
+def most_windows(answer_weight: float) -> int:
+    """Of text, by what the answers count: without them all of the time is the text's."""
+    return WITH_ANSWERS if answer_weight else WINDOWS
 
 
 def measure_types(

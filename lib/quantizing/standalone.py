@@ -17,7 +17,7 @@ from lib.quantizing.checks import check_output
 from lib.quantizing.files import QuantizationReport, quantize_predicted
 from lib.quantizing.importance import computing_dtype
 from lib.quantizing.mixing import Mix, choose_types, require_possible
-from lib.quantizing.sensitivity import MOST_ANSWERS, MOST_TOKENS, WINDOWS, Texts, measure_types
+from lib.quantizing.sensitivity import MOST_ANSWERS, MOST_TOKENS, WINDOWS, Texts, measure_types, most_windows
 from lib.run.child import run_child
 from lib.run.files import sha256_file
 from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
@@ -98,7 +98,7 @@ def _texts(budget: Budget) -> tuple[Texts, str, str]:
         if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
             do = "name runs/RUN/data, or give a text by --text."
             raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
-        chosen = choose_windows(budget.data, budget.n_ctx, WINDOWS, SEED)
+        chosen = choose_windows(budget.data, budget.n_ctx, most_windows(budget.answer_weight), SEED)
         answers = choose_rows(budget.data, MOST_ANSWERS, MOST_TOKENS, SEED)
         return Texts(chosen.windows, answers), chosen.dataset, chosen.facts["rows_sha256"]
     assert budget.text is not None and budget.file is not None

@@ -65,11 +65,29 @@ def test_the_file_keeps_the_budget_and_says_how(folder: Path, made: dict[str, di
     assert "types chosen by measurement under a budget of 120000 bytes" in seen.stdout, seen.stdout + seen.stderr
 
 
+def test_rows_of_a_run_have_answers_and_a_text_has_none(
+    folder: Path, tmp_path: Path, made: dict[str, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weight that was asked for; a text decides alone, and both are said."""
+    monkeypatch.setenv("WORKBOOK_HOME", str(tmp_path / "home"))
+    data = tiny_run.make_run(folder / "base").folder / "data"
+    common = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "a.gguf"), "--size-budget-mb", str(BUDGET_MB))
+    command = (*common, "--model", str(folder / "base"), "--n-ctx", "64", "--dry-run")
+    told = workbook(*command, "--data", str(data), "--answer-weight", "0.75", "--json")
+    assert told.returncode == 0, told.stderr
+    mix = json.loads(told.stdout)["files"][0]["mix"]
+    assert mix["answer_weight"] == 0.75 and mix["answers"]["rows"] > 0 and mix["predicted_answer_kld"] > 0
+    assert made["MIX_120KB"]["mix"]["answers"] is None and made["MIX_120KB"]["mix"]["answer_weight"] == 0
+    refused(workbook(*command, "--data", str(data), "--text", str(folder / "reviews.txt")), "one of the two", None)
+    refused(workbook(*command, "--data", str(folder / "base")), "no train.jsonl and task.json", None)
+
+
 def test_the_dry_run_tells_its_size_and_writes_nothing(folder: Path, tmp_path: Path, made: dict[str, dict]) -> None:
     command = ("quantize", str(folder / "m-F32.gguf"), str(tmp_path / "small.gguf"), *options(folder), "--dry-run")
     told = workbook(*command)
     assert told.returncode == 0 and not any(tmp_path.iterdir()), told.stderr
     assert "MIX_120KB: predicted KL divergence from the source" in told.stdout
+    assert "of text alone: it has no answers" in told.stdout
     assert str(made["MIX_120KB"]["bytes"]) in re.sub(r"(?<=\d),(?=\d)", "", told.stdout)
 
 
@@ -140,7 +158,7 @@ def test_another_suffix_is_no_folder(folder: Path, tmp_path: Path) -> None:
     refused(workbook(*command), "a name that ends with .gguf, or a folder", tmp_path)
 
 
-def refused(answer, words: str, folder: Path) -> None:
+def refused(answer, words: str, folder: Path | None) -> None:
     assert answer.returncode == 2 and answer.stdout == "" and words in answer.stderr, answer.stderr
     assert "Traceback" not in answer.stderr and "Do this: " in answer.stderr
-    assert list(folder.iterdir()) == []
+    assert folder is None or list(folder.iterdir()) == []

@@ -263,7 +263,7 @@ def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
 
 @native_only
 def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both losses are kept, another weight measures nothing again, and one page chooses once."""
+    """Both losses are kept, another weight above 0 measures nothing again, and one page chooses once."""
     from lib.quantizing import mixing
 
     calls: list[float] = []

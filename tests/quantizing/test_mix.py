@@ -135,6 +135,7 @@ def test_the_written_file_is_what_was_chosen(run: Run) -> None:
     assert texts == {
         "quantize.mix.method": made.record["method"],
         "quantize.mix.budget_bytes": str(stock.bytes),
+        "quantize.mix.answer_weight": "0.5",
         "quantize.mix.rows": f"train.jsonl, {record['rows']} rows, sha256 {record['rows_sha256']}",
     }
     assert read_json(result.product.path / "quantized.json")["files"][1]["mix"] == report.mix == made.record
@@ -336,7 +337,14 @@ def test_the_page() -> None:
     }
     assert "size_budget_mb" in mix_rows.types_table(None).data and mix_rows.reading(None) is None
     record = {"positions": 64, "predicted_kld": 0.003, "budget_bytes": 2000, "tensors": tensors, "types": {"a": "q4_K"}}
+    record |= {"answers": None, "answer_weight": 0.0, "predicted_answer_kld": None}
     made = Mix(None, {"type": "MIX_2KB", "bytes": 1900, "bits_per_weight": 4.0}, record)
     assert "1,900 bytes of 2,000 allowed" in mix_rows.reading(made).data
     assert "MIX_2KB" in mix_rows.types_table(made).data
+    assert "Text alone decided: there were no answers." in mix_rows.reading(made).data
+    counted = {"answers": {"rows": 8, "positions": 16}, "answer_weight": 0.5, "predicted_answer_kld": 0.25}
+    made = Mix(None, made.prediction, {**record, **counted, "tensors": [{**t, "answer_kld": 0.1} for t in tensors]})
+    assert "At a token of an answer 0.25000 nats are predicted; answers counted 0.5" in mix_rows.reading(made).data
+    table = mix_rows.types_table(made).data
+    assert "16 tokens of the answers of 8 training rows" in table and "predicted KL at answers" in table
     assert json.dumps(record)
