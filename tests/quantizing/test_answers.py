@@ -287,14 +287,14 @@ def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatc
         calibration.text_hash(r) for s in ("validation", "test") for r in read_jsonl(run.folder / f"data/{s}.jsonl")
     }
     assert not held_out & {row["sha256"] for row in rows}
-    text, both, answers = (made[weight].record for weight in (0.0, 0.5, 1.0))
+    source, budget = run.folder / "gguf" / "tiny-F32.gguf", made[0.5].record["budget_bytes"]
+    text, both, answers = (choose_types(record, budget, source, None, "rows", w).record for w in (0.0, 0.5, 1.0))
     assert text["predicted_kld"] <= both["predicted_kld"] <= answers["predicted_kld"]
     assert text["predicted_answer_kld"] >= both["predicted_answer_kld"] >= answers["predicted_answer_kld"]
     assert "quantize.mix.answer_weight" not in dict(made[0.0].options.notes)
     assert dict(made[0.5].options.notes)["quantize.mix.answer_weight"] == "0.5"
     plain = {**record, "answers": None}  # as of a text, which has none
-    source = run.folder / "gguf" / "tiny-F32.gguf"
-    alone = choose_types(plain, text["budget_bytes"], source, None, "rows", 0.5)
+    alone = choose_types(plain, budget, source, None, "rows", 0.5)
     assert alone.record["types"] == text["types"] and alone.record["predicted_answer_kld"] is None
     assert alone.record["predicted_kld"] == text["predicted_kld"] and alone.record["answer_weight"] == 0
 
