@@ -43,9 +43,9 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
     """
     path = Path(path)
     metadata = read_metadata(path)
+    stored = tokenizer_json(metadata, path)
     if not metadata.get("tokenizer.chat_template"):
         raise InputError(f"{path} has no chat template.", "a file with its chat template.", "convert the model again.")
-    stored = tokenizer_json(metadata, path)
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
