@@ -21,7 +21,7 @@ endif
 .PHONY: help report test test-slow lab doctor params bench screenshots smollm2 wllama clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml ARGS="-p KEY VALUE")
 	@$(python) -m lib.cli report $(PARAMS) $(ARGS)

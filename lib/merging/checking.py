@@ -263,6 +263,8 @@ def _summary(
 def _refuse(check: MergeCheck, merged: Path) -> None:
     if check.mean_kld <= check.max_kld:  # written so that NaN fails
         return
+    if check.computed_in == "bfloat16" and check.dtype != "bfloat16" and check.mean_kld < float("inf"):
+        return  # bfloat16 arithmetic rounds the finer weights once more: what it shows is not their cost
     raise InputError(
         f"the merged model {merged.name} does not answer as base + adapter: mean KL divergence {check.mean_kld:.3g} "
         f"nats, largest |Δ log p| {check.max_abs_log_prob:.3g}, equal answers {check.argmax_agreement:.1%}. The "
@@ -276,6 +278,9 @@ def _refuse(check: MergeCheck, merged: Path) -> None:
 def _cure(check: MergeCheck) -> str:
     """What to do about a merge that rounding spoils, by the costs that were measured."""
     fitting = [cost for cost in check.costs if not cost.written and cost.mean_kld <= check.max_kld]
+    if check.left_out and not fitting:
+        why = "; ".join(f"{dtype}: {reason}" for dtype, reason in check.left_out.items())
+        return f"set merge_dtype: float16, or train the adapter longer (not measured here: {why})."
     if not fitting:
         return "train the adapter longer, or report it: no number format keeps what it changes."
     best = min(fitting, key=lambda cost: (cost.dtype == "float32", cost.mean_kld))

@@ -20,7 +20,7 @@ def proof(found: Any) -> str:
     """What was recomputed and found right, in words (a MergeProof)."""
     text = (
         f"All {found.weights_summed + found.weights_copied:,} weights were computed again, another way, from the "
-        f"files: {found.weights_copied:,} are equal bits of what they come from, and {found.weights_summed:,} are the "
+        f"files: {found.weights_copied:,} are those of the base, and {found.weights_summed:,} are the "
         f"sum, rounded once."
     )
     open_ones = found.weights_summed - found.decided

@@ -90,8 +90,18 @@ class Settings(BaseModel):
     )
 
     outtype: Literal["f16", "bf16", "f32", "q8_0"] = Field("f16", description="type of the converted GGUF")
-    gate_max_kld: float = Field(1.0e-3, gt=0.0, description="largest mean KL divergence, nats, merged vs GGUF")
-    gate_min_label_agreement: float = Field(0.99, ge=0.0, le=1.0, description="smallest share of equal labels")
+    gate_max_kld: float = Field(
+        1.0e-3, gt=0.0, description="largest mean KL divergence, nats, merged vs GGUF (times 10: q8_0 or bfloat16)"
+    )
+        1.0e-3,
+        gt=0.0,
+        description="largest mean KL divergence, nats, merged vs GGUF (times 10 for q8_0, or in bfloat16)",
+    )
+    gate_min_label_agreement: float = Field(
+        0.99, ge=0.0, le=1.0, description="smallest share of equal labels, of rows that are no near ties"
+    )
+        0.99, ge=0.0, le=1.0, description="smallest share of equal labels of rows that are no near ties"
+    )
 
     ladder: list[str] = Field(
         ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lib.cli.making import FAST, fast_overrides
+from pathlib import Path
+
+from lib import settings
+from lib.cli.making import FAST, fast_overrides, with_fewer_rows
 from lib.settings import Settings
 
 
@@ -18,6 +21,15 @@ def test_a_smaller_number_stays() -> None:
 
 
 def test_text_still_fills_a_window() -> None:
-    settings = Settings(n_ctx=4096, perplexity_tokens=8192)
-    assert fast_overrides(settings)["perplexity_tokens"] == 4096
-    assert Settings(**{**settings.model_dump(), **fast_overrides(settings)}).n_ctx == 4096
+    whole = Settings(n_ctx=4096, perplexity_tokens=8192)
+    assert fast_overrides(whole)["perplexity_tokens"] == 4096
+    assert Settings(**{**whole.model_dump(), **fast_overrides(whole)}).n_ctx == 4096
+
+
+def test_the_whole_run_is_never_overwritten(tmp_path: Path) -> None:
+    """A run name on the command line names the whole run; --fast still makes its own."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("run_name: other\n", encoding="utf-8")
+    found = with_fewer_rows(settings, file, {"run_name": "mine", "max_train_rows": 600})
+    assert found["run_name"] == "mine-fast"
+    assert found["max_train_rows"] == 600

@@ -100,7 +100,8 @@ def compare_labels(model: Model, check: dict, info: dict) -> tuple[list[str], st
     gaps = [abs(own - old) for own, old in zip(margins, kept, strict=True)]
     far = [gap for gap, old in zip(gaps, kept, strict=True) if gap > allowed(info, old)]
     wrong = [f"label margins differ by {max(far):.3f} nats"] if far else []
-    if ranked[0] != expected and sorted(stored)[-1] - sorted(stored)[-2] > info["tolerance"]:
+    lead = sorted(stored)[-1] - sorted(stored)[-2]
+    if ranked[0] != expected and lead > allowed(info, lead):
         wrong.append(f"label {labels[ranked[0]]['name']}, stored {labels[expected]['name']}")
     return wrong, f"{labels[ranked[0]]['name']}, margin {scores[ranked[0]] - scores[ranked[1]]:.3f} nats"
 
