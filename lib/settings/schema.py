@@ -93,14 +93,8 @@ class Settings(BaseModel):
     gate_max_kld: float = Field(
         1.0e-3, gt=0.0, description="largest mean KL divergence, nats, merged vs GGUF (times 10: q8_0 or bfloat16)"
     )
-        1.0e-3,
-        gt=0.0,
-        description="largest mean KL divergence, nats, merged vs GGUF (times 10 for q8_0, or in bfloat16)",
-    )
     gate_min_label_agreement: float = Field(
         0.99, ge=0.0, le=1.0, description="smallest share of equal labels, of rows that are no near ties"
-    )
-        0.99, ge=0.0, le=1.0, description="smallest share of equal labels of rows that are no near ties"
     )
 
     ladder: list[str] = Field(
