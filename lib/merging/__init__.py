@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.merging.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
-from lib.models.tasks import kind_of, probe_ids, read_task
+from lib.models.tasks import kind_of, language_of, probe_ids, read_task
 from lib.run.files import read_json, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ __all__ = ["MergeResult", "merge"]
 
 _CHECK = 3
 """Raised when the check measures more, so that an older merge is measured again."""
+
+_TOLD_BY = 200
+"""Validation rows by which the card tells the language."""
 
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check the merge."""
@@ -103,7 +106,8 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: Work) -> None:
     purpose = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind, "sentiment-analysis")
     chosen = adapter.entry.facts.get("chosen")
     notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
-    write_card(work.folder, base.id, base.revision, report, proof, check, notes, merge_base, purpose)
+    language = language_of(_rows(data.path, _TOLD_BY))
+    write_card(work.folder, base.id, base.revision, report, proof, check, notes, merge_base, purpose, language)
     record = {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"}
     content = {"report": record, "proof": proof.to_json(), "check": check.to_json()}
     content |= {"method": method, "merge_base": merge_base}

@@ -26,6 +26,7 @@ def write_card(
     notes: list[str],
     merge_base: str,
     purpose: str = "sentiment-analysis",
+    language: str | None = None,
 ) -> Path:
     """Write README.md with YAML front matter.
 
@@ -33,13 +34,14 @@ def write_card(
         base: hub id or name of the base model; only a hub id becomes `base_model`.
         notes: sentences that every page of the run must say (sample data, offline base).
         purpose: tag that says what it was trained for.
+        language: of the rows it was trained on; None = not known.
         merge_base: "original", or "dequantized" for weights that went through NF4.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     known = {"base_model": base, "base_model_relation": "finetune"} if _is_hub_id(base, revision) else {}
     data = ModelCardData(
-        language="zh",
+        language=language,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lora", "merged", purpose],

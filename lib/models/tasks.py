@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 AnyTask = Task | ConversationTask
 Row = Mapping[str, Any]
+_CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 def read_task(data: Path) -> AnyTask:
@@ -43,6 +45,12 @@ def texts_of(row: Row) -> list[str]:
     if "messages" not in row:
         return [row["text"]]
     return [message["content"] for message in row["messages"] if message["role"] != SYSTEM]
+
+
+def language_of(rows: Sequence[Row]) -> str | None:
+    """ "zh" where at least half of the rows hold a Chinese character; None = not told from the rows."""
+    chinese = sum(bool(_CHINESE.search("".join(texts_of(row)))) for row in rows)
+    return "zh" if rows and 2 * chinese >= len(rows) else None
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase, task: AnyTask, row: Row) -> list[int]:

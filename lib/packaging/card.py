@@ -38,7 +38,7 @@ def _front(facts: Facts) -> str:
 
     values: dict[str, Any] = {
         "license": facts.licences["id"],
-        "language": ["zh"],
+        **({"language": facts.languages} if facts.languages else {}),
         "library_name": "gguf",
         "pipeline_tag": "text-classification" if facts.labelled else "text-generation",
         "tags": ["gguf", "quantized", facts.kind, facts.choice.type],

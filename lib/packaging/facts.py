@@ -36,6 +36,7 @@ class Facts:
         switches: whether the chat template knows two ways of answering; thinks: the one that was trained.
         tree: {folder of the export tree: what it holds}.
         mix: of a file under a size budget how its types were chosen (`mix` of quantized.json); None for a recipe.
+        languages: of the rows it was trained on, as the converted file says; empty where that is not known.
         page_rows: where the rows of the phone page come from; empty without the page.
     """
 
@@ -63,6 +64,7 @@ class Facts:
     notes: list[str] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     page_rows: str = ""
+    languages: list[str] = field(default_factory=list)
     mix: Mapping[str, Any] | None = None
 
     @property
@@ -87,6 +89,7 @@ def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any
         file=gguf_name(base, size, run.name, choice.type),
         choice=choice,
         task=task,
+        languages=list(metadata.get("general.languages", [])),
         kind=kind_of(task),
         labelled=labelled,
         bytes=choice.source.stat().st_size,
