@@ -200,7 +200,7 @@ def test_what_rounding_leaves(merged: tuple[Path, Path, Path], make_adapter: Cal
     base, _, _ = merged
     small = make_adapter(base)
     path = small / "adapter_model.safetensors"
-    lora = {name: tensor * (0.02 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
+    lora = {name: tensor * (0.004 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
     save_file(lora, path, metadata={"format": "pt"})
     merge_folders(base, small, tmp_path / "small")
     found = {}
@@ -218,7 +218,7 @@ def test_what_rounding_leaves(merged: tuple[Path, Path, Path], make_adapter: Cal
             back += (stored == 0).sum()
     assert found["bfloat16"].kept == pytest.approx(kept / change, rel=1e-9)
     assert found["bfloat16"].set_back == back > 0.5 * found["bfloat16"].weights_summed
-    assert found["bfloat16"].kept < 0.9 < 0.99 < found["float16"].kept
+    assert found["bfloat16"].kept < 0.9 < found["float16"].kept
     words = merge_rows.survival(found["bfloat16"])
     assert f"leaves {kept / change:.1%} of the adapter's change" in words and "are the base's again" in words
 
