@@ -78,7 +78,8 @@ def resolve_base(
             f"base_model {base_model!r}: {kind} {local}.",
             "a model folder (config.json, safetensors, tokenizer), a .gguf file, or an id such as "
             "Qwen/Qwen2.5-0.5B-Instruct.",
-            f"{how_to_get(local) if named else 'correct the path'}, or set base_model: offline for the small built-in model.",
+            f"{how_to_get(local) if named else 'correct the path'}, "
+            "or set base_model: offline for the small built-in model.",
             f"{kind} there",
         )
     found = hub.fetch(base_model, revision, "model")

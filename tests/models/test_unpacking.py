@@ -208,8 +208,6 @@ def test_what_is_refused(case: str, packed_files: dict[str, Path], tmp_path: Pat
     changes, match = REFUSED[case]
     path = packed.repack(packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "odd.gguf", **changes)
     with pytest.raises(InputError, match=match):
-        read_source(path) if "NaN" not in match else unpack(path, tmp_path / "model")
-    with pytest.raises(InputError, match=match):
         unpack(path, tmp_path / "model")
     assert [entry.name for entry in tmp_path.iterdir()] == ["odd.gguf"]
 
@@ -234,21 +232,19 @@ def test_split_cut_and_unknown_files_are_refused(packed_files: dict[str, Path], 
     assert not (tmp_path / "model").exists()
 
 
-def test_quantized_vectors_and_factors_behind_the_end_are_refused(
-    packed_files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_quantized_vectors_and_factors_behind_the_end(packed_files: dict[str, Path], tmp_path: Path) -> None:
     whole = packed_files["qwen2"].read_bytes()
     name = packed.text("output_norm.weight")
     at = whole.index(name) + len(name) + 4 + 8
     (tmp_path / "vector.gguf").write_bytes(whole[:at] + struct.pack("<I", packed.Q.Q8_0) + whole[at + 4 :])
-    with pytest.raises(InputError, match="output_norm.weight has rows of 1, blocks of 32"):
+    with pytest.raises(InputError, match=r"output_norm\.weight has rows of 1, blocks of 32"):
         read_source(tmp_path / "vector.gguf")
     options = {"kind": "llama", "width": 256, "head_dim": 64, "rope_theta": 500000.0, "rope_scaling": ROPES[2]}
     path = packed.make(tmp_path, "rope", options)
     whole, name = path.read_bytes(), packed.text("rope_freqs.weight")
     at = whole.index(name) + len(name) + 4 + 8 + 4
     path.write_bytes(whole[:at] + struct.pack("<Q", 2**63) + whole[at + 8 :])
-    with pytest.raises(InputError, match="rope_freqs.weight lies behind the end"):
+    with pytest.raises(InputError, match=r"rope_freqs\.weight lies behind the end"):
         read_source(path)
 
 
@@ -259,7 +255,7 @@ def test_an_alignment_that_is_no_power_of_two_is_refused(
     path = packed.repack(
         packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "odd.gguf", more={"general.alignment": alignment}
     )
-    with pytest.raises(InputError, match="general.alignment"):
+    with pytest.raises(InputError, match=r"general\.alignment"):
         read_source(path)
     assert "general.alignment" in " ".join(inspect(path, False)["problems"])
 
@@ -303,7 +299,7 @@ def test_a_configuration_that_transformers_refuses(packed_files: dict[str, Path]
 
 
 def test_what_cannot_be_read_is_not_blamed_on_the_output(packed_files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no file .*gone.gguf"):
+    with pytest.raises(InputError, match=r"no file .*gone\.gguf"):
         unpack(tmp_path / "gone.gguf", tmp_path / "model")
     with pytest.raises(InputError, match="already exists"):
         unpack(packed_files["llama"], ".")

@@ -47,9 +47,9 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
 
     Returns:
         What unpacked.json holds: {"source": file name, "sha256", "version" (of this unpacking), "types": {type:
-        weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on the grid), "parameters",
-        "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see `cost.cost_of`, or null),
-        "cost_note"}.
+        weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on
+        the grid), "parameters", "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see
+        `cost.cost_of`, or null), "cost_note"}.
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.

@@ -71,8 +71,8 @@ def shortest(value: float) -> float:
 def refuse_special(keys: Keys) -> None:
     """Refuse what config.json of the three architectures cannot say: experts, partial rotation, windows, rope factors.
 
-    llama.cpp multiplies by attn_factor and yarn_attn_factor what transformers' attention_factor replaces; −1 is its word
-    for the default of yarn_ext_factor, and scale_linear its older one for the factor of linear scaling.
+    llama.cpp multiplies by attn_factor and yarn_attn_factor what transformers' attention_factor replaces; −1 is its
+    word for the default of yarn_ext_factor, and scale_linear its older one for the factor of linear scaling.
 
     Raises:
         InputError: says which key.
