@@ -54,7 +54,7 @@ def _check_whole(path: Path) -> None:
 
 def _check_adapter(folder: Path, base_model: str | None, revision: str) -> None:
     from lib.models.kinds import adapter_config, require_adapter
-    from lib.models.resolving import unpacking_of
+    from lib.models.trained_on import unpacking_of
 
     require_adapter(folder)
     base = base_of_adapter(base_model or adapter_config(folder).get("base_model_name_or_path"), folder)

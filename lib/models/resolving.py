@@ -12,11 +12,11 @@ from lib.errors import InputError
 from lib.models import hub
 from lib.models.gguf_file import read_metadata
 from lib.models.hub import SourceError
-from lib.models.kinds import adapter_config, refuse_adapter, require_adapter
+from lib.models.kinds import refuse_adapter, require_adapter
 from lib.models.tasks import read_task, texts_of
-from lib.models.unpacking import asked_in, identity, is_identity, notes_of, unpacked
+from lib.models.unpacking import asked_in, identity, notes_of, unpacked
 from lib.models.weights import open_weights
-from lib.run.files import read_json, read_jsonl, sha256_file, sha256_json
+from lib.run.files import read_jsonl, sha256_file, sha256_json
 from lib.run.folders import user_path
 from lib.settings import OFFLINE_BASE
 
@@ -230,47 +230,6 @@ def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
     found = hub.fetch(adapter, revision, "adapter")
     require_adapter(found.path)
     return GivenAdapter(found.path, adapter, found.revision)
-
-
-def unpacking_of(adapter: Path) -> dict[str, Any]:
-    """How the base of an adapter that this workbook trained was unpacked, as keywords of `resolve_base`.
-
-    An adapter fits the weights it was trained on: channels rescaled or not. Empty where its files say nothing.
-    """
-    return asked_in(trained_base(adapter))
-
-
-def trained_base(adapter: Path) -> str:
-    """The revision of the base that an adapter was trained on, as its files say; empty where they do not.
-
-    training.json is this workbook's; adapter_config.json, which the weights are never without, bears the revision too.
-    """
-    record = adapter / "training.json"
-    content = read_json(record) if record.is_file() else {}
-    base = content.get("base") if isinstance(content, dict) else None
-    if isinstance(base, dict) and base.get("revision"):
-        return str(base["revision"])
-    return str(adapter_config(adapter).get("revision") or "")
-
-
-def refuse_other_weights(adapter: Path, base: Base) -> None:
-    """Refuse an adapter on other weights of a GGUF file than those it was trained on: shapes do not tell them apart.
-
-    Raises:
-        InputError: it was trained on a GGUF base of another identity; or the base's channels are rescaled, and the
-            adapter's files do not say that it was trained on exactly these.
-    """
-    found = trained_base(adapter)
-    private = base.unpacked is not None and base.unpacked["off_grid"]
-    if found == base.revision or not (is_identity(found) or private):
-        return
-    asked = {"gguf_dtype": "auto", "gguf_off_grid": False} | asked_in(found)
-    needed = f"gguf_dtype: {asked['gguf_dtype']} and gguf_off_grid: {str(asked['gguf_off_grid']).lower()}"
-    raise InputError(
-        f"an adapter ({adapter}) trained on base {found or 'that its files do not name'}, put on {base.revision}.",
-        "the weights it was trained on: the same file, unpacked in the same way.",
-        f"set {needed} with the file it was trained on, or train again.",
-    )
 
 
 def base_of(run: Run) -> Base:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lib.device import bitsandbytes_problem
 from lib.models.fitting import AdapterShape, check_fit
 from lib.models.kinds import adapter_config
-from lib.models.resolving import Base, GivenAdapter, base_of, called, refuse_other_weights, resolve_adapter
+from lib.models.resolving import Base, GivenAdapter, base_of, called, resolve_adapter
+from lib.models.trained_on import refuse_other_weights
 from lib.models.weights import open_weights
 from lib.run.files import read_json, write_json, write_jsonl, write_text
 from lib.run.folders import user_path

@@ -16,7 +16,8 @@ from lib.data.common import base_parameters
 from lib.errors import InputError
 from lib.evaluation.checking import check_models
 from lib.models.inspecting import inspect
-from lib.models.resolving import choose_base, refuse_other_weights, resolve_base, unpacking_of
+from lib.models.resolving import choose_base, resolve_base
+from lib.models.trained_on import refuse_other_weights, unpacking_of
 from lib.models.unpacking import VERSION
 from lib.models.unpacking.rescaling import RANGE, SEED
 from lib.plots.base_rows import unpacked as card
