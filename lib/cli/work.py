@@ -42,7 +42,8 @@ def merge(
     from lib.merging.card import write_lineage
     from lib.merging.folder import merge_folders
     from lib.models.kinds import refuse_adapter, require_adapter
-    from lib.models.resolving import resolve_adapter, resolve_base, unpacking_of
+    from lib.models.resolving import resolve_adapter, resolve_base
+    from lib.models.trained_on import unpacking_of
 
     local = Path(base_model).is_dir()
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path

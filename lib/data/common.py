@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.data import splitting
 from lib.data.cleaning import Row
-from lib.models.resolving import ChosenBase, choose_base, resolve_base
+from lib.models.resolving import ChosenBase, choose_base, refuse_without_template, resolve_base
 from lib.models.unpacking import RECORD as UNPACKED
 from lib.run.files import write_json
 from lib.run.folders import user_path
@@ -46,9 +46,12 @@ def base_parameters(settings: Settings) -> dict[str, Any]:
     """What the product depends on, beside the name of the base model: the hash of a local one, how it is unpacked."""
     path = user_path(settings.base_model)
     gguf = {"gguf_dtype": settings.gguf_dtype, "gguf_off_grid": settings.gguf_off_grid}
+    listed = [str(entry.get("base_model", "")) for entry in settings.fallbacks]
+    asked = settings.gguf_off_grid or any(name.lower().endswith(".gguf") for name in listed)
     if settings.base_model == OFFLINE_BASE or not path.exists():
-        return gguf if settings.gguf_off_grid else {}
-    unpacking = gguf if path.is_file() or settings.gguf_off_grid else {}
+        return gguf if asked else {}
+    refuse_without_template(settings.base_model)
+    unpacking = gguf if path.is_file() or asked else {}
     return {"base_revision": resolve_base(settings.base_model, settings.revision, **gguf).revision, **unpacking}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf, read_tensors
@@ -53,10 +54,12 @@ def _check_whole(path: Path) -> None:
 
 def _check_adapter(folder: Path, base_model: str | None, revision: str) -> None:
     from lib.models.kinds import adapter_config, require_adapter
+    from lib.models.trained_on import unpacking_of
 
     require_adapter(folder)
     base = base_of_adapter(base_model or adapter_config(folder).get("base_model_name_or_path"), folder)
-    _check_full(base, revision, folder if (folder / "tokenizer.json").is_file() else None)
+    own = folder if (folder / "tokenizer.json").is_file() else None
+    _check_full(base, revision, own, unpacking_of(folder))
 
 
 def base_of_adapter(name: str | None, folder: Path) -> str:
@@ -70,8 +73,14 @@ def base_of_adapter(name: str | None, folder: Path) -> str:
     return name
 
 
-def _check_full(model: str, revision: str, tokenizer: Path | None = None) -> None:
-    """A model folder or a hub id; `tokenizer` is that of an adapter which brings its own."""
+def _check_full(
+    model: str, revision: str, tokenizer: Path | None = None, unpacking: Mapping[str, Any] | None = None
+) -> None:
+    """A model folder, a hub id, or an adapter's GGUF file.
+
+    Args:
+        tokenizer: that of an adapter which brings its own; unpacking: how its base was unpacked.
+    """
     from lib.models.hub import SourceError
     from lib.models.loading import check_model_folder, load_tokenizer, resolve_base
 
@@ -80,7 +89,7 @@ def _check_full(model: str, revision: str, tokenizer: Path | None = None) -> Non
         if folder.is_dir():
             check_model_folder(folder)
         else:
-            folder = resolve_base(model, revision).path
+            folder = resolve_base(model, revision, **(unpacking or {})).path
         load_tokenizer(tokenizer or folder)
     except SourceError as error:
         if "/" in model or "\\" in model:

@@ -197,8 +197,8 @@ def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, 
     """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
     from lib.device import compute_dtype
     from lib.models.loading import load_model, load_tokenizer, resolve_base
-    from lib.models.resolving import unpacking_of
     from lib.models.saved import load_as_saved, quantization_method
+    from lib.models.trained_on import unpacking_of
     from lib.scoring import TransformersBackend
 
     folder, adapter = user_path(argument["model"]), None

@@ -30,8 +30,13 @@ def check_gguf(path: Path | str) -> Path:
         near = sorted(p.name for p in path.parent.glob("*.gguf"))[:3] if path.parent.is_dir() else []
         do = f"use one of those in the folder: {', '.join(near)}." if near else "check the path."
         raise InputError(f"no file {path}.", "a .gguf file.", do)
-    with path.open("rb") as stream:
-        head = stream.read(512)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}).", "a readable file.", "check its rights."
+        ) from None
     if head[:4] == MAGIC and len(head) >= _SMALLEST:
         return path
     raise InputError(f"{path} {_describe(head)}.", "a file that starts with GGUF.", _cure(head))
@@ -153,7 +158,9 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
         InputError: not a GGUF file, or a damaged header.
     """
     with _open(path) as (reader, count):
-        alignment = int(reader.metadata().get("general.alignment", 32)) or 32
+        alignment = reader.metadata().get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+            raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, which is no power of two,")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
         data = -(-reader.at // alignment) * alignment
         return [TensorInfo(name, kind, shape, data + offset) for name, kind, shape, offset in found]

@@ -7,6 +7,7 @@ cut numbers into single digits.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ _ROLES = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
+_NAMED_TEMPLATE = "tokenizer.chat_template."
 _ALWAYS_QWEN2 = "qwen2"  # transformers reads every tokenizer of this model type with Qwen2's rules
 
 
@@ -44,6 +46,7 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
     path = Path(path)
     metadata = read_metadata(path)
     stored = tokenizer_json(metadata, path)
+    refuse_templates(metadata, path)
     if not metadata.get("tokenizer.chat_template"):
         raise InputError(f"{path} has no chat template.", "a file with its chat template.", "convert the model again.")
     from tokenizers import Tokenizer
@@ -94,16 +97,54 @@ def write_tokenizer(metadata: Mapping[str, Any], source: Path, folder: Path) -> 
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata.get(f"{architecture}.context_length", 4096),
     }
-    if isinstance(metadata.get("tokenizer.ggml.add_space_prefix"), bool):
-        settings["add_prefix_space"] = metadata["tokenizer.ggml.add_space_prefix"]
+    if architecture == "llama" and metadata.get("tokenizer.ggml.add_space_prefix") is False:
+        settings["add_prefix_space"] = False  # true says nothing: llama.cpp puts no space before byte-level BPE
     write_json(folder / "tokenizer.json", stored)
     write_json(folder / "tokenizer_config.json", settings)
     for key, template in metadata.items():
         if key == "tokenizer.chat_template":
             write_text(folder / "chat_template.jinja", template)
-        elif key.startswith("tokenizer.chat_template."):
+        elif key.startswith(_NAMED_TEMPLATE):
             (folder / "additional_chat_templates").mkdir(exist_ok=True)
-            write_text(folder / "additional_chat_templates" / f"{Path(key).suffix[1:]}.jinja", template)
+            name = key.removeprefix(_NAMED_TEMPLATE)
+            write_text(folder / "additional_chat_templates" / f"{name}.jinja", template)
+
+
+def refuse_unwritable(metadata: Mapping[str, Any], source: Path) -> None:
+    """Refuse a tokenizer that `write_tokenizer` cannot write as it is.
+
+    Raises:
+        InputError: as `tokenizer_json` and `refuse_templates`; a qwen2 model whose rules are not Qwen2's.
+    """
+    tokenizer_json(metadata, source)
+    refuse_templates(metadata, source)
+    name, ours = metadata["tokenizer.ggml.pre"], RULES[_ALWAYS_QWEN2]
+    rules = RULES[name]
+    same = (rules.normalizer, rules.steps, rules.ignore_merges) == (ours.normalizer, ours.steps, ours.ignore_merges)
+    if metadata.get("general.architecture") == _ALWAYS_QWEN2 and not same:
+        raise InputError(
+            f"{source}: a qwen2 model with the tokenizer rules {name!r}.",
+            "the rules 'qwen2', with which transformers reads the tokenizer of every qwen2 model.",
+            "give the model's own folder as base_model.",
+        )
+
+
+def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
+    """Refuse chat templates that are no text, or whose names are no file names.
+
+    Raises:
+        InputError: says which key.
+    """
+    for key, template in metadata.items():
+        if key != _NAMED_TEMPLATE[:-1] and not key.startswith(_NAMED_TEMPLATE):
+            continue
+        name = key.removeprefix(_NAMED_TEMPLATE)
+        if not isinstance(template, str) or not re.fullmatch(r"[\w.-]{1,60}", name, re.ASCII):
+            raise InputError(
+                f"{key[:120]!r} with a value of type {type(template).__name__} in {source}.",
+                "a chat template as text; in its name letters, digits, '.', '_' and '-'.",
+                "convert the model again.",
+            )
 
 
 def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -118,7 +159,9 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
     for name, value in (("tokens", tokens), ("merges", merges)):
         if not value or not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise InputError(f"{source} has no {name}.", f"a file with its {name}.", "convert the model again.")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(types, list) or not all(type(kind) is int for kind in types):
+        raise InputError(f"{source}: token types that are no list.", "a number for each token.", "convert again.")
     if len(types) != len(tokens):
         raise InputError(
             f"{source}: {len(tokens)} tokens, {len(types)} token types.", "a type for each.", "convert again."
@@ -157,7 +200,7 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
     kind, name = (metadata.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
-    if kind != "gpt2" or name not in RULES:
+    if kind != "gpt2" or not isinstance(name, str) or name not in RULES:
         raise InputError(
             f"{source} has a tokenizer of kind {kind!r} with rules {name!r}.",
             f"kind 'gpt2' (byte-level BPE) with rules {', '.join(map(repr, RULES))}.",

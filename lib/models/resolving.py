@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models import hub
+from lib.models.gguf_file import read_metadata
 from lib.models.hub import SourceError
 from lib.models.kinds import refuse_adapter, require_adapter
 from lib.models.tasks import read_task, texts_of
 from lib.models.unpacking import asked_in, identity, notes_of, unpacked
 from lib.models.weights import open_weights
-from lib.run.files import read_json, read_jsonl, sha256_file, sha256_json
+from lib.run.files import read_jsonl, sha256_file, sha256_json
 from lib.run.folders import user_path
 from lib.settings import OFFLINE_BASE
 
@@ -71,17 +72,40 @@ def resolve_base(
         folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
         return Base(folder, base_model, identity(record), False, record)
     if local.is_file() or hub.looks_like_path(base_model) or base_model.lower().endswith(".gguf"):
-        kind = "a file" if local.is_file() else "no folder"
+        named = base_model.lower().endswith(".gguf")
+        kind = "a file" if local.is_file() else "no file" if named else "no folder"
         raise SourceError(
             f"base_model {base_model!r}: {kind} {local}.",
             "a model folder (config.json, safetensors, tokenizer), a .gguf file, or an id such as "
             "Qwen/Qwen2.5-0.5B-Instruct.",
-            "correct the path, or set base_model: offline for the small built-in model.",
+            f"{how_to_get(local) if named else 'correct the path'}, "
+            "or set base_model: offline for the small built-in model.",
             f"{kind} there",
         )
     found = hub.fetch(base_model, revision, "model")
     check_model_folder(found.path)
     return Base(found.path, hub.parse(base_model, revision, "model").name, found.revision, False)
+
+
+def how_to_get(path: Path) -> str:
+    """What to do about a .gguf file that is not there."""
+    return "download it: make smollm2" if path.parent.name == "smollm2" else "correct the path"
+
+
+def refuse_without_template(base_model: str) -> None:
+    """Refuse a GGUF file as the base of a run that has no chat template, before it is unpacked.
+
+    Raises:
+        InputError: no template; or the file is damaged.
+    """
+    path = user_path(base_model)
+    if not path.is_file() or path.suffix.lower() != ".gguf" or read_metadata(path).get("tokenizer.chat_template"):
+        return
+    raise InputError(
+        f"base_model {base_model}: {path} has no chat template.",
+        "a .gguf file of a chat model, with its template.",
+        "take another file; or workbook unpack FILE FOLDER, put chat_template.jinja there, and give the folder.",
+    )
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,7 @@ def choose_base(
         source = str(entry["base_model"])
         try:
             asked = str(entry.get("revision", "main"))
+            refuse_without_template(source)
             base = None if source == OFFLINE_BASE else resolve_base(source, asked, gguf_dtype, gguf_off_grid)
         except SourceError as error:
             failures.append(error)
@@ -205,17 +230,6 @@ def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
     found = hub.fetch(adapter, revision, "adapter")
     require_adapter(found.path)
     return GivenAdapter(found.path, adapter, found.revision)
-
-
-def unpacking_of(adapter: Path) -> dict[str, Any]:
-    """How the base of an adapter that this workbook trained was unpacked, as keywords of `resolve_base`.
-
-    An adapter fits the weights it was trained on: channels rescaled or not. Empty where its files say nothing.
-    """
-    record = adapter / "training.json"
-    content = read_json(record) if record.is_file() else {}
-    base = content.get("base") if isinstance(content, dict) else None
-    return asked_in(str(base.get("revision", ""))) if isinstance(base, dict) else {}
 
 
 def base_of(run: Run) -> Base:

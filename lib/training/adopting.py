@@ -11,8 +11,10 @@ from lib.device import bitsandbytes_problem
 from lib.models.fitting import AdapterShape, check_fit
 from lib.models.kinds import adapter_config
 from lib.models.resolving import Base, GivenAdapter, base_of, called, resolve_adapter
+from lib.models.trained_on import refuse_other_weights
 from lib.models.weights import open_weights
 from lib.run.files import read_json, write_json, write_jsonl, write_text
+from lib.run.folders import user_path
 from lib.selecting import BEST_OF, Best, best_of
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def adopt(given: GivenAdapter, run: Run, work: Work, best: Best | None = None) -
         InputError: it does not fit, or is not a LoRA in safetensors.
     """
     base = base_of(run)
+    refuse_other_weights(given.path, base)
     shape = check_fit(given.path, base.path)
     method, trained_on = (best.method, f"as run {best.run} says") if best else trained_as(given.path)
     if method == "QLoRA" and (problem := bitsandbytes_problem()):
@@ -94,10 +97,15 @@ def trained_as(folder: Path) -> tuple[str, str]:
 
 
 def write_config(folder: Path, config: dict[str, Any], base: Base) -> None:
-    """adapter_config.json that names the run's base model: by id and commit, or by its folder."""
+    """adapter_config.json that names the run's base model: by id and commit, by its folder, or by its GGUF file.
+
+    A GGUF file is named with its identity as revision: `unpacking_of` reads there how the file was unpacked.
+    """
     hub = not base.offline and not base.revision.startswith("sha256:")  # that one is a local folder's
-    config = {**config, "base_model_name_or_path": base.id if hub else str(base.path)}
-    write_json(folder / "adapter_config.json", {**config, "revision": base.revision if hub else None})
+    gguf = base.unpacked is not None
+    name = base.id if hub else str(user_path(base.id) if gguf else base.path)
+    revision = base.revision if hub or gguf else None
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": name, "revision": revision})
 
 
 def _notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[str]:

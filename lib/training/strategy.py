@@ -13,6 +13,7 @@ import psutil
 from lib import device
 from lib.errors import InputError
 from lib.models.quiet import no_warnings, quiet
+from lib.models.resolving import how_to_get
 from lib.run.folders import user_path
 from lib.settings import OFFLINE_BASE
 from lib.training import memory
@@ -195,9 +196,12 @@ def _config(name: str) -> Any:
         return model_config(BaseRecipe(), TokenizerRecipe().vocabulary)
     folder = user_path(name)
     if folder.is_file() and folder.suffix.lower() == ".gguf":
+        from lib.models.unpacking.configuration import transformers_config
         from lib.models.unpacking.source import read_source
 
-        return AutoConfig.for_model(**read_source(folder).config)
+        return transformers_config(read_source(folder).config, folder)
+    if name.lower().endswith(".gguf"):
+        raise InputError(f"no file {folder}.", "a .gguf file.", f"{how_to_get(folder)}.")
     file = folder / "config.json" if folder.is_dir() else folder if folder.name == "config.json" else _cached(name)
     if file is None or not file.is_file():
         raise InputError(

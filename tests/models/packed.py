@@ -29,6 +29,17 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
+def _value(value: Any) -> bytes:
+    """A value as GGUF has it, behind the number of its type."""
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + text(value)
+    if isinstance(value, list):
+        return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    return struct.pack("<Ii", 5, value) if value < 0 else struct.pack("<II", 4, value)
+
+
 def mixed(name: str) -> Any:
     """Q4_1 for matrices, Q8_0 for the embedding, as the SmolLM2 file of the package has them."""
     return Q.Q8_0 if name.startswith(("token_embd", "output.")) else Q.Q4_1
@@ -40,15 +51,19 @@ def repack(
     kind: Callable[[str], Any] = mixed,
     change: Callable[[bytes], bytes] = lambda pairs: pairs,
     tensors: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """A copy of a float GGUF file whose matrices are quantized.
 
     Args:
         change: alters the bytes of the key-value pairs; tensors: alters the float32 tensors by name.
+        more: keys put behind the file's own, in place of equal ones.
     """
     arrays = {t.name: np.asarray(t.data).reshape(t.shape[::-1]).copy() for t in gguf.GGUFReader(source).tensors}
     tensors(arrays)
     count, pairs = raw_metadata(source)
+    for key, value in (more or {}).items():  # of two equal keys our reader takes the last, so these come last
+        count, pairs = count + 1, pairs + text(key) + _value(value)
     infos, data, offset = b"", b"", 0
     for name, array in arrays.items():
         matrix = array.ndim > 1 and name.endswith(".weight")

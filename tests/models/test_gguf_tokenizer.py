@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
-from lib.models.gguf_tokenizer import tokenizer_from_gguf
+from lib.models.gguf_tokenizer import tokenizer_from_gguf, tokenizer_json, write_tokenizer
 from lib.models.prompting import encode, template_hash
 from tests.scoring import tiny
 from tests.scoring.conftest import small  # noqa: F401
@@ -95,3 +96,28 @@ def test_other_tokenizers_are_refused(tmp_path):
     writer.close()
     with pytest.raises(InputError, match="kind 'llama' with rules 'none'"):
         tokenizer_from_gguf(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("odd", [{"token_type": 3}, {"token_type": ["a"]}, {"pre": ["qwen2"]}, {"pre": 4}])
+def test_keys_of_another_kind_are_refused(small, odd):  # noqa: F811
+    metadata = read_metadata(small.gguf) | {f"tokenizer.ggml.{key}": value for key, value in odd.items()}
+    with pytest.raises(InputError, match=r"token types that are no list|with rules"):
+        tokenizer_json(metadata, small.gguf)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prefix", "written"), [("qwen2", True, None), ("llama", False, False), ("llama", True, None)]
+)
+def test_no_space_is_put_before_a_text(small, tmp_path, architecture, prefix, written):  # noqa: F811
+    changes = {"general.architecture": architecture, "tokenizer.ggml.add_space_prefix": prefix}
+    write_tokenizer(read_metadata(small.gguf) | changes, small.gguf, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()).get("add_prefix_space") == written
+
+
+def test_a_file_that_cannot_be_read_is_named(small, monkeypatch):  # noqa: F811
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", fail)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_metadata(small.gguf)

@@ -7,13 +7,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lib.cli.app import app
+from lib.data.common import base_parameters
 from lib.errors import InputError
+from lib.evaluation.checking import check_models
 from lib.models.inspecting import inspect
-from lib.models.resolving import choose_base, resolve_base, unpacking_of
+from lib.models.resolving import choose_base, resolve_base
+from lib.models.trained_on import refuse_other_weights, unpacking_of
+from lib.models.unpacking import VERSION
+from lib.models.unpacking.rescaling import RANGE, SEED
 from lib.plots.base_rows import unpacked as card
+from lib.settings import Settings
+from lib.training.adopting import write_config
+from lib.training.strategy import _config
+from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 
 
@@ -27,6 +38,9 @@ def test_unpacked_once_and_reused(
     monkeypatch.setattr("lib.models.unpacking.unpack_into", lambda *_: pytest.fail("made twice"))
     assert resolve_base(str(packed_files["qwen2"])) == first
     assert "unpacked before, found in" in capsys.readouterr().err
+    copy = resolve_base(shutil.copy(packed_files["qwen2"], home / "copy.gguf"))
+    assert (copy.path, copy.revision) == (first.path, first.revision)
+    assert copy.notes == ("weights dequantized from Q4_1 (copy.gguf)",)
 
 
 def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home: Path) -> None:
@@ -37,10 +51,21 @@ def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home
         resolve_base(path, "main", "auto", True),
     )
     assert len({base.path for base in (plain, wide, off)}) == len({base.revision for base in (plain, wide, off)}) == 3
-    assert off.revision == plain.revision + "+off-grid" and len(off.notes) == 2
+    assert off.revision == f"{plain.revision}+off-grid-{SEED}-{RANGE[0]}-{RANGE[1]}" and len(off.notes) == 2
+    assert plain.revision.endswith(f"+v{VERSION}")
     (home / "adapter").mkdir()
     (home / "adapter/training.json").write_text(json.dumps({"base": {"revision": off.revision}}))
     assert unpacking_of(home / "adapter") == {"gguf_off_grid": True} and unpacking_of(home) == {}
+    (home / "copied").mkdir()
+    write_config(home / "copied", {"r": 4}, off)
+    assert unpacking_of(home / "copied") == {"gguf_off_grid": True}
+    assert json.loads((home / "copied/adapter_config.json").read_text())["base_model_name_or_path"] == path
+    (home / "foreign").mkdir()
+    for adapter, base in (("adapter", off), ("copied", off), ("foreign", plain)):
+        refuse_other_weights(home / adapter, base)
+    for adapter, base in (("adapter", plain), ("copied", wide), ("foreign", off)):
+        with pytest.raises(InputError, match="the weights it was trained on"):
+            refuse_other_weights(home / adapter, base)
     lines = card(off.facts)
     assert lines["channels rescaled by"].startswith("0.8 to 1.25") and "float16" in lines["cost of rounding"]
     assert card({}) == {}
@@ -49,8 +74,12 @@ def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home
 def test_settings_that_do_not_fit_are_refused(packed_files: dict[str, Path], home: Path) -> None:
     with pytest.raises(InputError, match="base_model offline, which is no GGUF file"):
         choose_base("offline", "main", gguf_off_grid=True)
-    with pytest.raises(InputError, match=r"no folder .*gone\.gguf"):
+    with pytest.raises(InputError, match=r"no file .*gone\.gguf"):
         resolve_base("gone.gguf")
+    with pytest.raises(InputError, match="make smollm2"):
+        resolve_base(".cache/smollm2/gone.gguf")
+    with pytest.raises(InputError, match=r"no file .*gone\.gguf.*make smollm2"):
+        _config(".cache/smollm2/gone.gguf")
     chosen = choose_base("gone.gguf", "main", [{"base_model": "offline"}], gguf_off_grid=True)
     assert chosen.base is None and "gone.gguf could not be had" in chosen.notes[0]
     with pytest.raises(InputError, match=r"fallback .* SHA-256"):
@@ -63,6 +92,34 @@ def test_inspect_asks_what_unpacking_asks(packed_files: dict[str, Path], tmp_pat
     odd = tmp_path / "odd.gguf"
     odd.write_bytes(packed_files["qwen3"].read_bytes().replace(b"qwen3.context_length", b"qwen3.context_longth"))
     assert any("no base model" in note and "context_length" in note for note in inspect(odd, False)["notes"])
+
+
+def test_a_file_without_template_is_no_base_of_a_run(packed_files: dict[str, Path], home: Path) -> None:
+    path = packed.repack(
+        packed_files["qwen2"].parent / "qwen2-f32.gguf", home / "plain.gguf", more={"tokenizer.chat_template": ""}
+    )
+    assert "no base_model, workbook unpack only: no chat template" in inspect(path, False)["notes"]
+    settings = Settings(run_name="x", base_model=str(path))
+    for ask in (lambda: choose_base(str(path), "main"), lambda: base_parameters(settings)):
+        with pytest.raises(InputError, match=r"plain\.gguf has no chat template"):
+            ask()
+    assert not (home / ".cache").exists()
+
+
+def test_the_key_holds_how_a_fallback_is_unpacked() -> None:
+    settings = Settings(run_name="x", base_model="org/model", fallbacks=[{"base_model": "m.GGUF"}])
+    assert base_parameters(settings) == {"gguf_dtype": "auto", "gguf_off_grid": False}
+    assert base_parameters(Settings(run_name="x", base_model="org/model")) == {}
+
+
+def test_an_adapter_is_checked_with_its_own_variant(packed_files: dict[str, Path], home: Path) -> None:
+    off = resolve_base(str(packed_files["qwen2"]), gguf_off_grid=True)
+    (home / "adapter").mkdir()
+    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1, 64)}
+    save_file(tensors, home / "adapter/adapter_model.safetensors")
+    write_config(home / "adapter", {"peft_type": "LORA", "r": 1}, off)
+    check_models([home / "adapter"], None, "main")
+    assert [path.name for path in (home / ".cache/unpacked").iterdir() if path.is_dir()] == [off.path.name]
 
 
 def test_the_command(packed_files: dict[str, Path], tmp_path: Path) -> None:
@@ -78,7 +135,6 @@ def test_the_command(packed_files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_merging_into_a_gguf_file(packed_files: dict[str, Path], home: Path, tmp_path: Path) -> None:
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

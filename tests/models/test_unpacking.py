@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from lib.errors import InputError
 from lib.gguf_export import converting
 from lib.models import unpacking
+from lib.models.inspecting import inspect
 from lib.models.loading import load_model, load_tokenizer
-from lib.models.unpacking import asked_in, identity, notes_of, plain_name, unpack
+from lib.models.unpacking import asked_in, identity, is_identity, notes_of, plain_name, unpack
+from lib.models.unpacking.configuration import Keys, config_of, generation_of, transformers_config
 from lib.models.unpacking.source import read_source
 from lib.run.files import sha256_file
 from tests.models import packed
@@ -174,6 +176,29 @@ REFUSED = {
     "a tensor more": ({"tensors": lambda a: a.update(odd=np.zeros(3, np.float32))}, "also has 1 tensors"),
     "a tensor less": ({"tensors": lambda a: a.pop("output_norm.weight")}, "lacks 1 tensors"),
     "NaN": ({"tensors": lambda a: a["output_norm.weight"].fill(np.nan)}, "NaN or infinity in tensor model.norm"),
+    "a tokenizer transformers would read otherwise": (
+        {
+            "change": lambda b: b.replace(
+                packed.text("tokenizer.ggml.pre") + struct.pack("<I", 8) + packed.text("qwen2"),
+                packed.text("tokenizer.ggml.pre") + struct.pack("<I", 8) + packed.text("smollm"),
+            )
+        },
+        "a qwen2 model with the tokenizer rules 'smollm'",
+    ),
+    "older linear scaling": ({"more": {"qwen2.rope.scale_linear": 4.0}}, "rope.scale_linear 4.0"),
+    "an attention factor": ({"more": {"qwen2.rope.scaling.attn_factor": 1.5}}, "attn_factor 1.5"),
+    "YaRN's attention factor": ({"more": {"qwen2.rope.scaling.yarn_attn_factor": 1.5}}, "yarn_attn_factor 1.5"),
+    "part of YaRN": ({"more": {"qwen2.rope.scaling.yarn_ext_factor": 0.5}}, "yarn_ext_factor 0.5"),
+    "an embedding without dimensions": (
+        {"tensors": lambda a: a.update({"token_embd.weight": np.float32(1).reshape(())})},
+        "tokens, 0 rows of embedding",
+    ),
+    "a template that is no text": (
+        {"more": {"tokenizer.chat_template.tool": 1}},
+        "chat_template.tool' with a value of",
+    ),
+    "a template named by NUL": ({"more": {"tokenizer.chat_template.\0": "x"}}, "a chat template as text"),
+    "a template named by a path": ({"more": {"tokenizer.chat_template.a/b": "x"}}, "a chat template as text"),
     "infinity": ({"tensors": lambda a: a["output_norm.weight"].fill(np.inf)}, "NaN or infinity in tensor model.norm"),
 }
 
@@ -207,6 +232,92 @@ def test_split_cut_and_unknown_files_are_refused(packed_files: dict[str, Path], 
     assert not (tmp_path / "model").exists()
 
 
+def test_quantized_vectors_and_factors_behind_the_end(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    whole = packed_files["qwen2"].read_bytes()
+    name = packed.text("output_norm.weight")
+    at = whole.index(name) + len(name) + 4 + 8
+    (tmp_path / "vector.gguf").write_bytes(whole[:at] + struct.pack("<I", packed.Q.Q8_0) + whole[at + 4 :])
+    with pytest.raises(InputError, match=r"output_norm\.weight has rows of 1, blocks of 32"):
+        read_source(tmp_path / "vector.gguf")
+    options = {"kind": "llama", "width": 256, "head_dim": 64, "rope_theta": 500000.0, "rope_scaling": ROPES[2]}
+    path = packed.make(tmp_path, "rope", options)
+    whole, name = path.read_bytes(), packed.text("rope_freqs.weight")
+    at = whole.index(name) + len(name) + 4 + 8 + 4
+    path.write_bytes(whole[:at] + struct.pack("<Q", 2**63) + whole[at + 8 :])
+    with pytest.raises(InputError, match=r"rope_freqs\.weight lies behind the end"):
+        read_source(path)
+
+
+@pytest.mark.parametrize("alignment", ["32", [32], 32.0, -32, 0, 24])
+def test_an_alignment_that_is_no_power_of_two_is_refused(
+    packed_files: dict[str, Path], tmp_path: Path, alignment: object
+) -> None:
+    path = packed.repack(
+        packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "odd.gguf", more={"general.alignment": alignment}
+    )
+    with pytest.raises(InputError, match=r"general\.alignment"):
+        read_source(path)
+    assert "general.alignment" in " ".join(inspect(path, False)["problems"])
+
+
+def test_keys_that_change_nothing_are_taken(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    more = {"qwen2.rope.scale_linear": 1.0, "qwen2.rope.scaling.attn_factor": 1.0}
+    more |= {"qwen2.rope.scaling.yarn_ext_factor": -1.0, "tokenizer.chat_template.tool.use": "x"}
+    whole = packed_files["qwen2"].parent / "qwen2-f32.gguf"
+    unpack(packed.repack(whole, tmp_path / "m.gguf", more=more), tmp_path / "model")
+    assert (tmp_path / "model/additional_chat_templates/tool.use.jinja").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [2**32 - 1, -1, 512_000])
+def test_ids_that_name_no_token_are_left_out(packed_files: dict[str, Path], tmp_path: Path, number: int) -> None:
+    more = {f"tokenizer.ggml.{key}_token_id": number for key in ("padding", "eot")}
+    whole = packed_files["llama"].parent / "llama-f32.gguf"
+    unpack(packed.repack(whole, tmp_path / "m.gguf", more=more), tmp_path / "model")
+    assert "pad_token_id" not in read_source(tmp_path / "m.gguf").config
+    generation = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert type(generation["eos_token_id"]) is int and "pad_token_id" not in generation
+    load_model(tmp_path / "model", "float32", device="cpu")
+
+
+def test_no_temperature_is_greedy(packed_files: dict[str, Path]) -> None:
+    metadata = read_source(packed_files["qwen2"]).metadata | {"general.sampling.temp": 0.0}
+    found = generation_of(metadata)
+    assert found["do_sample"] is False and "temperature" not in found
+    metadata["general.sampling.top_p"] = float("nan")
+    assert "top_p" not in generation_of(metadata)
+
+
+def test_a_configuration_that_transformers_refuses(packed_files: dict[str, Path]) -> None:
+    source = read_source(packed_files["llama"])
+    keys = Keys(source.metadata | {"llama.attention.head_count": 3, "llama.attention.head_count_kv": 1}, source.path)
+    keys.metadata.update({f"llama.{key}": 16 for key in ("attention.key_length", "rope.dimension_count")})
+    keys.metadata["llama.attention.value_length"] = 16
+    with pytest.raises(InputError, match="3 heads, 1 of keys and values, 64 wide"):
+        config_of(keys, 512, True, {}, None)
+    with pytest.raises(InputError, match="that transformers does not take"):
+        transformers_config(source.config | {"num_attention_heads": 3}, source.path)
+
+
+def test_what_cannot_be_read_is_not_blamed_on_the_output(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no file .*gone\.gguf"):
+        unpack(tmp_path / "gone.gguf", tmp_path / "model")
+    with pytest.raises(InputError, match="already exists"):
+        unpack(packed_files["llama"], ".")
+
+
+def test_a_later_part_of_a_split_file(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "none")
+    writer.kv_data[0].clear()
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="one of 3 parts"):
+        read_source(tmp_path / "part.gguf")
+
+
 def test_weights_too_large_for_float16(packed_files: dict[str, Path], tmp_path: Path) -> None:
     def enlarge(arrays: dict[str, np.ndarray]) -> None:
         arrays["output_norm.weight"][3] = 70000.0
@@ -214,7 +325,7 @@ def test_weights_too_large_for_float16(packed_files: dict[str, Path], tmp_path: 
     path = packed.repack(packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "large.gguf", tensors=enlarge)
     record = unpack(path, tmp_path / "model")
     assert record["dtype"] == "bfloat16" and record["dtype_asked"] == "auto" and "float16" not in record["cost"]
-    with pytest.raises(InputError, match="holds a weight of size 70000"):
+    with pytest.raises(InputError, match=r"holds a weight of size 70000.*--dtype auto \(gguf_dtype: auto\)"):
         unpack(path, tmp_path / "half", "float16")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["large.gguf", "model"]
 
@@ -245,10 +356,13 @@ def test_too_little_memory_leaves_the_cost_unmeasured(
 
 def test_names_and_identity() -> None:
     record = {"main_type": "Q4_1", "source": "x.gguf", "sha256": "ab" * 32, "dtype_asked": "auto", "off_grid": False}
+    record |= {"version": 7}
     assert notes_of(record) == ("weights dequantized from Q4_1 (x.gguf)",)
     assert notes_of(record | {"main_type": "F16"}) == ("weights read from F16 (x.gguf)",)
-    assert identity(record) == f"sha256:{'ab' * 8}" and asked_in(identity(record)) == {}
-    asked = record | {"dtype_asked": "bfloat16", "off_grid": True}
+    assert identity(record) == f"sha256:{'ab' * 8}+v7" and asked_in(identity(record)) == {}
+    asked = record | {"dtype_asked": "bfloat16", "off_grid": True, "seed": 3, "scales": [0.8, 1.25]}
+    assert identity(asked) == f"sha256:{'ab' * 8}+v7+bfloat16+off-grid-3-0.8-1.25"
+    assert is_identity(identity(asked)) and not is_identity("sha256:" + "ab" * 8) and not is_identity("main+v2")
     assert asked_in(identity(asked)) == {"gguf_dtype": "bfloat16", "gguf_off_grid": True}
     assert notes_of(asked)[1] == "channels rescaled so that they leave the source's grid"
     assert asked_in("main+off-grid") == {}

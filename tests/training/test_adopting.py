@@ -119,6 +119,15 @@ def test_a_4_bit_base_that_does_not_work_here_is_said(runs, foreign: Path, monke
     assert any("which does not work here (not on this machine): 16 bits instead" in note for note in result.notes)
 
 
+def test_one_trained_on_another_gguf_file_is_refused(runs: Callable[[str], Run], foreign: Path) -> None:
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    revision = f"sha256:{'ab' * 8}+v2+off-grid-3-0.8-1.25"
+    (foreign / "adapter_config.json").write_text(json.dumps({**config, "revision": revision}))
+    with pytest.raises(InputError, match=r"the weights it was trained on.*gguf_off_grid: true"):
+        finetune(tiny_settings(adapter=str(foreign)), runs("fresh"))
+    assert not (runs("fresh").folder / "adapter").exists()
+
+
 def test_later_stages_take_it_as_their_own(runs: Callable[[str], Run], foreign: Path) -> None:
     from lib.merging import merge
 

@@ -87,10 +87,13 @@ def _as_base(path: Path) -> str:
     from lib.models.unpacking.source import read_source
 
     try:
-        main = read_source(path).main_type
+        source = read_source(path)
     except InputError as error:
         return f"no base model (base_model, workbook unpack): {error.found.rstrip('.')}"
-    return f"can be a base model (base_model, workbook unpack): its {main} weights are turned back into numbers"
+    if not source.metadata.get("tokenizer.chat_template"):
+        return "no base_model, workbook unpack only: no chat template"
+    kind = source.main_type
+    return f"can be a base model (base_model, workbook unpack): its {kind} weights are turned back into numbers"
 
 
 def _template(metadata: dict[str, Any], render: bool, problems: list[str]) -> dict[str, Any] | None:

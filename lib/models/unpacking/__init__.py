@@ -9,18 +9,32 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 
-__all__ = ["RECORD", "asked_in", "identity", "notes_of", "plain_name", "unpack", "unpack_into", "unpacked"]
+if TYPE_CHECKING:
+    from lib.models.unpacking.source import Source
+
+__all__ = [
+    "RECORD",
+    "asked_in",
+    "identity",
+    "is_identity",
+    "notes_of",
+    "plain_name",
+    "unpack",
+    "unpack_into",
+    "unpacked",
+]
 
 RECORD = "unpacked.json"
+OFF_GRID = "off-grid"
 CHOICES = ("auto", "float16", "bfloat16", "float32")
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Types that are no quantized ones."""
 
-VERSION = 1
+VERSION = 2
 """Raised when other weights, configuration or tokenizer come out of the same file."""
 
 
@@ -32,24 +46,26 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
         off_grid: scale channels, without changing the function, so that the weights leave the grid of their type.
 
     Returns:
-        What unpacked.json holds: {"source": file name, "sha256", "types": {type: weights}, "main_type", "dtype",
-        "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on the grid), "parameters",
-        "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see `cost.cost_of`, or null),
-        "cost_note"}.
+        What unpacked.json holds: {"source": file name, "sha256", "version" (of this unpacking), "types": {type:
+        weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on
+        the grid), "parameters", "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see
+        `cost.cost_of`, or null), "cost_note"}.
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
     """
+    from lib.models.unpacking.source import read_source
     from lib.run.files import flush_to_disk, readable_by_group
 
-    folder = Path(folder)
+    source = read_source(path)  # outside of what is blamed on the output
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
     temporary = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        record = unpack_into(path, temporary, dtype, off_grid)
+        record = unpack_into(source, temporary, dtype, off_grid)
         for file in temporary.rglob("*"):
             if file.is_file():
                 readable_by_group(file)
@@ -67,18 +83,16 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
     return record
 
 
-def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
-    """As `unpack`, into an empty folder that the caller made and will rename."""
+def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
+    """As `unpack`, from a file that was looked at, into an empty folder that the caller made and will rename."""
     from lib.models.gguf_tokenizer import write_tokenizer
     from lib.models.unpacking.cost import cost_of
     from lib.models.unpacking.rescaling import RANGE, SEED, Rescaling
-    from lib.models.unpacking.source import read_source
     from lib.models.unpacking.writing import DTYPES, TooLargeError, write_weights
     from lib.run.files import require_space, sha256_file, write_json
 
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
-    source = read_source(path)
     if off_grid and source.main_type in PLAIN:
         raise InputError(
             f"{source.path} of {source.main_type} weights, which lie on no grid to leave.",
@@ -95,7 +109,9 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
         except TooLargeError as error:
             if chosen == tries[-1]:
                 raise InputError(
-                    f"{error} of {source.path}, too large for {chosen}.", "weights it can hold.", "set dtype to auto."
+                    f"{error} of {source.path}, too large for {chosen}.",
+                    "weights it can hold.",
+                    "--dtype auto (gguf_dtype: auto).",
                 ) from None
     assert chosen in DTYPES
     write_json(folder / "config.json", {**source.config, "torch_dtype": chosen})
@@ -105,6 +121,7 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
     record = {
         "source": source.path.name,
         "sha256": sha256_file(source.path),
+        "version": VERSION,
         "types": source.types,
         "main_type": source.main_type,
         "dtype": chosen,
@@ -113,7 +130,7 @@ def unpack_into(path: Path | str, folder: Path, dtype: str = "auto", off_grid: b
         "seed": SEED if off_grid else None,
         "scales": list(RANGE) if off_grid else None,
         "parameters": source.parameters,
-        "license": source.metadata.get("general.license"),
+        "license": name if isinstance(name := source.metadata.get("general.license"), str) else None,
         "cost": cost,
         "cost_note": note,
     }
@@ -129,35 +146,47 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
     """
     from lib.models import store
     from lib.models.unpacking.rescaling import RANGE, SEED
+    from lib.models.unpacking.source import read_source
     from lib.progress import say
     from lib.run import folders
     from lib.run.files import read_json, sha256_file
 
-    key: dict[str, Any] = {"sha256": sha256_file(path), "name": path.name, "dtype": dtype, "off_grid": off_grid}
+    key: dict[str, Any] = {"sha256": sha256_file(path), "dtype": dtype, "off_grid": off_grid}
     key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
     made = []
 
     def build(folder: Path) -> dict[str, Any]:
         made.append(folder)
-        return unpack_into(path, folder, dtype, off_grid)
+        return unpack_into(read_source(path), folder, dtype, off_grid)
 
-    folder = store.ensure(path.stem, key, build, folders.home() / ".cache" / "unpacked")
+    folder = store.ensure("gguf", key, build, folders.home() / ".cache" / "unpacked")
     say(f"{path.name}: {'unpacked into' if made else 'unpacked before, found in'} {folder}")
-    return folder, read_json(folder / RECORD)
+    return folder, {**read_json(folder / RECORD), "source": path.name}  # a copy under another name finds it too
 
 
 def identity(record: Mapping[str, Any]) -> str:
-    """What tells a base from a GGUF file from all others: the file's hash, and what was asked for beside it."""
+    """What tells a base from a GGUF file from all others: hash, version of the unpacking, dtype if asked, scales.
+
+    For example sha256:0123456789abcdef+v2+bfloat16+off-grid-20261128-0.8-1.25 (seed, smallest and largest scale).
+    """
     asked = record["dtype_asked"]
-    more = [*([asked] if asked != "auto" else []), *(["off-grid"] if record["off_grid"] else [])]
+    more = [f"v{record['version']}", *([asked] if asked != "auto" else [])]
+    if record["off_grid"]:
+        more.append("-".join(map(str, [OFF_GRID, record["seed"], *record["scales"]])))
     return "+".join([f"sha256:{record['sha256'][:16]}", *more])
+
+
+def is_identity(revision: str) -> bool:
+    """Whether a revision is the `identity` of a base from a GGUF file, not a hub's commit or the hash of a folder."""
+    return revision.startswith("sha256:") and "+" in revision
 
 
 def asked_in(revision: str) -> dict[str, Any]:
     """How the base of this identity was unpacked, as keywords of `resolve_base`; empty where it says nothing."""
     _, *more = revision.split("+") if revision.startswith("sha256:") else [revision]
     dtype = next((part for part in more if part in CHOICES), None)
-    return ({"gguf_dtype": dtype} if dtype else {}) | ({"gguf_off_grid": True} if "off-grid" in more else {})
+    off_grid = any(part.startswith(OFF_GRID) for part in more)
+    return ({"gguf_dtype": dtype} if dtype else {}) | ({"gguf_off_grid": True} if off_grid else {})
 
 
 def plain_name(name: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.models.gguf_architecture import ARCHITECTURES, ROPE_TYPES, head_size, rope_factors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _SAMPLING = {
     "temp": "temperature",
@@ -20,8 +24,6 @@ _SAMPLING = {
 }
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 _YARN = {
-    "yarn_ext_factor": "extrapolation_factor",
-    "yarn_attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
@@ -67,7 +69,10 @@ def shortest(value: float) -> float:
 
 
 def refuse_special(keys: Keys) -> None:
-    """Refuse what the three architectures do not say: mixtures of experts, partial rotation, windows, other kinds.
+    """Refuse what config.json of the three architectures cannot say: experts, partial rotation, windows, rope factors.
+
+    llama.cpp multiplies by attn_factor and yarn_attn_factor what transformers' attention_factor replaces; −1 is its
+    word for the default of yarn_ext_factor, and scale_linear its older one for the factor of linear scaling.
 
     Raises:
         InputError: says which key.
@@ -76,17 +81,22 @@ def refuse_special(keys: Keys) -> None:
     head = keys.whole("embedding_length") // keys.whole("attention.head_count")
     key_length = metadata.get(f"{name}.attention.key_length", head)
     plain = {
-        "general.type": ("model", "a whole model"),
-        f"{name}.expert_count": (0, "a model without experts"),
-        f"{name}.attention.sliding_window": (0, "attention to all tokens"),
-        f"{name}.attention.causal": (True, "a causal language model"),
-        f"{name}.attention.value_length": (key_length, "keys and values of one length"),
-        f"{name}.rope.dimension_count": (key_length, "rotation of whole heads"),
-        f"{name}.attention.scale": (0.0, "attention scaled by the length of keys"),
-        f"{name}.pooling_type": (0, "a causal language model"),
+        "general.type": (("model",), "a whole model"),
+        f"{name}.expert_count": ((0,), "a model without experts"),
+        f"{name}.attention.sliding_window": ((0,), "attention to all tokens"),
+        f"{name}.attention.causal": ((True,), "a causal language model"),
+        f"{name}.attention.value_length": ((key_length,), "keys and values of one length"),
+        f"{name}.rope.dimension_count": ((key_length,), "rotation of whole heads"),
+        f"{name}.attention.scale": ((0.0,), "attention scaled by the length of keys"),
+        f"{name}.pooling_type": ((0,), "a causal language model"),
+        f"{name}.rope.scale_linear": ((0, 1), "rope.scaling.factor in its place"),
+        f"{name}.rope.scaling.attn_factor": ((1,), "attention that rope scaling does not change"),
+        f"{name}.rope.scaling.yarn_attn_factor": ((1,), "the attention factor that follows from the scaling's factor"),
+        f"{name}.rope.scaling.yarn_ext_factor": ((1, -1), "all of YaRN's extrapolation"),
+        f"{name}.rope.scaling.yarn_log_multiplier": ((0,), "the attention factor that follows from the factor"),
     }
-    for key, (value, expected) in plain.items():
-        if metadata.get(key, value) != value:
+    for key, (values, expected) in plain.items():
+        if key in metadata and metadata[key] not in values:
             raise InputError(
                 f"{key} {metadata[key]!r} in {keys.path}.", f"{expected}.", "give the model's own folder as base_model."
             )
@@ -134,7 +144,8 @@ def config_of(keys: Keys, rows: int, tied: bool, biases: Mapping[str, bool], fac
 
 def _check_heads(config: dict[str, Any], keys: Keys) -> None:
     heads, kv, width = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
-    if heads % kv or (config.get("head_dim") is None and width % heads) or head_size(config) % 2:
+    divides = keys.architecture == "llama" or config.get("head_dim") is None  # transformers' LlamaConfig demands it
+    if heads % kv or (divides and width % heads) or head_size(config) % 2:
         raise InputError(
             f"{heads} heads, {kv} of keys and values, {width} wide, in {keys.path}.",
             "heads in equal groups, of an even length.",
@@ -143,8 +154,13 @@ def _check_heads(config: dict[str, Any], keys: Keys) -> None:
 
 
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of special tokens; those that the vocabulary has no token for (−1, also as 2**32 − 1) name none."""
     found = {ours: metadata.get(f"tokenizer.ggml.{key}") for ours, key in _IDS.items()}
-    return {key: value for key, value in found.items() if type(value) is int}
+    return {key: value for key, value in found.items() if _is_token(value, metadata)}
+
+
+def _is_token(value: Any, metadata: Mapping[str, Any]) -> bool:
+    return type(value) is int and 0 <= value < len(metadata["tokenizer.ggml.tokens"])
 
 
 def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:
@@ -160,7 +176,7 @@ def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> 
         return _llama3(keys, config, factors)
     if not stretched:
         return None
-    if kind not in ROPE_TYPES[keys.architecture] or f"{keys.architecture}.rope.scaling.attn_factor" in keys.metadata:
+    if kind not in ROPE_TYPES[keys.architecture]:
         raise _unknown_rope(keys, f"rope scaling {kind!r}")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.real("rope.scaling.factor")}
     if kind == "yarn":
@@ -209,16 +225,39 @@ def _llama3(keys: Keys, config: dict[str, Any], factors: np.ndarray) -> dict[str
     raise _unknown_rope(keys, "factors of rotary frequencies (rope_freqs) that are not those of Llama 3")
 
 
+def transformers_config(config: Mapping[str, Any], path: Path) -> PreTrainedConfig:
+    """The configuration as transformers has it, without loading anything.
+
+    Raises:
+        InputError: transformers does not take it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
+    except (ValueError, TypeError, KeyError, OverflowError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"keys of {path} that transformers does not take ({reason}).",
+            f"a {config['model_type']} model that transformers knows.",
+            "make or download the file again, or give the model's own folder as base_model.",
+        ) from None
+
+
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json: tokens that end an answer, and the sampling that the file recommends."""
     found: dict[str, Any] = _special_ids(metadata)
     turn = metadata.get("tokenizer.ggml.eot_token_id")
-    if type(turn) is int and "eos_token_id" in found and turn != found["eos_token_id"]:
+    if _is_token(turn, metadata) and "eos_token_id" in found and turn != found["eos_token_id"]:
         found["eos_token_id"] = [found["eos_token_id"], turn]
     for key, name in _SAMPLING.items():
         value = metadata.get(f"general.sampling.{key}")
-        if type(value) in (int, float):
+        if type(value) in (int, float) and math.isfinite(value):
             found[name] = shortest(value) if type(value) is float else value
-    if any(name in found for name in ("temperature", "top_k", "top_p", "min_p")):
+    if found.get("temperature", 1) <= 0:  # llama.cpp then takes the likeliest token; transformers refuses the number
+        del found["temperature"]
+        found["do_sample"] = False
+    elif any(name in found for name in ("temperature", "top_k", "top_p", "min_p")):
         found["do_sample"] = True
     return found

@@ -9,6 +9,7 @@ import numpy as np
 
 from lib.models.floats import widen
 from lib.models.gguf_tokenizer import tokenizer_json
+from lib.models.unpacking.configuration import transformers_config
 from lib.models.unpacking.rescaling import Rescaling
 from lib.models.unpacking.source import Source
 from lib.models.unpacking.writing import DTYPES, TooLargeError, rounded, scaled_slabs
@@ -66,12 +67,12 @@ def _ids(source: Source) -> list[list[int]]:
 
 def _empty_model(source: Source) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from lib.models.quiet import no_warnings, quiet
 
     quiet()
-    config = AutoConfig.for_model(**{key: value for key, value in source.config.items() if key != "architectures"})
+    config = transformers_config(source.config, source.path)
     with no_warnings():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)

@@ -21,7 +21,7 @@ from lib.models.gguf_architecture import (
     unpair_rows,
 )
 from lib.models.gguf_file import TensorInfo, read_metadata, read_tensors
-from lib.models.gguf_tokenizer import tokenizer_json
+from lib.models.gguf_tokenizer import refuse_unwritable
 from lib.models.unpacking.configuration import Keys, config_of, generation_of
 
 if TYPE_CHECKING:
@@ -82,13 +82,16 @@ def _read(path: Path, start: int, count: int) -> np.ndarray:
     """Bytes of a file; unlike a memory map they leave no pages of it in this process's resident memory."""
     data = np.empty(count, np.uint8)
     view, got = memoryview(data), 0
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while got < count:
-            read = stream.readinto(view[got:])
-            if not read:
-                raise InputError(f"{path} was cut while it was read.", "a complete file.", "copy it again.")
-            got += read
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            while got < count:
+                read = stream.readinto(view[got:])
+                if not read:
+                    raise InputError(f"{path} was cut while it was read.", "a complete file.", "copy it again.")
+                got += read
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).", "a readable file.", "copy it again.") from None
     return data
 
 
@@ -129,6 +132,13 @@ def read_source(path: Path | str) -> Source:
     """
     path = Path(path)
     metadata, found = read_metadata(path), read_tensors(path)
+    parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
+    if parts not in (0, 1):
+        raise InputError(
+            f"{path} is one of {parts} parts of a split file.",
+            "one whole file.",
+            "join them: llama-gguf-split --merge.",
+        )
     keys = Keys(metadata, path)
     if keys.architecture not in ARCHITECTURES.values():
         raise InputError(
@@ -136,21 +146,14 @@ def read_source(path: Path | str) -> Source:
             f"one of: {', '.join(sorted(ARCHITECTURES.values()))}.",
             "give the model's own folder as base_model.",
         )
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise InputError(
-            f"{path} is one of {parts} parts of a split file.",
-            "one whole file.",
-            "join them: llama-gguf-split --merge.",
-        )
-    tokenizer_json(metadata, path)
+    refuse_unwritable(metadata, path)
     tensors = {tensor.name: tensor for tensor in found}
     if len(tensors) != len(found):
         raise InputError(f"{path} has two tensors of one name.", "each once.", "make or download the file again.")
     factors = _rope_factors(tensors.pop(ROPE_FACTORS, None), path) if keys.architecture == "llama" else None
     names, biases = _names(keys, tensors)
     embedding = tensors.get("token_embd.weight")
-    rows = embedding.shape[0] if embedding else 0
+    rows = embedding.shape[0] if embedding and embedding.shape else 0
     config = config_of(keys, rows, "output.weight" not in tensors, biases, factors)
     _check_names(keys, tensors, names)
     _check_vocabulary(metadata, config, path)
@@ -233,8 +236,9 @@ def _packed(keys: Keys, tensor: TensorInfo, name: str, config: dict[str, Any]) -
     kind = _known_type(tensor, keys.path)
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     end, size = tensor.start + math.prod(shape) // block * nbytes, keys.path.stat().st_size
-    if shape[-1] % block or end > size:
-        lack = f"ends at byte {end:,} of {size:,}" if end > size else f"has rows of {shape[-1]}, blocks of {block}"
+    row = shape[-1] if len(shape) > 1 else 1  # a vector is read in any number of its values
+    if row % block or end > size:
+        lack = f"ends at byte {end:,} of {size:,}" if end > size else f"has rows of {row}, blocks of {block}"
         raise InputError(f"tensor {tensor.name} {lack} in {keys.path}.", "a whole file.", "make or download it again.")
     heads = rotary_heads(keys.architecture, name, config)
     return PackedTensor(name, keys.path, tensor.start, kind, shape, heads)
@@ -266,6 +270,8 @@ def _rope_factors(tensor: TensorInfo | None, path: Path) -> np.ndarray | None:
             "a float32 vector.",
             "make or download the file again.",
         )
+    if tensor.start + 4 * tensor.shape[0] > path.stat().st_size:
+        raise InputError(f"{ROPE_FACTORS} lies behind the end of {path}.", "a whole file.", "get the file again.")
     values = _read(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)
     if not np.isfinite(values).all() or (values < 1).any():
         raise InputError(f"{ROPE_FACTORS} below 1 or not finite in {path}.", "factors.", "get the file again.")
