@@ -22,7 +22,7 @@ BASE_SCORES, TUNED_SCORES = "scores-base.jsonl", "scores-finetuned.jsonl"
 """Files of the product `evaluation`."""
 LEAST_MOVE = {True: NEAR_TIE, False: 0.01}
 """Root mean square of a row's change by fine-tuning below which no share of it is told, nats, by whether rows have
-labels: what rounding alone moves log-odds, and the loss of an answer a token."""
+labels: what rounding alone moves the log-odds of two labels, and the loss of an answer a token."""
 MOST_NOISE = 0.1
 """Largest share of that change's square which may be noise of the two programs."""
 GGUF, FOLDER = "gguf", "folder"
@@ -158,8 +158,8 @@ def retentions(scores: Mapping[str, AnyScores], start: BaseScores, groups: np.nd
     base, tuned = _values(start.base), _values(scores[reference])
     square = _square(tuned - base)
     moved, unit = square**0.5, "nats of log-odds" if labelled else "nats a token of the answers"
-    if labelled and base.shape[1] == 2:
-        moved *= 2**0.5  # of the two centred values to their difference
+    if labelled:
+        moved *= (2 / (base.shape[1] - 1)) ** 0.5  # of k centred values to the root mean square over pairs of labels
     if moved < LEAST_MOVE[labelled]:
         found = f"Fine-tuning moved the test rows by {moved:.2g} {unit} (root mean square)"
         return Retentions(note=f"{found}, too little to tell what share of it a file keeps.")

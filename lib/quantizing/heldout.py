@@ -44,8 +44,8 @@ class HeldOut:
     """Divergences of files.
 
     Attributes:
-        content: "tokens" (scored), "rows", "windows", "window_tokens" of the text; "answer_rows" and "answer_positions"
-            (0 where no test row has an answer); "without": {type: {"bytes", "retyped"}} of files made again.
+        content: "tokens" (scored), "rows", "windows", "window_tokens" of the text; "answer_rows" and
+            "answer_positions"; "without": {type: {"bytes", "retyped"}} of files made again.
         text, answers: {type (with `WITHOUT`): KL divergence of every scored token, and of every answer position, nats}.
         text_rows, answer_rows: the test row of each of them.
     """
@@ -82,10 +82,11 @@ def measure_held_out(
         "held_out_kld",
         lambda work: _build(settings, options, run, source, files, without, work),
         parameters={
-            **settings.pick("n_ctx", "perplexity_tokens", "seed"),
+            **settings.pick("n_ctx", "seed"),
+            "windows": _most_windows(settings),
             "types": [file.type for file in files],
             "without_matrix": without,
-            "most": f"{MOST_TOKENS} tokens, {ANSWER_ROWS} rows of {ANSWER_TOKENS} tokens",
+            "answers": f"{ANSWER_ROWS} rows, {ANSWER_TOKENS} tokens",
         },
         inputs=("data", "gguf", "quantized"),
         force=force,
@@ -100,6 +101,10 @@ def measure_held_out(
     return HeldOut(product, read_json(product.path / SUMMARY), parts["text"], parts["answers"], *rows)
 
 
+def _most_windows(settings: Settings) -> int:
+    return max(1, min(settings.perplexity_tokens, MOST_TOKENS) // settings.n_ctx)
+
+
 def _build(
     settings: Settings,
     options: Options,
@@ -111,8 +116,7 @@ def _build(
 ) -> None:
     data, folder = run.require("data").path, run.require("quantized").path
     size = settings.n_ctx
-    most = max(1, min(settings.perplexity_tokens, MOST_TOKENS) // size)
-    windows, rows = held_out_windows(data, size, most, settings.seed)
+    windows, rows = held_out_windows(data, size, _most_windows(settings), settings.seed)
     answers = held_out_rows(data, ANSWER_ROWS, ANSWER_TOKENS, settings.seed)
     with tempfile.TemporaryDirectory(prefix=".scored-", dir=run.folder) as name:
         unaided = replace(options, imatrix=None)

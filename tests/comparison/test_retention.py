@@ -66,6 +66,8 @@ def test_more_labels_do_not_depend_on_what_all_share() -> None:
     x, y = centred[1] - centred[0], centred[2] - centred[0]
     assert found.by_name["Q8_0"].estimate == pytest.approx(np.sum(x * y) / np.sum(x * x), rel=1e-9)
     assert "is noise" in found.note
+    pairs = [(tuned - base)[:, i] - (tuned - base)[:, j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert f"by {np.sqrt(np.mean(np.square(pairs))):.3g} nats of log-odds" in found.note, "of pairs of labels"
 
 
 def test_rows_without_labels_go_by_the_likelihood_a_token() -> None:

@@ -81,6 +81,7 @@ def test_marks() -> None:
     assert marked("XQ5_K_M, Q5_K_M_L, Q5_K_M × 3") == "XQ5_K_M, Q5_K_M_L, Q5_K_M‡ × 3"
     mark_names([], "")
     assert "‡" not in plots.table([{"type": "Q5_K_M"}], "Files.").data
+    assert "<caption>Rows.</caption>" in plots.table([{"text": "see note ‡"}], "Rows.").data
 
 
 def test_columns_of_the_main_tables() -> None:
