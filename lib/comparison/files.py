@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.comparison.advice import frontier, recommend
+from lib.comparison.advice import recommend
 from lib.comparison.agreement import agreements
 from lib.comparison.answering import recommend_answers
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
@@ -23,6 +23,7 @@ from lib.models.tasks import AnyTask, has_labels
 from lib.run.files import write_json
 from lib.run.folders import writable
 from lib.scoring.journal import found_done
+from lib.statistics import frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

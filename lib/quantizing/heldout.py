@@ -34,7 +34,8 @@ MOST_TOKENS = 2048
 ANSWER_ROWS, ANSWER_TOKENS = 96, 8192
 """Most rows whose answers are scored, and most tokens of them."""
 _FILES, _MEMORY = 4, 1 << 30
-"""Most files that are scored at once, and bytes that each needs beside its weights."""
+"""Most files that are scored at once, and bytes that each needs beside its weights and the logits of its longest answer
+(llama.cpp's and a copy)."""
 WITHOUT = " without matrix"
 """Behind the type of a file that was made again without the importance matrix."""
 
@@ -166,7 +167,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     outputs = max(size - size // 2, *(len(job.reads) for job in jobs))
 
     threads = argument["n_threads"] or physical_cores()
-    at_once = _at_once([Path(path).stat().st_size for path in argument["files"].values()], threads)
+    sizes = [Path(path).stat().st_size for path in argument["files"].values()]
 
     def opened(path: str, threads: int) -> Any:
         return closing(LlamaCppBackend(Path(path), n_ctx, threads, 0, n_outputs=outputs))
@@ -174,6 +175,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     with opened(argument["reference"], threads) as backend:
         text = store_reference(backend, windows, scratch / "text", "the source")
         answers = store_answers(backend, jobs, scratch / "answers", "the source's answers")
+        at_once = _at_once(sizes, threads, _MEMORY + 2 * 4 * outputs * backend.vocab_size)
 
     def scored(kind: str) -> tuple[np.ndarray, np.ndarray]:
         with opened(argument["files"][kind], max(1, threads // at_once)) as backend:
@@ -195,10 +197,14 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at_once(sizes: list[int], threads: int) -> int:
-    """Files that are open together: no more than threads, and what fits into the free memory."""
+def _at_once(sizes: list[int], threads: int, beside: int) -> int:
+    """Files that are open together: no more than threads, and what fits into the free memory.
+
+    Args:
+        sizes: of the files; beside: what each needs beside its weights. Bytes.
+    """
     count, largest = min(threads, len(sizes), _FILES), sorted(sizes, reverse=True)
-    while count > 1 and sum(largest[:count]) + count * _MEMORY > available_memory():
+    while count > 1 and sum(largest[:count]) + count * beside > available_memory():
         count -= 1
     return count
 
