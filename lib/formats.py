@@ -24,6 +24,9 @@ TENSOR_TYPES: tuple[str, ...] = (
 EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
 """Formats other than GGUF: see lib.exporting.formats."""
 
+NF4 = "nf4"
+"""The one of them that rounds the matrices of the layers to 16 values a block (Dettmers et al. 2023)."""
+
 
 def mix_name(budget: int) -> str:
     """What stands in place of a type for a file under a budget of so many bytes: MIX_300MB, MIX_1968KB."""

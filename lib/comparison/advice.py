@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,20 +21,6 @@ RULE = (
 )
 SURVIVES = 0.025
 """Level of a corrected p of "not equivalent": the verdict's 95 % interval is two one-sided tests at this level."""
-
-
-def frontier(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Types of which no other file is smaller (or as small) and closer to the reference by mean KL divergence.
-
-    Args:
-        entries: with type, bytes, kld_mean; the reference not among them.
-    """
-    chosen, best = [], math.inf
-    for entry in sorted(entries, key=lambda e: (e["bytes"], e["kld_mean"])):
-        if entry["kld_mean"] < best:
-            chosen.append(entry["type"])
-            best = entry["kld_mean"]
-    return chosen
 
 
 def worse_on(entry: Mapping[str, Any]) -> str | None:

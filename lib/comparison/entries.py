@@ -13,14 +13,10 @@ from lib.comparison.answering import judge_answers
 from lib.comparison.ceilings import read_bytes
 from lib.comparison.encoding import Work
 from lib.comparison.judging import Rows, judge
-from lib.comparison.retention import Retentions
+from lib.comparison.retention import FOLDER, GGUF
 from lib.device import cpu_name
 from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
-from lib.statistics.ratios import limits
-
-GGUF, FOLDER = "gguf", "folder"
-"""Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
 
 _SPEED_KEYS = (
     *("load_seconds", "load_seconds_range", "load_runs"),
@@ -73,14 +69,8 @@ def conditions_of(measured: Measured, shared: Mapping[str, Any], work: Work) -> 
     }
 
 
-def entries_of(
-    measured: Measured, rows: Rows, margin: float, seed: int, kept: Retentions, grid: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """One entry a file, the reference first.
-
-    Args:
-        grid: by file name, share of its weights in types on the grid of the base's weights.
-    """
+def entries_of(measured: Measured, rows: Rows, margin: float, seed: int) -> list[dict[str, Any]]:
+    """One entry a file, the reference first, but for what `lib.comparison.retention.with_retention` adds."""
     scores, (reference, *others) = measured.scores, measured.names
     reference_ppl = measured.answers[0]["perplexity"]["ppl"]
     labels = getattr(scores[reference], "labels", None)
@@ -99,8 +89,6 @@ def entries_of(
                 "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
                 **judged["" if name == reference else name],
                 **majority,
-                **_kept(name, reference, kept),
-                "source_grid": grid.get(path.name),
                 **_text_quality(answer, reference_ppl),
                 **{key: answer[key] for key in _SPEED_KEYS},
                 "seconds_per_sample": answer["score_seconds"] / len(rows.groups),
@@ -109,13 +97,6 @@ def entries_of(
             }
         )
     return entries
-
-
-def _kept(name: str, reference: str, kept: Retentions) -> dict[str, Any]:
-    """The share of what fine-tuning changed that is left; all of the reference, by definition, where it is known."""
-    if name == reference or name not in kept.by_name:
-        return {"retention": 1.0 if kept.by_name and name == reference else None, "retention_interval": None}
-    return {"retention": kept.by_name[name].estimate, "retention_interval": limits(kept.by_name[name])}
 
 
 def _text_quality(answer: Mapping[str, Any], reference_ppl: float) -> dict[str, Any]:

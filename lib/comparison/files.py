@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.comparison.advice import frontier, paragraphs, recommend
+from lib.comparison.advice import recommend
 from lib.comparison.agreement import agreements
 from lib.comparison.answering import recommend_answers
 from lib.comparison.encoding import Work, encode_work, unigram_perplexity
-from lib.comparison.entries import GGUF, Measured, conditions_of, entries_of, row_scores
+from lib.comparison.entries import Measured, conditions_of, entries_of, row_scores
 from lib.comparison.judging import Rows
-from lib.comparison.retention import BaseScores, Retentions, retentions
+from lib.comparison.retention import GGUF, BaseScores, retentions, with_retention
 from lib.comparison.running import forget_scores, run_all, run_one, shared_argument
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, step_file
 from lib.device import llama_cpp_problem, physical_cores
@@ -23,7 +23,7 @@ from lib.models.tasks import AnyTask, has_labels
 from lib.run.files import write_json
 from lib.run.folders import writable
 from lib.scoring.journal import found_done
-from lib.statistics import retention_warning
+from lib.statistics import frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,12 +101,12 @@ def compare_files(
     result = {
         "data": {**(source or {}), "rows": len(rows), "leak_free_rows": _leak_free(rows)},
         "conditions": {**conditions_of(measured, shared, work), **limits, "seed": seed},
-        **_judge(measured, rows, margin, floor, labelled, seed, kept, grid or {}),
-        "retention_note": kept.note,
+        **_judge(measured, rows, margin, floor, labelled, seed),
         "agreement": agreements(measured.scores, in_torch) if labelled else None,
         "notes": [*work.notes, *notes],
         "found_done": found_done({name: [score.found] for name, score in measured.scores.items()}),
     }
+    result = with_retention(result, kept, grid or {})
     files = [entry for entry in result["files"] if entry["kind"] == GGUF]
     chosen = step_file(files[1:], result["recommendation"])
     if in_torch and chosen is not None:
@@ -190,11 +190,9 @@ def _judge(
     floor: float | None,
     labelled: bool,
     seed: int,
-    kept: Retentions,
-    grid: Mapping[str, float],
 ) -> dict[str, Any]:
     """The parts of comparison.json that say what the scores mean."""
-    entries = entries_of(measured, Rows.of(rows), margin, seed, kept, grid)
+    entries = entries_of(measured, Rows.of(rows), margin, seed)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
     best = frontier(files[1:])  # is about what a phone can run
     return {
@@ -208,10 +206,7 @@ def _judge(
 def _recommend(
     files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None, labelled: bool
 ) -> dict[str, Any]:
-    advice = recommend(files, margin, compared) if labelled else recommend_answers(files, margin, floor, compared)
-    named = [entry for entry in files if advice["type"] in (None, entry["type"])]
-    warnings = [warning for entry in named if (warning := retention_warning(entry))]
-    return {**advice, "text": paragraphs([advice["text"]], warnings)}
+    return recommend(files, margin, compared) if labelled else recommend_answers(files, margin, floor, compared)
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from lib.comparison.advice import paragraphs
 from lib.errors import InputError
 from lib.run import Run
 from lib.scoring import NEAR_TIE, Scores
 from lib.scoring.answers import AnswerScores
-from lib.statistics import Interval, slope_through_origin
+from lib.statistics import Interval, retention_warning, slope_through_origin
+from lib.statistics.ratios import limits
 
 AnyScores = Scores | AnswerScores
 
@@ -19,9 +22,11 @@ BASE_SCORES, TUNED_SCORES = "scores-base.jsonl", "scores-finetuned.jsonl"
 """Files of the product `evaluation`."""
 LEAST_MOVE = {True: NEAR_TIE, False: 0.01}
 """Root mean square of a row's change by fine-tuning below which no share of it is told, nats, by whether rows have
-labels: what rounding alone moves log-odds, and the loss of an answer a token."""
+labels: what rounding alone moves the log-odds of two labels, and the loss of an answer a token."""
 MOST_NOISE = 0.1
 """Largest share of that change's square which may be noise of the two programs."""
+GGUF, FOLDER = "gguf", "folder"
+"""Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
 WITHOUT_RUN = "Only files of a run can be told apart from their base, and only with the scores of 03."
 
 
@@ -31,7 +36,8 @@ class BaseScores:
 
     Attributes:
         base: the base model's scores; None where there are none.
-        tuned: the fine-tuned model's in the same program, to measure its noise; None where they are stale.
+        tuned: the fine-tuned model's in the same program, to measure its noise; None where those of 03 are of another
+            model than the run's GGUF.
         note: why there are none.
     """
 
@@ -67,9 +73,65 @@ def base_scores(run: Run, labelled: bool) -> BaseScores:
     load = Scores.load if labelled else AnswerScores.load
     if not (folder / BASE_SCORES).is_file():
         return BaseScores(note="03 kept no scores of the base.")
-    adapter = entries["adapter"].digest if "adapter" in entries else None
-    fresh = entries["evaluation"].inputs.get("adapter") == adapter and (folder / TUNED_SCORES).is_file()
-    return BaseScores(load(folder / BASE_SCORES), load(folder / TUNED_SCORES) if fresh else None, "")
+    same = not other_model(run) and not _merged_into_other_weights(run)
+    return BaseScores(load(folder / BASE_SCORES), load(folder / TUNED_SCORES) if same else None, "")
+
+
+def other_model(run: Run) -> str:
+    """Why the fine-tuned model's scores of 03 are not those of the adapter in the run's GGUF; empty where they are."""
+    entries = run.manifest.entries()
+    if "evaluation" not in entries or "adapter" not in entries:
+        return "03 was not run, so the adapter is left out."
+    adapter = entries["adapter"].digest
+    if entries["evaluation"].inputs.get("adapter") != adapter:
+        return "03 was not run again after the training, so the adapter is left out."
+    merged = entries.get("merged")
+    if merged and merged.inputs.get("adapter") != adapter:
+        return "04 was not run again after the training, so the adapter is left out."
+    if merged and "gguf" in entries and entries["gguf"].inputs.get("merged") != merged.digest:
+        return "05 was not run again after 04, so the adapter is left out."
+    try:
+        found = run.require("evaluation").path / TUNED_SCORES
+    except InputError as error:
+        return f"The adapter is left out: {error.found}"
+    return "" if found.is_file() else "03 kept no scores of the fine-tuned model, so the adapter is left out."
+
+
+def _merged_into_other_weights(run: Run) -> bool:
+    """Whether the adapter was merged into other weights than those 03 scored it on: it scores one of an NF4 base on
+    that base. In the error ladder that is what the merge changed; as noise between two programs it would be wrong."""
+    entries = run.manifest.entries()
+    if "merged" not in entries or entries["adapter"].facts.get("method") != "QLoRA":
+        return False
+    return entries["merged"].facts.get("merge_base") != "dequantized"
+
+
+def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[str, float]) -> dict[str, Any]:
+    """The content of comparison.json with what is known now of the base: "retention", "retention_interval" and
+    "source_grid" of every entry, "retention_note", and the warnings below the recommendation's own text ("advice").
+
+    Nothing of it needs a file to be scored again, so it is filled in anew whenever a comparison is read.
+
+    Args:
+        grid: by file name, share of its weights in types on the grid of the base's weights.
+    """
+    files = [
+        {**entry, **_kept(entry["type"], content["reference"], kept), "source_grid": grid.get(entry["file"])}
+        for entry in content["files"]
+    ]
+    advice = content["recommendation"]
+    own = advice.get("advice", advice["text"])
+    named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
+    warnings = [warning for entry in named if (warning := retention_warning(entry))]
+    advice = {**advice, "advice": own, "text": paragraphs([own], warnings)}
+    return {**content, "files": files, "recommendation": advice, "retention_note": kept.note}
+
+
+def _kept(name: str, reference: str, kept: Retentions) -> dict[str, Any]:
+    """The share of what fine-tuning changed that is left; all of the reference, by definition, where it is known."""
+    if name == reference or name not in kept.by_name:
+        return {"retention": 1.0 if kept.by_name and name == reference else None, "retention_interval": None}
+    return {"retention": kept.by_name[name].estimate, "retention_interval": limits(kept.by_name[name])}
 
 
 def retentions(scores: Mapping[str, AnyScores], start: BaseScores, groups: np.ndarray) -> Retentions:
@@ -96,8 +158,8 @@ def retentions(scores: Mapping[str, AnyScores], start: BaseScores, groups: np.nd
     base, tuned = _values(start.base), _values(scores[reference])
     square = _square(tuned - base)
     moved, unit = square**0.5, "nats of log-odds" if labelled else "nats a token of the answers"
-    if labelled and base.shape[1] == 2:
-        moved *= 2**0.5  # of the two centred values to their difference
+    if labelled:
+        moved *= (2 / (base.shape[1] - 1)) ** 0.5  # of k centred values to the root mean square over pairs of labels
     if moved < LEAST_MOVE[labelled]:
         found = f"Fine-tuning moved the test rows by {moved:.2g} {unit} (root mean square)"
         return Retentions(note=f"{found}, too little to tell what share of it a file keeps.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib.comparison.files import SUMMARY, compare_files
-from lib.comparison.retention import base_scores
+from lib.comparison.retention import TUNED_SCORES, base_scores, other_model, retentions, with_retention
 from lib.comparison.running import forget_scores
 from lib.comparison.speed import LOADS
 from lib.comparison.steps import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, error_ladder
@@ -23,8 +24,7 @@ from lib.scoring.answers import AnswerScores
 from lib.scoring.journal import found_done
 from lib.settings import Settings
 
-_TUNED = "scores-finetuned.jsonl"
-_RULES = 3
+_RULES = 4
 """Goes up when entries or verdicts are made otherwise, so that a comparison made before is made again."""
 
 
@@ -92,16 +92,15 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     margin = "equivalence_margin" if labelled else "perplexity_margin"
     parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
     parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
-    parameters["base_scores"] = base_scores(run, labelled).base is not None  # without those of 03, made when they come
     product = run.produce(
         "comparison",
         build,
         parameters=parameters if labelled else parameters | written_parameters(settings),
-        inputs=("data", "gguf", "quantized", "exports", *_further_inputs(run)),
+        inputs=("data", "gguf", "quantized", "exports", *(["merged"] if _has_merged(run) else [])),
         force=settings.force,
         keep_partial=True,
     )
-    content = read_json(product.path / SUMMARY)
+    content = _read(run, product.path, labelled)
     wrote = (product.path / WRITTEN).is_file()
     steps, steps_note = _steps(run, product.path, content)
     return ComparisonResult(
@@ -124,13 +123,32 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     )
 
 
+def _read(run: Run, folder: Path, labelled: bool) -> dict[str, Any]:
+    """comparison.json with what 03 and 06 know now of the base: scores that come later need no file scored again."""
+    content, load = read_json(folder / SUMMARY), _loader(labelled)
+    scores = {entry["type"]: load(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
+    groups = _groups(run.require("data").path, scores[content["reference"]].ids)
+    kept = retentions(scores, base_scores(run, labelled), groups)
+    return with_retention(content, kept, _grid(run))
+
+
+def _loader(labelled: bool) -> Callable[[Path], Scores | AnswerScores]:
+    return Scores.load if labelled else AnswerScores.load
+
+
+def _groups(data: Path, ids: Sequence[str]) -> np.ndarray:
+    """The near-duplicate cluster of each test row."""
+    rows = {row["id"]: row for row in read_jsonl(data / "test.jsonl")}
+    return np.array([rows[i].get("group", i) for i in ids])
+
+
 def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], str]:
     """The error ladder from the scores of 03 and of this product, and why a step of 03 is left out."""
     if "steps" not in content:
         return (), ""
     name, reference = content["steps"]["file"], content["reference"]
     conditions, data = content["conditions"], run.require("data").path
-    load = Scores.load if has_labels(read_task(data)) else AnswerScores.load
+    load = _loader(has_labels(read_task(data)))
     steps = [
         (content["steps"]["merged"], load(folder / MERGED_SCORES)),
         (f"GGUF {reference}, llama.cpp", load(folder / f"scores-{reference}.jsonl")),
@@ -139,40 +157,17 @@ def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[tuple[dict[
     ]
     if in_float32 := content["steps"].get("merged_float32"):
         steps.insert(1, (in_float32, load(folder / MERGED32_SCORES)))
-    note = _stale(run)
+    note = other_model(run)
     if not note:
-        scores = load(run.folder / "evaluation" / _TUNED)
+        scores = load(run.folder / "evaluation" / TUNED_SCORES)
         if scores.ids == steps[0][1].ids:
             method = run.manifest.entries()["adapter"].facts.get("method", "LoRA")
             steps.insert(0, (f"adapter ({method}), transformers", scores))
         else:
             note = "03 scored other rows, so the adapter is left out."
-    rows = {row["id"]: row for row in read_jsonl(data / "test.jsonl")}
-    groups = np.array([rows[i].get("group", i) for i in steps[0][1].ids])
+    groups = _groups(data, steps[0][1].ids)
     margin = conditions.get("perplexity_margin_percent", 0.0)
     return tuple(error_ladder(steps, groups, margin, conditions["seed"])), note
-
-
-def _stale(run: Run) -> str:
-    """Why the scores of 03 are not those of the adapter that was merged; empty where they are."""
-    entries = run.manifest.entries()
-    if "evaluation" not in entries or "adapter" not in entries:
-        return "03 was not run, so the adapter is left out."
-    adapter = entries["adapter"].digest
-    if entries["evaluation"].inputs.get("adapter") != adapter:
-        return "03 was not run again after the training, so the adapter is left out."
-    if "merged" in entries and entries["merged"].inputs.get("adapter") != adapter:
-        return "04 was not run again after the training, so the adapter is left out."
-    try:
-        found = run.require("evaluation").path / _TUNED
-    except InputError as error:
-        return f"The adapter is left out: {error.found}"
-    return "" if found.is_file() else "03 kept no scores of the fine-tuned model, so the adapter is left out."
-
-
-def _further_inputs(run: Run) -> list[str]:
-    """What is compared, or told of the files, only where it is there."""
-    return [*(["merged"] if _has_merged(run) else []), *(["retention"] if _has_grid(run) else [])]
 
 
 def _has_grid(run: Run) -> bool:
@@ -183,10 +178,10 @@ def _has_grid(run: Run) -> bool:
     return entries["retention"].inputs.get("quantized") == entries["quantized"].digest
 
 
-def _grid(run: Run) -> dict[str, float] | None:
-    """By file name, share of the weights in types on that grid; None where 06 has not told."""
+def _grid(run: Run) -> dict[str, float]:
+    """By file name, share of the weights in types on that grid; empty where 06 has not told."""
     if not _has_grid(run):
-        return None
+        return {}
     return read_json(run.require("retention").path / "retention.json")["source_grid"]
 
 
@@ -250,7 +245,7 @@ def _tell(work: Work, result: dict[str, Any], wrote: dict[str, str]) -> None:
     scored = result["found_done"]
     found = {entry["type"]: [own.get(entry["type"], "") for own in (scored, wrote)] for entry in result["files"]}
     work.facts["found_done"] = found_done(found)
-    keys = ("bytes", "kld_mean", "ppl", "verdict", "retention")
+    keys = ("bytes", "kld_mean", "ppl", "verdict")
     labelled = "accuracy" in result["files"][0]
     keys += ("accuracy", "accuracy_interval", "flips") if labelled else ("answer_ppl", "answer_ratio")
     work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}

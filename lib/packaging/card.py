@@ -67,10 +67,24 @@ def _types(facts: Facts) -> str:
     kinds = ", ".join(f"{kind} × {count}" for kind, count in Counter(facts.mix["types"].values()).most_common())
     return f"""
 {facts.choice.type} is no recipe of llama.cpp: under a budget of {facts.mix["budget_bytes"]:,} bytes every tensor has
-the type that measured sensitivity on training text chose for it ({kinds}).
+the type that measured sensitivity on {_measured_on(facts.mix)} chose for it ({kinds}).
 Every program that runs these types runs the file; some name it by its commonest type. The choice predicted a KL
-divergence of {facts.mix["predicted_kld"]:.2g} nats a token.
+divergence of {_predicted(facts.mix)}.
 """
+
+
+def _measured_on(mix: Mapping[str, Any]) -> str:
+    """What decided, by the share that the answers had."""
+    weight = mix.get("answer_weight") or 0.0
+    if not weight:
+        return "training text"
+    answers = "the answers of training rows"
+    return answers if weight == 1 else f"training text and on {answers} (of weight {weight:g})"
+
+
+def _predicted(mix: Mapping[str, Any]) -> str:
+    text, at_answers = f"{mix['predicted_kld']:.2g} nats a token of text", mix.get("predicted_answer_kld")
+    return text if at_answers is None else f"{text} and {at_answers:.2g} nats at a token of an answer"
 
 
 def _choice(facts: Facts) -> str:

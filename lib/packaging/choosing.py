@@ -65,7 +65,9 @@ def choose(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> Choic
 def _standing(chosen: str, entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str, str]:
     if chosen == advice["type"]:
         return RECOMMENDED, advice["text"]
-    own = " ".join([f"The verdict on this file: {in_words(entry)}.", retention_warning(entry)]).strip()
+    own, warning = f"The verdict on this file: {in_words(entry)}.", retention_warning(entry)
+    if warning not in advice["text"]:  # where no file is recommended, the text warns of every one already
+        own += f" {warning}"
     if advice["type"] is None:
         return WITHOUT, f"{chosen} was chosen by the user; the evidence recommends no file. {own} {advice['text']}"
     text = f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}. {own}"

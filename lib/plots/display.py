@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.formats import FORMATS
-from lib.plots.marks import GRID_MARK, caption_of_marks, marked
+from lib.plots.marks import caption_of_marks, marked
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -78,20 +78,28 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
 
+    any_marked = False
+
+    def named(text: str) -> str:
+        nonlocal any_marked
+        written = marked(text)
+        any_marked = any_marked or written != text  # a text of the data may hold the sign itself
+        return written
+
     def shown(column: str, value: Any) -> str:
         given = known.get(column)
         if given and isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value)):
             return "0" if value == 0 and given.endswith("e") else format(value, given)
-        return marked(_cell(value))
+        return named(_cell(value))
 
     def tag(name: str, column: str, text: str) -> str:
         kind = ' class="number"' if column in numeric else ""
         scope = ' scope="col"' if name == "th" else ""
         return f"<{name}{kind}{scope}>{html.escape(text)}</{name}>"
 
-    head = "".join(tag("th", c, marked(c)) for c in columns)
+    head = "".join(tag("th", c, named(c)) for c in columns)
     body = "".join("<tr>" + "".join(tag("td", c, shown(c, row.get(c))) for c in columns) + "</tr>" for row in rows)
-    if GRID_MARK in head + body:
+    if any_marked:
         caption = f"{caption} {caption_of_marks()}"
     return _html(
         f'<div class="table"><table><caption>{html.escape(caption)}</caption>'

@@ -11,6 +11,7 @@ import numpy as np
 
 from lib.plots.charts import _axes
 from lib.plots.display import figure, say, table
+from lib.plots.formats import with_interval
 from lib.plots.style import BLUE, GREEN, GREY
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ class Forecast:
     """Files with both numbers.
 
     Attributes:
-        points: "type", "bytes", "predicted", "measured", "low", "high" (nats a token), smallest prediction first.
-        tokens: that the measurement is of; text: what they are, in words; interval: what the intervals are; unit: what
-            is counted, if not tokens.
+        points: "type", "bytes", "predicted", "measured", "low", "high" (nats a token; None for an open limit), smallest
+            prediction first.
+        tokens: counted by the measurement; text: what is counted, in words; interval: what the intervals are.
         note: what sets this measurement apart from what was predicted.
     """
 
@@ -38,7 +39,6 @@ class Forecast:
     text: str = ""
     interval: str = ""
     note: str = ""
-    unit: str = "tokens"
 
 
 def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
@@ -47,7 +47,7 @@ def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, A
     points = [_point(e, predicted, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in known]
     note = " It was made for rows with system turn and question; these texts stand alone."
     interval = "± 1.96 standard errors over tokens"
-    return Forecast(_sorted(points), files[0]["n_tokens"], "bare test texts", interval, note)
+    return Forecast(_sorted(points), files[0]["n_tokens"], "tokens of bare test texts", interval, note)
 
 
 def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
@@ -57,7 +57,7 @@ def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
     content = effect.content
     known = [e for e in (content["mixed"], *content["types"]) if predicted.get(e["file"], 0.0) > 0]
     points = [_point(e, predicted, e["kld"], e["kld_interval"]) for e in known]
-    text = f"{content['rows']} held-out rows, written as for training"
+    text = f"tokens of {content['rows']} held-out rows, written as for training"
     return Forecast(_sorted(points), content["tokens"], text, "95 % bootstrap intervals over rows")
 
 
@@ -68,28 +68,25 @@ def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
     content = effect.content
     known = [e for e in (content["mixed"], *content["types"]) if predicted.get(e["file"], 0.0) > 0]
     points = [_point(e, predicted, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in known]
-    text = f"the answers of {content['answer_rows']} held-out rows"
+    text = f"tokens of the answers of {content['answer_rows']} held-out rows"
     return Forecast(_sorted(points), content["answer_positions"], text, "95 % bootstrap intervals over rows")
 
 
 def on_label_words(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
     """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
-    known = [e for e in files if predicted.get(e["file"], 0.0) > 0 and _whole(e.get("label_kld_interval"))]
+    known = [e for e in files if predicted.get(e["file"], 0.0) > 0 and e.get("label_kld_interval")]
     points = [_point(e, predicted, e["label_kld"], e["label_kld_interval"]) for e in known]
     note = (
         " It is of a token of an answer, its end of turn included, and over the whole vocabulary; measured is the "
         "choice among the answer words of a row."
     )
     count = files[0]["n"] if files else 0
-    return Forecast(_sorted(points), count, "the answer words alone", "95 % intervals over rows", note, "test rows")
-
-
-def _whole(interval: Sequence[float | None] | None) -> bool:
-    return interval is not None and None not in interval
+    text = "test rows, on their answer words alone"
+    return Forecast(_sorted(points), count, text, "95 % intervals over rows", note)
 
 
 def _point(
-    entry: Mapping[str, Any], predicted: Mapping[str, float], measured: float, limits: Sequence[float]
+    entry: Mapping[str, Any], predicted: Mapping[str, float], measured: float, limits: Sequence[float | None]
 ) -> dict[str, Any]:
     values = {"predicted": predicted[entry["file"]], "measured": measured, "low": limits[0], "high": limits[1]}
     return {"type": entry["type"], "bytes": entry["bytes"], **values}
@@ -108,14 +105,14 @@ def shown(forecast: Forecast) -> HTML | Markdown:
             "type": p["type"],
             "MB": p["bytes"] / 1e6,
             "predicted, nats": f"{p['predicted']:.2g}",
-            "measured, nats": f"{p['measured']:.2g} [{p['low']:.2g}, {p['high']:.2g}]",
+            "measured, nats": with_interval(p["measured"], (p["low"], p["high"])),
             "measured / predicted": p["measured"] / p["predicted"],
         }
         for p in forecast.points
     ]
     caption = (
         "KL divergence from the unquantized file, smallest prediction first: predicted from gradients on training rows "
-        f"and the rounding of every tensor; measured on {forecast.tokens:,} {forecast.unit} of {forecast.text} "
+        f"and the rounding of every tensor; measured on {forecast.tokens:,} {forecast.text} "
         f"({forecast.interval})."
     )
     return table(rows, caption, {"measured / predicted": ".2f"})
@@ -127,12 +124,14 @@ def chart(forecast: Forecast) -> HTML | None:
     if not points:
         return None
     fig, ax = _axes(5.6, 4.0)
-    x, y, low, high = (np.array([p[key] for p in points]) for key in ("predicted", "measured", "low", "high"))
+    x, y = (np.array([p[key] for p in points]) for key in ("predicted", "measured"))
     ends = [0.7 * min(x.min(), y.min()), 1.4 * max(x.max(), y.max())]
     ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1, label="as predicted")
     for place, (point, at, value) in enumerate(zip(points, x, y, strict=True)):
         mixed = point["type"].startswith("MIX_")
-        bars = [[value - max(low[place], 0.01 * value)], [high[place] - value]]  # a log scale has no place for 0
+        low, high = point["low"], point["high"]
+        whole = low is not None and high is not None
+        bars = [[value - max(low, 0.01 * value)], [high - value]] if whole else None  # a log scale has no place for 0
         ax.errorbar(at, value, yerr=bars, fmt="D" if mixed else "o", color=GREEN if mixed else BLUE, capsize=3)
         side = (7, -3) if place % 2 else (-7, -3)  # names at alternate sides, or neighbours would overlap
         ends_at = {"ha": "left" if place % 2 else "right", "fontsize": 8}
@@ -143,7 +142,7 @@ def chart(forecast: Forecast) -> HTML | None:
     ax.legend()
     caption = (
         f"Predicted and measured KL divergence from the unquantized file (log scales; {forecast.interval}; "
-        f"n = {forecast.tokens:,} {forecast.unit} of {forecast.text}); a diamond is a file under a size budget. Above "
+        f"n = {forecast.tokens:,} {forecast.text}); a diamond is a file under a size budget. Above "
         "the dashed line a file is farther from the source than predicted."
     )
     words = "; ".join(f"{p['type']} {p['predicted']:.2g}, {p['measured']:.2g}" for p in points)

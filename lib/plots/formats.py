@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 FORMATS: dict[str, str] = {
     **dict.fromkeys(("accuracy ↑", "macro-F1 ↑", "precision", "recall", "F1", "95 % low", "95 % high"), ".3f"),
     **dict.fromkeys(("MB", "predicted, MB"), ",.3f"),
@@ -33,3 +35,11 @@ FORMATS: dict[str, str] = {
     "answer PPL ↓": ".3f",
     "change, %": "+.3f",
 }
+
+
+def with_interval(value: float, limits: Sequence[float | None], form: str = ".2g") -> str:
+    """ "0.1 [0.05, 0.2]"; "0.1 (no interval)" where a limit is open (None), as with two or three rows."""
+    low, high = limits
+    if low is None or high is None:
+        return f"{value:{form}} (no interval)"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import key_values, say, table
+from lib.plots.formats import with_interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -108,5 +109,4 @@ def _left_out(types: Sequence[str]) -> str:
 
 
 def _limits(entry: Mapping[str, Any], key: str, form: str = ".2g") -> str:
-    low, high = entry[f"{key}_interval"]
-    return f"{entry[key]:{form}} [{low:{form}}, {high:{form}}]"
+    return with_interval(entry[key], entry[f"{key}_interval"], form)

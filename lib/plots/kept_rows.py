@@ -59,10 +59,13 @@ def reading(files: Sequence[Mapping[str, Any]], note: str) -> Markdown:
     poor = sorted((e for e in known if keeps_little(e)), key=lambda e: e["retention"])
     if poor:
         listed = "; ".join(f"{e['type']} {kept_words(e)}" for e in poor)
-        text = f"**Less than {KEEPS_LITTLE:g} of what fine-tuning changed is left in: {listed}.**"
+        text = f"**By estimate less than {KEEPS_LITTLE:g} of what fine-tuning changed is left in: {listed}.**"
     else:
         least = min(known, key=lambda e: e["retention"])
-        text = f"No file is shown to keep less than {KEEPS_LITTLE:g}; least: {least['type']} {kept_words(least)}."
+        text = (
+            f"No file with an interval below 1 is estimated to keep less than {KEEPS_LITTLE:g}; least: {least['type']} "
+            f"{kept_words(least)}."
+        )
     return say(" ".join(part for part in (text, note, _order(known)) if part))
 
 
@@ -91,8 +94,8 @@ def _order(known: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _turned(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The file that is nearer on text and the other, if it surely keeps less (both intervals apart)."""
+    """The file that is surely nearer on text and the other, if it surely keeps less (both pairs of intervals apart)."""
     near, far = sorted((first, second), key=lambda e: e["kld_mean"])
-    if near["kld_mean"] == far["kld_mean"] or not (near["retention_interval"] and far["retention_interval"]):
+    if near["kld_high"] >= far["kld_low"] or not (near["retention_interval"] and far["retention_interval"]):
         return None
     return (near, far) if near["retention_interval"][1] < far["retention_interval"][0] else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from lib.plots.charts import HATCHES, _axes
 from lib.plots.display import figure, say, side_by_side
 from lib.plots.style import BLUE, GREEN, GREY, ORANGE
-from lib.statistics import power_mcnemar
+from lib.statistics import frontier, power_mcnemar
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -200,13 +200,16 @@ def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1)
 
 
 def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
-    """Which files no other beats in both size and divergence, of text and of the answer words (entries of
-    comparison.json with labels, the reference left out; folders for transformers have no text divergence of a GGUF)."""
-    known = [e for e in files if e["file"].endswith(".gguf") and e.get("label_kld") is not None and e["kld_mean"] > 0]
-    if not known:
+    """Which files no other beats in both size and loss, of text and of the task: KL divergence of the answer words, or
+    for rows without labels the change of the answers' loss (entries of comparison.json; the reference is left out, and
+    folders for transformers, which have no text divergence of a GGUF)."""
+    files = [e for e in files if e["file"].endswith(".gguf") and e["kld_mean"] > 0]
+    key = next((key for key in _TASK_LOSS if any(e.get(key) is not None for e in files)), None)
+    if key is None:
         return None
-    text, task = (_frontier(known, lambda e, key=key: e[key]) for key in ("kld_mean", "label_kld"))
-    said = f"Efficient by size and KL divergence of text: {', '.join(text)}; by size and that of the answer words: "
+    known = [e for e in files if e.get(key) is not None]
+    text, task = (frontier(known, loss) for loss in ("kld_mean", key))
+    said = f"Efficient by size and KL divergence of text: {', '.join(text)}; by size and {_TASK_LOSS[key]}: "
     said += f"{', '.join(task)}."
     lost, won = [t for t in text if t not in task], [t for t in task if t not in text]
     if lost:
@@ -216,10 +219,4 @@ def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
     return say(said)
 
 
-def _frontier(files: Sequence[Mapping[str, Any]], loss: Callable[[Mapping[str, Any]], float]) -> list[str]:
-    best, found = float("inf"), []
-    for entry in sorted(files, key=lambda e: (e["bytes"], loss(e))):
-        if loss(entry) < best:
-            best = loss(entry)
-            found.append(entry["type"])
-    return found
+_TASK_LOSS = {"label_kld": "that of the answer words", "loss_difference": "loss of the reference answers"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import say, table
-from lib.plots.mix_rows import _limits
+from lib.plots.formats import with_interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -21,18 +21,20 @@ def against_recipes(effect: Any) -> HTML | Markdown:
         return say("Nothing to compare at answers: this run has no file under a size budget.")
     content = effect.content
     mixed = content["mixed"]
-    rows = [
-        {
-            "recipe": e["type"],
-            "its size": f"{e['bytes'] / mixed['bytes']:.2f}",
-            "KLD of the recipe": _limits(e["answers"]["kld"], e["answers"]["kld_interval"]),
-            "mixed minus recipe": _limits(e["answers"]["difference"], e["answers"]["difference_interval"], "+.2g"),
-            "p (Holm)": f"{e['answers']['p_holm']:.2g}",
-            "the mixed file is": e["answers"]["verdict"],
-        }
-        for e in content["types"]
-    ]
-    own = _limits(mixed["answers"]["kld"], mixed["answers"]["kld_interval"])
+    rows = []
+    for entry in content["types"]:
+        found = entry["answers"]
+        rows.append(
+            {
+                "recipe": entry["type"],
+                "its size": f"{entry['bytes'] / mixed['bytes']:.2f}",
+                "KLD of the recipe": with_interval(found["kld"], found["kld_interval"]),
+                "mixed minus recipe": with_interval(found["difference"], found["difference_interval"], "+.2g"),
+                "p (Holm)": f"{found['p_holm']:.2g}",
+                "the mixed file is": found["verdict"],
+            }
+        )
+    own = with_interval(mixed["answers"]["kld"], mixed["answers"]["kld_interval"])
     caption = (
         f"Task loss: {mixed['type']} ({mixed['bytes'] / 1e6:.2f} MB, KL divergence {own}) beside the recipes where an "
         f"answer's tokens are predicted, in nats a token, on {content['answer_positions']:,} tokens of the answers of "
@@ -43,7 +45,8 @@ def against_recipes(effect: Any) -> HTML | Markdown:
 
 
 def against_reading(effect: Any) -> Markdown | None:
-    """Whether the mixed file beats recipes of its size in task loss, or that it did not."""
+    """Whether the mixed file beats recipes of its size in task loss, or that it did not. That its types paid, or did
+    not, is said only where size cannot explain it."""
     if effect is None:
         return None
     content = effect.content
@@ -57,12 +60,15 @@ def against_reading(effect: Any) -> Markdown | None:
     found = [f"{words} {_listed(by[verdict])}" for verdict, words in _WORDS.items() if by[verdict]]
     recipes = "recipe" if len(near) == 1 else "recipes"
     text = f"Task loss of {mixed['type']} beside the {recipes} {which}: it is {'; '.join(found)}."
-    if by["worse"]:
+    beaten = [e["bytes"] for e in near if e["answers"]["verdict"] == "better"]
+    if any(e["answers"]["verdict"] == "worse" and e["bytes"] <= mixed["bytes"] for e in near):
         text += " For the task the choice of types did not pay here."
-    elif by["cannot tell"]:
-        text += " So it does not beat every recipe of its size in task loss, as far as these rows can show."
-    else:
+    elif by["worse"] or by["cannot tell"]:
+        text += f" So it does not beat every recipe {which} in task loss, as far as these rows can show."
+    elif max(beaten) >= mixed["bytes"]:
         text += " So for the task the choice of types paid."
+    else:
+        text += " All of these are smaller, so it does not follow that the choice of types paid."
     return say(text)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import say, table
+from lib.plots.formats import with_interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -27,7 +27,7 @@ def types_table(mix: Any) -> HTML | Markdown:
         at_answers = f", and {answers['positions']:,} tokens of the answers of {answers['rows']:,} training rows"
     caption = (
         f"The types chosen for {mix.prediction['type']} (layer by layer, first to last; MB = 10⁶ bytes), and the KL "
-        f"divergence that each kind alone is predicted to cost, {record['positions']:,} positions of training "
+        f"divergence that each kind alone is predicted to cost, on {record['positions']:,} positions of training "
         f"text{at_answers}."
     )
     return table(rows(mix.record["tensors"]), caption)
@@ -95,14 +95,14 @@ def against_recipes(effect: Any) -> HTML | Markdown:
         {
             "recipe": e["type"],
             "its size": f"{e['bytes'] / mixed['bytes']:.2f}",
-            "KLD of the recipe": _limits(e["kld"], e["kld_interval"]),
-            "mixed minus recipe": _limits(e["difference"], e["difference_interval"], "+.2g"),
+            "KLD of the recipe": with_interval(e["kld"], e["kld_interval"]),
+            "mixed minus recipe": with_interval(e["difference"], e["difference_interval"], "+.2g"),
             "p (Holm)": f"{e['p_holm']:.2g}",
             "the mixed file is": e["verdict"],
         }
         for e in content["types"]
     ]
-    own = f"{mixed['bytes'] / 1e6:.2f} MB, KL divergence {_limits(mixed['kld'], mixed['kld_interval'])}"
+    own = f"{mixed['bytes'] / 1e6:.2f} MB, KL divergence {with_interval(mixed['kld'], mixed['kld_interval'])}"
     caption = (
         f"{mixed['type']} ({own}) beside the recipes, in nats a token, on {content['tokens']:,} scored tokens of "
         f"{content['rows']} held-out rows; sizes in units of its own; in brackets 95 % intervals over whole rows, of "
@@ -142,7 +142,3 @@ def _runs(types: list[str]) -> str:
         else:
             parts.append([1, kind])
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for count, kind in parts)
-
-
-def _limits(value: float, interval: Sequence[float], form: str = ".2g") -> str:
-    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"

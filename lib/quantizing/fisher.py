@@ -171,8 +171,8 @@ def _random_labels(logits: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
     p = logits.softmax(-1)
     signs = torch.randint(0, 2, p.shape, generator=draw, dtype=torch.int8).to(p.device) * 2 - 1
-    signed = p.sqrt() * signs
-    return signed - p * signed.sum(-1, keepdim=True)
+    signed = p.sqrt().mul_(signs)
+    return signed.sub_(p.mul_(signed.sum(-1, keepdim=True)))  # in place: a long answer's vocabularies are large
 
 
 class _Squares:

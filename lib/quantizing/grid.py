@@ -12,18 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from lib.formats import NF4
 from lib.progress import Progress
 from lib.quantizing import imatrix as importance
 from lib.quantizing import native
 from lib.quantizing.base import BLOCK, LEAST_MOVE, BaseMatrix, base_matrices, given_back, varied
+from lib.quantizing.losses import PLAIN
 from lib.quantizing.stored import rows_of
 
-TYPES = (
-    *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0"),
-    *("iq4_nl", "iq4_xs", "iq3_s", "q3_K", "q2_K"),
-)
-"""Types that are tried, beside NF4; those of two bits with a codebook take a hundred times as long and are not."""
-NF4 = "nf4"
 _NF4_BLOCK, _NF4_BITS = 64, 4.5
 _NF4_CODE = np.array(
     [
@@ -48,9 +44,9 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
             with one llama.cpp searches scales, which finds grids that the plain rounding misses).
 
     Returns:
-        "types" ({type: share of the blocks of 32 of those matrices, weighted by their weights}), "distinct" (different
-        values in a block of 32, likewise), "blocks" (tried), "matrices" (tried), "dtype", "left_out" (matrices that the
-        base does not have).
+        "types" ({type: share of the blocks of 32 of those matrices, weighted by their weights}; tried are NF4 and the
+        types that any tensor may have: those of two bits with a codebook take a hundred times as long), "distinct"
+        (different values in a block of 32, likewise, see `_distinct`), "blocks" (tried), "matrices" (tried).
 
     Raises:
         InputError: see `lib.quantizing.base.base_matrices`; an importance matrix that cannot be read.
@@ -59,7 +55,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     shares: dict[str, list[tuple[float, int]]] = {}
     distinct, blocks = [], 0
     with native.open_header(Path(argument["source"])) as source:
-        found, left_out = base_matrices(Path(argument["base"]), source)
+        found, _ = base_matrices(Path(argument["base"]), source)
         found = {name: stored for name, stored in found.items() if _moved(name, stored, source)} or found
         with Progress("grid of the base's weights, tensors", len(found)) as progress:
             for name, stored in found.items():
@@ -78,8 +74,6 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         "distinct": _mean(distinct) if distinct else None,
         "blocks": blocks,
         "matrices": len(found),
-        "dtype": next(iter(found.values())).dtype,
-        "left_out": left_out,
     }
 
 
@@ -100,7 +94,7 @@ def _shares(weights: np.ndarray, dtype: str, values: np.ndarray | None, counted:
     """The share of the counted blocks that each type gives back; types whose blocks the rows do not fill are left
     out."""
     columns, found = weights.shape[1], {}
-    for kind in TYPES:
+    for kind in PLAIN:
         if columns % native.block_size(kind) == 0:
             rounded = native.dequantize_rows(kind, native.quantize_rows(kind, weights, values))
             bits = 8 * native.row_bytes(kind, columns) / columns
@@ -120,9 +114,14 @@ def nf4(weights: np.ndarray) -> np.ndarray:
 
 
 def _distinct(weights: np.ndarray) -> np.ndarray:
-    """Different values in each block of 32, (rows, columns / 32)."""
+    """Different values in each block of 32, (rows, columns / 32): of those that are not zero, scaled to 32 of them.
+
+    Zeros are no sign of a quantization: pruning sets many of them and leaves the others as they are.
+    """
     ordered = np.sort(weights.reshape(len(weights), -1, BLOCK), axis=-1)
-    return 1 + np.count_nonzero(np.diff(ordered, axis=-1), axis=-1)
+    zeros = np.count_nonzero(ordered == 0, axis=-1)
+    different = 1 + np.count_nonzero(np.diff(ordered, axis=-1), axis=-1) - (zeros > 0)
+    return BLOCK * different / np.maximum(1, BLOCK - zeros)
 
 
 def _mean(pairs: list[tuple[float, int]]) -> float:

@@ -34,7 +34,8 @@ MOST_TOKENS = 2048
 ANSWER_ROWS, ANSWER_TOKENS = 96, 8192
 """Most rows whose answers are scored, and most tokens of them."""
 _FILES, _MEMORY = 4, 1 << 30
-"""Most files that are scored at once, and bytes that each needs beside its weights."""
+"""Most files that are scored at once, and bytes that each needs beside its weights and the logits of its longest answer
+(llama.cpp's and a copy)."""
 WITHOUT = " without matrix"
 """Behind the type of a file that was made again without the importance matrix."""
 
@@ -44,8 +45,8 @@ class HeldOut:
     """Divergences of files.
 
     Attributes:
-        content: "tokens" (scored), "rows", "windows", "window_tokens" of the text; "answer_rows" and "answer_positions"
-            (0 where no test row has an answer); "without": {type: {"bytes", "retyped"}} of files made again.
+        content: "tokens" (scored), "rows", "windows", "window_tokens" of the text; "answer_rows" and
+            "answer_positions"; "without": {type: {"bytes", "retyped"}} of files made again.
         text, answers: {type (with `WITHOUT`): KL divergence of every scored token, and of every answer position, nats}.
         text_rows, answer_rows: the test row of each of them.
     """
@@ -82,10 +83,11 @@ def measure_held_out(
         "held_out_kld",
         lambda work: _build(settings, options, run, source, files, without, work),
         parameters={
-            **settings.pick("n_ctx", "perplexity_tokens", "seed"),
+            **settings.pick("n_ctx", "seed"),
+            "windows": _most_windows(settings),
             "types": [file.type for file in files],
             "without_matrix": without,
-            "most": f"{MOST_TOKENS} tokens, {ANSWER_ROWS} rows of {ANSWER_TOKENS} tokens",
+            "answers": f"{ANSWER_ROWS} rows, {ANSWER_TOKENS} tokens",
         },
         inputs=("data", "gguf", "quantized"),
         force=force,
@@ -100,6 +102,10 @@ def measure_held_out(
     return HeldOut(product, read_json(product.path / SUMMARY), parts["text"], parts["answers"], *rows)
 
 
+def _most_windows(settings: Settings) -> int:
+    return max(1, min(settings.perplexity_tokens, MOST_TOKENS) // settings.n_ctx)
+
+
 def _build(
     settings: Settings,
     options: Options,
@@ -111,8 +117,7 @@ def _build(
 ) -> None:
     data, folder = run.require("data").path, run.require("quantized").path
     size = settings.n_ctx
-    most = max(1, min(settings.perplexity_tokens, MOST_TOKENS) // size)
-    windows, rows = held_out_windows(data, size, most, settings.seed)
+    windows, rows = held_out_windows(data, size, _most_windows(settings), settings.seed)
     answers = held_out_rows(data, ANSWER_ROWS, ANSWER_TOKENS, settings.seed)
     with tempfile.TemporaryDirectory(prefix=".scored-", dir=run.folder) as name:
         unaided = replace(options, imatrix=None)
@@ -162,7 +167,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     outputs = max(size - size // 2, *(len(job.reads) for job in jobs))
 
     threads = argument["n_threads"] or physical_cores()
-    at_once = _at_once([Path(path).stat().st_size for path in argument["files"].values()], threads)
+    sizes = [Path(path).stat().st_size for path in argument["files"].values()]
 
     def opened(path: str, threads: int) -> Any:
         return closing(LlamaCppBackend(Path(path), n_ctx, threads, 0, n_outputs=outputs))
@@ -170,6 +175,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     with opened(argument["reference"], threads) as backend:
         text = store_reference(backend, windows, scratch / "text", "the source")
         answers = store_answers(backend, jobs, scratch / "answers", "the source's answers")
+        at_once = _at_once(sizes, threads, _MEMORY + 2 * 4 * outputs * backend.vocab_size)
 
     def scored(kind: str) -> tuple[np.ndarray, np.ndarray]:
         with opened(argument["files"][kind], max(1, threads // at_once)) as backend:
@@ -191,10 +197,14 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _at_once(sizes: list[int], threads: int) -> int:
-    """Files that are open together: no more than threads, and what fits into the free memory."""
+def _at_once(sizes: list[int], threads: int, beside: int) -> int:
+    """Files that are open together: no more than threads, and what fits into the free memory.
+
+    Args:
+        sizes: of the files; beside: what each needs beside its weights. Bytes.
+    """
     count, largest = min(threads, len(sizes), _FILES), sorted(sizes, reverse=True)
-    while count > 1 and sum(largest[:count]) + count * _MEMORY > available_memory():
+    while count > 1 and sum(largest[:count]) + count * beside > available_memory():
         count -= 1
     return count
 

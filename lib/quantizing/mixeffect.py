@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.quantizing import recipes
-from lib.quantizing.effect import counts, judge, scores
+from lib.quantizing.effect import compared_types, counts, judge, scores
 from lib.quantizing.files import QuantizationReport
 from lib.quantizing.heldout import HeldOut
 from lib.quantizing.importance import AUTO
@@ -54,7 +54,9 @@ def measure_mix_effect(
     others = [file for file in files if not file.mix and file.type not in recipes.UNQUANTIZED]
     if not mixed or not others:
         return None
-    again = settings.force and settings.imatrix != AUTO  # else the effect of the matrix has scored them anew just now
+    # the effect of the matrix, where it had anything to compare, has scored them anew just now
+    just_now = settings.imatrix == AUTO and compared_types(files, source, options)[0]
+    again = settings.force and not just_now
     scored = scores(settings, options, run, source, files, again)
     product = run.produce(
         "mix_effect",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.formats import GRID_SIZABLE
+from lib.formats import GRID_SIZABLE, NF4
 from lib.quantizing.files import QuantizationReport
 from lib.quantizing.importance import AUTO
 from lib.run import Product, Run, Work
@@ -21,17 +21,15 @@ from lib.run.child import run_child
 from lib.run.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from lib.models.resolving import Base
     from lib.settings import Settings
 
-NF4 = "nf4"
-"""Type that is tried, and the export folder of 06, which quantizes the matrices of the layers."""
 GRID, KEPT = "source_grid.json", "retention.json"
 GRID_SHARE = 0.2
 """Share of blocks that a type gives back from which the weights count as lying on its grid. Generic ones give 0; a type
 that shares a few blocks by chance of their form (q5_0 of a symmetric block of q4_1) gives some hundredths."""
 FEW_VALUES = 22.0
-"""Different values in a block of 32 below which weights must come from a quantized file; generic ones have 30 to 32."""
+"""Different values in a block of 32 (zeros left out) below which weights seem to come from a quantized file; generic
+ones have 30 to 32."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,9 @@ class SourceGrid:
     """What the base's weights come from, as far as they tell.
 
     Attributes:
-        product: None where the base could not be had; `reason` says why.
+        product: None where the base could not be had, or was not what was fine-tuned; `reason` says why.
         shares: {type: share of blocks of 32 that it gives back}.
-        distinct: different values in a block of 32, mean; None where no block could be tried.
+        distinct: different values in a block of 32 (zeros left out), mean; None where no block could be tried.
         blocks, matrices: tried, those that fine-tuning moved.
     """
 
@@ -78,8 +76,8 @@ def stamp(grid: SourceGrid) -> str:
         )
     if grid.distinct is not None and grid.distinct < FEW_VALUES:
         return (
-            f"the base's weights come from a quantized file ({grid.distinct:.1f} different values in a block of 32), "
-            "though none of the types tried gives them back"
+            f"the base's weights seem to come from a quantized file ({grid.distinct:.1f} different values in a block "
+            "of 32), though none of the types tried gives them back"
         )
     return ""
 
@@ -89,7 +87,7 @@ class Retention:
     """What every file of the ladder keeps of δ = tuned - base weights.
 
     Attributes:
-        product: None where the base could not be had; `reason` says why.
+        product: None where the base could not be had, or was not what was fine-tuned; `reason` says why.
         files: {type: rows of `lib.quantizing.surviving.measure`}.
         moved: ‖δ‖ / ‖base‖ over all matrices.
         left_out: matrices that the base does not have.
@@ -125,12 +123,11 @@ def source_grid(settings: Settings, run: Run, source: Path, matrix: Path | None,
     Raises:
         InputError: a base that does not belong to the GGUF.
     """
-    base, reason = _base(run)
-    if base is None:
+    if reason := _rounded_start(run):
         return SourceGrid(None, reason=reason)
 
     def build(work: Work) -> None:
-        argument = {"base": str(base.path.resolve()), "source": str(source.resolve())}
+        argument = {"base": _base(run), "source": str(source.resolve())}
         argument["imatrix"] = None if matrix is None else str(matrix.resolve())
         answer = run_child("lib.quantizing.grid:measure", argument, "grid of the base's weights")
         write_json(work.folder / GRID, {k: v for k, v in answer.items() if k != "peak_memory_mib"})
@@ -138,13 +135,16 @@ def source_grid(settings: Settings, run: Run, source: Path, matrix: Path | None,
         work.notes += [words] if (words := stamp(found)) else []
         work.metrics |= {kind: round(share, 4) for kind, share in found.types.items()}
 
-    product = run.produce(
-        "source_grid",
-        build,
-        parameters={"base": base.revision, "imatrix": identity},
-        inputs=("data", "gguf", *(["imatrix"] if settings.imatrix == AUTO else [])),
-        force=settings.force,
-    )
+    try:
+        product = run.produce(
+            "source_grid",
+            build,
+            parameters={"base": _revision(run), "imatrix": identity},
+            inputs=("data", "gguf", *(["imatrix"] if settings.imatrix == AUTO else [])),
+            force=settings.force,
+        )
+    except _NoBaseError as error:
+        return SourceGrid(None, reason=str(error))
     return _read_grid(product, product.path)
 
 
@@ -161,14 +161,13 @@ def measure_retention(
     Raises:
         InputError: a base that does not belong to the GGUF, a damaged file.
     """
-    base, reason = _base(run)
-    if base is None or grid.product is None:
-        return Retention(None, reason=reason or grid.reason)
+    if grid.product is None:
+        return Retention(None, reason=grid.reason)
 
     def build(work: Work) -> None:
         folder = run.require("quantized").path
         argument = {
-            "base": str(base.path.resolve()),
+            "base": _base(run),
             "source": str(source.resolve()),
             "files": {file.type: str((folder / file.file).resolve()) for file in files},
         }
@@ -182,13 +181,16 @@ def measure_retention(
         found = _read(None, work.folder)
         work.metrics |= {name: found.kept(name) for name in found.files}
 
-    product = run.produce(
-        "retention",
-        build,
-        parameters={"base": base.revision, "types": [file.type for file in files]},
-        inputs=("data", "gguf", "quantized", "source_grid"),
-        force=settings.force,
-    )
+    try:
+        product = run.produce(
+            "retention",
+            build,
+            parameters={"base": _revision(run), "types": [file.type for file in files]},
+            inputs=("data", "gguf", "quantized", "source_grid"),
+            force=settings.force,
+        )
+    except _NoBaseError as error:
+        return Retention(None, reason=str(error))
     return _read(product, product.path)
 
 
@@ -198,11 +200,38 @@ def _read(product: Product | None, folder: Path) -> Retention:
     return Retention(product, content["files"], moved, left_out, content["source_grid"])
 
 
-def _base(run: Run) -> tuple[Base | None, str]:
-    """The run's base, or why it cannot be had."""
+class _NoBaseError(Exception):
+    """The base cannot be had; its text says why."""
+
+
+def _base(run: Run) -> str:
+    """Folder of the run's base, resolved (and hashed) only when something is measured.
+
+    Raises:
+        _NoBaseError: see there.
+    """
     from lib.models.resolving import base_of
 
     try:
-        return base_of(run), ""
+        return str(base_of(run).path.resolve())
     except InputError as error:
-        return None, f"The base model cannot be had now: {error.found}"
+        raise _NoBaseError(f"The base model cannot be had now: {error.found}") from error
+
+
+def _revision(run: Run) -> str | None:
+    """The base's, as 01 recorded it."""
+    return run.require("data").entry.facts.get("base_revision")
+
+
+def _rounded_start(run: Run) -> str:
+    """Why nothing can be told of an adapter that was merged into the rounded weights that it was trained on; empty for
+    others. Those weights are stored nowhere, and from the base's own they differ by the rounding to NF4 too, which
+    would pass for fine-tuning."""
+    merged = run.manifest.entries().get("merged")
+    if merged is None or merged.facts.get("merge_base") != "dequantized":
+        return ""
+    return (
+        "The adapter was merged into weights that had been rounded to NF4 (`merge_base: dequantized`), which are not "
+        "kept, so what fine-tuning changed cannot be told from that rounding. They lie on the grid of NF4: the export "
+        "`nf4` can round the fine-tuning away."
+    )

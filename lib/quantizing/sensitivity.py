@@ -25,7 +25,7 @@ MOST_ANSWERS, MOST_TOKENS = 256, 8192
 METHOD = "Fisher information (diagonal, common factor), rounding errors, exact knapsack"
 WINDOWS, WITH_ANSWERS = 16, 8
 """Most windows where text alone decides (four times as many changed predicted losses by 3 % on average, 11 % at most,
-docs/LOG.md), and where answers count too: the time of the others goes to the answers."""
+docs/LOG.md), and where answers count too: the time of the others goes to the answers, which are measured in both."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Texts:
 
 
 def most_windows(answer_weight: float) -> int:
-    """Of text, by what the answers count: without them all of the time is the text's."""
+    """Of text, by what the answers count: where they do not, more of the text is measured. The answers are measured
+    either way, because page 06 predicts the loss there whatever decided."""
     return WITH_ANSWERS if answer_weight else WINDOWS
 
 

@@ -19,6 +19,9 @@ from lib.scoring.backend import Job
 from lib.scoring.llama import LlamaCppBackend
 from lib.scoring.perplexity import Reference, _check_vocabulary, _compare
 
+_TOGETHER = 128
+"""Reads whose distributions are compared together: a long answer's whole vocabularies would fill gigabytes."""
+
 
 def answer_jobs(rows: Sequence[Mapping[str, Any]]) -> list[Job]:
     """What to run and read of rows with "ids", "positions" (that predict an answer's tokens) and "targets" (these)."""
@@ -62,8 +65,10 @@ def answer_divergences(kept: Reference, backend: LlamaCppBackend, jobs: Sequence
     with Progress(what, len(jobs)) as progress:
         for job, logits in backend.read_logits(jobs):
             targets = np.array([token for _, _, token in job.reads])
-            base = np.concatenate([kept.get(len(found) + i) for i in range(len(targets))])
-            _check_vocabulary(base, logits)
-            found += _compare(base, logits, targets)[2].tolist()
+            for start in range(0, len(targets), _TOGETHER):
+                part = slice(start, start + _TOGETHER)
+                base = np.concatenate([kept.get(len(found) + i) for i in range(len(targets[part]))])
+                _check_vocabulary(base, logits[part])
+                found += _compare(base, logits[part], targets[part])[2].tolist()
             progress.advance()
     return np.array(found)

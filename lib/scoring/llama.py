@@ -146,7 +146,10 @@ class LlamaCppBackend(LlamaContext):
             self.decode(tokens)
             first = -len(prefix)
             for job in group:
-                yield job, np.stack([self.logits(first + place) for _, place, _ in job.reads]).astype(np.float32)
+                logits = np.empty((len(job.reads), self.vocab_size), dtype=np.float32)
+                for read, (_, place, _) in enumerate(job.reads):
+                    logits[read] = self.logits(first + place)
+                yield job, logits
                 first += len(job.ids) - len(prefix)
             for s in range(len(group)):
                 self.forget(s, len(prefix))

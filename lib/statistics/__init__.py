@@ -18,6 +18,7 @@ from lib.statistics.clustered import (
     sign_flip_test,
 )
 from lib.statistics.equivalence import Equivalence, equivalence_paired
+from lib.statistics.frontier import frontier
 from lib.statistics.intervals import Interval, bca_limits, paired_bootstrap, paired_score_interval, wilson
 from lib.statistics.margins import MarginTest, margin_test
 from lib.statistics.paired import McNemar, holm, mcnemar_exact, mde_paired, smallest_significant
@@ -61,6 +62,7 @@ __all__ = [
     "copies_effect",
     "design_effect",
     "equivalence_paired",
+    "frontier",
     "holm",
     "in_words",
     "keeps_little",

@@ -58,7 +58,8 @@ def kept_words(entry: Mapping[str, Any]) -> str | None:
 
 
 def keeps_little(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of comparison.json keeps less than `KEEPS_LITTLE`, and surely not all."""
+    """Whether an entry of comparison.json keeps less than `KEEPS_LITTLE` by estimate, and surely not all: its interval,
+    which may hold `KEEPS_LITTLE`, is below 1. Where there is none, the estimate alone decides."""
     value, limits = entry.get("retention"), entry.get("retention_interval")
     return value is not None and value < KEEPS_LITTLE and (not limits or limits[1] < 1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lib.comparison import compare
@@ -53,3 +55,11 @@ def test_stage(ladder: Ladder, home: Path) -> None:
     assert entry.facts["recommended"] == result.recommendation["type"]
     again = compare(settings, run)
     assert not again.product.made and again.files == result.files and again.recommendation == result.recommendation
+    assert again.entry("Q2_K")["retention"] is None and "03 was not run" in again.retention_note
+    odds = np.random.default_rng(1).normal(0, 4, len(ladder.rows))
+    base = replace(result.scores("F16"), log_probs=np.stack([-np.logaddexp(0, odds), -np.logaddexp(0, -odds)], axis=1))
+    run.produce("evaluation", lambda w: base.save(w.folder / "scores-base.jsonl"), {}, ("data",))
+    known = compare(settings, run)
+    assert not known.product.made, "scores of 03 that come later need no file scored again"
+    assert 0 < known.entry("Q2_K")["retention"] < 1.2 and known.entry("F16")["retention"] == 1
+    assert "moved the 40 test rows" in known.retention_note

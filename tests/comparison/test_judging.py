@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.comparison.advice import frontier, recommend
+from lib.comparison.advice import recommend
 from lib.comparison.judging import Rows, f1_difference, f1_interval, judge, label_divergence, macro_f1, right_margins
 from lib.comparison.needed import rows_needed
 from lib.scoring import Scores
-from lib.statistics import paired_score_interval
+from lib.statistics import frontier, paired_score_interval
 
 
 def scores(labels: list[int], predictions: list[int], margin: float = 2.0, n_labels: int = 2) -> Scores:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lib.comparison import compare_files
-from lib.comparison.files import _recommend
-from lib.comparison.retention import BaseScores, base_scores, retentions
+from lib.comparison.retention import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.run import Run, open_run
 from lib.scoring import Scores
 from lib.scoring.answers import AnswerScores
+from lib.statistics import Interval
 from tests.comparison.conftest import Ladder
 
 N = 80
@@ -66,6 +66,8 @@ def test_more_labels_do_not_depend_on_what_all_share() -> None:
     x, y = centred[1] - centred[0], centred[2] - centred[0]
     assert found.by_name["Q8_0"].estimate == pytest.approx(np.sum(x * y) / np.sum(x * x), rel=1e-9)
     assert "is noise" in found.note
+    pairs = [(tuned - base)[:, i] - (tuned - base)[:, j] for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert f"by {np.sqrt(np.mean(np.square(pairs))):.3g} nats of log-odds" in found.note, "of pairs of labels"
 
 
 def test_rows_without_labels_go_by_the_likelihood_a_token() -> None:
@@ -145,12 +147,57 @@ def _random(rows: list[dict]) -> tuple:
     return np.array([row["label"] for row in rows]), log_probs, np.zeros(n, bool), 1.0
 
 
-def test_the_answer_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    poor = {"type": "Q5_K_M", "retention": 0.3, "retention_interval": [0.2, 0.4]}
-    fine = {"type": "Q8_0", "retention": 0.97, "retention_interval": [0.9, 1.02]}
+def test_the_answer_warns_and_is_filled_in_anew() -> None:
+    slopes = {"Q5_K_M": Interval(0.3, 0.2, 0.4), "Q8_0": Interval(0.97, 0.9, 1.02)}
+    files = [{"type": name, "kind": "gguf", "file": f"m-{name}.gguf"} for name in ("F16", *slopes)]
     for chosen, named in (("Q5_K_M", 1), ("Q8_0", 0), (None, 1)):
-        monkeypatch.setattr(
-            "lib.comparison.files.recommend", lambda *_, chosen=chosen: {"type": chosen, "text": "Recommended."}
-        )
-        text = _recommend([fine, poor], 1.0, 2, None, True)["text"]
+        content = {"reference": "F16", "files": files, "recommendation": {"type": chosen, "text": "Recommended."}}
+        found = with_retention(content, Retentions(slopes, "A note."), {"m-Q8_0.gguf": 0.75})
+        text = found["recommendation"]["text"]
         assert text.startswith("Recommended.") and text.count("Q5_K_M keeps only 0.30") == named
+        assert [e["retention"] for e in found["files"]] == [1.0, 0.3, 0.97] and found["retention_note"] == "A note."
+        assert [e["source_grid"] for e in found["files"]] == [None, None, 0.75]
+        gone = with_retention(found, Retentions(), {})
+        assert gone["recommendation"]["text"] == "Recommended." and gone["files"][1]["retention"] is None
+
+
+def test_scores_of_another_model_than_the_gguf(run: Run, odds: dict[str, np.ndarray]) -> None:
+    """The noise of two programs is only told from the same weights."""
+
+    def evaluation(work) -> None:
+        for name, key in (("base", "base"), ("finetuned", "F16")):
+            log_odds(odds[key]).save(work.folder / f"scores-{name}.jsonl")
+
+    def merge(base: str, content: str) -> None:
+        def build(work) -> None:
+            (work.folder / "x").write_text(content)
+            work.facts["merge_base"] = base
+
+        run.produce("merged", build, {"v": content}, ("data", "adapter"))
+
+    def train(method: str) -> None:
+        def build(work) -> None:
+            (work.folder / "x").write_text(method)
+            work.facts["method"] = method
+
+        run.produce("adapter", build, {"v": method}, ("data",))
+        run.produce("evaluation", evaluation, {}, ("data", "adapter"))
+
+    def convert() -> None:
+        run.produce("gguf", lambda work: (work.folder / "x").write_text("g"), {}, ("data", "merged"))
+
+    train("LoRA")
+    merge("original", "1")
+    convert()
+    assert base_scores(run, True).tuned is not None
+    merge("original", "2")
+    assert base_scores(run, True).tuned is None and other_model(run).startswith("05 was not run again")
+    convert()
+    assert base_scores(run, True).tuned is not None
+    train("QLoRA")
+    merge("original", "3")
+    convert()
+    assert base_scores(run, True).tuned is None and other_model(run) == "", "03 scores the adapter on the NF4 base"
+    merge("dequantized", "4")
+    convert()
+    assert base_scores(run, True).tuned is not None

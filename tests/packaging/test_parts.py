@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lib.errors import InputError
+from lib.packaging.card import _measured_on, _predicted
 from lib.packaging.choosing import AGAINST, RECOMMENDED, WITHOUT, choose
 from lib.packaging.licences import licences
 from lib.packaging.linking import read_formats
@@ -19,6 +20,7 @@ from lib.packaging.naming import gguf_name, size_label
 from lib.packaging.turns import read_turns
 from lib.packaging.zipping import check_target, write_zip
 from lib.run.files import write_json
+from lib.statistics import retention_warning
 from tests import tiny_run
 
 TOKEN = re.compile(r"\{\{(.*?)\}\}", re.S)
@@ -203,8 +205,20 @@ def test_evidence(tmp_path: Path) -> None:
     assert "Q2_K keeps only 0.28 [0.25,\u00a00.31]" in choose(run, comparison, "Q2_K").words
     advice["type"] = None
     assert choose(run, comparison, "Q2_K").standing == WITHOUT
+    advice["text"] = f"Because.\n\n{retention_warning(files[2])}"
+    assert choose(run, comparison, "Q2_K").words.count("keeps only") == 1
     with pytest.raises(InputError, match="--type, one of F16, Q8_0, Q2_K"):
         choose(run, comparison, None)
+
+
+def test_what_chose_the_types() -> None:
+    mix = {"predicted_kld": 0.011, "predicted_answer_kld": 0.25, "answer_weight": 0.0}
+    assert _measured_on(mix) == "training text"
+    assert _measured_on({**mix, "answer_weight": 1.0}) == "the answers of training rows"
+    both = _measured_on({**mix, "answer_weight": 0.5})
+    assert both == "training text and on the answers of training rows (of weight 0.5)"
+    assert _predicted(mix) == "0.011 nats a token of text and 0.25 nats at a token of an answer"
+    assert _predicted({**mix, "predicted_answer_kld": None}) == "0.011 nats a token of text"
 
 
 def test_licences() -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.plots import forecast, mix_rows
+from lib.plots import forecast, mix_answers, mix_rows
 
 
 def entry(name: str, kld: float) -> dict:
@@ -57,6 +57,20 @@ def test_the_reading_counts() -> None:
 def test_the_chart_says_both_numbers() -> None:
     text = forecast.chart(forecast.on_bare_texts(PREDICTED, FILES)).data
     assert "Q8_0 0.0001, 0.0003" in text and "4,080 tokens" in text
+
+
+def test_open_intervals_of_few_rows() -> None:
+    """Two or three rows bound nothing: the numbers stand without an interval."""
+    loose = [{**e, "kld_interval": [None, None], "difference_interval": [None, None]} for e in CONTENT["types"]]
+    for e in loose:
+        e["answers"] = {key: e[key] for key in e if key != "answers"}
+    mixed = {**loose[0], "type": "MIX_2MB", "file": "m-MIX_2MB.gguf"}
+    counts = {"answer_rows": 2, "answer_positions": 6}
+    effect = SimpleNamespace(content={**CONTENT, **counts, "mixed": mixed, "types": loose})
+    for found in (forecast.on_rows(PREDICTED, effect), forecast.on_answers(PREDICTED, effect)):
+        assert "0.005 (no interval)" in forecast.shown(found).data and forecast.chart(found) is not None
+    for page in (mix_rows, mix_answers):
+        assert "-0.003 (no interval)" in page.against_recipes(effect).data
 
 
 def test_a_run_without_predictions() -> None:

@@ -19,6 +19,8 @@ def entry(name: str, size: int, kld: float, kept: float | None, half: float = 0.
         "type": name,
         "bytes": size * 10**6,
         "kld_mean": kld,
+        "kld_low": 0.9 * kld,
+        "kld_high": 1.1 * kld,
         "n": 800,
         "verdict": "cannot tell",
         "retention": kept,
@@ -54,7 +56,11 @@ def test_reading() -> None:
     fine = kept_rows.reading(
         [REFERENCE, FILES[1], entry("Q6_K", 120, 0.005, 0.95), entry("Q4_0", 90, 0.1, 0.93)], ""
     ).data
-    assert "No file is shown to keep less than 0.9; least: Q4_0 0.93" in fine and "no two files are surely" in fine
+    assert "estimated to keep less than 0.9; least: Q4_0 0.93" in fine and "no two files are surely" in fine
+    blurred = [REFERENCE, FILES[1], {**FILES[2], "kld_high": 0.05}, {**FILES[3], "kld_low": 0.01}]
+    assert "no two files are surely" in kept_rows.reading(blurred, "").data, "on text these two cannot be told apart"
+    around = kept_rows.reading([REFERENCE, entry("Q4_0", 90, 0.1, 0.85, 0.1)], "").data
+    assert "**By estimate less than 0.9 of what" in around, "the interval holds 0.9"
     assert "Spearman" not in kept_rows.reading(FILES[:3], "").data
     unknown = kept_rows.reading([entry("F16", 1, 0, None), entry("Q8_0", 1, 0, None)], "03 was not run.").data
     assert unknown == "What the files keep of the fine-tuning is not known. 03 was not run."
@@ -75,6 +81,7 @@ def test_marks() -> None:
     assert marked("XQ5_K_M, Q5_K_M_L, Q5_K_M × 3") == "XQ5_K_M, Q5_K_M_L, Q5_K_M‡ × 3"
     mark_names([], "")
     assert "‡" not in plots.table([{"type": "Q5_K_M"}], "Files.").data
+    assert "<caption>Rows.</caption>" in plots.table([{"text": "see note ‡"}], "Rows.").data
 
 
 def test_columns_of_the_main_tables() -> None:

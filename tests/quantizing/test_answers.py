@@ -347,11 +347,15 @@ def compared(verdicts: dict[str, tuple[int, str]]) -> SimpleNamespace:
 
 
 def test_the_page_says_when_the_mixed_file_does_not_win() -> None:
-    lost = mix_answers.against_reading(compared({"Q4_0": (1_050_000, "worse"), "Q2_K": (600_000, "better")})).data
+    lost = mix_answers.against_reading(compared({"Q4_0": (950_000, "worse"), "Q2_K": (600_000, "better")})).data
     assert lost == (
         "Task loss of MIX_1MB beside the recipe of its size (within 10 %): it is shown to lose more than Q4_0. For the "
         "task the choice of types did not pay here."
     )
+    larger = mix_answers.against_reading(compared({"Q4_0": (1_050_000, "worse")})).data
+    assert "did not pay" not in larger and "does not beat every recipe of its size" in larger
+    smaller = mix_answers.against_reading(compared({"Q4_0": (950_000, "better")})).data
+    assert "All of these are smaller, so it does not follow that the choice of types paid." in smaller
     open_ = {"Q4_0": (1_050_000, "cannot tell"), "Q4_K_M": (1_090_000, "better")}
     said = mix_answers.against_reading(compared(open_)).data
     assert "shown to lose less than Q4_K_M; not shown to differ from Q4_0. So it does not beat every recipe" in said
@@ -360,6 +364,40 @@ def test_the_page_says_when_the_mixed_file_does_not_win() -> None:
     table = mix_answers.against_recipes(compared(open_)).data
     assert "120 tokens of the answers of 60 held-out rows" in table and "cannot tell" in table
     assert mix_answers.against_reading(None) is None and "Nothing" in mix_answers.against_recipes(None).data
+
+
+def test_a_forced_page_scores_again_unless_it_just_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effect of the matrix scores first; where it has nothing to compare, this must."""
+    from lib.quantizing import mixeffect
+
+    class ScoredError(Exception):
+        pass
+
+    def scores(*arguments: Any) -> None:
+        raise ScoredError(arguments[-1])
+
+    files = tuple(SimpleNamespace(type=name, mix=mix) for name, mix in (("Q4_0", None), ("MIX_1MB", {"types": {}})))
+    monkeypatch.setattr(mixeffect, "scores", scores)
+    asked = wanted(imatrix="auto", force=True)
+    for compared_now, again in (([], "True"), (["Q4_0"], "False")):
+        monkeypatch.setattr(mixeffect, "compared_types", lambda *_, found=compared_now: (found, ["Q4_0"]))
+        with pytest.raises(ScoredError, match=again):
+            mixeffect.measure_mix_effect(asked, None, None, Path(), files)
+
+
+def test_what_is_scored_and_how_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lib.quantizing import heldout
+
+    few, many = (heldout._most_windows(wanted(n_ctx=256, perplexity_tokens=most)) for most in (512, 10**6))
+    assert (few, many) == (2, 8), "more tokens than are used change nothing"
+    monkeypatch.setattr(heldout, "available_memory", lambda: 4 << 30)
+    assert heldout._at_once([1 << 20] * 5, 8, 1 << 30) == 3
+    assert heldout._at_once([1 << 20] * 5, 8, (1 << 30) + 2 * 4 * 900 * 151_936) == 1, (
+        "long answers of a large vocabulary"
+    )
+
+
+LOSSES = [("F16", 9, 0.0, None), ("Q8_0", 5, 0.01, 0.002), ("Q4_0", 3, 0.1, -0.001)]
 
 
 def test_who_is_efficient_for_the_task() -> None:
@@ -372,7 +410,10 @@ def test_who_is_efficient_for_the_task() -> None:
     assert "text: Q4_0, Q5_K_M, Q8_0; by size and that of the answer words: Q4_0, Q8_0." in said
     assert "Efficient on text alone, so not for this task: Q5_K_M." in said
     assert ladder.frontiers([entry("Q4_0", 3, 0.1, None)]) is None
+    unlabelled = [{**entry(n, s, t, None), "loss_difference": d} for n, s, t, d in LOSSES]
+    said = ladder.frontiers(unlabelled).data
+    assert "text: Q4_0, Q8_0; by size and loss of the reference answers: Q4_0." in said
     labels = [{**e, "label_kld_interval": [0.1, 0.6], "n": 60} for e in files]
     shown = forecast.on_label_words({"m-Q4_0.gguf": 0.2, "m-Q8_0.gguf": 0.1}, labels)
     assert [point["type"] for point in shown.points] == ["Q8_0", "Q4_0"]
-    assert "60 test rows of the answer words alone" in forecast.shown(shown).data
+    assert "60 test rows, on their answer words alone" in forecast.shown(shown).data

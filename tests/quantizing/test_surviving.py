@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -160,10 +161,26 @@ def test_stage_and_page_of_a_base_on_a_grid(home: Path, tmp_path: Path, base_wei
     words = page.kept_reading(kept).data
     assert f"Q4_1 {kept.kept('Q4_1'):.2f} ({100 * kept.returned('Q4_1'):.0f} %)" in words and "Q8_0" not in words
     shutil.rmtree(tmp_path / "base")
-    gone = retention(SETTINGS, run, result)
+    still = retention(SETTINGS, run, result)
+    assert still == replace(kept, product=still.product) and not still.product.made
+    anew = SETTINGS.model_copy(update={"force": True})
+    gone = retention(anew, run, result)
     assert gone.product is None and "cannot be had now" in text(page.kept_table(gone))
-    assert page.kept_reading(gone) is None and page.grid_reading(grid(SETTINGS, run)) is None
-    assert "Not measured." in page.grid_table(grid(SETTINGS, run)).data
+    assert page.kept_reading(gone) is None and page.grid_reading(grid(anew, run)) is None
+    assert "Not measured." in page.grid_table(grid(anew, run)).data
+
+
+def test_an_adapter_in_rounded_weights_is_not_measured_from_others(home: Path, tmp_path: Path, base_weights) -> None:
+    run = make_run(tmp_path, base_weights)
+
+    def merged(work: Work) -> None:
+        (work.folder / "x").write_text("1")
+        work.facts["merge_base"] = "dequantized"
+
+    run.produce("merged", merged, {})
+    found = grid(SETTINGS, run)
+    assert found.product is None and "merge_base: dequantized" in page.grid_table(found).data
+    assert retention(SETTINGS, run, quantize(SETTINGS, run)).reason == found.reason
 
 
 def test_a_base_that_was_never_quantized(home: Path, tmp_path: Path) -> None:
@@ -178,5 +195,6 @@ def test_a_base_that_was_never_quantized(home: Path, tmp_path: Path) -> None:
 
 def test_few_values_without_a_type_that_fits() -> None:
     """Weights of a 4-bit format whose groups none of the types has (AWQ, GPTQ) are told by their few values."""
-    assert "come from a quantized file (14.0 different values" in stamp(SourceGrid(None, {"q4_1": 0.0}, 14.0, 100))
+    said = stamp(SourceGrid(None, {"q4_1": 0.0}, 14.0, 100))
+    assert "seem to come from a quantized file (14.0 different values" in said
     assert stamp(SourceGrid(None, {"q4_1": 0.1}, 31.0, 100)) == stamp(SourceGrid(None)) == ""
