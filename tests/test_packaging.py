@@ -107,10 +107,10 @@ def test_torch_and_transformers_are_the_agreed_versions(lock: dict[str, Requirem
 def test_make_help_lists_every_target() -> None:
     text = (PROJECT / "Makefile").read_text(encoding="utf-8")
     phony = set(re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split())
-    listed = set(re.findall(r"^([a-z-]+):.* ## ", text, re.M))
+    listed = set(re.findall(r"^([a-z0-9-]+):.* ## ", text, re.M))
     assert phony == listed
     answer = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    assert [line.split()[1] for line in answer.splitlines()] == re.findall(r"^([a-z-]+):.* ## ", text, re.M)
+    assert [line.split()[1] for line in answer.splitlines()] == re.findall(r"^([a-z0-9-]+):.* ## ", text, re.M)
 
 
 def tracked() -> list[Path]:

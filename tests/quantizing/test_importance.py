@@ -261,7 +261,7 @@ def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
     found = retyped(tmp_path / "with.gguf", tmp_path / "without.gguf")
     assert found == [{"tensor": "blk.0.ffn_down.weight", "with": "q4_1", "without": "q4_0"}]
     entry = {"type": "Q4_0", "bytes": one.bytes, "bytes_without": other.bytes, "retyped": found, "verdict": "better"}
-    entry |= {"difference": -0.1, "kld_without": 1.0}
+    entry |= {"difference": -0.1, "kld_without": 1.0, "answers": {"verdict": "cannot tell"}}
     reading = importance_page.effect_reading(SimpleNamespace(content={"types": [entry], "left_out": ["Q2_K"]})).data
     assert f"1 tensor q4_1 instead of q4_0 (blk.0.ffn_down), {one.bytes - other.bytes:+,} bytes" in reading
     assert "Q2_K cannot be made without a matrix" in reading

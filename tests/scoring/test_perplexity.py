@@ -96,7 +96,7 @@ def test_a_model_against_itself_is_zero(small):
     windows = text_windows(ids(200), 100, 200)
     backend = TransformersBackend(small.model)
     found = kl_table(backend, backend, windows)
-    assert abs(found.mean) < 1e-6 and found.max < 1e-5
+    assert abs(found.mean) < 1e-6 and found.max < 2e-5  # 1.003e-5 on a processor with AVX2 alone
     assert found.same_top == 1
     assert found.rms_dp < 1e-4
 

@@ -90,6 +90,10 @@ PRINTED = {
     "same_top_uncertainty": (0.01356, 5),
 }
 """Other processors round differently in the model itself: three of the last digits for the large numbers."""
+OTHER = {"ppl_difference": 1.5e-3, "ppl_difference_uncertainty": 5e-5}
+"""What that leaves of the small numbers, by key (1e-5 for all others): with AVX2 alone the perplexities are 2e-6 of
+themselves off, so their difference is 0.0008, and single positions' KL divergence 9e-6. Where the perplexity is the
+printed one to the last digits, every other number must be, too."""
 
 
 def test_prints_what_llama_perplexity_prints(files: Path):
@@ -100,7 +104,11 @@ def test_prints_what_llama_perplexity_prints(files: Path):
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout)
     for key, (printed, decimals) in PRINTED.items():
-        assert found[key] == pytest.approx(printed, abs=1.5 * 10.0**-decimals, rel=3e-6), key
+        strict = 1.5 * 10.0**-decimals
+        last = (
+            strict if found["ppl"] == pytest.approx(PRINTED["ppl"][0], abs=2e-6) else max(strict, OTHER.get(key, 1e-5))
+        )
+        assert found[key] == pytest.approx(printed, abs=last, rel=3e-6), key
     assert (found["n_tokens"], found["n_windows"], found["n_documents"]) == (504, 8, 36)
     for key, inside in (("ppl_interval", "ppl"), ("kld_mean_interval", "kld_mean"), ("same_top_interval", "same_top")):
         low, high = found[key]
