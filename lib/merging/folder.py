@@ -10,7 +10,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lib.merging.report import AnonymousMemory, MergeReport
 from lib.merging.writing import DTYPES, Sink, infinite, planned_weights, write_weights
 from lib.models.floats import largest_magnitude
 from lib.models.weights import Weights, open_weights
-from lib.run.files import flush_to_disk, read_json, readable_by_group, require_space, write_json
+from lib.run.files import new_folder, read_json, require_space, write_json
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -67,7 +67,7 @@ def merge_folders(
     for tensor in weights.tensors.values():
         tensor.require_floats()
     memory = AnonymousMemory()
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         new, headers = planned_weights(weights, folder, DTYPES[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
         _check_finite(lora)
@@ -125,31 +125,6 @@ def _dtype_of(weights: Weights) -> str:
 def _scalings(updates: dict[str, Update]) -> dict[str, int]:
     factors = [f"{update.scaling:.6g}" for update in updates.values() if "A" in update.tensors]
     return {factor: factors.count(factor) for factor in sorted(set(factors))}
-
-
-@contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds."""
-    temporary = output.with_name(f".{output.name}.part")
-    folder = temporary / output.name  # a converter names the model after its folder
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        for path in folder.rglob("*"):
-            if path.is_file():
-                readable_by_group(path)
-                flush_to_disk(path)
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
-        flush_to_disk(output.parent)
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror}).", "a folder with room that may be written.", "choose one."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_finite(adapter: Adapter) -> None:

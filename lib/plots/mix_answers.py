@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import say, table
 from lib.plots.formats import with_interval
+from lib.plots.mix_rows import beside
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -21,19 +22,7 @@ def against_recipes(effect: Any) -> HTML | Markdown:
         return say("Nothing to compare at answers: this run has no file under a size budget.")
     content = effect.content
     mixed = content["mixed"]
-    rows = []
-    for entry in content["types"]:
-        found = entry["answers"]
-        rows.append(
-            {
-                "recipe": entry["type"],
-                "its size": f"{entry['bytes'] / mixed['bytes']:.2f}",
-                "KLD of the recipe": with_interval(found["kld"], found["kld_interval"]),
-                "mixed minus recipe": with_interval(found["difference"], found["difference_interval"], "+.2g"),
-                "p (Holm)": f"{found['p_holm']:.2g}",
-                "the mixed file is": found["verdict"],
-            }
-        )
+    rows = [beside(mixed, entry, entry["answers"]) for entry in content["types"]]
     own = with_interval(mixed["answers"]["kld"], mixed["answers"]["kld_interval"])
     caption = (
         f"Task loss: {mixed['type']} ({mixed['bytes'] / 1e6:.2f} MB, KL divergence {own}) beside the recipes where an "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lib.plots.display import say, table
 from lib.plots.formats import with_interval
+from lib.plots.rows import Row
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -85,23 +87,25 @@ def _weight(record: dict[str, Any]) -> str:
     return f"{said}; answers alone decided." if weight == 1 else f"{said}; answers counted {weight:g} in the choice."
 
 
+def beside(mixed: Mapping[str, Any], entry: Mapping[str, Any], found: Mapping[str, Any]) -> Row:
+    """A recipe (`entry`) beside the mixed file, by what was found on one kind of tokens."""
+    return {
+        "recipe": entry["type"],
+        "its size": f"{entry['bytes'] / mixed['bytes']:.2f}",
+        "KLD of the recipe": with_interval(found["kld"], found["kld_interval"]),
+        "mixed minus recipe": with_interval(found["difference"], found["difference_interval"], "+.2g"),
+        "p (Holm)": f"{found['p_holm']:.2g}",
+        "the mixed file is": found["verdict"],
+    }
+
+
 def against_recipes(effect: Any) -> HTML | Markdown:
     """The mixed file beside every recipe (a MixEffect); a sentence where nothing was compared."""
     if effect is None:
         return say("Nothing to compare: this run has no file under a size budget.")
     content = effect.content
     mixed = content["mixed"]
-    rows = [
-        {
-            "recipe": e["type"],
-            "its size": f"{e['bytes'] / mixed['bytes']:.2f}",
-            "KLD of the recipe": with_interval(e["kld"], e["kld_interval"]),
-            "mixed minus recipe": with_interval(e["difference"], e["difference_interval"], "+.2g"),
-            "p (Holm)": f"{e['p_holm']:.2g}",
-            "the mixed file is": e["verdict"],
-        }
-        for e in content["types"]
-    ]
+    rows = [beside(mixed, entry, entry) for entry in content["types"]]
     own = f"{mixed['bytes'] / 1e6:.2f} MB, KL divergence {with_interval(mixed['kld'], mixed['kld_interval'])}"
     caption = (
         f"{mixed['type']} ({own}) beside the recipes, in nats a token, on {content['tokens']:,} scored tokens of "

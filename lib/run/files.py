@@ -78,6 +78,35 @@ def atomic_path(final: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds.
+
+    Raises:
+        InputError: the disk refuses what is written there.
+    """
+    temporary = output.with_name(f".{output.name}.part")
+    folder = temporary / output.name  # a converter names the model after its folder
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                readable_by_group(path)
+                flush_to_disk(path)
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+        flush_to_disk(output.parent)
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written ({error.strerror}).", "a folder with room that may be written.", "choose one."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

@@ -6,7 +6,6 @@ The folder holds `unpacked.json`, which says where it comes from, and of which t
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,32 +54,14 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
     """
     from lib.models.unpacking.source import read_source
-    from lib.run.files import flush_to_disk, readable_by_group
+    from lib.run.files import new_folder
 
     source = read_source(path)  # outside of what is blamed on the output
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
-    temporary = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        record = unpack_into(source, temporary, dtype, off_grid)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                readable_by_group(file)
-                flush_to_disk(file)
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.rename(folder)
-        flush_to_disk(folder.parent)
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}).", "a folder with room that may be written.", "choose one."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return record
+    with new_folder(folder) as temporary:
+        return unpack_into(source, temporary, dtype, off_grid)
 
 
 def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
