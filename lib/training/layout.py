@@ -27,9 +27,9 @@ LEAK = 1e-5
 
 CLOSE, CLOSE_LOW = 1e-4, 5e-2
 """Difference of the two layouts' losses, relative to 1 + the loss, up to which they count as equal: in float32, and in
-16 bits. SmolLM2-135M, six pairs of rows: at most 2e-6 in float32, 0.8 to 3.0 % in bfloat16, whose step at logits of 32 is
-a quarter of a nat (0.5 %, set on random weights, left the packed layout out for no fault). Padded batches of other sizes
-are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, which is exact in every format."""
+16 bits. SmolLM2-135M, six pairs of rows: at most 2e-6 in float32, 0.8 to 3.0 % in bfloat16, whose step at logits of 32
+is a quarter of a nat (0.5 %, set on random weights, left the packed layout out for no fault). Padded batches of other
+sizes are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, exact in every format."""
 
 
 def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Collate, str]:
