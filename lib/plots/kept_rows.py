@@ -7,12 +7,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from lib.formats import GRID_SIZABLE
-from lib.plots.charts import _axes
-from lib.plots.display import figure, say
-from lib.plots.ladder import _MB, _PANEL, _name, _style
+from lib.plots.charts import estimates
+from lib.plots.display import say
 from lib.plots.marks import mark_names
 from lib.plots.retention_map import MARK
-from lib.plots.style import GREY
 from lib.statistics import KEEPS_LITTLE, keeps_little, kept_words
 
 if TYPE_CHECKING:
@@ -27,28 +25,23 @@ def mark(files: Sequence[Mapping[str, Any]]) -> None:
     mark_names([entry["type"] for entry in files if (entry["source_grid"] or 0) >= GRID_SIZABLE], MARK)
 
 
-def chart(files: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML | None:
-    """Retention by file size (entries of comparison.json); nothing where it is unknown."""
-    known = sorted((e for e in files if e["retention"] is not None), key=lambda e: e["bytes"])
+def chart(files: Sequence[Mapping[str, Any]]) -> HTML | None:
+    """Retention of every file but the reference, the largest first (entries of comparison.json); nothing where it is
+    unknown."""
+    known = [e for e in files if e["retention"] is not None and e["verdict"] != "reference"]
     if not known:
         return None
-    fig, ax = _axes(*_PANEL)
-    for place, entry in enumerate(known):
-        x, y, limits = entry["bytes"] / 1e6, entry["retention"], entry["retention_interval"]
-        error = [[y - limits[0]], [limits[1] - y]] if limits else None
-        ax.errorbar(x, y, yerr=error, **_style(entry, frontier))
-        _name(ax, entry["type"], x, y, place)
-    for level, line in ((1.0, "-"), (KEEPS_LITTLE, "--"), (0.0, "-")):
-        ax.axhline(level, color=GREY, linewidth=1, linestyle=line, zorder=0)
-    ax.margins(x=0.12, y=0.12)
-    ax.set(xlabel=_MB, ylabel="kept of what fine-tuning\nchanged in the answers ↑")
+    points = []
+    for entry in sorted(known, key=lambda e: -e["bytes"]):
+        low, high = entry["retention_interval"] or (None, None)
+        name = f"{entry['type']}, {entry['bytes'] / 1e6:.1f} MB"
+        points.append({"name": name, "estimate": entry["retention"], "low": low, "high": high, "n": entry["n"]})
     caption = (
         "Slope of each file's change from the base on the tuned model's, row by row through the origin, with 95 % "
-        f"intervals (near copies together), n = {known[0]['n']:,} test rows: 1 is the tuned model, 0 the base again; "
-        f"dashed: {KEEPS_LITTLE:g}."
+        f"intervals (near copies together), n = {known[0]['n']:,} test rows; the largest file first. 1 (dashed) is the "
+        f"tuned model, 0 the base again; below {KEEPS_LITTLE:g} a file is named in warnings."
     )
-    words = "; ".join(f"{e['type']} {e['bytes'] / 1e6:.2f} MB, {kept_words(e)}" for e in known)
-    return figure(fig, caption, f"Retention by file size. {words}.")
+    return estimates(points, "kept of what fine-tuning changed in the answers", caption, reference=1.0)
 
 
 def reading(files: Sequence[Mapping[str, Any]], note: str) -> Markdown:
