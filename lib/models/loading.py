@@ -96,7 +96,7 @@ def load_model(
     _refuse_infinite(model, path)
     model.requires_grad_(False)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        model = _with_adapter(model, adapter, path)
     return model.eval()
 
 
@@ -146,8 +146,8 @@ def _refuse_infinite(model: Any, path: Path) -> None:
                 )
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with a LoRA on top; the adapter's tensors must be exactly those that the model has places for."""
+def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
+    """The model of folder `base` with a LoRA on top, whose tensors must be exactly those that it has places for."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -163,6 +163,9 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
             "an adapter of this base model.",
             "check base_model.",
         ) from None
+    # peft reads the vocabulary's size from the base that the adapter names: a hub id it would ask the hub for, and a
+    # .gguf file has no config.json. What was loaded is here.
+    model.peft_config["default"].base_model_name_or_path = str(base)
     places = set(get_peft_model_state_dict(model))
     if odd := sorted(places ^ set(tensors)):
         raise InputError(

@@ -208,3 +208,18 @@ def test_four_bit_layers_have_gradients_after_a_validation(tmp_path: Path) -> No
     loaded.train()
     loaded(inputs_embeds=inputs).logits.float().square().mean().backward()
     assert torch.isfinite(inputs.grad).all() and inputs.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("named", ["model.Q4_1.gguf", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_adapter_is_put_on_without_looking_up_the_base_that_it_names(
+    original: Path, tmp_path: Path, named: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(load_model(original, dtype="float32"), LoraConfig(r=2, target_modules=["q_proj"]))
+    tuned.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": named}))
+    recwarn.clear()
+    load_model(original, dtype="float32", adapter=tmp_path / "adapter")
+    assert [str(warning.message) for warning in recwarn] == []
