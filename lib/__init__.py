@@ -16,7 +16,11 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 # other from running: training the offline base with two threads was measured 27 times slower than with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# What torchao says whenever transformers looks at it: GPU kernels that do not load, Enums that it registers. Other
-# messages of these loggers are kept.
-for _name, _start in (("torchao", "Failed to load "), ("torch.utils._pytree", "%s is an Enum subclass")):
+# What libraries say as soon as transformers or peft looks at them: GPU kernels that torchao cannot load, Enums that it
+# registers, an optional kernel of bitsandbytes for single rows. Other messages of these loggers are kept.
+for _name, _start in (
+    ("torchao", "Failed to load "),
+    ("torch.utils._pytree", "%s is an Enum subclass"),
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+):
     logging.getLogger(_name).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import logging
 import os
 import platform
 import shutil
@@ -134,20 +133,12 @@ def has_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def hush_bitsandbytes() -> None:
-    """Drop one line that bitsandbytes logs where an optional kernel for single rows is absent; errors still pass."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    if not logger.filters:
-        logger.addFilter(lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward"))
-
-
 @functools.cache
 def bitsandbytes_problem() -> str | None:
     """Why 4-bit layers do not work here; None when a small NF4 product was computed and is right."""
     if not has_module("bitsandbytes"):
         return "bitsandbytes is not installed"
     os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it advises an optional kernel
     try:
         import bitsandbytes as bnb
         import torch

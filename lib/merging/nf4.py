@@ -98,7 +98,7 @@ def dequantize_base(base: Path, folder: Path) -> Path:
     from lib.models.loading import load_model
     from lib.models.quiet import quiet
 
-    quiet()  # before bitsandbytes is imported, which talks
+    quiet()
     import bitsandbytes as bnb
 
     weights = open_weights(base)

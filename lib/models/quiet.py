@@ -9,18 +9,11 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from lib.device import hush_bitsandbytes
-
 
 @functools.cache
 def quiet() -> None:
-    """Switch off progress bars and advice of transformers, peft and the hub client, once for this process.
-
-    Also drops one line that bitsandbytes logs when an optional kernel for single-row products is not installed; its
-    other messages are kept.
-    """
+    """Switch off progress bars and advice of transformers, peft and the hub client, once for this process."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    hush_bitsandbytes()
     import huggingface_hub.utils
     import transformers.utils.logging
 
