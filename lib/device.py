@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -196,3 +197,10 @@ def machine(disk: Path) -> Machine:
         bitsandbytes=bitsandbytes_problem() or "works",
         llama_cpp=llama_cpp_problem() or "works",
     )
+
+
+def return_freed_memory() -> None:
+    """Give the pages that were freed back to the system, where the C library can (glibc); elsewhere nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

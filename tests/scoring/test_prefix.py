@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.scoring import TransformersBackend
+from lib.scoring import TransformersBackend, torch_backend
 from lib.scoring.backend import common_prefix, cut, make_jobs
 from tests.scoring.test_backends import ANSWERS, brute_force, prompts_of
 
@@ -132,3 +132,16 @@ def test_reduced_precision_shares_too(small, method):
     assert np.abs(shared - whole).max() < 0.15
     margins = np.abs(whole[:, 0] - whole[:, 1])
     assert (shared.argmax(1) == whole.argmax(1))[margins > 0.3].all()
+
+
+@pytest.mark.parametrize(("in_8bit", "passes"), [(True, 3), (False, 0)])
+def test_freed_memory_is_given_back_after_every_pass_of_an_8bit_model_alone(
+    monkeypatch: pytest.MonkeyPatch, in_8bit: bool, passes: int
+) -> None:
+    model = model_of("Qwen2")
+    model.is_loaded_in_8bit = in_8bit
+    given = []
+    monkeypatch.setattr(torch_backend, "return_freed_memory", lambda: given.append(1))
+    backend = TransformersBackend(model, batch_size=1, share_prefix=False)
+    backend.label_log_probs([[1, 2], [3, 4, 5], [6]], [[7], [8]])
+    assert len(given) == passes
