@@ -236,8 +236,9 @@ def _adder(name: str, total: torch.Tensor, scales: dict[str, float]) -> Any:
     def add(weight: torch.nn.Parameter) -> None:
         if weight.grad is not None:
             gradient = weight.grad.float()
-            total.add_(gradient.square().to(total.device))
-            scales[name] += float((gradient * weight.detach()).sum(dtype=gradient.dtype)) ** 2
+            moved = gradient.to(total.device)
+            total.addcmul_(moved, moved)
+            scales[name] += float(gradient.flatten().dot(weight.detach().float().flatten())) ** 2
         weight.grad = None
 
     return add

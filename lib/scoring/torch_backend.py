@@ -58,8 +58,8 @@ class TransformersBackend:
         self._pass_cost = _PASS.get(self._device.type, _PASS_ELSEWHERE)
         self._prefix = SharedPrefix(self._decoder, self.vocab_size)
         self._share_prefix = share_prefix
-        # LLM.int8() on a CPU cuts pieces of ever other sizes, one for every number of outlier columns; glibc keeps them:
-        # 4.4 GB for a model of 0.16 GB, 1.7 with what is freed given back after every pass.
+        # LLM.int8() on a CPU cuts pieces of ever other sizes, one for every number of outlier columns, and glibc keeps
+        # them: 4.4 GB for a model of 0.16 GB; about 2 where what is freed is given back after every pass.
         self._scatters = self.device == "cpu" and bool(getattr(model, "is_loaded_in_8bit", False))
         model.eval()
         self._check_architecture()
