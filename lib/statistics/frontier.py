@@ -1,10 +1,12 @@
-"""The efficient frontier: what no other file beats in both size and loss."""
+"""Which files are worth their size."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+SAME_SIZE = 1.001
+"""Files whose sizes differ by less than a thousandth are as large as each other: padding and header differ by as much."""
 
 
 def frontier(entries: Sequence[Mapping[str, Any]], loss: str = "kld_mean") -> list[str]:
@@ -14,9 +16,11 @@ def frontier(entries: Sequence[Mapping[str, Any]], loss: str = "kld_mean") -> li
         entries: with type, bytes and the loss; the reference not among them.
         loss: key of what is lost, nats: by default mean KL divergence from the reference.
     """
-    chosen, best = [], math.inf
+    chosen: list[Mapping[str, Any]] = []
     for entry in sorted(entries, key=lambda e: (e["bytes"], e[loss])):
-        if entry[loss] < best:
-            chosen.append(entry["type"])
-            best = entry[loss]
-    return chosen
+        if chosen and entry[loss] >= chosen[-1][loss]:
+            continue
+        while chosen and entry["bytes"] <= SAME_SIZE * chosen[-1]["bytes"]:
+            chosen.pop()
+        chosen.append(entry)
+    return [entry["type"] for entry in chosen]

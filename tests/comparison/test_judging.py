@@ -341,3 +341,9 @@ def test_frontier_is_what_nothing_else_beats(points: list[tuple[int, int]]) -> N
         )
         twins = [o["type"] for o in entries if (o["bytes"], o["kld_mean"]) == (e["bytes"], e["kld_mean"])]
         assert sum(t in chosen for t in twins) == (0 if beaten else 1)
+
+
+def test_a_file_that_is_larger_by_padding_alone_beats_one_that_loses_more() -> None:
+    sizes = {"Q4_0": (91_893_024, 0.256), "mixed": (91_893_440, 0.072), "Q3_K_M": (93_510_000, 0.155)}
+    entries = [{"type": name, "bytes": size, "kld_mean": loss} for name, (size, loss) in sizes.items()]
+    assert frontier(entries) == ["mixed"]
