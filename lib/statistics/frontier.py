@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SAME_SIZE = 1.001
-"""Files whose sizes differ by less than a thousandth are as large as each other: padding and header differ by as much."""
+"""Files whose sizes differ by less than a thousandth count as equally large: padding and headers differ by as much."""
 
 
 def frontier(entries: Sequence[Mapping[str, Any]], loss: str = "kld_mean") -> list[str]:
