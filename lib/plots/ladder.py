@@ -124,21 +124,17 @@ def _divergence(
 
 def _accuracy(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
     fig, ax = _axes(*_PANEL)
-    for place, entry in enumerate(sorted(entries, key=lambda e: e["bytes"])):
-        x, (low, high) = sizes[entry["type"]], entry["accuracy_interval"]
-        error = [[entry["accuracy"] - low], [high - entry["accuracy"]]]
-        ax.errorbar(x, entry["accuracy"], yerr=error, **_style(entry, frontier))
-        end, sign = (
-            (high, 1) if place % 2 else (low, -1)
-        )  # names at alternate ends and distances, or they would overlap
-        shift = sign * (4 + place // 2 % 2 * 22)
-        side = {"ha": "center", "va": "bottom" if place % 2 else "top", "rotation": 45, "fontsize": 8}
-        ax.annotate(entry["type"], (x, end), (0, shift), textcoords="offset points", **side)
-    ax.margins(y=0.3)
-    ax.set(xlabel=_MB, ylabel="accuracy ↑")
+    largest_first = sorted(entries, key=lambda e: -e["bytes"])
+    places = np.arange(len(entries))[::-1]
+    for place, entry in zip(places, largest_first, strict=True):
+        x, (low, high) = entry["accuracy"], entry["accuracy_interval"]
+        ax.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
+    ax.set_yticks(places, [f"{e['type']}, {sizes[e['type']]:.1f} MB" for e in largest_first], fontsize=8)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set(xlabel="accuracy →")
     caption = (
-        f"Accuracy by file size, on n = {entries[0]['n']:,} test rows with 95 % Wilson intervals; the diamond is the "
-        "reference."
+        f"Accuracy of the files, the largest first, on n = {entries[0]['n']:,} test rows with 95 % Wilson intervals; "
+        "the diamond is the reference. Their differences on these rows stand below."
     )
     words = "; ".join(f"{e['type']} {sizes[e['type']]:.2f} MB, accuracy {e['accuracy']:.3f}" for e in entries)
     return figure(fig, caption, f"Accuracy by file size. {words}.")
