@@ -43,7 +43,7 @@ def merge(
     from lib.merging.folder import merge_folders
     from lib.models.kinds import refuse_adapter, require_adapter
     from lib.models.resolving import resolve_adapter, resolve_base
-    from lib.models.trained_on import unpacking_of
+    from lib.models.trained_on import refuse_other_folder, unpacking_of
 
     local = Path(base_model).is_dir()
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
@@ -54,6 +54,7 @@ def merge(
         name, commit = found.unpacked["source"], None
     refuse_adapter(base)
     require_adapter(given)
+    refuse_other_folder(given, base)
     conversions: list[Conversion] = []
 
     @contextlib.contextmanager

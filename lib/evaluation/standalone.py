@@ -198,7 +198,7 @@ def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, 
     from lib.device import compute_dtype
     from lib.models.loading import load_model, load_tokenizer, resolve_base
     from lib.models.saved import load_as_saved, quantization_method
-    from lib.models.trained_on import unpacking_of
+    from lib.models.trained_on import refuse_other_folder, unpacking_of
     from lib.scoring import TransformersBackend
 
     folder, adapter = user_path(argument["model"]), None
@@ -208,6 +208,8 @@ def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, 
         own_base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         name = base_of_adapter(argument["base_model"] or own_base, folder)
     base = resolve_base(name, argument["revision"], **(unpacking_of(adapter) if adapter else {}))
+    if adapter is not None:
+        refuse_other_folder(adapter, base.path)
     own = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(adapter if own else base.path)
     if adapter is None and (method := quantization_method(base.path)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.kinds import adapter_config
-from lib.models.unpacking import asked_in, is_identity
+from lib.models.unpacking import RECORD, asked_in, identity, is_identity, without_dtype
 from lib.run.files import read_json
 
 if TYPE_CHECKING:
@@ -46,10 +46,30 @@ def refuse_other_weights(adapter: Path, base: Base) -> None:
     private = base.unpacked is not None and base.unpacked["off_grid"]
     if found == base.revision or not (is_identity(found) or private):
         return
+    raise _other_weights(adapter, found, base.revision)
+
+
+def refuse_other_folder(adapter: Path, folder: Path) -> None:
+    """As `refuse_other_weights`, for a folder alone; its unpacked.json says which GGUF file it came out of.
+
+    A folder that came out of none is refused to an adapter of rescaled channels only: an adapter that was trained on
+    dequantized weights is often merged into the model that they were quantized from.
+
+    Raises:
+        InputError: the adapter was trained on another GGUF file, or on other scales of its channels.
+    """
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    own, found = identity(record) if record else "", trained_base(adapter)
+    scaled = "gguf_off_grid" in asked_in(own) | asked_in(found)
+    if without_dtype(own) != without_dtype(found) and (scaled or (own and is_identity(found))):
+        raise _other_weights(adapter, found, own or f"{folder}, which came out of no GGUF file")
+
+
+def _other_weights(adapter: Path, found: str, base: str) -> InputError:
     asked = {"gguf_dtype": "auto", "gguf_off_grid": False} | asked_in(found)
     needed = f"gguf_dtype: {asked['gguf_dtype']} and gguf_off_grid: {str(asked['gguf_off_grid']).lower()}"
-    raise InputError(
-        f"an adapter ({adapter}) trained on base {found or 'that its files do not name'}, put on {base.revision}.",
+    return InputError(
+        f"an adapter ({adapter}) trained on base {found or 'that its files do not name'}, put on {base}.",
         "the weights it was trained on: the same file, unpacked in the same way.",
         f"set {needed} with the file it was trained on, or train again.",
     )

@@ -17,7 +17,7 @@ from lib.errors import InputError
 from lib.evaluation.checking import check_models
 from lib.models.inspecting import inspect
 from lib.models.resolving import choose_base, resolve_base
-from lib.models.trained_on import refuse_other_weights, unpacking_of
+from lib.models.trained_on import refuse_other_folder, refuse_other_weights, unpacking_of
 from lib.models.unpacking import VERSION
 from lib.models.unpacking.rescaling import RANGE, SEED
 from lib.plots.base_rows import unpacked as card
@@ -66,6 +66,17 @@ def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home
     for adapter, base in (("adapter", plain), ("copied", wide), ("foreign", off)):
         with pytest.raises(InputError, match="the weights it was trained on"):
             refuse_other_weights(home / adapter, base)
+    (home / "plain folder").mkdir()
+    for adapter, folder in (("adapter", off.path), ("foreign", plain.path), ("foreign", home / "plain folder")):
+        refuse_other_folder(home / adapter, folder)
+    write_config(home / "foreign", {"r": 4}, plain)
+    for folder in (wide.path, home / "plain folder"):  # as fine or finer, and the model that was quantized
+        refuse_other_folder(home / "foreign", folder)
+    other = resolve_base(str(packed_files["qwen2"])).path
+    refused = [("adapter", plain.path), ("adapter", home / "plain folder"), ("foreign", off.path), ("foreign", other)]
+    for adapter, folder in refused:
+        with pytest.raises(InputError, match="the weights it was trained on"):
+            refuse_other_folder(home / adapter, folder)
     lines = card(off.facts)
     assert lines["channels rescaled by"].startswith("0.8 to 1.25") and "float16" in lines["cost of rounding"]
     assert card({}) == {}

@@ -25,6 +25,7 @@ __all__ = [
     "unpack",
     "unpack_into",
     "unpacked",
+    "without_dtype",
 ]
 
 RECORD = "unpacked.json"
@@ -168,6 +169,11 @@ def asked_in(revision: str) -> dict[str, Any]:
     dtype = next((part for part in more if part in CHOICES), None)
     off_grid = any(part.startswith(OFF_GRID) for part in more)
     return ({"gguf_dtype": dtype} if dtype else {}) | ({"gguf_off_grid": True} if off_grid else {})
+
+
+def without_dtype(revision: str) -> str:
+    """An `identity` but for the number format that was asked for: which weights, not how finely they are stored."""
+    return "+".join(part for part in revision.split("+") if part not in CHOICES)
 
 
 def plain_name(name: str) -> str:
