@@ -74,7 +74,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
         formats: a format specification for columns that `formats.FORMATS` does not know, e.g. {"share": ".1%"}.
     """
     known = {**FORMATS, **(formats or {})}
-    rows = list(rows)
+    rows = list(rows) or [{"rows": "none"}]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
 
