@@ -122,8 +122,8 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
     advice = content["recommendation"]
     own = advice.get("advice", advice["text"])
     named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
-    warnings = [warning for entry in named if (warning := retention_warning(entry))]
-    advice = {**advice, "advice": own, "text": paragraphs([own], warnings)}
+    warning = retention_warning(*named)
+    advice = {**advice, "advice": own, "text": paragraphs([own], [warning] if warning else [])}
     return {**content, "files": files, "recommendation": advice, "retention_note": kept.note}
 
 

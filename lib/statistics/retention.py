@@ -64,11 +64,10 @@ def keeps_little(entry: Mapping[str, Any]) -> bool:
     return value is not None and value < KEEPS_LITTLE and (not limits or limits[1] < 1)
 
 
-def retention_warning(entry: Mapping[str, Any]) -> str:
-    """The warning on a file that keeps little; empty for others."""
-    if not keeps_little(entry):
+def retention_warning(*entries: Mapping[str, Any]) -> str:
+    """One warning on those of the files that keep little; empty where none does."""
+    poor = [f"{entry['type']} keeps only {kept_words(entry)}" for entry in entries if keeps_little(entry)]
+    if not poor:
         return ""
-    return (
-        f"Warning: {entry['type']} keeps only {kept_words(entry)} of what fine-tuning changed on these rows "
-        "(1 = all of it, 0 = the base again)."
-    )
+    said = poor[0] if len(poor) == 1 else ", ".join(poor[:-1]) + f" and {poor[-1]}"
+    return f"Warning: {said} of what fine-tuning changed on these rows (1 = all of it, 0 = the base again)."
