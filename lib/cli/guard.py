@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from lib.cli.output import printable
 from lib.errors import InputError
 from lib.reporting import Terminated
 
@@ -28,7 +29,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def tell(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _terminate(*_: object) -> None:

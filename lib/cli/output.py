@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from lib.run.files import json_text
 def width(text: str) -> int:
     """Columns that a text takes in a terminal (Chinese characters take two)."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def cell(value: Any) -> str:
@@ -33,6 +37,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """Control characters written out: names inside a file must not move the cursor or colour the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def show(value: Mapping[str, Any], as_json: bool, text: str) -> None:
     """Print a result: JSON when asked for, else the text."""
-    print(json_text(value, indent=1) if as_json else text)
+    print(json_text(value, indent=1) if as_json else printable(text))

@@ -54,6 +54,8 @@ def merge(
         name, commit = found.unpacked["source"], None
     refuse_adapter(base)
     require_adapter(given)
+    if gguf is not None and gguf.exists() and Path(base_model).is_file() and gguf.samefile(base_model):
+        raise InputError(f"{gguf} is the base model.", "another file.", "choose another name for the output.")
     refuse_other_folder(given, base)
     conversions: list[Conversion] = []
 

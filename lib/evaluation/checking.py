@@ -9,6 +9,7 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf, read_tensors
+from lib.models.resolving import refuse_bad_template
 from lib.run.folders import user_path
 
 
@@ -27,6 +28,7 @@ def check_models(models: Sequence[str | Path], base_model: str | None, revision:
         folder = user_path(model)
         if is_gguf(model):
             _check_whole(check_gguf(folder))
+            refuse_bad_template(folder)
         elif (folder / "adapter_config.json").is_file():
             _check_adapter(folder, base_model, revision)
         else:

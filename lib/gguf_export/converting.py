@@ -169,7 +169,7 @@ def check_output(output: Path, weights: Weights) -> None:
         raise InputError(f"{output} as the output.", "a name that ends in .gguf.", "rename the output.")
     if output.is_dir():
         raise InputError(f"{output} is a folder.", "a file name.", "choose another name.")
-    if output.exists() and any(output.samefile(path) for path in weights.files):
+    if output.exists() and any(path.exists() and output.samefile(path) for path in weights.files):
         raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
 
 

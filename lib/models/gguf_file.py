@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -115,6 +116,8 @@ class _Reader:
         pairs: dict[str, Any] = {}
         for _ in range(min(self.number("Q"), len(self.data))):
             key = self.string()
+            if key in pairs:
+                raise self.damaged(f"key {key[:80]!r} twice")
             pairs[key] = self.value(self.number("I"))
         return pairs
 
@@ -155,15 +158,32 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
     """Names, types, shapes and places of a GGUF file's tensors, in the file's order; their data is not read.
 
     Raises:
-        InputError: not a GGUF file, or a damaged header.
+        InputError: not a GGUF file, or a damaged header; a tensor that does not begin where the one before it ends.
     """
     with _open(path) as (reader, count):
         alignment = reader.metadata().get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-            raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, which is no power of two,")
+            raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, no power of two")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
+        _check_places(reader, found, alignment)
         data = -(-reader.at // alignment) * alignment
         return [TensorInfo(name, kind, shape, data + offset) for name, kind, shape, offset in found]
+
+
+def _check_places(reader: _Reader, found: list[tuple[str, int, tuple[int, ...], int]], alignment: int) -> None:
+    """Every tensor begins at the end of the one before it, padded, as ggml demands; a wrong place, type or shape would
+    read other weights. Behind a type that the gguf library does not know nothing can be said."""
+    import gguf
+
+    place = 0
+    for name, kind, shape, offset in found:
+        if offset != place:
+            raise reader.damaged(f"tensor {name[:80]!r} at byte {offset} of the data, where {place} is next")
+        try:
+            block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            return
+        place += -(-(math.prod(shape) // block * width) // alignment) * alignment
 
 
 def raw_metadata(path: Path | str) -> tuple[int, bytes]:

@@ -93,19 +93,36 @@ def how_to_get(path: Path) -> str:
 
 
 def refuse_without_template(base_model: str) -> None:
-    """Refuse a GGUF file as the base of a run that has no chat template, before it is unpacked.
+    """Refuse a GGUF file as the base of a run that has no chat template that works, before it is unpacked.
 
     Raises:
-        InputError: no template; or the file is damaged.
+        InputError: no template, or one that cannot be rendered; or the file is damaged.
     """
     path = user_path(base_model)
-    if not path.is_file() or path.suffix.lower() != ".gguf" or read_metadata(path).get("tokenizer.chat_template"):
+    if not path.is_file() or path.suffix.lower() != ".gguf":
+        return
+    if read_metadata(path).get("tokenizer.chat_template"):
+        refuse_bad_template(path)
         return
     raise InputError(
         f"base_model {base_model}: {path} has no chat template.",
         "a .gguf file of a chat model, with its template.",
         "take another file; or workbook unpack FILE FOLDER, put chat_template.jinja there, and give the folder.",
     )
+
+
+def refuse_bad_template(path: Path) -> None:
+    """Refuse a GGUF file whose chat template cannot be rendered; it is tried in a child process, within limits.
+
+    Raises:
+        InputError: the template fails, takes too long or too much memory; or the file is damaged.
+    """
+    from lib.models.inspecting.templates import describe_template
+
+    template = read_metadata(path).get("tokenizer.chat_template")
+    problem = describe_template(template, True)["problem"] if isinstance(template, str) and template else None
+    if problem:
+        raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lib.errors import InputError
 
 CHUNK = 1 << 22
@@ -83,13 +85,23 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds.
 
     Raises:
-        InputError: the disk refuses what is written there.
+        InputError: the disk refuses what is written there, or another process is writing it.
     """
     temporary = output.with_name(f".{output.name}.part")
     folder = temporary / output.name  # a converter names the model after its folder
+    lock = FileLock(temporary / ".lock")  # given up by a process that is killed
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another command is writing {output}.", "one command a folder.", "wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield folder
         for path in folder.rglob("*"):
             if path.is_file():
@@ -100,11 +112,15 @@ def new_folder(output: Path) -> Iterator[Path]:
         folder.rename(output)
         flush_to_disk(output.parent)
     except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror}).", "a folder with room that may be written.", "choose one."
-        ) from None
+        raise _unwritable(output, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
+
+
+def _unwritable(output: Path, error: OSError) -> InputError:
+    found = f"{output} cannot be written ({error.strerror})."
+    return InputError(found, "a folder with room that may be written.", "choose one.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -196,9 +196,11 @@ def _config(name: str) -> Any:
         return model_config(BaseRecipe(), TokenizerRecipe().vocabulary)
     folder = user_path(name)
     if folder.is_file() and folder.suffix.lower() == ".gguf":
+        from lib.models.resolving import refuse_without_template
         from lib.models.unpacking.configuration import transformers_config
         from lib.models.unpacking.source import read_source
 
+        refuse_without_template(str(folder))
         return transformers_config(read_source(folder).config, folder)
     if name.lower().endswith(".gguf"):
         raise InputError(f"no file {folder}.", "a .gguf file.", f"{how_to_get(folder)}.")

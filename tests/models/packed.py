@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lib.gguf_export import converting
-from lib.models.gguf_file import raw_metadata
+from lib.models.gguf_file import _Reader, raw_metadata
 from tests.gguf_export.convertible import write_model
 
 Q = gguf.GGMLQuantizationType
@@ -40,6 +40,16 @@ def _value(value: Any) -> bytes:
     return struct.pack("<Ii", 5, value) if value < 0 else struct.pack("<II", 4, value)
 
 
+def _without(count: int, pairs: bytes, keys: Mapping[str, Any]) -> tuple[int, bytes]:
+    """Key-value pairs but for some keys, and their number."""
+    reader, kept = _Reader(pairs, Path("pairs")), []
+    for _ in range(count):
+        start, key = reader.at, reader.string()
+        reader.value(reader.number("I"))
+        kept += [] if key in keys else [pairs[start : reader.at]]
+    return len(kept), b"".join(kept)
+
+
 def mixed(name: str) -> Any:
     """Q4_1 for matrices, Q8_0 for the embedding, as the SmolLM2 file of the package has them."""
     return Q.Q8_0 if name.startswith(("token_embd", "output.")) else Q.Q4_1
@@ -62,7 +72,8 @@ def repack(
     arrays = {t.name: np.asarray(t.data).reshape(t.shape[::-1]).copy() for t in gguf.GGUFReader(source).tensors}
     tensors(arrays)
     count, pairs = raw_metadata(source)
-    for key, value in (more or {}).items():  # of two equal keys our reader takes the last, so these come last
+    count, pairs = _without(count, pairs, more or {})
+    for key, value in (more or {}).items():
         count, pairs = count + 1, pairs + text(key) + _value(value)
     infos, data, offset = b"", b"", 0
     for name, array in arrays.items():

@@ -20,7 +20,9 @@ from lib.models.resolving import choose_base, resolve_base
 from lib.models.trained_on import refuse_other_folder, refuse_other_weights, unpacking_of
 from lib.models.unpacking import VERSION
 from lib.models.unpacking.rescaling import RANGE, SEED
+from lib.models.unpacking.source import read_source
 from lib.plots.base_rows import unpacked as card
+from lib.run.files import sha256_file
 from lib.settings import Settings
 from lib.training.adopting import write_config
 from lib.training.strategy import _config
@@ -41,6 +43,43 @@ def test_unpacked_once_and_reused(
     copy = resolve_base(shutil.copy(packed_files["qwen2"], home / "copy.gguf"))
     assert (copy.path, copy.revision) == (first.path, first.revision)
     assert copy.notes == ("weights dequantized from Q4_1 (copy.gguf)",)
+
+
+def test_a_file_that_changes_while_it_is_unpacked(
+    packed_files: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash that names the folder must be that of the file that was unpacked."""
+    path = Path(shutil.copy(packed_files["llama"], home / "a.gguf"))
+
+    def late(file: Path) -> object:
+        shutil.copy(packed_files["qwen2"], path)
+        return read_source(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.models.unpacking.source.read_source", late)
+        with pytest.raises(InputError, match="changed while it was read"):
+            resolve_base(str(path))
+    assert resolve_base(str(packed_files["llama"])).revision.startswith(
+        f"sha256:{sha256_file(packed_files['llama'])[:16]}"
+    )
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
+)
+def test_a_template_that_cannot_be_rendered(
+    packed_files: dict[str, Path], home: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.models.inspecting.templates.SECONDS", 3.0)
+    source = packed_files["qwen2"].parent / "qwen2-f32.gguf"
+    path = packed.repack(source, home / "bad.gguf", more={"tokenizer.chat_template": template})
+    for ask in (
+        lambda: choose_base(str(path), "main"),
+        lambda: _config(str(path)),
+        lambda: check_models([path], None, "main"),
+    ):
+        with pytest.raises(InputError, match="chat template cannot be rendered"):
+            ask()
 
 
 def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lib.errors import InputError
 from lib.gguf_export import converting
 from lib.models import unpacking
+from lib.models.gguf_file import read_tensors
 from lib.models.inspecting import inspect
 from lib.models.loading import load_model, load_tokenizer
 from lib.models.unpacking import asked_in, identity, is_identity, notes_of, plain_name, unpack
@@ -223,7 +224,8 @@ def test_split_cut_and_unknown_files_are_refused(packed_files: dict[str, Path], 
     )
     with pytest.raises(InputError, match="one of 4096 parts"):
         unpack(tmp_path / "split.gguf", tmp_path / "model")
-    at = whole.index(packed.text("blk.0.attn_q.weight")) + len(packed.text("blk.0.attn_q.weight")) + 4 + 16
+    last = read_tensors(packed_files["llama"])[-1]  # another one would move those behind it, which is refused first
+    at = whole.index(packed.text(last.name)) + len(packed.text(last.name)) + 4 + 8 * len(last.shape)
     (tmp_path / "type.gguf").write_bytes(whole[:at] + struct.pack("<I", packed.Q.I16) + whole[at + 4 :])
     with pytest.raises(InputError, match="of type I16"):
         unpack(tmp_path / "type.gguf", tmp_path / "model")
@@ -237,14 +239,14 @@ def test_quantized_vectors_and_factors_behind_the_end(packed_files: dict[str, Pa
     name = packed.text("output_norm.weight")
     at = whole.index(name) + len(name) + 4 + 8
     (tmp_path / "vector.gguf").write_bytes(whole[:at] + struct.pack("<I", packed.Q.Q8_0) + whole[at + 4 :])
-    with pytest.raises(InputError, match=r"output_norm\.weight has rows of 1, blocks of 32"):
+    with pytest.raises(InputError, match=r"output_norm\.weight has rows of 1, blocks of 32|at byte \d+ of the data"):
         read_source(tmp_path / "vector.gguf")
     options = {"kind": "llama", "width": 256, "head_dim": 64, "rope_theta": 500000.0, "rope_scaling": ROPES[2]}
     path = packed.make(tmp_path, "rope", options)
     whole, name = path.read_bytes(), packed.text("rope_freqs.weight")
     at = whole.index(name) + len(name) + 4 + 8 + 4
     path.write_bytes(whole[:at] + struct.pack("<Q", 2**63) + whole[at + 8 :])
-    with pytest.raises(InputError, match=r"rope_freqs\.weight lies behind the end"):
+    with pytest.raises(InputError, match=r"rope_freqs\.weight' at byte 9223372036854775808 of the data"):
         read_source(path)
 
 
@@ -285,6 +287,53 @@ def test_no_temperature_is_greedy(packed_files: dict[str, Path]) -> None:
     assert found["do_sample"] is False and "temperature" not in found
     metadata["general.sampling.top_p"] = float("nan")
     assert "top_p" not in generation_of(metadata)
+    impossible = {"top_p": 7.0, "min_p": 9.0, "top_k": 40.5, "penalty_repeat": -1.0}
+    for key, value in (impossible | {"top_k": -5}).items():
+        metadata[f"general.sampling.{key}"] = value
+    assert not {"top_p", "min_p", "top_k", "repetition_penalty"} & generation_of(metadata).keys()
+    metadata |= {"general.sampling.top_k": 40, "general.sampling.min_p": 0.0}
+    assert generation_of(metadata).items() >= {"top_k": 40, "min_p": 0.0}.items()
+
+
+def test_a_tensor_at_another_place_is_refused(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    """Its bytes are those of another tensor, or shifted: llama.cpp refuses it too."""
+    data = bytearray(packed_files["llama"].read_bytes())
+    place = data.index(b"blk.0.attn_k.weight") + len(b"blk.0.attn_k.weight") + 4 + 2 * 8 + 4
+    offset = int.from_bytes(data[place : place + 8], "little")
+    for other in (offset + 32, offset + 8, 0):
+        data[place : place + 8] = other.to_bytes(8, "little")
+        (tmp_path / "odd.gguf").write_bytes(data)
+        with pytest.raises(InputError, match=r"'blk.0.attn_k.weight' at byte \d+ of the data, where \d+ is next"):
+            unpack(tmp_path / "odd.gguf", tmp_path / "out")
+        assert "attn_k" in inspect(tmp_path / "odd.gguf", False)["problems"][0]
+
+
+def test_a_key_given_twice_is_refused(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    twice = packed_files["llama"].read_bytes().replace(b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.eos_token_id")
+    (tmp_path / "twice.gguf").write_bytes(twice)
+    with pytest.raises(InputError, match=r"key 'tokenizer.ggml.eos_token_id' twice"):
+        unpack(tmp_path / "twice.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope.freq_base", v) for v in (1e300, 1e-300, 0.5)]
+    + [("attention.layer_norm_rms_epsilon", v) for v in (1e300, 1e-300, 3e38)],
+)
+def test_numbers_that_float32_or_a_model_cannot_have(packed_files: dict[str, Path], key: str, value: float) -> None:
+    source = read_source(packed_files["llama"])
+    with pytest.raises(InputError, match=f"llama.{key}"):
+        config_of(Keys(source.metadata | {f"llama.{key}": value}, source.path), 512, True, {}, None)
+
+
+def test_a_model_of_infinite_numbers_is_refused(packed_files: dict[str, Path], tmp_path: Path) -> None:
+    def large(tensors: dict[str, np.ndarray]) -> None:
+        tensors["blk.0.ffn_norm.weight"][:] = 1e38
+
+    path = packed.repack(packed_files["llama"].parent / "llama-f32.gguf", tmp_path / "large.gguf", tensors=large)
+    with pytest.raises(InputError, match="computes numbers that are not finite"):
+        unpack(path, tmp_path / "out", "float32")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_configuration_that_transformers_refuses(packed_files: dict[str, Path]) -> None:

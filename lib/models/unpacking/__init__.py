@@ -139,7 +139,10 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
 
     def build(folder: Path) -> dict[str, Any]:
         made.append(folder)
-        return unpack_into(read_source(path), folder, dtype, off_grid)
+        record = unpack_into(read_source(path), folder, dtype, off_grid)
+        if record["sha256"] != key["sha256"]:
+            raise InputError(f"{path} changed while it was read.", "a file that stays as it is.", "run it again.")
+        return record
 
     folder = store.ensure("gguf", key, build, folders.home() / ".cache" / "unpacked")
     say(f"{path.name}: {'unpacked into' if made else 'unpacked before, found in'} {folder}")

@@ -22,6 +22,8 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
+_RANGES = {"temperature": (0, math.inf), "top_k": (1, math.inf), "top_p": (0, 1), "min_p": (0, 1)}
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 _YARN = {
     "yarn_beta_fast": "beta_fast",
@@ -47,16 +49,21 @@ class Keys:
             raise self._wrong(f"{self.architecture}.{key}", value, "a positive whole number")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
-        """A positive number: the shortest decimal fraction that gives the file's float32.
+    def real(self, key: str, default: float | None = None, least: float = 0.0, most: float = math.inf) -> float:
+        """A positive number between two bounds: the shortest decimal fraction that gives the file's float32.
 
         Raises:
-            InputError: absent without a default, or another value.
+            InputError: absent without a default, or another value; too large or too small for float32.
         """
         value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self._wrong(f"{self.architecture}.{key}", value, "a positive number")
-        return shortest(value)
+        known = type(value) in (int, float) and abs(value) < _MOST_FLOAT32
+        number = shortest(value) if known else 0.0
+        if not (known and number > 0 and least <= number <= most):
+            expected = (
+                "a positive number" if (least, most) == (0.0, math.inf) else f"a number from {least:g} to {most:g}"
+            )
+            raise self._wrong(f"{self.architecture}.{key}", value, expected)
+        return number
 
     def _wrong(self, key: str, value: Any, expected: str) -> InputError:
         found = "no key" if value is None else f"{value!r} as"
@@ -128,8 +135,8 @@ def config_of(keys: Keys, rows: int, tied: bool, biases: Mapping[str, bool], fac
         "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
         "hidden_act": "silu",
         "max_position_embeddings": keys.whole("context_length"),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.real("rope.freq_base", 10000.0),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", most=1.0),
+        "rope_theta": keys.real("rope.freq_base", 10000.0, least=1.0),
         "rope_scaling": None,
         "tie_word_embeddings": tied,
         **biases,
@@ -245,6 +252,15 @@ def transformers_config(config: Mapping[str, Any], path: Path) -> PreTrainedConf
         ) from None
 
 
+def _can_sample(name: str, value: Any) -> bool:
+    """Whether transformers takes a sampling value; llama.cpp's words for "off" (top_k 0) it does not, and they are the
+    default there."""
+    if type(value) not in (int, float) or abs(value) > _MOST_FLOAT32 or (name == "top_k" and type(value) is not int):
+        return False
+    least, most = _RANGES.get(name, (0, math.inf))
+    return least <= value <= most and (value > 0 or name in ("temperature", "min_p"))
+
+
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json: tokens that end an answer, and the sampling that the file recommends."""
     found: dict[str, Any] = _special_ids(metadata)
@@ -253,7 +269,7 @@ def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         found["eos_token_id"] = [found["eos_token_id"], turn]
     for key, name in _SAMPLING.items():
         value = metadata.get(f"general.sampling.{key}")
-        if type(value) in (int, float) and math.isfinite(value):
+        if _can_sample(name, value):
             found[name] = shortest(value) if type(value) is float else value
     if found.get("temperature", 1) <= 0:  # llama.cpp then takes the likeliest token; transformers refuses the number
         del found["temperature"]

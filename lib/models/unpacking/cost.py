@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.errors import InputError
 from lib.models.floats import widen
 from lib.models.gguf_tokenizer import tokenizer_json
 from lib.models.unpacking.configuration import transformers_config
@@ -36,6 +37,9 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     Returns:
         The figures by dtype (those that can hold the weights), and what was measured; None and why not, when there is
         not enough memory.
+
+    Raises:
+        InputError: the model computes infinities or no numbers.
     """
     from lib.device import available_memory
 
@@ -48,6 +52,12 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     model = _empty_model(source)
     with torch.inference_mode():
         exact = _log_probs(model, source, "float32", None, texts)
+        if not torch.isfinite(exact).all():
+            raise InputError(
+                f"the model in {source.path} computes numbers that are not finite.",
+                "weights that give probabilities.",
+                "make or download the file again.",
+            )
         found = {}
         for kind in ("float16", "bfloat16", "float32"):
             try:
