@@ -150,8 +150,8 @@ def measure_types(
 
 def _dtype(size: int) -> str:
     """Number format of the backward pass, for weights of `size` bytes at 16 bits: sums of squares and the gradients of
-    a tensor or two stand beside them. bfloat16 where the machine computes it natively: two to three times as fast, and
-    the types chosen are as good (docs/LOG.md).
+    a tensor or two stand beside them. bfloat16 where the machine computes it natively: faster, and the types
+    chosen are as good (docs/LOG.md).
 
     Raises:
         InputError: too little memory for either.
