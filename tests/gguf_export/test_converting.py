@@ -524,3 +524,15 @@ def test_weights_are_mapped_not_read(model: Callable[[str], Path]) -> None:
     assert isinstance(tensor.raw(), np.memmap)
     assert tensor.tensor().shape == (300, 64)
     assert [path.name for path in weights.files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_an_output_that_is_there_is_no_input_that_is_not_yet(tmp_path: Path) -> None:
+    """`merge --gguf OUT.gguf` converts weights while they are written; OUT.gguf may be there from an earlier time."""
+    from types import SimpleNamespace
+
+    from lib.gguf_export.converting import check_output
+
+    (tmp_path / "out.gguf").write_bytes(b"old")
+    check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "not-yet.safetensors"]))
+    with pytest.raises(InputError, match="is an input file"):
+        check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "out.gguf"]))
