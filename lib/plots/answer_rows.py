@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lib.plots.rows import Row
 from lib.statistics import kept_words
 
-Row = dict[str, Any]
 READABLE = 8
 """Written answers that a page shows; all of them are in generated.jsonl."""
 ALPHA = 0.05

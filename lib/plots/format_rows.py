@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Row = dict[str, Any]
+from lib.plots.rows import Row
 
 
 def exports(made: Iterable[Mapping[str, Any]]) -> list[Row]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lib.plots.rows import Row
 from lib.statistics import in_words, kept_words, power_mcnemar, rows_needed
-
-Row = dict[str, Any]
 
 
 def _interval(limits: Sequence[float] | None, form: str = ".3f") -> str | None:

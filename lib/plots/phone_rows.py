@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from lib.plots.rows import Row
 
 
 def phones(results: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, Any]], processor: str) -> list[Row]:

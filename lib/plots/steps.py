@@ -11,7 +11,7 @@ import numpy as np
 
 from lib.plots.charts import _axes
 from lib.plots.display import figure
-from lib.plots.ladder_rows import Row, _interval
+from lib.plots.rows import Row, _interval
 from lib.plots.style import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:

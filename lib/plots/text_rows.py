@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-Row = dict[str, Any]
+from lib.plots.rows import Row
+
 _OLD = "made before there was this audit; force: true makes it"
 
 

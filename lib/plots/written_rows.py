@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from lib.plots.rows import Row
+
 BASE, TUNED = "base", "fine-tuned"
 NONE = "generated_rows is 0: nothing was written"
 

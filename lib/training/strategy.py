@@ -98,10 +98,10 @@ def recommend(settings: Settings, source: str | None = None) -> Strategy:
     plans = []
     for words, changes in _ways(settings, kind, devices):
         asked = settings.model_copy(update=changes)
-        estimate = memory.estimate(_shape(adapted, asked), process)
-        need = estimate.total * (asked.num_processes if kind == "cpu" else 1)
+        estimated = memory.estimate(_shape(adapted, asked), process)
+        need = estimated.total * (asked.num_processes if kind == "cpu" else 1)
         possible = kind == "cpu" or asked.num_processes <= devices
-        plans.append(Plan(words, changes, estimate, need, possible, possible and need <= MOST * free))
+        plans.append(Plan(words, changes, estimated, need, possible, possible and need <= MOST * free))
     chosen = next((plan for plan in plans if plan.fits), None)
     return Strategy(
         name, weights, settings.max_seq_length, device.device_name(), devices, free, dtype, tuple(plans), chosen

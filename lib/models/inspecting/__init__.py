@@ -39,7 +39,8 @@ def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
         have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         problems.insert(0, f"neither a model nor an adapter: the folder holds {have}")
     else:
-        facts = (adapter if kind == "adapter" else model).describe(path, render)
+        describe = adapter.describe if kind == "adapter" else model.describe
+        facts = describe(path, render)
     return {
         **head,
         "kind": kind,
