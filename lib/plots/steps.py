@@ -11,7 +11,8 @@ import numpy as np
 
 from lib.plots.charts import _axes
 from lib.plots.display import figure
-from lib.plots.rows import Row, _interval
+from lib.plots.ladder_rows import _interval
+from lib.plots.rows import Row
 from lib.plots.style import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
