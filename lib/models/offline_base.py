@@ -107,10 +107,9 @@ def offline_card(folder: Path) -> dict[str, Any]:
 
 def _build(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
     import torch
+    from transformers import AutoTokenizer
 
-    from lib.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = new_model(tokenizer, recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ class Example:
     def loss_tokens(self) -> int:
         """Number of positions that the loss counts."""
         return sum(stop - start for start, stop in self.answers)
+
+
+Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
+"""From rows to the tensors of one forward pass."""
 
 
 def examples(rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Any, what: str) -> list[Example]:

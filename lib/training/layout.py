@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.training.batches import Collator, Example
+from lib.training.batches import Collate, Collator, Example
 from lib.training.loss import answer_loss, autocast, causal_model
 from lib.training.packing import PackedCollator, restore_attention, shared_prefix, unpackable, use_packed_attention
 
 if TYPE_CHECKING:
     import torch
 
-Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
 
 ENLARGED = 1024.0
 """Factor on the hidden states for which the logits are compared; a power of two is exact in every number format."""

@@ -20,8 +20,8 @@ from lib.progress import Progress
 from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import DevicePeak, PeakMemory
 from lib.training import checkpoints, memory
-from lib.training.batches import Example, examples
-from lib.training.layout import Collate, choose_layout
+from lib.training.batches import Collate, Example, examples
+from lib.training.layout import choose_layout
 from lib.training.targets import with_adapter
 
 if TYPE_CHECKING:

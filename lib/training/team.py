@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lib.training.batches import IGNORED, Example, GroupedOrder
-from lib.training.layout import Collate
+from lib.training.batches import IGNORED, Collate, Example, GroupedOrder
 from lib.training.trainer import AnswerTrainer
 
 NOTHING = "nothing"

@@ -17,8 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lib.training import checkpoints, full
-from lib.training.batches import Example, GroupedOrder
-from lib.training.layout import Collate
+from lib.training.batches import Collate, Example, GroupedOrder
 from lib.training.loss import answer_loss
 
 
