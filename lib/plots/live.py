@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.progress import shown_live
+from lib.training.drawing import Drawing
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -17,7 +18,7 @@ EVERY = 3.0
 """Seconds between two drawings, at least; ten times as long as the drawing took, if that is more."""
 
 
-class LiveLosses(contextlib.AbstractContextManager):
+class LiveLosses(Drawing):
     """Redraws the rows of a JSONL file of losses when `update` is called; silent outside of a notebook that is watched.
 
     Args:
@@ -25,7 +26,8 @@ class LiveLosses(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.handle, self.size = path, None, 0
+        super().__init__(path)
+        self.handle, self.size = None, 0
         self.active, self.next = shown_live(), 0.0
 
     def __exit__(self, *_: object) -> None:

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from lib.errors import InputError
 
 NO_MEMORY = (
@@ -23,6 +21,8 @@ NO_SPACE = ("No space left on device", "Disk quota exceeded", "unexpected pos", 
 @contextlib.contextmanager
 def memory_in_one_word() -> Iterator[None]:
     """Every way to say that memory is full becomes a torch.OutOfMemoryError."""
+    import torch
+
     try:
         yield
     except RuntimeError as error:
@@ -38,6 +38,8 @@ def loading() -> Iterator[None]:
     Raises:
         InputError: so it is.
     """
+    import torch
+
     try:
         with memory_in_one_word():
             yield

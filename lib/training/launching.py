@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lib import device
 from lib.errors import InputError
-from lib.plots.live import LiveLosses
 from lib.progress import Progress
 from lib.run.child import StoppedError, run_child
 from lib.run.memory import PeakMemory
 
 if TYPE_CHECKING:
+    from lib.training.drawing import Drawing
     from lib.training.session import Job
 
 GRACE = 5.0
@@ -41,7 +41,7 @@ def train_in_processes(job: Job) -> dict[str, Any]:
         stop_file = Path(name) / "stop"
         members = _arguments(job, size, Path(name), stop_file)
         with stop_by_signal(stop_file.touch):
-            results, failures = _run(members, size, job.folder / LIVE)
+            results, failures = _run(members, size, job.draw(job.folder / LIVE))
             stopped = stop_file.exists() or any("stopped" in result for result in results)
             full = [result["out_of_memory"] for result in results if "out_of_memory" in result]
             if full and not stopped:
@@ -90,7 +90,9 @@ def _gpus(size: int) -> list[str]:
     return [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
 
 
-def _run(members: list[dict[str, Any]], size: int, losses: Path) -> tuple[list[dict[str, Any]], list[BaseException]]:
+def _run(
+    members: list[dict[str, Any]], size: int, drawing: Drawing
+) -> tuple[list[dict[str, Any]], list[BaseException]]:
     """Results and failures of the processes; when one ends badly, the others are ended too."""
     give_up, lines = threading.Event(), {0: ""}
 
@@ -103,7 +105,7 @@ def _run(members: list[dict[str, Any]], size: int, losses: Path) -> tuple[list[d
     with (
         ThreadPoolExecutor(size) as pool,
         Progress(f"training in {size} processes") as progress,
-        LiveLosses(losses) as drawing,
+        drawing,
     ):
         pending = {pool.submit(start, member) for member in members[:size]}
         done: set[Future] = set()

@@ -21,6 +21,7 @@ from lib.run.files import read_jsonl, require_space, write_jsonl
 from lib.run.memory import DevicePeak, PeakMemory
 from lib.training import checkpoints, memory
 from lib.training.batches import Collate, Example, examples
+from lib.training.drawing import Draw, Drawing
 from lib.training.layout import choose_layout
 from lib.training.targets import with_adapter
 
@@ -38,6 +39,7 @@ class Job:
         data: folder of the data product. base: the base model.
         folder: where checkpoints, history and log go.
         in_4bit: the base in NF4.
+        draw: who draws the losses of the file that it is given, while the training writes them.
     """
 
     settings: Settings
@@ -45,6 +47,7 @@ class Job:
     base: Base
     folder: Path
     in_4bit: bool
+    draw: Draw = Drawing
 
 
 def train(job: Job, team: Team | None = None) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def _train(
 ) -> dict[str, Any] | None:
     """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
     from lib.training import full
-    from lib.training.watch import Watch, stop_by_signal
+    from lib.training.watch import LIVE, Watch, stop_by_signal
 
     folder, first = job.folder / "checkpoints", team is None or team.first
     _remove_unfinished(folder)
@@ -156,13 +159,14 @@ def _train(
     began = time.monotonic()
     with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
         log_file = job.folder / "training.log" if first else None
-        watch = Watch(trainer, log_file, progress, team.any_stops if team else bool)
+        drawing = job.draw(folder.with_name(LIVE)) if first else Drawing(folder)
+        watch = Watch(trainer, log_file, progress, drawing, team.any_stops if team else bool)
         trainer.add_callback(watch)
         for message in messages:
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout[1]}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with stop_by_signal(watch.stop), watch.drawing, full.memory_in_one_word():
+        with stop_by_signal(watch.stop), drawing, full.memory_in_one_word():
             if start and start.eval_loss is None and (start.step % job.settings.save_steps == 0 or start.step == steps):
                 start = trainer.judge(start)
             watch.start = start

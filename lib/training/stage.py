@@ -11,6 +11,7 @@ from lib.run.resources import ResourceSampler, read_samples, summary
 from lib.training.adopting import take
 from lib.training.arithmetic import same_or_afresh
 from lib.training.attempts import until_it_fits
+from lib.training.drawing import Draw, Drawing
 from lib.training.launching import train_in_processes
 from lib.training.publishing import publish
 from lib.training.result import RESOURCES, FinetuneResult
@@ -29,10 +30,13 @@ PARAMETERS = (
 """Settings that the adapter depends on (those of the data come in through the data product)."""
 
 
-def finetune(settings: Settings, run: Run) -> FinetuneResult:
+def finetune(settings: Settings, run: Run, draw: Draw = Drawing) -> FinetuneResult:
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
     With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted.
+
+    Args:
+        draw: draws the losses while they come.
 
     Raises:
         InputError: no data product, an unusable base model, no room in memory or on the disk, unknown target_modules.
@@ -43,7 +47,7 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
     def make() -> Product:
         return run.produce(
             "adapter",
-            lambda work: _build(settings, run, work),
+            lambda work: _build(settings, run, work, draw),
             parameters=settings.pick(*PARAMETERS) | {"seed": settings.training_seed},
             inputs=("data",),
             force=settings.force,
@@ -53,10 +57,10 @@ def finetune(settings: Settings, run: Run) -> FinetuneResult:
     return FinetuneResult.read(made_once(make, run, "adapter", settings.num_processes))
 
 
-def _build(settings: Settings, run: Run, work: Work) -> None:
+def _build(settings: Settings, run: Run, work: Work, draw: Draw) -> None:
     quiet()  # also where other processes train: this one loads the same libraries
     in_4bit, base = _four_bits(settings, work), base_of(run)
-    job = Job(settings, run.require("data").path, base, work.folder, in_4bit)
+    job = Job(settings, run.require("data").path, base, work.folder, in_4bit, draw)
     messages = same_or_afresh(work.folder, settings, in_4bit)
     with ResourceSampler(work.folder / RESOURCES, gpus=settings.num_processes):
         facts, notes = until_it_fits(job, train if settings.num_processes == 1 else train_in_processes)

@@ -17,9 +17,9 @@ import torch
 from transformers import TrainerCallback
 
 from lib.errors import Terminated
-from lib.plots.live import LiveLosses
 from lib.progress import Progress
 from lib.training.checkpoints import Checkpoint
+from lib.training.drawing import Drawing
 from lib.training.trainer import AnswerTrainer
 
 WARM_STEPS = 5
@@ -37,6 +37,7 @@ class Watch(TrainerCallback):
 
     Args:
         log_file: training.log; None = none.
+        drawing: draws the losses while it runs.
         agree: whether to stop, from whether this process was asked to (of a team: whether any was).
 
     Attributes:
@@ -48,14 +49,15 @@ class Watch(TrainerCallback):
         trainer: AnswerTrainer,
         log_file: Path | None,
         progress: Progress,
+        drawing: Drawing,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
-        self.trainer, self.log_file, self.progress, self.agree = trainer, log_file, progress, agree
+        self.trainer, self.log_file, self.progress = trainer, log_file, progress
+        self.drawing, self.agree = drawing, agree
         trainer.interrupted = self.asked
         self.start: Checkpoint | None = None
         self.rates: list[float] = []
         self.note, self.stopped, self.started = "", False, 0.0
-        self.drawing = LiveLosses(log_file.with_name(LIVE) if log_file else Path(LIVE))
 
     def write(self, line: str) -> None:
         """Append a line with a time stamp to training.log."""
@@ -113,7 +115,7 @@ class Watch(TrainerCallback):
         self._show(state.log_history[-1:])
 
     def _show(self, rows: list[dict[str, Any]]) -> None:
-        """Give new rows of the history to whoever draws them (`lib.plots.live`), here or in a parent process."""
+        """Give new rows of the history to whoever draws them, here or in a parent process."""
         if self.log_file is not None:
             with self.log_file.with_name(LIVE).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
