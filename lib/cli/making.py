@@ -11,7 +11,7 @@ from lib.cli.guard import tell
 from lib.cli.output import show
 from lib.errors import InputError
 
-FAST = {"max_train_rows": 300, "max_eval_rows": 150, "perplexity_tokens": 1024, "imatrix_chunks": 8}
+FAST = {"max_train_rows": 300, "max_eval_rows": 120, "perplexity_tokens": 1024, "imatrix_chunks": 8}
 """Most rows and tokens of a run with `--fast`: enough to see every page, too few for most verdicts."""
 
 
