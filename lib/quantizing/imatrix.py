@@ -9,11 +9,14 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib.errors import InputError
-from lib.quantizing.native import Header, open_header
+
+if TYPE_CHECKING:
+    from lib.quantizing.native import Header
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 4096
@@ -70,6 +73,8 @@ def read(path: Path) -> Imatrix:
 
 
 def _read_gguf(path: Path) -> Imatrix:
+    from lib.quantizing.native import open_header
+
     with open_header(path) as header:
         if header.text("general.type") != "imatrix":
             raise _damaged(path, f"its general.type is {header.text('general.type')!r}, not 'imatrix'")
