@@ -16,7 +16,7 @@ from benchmarks import harness
 from benchmarks.peers import peer_llama_cpp
 from benchmarks.shapes import cache, shape_folder
 from lib.errors import InputError
-from lib.run.files import sha256_file
+from lib.runs.files import sha256_file
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from lib.device import physical_cores
 from lib.errors import InputError
-from lib.models.prompting import Task, encode, render
-from lib.run.folders import PROJECT
+from lib.prompts.classification import Task, encode, render
+from lib.runs.files import PROJECT
+from lib.runs.machine import physical_cores
 from lib.settings import Settings
 
 
@@ -63,7 +63,7 @@ def read_rows(count: int, tokenizer: Any) -> tuple[list[dict[str, Any]], str]:
             found = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
         pairs, source = [(row["text_a"], int(row["label"])) for row in found], "ChnSentiCorp, test rows"
     else:
-        from lib.data.sample import reviews
+        from lib.stages.data.sample import reviews
 
         pairs = [(row["text"], row["label"]) for row in reviews()["test"]]
         source = "generated sample, test rows"

@@ -25,8 +25,8 @@ from benchmarks.evaluating import Side, arguments, make_job, measure, read_rows,
 from benchmarks.peers import pinned_version, tool
 from benchmarks.quantize import source_file
 from benchmarks.shapes import cache
-from lib.models.prompting import encode
-from lib.scoring import NEAR_TIE
+from lib.prompts.classification import encode
+from lib.scoring.log_probabilities import NEAR_TIE
 
 TYPE = "Q4_K_M"
 OURS = Side("workbook-gguf", "workbook, llama.cpp", {}, {})

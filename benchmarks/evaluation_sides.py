@@ -37,14 +37,14 @@ def _since(started: tuple[float, float]) -> Made:
 
 
 def _task(job: Job) -> Any:
-    from lib.models.prompting import Task
+    from lib.prompts.classification import Task
 
     return Task.from_json(job["task"])
 
 
 def _scored(backend: Any, tokenizer: Any, job: Job) -> Made:
     """Our scorer on either backend."""
-    from lib.scoring import score_rows
+    from lib.scoring.log_probabilities import score_rows
 
     started = _now()
     scores = score_rows(backend, tokenizer, _task(job), job["rows"], "scoring")
@@ -63,7 +63,7 @@ def workbook_transformers(job: Job) -> Made:
     import torch
 
     from lib.models.loading import load_model, load_tokenizer
-    from lib.scoring import TransformersBackend
+    from lib.scoring.torch_backend import TransformersBackend
 
     torch.set_num_threads(job["threads"])
     folder = Path(job["model"])
@@ -142,7 +142,7 @@ class _Clock:
 def workbook_gguf(job: Job) -> Made:
     """The workbook's scorer with llama.cpp."""
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
-    from lib.scoring import LlamaCppBackend
+    from lib.scoring.llama_backend import LlamaCppBackend
 
     backend = LlamaCppBackend(job["model"], job["task"]["max_seq_length"], job["threads"])
     return _scored(backend, tokenizer_from_gguf(Path(job["model"])), job)

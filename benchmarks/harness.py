@@ -33,10 +33,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lib.device import cpu_name, physical_cores
 from lib.errors import InputError
-from lib.run.files import FSYNC_VARIABLE, write_json
-from lib.run.folders import PROJECT
+from lib.runs.files import FSYNC_VARIABLE, PROJECT, write_json
+from lib.runs.machine import cpu_name, physical_cores
 
 _INTERVAL = 0.01
 MEMORY = "largest sum of RssAnon over the processes of a side, sampled every 10 ms (mapped files not counted), MiB"
@@ -269,7 +268,7 @@ def chart(path: Path, sides: Sequence[dict[str, Any]], key: str, unit: str, titl
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    from lib.plots.style import BLUE, GREY, use_style
+    from lib.report.display import BLUE, GREY, use_style
 
     use_style()
     sides = list(sides)[::-1]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import harness
 from benchmarks.shapes import cache, shape_folder
 from lib.errors import InputError
-from lib.run.files import sha256_file
+from lib.runs.files import sha256_file
 
 PEFT = """
 import sys

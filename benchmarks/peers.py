@@ -17,8 +17,7 @@ from pathlib import Path
 
 from benchmarks.shapes import cache
 from lib.errors import InputError
-from lib.run.files import sha256_file, sha256_json
-from lib.run.folders import PROJECT
+from lib.runs.files import PROJECT, sha256_file, sha256_json
 
 LLAMA_CPP_VARIABLE = "WORKBOOK_LLAMA_CPP"
 """Environment variable: a checkout of llama.cpp to use instead of downloading its sources."""

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import harness
 from benchmarks.peers import pinned_version, tool
 from benchmarks.shapes import cache, shape_folder
-from lib.device import physical_cores
 from lib.errors import InputError
-from lib.run.files import sha256_file
+from lib.runs.files import sha256_file
+from lib.runs.machine import physical_cores
 from lib.settings import Settings
 
 

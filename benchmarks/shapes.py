@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.run.folders import PROJECT, home
+from lib.runs.files import PROJECT, home
 
 SHAPES = {"qwen2.5-0.5b": "qwen2.5-0.5b-instruct"}
 """Name of a shape → folder of its configuration and tokenizer under shared/data."""

@@ -24,11 +24,12 @@ from scipy.stats import binom, binomtest, norm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.simulated_pages import MARGIN_POINTS, groups, pages
-from lib import statistics
 from lib.progress import track
-from lib.run.files import write_json
-from lib.statistics import Interval
-from lib.statistics.intervals import ADJUSTMENT, tango_statistic
+from lib.runs.files import write_json
+from lib.statistics import intervals as statistics_intervals
+from lib.statistics import paired, verdicts
+from lib.statistics import power as statistics_power
+from lib.statistics.intervals import ADJUSTMENT, Interval, tango_statistic
 from lib.statistics.losses import compare_losses
 
 ROWS = (200, 400, 865, 1200)
@@ -40,9 +41,9 @@ _FLIPS = 999
 @cache
 def _table(losses: int, gains: int, n: int) -> tuple[Interval, float, str]:
     """Interval, exact p and verdict of one possible outcome."""
-    interval = statistics.paired_score_interval(losses, gains, n)
+    interval = statistics_intervals.paired_score_interval(losses, gains, n)
     p = binomtest(losses, losses + gains, 0.5).pvalue if losses + gains else 1.0
-    return interval, float(p), statistics.verdict(interval, float(p), MARGIN_POINTS, 0.0)
+    return interval, float(p), verdicts.verdict(interval, float(p), MARGIN_POINTS, 0.0)
 
 
 def exact(n: int, share: float, difference: float) -> dict[str, Any]:
@@ -101,11 +102,11 @@ def clustered(n: int, share: float, difference: float, kind: str, times: int, rn
         own, whole = (np.searchsorted(edges, rng.random(size), side="right") for size in (n, group[-1] + 1))
         together = rng.random(n) < (0.9 if kind == "near-duplicates" else 0.5)
         change = np.array([-1, 1, 0])[np.where(together, whole[group], own)]
-        interval = statistics.clustered_score_interval(change, group)
-        plain = statistics.clustered_score_interval(change)
+        interval = paired.clustered_score_interval(change, group)
+        plain = paired.clustered_score_interval(change)
         hits += interval.low <= difference <= interval.high
         naive += plain.low <= difference <= plain.high
-        worse += statistics.compare(change < 1, change > -1, group, MARGIN_POINTS, i).verdict == "worse"
+        worse += verdicts.compare(change < 1, change > -1, group, MARGIN_POINTS, i).verdict == "worse"
     figures = {"coverage": hits / times, "coverage_without_groups": naive / times, "worse": worse / times}
     return {"rows": n, "share": share, "difference": difference, "groups": kind, **figures}
 
@@ -124,10 +125,10 @@ def margins(n: int, kind: str, times: int, rng: np.random.Generator) -> dict[str
     found = dict.fromkeys(("false_alarm", "student", *(("percentile", "bca") if n == ROWS[0] else ())), 0)
     for i in range(times):
         change = MARGINS[kind](rng, n)
-        intervals = {"student": statistics.clustered_mean(change)}
+        intervals = {"student": paired.clustered_mean(change)}
         for method in list(found)[2:]:
-            intervals[method] = statistics.paired_bootstrap(change, None, i, 500, method=method)
-        found["false_alarm"] += statistics.sign_flip_test(change, None, i, _FLIPS) < 0.05
+            intervals[method] = statistics_intervals.paired_bootstrap(change, None, i, 500, method=method)
+        found["false_alarm"] += paired.sign_flip_test(change, None, i, _FLIPS) < 0.05
         for name, interval in intervals.items():
             found[name] += interval.low <= 0 <= interval.high
     return {"rows": n, "margins": kind, **{name: count / times for name, count in found.items()}}
@@ -141,9 +142,9 @@ def documents(count: int, uneven: bool, times: int, rng: np.random.Generator) ->
         group = np.repeat(np.arange(count), sizes)
         values = (rng.gamma(4, 0.5, count) - 2)[group] + rng.normal(0, 3, len(group))
         intervals = {
-            "studentized": statistics.clustered_bootstrap_t(values, group, i, 500),
-            "student": statistics.clustered_mean(values, group),
-            "percentile": statistics.paired_bootstrap(values, group, i, 500),
+            "studentized": paired.clustered_bootstrap_t(values, group, i, 500),
+            "student": paired.clustered_mean(values, group),
+            "percentile": statistics_intervals.paired_bootstrap(values, group, i, 500),
         }
         for name, interval in intervals.items():
             found[name] += interval.low <= 0 <= interval.high
@@ -166,7 +167,7 @@ def losses(count: int, kind: str, times: int, rng: np.random.Generator) -> dict[
         change = lost + 0.01 * LOSSES[kind](rng, count)
         reference = rng.uniform(1, 3, count)
         one = compare_losses(reference, {"q": reference + change}, tokens, group, MARGIN_POINTS)["q"]
-        drawn = statistics.paired_bootstrap(change, group, i, 500, weights=tokens)
+        drawn = statistics_intervals.paired_bootstrap(change, group, i, 500, weights=tokens)
         found["equivalent"] += one.verdict.startswith("equivalent")
         found["inside"] += one.difference.within(lost)
         found["coverage"] += one.difference.low <= lost <= one.difference.high
@@ -182,8 +183,8 @@ def unlabelled(times: int, rng: np.random.Generator) -> dict[str, list[dict[str,
 
 def power(n: int, share: float) -> dict[str, Any]:
     """The minimum detectable effect, exact and by the usual approximation, with the exact power of the latter."""
-    usual, true = statistics.mde_paired(n, share), statistics.mde_exact(n, share)
-    reached = statistics.power_mcnemar(n, max(share, usual), usual)
+    usual, true = paired.mde_paired(n, share), statistics_power.mde_exact(n, share)
+    reached = statistics_power.power_mcnemar(n, max(share, usual), usual)
     return {"rows": n, "share": share, "mde": true, "mde_approximate": usual, "power_of_approximate": reached}
 
 

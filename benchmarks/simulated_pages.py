@@ -1,4 +1,4 @@
-"""Whole comparisons as notebook 07 makes them, with a known truth: `lib.comparison.judging.judge` on made scores.
+"""Whole comparisons as notebook 07 makes them, with a known truth: `lib.stages.compare.judge.judge` on made scores.
 
 A row has a latent ease, normal, and so has every file's view of it; a margin is the ease stretched (skewed, with heavy
 tails, in nats), and the answer is right where it is positive. Reference and file have the same distribution and differ
@@ -18,9 +18,9 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
-from lib.comparison.judging import Rows, judge
 from lib.progress import track
-from lib.scoring import Scores
+from lib.scoring.log_probabilities import Scores
+from lib.stages.compare.judge import Rows, judge
 
 ROWS = (200, 400, 800, 1200)
 LADDER = {"Q8_0": 0.002, "Q6_K": 0.005, "Q5_K_M": 0.0075, "Q4_K_M": 0.01, "Q4_0": 0.02, "Q3_K_M": 0.04, "Q2_K": 0.08}

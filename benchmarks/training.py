@@ -31,8 +31,8 @@ from benchmarks import harness
 from benchmarks.peers import packages
 from benchmarks.shapes import shape_folder
 from lib.errors import InputError
-from lib.models.prompting import Task, encode
-from lib.run.folders import PROJECT
+from lib.prompts.classification import Task, encode
+from lib.runs.files import PROJECT
 from lib.settings import load
 
 TRL = "1.16.0"

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lib.models.loading import load_model
-from lib.training.batches import IGNORED, Example, GroupedOrder
+from lib.stages.finetune.batches import IGNORED, Example, GroupedOrder
 
 
 class Clock(TrainerCallback):
@@ -115,8 +115,8 @@ def trl_trainer(model: Any, job: dict[str, Any], tokenizer: Any, folder: Path) -
 
 def our_trainer(model: Any, job: dict[str, Any], pad_id: int, folder: Path) -> Trainer:
     """The Trainer of `workbook report`, without checkpoints and validation."""
-    from lib.training.layout import choose_layout
-    from lib.training.trainer import AnswerTrainer
+    from lib.stages.finetune.layout import choose_layout
+    from lib.stages.finetune.trainer import AnswerTrainer
 
     rows = [Example(row["ids"], row["prompt"]) for row in job["rows"]]
     collate, words = choose_layout(model, rows, pad_id)

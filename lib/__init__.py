@@ -3,6 +3,8 @@
 Importing this package loads nothing heavy; see docs/HOUSE.md for the rooms and their floors.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import warnings

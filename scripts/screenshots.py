@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lib.run.folders import PROJECT, reports_folder
+from lib.runs.files import PROJECT, reports_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.run.files import atomic_path, write_jsonl
-from lib.run.folders import PROJECT
+from lib.runs.files import PROJECT, atomic_path, write_jsonl
 
 FOLDER = PROJECT / ".cache" / "smollm2"
 CLEAR = 1.0

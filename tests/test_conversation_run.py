@@ -11,19 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import comparison, data, evaluation, exporting, gguf_export, merging, quantizing, training
-from lib.device import llama_cpp_problem
 from lib.errors import InputError
 from lib.models import offline_base
-from lib.models.loading import base_of, load_model, load_tokenizer
-from lib.models.tasks import encode_row, read_task
-from lib.run import Run, open_run
-from lib.run.files import read_json, read_jsonl
-from lib.run.folders import HOME_VARIABLE
-from lib.scoring import LlamaCppBackend, TransformersBackend
-from lib.scoring.answers import AnswerScores, token_log_probs
+from lib.models.base_model import base_of
+from lib.models.loading import load_model, load_tokenizer
+from lib.prompts.tasks import encode_row, read_task
+from lib.runs.files import HOME_VARIABLE, read_json, read_jsonl
+from lib.runs.machine import llama_cpp_problem
+from lib.runs.run import Run, open_run
+from lib.scoring.llama_backend import LlamaCppBackend
+from lib.scoring.log_probabilities import AnswerScores, token_log_probs
+from lib.scoring.term_lists import read_prompts
+from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings, check
-from lib.textmetrics import read_prompts
+from lib.stages.compare import stage as compare_stage
+from lib.stages.convert import stage as convert_stage
+from lib.stages.data import stage as data_stage
+from lib.stages.evaluate import stage as evaluate_stage
+from lib.stages.export import stage as export_stage
+from lib.stages.finetune import stage as finetune_stage
+from lib.stages.merge import stage as merge_stage
+from lib.stages.quantize import stage as quantize_stage
 
 pytestmark = [
     pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
@@ -66,14 +74,14 @@ def run_stages(settings: Settings) -> dict:
     run = open_run(settings.run_name)
     return {
         "run": run,
-        "data": data.prepare(settings, run),
-        "adapter": training.finetune(settings, run),
-        "evaluation": evaluation.evaluate(settings, run),
-        "merged": merging.merge(settings, run),
-        "gguf": gguf_export.export(settings, run),
-        "quantized": quantizing.quantize(settings, run),
-        "exports": exporting.export(settings, run),
-        "comparison": comparison.compare(settings, run),
+        "data": data_stage.prepare(settings, run),
+        "adapter": finetune_stage.finetune(settings, run),
+        "evaluation": evaluate_stage.evaluate(settings, run),
+        "merged": merge_stage.merge(settings, run),
+        "gguf": convert_stage.export(settings, run),
+        "quantized": quantize_stage.quantize(settings, run),
+        "exports": export_stage.export(settings, run),
+        "comparison": compare_stage.compare(settings, run),
     }
 
 
@@ -164,7 +172,7 @@ def test_what_the_models_write_is_measured_and_prompts_are_answered(results: dic
 
 
 def test_every_gguf_file_writes_answers_to_the_same_rows(results: dict) -> None:
-    from lib.plots import written_rows
+    from lib.report import written_rows
 
     result, before = results["comparison"], results["evaluation"]
     assert list(result.written["same_text"]) == ["F16", "Q8_0"] and result.written["same_text"]["F16"] == 2
@@ -216,7 +224,7 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
 
 def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: dict) -> None:
     """Every step's loss against the scores of 03 and 07, and the two models that only the ladder needs."""
-    from lib.plots import steps as shown
+    from lib.report import steps_page
 
     result, folder = results["comparison"], results["comparison"].product.path
     dtype = results["merged"].product.entry.facts["dtype"]
@@ -248,13 +256,13 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
     wanted = token_log_probs(model, [e.ids for e in encoded], [e.spans for e in encoded])
     saved = AnswerScores.load(folder / "scores-merged.jsonl")
     np.testing.assert_allclose(saved.log_probs, [values.sum() for values in wanted], rtol=1e-4)
-    assert [row["step"] for row in shown.rows(result.steps)] == [step["name"] for step in result.steps]
-    assert "less than 1 %" in shown.caption(result.steps) and " → " in shown.reading(result.steps)
-    assert "<figcaption>" in shown.ladder(result.steps).data
+    assert [row["step"] for row in steps_page.rows(result.steps)] == [step["name"] for step in result.steps]
+    assert "less than 1 %" in steps_page.caption(result.steps) and " → " in steps_page.steps_reading(result.steps)
+    assert "<figcaption>" in steps_page.ladder(result.steps).data
 
 
 def test_what_the_pages_show(results: dict) -> None:
-    from lib.plots import answer_rows, rows
+    from lib.report import answer_rows, rows
 
     made, result = results["data"], results["evaluation"]
     assert f"of {len(made.rows('test'))} test rows" in answer_rows.leaks(made)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import device
+from lib.runs import machine
 
 MIB = 2**20
 
@@ -25,8 +25,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         total, available = 65536 * MIB, 32768 * MIB
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
-    given = device.memory_limits
-    monkeypatch.setattr(device, "memory_limits", lambda: given(tmp_path, tmp_path / "own"))
+    given = machine.memory_limits
+    monkeypatch.setattr(machine, "memory_limits", lambda: given(tmp_path, tmp_path / "own"))
     return tmp_path / "own"
 
 
@@ -37,8 +37,8 @@ def test_a_job_of_version_2_and_the_slice_around_it(own: Path) -> None:
     group(root / "slurm/job_7", memory__max=4096 * MIB, memory__current=1500 * MIB)
     (root / "slurm/job_7/memory.stat").write_text(f"anon 7\ninactive_file {500 * MIB}\n")
     group(root / "slurm/job_7/step_0", memory__max="max", memory__current=7)
-    assert device.memory_limits() == [(4096 * MIB, 1000 * MIB), (9000 * MIB, 8500 * MIB)]
-    assert device.total_memory() == 4096 * MIB and device.available_memory() == 500 * MIB  # of the slice, others too
+    assert machine.memory_limits() == [(4096 * MIB, 1000 * MIB), (9000 * MIB, 8500 * MIB)]
+    assert machine.total_memory() == 4096 * MIB and machine.available_memory() == 500 * MIB  # of the slice, others too
 
 
 def test_a_job_of_version_1(own: Path) -> None:
@@ -46,16 +46,16 @@ def test_a_job_of_version_1(own: Path) -> None:
     root = own.parent / "memory"
     group(root, memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=9 * MIB)
     group(root / "job", memory__limit_in_bytes=2048 * MIB, memory__usage_in_bytes=48 * MIB)
-    assert device.total_memory() == 2048 * MIB and device.available_memory() == 2000 * MIB
+    assert machine.total_memory() == 2048 * MIB and machine.available_memory() == 2000 * MIB
 
 
 def test_a_container_that_sees_the_names_outside(own: Path) -> None:
     own.write_text("0::/docker/0123\n")
     group(own.parent, memory__max=1024 * MIB, memory__current=2048 * MIB)
-    assert device.total_memory() == 1024 * MIB and device.available_memory() == 0
+    assert machine.total_memory() == 1024 * MIB and machine.available_memory() == 0
 
 
 def test_no_limits_and_no_control_groups(own: Path) -> None:
-    assert device.total_memory() == 65536 * MIB and device.available_memory() == 32768 * MIB
+    assert machine.total_memory() == 65536 * MIB and machine.available_memory() == 32768 * MIB
     own.write_text("0::/\nodd\n")
-    assert device.available_memory() == 32768 * MIB
+    assert machine.available_memory() == 32768 * MIB

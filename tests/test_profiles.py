@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from lib import data, evaluation, exporting, gguf_export, merging, quantizing, settings, training
-from lib.device import bitsandbytes_problem, llama_cpp_problem
-from lib.run import open_run
+from lib import settings
+from lib.runs.machine import bitsandbytes_problem, llama_cpp_problem
+from lib.runs.run import open_run
+from lib.stages.convert import stage as convert_stage
+from lib.stages.data import stage as data_stage
+from lib.stages.evaluate import stage as evaluate_stage
+from lib.stages.export import stage as export_stage
+from lib.stages.finetune import stage as finetune_stage
+from lib.stages.merge import stage as merge_stage
+from lib.stages.quantize import stage as quantize_stage
 from tests.test_settings import PROJECT
 
 LAYERS = 2
@@ -110,14 +117,14 @@ def test_profile_from_01_to_06(profile: str, home: Path, tmp_path: Path, shared_
     if chosen.load_in_4bit and (problem := bitsandbytes_problem()):
         pytest.skip(problem)
     run = open_run(chosen.run_name)
-    data.prepare(chosen, run)
-    adapter = training.finetune(chosen, run)
+    data_stage.prepare(chosen, run)
+    adapter = finetune_stage.finetune(chosen, run)
     assert adapter.train_rows == 12
-    evaluation.evaluate(chosen, run)
-    merged = merging.merge(chosen, run)
+    evaluate_stage.evaluate(chosen, run)
+    merged = merge_stage.merge(chosen, run)
     assert (merged.nf4 is not None) is chosen.load_in_4bit
-    gguf = gguf_export.export(chosen, run)
+    gguf = convert_stage.export(chosen, run)
     assert gguf.gate.mean_kld < chosen.gate_max_kld
-    ladder = quantizing.quantize(chosen, run)
+    ladder = quantize_stage.quantize(chosen, run)
     assert [file.type for file in ladder.files] == ["Q8_0", "Q4_K_M"]
-    assert exporting.export(chosen, run).made
+    assert export_stage.export(chosen, run).made

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.reporting.checks import problems
-from lib.run.manifest import NOTEBOOK_OF
+from lib.report.html import problems
+from lib.runs.manifest import NOTEBOOK_OF
 from lib.settings import Settings
 
 pytestmark = pytest.mark.report

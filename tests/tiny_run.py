@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lib.models.prompting import Task
-from lib.run import Run, Work, open_run
+from lib.prompts.classification import Task
+from lib.runs.run import Run, Work, open_run
 
 LABELS = ("负面", "正面")
 WORDS = [*"很不好差，。！贵", "房间", "干净", "服务", "早餐", "虽然", "但是", "一般", "Wi-Fi", "24", "🙂"]
@@ -31,7 +31,7 @@ def rows(n: int, split: str, seed: int) -> list[dict[str, Any]]:
 
 def make_tokenizer(folder: Path) -> None:
     """Train and save the project's tokenizer with 512 tokens."""
-    from lib.models.offline_tokenizer import TokenizerRecipe, train_tokenizer
+    from lib.models.offline_base import TokenizerRecipe, train_tokenizer
 
     train_tokenizer(texts(200), list(LABELS), folder, TokenizerRecipe(vocabulary=512))
 
@@ -79,7 +79,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 def make_run(base: Path, method: str = "LoRA", name: str = "tiny") -> Run:
     """A run (under WORKBOOK_HOME) whose `data` and `adapter` products are finished."""
-    from lib.models.loading import resolve_base
+    from lib.models.base_model import resolve_base
 
     run = open_run(name)
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.cli import deciding, quantizing, shipping
-from lib.cli.guard import guarded
-from lib.cli.options import (
+from lib.cli import package, quantize, select
+from lib.cli.console import (
     Data,
     GpuLayers,
     Json,
@@ -22,6 +21,7 @@ from lib.cli.options import (
     TextColumn,
     Threads,
     UserPrompt,
+    guarded,
 )
 
 app = typer.Typer(
@@ -48,12 +48,11 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """What this machine can run, with cures; with PARAMS.yaml or --model: which way of training fits it."""
-    from lib.cli import doctor as checks
-    from lib.cli import strategy
+    from lib.cli import doctor as cli_doctor
 
     if params_file or model:
-        strategy.tell(params_file, model, parameters or [], as_json)
-    elif not checks.tell(as_json):
+        cli_doctor.tell_strategy(params_file, model, parameters or [], as_json)
+    elif not cli_doctor.tell(as_json):
         raise typer.Exit(2)
 
 
@@ -61,8 +60,8 @@ def doctor(
 @guarded
 def params(as_json: Json = False) -> None:
     """Every key of a parameter file: type, default, meaning."""
-    from lib.cli.output import show
-    from lib.cli.parameters import as_text, keys
+    from lib.cli.console import show
+    from lib.cli.report import as_text, keys
 
     found = keys()
     show({"parameters": found}, as_json, as_text(found))
@@ -75,9 +74,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
-    from lib.cli import inspecting
+    from lib.cli import inspect as cli_inspect
 
-    if not inspecting.inspect(path, as_json):
+    if not cli_inspect.inspect(path, as_json):
         raise typer.Exit(2)
 
 
@@ -97,12 +96,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
-    from lib.cli import making
+    from lib.cli import report as cli_report
 
-    making.report(params_file, parameters or [], start_from, end_at, seeds, fast, timeout, as_json)
+    cli_report.report(params_file, parameters or [], start_from, end_at, seeds, fast, timeout, as_json)
 
 
-deciding.register(app)
+select.register(app)
 
 
 @app.command(short_help="GGUF file → model folder")
@@ -117,9 +116,9 @@ def unpack(
     as_json: Json = False,
 ) -> None:
     """Turn a GGUF file into a model folder: weights dequantized, configuration and tokenizer rebuilt."""
-    from lib.cli import unpacking
+    from lib.cli import inspect as cli_inspect
 
-    unpacking.unpack(file, folder, dtype, off_grid, as_json)
+    cli_inspect.unpack(file, folder, dtype, off_grid, as_json)
 
 
 @app.command(short_help="adapter + base model → one model folder")
@@ -159,7 +158,7 @@ def convert(
     work.convert(model_dir, output, outtype, llama_cpp, as_json)
 
 
-quantizing.register(app)
+quantize.register(app)
 
 
 @app.command(short_help="models on labelled rows")
@@ -260,10 +259,10 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Perplexity on a text; with --reference the table of llama-perplexity --kl-divergence, and intervals."""
-    from lib.cli import perplexing
+    from lib.cli import perplexity as cli_perplexity
 
     options = {"n_ctx": n_ctx, "chunks": chunks, "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
-    perplexing.perplexity(model, text, reference, text_column, options, as_json)
+    cli_perplexity.perplexity(model, text, reference, text_column, options, as_json)
 
 
 def _given(
@@ -280,4 +279,4 @@ def _given(
     return {key: value for key, value in values.items() if value is not None}
 
 
-shipping.register(app)
+package.register(app)

@@ -1,4 +1,6 @@
-"""What this machine can run: every lack with its cure and the notebooks it touches. No network is used."""
+"""`workbook doctor PARAMS`: which way of training fits this machine, with the arithmetic shown.
+What this machine can run: every lack with its cure and the notebooks it touches. No network is used.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,84 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lib import device
-from lib.cli.output import show
-from lib.run.folders import PROJECT, home
+from lib.cli.console import show, table
+from lib.runs import machine
+from lib.runs.files import PROJECT, home
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+    from lib.stages.finetune.memory import Plan, Strategy
+
+
+# `workbook doctor PARAMS`: which way of training fits this machine, with the arithmetic shown.
+
+GIB = 2**30
+PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "logits")
+
+
+def tell_strategy(params_file: Path | None, model: str | None, pairs: list[str], as_json: bool) -> None:
+    """Print the strategy for a parameter file (else the defaults) and its base model (else `model`)."""
+    from lib import settings as lib_settings
+    from lib.stages.finetune.memory import recommend
+
+    texts = [text.partition("=") for text in pairs]
+    overrides = {key: lib_settings.parse_override(key, value) for key, _, value in texts}
+    settings = (
+        lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
+    )
+    found = recommend(settings, model)
+    show(found.to_json(), as_json, strategy_text(found, settings))
+
+
+def strategy_text(found: Strategy, settings: Settings) -> str:
+    """The plans as a table, the recommended one with the settings it needs."""
+    gib = found.free / GIB
+    lines = [
+        f"Strategy for {found.model}: {found.weights / 1e6:,.0f} M weights in {found.dtype}, "
+        f"rows of up to {found.tokens} tokens",
+        f"Device: {found.device}; {gib:.1f} GiB free"
+        + (f" on each of {found.devices} GPUs" if found.devices > 1 else ""),
+        "",
+        table([_row(plan) for plan in found.plans], ("plan", *PARTS, "need", "fits")),
+        "GiB. A trained weight takes 4 bytes in the adapter, 4 as gradient, 8 in AdamW; activations grow with rows ×",
+        "tokens; a plan fits when its need is at most nine tenths of what is free.",
+        "",
+        _advice(found, settings),
+    ]
+    return "\n".join(lines)
+
+
+def _row(plan: Plan) -> dict[str, str]:
+    sizes = plan.estimate.to_json()
+    parts = {part: f"{sizes[part] / GIB:.2f}" for part in PARTS}
+    return {"plan": plan.name, **parts, "need": f"{plan.need / GIB:.2f}", "fits": "yes" if plan.fits else "no"}
+
+
+def _advice(found: Strategy, settings: Settings) -> str:
+    from lib.stages.finetune.memory import OFFLOAD
+
+    if found.chosen is None:
+        return (
+            "Recommended: none of these fits. Take a smaller base_model or max_seq_length, or a device with "
+            f"{min(plan.need for plan in found.plans if plan.possible) / 0.9 / GIB:.1f} GiB free. {OFFLOAD}"
+        )
+    changes = found.chosen.changes
+    asked = settings.model_copy(update=changes)
+    kind = "QLoRA" if asked.load_in_4bit else "LoRA"
+    processes = asked.num_processes
+    way = f"data parallel on {processes} processes, one GPU each" if found.devices > 1 else f"{processes} processes"
+    way = way if processes > 1 else "a single process"
+    change = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+    note = "" if found.devices > 1 else " Several processes on one device share its memory and its speed."
+    todo = f"Set {change}." if change else "Nothing needs to be changed."
+    way += "".join(found.chosen.name.partition(" (")[1:])  # an update of another size
+    return f"Recommended: {kind} in {way}. {todo}{note} {OFFLOAD}"
+
+
+# What this machine can run: every lack with its cure and the notebooks it touches. No network is used.
 
 OK, LACK, BROKEN, INFO = "ok", "lack", "broken", "info"
 MEMORY_GIB, DISK_GB = 4.0, 3.0
@@ -95,17 +170,17 @@ def _torch() -> list[Check]:
     try:
         import torch
 
-        kind = device.torch_device()
+        kind = machine.torch_device()
     except Exception as error:  # a broken native library may raise anything
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return [Check("torch", BROKEN, found, f"{_pip('torch')} --force-reinstall", "all")]
     checks = [Check("torch", OK, torch.__version__)]
     if kind == "cpu":
         cure = "none needed for the offline base; for Qwen, a GPU saves hours (README: GPU builds)."
-        checks.append(Check("GPU", LACK, f"none: {device.device_name()}", cure, "02, 03 (slower)"))
+        checks.append(Check("GPU", LACK, f"none: {machine.device_name()}", cure, "02, 03 (slower)"))
     else:
-        checks.append(Check("GPU", OK, device.device_name()))
-    dtype, reason = device.compute_dtype()
+        checks.append(Check("GPU", OK, machine.device_name()))
+    dtype, reason = machine.compute_dtype()
     if dtype == "bfloat16":
         checks.append(Check("bfloat16", OK, reason))
     else:
@@ -116,7 +191,7 @@ def _torch() -> list[Check]:
 
 def _optional() -> list[Check]:
     """The libraries without which part of the notebooks still runs."""
-    four_bit = device.bitsandbytes_problem()
+    four_bit = machine.bitsandbytes_problem()
     cure = f"{_pip('bitsandbytes')}; without it load_in_4bit falls back to LoRA and the pages say so."
     checks = [
         Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true; 06: int8, nf4")
@@ -129,10 +204,10 @@ def _optional() -> list[Check]:
 def _llama_cpp() -> Check:
     """Imported, and tried on 8-bit weights: as some compilers make it, it does not survive them."""
     name, touches = "llama-cpp-python", "05 (gate), 06, 07"
-    if problem := device.llama_cpp_problem():
+    if problem := machine.llama_cpp_problem():
         cure = f"install a C/C++ compiler, then {_pip(LLAMA)} (about 4 minutes on 2 cores)."
         return Check(name, LACK, problem, cure, touches)
-    from lib.scoring.trial import llama_cpp_crash
+    from lib.scoring.measure import llama_cpp_crash
 
     if crash := llama_cpp_crash():
         flag = "-U__AMX_INT8__"
@@ -149,7 +224,7 @@ def _export_libraries() -> list[Check]:
     """Packages that make one export format each."""
     checks = []
     for package, formats in (("llmcompressor", "gptq"), ("torchao", "torchao-int8")):
-        if device.has_module(package):
+        if machine.has_module(package):
             checks.append(Check(package, OK, metadata.version(package)))
         else:
             cure = f"{_pip(package)}; without it {formats} is skipped."
@@ -158,7 +233,7 @@ def _export_libraries() -> list[Check]:
 
 
 def _room() -> list[Check]:
-    memory = device.available_memory() / 2**30
+    memory = machine.available_memory() / 2**30
     folder = next(p for p in (home(), *home().parents) if p.exists())
     disk = shutil.disk_usage(folder).free / 1e9
     enough = memory >= MEMORY_GIB
@@ -185,7 +260,7 @@ def _room() -> list[Check]:
 
 
 def _fonts() -> Check:
-    from lib.plots.style import cjk_font
+    from lib.report.display import cjk_font
 
     if font := cjk_font():
         return Check("Chinese font", OK, f"{font} (figures)")
@@ -206,7 +281,7 @@ def _tools() -> list[Check]:
 
 
 def _phone_page() -> Check:
-    from lib.packaging.web import library_lacks, library_version
+    from lib.stages.package.phone_page import library_lacks, library_version
 
     missing = library_lacks()
     if not missing:

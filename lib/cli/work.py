@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli.output import cell, show, table
+from lib.cli.console import cell, show, table
 from lib.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lib.gguf_export.converting import Conversion
-    from lib.gguf_export.writing import GgufFile
-    from lib.models.conversations import ConversationTask
-    from lib.models.prompting import Task
     from lib.models.weights import Weights
+    from lib.prompts.classification import Task
+    from lib.prompts.conversations import ConversationTask
+    from lib.stages.convert.convert import Conversion
+    from lib.stages.convert.tensors import GgufFile
+
 
 SEED = 42
 """Seed with which --max-samples draws."""
@@ -39,11 +40,10 @@ def merge(
     as_json: bool,
 ) -> None:
     """Merge an adapter into a base model, write a GGUF of it in the same pass if asked, and print what was done."""
-    from lib.merging.card import write_lineage
-    from lib.merging.folder import merge_folders
-    from lib.models.kinds import refuse_adapter, require_adapter
-    from lib.models.resolving import resolve_adapter, resolve_base
-    from lib.models.trained_on import refuse_other_folder, unpacking_of
+    from lib.models.adapters import refuse_adapter, require_adapter
+    from lib.models.base_model import refuse_other_folder, resolve_adapter, resolve_base, unpacking_of
+    from lib.stages.merge.stage import write_lineage
+    from lib.stages.merge.weights import merge_folders
 
     local = Path(base_model).is_dir()
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
@@ -65,7 +65,7 @@ def merge(
         if gguf is None:
             yield None
             return
-        from lib.gguf_export.converting import Conversion
+        from lib.stages.convert.convert import Conversion
 
         conversions.append(Conversion(folder, weights, gguf, outtype))
         with conversions[0].open() as file:
@@ -83,11 +83,11 @@ def merge(
 def convert(model_dir: Path, output: Path, outtype: str, llama_cpp: Path | None, as_json: bool) -> None:
     """Convert a model folder, here or with the official script of a checkout, and print what was done."""
     if llama_cpp is not None:
-        from lib.gguf_export.official import convert_officially
+        from lib.stages.convert.stage import convert_officially
 
         report = convert_officially(model_dir, output, outtype, llama_cpp)
     else:
-        from lib.gguf_export.converting import convert as convert_folder
+        from lib.stages.convert.convert import convert as convert_folder
 
         report = convert_folder(model_dir, output, outtype).to_json()
     keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded")
@@ -112,12 +112,12 @@ class Rows:
     def task(self) -> Task | ConversationTask:
         """The task of --run, else of the defaults; options that were given replace its parts."""
         from lib import settings
-        from lib.models.prompting import Task
+        from lib.prompts.classification import Task
 
         values: dict[str, Any] = {}
         if self.run_name is not None:
-            from lib.run import open_run
-            from lib.run.files import read_json
+            from lib.runs.files import read_json
+            from lib.runs.run import open_run
 
             values = read_json(open_run(self.run_name).require("data").path / "task.json")
             if "task" in values:
@@ -129,13 +129,13 @@ class Rows:
         """Folder of the tokenizer of --run."""
         if self.run_name is None:
             return None
-        from lib.run import open_run
+        from lib.runs.run import open_run
 
         return open_run(self.run_name).require("data").path / "tokenizer"
 
     def _conversation(self, values: dict[str, Any]) -> ConversationTask:
         """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
-        from lib.models.conversations import ConversationTask
+        from lib.prompts.conversations import ConversationTask
 
         wrong = [f"--{name.replace('_', '-')}" for name in self.given if name != "max_seq_length"]
         wrong += ["--data"] if self.data is not None else []
@@ -149,8 +149,8 @@ class Rows:
 
     def _file_rows(self, data: str, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of --data; what is left out of them is said."""
-        from lib.data import rows_from_file
         from lib.progress import say
+        from lib.stages.data.stage import rows_from_file
 
         rows, counts = rows_from_file(data, list(task.label_names), self.text_column, self.label_column)
         if not any(row.get("leaked") for row in rows):  # no leak audit was made for these rows
@@ -166,8 +166,8 @@ class Rows:
         if self.data is not None:
             rows, source = self._file_rows(self.data, task)
         elif self.run_name is not None:
-            from lib.run import open_run
-            from lib.run.files import read_jsonl
+            from lib.runs.files import read_jsonl
+            from lib.runs.run import open_run
 
             product = open_run(self.run_name).require("data")
             rows = read_jsonl(product.path / "test.jsonl")
@@ -185,9 +185,9 @@ class Rows:
 
 def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Evaluate models on the rows and print the table."""
-    from lib.evaluation import evaluate_models, evaluate_models_by_answers
-    from lib.models.tasks import has_labels
-    from lib.run.files import write_json
+    from lib.prompts.tasks import has_labels
+    from lib.runs.files import write_json
+    from lib.stages.evaluate.standalone import evaluate_models, evaluate_models_by_answers
 
     if output is not None:
         _writable_file(output)
@@ -217,12 +217,12 @@ def compare(
     as_json: bool,
 ) -> None:
     """Compare quantized files with their reference and print the table, and what phones measured of them."""
-    from lib.comparison import compare_files
-    from lib.comparison.phones import match_files
-    from lib.models.tasks import has_labels
-    from lib.plots import phone_rows
-    from lib.run import open_run
-    from lib.run.files import read_jsonl
+    from lib.prompts.tasks import has_labels
+    from lib.report import steps_page
+    from lib.runs.files import read_jsonl
+    from lib.runs.run import open_run
+    from lib.stages.compare.files import compare_files
+    from lib.stages.compare.speed import match_files
 
     phones = match_files(devices, [reference, *others])
     task = rows.task()
@@ -237,14 +237,14 @@ def compare(
         types = {entry["file"]: entry["type"] for entry in result["files"]}
         phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]
         result = {**result, "devices": phones}
-        lines = phone_rows.phones(phones, result["files"], result["conditions"]["processor"])
+        lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
         text += "\n\n" + table(lines, list(lines[0]))
     show(result, as_json, text)
 
 
 def _writable_file(path: Path) -> None:
     """Refuse an output file that cannot be written before hours of work go into it."""
-    from lib.run.folders import writable
+    from lib.runs.files import writable
 
     if path.is_dir():
         raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")

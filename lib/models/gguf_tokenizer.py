@@ -1,25 +1,80 @@
-"""The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
-
-transformers' own reading of such files is not used: it adds byte fallback and forgets that some tokenizers (SmolLM's)
-cut numbers into single digits.
+"""How byte-level BPE tokenizers cut a text before merging, by the names that GGUF has for it.
+The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
+From token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
-from lib.models.pretokenizers import PLAIN_BYTES, RULES, Rules
-from lib.run.files import write_json, write_text
+from lib.runs.files import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# How byte-level BPE tokenizers cut a text before merging, by the names that GGUF has for it.
+#
+# The oracle is llama.cpp (`src/llama-vocab.cpp`): its expressions, in the words of the tokenizers library.
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+PLAIN_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a tokenizer works before and beside its merges, in the layout of tokenizer.json.
+
+    Attributes:
+        normalizer: None = the text stays as it is.
+        steps: of the pre-tokenizer, one after the other.
+        ignore_merges: a piece that is a token of its own is not taken apart.
+        starts: whether a start token is put before every text when the file does not say it.
+    """
+
+    normalizer: dict[str, Any] | None
+    steps: tuple[dict[str, Any], ...]
+    ignore_merges: bool = False
+    starts: bool = False
+
+
+def _by_pattern(pattern: str) -> tuple[dict[str, Any], ...]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return split, PLAIN_BYTES
+
+
+_SINGLE_DIGITS = (
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+)
+"""Each digit alone, then GPT-2's expression, which ByteLevel holds."""
+
+RULES = {
+    "qwen2": Rules({"type": "NFC"}, _by_pattern(QWEN2_PATTERN)),
+    "deepseek-r1-qwen": Rules({"type": "NFC"}, _by_pattern(QWEN2_PATTERN)),
+    "llama-bpe": Rules(None, _by_pattern(LLAMA3_PATTERN), ignore_merges=True, starts=True),
+    "smollm": Rules(None, _SINGLE_DIGITS),
+}
+"""Name of the pre-tokenizer in GGUF → rules. Qwen2's bring a text into NFC first, which llama.cpp leaves out."""
+
+
+# The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
+#
+# transformers' own reading of such files is not used: it adds byte fallback and forgets that some tokenizers (SmolLM's)
+# cut numbers into single digits.
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types of the format
 _ROLES = {
@@ -272,3 +327,59 @@ def _others(stored: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
 def _added(number: int, content: str, special: bool) -> dict[str, Any]:
     switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": content, **switches, "special": special}
+
+
+# From token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others from U+0100 on, in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {**{chr(byte): byte for byte in plain}, **{chr(0x100 + i): byte for i, byte in enumerate(others)}}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
+    """The bytes of each token; together they are the decoded text.
+
+    Raises:
+        InputError: a tokenizer that is neither byte-level BPE nor SentencePiece with bytes for unknown characters.
+    """
+    kinds = _decoders(tokenizer)
+    added = {number: content for content, number in tokenizer.get_added_vocab().items()}
+    byte_level = "ByteLevel" in kinds
+    if not byte_level and "ByteFallback" not in kinds:
+        raise InputError(
+            f"a tokenizer that decodes by {', '.join(kinds) or 'nothing'}.",
+            "ByteLevel (Qwen, Llama 3) or ByteFallback (Llama 2).",
+            "choose another base_model, or set generated_rows: 0.",
+        )
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [
+        added[number].encode() if number in added else _from_bytes(name) if byte_level else _from_piece(name)
+        for number, name in zip(ids, names, strict=True)
+    ]
+
+
+def _from_bytes(name: str | None) -> bytes:
+    """A token of byte-level BPE; an id behind the vocabulary's end (padding rows of the model) adds nothing."""
+    alphabet = byte_of_character()
+    return bytes(alphabet[character] for character in name or "")
+
+
+def _from_piece(name: str | None) -> bytes:
+    """A token of SentencePiece."""
+    match = _BYTE.fullmatch(name or "")
+    return bytes([int(match[1], 16)]) if match else (name or "").replace("\u2581", " ").encode()
+
+
+def _decoders(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Kinds of the steps by which the tokenizer decodes."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return []
+    whole = json.loads(decoder.__getstate__())
+    return [step["type"] for step in whole.get("decoders", [whole])]

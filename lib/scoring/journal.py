@@ -19,8 +19,8 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.progress import Progress
-from lib.run.child import peak_memory_mib
-from lib.run.files import read_jsonl, sha256_file, sha256_json
+from lib.runs.child import peak_memory_mib
+from lib.runs.files import read_jsonl, sha256_file, sha256_json
 
 _FORMAT = 2
 

@@ -14,7 +14,8 @@ from lib.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.scoring.llama import LlamaCppBackend
+    from lib.scoring.llama_backend import LlamaCppBackend
+
 
 _BLANK_LINE = re.compile(r"(?:[ \t]*\r?\n){2,}")
 

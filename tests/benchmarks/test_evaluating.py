@@ -10,7 +10,10 @@ import pytest
 from benchmarks import evaluating, evaluation_sides
 from lib.errors import InputError
 from tests.scoring import tiny
-from tests.scoring.conftest import Tiny, small  # noqa: F401
+from tests.scoring.conftest import (
+    Tiny,
+    small,  # noqa: F401
+)
 
 JOB = {"rows": [{"id": str(i), "label": i % 2} for i in range(4)]}
 
@@ -45,7 +48,7 @@ def test_ratios_are_ours_over_the_first_peer() -> None:
 
 def test_sides_of_llama_cpp_agree(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
     """The workbook, one decode a row and chat completion on a tiny file answer alike."""
-    from lib.models.prompting import render
+    from lib.prompts.classification import render
 
     rows = tiny.rows(6)
     job = {"model": str(small.gguf), "rows": rows, "task": small.task.to_json(), "batch": 8, "threads": 1}

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import harness, peers, shapes
 from lib.errors import InputError
-from lib.run.files import FSYNC_VARIABLE, flush_to_disk
+from lib.runs.files import FSYNC_VARIABLE, flush_to_disk
 
 PROJECT = Path(__file__).resolve().parents[2]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -111,7 +111,7 @@ def test_a_shape_is_a_model_that_peft_and_the_merge_accept(
     """The builder itself on a narrow configuration: every tensor that transformers expects, every adapter consumed."""
     import shutil
 
-    from lib.merging.folder import merge_folders
+    from lib.stages.merge.weights import merge_folders
 
     name = "qwen2.5-0.5b-instruct"
     shutil.copytree(shared_data / name, tmp_path / "data" / name)

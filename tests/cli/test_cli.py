@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from lib.cli import joined
+from lib.cli.__main__ import joined
+from lib.cli.console import guarded, table, width
 from lib.cli.doctor import BROKEN, Check, as_text, broken, examine
-from lib.cli.guard import guarded
-from lib.cli.output import table, width
 from lib.cli.work import Rows
-from lib.errors import InputError
-from lib.reporting import Terminated
+from lib.errors import InputError, Terminated
 from lib.settings import Settings
 from tests import tiny_run
-from tests.packaging.test_web import make_library
+from tests.stages.package.test_web import make_library
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -196,15 +194,15 @@ def test_doctor_examines_this_machine() -> None:
 
 def test_doctor_names_a_cure_for_every_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without programs, optional libraries and the phone page's library; then with npm."""
-    from lib import device
     from lib.cli import doctor
-    from lib.packaging import web
+    from lib.runs import machine
+    from lib.stages.package import phone_page
 
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(web, "PROJECT", tmp_path)
-    monkeypatch.setattr(device, "has_module", lambda name: False)
-    monkeypatch.setattr(device, "bitsandbytes_problem", lambda: "not installed")
-    monkeypatch.setattr(device, "llama_cpp_problem", lambda: "not installed")
+    monkeypatch.setattr(phone_page, "PROJECT", tmp_path)
+    monkeypatch.setattr(machine, "has_module", lambda name: False)
+    monkeypatch.setattr(machine, "bitsandbytes_problem", lambda: "not installed")
+    monkeypatch.setattr(machine, "llama_cpp_problem", lambda: "not installed")
     found = {check.name: check for check in examine()}
     for name in ("git", "Chromium", "wllama", "llmcompressor", "torchao", "bitsandbytes", "llama-cpp-python"):
         assert found[name].state == "lack" and found[name].touches, name
@@ -222,14 +220,14 @@ def test_doctor_names_a_cure_for_every_lack(tmp_path: Path, monkeypatch: pytest.
 def test_doctor_tries_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     (llama,) = [check for check in examine() if check.name == "llama-cpp-python"]
     assert llama.state == "ok" and "8-bit" in llama.found
-    monkeypatch.setattr("lib.scoring.trial.llama_cpp_crash", lambda: "a prompt ended by signal SIGSEGV")
+    monkeypatch.setattr("lib.scoring.measure.llama_cpp_crash", lambda: "a prompt ended by signal SIGSEGV")
     (llama,) = [check for check in examine() if check.name == "llama-cpp-python"]
     assert broken([llama]) and "SIGSEGV" in llama.found and "-U__AMX_INT8__ pip install llama" in llama.cure
 
 
 def test_doctor_knows_the_phone_pages_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_library(tmp_path)
-    monkeypatch.setattr("lib.packaging.web.PROJECT", tmp_path)
+    monkeypatch.setattr("lib.stages.package.phone_page.PROJECT", tmp_path)
     (wllama,) = [check for check in examine() if check.name == "wllama"]
     assert wllama.state == "ok" and wllama.found == "3.8.1 (phone page)" and not wllama.cure
     next(tmp_path.rglob("LICENCE")).unlink()

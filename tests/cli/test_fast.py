@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lib import settings
-from lib.cli.making import FAST, fast_overrides, with_fewer_rows
+from lib.cli.report import FAST, fast_overrides, with_fewer_rows
 from lib.settings import Settings
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import gguf
 import pytest
 
-from lib.cli.perplexing import read_text
-from lib.device import llama_cpp_problem
+from lib.cli.perplexity import read_text
 from lib.errors import InputError
-from lib.gguf_export.converting import convert
-from lib.quantizing import Options, imatrix, predict_sizes
-from lib.quantizing.mixing import budget_bytes
-from lib.run.files import sha256_file
+from lib.runs.files import sha256_file
+from lib.runs.machine import llama_cpp_problem
+from lib.stages.convert.convert import convert
+from lib.stages.quantize import importance_matrix
+from lib.stages.quantize.bit_allocation import budget_bytes
+from lib.stages.quantize.files import predict_sizes
+from lib.stages.quantize.recipes import Options
 from tests import tiny_run
 from tests.cli.test_cli import workbook
 
@@ -101,7 +103,7 @@ def test_an_importance_matrix_of_a_text(folder: Path, tmp_path: Path) -> None:
     dataset = f"reviews.txt, 4 windows of 64 tokens, sha256 {sha256_file(text)}"
     assert told["dataset"] == dataset and told["text_sha256"] == sha256_file(text)
     assert told["entries"] == 14 and told["tokens"] == 256 and 4 < told["rows"] < 200
-    matrix = imatrix.read(out)
+    matrix = importance_matrix.read(out)
     assert matrix.dataset == dataset and matrix.chunks == 4
     layers = {t.name for t in gguf.GGUFReader(folder / "m-F32.gguf").tensors if t.name.startswith("blk.")}
     assert matrix.values.keys() == {name for name in layers if not name.endswith(("norm.weight", "bias"))}

@@ -11,9 +11,9 @@ import gguf
 import numpy as np
 import pytest
 
-from lib.gguf_export import converting
 from lib.models.gguf_file import _Reader, raw_metadata
-from tests.gguf_export.convertible import write_model
+from lib.stages.convert import convert
+from tests.stages.convert.convertible import write_model
 
 Q = gguf.GGMLQuantizationType
 MODELS: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def repack(
 def make(folder: Path, name: str, options: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     """folder/NAME.Q4_1.gguf of a random model; `options` of `write_model`, `changes` of `repack`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converting, "load_check", lambda *_: "")  # other tests load files in llama.cpp
+        patch.setattr(convert, "load_check", lambda *_: "")  # other tests load files in llama.cpp
         whole = write_model(folder / f"{name}-original", **{"dtype": "float32", **(options or MODELS[name])})
-        converting.convert(whole, folder / f"{name}-f32.gguf", "f32")
+        convert.convert(whole, folder / f"{name}-f32.gguf", "f32")
     return repack(folder / f"{name}-f32.gguf", folder / f"{name}.Q4_1.gguf", **changes)

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.models.conversations import (
+from lib.models.loading import load_tokenizer
+from lib.models.offline_base import TokenizerRecipe, train_tokenizer
+from lib.prompts.conversations import (
     ConversationTask,
     ExchangeTooLongError,
     conversation_hash,
@@ -20,10 +22,7 @@ from lib.models.conversations import (
     render_conversation,
     safe_messages,
 )
-from lib.models.loading import load_tokenizer
-from lib.models.offline import TokenizerRecipe, train_tokenizer
-from lib.models.reasoning import split_thinking, think_tags, with_thinking
-from lib.textmetrics.thinking import is_blank
+from lib.prompts.templates import is_blank, split_thinking, think_tags, with_thinking
 
 END = "<|im_end|>"
 REAL = ("qwen2.5-0.5b-instruct", "qwen3-4b-thinking-2507", "qwen1.5-0.5b-chat")

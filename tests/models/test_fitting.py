@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lib.errors import InputError
-from lib.models.fitting import check_fit
+from lib.models.adapters import check_fit
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

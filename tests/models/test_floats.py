@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.models.floats import NUMPY, largest_magnitude, to_bfloat16, to_float16, widen
+from lib.models.weights import NUMPY, largest_magnitude, to_bfloat16, to_float16, widen
 
 EVERY = np.arange(2**16, dtype=np.uint16)
 

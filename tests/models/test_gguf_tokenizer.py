@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
 from lib.models.gguf_tokenizer import tokenizer_from_gguf, tokenizer_json, write_tokenizer
-from lib.models.prompting import encode, template_hash
+from lib.prompts.classification import encode, template_hash
 from tests.scoring import tiny
 from tests.scoring.conftest import small  # noqa: F401
 
@@ -31,7 +31,7 @@ def llama_cpp_ids(api, model, text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def vocabulary(small):  # noqa: F811
-    from lib.scoring.llama_log import llama
+    from lib.scoring.llama_backend import llama
 
     api = llama()
     parameters = api.llama_model_default_params()

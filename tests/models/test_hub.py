@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.models.hub import SourceError, fetch, huggingface, parse, transport
+from lib.hub import huggingface, transport
+from lib.hub.fetching import fetch
+from lib.hub.sources import SourceError, parse
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib.cli.inspecting import as_text
+from lib.cli.inspect import as_text
 from lib.errors import InputError
-from lib.models.inspecting import inspect
-from lib.models.inspecting.templates import describe_template
+from lib.models.inspect_folder import inspect
+from lib.prompts.templates import describe_template
 from tests import tiny_gguf
 
 PROJECT = Path(__file__).resolve().parents[2]

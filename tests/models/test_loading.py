@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lib.errors import InputError
-from lib.models import hub
-from lib.models.loading import check_model_folder, load_model, load_tokenizer, resolve_base
+from lib.hub import fetching
+from lib.models.base_model import check_model_folder, resolve_base
+from lib.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +164,12 @@ def test_adapter_as_pickle_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_four_bits_where_they_work_or_a_reason(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib import device
+    from lib.runs import machine
 
-    if device.bitsandbytes_problem() is None:
+    if machine.bitsandbytes_problem() is None:
         loaded = load_model(model, load_in_4bit=True)
         assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-    monkeypatch.setattr(device, "bitsandbytes_problem", lambda: "no such library")
+    monkeypatch.setattr(machine, "bitsandbytes_problem", lambda: "no such library")
     with pytest.raises(InputError, match="no such library"):
         load_model(model, load_in_4bit=True)
 
@@ -184,7 +185,7 @@ def test_tokenizer_problems_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/none", "a/b/c", "c:\\models\\qwen"])
 def test_missing_local_folder_is_said_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr(fetching, "fetch", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="no folder"):
         resolve_base(name)
 
@@ -193,7 +194,7 @@ def test_four_bit_layers_have_gradients_after_a_validation(tmp_path: Path) -> No
     """bitsandbytes repacks 4-bit layers at their first forward pass in eval mode on some CPUs, without a way back."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from lib.device import bitsandbytes_problem
+    from lib.runs.machine import bitsandbytes_problem
 
     if problem := bitsandbytes_problem():
         pytest.skip(f"4-bit layers do not work here: {problem}")

@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.models.loading import check_model_folder, load_model, load_tokenizer
-from lib.models.offline import BaseRecipe, TokenizerRecipe, ensure_base, offline_card, train_tokenizer
-from lib.models.offline_base import documents, new_model, windows
-from lib.models.prompting import Task, encode, label_ids
+from lib.models.base_model import check_model_folder
+from lib.models.loading import load_model, load_tokenizer
+from lib.models.offline_base import (
+    BaseRecipe,
+    TokenizerRecipe,
+    documents,
+    ensure_base,
+    new_model,
+    offline_card,
+    train_tokenizer,
+    windows,
+)
 from lib.models.weights import open_weights
-from lib.run.folders import HOME_VARIABLE
+from lib.prompts.classification import Task, encode, label_ids
+from lib.runs.files import HOME_VARIABLE
 
 TEXTS = [
     f"{place}的{thing}{mark}，下次{again}来。"

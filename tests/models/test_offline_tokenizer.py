@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.models.loading import load_tokenizer
-from lib.models.offline import TokenizerRecipe, ensure_tokenizer, train_tokenizer
-from lib.models.prompting import Task, encode, label_ids, render
+from lib.models.offline_base import TokenizerRecipe, ensure_tokenizer, train_tokenizer
+from lib.prompts.classification import Task, encode, label_ids, render
 
 TEXTS = ["房间很干净，服务也好。", "早餐一般，价格太贵！！", "性价比高 yes 123", "质量差，再也不来了。\n退货"] * 5
 WORDS = ["负面", "正面", "你是情感分析助手。"]
@@ -109,14 +109,14 @@ def test_stored_once_equal_every_time(home: Path) -> None:
 
 
 def test_killed_in_between_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib.models import offline_tokenizer
+    from lib.models import offline_base
 
     def half(texts, words, folder, recipe) -> None:
         (folder / "tokenizer.json").write_text("half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(offline_tokenizer, "train_tokenizer", half)
+        patch.setattr(offline_base, "train_tokenizer", half)
         with pytest.raises(KeyboardInterrupt):
             ensure_tokenizer(TEXTS, WORDS)
     assert [p.name for p in (home / "runs" / "_offline").iterdir() if not p.name.endswith(".lock")] == []
@@ -131,11 +131,11 @@ def test_no_token_is_longer_than_three_chinese_characters(tokenizer) -> None:
 
 def test_a_text_without_end_is_used_in_part(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer's time grows with the square of the longest piece; the store's key is that of the part."""
-    from lib.models import offline_tokenizer
+    from lib.models import offline_base
 
     seen: list[list[str]] = []
-    monkeypatch.setattr(offline_tokenizer, "train_tokenizer", lambda texts, *_: seen.append(texts))
+    monkeypatch.setattr(offline_base, "train_tokenizer", lambda texts, *_: seen.append(texts))
     texts = ["你好。"] * 3
-    first = offline_tokenizer.ensure_tokenizer([*texts, "答" * 100_000], ["你是助手。"])
-    assert offline_tokenizer.ensure_tokenizer([*texts, "答" * 50_000], ["你是助手。"]) == first
-    assert [max(map(len, used)) for used in seen] == [offline_tokenizer.LONGEST]
+    first = offline_base.ensure_tokenizer([*texts, "答" * 100_000], ["你是助手。"])
+    assert offline_base.ensure_tokenizer([*texts, "答" * 50_000], ["你是助手。"]) == first
+    assert [max(map(len, used)) for used in seen] == [offline_base.LONGEST]

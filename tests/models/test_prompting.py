@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.models.loading import load_tokenizer
-from lib.models.offline import TokenizerRecipe, train_tokenizer
-from lib.models.prompting import Task, encode, escape, label_ids, label_note, render
+from lib.models.offline_base import TokenizerRecipe, train_tokenizer
+from lib.prompts.classification import Task, encode, escape, label_ids, label_note, render
 
 NAMES = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 PIECES = st.sampled_from(

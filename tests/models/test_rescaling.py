@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from lib.errors import InputError
 from lib.models.loading import load_model
-from lib.models.unpacking import unpack
-from lib.models.unpacking.rescaling import RANGE, Rescaling
+from lib.models.unpack import unpack
+from lib.models.unpack_source import RANGE, Rescaling
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 
@@ -86,8 +86,8 @@ def test_weights_without_a_grid_are_refused(packed_files: dict[str, Path], tmp_p
 
 @needs_smollm2
 def test_a_trained_models_layer_leaves_the_grid() -> None:
-    from lib.models.unpacking.source import read_source
-    from lib.models.unpacking.writing import scaled_slabs
+    from lib.models.unpack import scaled_slabs
+    from lib.models.unpack_source import read_source
 
     source = read_source(SMOLLM2)
     tensors = {tensor.name: tensor for tensor in source.tensors}

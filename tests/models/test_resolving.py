@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.models.resolving import choose_base, resolve_adapter, resolve_base
+from lib.models.base_model import choose_base, resolve_adapter, resolve_base
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lib.models.tasks import language_of
+from lib.prompts.tasks import language_of
 
 
 def test_a_card_names_chinese_only_where_the_rows_are() -> None:

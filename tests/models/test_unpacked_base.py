@@ -12,20 +12,18 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lib.cli.app import app
-from lib.data.common import base_parameters
 from lib.errors import InputError
-from lib.evaluation.checking import check_models
-from lib.models.inspecting import inspect
-from lib.models.resolving import choose_base, resolve_base
-from lib.models.trained_on import refuse_other_folder, refuse_other_weights, unpacking_of
-from lib.models.unpacking import VERSION
-from lib.models.unpacking.rescaling import RANGE, SEED
-from lib.models.unpacking.source import read_source
-from lib.plots.base_rows import unpacked as card
-from lib.run.files import sha256_file
+from lib.models.base_model import choose_base, refuse_other_folder, refuse_other_weights, resolve_base, unpacking_of
+from lib.models.inspect_folder import inspect
+from lib.models.unpack import VERSION
+from lib.models.unpack_source import RANGE, SEED, read_source
+from lib.report.rows import unpacked as card
+from lib.runs.files import sha256_file
 from lib.settings import Settings
-from lib.training.adopting import write_config
-from lib.training.strategy import _config
+from lib.stages.data.conversations import base_parameters
+from lib.stages.evaluate.standalone import check_models
+from lib.stages.finetune.adopt import write_config
+from lib.stages.finetune.memory import _config
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 
@@ -37,7 +35,7 @@ def test_unpacked_once_and_reused(
     assert first.path.is_relative_to(home / ".cache/unpacked") and first.id == str(packed_files["qwen2"])
     assert first.revision.startswith("sha256:") and first.notes == ("weights dequantized from Q4_1 (qwen2.Q4_1.gguf)",)
     assert "qwen2.Q4_1.gguf: unpacked into" in capsys.readouterr().err
-    monkeypatch.setattr("lib.models.unpacking.unpack_into", lambda *_: pytest.fail("made twice"))
+    monkeypatch.setattr("lib.models.unpack.unpack_into", lambda *_: pytest.fail("made twice"))
     assert resolve_base(str(packed_files["qwen2"])) == first
     assert "unpacked before, found in" in capsys.readouterr().err
     copy = resolve_base(shutil.copy(packed_files["qwen2"], home / "copy.gguf"))
@@ -56,7 +54,7 @@ def test_a_file_that_changes_while_it_is_unpacked(
         return read_source(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.models.unpacking.source.read_source", late)
+        patch.setattr("lib.models.unpack_source.read_source", late)
         with pytest.raises(InputError, match="changed while it was read"):
             resolve_base(str(path))
     assert resolve_base(str(packed_files["llama"])).revision.startswith(
@@ -70,7 +68,7 @@ def test_a_file_that_changes_while_it_is_unpacked(
 def test_a_template_that_cannot_be_rendered(
     packed_files: dict[str, Path], home: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.models.inspecting.templates.SECONDS", 3.0)
+    monkeypatch.setattr("lib.prompts.templates.SECONDS", 3.0)
     source = packed_files["qwen2"].parent / "qwen2-f32.gguf"
     path = packed.repack(source, home / "bad.gguf", more={"tokenizer.chat_template": template})
     for ask in (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lib.gguf_export import converting
 from lib.models.loading import load_model, load_tokenizer
-from lib.models.unpacking import unpack
+from lib.models.unpack import unpack
 from lib.models.weights import open_weights
+from lib.stages.convert import convert
 from tests.models.real import SMOLLM2, needs_smollm2
 
 pytestmark = needs_smollm2
@@ -24,7 +24,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model in float32 and in float16; the costs are measured elsewhere."""
     folder = tmp_path_factory.mktemp("smollm2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.models.unpacking.cost.cost_of", lambda *_: (None, "not measured"))
+        patch.setattr("lib.models.unpack.cost_of", lambda *_: (None, "not measured"))
         for dtype in ("float32", "float16"):
             unpack(SMOLLM2, folder / dtype, dtype)
     return folder
@@ -40,9 +40,9 @@ def test_logits_equal_transformers_own_loading(both: Path) -> None:
 
 
 def test_round_trip_through_f16_is_bit_equal(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "load_check", lambda *_: "")
-    monkeypatch.setattr("lib.models.unpacking.cost.cost_of", lambda *_: (None, "not measured"))
-    report = converting.convert(both / "float16", both / "smollm2.gguf", "f16")
+    monkeypatch.setattr(convert, "load_check", lambda *_: "")
+    monkeypatch.setattr("lib.models.unpack.cost_of", lambda *_: (None, "not measured"))
+    report = convert.convert(both / "float16", both / "smollm2.gguf", "f16")
     assert (report.pre_tokenizer, report.recognised) == ("smollm", "the ids of llama.cpp's check text")
     unpack(both / "smollm2.gguf", both / "again", "float16")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

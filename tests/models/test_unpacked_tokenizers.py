@@ -12,13 +12,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from lib.errors import InputError
-from lib.gguf_export.tokenizer import CHECK_TEXT
-from lib.gguf_export.tokens import HARD_STRINGS, gguf_token_ids
 from lib.models.gguf_file import read_metadata
-from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf, tokenizer_json
+from lib.models.gguf_tokenizer import RULES, same_vocabulary, tokenizer_from_gguf, tokenizer_json
 from lib.models.loading import load_tokenizer
-from lib.models.pretokenizers import RULES
-from lib.models.unpacking import unpack
+from lib.models.unpack import unpack
+from lib.stages.convert.token_parity import HARD_STRINGS, gguf_token_ids
+from lib.stages.convert.tokenizer import CHECK_TEXT
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 

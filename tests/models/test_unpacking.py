@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
-from lib.gguf_export import converting
-from lib.models import unpacking
+from lib.models import unpack as models_unpack
 from lib.models.gguf_file import read_tensors
-from lib.models.inspecting import inspect
+from lib.models.inspect_folder import inspect
 from lib.models.loading import load_model, load_tokenizer
-from lib.models.unpacking import asked_in, identity, is_identity, notes_of, plain_name, unpack
-from lib.models.unpacking.configuration import Keys, config_of, generation_of, transformers_config
-from lib.models.unpacking.source import read_source
-from lib.run.files import sha256_file
+from lib.models.unpack import asked_in, identity, is_identity, notes_of, plain_name, unpack
+from lib.models.unpack_configuration import Keys, config_of, generation_of, transformers_config
+from lib.models.unpack_source import read_source
+from lib.runs.files import sha256_file
+from lib.stages.convert import convert
 from tests.models import packed
 
 each = pytest.mark.parametrize("name", packed.MODELS)
@@ -92,9 +92,9 @@ def test_logits_equal_those_of_transformers_own_reading(
 def test_folder_to_gguf_to_folder_is_bit_equal(
     name: str, packed_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converting, "load_check", lambda *_: "")
+    monkeypatch.setattr(convert, "load_check", lambda *_: "")
     unpack(packed_files[name], tmp_path / "model")
-    converting.convert(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    convert.convert(tmp_path / "model", tmp_path / "model.gguf", "f16")
     unpack(tmp_path / "model.gguf", tmp_path / "again", "float16")
     files = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
@@ -398,7 +398,7 @@ def test_nothing_of_a_failure_gets_the_final_name(
 def test_too_little_memory_leaves_the_cost_unmeasured(
     packed_files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.device.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("lib.runs.machine.available_memory", lambda: 1 << 20)
     record = unpack(packed_files["llama"], tmp_path / "model")
     assert record["cost"] is None and record["cost_note"].startswith("not measured: the weights in float32 need")
 
@@ -417,4 +417,4 @@ def test_names_and_identity() -> None:
     assert asked_in("main+off-grid") == {}
     names = ["SmolLM2-135M-Instruct.Q4_1.gguf", "m-q4_k_m.gguf", "m-F16.gguf", "Qwen/Qwen2", "plain.gguf"]
     assert [plain_name(name) for name in names] == ["SmolLM2-135M-Instruct", "m", "m", "Qwen/Qwen2", "plain"]
-    assert unpacking.CHOICES[0] == "auto"
+    assert models_unpack.CHOICES[0] == "auto"

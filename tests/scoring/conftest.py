@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lib.models.prompting import Task
+from lib.prompts.classification import Task
 from tests.scoring import tiny
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lib.errors import InputError
-from lib.models.prompting import encode
 from lib.progress import Progress
-from lib.scoring import LlamaCppBackend, TransformersBackend
+from lib.prompts.classification import encode
 from lib.scoring.backend import make_jobs
+from lib.scoring.llama_backend import LlamaCppBackend
+from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny
 
 EXACT = {"cache_type": "f32", "flash_attention": False, "n_threads": 1}
@@ -197,8 +198,8 @@ def test_llama_cpp_is_silent_and_closes_twice(small, capfd):
 @pytest.mark.parametrize("in_4bit", [False, True])
 def test_bfloat16_and_4_bits(small, in_4bit):
     """Reduced precision moves numbers by rounding only, whatever the batch."""
-    from lib.device import bitsandbytes_problem
     from lib.models.loading import load_model
+    from lib.runs.machine import bitsandbytes_problem
 
     if in_4bit and (problem := bitsandbytes_problem()):
         pytest.skip(problem)

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from lib.device import llama_cpp_problem
 from lib.errors import InputError
-from lib.models.pieces import byte_of_character, token_bytes
+from lib.models.gguf_tokenizer import byte_of_character, token_bytes
+from lib.runs.machine import llama_cpp_problem
 from lib.scoring.generation import Sampling, end_ids, llama_feed, pick, torch_feed, write
 from tests.scoring.conftest import Tiny
 
@@ -46,7 +46,7 @@ def test_an_end_token_ends_it_and_is_no_part_of_it(small: Tiny) -> None:
 
 @pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 def test_llama_cpp_writes_the_same(small: Tiny) -> None:
-    from lib.scoring import LlamaCppBackend
+    from lib.scoring.llama_backend import LlamaCppBackend
 
     drawn = Sampling(seed=3)
     with LlamaCppBackend(small.gguf, 64, 1, cache_type="f32", flash_attention=False) as backend:

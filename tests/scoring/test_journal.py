@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from lib.errors import InputError
-from lib.run.files import write_json
-from lib.scoring import Keep, LlamaCppBackend, Scores, TransformersBackend, llama, score_rows, torch_backend
-from lib.scoring.journal import kept_peak_memory_mib, model_hash
+from lib.runs.files import write_json
+from lib.scoring import llama_backend, torch_backend
+from lib.scoring.journal import Keep, kept_peak_memory_mib, model_hash
+from lib.scoring.llama_backend import LlamaCppBackend
+from lib.scoring.log_probabilities import Scores, score_rows
+from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny
 
 ROWS = tiny.rows(30)
@@ -24,7 +27,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from lib.models.loading import load_model, load_tokenizer
-from lib.models.prompting import Task
+from lib.prompts.classification import Task
 from lib.scoring import Keep, LlamaCppBackend, TransformersBackend, score_rows
 from lib.scoring import llama, torch_backend
 folder, kind, path, task = sys.argv[1:]
@@ -47,7 +50,7 @@ score_rows(backend, load_tokenizer(Path(folder)), task, rows, "scoring", Keep(Pa
 def _full_batches(monkeypatch):
     """Batches of four (eight in llama.cpp), whatever the lengths: these tests count them."""
     monkeypatch.setitem(torch_backend._PASS, "cpu", 4096)
-    monkeypatch.setattr(llama, "_TOKENS_ON_CPU", 2048)
+    monkeypatch.setattr(llama_backend, "_TOKENS_ON_CPU", 2048)
 
 
 def open_backend(small, kind: str = "folder"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lib.errors import InputError
-from lib.scoring import LlamaCppBackend, TransformersBackend
+from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.perplexity import kl_table, open_reference, perplexity, store_reference, text_windows
+from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny
 
 

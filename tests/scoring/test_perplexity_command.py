@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.cli import perplexing
+from lib.cli import perplexity
 from lib.errors import InputError
-from lib.scoring.divergence import Positions, percentiles
-from lib.scoring.measuring import FEWEST_DOCUMENTS, measure_in_child, summarize
+from lib.scoring.measure import FEWEST_DOCUMENTS, measure_in_child, summarize
+from lib.scoring.perplexity import Positions, percentiles
 from lib.scoring.texts import Text, tokenize_with_transformers
 from tests.scoring import tiny
 
@@ -159,12 +159,12 @@ def test_one_document_a_row(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "好\n\n好"}, {"text": " "}, {"text": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = perplexing.read_text(path)
+    text = perplexity.read_text(path)
     assert text.content == "好\n\n好\n\nb" and text.starts == (0, 6)
     path.write_text("".join(json.dumps({"body": "c", "n": 1}) + "\n"), encoding="utf-8")
-    assert perplexing.read_text(path, "body").content == "c"
+    assert perplexity.read_text(path, "body").content == "c"
     with pytest.raises(InputError, match="text_column"):
-        perplexing.read_text(path)
+        perplexity.read_text(path)
 
 
 def test_a_folder_beside_its_file(small):

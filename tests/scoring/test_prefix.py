@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.scoring import TransformersBackend, torch_backend
+from lib.scoring import torch_backend
 from lib.scoring.backend import common_prefix, cut, make_jobs
+from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring.test_backends import ANSWERS, brute_force, prompts_of
 
 KINDS = ("Qwen2", "Qwen3", "Llama")
@@ -84,7 +85,7 @@ def test_a_long_row_does_not_make_short_ones_long(small):
 
 def test_a_wrong_position_is_noticed(small, monkeypatch):
     """The trial has teeth: a cache that forgets one token makes the backend compute whole prompts, and say so."""
-    from lib.scoring.prefix import SharedPrefix
+    from lib.scoring.torch_backend import SharedPrefix
 
     compute = SharedPrefix._compute
     monkeypatch.setattr(
@@ -112,8 +113,8 @@ def test_a_cache_of_another_kind_is_not_shared(small):
 
 @pytest.mark.parametrize("method", ["bfloat16", "nf4", "int8"])
 def test_reduced_precision_shares_too(small, method):
-    from lib.device import bitsandbytes_problem
     from lib.models.loading import load_model
+    from lib.runs.machine import bitsandbytes_problem
 
     if method != "bfloat16" and (problem := bitsandbytes_problem()):
         pytest.skip(problem)

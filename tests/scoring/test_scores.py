@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lib.errors import InputError
-from lib.scoring import LlamaCppBackend, Scores, TransformersBackend, score_rows
+from lib.scoring.llama_backend import LlamaCppBackend
+from lib.scoring.log_probabilities import Scores, score_rows
+from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny
 
 

@@ -42,7 +42,7 @@ def rows(n: int, seed: int = 1) -> list[dict]:
 
 def make_tokenizer(folder: Path) -> None:
     """Train and save a tokenizer of 512 tokens."""
-    from lib.models.offline_tokenizer import TokenizerRecipe, train_tokenizer
+    from lib.models.offline_base import TokenizerRecipe, train_tokenizer
 
     train_tokenizer(texts(200), list(LABELS), folder, TokenizerRecipe(vocabulary=512))
 

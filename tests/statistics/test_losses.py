@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lib.statistics import Interval, holm, paired_bootstrap
+from lib.statistics.intervals import Interval, paired_bootstrap
 from lib.statistics.losses import cluster_test, compare_losses, loss_verdict
+from lib.statistics.paired import holm
 
 
 def test_single_rows_of_equal_length_are_a_t_test() -> None:

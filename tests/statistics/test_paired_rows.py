@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import simulate_statistics as simulation
-from lib import statistics
-from lib.statistics import Interval, MarginTest
+from lib.statistics import intervals, paired
+from lib.statistics import power as statistics_power
+from lib.statistics import verdicts as statistics_verdicts
+from lib.statistics.intervals import Interval
+from lib.statistics.verdicts import MarginTest
 
 COUNTS = st.tuples(st.integers(0, 25), st.integers(0, 25), st.integers(1, 300))
 
@@ -29,22 +32,22 @@ def test_copies_of_rows_add_nothing():
     """Every row four times, in one group: the interval and the p-value of the rows once."""
     once = changes(9, 2, 89)
     four, groups = np.repeat(once, 4), np.repeat(np.arange(100), 4)
-    assert statistics.design_effect(four, groups) == pytest.approx(4, rel=0.01)
-    copied, single = statistics.clustered_score_interval(four, groups), statistics.clustered_score_interval(once)
+    assert paired.design_effect(four, groups) == pytest.approx(4, rel=0.01)
+    copied, single = paired.clustered_score_interval(four, groups), paired.clustered_score_interval(once)
     assert copied.to_json() == pytest.approx(single.to_json(), abs=5e-4)
     assert copied.estimate == pytest.approx(-0.07)
-    assert statistics.sign_flip_test(four, groups) == pytest.approx(statistics.sign_flip_test(once), abs=1e-12)
-    student = statistics.clustered_mean(four, groups)
+    assert paired.sign_flip_test(four, groups) == pytest.approx(paired.sign_flip_test(once), abs=1e-12)
+    student = paired.clustered_mean(four, groups)
     reference = scipy.stats.ttest_1samp(once, 0).confidence_interval()
     assert student.to_json() == pytest.approx(list(reference))
 
 
 def test_design_effect_without_a_changed_row_is_the_largest_possible():
     groups = np.array([0, 0, 0, 1, 2])
-    assert statistics.design_effect(np.zeros(5), groups) == statistics.copies_effect(groups, 5) == (9 + 1 + 1) / 5
-    assert statistics.design_effect(np.zeros(5)) == 1.0
-    wide, narrow = (statistics.clustered_score_interval(np.zeros(5, int), g) for g in (groups, None))
-    assert wide.low < narrow.low < 0 and narrow.to_json() == statistics.paired_score_interval(0, 0, 5).to_json()
+    assert paired.design_effect(np.zeros(5), groups) == paired.copies_effect(groups, 5) == (9 + 1 + 1) / 5
+    assert paired.design_effect(np.zeros(5)) == 1.0
+    wide, narrow = (paired.clustered_score_interval(np.zeros(5, int), g) for g in (groups, None))
+    assert wide.low < narrow.low < 0 and narrow.to_json() == intervals.paired_score_interval(0, 0, 5).to_json()
 
 
 @st.composite
@@ -69,7 +72,7 @@ def test_one_more_lost_row_is_never_evidence_for_the_file(rows: tuple[np.ndarray
         return
     lost = change.copy()
     lost[same[place % len(same)]] = -1
-    before, after = (statistics.clustered_score_interval(one, groups) for one in (change, lost))
+    before, after = (paired.clustered_score_interval(one, groups) for one in (change, lost))
     assert after.low <= before.low + 1e-9 and after.high <= max(before.high, 0.0) + 0.02
 
 
@@ -78,14 +81,14 @@ def test_one_lost_row_does_not_make_a_file_equivalent(n: int):
     """A bound for no change, and 1 for a single changed row, called a file equivalent because it had lost a row."""
     groups = np.arange(n) // 2
     right, lost = np.ones(n, dtype=bool), np.arange(n) < n - 1
-    verdicts = [statistics.compare(right, one, groups, 1.0).verdict for one in (right, lost)]
+    verdicts = [statistics_verdicts.compare(right, one, groups, 1.0).verdict for one in (right, lost)]
     assert verdicts[0].startswith("cannot tell") and verdicts[1].startswith("cannot tell")
 
 
 @pytest.mark.parametrize("losses", [0, 1, 5])
 def test_one_group_of_many_rows_shows_nothing(losses: int):
     right, lost = np.ones(1000, dtype=bool), np.arange(1000) >= losses
-    found = statistics.compare(right, lost, np.zeros(1000), 1.0)
+    found = statistics_verdicts.compare(right, lost, np.zeros(1000), 1.0)
     assert found.difference.to_json() == [-1.0, 1.0] and found.design_effect == 1000
     assert found.verdict == "cannot tell (MDE 100.0 points)" and found.equivalence_p > 0.05
 
@@ -93,20 +96,20 @@ def test_one_group_of_many_rows_shows_nothing(losses: int):
 def test_shares_of_rows_in_clusters():
     """Rows of their own: Wilson's interval. Copies: that of the rows once. All hits: an interval all the same."""
     hits = np.arange(200) % 20 > 0
-    assert statistics.clustered_share(hits) == statistics.wilson(190, 200)
-    copied = statistics.clustered_share(np.repeat(hits, 5), np.repeat(np.arange(200), 5))
-    assert copied.to_json() == pytest.approx(statistics.wilson(190, 200).to_json(), rel=0.002)
+    assert paired.clustered_share(hits) == intervals.wilson(190, 200)
+    copied = paired.clustered_share(np.repeat(hits, 5), np.repeat(np.arange(200), 5))
+    assert copied.to_json() == pytest.approx(intervals.wilson(190, 200).to_json(), rel=0.002)
     tokens = np.random.default_rng(0).random(8000) > 0.03  # of 40 documents, no copies
-    wide, narrow = statistics.clustered_share(tokens, np.arange(8000) // 200), statistics.wilson(tokens.sum(), 8000)
+    wide, narrow = paired.clustered_share(tokens, np.arange(8000) // 200), intervals.wilson(tokens.sum(), 8000)
     assert 1 <= (wide.high - wide.low) / (narrow.high - narrow.low) < 1.6
-    whole = statistics.clustered_share(np.ones(800), np.repeat(np.arange(40), 20))
-    assert whole.to_json() == pytest.approx(statistics.wilson(40, 40).to_json())
+    whole = paired.clustered_share(np.ones(800), np.repeat(np.arange(40), 20))
+    assert whole.to_json() == pytest.approx(intervals.wilson(40, 40).to_json())
 
 
 def test_groups_that_disagree_do_not_narrow_the_interval():
     """A gain and a loss in each group would give a variance of nothing: the effect stays at least 1."""
     cancelling, groups = np.tile([-1, 1], 200), np.arange(400) // 2
-    assert statistics.design_effect(cancelling, groups) == 1.0
+    assert paired.design_effect(cancelling, groups) == 1.0
 
 
 @given(COUNTS)
@@ -114,8 +117,8 @@ def test_groups_that_disagree_do_not_narrow_the_interval():
 def test_sign_flips_of_single_rows_are_mcnemar(counts: tuple[int, int, int]):
     losses, gains, same = counts
     change = changes(losses, gains, same)
-    exact = statistics.mcnemar_exact(change <= 0, change >= 0).p
-    found = statistics.sign_flip_test(change, seed=3)
+    exact = paired.mcnemar_exact(change <= 0, change >= 0).p
+    found = paired.sign_flip_test(change, seed=3)
     assert found == pytest.approx(exact, abs=1e-9 if losses + gains <= 13 else 0.025)
 
 
@@ -125,34 +128,34 @@ def test_sign_flips_are_scipys_permutation_test(n: int):
     theirs = scipy.stats.permutation_test(
         (values, np.zeros(n)), lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", vectorized=True
     )
-    assert statistics.sign_flip_test(values, seed=1) == pytest.approx(theirs.pvalue, abs=1e-9 if n == 9 else 0.015)
-    assert statistics.sign_flip_test(values, seed=1) == statistics.sign_flip_test(values, seed=1)
+    assert paired.sign_flip_test(values, seed=1) == pytest.approx(theirs.pvalue, abs=1e-9 if n == 9 else 0.015)
+    assert paired.sign_flip_test(values, seed=1) == paired.sign_flip_test(values, seed=1)
 
 
 def test_sign_flips_see_a_shift_and_no_change():
     shifted = np.random.default_rng(0).normal(0.5, 1, 300)
-    assert statistics.sign_flip_test(shifted) == 1e-4  # the least that 9,999 flips can give
-    assert statistics.sign_flip_test(np.zeros(50)) == 1.0
+    assert paired.sign_flip_test(shifted) == 1e-4  # the least that 9,999 flips can give
+    assert paired.sign_flip_test(np.zeros(50)) == 1.0
     with pytest.raises(ValueError, match="2 clusters for 3"):
-        statistics.sign_flip_test([1, 2, 3], [0, 1])
+        paired.sign_flip_test([1, 2, 3], [0, 1])
 
 
 def test_one_cluster_shows_no_spread():
-    alone = statistics.clustered_mean([1.0, 2.0], [0, 0])
+    alone = paired.clustered_mean([1.0, 2.0], [0, 0])
     assert (alone.estimate, alone.low, alone.high) == (1.5, -math.inf, math.inf) and alone.to_json() == [None, None]
-    margins = statistics.margin_test([1.0, 2.0], [0, 0])
+    margins = statistics_verdicts.margin_test([1.0, 2.0], [0, 0])
     assert margins.mde == math.inf and margins.to_json()["mde"] is None
 
 
 def test_bootstrap_t_is_skewed_as_the_values_are():
     values = np.random.default_rng(5).exponential(size=40)
-    interval = statistics.clustered_bootstrap_t(values, seed=2)
-    student = statistics.clustered_mean(values)
+    interval = paired.clustered_bootstrap_t(values, seed=2)
+    student = paired.clustered_mean(values)
     assert interval.high - interval.estimate > 1.15 * (interval.estimate - interval.low)
     assert interval.low < student.estimate < interval.high and interval.estimate == student.estimate
-    again = statistics.clustered_bootstrap_t(np.repeat(values, 3), np.repeat(np.arange(40), 3), seed=2)
+    again = paired.clustered_bootstrap_t(np.repeat(values, 3), np.repeat(np.arange(40), 3), seed=2)
     assert again.to_json() == pytest.approx(interval.to_json())
-    assert statistics.clustered_bootstrap_t([2.0] * 30).to_json() == [2.0, 2.0]
+    assert paired.clustered_bootstrap_t([2.0] * 30).to_json() == [2.0, 2.0]
 
 
 # --- equivalence -----------------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ def restricted_score(losses: int, gains: int, n: int, delta: float) -> float:
     ("losses", "gains", "n", "margin"), [(3, 5, 1200, 0.01), (12, 4, 400, 0.03), (0, 1, 200, 0.05), (40, 40, 865, 0.02)]
 )
 def test_equivalence_is_the_score_test(losses: int, gains: int, n: int, margin: float):
-    found = statistics.equivalence_paired(losses, gains, n, margin)
+    found = paired.equivalence_paired(losses, gains, n, margin)
     low, high = (restricted_score(losses, gains, n, delta) for delta in (-margin, margin))
     assert found.p_worse == pytest.approx(scipy.stats.norm.sf(low), rel=1e-3)
     assert found.p_better == pytest.approx(scipy.stats.norm.cdf(high), rel=1e-3)
@@ -188,14 +191,14 @@ def test_equivalence_is_the_score_test(losses: int, gains: int, n: int, margin: 
 @settings(max_examples=60, deadline=None)
 def test_equivalence_is_the_interval_inside_the_margin(counts: tuple[int, int, int], margin: float):
     losses, gains, n = counts[0], counts[1], sum(counts)
-    inside = statistics.paired_score_interval(losses, gains, n, confidence=0.9).within(margin)
-    assert (statistics.equivalence_paired(losses, gains, n, margin).p < 0.05) == inside
+    inside = intervals.paired_score_interval(losses, gains, n, confidence=0.9).within(margin)
+    assert (paired.equivalence_paired(losses, gains, n, margin).p < 0.05) == inside
 
 
 def test_equivalence_refuses_nonsense():
     for bad in ((-1, 0, 10, 0.1), (6, 6, 10, 0.1), (1, 1, 10, 0.0)):
         with pytest.raises(ValueError, match="counts within n"):
-            statistics.equivalence_paired(*bad)
+            paired.equivalence_paired(*bad)
 
 
 # --- power -----------------------------------------------------------------------------------------------------------
@@ -212,9 +215,9 @@ def test_power_counts_every_table():
             if p < 0.05:
                 same = n - discordant
                 total += scipy.stats.multinomial.pmf([losses, gains, same], n, [loss, gain, 1 - share])
-    assert statistics.power_mcnemar(n, share, difference) == pytest.approx(total, abs=1e-9)
-    assert statistics.power_mcnemar(n, share, -difference) == pytest.approx(total, abs=1e-9)
-    assert statistics.power_mcnemar(50, 0.0, 0.0) == 0.0
+    assert statistics_power.power_mcnemar(n, share, difference) == pytest.approx(total, abs=1e-9)
+    assert statistics_power.power_mcnemar(n, share, -difference) == pytest.approx(total, abs=1e-9)
+    assert statistics_power.power_mcnemar(50, 0.0, 0.0) == 0.0
 
 
 def test_power_is_what_simulation_finds():
@@ -223,27 +226,27 @@ def test_power_is_what_simulation_finds():
     kinds, times = np.unique(draws, axis=0, return_counts=True)
     p = [scipy.stats.binomtest(int(b), int(b + c), 0.5).pvalue for b, c in kinds]
     found = np.average(np.array(p) < 0.05, weights=times)
-    assert statistics.power_mcnemar(n, share, difference) == pytest.approx(found, abs=0.03)
+    assert statistics_power.power_mcnemar(n, share, difference) == pytest.approx(found, abs=0.03)
 
 
 @pytest.mark.parametrize(("n", "share"), [(50, 0.0), (200, 0.01), (865, 0.02), (1200, 0.05)])
 def test_the_detectable_effect_is_detected(n: int, share: float):
-    effect = statistics.mde_exact(n, share)
-    assert statistics.power_mcnemar(n, max(share, effect), effect) == pytest.approx(0.8, abs=0.002)
-    assert effect >= 6 / n and statistics.mde_exact(5, share) == 1.0
+    effect = statistics_power.mde_exact(n, share)
+    assert statistics_power.power_mcnemar(n, max(share, effect), effect) == pytest.approx(0.8, abs=0.002)
+    assert effect >= 6 / n and statistics_power.mde_exact(5, share) == 1.0
 
 
 def test_rows_needed_and_the_curve():
-    needed = statistics.rows_needed(0.02, 0.01)
-    (_, before), (_, reached) = statistics.power_curve([needed - 1, needed], 0.02, 0.01)
+    needed = statistics_power.rows_needed(0.02, 0.01)
+    (_, before), (_, reached) = statistics_power.power_curve([needed - 1, needed], 0.02, 0.01)
     assert before < 0.8 <= reached
     usual = (2.8016 / 0.01) ** 2 * 0.02  # Miettinen's approximation
     assert usual < needed < 1.15 * usual
-    curve = [power for _, power in statistics.power_curve(range(200, 2000, 200), 0.02, 0.01)]
+    curve = [power for _, power in statistics_power.power_curve(range(200, 2000, 200), 0.02, 0.01)]
     assert curve == sorted(curve)
     for bad in ((0.02, 0.0), (0.01, 0.02)):
         with pytest.raises(ValueError, match="difference"):
-            statistics.rows_needed(*bad)
+            statistics_power.rows_needed(*bad)
 
 
 def inside(n: int, share: float, difference: float, margin: float, one_sided: bool) -> float:
@@ -253,7 +256,7 @@ def inside(n: int, share: float, difference: float, margin: float, one_sided: bo
         for gains in range(n + 1 - losses):
             chance = scipy.stats.multinomial.pmf([losses, gains, n - losses - gains], n, [loss, gain, 1 - share])
             if chance > 1e-9:
-                interval = statistics.paired_score_interval(losses, gains, n)
+                interval = intervals.paired_score_interval(losses, gains, n)
                 total += chance * (interval.low > -margin if one_sided else interval.within(margin))
     return total
 
@@ -261,7 +264,7 @@ def inside(n: int, share: float, difference: float, margin: float, one_sided: bo
 @pytest.mark.parametrize(("difference", "one_sided"), [(0.0, False), (-0.04, False), (-0.04, True), (0.04, True)])
 def test_power_of_equivalence_counts_every_table(difference: float, one_sided: bool):
     expected = inside(40, 0.1, difference, 0.2, one_sided)
-    assert statistics.power_inside(40, 0.1, difference, 0.2, one_sided) == pytest.approx(expected, abs=1e-6)
+    assert statistics_power.power_inside(40, 0.1, difference, 0.2, one_sided) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -272,35 +275,39 @@ def test_power_of_equivalence_counts_every_table(difference: float, one_sided: b
     ],
 )
 def test_rows_for_equivalence_have_the_power_they_promise(share, difference, margin, one_sided):
-    n = statistics.rows_for_inside(share, difference, margin, one_sided)
-    assert statistics.power_inside(n, share, difference, margin, one_sided) >= 0.79
-    assert statistics.power_inside(round(0.8 * n), share, difference, margin, one_sided) < 0.8
+    n = statistics_power.rows_for_inside(share, difference, margin, one_sided)
+    assert statistics_power.power_inside(n, share, difference, margin, one_sided) >= 0.79
+    assert statistics_power.power_inside(round(0.8 * n), share, difference, margin, one_sided) < 0.8
     if n < 20_000:  # against draws, by the interval that the verdict takes
         draws = np.random.default_rng(5).multinomial(
             n, [(share - difference) / 2, (share + difference) / 2, 1 - share], 400
         )
         kinds, times = np.unique(draws[:, :2], axis=0, return_counts=True)
-        found = [statistics.paired_score_interval(int(b), int(c), n) for b, c in kinds]
+        found = [intervals.paired_score_interval(int(b), int(c), n) for b, c in kinds]
         hits = [one.low > -margin if one_sided else one.within(margin) for one in found]
         assert np.average(hits, weights=times) > 0.72
 
 
 def test_many_discordant_rows_are_approximated_alike():
-    below, above = (statistics.power_inside(n, 0.05, -0.007, 0.01) for n in (39_990, 40_010))
+    below, above = (statistics_power.power_inside(n, 0.05, -0.007, 0.01) for n in (39_990, 40_010))
     assert below == pytest.approx(above, abs=0.006)
     with pytest.raises(ValueError, match="not inside"):
-        statistics.rows_for_inside(0.02, -0.01, 0.01)
+        statistics_power.rows_for_inside(0.02, -0.01, 0.01)
 
 
 def test_the_detectable_effect_is_that_of_holms_first_step():
     reference, lost = np.ones(400, dtype=bool), np.arange(400) >= 6
-    alone, among = (statistics.compare_all(reference, {f"q{i}": lost for i in range(k)}, None, 1.0) for k in (1, 5))
-    assert alone["q0"].mde == statistics.mde_exact(400, 6 / 400)
-    assert among["q0"].mde == statistics.mde_exact(400, 6 / 400, alpha=0.01) > alone["q0"].mde
+    alone, among = (
+        statistics_verdicts.compare_all(reference, {f"q{i}": lost for i in range(k)}, None, 1.0) for k in (1, 5)
+    )
+    assert alone["q0"].mde == statistics_power.mde_exact(400, 6 / 400)
+    assert among["q0"].mde == statistics_power.mde_exact(400, 6 / 400, alpha=0.01) > alone["q0"].mde
     changes = {f"q{i}": np.random.default_rng(i).normal(size=400) for i in range(5)}
-    both = statistics.compare_all(reference, dict.fromkeys(changes, lost), None, 1.0, margin_changes=changes)["q0"]
-    assert both.mde == statistics.mde_exact(400, 6 / 400, alpha=0.005)
-    assert both.margin.mde == statistics.margin_test(changes["q0"], alpha=0.005).mde
+    both = statistics_verdicts.compare_all(reference, dict.fromkeys(changes, lost), None, 1.0, margin_changes=changes)[
+        "q0"
+    ]
+    assert both.mde == statistics_power.mde_exact(400, 6 / 400, alpha=0.005)
+    assert both.margin.mde == statistics_verdicts.margin_test(changes["q0"], alpha=0.005).mde
 
 
 # --- margins and verdicts --------------------------------------------------------------------------------------------
@@ -308,12 +315,12 @@ def test_the_detectable_effect_is_that_of_holms_first_step():
 
 def test_margins_against_scipy():
     values = np.random.default_rng(4).normal(-0.2, 1, 200)
-    found = statistics.margin_test(values, seed=1)
+    found = statistics_verdicts.margin_test(values, seed=1)
     theirs = scipy.stats.ttest_1samp(values, 0)
     assert found.change.to_json() == pytest.approx(list(theirs.confidence_interval()))
     assert found.p == pytest.approx(theirs.pvalue, abs=0.01) and (found.n, found.clusters) == (200, 200)
     assert found.mde == pytest.approx(2.8016 * values.std(ddof=1) / math.sqrt(200), rel=1e-4)
-    assert statistics.margin_test(np.zeros(30)).p == 1.0
+    assert statistics_verdicts.margin_test(np.zeros(30)).p == 1.0
     assert list(found.to_json()) == ["n", "clusters", "change", "p", "p_adjusted", "mde", "change_interval"]
 
 
@@ -330,25 +337,27 @@ def test_margins_against_scipy():
 def test_margins_decide_what_accuracy_leaves_open(difference: float, change: float, p: float, words: str):
     margin = MarginTest(500, 500, Interval(change, change - 0.1, change + 0.1), p, p, 0.1)
     open_question = Interval(difference, difference - 0.02, difference + 0.02)
-    assert statistics.verdict(open_question, 0.5, 1.0, 0.012, margin=margin) == words
+    assert statistics_verdicts.verdict(open_question, 0.5, 1.0, 0.012, margin=margin) == words
     narrow = Interval(difference, difference - 0.005, difference + 0.005)
-    assert statistics.verdict(narrow, 0.5, 1.0, 0.012, margin=margin) == "equivalent within 1 point"
+    assert statistics_verdicts.verdict(narrow, 0.5, 1.0, 0.012, margin=margin) == "equivalent within 1 point"
 
 
 def test_a_certain_difference_inside_the_margin_is_equivalent():
     """14 losses of 5,000: significant, and far below one point."""
     reference, lost = np.ones(5000, dtype=bool), np.arange(5000) >= 14
-    found = statistics.compare(reference, lost, None, 1.0)
+    found = statistics_verdicts.compare(reference, lost, None, 1.0)
     assert found.p_adjusted < 0.001 and (found.verdict, found.endpoint) == ("equivalent within 1 point", "accuracy")
     entry = {"verdict": found.verdict, "mcnemar_p_holm": found.p_adjusted, "accuracy_difference": -0.0028}
     entry["accuracy_difference_interval"] = found.difference.to_json()
-    assert statistics.in_words(entry) == "equivalent within 1 point (a difference of -0.28 points is significant)"
-    assert statistics.in_words({**entry, "mcnemar_p_holm": 0.2}) == "equivalent within 1 point"
+    assert (
+        statistics_verdicts.in_words(entry) == "equivalent within 1 point (a difference of -0.28 points is significant)"
+    )
+    assert statistics_verdicts.in_words({**entry, "mcnemar_p_holm": 0.2}) == "equivalent within 1 point"
 
 
 def test_equivalence_is_also_corrected():
     reference = np.ones(600, dtype=bool)
-    found = statistics.compare_all(reference, {"a": reference, "b": reference}, None, 1.0)
+    found = statistics_verdicts.compare_all(reference, {"a": reference, "b": reference}, None, 1.0)
     assert found["a"].verdict == "equivalent within 1 point" and 0.0 < found["a"].equivalence_p < 0.025
     assert found["a"].equivalence_p_adjusted == 2 * found["a"].equivalence_p
 
@@ -356,8 +365,8 @@ def test_equivalence_is_also_corrected():
 def test_holm_counts_both_endpoints():
     reference, lost = np.ones(200, dtype=bool), np.ones(200, dtype=bool)
     lost[:6] = False
-    alone = statistics.compare_all(reference, {"q": lost}, None, 1.0)["q"]
-    both = statistics.compare_all(reference, {"q": lost}, None, 1.0, margin_changes={"q": np.zeros(200)})["q"]
+    alone = statistics_verdicts.compare_all(reference, {"q": lost}, None, 1.0)["q"]
+    both = statistics_verdicts.compare_all(reference, {"q": lost}, None, 1.0, margin_changes={"q": np.zeros(200)})["q"]
     assert (alone.p_adjusted, alone.verdict, alone.margin) == (0.03125, "worse", None)
     assert both.p_adjusted == 0.0625 and both.margin.p_adjusted == 1 and both.verdict.startswith("cannot tell")
     assert both.to_json()["margin"]["p"] == 1.0 and alone.to_json()["margin"] is None
@@ -369,8 +378,8 @@ def test_near_duplicates_take_the_word_back():
     reference, copies = np.ones(400, dtype=bool), np.ones(400, dtype=bool)
     copies[:8] = False
     groups = np.maximum(np.arange(400) - 7, 0)
-    assert statistics.compare(reference, copies, None, 1.0).verdict == "worse"
-    grouped = statistics.compare(reference, copies, groups, 1.0)
+    assert statistics_verdicts.compare(reference, copies, None, 1.0).verdict == "worse"
+    grouped = statistics_verdicts.compare(reference, copies, groups, 1.0)
     assert grouped.verdict.startswith("cannot tell") and grouped.p_adjusted == 1.0 and grouped.p < 0.01
     assert grouped.design_effect > 5 and grouped.difference.high > 0
 
@@ -378,7 +387,7 @@ def test_near_duplicates_take_the_word_back():
 def test_several_labels_are_compared_by_right_and_wrong():
     """Three labels: a changed wrong answer that stays wrong counts nothing."""
     labels, first, second = np.array([0, 1, 2, 2]), np.array([0, 0, 2, 1]), np.array([0, 2, 2, 2])
-    found = statistics.compare(first == labels, second == labels, None, 1.0)
+    found = statistics_verdicts.compare(first == labels, second == labels, None, 1.0)
     assert (found.losses, found.gains, found.n) == (0, 1, 4)
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from lib.statistics import clustered_mean, wilson
-from lib.statistics.losses import cluster_test
-from lib.statistics.ratios import averaged_share, limits, weighted_mean
+from lib.statistics.intervals import wilson
+from lib.statistics.losses import averaged_share, cluster_test, limits, weighted_mean
+from lib.statistics.paired import clustered_mean
 
 
 @pytest.mark.parametrize("count", [3, 4])

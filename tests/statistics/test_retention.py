@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from lib.statistics import KEEPS_LITTLE, keeps_little, kept_words, retention_warning, slope_through_origin
+from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words, retention_warning, slope_through_origin
 
 
 def sandwich(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[float, float]:

@@ -16,9 +16,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from lib import statistics
-from lib.statistics import Interval
-from lib.statistics.intervals import tango_statistic
+from lib.statistics import classification, intervals, paired, verdicts
+from lib.statistics.intervals import Interval, tango_statistic
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
@@ -35,24 +34,24 @@ def test_import_is_light():
 def test_wilson_is_statsmodels(n: int, share: float):
     k = round(share * n)
     low, high = proportion_confint(k, n, method="wilson")
-    mine = statistics.wilson(k, n)
+    mine = intervals.wilson(k, n)
     assert (mine.low, mine.high) == pytest.approx((low, high), abs=1e-12)
     assert mine.low <= mine.estimate <= mine.high
 
 
 def test_wilson_published_values():
-    assert statistics.wilson(85, 100).to_json() == pytest.approx([0.767, 0.907], abs=5e-4)
-    assert statistics.wilson(1140, 1200).to_json() == pytest.approx([0.936, 0.961], abs=5e-4)
-    assert statistics.wilson(0, 7).low == 0.0 and statistics.wilson(7, 7).high == 1.0
+    assert intervals.wilson(85, 100).to_json() == pytest.approx([0.767, 0.907], abs=5e-4)
+    assert intervals.wilson(1140, 1200).to_json() == pytest.approx([0.936, 0.961], abs=5e-4)
+    assert intervals.wilson(0, 7).low == 0.0 and intervals.wilson(7, 7).high == 1.0
     with pytest.raises(ValueError, match="k=3, n=2"):
-        statistics.wilson(3, 2)
+        intervals.wilson(3, 2)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_mcnemar_is_statsmodels(pairs: list[tuple[bool, bool]]):
     first, second = np.array(pairs).T
     table = [[np.sum(first & second), np.sum(first & ~second)], [np.sum(~first & second), np.sum(~first & ~second)]]
-    mine = statistics.mcnemar_exact(first, second)
+    mine = paired.mcnemar_exact(first, second)
     assert (mine.b, mine.c) == (table[0][1], table[1][0])
     assert mine.p == pytest.approx(min(1.0, mcnemar(table, exact=True).pvalue), abs=1e-12)
 
@@ -63,23 +62,23 @@ def test_mcnemar_is_statsmodels(pairs: list[tuple[bool, bool]]):
 def test_mcnemar_known_splits(b: int, c: int, p: float):
     first = np.array([True] * b + [False] * c + [True] * 30)
     second = np.array([False] * b + [True] * c + [True] * 30)
-    assert statistics.mcnemar_exact(first, second).p == pytest.approx(p, abs=5e-4)
+    assert paired.mcnemar_exact(first, second).p == pytest.approx(p, abs=5e-4)
 
 
 @given(P_VALUES)
 @settings(max_examples=30, deadline=None)
 def test_holm_is_statsmodels(p: list[float]):
-    assert statistics.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]), abs=1e-12)
+    assert paired.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]), abs=1e-12)
 
 
 def test_holm_of_nothing():
-    assert statistics.holm([]) == []
+    assert paired.holm([]) == []
 
 
 def test_score_interval_published_value():
     # Airway hyper-responsiveness, n = 21, discordant 7 and 1: Tango's limits in Fagerland, Lydersen & Laake,
     # Stat. Med. 2014;33:2850, table VI: -0.517 to -0.026.
-    interval = statistics.paired_score_interval(7, 1, 21, adjustment=0)
+    interval = intervals.paired_score_interval(7, 1, 21, adjustment=0)
     assert interval.estimate == pytest.approx(-6 / 21)
     assert interval.to_json() == pytest.approx([-0.517, -0.026], abs=5e-4)
 
@@ -87,12 +86,12 @@ def test_score_interval_published_value():
 def test_score_interval_without_discordance():
     z2 = scipy.stats.norm.ppf(0.975) ** 2
     for n in (1, 20, 1200):
-        own = statistics.paired_score_interval(0, 0, n, adjustment=0)
+        own = intervals.paired_score_interval(0, 0, n, adjustment=0)
         assert own.to_json() == pytest.approx([-z2 / (n + z2), z2 / (n + z2)], abs=1e-9)
     # (n d - a)² = z² n d (1 - d), solved for d
     a, n = 0.25, 1200
     roots = np.roots([n * n + z2 * n, -(2 * a * n + z2 * n), a * a])
-    adjusted = statistics.paired_score_interval(0, 0, n)
+    adjusted = intervals.paired_score_interval(0, 0, n)
     assert adjusted.to_json() == pytest.approx([-max(roots), max(roots)], abs=1e-9)
     assert adjusted.high == pytest.approx((z2 + 0.5) / (n + z2), rel=0.01)
 
@@ -113,8 +112,8 @@ def test_score_statistic_at_zero_is_mcnemars(losses: int, gains: int):
 def test_score_interval_is_symmetric_and_holds_the_estimate(losses: int, gains: int, same: int):
     n = losses + gains + same + 1
     here, mirrored = (
-        statistics.paired_score_interval(losses, gains, n),
-        statistics.paired_score_interval(gains, losses, n),
+        intervals.paired_score_interval(losses, gains, n),
+        intervals.paired_score_interval(gains, losses, n),
     )
     assert -1 <= here.low <= here.estimate + 1e-9 and here.estimate - 1e-9 <= here.high <= 1
     assert (here.low, here.high) == pytest.approx((-mirrored.high, -mirrored.low), abs=1e-9)
@@ -123,7 +122,7 @@ def test_score_interval_is_symmetric_and_holds_the_estimate(losses: int, gains: 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_bootstrap_is_scipys(method: str):
     values = np.random.default_rng(3).gamma(1.0, size=150) - 0.4  # skewed, so that BCa differs from percentile
-    mine = statistics.paired_bootstrap(values, seed=1, method=method)
+    mine = intervals.paired_bootstrap(values, seed=1, method=method)
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method=method.replace("bca", "BCa"), rng=np.random.default_rng(2)
     ).confidence_interval
@@ -135,23 +134,23 @@ def test_bootstrap_draws_whole_clusters():
     rng = np.random.default_rng(0)
     cluster_means = rng.normal(size=60)
     clusters = np.repeat(np.arange(60), 10)
-    clustered = statistics.paired_bootstrap(cluster_means[clusters], clusters, seed=5)
-    single = statistics.paired_bootstrap(cluster_means[clusters], None, seed=5)
-    once = statistics.paired_bootstrap(cluster_means, None, seed=5)
+    clustered = intervals.paired_bootstrap(cluster_means[clusters], clusters, seed=5)
+    single = intervals.paired_bootstrap(cluster_means[clusters], None, seed=5)
+    once = intervals.paired_bootstrap(cluster_means, None, seed=5)
     assert clustered.to_json() == pytest.approx(once.to_json(), abs=1e-12)  # copies of a row add no knowledge
     assert (single.high - single.low) < 0.5 * (clustered.high - clustered.low)
 
 
 def test_bootstrap_is_seeded_and_refuses_nonsense():
     values = [0, 1, -1, 1, 0, 1, 1, 0]
-    assert statistics.paired_bootstrap(values, seed=4) == statistics.paired_bootstrap(values, seed=4)
-    assert statistics.paired_bootstrap([0.0] * 9).to_json() == [0.0, 0.0]
-    assert statistics.paired_bootstrap([2.0]).to_json() == [2.0, 2.0]
+    assert intervals.paired_bootstrap(values, seed=4) == intervals.paired_bootstrap(values, seed=4)
+    assert intervals.paired_bootstrap([0.0] * 9).to_json() == [0.0, 0.0]
+    assert intervals.paired_bootstrap([2.0]).to_json() == [2.0, 2.0]
     for bad in ([], [math.nan], [[1.0]]):
         with pytest.raises(ValueError, match="finite"):
-            statistics.paired_bootstrap(bad)
+            intervals.paired_bootstrap(bad)
     with pytest.raises(ValueError, match="2 clusters for 3"):
-        statistics.paired_bootstrap([1, 2, 3], [0, 1])
+        intervals.paired_bootstrap([1, 2, 3], [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -160,26 +159,26 @@ def test_bootstrap_is_seeded_and_refuses_nonsense():
     [(200, 0.01, 2.0), (200, 0.02, 2.8), (200, 0.05, 4.4), (865, 0.02, 1.35), (865, 0.05, 2.1), (1200, 0.05, 1.81)],
 )
 def test_mde_table(n: int, share: float, points: float):
-    assert 100 * statistics.mde_paired(n, share) == pytest.approx(points, abs=0.06)
+    assert 100 * paired.mde_paired(n, share) == pytest.approx(points, abs=0.06)
 
 
 def test_mde_has_the_power_it_promises():
     rng, n, share = np.random.default_rng(1), 1500, 0.06
-    effect = statistics.mde_paired(n, share)
+    effect = paired.mde_paired(n, share)
     draws = rng.multinomial(n, [(share + effect) / 2, (share - effect) / 2, 1 - share], size=1500)
     z = (draws[:, 0] - draws[:, 1]) / np.sqrt(np.maximum(1, draws[:, 0] + draws[:, 1]))
     assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.80, abs=0.04)
 
 
 def test_smallest_significant_split():
-    assert [statistics.smallest_significant(alpha) for alpha in (0.05, 0.01, 0.5)] == [6, 8, 3]
+    assert [paired.smallest_significant(alpha) for alpha in (0.05, 0.01, 0.5)] == [6, 8, 3]
 
 
 def test_seed_error_e5_is_not_repeated():
     """TP 44, FP 7, TN 41, FN 8: the replaced system printed recall .88 and F1 .8699."""
     labels = [1] * 44 + [0] * 7 + [0] * 41 + [1] * 8
     predictions = [1] * 44 + [1] * 7 + [0] * 41 + [0] * 8
-    report = statistics.classification_report(labels, predictions, ["负面", "正面"])
+    report = classification.classification_report(labels, predictions, ["负面", "正面"])
     negative, positive = report.classes
     assert report.confusion == ((41, 7), (8, 44))
     assert (positive.precision, positive.recall, positive.f1) == pytest.approx((0.8627, 0.8462, 0.8544), abs=5e-5)
@@ -195,7 +194,7 @@ def test_seed_error_e5_is_not_repeated():
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
 def test_macro_f1_counts_absent_classes_as_zero(pairs: list[tuple[int, int]]):
     true, predicted = zip(*pairs, strict=True)
-    report = statistics.classification_report(true, predicted, ["a", "b", "c"])
+    report = classification.classification_report(true, predicted, ["a", "b", "c"])
     expected = f1_score(true, predicted, labels=[0, 1, 2], average="macro", zero_division=0)
     assert report.macro_f1 == pytest.approx(expected)
     assert sum(map(sum, report.confusion)) == len(pairs)
@@ -215,13 +214,13 @@ def test_the_metric_is_a_local_evaluate_module():
 
 def test_report_refuses_foreign_labels():
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        statistics.classification_report([0, 2], [0, 1], ["a", "b"])
+        classification.classification_report([0, 2], [0, 1], ["a", "b"])
     with pytest.raises(ValueError, match="non-empty"):
-        statistics.classification_report([], [], ["a", "b"])
+        classification.classification_report([], [], ["a", "b"])
 
 
 def test_calibration_bins():
-    result = statistics.calibration([0.05, 0.95, 1.0, 0.91], [False, True, True, False])
+    result = classification.calibration([0.05, 0.95, 1.0, 0.91], [False, True, True, False])
     assert [b.n for b in result.bins] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 3]
     assert result.bins[9].accuracy == pytest.approx(2 / 3)
     assert result.ece == pytest.approx((0.05 + abs(2 - 2.86)) / 4)
@@ -232,14 +231,14 @@ def test_a_calibrated_model_has_small_ece():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.5, 1, 20_000)
     right = rng.uniform(size=p.size) < p
-    assert statistics.calibration(p, right).ece < 0.01
-    assert statistics.calibration(np.full(p.size, 0.99), right).ece == pytest.approx(0.24, abs=0.01)
+    assert classification.calibration(p, right).ece < 0.01
+    assert classification.calibration(np.full(p.size, 0.99), right).ece == pytest.approx(0.24, abs=0.01)
 
 
 def test_confidences_are_softmax_over_labels():
     log_probs = np.log([[0.1, 0.3], [0.02, 0.02]])
-    assert statistics.confidences(log_probs) == pytest.approx([0.75, 0.5])
-    assert statistics.confidences(np.array([[-2000.0, -1000.0]])) == pytest.approx([1.0])
+    assert classification.confidences(log_probs) == pytest.approx([0.75, 0.5])
+    assert classification.confidences(np.array([[-2000.0, -1000.0]])) == pytest.approx([1.0])
 
 
 @pytest.mark.parametrize(
@@ -254,13 +253,13 @@ def test_confidences_are_softmax_over_labels():
     ],
 )
 def test_verdict_words(low: float, high: float, p: float, words: str):
-    assert statistics.verdict(Interval((low + high) / 2, low, high), p, 1.0, 0.012) == words
+    assert verdicts.verdict(Interval((low + high) / 2, low, high), p, 1.0, 0.012) == words
 
 
 def test_no_change_on_few_rows_is_not_equivalence():
     few, many = np.ones(50, dtype=bool), np.ones(1200, dtype=bool)
-    assert statistics.compare(few, few, None, 1.0).verdict.startswith("cannot tell (MDE 15.4")
-    assert statistics.compare(many, many, None, 1.0).verdict == "equivalent within 1 point"
+    assert verdicts.compare(few, few, None, 1.0).verdict.startswith("cannot tell (MDE 15.4")
+    assert verdicts.compare(many, many, None, 1.0).verdict == "equivalent within 1 point"
 
 
 def test_compare_all_corrects_for_the_number_of_candidates():
@@ -269,12 +268,12 @@ def test_compare_all_corrects_for_the_number_of_candidates():
     worse[:40] = False
     slightly = reference.copy()
     slightly[:6] = False
-    result = statistics.compare_all(reference, {"bad": worse, "hint": slightly, "same": reference}, None, 1.0, seed=1)
+    result = verdicts.compare_all(reference, {"bad": worse, "hint": slightly, "same": reference}, None, 1.0, seed=1)
     assert result["bad"].verdict == "worse" and result["bad"].losses == 40
     assert result["hint"].p == pytest.approx(0.03125) and result["hint"].p_adjusted == pytest.approx(0.0625)
     assert result["hint"].verdict.startswith("cannot tell")
     assert result["same"].verdict == "equivalent within 1 point"
-    assert statistics.compare(reference, worse, None, 1.0).to_json()["difference"] == pytest.approx(-0.04)
+    assert verdicts.compare(reference, worse, None, 1.0).to_json()["difference"] == pytest.approx(-0.04)
 
 
 @given(st.integers(0, 2**31 - 1))
@@ -282,5 +281,5 @@ def test_compare_all_corrects_for_the_number_of_candidates():
 def test_verdict_never_promises_no_loss(seed: int):
     rng = np.random.default_rng(seed)
     a, b = rng.uniform(size=(2, 300)) < 0.9
-    words = statistics.compare(a, b, rng.integers(0, 200, 300), 1.0, seed).verdict
+    words = verdicts.compare(a, b, rng.integers(0, 200, 300), 1.0, seed).verdict
     assert words in ("worse", "better") or words.startswith(("equivalent within", "cannot tell (MDE"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.models.hub import huggingface, transport
+from lib.hub import huggingface, transport
 from tests.support.hub_server import Hub
 
 

@@ -1,0 +1,223 @@
+"""What a user may write for a model, an adapter or a data set, and what it means.
+Which files of a repository are fetched, and whether there is room for them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from lib.errors import InputError
+from lib.hub.transport import RemoteFile
+
+# What a user may write for a model, an adapter or a data set, and what it means.
+#
+# Three forms: a local path; a hub id (`owner/name`); a ModelScope id (`modelscope:owner/name`). An id may end in
+# `@revision`, which stands before the parameter `revision`.
+
+MODELSCOPE = "modelscope:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+Kind = Literal["model", "adapter", "dataset"]
+
+
+class SourceError(InputError):
+    """A source that cannot be had: unreachable, missing, closed, or not what it says it is.
+
+    Only such an error makes the workbook try the next source that the parameter file lists.
+
+    Attributes:
+        why: the reason in a few words, for the stamp on the pages.
+    """
+
+    def __init__(self, found: str, expected: str, do: str, why: str) -> None:
+        super().__init__(found, expected, do)
+        self.why = why
+
+    def __reduce__(self) -> tuple:
+        return (SourceError, (self.found, self.expected, self.do, self.why))
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository on the hub or on ModelScope.
+
+    Attributes:
+        place: "hub" or "modelscope".
+        id: owner/name (old hub repositories have no owner).
+        revision: branch, tag or commit; ModelScope's default branch is called master.
+        kind: "model", "adapter" or "dataset".
+    """
+
+    place: Literal["hub", "modelscope"]
+    id: str
+    revision: str
+    kind: Kind
+
+    @property
+    def is_data(self) -> bool:
+        return self.kind == "dataset"
+
+    @property
+    def name(self) -> str:
+        """What finds it again, with its commit; ModelScope has no commits, so there the branch belongs to it."""
+        if self.place == "hub":
+            return self.id
+        return f"{MODELSCOPE}{self.id}" + ("" if self.revision == "master" else f"@{self.revision}")
+
+    @property
+    def words(self) -> str:
+        """For messages, e.g. "hub model 'owner/name' (revision 'main')"."""
+        where = "hub" if self.place == "hub" else "ModelScope"
+        what = "data set" if self.is_data else self.kind
+        return f"{where} {what} {self.id!r} (revision {self.revision!r})"
+
+    @property
+    def setting(self) -> str:
+        """The key that names it in a parameter file."""
+        return {"model": "base_model", "adapter": "adapter", "dataset": "dataset"}[self.kind]
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a source that does not exist here can only have been meant as a path."""
+    if text.startswith(MODELSCOPE):
+        return False
+    name = text.partition("@")[0]
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def parse(text: str, revision: str, kind: Kind) -> Remote:
+    """The repository that `text` names.
+
+    Raises:
+        InputError: not an id.
+    """
+    rest = text.removeprefix(MODELSCOPE)
+    name, _, own = rest.partition("@")
+    place: Literal["hub", "modelscope"] = "modelscope" if rest != text else "hub"
+    remote = Remote(place, name, own or revision, kind)
+    if not _ID.fullmatch(name) or ".." in name or (place == "modelscope" and "/" not in name):
+        raise InputError(
+            f"{remote.setting} {text!r}: no file or folder, and not an id.",
+            "owner/name of the hub, modelscope:owner/name, or a local path.",
+            f"correct {remote.setting}.",
+        )
+    if place == "modelscope" and remote.revision == "main":
+        return Remote(place, name, "master", kind)
+    return remote
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids the network (read now: the hub client reads it only once, at import)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
+
+
+def unreachable(remote: Remote, reason: str) -> SourceError:
+    """The error for a source that is not in the cache and that the network does not give."""
+    mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
+    offline = " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
+    last = ", or to offline" if remote.kind == "model" else ""
+    return SourceError(
+        f"{remote.words} is not in the cache and cannot be reached ({reason}).",
+        "a network, or a filled cache.",
+        f"{mirror}{offline}, or set {remote.setting} to a local folder{last}; `fallbacks` can list other sources.",
+        f"cannot be reached: {reason}",
+    )
+
+
+# Which files of a repository are fetched, and whether there is room for them.
+
+MODEL_PATTERNS = (
+    *("*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "*.model"),
+    *("README.md", "LICENSE*", "NOTICE*"),
+)
+"""Files of a model that are fetched, from the top of the repository: never pickles, never code."""
+DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+_NO_DATA = ("dataset_infos.json", "requirements.txt", "readme.txt", "license.txt", "labels.txt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+SPARE = 64 << 20
+"""Bytes that stay free on the disk."""
+
+
+def is_data(path: str) -> bool:
+    """Whether a file of a data set repository holds rows (or could)."""
+    name = path.rpartition("/")[2].lower()
+    return name.endswith(DATA_SUFFIXES) and name not in _NO_DATA and not name.startswith(".")
+
+
+def choose(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """The files to fetch.
+
+    Raises:
+        SourceError: the repository holds nothing usable: no safetensors, only a script, no data files.
+    """
+    if remote.is_data:
+        return _choose_data(remote, files)
+    chosen = [
+        file
+        for file in files
+        if "/" not in file.path
+        and any(fnmatchcase(file.path, pattern) for pattern in MODEL_PATTERNS)
+        and not file.path.startswith("consolidated")
+    ]
+    if not any(file.path.endswith(".safetensors") for file in chosen):
+        pickles = [file.path for file in files if file.path.endswith(_PICKLES)]
+        gguf = [file.path for file in files if file.path.endswith(".gguf")]
+        only = f"only pickled weights ({pickles[0]})" if pickles else f"only GGUF ({gguf[0]})" if gguf else "no weights"
+        raise SourceError(
+            f"{remote.words} holds {only}.",
+            "weights as safetensors (a pickle can run any code; a GGUF file cannot be trained).",
+            f"choose a repository with safetensors for {remote.setting}.",
+            f"holds {only}",
+        )
+    return chosen
+
+
+def _choose_data(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    data = [file for file in files if is_data(file.path)]
+    if data:
+        return [*data, *(file for file in files if file.path == "README.md")]
+    scripts = [file.path for file in files if file.path.endswith(".py")]
+    if scripts:
+        raise SourceError(
+            f"{remote.words} is a script data set ({scripts[0]}); its code is never run.",
+            "a data set of plain files (csv, tsv, json, jsonl, parquet).",
+            "look for a plain-file copy, or set revision to refs/convert/parquet (files that the hub makes of many "
+            "script data sets), or download it elsewhere and set dataset to the folder.",
+            "is a script data set",
+        )
+    names = ", ".join(file.path for file in files[:5]) or "nothing"
+    raise SourceError(
+        f"{remote.words} holds {names}.",
+        "csv, tsv, json, jsonl or parquet files.",
+        "choose another data set, or unpack it and set dataset to the folder.",
+        "holds no data files",
+    )
+
+
+def mega(count: float) -> str:
+    """Bytes in MB, or in GB from 10 GB on."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e10 else f"{count / 1e6:,.0f} MB"
+
+
+def require_room(remote: Remote, need: int, folder: Path, variable: str) -> None:
+    """Refuse a download that the disk of `folder` cannot take.
+
+    Raises:
+        InputError: less than `need` bytes and `SPARE` are free.
+    """
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if need and free < need + SPARE:
+        raise InputError(
+            f"{mega(free)} free on the disk of {folder}.",
+            f"{mega(need)} for {remote.words}, and {mega(SPARE)} to spare.",
+            f"free some space, or set {variable} to a folder on another disk.",
+        )

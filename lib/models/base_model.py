@@ -1,0 +1,390 @@
+"""A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed.
+Which weights an adapter was trained on, as its files say: the same GGUF file can be unpacked in several ways.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.hub import fetching
+from lib.hub import sources as hub_sources
+from lib.hub.sources import SourceError
+from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
+from lib.models.gguf_file import read_metadata
+from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
+from lib.models.weights import open_weights
+from lib.prompts.tasks import read_task, texts_of
+from lib.runs.files import read_json, read_jsonl, sha256_file, sha256_json, user_path
+from lib.settings import OFFLINE_BASE
+
+if TYPE_CHECKING:
+    from lib.runs.run import Run
+
+
+# A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed.
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on the disk.
+
+    Attributes:
+        path: its folder.
+        id: what the user called it: a hub id, a folder, a GGUF file, or "offline".
+        revision: commit of a hub model; hash of a folder's files or of a GGUF file; key of the offline base.
+        offline: True for the project's own small model, which is no Qwen result.
+        unpacked: what `lib.models.unpack` says of weights that came out of a GGUF file; None for others.
+    """
+
+    path: Path
+    id: str
+    revision: str
+    offline: bool
+    unpacked: Mapping[str, Any] | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What every page must say of it."""
+        return () if self.unpacked is None else notes_of(self.unpacked)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: what is known of the file that the weights came out of."""
+        return {} if self.unpacked is None else {"unpacked": dict(self.unpacked)}
+
+
+def resolve_base(
+    base_model: str, revision: str = "main", gguf_dtype: str = "auto", gguf_off_grid: bool = False
+) -> Base:
+    """The folder of a base model: a local one, a GGUF file unpacked, or a hub model in (or downloaded to) the cache.
+
+    Args:
+        gguf_dtype, gguf_off_grid: of a GGUF file, as `lib.models.unpack.unpack` takes them.
+
+    Raises:
+        InputError: no such folder or hub model, no access, no network, or a folder that is not a usable model.
+    """
+    local = user_path(base_model)
+    if local.is_dir():
+        check_model_folder(local)
+        return Base(local, base_model, _fingerprint(local), False)
+    if local.is_file() and local.suffix.lower() == ".gguf":
+        folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
+        return Base(folder, base_model, identity(record), False, record)
+    if local.is_file() or hub_sources.looks_like_path(base_model) or base_model.lower().endswith(".gguf"):
+        named = base_model.lower().endswith(".gguf")
+        kind = "a file" if local.is_file() else "no file" if named else "no folder"
+        raise SourceError(
+            f"base_model {base_model!r}: {kind} {local}.",
+            "a model folder (config.json, safetensors, tokenizer), a .gguf file, or an id such as "
+            "Qwen/Qwen2.5-0.5B-Instruct.",
+            f"{how_to_get(local) if named else 'correct the path'}, "
+            "or set base_model: offline for the small built-in model.",
+            f"{kind} there",
+        )
+    found = fetching.fetch(base_model, revision, "model")
+    check_model_folder(found.path)
+    return Base(found.path, hub_sources.parse(base_model, revision, "model").name, found.revision, False)
+
+
+def how_to_get(path: Path) -> str:
+    """What to do about a .gguf file that is not there."""
+    return "download it: make smollm2" if path.parent.name == "smollm2" else "correct the path"
+
+
+def refuse_without_template(base_model: str) -> None:
+    """Refuse a GGUF file as the base of a run that has no chat template that works, before it is unpacked.
+
+    Raises:
+        InputError: no template, or one that cannot be rendered; or the file is damaged.
+    """
+    path = user_path(base_model)
+    if not path.is_file() or path.suffix.lower() != ".gguf":
+        return
+    if read_metadata(path).get("tokenizer.chat_template"):
+        refuse_bad_template(path)
+        return
+    raise InputError(
+        f"base_model {base_model}: {path} has no chat template.",
+        "a .gguf file of a chat model, with its template.",
+        "take another file; or workbook unpack FILE FOLDER, put chat_template.jinja there, and give the folder.",
+    )
+
+
+def refuse_bad_template(path: Path) -> None:
+    """Refuse a GGUF file whose chat template cannot be rendered; it is tried in a child process, within limits.
+
+    Raises:
+        InputError: the template fails, takes too long or too much memory; or the file is damaged.
+    """
+    from lib.prompts.templates import describe_template
+
+    template = read_metadata(path).get("tokenizer.chat_template")
+    problem = describe_template(template, True)["problem"] if isinstance(template, str) and template else None
+    if problem:
+        raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
+
+
+@dataclass(frozen=True)
+class ChosenBase:
+    """The base model that a run takes.
+
+    Attributes:
+        source: what it is called: "offline", a folder, or an id.
+        base: its folder; None for the offline base, which is made from the run's rows.
+        notes: what every page must say: that it is a fallback, and why; that it comes out of a GGUF file.
+    """
+
+    source: str
+    base: Base | None
+    notes: tuple[str, ...] = ()
+
+
+def choose_base(
+    base_model: str,
+    revision: str,
+    fallbacks: Sequence[Mapping[str, Any]] = (),
+    gguf_dtype: str = "auto",
+    gguf_off_grid: bool = False,
+) -> ChosenBase:
+    """The first source that can be had: base_model, then the listed fallbacks in order.
+
+    Args:
+        fallbacks: the setting; entries without "base_model" are left out. "sha256" is compared, "revision" used.
+        gguf_dtype, gguf_off_grid: how a GGUF file among them is unpacked.
+
+    Raises:
+        InputError: none can be had; or the first that can be had is not usable, or not the one that was listed.
+    """
+    listed = [{"base_model": base_model, "revision": revision}, *(f for f in fallbacks if "base_model" in f)]
+    failures: list[SourceError] = []
+    for entry in listed:
+        source = str(entry["base_model"])
+        try:
+            asked = str(entry.get("revision", "main"))
+            refuse_without_template(source)
+            base = None if source == OFFLINE_BASE else resolve_base(source, asked, gguf_dtype, gguf_off_grid)
+        except SourceError as error:
+            failures.append(error)
+            continue
+        if base is not None and "sha256" in entry:
+            _check_weights(base, str(entry["sha256"]))
+        if gguf_off_grid and not failures and (base is None or base.unpacked is None):
+            raise InputError(
+                f"gguf_off_grid: true, and base_model {source}, which is no GGUF file.",
+                "gguf_off_grid: false, or a .gguf file as base_model.",
+                "correct one of them.",
+            )
+        notes = fallback_note("base model", base_model, source, failures)
+        return ChosenBase(base.id if base else source, base, (*notes, *(base.notes if base else ())))
+    raise none_left(failures, [str(entry["base_model"]) for entry in listed])
+
+
+def fallback_note(what: str, asked: str, used: str, failures: Sequence[SourceError]) -> tuple[str, ...]:
+    """The stamp for a source that was taken instead of the one asked for; empty when nothing failed."""
+    if not failures:
+        return ()
+    why = failures[0].why
+    return (f"fallback: {what} {asked} could not be had ({why}); {called(used)} was used instead of it",)
+
+
+def called(source: str) -> str:
+    """A source as pages call it: ids as they are, local files and folders by their last name."""
+    path = user_path(source)
+    return f"{'folder' if path.is_dir() else 'file'} {path.name}" if path.exists() else source
+
+
+def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> SourceError:
+    """The first error, with what the fallbacks said."""
+    first = failures[0]
+    if len(failures) == 1:
+        return first
+    others = "; ".join(f"{s} {e.why}" for s, e in zip(sources[1:], failures[1:], strict=True))
+    return SourceError(f"{first.found} Fallbacks failed too: {others}.", first.expected, first.do, first.why)
+
+
+def _check_weights(base: Base, wanted: str) -> None:
+    files = [user_path(base.id)] if base.unpacked is not None else open_weights(base.path).files
+    hashes = {path.name: sha256_file(path) for path in files}
+    found = next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
+    if found != wanted.lower():
+        raise InputError(
+            f"fallback {base.id}: SHA-256 {found} ({', '.join(hashes)}).",
+            f"{wanted}, as the parameter file lists it.",
+            "check where it comes from; correct sha256 if this is the model you mean.",
+        )
+
+
+@dataclass(frozen=True)
+class GivenAdapter:
+    """A LoRA adapter that somebody else trained: its folder, what the user called it, commit or hash."""
+
+    path: Path
+    id: str
+    revision: str
+
+
+def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
+    """The folder of an adapter: a local one, or a hub or ModelScope repository.
+
+    Raises:
+        InputError: cannot be had, a full model, a pickle, or no adapter.
+    """
+    local = user_path(adapter)
+    if local.is_dir():
+        require_adapter(local)
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        files = {name: sha256_file(local / name) for name in names if (local / name).is_file()}
+        return GivenAdapter(local, adapter, f"sha256:{sha256_json(files)[:16]}")
+    if local.is_file() or hub_sources.looks_like_path(adapter):
+        kind = "a file" if local.is_file() else "no folder"
+        raise SourceError(
+            f"adapter {adapter!r}: {kind} {local}.",
+            "a folder with adapter_config.json and adapter_model.safetensors, or an id.",
+            "correct adapter.",
+            f"{kind} there",
+        )
+    found = fetching.fetch(adapter, revision, "adapter")
+    require_adapter(found.path)
+    return GivenAdapter(found.path, adapter, found.revision)
+
+
+def base_of(run: Run) -> Base:
+    """The base model that notebook 01 chose for this run (the offline one is made now if it is not there yet)."""
+    data = run.require("data")
+    facts = data.entry.facts
+    if facts.get("offline_base") or facts["base_model"] == OFFLINE_BASE:
+        from lib.models.offline_base import ensure_base
+
+        texts = [text for row in read_jsonl(data.path / "train.jsonl") for text in texts_of(row)]
+        folder = ensure_base(texts, read_task(data.path), data.path / "tokenizer")
+        return Base(folder, OFFLINE_BASE, folder.name, True)
+    recorded = str(facts.get("base_revision", "main"))
+    base = resolve_base(facts["base_model"], _commit(recorded), **asked_in(recorded))
+    if facts.get("base_revision") not in (None, base.revision):
+        raise InputError(
+            f"base model {base.id} is now {base.revision}.",
+            f"{facts['base_revision']}, with which notebook 01 prepared the data.",
+            "run notebook 01 again with force: true, or bring the old model back.",
+        )
+    return base
+
+
+def _commit(recorded: str) -> str:
+    return "main" if recorded.startswith("sha256:") else recorded
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of the configuration and the weights of a model folder."""
+    files = [folder / "config.json", *open_weights(folder).files]
+    return "sha256:" + sha256_json({path.name: sha256_file(path) for path in files})[:16]
+
+
+def check_model_folder(path: Path) -> None:
+    """Refuse a folder that is not a complete causal language model in safetensors, before anything is loaded.
+
+    Raises:
+        InputError: no config.json, an unknown model type (code of the folder is never run), no weights, pickled
+            weights, a Git LFS pointer or a web page in place of a file, truncated or damaged weights.
+    """
+    if not path.is_dir():
+        raise InputError(f"no folder {path}.", "a model folder.", "check the path.")
+    refuse_adapter(path)
+    config = _read_config(path / "config.json")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = " that brings its own code (auto_map), which is never run" if config.get("auto_map") else ""
+        raise InputError(
+            f"{path / 'config.json'}: model_type {kind!r}{own}.",
+            "a causal language model that transformers knows, e.g. qwen2 or qwen3.",
+            "use another base_model.",
+        )
+    open_weights(path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no {path.name} in {path.parent}.", "a model folder.", "point to the folder that has it.")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if text.startswith("version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer.", "the file itself.", "run `git lfs pull` in its clone.")
+    if text.lstrip().startswith("<"):
+        raise InputError(f"{path} is a web page.", "JSON.", "download the file itself again.")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}).", "JSON.", "download or copy it again.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no object.", "a model configuration.", "download or copy it again.")
+    return config
+
+
+# Which weights an adapter was trained on, as its files say: the same GGUF file can be unpacked in several ways.
+
+
+def unpacking_of(adapter: Path) -> dict[str, Any]:
+    """How the base of an adapter that this workbook trained was unpacked, as keywords of `resolve_base`.
+
+    An adapter fits the weights it was trained on: channels rescaled or not. Empty where its files say nothing.
+    """
+    return asked_in(trained_base(adapter))
+
+
+def trained_base(adapter: Path) -> str:
+    """The revision of the base that an adapter was trained on, as its files say; empty where they do not.
+
+    training.json is this workbook's; adapter_config.json, which the weights are never without, bears the revision too.
+    """
+    record = adapter / "training.json"
+    content = read_json(record) if record.is_file() else {}
+    base = content.get("base") if isinstance(content, dict) else None
+    if isinstance(base, dict) and base.get("revision"):
+        return str(base["revision"])
+    return str(adapter_config(adapter).get("revision") or "")
+
+
+def refuse_other_weights(adapter: Path, base: Base) -> None:
+    """Refuse an adapter on other weights of a GGUF file than those it was trained on: shapes do not tell them apart.
+
+    Raises:
+        InputError: it was trained on a GGUF base of another identity; or the base's channels are rescaled, and the
+            adapter's files do not say that it was trained on exactly these.
+    """
+    found = trained_base(adapter)
+    private = base.unpacked is not None and base.unpacked["off_grid"]
+    if found == base.revision or not (is_identity(found) or private):
+        return
+    raise _other_weights(adapter, found, base.revision)
+
+
+def refuse_other_folder(adapter: Path, folder: Path) -> None:
+    """As `refuse_other_weights`, for a folder alone; its unpacked.json says which GGUF file it came out of.
+
+    A folder that came out of none is refused to an adapter of rescaled channels only: an adapter that was trained on
+    dequantized weights is often merged into the model that they were quantized from.
+
+    Raises:
+        InputError: the adapter was trained on another GGUF file, or on other scales of its channels.
+    """
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    own, found = identity(record) if record else "", trained_base(adapter)
+    scaled = "gguf_off_grid" in asked_in(own) | asked_in(found)
+    if without_dtype(own) != without_dtype(found) and (scaled or (own and is_identity(found))):
+        raise _other_weights(adapter, found, own or f"{folder}, which came out of no GGUF file")
+
+
+def _other_weights(adapter: Path, found: str, base: str) -> InputError:
+    asked = {"gguf_dtype": "auto", "gguf_off_grid": False} | asked_in(found)
+    needed = f"gguf_dtype: {asked['gguf_dtype']} and gguf_off_grid: {str(asked['gguf_off_grid']).lower()}"
+    return InputError(
+        f"an adapter ({adapter}) trained on base {found or 'that its files do not name'}, put on {base}.",
+        "the weights it was trained on: the same file, unpacked in the same way.",
+        f"set {needed} with the file it was trained on, or train again.",
+    )

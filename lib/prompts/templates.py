@@ -1,0 +1,293 @@
+"""The reasoning block of a generated answer: how far it got, and what stands behind it.
+Reasoning in an answer: the tags around it, taking it apart, putting it together in the base model's own form.
+How a chat template writes turns of certain roles: found with marks in place of the texts, known for no model.
+A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.prompts.classification import end_of_turn_id
+from lib.runs.child import run_child
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# The reasoning block of a generated answer: how far it got, and what stands behind it.
+
+TAG = re.compile(r"<\s*(/?)\s*(think|thinking)\s*>", re.IGNORECASE)
+"""A tag around reasoning; group 1 is "/" for a closing one, group 2 its name as written."""
+
+FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+"""Characters of other categories that show nothing."""
+
+
+def is_blank(text: str) -> bool:
+    """True where there is nothing to see: white space, zero-width and other format characters, fillers."""
+    return all(c.isspace() or c in FILLERS or unicodedata.category(c) in ("Cf", "Zl", "Zp") for c in text)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A reasoning block. Each attribute but the last implies the one before.
+
+    Attributes:
+        opened: the answer begins with an opening tag.
+        closed: the next tag is the one that closes it.
+        filled: there is text between the two.
+        answered: there is text behind it.
+        complete: all of that, and no further tag.
+        answer: what stands behind the block; nothing where the block was opened and not closed.
+    """
+
+    opened: bool
+    closed: bool
+    filled: bool
+    answered: bool
+    complete: bool
+    answer: str
+
+
+def read_block(text: str) -> Block:
+    """Read the block that an answer begins with; without an opening tag the whole text is the answer."""
+    tags = list(TAG.finditer(text))
+    opened = bool(tags) and not tags[0][1] and is_blank(text[: tags[0].start()])
+    if not opened:
+        return Block(False, False, False, False, False, text.strip())
+    closed = len(tags) > 1 and bool(tags[1][1]) and tags[0][2].lower() == tags[1][2].lower()
+    if not closed:
+        return Block(True, False, False, False, False, "")
+    answer = text[tags[1].end() :].strip()
+    filled = not is_blank(text[tags[0].end() : tags[1].start()])
+    answered = filled and not is_blank(answer)
+    return Block(True, True, filled, answered, answered and len(tags) == 2, answer)
+
+
+# Reasoning in an answer: the tags around it, taking it apart, putting it together in the base model's own form.
+
+_ESCAPED = re.compile(r"(?:&lt;|＜)\s*/?\s*think(?:ing)?\s*(?:&gt;|＞)", re.IGNORECASE)
+
+
+@functools.lru_cache(maxsize=8)  # asking a tokenizer of 151,936 tokens for its vocabulary takes 0.1 s
+def think_tags(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The tags around reasoning: those that the tokenizer has as single tokens, else <think>, </think> as text."""
+    vocabulary = tokenizer.get_vocab()
+    found = (name for name in ("think", "thinking") if f"<{name}>" in vocabulary and f"</{name}>" in vocabulary)
+    name = next(found, "think")
+    return f"<{name}>", f"</{name}>"
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    """Reasoning (empty where there is none) and answer of an assistant turn, both without outer white space.
+
+    Tags may be in capitals and hold spaces. Characters that nobody sees do not fill a block or an answer.
+
+    Raises:
+        ValueError: tags that do not make one closed, filled block in front of an answer, or stand there escaped
+            (&lt;think&gt;); the message says what is wrong.
+    """
+    tags = list(TAG.finditer(content))
+    if (escaped := _ESCAPED.search(content)) and is_blank(content[: escaped.start()]):
+        raise ValueError("thinking in escaped tags (&lt;think&gt;)")
+    if not tags:
+        return "", content.strip()
+    if len(tags) == 1:
+        raise ValueError("thinking not opened" if tags[0][1] else "thinking not closed")
+    if len(tags) > 2 or tags[0][1] or not tags[1][1] or tags[0][2].lower() != tags[1][2].lower():
+        raise ValueError("thinking nested, repeated or crossed")
+    before, reasoning, answer = (
+        content[: tags[0].start()].strip(),
+        content[tags[0].end() : tags[1].start()].strip(),
+        content[tags[1].end() :].strip(),
+    )
+    if not is_blank(before):
+        raise ValueError("text before the thinking")
+    if is_blank(reasoning):
+        raise ValueError("empty thinking")
+    if is_blank(answer):
+        raise ValueError("no answer after the thinking")
+    return reasoning, answer
+
+
+def with_thinking(tokenizer: PreTrainedTokenizerBase, reasoning: str, answer: str) -> str:
+    """An assistant turn in the form of the tokenizer's own tags."""
+    opening, closing = think_tags(tokenizer)
+    return f"{opening}\n{reasoning}\n{closing}\n\n{answer}" if reasoning else answer
+
+
+# How a chat template writes turns of certain roles: found with marks in place of the texts, known for no model.
+
+Message = dict[str, str]
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+_MARK = re.compile("\ue000(\\d+)([ra])\ue001")
+_EMPTY_BLOCK = re.compile(r"<think(ing)?>\s*</think(ing)?>\s*")
+
+
+def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool, prompt: bool) -> str:
+    """The turns as the template writes them; with `prompt` ending as it asks for an answer."""
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=prompt, enable_thinking=thinking
+    )
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that closes a turn, as text."""
+    return tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+
+
+def unfit(what: str) -> InputError:
+    """The refusal of a template."""
+    return InputError(
+        f"the model's chat template {what}.",
+        "a template that writes each turn as it is, closed by the end-of-turn token.",
+        "choose another base_model (Qwen1.5, Qwen2.5 and Qwen3 fit).",
+    )
+
+
+def refusal(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> InputError:
+    """Why nothing of a conversation can be learned: no answer stands behind the prompt that asks for it."""
+    if not thinking and _opens(tokenizer, True):  # Qwen3 Thinking-2507, QwQ
+        return InputError(
+            "thinking: false, and a base model that always thinks (its chat template opens <think> in every prompt).",
+            "answers of the kind that the template asks for.",
+            "set thinking: true for answers with reasoning, or take another base_model.",
+        )
+    return unfit("asks for an answer otherwise than it writes one")
+
+
+def _opens(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> bool:
+    """Whether the template's own prompt opens the reasoning."""
+    asks = apply(tokenizer, [{"role": USER, "content": "?"}], thinking, True)
+    return asks.rstrip().endswith(think_tags(tokenizer)[0])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a template writes turns of certain roles; the texts do not matter.
+
+    Attributes:
+        frame: the rendering with marks in place of the texts.
+        marks: (turn, "r" for reasoning or "a" for the rest, start, stop) of each mark in the frame, in order.
+        starts: turn of an answer -> where in the frame it begins, as the model would have to write it.
+        learned: the turns that the template writes behind the prompt by which it asks for them; with `thinking` only
+            those with their reasoning, without it also those before the last one where only an empty block of that
+            prompt is missing (Qwen3).
+    """
+
+    frame: str
+    marks: tuple[tuple[int, str, int, int], ...]
+    starts: dict[int, int]
+    learned: frozenset[int]
+
+
+@functools.lru_cache(maxsize=256)
+def layout_of(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, kinds: tuple[tuple[str, bool], ...], thinking: bool
+) -> Layout:
+    """The layout of turns (role, has reasoning); `template` is only part of the key."""
+    end, opening = end_of_turn(tokenizer), think_tags(tokenizer)[0]
+    marked = []
+    for i, (role, reasons) in enumerate(kinds):
+        reasoning = f"\ue000{i}r\ue001" if reasons else ""
+        marked.append({"role": role, "content": with_thinking(tokenizer, reasoning, f"\ue000{i}a\ue001")})
+    frame = apply(tokenizer, marked, thinking, False)
+    marks = [(int(m[1]), m[2], *m.span()) for m in _MARK.finditer(frame)]
+    if [turn for turn, kind, *_ in marks if kind == "a"] != list(range(len(kinds))):
+        raise unfit("leaves turns out, repeats them or changes their order")
+    if marks[-1][0] == len(kinds) - 1 and kinds[-1][0] == ASSISTANT and not frame[marks[-1][3] :].startswith(end):
+        frame = frame[: marks[-1][3]] + end + frame[marks[-1][3] :]
+    opened = _opens(tokenizer, thinking)
+    starts: dict[int, int] = {}
+    learned, nearly = set(), set()
+    for turn, kind, start, stop in marks:
+        if kinds[turn][0] != ASSISTANT:
+            continue
+        if kind == "r":  # the opening tag is part of the answer, unless the template's own prompt ends with it
+            starts[turn] = start if opened else frame.rindex(opening, 0, start)
+            continue
+        if not frame[stop:].startswith(end):
+            raise unfit("does not close an answer")
+        shown = turn in starts
+        first = starts.setdefault(turn, start)
+        asked = apply(tokenizer, marked[:turn], thinking, True)
+        missing = asked[first:] if asked.startswith(frame[:first]) else "?"
+        if not missing and (shown or not thinking):
+            learned.add(turn)
+        elif not thinking and _EMPTY_BLOCK.fullmatch(missing):
+            nearly.add(turn)
+    return Layout(frame, tuple(marks), starts, frozenset(learned | nearly if learned else learned))
+
+
+# A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.
+
+SECONDS, BYTES = 20.0, 1 << 30
+"""What the trial may take: wall time, address space."""
+_USER = "QUESTION-7391"
+
+
+def describe_template(template: str, render: bool) -> dict[str, Any]:
+    """Hash and length of a template; whether it adds a system turn of its own; why it cannot be used, if so.
+
+    Returns:
+        {"sha256", "characters", "own_system_turn": True, False or None (not tried), "problem": None or words}.
+    """
+    found: dict[str, Any] = {
+        "sha256": hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
+        "characters": len(template),
+        "own_system_turn": None,
+        "problem": None,
+    }
+    if not render:
+        return found
+    try:
+        answer = run_child(
+            "lib.prompts.templates:try_out",
+            {"template": template},
+            "trying the chat template",
+            timeout=SECONDS,
+            heard=lambda _: None,
+        )
+    except InputError as error:
+        return {**found, "problem": f"the chat template cannot be rendered: {error.found}"}
+    return {**found, "own_system_turn": answer.get("own_system_turn"), "problem": answer.get("problem")}
+
+
+def try_out(argument: dict[str, Any]) -> dict[str, Any]:
+    """Render one user turn as transformers would; runs in the child process."""
+    import resource
+
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda _: "2026-01-01"
+    try:
+        text = environment.from_string(argument["template"]).render(
+            messages=[{"role": "user", "content": _USER}], add_generation_prompt=True, bos_token="", eos_token=""
+        )
+    except (jinja2.TemplateError, MemoryError, RecursionError, OverflowError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        return {"problem": f"the chat template cannot be rendered: {reason}"}
+    if _USER not in text:
+        return {"problem": "the chat template leaves the user's words out"}
+    return {"own_system_turn": "system" in text.partition(_USER)[0]}
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

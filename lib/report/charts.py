@@ -1,0 +1,385 @@
+"""The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.
+The figures of notebooks 06 and 07: where the bits of a file go, and what size buys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, figure, font_note, readable, say, side_by_side, use_style
+from lib.statistics.power import power_mcnemar
+from lib.statistics.verdicts import frontier
+
+if TYPE_CHECKING:
+    from IPython.display import HTML, Markdown
+    from matplotlib.axes import Axes
+
+
+# The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.
+
+HATCHES = ("", "//", "..", "xx")
+
+
+def _axes(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    use_style()
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str]) -> HTML:
+    """Rows of each label in each split, as grouped bars; `counts` is {split: [rows of label 0, 1, …]}."""
+    fig, ax = _axes(height=3.0)
+    names, width = readable(label_names), 0.8 / len(label_names)
+    places = np.arange(len(counts))
+    for index, name in enumerate(names):
+        values = [count[index] for count in counts.values()]
+        colour = (BLUE, ORANGE, GREEN)[index % 3]
+        bars = ax.bar(places + index * width, values, width, label=name, color=colour, hatch=HATCHES[index % 4])
+        ax.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    ax.set_xticks(places + width * (len(names) - 1) / 2, list(counts))
+    ax.set_ylabel("rows")
+    ax.legend(title="label")
+    words = "; ".join(f"{split}: {', '.join(f'{v:,}' for v in values)}" for split, values in counts.items())
+    caption = f"Rows of each label in each split (n = {sum(map(sum, counts.values())):,} rows).{font_note(label_names)}"
+    return figure(fig, caption, f"Bar chart of label balance. {words}.")
+
+
+def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
+    """Tokens a row (prompt and answer) in each split, with the run's limit."""
+    fig, ax = _axes(height=3.0)
+    longest = max(max(values) for values in lengths.values())
+    bins = np.linspace(0, min(longest, 2 * limit), 60)
+    for split, values in lengths.items():
+        shown = np.minimum(values, bins[-1])
+        ax.hist(shown, bins=bins, histtype="step", density=True, label=f"{split} (n = {len(values):,})", linewidth=1.5)
+    ax.axvline(limit, color=GREY, linestyle=":", label=f"max_seq_length = {limit}")
+    ax.set_xlabel("tokens a row, prompt and answer" + (" (longer rows in the last bin)" if longest > bins[-1] else ""))
+    ax.set_ylabel("density")
+    ax.legend()
+    over = {split: float(np.mean(np.asarray(values) > limit)) for split, values in lengths.items()}
+    words = ", ".join(f"{split} {100 * share:.1f} %" for split, share in over.items())
+    n = sum(len(values) for values in lengths.values())
+    caption = f"Length of the rows in tokens (n = {n:,}). Share over the limit, whose text is cut at its end: {words}."
+    return figure(fig, caption, f"Histogram of row lengths in tokens; share over the limit of {limit}: {words}.")
+
+
+def learning_curves(history: Sequence[Mapping[str, Any]], chosen_step: int) -> HTML:
+    """Training and validation loss with the chosen checkpoint, and the learning rate, over updates."""
+    fig, (left, right) = _axes(9.0, 3.3, columns=2)
+    train = [(row["step"], row["loss"]) for row in history if row.get("loss") is not None]
+    valid = [(row["step"], row["eval_loss"]) for row in history if row.get("eval_loss") is not None]
+    rates = [(row["step"], row["learning_rate"]) for row in history if row.get("learning_rate") is not None]
+    left.plot(*zip(*train, strict=True), label="training", linewidth=1.0)
+    left.plot(*zip(*valid, strict=True), label="validation", marker="o", markersize=4)
+    best = dict(valid)[chosen_step]
+    left.plot([chosen_step], [best], "*", color=GREEN, markersize=15, label=f"chosen (step {chosen_step})")
+    left.set(xlabel="update (optimizer step)", ylabel="loss, nats a loss token", ylim=(0, None))
+    left.legend()
+    right.plot(*zip(*rates, strict=True))
+    right.set(xlabel="update (optimizer step)", ylabel="learning rate", ylim=(0, None))
+    caption = (
+        f"Loss on the answer tokens and learning rate over {train[-1][0]} updates; the star marks the checkpoint with "
+        f"the lowest validation loss ({best:.4f} nats). One training run, one seed: no interval."
+    )
+    alt = (
+        f"Training loss falls from {train[0][1]:.2f} to {train[-1][1]:.2f}; validation loss from {valid[0][1]:.3f} "
+        f"to {valid[-1][1]:.3f}, lowest {best:.3f} at step {chosen_step}."
+    )
+    return figure(fig, caption, alt)
+
+
+def estimates(
+    points: Sequence[Mapping[str, Any]], axis: str, caption: str, reference: float | None = None, band: float = 0.0
+) -> HTML:
+    """Estimates with intervals, one a line.
+
+    Args:
+        points: mappings with name, estimate, low, high (same unit as the axis; None = no interval) and n.
+        reference: position of a vertical line; `band` shades ± that much around it (an equivalence margin).
+    """
+    fig, ax = _axes(height=0.9 + 0.38 * len(points))
+    places = np.arange(len(points))[::-1]
+    if reference is not None:
+        ax.axvline(reference, color=GREY, linestyle="--", linewidth=1)
+        if band:
+            ax.axvspan(reference - band, reference + band, color=GREEN, alpha=0.12, linewidth=0)
+    for place, point in zip(places, points, strict=True):
+        bounded = point["low"] is not None and point["high"] is not None
+        error = [[point["estimate"] - point["low"]], [point["high"] - point["estimate"]]] if bounded else None
+        ax.errorbar(point["estimate"], place, xerr=error, fmt="o", color=BLUE, capsize=3, linestyle="none")
+    ax.set_yticks(places, [f"{point['name']}  (n = {point['n']:,})" for point in points])
+    ax.set_ylim(-0.6, len(points) - 0.4)
+    ax.set_xlabel(axis)
+    words = "; ".join(f"{p['name']} {p['estimate']:.4g} {_limits(p)}" for p in points)
+    return figure(fig, caption, f"{axis}: {words}.")
+
+
+def _limits(point: Mapping[str, Any]) -> str:
+    return "(no interval)" if None in (point["low"], point["high"]) else f"[{point['low']:.4g}, {point['high']:.4g}]"
+
+
+def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:
+    """Confusion matrices side by side: rows = true label, columns = predicted label, cells = number of rows."""
+    fig, axes = _axes(3.2 * len(matrices), 3.0, columns=len(matrices))
+    names = readable(label_names)
+    for ax, (title, matrix) in zip(np.atleast_1d(axes), matrices.items(), strict=True):
+        values = np.asarray(matrix)
+        ax.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.sum(axis=1).max()))
+        for (row, column), value in np.ndenumerate(values):
+            dark = value > 0.6 * values.sum(axis=1).max()
+            ax.text(column, row, f"{value:,}", ha="center", va="center", color="white" if dark else "black")
+        ax.set_xticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), names)
+        ax.set(xlabel="predicted", ylabel="true", title=title)
+        ax.grid(False)
+    total = int(np.sum(next(iter(matrices.values()))))
+    words = "; ".join(f"{title}: {np.asarray(matrix).tolist()}" for title, matrix in matrices.items())
+    caption = f"Confusion matrices, number of test rows (n = {total:,} each).{font_note(label_names)}"
+    return figure(fig, caption, f"Confusion matrices, rows true and columns predicted. {words}.")
+
+
+def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], caption: str) -> HTML:
+    """Confidence against accuracy; `bins` is {model: [{confidence, accuracy, low, high, n}, …]}."""
+    fig, ax = _axes(5.2, 3.8)
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="perfectly calibrated")
+    for (name, rows), marker, colour in zip(bins.items(), "osD^", (BLUE, ORANGE, GREEN, GREY), strict=False):
+        kept = [row for row in rows if row["n"]]
+        x, y = [row["confidence"] for row in kept], [row["accuracy"] for row in kept]
+        error = [[max(0, v - r["low"]) for v, r in zip(y, kept, strict=True)]]
+        error.append([max(0, r["high"] - v) for v, r in zip(y, kept, strict=True)])
+        ax.errorbar(x, y, yerr=error, marker=marker, color=colour, capsize=2, label=name, linewidth=1)
+    ax.set(xlabel="confidence (mean probability of the answer given)", ylabel="share of right answers", ylim=(0, 1.02))
+    ax.legend()
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{r['confidence']:.2f}→{r['accuracy']:.2f}" for r in rows if r["n"])
+        for name, rows in bins.items()
+    )
+    return figure(fig, caption, f"Reliability diagram, confidence to accuracy by bin. {words}.")
+
+
+def overlay_histogram(values: Mapping[str, Sequence[float]], axis: str, caption: str) -> HTML:
+    """Distributions of one quantity as outlines, one for each name, over a common range (1st to 99th percentile)."""
+    fig, ax = _axes(height=3.0)
+    every = np.concatenate([np.asarray(v, dtype=float) for v in values.values()])
+    low, high = np.percentile(every, [0.5, 99.5])
+    bins = np.linspace(low, high if high > low else low + 1, 50)
+    for name, sample in values.items():
+        _outline(ax, np.clip(sample, bins[0], bins[-1]), bins, f"{name} (n = {len(sample):,})")
+    ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
+    ax.set(xlabel=axis, ylabel="rows")
+    ax.legend()
+    words = "; ".join(f"{name}: median {np.median(sample):.3g}" for name, sample in values.items())
+    return figure(fig, caption, f"Histogram of {axis}. {words}.")
+
+
+def _outline(ax: Axes, sample: np.ndarray, bins: np.ndarray, label: str) -> None:
+    ax.hist(sample, bins=bins, histtype="step", linewidth=1.5, label=label)
+
+
+# The figures of notebooks 06 and 07: where the bits of a file go, and what size buys.
+
+TYPE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+
+
+def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
+    """Megabytes of each tensor type in each file, stacked; `files` is {file: {type: megabytes}}."""
+    fig, ax = _axes(height=0.9 + 0.38 * len(files))
+    kinds = list(dict.fromkeys(kind for types in files.values() for kind in types))
+    places = np.arange(len(files))[::-1]
+    left = np.zeros(len(files))
+    for index, kind in enumerate(kinds):
+        widths = np.array([types.get(kind, 0.0) for types in files.values()])
+        colour, hatch = TYPE_COLOURS[index % len(TYPE_COLOURS)], HATCHES[index // len(TYPE_COLOURS) % 4]
+        ax.barh(places, widths, left=left, label=kind, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+        left += widths
+    ax.set_yticks(places, list(files))
+    ax.set_xlabel("tensor data, MB (10⁶ bytes)")
+    ax.grid(axis="y", visible=False)
+    ax.legend(title="tensor type", ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} {size:.2f} MB" for kind, size in types.items())
+        for name, types in files.items()
+    )
+    caption = (
+        "Where the bytes of each file are: tensor data by the type really stored (exact, from the files' headers). "
+        "The name of a file is only the name of a recipe."
+    )
+    return figure(fig, caption, f"Stacked bars of tensor data by type. {words}.")
+
+
+def _mark(entry: Mapping[str, Any], frontier: Sequence[str]) -> tuple[str, str]:
+    """Shape and colour of a file in `size_quality`."""
+    if entry.get("kind") == "folder":
+        return "^", GREEN
+    if entry["kld_mean"] == 0:
+        return "D", GREY
+    return ("o", BLUE) if entry["type"] in frontier else ("s", ORANGE)
+
+
+def _style(entry: Mapping[str, Any], frontier: Sequence[str]) -> dict[str, Any]:
+    """The same for a point with its interval."""
+    shape, colour = _mark(entry, frontier)
+    return {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
+
+
+_PANEL = (5.2, 3.7)
+"""Inches: readable alone on a phone; on a wider screen two stand beside one another."""
+_MB, _BITS = "file size, MB (10⁶ bytes)", "bits per weight (tensors alone)"
+
+
+def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
+    """What size buys: KL divergence against file size and against bits per weight, accuracy, speed and memory.
+
+    Args:
+        entries: mappings with type, bytes, bits_per_weight, kld_mean, kld_low, kld_high, accuracy, accuracy_interval,
+            n, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
+        frontier: types of which no other file is both smaller and closer to the reference.
+    """
+    others = any(entry.get("kind") == "folder" for entry in entries)
+    marks = (
+        "circles are on the efficient frontier, squares are beaten in both size and divergence; "
+        f"{'triangles are formats for transformers (size of the weights alone); ' if others else ''}"
+    )
+    sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
+    bits = {entry["type"]: entry["bits_per_weight"] for entry in entries}
+    by_size = (
+        "What size buys: mean KL divergence of the next-token distribution from the reference on held-out text by file "
+        f"size (log scale; bars ± 1.96 standard errors over tokens); {marks}the line joins the frontier."
+    )
+    by_bits = (
+        f"The same by bits per weight, which leaves out the header and the names of files; {marks}the line joins the "
+        "same frontier."
+    )
+    return side_by_side(
+        [
+            _divergence(entries, frontier, sizes, _MB, by_size),
+            _divergence(entries, frontier, bits, _BITS, by_bits),
+            _accuracy(entries, frontier, sizes),
+            _speed_and_memory(entries, frontier),
+        ]
+    )
+
+
+def _name(ax: Any, name: str, x: float, y: float, place: int) -> None:
+    """Above to the right and below to the left in turn, or neighbours' names would overlap."""
+    sign = -1 if place % 2 else 1
+    side = {"ha": "right" if place % 2 else "left", "va": "top" if place % 2 else "bottom", "fontsize": 8}
+    ax.annotate(name, (x, y), (4 * sign, 4 * sign), textcoords="offset points", **side)
+
+
+def _divergence(
+    entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], places: Mapping[str, float], axis: str, caption: str
+) -> HTML:
+    fig, ax = _axes(*_PANEL)
+    apart = [entry for entry in entries if entry["kld_mean"] > 0]
+    for place, entry in enumerate(sorted(apart, key=lambda e: places[e["type"]])):
+        x, y = places[entry["type"]], entry["kld_mean"]
+        ax.errorbar(x, y, yerr=[[y - entry["kld_low"]], [entry["kld_high"] - y]], **_style(entry, frontier))
+        _name(ax, entry["type"], x, y, place)
+    joined = sorted((places[e["type"]], e["kld_mean"]) for e in apart if e["type"] in frontier)
+    if joined:
+        ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
+    ax.margins(x=0.12)
+    ax.set(xlabel=axis, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
+    words = "; ".join(f"{e['type']} {places[e['type']]:.2f}, KL {e['kld_mean']:.2g}" for e in entries)
+    return figure(fig, caption, f"KL divergence by {axis}. {words}.")
+
+
+def _accuracy(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
+    fig, ax = _axes(*_PANEL)
+    largest_first = sorted(entries, key=lambda e: -e["bytes"])
+    places = np.arange(len(entries))[::-1]
+    for place, entry in zip(places, largest_first, strict=True):
+        x, (low, high) = entry["accuracy"], entry["accuracy_interval"]
+        ax.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
+    ax.set_yticks(places, [f"{e['type']}, {sizes[e['type']]:.1f} MB" for e in largest_first], fontsize=8)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set(xlabel="accuracy →")
+    caption = (
+        f"Accuracy of the files, the largest first, on n = {entries[0]['n']:,} test rows with 95 % Wilson intervals; "
+        "the diamond is the reference. Their differences on these rows stand below."
+    )
+    words = "; ".join(f"{e['type']} {sizes[e['type']]:.2f} MB, accuracy {e['accuracy']:.3f}" for e in entries)
+    return figure(fig, caption, f"Accuracy by file size. {words}.")
+
+
+def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
+    fig, (left, right) = _axes(*_PANEL, columns=2)
+    places = np.arange(len(entries))[::-1]
+    for place, entry in zip(places, entries, strict=True):
+        (shape, colour), x = _mark(entry, frontier), entry["generation_tokens_per_second"]
+        low, high = entry["generation_tokens_per_second_range"]
+        left.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
+        right.plot(entry["peak_memory_mib"], place, shape, color=colour)
+    left.set_yticks(places, [entry["type"] for entry in entries], fontsize=8)
+    right.set_yticks(places, [""] * len(entries))
+    fastest = max(entry["generation_tokens_per_second_range"][1] for entry in entries)
+    largest = max(entry["peak_memory_mib"] for entry in entries)
+    left.set(xlabel="generation,\ntokens a second →", xlim=(0, 1.08 * fastest))
+    right.set(xlabel="peak memory of\nthe process, MiB ←", xlim=(0, 1.08 * largest))
+    caption = (
+        "Speed and memory of the same files on this machine: median of writing tokens one at a time, bars from the "
+        "slowest to the fastest run. A phone orders files otherwise."
+    )
+    words = "; ".join(
+        f"{e['type']} {e['generation_tokens_per_second']:.0f} tokens a second, {e['peak_memory_mib']:.0f} MiB"
+        for e in entries
+    )
+    return figure(fig, caption, f"Speed and memory of each file. {words}.")
+
+
+def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1) -> HTML:
+    """Chance that exact McNemar finds a difference in accuracy with n independent rows.
+
+    Args:
+        tests: how many Holm corrects together; the first step of that correction is drawn.
+        shares: of rows on which exactly one of two files is right; a line each.
+        margin_points: the equivalence margin, marked.
+    """
+    fig, ax = _axes(height=3.2)
+    top, alpha = max(4 * margin_points, 3.0), 0.05 / tests
+    words = []
+    for share, colour, style in zip(shares, (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), strict=False):
+        points = np.linspace(top / 60, top, 60)
+        found = [power_mcnemar(n, max(share, x / 100), x / 100, alpha) for x in points]
+        ax.plot(points, found, color=colour, linestyle=style, label=f"{100 * share:.2g} %")
+        at = power_mcnemar(n, max(share, margin_points / 100), margin_points / 100, alpha)
+        words.append(f"{100 * share:.2g} % of rows changed: {100 * at:.0f} % at {margin_points:g} points")
+    ax.axhline(0.8, color=GREY, linewidth=1, linestyle=":")
+    ax.axvline(margin_points, color=GREEN, linewidth=1, linestyle="--")
+    ax.set(xlabel="true difference in accuracy, points", ylabel="chance to find it", ylim=(0, 1.02))
+    ax.legend(title="rows changed")
+    caption = (
+        f"What n = {n:,} independent rows can show: chance that the exact McNemar test (5 %, two-sided, after "
+        f"correction for all {tests} tests of this page) finds a difference, by the share of rows on which exactly one "
+        "of two files is right (or the difference, if larger). Dotted: 80 %; dashed: the margin of equivalence. "
+        "Computed, not measured."
+    )
+    return figure(fig, caption, f"Power curves for {n:,} rows. {'; '.join(words)}.")
+
+
+def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
+    """Which files no other beats in both size and loss, of text and of the task: KL divergence of the answer words, or
+    for rows without labels the change of the answers' loss (entries of comparison.json; the reference is left out, and
+    folders for transformers, which have no text divergence of a GGUF)."""
+    files = [e for e in files if e["file"].endswith(".gguf") and e["kld_mean"] > 0]
+    key = next((key for key in _TASK_LOSS if any(e.get(key) is not None for e in files)), None)
+    if key is None:
+        return None
+    known = [e for e in files if e.get(key) is not None]
+    text, task = (frontier(known, loss) for loss in ("kld_mean", key))
+    said = f"Efficient by size and KL divergence of text: {', '.join(text)}; by size and {_TASK_LOSS[key]}: "
+    said += f"{', '.join(task)}."
+    lost, won = [t for t in text if t not in task], [t for t in task if t not in text]
+    if lost:
+        said += f" Efficient on text alone, so not for this task: {', '.join(lost)}."
+    if won:
+        said += f" Efficient for this task alone: {', '.join(won)}."
+    return say(said)
+
+
+_TASK_LOSS = {"label_kld": "that of the answer words", "loss_difference": "loss of the reference answers"}

@@ -1,0 +1,400 @@
+"""The child process that executes one notebook: ``python -m lib.reporting.execute REQUEST.json``.
+One notebook, one process: start it, show its progress, end it and all its children on time-out or interruption.
+Whether an executed notebook really ran to its end; papermill's own cell states are not believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.progress import PROGRESS_FILE_VARIABLE
+from lib.runs.files import PROJECT, read_json, write_json
+
+# The child process that executes one notebook: ``python -m lib.reporting.execute REQUEST.json``.
+#
+# It does nothing but call papermill, and it never outlives the report runner: when its parent is gone, it ends its
+# kernel and itself, so that a killed runner leaves no training behind.
+
+OK, RAISED, DIED, BROKEN, TERMINATED = 0, 1, 3, 4, 128 + signal.SIGTERM
+"""Exit codes: everything ran; a cell raised; the kernel died; papermill itself failed; ended by SIGTERM."""
+
+PATIENCE = 25.0
+"""Seconds that an interrupted kernel gets to leave its stage tidily (a training: with a checkpoint) before it is ended;
+Slurm kills 30 seconds after SIGTERM."""
+
+KERNEL_EXIT = "kernel exit code:"
+"""How the line on stderr begins that tells how a dead kernel ended (negative: by that signal)."""
+
+PR_SET_PDEATHSIG = 1
+
+
+def _end_descendants() -> None:
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+_ending = threading.Event()
+
+
+def _end_at_once() -> None:
+    _end_descendants()
+    os._exit(TERMINATED)
+
+
+def _end_tidily(parent: int) -> None:
+    """SIGTERM: interrupt the kernel, so that a training leaves a checkpoint; after PATIENCE end everything."""
+    import psutil
+
+    if os.getppid() != parent:
+        _end_at_once()
+    if _ending.is_set():
+        return
+    _ending.set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGINT)
+    patience = threading.Timer(PATIENCE, _end_at_once)
+    patience.daemon = True
+    patience.start()
+
+
+def _follow_parent(parent: int) -> None:
+    """End this process and its kernel within about a second of the end of `parent`."""
+    if sys.platform == "linux":  # the watching thread below would do, but this is immediate
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        _end_at_once()
+
+    signal.signal(signal.SIGTERM, lambda *_: _end_tidily(parent))
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
+
+
+def _recording_manager(parent: int) -> type:
+    """A kernel manager that says on stderr how its kernel ended, and that leaves SIGTERM to this module."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Recording(AsyncKernelManager):
+        async def start_kernel(self, **options: Any) -> None:
+            with contextlib.suppress(NotImplementedError):
+                asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)  # nbclient's: kills after 5 seconds
+            signal.signal(signal.SIGTERM, lambda *_: _end_tidily(parent))
+            await super().start_kernel(**options)
+
+        async def is_alive(self) -> bool:
+            alive = await super().is_alive()
+            process = getattr(self.provisioner, "process", None)
+            if not alive and process is not None and process.poll() is not None:
+                print(KERNEL_EXIT, process.poll(), file=sys.stderr, flush=True)
+            return alive
+
+    return Recording
+
+
+def main(request_file: str) -> int:
+    """Execute the notebook of a request (see `lib.report.execute.Request`) and return the exit code."""
+    request = read_json(Path(request_file))
+    _follow_parent(request["parent"])
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        execute_notebook(
+            request["notebook"],
+            request["output"],
+            parameters=request["parameters"],
+            kernel_name=request["kernel_name"],
+            cwd=request["cwd"],
+            progress_bar=False,
+            log_output=False,
+            start_timeout=120,
+            autosave_cell_every=5,
+            kernel_manager_class=_recording_manager(request["parent"]),
+        )
+    except PapermillExecutionError:
+        return TERMINATED if _ending.is_set() else RAISED
+    except (DeadKernelError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        died = DIED if "kernel died" in str(error).lower() else BROKEN
+        return TERMINATED if _ending.is_set() else died
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
+
+
+# One notebook, one process: start it, show its progress, end it and all its children on time-out or interruption.
+
+KERNEL = "python3"
+"""Name of the generated kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the child process is asked to do (written as JSON for `lib.report.execute`)."""
+
+    notebook: str
+    output: str
+    parameters: dict[str, Any]
+    kernel_name: str
+    cwd: str
+    parent: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the process ended: its exit code, whether it ran out of time, its own messages, seconds taken."""
+
+    exit_code: int
+    timed_out: bool
+    log: str
+    seconds: float
+
+
+def _kernelspec(folder: Path) -> None:
+    """A kernel that is this interpreter, whatever kernels are installed elsewhere."""
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "metadata": {"debugger": False},
+    }
+    write_json(folder / "kernels" / KERNEL / "kernel.json", spec)
+
+
+def _environment(folder: Path, progress_file: Path) -> dict[str, str]:
+    """The environment of the notebook: this interpreter's kernel, this project's lib, quiet libraries, UTF-8."""
+    environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
+    path = [str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])]
+    jupyter = [str(folder / "jupyter"), *filter(None, [environment.get("JUPYTER_PATH")])]
+    fixed = {
+        "JUPYTER_PATH": os.pathsep.join(jupyter),
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        PROGRESS_FILE_VARIABLE: str(progress_file),
+    }
+    return environment | fixed
+
+
+class _Tail:
+    """New lines of the progress file, as they come."""
+
+    def __init__(self, path: Path, show: Callable[[str], None]) -> None:
+        self.path, self.show, self.position = path, show, 0
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError), self.path.open("rb") as stream:
+            stream.seek(self.position)
+            content = stream.read()
+            complete = content[: content.rfind(b"\n") + 1]
+            self.position += len(complete)
+            for line in complete.decode("utf-8", "replace").splitlines():
+                self.show(line)
+
+
+def execute(
+    notebook: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    work: Path,
+    timeout: float,
+    show: Callable[[str], None],
+) -> Ended:
+    """Execute `notebook` into `output` in a process of its own.
+
+    Args:
+        work: an existing temporary folder for the kernel description, the request and the log.
+        timeout: seconds for the whole notebook.
+        show: called with every progress line of the notebook.
+
+    Raises:
+        BaseException: whatever interrupts the wait (KeyboardInterrupt, SystemExit); the process, its kernel and all
+            their children are ended first.
+    """
+    _kernelspec(work / "jupyter")
+    request = Request(str(notebook), str(output), parameters, KERNEL, str(PROJECT), os.getpid())
+    (work / "request.json").write_text(json.dumps(asdict(request), ensure_ascii=False), encoding="utf-8")
+    progress_file, log_file = work / "progress.txt", work / "log.txt"
+    progress_file.touch()
+    tail = _Tail(progress_file, show)
+    started = time.monotonic()
+    timed_out = False
+    with log_file.open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lib.report.execute", str(work / "request.json")],
+            cwd=PROJECT,
+            env=_environment(work, progress_file),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C reaches the runner only, which then ends the child in order
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.1)
+                tail.read()
+                if time.monotonic() - started > timeout:
+                    timed_out = True
+                    end(child)
+        except BaseException:
+            show("interrupted: ending this notebook and its processes …")
+            end(child)
+            raise
+    tail.read()
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    return Ended(child.returncode, timed_out, text, time.monotonic() - started)
+
+
+def end(child: subprocess.Popen) -> None:
+    """End a notebook process: interrupt its kernel, wait, then terminate and at last kill everything below it."""
+    import psutil
+
+    try:
+        below = psutil.Process(child.pid).children(recursive=True)
+    except psutil.Error:
+        below = []
+    for process in below:  # the kernel gets a KeyboardInterrupt, so that the stage removes its temporary files
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGINT)
+    try:
+        child.wait(PATIENCE if below else 1.0)
+    except subprocess.TimeoutExpired:
+        child.terminate()
+    gone = [process for process in below if process.is_running()]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(3.0)
+    for process in gone:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+
+
+# Whether an executed notebook really ran to its end; papermill's own cell states are not believed.
+#
+# When a kernel dies, papermill 2.7 marks every cell as completed, also those that never ran; when a cell calls
+# ``sys.exit(0)``, it stops there and reports success. So every code cell must carry an execution number.
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CHATTER = re.compile(r"^(\[IPKernelApp\] WARNING|Unable to parse line|Kernel died while waiting|kernel exit code:|$)")
+_REFUSED = re.compile(r"Found: .+ Expected: .+ Do this: ", re.DOTALL)  # InputError and its kinds, by their text
+_ADDED = {"papermill-error-cell-tag", "injected-parameters"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a notebook failed.
+
+    Attributes:
+        sentence: for the reader, without a traceback.
+        exit_code: 2 when the input was refused, 143 when the kernel was ended by SIGTERM, 1 otherwise.
+        detail: the last lines of the traceback or of the process's messages; empty for refused input.
+    """
+
+    sentence: str
+    exit_code: int
+    detail: str = ""
+
+
+def _plain(text: str) -> str:
+    return _COLOURS.sub("", text)
+
+
+def _code_cells(notebook: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Code cells with something in them, numbered as in the source notebook (cells that papermill added left out)."""
+    cells = [c for c in notebook["cells"] if not _ADDED & set(c.get("metadata", {}).get("tags", []))]
+    return [(i, c) for i, c in enumerate(cells, 1) if c["cell_type"] == "code" and c["source"].strip()]
+
+
+def _error_of(cell: dict[str, Any]) -> dict[str, Any] | None:
+    return next((o for o in cell.get("outputs", []) if o["output_type"] == "error"), None)
+
+
+def _raised(number: int, error: dict[str, Any]) -> Failure:
+    name, value = error["ename"], _plain(error["evalue"])
+    if _REFUSED.match(value):
+        return Failure(value, 2)
+    if name == "Terminated":
+        return Failure(f"ended in cell {number}: {value}.", TERMINATED)
+    if name == "SystemExit":
+        return Failure(f"cell {number} called sys.exit({value}) and stopped the notebook.", 1)
+    if name == "KeyboardInterrupt":
+        return Failure(f"interrupted in cell {number}.", 1)
+    detail = _plain("\n".join(error.get("traceback", []))).splitlines()[-15:]
+    first = value.splitlines()[0] if value.strip() else ""
+    return Failure(f"cell {number} raised {name}: {first}", 1, "\n".join(detail))
+
+
+def _death(log: str) -> str:
+    """How a kernel ended, in words."""
+    codes = re.findall(rf"{re.escape(KERNEL_EXIT)} (-?\d+)", log)
+    code = int(codes[-1]) if codes else -signal.SIGKILL
+    if code >= 0:
+        return f"it ended itself with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if code == -signal.SIGKILL:
+        return f"{name}: probably out of memory"
+    if name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        return f"{name}: somebody ended it"
+    return f"{name}: a native library crashed"
+
+
+def judge(executed: Path, ended: Ended, timeout: float) -> Failure | None:
+    """None when the notebook ran to its end, else why not."""
+    import nbformat
+
+    last_words = "\n".join(line for line in _plain(ended.log).splitlines() if not _CHATTER.match(line))[-2000:]
+    if not executed.is_file():
+        why = f"ran longer than {timeout:.0f} s" if ended.timed_out else "ended before its first cell"
+        return Failure(f"the notebook {why}.", 1, last_words)
+    try:
+        cells = _code_cells(nbformat.read(executed, as_version=4))
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError):
+        return Failure("the executed notebook is damaged: its process was killed while it saved.", 1, last_words)
+    reached = [n for n, c in cells if c.get("metadata", {}).get("papermill", {}).get("start_time")]
+    where = f"cell {reached[-1]}" if reached else "its first cell"
+    if ended.timed_out:
+        return Failure(f"the notebook ran longer than {timeout:.0f} s and was stopped in {where}.", 1)
+    if ended.exit_code == TERMINATED:
+        return Failure(f"ended by SIGTERM in {where}; finished products are kept.", TERMINATED)
+    for number, cell in cells:
+        if error := _error_of(cell):
+            return _raised(number, error)
+    if ended.exit_code == DIED:
+        return Failure(f"the kernel died ({_death(ended.log)}) in {where}.", 1, last_words)
+    if ended.exit_code != OK:
+        return Failure(f"the process that ran the notebook ended with code {ended.exit_code}.", 1, last_words)
+    never = [number for number, cell in cells if cell.get("execution_count") is None]
+    if never:
+        return Failure(f"cell {never[0]} never ran.", 1, last_words)
+    return None

@@ -1,0 +1,229 @@
+"""Run one function in a process of its own: its memory is its own, and a crash of native code kills only the child.
+Independent pieces of work on a few threads: NumPy, torch and file calls leave the interpreter free meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.progress import PROGRESS_FILE_VARIABLE, Progress
+from lib.runs.files import PROJECT
+
+# Run one function in a process of its own: its memory is its own, and a crash of native code kills only the child.
+
+_POLL_SECONDS = 0.1
+_LOG_TAIL = 4000
+_PROGRESS = "progress.txt"
+_PR_SET_PDEATHSIG = 1
+
+
+class StoppedError(Exception):
+    """The work was given up because the caller asked for it (`stop` of `run_child`)."""
+
+
+def run_child(
+    function: str,
+    argument: dict[str, Any],
+    what: str,
+    timeout: float | None = None,
+    stop: threading.Event | None = None,
+    heard: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Call ``function(argument)`` in a new Python process.
+
+    Args:
+        function: "package.module:name" of a function that takes one dict and returns one dict, both JSON values.
+        argument: its argument.
+        what: the work in words, as in "quantizing to Q4_K_M"; used in progress and error messages.
+        timeout: seconds after which the child is killed; None waits for ever.
+        stop: for several children at once, each in a thread: when it is set, the child is killed.
+        heard: gets the child's newest line of progress; then nothing is shown here.
+
+    Returns:
+        The function's dict with ``"peak_memory_mib"``, the child's largest resident memory, added.
+
+    Raises:
+        InputError: the one that the function raised; or the child was killed (signal, memory, timeout).
+        StoppedError: `stop` was set.
+        RuntimeError: the function raised something else; its first line says what, its traceback follows.
+    """
+    with tempfile.TemporaryDirectory(prefix="workbook-child-") as name:
+        folder = Path(name)
+        request = {"function": function, "argument": argument, "parent": os.getpid()}
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        code = _start_and_wait(folder, what, timeout, stop, heard)
+        result = folder / "result.json"
+        answer = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        if "value" in answer:
+            return answer["value"]
+        if "input_error" in answer:
+            raise InputError(*answer["input_error"])
+        log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+    if "error" in answer:
+        raise RuntimeError(f"{what} failed in its process: {answer['cause']}\n{answer['error']}")
+    raise _death(code, what, log)
+
+
+def _start(folder: Path, own_progress: bool) -> subprocess.Popen:
+    """Start the child; its lines of progress go to the headless notebook's file, or to one in `folder`."""
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    progress_file = None if own_progress else os.environ.get(PROGRESS_FILE_VARIABLE)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONUTF8": "1",
+        PROGRESS_FILE_VARIABLE: progress_file or str(folder / _PROGRESS),
+    }
+    command = [sys.executable, "-P", "-m", "lib.runs.child", str(folder)]
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def _start_and_wait(
+    folder: Path,
+    what: str,
+    timeout: float | None,
+    stop: threading.Event | None,
+    heard: Callable[[str], None] | None,
+) -> int:
+    """Exit code of the child (negative: signal); the child never outlives this call."""
+    shown_elsewhere = heard is not None or os.environ.get(PROGRESS_FILE_VARIABLE)
+    started = time.monotonic()
+    process = _start(folder, heard is not None)
+    try:
+        with contextlib.nullcontext() if shown_elsewhere else Progress(what) as progress:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(_POLL_SECONDS)
+                if stop is not None and stop.is_set():
+                    raise StoppedError(what)
+                if timeout is not None and time.monotonic() - started > timeout:
+                    raise InputError(
+                        f"{what} took longer than {timeout:.0f} s.", "an end before that.", "try a smaller input."
+                    )
+                if heard is not None:
+                    heard(_last_line(folder / _PROGRESS))
+                elif progress is not None:
+                    progress.advance(0, _last_line(folder / _PROGRESS))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _last_line(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines[-1] if lines else ""
+    return ""
+
+
+def _death(code: int, what: str, log: str) -> InputError:
+    """The error for a child that ended without an answer."""
+    how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    last = [line.strip() for line in log.splitlines() if line.strip()][-3:]
+    said = f" Its last words: {' | '.join(last)}" if last else ""
+    if code == -signal.SIGKILL:
+        do = "free memory or use a smaller model: the system kills a process that asks for more memory than there is."
+    else:
+        do = (
+            "check that the model file is complete and made for this version of llama.cpp, and that `workbook doctor` "
+            "finds llama.cpp working; make the file again if in doubt."
+        )
+    return InputError(f"the process for {what} was {how}.{said}", "a process that ends by itself.", do)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process, MiB.
+
+    Linux: VmHWM, which starts anew at exec; ru_maxrss would include what the parent had when it forked.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def _main(folder: Path) -> None:
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    _die_with_parent(request["parent"])
+    module, _, name = request["function"].partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)(request["argument"])
+        answer = {"value": {**value, "peak_memory_mib": peak_memory_mib()}}
+    except InputError as error:
+        answer = {"input_error": [error.found, error.expected, error.do]}
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        cause = f"{type(error).__name__}: {first[0] if first else 'no message'}"
+        answer = {"cause": cause, "error": traceback.format_exc()}
+    partial = folder / "result.json.part"
+    partial.write_text(json.dumps(answer), encoding="utf-8")
+    partial.replace(folder / "result.json")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
+
+
+# Independent pieces of work on a few threads: NumPy, torch and file calls leave the interpreter free meanwhile.
+
+MOST_THREADS = 4
+"""More threads do not write one file faster."""
+
+
+def run_jobs(
+    jobs: Iterable[Callable[[], Any]], done: Callable[[Any], None], prepare: Callable[[], None] | None = None
+) -> None:
+    """Run every job and hand its result to `done`, in the order of completion and in the caller's thread.
+
+    Args:
+        jobs: taken one by one, so that a generator never runs far ahead.
+        prepare: called once in every thread before its first job.
+
+    Raises:
+        Exception: the first that a job raised; jobs that were not begun are dropped, those running are waited for.
+    """
+    threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+    waiting = iter(jobs)
+    running: set[Future[Any]] = set()
+    with ThreadPoolExecutor(threads, initializer=prepare or (lambda: None)) as pool:
+        try:
+            while True:
+                running |= {pool.submit(job) for job in islice(waiting, 2 * threads - len(running))}
+                if not running:
+                    return
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    done(future.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,254 @@
+"""Where a run lives: the project root, runs/<run>/, reports/<run>/.
+Files that are either complete or absent: hashing, atomic writing, durable renaming, room on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lib.errors import InputError
+
+# Where a run lives: the project root, runs/<run>/, reports/<run>/.
+
+HOME_VARIABLE = "WORKBOOK_HOME"
+"""Environment variable: the folder that holds runs/ and reports/ (default: the project's root)."""
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def home() -> Path:
+    """The folder that holds runs/ and reports/; never the current directory."""
+    return Path(os.environ.get(HOME_VARIABLE) or PROJECT).expanduser().resolve()
+
+
+def runs_folder() -> Path:
+    """The folder of all runs."""
+    return home() / "runs"
+
+
+def reports_folder() -> Path:
+    """The folder of all reports."""
+    return home() / "reports"
+
+
+def user_path(text: str) -> Path:
+    """A path the user wrote: absolute, or found from the current directory, or from the project's root."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists():
+        return path.resolve()
+    return (PROJECT / path).resolve()
+
+
+def writable(folder: Path) -> Path:
+    """Create `folder` and prove that it can be written, or say why not."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}).",
+            "a folder this user may write to.",
+            f"correct its permissions, or set {HOME_VARIABLE}.",
+        ) from None
+    return folder
+
+
+# Files that are either complete or absent: hashing, atomic writing, durable renaming, room on the disk.
+
+CHUNK = 1 << 22
+
+FSYNC_VARIABLE = "WORKBOOK_FSYNC"
+"""Environment variable: 0 = leave flushing to the caller. For benchmarks, which flush both sides alike and time it."""
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON (sorted keys, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder, so that a rename after it survives a power cut."""
+    if os.environ.get(FSYNC_VARIABLE) == "0":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, data: Any, offset: int) -> None:
+    """Write all of a buffer (bytes, or an array of bytes) at `offset` of an open file; threads may share the file."""
+    view = memoryview(data)
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def readable_by_group(path: Path) -> None:
+    """Give a file the mode the umask would give it (safetensors writes 0600 whatever the umask)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(stat.S_IMODE(0o666 & ~mask))
+
+
+@contextlib.contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; renamed to `final` when the block succeeds, removed when it does not."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        readable_by_group(temporary)
+        temporary.replace(final)
+        flush_to_disk(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds.
+
+    Raises:
+        InputError: the disk refuses what is written there, or another process is writing it.
+    """
+    temporary = output.with_name(f".{output.name}.part")
+    folder = temporary / output.name  # a converter names the model after its folder
+    lock = FileLock(temporary / ".lock")  # given up by a process that is killed
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"another command is writing {output}.", "one command a folder.", "wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                readable_by_group(path)
+                flush_to_disk(path)
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+        flush_to_disk(output.parent)
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
+
+
+def _unwritable(output: Path, error: OSError) -> InputError:
+    found = f"{output} cannot be written ({error.strerror})."
+    return InputError(found, "a folder with room that may be written.", "choose one.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON as every reader takes it: null stands for numbers that JSON has not (infinite, not a number)."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON (`json_text`, UTF-8, indented, sorted only as given) atomically."""
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a damaged file is an InputError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}).", "JSON.", "delete it and run its step again.") from None
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object (`json_text`) a line, atomically."""
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream if line.strip()]
+
+
+def require_space(folder: Path, need: int, what: str) -> None:
+    """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need + (64 << 20):
+        raise InputError(
+            f"{free / 1e6:.0f} MB free on the disk of {folder}.",
+            f"{need / 1e6:.0f} MB for {what} and 67 MB to spare.",
+            "free some space, or set WORKBOOK_HOME to a folder on another disk.",
+        )
+
+
+def utf8(path: Path, raw: bytes) -> str:
+    """The text of a user's file, a byte-order mark kept; other encodings are refused: a guess could change the rows.
+
+    Raises:
+        InputError: not UTF-8; with the line, and whether GB18030 would read it.
+    """
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        try:
+            raw.decode("gb18030")
+            guess = " (it would be readable as GB18030)"
+        except UnicodeDecodeError:
+            guess = ""
+        raise InputError(
+            f"{path} is not UTF-8: line {line}, byte {error.start}{guess}.",
+            "UTF-8 text.",
+            "save it again as UTF-8, for example with `iconv -f GB18030 -t UTF-8`.",
+        ) from None

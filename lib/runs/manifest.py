@@ -1,0 +1,311 @@
+"""What has to be known to believe a number later: versions, machine, commit.
+manifest.json of a run: one entry a product, written last and atomically.
+What a kill between the end of a stage and its manifest entry must not cost: the finished work is found again.
+Folders made once and reused by every run: named by a key of everything that determines them.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lib.errors import InputError
+from lib.runs import files
+from lib.runs.files import PROJECT, flush_to_disk, read_json, readable_by_group, sha256_file, sha256_json, write_json
+
+# What has to be known to believe a number later: versions, machine, commit.
+
+PACKAGES = (
+    *("torch", "transformers", "peft", "bitsandbytes", "datasets", "evaluate", "gguf", "llama-cpp-python"),
+    *("tokenizers", "safetensors", "scikit-learn", "scipy", "statsmodels", "numpy", "papermill", "nbconvert"),
+)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide numbers; absent ones are named so."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+@functools.cache
+def commit() -> dict[str, Any]:
+    """The project's git commit and whether the working tree differs from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(
+                ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return answer.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": head or "unknown", "dirty": bool(changed) if changed is not None else None}
+
+
+# manifest.json of a run: one entry a product, written last and atomically.
+
+NOTEBOOK_OF = {
+    "data": "01_data",
+    "adapter": "02_finetune",
+    "evaluation": "03_evaluate",
+    "merged": "04_merge",
+    "gguf": "05_convert_gguf",
+    "quantized": "06_quantize",
+    "imatrix": "06_quantize",
+    "source_grid": "06_quantize",
+    "sensitivity": "06_quantize",
+    "held_out_kld": "06_quantize",
+    "imatrix_effect": "06_quantize",
+    "mix_effect": "06_quantize",
+    "tensor_errors": "06_quantize",
+    "retention": "06_quantize",
+    "exports": "06_quantize",
+    "comparison": "07_compare_quantized",
+    "package": "07_compare_quantized",
+}
+"""Which notebook makes which product."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What manifest.json knows of one product.
+
+    Attributes:
+        parameters: the settings the product depends on.
+        inputs: digest of each product that it was made from.
+        outputs: {relative file: {"bytes", "sha256"}}.
+        facts: lineage of the product: base model id and revision, data source used, prompt hash, stamps.
+        metrics: headline numbers.
+        notes: fallbacks and warnings that every later page must repeat.
+        seconds, peak_memory_mib: cost of making it.
+    """
+
+    product: str
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    finished: str = ""
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Hash over the product's files: equal files, equal digest."""
+        return sha256_json({name: output["sha256"] for name, output in self.outputs.items()})
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file under `folder`, sorted.
+
+    Raises:
+        InputError: one is a symbolic link.
+    """
+    found = sorted(p for p in folder.rglob("*") if not p.is_dir())
+    if links := [path for path in found if path.is_symlink()]:
+        raise InputError(f"{links[0]} is a symbolic link.", "plain files in a product.", "copy the file instead.")
+    return found
+
+
+def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file under `folder`, by relative path; symbolic links are refused."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files_of(folder)
+    }
+
+
+def damage(folder: Path, entry: Entry) -> str | None:
+    """The first way in which the files differ from the entry, in words; None when all verify."""
+    for name, output in entry.outputs.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != output["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {output['bytes']}"
+        if sha256_file(path) != output["sha256"]:
+            return f"{name} has another SHA-256 than the manifest"
+    return None
+
+
+class Manifest:
+    """The entries of a run, kept in `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> dict[str, Entry]:
+        """All entries, by product."""
+        if not self.path.exists():
+            return {}
+        content = read_json(self.path)
+        return {name: Entry(**entry) for name, entry in content["products"].items()}
+
+    def add(self, run_name: str, entry: Entry) -> None:
+        """Add or replace one entry."""
+        entries = {**self.entries(), entry.product: entry}
+        ordered = {name: asdict(entries[name]) for name in NOTEBOOK_OF if name in entries}
+        write_json(self.path, {"format": 1, "run": run_name, "products": ordered})
+
+    def remove(self, run_name: str, product: str) -> None:
+        """Forget one entry (before its folder is replaced)."""
+        entries = {name: asdict(entry) for name, entry in self.entries().items() if name != product}
+        write_json(self.path, {"format": 1, "run": run_name, "products": entries})
+
+
+# What a kill between the end of a stage and its manifest entry must not cost: the finished work is found again.
+#
+# Two files lie beside the work and are no part of the product: what was asked for, from the beginning, and, once every
+# file has been flushed, what the entry will say. They are removed after the entry has been added.
+
+REQUEST, FINISHED = ".request.json", ".finished.json"
+
+
+def begin(folder: Path, wanted: dict[str, Any]) -> None:
+    """Note what the work in `folder` is for (parameters and input digests)."""
+    (folder / FINISHED).unlink(missing_ok=True)
+    write_json(folder / REQUEST, wanted)
+
+
+def asked(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the work in `folder` was for exactly that."""
+    return _read(folder / REQUEST) == wanted
+
+
+def finish(folder: Path, facts: dict[str, Any]) -> None:
+    """Flush every file, then note that all is done.
+
+    Args:
+        facts: what the manifest entry will say beside the hashes of the files.
+
+    Raises:
+        InputError: a symbolic link among the files.
+        RuntimeError: there are none.
+    """
+    sizes = _sizes(folder)
+    if not sizes:
+        raise RuntimeError(f"the stage wrote nothing into {folder}")
+    for name in sizes:
+        readable_by_group(folder / name)
+        flush_to_disk(folder / name)
+    write_json(folder / FINISHED, {"sizes": sizes, "facts": facts})
+
+
+def finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The facts of work that was finished for exactly that, with its files as they were; else None."""
+    found = _read(folder / FINISHED) if asked(folder, wanted) else None
+    return found["facts"] if found is not None and found["sizes"] == _sizes(folder) else None
+
+
+def outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of the product's files."""
+    return {name: output for name, output in hash_folder(folder).items() if name not in (REQUEST, FINISHED)}
+
+
+def take_back(final: Path, temporary: Path) -> None:
+    """A folder that was renamed, and whose entry was never added, becomes work in progress again."""
+    if (final / REQUEST).is_file():
+        shutil.rmtree(temporary, ignore_errors=True)
+        final.rename(temporary)
+
+
+def forget(folder: Path) -> None:
+    """Remove both notes: the entry is there."""
+    for name in (REQUEST, FINISHED):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
+    return {name: size for name, size in found.items() if name not in (REQUEST, FINISHED)}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path) if path.is_file() else None
+    except InputError:
+        return None
+
+
+# Folders made once and reused by every run: named by a key of everything that determines them.
+
+
+def store() -> Path:
+    """The folder of what runs share: runs/_offline/."""
+    return files.runs_folder() / "_offline"
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What was recorded when a stored folder was made: {"determined_by", "facts", "files"}."""
+    return read_json(folder.with_name(f"{folder.name}.json"))
+
+
+def whole(folder: Path) -> bool:
+    """Whether a stored folder has its record and every file is as recorded (bytes and SHA-256)."""
+    if not folder.is_dir() or not folder.with_name(f"{folder.name}.json").is_file():
+        return False
+    return hash_folder(folder) == record_of(folder)["files"]
+
+
+def ensure(
+    kind: str,
+    determined_by: dict[str, Any],
+    build: Callable[[Path], dict[str, Any]],
+    place: Path | None = None,
+) -> Path:
+    """The stored folder for this key, made by `build` if it is absent or damaged.
+
+    Args:
+        kind: first part of the folder's name, e.g. "tokenizer".
+        determined_by: everything the content depends on (JSON values); its hash is the key.
+        build: writes files into an empty folder, returns facts for the record.
+        place: folder that holds it; None = `store()`.
+
+    Returns:
+        The folder. One process builds, others wait for it; a kill in between leaves nothing under the final name.
+    """
+    place = files.writable(place or store())
+    final = place / f"{kind}-{sha256_json(determined_by)[:16]}"
+    record = final.with_name(f"{final.name}.json")
+    with FileLock(final.with_name(f".{final.name}.lock")):
+        if whole(final):
+            return final
+        temporary = final.with_name(f".{final.name}.part")
+        for old in (temporary, final):
+            shutil.rmtree(old, ignore_errors=True)
+        record.unlink(missing_ok=True)
+        temporary.mkdir()
+        try:
+            facts = build(temporary)
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    readable_by_group(path)
+                    flush_to_disk(path)
+            temporary.replace(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        write_json(record, {"determined_by": determined_by, "facts": facts, "files": hash_folder(final)})
+    return final

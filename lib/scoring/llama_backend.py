@@ -1,0 +1,430 @@
+"""llama.cpp's log: silenced, its last error lines kept for error messages, every line passed to one listener.
+A GGUF file opened by llama.cpp: its tokenizer, batches of tokens and their logits.
+Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.gguf_file import check_gguf
+from lib.runs.machine import llama_cpp_problem, physical_cores
+from lib.scoring.backend import Job, add_up, check_ids, common_prefix, make_jobs, run_batches
+
+if TYPE_CHECKING:
+    from lib.progress import Progress
+    from lib.scoring.journal import Journal
+
+
+# llama.cpp's log: silenced, its last error lines kept for error messages, every line passed to one listener.
+#
+# llama.cpp has one log callback for the whole process and calls whatever was set last, also after it is gone. So this
+# is the only place that sets it, once.
+
+ERROR, _CONTINUED = 4, 5  # ggml_log_level
+_errors: collections.deque[str] = collections.deque(maxlen=20)
+_listeners: list[Callable[[int, str], None]] = []
+_kept: list[object] = []  # the callback must outlive every call of llama.cpp
+
+
+@functools.cache
+def llama() -> ModuleType:
+    """The module llama_cpp.llama_cpp, its backend started and its log silenced.
+
+    Raises:
+        InputError: llama-cpp-python cannot be imported here.
+    """
+    if problem := llama_cpp_problem():
+        raise InputError(
+            f"{problem}.", "llama-cpp-python.", "run `workbook doctor`; the README names the cure for each system."
+        )
+    import llama_cpp
+    from llama_cpp import llama_cpp as api
+
+    level_before = 0
+
+    @api.llama_log_callback
+    def keep_errors(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        nonlocal level_before
+        level = level_before if level == _CONTINUED else level
+        level_before = level
+        line = text.decode("utf-8", "replace")
+        for listener in _listeners:
+            listener(level, line)
+        line = line.strip()
+        if level == ERROR and line:
+            _errors.append(line)
+
+    _kept.extend([keep_errors, llama_cpp])
+    api.llama_log_set(keep_errors, ctypes.c_void_p(0))
+    api.llama_backend_init()
+    return api
+
+
+def listen(listener: Callable[[int, str], None]) -> None:
+    """Pass (level, text) of everything that llama.cpp logs from now on to `listener`, and to no earlier one."""
+    llama()
+    _listeners[:] = [listener]
+
+
+def forget_errors() -> None:
+    """Drop the kept lines, before a call whose errors matter."""
+    _errors.clear()
+
+
+def last_error() -> str:
+    """The last error lines of llama.cpp since `forget_errors`, as words for a message; empty when there is none."""
+    return " | ".join(list(_errors)[-2:])
+
+
+# A GGUF file opened by llama.cpp: its tokenizer, batches of tokens and their logits.
+#
+# llama.cpp ends the process on what it takes for a programming error, so everything is checked before it is called:
+# ids, lengths, tokens a batch, outputs a batch, sequences.
+
+SEQUENCES = 8
+"""Sequences that one context holds."""
+
+OUTPUTS = 128
+"""Positions a batch whose logits are computed, where nothing else is asked for."""
+
+_CACHE_TYPES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
+
+
+class LlamaContext:
+    """A GGUF file opened by llama.cpp; use as a context manager, or close it.
+
+    Args:
+        path: the file.
+        n_ctx: most tokens a prompt or window.
+        n_threads: CPU threads; 0 = physical cores.
+        n_gpu_layers: layers on the GPU; -1 = all.
+        cache_type: number format of keys and values, "f16" (as users run it) or "f32" (for exact comparison).
+        flash_attention: None lets llama.cpp choose; False for exact comparison.
+        n_outputs: most positions a batch whose logits are computed; llama.cpp reserves vocabulary × this × 4 bytes.
+
+    Raises:
+        InputError: not a GGUF file, or one that llama.cpp refuses (with its reason).
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        n_ctx: int = 512,
+        n_threads: int = 0,
+        n_gpu_layers: int = 0,
+        cache_type: str = "f16",
+        flash_attention: bool | None = None,
+        n_outputs: int = OUTPUTS,
+    ) -> None:
+        self._model = self._context = self._batch = None
+        self.path = check_gguf(path)
+        self._api = llama()
+        self.name = self.path.name
+        self.n_ctx, self.n_outputs, self.n_gpu_layers = n_ctx, max(n_outputs, OUTPUTS), n_gpu_layers
+        self.cache_type, self.flash_attention = cache_type, flash_attention
+        self.n_threads = n_threads or physical_cores()
+        self._open_model(n_gpu_layers)
+        self._open_context(n_gpu_layers, cache_type, flash_attention)
+        on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
+        self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
+
+    def _open_model(self, n_gpu_layers: int) -> None:
+        forget_errors()
+        parameters = self._api.llama_model_default_params()
+        parameters.n_gpu_layers = n_gpu_layers
+        self._model = self._api.llama_model_load_from_file(str(self.path).encode("utf-8"), parameters)
+        if not self._model:
+            reason = last_error() or "no reason given"
+            raise InputError(
+                f"llama.cpp cannot load {self.path}: {reason}.",
+                "a complete model of a kind that llama.cpp knows.",
+                "make or download the file again.",
+            )
+        self._vocab = self._api.llama_model_get_vocab(self._model)
+        self.vocab_size = self._api.llama_vocab_n_tokens(self._vocab)
+
+    def _open_context(self, n_gpu_layers: int, cache_type: str, flash_attention: bool | None) -> None:
+        api = self._api
+        parameters = api.llama_context_default_params()
+        self.n_batch = max(2048, self.n_ctx)
+        parameters.n_ctx = parameters.n_batch = self.n_batch
+        parameters.n_seq_max = SEQUENCES
+        parameters.kv_unified = True
+        parameters.n_outputs_max = self.n_outputs
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        parameters.type_k = parameters.type_v = getattr(api, _CACHE_TYPES[cache_type])
+        parameters.offload_kqv = n_gpu_layers != 0
+        parameters.no_perf = True
+        if flash_attention is not None:
+            choice = "ENABLED" if flash_attention else "DISABLED"
+            parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{choice}")
+        forget_errors()
+        self._context = api.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            self.close()
+            raise InputError(
+                f"llama.cpp cannot open {self.path} with {self.n_batch} tokens: {last_error() or 'no reason given'}.",
+                "enough memory for the context.",
+                "use a smaller context or a smaller model.",
+            )
+        self._memory = api.llama_get_memory(self._context)
+        self._batch = api.llama_batch_init(self.n_batch, 0, SEQUENCES)
+
+    @property
+    def begin_token(self) -> int | None:
+        """The token that this model wants at the beginning of every text; None for Qwen models."""
+        return self._api.llama_vocab_bos(self._vocab) if self._api.llama_vocab_get_add_bos(self._vocab) else None
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids by llama.cpp's own tokenizer, as its tools read a file: names of special tokens are plain text."""
+        raw = text.encode("utf-8")
+        ids = (self._api.llama_token * (len(raw) + 2))()
+        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), True, False)
+        if count < 0:
+            raise InputError(f"llama.cpp cannot tokenize {len(raw)} bytes.", "a shorter text.", "cut the text.")
+        return ids[:count]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of text that a token stands for; none for a special token."""
+        buffer = ctypes.create_string_buffer(256)
+        count = self._api.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(0, count)]
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._api.llama_memory_clear(self._memory, True)
+
+    def forget(self, sequence: int, first: int) -> None:
+        """Forget the tokens of a sequence from position `first` on."""
+        self._api.llama_memory_seq_rm(self._memory, sequence, first, -1)
+
+    def decode(self, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> None:
+        """Run (token, position, sequences, wants logits) in one batch of at most `n_batch` tokens."""
+        if not tokens:
+            return
+        batch = self._batch
+        for i, (token, position, sequences, output) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, output
+            batch.n_seq_id[i] = len(sequences)
+            ids = batch.seq_id[i]
+            for k, sequence in enumerate(sequences):
+                ids[k] = sequence
+        batch.n_tokens = len(tokens)
+        forget_errors()
+        code = self._api.llama_decode(self._context, batch)
+        if code != 0:
+            raise InputError(
+                f"llama.cpp ended a batch of {self.name} with code {code}: {last_error() or 'no reason given'}.",
+                "code 0.",
+                "use a smaller context; if that does not help, make the file again.",
+            )
+
+    def logits(self, index: int) -> np.ndarray:
+        """Logits of the last batch's token `index`, which wanted them, float64, (V,)."""
+        pointer = self._api.llama_get_logits_ith(self._context, ctypes.c_int32(index))
+        if not pointer:
+            raise RuntimeError(f"llama.cpp has no logits for token {index} of the batch")
+        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float64)
+
+    def close(self) -> None:
+        """Free the model's memory; may be called twice."""
+        if self._batch is not None:
+            self._api.llama_batch_free(self._batch)
+        if self._context:
+            self._api.llama_free(self._context)
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = self._context = self._batch = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+# Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once.
+
+_TOKENS_ON_CPU = 256
+"""Tokens of several sequences that a CPU takes at once. The keys of all of them are looked at for every token, and the
+products of matrices gain nothing from more: 8 sequences of 100 tokens cost 8 % more than 256 tokens at a time."""
+
+
+class LlamaCppBackend(LlamaContext):
+    """Scores with a GGUF file; opened like a `LlamaContext`, scores as `lib.scoring.backend.Backend` says."""
+
+    note = ""
+    """What was done otherwise than usual: nothing."""
+
+    @property
+    def _most_tokens(self) -> int:
+        return self.n_batch if self.n_gpu_layers else _TOKENS_ON_CPU
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `lib.scoring.backend.Backend`."""
+        keys = ("n_ctx", "n_batch", "n_threads", "device", "cache_type", "flash_attention")
+        version = metadata.version("llama_cpp_python")
+        more = {"sequences": SEQUENCES, "tokens": self._most_tokens, "llama_cpp_python": version}
+        return {**{key: getattr(self, key) for key in keys}, **more}
+
+    def label_log_probs(
+        self,
+        prompts: Sequence[list[int]],
+        answers: list[list[int]],
+        progress: Progress | None = None,
+        journal: Journal | None = None,
+    ) -> np.ndarray:
+        """See `lib.scoring.backend.Backend`."""
+        jobs = make_jobs(prompts, answers)
+        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
+        check_ids(answers, self.vocab_size, OUTPUTS, self.name)
+        prefix, shared = common_prefix(jobs), False
+
+        def run(group: Sequence[Job]) -> list[np.ndarray]:
+            nonlocal shared
+            if not shared:  # not before a batch needs it: all of them may stand in the journal
+                self._share(prefix)
+                shared = True
+            return self._run(group, len(prefix))
+
+        groups = self._groups(jobs, len(prefix))
+        values = run_batches(groups, run, len(prompts) / len(jobs), progress, journal)
+        return add_up(jobs, values, (len(prompts), len(answers)))
+
+    def _groups(self, jobs: list[Job], shared: int) -> Iterator[list[Job]]:
+        """Jobs in order, cut into batches that respect every limit of the context; a long job is a batch alone."""
+        group: list[Job] = []
+        tokens, outputs, most = 0, 0, min(self._most_tokens, self.n_batch - shared)
+        for job in jobs:
+            more, wanted = len(job.ids) - shared, len(job.ids) - job.start
+            full = len(group) == SEQUENCES or tokens + more > most or outputs + wanted > OUTPUTS
+            if group and full:
+                yield group
+                group, tokens, outputs = [], 0, 0
+            group.append(job)
+            tokens, outputs = tokens + more, outputs + wanted
+        if group:
+            yield group
+
+    def _share(self, prefix: list[int]) -> None:
+        """Compute the common beginning once, for all sequences."""
+        self.clear()
+        everyone = range(SEQUENCES)
+        self.decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
+
+    def _run(self, group: Sequence[Job], shared: int) -> list[np.ndarray]:
+        """The read log-probabilities of one batch; the cache holds only the shared beginning afterwards."""
+        tokens = [
+            (token, position, (s,), position >= job.start)
+            for s, job in enumerate(group)
+            for position, token in enumerate(job.ids[shared:], start=shared)
+        ]
+        self.decode(tokens)
+        row, values = -shared, []
+        for job in group:
+            logits = {p: self.logits(row + p) for p in range(job.start, len(job.ids))}
+            totals = {p: _log_sum_exp(row_logits) for p, row_logits in logits.items()}
+            values.append(np.array([logits[p][token] - totals[p] for _, p, token in job.reads]))
+            row += len(job.ids) - shared
+        for s in range(len(group)):
+            self.forget(s, shared)
+        return values
+
+    def read_log_probs(
+        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
+    ) -> list[np.ndarray]:
+        """See `lib.scoring.backend.Backend`; one sequence after another."""
+        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
+        return run_batches(([job] for job in jobs), self._run_alone, 1.0, progress, journal)
+
+    def _run_alone(self, batch: Sequence[Job]) -> list[np.ndarray]:
+        """One sequence: first what needs no logits, then pieces of as many positions as llama.cpp keeps."""
+        (job,) = batch
+        wanted: dict[int, list[int]] = {}
+        for number, (_, place, _) in enumerate(job.reads):
+            wanted.setdefault(place, []).append(number)
+        self.clear()
+        self.decode([(token, place, (0,), False) for place, token in enumerate(job.ids[: job.start])])
+        values = np.empty(len(job.reads))
+        for start in range(job.start, len(job.ids), OUTPUTS):
+            part = list(enumerate(job.ids[start : start + OUTPUTS], start))
+            self.decode([(token, place, (0,), place in wanted) for place, token in part])
+            for i, (place, _) in enumerate(part):
+                if place in wanted:
+                    logits = self.logits(i)
+                    tokens = [job.reads[number][2] for number in wanted[place]]
+                    values[wanted[place]] = logits[tokens] - _log_sum_exp(logits)
+        return [values]
+
+    def read_logits(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+        """Raw logits at the positions that every job reads, float32, (reads, V), in the jobs' order.
+
+        Several jobs a batch; their common beginning is computed once. A job may read at most `n_outputs` positions.
+        """
+        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
+        prefix = common_prefix(jobs)
+        self._share(prefix)
+        for group in self._groups(list(jobs), len(prefix)):
+            read = [{place for _, place, _ in job.reads} for job in group]
+            tokens = [
+                (token, position, (s,), position in read[s])
+                for s, job in enumerate(group)
+                for position, token in enumerate(job.ids[len(prefix) :], start=len(prefix))
+            ]
+            self.decode(tokens)
+            first = -len(prefix)
+            for job in group:
+                logits = np.empty((len(job.reads), self.vocab_size), dtype=np.float32)
+                for read, (_, place, _) in enumerate(job.reads):
+                    logits[read] = self.logits(first + place)
+                yield job, logits
+                first += len(job.ids) - len(prefix)
+            for s in range(len(group)):
+                self.forget(s, len(prefix))
+
+    def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V).
+
+        In one batch where `n_outputs` allows it, as llama-perplexity has it: the size of a batch changes the rounding.
+        """
+        check_ids([ids], self.vocab_size, self.n_ctx, self.name)
+        self.clear()
+        result = np.empty((len(ids) - first, self.vocab_size), dtype=np.float32)
+        edges = [0, len(ids)]
+        if len(ids) - first > self.n_outputs:
+            edges = [*range(first, len(ids), self.n_outputs), len(ids)]
+            edges = edges if first == 0 else [0, *edges]
+        for start, end in itertools.pairwise(edges):
+            self.decode([(ids[p], p, (0,), p >= first) for p in range(start, end)])
+            for position in range(max(start, first), end):
+                result[position - first] = self.logits(position - start)
+        return result
+
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """See `lib.scoring.backend.Backend`."""
+        result = self.window_logits(ids, first)
+        for row in result:
+            row -= _log_sum_exp(row.astype(np.float64))
+        return result
+
+
+def _log_sum_exp(logits: np.ndarray) -> float:
+    """ln Σ exp(logits), without overflow."""
+    top = logits.max()
+    return float(top + np.log(np.exp(logits - top).sum()))

@@ -1,0 +1,268 @@
+"""Perplexity and KL divergence of any model on any text: what `workbook perplexity` does, in a process of its own.
+Does llama.cpp, as it was compiled here, survive a prompt on 8-bit weights? Tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.runs.child import run_child
+from lib.runs.files import user_path
+from lib.scoring.backend import Backend
+from lib.scoring.perplexity import KlTable, Positions, perplexity_of, table_of
+from lib.scoring.texts import Text, Tokens, tokenize_with_llama, tokenize_with_transformers
+from lib.statistics.intervals import Interval
+from lib.statistics.paired import clustered_bootstrap_t, clustered_share
+
+# Perplexity and KL divergence of any model on any text: what `workbook perplexity` does, in a process of its own.
+
+FEWEST_DOCUMENTS = 30
+"""With fewer documents in the scored text, an interval over them covers too rarely to be shown (docs/LOG.md)."""
+
+SEED = 42
+_SAMPLE = 20_000  # characters on which two tokenizers must agree
+
+
+def measure_text(
+    model: str,
+    text: Text,
+    reference: str | None = None,
+    n_ctx: int = 512,
+    chunks: int = 0,
+    n_threads: int = 0,
+    n_gpu_layers: int = 0,
+) -> dict[str, Any]:
+    """What llama-perplexity prints for a model and a text, with intervals over documents.
+
+    Args:
+        model, reference: .gguf files or model folders (quantized ones as they were saved).
+        n_ctx: tokens a window.
+        chunks: most windows; 0 = all.
+        n_threads, n_gpu_layers: of llama.cpp; 0 threads = physical cores.
+
+    Returns:
+        JSON values: model, reference, n_ctx, n_windows, n_tokens, n_documents, ppl, ppl_uncertainty, ppl_interval; the
+        keys kld_…, dp_…, rms_dp, same_top, ppl_reference, ppl_ratio, ln_ppl_ratio, … (null without a reference); note.
+        Shares and probability differences are fractions, divergences nats, intervals 95 % bootstrap over documents.
+
+    Raises:
+        InputError: a text shorter than one window, a model that cannot be loaded or run, different tokenizers.
+    """
+    if n_ctx < 16:
+        raise InputError(f"windows of {n_ctx} tokens.", "at least 16.", "give a larger --n-ctx.")
+    for path in filter(None, (model, reference)):
+        if not user_path(path).exists():
+            raise InputError(f"no file or folder {path}.", "a .gguf file or a model folder.", "correct the path.")
+    argument = {
+        "model": str(user_path(model)),
+        "reference": str(user_path(reference)) if reference else None,
+        "content": text.content,
+        "starts": list(text.starts),
+        "n_ctx": n_ctx,
+        "chunks": chunks,
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+    }
+    answer = run_child("lib.scoring.measure:measure_in_child", argument, f"perplexity of {Path(model).name}")
+    return {"model": str(model), "reference": reference, **answer}
+
+
+def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """Open the models, make the ids once, score window by window; nothing is kept on the disk."""
+    # Threads of llama.cpp that wait must sleep; read when its OpenMP library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from lib.scoring.perplexity import positions
+
+    text, n_ctx = Text(argument["content"], tuple(argument["starts"])), argument["n_ctx"]
+    with ExitStack() as stack:
+        paths = [Path(argument[key]) for key in ("reference", "model") if argument[key]]
+        opened = [_open(path, argument) for path in paths]
+        for backend, _ in opened:
+            stack.enter_context(closing(backend))
+        tokens = _tokenize(opened, paths, text)
+        windows = tokens.windows(n_ctx, argument["chunks"])
+        base = opened[0][0] if len(opened) == 2 else None
+        found = positions(base, opened[-1][0], windows, f"perplexity of {paths[-1].name}")
+        device = opened[-1][0].device
+    documents = tokens.scored_documents(n_ctx, len(windows))
+    return {"n_ctx": n_ctx, "n_windows": len(windows), **summarize(found, documents, len(windows)), "device": device}
+
+
+def _open(path: Path, argument: dict[str, Any]) -> tuple[Backend, Any]:
+    """A backend and, for a folder, its tokenizer."""
+    if path.is_file():
+        from lib.scoring.llama_backend import LlamaCppBackend
+
+        n_ctx, threads, layers = (argument[key] for key in ("n_ctx", "n_threads", "n_gpu_layers"))
+        return LlamaCppBackend(path, n_ctx, threads, layers, n_outputs=n_ctx - n_ctx // 2), None
+    from lib.models.adapters import refuse_adapter
+    from lib.models.base_model import check_model_folder
+    from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
+    from lib.scoring.torch_backend import TransformersBackend
+
+    refuse_adapter(path)
+    check_model_folder(path)
+    if argument["n_threads"]:
+        import torch
+
+        torch.set_num_threads(argument["n_threads"])
+    model = load_as_saved(path) if quantization_method(path) else load_model(path)
+    return TransformersBackend(model, name=path.name), load_tokenizer(path)
+
+
+def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) -> Tokens:
+    """Ids by llama.cpp where one of the models is a GGUF file, else by the first folder; the other must agree."""
+
+    def make(index: int, of: Text) -> Tokens:
+        backend, tokenizer = opened[index]
+        return tokenize_with_llama(backend, of) if tokenizer is None else tokenize_with_transformers(tokenizer, of)
+
+    gguf = [i for i, (_, tokenizer) in enumerate(opened) if tokenizer is None]
+    chosen = gguf[0] if gguf else 0
+    if len(opened) == 2:
+        import unicodedata
+
+        # llama.cpp does not compose characters (NFC) and Qwen's tokenizers do: compare on what is composed.
+        sample = Text(unicodedata.normalize("NFC", text.content[:_SAMPLE]), (0,))
+        if make(0, sample).ids != make(1, sample).ids:
+            raise InputError(
+                f"{paths[0].name} and {paths[1].name} make different tokens of this text.",
+                "two models with one tokenizer.",
+                "compare files made from the same model.",
+            )
+    return make(chosen, text)
+
+
+def summarize(found: Positions, documents: np.ndarray | None, n_windows: int) -> dict[str, Any]:
+    """All numbers of `measure_text` from the scored positions and each one's document."""
+    alone = perplexity_of(found, n_windows)
+    n_documents = None if documents is None else len(np.unique(documents))
+    result: dict[str, Any] = {
+        "n_tokens": alone.n_tokens,
+        "n_documents": n_documents,
+        "ppl": alone.ppl,
+        "ppl_uncertainty": alone.uncertainty,
+    }
+    result |= _table_keys(table_of(found) if found.kl is not None else None)
+    result |= _intervals(found, documents if n_documents and n_documents >= FEWEST_DOCUMENTS else None)
+    result["note"] = _note(n_documents)
+    return result
+
+
+def _table_keys(table: KlTable | None) -> dict[str, Any]:
+    """The KL table under the command's names; without a reference the same names with null."""
+    names = {
+        "kld_mean": "mean",
+        "kld_uncertainty": "uncertainty",
+        **{f"kld_{q}": q for q in ("min", "p001", "p01", "p05", "p10", "median", "p90", "p95", "p99", "p999", "max")},
+        **{f"{key}{end}": f"{key}{end}" for key in ("mean_dp", "rms_dp", "same_top") for end in ("", "_uncertainty")},
+    }
+    ratios = ("ppl_reference", "ppl_ratio", "ln_ppl_ratio", "ppl_difference")
+    names |= {f"{key}{end}": f"{key}{end}" for key in ratios for end in ("", "_uncertainty")}
+    names |= {"ppl_correlation": "correlation"}
+    shown = ("min", "p001", "p01", "p05", "p10", "p25", "median", "p75", "p90", "p95", "p99", "p999", "max")
+    if table is None:
+        return dict.fromkeys((*names, *(f"dp_{q}" for q in shown)))
+    values = asdict(table)
+    # The tool sums in 32 bits when it compares and in 64 when it does not; so is the perplexity here.
+    own = {"ppl": table.ppl, "ppl_uncertainty": table.ppl_uncertainty}
+    return {**own, **{key: values[name] for key, name in names.items()}, **{f"dp_{q}": table.dp[q] for q in shown}}
+
+
+def _intervals(found: Positions, documents: np.ndarray | None) -> dict[str, list[float] | None]:
+    """95 % intervals over whole documents: drawn ones, and Wilson's for the share of equal tokens.
+
+    A share that misses in few documents has no interval by drawing: most draws hold no miss at all.
+    """
+    keys = ("ppl_interval", "kld_mean_interval", "ln_ppl_ratio_interval", "same_top_interval")
+    if documents is None:
+        return dict.fromkeys(keys)
+
+    def drawn(values: np.ndarray) -> Interval:
+        return clustered_bootstrap_t(values, documents, SEED)
+
+    loss = drawn(-found.log_p)
+    ppl = [float(np.exp(loss.low)), float(np.exp(loss.high))]
+    if found.kl is None:
+        return {**dict.fromkeys(keys), "ppl_interval": ppl}
+    drawn_too = (drawn(values).to_json() for values in (found.kl, found.log_p_reference - found.log_p))
+    return dict(zip(keys, (ppl, *drawn_too, clustered_share(found.same, documents).to_json()), strict=True))
+
+
+def _note(n_documents: int | None) -> str:
+    if n_documents is None:
+        return "the tokens do not spell the text, so no intervals over documents"
+    if n_documents < FEWEST_DOCUMENTS:
+        plural = "" if n_documents == 1 else "s"
+        return f"{n_documents} document{plural} scored; intervals over documents need {FEWEST_DOCUMENTS}"
+    return ""
+
+
+# Does llama.cpp, as it was compiled here, survive a prompt on 8-bit weights? Tried in a process of its own.
+#
+# Compiled by GCC for a processor with AMX it does not: the inline assembly behind `_tile_loadconfig` names 8 of the 64
+# bytes that it reads, GCC 12 leaves out the stores to the others, and `ldtilecfg` faults (ggml-cpu/amx/mmq.cpp).
+# `scripts/setup.sh` compiles without that code; a llama-cpp-python from elsewhere may have it.
+
+_WIDTH, _HIDDEN, _TOKENS, _PROMPT = 64, 128, 32, 24
+
+
+def llama_cpp_crash() -> str | None:
+    """How llama.cpp ends on a tiny model in Q8_0, in words; None when it answers."""
+    with tempfile.TemporaryDirectory(prefix="workbook-trial-") as name:
+        path = Path(name) / "trial.gguf"
+        _write_model(path)
+        try:
+            run_child("lib.scoring.measure:try_prompt", {"path": str(path)}, "a prompt on 8-bit weights", timeout=120)
+        except InputError as error:
+            return error.found.rstrip(".")
+    return None
+
+
+def try_prompt(argument: dict[str, Any]) -> dict[str, Any]:
+    """Read a prompt with the model at "path"."""
+    from lib.scoring.llama_backend import LlamaCppBackend
+
+    backend = LlamaCppBackend(Path(argument["path"]), _PROMPT, n_threads=1)
+    try:
+        values = backend.window_log_probs([place % _TOKENS for place in range(_PROMPT)])
+        return {"positions": len(values)}
+    finally:
+        backend.close()
+
+
+def _write_model(path: Path) -> None:
+    """One layer of Llama with every weight 1/64 or 0, no vocabulary."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(_PROMPT)
+    writer.add_embedding_length(_WIDTH)
+    writer.add_feed_forward_length(_HIDDEN)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(_TOKENS)
+    writer.add_tokenizer_model("none")
+    matrices = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (_WIDTH, _WIDTH))
+    matrices |= {"ffn_gate": (_HIDDEN, _WIDTH), "ffn_up": (_HIDDEN, _WIDTH), "ffn_down": (_WIDTH, _HIDDEN)}
+    shapes = {f"blk.0.{name}.weight": shape for name, shape in matrices.items()}
+    for name, shape in {"token_embd.weight": (_TOKENS, _WIDTH), **shapes}.items():
+        values = quantize(np.eye(*shape, dtype=np.float32) + 1 / _WIDTH, GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, values, raw_dtype=GGMLQuantizationType.Q8_0)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(_WIDTH, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,363 @@
+"""How much of a reference text a text shares: ROUGE-L over characters, and what it repeats of itself.
+Character integrity: what a display gets that shows an answer while it is written, token by token.
+One generated answer, measured: the numbers of a row, and what each of them means in words.
+Measured answers of several models to the same questions: estimates with intervals, and paired differences.
+What a generated text is worth, from the text alone: no model, no tokenizer; the same for every backend.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lib.prompts.templates import Block, read_block
+from lib.scoring.term_lists import TermList, fold
+from lib.statistics.intervals import Interval
+from lib.statistics.paired import clustered_mean, clustered_score_interval, clustered_share
+
+# How much of a reference text a text shares: ROUGE-L over characters, and what it repeats of itself.
+
+LONGEST_UNIT = 64
+"""Longest unit, in characters, whose immediate repetition is looked for."""
+
+_WORD = re.compile(r"[a-z0-9]+|[^\W_]")
+_SPACE = re.compile(r"\s+")
+
+
+def units(text: str) -> list[str]:
+    """What ROUGE-L counts: runs of Latin letters and digits as words, every other letter or digit alone.
+
+    After NFKC and without case; white space, punctuation and symbols are left out.
+    """
+    return _WORD.findall(fold(text))
+
+
+def common_length(one: list[str], other: list[str]) -> int:
+    """Length of the longest common subsequence, by bits (Hyyrö 2004): one big number a row of the usual table."""
+    where: dict[str, int] = {}
+    for i, unit in enumerate(one):
+        where[unit] = where.get(unit, 0) | 1 << i
+    full = (1 << len(one)) - 1
+    row = full
+    for unit in other:
+        match = row & where.get(unit, 0)
+        row = (row + match | row - match) & full
+    return len(one) - row.bit_count()
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """F1 of ROUGE-L (Lin 2004, β = 1) over `units`; 0 where nothing is shared."""
+    made, wanted = units(text), units(reference)
+    common = common_length(made, wanted)
+    return 2 * common / (len(made) + len(wanted)) if common else 0.0
+
+
+def repeated_share(text: str, size: int = 4) -> float:
+    """Share of a text's character 4-grams that occurred before in it, white space left out; 0 for shorter texts."""
+    characters = _SPACE.sub("", text)
+    grams = [characters[i : i + size] for i in range(len(characters) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def longest_loop(text: str) -> int:
+    """Characters of the longest stretch in which a unit of 1 to 64 characters follows itself at least twice (xyxyxy).
+
+    White space is left out; 0 where there is none.
+    """
+    codes = np.frombuffer(_SPACE.sub("", text).encode("utf-32-le", "surrogatepass"), np.uint32)
+    longest = 0
+    for period in range(1, min(LONGEST_UNIT, len(codes) // 3) + 1):
+        same = np.concatenate([[False], codes[period:] == codes[:-period], [False]])
+        edges = np.flatnonzero(same[1:] != same[:-1])
+        runs = edges[1::2] - edges[::2]
+        if runs.size and runs.max() >= 2 * period:
+            longest = max(longest, int(runs.max()) + period)
+    return longest
+
+
+# Character integrity: what a display gets that shows an answer while it is written, token by token.
+
+REPLACEMENT = "\ufffd"
+BROKEN, UNFINISHED, WRITTEN = "bytes that are not UTF-8", "ends inside a character", "U+FFFD written"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An answer as it arrived.
+
+    Attributes:
+        text: all of it; broken bytes as U+FFFD.
+        problem: "" when every byte became a character and none is U+FFFD; else the first of BROKEN, UNFINISHED and
+            WRITTEN that holds.
+        split: pieces that end inside a character. They harm nobody who decodes incrementally; a display that decodes
+            each piece alone shows U+FFFD for them.
+    """
+
+    text: str
+    problem: str
+    split: int
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problem
+
+
+def read_stream(pieces: Iterable[bytes]) -> Stream:
+    """Read an answer as a display does: an incremental UTF-8 decoder, piece by piece, flushed at the end.
+
+    Args:
+        pieces: the bytes of each token, in order, the end-of-turn token left out.
+    """
+    strict = codecs.getincrementaldecoder("utf-8")("strict")
+    tolerant = codecs.getincrementaldecoder("utf-8")("replace")
+    text, problem, split = "", "", 0
+    for piece in pieces:
+        text += tolerant.decode(piece)
+        split += bool(tolerant.getstate()[0])
+        if not problem:
+            try:
+                strict.decode(piece)
+            except UnicodeDecodeError:
+                problem = BROKEN
+    if not problem and strict.getstate()[0]:
+        problem = UNFINISHED
+    text += tolerant.decode(b"", final=True)
+    return Stream(text, problem or (WRITTEN if REPLACEMENT in text else ""), split)
+
+
+# One generated answer, measured: the numbers of a row, and what each of them means in words.
+
+SHARE, MEAN, RATIO = "share", "mean", "ratio"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that every answer has.
+
+    Attributes:
+        key: in the measured row.
+        name: on the page, with an arrow where one direction is better.
+        kind: SHARE (true or false a row), MEAN (a number a row), RATIO (found and wanted a row).
+        meaning: the definition in words.
+        most: largest possible value; None = no limit. The smallest is 0.
+    """
+
+    key: str
+    name: str
+    kind: str
+    meaning: str
+    most: float | None = 1.0
+
+
+METRICS = (
+    Metric(
+        "chrf", "chrF ↑", MEAN, "overlap of character 1- to 6-grams with the reference, 0 to 100 (sacrebleu)", 100.0
+    ),
+    Metric("rouge_l", "ROUGE-L ↑", MEAN, "F1 of the longest common subsequence of characters (Latin: words), 0 to 1"),
+    Metric(
+        "terms",
+        "terms of the reference ↑",
+        RATIO,
+        "share of the reference's listed terms that it holds, also in longer ones",
+    ),
+    Metric("question_terms", "terms of the question ↑", RATIO, "share of the question's listed terms that it holds"),
+    Metric("think", "think block complete ↑", SHARE, "one block: opened, closed, filled, and an answer behind it"),
+    Metric("stopped", "stopped by itself ↑", SHARE, "ended its turn within the limit of tokens"),
+    Metric("intact", "characters intact ↑", SHARE, "streamed token by token: UTF-8 to the last byte, no U+FFFD"),
+    Metric("empty", "empty ↓", SHARE, "no answer, or nothing but reasoning"),
+    Metric("repetition", "repeated 4-grams ↓", MEAN, "share of its character 4-grams that stood in it before"),
+    Metric(
+        "loop",
+        "longest loop, characters ↓",
+        MEAN,
+        "longest stretch of one unit said three times or more in a row",
+        None,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A generated answer as any backend gives it.
+
+    Attributes:
+        stream: the text as it arrived, without the end-of-turn token.
+        ended: whether it closed its turn; False: cut at the limit.
+        opening: what the prompt itself ended with of the answer: the tag that opens the reasoning, or "".
+    """
+
+    stream: Stream
+    ended: bool
+    opening: str = ""
+
+
+@functools.cache
+def _chrf() -> Any:
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+def chrf_signature() -> str:
+    """sacrebleu's own description of the metric, with its version."""
+    _chrf().corpus_score(["a"], [["a"]])  # the number of references is known only then
+    return str(_chrf().get_signature())
+
+
+def measure(answer: Answered, question: str, reference: str, terms: TermList | None, thinking: bool) -> dict[str, Any]:
+    """The row of one answer: a value for every metric's key, None where it does not apply.
+
+    Where the task is to think, chrF, ROUGE-L, terms and `empty` look at what stands behind the reasoning, in the answer
+    and in the reference. Ratios are [found, wanted]. Further keys: "problem" and "split" (see `Stream`), "think_parts"
+    (opened, closed, filled, answered).
+
+    Args:
+        terms: list of the domain; None = not measured.
+        thinking: whether answers are to begin with reasoning.
+    """
+    text = answer.opening + answer.stream.text
+    block = read_block(text)
+    said, wanted = (block.answer, read_block(reference).answer) if thinking else (text.strip(), reference.strip())
+    return {
+        "chrf": float(_chrf().sentence_score(said, [wanted]).score),
+        "rouge_l": rouge_l(said, wanted),
+        **_terms(terms, said, {"terms": wanted, "question_terms": question}),
+        "think": block.complete if thinking else None,
+        "stopped": answer.ended,
+        "intact": answer.stream.intact,
+        "empty": not said,
+        "repetition": repeated_share(text),
+        "loop": longest_loop(text),
+        "problem": answer.stream.problem,
+        "split": answer.stream.split,
+        "think_parts": _parts(block) if thinking else None,
+    }
+
+
+def _terms(terms: TermList | None, said: str, wanted: Mapping[str, str]) -> dict[str, list[int] | None]:
+    if terms is None:
+        return dict.fromkeys(wanted)
+    found, kept = {key: terms.found(text) for key, text in wanted.items()}, terms.held(said)
+    return {key: [len(asked & kept), len(asked)] for key, asked in found.items()}
+
+
+def _parts(block: Block) -> list[bool]:
+    return [block.opened, block.closed, block.filled, block.answered]
+
+
+# Measured answers of several models to the same questions: estimates with intervals, and paired differences.
+
+FEWEST = 3
+"""Groups of rows below which an interval would be a pretence."""
+
+Measured = Sequence[Mapping[str, Any]]
+
+
+def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: str) -> list[dict[str, Any]]:
+    """One entry a metric that applies to these rows.
+
+    Few rows, skewed values and many zeros are the rule here, so no percentile bootstrap, which covers far too rarely
+    then (docs/LOG.md). Shares, and ratios as shares of all terms, have Wilson's interval with n divided by the design
+    effect of the groups; differences of shares have Tango's, likewise. Means, and differences of means and ratios,
+    have Student's with whole groups as units. With fewer than three groups, or where all rows agree in a mean, there
+    is nothing to tell an interval from.
+
+    Args:
+        models: name -> measured rows (`measure`), the same questions in the same order.
+        groups: group of each row.
+        reference: name of the model that differences are taken from.
+
+    Returns:
+        {"key", "name", "meaning", "n" (rows), "groups", "wanted" (terms, of ratios; else None), "models": {name:
+        {"estimate", "interval"}}, "differences": {name: {"estimate", "interval"}}}; an interval may be None.
+    """
+    numbers = np.asarray(groups)
+    entries = []
+    for metric in METRICS:
+        values = {name: _values(metric, rows) for name, rows in models.items()}
+        first, weights = values[reference]
+        kept = np.isfinite(first) & (weights > 0)
+        if not kept.any():
+            continue
+        mine = {name: value[kept] for name, (value, _) in values.items()}
+        base, own, weight = mine[reference], numbers[kept], weights[kept]
+        entries.append(
+            {
+                "key": metric.key,
+                "name": metric.name,
+                "meaning": metric.meaning,
+                "n": int(kept.sum()),
+                "groups": len(np.unique(own)),
+                "wanted": int(weight.sum()) if metric.kind == RATIO else None,
+                "models": {name: _own(metric, value, own, weight) for name, value in mine.items()},
+                "differences": {
+                    name: _difference(metric, value - base, own, weight)
+                    for name, value in mine.items()
+                    if name != reference
+                },
+            }
+        )
+    return entries
+
+
+def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
+    """Value and weight of each row; not a number where the metric does not apply."""
+    found = [row[metric.key] for row in rows]
+    if metric.kind == RATIO:
+        pairs = [value or [0, 0] for value in found]
+        weights = np.array([wanted for _, wanted in pairs], dtype=np.float64)
+        return np.array([kept / max(1, wanted) for kept, wanted in pairs]), weights
+    values = np.array([np.nan if value is None else float(value) for value in found])
+    return values, np.ones(len(values))
+
+
+def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    estimate = float(np.average(values, weights=weights))
+    if len(np.unique(groups)) < FEWEST:
+        return _without(estimate)
+    if metric.kind == MEAN:
+        return _bounded(clustered_mean(values, groups), metric) if np.ptp(values) else _without(estimate)
+    single, owners = _term_shares(values * weights, groups, weights) if metric.kind == RATIO else (values, groups)
+    return _shown(clustered_share(single, owners))
+
+
+def _difference(metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    count = len(np.unique(groups))
+    if count < FEWEST:
+        return _without(float(np.average(change, weights=weights)))
+    if metric.kind == SHARE:
+        return _shown(clustered_score_interval(change, groups))
+    if metric.kind == RATIO:
+        single, owners = _term_shares(change * weights, groups, weights)
+        return _shown(clustered_mean(single, owners) if change.any() else clustered_score_interval(np.zeros(count)))
+    return _shown(clustered_mean(change, groups)) if np.ptp(change) else _without(float(change[0]))
+
+
+def _term_shares(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One value a term (as many ±1 as the row's sum says, then zeros), and the group that it belongs to."""
+    single = [
+        np.where(np.arange(round(wanted)) < abs(round(total)), np.sign(total), 0.0)
+        for total, wanted in zip(sums, weights, strict=True)
+    ]
+    return np.concatenate(single), np.repeat(groups, np.round(weights).astype(int))
+
+
+def _bounded(found: Interval, metric: Metric) -> dict[str, Any]:
+    """Within the values that the metric can have."""
+    high = found.high if metric.most is None else min(metric.most, found.high)
+    return {"estimate": found.estimate, "interval": [max(0.0, found.low), high]}
+
+
+def _without(estimate: float) -> dict[str, Any]:
+    return {"estimate": estimate, "interval": None}
+
+
+def _shown(found: Interval) -> dict[str, Any]:
+    return {"estimate": found.estimate, "interval": found.to_json()}

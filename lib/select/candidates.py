@@ -1,0 +1,423 @@
+"""A run as a candidate: what its products say about quality, speed and size.
+Runs on the rows that all of them can be judged on, and the paired difference of every two recipes there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.prompts.tasks import AnyTask, has_labels, kind_of, read_task
+from lib.runs.files import read_json, read_jsonl, sha256_json
+from lib.runs.run import Product, Run, known_run
+from lib.scoring.log_probabilities import AnswerScores, Scores
+from lib.statistics.intervals import Interval, wilson
+from lib.statistics.losses import FEWEST, averaged_share, cluster_test, limits, weighted_mean
+from lib.statistics.paired import clustered_score_interval, holm, sign_flip_test
+
+# A run as a candidate: what its products say about quality, speed and size.
+
+ACCURACY, ANSWER_LOSS = "accuracy", "answer_loss"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One finished run.
+
+    Attributes:
+        name: of the run. task: what it was asked.
+        keys: hash of every test row (text and label, or messages); copies are numbered.
+        texts: hash of every test row without its label.
+        seen: the same of the rows that training and the choice of the checkpoint have used.
+        leaked: (n,) whether the run's leak audit found the test row in its training data.
+        groups: (n,) near-duplicate group of each test row.
+        values: (n,) per test row: right or wrong (1, 0), or loss of the answers in nats a token.
+        weights: (n,) 1, or tokens of the answers.
+        recipe: hash of everything that training depends on but the seed; equal in runs that differ in it alone.
+        validation: hash of prompt, tokenizer and validation rows: losses compare only where it is equal.
+        facts: plain values for tables: train_seed, validation_loss, samples_per_second, tokens_per_second,
+            train_device, adapter_bytes, weights, file (type and bytes of the recommended GGUF), base, digests.
+    """
+
+    name: str
+    task: AnyTask
+    keys: list[str]
+    texts: list[str]
+    seen: frozenset[str]
+    leaked: np.ndarray
+    groups: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
+    recipe: str
+    validation: str
+    facts: dict[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """What `values` are."""
+        return ACCURACY if has_labels(self.task) else ANSWER_LOSS
+
+
+def row_key(row: Mapping[str, Any]) -> str:
+    """Hash of what a row says, whatever its id and place."""
+    return sha256_json({key: row[key] for key in ("text", "label", "messages") if key in row})
+
+
+def text_key(row: Mapping[str, Any]) -> str:
+    """Hash of a row's text or messages, whatever its label."""
+    return sha256_json({key: row[key] for key in ("text", "messages") if key in row})
+
+
+def numbered(keys: Iterable[str]) -> list[str]:
+    """Keys with copies told apart: the second equal one ends in "#1", and so on."""
+    count, found = Counter[str](), []
+    for key in keys:
+        found.append(f"{key}#{count[key]}" if count[key] else key)
+        count[key] += 1
+    return found
+
+
+def read_candidates(names: Sequence[str]) -> list[Candidate]:
+    """The runs of these names, all of one task.
+
+    Raises:
+        InputError: fewer than two runs, a run twice or unknown, without a product, with an evaluation of another
+            adapter, runs of different tasks, or two of one recipe with one seed.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if len(names) < 2 or twice:
+        what = f"run {twice[0]!r} twice" if twice else f"{len(names)} run"
+        raise InputError(f"{what} to choose from.", "at least two runs, each once.", "name the runs to compare.")
+    found = [read_candidate(known_run(name)) for name in names]
+    first = found[0]
+    for other in found[1:]:
+        if kind_of(other.task) != kind_of(first.task) or _labels(other.task) != _labels(first.task):
+            raise InputError(
+                f"run {first.name!r} is a {_words(first.task)}, run {other.name!r} a {_words(other.task)}.",
+                "runs of one task.",
+                "compare runs with the same task (and the same label_names).",
+            )
+    _refuse_repetitions(found)
+    return found
+
+
+def _refuse_repetitions(runs: Sequence[Candidate]) -> None:
+    """Two trainings of one recipe with one seed are one piece of evidence: no spread of seeds can be seen in them."""
+    first: dict[tuple[str, Any], Candidate] = {}
+    for run in runs:
+        seed = run.facts["train_seed"]
+        same = first.setdefault((run.recipe, seed), run)
+        if same is not run:
+            raise InputError(
+                f"runs {same.name!r} and {run.name!r} have the same data, training parameters and train_seed ({seed}).",
+                "runs that differ in their recipe or in the seed of training.",
+                f"leave one of the two out, or train run {run.name!r} with another train_seed.",
+            )
+
+
+def _labels(task: AnyTask) -> tuple[str, ...]:
+    return tuple(getattr(task, "label_names", ()))
+
+
+def _words(task: AnyTask) -> str:
+    return f"{kind_of(task)}{' of ' + '/'.join(_labels(task)) if _labels(task) else ''}"
+
+
+def read_candidate(run: Run) -> Candidate:
+    """Everything the choice needs from one run.
+
+    Raises:
+        InputError: a product is missing or damaged, or the evaluation is not of this adapter and these rows.
+    """
+    data, adapter, evaluation = (run.require(name) for name in ("data", "adapter", "evaluation"))
+    for product in (data, adapter):
+        if evaluation.entry.inputs.get(product.entry.product) != product.entry.digest:
+            raise InputError(
+                f"the evaluation of run {run.name!r} was made from another {product.entry.product}.",
+                "an evaluation of what the run holds now.",
+                "run 03_evaluate of that run again.",
+            )
+    task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
+    values, weights = _values(evaluation, task, [row["id"] for row in rows])
+    used = {split: read_jsonl(data.path / f"{split}.jsonl") for split in _USED}
+    validation = [row_key(row) for row in used["validation"]]
+    tokenizer = {n: o["sha256"] for n, o in data.entry.outputs.items() if n.startswith("tokenizer/")}
+    parameters = {key: value for key, value in adapter.entry.parameters.items() if key != "seed"}
+    return Candidate(
+        name=run.name,
+        task=task,
+        keys=numbered(row_key(row) for row in rows),
+        texts=[text_key(row) for row in rows],
+        seen=frozenset(text_key(row) for split in used.values() for row in split),
+        leaked=np.array([bool(row.get("leaked", False)) for row in rows]),
+        groups=np.array([row["group"] for row in rows]),
+        values=values,
+        weights=weights,
+        recipe=sha256_json({"parameters": parameters, "data": data.entry.digest, "name": _adopted(run, adapter)}),
+        validation=sha256_json({"task": task.to_json(), "tokenizer": tokenizer, "rows": validation}),
+        facts=_facts(run, data, adapter, evaluation),
+    )
+
+
+_USED = ("train", "validation")
+
+
+def _adopted(run: Run, adapter: Product) -> str | None:
+    """An adopted adapter has no seed to be a sibling by: its run stands alone."""
+    return run.name if "adopted" in adapter.entry.facts else None
+
+
+def _values(evaluation: Product, task: AnyTask, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    path = evaluation.path / "scores-finetuned.jsonl"
+    scores = Scores.load(path) if has_labels(task) else AnswerScores.load(path)
+    if scores.ids != ids:
+        raise InputError(
+            f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."
+        )
+    if isinstance(scores, Scores):
+        return scores.correct.astype(np.float64), np.ones(len(ids))
+    return scores.row_losses, scores.tokens.astype(np.float64)
+
+
+def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> dict[str, Any]:
+    training, entry = read_json(adapter.path / "training.json"), adapter.entry
+    adopted = "adopted" in entry.facts
+    seconds = training.get("seconds") if training.get("resumed_from") is None and not adopted else None
+    rows = training.get("train_rows", 0) * entry.parameters.get("num_train_epochs", 0.0)
+    return {
+        "train_seed": None if adopted else entry.parameters.get("seed"),
+        "validation_loss": entry.metrics.get("eval_loss"),
+        "samples_per_second": round(rows / seconds, 3) if seconds and rows else None,
+        "tokens_per_second": training.get("throughput") or None,
+        "train_device": entry.device,
+        "adapter_bytes": entry.outputs["adapter_model.safetensors"]["bytes"],
+        "weights": training["total"] - training["trainable"],
+        "file": _file(run),
+        "base": data.entry.facts.get("base_model"),
+        "prompt_hash": data.entry.facts.get("prompt_hash"),
+        "adopted": entry.facts.get("adopted"),
+        "digests": {p.entry.product: p.entry.digest for p in (data, adapter, evaluation)},
+    }
+
+
+def _file(run: Run) -> dict[str, Any] | None:
+    """Type and bytes of the file that the run's comparison recommends; None where it names none."""
+    if "comparison" not in run.manifest.entries():
+        return None
+    content = read_json(run.require("comparison").path / "comparison.json")
+    name = (content.get("recommendation") or {}).get("type")
+    entry = next((file for file in content.get("files", []) if name and file["type"] == name), None)
+    return {"type": entry["type"], "bytes": entry["bytes"]} if entry else None
+
+
+# Runs on the rows that all of them can be judged on, and the paired difference of every two recipes there.
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The test rows that every run holds and that no run has trained on.
+
+    Attributes:
+        keys: their hashes, in the first run's order.
+        places: run -> position of each of them among its own test rows.
+        groups, weights: of each row, from the first run.
+        leak_free: True when the rows that a leak audit flagged are left out as well.
+        left_out: rows of the union that are not used, by reason.
+    """
+
+    keys: list[str]
+    places: dict[str, np.ndarray]
+    groups: np.ndarray
+    weights: np.ndarray
+    leak_free: bool
+    left_out: dict[str, int]
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are groups enough for an interval."""
+        return len(np.unique(self.groups)) >= FEWEST
+
+    def values(self, run: Candidate) -> np.ndarray:
+        """A run's values on these rows."""
+        return run.values[self.places[run.name]]
+
+
+def shared_ground(runs: Sequence[Candidate]) -> Ground:
+    """The rows to compare on, by hash.
+
+    Raises:
+        InputError: no such row; or answers that have other numbers of tokens in different runs.
+    """
+    first = runs[0]
+    common = set(first.keys).intersection(*(run.keys for run in runs[1:]))
+    seen = frozenset().union(*(run.seen for run in runs))
+    flagged = {key for run in runs for key, bad in zip(run.keys, run.leaked, strict=True) if bad}
+    unseen = {key for key, text in zip(first.keys, first.texts, strict=True) if key in common and text not in seen}
+    if not unseen:
+        raise InputError(
+            f"runs {', '.join(run.name for run in runs)} share {len(common)} test rows"
+            f"{', and a run has trained on each of them' if common else ''}.",
+            "test rows that all runs hold and none has trained on.",
+            "compare runs with the same dataset, split and seed.",
+        )
+    free = unseen - flagged
+    wanted = free or unseen
+    keys = [key for key in first.keys if key in wanted]
+    places = {run.name: _places(run, keys) for run in runs}
+    for run in runs[1:]:
+        if not np.array_equal(run.weights[places[run.name]], first.weights[places[first.name]]):
+            raise InputError(
+                f"the answers of runs {first.name!r} and {run.name!r} have different numbers of tokens.",
+                "the same tokenizer and max_seq_length: a loss is a mean over tokens.",
+                "compare runs on the same base model and max_seq_length.",
+            )
+    left_out = {
+        "not in every run": len(set().union(*(run.keys for run in runs))) - len(common),
+        "used by a training": len(common) - len(unseen),
+        "flagged by a leak audit": len(unseen) - len(wanted),
+    }
+    at = places[first.name]
+    return Ground(keys, places, first.groups[at], first.weights[at], bool(free), left_out)
+
+
+def _places(run: Candidate, keys: Sequence[str]) -> np.ndarray:
+    where = {key: place for place, key in enumerate(run.keys)}
+    return np.array([where[key] for key in keys], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compared: a run, or runs that differ only in the seed of training, by their mean on every row.
+
+    Attributes:
+        names: the runs. scores: each run's metric on the rows.
+        interval: the metric (mean over the runs) with its 95 % interval over rows; infinite limits where fewer than
+            three groups of rows, or losses that all agree, leave nothing to tell one from.
+    """
+
+    names: tuple[str, ...]
+    values: np.ndarray
+    scores: tuple[float, ...]
+    interval: Interval
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None of a single run."""
+        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Runs, seeds, mean, standard deviation and range over the seeds, interval over rows."""
+        return {
+            "runs": list(self.names),
+            "n_seeds": len(self.names),
+            "mean": self.interval.estimate,
+            "interval": limits(self.interval),
+            "seed_sd": self.spread,
+            "seed_range": [min(self.scores), max(self.scores)],
+        }
+
+
+def make_unit(runs: Sequence[Candidate], ground: Ground) -> Unit:
+    """The mean of runs on the shared rows."""
+    table = np.stack([ground.values(run) for run in runs])
+    values = table.mean(axis=0)
+    scores = tuple(float(np.average(row, weights=ground.weights)) for row in table)
+    if runs[0].metric != ACCURACY:
+        interval = weighted_mean(values, ground.weights, ground.groups)
+    elif len(runs) == 1 and ground.enough:
+        interval = wilson(int(values.sum()), len(values))  # as 03 shows it
+    else:
+        interval = averaged_share(values, ground.groups)
+    return Unit(tuple(run.name for run in runs), values, scores, interval)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A unit against the leader.
+
+    Attributes:
+        interval: of the metric's difference (unit minus leader), simultaneous over all pairs, with the seeds' spread.
+        p, p_holm: two-sided p-value; after Holm over all pairs.
+        behind: True when the rows show that it is not as good as the leader.
+    """
+
+    interval: Interval
+    p: float
+    p_holm: float
+    behind: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; no interval (too few groups) is None."""
+        return {
+            "difference": self.interval.estimate,
+            "difference_interval": limits(self.interval),
+            "confidence": self.interval.confidence,
+            "p": self.p,
+            "p_holm": self.p_holm,
+            "verdict": "worse" if self.behind else "cannot tell",
+        }
+
+
+def leader_of(units: Sequence[Unit], metric: str) -> int:
+    """Place of the best estimate: highest accuracy, lowest loss; the first of equals."""
+    estimates = [unit.interval.estimate for unit in units]
+    return estimates.index(max(estimates) if metric == ACCURACY else min(estimates))
+
+
+def against(units: Sequence[Unit], leader: int, ground: Ground, metric: str, seed: int) -> Mapping[int, Difference]:
+    """Every other unit against the leader; place -> difference.
+
+    Which unit leads is read from the same rows, so all pairs count in the correction, not those with the leader alone.
+    """
+    pairs = list(itertools.combinations(range(len(units)), 2))
+    p_values = [_p(units[i].values - units[j].values, ground, metric, seed) for i, j in pairs]
+    adjusted = dict(zip(pairs, zip(p_values, holm(p_values), strict=True), strict=True))
+    found = {}
+    for place, unit in enumerate(units):
+        if place == leader:
+            continue
+        p, p_holm = adjusted[min(place, leader), max(place, leader)]
+        interval = _interval(unit, units[leader], ground, metric, 1 - ALPHA / len(pairs))
+        found[place] = Difference(interval, p, p_holm, p_holm < ALPHA and interval.excludes_zero())
+    return found
+
+
+def _p(change: np.ndarray, ground: Ground, metric: str, seed: int) -> float:
+    if metric == ACCURACY:
+        return sign_flip_test(change, ground.groups, seed)
+    if limits(weighted_mean(change, ground.weights, ground.groups)) is None:
+        return 1.0  # no spread, nothing to test against
+    return cluster_test(change, ground.weights, ground.groups)[0]
+
+
+def _interval(unit: Unit, leader: Unit, ground: Ground, metric: str, confidence: float) -> Interval:
+    change = unit.values - leader.values
+    if metric != ACCURACY or not ground.enough:
+        rows = weighted_mean(change, ground.weights, ground.groups, confidence)
+    elif len(unit.names) == len(leader.names) == 1 or not change.any():
+        rows = clustered_score_interval(np.rint(change).astype(np.int64), ground.groups, confidence)
+    else:
+        rows = weighted_mean(change, ground.weights, ground.groups, confidence)
+    return _widened(rows, unit, leader)
+
+
+def _widened(rows: Interval, *units: Unit) -> Interval:
+    """The interval with what another draw of seeds would change: squared half-widths add up."""
+    spreads = [(unit.spread, len(unit.names)) for unit in units if unit.spread is not None]
+    if not spreads:
+        return rows
+    from scipy.stats import t
+
+    error = math.sqrt(sum(spread**2 / count for spread, count in spreads))
+    extra = float(t.ppf(0.5 + rows.confidence / 2, min(count for _, count in spreads) - 1)) * error
+    low, high = (math.hypot(rows.estimate - limit, extra) for limit in (rows.low, rows.high))
+    return Interval(rows.estimate, rows.estimate - low, rows.estimate + high, rows.confidence)

@@ -1,0 +1,294 @@
+"""The file's own chat template for llama-cpp-python, which would else guess one by the template's look.
+`workbook serve`: llama-cpp-python's OpenAI-compatible server for one GGUF file, with its own template and limits.
+A GGUF file behind the OpenAI protocol, for programs on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.models.gguf_file import check_gguf, read_metadata
+from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
+from lib.serve.limits import CHAT, Application, LimitedApplication, Limits, error_body, is_loopback
+
+# The file's own chat template for llama-cpp-python, which would else guess one by the template's look.
+
+_CONTROL = 3
+"""Type of tokens that are not text: <|im_start|> and its like."""
+
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _text(content: Any) -> str | None:
+    """A message's text; of several parts, as clients may send them, one after the other; None where one is no text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return "".join(texts) if parts and len(texts) == len(parts) else None
+
+
+def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """The texts of a GGUF file's control tokens."""
+    types = metadata.get("tokenizer.ggml.token_type") or []
+    names = metadata.get("tokenizer.ggml.tokens") or []
+    return [name for name, kind in zip(names, types, strict=False) if kind == _CONTROL and len(name) > 1]
+
+
+def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: int, control: Sequence[str]) -> Any:
+    """A chat formatter for llama-cpp-python.
+
+    Args:
+        template: Jinja, of the file.
+        thinking: whether a template that knows both ways asks for reasoning.
+        begin, end, end_id: special tokens of the file.
+        control: texts that no message may hold as they are: a space is put into them.
+    """
+    from jinja2 import TemplateError
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    class Formatter(Jinja2ChatFormatter):
+        def __call__(self, *, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> Any:
+            try:
+                return super().__call__(messages=[harmless(message) for message in messages], **keywords)
+            except (TemplateError, TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+    def harmless(message: Any) -> dict[str, Any]:
+        content = _text(message["content"]) if isinstance(message, Mapping) and "content" in message else None
+        if content is None:
+            raise ValueError("each of messages must be an object with role and content, both texts")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"no role {message.get('role')!r}; there are {', '.join(ROLES)}")
+        for token in control:
+            content = content.replace(token, token[:1] + " " + token[1:])
+        return {**message, "content": content}
+
+    switch = f"{{%- set enable_thinking = {str(thinking).lower()} -%}}"
+    return Formatter(switch + template, eos_token=end, bos_token=begin, stop_token_ids=[end_id])
+
+
+# `workbook serve`: llama-cpp-python's OpenAI-compatible server for one GGUF file, with its own template and limits.
+
+NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
+BODY_BYTES = 1 << 20
+_CONTEXT = 4096
+_WAITING = 64
+_BACKLOG = 2048
+_GRACE_SECONDS = 5
+_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a file is served.
+
+    Attributes:
+        host, port: where; port 0 = a free one.
+        n_ctx: tokens of prompt and answer; 0 = the file's, at most 4096.
+        max_tokens: most tokens of an answer.
+        n_threads: 0 = physical cores. n_gpu_layers: -1 = all.
+        thinking: whether a template that knows both ways asks for reasoning.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    n_ctx: int = 0
+    max_tokens: int = 1024
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    thinking: bool = False
+
+
+def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) -> None:
+    """Serve a file until SIGTERM or Ctrl-C.
+
+    Args:
+        tell: gets the address when the server listens, and a warning where others can reach it.
+
+    Raises:
+        InputError: packages that are absent, a file without a chat template or that llama.cpp refuses, an address
+            that cannot be used.
+    """
+    _require_packages()
+    path = check_gguf(path).resolve()
+    metadata = read_metadata(path)
+    if not metadata.get(_TEMPLATE):
+        raise InputError(
+            f"{path.name} holds no chat template.",
+            f"a GGUF file with {_TEMPLATE}; another template would put another question to the model.",
+            "convert the model again with its chat_template.jinja.",
+        )
+    with _bound(options) as listening:
+        application = make_application(path, metadata, options)
+        if not is_loopback(options.host):
+            tell(
+                f"Warning: {options.host} is not this machine alone: everybody in the network can use this server, "
+                "without a password and unencrypted."
+            )
+        _run(application, listening, options, path, tell)
+
+
+def _require_packages() -> None:
+    missing = [name for name in NEEDS if not has_module(name)]
+    if missing:
+        raise InputError(
+            f"the server needs {', '.join(missing)}, not installed here.",
+            "the packages of requirements.txt.",
+            "run make once more, or pip install -r requirements.txt.",
+        )
+    if problem := llama_cpp_problem():
+        raise InputError(f"llama-cpp-python: {problem}.", "a working llama-cpp-python.", "see workbook doctor.")
+
+
+def _bound(options: ServeOptions) -> socket.socket:
+    """A socket that listens at the address, before the model is loaded: two that only bind it could share it."""
+    listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((options.host, options.port))
+        listening.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise InputError(
+            f"{options.host}:{options.port} cannot be used ({getattr(error, 'strerror', None) or error}).",
+            "an address of this machine and a free port.",
+            "choose another --port (0 = any free one) or --host.",
+        ) from None
+    return listening
+
+
+def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOptions) -> Application:
+    """The server as an ASGI application, with the model loaded.
+
+    Raises:
+        InputError: llama.cpp refuses the file.
+    """
+    from llama_cpp.server import app as server
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+    from starlette.middleware.cors import CORSMiddleware
+
+    n_ctx = _context(metadata, options.n_ctx)
+    model = ModelSettings(
+        model=str(path),
+        model_alias=path.stem,
+        n_ctx=n_ctx,
+        n_threads=options.n_threads or physical_cores(),
+        n_threads_batch=options.n_threads or physical_cores(),
+        n_gpu_layers=options.n_gpu_layers,
+        use_mlock=False,
+        flash_attn=True,  # as llama.cpp's own programs choose it
+        logits_all=False,  # else context × vocabulary × 4 bytes: gigabytes for a Qwen
+        verbose=False,
+    )
+    os.environ.pop("CONFIG_FILE", None)  # the server would take the model that it names
+    try:
+        application = server.create_app(None, ServerSettings(interrupt_requests=False), [model])
+    except ValueError as error:
+        raise InputError(
+            f"llama.cpp cannot load {path} with {n_ctx} tokens ({error}).",
+            "a complete model, and memory for it.",
+            "make or download the file again, or take a smaller --n-ctx.",
+        ) from None
+    application.user_middleware = [m for m in application.user_middleware if m.cls is not CORSMiddleware]
+    server.RouteErrorHandler.error_message_wrapper = _explained
+    llm = server._llama_proxy()
+    formatter = _formatter(llm, metadata, options.thinking)
+    llm.chat_handler = formatter.to_chat_handler()
+    made, most = int(path.stat().st_mtime), min(options.max_tokens, n_ctx)
+    limits = Limits(path.stem, made, BODY_BYTES, most, n_ctx, llm.n_vocab(), is_loopback(options.host))
+    return LimitedApplication(application, limits, _counter(llm, formatter))
+
+
+def _context(metadata: Mapping[str, Any], asked: int) -> int:
+    """Tokens of context: as asked, within what the model was made for; 0 = that, at most 4096."""
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if trained and asked > trained:
+        raise InputError(f"--n-ctx {asked}.", f"at most {trained}, which the model was made for.", "ask for less.")
+    return asked or min(_CONTEXT, int(trained or _CONTEXT))
+
+
+def _formatter(llm: Any, metadata: Mapping[str, Any], thinking: bool) -> Any:
+    def text(number: int) -> str:
+        return llm._model.token_get_text(number) if number >= 0 else ""
+
+    begin, end = llm.token_bos(), llm.token_eos()
+    return make_formatter(str(metadata[_TEMPLATE]), thinking, text(begin), text(end), end, control_tokens(metadata))
+
+
+def _counter(llm: Any, formatter: Any) -> Callable[[str, dict[str, Any]], int]:
+    """(path, body) → tokens of the prompt."""
+
+    def count(path: str, body: dict[str, Any]) -> int:
+        if path != CHAT:
+            prompt = body.get("prompt", "")
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
+                raise ValueError("prompt must be one text")
+            return sum(len(llm.tokenize(text.encode("utf-8"), special=True)) for text in texts) + 1
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("messages must be a list with at least one message")
+        rendered = formatter(messages=messages, tools=body.get("tools")).prompt
+        return len(llm.tokenize(rendered.encode("utf-8"), add_bos=False, special=True))
+
+    return count
+
+
+def _explained(self: Any, error: Exception, body: Any = None) -> tuple[int, dict[str, Any]]:
+    """Status and error of the OpenAI protocol for what the server raised; no traceback for what a client sent."""
+    from fastapi.exceptions import RequestValidationError
+
+    if isinstance(error, RequestValidationError):
+        found = error.errors()[0]
+        return 400, error_body(f"{'.'.join(map(str, found['loc']))}: {found['msg']}", "invalid_request")
+    if isinstance(error, (ValueError, AssertionError, TypeError, KeyError)):
+        return 400, error_body(str(error) or type(error).__name__, "invalid_request")
+    print(f"The server failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return 500, error_body("internal error", None, "internal_server_error")
+
+
+def _run(
+    application: Application,
+    listening: socket.socket,
+    options: ServeOptions,
+    path: Path,
+    tell: Callable[[str], None],
+) -> None:
+    """Listen until a signal; requests that run get a few seconds to end."""
+    import uvicorn
+    from llama_cpp.server import app as server
+
+    port = listening.getsockname()[1]
+    host = f"[{options.host}]" if ":" in options.host else options.host
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            tell(f"{path.name} is served at http://{host}:{port}/v1 (end with Ctrl-C).")
+
+    config = uvicorn.Config(
+        application,
+        log_level="error",
+        access_log=False,
+        limit_concurrency=_WAITING,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        lifespan="off",
+        server_header=False,
+    )
+    try:
+        Server(config).run(sockets=[listening])
+    finally:
+        if server.llama_inner_lock.locked():  # a thread is still inside llama.cpp: freeing the model would crash it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(143)
+        server._llama_proxy.free()

@@ -1,0 +1,320 @@
+"""How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only.
+The most tokens a second that a memory can feed: arithmetic, not a measurement and not a forecast.
+What real phones measured of the compared files: results that `workbook serve --phone` took in, or that were sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.gguf_file import read_tensors
+from lib.runs.files import sha256_file
+from lib.runs.phone_results import FOLDER, read_result
+from lib.runs.run import Run
+from lib.scoring.llama_backend import forget_errors, last_error, llama
+
+# How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only.
+
+PROMPT_TOKENS = 128
+GENERATED_TOKENS = 32
+_FEWEST, _MOST, _SECONDS = 5, 25, 0.5
+"""Timed repeats: at least the first number, then more until the time is up or the second number is reached."""
+LOADS = (3, 5, 5.0)
+"""The same for loading: fewest, most, seconds."""
+
+
+def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int) -> dict[str, Any]:
+    """Time one file; the first run of each kind is a warm-up and not counted.
+
+    Args:
+        prompt: token ids; the first 128 are used.
+
+    Returns:
+        "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes", "vocab_size",
+        "load_seconds" (model and context, file in the page cache: median), "load_seconds_range" ([fastest, slowest]),
+        "load_runs", and for prompt and generation "…_tokens_per_second" (median), "…_range" ([slowest, fastest]) and
+        "…_runs". Generation is greedy, 32 tokens after the prompt, one at a time.
+    """
+    api = llama()
+    ids = list(prompt[:PROMPT_TOKENS])
+    read_once(path)
+    place = (path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
+    loads = repeat_loads(lambda: _load_once(*place))
+    with _opened(*place) as (model, context):
+        vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        facts = {
+            "file_type": _number(model, "general.file_type"),
+            "size_budget": _number(model, "quantize.mix.budget_bytes"),
+            "weights": int(api.llama_model_n_params(model)),
+            "tensor_bytes": int(api.llama_model_size(model)),
+            "vocab_size": vocab,
+        }
+        if max(ids) >= vocab:
+            raise InputError(
+                f"token id {max(ids)} for {path.name}, which has {vocab} tokens.",
+                "the tokenizer of this model.",
+                "compare files that were made from one model.",
+            )
+        prompts = repeat(lambda: _read_prompt(context, ids))
+        written = repeat(lambda: _write(context, ids, vocab))
+    return {
+        **facts,
+        **load_facts(loads),
+        **rate("prompt", len(ids), prompts),
+        **rate("generation", GENERATED_TOKENS, written),
+    }
+
+
+def read_once(path: Path) -> None:
+    """Read a file, so that it is in the page cache when loading is timed."""
+    with path.open("rb") as stream:
+        while stream.read(1 << 22):
+            pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Iterator[tuple[Any, Any]]:
+    """A model and a context for so many tokens."""
+    model = _load(path, n_gpu_layers)
+    try:
+        context = _context(model, path, tokens, n_threads, n_gpu_layers)
+        try:
+            yield model, context
+        finally:
+            llama().llama_free(context)
+    finally:
+        llama().llama_model_free(model)
+
+
+def _load_once(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> float:
+    """Seconds until model and context are there."""
+    started = time.perf_counter()
+    with _opened(path, tokens, n_threads, n_gpu_layers):
+        return time.perf_counter() - started
+
+
+def _load(path: Path, n_gpu_layers: int) -> Any:
+    api = llama()
+    forget_errors()
+    parameters = api.llama_model_default_params()
+    parameters.n_gpu_layers = n_gpu_layers
+    model = api.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        found = f"llama.cpp cannot load {path}: {last_error() or 'no reason given'}."
+        raise InputError(found, "a complete model of a kind that llama.cpp knows.", "make or download the file again.")
+    return model
+
+
+def _context(model: Any, path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Any:
+    api = llama()
+    parameters = api.llama_context_default_params()
+    parameters.n_ctx = parameters.n_batch = max(256, tokens)
+    parameters.n_threads = parameters.n_threads_batch = n_threads
+    parameters.offload_kqv = n_gpu_layers != 0
+    parameters.no_perf = True
+    context = api.llama_init_from_model(model, parameters)
+    if not context:
+        found = f"llama.cpp cannot open {path} with {tokens} tokens: {last_error() or 'no reason given'}."
+        raise InputError(found, "enough memory for the context.", "use a smaller model.")
+    return context
+
+
+def _number(model: Any, key: str) -> int | None:
+    """A whole number of the header."""
+    buffer = ctypes.create_string_buffer(32)
+    length = llama().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return int(buffer.value) if length > 0 and buffer.value.isdigit() else None
+
+
+def _decode(context: Any, ids: Sequence[int]) -> None:
+    api = llama()
+    tokens = (api.llama_token * len(ids))(*ids)
+    code = api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids)))
+    if code != 0:
+        raise RuntimeError(f"llama_decode gave {code}: {last_error()}")
+    api.llama_synchronize(context)
+
+
+def _read_prompt(context: Any, ids: Sequence[int]) -> float:
+    """Seconds for the prompt in one batch."""
+    api = llama()
+    api.llama_memory_clear(api.llama_get_memory(context), True)
+    started = time.perf_counter()
+    _decode(context, ids)
+    return time.perf_counter() - started
+
+
+def _write(context: Any, ids: Sequence[int], vocab: int) -> float:
+    """Seconds for writing tokens after the prompt, the likeliest each time, whatever it is."""
+    _read_prompt(context, ids)
+    started = time.perf_counter()
+    for _ in range(GENERATED_TOKENS):
+        logits = llama().llama_get_logits_ith(context, -1)
+        _decode(context, [int(np.ctypeslib.as_array(logits, shape=(vocab,)).argmax())])
+    return time.perf_counter() - started
+
+
+def repeat(
+    run: Callable[[], float], fewest: int = _FEWEST, most: int = _MOST, seconds: float = _SECONDS
+) -> list[float]:
+    """Seconds of each timed run, after one that is not counted: at least `fewest`, then more until `seconds` are up or
+    there are `most`."""
+    run()
+    times: list[float] = []
+    while len(times) < fewest or (sum(times) < seconds and len(times) < most):
+        times.append(run())
+    return times
+
+
+def repeat_loads(load: Callable[[], float]) -> list[float]:
+    """`repeat` for loading, of which a run may take long."""
+    return repeat(load, *LOADS)
+
+
+def load_facts(times: list[float]) -> dict[str, Any]:
+    """Seconds of a load: median, [fastest, slowest], number of loads."""
+    return {
+        "load_seconds": statistics.median(times),
+        "load_seconds_range": [min(times), max(times)],
+        "load_runs": len(times),
+    }
+
+
+def rate(kind: str, tokens: int, times: list[float]) -> dict[str, Any]:
+    """Tokens a second: median, [slowest, fastest], number of runs."""
+    return {
+        f"{kind}_tokens_per_second": round(tokens / statistics.median(times), 2),
+        f"{kind}_tokens_per_second_range": [round(tokens / max(times), 2), round(tokens / min(times), 2)],
+        f"{kind}_runs": len(times),
+    }
+
+
+# The most tokens a second that a memory can feed: arithmetic, not a measurement and not a forecast.
+#
+# Writing one token reads every weight once (of the token embedding one row, unless it is also the output matrix), so no
+# runtime can be faster than bandwidth / bytes read a token. Real phones stay below it: the processor, heat and the key-
+# value cache (not counted here) come on top.
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A phone's memory.
+
+    Attributes:
+        name: of the memory, with a processor that has it where one is meant.
+        transfers: a second and line, millions.
+        lines: width of the bus, bits.
+        source: where rate and width are stated.
+    """
+
+    name: str
+    transfers: int
+    lines: int
+    source: str
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second: transfers × lines / 8."""
+        return self.transfers * 1e6 * self.lines / 8
+
+
+MEMORIES = (
+    Memory("LPDDR4X-4266, 2 × 16 bit", 4266, 32, "JEDEC JESD209-4-1; two channels, usual in low-priced phones"),
+    Memory("LPDDR5-6400, 4 × 16 bit", 6400, 64, "JEDEC JESD209-5; four channels"),
+    Memory("Snapdragon 8 Gen 3, LPDDR5X at 4800 MHz", 9600, 64, "Qualcomm's specification; four channels of 16 bit"),
+)
+
+
+def read_bytes(path: Path, tensor_bytes: int) -> int:
+    """Bytes of a GGUF file that writing one token reads: every weight, of a separate token embedding one row."""
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in read_tensors(path)}
+    if "output.weight" not in tensors:  # the embedding is the output matrix too
+        return tensor_bytes
+    table = tensors["token_embd.weight"]
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(table.type)]
+    rows, columns = table.shape
+    return tensor_bytes - (rows - 1) * (columns // block * size)
+
+
+def ceilings(files: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For every GGUF file "type", "megabytes" read a token, and "tokens_per_second" by name of the memory."""
+    return [
+        {
+            "type": entry["type"],
+            "megabytes": entry["read_bytes"] / 1e6,
+            "tokens_per_second": {memory.name: memory.bandwidth / entry["read_bytes"] for memory in MEMORIES},
+        }
+        for entry in files
+        if entry["read_bytes"]
+    ]
+
+
+# What real phones measured of the compared files: results that `workbook serve --phone` took in, or that were sent.
+
+
+def measured(run: Run, files: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results in the run's folder devices/.
+
+    Args:
+        files: entries of the run's comparison.
+
+    Returns:
+        Results with "type", that of the entry whose file has the result's SHA-256, oldest first; a sentence for each
+        result that is left out.
+    """
+    names: dict[str, str] = {}
+    for product in ("gguf", "quantized"):
+        outputs = run.require(product).entry.outputs
+        names |= {output["sha256"]: name for name, output in outputs.items() if name.endswith(".gguf")}
+    types = {entry.get("file"): entry["type"] for entry in files}
+    names = {digest: name for digest, name in names.items() if name in types}
+    found, left_out = [], []
+    for path in sorted((run.folder / FOLDER).glob("*.json")):
+        try:
+            result = match(path, names)
+        except InputError as error:
+            left_out.append(f"{path.name} is left out. {error}")
+        else:
+            found.append({**result, "type": types[result["compared"]]})
+    return found, left_out
+
+
+def match(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """A phone's result with "compared", the name of the file that it is about.
+
+    Args:
+        names: {SHA-256: name} of the compared files.
+
+    Raises:
+        InputError: no result, or one about another file.
+    """
+    result = read_result(path)
+    if result["sha256"] not in names:
+        raise InputError(
+            f"{path.name} is about a file with SHA-256 {result['sha256'][:12]}…, which is not compared here.",
+            f"one about {', '.join(sorted(names.values()))}.",
+            "measure again with a package of one of these files.",
+        )
+    return {**result, "compared": names[result["sha256"]]}
+
+
+def match_files(results: Sequence[Path], compared: Iterable[Path]) -> list[dict[str, Any]]:
+    """The same for files named by hand.
+
+    Raises:
+        InputError: as `match`.
+    """
+    names = {sha256_file(path): path.name for path in compared if path.is_file()} if results else {}
+    return [match(path, names) for path in results]

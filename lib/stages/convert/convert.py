@@ -1,0 +1,354 @@
+"""Reading a finished GGUF back: with a reader that shares no code with the writer, and with llama.cpp.
+A Hugging Face model folder to one GGUF file, without loading the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.models.gguf_file import read_metadata, read_tensors
+from lib.models.weights import Weights, open_weights
+from lib.progress import Progress
+from lib.runs.child import run_jobs
+from lib.runs.files import atomic_path, read_json, require_space
+from lib.stages.convert.tensors import (
+    Architecture,
+    GgufFile,
+    PlannedTensor,
+    pack_header,
+    plan_tensors,
+    read_architecture,
+    write_parameters,
+)
+from lib.stages.convert.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+# Reading a finished GGUF back: with a reader that shares no code with the writer, and with llama.cpp.
+
+_LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode
+
+
+def verify(path: Path, types: dict[str, str]) -> None:
+    """Check that the file holds exactly the planned tensors with their types and ends where the last one ends.
+
+    Raises:
+        RuntimeError: it does not; the writer is wrong or the disk is.
+    """
+    import gguf
+    import numpy as np
+
+    tensors = read_tensors(path)
+    found = {tensor.name: gguf.GGMLQuantizationType(tensor.type).name for tensor in tensors}
+    if found != types or len(found) != len(tensors):
+        wrong = sorted(set(found.items()) ^ set(types.items()))
+        raise RuntimeError(f"{path}: {len(wrong)} tensors differ from the plan, first {wrong[:1]}")
+    end = 0
+    for tensor in tensors:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+        if tensor.start < end:
+            raise RuntimeError(f"{path}: {tensor.name} begins inside the tensor before it")
+        end = tensor.start + int(np.prod(tensor.shape, dtype=np.int64)) // block * size
+    if path.stat().st_size != -(-end // 32) * 32:
+        raise RuntimeError(f"{path}: {path.stat().st_size} bytes, its last tensor ends at {end}")
+
+
+def metadata_table(path: Path, width: int = 60) -> list[tuple[str, str]]:
+    """Key and value of everything a GGUF says about itself, long values shortened, arrays as their length."""
+    rows = []
+    for key, value in read_metadata(path).items():
+        if isinstance(value, list):
+            text = f"{len(value)} values" if len(value) > 8 else ", ".join(map(str, value))
+        else:
+            text = f"{value:.7g}" if isinstance(value, float) else " ".join(str(value).split())
+        rows.append((key, text if len(text) <= width else text[: width - 1] + "…"))
+    return rows
+
+
+def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
+    """Load {"path"} with llama.cpp, without the data of the tensors (runs in a child process).
+
+    It parses all keys, builds the vocabulary and looks up every tensor by name and shape. The values are checked where
+    they are written; the gate of stage 05 loads them.
+
+    Raises:
+        InputError: llama.cpp refuses the file; with the last errors it logged.
+    """
+    from lib.errors import InputError
+    from lib.scoring.llama_backend import forget_errors, last_error, llama
+
+    llama_cpp = llama()
+    forget_errors()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.no_alloc, parameters.load_mode = True, _LOAD_MODE_NONE  # mapping is not allowed with no_alloc
+    model = llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters)
+    if not model:
+        raise InputError(
+            f"llama.cpp refuses {argument['path']} ({last_error() or 'no reason given'}).",
+            "a GGUF that it can load.",
+            "check the model folder's config.json against its weights.",
+        )
+    tokens = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    llama_cpp.llama_model_free(model)
+    return {"tokens": int(tokens)}
+
+
+# A Hugging Face model folder to one GGUF file, without loading the model.
+#
+# The result is equal, byte for byte, to that of the official `convert_hf_to_gguf.py` (llama.cpp, the version inside
+# llama-cpp-python 0.3.36) for Qwen2 and Qwen3 models whose tokenizer it knows.
+
+OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""outtype → name of the file type in GGUF."""
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was converted.
+
+    Attributes:
+        bytes_before, bytes_after: of the weights read and of the GGUF file.
+        types: number of tensors of each GGUF type.
+        float16_fallback: tensors whose rows Q8_0 cannot divide.
+        pre_tokenizer, recognised: name in GGUF and how it was found.
+        loaded: what llama.cpp said when it opened the file, in words.
+    """
+
+    model: str
+    output: str
+    architecture: str
+    outtype: str
+    tensors: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    types: dict[str, int]
+    float16_fallback: list[str]
+    tokens: int
+    padding_tokens: int
+    pre_tokenizer: str
+    recognised: str
+    loaded: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def convert(model_dir: Path, output: Path, outtype: str = "f16", name: str | None = None) -> ConversionReport:
+    """Write `output` from the model folder `model_dir`.
+
+    Args:
+        outtype: "f32", "f16", "bf16" or "q8_0"; norms and biases are float32 in all of them.
+        name: general.name; None = from the model card or the folder's name, as the official converter does.
+
+    Raises:
+        InputError: an unsupported or damaged model, weights the type cannot hold, no room, a path that cannot be
+            written. Nothing is left at `output` then.
+    """
+    conversion = Conversion(model_dir, open_weights(Path(model_dir)), output, outtype, name)
+    with conversion.open() as file:
+        mebibytes = conversion.weights.nbytes >> 20
+        with Progress(f"converting to {outtype} (MiB)", mebibytes) as progress:
+            count = Counter[str]()
+            run_jobs(file.jobs(), lambda nbytes: _advance(progress, count, nbytes))
+    return conversion.report()
+
+
+def _advance(progress: Progress, count: Counter[str], nbytes: int) -> None:
+    before = count["bytes"] >> 20
+    count["bytes"] += nbytes
+    progress.advance((count["bytes"] >> 20) - before)
+
+
+class Conversion:
+    """A planned conversion: everything that can be refused without reading the weights has been checked.
+
+    The weights may be written from a model folder (`convert`) or by whoever makes them (`workbook merge --gguf`).
+    """
+
+    def __init__(self, model_dir: Path, weights: Weights, output: Path, outtype: str, name: str | None = None) -> None:
+        self.started = time.monotonic()
+        self.folder, self.output, self.weights, self.outtype = Path(model_dir), Path(output), weights, outtype
+        if outtype not in OUTTYPES:
+            raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
+        check_output(self.output, weights)
+        self.model = read_architecture(self.folder)
+        self.plan = plan_tensors(weights, self.model, outtype)
+        self.vocabulary = read_vocabulary(self.folder, self.model.config["vocab_size"], self.model.name)
+        with _quiet():
+            self.header = _header(self.folder, self.model, self.plan, self.vocabulary, outtype, name)
+        self.loaded = "not tried"
+        require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[GgufFile]:
+        """The file to put the weights into; verified, and renamed to `output`, when the block succeeds.
+
+        Raises:
+            InputError: the disk or llama.cpp refuses; nothing is left at `output` then.
+        """
+        try:
+            with atomic_path(self.output) as temporary:
+                file = GgufFile(temporary, self.header, self.plan)
+                with _read_meanwhile(temporary, {t.name: t.type.name for t in self.plan}) as opened:
+                    try:
+                        file.put_own()
+                        yield file
+                    finally:
+                        file.close()
+                    self.loaded = opened.result()
+        except OSError as error:
+            raise InputError(
+                f"{self.output} cannot be written ({error.strerror}).",
+                "a folder with room that may be written.",
+                "choose one.",
+            ) from None
+
+    def report(self) -> ConversionReport:
+        """What was done, once `open` has ended."""
+        types = Counter(tensor.type.name for tensor in self.plan)
+        fallback = [t.name for t in self.plan if self.outtype == "q8_0" and t.type.name == "F16"]
+        return ConversionReport(
+            model=str(self.folder),
+            output=str(self.output),
+            architecture=self.model.name,
+            outtype=self.outtype,
+            tensors=len(self.plan),
+            parameters=self.weights.parameters,
+            bytes_before=self.weights.nbytes,
+            bytes_after=self.output.stat().st_size,
+            types=dict(sorted(types.items())),
+            float16_fallback=fallback,
+            tokens=len(self.vocabulary.tokens),
+            padding_tokens=self.vocabulary.types.count(5),
+            pre_tokenizer=self.vocabulary.pre,
+            recognised=self.vocabulary.recognised,
+            loaded=self.loaded,
+            seconds=round(time.monotonic() - self.started, 2),
+        )
+
+
+def check_output(output: Path, weights: Weights) -> None:
+    """Refuse an output that is no .gguf file, a folder, or one of the inputs."""
+    if output.suffix != ".gguf":
+        raise InputError(f"{output} as the output.", "a name that ends in .gguf.", "rename the output.")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder.", "a file name.", "choose another name.")
+    if output.exists() and any(path.exists() and output.samefile(path) for path in weights.files):
+        raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The gguf library logs every key; its loggers are silenced while it writes."""
+    loggers = [logging.getLogger(name) for name in ("gguf", "metadata")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _header(
+    folder: Path,
+    model: Architecture,
+    plan: list[PlannedTensor],
+    vocabulary: Vocabulary,
+    outtype: str,
+    name: str | None,
+) -> bytes:
+    """Everything before the data of the tensors."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path=None, arch=model.name)
+    for tensor in plan:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
+    writer.add_type(gguf.GGUFType.MODEL)
+    _write_metadata(writer, folder, name)
+    write_parameters(writer, model, gguf.LlamaFileType[OUTTYPES[outtype]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write_vocabulary(writer, vocabulary)
+    return pack_header(writer)
+
+
+def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
+    """general.*: from the folder's name, the model card's front matter and generation_config.json."""
+    import gguf
+
+    counts = writer.get_total_parameter_count()
+    try:
+        metadata = gguf.Metadata.load(None, folder, name, counts[0])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the model card or configuration in {folder} cannot be read ({reason}).",
+            "README.md with YAML front matter, JSON files.",
+            "correct README.md or remove it.",
+        ) from None
+    except Exception as error:  # yaml's errors derive from Exception
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the front matter of {folder / 'README.md'} is not YAML ({reason}).", "YAML.", "correct or remove it."
+        ) from None
+    generation = folder / "generation_config.json"
+    if generation.is_file() and metadata.sampling_penalty_repeat is None:
+        # the gguf package of PyPI looks only for llama.cpp's name of this key
+        metadata.sampling_penalty_repeat = read_json(generation).get("repetition_penalty")
+    if metadata.name is None:
+        metadata.name = folder.name
+    if metadata.size_label is None and counts[0] > 0:
+        metadata.size_label = gguf.size_label(*counts)
+    metadata.set_gguf_meta_model(writer)
+
+
+@contextlib.contextmanager
+def _read_meanwhile(path: Path, types: dict[str, str]) -> Iterator[Future[str]]:
+    """The header read back, and llama.cpp's opinion of it, while the data is still being written."""
+    stop = threading.Event()
+
+    def read() -> str:
+        verify(path, types)
+        return load_check(path, stop)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(read)
+        except BaseException:
+            stop.set()
+            raise
+
+
+def load_check(path: Path, stop: threading.Event | None = None) -> str:
+    """What llama.cpp says to the file, in words.
+
+    Raises:
+        InputError: it refuses the file.
+    """
+    from lib.runs.child import run_child
+    from lib.runs.machine import llama_cpp_problem
+
+    problem = llama_cpp_problem()
+    if problem:
+        return f"not tried: {problem}"
+    what, function = "opening the GGUF in llama.cpp", "lib.stages.convert.convert:open_with_llama_cpp"
+    run_child(function, {"path": str(path)}, what, 600, stop, heard=lambda line: None)
+    return "llama.cpp opened the file: its keys, its vocabulary, and the name, type and shape of every tensor are valid"

@@ -1,0 +1,439 @@
+"""Which models can be converted, and their hyperparameters as GGUF keys.
+The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone.
+A GGUF file being written: its header first, then the data of every tensor at its own place, in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.gguf_file import (
+    ARCHITECTURES,
+    ROPE_TYPES,
+    head_size,
+    pair_rows,
+    rope_factors,
+    rope_of,
+    rotary_heads,
+    tensor_names,
+)
+from lib.models.weights import StoredTensor, Weights, largest_magnitude, to_bfloat16, to_float16, widen
+from lib.runs.files import write_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+
+# Which models can be converted, and their hyperparameters as GGUF keys.
+#
+# The order and the types of the keys are those of the converter of llama.cpp (`conversion/base.py`,
+# set_gguf_parameters; `conversion/llama.py`), so that the files are equal byte for byte.
+
+_NUMBERS = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
+_NUMBERS += ("num_key_value_heads", "vocab_size")
+_MODEL_TYPES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A convertible model: GGUF architecture, number of blocks and the values of config.json with its defaults."""
+
+    name: str
+    blocks: int
+    config: dict[str, Any]
+
+    def expected_tensors(self) -> set[str]:
+        """GGUF names that llama.cpp needs to load the model."""
+        tied = bool(self.config.get("tie_word_embeddings"))
+        return set(tensor_names(self.name, self.blocks, tied))
+
+    def heads_of(self, name: str) -> int:
+        """Heads whose rows llama.cpp wants in another order: query and key of Llama; 0 for all other tensors."""
+        return rotary_heads(self.name, name, self.config)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read config.json of a model folder.
+
+    Raises:
+        InputError: no config, an unsupported class, quantized weights, a rope type or a folder kind that the converter
+            does not know.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"no config.json in {folder}.", "a model folder.", "give the folder of the whole model.")
+    config = _plain_config(folder) or _full_config(folder)
+    known = ", ".join(ARCHITECTURES)
+    classes = config.get("architectures") or ["none"]
+    if classes[0] not in ARCHITECTURES:
+        raise InputError(
+            f"a {classes[0]} model in {folder}.",
+            f"one of: {known}.",
+            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
+        )
+    name = ARCHITECTURES[classes[0]]
+    _refuse_special(folder, config, name)
+    return Architecture(name, int(config["num_hidden_layers"]), config)
+
+
+def _plain_config(folder: Path) -> dict[str, Any] | None:
+    """config.json as it is, when it leaves nothing that matters to a default; None when transformers must fill it in.
+
+    Importing transformers takes longer than converting a small model.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = ARCHITECTURES[config["architectures"][0]]
+        whole = all(type(config[key]) is int and config[key] > 0 for key in _NUMBERS)
+        rope = config.get("rope_parameters") or config
+        whole &= type(config["tie_word_embeddings"]) is bool and type(config["rms_norm_eps"]) is float
+        whole &= type(rope["rope_theta"]) in (int, float) and config["model_type"] == _MODEL_TYPES[name]
+        head = config.get("head_dim")
+        whole &= type(head) is int or (head is None and name == "qwen2")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError):
+        return None
+    return config if whole else None
+
+
+def _full_config(folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
+    except Exception as error:  # transformers validates values with exceptions of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder / 'config.json'} cannot be read ({reason}).", "the configuration of a model.", "check the folder."
+        ) from None
+
+
+def _refuse_special(folder: Path, config: dict[str, Any], name: str) -> None:
+    if config.get("quantization_config"):
+        raise InputError(
+            f"quantized weights in {folder} (quantization_config).",
+            "float32, float16 or bfloat16 weights.",
+            "convert the original model; quantize the GGUF afterwards.",
+        )
+    if (folder / "modules.json").is_file() or config.get("is_causal") is False:
+        raise InputError(f"an embedding model in {folder}.", "a causal language model.", "use llama.cpp's converter.")
+    card = folder / "README.md"
+    if card.is_file() and "# qwen3-reranker" in card.read_text(encoding="utf-8", errors="replace").lower():
+        raise InputError(f"a reranker in {folder}.", "a causal language model.", "use llama.cpp's converter.")
+    rope = rope_of(config)
+    if rope.get("rope_type") not in (None, "default", *ROPE_TYPES[name]):
+        raise InputError(
+            f"rope type {rope['rope_type']!r} in {folder / 'config.json'}.",
+            f"default, {', '.join(ROPE_TYPES[name])}.",
+            "use llama.cpp's converter.",
+        )
+    if rope.get("rope_type") == "yarn" and "original_max_position_embeddings" not in rope:
+        raise InputError(
+            f"YaRN without original_max_position_embeddings in {folder / 'config.json'}.",
+            "the context length the model was trained with.",
+            "add it to rope_scaling.",
+        )
+
+
+def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
+    """Add the hyperparameters to `writer`, in the official order."""
+    config = model.config
+    writer.add_block_count(model.blocks)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    _write_rope(writer, rope_of(config))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim") is not None:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    writer.add_file_type(file_type)
+    if model.name == "llama":
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(head_size(config))
+
+
+def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
+    import gguf
+
+    factor = rope.get("factor")
+    if rope["rope_type"] in ("linear", "yarn") and factor is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(factor)
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            optional = (
+                ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
+                ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+                ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+                ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+            )
+            for key, add in optional:
+                if rope.get(key) is not None:
+                    add(rope[key])
+    if rope.get("rope_theta") is not None:
+        writer.add_rope_freq_base(rope["rope_theta"])
+
+
+# The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone.
+
+SLAB = 4 << 20
+"""Weights converted at a time (16 MiB of float32)."""
+
+_F16_MAX = 65504.0
+_IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the GGUF.
+
+    Attributes:
+        name, type: in the GGUF; shape: rows last but one, as in PyTorch; nbytes: without padding.
+        source: where its values are stored; None when they are `values`.
+        heads: attention heads whose rows are re-paired (Llama's rotary order); 0 = rows stay.
+        values: of a tensor that only the GGUF has (float32).
+    """
+
+    name: str
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    nbytes: int
+    source: StoredTensor | None
+    heads: int = 0
+    values: np.ndarray | None = None
+
+    @property
+    def row(self) -> int:
+        """Values of a row; quantization blocks never cross one."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[PlannedTensor]:
+    """Name and type of every tensor, in the order of the official converter.
+
+    One-dimensional tensors and norms stay float32; a row that Q8_0's blocks of 32 do not divide becomes float16.
+
+    Raises:
+        InputError: a tensor that the architecture does not have, or one that is missing.
+    """
+    import gguf
+
+    names = gguf.get_tensor_name_map(
+        {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[model.name], model.blocks
+    )
+    wanted = gguf.GGMLQuantizationType[outtype.upper()]
+    plan = [_rope_tensor(factors)] if (factors := rope_factors(model.config)) is not None else []
+    for name, source in weights.tensors.items():
+        if name.endswith(_IGNORED):
+            continue
+        source.require_floats()
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise InputError(
+                f"tensor {name} in {weights.folder}, which {model.name} does not have.",
+                "the weights of a whole model (adapters merged).",
+                "run `workbook merge` first, or check that config.json belongs to these weights.",
+            )
+        kind = wanted
+        if len(source.shape) <= 1 or new.endswith("_norm.weight") or not new.endswith(".weight"):
+            kind = gguf.GGMLQuantizationType.F32
+        elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
+            kind = gguf.GGMLQuantizationType.F16
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = source.size // block * size
+        plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, model.heads_of(name)))
+    _complete(plan, weights, model)
+    return plan
+
+
+def _rope_tensor(factors: np.ndarray) -> PlannedTensor:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.F32
+    return PlannedTensor("rope_freqs.weight", kind, factors.shape, factors.nbytes, None, values=factors)
+
+
+def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) -> None:
+    have = {tensor.name for tensor in plan}
+    if missing := sorted(model.expected_tensors() - have):
+        raise InputError(
+            f"{weights.folder} lacks {len(missing)} tensors of a {model.name} model (first {missing[0]}).",
+            f"all tensors of {model.blocks} layers.",
+            "check that config.json belongs to these weights and that no shard is missing.",
+        )
+    if len(have) != len(plan):
+        raise InputError(f"two tensors of {weights.folder} have one name in GGUF.", "each once.", "check the folder.")
+    rows = next(tensor.shape[0] for tensor in plan if tensor.name == "token_embd.weight")
+    if rows != model.config["vocab_size"]:
+        raise InputError(
+            f"{weights.folder}: {rows} rows of embedding, vocab_size {model.config['vocab_size']} in config.json.",
+            "equal numbers.",
+            "save model and config together after resizing.",
+        )
+
+
+def slabs(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
+    """First value and number of values of each part that is converted alone: whole rows, or all of a re-paired one."""
+    step = tensor.size if tensor.heads else max(1, SLAB // max(1, tensor.row)) * tensor.row
+    for first in range(0, tensor.size, step):
+        yield first, min(step, tensor.size - first)
+
+
+def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
+    """Whole rows of a tensor in its GGUF type, as bytes; rounding is to nearest, ties to even, as the official one.
+
+    Args:
+        values: one-dimensional, as `lib.models.weights` holds `dtype`.
+
+    Raises:
+        InputError: NaN or infinity, or a value that float16 cannot hold.
+    """
+    import gguf
+
+    _check_values(values, dtype, tensor)
+    if tensor.heads:
+        values = pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
+    kind = tensor.type.name
+    if kind == "Q8_0":
+        data = gguf.quants.quantize(widen(values, dtype).reshape(-1, tensor.row), tensor.type)
+    else:
+        data = {"F32": widen, "F16": to_float16, "BF16": to_bfloat16}[kind](values, dtype)
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+
+def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None:
+    largest = largest_magnitude(values, dtype)
+    where = f"{tensor.source.name} of {tensor.source.file}" if tensor.source else tensor.name
+    if not math.isfinite(largest):
+        raise InputError(
+            f"NaN or infinity in {where}.",
+            "finite weights.",
+            "the training diverged or the file is damaged: merge again from a good checkpoint.",
+        )
+    limit = {"F16": _F16_MAX, "Q8_0": _F16_MAX * 127}.get(tensor.type.name, math.inf)
+    if largest > limit:
+        raise InputError(
+            f"a weight of size {largest:.6g} in {where}; {tensor.type.name} ends at {limit:.6g}.",
+            "values that the type can hold.",
+            "use outtype bf16 (or f32).",
+        )
+
+
+# A GGUF file being written: its header first, then the data of every tensor at its own place, in any order.
+
+ALIGNMENT = 32
+
+
+class GgufFile:
+    """An open file of a planned size. Parts may be put from several threads."""
+
+    def __init__(self, path: Path, header: bytes, plan: list[PlannedTensor]) -> None:
+        self._offsets: dict[str, int] = {}
+        end = _padded(len(header))
+        for tensor in plan:
+            self._offsets[tensor.name] = end
+            end += _padded(tensor.nbytes)
+        self._plan = plan
+        self._by_source = {tensor.source.name: tensor for tensor in plan if tensor.source is not None}
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(self._file, end)  # the padding between tensors is the zeros of the hole
+        write_at(self._file, header, 0)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def put(self, name: str, first: int, values: np.ndarray, dtype: str) -> None:
+        """Write whole rows of the tensor that the model folder calls `name`, from its value number `first` on."""
+        if (tensor := self._by_source.get(name)) is None:
+            return
+        step = len(values) if tensor.heads else max(1, SLAB // tensor.row) * tensor.row
+        for start in range(0, len(values), step):
+            self._put(tensor, first + start, values[start : start + step], dtype)
+
+    def whole(self, name: str) -> bool:
+        """Whether all rows of this tensor must be put at once."""
+        tensor = self._by_source.get(name)
+        return tensor is not None and bool(tensor.heads)
+
+    def _put(self, tensor: PlannedTensor, first: int, values: np.ndarray, dtype: str) -> None:
+        data = encode(tensor, values, dtype)
+        offset = self._offsets[tensor.name] + first // tensor.row * (tensor.nbytes // (tensor.size // tensor.row))
+        write_at(self._file, data, offset)
+
+    def put_own(self) -> None:
+        """Write the tensors that no model folder has."""
+        for tensor in self._plan:
+            if tensor.values is not None:
+                self._put(tensor, 0, tensor.values.reshape(-1), "F32")
+
+    def jobs(self) -> Iterator[Callable[[], int]]:
+        """One job a slab: read it from the model folder, convert it, write it; each gives the bytes it read."""
+        for tensor in self._plan:
+            if tensor.source is not None:
+                for first, count in slabs(tensor):
+                    yield partial(self._copy, tensor, first, count)
+
+    def _copy(self, tensor: PlannedTensor, first: int, count: int) -> int:
+        assert tensor.source is not None
+        values = tensor.source.read(first, count)
+        self._put(tensor, first, values, tensor.source.dtype)
+        return values.nbytes
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def pack_header(writer: GGUFWriter) -> bytes:
+    """Header, keys and tensor table of a GGUFWriter as bytes.
+
+    The library packs an array item by item, 300,000 calls for a Qwen vocabulary; arrays are joined here instead.
+    """
+    import io
+    import struct
+
+    import gguf
+
+    stream = io.BytesIO()
+    keys = writer.kv_data[0]
+    stream.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(writer.tensors[0]), len(keys)))
+    for key, value in keys.items():
+        stream.write(_string(key))
+        if value.type == gguf.GGUFValueType.ARRAY and len(value.value) and isinstance(value.value[0], str):
+            items = [item.encode("utf-8") for item in value.value]
+            stream.write(struct.pack("<IIQ", value.type, gguf.GGUFValueType.STRING, len(items)))
+            stream.write(b"".join(part for item in items for part in (len(item).to_bytes(8, "little"), item)))
+        else:
+            stream.write(_value(writer, value))
+    offset = 0
+    for name, info in writer.tensors[0].items():
+        shape = tuple(reversed(info.shape))
+        stream.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, info.dtype, offset))
+        offset += _padded(info.nbytes)
+    return stream.getvalue()
+
+
+def _value(writer: GGUFWriter, value: Any) -> bytes:
+    return writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return len(data).to_bytes(8, "little") + data

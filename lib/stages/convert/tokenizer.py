@@ -1,0 +1,443 @@
+"""What the tokenizer of a model folder does: its vocabulary, its added tokens, and the ids of llama.cpp's check text.
+The tokenizer of a model folder as GGUF keys: tokens, types, merges, special tokens, chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.models.gguf_tokenizer import QWEN2_PATTERN
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+# What the tokenizer of a model folder does: its vocabulary, its added tokens, and the ids of llama.cpp's check text.
+#
+# transformers decides what a folder's tokenizer is. Loading it takes seconds, so a folder whose files leave
+# transformers nothing to change is read with the tokenizers library alone; the two ways are equal there, which tests
+# check.
+
+CHECK_TEXT = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
+    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+"""The text whose token ids identify a pre-tokenizer in llama.cpp's converter."""
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "from_slow")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the trained vocabulary; `text` is what the tokenizer makes of its id."""
+
+    id: int
+    content: str
+    special: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer as it works.
+
+    Attributes:
+        vocabulary: id of every token, added ones included.
+        check_ids: ids of `CHECK_TEXT`, with the special tokens that the tokenizer adds by itself.
+        backend: its pipeline, in the layout of tokenizer.json.
+    """
+
+    vocabulary: dict[str, int]
+    added: list[AddedToken]
+    check_ids: list[int]
+    backend: dict[str, Any]
+
+
+def has_qwen2_structure(backend: dict[str, Any]) -> bool:
+    """Whether a tokenizer (its tokenizer.json) splits and encodes text as Qwen2's does, whatever its vocabulary."""
+    model, pre, normalizer = backend.get("model", {}), backend.get("pre_tokenizer") or {}, backend.get("normalizer")
+    parts = pre.get("pretokenizers", [])
+    if model.get("type") != "BPE" or len(parts) != 2 or (normalizer or {"type": "NFC"}) != {"type": "NFC"}:
+        return False
+    split, level = parts
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    return (
+        not any(model.get(key) for key in odd)
+        and split.get("type") == "Split"
+        and split.get("pattern") == {"Regex": QWEN2_PATTERN}
+        and split.get("behavior") == "Isolated"
+        and not split.get("invert")
+        and level.get("type") == "ByteLevel"
+        and not level.get("add_prefix_space")
+        and not level.get("use_regex", True)
+    )
+
+
+def read_tokenizer(folder: Path, stored: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder.
+
+    Args:
+        stored, settings: contents of tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        InputError: the files cannot be read as a tokenizer.
+    """
+    return (_plain(folder, stored) if _is_plain(stored, settings) else None) or _transformers(folder)
+
+
+def _is_plain(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether transformers would use tokenizer.json as it is: a Qwen2 tokenizer whose two files agree."""
+    try:
+        added = {token["content"]: token for token in stored["added_tokens"]}
+        declared = settings.get("added_tokens_decoder") or {}
+        names = [settings.get(key) for key in _NAMED]
+        names += [name for key in _LISTS for name in settings.get(key) or []]
+        names = [name["content"] if isinstance(name, dict) else name for name in names if name is not None]
+        ids = {int(i): token["content"] for i, token in declared.items()}
+        return (
+            settings.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+            and has_qwen2_structure(stored)
+            and (stored.get("post_processor") or {"type": "ByteLevel"}).get("type") == "ByteLevel"
+            and not any(settings.get(key) for key in (*_SWITCHES, "clean_up_tokenization_spaces"))
+            and len(added) == len(stored["added_tokens"])
+            and all(name in added and added[name]["special"] for name in names)
+            and (not ids or ids == {token["id"]: name for name, token in added.items()})
+            and all(_agrees(added[token["content"]], token) for token in declared.values())
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _agrees(stored: dict[str, Any], declared: dict[str, Any]) -> bool:
+    switches = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return all(bool(stored.get(key)) == bool(declared.get(key)) for key in switches)
+
+
+def _plain(folder: Path, stored: dict[str, Any]) -> Tokenizer | None:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # bare Exception on a malformed file: transformers says what is wrong with it
+        return None
+    added = [AddedToken(t["id"], t["content"], t["special"], t["content"]) for t in stored["added_tokens"]]
+    ids = backend.encode(CHECK_TEXT).ids
+    vocabulary = {**stored["model"]["vocab"], **{token.content: token.id for token in added}}
+    return Tokenizer(vocabulary, added, ids, stored)
+
+
+def _transformers(folder: Path) -> Tokenizer:
+    try:
+        return _as_transformers_reads_it(folder)
+    except BaseException as error:  # a malformed tokenizer.json gives a bare Exception, or a panic of the Rust code
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the tokenizer in {folder} ({reason}).", "a fast tokenizer.", "save it again.") from None
+
+
+def _as_transformers_reads_it(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = []
+    for number, token in tokenizer.added_tokens_decoder.items():
+        text = token.content
+        if not token.normalized:  # llama.cpp expects the text as it comes out of the tokenizer
+            text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+        added.append(AddedToken(number, token.content, token.special, text))
+    return Tokenizer(tokenizer.get_vocab(), added, tokenizer.encode(CHECK_TEXT), backend)
+
+
+# The tokenizer of a model folder as GGUF keys: tokens, types, merges, special tokens, chat template.
+#
+# Key order and rules are those of the converter of llama.cpp (`get_vocab_base`, `SpecialVocab`).
+
+KNOWN_CHECKS = {
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+}
+"""SHA-256 over the ids of the check text → name of the pre-tokenizer in GGUF (llama.cpp, conversion/base.py)."""
+
+_GRANITE_ROWS = 49152
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What GGUF stores of a tokenizer.
+
+    Attributes:
+        tokens: text of every id, padded to the rows of the embedding with [PADi].
+        types: gguf.TokenType of every id.
+        pre: name of the pre-tokenizer; recognised: how it was found out, in words.
+        merges: "left right", in order of rank.
+        special: {"eos": id, …} in the order they are written; add: {"bos": False, …}.
+        never_bos: the official converter takes Llama models of this size for small Granite models.
+        add_prefix_space: what Llama's tokenizer_config.json says of it; None = nothing.
+        chat_template: Jinja text, a list of named ones, or None.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    pre: str
+    recognised: str
+    merges: list[str]
+    special: dict[str, int]
+    add: dict[str, bool]
+    add_prefix_space: bool | None
+    chat_template: str | list[dict[str, str]] | None
+    never_bos: bool
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"no {path.name} in {path.parent}.", "a fast tokenizer's files.", "save the tokenizer there.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}).", "JSON.", "save the tokenizer again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not an object.", "a tokenizer's file.", "save the tokenizer again.")
+    return content
+
+
+def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Name of the pre-tokenizer in GGUF, and how it was recognised; needs no network.
+
+    Raises:
+        InputError: neither the check text nor the structure is known.
+    """
+    digest = hashlib.sha256(str(tokenizer.check_ids).encode()).hexdigest()
+    if digest in KNOWN_CHECKS:
+        return KNOWN_CHECKS[digest], "the ids of llama.cpp's check text"
+    if has_qwen2_structure(tokenizer.backend):
+        return "qwen2", "the same normalizer, split pattern and byte-level BPE as Qwen2 (another vocabulary)"
+    raise InputError(
+        f"a tokenizer that splits text in an unknown way (check {digest[:8]}).",
+        "the tokenizer of Qwen2, Qwen2.5, Qwen3 or Llama 3, or one with the structure of Qwen2's.",
+        "use the tokenizer of the base model; llama.cpp would cut the text differently.",
+    )
+
+
+def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabulary:
+    """Read the tokenizer of a model folder.
+
+    Args:
+        vocab_size: rows of the embedding (config.json); ids without a token are padded.
+        architecture: its name in GGUF.
+
+    Raises:
+        InputError: missing or damaged files, more ids than rows, an unknown pre-tokenizer or post-processor.
+    """
+    stored, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    if architecture == "llama":
+        _refuse_sentencepiece(folder, stored)
+    tokenizer = read_tokenizer(folder, stored, settings)
+    highest = max(tokenizer.vocabulary.values())
+    if highest >= vocab_size:
+        raise InputError(
+            f"{folder}: token id {highest}, but the embedding has {vocab_size} rows.",
+            "a row for every token.",
+            "resize the model's embeddings to the tokenizer before training.",
+        )
+    pre, recognised = recognise(tokenizer)
+    tokens, types = _tokens(tokenizer, vocab_size)
+    config = _json(folder / "config.json")
+    special, add = special_tokens(stored, settings, config, folder)
+    prefix = settings.get("add_prefix_space") if architecture == "llama" else None
+    return Vocabulary(
+        tokens=tokens,
+        types=types,
+        pre=pre,
+        recognised=recognised,
+        merges=_merges(stored, folder),
+        special=special,
+        add=add,
+        add_prefix_space=prefix if isinstance(prefix, bool) else None,
+        chat_template=_chat_template(folder, settings),
+        never_bos=architecture == "llama" and vocab_size == _GRANITE_ROWS,
+    )
+
+
+def _refuse_sentencepiece(folder: Path, stored: dict[str, Any]) -> None:
+    model = stored.get("model", {})
+    if (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE":
+        raise InputError(
+            f"a SentencePiece tokenizer in {folder}.",
+            "byte-level BPE, as in Llama 3.",
+            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
+        )
+
+
+def _looks_special(token: str) -> bool:
+    """Names of control tokens that some models mark as ordinary added tokens."""
+    brackets = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        token.startswith(left) and token.endswith(right) for left, right in brackets
+    )
+
+
+def _tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
+    from gguf import TokenType
+
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [int(TokenType.UNUSED)] * vocab_size
+    for token, i in tokenizer.vocabulary.items():
+        tokens[i], types[i] = token, int(TokenType.NORMAL)
+    for added in tokenizer.added:
+        if added.special or _looks_special(added.content):
+            tokens[added.id], types[added.id] = added.text, int(TokenType.CONTROL)
+        else:
+            tokens[added.id], types[added.id] = added.text.replace("\u2581", " "), int(TokenType.USER_DEFINED)
+    return tokens, types
+
+
+def _merges(stored: dict[str, Any], folder: Path) -> list[str]:
+    merges = stored.get("model", {}).get("merges") or []
+    if not merges:
+        raise InputError(f"no merges in {folder / 'tokenizer.json'}.", "a BPE tokenizer.", "save the tokenizer again.")
+    if isinstance(merges[0], str):
+        return list(merges)
+    return [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges]
+
+
+def special_tokens(
+    stored: dict[str, Any], settings: dict[str, Any], config: dict[str, Any], folder: Path
+) -> tuple[dict[str, int], dict[str, bool]]:
+    """Ids of special tokens, and which of them llama.cpp adds by itself.
+
+    The post-processor decides first, then tokenizer_config.json, then config.json (gguf-py, SpecialVocab).
+
+    Raises:
+        InputError: a post-processor that adds tokens in a way GGUF cannot say.
+    """
+    names = {f"{kind}_token": _content(settings.get(f"{kind}_token")) for kind in _SPECIAL}
+    names["bos_token"] = names["bos_token"] or names["cls_token"]
+    names["eos_token"] = names["eos_token"] or names["sep_token"]
+    add: dict[str, bool] = {}
+    post = stored.get("post_processor") or {"type": "Sequence", "processors": []}
+    for processor in post.get("processors", [post]):
+        if processor.get("type") == "ByteLevel":
+            add = {"bos": False, "eos": False, **add}
+        elif _adds_nothing(processor):
+            continue  # the official converter looks into no nested sequence, and this one says nothing
+        elif processor.get("type") == "TemplateProcessing":
+            _follow_template(processor, settings, names, add, folder)
+        else:
+            raise _unknown_processor(str(processor.get("type")), folder)
+    ids = {}
+    for added in reversed(stored.get("added_tokens", [])):  # reversed: of equal texts the first one counts
+        ids[added["content"]] = added["id"]
+    found = {}
+    for kind in _SPECIAL:
+        value = settings.get(f"add_{kind}_token")
+        if isinstance(value, bool):
+            add.setdefault(kind, value)
+        token = names[f"{kind}_token"]
+        if isinstance(token, str) and isinstance(ids.get(token), int):
+            found[kind] = ids[token]
+    for kind in _SPECIAL:
+        number = config.get(f"{kind}_token_id")
+        if kind not in found and isinstance(number, int) and not isinstance(number, bool):
+            found[kind] = number
+    return found, add
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _unknown_processor(kind: str, folder: Path) -> InputError:
+    return InputError(
+        f"post-processor {kind} in {folder / 'tokenizer.json'}.",
+        "none, ByteLevel, or a template that begins with the start token, as in Llama 3.",
+        "use the tokenizer of a causal Qwen or Llama model.",
+    )
+
+
+def _template_names(template: list[dict[str, Any]]) -> list[str]:
+    """Special tokens, and A and B for the texts between them."""
+    return [str((part.get("SpecialToken") or part.get("Sequence") or {}).get("id")) for part in template]
+
+
+def _adds_nothing(processor: dict[str, Any]) -> bool:
+    """Whether texts come out as they went in; transformers 5 saves such a template with every plain tokenizer."""
+    if processor.get("type") == "Sequence":
+        return all(_adds_nothing(part) for part in processor.get("processors", []))
+    if processor.get("type") == "TemplateProcessing":
+        single, pair = (_template_names(processor.get(key, [])) for key in ("single", "pair"))
+        return single == ["A"] and pair in ([], ["A", "B"])
+    return processor.get("type") == "ByteLevel"
+
+
+def _follow_template(
+    processor: dict[str, Any], settings: dict[str, Any], names: dict[str, Any], add: dict[str, bool], folder: Path
+) -> None:
+    """The one template that causal models use: `start text`, and for two texts `start text start text`."""
+    single, pair = (_template_names(processor.get(key, [])) for key in ("single", "pair"))
+    start = single[0] if len(single) == 2 and single[1] == "A" else None
+    usual = pair in ([], [start, "A", "B"], [start, "A", start, "B"])
+    if not start or start in (names["eos_token"], names["sep_token"]) or not usual:
+        raise _unknown_processor("TemplateProcessing of an unusual form", folder)
+    bos, cls = settings.get("bos_token") or settings.get("cls_token"), settings.get("cls_token")
+    if start not in (bos, cls):  # compared as written, as the official converter does
+        names["bos_token"] = names["bos_token"] or start
+        names["cls_token"] = names["cls_token"] or start
+        if start not in (names["bos_token"], names["cls_token"]):
+            raise _unknown_processor(f"TemplateProcessing with {start!r}, which is not the start token,", folder)
+    add["bos"] = True
+    if len(pair) == 4:  # start A start B: the second start is no separator
+        add["sep"] = False
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    template: Any = None
+    if (folder / "chat_template.jinja").is_file():
+        template = _text(folder / "chat_template.jinja")
+        if more := list((folder / "additional_chat_templates").glob("*.jinja")):
+            template = [{"name": "default", "template": template}]
+            template += [{"name": path.stem, "template": _text(path)} for path in more]
+    elif (folder / "chat_template.json").is_file():
+        template = _json(folder / "chat_template.json").get("chat_template")
+    template = settings.get("chat_template", template)
+    return template if isinstance(template, str | list) else None
+
+
+def _text(path: Path) -> str:
+    with path.open(encoding="utf-8") as stream:
+        return stream.read()
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the tokenizer to `writer`, in the official order."""
+    if vocabulary.add_prefix_space is not None:
+        writer.add_add_space_prefix(vocabulary.add_prefix_space)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    for kind, number in vocabulary.special.items():
+        if handler := getattr(writer, f"add_{kind}_token_id", None):
+            handler(number)
+    for kind, value in vocabulary.add.items():
+        if handler := getattr(writer, f"add_add_{kind}_token", None):
+            handler(value)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+    if vocabulary.never_bos:
+        writer.add_add_bos_token(False)

@@ -1,0 +1,236 @@
+"""From a table to rows: columns found, labels understood, text made safe, everything dropped counted."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.stages.data.text_files import SURROGATE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+TEXT_COLUMNS = (
+    *("text", "text_a", "sentence", "review", "content", "comment", "review_body", "reviewtext", "input", "query"),
+    *("文本", "评论", "内容", "句子"),
+)
+LABEL_COLUMNS = ("label", "labels", "sentiment", "polarity", "class", "category", "target", "output", "标签", "情感")
+NEGATIVE = frozenset(("negative", "neg", "负面", "消极", "负向", "差评", "负", "贬义"))
+POSITIVE = frozenset(("positive", "pos", "正面", "积极", "正向", "好评", "正", "褒义"))
+
+
+class DamagedError(ValueError):
+    """Why a row cannot be used; rows are left out and counted by it."""
+
+
+@dataclass
+class Row:
+    """One row of a split; `index` is its place in the source, counted from 0."""
+
+    index: int
+    text: str
+    label: int
+    group: int = -1
+    leaked: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self, split: str) -> dict[str, Any]:
+        """The row as the product holds it."""
+        row = {"id": f"{split}-{self.index:05d}", "text": self.text, "label": self.label}
+        return {**row, "group": self.group, "leaked": self.leaked, **self.extra}
+
+
+def find_column(names: Sequence[str], wanted: str, known: Sequence[str], what: str) -> str:
+    """The given column, or the first known name that the table has (upper and lower case alike).
+
+    Raises:
+        InputError: the message lists the columns there are.
+    """
+    if wanted:
+        if wanted not in names:
+            raise InputError(
+                f"the columns {', '.join(names)}.", f"{what}_column {wanted!r} among them.", f"correct {what}_column."
+            )
+        return wanted
+    by_lower = {name.strip().lower(): name for name in names}
+    for name in known:
+        if name in by_lower:
+            return by_lower[name]
+    raise InputError(
+        f"the columns {', '.join(map(repr, names))[:300]}.",
+        f"one with the {what} (e.g. {', '.join(known[:5])}), named in the file's first line.",
+        f"set {what}_column, or add the header line.",
+    )
+
+
+def label_reader(label_names: Sequence[str]) -> Callable[[Any], int | None]:
+    """A function from a raw label to its number; None when it is not understood.
+
+    Understood: 0..k-1 (as number or text), a label name itself, and for two labels whose names tell which is which
+    (or which are not known words: 0 is negative) the usual words for negative and positive.
+    """
+    words = {name.strip().casefold(): number for number, name in enumerate(label_names)}
+    if len(label_names) == 2:
+        negative = next((i for i, name in enumerate(label_names) if name.strip().casefold() in NEGATIVE), None)
+        positive = next((i for i, name in enumerate(label_names) if name.strip().casefold() in POSITIVE), None)
+        if negative is not None or positive is not None:
+            zero = negative if negative is not None else 1 - positive  # type: ignore[operator]
+            words = {**dict.fromkeys(NEGATIVE, zero), **dict.fromkeys(POSITIVE, 1 - zero), **words}
+
+    def read(value: Any) -> int | None:
+        if isinstance(value, str):
+            text = value.strip().casefold()
+            if text in words:
+                return words[text]
+            try:
+                value = float(text)
+            except ValueError:
+                return None
+        if isinstance(value, (bool, int, float)) and value == value and value in range(len(label_names)):
+            return int(value)
+        return None
+
+    return read
+
+
+def _refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str], where: str) -> None:
+    """A value that is a label of its own, not a slip, stops the run."""
+    total = sum(unknown.values())
+    numbers = [value for value in unknown if value.lstrip("+-").replace(".", "", 1).isdigit()]
+    if numbers or total > max(1, rows // 100):
+        values = ", ".join(f"{value!r} ({count} rows)" for value, count in unknown.most_common(6))
+        k = len(label_names)
+        raise InputError(
+            f"{where}: labels {values} besides those understood.",
+            f"{k} labels: 0 to {k - 1}, or {', '.join(label_names)}.",
+            "name every label in label_names (in the order 0, 1, …), or correct the file.",
+        )
+
+
+def clean_split(
+    table: Dataset,
+    where: str,
+    text_column: str,
+    label_column: str,
+    label_names: Sequence[str],
+    keep: Sequence[str] = ("pattern",),
+) -> tuple[list[Row], Counter[str]]:
+    """Rows with text and label, in the table's order, and why the others were left out.
+
+    Args:
+        keep: further columns whose values go along when the table has them.
+
+    NUL characters and lone surrogates are removed from a text; an NFD text is kept as it is (comparisons normalise).
+
+    Raises:
+        InputError: a column is missing, a label is not among those named.
+    """
+    text_name = find_column(table.column_names, text_column, TEXT_COLUMNS, "text")
+    label_name = find_column(table.column_names, label_column, LABEL_COLUMNS, "label")
+    read = label_reader(label_names)
+    counts: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    rows: list[Row] = []
+    extra = [name for name in table.column_names if name in keep]
+    columns = table.select_columns([text_name, label_name, *extra]).to_dict()
+    for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
+        text, label = _filled_text(raw, counts), read(value)
+        if text is None:
+            continue
+        if value is None or (isinstance(value, str) and not value.strip()):
+            counts["dropped: no label"] += 1
+        elif label is None:
+            unknown[str(value).strip()[:40]] += 1
+        else:
+            rows.append(Row(index, text, label, extra={name: plain(columns[name][index]) for name in extra}))
+    _refuse_labels(unknown, len(table), label_names, where)
+    if unknown:
+        counts["dropped: label not understood"] += sum(unknown.values())
+    return rows, counts
+
+
+def _filled_text(raw: Any, counts: Counter[str]) -> str | None:
+    """The text of a cell; None for one without, which is counted."""
+    try:
+        text = safe_text(raw, counts)
+    except DamagedError as reason:
+        counts[f"dropped: {reason}"] += 1
+        return None
+    if not text.strip():
+        counts["dropped: empty text"] += 1
+        return None
+    return text
+
+
+def text_of(raw: Any) -> str:
+    """The text of a cell; nothing is empty text, a number is written out, text parts of OpenAI's form are joined.
+
+    Raises:
+        DamagedError: a list of anything else, a mapping, true or false, bytes; written out it would be code.
+    """
+    if raw is None or (isinstance(raw, float) and raw != raw):
+        return ""
+    if isinstance(raw, list) and raw:
+        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in raw]
+        if all(isinstance(part, str) for part in parts):
+            return "\n".join(parts)
+    if isinstance(raw, list | tuple | Mapping | bool | bytes):
+        raise DamagedError("content that is no text")
+    return str(raw)
+
+
+def plain(value: Any) -> Any:
+    """A value that goes along with a row: as it is where JSON can hold it, else as text (a date)."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
+
+
+def safe_text(raw: Any, counts: Counter[str]) -> str:
+    """The text of a cell without NUL characters and lone surrogates (counted).
+
+    Raises:
+        DamagedError: a cell that holds no text.
+    """
+    text = text_of(raw)
+    if "\0" in text:
+        counts["changed: NUL characters removed"] += text.count("\0")
+        text = text.replace("\0", "")
+    if SURROGATE.search(text):
+        text, removed = SURROGATE.subn("", text)
+        counts["changed: lone surrogates removed"] += removed
+    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+        counts["kept: texts not in NFC"] += 1
+    return text
+
+
+def unlabelled(table: Dataset, label_column: str) -> bool:
+    """True for a split whose labels are absent or all -1, as hub data sets mark a test split without labels."""
+    try:
+        name = find_column(table.column_names, label_column, LABEL_COLUMNS, "label")
+    except InputError:
+        return True
+    return all(value in (-1, None, "-1", "") for value in table.unique(name))
+
+
+def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) -> None:
+    """Refuse a split that cannot teach or test anything: no rows, or a label without any row."""
+    if not rows:
+        raise InputError(f"{split}: no usable row.", "rows with a text and a label.", "correct the file.")
+    have = Counter(row.label for row in rows)
+    missing = [name for number, name in enumerate(label_names) if number not in have]
+    if len(have) == 1 or (missing and split == "train"):
+        present = ", ".join(f"{label_names[number]!r} ({count} rows)" for number, count in sorted(have.items()))
+        raise InputError(
+            f"{split}: only the label {present}." if len(have) == 1 else f"{split}: the labels {present}.",
+            f"rows of every label: {', '.join(label_names)}.",
+            "check label_column and label_names, or add rows.",
+        )

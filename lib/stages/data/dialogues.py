@@ -1,0 +1,307 @@
+"""Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
+From a table to conversations: roles checked, thinking validated, everything dropped counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.prompts.conversations import ConversationTask
+from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, Message, is_blank, split_thinking, with_thinking
+from lib.stages.data.cleaning import DamagedError, Row, plain, safe_text, text_of
+from lib.stages.data.near_duplicates import normalise
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
+
+Turn = tuple[str, str]
+"""(speaker as written, text)."""
+
+FORMS = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "dialogue": ("dialogue",),
+    "alpaca": ("instruction", "output"),
+}
+"""The columns that tell a form; the first form that a table has is taken."""
+
+_SPEAKER = re.compile(r"\s*([^：:\s]{1,12})[：:]")
+
+
+def find_form(columns: Sequence[str], where: str) -> tuple[str, dict[str, str]]:
+    """The form of a table, and its columns by folded name (capitals do not matter; a name in small letters wins).
+
+    Raises:
+        InputError: none of the forms.
+    """
+    names = {name.strip().lower(): name for name in columns} | {name: name for name in columns if name.islower()}
+    for form, needed in FORMS.items():
+        if names.keys() >= set(needed):
+            return form, names
+    raise InputError(
+        f"{where}: the columns {', '.join(map(repr, columns))[:300]}.",
+        "messages ({role, content}), conversations ({from, value}), dialogue (lines that begin with their speaker), or "
+        "instruction and output.",
+        "rename the columns, or set task: classification for labelled texts.",
+    )
+
+
+def turns_of(raw: Mapping[str, Any], form: str) -> list[Turn]:
+    """The turns of a row (columns by folded name); a cell of text may hold JSON, as in CSV files.
+
+    Raises:
+        DamagedError: a cell of another kind.
+    """
+    if form == "alpaca":
+        asked = "\n".join(part for part in request_of(raw) if part)
+        turns = [*_history(raw.get("history")), ("user", asked), ("assistant", text_of(raw["output"]))]
+    elif form == "dialogue":
+        turns = [_spoken(line) for line in _lines(raw["dialogue"])]
+    else:
+        turns = [_message(message, form) for message in _list(raw[form], form)]
+    system = text_of(raw.get("system"))
+    own = bool(turns) and turns[0][0].strip().lower() == "system"
+    return [("system", system), *turns] if system.strip() and not own else turns
+
+
+def request_of(raw: Mapping[str, Any]) -> tuple[str, str]:
+    """Instruction and input of an Alpaca row."""
+    return text_of(raw["instruction"]).strip(), text_of(raw.get("input")).strip()
+
+
+def _list(cell: Any, name: str) -> list[Any]:
+    """A cell that should be a list; nothing for an empty one."""
+    if isinstance(cell, str) and cell.strip():
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError:
+            raise DamagedError(f"{name} that are no list") from None
+    if not isinstance(cell, list | tuple):
+        if cell is None or cell == "":
+            return []
+        raise DamagedError(f"{name} that are no list")
+    return list(cell)
+
+
+def _message(message: Any, form: str) -> Turn:
+    """A turn {role, content} or {from, value}; `reasoning_content` is its reasoning where the content has none."""
+    if not isinstance(message, Mapping):
+        raise DamagedError(f"{form} that are no list of turns with a role")
+    role, text = (
+        message.get(other) if message.get(name) is None else message[name]
+        for name, other in (("role", "from"), ("content", "value"))
+    )
+    content, reasoning = text_of(text), message.get("reasoning_content")
+    if isinstance(reasoning, str) and not is_blank(reasoning) and not TAG.search(content):
+        content = f"<think>\n{reasoning}\n</think>\n\n{content}"
+    return str(role), content
+
+
+def _lines(cell: Any) -> list[Any]:
+    """The turns of a dialogue: a list of texts, also as JSON, or the lines of one text."""
+    if isinstance(cell, str) and not cell.lstrip().startswith("["):
+        return [line for line in cell.splitlines() if line.strip()]
+    return _list(cell, "dialogue")
+
+
+def _spoken(line: Any) -> Turn:
+    if line is not None and not isinstance(line, str):
+        raise DamagedError("dialogue with turns that are no text")
+    found = _SPEAKER.match(line or "")
+    if not found:
+        raise DamagedError("a turn without its speaker")
+    return found[1], line[found.end() :]
+
+
+def _history(cell: Any) -> list[Turn]:
+    """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
+    try:
+        pairs = _list(cell, "history")
+    except DamagedError:
+        pairs = [[]]
+    if any(not isinstance(p, list) or len(p) != 2 or not all(isinstance(text, str) for text in p) for p in pairs):
+        raise DamagedError("history that is no list of [question, answer]")
+    return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+
+
+# From a table to conversations: roles checked, thinking validated, everything dropped counted.
+
+ROLES = {
+    **dict.fromkeys(("system",), SYSTEM),
+    **dict.fromkeys(("user", "human", "client", "求助者", "来访者"), USER),
+    **dict.fromkeys(("assistant", "gpt", "counselor", "支持者", "心理咨询师"), ASSISTANT),
+}
+"""Names of the speakers in messages, SMILE and CPsyCoun files, and what they are called here."""
+
+_NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
+
+KEPT = ("topic", "difficulty")
+"""Further columns whose values stay with a row."""
+
+SHARED = 5
+"""Different inputs from which on an instruction is the task of a file, not a question."""
+
+
+@dataclass
+class Conversation(Row):
+    """A row of turns; `label` has no meaning.
+
+    Attributes:
+        text: the user's opening, by which rows are grouped, without what it shares.
+        shared: an instruction that many rows begin with, and by which they are therefore not compared; mostly "".
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    shared: str = ""
+
+    @property
+    def whole(self) -> str:
+        """All turns but the system's, as one text."""
+        return "\n".join(message["content"] for message in self.messages if message["role"] != SYSTEM)
+
+    @property
+    def compared(self) -> str:
+        """As `whole`, without what many rows share."""
+        return self.whole.removeprefix(self.shared).lstrip()
+
+    def to_json(self, split: str) -> dict[str, Any]:
+        """The row as the product holds it."""
+        row = {"id": f"{split}-{self.index:05d}", "messages": self.messages}
+        return {**row, "group": self.group, "leaked": self.leaked, **self.extra}
+
+
+def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> tuple[list[Conversation], Counter[str]]:
+    """Rows with an explicit system turn, in the table's order, and why the others were left out.
+
+    Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
+    content}), `conversations` ({from, value}) and `dialogue` (texts that begin with their speaker). Turns behind the
+    last answer are removed and counted.
+
+    Raises:
+        InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
+    """
+    form, columns = find_form(table.column_names, where)
+    counts: Counter[str] = Counter()
+    unknown: Counter[str] = Counter()
+    rows: list[Conversation] = []
+    requests: list[tuple[str, str]] = []
+    for index, cells in enumerate(table):
+        raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
+        try:
+            turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
+            messages = _messages(turns, task, changed, unknown)
+        except DamagedError as reason:
+            counts[f"dropped: {reason}"] += 1
+            continue
+        counts += changed
+        opening = next(message["content"] for message in messages if message["role"] == USER)
+        given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
+        extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
+        rows.append(Conversation(index, opening, 0, extra=extra, messages=messages))
+        if form == "alpaca":
+            requests.append(request_of(raw))
+    _refuse(unknown, counts, len(table), where, task)
+    _set_shared(rows, requests)
+    return rows, counts
+
+
+def _set_shared(rows: Sequence[Conversation], requests: Sequence[tuple[str, str]]) -> None:
+    """Rows whose instruction occurs with many inputs are compared by their input."""
+    inputs: dict[str, set[str]] = {}
+    for instruction, given in requests:
+        inputs.setdefault(normalise(instruction), set()).add(normalise(given))
+    for row, (instruction, given) in zip(rows, requests, strict=False):  # no requests where they are not Alpaca's
+        if given and len(inputs[normalise(instruction)]) >= SHARED and row.text == f"{instruction}\n{given}":
+            row.text, row.shared = given, instruction
+
+
+def _messages(
+    turns: Sequence[tuple[str, str]], task: ConversationTask, changed: Counter[str], unknown: Counter[str]
+) -> list[Message]:
+    """Turns with our roles, the system turn explicit, ending on an answer; its parts are checked."""
+    odd = [role for role, _ in turns if role.strip().lower() not in ROLES]
+    if odd:
+        unknown[odd[0]] += 1
+        raise DamagedError("a role that is not known")
+    messages = [{"role": ROLES[role.strip().lower()], "content": text} for role, text in turns]
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == SYSTEM else task.system_prompt
+    if any(is_blank(message["content"]) for message in messages):
+        raise DamagedError("an empty turn")
+    messages = _in_turn(messages, changed)
+    if any(m["role"] != (USER, ASSISTANT)[i % 2] for i, m in enumerate(messages)):
+        raise DamagedError("roles not in turn (user first, then assistant)")
+    if len(messages) < 2:
+        raise DamagedError("no assistant turn")
+    if len(messages) % 2:
+        messages.pop()
+        changed["changed: last turn without an answer removed"] += 1
+    _check_thinking(messages, task, changed)
+    return [{"role": SYSTEM, "content": system}, *messages]
+
+
+def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """Turns of one speaker in succession as one, and without the assistant's greeting before the first question.
+
+    They stay apart where a turn names a speaker inside: its text holds what somebody else said (SMILE has such rows).
+    """
+    joined: list[Message] = []
+    mixed = any(_NAMED.search(message["content"]) for message in messages)
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"] != SYSTEM and not mixed:
+            joined[-1] = {**message, "content": f"{joined[-1]['content']}\n{message['content']}"}
+            changed["changed: turns of one speaker in succession joined"] += 1
+        else:
+            joined.append(message)
+    if joined and joined[0]["role"] == ASSISTANT:
+        changed["changed: the assistant's greeting before the first question removed"] += 1
+        joined.pop(0)
+    return joined
+
+
+def _check_thinking(messages: Sequence[Message], task: ConversationTask, changed: Counter[str]) -> None:
+    reasoning = ""
+    for message in messages[1::2]:
+        try:
+            reasoning, _ = split_thinking(message["content"])
+        except ValueError as error:
+            raise DamagedError(str(error)) from None
+        if reasoning and not task.thinking:
+            changed["thinking"] += 1
+    if task.thinking and not reasoning:
+        raise DamagedError("no thinking in the last answer")
+
+
+def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, task: ConversationTask) -> None:
+    """What is not a slip of single rows stops the run."""
+    if thinking := counts.pop("thinking", 0):
+        raise InputError(
+            f"{where}: {thinking} answers with <think>, <thinking> or reasoning_content, and thinking: false.",
+            "the setting that says what the answers hold.",
+            "set thinking: true, or remove the reasoning.",
+        )
+    if sum(unknown.values()) > max(1, rows // 100):
+        names = ", ".join(f"{name!r} ({count} rows)" for name, count in unknown.most_common(6))
+        raise InputError(f"{where}: the roles {names}.", f"one of {', '.join(ROLES)}.", "rename them.")
+
+
+def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
+    made: list[Message] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == ASSISTANT:
+            content = with_thinking(tokenizer, *split_thinking(content))
+        changed["changed: thinking brought into the base model's form (tags, white space)"] += (
+            content != message["content"]
+        )
+        made.append({**message, "content": content})
+    return made

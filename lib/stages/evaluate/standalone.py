@@ -1,0 +1,413 @@
+"""Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
+Any models on any labelled rows, each in a process of its own: what `workbook evaluate` does.
+Any models on conversations, each in a process of its own: `workbook evaluate` where rows have no labels.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.base_model import refuse_bad_template
+from lib.models.gguf_file import check_gguf, read_tensors
+from lib.progress import say
+from lib.prompts.classification import Task, label_note
+from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import encode_row
+from lib.prompts.templates import ASSISTANT
+from lib.runs.child import run_child
+from lib.runs.files import read_json, read_jsonl, sha256_json, user_path, write_jsonl
+from lib.scoring.journal import Keep, journal_path, kept_peak_memory_mib, model_hash
+from lib.scoring.log_probabilities import AnswerScores, Scores, score_answers, score_rows
+from lib.stages.evaluate.analysis import LEAK_FREE, evaluate_scores, notes, subsets
+
+# Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a name stands for a .gguf file."""
+    return model.lower().endswith(".gguf") or user_path(model).is_file()
+
+
+def check_models(models: Sequence[str | Path], base_model: str | None, revision: str) -> None:
+    """Look at every model as far as that takes no loading; what the hub has is fetched.
+
+    Raises:
+        InputError: the first that is missing, damaged or cut off, or is an adapter whose base is.
+    """
+    for model in map(str, models):
+        folder = user_path(model)
+        if is_gguf(model):
+            _check_whole(check_gguf(folder))
+            refuse_bad_template(folder)
+        elif (folder / "adapter_config.json").is_file():
+            _check_adapter(folder, base_model, revision)
+        else:
+            _check_full(model, revision)
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that ends before its tensors do."""
+    import gguf
+
+    tensors, size = read_tensors(path), path.stat().st_size
+    for tensor in tensors:
+        try:
+            block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+        except (ValueError, KeyError):
+            continue  # a newer type: llama.cpp will say whether it knows it
+        need = tensor.start + math.prod(tensor.shape) // block * width
+        if need > size:
+            raise InputError(
+                f"{path} has {size:,} bytes; tensor {tensor.name} ends at byte {need:,}.",
+                "a whole GGUF file.",
+                "make or download the file again.",
+            )
+
+
+def _check_adapter(folder: Path, base_model: str | None, revision: str) -> None:
+    from lib.models.adapters import adapter_config, require_adapter
+    from lib.models.base_model import unpacking_of
+
+    require_adapter(folder)
+    base = base_of_adapter(base_model or adapter_config(folder).get("base_model_name_or_path"), folder)
+    own = folder if (folder / "tokenizer.json").is_file() else None
+    _check_full(base, revision, own, unpacking_of(folder))
+
+
+def base_of_adapter(name: str | None, folder: Path) -> str:
+    """The name of an adapter's base model.
+
+    Raises:
+        InputError: neither the option nor adapter_config.json names it.
+    """
+    if not name:
+        raise InputError(f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model.")
+    return name
+
+
+def _check_full(
+    model: str, revision: str, tokenizer: Path | None = None, unpacking: Mapping[str, Any] | None = None
+) -> None:
+    """A model folder, a hub id, or an adapter's GGUF file.
+
+    Args:
+        tokenizer: that of an adapter which brings its own; unpacking: how its base was unpacked.
+    """
+    from lib.hub.sources import SourceError
+    from lib.models.base_model import check_model_folder, resolve_base
+    from lib.models.loading import load_tokenizer
+
+    folder = user_path(model)
+    try:
+        if folder.is_dir():
+            check_model_folder(folder)
+        else:
+            folder = resolve_base(model, revision, **(unpacking or {})).path
+        load_tokenizer(tokenizer or folder)
+    except SourceError as error:
+        if "/" in model or "\\" in model:
+            raise
+        raise InputError(
+            f"{model!r}: no file or folder of that name here, and no model in the cache or on the hub ({error.why}).",
+            "a .gguf file, a model folder, an adapter folder, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
+            "check the name; a relative path is looked for in the current folder, then in the project.",
+        ) from None
+
+
+# Any models on any labelled rows, each in a process of its own: what `workbook evaluate` does.
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    task: Task,
+    data: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    revision: str = "main",
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    batch_size: int = 32,
+    n_threads: int = 0,
+    n_gpu_layers: int = 0,
+    keep: Path | None = None,
+    tokenizer: Path | None = None,
+) -> dict[str, Any]:
+    """Accuracy and cost of each model on the same rows.
+
+    Args:
+        models: hub ids, folders (a full model, or an adapter), or .gguf files.
+        rows: {"id", "text", "label"}, with "leaked" where a leak audit was made.
+        task: prompt and answer words.
+        data: description of the rows, put into the result.
+        base_model: base of adapters; None = the one named in adapter_config.json.
+        revision: commit, branch or tag of hub ids.
+        dtype, load_in_4bit, batch_size: for transformers models; folders that are quantized keep their own dtype.
+        n_threads, n_gpu_layers: for .gguf files.
+        keep: folder for the scores of an interrupted evaluation, where the next one finds them; removed in the end.
+        tokenizer: folder of the run's tokenizer, for .gguf files with its vocabulary; None = the one in the file.
+
+    Returns:
+        {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
+        "per_class", "confusion", "leak_free" (null without an audit), "ece", "near_ties", "truncated",
+        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than
+        usual, and answer words of several tokens)}]}.
+
+    Raises:
+        InputError: no rows, or a model that cannot be loaded or run.
+    """
+    if not rows:
+        raise InputError("no rows to evaluate on.", "at least one labelled row.", "check --data and --max-samples.")
+    shared = {
+        "task": task.to_json(),
+        "base_model": base_model,
+        "revision": revision,
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "batch_size": batch_size,
+        "n_threads": n_threads,
+        "n_gpu_layers": n_gpu_layers,
+        "tokenizer": str(tokenizer) if tokenizer else None,
+    }
+    results = [
+        {"model": model, **_summary(Scores.load(path), rows, task), **answer}
+        for model, path, answer in each_in_a_child(
+            "lib.stages.evaluate.standalone:score_in_child", models, rows, shared, keep
+        )
+    ]
+    described = {**(data or {}), "n": len(rows), "labels": list(task.label_names)}
+    return {"data": described, "models": results}
+
+
+def each_in_a_child(
+    function: str,
+    models: Sequence[str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    keep: Path | None,
+) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Score the rows with every model in a process of its own; `keep` is removed when all of them are done.
+
+    All models are looked at before the first is loaded, so that a wrong name does not cost the work on the others.
+
+    Args:
+        function: gets `shared`, "model", "rows" (file), "scores" (file to write) and "keep" (journal or None);
+            gives "peak_of_scoring", "found" and what it wants to say.
+
+    Yields:
+        the model, the file of its scores, and what else is known of it, with "peak_memory_mib".
+
+    Raises:
+        InputError: a model that cannot be had, loaded or run; what was scored is in `keep`, which is said.
+    """
+    check_models(models, shared["base_model"], shared["revision"])
+    with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
+        folder = Path(name)
+        write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
+        for number, model in enumerate(models):
+            scores = folder / f"scores-{number}.jsonl"
+            argument = {**shared, "model": str(model), "rows": str(folder / "rows.jsonl"), "scores": str(scores)}
+            argument["keep"] = str(journal_path(keep, model)) if keep else None
+            try:
+                answer = run_child(function, argument, f"evaluating {model}")
+            except BaseException:
+                if keep is not None and keep.is_dir():
+                    say(f"what was scored so far is kept in {keep}; the same command goes on from there")
+                raise
+            answer["peak_memory_mib"] = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
+            if found := answer.pop("found"):
+                say(f"{model}: {found}")
+            yield str(model), scores, answer
+    if keep is not None:
+        shutil.rmtree(keep)
+
+
+def _summary(scores: Scores, rows: Sequence[Mapping[str, Any]], task: Task) -> dict[str, Any]:
+    evaluation = evaluate_scores(scores, rows, task.label_names, subsets(rows))
+    free = evaluation.reports.get(LEAK_FREE)
+    return {
+        **evaluation.reports["all"].to_json(),
+        "leak_free": free.to_json() if free else None,
+        "ece": evaluation.calibration.ece,
+        "near_ties": scores.near_ties,
+        "truncated": int(scores.truncated.sum()),
+        "seconds_per_sample": scores.seconds_per_sample,
+    }
+
+
+def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """Load one model, score the rows, save the scores; runs in the child process."""
+    task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    backend, tokenizer, files = open_model(argument, task.max_seq_length)
+    keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
+    try:
+        scores = score_rows(backend, tokenizer, task, rows, what, keep)
+        note = notes(backend.note, label_note(tokenizer, task))
+    finally:
+        backend.close()
+    scores.save(Path(argument["scores"]))
+    return {"device": backend.device, "note": note, "peak_of_scoring": peak_kept(keep), "found": scores.found}
+
+
+def keep_of(argument: dict[str, Any], files: Sequence[Path]) -> Keep | None:
+    """Where the scores are kept as they come; a base in 4 bits is another model than its files."""
+    if argument["keep"] is None:
+        return None
+    return Keep(Path(argument["keep"]), sha256_json([model_hash(*files), argument["load_in_4bit"]]))
+
+
+def peak_kept(keep: Keep | None) -> float:
+    """Largest memory of the processes that scored before, MiB; 0 where nothing is kept."""
+    return kept_peak_memory_mib(keep.path) if keep else 0.0
+
+
+def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
+    """Backend, tokenizer and files of the model that the options name, with a context of `n_ctx` tokens."""
+    opener = _open_gguf if is_gguf(argument["model"]) else _open_transformers
+    return opener(argument, n_ctx)
+
+
+def _open_gguf(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
+    from lib.scoring.llama_backend import LlamaCppBackend
+
+    path = user_path(argument["model"])
+    backend = LlamaCppBackend(
+        path,
+        n_ctx=n_ctx,
+        n_threads=argument["n_threads"],
+        n_gpu_layers=argument["n_gpu_layers"],
+    )
+    return backend, _tokenizer_for(path, argument.get("tokenizer")), [path]
+
+
+def _tokenizer_for(path: Path, of_run: str | None) -> Any:
+    """The run's own tokenizer where the file has its vocabulary, else the one inside the file."""
+    from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
+    from lib.models.loading import load_tokenizer
+
+    if of_run is not None and same_vocabulary(path, tokenizer := load_tokenizer(Path(of_run))):
+        return tokenizer
+    return tokenizer_from_gguf(path)
+
+
+def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
+    """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
+    from lib.models.base_model import refuse_other_folder, resolve_base, unpacking_of
+    from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
+    from lib.runs.machine import compute_dtype
+    from lib.scoring.torch_backend import TransformersBackend
+
+    folder, adapter = user_path(argument["model"]), None
+    name = argument["model"]
+    if (folder / "adapter_config.json").is_file():
+        adapter = folder
+        own_base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        name = base_of_adapter(argument["base_model"] or own_base, folder)
+    base = resolve_base(name, argument["revision"], **(unpacking_of(adapter) if adapter else {}))
+    if adapter is not None:
+        refuse_other_folder(adapter, base.path)
+    own = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(adapter if own else base.path)
+    if adapter is None and (method := quantization_method(base.path)):
+        if argument["load_in_4bit"]:
+            do = "leave out --load-in-4bit."
+            raise InputError(f"{name} is quantized already ({method}).", "a model of full weights.", do)
+        model = load_as_saved(base.path)
+    else:
+        dtype, _ = compute_dtype(argument["dtype"])
+        model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
+    backend = TransformersBackend(model, argument["batch_size"], argument["model"])
+    return backend, tokenizer, [base.path, *([adapter] if adapter else [])]
+
+
+# Any models on conversations, each in a process of its own: `workbook evaluate` where rows have no labels.
+
+
+def evaluate_models_by_answers(
+    models: Sequence[str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    task: ConversationTask,
+    data: Mapping[str, Any] | None = None,
+    keep: Path | None = None,
+    tokenizer: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """How likely each model finds the reference answers of the same rows.
+
+    Args:
+        models: hub ids, folders (a full model, or an adapter), or .gguf files; each has its own tokenizer.
+        rows: {"id", "messages"}, with "group" and "leaked" where they were audited.
+        data: description of the rows, put into the result.
+        keep, tokenizer, options: as the keywords of `evaluate_models`; all options must be given.
+
+    Returns:
+        {"data": {…, "n", "task"}, "models": [{"model", "n", "answer_tokens", "loss" (nats a token), "perplexity",
+        "loss_interval", "perplexity_interval" (Student's over groups; null below three), "bits_per_character" (for
+        models with other tokenizers), "turns_cut", "leak_free" (the same on those rows; null without an audit),
+        "seconds_per_sample", "peak_memory_mib", "device"}]}.
+
+    Raises:
+        InputError: no rows, a model that cannot be loaded or run, or whose tokenizer needs more than
+            `max_seq_length` for a first exchange.
+    """
+    if not rows:
+        raise InputError("no rows to evaluate on.", "at least one conversation.", "check --run and --max-samples.")
+    function = "lib.stages.evaluate.standalone:score_answers_in_child"
+    shared = {**options, "task": task.to_json(), "tokenizer": str(tokenizer) if tokenizer else None}
+    results = [
+        {"model": model, **_answer_summary(AnswerScores.load(path), answer.pop("facts"), rows), **answer}
+        for model, path, answer in each_in_a_child(function, models, rows, shared, keep)
+    ]
+    return {"data": {**(data or {}), "n": len(rows), "task": task.kind}, "models": results}
+
+
+def _answer_summary(
+    scores: AnswerScores, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    characters = np.array(facts["characters"])
+    leaked = np.array([row.get("leaked") is not False for row in rows])
+    free = None if leaked.all() else _figures(scores.subset(~leaked), characters[~leaked], _groups(rows)[~leaked])
+    return {
+        **_figures(scores, characters, _groups(rows)),
+        "turns_cut": sum(facts["turns_cut"]),
+        "leak_free": free,
+        "seconds_per_sample": scores.seconds_per_sample,
+    }
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([row.get("group", -1 - i) for i, row in enumerate(rows)])
+
+
+def _figures(scores: AnswerScores, characters: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    return {
+        "n": len(scores.ids),
+        "answer_tokens": int(scores.tokens.sum()),
+        **scores.figures(groups),
+        "bits_per_character": float(-scores.log_probs.sum() / math.log(2) / characters.sum()),
+    }
+
+
+def score_answers_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """Load one model, score the answers of the rows, save the scores; runs in the child process."""
+    task, rows = ConversationTask.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    backend, tokenizer, files = open_model(argument, task.max_seq_length)
+    keep, what = keep_of(argument, files), f"scoring answers with {Path(argument['model']).name}"
+    try:
+        encoded = [encode_row(tokenizer, task, row) for row in rows]
+        names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
+        scores = score_answers(backend, names, ids, spans, what, keep)
+    finally:
+        backend.close()
+    scores.save(Path(argument["scores"]))
+    answers = [[m["content"] for m in row["messages"] if m["role"] == ASSISTANT] for row in rows]
+    kept = [[texts[i] for i in e.answers] for texts, e in zip(answers, encoded, strict=True)]
+    facts = {"characters": [sum(map(len, texts)) for texts in kept], "turns_cut": [e.turns_cut for e in encoded]}
+    return {"device": backend.device, "facts": facts, "peak_of_scoring": peak_kept(keep), "found": scores.found}

@@ -1,0 +1,245 @@
+"""GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
+One export format in its own process: quantize, save, load again by plain `from_pretrained`, look at its answers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.progress import Progress
+from lib.runs.child import peak_memory_mib
+from lib.runs.files import readable_by_group
+from lib.runs.machine import no_warnings, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
+
+BITS = 4
+GROUP = 128
+"""Weights that share a scale, as in llm-compressor's scheme W4A16."""
+
+_SMALLEST_GROUP = 16
+_HEAD = "lm_head"
+
+
+def group_size(widths: set[int]) -> int:
+    """Largest group of at most `GROUP` weights (a power of two) that divides the rows of every layer.
+
+    Raises:
+        InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
+    """
+    size = GROUP
+    while size >= _SMALLEST_GROUP:
+        if all(width % size == 0 for width in widths):
+            return size
+        size //= 2
+    odd = sorted(width for width in widths if width % _SMALLEST_GROUP)
+    raise InputError(
+        f"linear layers with {odd[0]} inputs.", f"a multiple of {_SMALLEST_GROUP}.", "leave gptq out of export_formats."
+    )
+
+
+def quantize(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+    """Quantize a model folder and save it in the packed format of compressed-tensors.
+
+    Args:
+        calibration: token ids of the texts whose activations decide what may be rounded how.
+
+    Returns:
+        "group_size" and "calibration_rows", "calibration_tokens".
+
+    Raises:
+        InputError: no calibration texts, or layers that no group size fits.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not calibration:
+        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
+    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != _HEAD}
+    size = group_size({layer.in_features for layer in layers.values()})
+    _oneshot(model, calibration, size)
+    model.save_pretrained(str(output), save_compressed=True)
+    return {
+        "group_size": size,
+        "calibration_rows": len(calibration),
+        "calibration_tokens": sum(map(len, calibration)),
+    }
+
+
+def _oneshot(model: Any, calibration: list[list[int]], size: int) -> None:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration])
+    oneshot(
+        model=model,
+        dataset=rows,
+        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
+        max_seq_length=max(map(len, calibration)),
+        num_calibration_samples=len(calibration),
+    )
+
+
+# One export format in its own process: quantize, save, load again by plain `from_pretrained`, look at its answers.
+
+CHECKED_POSITIONS = 16
+"""Last positions of each prompt whose next-token distributions are compared with the merged model's."""
+
+_OWN = {"config.json", "README.md", "merge.json", "model.safetensors.index.json"}
+"""Files of the merged model that are not copied: the export writes its own."""
+
+
+def make(argument: dict[str, Any]) -> dict[str, Any]:
+    """Make one format.
+
+    Args:
+        argument: "format", "source" (folder of the merged model), "output" (folder to make), "calibration" (token ids
+            of training rows; for GPTQ), "prompts" (token ids of the self-check).
+
+    Returns:
+        "seconds" (of quantizing and saving), "memory_mib" (peak until then), "weights", "weight_bytes",
+        "tensor_bytes", "dtype", "check" and what the format adds, e.g. "group_size".
+
+    Raises:
+        InputError: a model or a machine that this format does not fit.
+    """
+    name, source, output = argument["format"], Path(argument["source"]), Path(argument["output"])
+    quiet()
+    with Progress("steps", 3) as progress:
+        started = time.perf_counter()
+        output.mkdir(parents=True)
+        with no_warnings():
+            more = _quantize(name, source, output, argument["calibration"])
+        _copy_companions(source, output)
+        seconds, memory = time.perf_counter() - started, peak_memory_mib()
+        progress.advance(1, "made")
+        check = _check(source, output, argument["prompts"], progress)
+    return {"seconds": round(seconds, 2), "memory_mib": memory, **more, **_sizes(source, output), "check": check}
+
+
+def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+    if name == "gptq":
+        return quantize(source, output, calibration)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float16 if name == "fp16" else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if name not in ("fp16", "bf16"):
+        options |= {"quantization_config": _quantization(name), "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(str(source), **options)
+    if name == "fp16":
+        _refuse_overflow(model)
+    model.save_pretrained(str(output))
+    return {}
+
+
+def _quantization(name: str) -> Any:
+    """The configuration of transformers for one format."""
+    import torch
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(version=2, set_inductor_config=False))
+    from lib.runs.machine import bitsandbytes_problem
+
+    if problem := bitsandbytes_problem():
+        raise InputError(f"bitsandbytes does not work here ({problem}).", "a working one.", "see `workbook doctor`.")
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _refuse_overflow(model: PreTrainedModel) -> None:
+    """Weights above 65,504 became infinite."""
+    import torch
+
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{name} exceeds the range of float16.", "weights below 65,504.", "use bf16.")
+
+
+def _copy_companions(source: Path, output: Path) -> None:
+    """Tokenizer, template, generation settings and licences; every file readable by the group."""
+    for path in source.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, output / path.name)
+        elif path.suffix != ".safetensors" and path.name not in _OWN:
+            shutil.copyfile(path, output / path.name)
+    for path in output.rglob("*"):
+        if path.is_file():
+            readable_by_group(path)
+
+
+def _sizes(source: Path, output: Path) -> dict[str, Any]:
+    from lib.models.loading import weight_bytes
+    from lib.models.weights import open_weights
+
+    saved = open_weights(output)
+    plain = {tensor.dtype for tensor in saved.tensors.values() if tensor.dtype in ("F32", "F16", "BF16")}
+    return {
+        "weights": open_weights(source).parameters,
+        "weight_bytes": weight_bytes(output),
+        "tensor_bytes": saved.nbytes,
+        "dtypes": sorted(plain),
+    }
+
+
+def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
+    """How far the saved folder's next-token distributions are from the merged model's on the ends of some prompts.
+
+    Raises:
+        InputError: the folder does not load, or gives numbers that are not finite.
+    """
+    import numpy as np
+
+    own = _log_probs(output, prompts)
+    progress.advance(1, "loaded again")
+    if not np.isfinite(own).all():
+        raise InputError(
+            f"the {output.name} model gives log-probabilities that are not finite.",
+            "numbers.",
+            "leave this format out: the model's activations exceed its range.",
+        )
+    merged = _log_probs(source, prompts)
+    progress.advance(1, "compared")
+    kld = (np.exp(merged) * (merged - own)).sum(axis=1)
+    return {
+        "prompts": len(prompts),
+        "positions": len(own),
+        "mean_kld": float(kld.mean()),
+        "same_top": float((own.argmax(axis=1) == merged.argmax(axis=1)).mean()),
+    }
+
+
+def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
+    """Log-probabilities after the last positions of each prompt, (positions, V), loaded and dropped again."""
+    import numpy as np
+
+    from lib.models.loading import load_as_saved
+    from lib.scoring.torch_backend import TransformersBackend
+
+    backend = TransformersBackend(load_as_saved(folder), name=folder.name)
+    found = [backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts]
+    backend.close()
+    return np.concatenate(found)

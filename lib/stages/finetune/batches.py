@@ -1,0 +1,388 @@
+"""Rows as token ids, grouped by length, padded to the longest of their batch.
+A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.progress import track
+from lib.prompts.classification import encode
+from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import AnyTask, encode_row
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Rows as token ids, grouped by length, padded to the longest of their batch.
+
+IGNORED = -100
+"""Label of a position that takes no part in the loss (transformers' and torch's convention)."""
+
+LENGTH_STEP = 16
+"""Batches are padded to a multiple of so many tokens: oneDNN keeps compiled products for each shape it meets, which
+for every length of its own took 2.0 GB after 80 updates of the offline base, and takes 1.0 GB so, at the same speed."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row, and where the loss is computed.
+
+    Attributes:
+        ids: prompt, then the answer word and the end of turn; or a whole conversation.
+        prompt_length: tokens in front of the first answer.
+        spans: (first, behind the last) position of every answer; None for one answer up to the end.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """The spans that the loss counts."""
+        return self.spans if self.spans is not None else ((self.prompt_length, len(self.ids)),)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Number of positions that the loss counts."""
+        return sum(stop - start for start, stop in self.answers)
+
+
+Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
+"""From rows to the tensors of one forward pass."""
+
+
+def examples(rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Any, what: str) -> list[Example]:
+    """Encode rows {"text", "label"} with the run's prompt, or rows {"messages"}."""
+    done = []
+    for row in track(rows, f"tokenizing {what} rows"):
+        if isinstance(task, ConversationTask):
+            whole = encode_row(tokenizer, task, row)
+            done.append(Example(whole.ids, whole.spans[0][0], tuple(whole.spans)))
+            continue
+        encoded = encode(tokenizer, task, row["text"], row["label"])
+        done.append(Example(encoded.prompt_ids + encoded.answer_ids, len(encoded.prompt_ids)))
+    return done
+
+
+class Collator:
+    """Pads on the right to a multiple of LENGTH_STEP; labels are IGNORED except on the answer."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, labels: int64 (rows, longest rounded up); row_tokens: int64 (), no padding."""
+        import torch
+
+        longest = max(len(example) for example in batch)
+        shape = (len(batch), -(-longest // LENGTH_STEP) * LENGTH_STEP)
+        ids = torch.full(shape, self.pad_id)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for i, example in enumerate(batch):
+            row = torch.tensor(example.ids)
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+            for start, stop in example.answers:
+                labels[i, start:stop] = row[start:stop]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "row_tokens": mask.sum()}
+
+
+class GroupedOrder:
+    """Order of the rows of an epoch: shuffled, of like length inside an update; a function of seed and epoch only.
+
+    Independent of torch's random state, so a resumed run draws the same order; independent of how an update is cut
+    into forward passes, so 1 × 4 rows and 4 × 1 rows make the same updates.
+
+    Args:
+        lengths: tokens of each row.
+        rows_per_update: batch size × accumulation steps.
+    """
+
+    def __init__(self, lengths: Sequence[int], rows_per_update: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.rows_per_update, self.seed, self.epoch = rows_per_update, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        size = self.rows_per_update
+        shuffled = rng.permutation(len(self.lengths))
+        updates = []
+        for start in range(0, len(shuffled), 50 * size):
+            pool = shuffled[start : start + 50 * size]
+            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
+            updates += [pool[i : i + size] for i in range(0, len(pool), size)]
+        whole = [update for update in updates if len(update) == size]
+        rest = [update for update in updates if len(update) < size]  # only the epoch's last update may be short
+        order = [whole[i] for i in rng.permutation(len(whole))] + rest
+        return iter(np.concatenate(order).tolist() if order else [])
+
+
+# A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.
+#
+# Each row attends to the prefix and to itself and its positions go on from the prefix, so loss and gradients are those
+# of the padded batch, while the layers compute the prefix once instead of once a row, and no padding inside the batch.
+# Dropout is the one difference in training: the prefix meets one random mask a micro-batch instead of one a row.
+
+ATTENTION = "shared_prefix"
+"""Name of the attention function in transformers' registry."""
+
+PACKED_LENGTH_STEP = 64
+"""The sequence is filled up to a multiple of at least so many tokens (why: batches.LENGTH_STEP)."""
+
+
+def filled_length(used: int) -> int:
+    """Tokens of a sequence that holds `used` ones: four to eight lengths from one power of two to the next.
+
+    oneDNN keeps compiled products for each length: 100 updates on ChnSentiCorp took 1,961 MiB with multiples of 64,
+    1,436 with multiples of 512 (6 % slower), and 1,532 so, as fast as the first.
+    """
+    step = max(PACKED_LENGTH_STEP, 1 << max(0, used.bit_length() - 3))
+    return -(-used // step) * step
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """Number of leading tokens that all rows have in common, in front of the last prompt token of every row.
+
+    The position that predicts a row's first answer token must stay the row's own.
+    """
+    if not examples:
+        return 0
+    first, last = min(e.ids for e in examples), max(e.ids for e in examples)  # the two that differ the earliest
+    limit = min(e.prompt_length for e in examples) - 1
+    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return max(0, min(common, limit))
+
+
+class PackedCollator:
+    """Makes the packed sequence of a micro-batch.
+
+    Args:
+        pad_id: token that fills the end.
+        prefix: number of leading tokens that every row has in common (`shared_prefix`).
+    """
+
+    def __init__(self, pad_id: int, prefix: int) -> None:
+        self.pad_id, self.prefix = pad_id, prefix
+
+    def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """One sequence of N tokens for B rows, whose longest has S tokens behind the prefix of P tokens.
+
+        Returns:
+            input_ids, position_ids, labels: int64 (1, N).
+            gather: int64 (B, S), position in the sequence of each row's tokens (an empty place repeats the last one).
+            scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix; −1 for the filling.
+            row_tokens: int64 (), tokens of all rows, the prefix counted once a row.
+        """
+        import torch
+
+        prefix, widest = self.prefix, max(len(e) for e in batch) - self.prefix
+        used = prefix + sum(len(e) - prefix for e in batch)
+        total = filled_length(used)
+        ids, labels = torch.full((1, total), self.pad_id), torch.full((1, total), IGNORED)
+        positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.full((total - prefix,), -1)
+        gather = torch.empty((len(batch), widest), dtype=torch.int64)
+        ids[0, :prefix], positions[0, :prefix] = torch.tensor(batch[0].ids[:prefix]), torch.arange(prefix)
+        at = prefix
+        for i, example in enumerate(batch):
+            row = torch.tensor(example.ids)
+            own = len(row) - prefix
+            ids[0, at : at + own], positions[0, at : at + own] = row[prefix:], torch.arange(prefix, len(row))
+            for start, stop in example.answers:
+                labels[0, at + start - prefix : at + stop - prefix] = row[start:stop]
+            gather[i] = at + torch.arange(widest).clamp(max=own - 1)
+            scatter[at - prefix : at - prefix + own] = i * widest + torch.arange(own)
+            at += own
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "labels": labels,
+            "gather": gather,
+            "scatter": scatter,
+            "row_tokens": torch.tensor(sum(len(e) for e in batch)),
+        }
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    gather: torch.Tensor | None = None,
+    scatter: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed sequence; without `gather` transformers' own scaled dot-product attention.
+
+    Args:
+        query: (1, heads, N, width); key, value: (1, key/value heads, N, width).
+        attention_mask: bool (1, 1, S, P + S), what a row's own tokens see: the prefix and themselves, causally.
+        gather, scatter: from `PackedCollator`.
+
+    Returns:
+        (1, N, heads, width), and no weights.
+    """
+    from torch.nn.functional import scaled_dot_product_attention as attend
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if gather is None or scatter is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    prefix = query.shape[2] - len(scatter)
+    groups = module.num_key_value_groups
+
+    def seen(states: torch.Tensor) -> torch.Tensor:
+        """Prefix and own tokens of every row: (rows, heads, prefix + widest, width)."""
+        front = states[:, :, :prefix].expand(len(gather), -1, -1, -1)
+        return repeat_kv(_join(front, _unpack(states, gather, scatter)), groups)
+
+    own = _unpack(query, gather, scatter)
+    behind = attend(own, seen(key), seen(value), attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    behind = _pack(behind.transpose(1, 2), gather, scatter)
+    if not prefix:
+        return behind, None
+    front = attend(
+        query[:, :, :prefix],
+        repeat_kv(key[:, :, :prefix], groups),
+        repeat_kv(value[:, :, :prefix], groups),
+        is_causal=True,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return _join(front.transpose(1, 2), behind, 1), None
+
+
+def _unpack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """(1, heads, N, width) to (rows, heads, widest, width): every row's own tokens."""
+    flat = _functions()[0](states[0].transpose(0, 1), gather, scatter)
+    return flat.unflatten(0, gather.shape).transpose(1, 2)
+
+
+def _pack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+    """(rows, widest, heads, width) to (1, N − P, heads, width): the reverse of `_unpack`."""
+    return _functions()[1](states.flatten(0, 1), gather, scatter)[None]
+
+
+@functools.cache
+def _functions() -> tuple[Any, Any]:
+    """Both ways as autograd functions: each one's gradient is the other way, where torch would add up in bfloat16.
+
+    That is exact because an empty place has no gradient: no token of a row sees it, and nobody reads what it sees.
+    """
+    import torch
+
+    class Unpack(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+            context.save_for_backward(gather, scatter)
+            return states.index_select(0, gather.reshape(-1))
+
+        @staticmethod
+        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            gather, scatter = context.saved_tensors
+            back = upstream.index_select(0, scatter.clamp(min=0))
+            back[scatter < 0] = 0
+            prefix = int(gather[0, 0])
+            return torch.cat([back.new_zeros(prefix, *back.shape[1:]), back]), None, None
+
+    class Pack(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+            context.save_for_backward(gather, scatter)
+            return states.index_select(0, scatter.clamp(min=0))
+
+        @staticmethod
+        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            gather, _ = context.saved_tensors
+            places = gather.reshape(-1) - gather[0, 0]
+            back = upstream.index_select(0, places)
+            repeated = torch.zeros_like(gather, dtype=torch.bool)
+            repeated[:, 1:] = gather[:, 1:] == gather[:, :-1]
+            back[repeated.reshape(-1)] = 0
+            return back, None, None
+
+    return Unpack.apply, Pack.apply
+
+
+def _join(first: torch.Tensor, second: torch.Tensor, axis: int = 2) -> torch.Tensor:
+    import torch
+
+    return torch.cat([first, second], axis) if first.shape[axis] else second
+
+
+def packed_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Keyword arguments of the decoder for a packed batch."""
+    import torch
+
+    widest, total = batch["gather"].shape[1], batch["input_ids"].shape[1]
+    prefix = total - len(batch["scatter"])
+    mask = torch.ones((widest, prefix + widest), dtype=torch.bool, device=batch["input_ids"].device).tril(prefix)
+    return {
+        **{key: batch[key] for key in ("input_ids", "position_ids", "gather", "scatter")},
+        "attention_mask": mask[None, None],  # transformers hands a mask of four dimensions on as it is
+    }
+
+
+def unpackable(model: Any, longest: int) -> str | None:
+    """Why the layers of this model do not treat a packed row of `longest` tokens as a padded one, by its configuration.
+
+    A window that is shorter than a row hides its beginning, and a layer without attention (Mamba, gated delta rule)
+    carries its state from one row into the next. None: nothing speaks against it.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of {' and '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < longest:
+        return f"it has layers with a sliding window of {window} tokens, and a row of {longest}"
+    layers = getattr(model.get_decoder(), "layers", ())
+    if not layers or not all(hasattr(getattr(layer, "self_attn", None), "num_key_value_groups") for layer in layers):
+        return "its layers are not of the kind of Qwen or Llama"
+    return None
+
+
+def use_packed_attention(model: Any) -> tuple[str | None, str]:
+    """Switch a model's attention to `packed_attention`, which leaves batches that are not packed as they were.
+
+    Returns:
+        None, or why transformers cannot (then it is unchanged); and the name of the attention it had.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    try:
+        model.set_attn_implementation(ATTENTION)
+    except (ValueError, AttributeError) as error:
+        return f"transformers: {' '.join(str(error).split())[:120]}", before
+    if config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(before)
+        return "its attention function cannot be changed", before
+    return None, before
+
+
+def restore_attention(model: Any, name: str) -> None:
+    """Back to the attention that `use_packed_attention` found."""
+    model.set_attn_implementation(name)

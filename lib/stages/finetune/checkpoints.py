@@ -1,0 +1,174 @@
+"""What a training computes in: number format, 4 bits or not, kind of device; and checkpoints made in something else.
+Checkpoints that are complete or not there: a record with sizes and hashes is written last; resume trusts only it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.runs import machine
+from lib.runs.files import flush_to_disk, read_json, readable_by_group, sha256_json, write_json
+from lib.runs.manifest import hash_folder
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+
+
+# What a training computes in: number format, 4 bits or not, kind of device; and checkpoints made in something else.
+#
+# The product's record names one of each, so a training does not go on in another: it begins afresh, and says so.
+
+ARITHMETIC_RECORD = "arithmetic.json"
+"""Beside the checkpoints."""
+
+
+def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]:
+    """Remove what an interrupted training left if it computed in another way, and record how this one computes.
+
+    Args:
+        folder: of the work; hidden files are not the training's.
+
+    Returns:
+        For the reader: what was different, in a sentence; nothing where all is as it was.
+    """
+    asked = {"dtype": machine.compute_dtype(settings.dtype)[0], "in_4bit": in_4bit, "device": machine.torch_device()}
+    before, messages = _before(folder), []
+    there = any(folder.glob("checkpoints/checkpoint-*"))
+    if before != asked and (before or there):
+        words = f"the checkpoints were made in {_words(before)}, and now it is {_words(asked)}: trained afresh"
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("."):
+                path.unlink()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S%z")
+        (folder / "training.log").write_text(f"{stamp} {words}\n", encoding="utf-8")
+        messages = [words] if there else []
+    if before != asked:
+        write_json(folder / "checkpoints" / ARITHMETIC_RECORD, asked)
+    return messages
+
+
+def _before(folder: Path) -> dict[str, object] | None:
+    path = folder / "checkpoints" / ARITHMETIC_RECORD
+    try:
+        found = read_json(path) if path.is_file() else None
+    except InputError:
+        return None
+    return found if isinstance(found, dict) and found.keys() == {"dtype", "in_4bit", "device"} else None
+
+
+def _words(what: dict[str, object] | None) -> str:
+    if what is None:
+        return "an unknown number format"
+    return f"{what['dtype']} on {what['device']}{' over a base in 4 bits' if what['in_4bit'] else ''}"
+
+
+# Checkpoints that are complete or not there: a record with sizes and hashes is written last; resume trusts only it.
+
+RECORD = "complete.json"
+
+STAGED = ".staged"
+"""Folder beside the checkpoints for what is not complete."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint of one training."""
+
+    step: int
+    path: Path
+    eval_loss: float | None
+
+
+def publish(staged: Path, final: Path, step: int) -> None:
+    """Seal a staged checkpoint with its record and rename it to its place; a kill in between leaves nothing there."""
+    files = hash_folder(staged)
+    for name in files:
+        readable_by_group(staged / name)
+        flush_to_disk(staged / name)
+    write_json(staged / RECORD, _sealed({"step": step, "eval_loss": None, "files": files}))
+    shutil.rmtree(final, ignore_errors=True)
+    staged.rename(final)
+    flush_to_disk(final.parent)
+
+
+def judge(path: Path, eval_loss: float) -> None:
+    """Add the validation loss to a checkpoint's record; a kill in between leaves the record without it."""
+    staged = path.parent / STAGED / RECORD
+    write_json(staged, _sealed({**_record(path), "eval_loss": eval_loss}))
+    staged.replace(path / RECORD)
+    flush_to_disk(path)
+
+
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a hash over the rest of it: its step and loss are believed, too."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return {**content, "sha256": sha256_json(content)}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A checkpoint's record.
+
+    Raises:
+        InputError: it is not as it was written, or of another step than the folder.
+    """
+    found = read_json(path / RECORD)
+    if not isinstance(found, dict) or _sealed(found) != found or found.get("step") != _step(path):
+        raise InputError(f"{path / RECORD} is damaged.", "the record of this checkpoint.", "delete the checkpoint.")
+    return found
+
+
+def problem(path: Path) -> str | None:
+    """Why a checkpoint folder cannot be trusted, in words; None when every file is as recorded."""
+    if not (path / RECORD).is_file():
+        return f"{path.name} is incomplete (no {RECORD})"
+    try:
+        wanted = _record(path)["files"]
+    except InputError:
+        return f"{path.name} is damaged ({RECORD})"
+    found = hash_folder(path)
+    found.pop(RECORD, None)
+    for name in sorted(set(wanted) | set(found)):
+        if wanted.get(name) != found.get(name):
+            return f"{path.name} is damaged ({name})"
+    return None
+
+
+def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
+    """All verified checkpoints of a training, oldest first, and what is wrong with the others."""
+    good, problems = [], []
+    for path in sorted(filter(Path.is_dir, folder.glob("checkpoint-*")), key=_step):
+        if wrong := problem(path):
+            problems.append(wrong)
+        else:
+            record = _record(path)
+            good.append(Checkpoint(record["step"], path, record["eval_loss"]))
+    return good, problems
+
+
+def _step(path: Path) -> int:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss (the earlier one of equals); None when none was evaluated."""
+    judged = [c for c in checkpoints if c.eval_loss is not None]
+    return min(judged, key=lambda c: (c.eval_loss, c.step)) if judged else None
+
+
+def prune(folder: Path, newest: int = 2) -> None:
+    """Keep the `newest` verified checkpoints and the best one; remove the others and the damaged."""
+    good, _ = find(folder)
+    keep = {c.path for c in good[-newest:]}
+    if chosen := best(good):
+        keep.add(chosen.path)
+    for path in filter(Path.is_dir, folder.glob("checkpoint-*")):
+        if path not in keep:
+            shutil.rmtree(path)

@@ -1,0 +1,246 @@
+"""Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
+How the rows of a micro-batch are laid out for this model: packed behind their shared prefix, or padded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.stages.finetune.batches import (
+    IGNORED,
+    Collate,
+    Collator,
+    Example,
+    PackedCollator,
+    packed_inputs,
+    restore_attention,
+    shared_prefix,
+    unpackable,
+    use_packed_attention,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
+#
+# A classification prompt has two or three loss positions among a hundred: running the output layer at those alone gives
+# the same loss and gradients as `model(labels=…)` and saves the [rows, length, vocabulary] tensor (PERFORMANCE §5.1).
+
+HEAD_ROWS = 256
+"""Positions whose logits exist at one time: 156 MB in float32 for a vocabulary of 151,936."""
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model inside a PeftModel (LoRA layers stay in place), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy (nats) over the answer tokens of a batch (padded or packed), and their number."""
+    inner = causal_model(model)
+    inputs = packed_inputs(batch) if "gather" in batch else {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with autocast(inner):
+        hidden = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        targets = batch["labels"][:, 1:]
+        chosen = targets != IGNORED
+        loss = head_loss(inner.get_output_embeddings(), hidden[:, :-1][chosen], targets[chosen])
+    return loss, int(chosen.sum())
+
+
+def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy (nats) of the output layer at the given positions.
+
+    A frozen output layer works through HEAD_ROWS positions at a time and keeps their gradient in place of their
+    logits, so a long answer needs no [positions, vocabulary] tensor and no second pass.
+
+    Args:
+        hidden: (positions, width), the last hidden states.
+        targets: int64 (positions,).
+    """
+    import torch
+
+    frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    if frozen and len(hidden) > HEAD_ROWS:
+        return _frozen_head()(hidden, head.weight, targets)
+    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+@functools.cache
+def _frozen_head() -> Any:
+    import torch
+
+    class FrozenHead(torch.autograd.Function):
+        """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk."""
+
+        @staticmethod
+        def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            loss = torch.zeros((), device=hidden.device)
+            gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+            with torch.autocast(hidden.device.type, enabled=False):
+                for start in range(0, len(hidden), HEAD_ROWS):
+                    part = slice(start, start + HEAD_ROWS)
+                    logits = (hidden[part].to(weight.dtype) @ weight.T).float()
+                    true = targets[part, None]
+                    loss += (logits.logsumexp(1) - logits.gather(1, true)[:, 0]).sum()
+                    if gradient is not None:
+                        logits = logits.softmax(1)
+                        logits.scatter_add_(1, true, torch.full_like(true, -1, dtype=logits.dtype))
+                        gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+            context.save_for_backward(gradient)
+            return loss
+
+        @staticmethod
+        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+            (gradient,) = context.saved_tensors
+            return gradient * upstream.to(gradient.dtype), None, None
+
+    return FrozenHead.apply
+
+
+def autocast(model: Any) -> contextlib.AbstractContextManager:
+    """bfloat16 products where the base is bfloat16 (the adapter's float32 weights are rounded for the product)."""
+    import torch
+
+    low = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16) if low else contextlib.nullcontext()
+
+
+# How the rows of a micro-batch are laid out for this model: packed behind their shared prefix, or padded.
+
+ENLARGED = 1024.0
+"""Factor on the hidden states for which the logits are compared; a power of two is exact in every number format."""
+
+SAME = 1e-4
+"""Relative difference of the logits from which on they count as others; they come from one product of one shape."""
+
+LEAK = 1e-5
+"""Relative change of a row's loss from which on its neighbours count as seen: of equal shapes, so rounding is none."""
+
+CLOSE, CLOSE_LOW = 1e-4, 5e-2
+"""Difference of the two layouts' losses, relative to 1 + the loss, up to which they count as equal: in float32, and in
+16 bits. SmolLM2-135M, six pairs of rows: at most 2e-6 in float32, 0.8 to 3.0 % in bfloat16, whose step at logits of 32
+is a quarter of a nat (0.5 %, set on random weights, left the packed layout out for no fault). Padded batches of other
+sizes are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, exact in every format."""
+
+
+def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Collate, str]:
+    """The collator for these rows, and in words what it does (and why, where it could not be the packed one).
+
+    The packed layout is taken where the configuration allows it and it proves right on the shortest and the longest
+    row: its loss is that of the padded layout, and the shorter row does not change the loss of the longer one.
+
+    Args:
+        rows: of training and validation together: the prefix is what all of them have in common.
+
+    Raises:
+        InputError: the model's logits are not its output layer on its last hidden state (it scales or caps them), so
+            that computing them at the answer tokens alone would be wrong.
+    """
+    padded = Collator(pad_id)
+    sample = [min(rows, key=len), max(rows, key=len)]
+    inner = causal_model(model)
+    with _evaluating(model):
+        _require_plain_logits(model, _on_device(model, padded([sample[0]])))
+        problem = unpackable(inner, len(sample[1]))
+        if problem is None:
+            packed = PackedCollator(pad_id, shared_prefix(rows))
+            problem = _try_packing(model, padded, packed, sample)
+        if problem is None:
+            text = f"packed: the {packed.prefix} tokens that all rows begin with are computed once a micro-batch"
+            return packed, text
+    return padded, f"padded to the longest of like length ({problem})"
+
+
+def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: list[Example]) -> str | None:
+    """Switch the model to the packed layout; or say why not, with the model as it was."""
+    inner = causal_model(model)
+    expected = _mean_loss(model, _on_device(model, padded(sample)))
+    problem, before = use_packed_attention(inner)
+    if problem is not None:
+        return problem
+    if not _close(model, _mean_loss(model, _on_device(model, packed(sample))), expected):
+        problem = "its loss differs from the model's own"
+    elif _sees_neighbours(model, packed, sample):
+        problem = "its rows see one another"
+    if problem is not None:
+        restore_attention(inner, before)
+    return problem
+
+
+def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Example]) -> bool:
+    """Whether the second row's loss changes with the first row's own tokens.
+
+    Both batches have one shape, so without a leak even bfloat16 computes the same numbers: this finds a state that
+    leaks from row to row where the loss as such differs by no more than rounding does.
+    """
+    first, second = sample
+    other = [*first.ids[: packed.prefix], *[packed.pad_id] * (len(first) - packed.prefix)]
+    losses = [
+        _mean_loss(model, _on_device(model, packed([Example(ids, first.prompt_length, ()), second])))
+        for ids in (first.ids, other)
+    ]
+    return abs(losses[0] - losses[1]) > LEAK * (1 + abs(losses[0]))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout and gradients, and back."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _on_device(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    device = causal_model(model).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
+    total, count = answer_loss(model, batch)
+    return total.item() / count
+
+
+def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """The model's own logits are what its output layer makes of the same hidden states.
+
+    Those are enlarged, so that a cap on the logits shows whatever their size is.
+    """
+    inner, seen = causal_model(model), []
+
+    def enlarge(module: Any, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * ENLARGED
+        seen.append(output.last_hidden_state)
+        return output
+
+    handle = inner.get_decoder().register_forward_hook(enlarge)
+    try:
+        with autocast(inner):
+            own = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits.float()
+            plain = inner.get_output_embeddings()(seen[0]).float()
+    finally:
+        handle.remove()
+    if (own - plain).abs().max() > SAME * plain.abs().max():
+        raise InputError(
+            "the base model scales or caps its logits (as Gemma 2 and Granite do).",
+            "logits that are the output layer's (Qwen, Llama, Mistral, Phi-3, Gemma 3).",
+            "choose another base_model.",
+        )
+
+
+def _close(model: Any, found: float, expected: float) -> bool:
+    import torch
+
+    low = causal_model(model).get_input_embeddings().weight.dtype != torch.float32
+    return abs(found - expected) <= (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))

@@ -1,0 +1,421 @@
+"""Which layers get an adapter: the check of target_modules, for a training and for the advice before it.
+Memory a training needs, estimated before it starts, and what to change when it is too much.
+Which way of training fits this machine, with its arithmetic: from a parameter file and the model's shape alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from lib.errors import InputError
+from lib.models.base_model import how_to_get
+from lib.runs import machine
+from lib.runs.files import user_path
+from lib.runs.machine import no_warnings, quiet
+from lib.settings import OFFLINE_BASE
+from lib.stages.finetune.layout import HEAD_ROWS
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+
+
+# Which layers get an adapter: the check of target_modules, for a training and for the advice before it.
+
+
+def with_adapter(model: Any, settings: Settings) -> Any:
+    """The model with a fresh LoRA on its `target_modules`.
+
+    Raises:
+        InputError: target_modules names no layer of this model, or one that a merge could not change.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = settings.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",") if name.strip()]
+        if bad := sorted({"lm_head", "embed_tokens"} & set(targets)):
+            raise InputError(
+                f"target_modules names {bad[0]}.",
+                "linear layers of the blocks: small Qwen models tie their embeddings, and a merge would be wrong.",
+                "set target_modules: all-linear.",
+            )
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with no_warnings():
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(
+            f"target_modules {settings.target_modules!r} ({error}).", "names of linear layers.", "set it to all-linear."
+        ) from None
+
+
+# Memory a training needs, estimated before it starts, and what to change when it is too much.
+
+NF4_BITS = 4.127
+"""Bits a weight in NF4 with double quantization: 4 + 8/64 + 32/(64·256) (QLoRA, Dettmers et al. 2023, §3)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate depends on. Sizes in numbers of weights, lengths in tokens.
+
+    Attributes:
+        length: of the longest row; prefix: tokens at its beginning that a micro-batch computes once for all rows.
+        answer: loss tokens of the row that has most.
+    """
+
+    linear: int
+    other: int
+    adapter: int
+    layers: int
+    hidden: int
+    intermediate: int
+    key_value: int
+    vocabulary: int
+    rows: int
+    length: int
+    answer: int
+    weight_bytes: float
+    in_4bit: bool
+    checkpointing: bool
+    dropout: bool
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by purpose. `process` is what Python and its libraries take already (0 on a GPU)."""
+
+    process: int
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(dataclasses.astuple(self))
+
+    def to_json(self) -> dict[str, int]:
+        """By purpose, with the total."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+
+def estimate(shape: Shape, process: int = 0) -> Estimate:
+    """Bytes for LoRA training.
+
+    Weights: their stored size (NF4 for linear layers in 4 bits). Adapter, gradients, AdamW: 4, 4 and 8 bytes a
+    trainable weight. Activations: the tensors that autograd keeps for a Qwen2 layer, a token: about 16 × hidden,
+    6 × key/value width and 6 × intermediate in the compute format (with dropout another 7 copies of layer inputs),
+    and 2 norms in float32. With gradient checkpointing one hidden state a layer and the whole of one layer.
+    Logits: loss positions (HEAD_ROWS at a time) × vocabulary × 12 bytes: float32 values, log-probabilities and
+    gradient; in bfloat16 values and gradient once more in that format, but the float32 values are freed first.
+    """
+    s = shape.weight_bytes
+    weights = shape.linear * (NF4_BITS / 8 if shape.in_4bit else s) + shape.other * s
+    inputs = 5 * shape.hidden + shape.intermediate + shape.key_value if shape.dropout else 0
+    layer = s * (16 * shape.hidden + 6 * shape.key_value + 6 * shape.intermediate + 1.5 * inputs) + 16 * shape.hidden
+    tokens = shape.prefix + shape.rows * (shape.length - shape.prefix)
+    kept = shape.layers * s * shape.hidden + layer if shape.checkpointing else shape.layers * layer
+    return Estimate(
+        process=process,
+        weights=round(weights),
+        adapter=4 * shape.adapter,
+        gradients=4 * shape.adapter,
+        optimizer=8 * shape.adapter,
+        activations=round(tokens * kept),
+        logits=round(min(shape.rows * shape.answer, HEAD_ROWS) * shape.vocabulary * 12),
+    )
+
+
+def shape_of(model: Any, settings: Settings, length: int, answer: int, in_4bit: bool, prefix: int = 0) -> Shape:
+    """The shape of this training: `length` tokens in the longest row, `answer` loss tokens a row."""
+    inner = model.get_base_model()
+    config = inner.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    embedding = inner.get_input_embeddings().weight
+    tied = inner.get_output_embeddings().weight is embedding
+    other = embedding.numel() * (1 if tied else 2)
+    everything = _logical_parameters(model) - adapter
+    return Shape(
+        linear=everything - other,
+        other=other,
+        adapter=adapter,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        key_value=head * config.num_key_value_heads,
+        vocabulary=config.vocab_size,
+        rows=settings.per_device_train_batch_size,
+        length=length,
+        answer=answer,
+        weight_bytes=embedding.element_size(),
+        in_4bit=in_4bit,
+        checkpointing=settings.gradient_checkpointing,
+        dropout=settings.lora_dropout > 0,
+        prefix=prefix,
+    )
+
+
+def _logical_parameters(model: Any) -> int:
+    """Number of weights, packed 4-bit ones counted as two a byte."""
+    total = 0
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        total += packed.shape.numel() if packed is not None else parameter.numel()
+    return total
+
+
+def advice(need: int, available: int, settings: Settings, can_4bit: bool) -> list[str]:
+    """What to change, the cheapest first, when `need` bytes exceed nine tenths of `available`; else nothing."""
+    if need <= 0.9 * available:
+        return []
+    steps = []
+    rows = settings.per_device_train_batch_size
+    if rows > 1:
+        more = settings.gradient_accumulation_steps * rows
+        steps.append(f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {more} (the same updates)")
+    if settings.lora_r > 4:
+        steps.append("lora_r: 4")
+    if not settings.load_in_4bit and can_4bit:
+        steps.append("load_in_4bit: true (and dtype: auto)")
+    if settings.max_seq_length > 128:
+        steps.append("max_seq_length: 128 (notebook 01 shows the share of texts cut)")
+    if not settings.gradient_checkpointing:
+        steps.append("gradient_checkpointing: true (about 30 % slower)")
+    return steps
+
+
+def refuse_impossible(need: int, total: int, steps: list[str]) -> None:
+    """Raise when the machine's whole memory is less than the estimate."""
+    if need > total:
+        raise InputError(
+            f"training needs about {need / 2**30:.1f} GiB; this machine has {total / 2**30:.1f} GiB.",
+            "a training that fits.",
+            "set " + ", then ".join(steps or ["base_model to a smaller one"]) + ".",
+        )
+
+
+# Which way of training fits this machine, with its arithmetic: from a parameter file and the model's shape alone.
+
+MOST = 0.9
+"""Share of the free memory that a plan may need; the estimate is good to about a tenth."""
+
+ANSWER_TOKENS = 4
+"""Loss tokens of a labelled row that are reckoned with: a label of up to three tokens, and the end of the turn."""
+
+OFFLOAD = (
+    "Offload (weights kept in the processor's memory or on a disk while a GPU trains) is not something "
+    "this workbook does."
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train.
+
+    Attributes:
+        name: in words. changes: the settings that differ from those asked for.
+        estimate: bytes by purpose of one process; need: bytes on one device, of all processes that share it.
+        possible: whether this machine can start so many processes.
+        fits: whether the need is at most MOST of what is free, too.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    estimate: Estimate
+    need: int
+    possible: bool
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "estimate": self.estimate.to_json()}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """All plans in the order of preference, and the first that fits (None: none does)."""
+
+    model: str
+    weights: int
+    tokens: int
+    device: str
+    devices: int
+    free: int
+    dtype: str
+    plans: tuple[Plan, ...]
+    chosen: Plan | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines; sizes in bytes."""
+        plain = {
+            key: getattr(self, key) for key in ("model", "weights", "tokens", "device", "devices", "free", "dtype")
+        }
+        chosen = self.chosen.name if self.chosen else None
+        return {**plain, "plans": [plan.to_json() for plan in self.plans], "recommended": chosen, "offload": OFFLOAD}
+
+
+def recommend(settings: Settings, source: str | None = None) -> Strategy:
+    """Estimate every plan for `base_model` (or the model folder `source`) and choose the first that fits.
+
+    Rows are reckoned as long as `max_seq_length`, and answers of conversations too: real rows need less.
+
+    Raises:
+        InputError: the model's configuration is not on this machine (nothing is downloaded).
+    """
+    quiet()
+    name = source or settings.base_model
+    dtype = machine.compute_dtype(settings.dtype)[0]
+    kind, free, devices = _machine()
+    base_model = _skeleton(name, dtype)
+    weights = sum(parameter.numel() for parameter in base_model.parameters())
+    adapted = with_adapter(copy.deepcopy(base_model).requires_grad_(False), settings)
+    process = psutil.Process().memory_info().rss if kind == "cpu" else 0
+    plans = []
+    for words, changes in _ways(settings, kind, devices):
+        asked = settings.model_copy(update=changes)
+        estimated = estimate(_shape(adapted, asked), process)
+        need = estimated.total * (asked.num_processes if kind == "cpu" else 1)
+        possible = kind == "cpu" or asked.num_processes <= devices
+        plans.append(Plan(words, changes, estimated, need, possible, possible and need <= MOST * free))
+    chosen = next((plan for plan in plans if plan.fits), None)
+    return Strategy(
+        name, weights, settings.max_seq_length, machine.device_name(), devices, free, dtype, tuple(plans), chosen
+    )
+
+
+def _machine() -> tuple[str, int, int]:
+    """Kind of device, bytes free on one (the fullest), and how many could train together."""
+    kind = machine.torch_device()
+    if kind != "cuda":
+        return kind, machine.available_memory(), 1
+    import torch
+
+    count = torch.cuda.device_count()
+    return kind, min(torch.cuda.mem_get_info(index)[0] for index in range(count)), count
+
+
+def _ways(settings: Settings, kind: str, devices: int) -> list[tuple[str, dict[str, Any]]]:
+    """All plans as words and changes, in the order of preference."""
+    ways: list[tuple[str, dict[str, Any]]] = [("as the parameter file says", {})]
+    if kind == "cuda" and devices > 1 and settings.num_processes != devices:
+        words, changes = _divided(settings, devices)
+        ways.insert(0, (f"{devices} processes, one on each GPU{words}", changes))
+    root: dict[str, Any] = {}
+    if settings.num_processes > 1:
+        words, single = _divided(settings, 1)
+        ways.append((f"a single process{words}", single))
+        root = single if kind != "cuda" or settings.num_processes > devices else {}
+    for words, changes in _alternatives(settings.model_copy(update=root)):
+        together = {**root, **changes}
+        words += ", a single process" if root else ""
+        ways.append((words, {key: value for key, value in together.items() if getattr(settings, key) != value}))
+    return ways
+
+
+def _divided(settings: Settings, processes: int) -> tuple[str, dict[str, Any]]:
+    """The changes for so many processes with as many rows an update; and a word where that cannot be divided."""
+    rows, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    update = rows * passes * settings.num_processes
+    if update % processes:
+        more = rows * passes * processes
+        return f" (an update of {more} rows, not {update})", {"num_processes": processes}
+    each = update // processes
+    fitting = max(size for size in range(1, min(rows, each) + 1) if each % size == 0)
+    changes = {"num_processes": processes, "per_device_train_batch_size": fitting}
+    changes["gradient_accumulation_steps"] = each // fitting
+    return "", {key: value for key, value in changes.items() if getattr(settings, key) != value}
+
+
+def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
+    """What to change, the least harmful first: first what leaves the updates as they are, then 4 bits."""
+    rows, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    small: dict[str, Any] = {}
+    if rows > 1:
+        small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * passes}
+    plans = [("one row a forward pass", small)] if small else []
+    again = {**small, "gradient_checkpointing": True}
+    if not settings.gradient_checkpointing:
+        plans.append(("gradient checkpointing", again))
+    if not settings.load_in_4bit and machine.bitsandbytes_problem() is None:
+        four = {"load_in_4bit": True, "dtype": "auto"}
+        if not settings.gradient_checkpointing:
+            plans.append(("QLoRA", {**small, **four}))
+        plans.append(("QLoRA with gradient checkpointing", {**again, **four}))
+    return plans
+
+
+def _shape(model: Any, settings: Settings) -> Shape:
+    """Sizes of a plan; `model` has the adapter, which is the same in all plans, and no weights."""
+    answer = ANSWER_TOKENS if settings.task == "classification" else settings.max_seq_length
+    return shape_of(model, settings, settings.max_seq_length, answer, settings.load_in_4bit)
+
+
+def _skeleton(name: str, dtype: str) -> Any:
+    """The model without weights, from its configuration."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), no_warnings():
+        return AutoModelForCausalLM.from_config(
+            _config(name), dtype=getattr(torch, dtype), trust_remote_code=False, attn_implementation="sdpa"
+        )
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    if name == OFFLINE_BASE:
+        from lib.models.offline_base import BaseRecipe, TokenizerRecipe, model_config
+
+        return model_config(BaseRecipe(), TokenizerRecipe().vocabulary)
+    folder = user_path(name)
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
+        from lib.models.base_model import refuse_without_template
+        from lib.models.unpack_configuration import transformers_config
+        from lib.models.unpack_source import read_source
+
+        refuse_without_template(str(folder))
+        return transformers_config(read_source(folder).config, folder)
+    if name.lower().endswith(".gguf"):
+        raise InputError(f"no file {folder}.", "a .gguf file.", f"{how_to_get(folder)}.")
+    file = folder / "config.json" if folder.is_dir() else folder if folder.name == "config.json" else _cached(name)
+    if file is None or not file.is_file():
+        raise InputError(
+            f"no config.json of {name} on this machine (nothing is downloaded here).",
+            "a model folder, or a model that notebook 01 has downloaded before.",
+            "give the model's folder: workbook doctor PARAMS --model FOLDER.",
+        )
+    try:
+        return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} cannot be used ({reason}).", "a causal language model.", "check the model.") from None
+
+
+def _cached(name: str) -> Path | None:
+    """config.json in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name.partition("@")[0], "config.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -1,0 +1,226 @@
+"""QLoRA: the adapter was trained on a base rounded to NF4. Into which base should it be merged?
+
+Two answers are measured against the model that was trained, the adapter on the NF4 base: the original weights (finer
+than what the adapter saw), and the NF4 weights turned back into 16 bits (exactly what it saw, rounding included).
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.models.weights import INDEX, open_weights
+from lib.progress import Progress
+from lib.scoring.perplexity import kl_divergence
+
+if TYPE_CHECKING:
+    from lib.prompts.tasks import AnyTask
+    from lib.statistics.intervals import Interval
+
+
+NF4, ORIGINAL, DEQUANTIZED = "adapter on the NF4 base", "original", "dequantized"
+"""The trained model, and the two merges, as `merge_base` names them."""
+
+ROWS, POSITIONS = 200, 4
+"""Validation rows on which they are compared, and last positions of each prompt whose distributions are."""
+
+_SMALL_FILES = ("config.json", INDEX, "generation_config.json", "LICENSE", "NOTICE")
+
+
+@dataclass(frozen=True)
+class Nf4Result:
+    """One of the three models on the same rows. Shares and divergences are [estimate, low, high] with 95 % intervals.
+
+    Attributes:
+        model: `NF4`, `ORIGINAL` or `DEQUANTIZED`.
+        rows, positions: prompts, and positions of them at which distributions are compared.
+        kld: mean KL(NF4 ‖ this) of the next token, nats a position; bootstrap over prompts.
+        same_top: share of positions with the same most probable token (no interval: positions depend on each other).
+        label_agreement: share of rows with the same label as the NF4 model (Wilson); None for rows without labels.
+        accuracy: share of rows with the right label (Wilson); None for rows without labels.
+        size_mb: of the merged weights; None for the NF4 model, which is not merged.
+    """
+
+    model: str
+    rows: int
+    positions: int
+    kld: list[float]
+    same_top: float
+    label_agreement: list[float] | None
+    accuracy: list[float] | None
+    size_mb: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Nf4Comparison:
+    """All three, and which merge is closer to what was trained.
+
+    Attributes:
+        difference: KL of the dequantized merge minus KL of the original one, nats; [estimate, low, high], paired
+            bootstrap over prompts. Below zero: the dequantized base is closer.
+        closer: `ORIGINAL`, `DEQUANTIZED`, or None when the interval holds zero.
+    """
+
+    results: list[Nf4Result]
+    difference: list[float]
+    closer: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Nf4Comparison:
+        """The reverse of `to_json`."""
+        return cls([Nf4Result(**row) for row in value["results"]], value["difference"], value["closer"])
+
+
+def dequantize_base(base: Path, folder: Path) -> Path:
+    """Write `base` with every 4-bit layer's weight replaced by what its NF4 form stands for, in the base's dtype.
+
+    The layers and their weights are taken from the model as QLoRA loads it, so they are those that were trained on.
+
+    Raises:
+        InputError: bitsandbytes does not work here, or the folder is not usable.
+    """
+    from safetensors.torch import save_file
+
+    from lib.models.loading import load_model
+    from lib.runs.machine import quiet
+
+    quiet()
+    import bitsandbytes as bnb
+
+    weights = open_weights(base)
+    model = load_model(base, load_in_4bit=True)
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    folder.mkdir(parents=True)
+    with Progress("turning the NF4 base back into 16 bits (tensors)", len(weights.tensors)) as progress:
+        for file in weights.files:
+            tensors = {}
+            for name, stored in weights.tensors.items():
+                if stored.file == file:
+                    tensors[name] = stored.tensor()
+                    if name in layers:
+                        packed = layers[name].weight
+                        wide = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+                        tensors[name] = wide.to("cpu", tensors[name].dtype).contiguous()
+                    progress.advance()
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+    for name in _SMALL_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    return folder
+
+
+def compare_merges(
+    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Path
+) -> Nf4Comparison:
+    """Measure both merges against the adapter on the NF4 base.
+
+    Args:
+        merges: folder of the merged model by `ORIGINAL` and `DEQUANTIZED`.
+        rows: {"text", "label"} or {"messages"}; validation rows, because a choice may follow.
+        tokenizer: folder of the run's tokenizer.
+
+    Raises:
+        InputError: a model cannot be loaded.
+    """
+    from lib.models.loading import load_model, load_tokenizer
+    from lib.prompts.classification import label_ids
+    from lib.prompts.tasks import has_labels, probe_ids
+
+    reader = load_tokenizer(tokenizer)
+    prompts = [probe_ids(reader, task, row) for row in rows]
+    answers = label_ids(reader, task) if has_labels(task) else []
+    truth = np.array([row["label"] for row in rows]) if has_labels(task) else None
+    loaders = {
+        NF4: lambda: load_model(base, load_in_4bit=True, adapter=adapter),
+        **{name: lambda path=path: load_model(path) for name, path in merges.items()},
+    }
+    measured = {}
+    progress = Progress("comparing with the adapter on the NF4 base", len(loaders) * 2 * len(prompts))
+    with progress, tempfile.TemporaryDirectory(prefix="workbook-nf4-") as stored:
+        for name, load in loaders.items():
+            measured[name] = _measure(load(), prompts, answers, Path(stored), progress)
+            gc.collect()
+    sizes = {name: open_weights(path).nbytes / 1e6 for name, path in merges.items()}
+    return _summary(measured, truth, sizes)
+
+
+@dataclass
+class _Measured:
+    """A model's answers: (rows, labels) log-probabilities; KL from the NF4 model and equal tops, a prompt each."""
+
+    labels: np.ndarray | None
+    divergence: list[np.ndarray]
+    same_top: list[np.ndarray]
+
+
+def _measure(
+    model: Any, prompts: list[list[int]], answers: list[list[int]], stored: Path, progress: Progress
+) -> _Measured:
+    """Measure one model; the first one (of the reference) leaves its distributions in `stored`."""
+    from lib.scoring.torch_backend import TransformersBackend
+
+    backend = TransformersBackend(model, batch_size=16)
+    found = _Measured(backend.label_log_probs(prompts, answers) if answers else None, [], [])
+    progress.advance(len(prompts))
+    for i, ids in enumerate(prompts):
+        mine, path = backend.window_log_probs(ids, max(0, len(ids) - POSITIONS)), stored / f"{i}.npy"
+        if not path.is_file():
+            np.save(path, mine)
+        reference = np.load(path)
+        found.divergence.append(kl_divergence(reference, mine))
+        found.same_top.append(reference.argmax(-1) == mine.argmax(-1))
+        progress.advance()
+    backend.close()
+    return found
+
+
+def _summary(measured: dict[str, _Measured], truth: np.ndarray | None, sizes: dict[str, float]) -> Nf4Comparison:
+    from lib.statistics.intervals import paired_bootstrap, wilson
+
+    by_prompt = {name: np.array([kld.mean() for kld in found.divergence]) for name, found in measured.items()}
+    n = len(by_prompt[NF4])
+    reference = measured[NF4].labels
+
+    def share(found: _Measured, wanted: np.ndarray | None) -> list[float] | None:
+        if found.labels is None or wanted is None:
+            return None
+        return _with_limits(wilson(int((found.labels.argmax(1) == wanted).sum()), n))
+
+    results = []
+    for name, found in measured.items():
+        results.append(
+            Nf4Result(
+                model=name,
+                rows=n,
+                positions=sum(map(len, found.same_top)),
+                kld=_with_limits(paired_bootstrap(by_prompt[name])),
+                same_top=float(np.concatenate(found.same_top).mean()),
+                label_agreement=share(found, None if reference is None else reference.argmax(1)),
+                accuracy=share(found, truth),
+                size_mb=sizes.get(name),
+            )
+        )
+    difference = paired_bootstrap(by_prompt[DEQUANTIZED] - by_prompt[ORIGINAL])
+    closer = None
+    if difference.excludes_zero():
+        closer = DEQUANTIZED if difference.estimate < 0 else ORIGINAL
+    return Nf4Comparison(results, _with_limits(difference), closer)
+
+
+def _with_limits(interval: Interval) -> list[float]:
+    return [interval.estimate, interval.low, interval.high]

@@ -1,0 +1,293 @@
+"""Rows that a phone answers for comparison: of the user's own file, or of the sample corpus.
+web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import InputError
+from lib.prompts.classification import Task
+from lib.runs.child import run_child
+from lib.runs.files import PROJECT, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
+from lib.runs.run import Run
+from lib.stages.package.facts import Facts
+from lib.stages.package.gguf_parts import split_gguf
+from lib.stages.package.self_test import CHECKED_TOKENS, Turns, prompt_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Rows that a phone answers for comparison: of the user's own file, or of the sample corpus.
+
+MOST = 50
+"""Rows that a phone answers."""
+
+_LINE = re.compile(r"\r\n|\r|\n")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a phone page.
+
+    Attributes:
+        texts: at most MOST.
+        source: where they come from, in words.
+        places: of each text, for messages ("rows.txt, line 3"); empty where nobody could correct a row.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    places: tuple[str, ...] = ()
+
+
+def find_rows(run: Run, path: Path | None) -> Rows:
+    """The rows of a file; None = of the sample corpus where the run is made from it, else none.
+
+    Raises:
+        InputError: a file that cannot be read as rows, by name and line.
+    """
+    data = run.require("data")
+    if path is not None:
+        return read_rows(path)
+    if data.entry.facts.get("sample_data"):
+        rows = [row for row in read_jsonl(data.path / "test.jsonl") if row.get("text") and not row.get("leaked")]
+        return Rows(tuple(row["text"] for row in rows[:MOST]), "test rows of the workbook's own sample corpus")
+    return Rows((), "the package's own sentences")  # whether other rows may be passed on is not known here
+
+
+def read_rows(path: Path) -> Rows:
+    """One text a line, or JSONL with "text"; empty lines are no rows.
+
+    Raises:
+        InputError: no file, not UTF-8, a line that is no row, or no row at all.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}.", "--rows with one text a line, or JSONL.", "check the path.")
+    lines = [
+        (number, line)
+        for number, line in enumerate(_LINE.split(utf8(path, path.read_bytes()).removeprefix("\ufeff")), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise InputError(f"{path} holds no text.", 'one text a line, or JSONL with "text".', "check the file.")
+    json_lines = path.suffix.lower() == ".jsonl"
+    texts = [_text(path, number, line) if json_lines else line.strip() for number, line in lines]
+    source = f"rows of {path.name}, which the user named"
+    if len(texts) > MOST:
+        source += f" (the first {MOST} of {len(texts):,})"
+    places = tuple(f"{path}, line {number}" for number, _ in lines[:MOST])
+    return Rows(tuple(texts[:MOST]), source, places)
+
+
+def _text(path: Path, number: int, line: str) -> str:
+    """The text of one line of JSONL."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _no_row(path, number, f"is not JSON ({error})") from None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise _no_row(path, number, "holds no text")
+    if _SURROGATE.search(text):
+        raise _no_row(path, number, "holds half of a surrogate pair, which is no character")
+    return text.strip()
+
+
+def _no_row(path: Path, number: int, what: str) -> InputError:
+    return InputError(f"{path}, line {number} {what}.", 'an object with "text" in every line.', "correct that line.")
+
+
+def fitting(rows: Rows, lengths: list[int], n_ctx: int) -> tuple[list[int], str]:
+    """The rows whose prompt and answer fit into the context, and the source with what is left out.
+
+    Args:
+        lengths: tokens of each row's prompt and answer.
+
+    Raises:
+        InputError: there are rows, and none fits.
+    """
+    kept = [i for i, length in enumerate(lengths) if length < n_ctx]
+    if lengths and not kept:
+        place = rows.places[0] if rows.places else "the first row"
+        raise InputError(
+            f"{place} has {lengths[0]:,} tokens with the prompt, and no other row is shorter than the context.",
+            f"rows of less than {n_ctx:,} tokens with the prompt.",
+            "name shorter rows with --rows.",
+        )
+    dropped = len(lengths) - len(kept)
+    words = f" ({dropped} of {len(lengths)} left out, longer than the context)" if dropped else ""
+    return kept, rows.source + words
+
+
+# web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by.
+
+FOLDER, LIBRARY = "web", "wllama"
+LARGEST_PART = 500_000_000
+"""Bytes above which the file is split, with room to spare below the 512 MB from which browsers make trouble."""
+
+_PAGE = Path(__file__).with_name("web")
+_VERSION = "wllama/package.json"
+_FILES = {
+    "wllama/esm/index.min.js": "index.min.js",
+    "wllama/esm/wasm/wllama.wasm": "wllama.wasm",
+    "wllama/LICENCE": "LICENCE",
+    "wllama-compat/wasm/wllama.js": "compat.js",
+    "wllama-compat/wasm/wllama.wasm": "compat.wasm",
+}
+"""Files of the npm packages @wllama/wllama and @wllama/wllama-compat, and their names in web/wllama/."""
+
+
+@dataclass(frozen=True)
+class WebRequest:
+    """What the page is made of.
+
+    Attributes:
+        library: node_modules/@wllama with the files that are copied.
+        version: of wllama.
+        rows: that the phone answers for comparison.
+    """
+
+    library: Path
+    version: str
+    rows: Rows
+
+    def parameters(self) -> dict[str, Any]:
+        """What decides whether the page has to be made again."""
+        page = {path.name: sha256_file(path) for path in sorted(_PAGE.iterdir())}
+        return {"web": {"wllama": self.version, "rows": sha256_json(self.rows.texts), "page": sha256_json(page)}}
+
+
+def request_web(run: Run, rows: Path | None) -> WebRequest:
+    """Look for the library and the rows before anything is made.
+
+    Args:
+        rows: file of the user's own rows: one text a line, or JSONL with "text"; None = rows of the sample corpus where
+            the run is made from it, else the package's own five sentences.
+
+    Raises:
+        InputError: the library was not fetched; a file that cannot be read as rows.
+    """
+    if missing := library_lacks():
+        raise InputError(
+            f"the phone page needs the npm package @wllama/wllama, and {missing[0]} is not in .cache/wllama.",
+            "the library, fetched once.",
+            "run make wllama (needs npm and a network).",
+        )
+    return WebRequest(_library(), library_version(), find_rows(run, rows))
+
+
+def _library() -> Path:
+    return PROJECT / ".cache" / "wllama" / "node_modules" / "@wllama"
+
+
+def library_lacks() -> list[str]:
+    """Files of the library that `make wllama` would fetch and that are not there."""
+    return [name for name in (*_FILES, _VERSION) if not (_library() / name).is_file()]
+
+
+def library_version() -> str:
+    """Version of the library that was fetched."""
+    return str(read_json(_library() / _VERSION)["version"])
+
+
+def write_web(
+    request: WebRequest,
+    facts: Facts,
+    info: dict[str, Any],
+    turns: Turns,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    n_threads: int,
+) -> str:
+    """Write folder/web; returns where its rows come from and how many are left out, in words.
+
+    Args:
+        info: content of model_info.json.
+        folder: of the package; the GGUF file lies in it.
+
+    Raises:
+        InputError: labels that split a character; rows of which none fits into the context.
+    """
+    web = folder / FOLDER
+    shutil.copytree(_PAGE, web)
+    (web / LIBRARY).mkdir()
+    for source, name in _FILES.items():
+        shutil.copyfile(request.library / source, web / LIBRARY / name)
+    gguf = folder / facts.file
+    _require_whole_characters(tokenizer, info["labels"])
+    rows, source = _answered(request.rows, facts, info, turns, tokenizer, gguf, n_threads)
+    write_json(web / "rows.json", {"source": source, "rows": rows})
+    parts = [gguf] if facts.bytes <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
+    write_json(web / "page.json", _page(request, facts, info["sha256"], gguf, parts))
+    return source
+
+
+def _page(request: WebRequest, facts: Facts, sha256: str, gguf: Path, parts: Sequence[Path]) -> dict[str, Any]:
+    """The content of page.json."""
+    return {
+        "format": 1,
+        "title": facts.title,
+        "run": facts.run,
+        "file": facts.file,
+        "bytes": sum(path.stat().st_size for path in parts),
+        "sha256": sha256,
+        "parts": [
+            {
+                "url": f"../{path.name}" if path == gguf else f"parts/{path.name}",
+                "bytes": path.stat().st_size,
+                "sha256": sha256 if path == gguf else sha256_file(path),
+            }
+            for path in parts
+        ],
+        "wllama": request.version,
+        "checked_tokens": min(CHECKED_TOKENS, facts.most),
+        "notes": facts.notes,
+    }
+
+
+def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequence[dict[str, Any]]) -> None:
+    """The page hands tokens on as text, which half a character is not."""
+    for label in labels:
+        if "\ufffd" in "".join(tokenizer.decode([number]) for number in label["ids"]):
+            raise InputError(
+                f"the tokens of the label {label['name']!r} split a character.",
+                "labels whose tokens are whole characters.",
+                "train with other label_names, or package without --web.",
+            )
+
+
+def _answered(
+    rows: Rows,
+    facts: Facts,
+    info: dict[str, Any],
+    turns: Turns,
+    tokenizer: PreTrainedTokenizerBase,
+    gguf: Path,
+    n_threads: int,
+) -> tuple[list[dict[str, Any]], str]:
+    """The rows with the labels' log-probabilities here, those of model_info.json where there are no others; source."""
+    if not isinstance(facts.task, Task):
+        return [], rows.source
+    if not rows.texts:
+        return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]], rows.source
+    system, wording = facts.task.system_prompt, facts.task.user_prompt
+    prompts = [prompt_of(tokenizer, turns, system, wording.replace("{text}", text)) for text in rows.texts]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    kept, source = fitting(rows, [len(own) + facts.most for own in ids], facts.n_ctx)
+    request = {"prompts": [ids[i] for i in kept], "labels": [label["ids"] for label in info["labels"]], "most": 1}
+    request |= {"path": str(gguf.resolve()), "ends": [], "n_threads": n_threads}
+    answers = run_child("lib.stages.package.self_test:answer", request, f"asking {gguf.name} the phone's rows")[
+        "answers"
+    ]
+    return [
+        {"text": rows.texts[i], "labels": answer["labels"]} for i, answer in zip(kept, answers, strict=True)
+    ], source

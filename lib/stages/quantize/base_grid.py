@@ -1,0 +1,351 @@
+"""The base's own weights under the names and in the row order of a GGUF. For child processes only.
+Whether the base's weights lie on the grid of a quantization type. For child processes only.
+What is left of a fine-tuning in the weights of every file, tensor by tensor. For child processes only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
+from lib.progress import Progress
+from lib.settings import NF4
+from lib.stages.quantize import importance_matrix, llama_library
+from lib.stages.quantize.fisher import row_order
+from lib.stages.quantize.llama_library import Header, rows_of
+from lib.stages.quantize.tensor_errors import place
+from lib.stages.quantize.type_costs import PLAIN
+
+# The base's own weights under the names and in the row order of a GGUF. For child processes only.
+
+LEAST_MOVE = 1e-5
+"""‖δ‖ / ‖base‖ below which a tensor counts as not moved: 16-bit floats of two kinds differ by less."""
+_MANTISSA = {"BF16": 7, "F16": 10}
+_LEAST_F16 = 2.0**-24
+BLOCK = 32
+"""Weights that are asked together whether a rounding gave them back: the block of the smaller types."""
+_FINE_BITS = 6.25
+"""Bits a weight from which a type's steps are as small as those of 16-bit floats at a block's largest weight."""
+
+
+@dataclass(frozen=True)
+class BaseMatrix:
+    """A matrix of the base as a GGUF has it."""
+
+    stored: StoredTensor
+    order: np.ndarray
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    def rows(self, start: int, stop: int, step: int = 1) -> np.ndarray:
+        """Every `step`-th row, float32, (rows, columns); `start` and `stop` as in a slice."""
+        values = self.stored.raw().view(NUMPY[self.dtype]).reshape(self.stored.shape)
+        return widen(values[self.order[start:stop:step]], self.dtype)
+
+
+def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], list[str]]:
+    """The base's matrix for every matrix of a GGUF that was made from it, and those of the GGUF that have none.
+
+    Vectors are left out: no type rounds them. An output matrix that the base ties is its embedding.
+
+    Args:
+        folder: the base model, safetensors.
+        source: header of the GGUF.
+
+    Raises:
+        InputError: no 16- or 32-bit weights in the folder, or none that the GGUF has.
+    """
+    import gguf
+
+    kind = source.text("general.architecture")
+    blocks = source.number(f"{kind}.block_count") or 0
+    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), None)
+    if number is None:
+        raise InputError(f"{source.path.name} has architecture {kind!r}.", "one that gguf knows.", "convert it again.")
+    names = gguf.get_tensor_name_map(number, blocks)
+    config = _config(folder)
+    stored = {}
+    for name, tensor in open_weights(folder).tensors.items():
+        if len(tensor.shape) == 2 and (new := names.get_name(name, try_suffixes=(".weight",))):
+            tensor.require_floats()
+            stored[new] = tensor
+    if "output.weight" not in stored and "token_embd.weight" in stored:
+        stored["output.weight"] = stored["token_embd.weight"]
+    matrices = [name for name, tensor in source.tensors.items() if len(tensor["shape"]) > 1]
+    fit = [name for name in matrices if name in stored and list(stored[name].shape[::-1]) == _shape(source, name)]
+    if not fit:
+        found = f"none of the {len(matrices)} matrices of {source.path.name} is in the base {folder}."
+        raise InputError(found, "the base that it was trained from.", "run 01 again with the right base_model.")
+    found = {name: BaseMatrix(stored[name], row_order(name, config, stored[name].shape[0])) for name in fit}
+    return found, [name for name in matrices if name not in found]
+
+
+def _shape(source: Header, name: str) -> list[int]:
+    return source.tensors[name]["shape"]
+
+
+def _config(folder: Path) -> Any:
+    values: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = values.get("num_attention_heads")
+    return SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
+
+
+def given_back(rounded: np.ndarray, weights: np.ndarray, dtype: str, bits: float) -> np.ndarray:
+    """Which blocks of 32 a rounding gives back but for the last places of 16 bits, bool, (rows, columns / 32).
+
+    Weights that were dequantized once and stored in 16 bits lie half a last place off their grid, and the scale that
+    a quantizer takes from them as much; so two last places of the block's largest weight are allowed. Steps of types
+    with `_FINE_BITS` or more are not larger than that: there each weight may be off by one last place of its own. By
+    chance a generic block passes with a probability below 10⁻⁶ (two thirds of the weights or fewer, 32 times).
+
+    Args:
+        rounded, weights: float32, (rows, columns); columns fill blocks of 32.
+        dtype: of the stored weights as safetensors names it; 32 bits are held against float16.
+        bits: a weight of the type.
+    """
+    off, size = (_blocks(np.abs(values)) for values in (rounded - weights, weights))
+    if bits < _FINE_BITS:
+        return off.max(axis=-1) <= 2 * last_place(size.max(axis=-1), dtype)
+    return (off <= last_place(size, dtype)).all(axis=-1)
+
+
+def varied(weights: np.ndarray) -> np.ndarray:
+    """Blocks of 32 that are neither zero nor nearly constant (range below an eighth of the largest weight)."""
+    blocks = _blocks(weights)
+    return np.ptp(blocks, axis=-1) > np.abs(blocks).max(axis=-1) / 8
+
+
+def last_place(sizes: np.ndarray, dtype: str) -> np.ndarray:
+    """Distance of neighbouring 16-bit floats at magnitudes `sizes`, float32."""
+    exponents = np.frexp(sizes)[1] - 1 - _MANTISSA.get(dtype, _MANTISSA["F16"])
+    places = np.ldexp(np.float32(1), exponents)
+    return places if dtype == "BF16" else np.maximum(places, np.float32(_LEAST_F16))
+
+
+def _blocks(values: np.ndarray) -> np.ndarray:
+    return values.reshape(len(values), -1, BLOCK)
+
+
+# Whether the base's weights lie on the grid of a quantization type. For child processes only.
+#
+# Weights that were once dequantized from a type sit on its grid, and rounding them to it again gives them back. So does
+# rounding them with a fine-tuning's small change on top: the change is lost. What a model's weights come from is
+# written nowhere, so it is measured: the share of blocks of 32 that each type gives back.
+
+_NF4_BLOCK, _NF4_BITS = 64, 4.5
+_NF4_CODE = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023),
+        1.0,
+    ],
+    dtype=np.float32,
+)
+"""Dettmers et al. (2023), arXiv:2305.14314, appendix E."""
+_SAMPLED = 1 << 14
+"""Most weights of a matrix that are tried, in rows at even distances."""
+
+
+def measure(argument: dict[str, Any]) -> dict[str, Any]:
+    """Shares of blocks that each type gives back, of the matrices that fine-tuning moved: only there is anything to
+    lose. (Of all matrices where it moved none.)
+
+    Args:
+        argument: "base" (folder), "source" (the GGUF made from it, for names and row order), "imatrix" (path or None:
+            with one llama.cpp searches scales, which finds grids that the plain rounding misses).
+
+    Returns:
+        "types" ({type: share of the blocks of 32 of those matrices, weighted by their weights}; tried are NF4 and the
+        types that any tensor may have: those of two bits with a codebook take a hundred times as long), "distinct"
+        (different values in a block of 32, likewise, see `_distinct`), "blocks" (tried), "matrices" (tried).
+
+    Raises:
+        InputError: see `lib.stages.quantize.base_grid.base_matrices`; an importance matrix that cannot be read.
+    """
+    matrix = importance_matrix.read(Path(argument["imatrix"])) if argument["imatrix"] else None
+    shares: dict[str, list[tuple[float, int]]] = {}
+    distinct, blocks = [], 0
+    with llama_library.open_header(Path(argument["source"])) as source:
+        found, _ = base_matrices(Path(argument["base"]), source)
+        found = {name: stored for name, stored in found.items() if _moved(name, stored, source)} or found
+        with Progress("grid of the base's weights, tensors", len(found)) as progress:
+            for name, stored in found.items():
+                rows = stored.stored.shape[0]
+                weights = stored.rows(0, rows, _step(stored))
+                total = source.tensors[name]["weights"]
+                if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
+                    values = None if matrix is None else matrix.values.get(name)
+                    for kind, share in _shares(weights, stored.dtype, values, counted).items():
+                        shares.setdefault(kind, []).append((share, total))
+                    distinct.append((_distinct(weights)[counted].mean(), total))
+                    blocks += int(counted.sum())
+                progress.advance(note=name)
+    return {
+        "types": {kind: _mean(pairs) for kind, pairs in shares.items()},
+        "distinct": _mean(distinct) if distinct else None,
+        "blocks": blocks,
+        "matrices": len(found),
+    }
+
+
+def _step(stored: BaseMatrix) -> int:
+    """Distance of the rows that are tried."""
+    return max(1, -(-stored.stored.size // _SAMPLED))
+
+
+def _moved(name: str, stored: BaseMatrix, source: llama_library.Header) -> bool:
+    """Whether fine-tuning moved a matrix, by the rows that are tried."""
+    rows, step = stored.stored.shape[0], _step(stored)
+    base = stored.rows(0, rows, step)
+    tuned = rows_of(source.path, source.tensors[name], 0, rows, step)
+    return float(np.linalg.norm(tuned - base)) > LEAST_MOVE * float(np.linalg.norm(base))
+
+
+def _shares(weights: np.ndarray, dtype: str, values: np.ndarray | None, counted: np.ndarray) -> dict[str, float]:
+    """The share of the counted blocks that each type gives back; types whose blocks the rows do not fill are left
+    out."""
+    columns, found = weights.shape[1], {}
+    for kind in PLAIN:
+        if columns % llama_library.block_size(kind) == 0:
+            rounded = llama_library.dequantize_rows(kind, llama_library.quantize_rows(kind, weights, values))
+            bits = 8 * llama_library.row_bytes(kind, columns) / columns
+            found[kind] = float(given_back(rounded, weights, dtype, bits)[counted].mean())
+    if columns % _NF4_BLOCK == 0:
+        found[NF4] = float(given_back(nf4(weights), weights, dtype, _NF4_BITS)[counted].mean())
+    return found
+
+
+def nf4(weights: np.ndarray) -> np.ndarray:
+    """Rounded to NF4 with a float scale for every 64 weights, and back; float32, (rows, columns)."""
+    blocks = weights.reshape(-1, _NF4_BLOCK)
+    scale = np.abs(blocks).max(axis=1, keepdims=True)
+    scaled = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0)
+    nearest = np.searchsorted((_NF4_CODE[1:] + _NF4_CODE[:-1]) / 2, scaled)
+    return (_NF4_CODE[nearest] * scale).reshape(weights.shape)
+
+
+def _distinct(weights: np.ndarray) -> np.ndarray:
+    """Different values in each block of 32, (rows, columns / 32): of those that are not zero, scaled to 32 of them.
+
+    Zeros are no sign of a quantization: pruning sets many of them and leaves the others as they are.
+    """
+    ordered = np.sort(weights.reshape(len(weights), -1, BLOCK), axis=-1)
+    zeros = np.count_nonzero(ordered == 0, axis=-1)
+    different = 1 + np.count_nonzero(np.diff(ordered, axis=-1), axis=-1) - (zeros > 0)
+    return BLOCK * different / np.maximum(1, BLOCK - zeros)
+
+
+def _mean(pairs: list[tuple[float, int]]) -> float:
+    values, weights = zip(*pairs, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+# What is left of a fine-tuning in the weights of every file, tensor by tensor. For child processes only.
+#
+# With δ = tuned - base and q = file - base, ⟨q, δ⟩ / ⟨δ, δ⟩ is the share of δ that the file keeps: 1 where it rounds δ
+# as noise, 0 where it rounds it away. Rounding errors that have nothing to do with δ cancel in the sum.
+
+_PLACES = "BF16"
+"""Floats to whose last places a block counts as the base's: the change that is lost also moves a block's scale by some
+thousandths, which float16 would see."""
+_AT_ONCE = 1 << 22
+"""Weights of a tensor that are held together."""
+
+
+def measure_surviving(argument: dict[str, Any]) -> dict[str, Any]:
+    """Shares for every file.
+
+    Args:
+        argument: "base" (folder), "source" (the unquantized GGUF of the tuned model), "files" ({type: path}).
+
+    Returns:
+        "files": {type: [{"tensor", "layer", "kind", "type", "weights", "square" (‖δ‖²), "kept" (⟨q, δ⟩ / ‖δ‖²),
+        "changed", "returned"}]}, of the matrices that fine-tuning moved and the file quantizes (changed: blocks of 32
+        in which the tuned weights are not the base's to bfloat16; returned: those of them in which the file's are the
+        base's again); "moved" (‖δ‖ / ‖base‖ over all matrices), "in_blocks" (share of the weights in matrices of the
+        layers), "left_out" (matrices that the base does not have).
+
+    Raises:
+        InputError: see `lib.stages.quantize.base_grid.base_matrices`; a damaged file.
+    """
+    files: dict[str, list[dict[str, Any]]] = {name: [] for name in argument["files"]}
+    with contextlib.ExitStack() as stack:
+        source, *headers = (
+            stack.enter_context(llama_library.open_header(Path(path)))
+            for path in (argument["source"], *argument["files"].values())
+        )
+        found, left_out = base_matrices(Path(argument["base"]), source)
+        squares = np.zeros(2)
+        with Progress("what is left of the fine-tuning, tensors", len(found)) as progress:
+            for name, stored in found.items():
+                own = _tensor(name, stored, source, headers)
+                squares += own.delta, own.base
+                if own.delta > LEAST_MOVE**2 * own.base:
+                    for rows, header, sums in zip(files.values(), headers, own.sums, strict=True):
+                        if header.tensors[name]["type"] != source.tensors[name]["type"]:
+                            rows.append(_row(name, header, own.delta, sums))
+                progress.advance(note=name)
+        weights = {name: tensor["weights"] for name, tensor in source.tensors.items()}
+        inside = sum(weights[name] for name in found if place(name)["layer"] is not None)
+    moved = float(np.sqrt(squares[0] / squares[1]))
+    return {"files": files, "moved": moved, "in_blocks": inside / sum(weights.values()), "left_out": left_out}
+
+
+class _Sums:
+    """Σ of one tensor: ‖δ‖², ‖base‖², and for every file ⟨q, δ⟩, changed and returned blocks."""
+
+    def __init__(self, files: int) -> None:
+        self.delta, self.base, self.sums = 0.0, 0.0, np.zeros((files, 3))
+
+
+def _tensor(name: str, stored: BaseMatrix, source: Any, headers: list[Any]) -> _Sums:
+    rows, columns = stored.stored.shape
+    total, step = _Sums(len(headers)), max(1, _AT_ONCE // columns)
+    for start in range(0, rows, step):
+        base = stored.rows(start, start + step)
+        tuned = rows_of(source.path, source.tensors[name], start, start + step)
+        delta = tuned - base
+        total.delta += _dot(delta, delta)
+        total.base += _dot(base, base)
+        if not delta.any():
+            continue
+        for sums, header in zip(total.sums, headers, strict=True):
+            tensor = header.tensors[name]
+            made = rows_of(header.path, tensor, start, start + step)
+            sums[0] += _dot(made - base, delta)
+            if columns % BLOCK == 0:
+                bits = 8 * tensor["bytes"] / tensor["weights"]
+                changed = ~given_back(tuned, base, _PLACES, bits)
+                sums[1] += changed.sum()
+                sums[2] += (changed & given_back(made, base, _PLACES, bits)).sum()
+    return total
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->i", first, second).sum(dtype=np.float64))
+
+
+def _row(name: str, header: Any, square: float, sums: np.ndarray) -> dict[str, Any]:
+    tensor = header.tensors[name]
+    return {
+        "tensor": name,
+        **place(name),
+        "type": tensor["type"],
+        "weights": tensor["weights"],
+        "square": square,
+        "kept": float(sums[0]) / square,
+        "changed": int(sums[1]),
+        "returned": int(sums[2]),
+    }

@@ -1,0 +1,225 @@
+"""Pages and indexes from a manifest made by hand: what is shown, what is escaped, what may be missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from lib.report import html, index
+from lib.report.html import Stage, problems_in
+from lib.report.summary import summarise
+from lib.runs.files import write_json
+from lib.runs.run import Run, Work, open_run
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def make(run: Run, product: str, files: dict[str, Any], notes: list[str] = (), **filled: dict[str, Any]) -> None:
+    """Make a product with JSON files."""
+
+    def build(work: Work) -> None:
+        for name, value in files.items():
+            write_json(work.folder / name, value)
+        work.notes += notes
+        work.facts |= filled.get("facts", {})
+        work.metrics |= filled.get("metrics", {})
+
+    run.produce(product, build, parameters={"seed": 1, "system_prompt": HOSTILE})
+
+
+FACTS = {
+    "source": "a folder",
+    "base_model": "Qwen/Qwen3-0.6B",
+    "base_revision": "c1899de289a04d12100db370",
+}
+EVALUATION = {
+    "n": 100,
+    "accuracy_linear_floor": 0.9,
+    "accuracy_linear_floor_interval": [0.82, 0.95],
+    "accuracy_base": 0.5,
+    "accuracy_base_interval": [0.404, 0.596],
+    "accuracy_finetuned": 0.93,
+    "accuracy_finetuned_interval": [0.86, 0.97],
+    "accuracy_finetuned_leak_free": 0.91,
+    "accuracy_finetuned_leak_free_interval": [0.83, 0.96],
+}
+COMPARISON = {
+    "files": [
+        {
+            "type": "F16",
+            "bytes": 4_000_000,
+            "bits_per_weight": 16.0,
+            "accuracy": 0.93,
+            "accuracy_interval": [0.86, 0.97],
+        },
+        {
+            "type": "Q4_K_M",
+            "bytes": 1_250_000,
+            "bits_per_weight": 4.85,
+            "accuracy": 0.92,
+            "accuracy_interval": [0.85, 0.96],
+            "flips": 3,
+            "kld_mean": 0.0123,
+            "verdict": "cannot tell (MDE 4.2)",
+        },
+    ],
+    "recommendation": {"type": "Q4_K_M", "text": "Ship Q4_K_M: the smallest file that is not shown to be worse."},
+}
+
+
+def test_an_empty_run_gives_an_index_that_says_so(home: Path) -> None:
+    folder = home / "reports" / "empty"
+    summary = summarise(open_run("empty"))
+    page = index.write_run_index(folder, summary, [Stage("01_data", "01 · Data", "What?", False)], "It stopped.")
+    text = page.read_text(encoding="utf-8")
+    assert problems_in(text) == []
+    assert "It stopped." in text and "not read yet" in text and "Which file?" not in text
+
+
+def test_the_index_shows_headline_numbers(home: Path) -> None:
+    run = open_run("full")
+    make(run, "data", {"floor.json": {"test": {"accuracy": 0.1}}}, facts=FACTS, notes=["a fallback"])
+    make(run, "evaluation", {"evaluation.json": {}}, metrics=EVALUATION)
+    make(run, "comparison", {"comparison.json": COMPARISON})
+    folder = home / "reports" / "full"
+    text = index.write_run_index(folder, summarise(run), []).read_text(encoding="utf-8")
+    assert problems_in(text) == []
+    plain = re.sub(r"<[^>]+>", " ", text)
+    for words in (
+        *("0.930 [0.860, 0.970]", "0.910 [0.830, 0.960]", "0.500 [0.404, 0.596]", "0.900 [0.820, 0.950]"),
+        *("Ship Q4_K_M: the smallest", "Q4_K_M ★", "1.25", "4.85", "0.0123", "cannot tell (MDE 4.2)", "n = 100"),
+        *("Qwen/Qwen3-0.6B @ c1899de289a0", "a fallback"),
+    ):
+        assert words in plain, words
+    assert HOSTILE not in text and "&lt;script&gt;" in text
+    overview = index.write_all_index(home / "reports", 7).read_text(encoding="utf-8")
+    assert problems_in(overview) == []
+    assert "0.930 [0.860, 0.970]" in overview and "Q4_K_M, 1.25 MB" in overview and "0 of 7 pages" in overview
+
+
+def test_before_the_evaluation_the_floor_comes_from_the_data(home: Path) -> None:
+    run = open_run("early")
+    make(run, "data", {"floor.json": {"test": {"accuracy": 0.8, "predictions": [1] * 10}}}, facts=FACTS)
+    quality = summarise(run).qualities["linear floor"]["all"]
+    assert (
+        str(quality) == "0.800 [0.490, 0.943]"
+    )  # statsmodels.stats.proportion.proportion_confint(8, 10, method="wilson")
+
+
+def test_a_damaged_manifest_does_not_hide_the_other_runs(home: Path) -> None:
+    for name in ("good", "bad"):
+        index.write_run_index(home / "reports" / name, summarise(open_run(name)), [])
+    (home / "runs" / "bad").mkdir(parents=True)
+    (home / "runs" / "bad" / "manifest.json").write_text("{", encoding="utf-8")
+    text = index.write_all_index(home / "reports", 7).read_text(encoding="utf-8")
+    assert "good/index.html" in text and "its manifest cannot be read" in text
+
+
+def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..., Path]) -> None:
+    run = open_run("page")
+    stamp = "sample data: not a result about ChnSentiCorp"
+    make(run, "data", {"a.json": 1}, facts=FACTS, notes=[stamp])
+    path = write_notebook("01_data", "# Load the rows\nx = 1", "2", prose=["| a | b |\n|---|---|\n| 1 | 2 |"])
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-2].metadata["tags"] = ["remove_input"]
+    notebook.cells[-1].metadata["tags"] = ["remove_cell"]
+    figure = '<figure><img alt="it falls" src="data:image/png;base64,AA=="><figcaption>负面</figcaption></figure>'
+    notebook.cells[-2].outputs = [
+        nbformat.v4.new_output(
+            "display_data", {"text/html": figure, "text/plain": "<IPython.core.display.HTML object>"}
+        )
+    ]
+    nbformat.write(notebook, path)
+    stages = [Stage("01_data", "01 · Data", "", True), Stage("02_finetune", "02 · Fine-tune", "", False)]
+    text = html.render(path, summarise(run), stages)
+    assert problems_in(text) == []
+    assert '<html lang="en">' in text and "<title>01 · Data – run page</title>" in text
+    assert "sample data: not a result about ChnSentiCorp" in text
+    assert 'aria-current="page"' in text and "02_finetune.html" not in text
+    assert "<figcaption>负面</figcaption>" in text and "IPython.core" not in text
+    assert "Load the rows" not in text, "remove_input was not respected"
+    assert re.search(r'<div class="scroll"[^>]*><table', text), "a table does not scroll"
+    assert "SHA-256" in text and "torch" in text and HOSTILE not in text
+    assert text.count("<h1") == 1
+
+
+def test_a_page_shows_the_cells_of_its_task(home: Path, tmp_path: Path) -> None:
+    v4 = nbformat.v4
+    tagged = {"labels": "about labels", "answers": "about answers"}
+    cells = [v4.new_markdown_cell(text, metadata={"tags": [tag]}) for tag, text in tagged.items()]
+    path = tmp_path / "01_data.ipynb"
+    nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell("# 01 · Data\n\n> What?"), *cells]), path)
+    stages = [Stage("01_data", "01 · Data", "What?", True)]
+    for name, facts, shown, hidden in (
+        ("sorted", FACTS, "about labels", "about answers"),
+        ("spoken", {**FACTS, "task": "dialogue"}, "about answers", "about labels"),
+    ):
+        run = open_run(name)
+        make(run, "data", {"task.json": {}}, facts=facts)
+        page = html.render(path, summarise(run), stages)
+        assert shown in page and hidden not in page
+
+
+def test_the_comparison_opens_with_its_answer(home: Path, tmp_path: Path) -> None:
+    """Directly under the title and escaped, two paragraphs as on the overview; other pages have none."""
+    v4 = nbformat.v4
+    run = open_run("full")
+    advice = {"type": "Q4_K_M", "text": f"Ship Q4_K_M: it is <b>smallest</b>.\n\n{HOSTILE} was judged worse."}
+    make(run, "comparison", {"comparison.json": {**COMPARISON, "recommendation": advice}})
+    for name, opens in (("07_compare_quantized", True), ("06_quantize", False)):
+        path = tmp_path / f"{name}.ipynb"
+        cells = [v4.new_markdown_cell("# Title\n\n> What?"), v4.new_markdown_cell("# Another title")]
+        nbformat.write(v4.new_notebook(cells=cells), path)
+        page = html.render(path, summarise(run), [Stage(name, "Title", "What?", True)])
+        found = re.search(r"</h1>\s*<div class=\"answer\"><p>(.*?)</p><p>(.*?)</p></div>\s*<blockquote>", page, re.S)
+        assert bool(found) is opens and page.count('<div class="answer">') == opens and HOSTILE not in page
+        assert problems_in(page) == []
+    assert found is None
+    page = html.render(tmp_path / "07_compare_quantized.ipynb", summarise(open_run("nothing")), [])
+    assert '<div class="answer">' not in page
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters", "words"),
+    [
+        ("classification", {"equivalence_margin": 1.5}, ("±δ = 1.5 accuracy points", "exact McNemar", "flips")),
+        ("dialogue", {"perplexity_margin": 2.0}, ("±δ = 2 %", "ratio of perplexities", "answer perplexity")),
+    ],
+)
+def test_the_overview_explains_its_words(task: str, parameters: dict, words: tuple, home: Path, tmp_path: Path) -> None:
+    run = open_run("full")
+    content = {**COMPARISON, "recommendation": {"type": "Q4_K_M", "text": "Ship.", "rule": "The smallest that …"}}
+    make(run, "data", {"task.json": {}}, facts={**FACTS, "task": task})
+    given = {**parameters, "seed": 43}
+    run.produce("comparison", lambda work: write_json(work.folder / "comparison.json", content), given)
+    text = index.write_run_index(tmp_path, summarise(run), []).read_text(encoding="utf-8")
+    assert problems_in(text) == []
+    reading = re.search(r"How to read this</h3>\s*<dl.*?</dl>", text, re.S)[0]
+    common = (
+        "equivalent within δ",
+        "worse, better",
+        "cannot tell (MDE x)",
+        "Holm",
+        "KLD",
+        "seed 43",
+        "The smallest that",
+    )
+    assert all(word in reading for word in (*common, *words))
+
+
+def test_perplexities_stand_where_there_are_no_accuracies(home: Path, tmp_path: Path) -> None:
+    run = open_run("spoken")
+    model = {"perplexity": 12.5, "perplexity_interval": [11.0, 14.0]}
+    part = {"n": 40, "base": model, "finetuned": {**model, "perplexity": 12.0}}
+    make(run, "data", {"task.json": {}}, facts={**FACTS, "task": "dialogue"})
+    make(run, "evaluation", {"evaluation.json": {"parts": {"all": part}}}, metrics={"n": 40})
+    file = {"type": "F16", "bytes": 4_000_000, "answer_ppl": 12.034, "answer_ppl_interval": [11.0, 13.5]}
+    make(run, "comparison", {"comparison.json": {"files": [file], "recommendation": {}}})
+    text = index.write_run_index(tmp_path, summarise(run), []).read_text(encoding="utf-8")
+    assert "Perplexity of the reference answers" in text and "12.500 [11.000, 14.000]" in text
+    assert "answer perplexity ↓" in text and "12.034 [11.000, 13.500]" in text and "Accuracy" not in text

@@ -1,0 +1,303 @@
+"""The runner: order, parameters, failures of every kind, interruption, no page that looks finished and is not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import psutil
+import pytest
+
+from lib.errors import InputError
+from lib.report import execute
+from lib.report.html import broken_links, problems
+from lib.report.runner import ReportError, alone, run_report
+
+pytestmark = pytest.mark.usefixtures("unmeasured_children")
+
+Writer = Callable[..., Path]
+
+GOOD = "from lib.runs.run import open_run\nseed"
+
+WORK = """
+import sys
+from lib.progress import Progress
+with Progress('work', 2) as progress:
+    progress.advance()
+(seed, sys.executable)
+"""
+
+STAGE = """
+from lib.runs.run import open_run
+def build(work):
+    (work.folder / 'rows.txt').write_text(str(seed))
+    work.facts = {'source': 'a test', 'sample_data': True, 'offline_base': True, 'base_model': 'offline'}
+    stamp = 'offline base model, sample data: not a result about Qwen or ChnSentiCorp'
+    work.notes = [stamp, 'a fallback happened here']
+    work.metrics = {'rows': 3}
+product = open_run(run_name).produce('data', build, parameters={'seed': seed})
+product.message
+"""
+
+
+def report(params: Path, home: Path, **keywords):
+    lines: list[str] = []
+    try:
+        return run_report(params, notebooks=home / "notebooks", say=lines.append, **keywords), lines
+    except BaseException as error:
+        error.lines = lines
+        raise
+
+
+def test_success_publishes_pages_that_pass_the_checks(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", STAGE)
+    write_notebook(
+        "02_second",
+        WORK,
+    )
+    result, lines = report(params, home)
+    assert [p.name for p in result.pages] == ["01_first.html", "02_second.html"]
+    assert not [problem for page in result.pages for problem in problems(page)]
+    assert not broken_links(result.folder) and not broken_links(home / "reports")
+    first, second = (page.read_text(encoding="utf-8") for page in result.pages)
+    sentence = "offline base model, sample data: not a result about Qwen or ChnSentiCorp"
+    for text in (first, second, result.index.read_text(encoding="utf-8")):
+        assert sentence in text and "a fallback happened here" in text
+    assert f"(7, '{sys.executable}')" in second, "the override or this interpreter was not used"
+    assert '<a href="02_second.html">next</a>' in first and "README.md" not in first
+    assert any("work: 1/2" in line for line in lines) or any("work: 1 done" in line for line in lines)
+    assert (result.folder / "01_first.ipynb").is_file()
+    assert not list(result.folder.glob(".work-*")) and not (result.folder / "partial").exists()
+    assert 'href="test/index.html"' in (home / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+def test_only_declared_parameters_are_passed(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook(
+        "01_first", "assert 'learning_rate' not in globals()\nseed", parameters="seed: int = 1  # 1 = the seed"
+    )
+    result, _ = report(params, home, overrides={"learning_rate": 0.5})
+    notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
+    assert notebook.metadata.papermill.parameters == {"seed": 7}
+
+
+def test_paths_are_found_from_where_the_user_stands(
+    home: Path, params: Path, write_notebook: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notebook("01_first", "dataset", parameters='dataset: str = "sample"  # where')
+    (home / "my.csv").write_text("text,label\n", encoding="utf-8")
+    monkeypatch.chdir(home)
+    result, _ = report(params, home, overrides={"dataset": "my.csv"})
+    notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
+    assert notebook.metadata.papermill.parameters == {"dataset": str(home / "my.csv")}
+
+
+def test_notebook_that_declares_an_unknown_key_is_refused(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", GOOD, parameters="learning_rat: float = 0.1  # misspelt")
+    with pytest.raises(InputError, match="learning_rat"):
+        report(params, home)
+
+
+KILL = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+
+FAILURES = {
+    "input": (
+        "from lib.errors import InputError\nraise InputError('a', 'b', 'c')",
+        2,
+        r"01_first: Found: a Expected: b Do this: c$",
+    ),
+    "a kind of input": (
+        "from lib.hub.sources import SourceError\nraise SourceError('a', 'b', 'c', 'd')",
+        2,
+        r"01_first: Found: a Expected: b Do this: c$",
+    ),
+    "killed": (KILL, 1, r"01_first: the kernel died \(SIGKILL: probably out of memory\) in cell 3"),
+    "os._exit(0)": ("import os\nos._exit(0)", 1, r"01_first: the kernel died \(it ended itself with code 0\)"),
+    "sys.exit(0)": ("import sys\nsys.exit(0)", 1, r"01_first: cell 3 called sys.exit\(0\)"),
+    "crash": (
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",
+        1,
+        r"01_first: the kernel died \(SIGSEGV: a native library crashed\) in cell 3",
+    ),
+    "stderr": ("import sys\nprint('warning', file=sys.stderr)", 1, r"01_first: its page contains text on stderr"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failure_leaves_no_page(kind: str, home: Path, params: Path, write_notebook: Writer) -> None:
+    source, code, message = FAILURES[kind]
+    write_notebook("01_first", source, "'after'")
+    write_notebook("02_second", GOOD)
+    folder = home / "reports" / "test"
+    folder.mkdir(parents=True)
+    for name in ("01_first", "02_second"):
+        (folder / f"{name}.html").write_text("an old page", encoding="utf-8")
+    with pytest.raises(ReportError, match=message) as caught:
+        report(params, home)
+    assert caught.value.exit_code == code and caught.value.stage == "01_first"
+    assert "Traceback" not in str(caught.value)
+    assert [p.name for p in folder.glob("*.html")] == ["index.html"]
+    assert caught.value.evidence == folder / "partial" / "01_first.ipynb" and caught.value.evidence.is_file()
+    overview = (folder / "index.html").read_text(encoding="utf-8")
+    assert "not complete" in overview and "01_first" in overview and not broken_links(folder)
+    assert "incomplete: 0 of 2 pages" in (home / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+def test_failure_in_the_middle_keeps_the_pages_before(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", GOOD)
+    write_notebook("02_second", "import missing_package")
+    write_notebook("03_third", GOOD)
+    with pytest.raises(ReportError, match="02_second: cell 3 raised ModuleNotFoundError"):
+        report(params, home)
+    folder = home / "reports" / "test"
+    assert sorted(p.name for p in folder.glob("*.html")) == ["01_first.html", "index.html"]
+    assert not broken_links(folder), "a page links to one that was not made"
+
+
+def _wait_for_end(pid: int, seconds: float = 20.0) -> None:
+    """Wait until a process has ended (a zombie that nobody reaps has)."""
+    deadline = time.monotonic() + seconds
+    while psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        assert time.monotonic() < deadline, f"process {pid} outlived its notebook"
+        time.sleep(0.1)
+
+
+def test_timeout_ends_the_kernel_and_its_children(
+    home: Path, params: Path, write_notebook: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids, ahead = home / "pids", [0.0]
+    source = (
+        "import os, subprocess, time\nfrom lib.progress import Progress\nchild = subprocess.Popen(['sleep', '300'])\n"
+        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "with Progress('sleeping'):\n    time.sleep(300)"
+    )
+    write_notebook("01_first", source)
+    clock = SimpleNamespace(sleep=time.sleep, monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(execute, "time", clock)
+
+    def say(line: str) -> None:
+        if "sleeping" in line:  # the cell runs: now let an hour pass
+            ahead[0] = 3600.0
+
+    with pytest.raises(ReportError, match=r"longer than 3000 s and was stopped in cell 3") as caught:
+        run_report(params, notebooks=home / "notebooks", say=say, timeout=3000)
+    assert caught.value.exit_code == 1
+    for pid in pids.read_text().split():
+        _wait_for_end(int(pid))
+
+
+def _start(home: Path, params: Path) -> subprocess.Popen:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from lib.report.runner import Terminated\nfrom lib.report.runner import run_report\n"
+        f"try: run_report({str(params)!r}, notebooks=Path({str(home / 'notebooks')!r}))\n"
+        "except KeyboardInterrupt: sys.exit(130)\nexcept Terminated: sys.exit(143)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def _wait_for(path: Path, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_interruption_leaves_nothing_running_and_no_product(
+    number: int, code: int, home: Path, params: Path, write_notebook: Writer
+) -> None:
+    pid = home / "pid"
+    slow = f"""def build(work):
+    import os, time
+    (work.folder / 'half').write_text('x')
+    open({str(pid)!r}, 'w').write(str(os.getpid()))
+    time.sleep(300)"""
+    stage = STAGE.replace("def build(work):", slow)
+    write_notebook("01_first", stage)
+    runner = _start(home, params)
+    _wait_for(pid)
+    runner.send_signal(number)
+    runner.communicate(timeout=90)
+    assert runner.returncode == code
+    _wait_for_end(int(pid.read_text()))
+    run = home / "runs" / "test"
+    assert not (run / "data").exists() and not (run / "manifest.json").exists()
+    assert number == signal.SIGKILL or not (run / ".data.part").exists()
+    assert [p.name for p in (home / "reports" / "test").glob("*.html")] == ["index.html"]
+    if number == signal.SIGKILL:  # the only one that leaves something behind: the next report clears it
+        write_notebook("01_first", STAGE)
+        result, _ = report(params, home)
+        assert [p.name for p in result.pages] == ["01_first.html"] and not list(result.folder.glob(".work-*"))
+
+
+def test_from_keeps_the_pages_before(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", STAGE)
+    write_notebook("02_second", GOOD)
+    first, _ = report(params, home)
+    before = (first.folder / "01_first.ipynb").stat().st_mtime_ns
+    result, lines = report(params, home, start_from="2")
+    assert (result.folder / "01_first.ipynb").stat().st_mtime_ns == before and len(result.pages) == 2
+    assert lines[0] == "[2/2] 02_second"
+    with pytest.raises(InputError, match="--from '9'"):
+        report(params, home, start_from="9")
+
+
+def test_to_ends_there_and_leaves_no_later_page(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", STAGE)
+    write_notebook("02_second", GOOD)
+    report(params, home)
+    result, lines = report(params, home, end_at="01_first")
+    assert [page.name for page in result.pages] == ["01_first.html"] and not (result.folder / "02_second.html").exists()
+    assert not any("02_second" in line for line in lines)
+    with pytest.raises(InputError, match="--from 2 --to 1"):
+        report(params, home, start_from="2", end_at="1")
+
+
+def test_refused_parameters_leave_an_old_report_alone(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", GOOD)
+    result, _ = report(params, home)
+    with pytest.raises(InputError, match="seed"):
+        report(params, home, overrides={"seed": "many"})
+    assert result.pages[0].is_file()
+
+
+def test_lists_that_cannot_be_read_are_refused_before_anything_runs(
+    home: Path, params: Path, write_notebook: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_notebook("01_first", "terms", parameters='terms: str = ""  # where')
+    text = params.read_text(encoding="utf-8")
+    params.write_text(
+        f"{text}\ntask: dialogue\nsystem_prompt: x\ndataset: rows.jsonl\nterms: absent.txt\n", encoding="utf-8"
+    )
+    with pytest.raises(InputError, match=r"terms: .*absent\.txt") as error:
+        report(params, home)
+    assert error.value.lines == []
+    monkeypatch.chdir(home)
+    (home / "absent.txt").write_text("焦虑\n", encoding="utf-8")
+    (home / "counselling").mkdir()
+    expected = {"absent.txt": str(home / "absent.txt"), "counselling": "counselling"}  # a shipped list comes first
+    for given, passed in expected.items():
+        result, _ = report(params, home, overrides={"terms": given})
+        notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
+        assert notebook.metadata.papermill.parameters == {"terms": passed}
+
+
+def test_one_report_of_a_run_at_a_time(home: Path) -> None:
+    (home / ".work-old").mkdir()
+    with alone(home):
+        assert not (home / ".work-old").exists()
+        with pytest.raises(InputError, match="another process"), alone(home):
+            pass
+    with alone(home):
+        pass

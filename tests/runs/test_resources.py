@@ -1,0 +1,101 @@
+"""The sampler of processor, memory and GPU."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lib.runs.machine import DevicePeak
+from lib.runs.resources import ResourceSampler, read_samples, summary
+
+
+def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:
+    path = tmp_path / "resources.jsonl"
+    busy = "import time\nblock = bytearray(200 << 20)\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    with ResourceSampler(path, every=0.1):
+        subprocess.run([sys.executable, "-c", busy], check=True)
+    samples = read_samples(path)
+    assert len(samples) >= 5 and all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(samples))
+    most = max(sample["rss_mib"] for sample in samples)
+    assert most >= min(sample["rss_mib"] for sample in samples) + 150  # the child's block
+    found = summary(samples)
+    assert found["rss_mib_max"] == most and found["samples"] == len(samples)
+    assert 0 < found["cpu_percent_median"] < 100 * 64
+
+
+def test_a_continued_stage_goes_on_counting_behind_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "resources.jsonl"
+    path.write_text('{"seconds": 50.0, "cpu_percent": 100, "rss_mib": 10}\n3\n{}\n{"seconds": 5\n')
+    with ResourceSampler(path, every=0.05):
+        time.sleep(0.2)
+    seconds = [sample["seconds"] for sample in read_samples(path)]
+    assert seconds[0] == 50.0 and len(seconds) >= 2 and all(50 <= value < 60 for value in seconds)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's library counts by bus; for CUDA the fastest, number 3 there, is the first."""
+    fake = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 4,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda name: int(name.decode().removeprefix("GPU-")),
+        nvmlDeviceGetUtilizationRates=lambda index: SimpleNamespace(gpu=10 * index),
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=(index + 1) << 30),
+    )
+    cuda = SimpleNamespace(
+        device_count=lambda: 4,
+        get_device_properties=lambda index: SimpleNamespace(uuid=str((3 + index) % 4)),
+        is_available=lambda: False,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "expected"),
+    [
+        ("2,3,0", "PCI_BUS_ID", [2, 3]),
+        ("GPU-1,GPU-2", None, [1, 2]),
+        ("2,3", None, [3, 0]),  # what torch says that it sees
+        (None, None, [3, 0]),
+        ("", None, []),
+        ("-1", "PCI_BUS_ID", []),
+    ],
+)
+def test_gpus_by_nvidias_library(four_gpus, tmp_path: Path, monkeypatch, visible, order, expected) -> None:
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with ResourceSampler(tmp_path / "resources.jsonl", every=9, gpus=2):
+        pass
+    (sample,) = read_samples(tmp_path / "resources.jsonl")
+    if expected:
+        assert sample["gpu_percent"] == 5 * sum(expected) and sample["gpu_mib"] == (sum(expected) + 2) * 1024
+        assert summary([sample])["gpu_percent_median"] == sample["gpu_percent"]
+    else:
+        assert "gpu_percent" not in sample and "gpu_mib" not in sample
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_peak_of_the_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    peak = [9 << 30]
+    cuda = SimpleNamespace(
+        is_available=lambda: there,
+        reset_peak_memory_stats=lambda: peak.__setitem__(0, 1 << 30),
+        max_memory_allocated=lambda: peak[0],
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    with DevicePeak() as found:
+        peak[0] += 5
+    assert found.bytes == ((1 << 30) + 5 if there else 0)
+
+
+def test_summary_of_nothing() -> None:
+    assert summary([]) == {} and read_samples(Path("absent.jsonl")) == []

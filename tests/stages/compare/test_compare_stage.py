@@ -1,0 +1,65 @@
+"""The stage on a small run: products in, comparison out, skipped when nothing changed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib.errors import InputError
+from lib.runs.files import write_json, write_jsonl
+from lib.runs.run import Run, Work, open_run
+from lib.settings import Settings
+from lib.stages.compare.stage import compare
+from lib.stages.quantize.stage import quantize
+from tests.stages.compare.conftest import Ladder
+
+
+def make_run(ladder: Ladder) -> Run:
+    run = open_run("t")
+
+    def data(work: Work) -> None:
+        shutil.copytree(ladder.tokenizer_folder, work.folder / "tokenizer")
+        write_jsonl(work.folder / "test.jsonl", ladder.rows)
+        write_json(work.folder / "task.json", ladder.task.to_json())
+        work.facts["source"] = "generated rows"
+
+    def gguf(work: Work) -> None:
+        shutil.copyfile(ladder.reference, work.folder / "m-F16.gguf")
+
+    run.produce("data", data, parameters={})
+    run.produce("gguf", gguf, parameters={}, inputs=("data",))
+    return run
+
+
+def test_stage(ladder: Ladder, home: Path) -> None:
+    run = make_run(ladder)
+    settings = Settings(run_name="t", ladder=["Q8_0", "Q2_K"], n_ctx=128, perplexity_tokens=1024, n_threads=1)
+    quantize(settings, run)
+    with pytest.raises(InputError, match="06_quantize"):  # which makes the exports
+        compare(settings, run)
+    skipped = [{"format": "nf4", "reason": "bitsandbytes not installed"}]
+    run.produce("exports", lambda w: write_json(w.folder / "exports.json", {"made": [], "skipped": skipped}), {})
+    result = compare(settings, run)
+    assert result.product.made and [e["type"] for e in result.files] == ["F16", "Q8_0", "Q2_K"]
+    assert result.data["source"] == "generated rows" and result.reference == "F16"
+    assert result.scores("Q8_0").ids == [row["id"] for row in ladder.rows]
+    assert result.scores("Q8_0").accuracy == result.entry("Q8_0")["accuracy"]
+    assert result.skipped == tuple(skipped)
+    entry = result.product.entry
+    assert sorted(entry.outputs) == ["comparison.json", "scores-F16.jsonl", "scores-Q2_K.jsonl", "scores-Q8_0.jsonl"]
+    assert entry.metrics["Q2_K"]["kld_mean"] > entry.metrics["Q8_0"]["kld_mean"] > 0
+    assert entry.facts["recommended"] == result.recommendation["type"]
+    again = compare(settings, run)
+    assert not again.product.made and again.files == result.files and again.recommendation == result.recommendation
+    assert again.entry("Q2_K")["retention"] is None and "03 was not run" in again.retention_note
+    odds = np.random.default_rng(1).normal(0, 4, len(ladder.rows))
+    base = replace(result.scores("F16"), log_probs=np.stack([-np.logaddexp(0, odds), -np.logaddexp(0, -odds)], axis=1))
+    run.produce("evaluation", lambda w: base.save(w.folder / "scores-base.jsonl"), {}, ("data",))
+    known = compare(settings, run)
+    assert not known.product.made, "scores of 03 that come later need no file scored again"
+    assert 0 < known.entry("Q2_K")["retention"] < 1.2 and known.entry("F16")["retention"] == 1
+    assert "moved the 40 test rows" in known.retention_note

@@ -1,0 +1,52 @@
+"""How often something is timed, what is not counted, and what is made of the times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from lib.report.compare_page import speed_caption, speeds
+from lib.stages.compare.speed import LOADS, load_facts, rate, repeat, repeat_loads
+
+
+def clock(times: list[float]) -> Callable[[], float]:
+    """A run that takes these seconds, one after another; the last one for ever."""
+    left = list(times)
+    return lambda: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_the_first_run_is_a_warm_up() -> None:
+    assert repeat(clock([99.0, 1.0]), 3, 5, 0.5) == [1.0] * 3
+
+
+@pytest.mark.parametrize(("each", "runs"), [(10.0, 3), (1.0, 3), (0.3, 4), (0.25, 4), (0.001, 6)])
+def test_slow_runs_are_repeated_less(each: float, runs: int) -> None:
+    """At least three, at most six, and as many as one second holds between."""
+    assert len(repeat(clock([each]), 3, 6, 1.0)) == runs
+
+
+def test_loads_are_few() -> None:
+    fewest, most, seconds = LOADS
+    assert 3 <= fewest < most
+    assert len(repeat_loads(clock([seconds]))) == fewest and len(repeat_loads(clock([seconds / 100]))) == most
+
+
+def test_what_is_made_of_the_times() -> None:
+    assert rate("prompt", 100, [4.0, 1.0, 2.0]) == {
+        "prompt_tokens_per_second": 50.0,
+        "prompt_tokens_per_second_range": [25.0, 100.0],
+        "prompt_runs": 3,
+    }
+    assert load_facts([4.0, 1.0, 2.0]) == {"load_seconds": 2.0, "load_seconds_range": [1.0, 4.0], "load_runs": 3}
+
+
+def test_the_page_says_how_often() -> None:
+    first = {"type": "F16", **load_facts([0.5, 0.25, 1.0]), **rate("prompt", 8, [1.0] * 5)}
+    first |= {**rate("generation", 8, [1.0] * 7), "seconds_per_sample": 0.01, "peak_memory_mib": 50.0}
+    second = {**first, **load_facts([1.0] * 5), **rate("generation", 8, [1.0] * 5)}
+    caption = speed_caption([first, second], "a CPU, 2 threads")
+    assert "of 3 to 5 loads, 5 prompts, 5 to 7 generations a file" in caption
+    assert "Measured once: ms a row" in caption and "peak memory" in caption
+    (row, _) = speeds([first, second])
+    assert row["load, s"] == 0.5 and row["load range"] == "0.25 – 1"

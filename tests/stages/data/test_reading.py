@@ -1,0 +1,192 @@
+"""Reading files and folders: every format, every kind of bad file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lib.errors import InputError
+from lib.stages.data.cleaning import clean_split
+from lib.stages.data.reading import read_table
+from lib.stages.data.text_files import file_fingerprint
+
+NAMES = ["负面", "正面"]
+ROWS = [{"text": '他说"好"，真的', "label": 1}, {"text": "null", "label": 0}, {"text": "很差, 退货", "label": 0}]
+
+
+def rows_of(path: Path, split: str = "all") -> list[tuple[str, int]]:
+    table = read_table(str(path))
+    rows, _ = clean_split(table.splits[split], split, "", "", NAMES)
+    return [(row.text, row.label) for row in rows]
+
+
+def write(path: Path, kind: str) -> Path:
+    if kind == "csv":
+        path.write_text('label,text\n1,"他说""好""，真的"\n0,null\n0,"很差, 退货"\n', encoding="utf-8")
+    elif kind == "tsv":
+        path.write_text('label\ttext\n1\t他说"好"，真的\n0\tnull\n0\t很差, 退货\n', encoding="utf-8")
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    else:
+        import pandas as pd
+
+        pd.DataFrame(ROWS).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_every_format_gives_the_same_rows(home: Path, tmp_path: Path, kind: str):
+    path = write(tmp_path / f"reviews.{kind}", kind)
+    assert rows_of(path) == [(row["text"], row["label"]) for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"text": "a"}\n,,,\n{"text": "b"}\n', 2),
+        ('{"text": "a"}\n{"text": "b"}\n{"text": [{"role"', 3),
+        ('[{"text": "a"},\n{"text" "b"}]', 2),
+    ],
+)
+def test_a_line_that_is_no_json_is_named(home: Path, tmp_path: Path, text: str, line: int):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"a\.jsonl, line {line} is not JSON"):
+        read_table(str(path))
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_dates_stay_as_they_are_written(home: Path, tmp_path: Path, kind: str):
+    rows = [{"a": i, "text": f"2024-02-0{i}", "turns": [{"said": f"2024-01-01T10:00:0{i}"}]} for i in range(1, 4)]
+    path = tmp_path / f"a.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [dict(row) for row in read_table(str(path)).splits["all"]] == rows
+
+
+def test_tsv_is_unquoted(home: Path, tmp_path: Path):
+    path = tmp_path / "a.tsv"
+    path.write_text('label\ttext_a\n1\t"开头有引号\n0\t第二行"有\n1\t三\n', encoding="utf-8")
+    assert rows_of(path) == [('"开头有引号', 1), ('第二行"有', 0), ("三", 1)]
+
+
+def test_a_quoted_field_may_hold_a_line_break(home: Path, tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('label,review\r\n1,"一\r\n二"\r\n0,三\r\n'.encode())
+    assert rows_of(path) == [("一\n二", 1), ("三", 0)]
+
+
+def test_bom_crlf_and_nul_are_removed_and_counted(home: Path, tmp_path: Path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes("\ufefflabel\ttext\r\n1\t好\0吃\r\n0\t差\r劲\r\n".encode())
+    table = read_table(str(path))
+    assert dict(table.changes) == {
+        "byte-order mark": 1, "NUL characters": 1, "CRLF line ends": 3, "stray CR characters": 1
+    }  # fmt: skip
+    assert rows_of(path) == [("好吃", 1), ("差 劲", 0)]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_lone_surrogates_go_and_pairs_stay(home: Path, tmp_path: Path, kind: str):
+    path = tmp_path / f"a.{kind}"
+    objects = ['{"text": "好\\ud83d了\\u0000", "label": 1}', '{"text": "\\ud83d\\ude00\\\\ud83d", "label": 0}']
+    path.write_text(f"[{','.join(objects)}]" if kind == "json" else "\n".join(objects), encoding="utf-8")
+    table = read_table(str(path))
+    assert table.changes["lone surrogates"] == 1
+    rows, counts = clean_split(table.splits["all"], "all", "", "", NAMES)
+    assert [row.text for row in rows] == ["好了", "😀\\ud83d"]
+    assert counts["changed: NUL characters removed"] == 1
+
+
+def test_nfd_is_kept_and_counted(home: Path, tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("label,text\n1,cafe\u0301 好\n0,差\n", encoding="utf-8")
+    rows, counts = clean_split(read_table(str(path)).splits["all"], "all", "", "", NAMES)
+    assert rows[0].text == "cafe\u0301 好" and counts["kept: texts not in NFC"] == 1
+
+
+def test_folder_splits_and_shards(home: Path, tmp_path: Path):
+    folder = tmp_path / "data set"
+    folder.mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "test"):
+        write(folder / f"{name}.jsonl", "jsonl")
+    (folder / "README.md").write_text("not data")
+    table = read_table(str(folder))
+    assert {name: len(split) for name, split in table.splits.items()} == {"train": 6, "validation": 3, "test": 3}
+    assert table.given
+
+
+def test_folder_with_one_file_has_no_split(home: Path, tmp_path: Path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    write(folder / "reviews.csv", "csv")
+    table = read_table(str(folder))
+    assert list(table.splits) == ["all"] and not table.given
+
+
+def test_a_changed_file_is_read_again(home: Path, tmp_path: Path):
+    import os
+
+    path = write(tmp_path / "a.csv", "csv")
+    stamp, before = path.stat().st_mtime_ns, file_fingerprint(path)
+    assert rows_of(path)[1][0] == "null"
+    path.write_text(path.read_text(encoding="utf-8").replace("null", "NULL"), encoding="utf-8")
+    os.utime(path, ns=(stamp, stamp))  # same size, same time: only the content differs
+    assert rows_of(path)[1][0] == "NULL"
+    assert file_fingerprint(path) != before
+
+
+BAD = {
+    "empty.csv": (b"", "is empty"),
+    "blank.tsv": (b"\xef\xbb\xbf\r\n \n", "is empty"),
+    "pointer.csv": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+    "page.json": (b"\n<!DOCTYPE html><html></html>", "web page"),
+    "gb.csv": ("label,text\n1,很好吃\n".encode("gb18030"), "readable as GB18030"),
+    "wide.csv": ("label,text\n1,好\n".encode("utf-16"), "UTF-16"),
+    "raw_surrogate.csv": (b"label,text\n1,\xed\xa0\xbd\n", "line 2"),
+    "header_only.tsv": (b"label\ttext\n", "holds no rows"),
+    "list.json": (b"[]", "holds no rows"),
+    "broken.json": (b'[{"text": "a", "label": 1}', "line 1 is not JSON"),
+    "broken.jsonl": (b'{"text": "a", "label": 1}\n{"text": \n', "line 2 is not JSON"),
+    "cut.parquet": (b"PAR1 and no more", "start and end as Parquet"),
+    "too_many.csv": (b"label,text\n1,a\n1,a,b,c\n", "cannot be read"),
+    "twice.csv": (b"text,text\na,b\n", "distinct name"),
+    "table.xlsx": (b"PK", r"ends in '\.xlsx'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_in_a_sentence(home: Path, tmp_path: Path, name: str):
+    content, message = BAD[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_table(str(path))
+    for part in (caught.value.found, caught.value.expected, caught.value.do):
+        assert part.endswith(".") and "\n" not in part
+    assert name in caught.value.found or "begins with" in caught.value.found
+
+
+@pytest.mark.parametrize("source", ["no/such/file.csv", "./nothing", "missing.tsv", "a b", "/nowhere/at/all"])
+def test_missing_paths(home: Path, source: str):
+    with pytest.raises(InputError, match="no file or folder"):
+        read_table(source)
+
+
+def test_bad_folders(home: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="holds nothing"):
+        (tmp_path / "empty").mkdir()
+        read_table(str(tmp_path / "empty"))
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    write(folder / "train.csv", "csv")
+    write(folder / "train.tsv", "tsv")
+    with pytest.raises(InputError, match=r"train\.csv, train\.tsv for train"):
+        read_table(str(folder))
+    (folder / "train.csv").rename(folder / "test.csv")
+    (folder / "train.tsv").rename(folder / "other.tsv")
+    with pytest.raises(InputError, match=r"a file train\.csv"):
+        read_table(str(folder))

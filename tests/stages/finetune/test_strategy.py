@@ -1,0 +1,151 @@
+"""The doctor's advice on training: sizes from the model's shape, the least change that fits, no promise of offload."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lib.cli import doctor
+from lib.cli.app import app
+from lib.errors import InputError
+from lib.stages.finetune import memory as finetune_memory
+from tests.stages.finetune.conftest import tiny_settings
+
+HALF_BILLION = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+GIB = 2**30
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """The shape of Qwen2.5-0.5B; no weights."""
+    (tmp_path / "config.json").write_text(json.dumps(HALF_BILLION))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """Two layers of it."""
+    (tmp_path / "config.json").write_text(json.dumps({**HALF_BILLION, "num_hidden_layers": 2}))
+    return str(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def one_skeleton_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test asks many times for the same model."""
+    monkeypatch.setattr(finetune_memory, "_skeleton", functools.cache(finetune_memory._skeleton))
+
+
+def machine(patch: pytest.MonkeyPatch, free: float, kind: str = "cpu", devices: int = 1) -> None:
+    patch.setattr(finetune_memory, "_machine", lambda: (kind, int(free * GIB), devices))
+    patch.setattr("lib.runs.machine.bitsandbytes_problem", lambda: None)
+
+
+def settings(**changes):
+    return tiny_settings(**{"dtype": "bfloat16", "lora_r": 16, "per_device_train_batch_size": 4, **changes})
+
+
+def test_sizes_are_those_of_the_shape(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 100, "cuda")
+    found = finetune_memory.recommend(settings(max_seq_length=128, lora_dropout=0.0), model)
+    assert found.weights == 494_032_768  # of the published model
+    # r × (inputs + outputs) of q, k, v, o, gate, up, down, 24 times
+    adapter = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    plan = found.plans[0]
+    assert plan.estimate.adapter == plan.estimate.gradients == 4 * adapter == plan.estimate.optimizer / 2
+    assert plan.estimate.weights == 2 * found.weights and plan.estimate.process == 0
+    positions = 4 * finetune_memory.ANSWER_TOKENS
+    shape = finetune_memory.Shape(
+        *(357_898_112, 136_134_656, adapter, 24, 896, 4864, 128, 151936, 4, 128, finetune_memory.ANSWER_TOKENS, 2),
+        *(False, False, False),
+    )
+    assert plan.estimate == finetune_memory.estimate(shape) and plan.estimate.logits == positions * 151936 * 12
+    assert found.chosen is plan and plan.changes == {}
+
+
+def test_the_least_change_that_fits(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(max_seq_length=512, per_device_train_batch_size=8)
+    machine(monkeypatch, 1000, "cuda")
+    needs = [plan.need / GIB for plan in finetune_memory.recommend(asked, model).plans]
+    names = [plan.name for plan in finetune_memory.recommend(asked, model).plans]
+    assert names == [
+        *("as the parameter file says", "one row a forward pass", "gradient checkpointing", "QLoRA"),
+        "QLoRA with gradient checkpointing",
+    ]
+    assert needs[0] > needs[1] > needs[2] > needs[4]
+    for index in (0, 1, 2, 4):
+        machine(monkeypatch, needs[index] / 0.9 + 0.001, "cuda")
+        assert finetune_memory.recommend(asked, model).chosen.name == names[index]
+    machine(monkeypatch, needs[1] / 0.9 + 0.001, "cuda")
+    changes = finetune_memory.recommend(asked, model).chosen.changes
+    assert changes == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}  # the same updates
+    machine(monkeypatch, 0.1, "cuda")
+    none = finetune_memory.recommend(asked, model)
+    assert none.chosen is None and "none of these fits" in doctor.strategy_text(none, asked)
+
+
+def test_several_gpus_train_together_with_the_same_updates(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 80, "cuda", devices=2)
+    found = finetune_memory.recommend(settings(gradient_accumulation_steps=4), small)
+    assert found.chosen.changes == {"num_processes": 2, "gradient_accumulation_steps": 2}
+    assert found.chosen.need == found.plans[1].need  # on each
+    assert "data parallel on 2 processes" in doctor.strategy_text(found, settings())
+    assert finetune_memory.recommend(settings(), small).chosen.changes == {
+        "num_processes": 2,
+        "per_device_train_batch_size": 2,
+    }
+    odd = settings(per_device_train_batch_size=3)
+    assert "an update of 6 rows, not 3" in doctor.strategy_text(finetune_memory.recommend(odd, small), odd)
+    machine(monkeypatch, 80, "cuda")
+    found = finetune_memory.recommend(settings(num_processes=2), small)  # a GPU too few
+    assert not found.plans[0].fits and found.chosen.name == "a single process"
+    assert found.chosen.changes == {"num_processes": 1, "gradient_accumulation_steps": 2}
+
+
+def test_processes_on_a_processor_share_its_memory(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(num_processes=2)
+    machine(monkeypatch, 80)
+    found = finetune_memory.recommend(asked, small)
+    assert found.chosen is found.plans[0] and found.chosen.need == 2 * found.chosen.estimate.total
+    assert "LoRA in 2 processes. Nothing needs to be changed." in doctor.strategy_text(found, asked)
+    machine(monkeypatch, 0.6 * found.chosen.need / 0.9 / GIB)
+    found = finetune_memory.recommend(asked, small)
+    assert found.chosen.changes == {"num_processes": 1, "gradient_accumulation_steps": 2}
+    assert all(plan.need == plan.estimate.total for plan in found.plans[1:])
+    machine(monkeypatch, 80, "mps")
+    assert finetune_memory.recommend(asked, small).chosen.name == "a single process"
+
+
+@pytest.mark.parametrize("targets", ["foo", "lm_head"])
+def test_targets_that_a_training_refuses_are_refused(small: str, targets: str) -> None:
+    answer = CliRunner().invoke(app, ["doctor", "--model", small, "-p", f"target_modules={targets}"])
+    assert answer.exit_code == 2 and "all-linear" in answer.stderr
+
+
+def test_at_the_command_line(model: str) -> None:
+    answer = CliRunner().invoke(app, ["doctor", "--model", model, "-p", "lora_r=8", "--json"])
+    found = json.loads(answer.stdout)
+    assert answer.exit_code == 0 and found["model"] == model and found["plans"][0]["estimate"]["adapter"] == 17_596_416
+    text = CliRunner().invoke(app, ["doctor", "params/quick.yaml"]).stdout
+    assert "Strategy for offline: 3 M weights" in text and "Recommended: LoRA in a single process" in text
+    assert "Offload" in text and "not something this workbook does" in text
+    refused = CliRunner().invoke(app, ["doctor", "--model", model, "-p", "lora_r=-1"])
+    assert refused.exit_code == 2
+
+
+def test_a_model_that_is_not_here_is_not_fetched() -> None:
+    with pytest.raises(InputError, match=r"no config\.json of nobody/nothing on this machine"):
+        finetune_memory.recommend(settings(), "nobody/nothing")

@@ -1,0 +1,326 @@
+"""The importance matrix of a run: llama.cpp's own numbers, held-out rows left out, said in every file made with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from lib.errors import InputError
+from lib.prompts.tasks import read_task
+from lib.report import quantize_page
+from lib.runs.files import read_jsonl, sha256_json, write_json
+from lib.runs.machine import llama_cpp_problem
+from lib.runs.run import Run, Work
+from lib.settings import Settings
+from lib.stages.convert.convert import convert
+from lib.stages.quantize import calibration, fisher, importance_matrix
+from lib.stages.quantize import stage as quantize_stage
+from lib.stages.quantize.effects import EffectResult, compared_types, judge, measure_effect
+from lib.stages.quantize.files import quantize_file
+from lib.stages.quantize.held_out import retyped
+from lib.stages.quantize.importance_matrix import measure
+from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.stage import effect, quantize
+from tests import tiny_gguf, tiny_run
+
+pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+LAYERS = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(
+        **{"run_name": "tiny", "imatrix": "auto", "n_ctx": 64, "n_threads": 1, "ladder": ["Q4_0"], **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("imatrix") / "base"
+    tiny_run.make_base(folder)
+    return folder
+
+
+@pytest.fixture
+def run(base: Path, home: Path) -> Run:
+    """A run whose merged model is its base."""
+    run = tiny_run.make_run(base)
+    run.produce("merged", lambda work: shutil.copytree(base, work.folder, dirs_exist_ok=True) and None, {})
+    run.produce("gguf", lambda work: convert(base, work.folder / "tiny-F32.gguf", "f32") and None, {})
+    return run
+
+
+def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
+    """llama-imatrix's definition on llama.cpp's own activations, weights and cache in 32 bits: within 1e-4 of each."""
+    from tests.stages.quantize.llama_inputs import sums_of_squares
+
+    made = measure(settings(), run)
+    chosen = calibration.choose_windows(run.folder / "data", 64, Settings().imatrix_chunks, 42)
+    sums, counts = sums_of_squares(run.folder / "gguf" / "tiny-F32.gguf", chosen.windows)
+    ours = importance_matrix.read(made.path)
+    assert set(ours.values) == set(sums) == {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
+    assert set(counts.values()) == {made.record["tokens"]} == {64 * len(chosen.windows)}
+    for name, values in ours.values.items():
+        assert values == pytest.approx(sums[name] / counts[name], rel=1e-4), name
+    assert ours.chunks == made.record["windows"] == len(chosen.windows) > 5
+
+
+def test_the_file_has_llama_imatrixs_form(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    fisher.write_imatrix(path, {"b": np.array([4.0, 8.0]), "a": np.array([1.0])}, 128, "train.jsonl", 64)
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert values == {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["train.jsonl"],
+        "imatrix.chunk_count": 2,
+        "imatrix.chunk_size": 64,
+    }
+    assert [(t.name, t.shape.tolist(), t.tensor_type.name) for t in reader.tensors] == [
+        *(("a.in_sum2", [1, 1], "F32"), ("a.counts", [1, 1], "F32")),
+        *(("b.in_sum2", [2, 1], "F32"), ("b.counts", [1, 1], "F32")),
+    ]
+    assert importance_matrix.read(path).values["b"].tolist() == [4 / 128, 8 / 128]
+
+
+def test_held_out_rows_are_left_out_and_that_is_recorded(run: Run) -> None:
+    data = run.folder / "data"
+    train, test = read_jsonl(data / "train.jsonl"), read_jsonl(data / "test.jsonl")
+    changed = [dict(row) for row in train]
+    changed[3]["text"], changed[3]["label"] = test[5]["text"], 1 - test[5]["label"]
+    for i, row in enumerate(changed):
+        row["group"] = 1000 + i
+    changed[7]["group"] = test[2]["group"]
+
+    def build(work: Any) -> None:
+        shutil.copytree(data, work.folder, dirs_exist_ok=True)
+        (work.folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+        work.facts |= run.manifest.entries()["data"].facts
+
+    run.produce("data", build, {"changed": 1})
+    made = calibration.choose_windows(data, 64, 1000, 42)
+    used = made.used
+    assert made.facts["left_out"] == {"text of a held-out row": 1, "nearly the text of a held-out row": 1}
+    assert not {"train-00003", "train-00007"} & {row["id"] for row in used} and len(used) >= 20
+    held_out = {
+        sha256_json([row["text"]]) for name in ("validation", "test") for row in read_jsonl(data / f"{name}.jsonl")
+    }
+    assert len(held_out) == made.facts["held_out_rows"] == 32 and made.facts["shared_with_held_out"] == 0
+    by_id = {row["id"]: row for row in changed}
+    for row in used:
+        assert row["sha256"] == sha256_json([by_id[row["id"]]["text"]]) and row["sha256"] not in held_out
+    assert made.facts["rows_sha256"] == sha256_json([row["sha256"] for row in used])
+
+
+def test_windows_are_rows_as_training_sees_them(run: Run) -> None:
+    from lib.models.loading import load_tokenizer
+
+    data = run.folder / "data"
+    few, many = (calibration.choose_windows(data, 64, most, 42) for most in (2, 1000))
+    assert few.windows == many.windows[:2] and all(len(window) == 64 for window in many.windows)
+    assert len(few.used) < len(many.used) and few.used == many.used[: len(few.used)]
+    tokenizer, rows = load_tokenizer(data / "tokenizer"), {r["id"]: r for r in read_jsonl(data / "train.jsonl")}
+    task, ids = read_task(data), [token for window in many.windows for token in window]
+    for row in (rows[used["id"]] for used in many.used[:5]):
+        turns = [*task.messages(row["text"]), {"role": "assistant", "content": task.label_names[row["label"]]}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = len(wanted) <= task.max_seq_length  # a longer text is cut at its end, as in training
+        same = len(wanted) if whole else 60
+        assert ids[:same] == wanted[:same]
+        ids = ids[min(len(wanted), task.max_seq_length) :]
+    assert calibration.choose_windows(data, 64, 2, 43).windows != few.windows
+    with pytest.raises(InputError, match="do not fill a window of 32768 tokens"):
+        calibration.choose_windows(data, 32768, 2, 42)
+
+
+def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
+    result = quantize(settings(ladder=["Q4_0", "IQ3_XXS"]), run)
+    assert [file.imatrix for file in result.files] == ["imatrix.gguf"] * 2
+    made = measure(settings(), run)
+    assert made.product.made is False and {"n_ctx", "seed"} <= made.product.entry.parameters.keys()
+    record, rows = made.record, read_jsonl(made.product.path / "rows.jsonl")
+    assert record["rows_sha256"] == sha256_json([row["sha256"] for row in rows]) and record["shared_with_held_out"] == 0
+    for file in result.files:
+        reader = gguf.GGUFReader(result.product.path / file.file)
+        found = {key: field.contents() for key, field in reader.fields.items() if key.startswith("quantize.imatrix")}
+        assert found == {
+            "quantize.imatrix.file": "imatrix.gguf",
+            "quantize.imatrix.dataset": record["dataset"][:127],
+            "quantize.imatrix.entries_count": 14,
+            "quantize.imatrix.chunks_count": record["windows"],
+        }
+    plain = quantize(settings(ladder=["Q4_0"], imatrix="none"), run)
+    assert plain.files[0].imatrix is None and plain.product.made
+    assert measure(settings(imatrix="none"), run) is None and measure(settings(imatrix=""), run) is None
+
+
+def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`measure` again; the steps that use the matrix take what it has made."""
+    made: list[str] = []
+
+    def build(settings: Settings, run: Run, work: Work) -> None:
+        made.append("once more")
+        fisher.write_imatrix(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
+        write_json(work.folder / "imatrix.json", {})
+
+    monkeypatch.setattr(importance_matrix, "_build", build)
+    forced = settings(force=True)
+    for _ in range(2):
+        measure(forced, run)
+    assert len(made) == 2
+    assert quantize_stage._options(forced, run).imatrix == run.folder / "imatrix" / "imatrix.gguf"
+    assert len(made) == 2
+    measure(settings(), run)
+    assert len(made) == 2
+
+
+def test_iq_types_need_one() -> None:
+    assert Settings(ladder=["IQ2_XS"], imatrix="auto").imatrix == "auto"
+    for nothing in ("", "none"):
+        with pytest.raises(ValueError, match="set imatrix: auto"):
+            Settings(ladder=["IQ2_XS"], imatrix=nothing)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(InputError, match=r"layer .* of a opt model, whose name in GGUF is not known"):
+        fisher.gguf_layers(OPTForCausalLM(config))
+
+
+def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None:
+    """The pairs differ in the matrix alone, and the numbers are those of `workbook perplexity`'s scorer."""
+    wanted = settings(ladder=["Q8_0", "Q4_K_M", "Q4_0"], perplexity_tokens=512)
+    result = quantize(wanted, run)
+    found = effect(wanted, run, result).content
+    assert [entry["type"] for entry in found["types"]] == ["Q4_K_M", "Q4_0"], "Q8_0 uses no matrix"
+    assert found["windows"] == 8 and found["tokens"] == 8 * 31 and 2 <= found["rows"] <= 16
+    entry = found["types"][1]
+    plain, folder = quantize_file(run.folder / "gguf" / "tiny-F32.gguf", run.folder / "plain.gguf", "Q4_0"), run.folder
+    assert plain.bytes == entry["bytes_without"] and plain.imatrix is None
+    windows, _ = calibration.held_out_windows(folder / "data", 64, 8, 42)
+    table = kl_between(folder / "gguf" / "tiny-F32.gguf", folder / "plain.gguf", windows)
+    assert entry["kld_without"] == pytest.approx(table.mean, rel=1e-6)
+    table = kl_between(folder / "gguf" / "tiny-F32.gguf", result.product.path / result.files[2].file, windows)
+    assert entry["kld_with"] == pytest.approx(table.mean, rel=1e-6)
+    assert entry["difference"] == pytest.approx(entry["kld_with"] - entry["kld_without"])
+    assert effect(settings(imatrix="none"), run, result) is None
+    shown = quantize_page.effect_table(EffectResult(result.product, found))
+    assert (
+        "Q4_0" in shown.data
+        and "Q4_0 with the matrix is" in quantize_page.effect_reading(EffectResult(result.product, found)).data
+    )
+    assert found["left_out"] == [] and [entry["retyped"] for entry in found["types"]] == [[], []]
+    assert "all tensors of equal types" in quantize_page.effect_reading(EffectResult(result.product, found)).data
+    assert "0 of 32, by hash" in quantize_page.imatrix_card(measure(wanted, run)).data
+
+
+def test_types_that_need_the_matrix_are_left_out_and_said(run: Run) -> None:
+    wide = tiny_gguf.write(run.folder / "wide-F16.gguf")
+    common = {"imatrix": "imatrix.gguf", "mix": None}
+    reports = tuple(SimpleNamespace(type=name, bytes=n, **common) for n, name in enumerate(("Q4_0", "Q4_K_M")))
+    options = Options(run.folder / "imatrix.gguf", ("attn_v=iq3_xxs",))
+    assert compared_types(reports, wide, options) == ([], ["Q4_0", "Q4_K_M"])
+    free = compared_types(reports, wide, Options(run.folder / "imatrix.gguf", ("attn_v=q8_0",)))
+    assert free == ([*reversed(reports)], [])
+    run.produce("quantized", lambda work: write_json(work.folder / "quantized.json", {}), {})
+    found = measure_effect(settings(), options, run, wide, reports)
+    assert found.content == {"types": [], "left_out": ["Q4_0", "Q4_K_M"]}
+    assert "Q4_0, Q4_K_M cannot be made without a matrix" in quantize_page.effect_table(found).data
+    assert "does not say" in quantize_page.effect_reading(found).data
+
+
+def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
+    """With a matrix llama.cpp gives some tensors of Q4_0 a larger type, where there are enough layers."""
+    source = tiny_gguf.write(tmp_path / "a-F16.gguf", layers=8)
+    names = tiny_gguf.tensors(256, 8, 1, 259, 512, 128)
+    values = {n: np.ones(v.shape[1]) for n, v in names.items() if n.startswith("blk.") and v.ndim == 2}
+    fisher.write_imatrix(tmp_path / "a.imatrix", values, 64, "text", 64)
+    one, other = (
+        quantize_file(source, tmp_path / f"{name}.gguf", "Q4_0", Options(matrix))
+        for name, matrix in (("with", tmp_path / "a.imatrix"), ("without", None))
+    )
+    found = retyped(tmp_path / "with.gguf", tmp_path / "without.gguf")
+    assert found == [{"tensor": "blk.0.ffn_down.weight", "with": "q4_1", "without": "q4_0"}]
+    entry = {"type": "Q4_0", "bytes": one.bytes, "bytes_without": other.bytes, "retyped": found, "verdict": "better"}
+    entry |= {"difference": -0.1, "kld_without": 1.0, "answers": {"verdict": "cannot tell"}}
+    reading = quantize_page.effect_reading(SimpleNamespace(content={"types": [entry], "left_out": ["Q2_K"]})).data
+    assert f"1 tensor q4_1 instead of q4_0 (blk.0.ffn_down), {one.bytes - other.bytes:+,} bytes" in reading
+    assert "Q2_K cannot be made without a matrix" in reading
+
+
+def kl_between(reference: Path, other: Path, windows: list[list[int]]) -> Any:
+    """The KL table of two files, both open at once."""
+    from lib.scoring.llama_backend import LlamaCppBackend
+    from lib.scoring.perplexity import kl_table
+
+    with closing(LlamaCppBackend(reference, 64, 1, 0)) as one, closing(LlamaCppBackend(other, 64, 1, 0)) as two:
+        return kl_table(one, two, windows)
+
+
+def test_verdicts_of_the_effect() -> None:
+    draw = np.random.default_rng(0)
+    rows = np.repeat(np.arange(40), 25)
+    plain = draw.gamma(2, 0.01, 1000)
+    better, same = judge([(plain * 0.7, plain), (plain * draw.normal(1, 0.05, 1000), plain)], rows)
+    assert better["verdict"] == "better" and better["difference_interval"][1] < 0 and better["p_holm"] < 0.01
+    assert same["verdict"] == "cannot tell" and same["p_holm"] == same["p"]
+    assert judge([(plain * 1.3, plain)], rows)[0]["verdict"] == "worse"
+
+
+def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path) -> None:
+    from lib.models.loading import load_tokenizer
+    from lib.prompts.tasks import whole_ids
+
+    data = shutil.copytree(run.folder / "data", tmp_path / "data")
+    rows = read_jsonl(data / "test.jsonl")
+    for i, row in enumerate(rows):
+        row["leaked"] = i not in (3, 8)
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    windows, owners = calibration.held_out_windows(data, 64, 4, 42)
+    ids = [token for window in windows for token in window]
+    assert len(ids) == len(owners) == 256 and set(owners[:100]) <= {3, 8} < set(owners)
+    tokenizer, task = load_tokenizer(data / "tokenizer"), read_task(data)
+    for owner in set(owners):
+        mine = [token for token, of in zip(ids, owners, strict=True) if of == owner]
+        assert mine == whole_ids(tokenizer, task, rows[owner])[: len(mine)]
+    with pytest.raises(InputError, match="test rows of"):
+        calibration.held_out_windows(data, 32768, 4, 42)
+
+
+def test_conversations_too(tmp_path: Path) -> None:
+    """Rows without labels: whole conversations; one whose turns are those of a test row is left out."""
+    from lib.models.loading import load_tokenizer
+    from lib.prompts.conversations import ConversationTask
+    from lib.prompts.tasks import whole_ids
+
+    def conversation(i: int, said: str, system: str = "你是助手。") -> dict[str, Any]:
+        turns = [("system", system), ("user", said), ("assistant", "很好，谢谢。")]
+        return {"id": f"r{i}", "messages": [{"role": r, "content": c} for r, c in turns], "group": i, "leaked": False}
+
+    tiny_run.make_tokenizer(tmp_path / "tokenizer")
+    task = ConversationTask("dialogue", "你是助手。", 128, False)
+    (tmp_path / "task.json").write_text(json.dumps(task.to_json()), encoding="utf-8")
+    splits = {
+        "train": [conversation(i, f"房间{i}怎么样？") for i in range(30)],
+        "validation": [conversation(100, "早餐好吗？")],
+        "test": [conversation(200, "房间7怎么样？", "另一个系统提示。")],
+    }
+    for name, rows in splits.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    chosen = calibration.choose_windows(tmp_path, 64, 1000, 42)
+    assert chosen.facts["left_out"]["text of a held-out row"] == 1 and "r7" not in {row["id"] for row in chosen.used}
+    tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
+    wanted = [token for used in chosen.used for token in whole_ids(tokenizer, task, by_id[used["id"]])]
+    assert [token for window in chosen.windows for token in window] == wanted[: 64 * len(chosen.windows)]
