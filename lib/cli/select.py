@@ -84,8 +84,8 @@ def _recipes(content: dict[str, Any]) -> str:
 
 def register(app: typer.Typer) -> None:
     """Add `select` and `pick`."""
-    app.command(short_help="which of several runs to take, by a stated rule")(select_command)
-    app.command(short_help="which file of a compared run fits a size and a loss")(pick_command)
+    app.command("select", short_help="which of several runs to take, by a stated rule")(select_command)
+    app.command("pick", short_help="which file of a compared run fits a size and a loss")(pick_command)
 
 
 @guarded

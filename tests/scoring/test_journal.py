@@ -28,8 +28,11 @@ from pathlib import Path
 import torch
 from lib.models.loading import load_model, load_tokenizer
 from lib.prompts.classification import Task
-from lib.scoring import Keep, LlamaCppBackend, TransformersBackend, score_rows
-from lib.scoring import llama, torch_backend
+from lib.scoring import llama_backend as llama, torch_backend
+from lib.scoring.journal import Keep
+from lib.scoring.llama_backend import LlamaCppBackend
+from lib.scoring.log_probabilities import score_rows
+from lib.scoring.torch_backend import TransformersBackend
 folder, kind, path, task = sys.argv[1:]
 torch.set_num_threads(1)
 torch_backend._PASS["cpu"], llama._TOKENS_ON_CPU = 4096, 2048

@@ -69,7 +69,7 @@ def run_all(paths: Sequence[Path], shared: Mapping[str, Any], output: Path) -> l
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
         stored = str(Path(folder).resolve() / "log-probs")
         for place, path in enumerate(paths):
-            function = "torch_worker:score_folder" if path.is_dir() else "worker:score_file"
+            function = "child:score_folder" if path.is_dir() else "child:score_file"
             what = f"comparing {path.name} ({place + 1} of {len(paths)})"
             more = {"reference": stored, "is_reference": place == 0}
             answers.append(run_one(function, path, {**shared, **more}, output, what))
@@ -206,7 +206,7 @@ def _merged(
     merged: Path, shared: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], work: Work, output: Path
 ) -> tuple[str, Any]:
     """The merged model in transformers: what it is, and its scores, which are saved."""
-    answer = run_one("torch_worker:score_merged", merged, shared, output, "scoring the merged model")
+    answer = run_one("child:score_merged", merged, shared, output, "scoring the merged model")
     scores = row_scores(rows, work, answer)
     scores.save(output / MERGED_SCORES)
     return merged_name(answer["dtype"]), scores
@@ -223,7 +223,7 @@ def _merged_float32(
     if affordable_dtype(merged) != "float32":
         words = "the merged model in float32 does not fit into the free memory (4 bytes a weight and a third)"
         return None, [f"{words}, so the step from 16-bit to 32-bit arithmetic is left out of the error ladder"]
-    answer = run_one("torch_worker:score_merged_float32", merged, shared, output, "scoring the merged model in float32")
+    answer = run_one("child:score_merged_float32", merged, shared, output, "scoring the merged model in float32")
     row_scores(rows, work, answer).save(output / MERGED32_SCORES)
     return merged_name("float32"), []
 
@@ -239,7 +239,7 @@ def _dequantized(
     """The weights of the file at the end of the error ladder, computed by transformers."""
     path, config = measured.paths[measured.names.index(chosen)], str(merged.resolve())
     what = f"scoring the weights of {chosen} in transformers"
-    return run_one("torch_worker:score_dequantized", path, {**shared, "config": config}, output, what)
+    return run_one("child:score_dequantized", path, {**shared, "config": config}, output, what)
 
 
 def _measure(

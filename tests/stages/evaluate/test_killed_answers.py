@@ -27,7 +27,7 @@ STAGE = """
 import sys
 import torch
 torch.set_num_threads(1)
-from lib.stages.evaluate import evaluate
+from lib.stages.evaluate.stage import evaluate
 from lib.runs.run import open_run
 from lib.settings import Settings
 evaluate(Settings.model_validate_json(sys.argv[1]), open_run("talk"))
