@@ -98,6 +98,12 @@ class Scores:
         """Mean time a row."""
         return self.seconds / max(1, len(self.ids))
 
+    def subset(self, mask: np.ndarray) -> Scores:
+        """The rows of a boolean mask."""
+        ids = [name for name, keep in zip(self.ids, mask, strict=True) if keep]
+        seconds = self.seconds * float(mask.mean())
+        return Scores(ids, self.labels[mask], self.log_probs[mask], self.truncated[mask], seconds)
+
     def save(self, path: Path) -> None:
         """Write one JSON object a row, atomically; floats in full precision."""
         rows = zip(
