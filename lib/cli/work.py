@@ -184,7 +184,8 @@ class Rows:
 def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Evaluate models on the rows and print the table."""
     from lib.runs.files import write_json
-    from lib.stages.evaluate.standalone import evaluate_models, evaluate_models_by_answers
+    from lib.stages.evaluate.results import result_of
+    from lib.stages.evaluate.standalone import evaluate_models
 
     if output is not None:
         _writable_file(output)
@@ -192,16 +193,11 @@ def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Pat
     found, source = rows.rows(task)
     # The same command finds there what an interrupted one has scored.
     keep = None if output is None else output.with_name(f".{output.name}.scores")
-    options = options | {"tokenizer": rows.tokenizer()}
-    if task.label_names:
-        result = evaluate_models(models, found, task, source, keep=keep, **options)
-        quality = ("accuracy", "accuracy_interval", "macro_f1")
-    else:
-        result = evaluate_models_by_answers(models, found, task, source, keep=keep, **options)
-        quality = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
+    result = evaluate_models(models, found, task, source, keep=keep, tokenizer=rows.tokenizer(), **options)
     if output is not None:
         write_json(output, result)
-    show(result, as_json, table(result["models"], ("model", "n", *quality, "seconds_per_sample", "peak_memory_mib")))
+    columns = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
+    show(result, as_json, table(result["models"], columns))
 
 
 def compare(

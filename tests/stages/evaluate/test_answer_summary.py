@@ -9,8 +9,7 @@ import numpy as np
 
 from lib.report import answer_rows, charts, display
 from lib.scoring.log_probabilities import AnswerScores, exponentials
-from lib.stages.evaluate.analysis import BASE, FINETUNED
-from lib.stages.evaluate.answers import summary
+from lib.stages.evaluate.results import BASE, FINETUNED, summary
 
 
 def _result(losses: dict[str, np.ndarray], groups: list[int]) -> SimpleNamespace:
