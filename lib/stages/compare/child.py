@@ -1,5 +1,5 @@
 """One file in its own process: speed, label scores, peak memory, perplexity and KL divergence.
-One model folder of transformers in its own process: what `lib.comparison.worker` measures on a GGUF file.
+One model folder of transformers in its own process: what `lib.stages.compare.child` measures on a GGUF file.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def diverge(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:
     return {"perplexity": None, "divergence": asdict(table_of(found)), "kld_mean_interval": interval}
 
 
-# One model folder of transformers in its own process: what `lib.comparison.worker` measures on a GGUF file.
+# One model folder of transformers in its own process: what `lib.stages.compare.child` measures on a GGUF file.
 
 BATCH = 32
 """Prompts a forward pass."""
