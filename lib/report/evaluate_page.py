@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display, written_rows
+from lib.report.display import tell
 from lib.report.rows import Row
+from lib.report.sentences import sentence
 from lib.stages.evaluate.results import (
     ALL,
     BASE,
@@ -24,7 +26,7 @@ from lib.stages.evaluate.results import (
     EvaluationResult,
     LabelEvaluation,
 )
-from lib.statistics import intervals
+from lib.statistics.intervals import limits_text, wilson
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 READABLE = 8
 """Written answers that a page shows; all of them are in generated.jsonl."""
 ALPHA = 0.05
-ONE_SEED = "- One training run, one seed: another seed would move the fine-tuned model by an unmeasured amount."
 
 
 def page_of(result: EvaluationResult) -> AccuracyPage | AnswerPage:
@@ -40,13 +41,9 @@ def page_of(result: EvaluationResult) -> AccuracyPage | AnswerPage:
     return AccuracyPage(result) if isinstance(result, LabelEvaluation) else AnswerPage(result)
 
 
-def limits(values: Sequence[float] | None, form: str = ".3f") -> str | None:
-    """An interval as text; None where there is none."""
-    return None if values is None or None in values else f"[{values[0]:{form}},\u00a0{values[1]:{form}}]"
-
-
-def _part_words(part: str) -> str:
-    return part.replace("_", " ")
+def _seconds(result: EvaluationResult) -> str:
+    base, tuned = (result.scores[name].seconds_per_sample for name in (BASE, FINETUNED))
+    return sentence("evaluate.seconds", base=base, tuned=tuned, device=result.product.entry.device)
 
 
 class AccuracyPage:
@@ -69,12 +66,12 @@ class AccuracyPage:
         """Accuracies on parts of the rows."""
         rows = [
             {
-                "rows": _part_words(part),
+                "rows": part.replace("_", " "),
                 "model": point["name"],
                 "n": point["n"],
-                "accuracy ↑": point["estimate"],
-                "95 % low": point["low"],
-                "95 % high": point["high"],
+                "accuracy": point["estimate"],
+                "low": point["low"],
+                "high": point["high"],
             }
             for part in self.result.floor
             for point in self.result.accuracies(part)
@@ -85,15 +82,15 @@ class AccuracyPage:
         """The fine-tuned model against base and floor."""
         rows = [
             {
-                "rows": _part_words(part),
+                "rows": part.replace("_", " "),
                 "fine-tuned against": name,
                 "n": test.n,
                 "lost": test.losses,
                 "won": test.gains,
-                "difference, points": 100 * test.difference.estimate,
-                "from, points": 100 * test.difference.low,
-                "to, points": 100 * test.difference.high,
-                "p (Holm)": test.p_adjusted,
+                "difference_points": 100 * test.difference.estimate,
+                "from_points": 100 * test.difference.low,
+                "to_points": 100 * test.difference.high,
+                "p_holm": test.p_adjusted,
                 "verdict": test.verdict,
             }
             for part, pairs in self.result.comparisons.items()
@@ -105,10 +102,14 @@ class AccuracyPage:
     def verdict(self) -> Markdown:
         """The verdicts in words."""
         base, floor = (self.result.comparisons[self.part][name] for name in (BASE, FLOOR))
-        return display.say(
-            f"On {base.n:,} {self.part.replace('_', '-')} rows the verdict on the fine-tuned model is "
-            f"**{base.verdict}** against its base ({100 * base.difference.estimate:+.1f} points) and "
-            f"**{floor.verdict}** against the linear floor ({100 * floor.difference.estimate:+.1f} points)."
+        return tell(
+            "evaluate.accuracy_verdict",
+            n=base.n,
+            part=self.part.replace("_", "-"),
+            base=base.verdict,
+            base_points=100 * base.difference.estimate,
+            floor=floor.verdict,
+            floor_points=100 * floor.difference.estimate,
         )
 
     def errors(self) -> HTML:
@@ -122,10 +123,7 @@ class AccuracyPage:
             {
                 "model": SHOWN[name],
                 "class": scores.name,
-                "precision": scores.precision,
-                "recall": scores.recall,
-                "F1": scores.f1,
-                "support": scores.support,
+                **{key: getattr(scores, key) for key in ("precision", "recall", "f1", "support")},
             }
             for name, model in self.result.models.items()
             for scores in model.reports[ALL].classes
@@ -134,12 +132,8 @@ class AccuracyPage:
 
     def reading(self) -> Markdown:
         """Which class is missed most."""
-        classes = self.result.models[FINETUNED].reports[ALL].classes
-        missed = min(classes, key=lambda scores: scores.recall)
-        return display.say(
-            f"The fine-tuned model finds {100 * missed.recall:.1f} % of the {missed.support:,} rows of "
-            f"{missed.name}, its least recognized class."
-        )
+        missed = min(self.result.models[FINETUNED].reports[ALL].classes, key=lambda scores: scores.recall)
+        return tell("evaluate.missed", label=missed.name, recall=missed.recall, support=missed.support)
 
     def examples(self) -> HTML:
         """The most confident mistakes."""
@@ -160,11 +154,8 @@ class AccuracyPage:
     def believed(self) -> HTML:
         """Confidence against accuracy."""
         base, tuned = (self.result.models[name].calibration for name in (BASE, FINETUNED))
-        return charts.reliability(
-            {SHOWN[name]: _reliability(model.calibration.bins) for name, model in self.result.models.items()},
-            f"Reliability by confidence bin with 95 % Wilson intervals, all test rows (n = {tuned.n:,}). Expected "
-            f"calibration error: base {base.ece:.3f}, fine-tuned {tuned.ece:.3f}.",
-        )
+        bins = {SHOWN[name]: _reliability(model.calibration.bins) for name, model in self.result.models.items()}
+        return charts.reliability(bins, sentence("evaluate.reliability", n=tuned.n, base=base.ece, tuned=tuned.ece))
 
     def certainty(self) -> HTML:
         """Margins of the rows."""
@@ -177,27 +168,24 @@ class AccuracyPage:
     def speed(self) -> Markdown:
         """Near ties, cut rows, time, and what was done otherwise than usual."""
         base, tuned = (self.result.scores[name] for name in (BASE, FINETUNED))
-        told = [f"- {name}: {note}" for name, note in self.result.scoring.items() if note]
-        text = (
-            f"Near ties (|margin| < 0.1): base {base.near_ties}, fine-tuned {tuned.near_ties} of {len(tuned.ids):,} "
-            f"rows. Texts cut at the token limit: {int(tuned.truncated.sum())}. {_speed(self.result)}"
+        return tell(
+            "evaluate.near_ties",
+            base=base.near_ties,
+            tuned=tuned.near_ties,
+            n=len(tuned.ids),
+            cut=int(tuned.truncated.sum()),
+            seconds=_seconds(self.result),
+            notes=[(name, note) for name, note in self.result.scoring.items() if note],
         )
-        return display.say("\n".join([text, "", *told]))
 
     def prompts(self) -> Markdown:
         """Nothing is written."""
-        return display.say(
-            f"The answer is one of the words {', '.join(self.names)}, read off the scores above: nothing is written."
-        )
+        return tell("evaluate.nothing_written", labels=self.names)
 
     def learned(self) -> Markdown:
         """The conclusions."""
-        lines = [
-            f"- {point['name']}: {100 * point['estimate']:.1f} % [{100 * point['low']:.1f}, {100 * point['high']:.1f}] "
-            f"on {point['n']:,} {self.part.replace('_', '-')} rows"
-            for point in self.result.accuracies(self.part)
-        ]
-        return display.say("\n".join([*lines, ONE_SEED]))
+        points = self.result.accuracies(self.part)
+        return tell("evaluate.accuracies", points=points, part=self.part.replace("_", "-"))
 
 
 def _reliability(bins: Sequence[Any]) -> list[dict[str, float]]:
@@ -205,18 +193,10 @@ def _reliability(bins: Sequence[Any]) -> list[dict[str, float]]:
     rows = []
     for one in bins:
         if one.n:
-            found = intervals.wilson(round(one.accuracy * one.n), one.n)
+            found = wilson(round(one.accuracy * one.n), one.n)
             shown = {"confidence": one.confidence, "accuracy": one.accuracy, "n": one.n}
             rows.append({**shown, "low": found.low, "high": found.high})
     return rows
-
-
-def _speed(result: EvaluationResult) -> str:
-    base, tuned = (1000 * result.scores[name].seconds_per_sample for name in (BASE, FINETUNED))
-    return (
-        f"One row took {base:.1f} ms with the base and {tuned:.1f} ms with the adapter, on "
-        f"{result.product.entry.device}."
-    )
 
 
 class AnswerPage:
@@ -247,13 +227,13 @@ class AnswerPage:
         """Loss and perplexity of both models on each part of the test rows."""
         rows = [
             {
-                "rows": _part_words(part),
+                "rows": part.replace("_", " "),
                 "model": model,
                 "n": found["n"],
                 "answer tokens": found["tokens"],
                 "loss, nats a token": round(own["loss"], 4),
-                "95 % interval": limits(own["loss_interval"]),
-                "perplexity ↓": own["perplexity"],
+                "interval": limits_text(own["loss_interval"]),
+                "perplexity": own["perplexity"],
             }
             for part, model, found, own in self._figures()
         ]
@@ -263,15 +243,15 @@ class AnswerPage:
         """The fine-tuned model against the base."""
         rows = [
             {
-                "rows": _part_words(part),
+                "rows": part.replace("_", " "),
                 "fine-tuned against": SHOWN[BASE],
                 "n": found["n"],
                 "groups": found["groups"],
                 "loss difference, nats a token": f"{found['difference']:+.4f}",
-                "95 % interval": limits(found["difference_interval"], "+.4f"),
+                "interval": limits_text(found["difference_interval"], "+.4f"),
                 "p": found["p"],
-                "perplexity, factor": f"{found['ratio']:.3f}",
-                "its 95 % interval": limits(found["ratio_interval"]),
+                "perplexity, factor": found["ratio"],
+                "its 95 % interval": limits_text(found["ratio_interval"]),
             }
             for part, found in self.content["parts"].items()
         ]
@@ -280,7 +260,10 @@ class AnswerPage:
 
     def verdict(self) -> Markdown:
         """The paired comparison in words."""
-        return display.say(difference(self.result.part))
+        part = self.result.part
+        found = part["difference_interval"]
+        clear = found is not None and part["p"] < ALPHA and not found[0] <= 0 <= found[1]
+        return tell("evaluate.answer_verdict", part=part, clear=clear)
 
     def errors(self) -> HTML:
         """Four checks of what the models write."""
@@ -302,19 +285,12 @@ class AnswerPage:
             answers = {f"{name} answers": row[name] + cut[name] for name in SHOWN.values()}
             rows.append({"row": row["id"], "question": row["question"], "reference": row["reference"], **answers})
         made = self.content["decoding"]
-        first = f"the first {READABLE} of " if made["rows"] > READABLE else ""
-        caption = (
-            f"Answers to {first}{made['rows']} test rows, greedy, at most {made['max_new_tokens']} tokens each; long "
-            f"texts are cut."
-        )
-        return display.texts(rows or [{"row": "none", "question": "generated_rows is 0"}], caption, longest=400)
+        caption = sentence("evaluate.decoding", rows=made["rows"], first=READABLE, most=made["max_new_tokens"])
+        return display.texts(rows or [{"row": "none", "question": written_rows.NONE}], caption, longest=400)
 
     def believed(self) -> Markdown:
         """There is no calibration curve of free text."""
-        return display.say(
-            "A reliability curve needs answers that are right or wrong. Of free text the loss itself is the check: a "
-            "proper score it is lowest where the probabilities are those of the answers."
-        )
+        return tell("evaluate.no_calibration")
 
     def certainty(self) -> HTML:
         """Losses of the rows."""
@@ -324,51 +300,16 @@ class AnswerPage:
 
     def speed(self) -> Markdown:
         """Cut turns and time."""
-        return display.say(
-            f"Turns cut at the token limit: {self.content['turns_cut']:,}. Reading the reference answers: "
-            f"{_speed(self.result)}"
-        )
+        return tell("evaluate.reading_speed", turns_cut=self.content["turns_cut"], seconds=_seconds(self.result))
 
     def prompts(self) -> HTML:
         """Latency, and answers to prompts that are no test rows."""
         caption = "Latency of the greedy answers on this machine: median and range over the prompts."
-        return display.stacked(
-            display.table(written_rows.latencies(self.result), caption),
-            display.texts(written_rows.prompts(self.result), written_rows.prompts_caption(self.result), longest=400),
-        )
+        texts, told = written_rows.prompts(self.result), written_rows.prompts_caption(self.result)
+        latencies = display.table(written_rows.latencies(self.result), caption)
+        return display.stacked(latencies, display.texts(texts, told, longest=400))
 
     def learned(self) -> Markdown:
         """The conclusions."""
-        part = self.result.part
-        return display.say(
-            f"{written_rows.learned(self.result)}\n"
-            f"- Perplexity of the reference answers: base {part[BASE]['perplexity']:.2f}, fine-tuned "
-            f"{part[FINETUNED]['perplexity']:.2f} on {part['n']:,} rows.\n"
-            f"- {self.content['turns_cut']:,} turns of the test rows were cut at the token limit.\n"
-            "- A likely answer is not yet a good one: perplexity does not see whether advice is right, safe or kind.\n"
-            f"{ONE_SEED}"
-        )
-
-
-def difference(part: Row) -> str:
-    """The paired comparison of one part of the rows, in words."""
-    found = part["difference_interval"]
-    tested, times = "(no interval)", ""
-    if found is None:
-        words = "So few groups of rows, or rows that all say the same, show nothing."
-    else:
-        tested = f"{limits(found, '+.4f')} (p = {part['p']:.2g}, t-test over groups)"
-        times = f" {limits(part['ratio_interval'])}"
-        if part["p"] < ALPHA and not found[0] <= 0 <= found[1]:
-            direction = "likelier" if found[1] < 0 else "less likely"
-            words = f"The fine-tuned model finds the reference answers **{direction}**."
-        else:
-            words = (
-                f"These rows do not show a difference; one below {part['mde']:.2g} nats a token they would miss more "
-                f"often than one time in five."
-            )
-    return (
-        f"On {part['n']:,} rows in {part['groups']:,} groups ({part['tokens']:,} answer tokens) the loss differs by "
-        f"{part['difference']:+.4f} nats a token {tested}, the perplexity by a factor of {part['ratio']:.3f}{times}. "
-        f"{words}"
-    )
+        rest = sentence("evaluate.answers_learned", part=self.result.part, turns_cut=self.content["turns_cut"])
+        return display.say(f"{written_rows.learned(self.result)}\n{rest}")
