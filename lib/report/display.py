@@ -251,6 +251,11 @@ def side_by_side(figures: Iterable[HTML]) -> HTML:
     return _html(f'<div style="display:flex;flex-wrap:wrap;gap:0 1em">{"".join(parts)}</div>')
 
 
+def stacked(*parts: HTML) -> HTML:
+    """Tables and figures below one another."""
+    return _html("".join(part.data for part in parts))
+
+
 def _cell(value: Any, form: str = "") -> str:
     """A value as text; numbers and intervals by the format of their column."""
     if value is None or (isinstance(value, float) and math.isnan(value)):

@@ -23,7 +23,7 @@ from lib.statistics.power import rows_for_inside
 from lib.statistics.verdicts import compare_all
 
 if TYPE_CHECKING:
-    from lib.prompts.tasks import AnyTask
+    from lib.prompts.tasks import Task
     from lib.scoring.metric import Entry, Row, RowGroups
 
 _RESAMPLES = 2000
@@ -108,7 +108,7 @@ class Accuracy:
             }
         return found
 
-    def floor(self, tokenizer: Any, task: AnyTask, train: Sequence[Row], rows: Sequence[Row]) -> float:
+    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float:
         """Share of the commonest label among the rows."""
         return float(np.bincount([row["label"] for row in rows]).max() / len(rows))
 

@@ -19,7 +19,7 @@ from lib.errors import InputError
 from lib.models.base_model import Base
 from lib.models.loading import load_model, load_tokenizer
 from lib.progress import Progress
-from lib.prompts.tasks import AnyTask, read_task
+from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import DevicePeak, PeakMemory, no_warnings, quiet
@@ -114,7 +114,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-def _rows(data: Path, task: AnyTask, tokenizer: Any, name: str) -> list[Example]:
+def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Example]:
     what = {"train": "training"}.get(name, name)
     rows = examples(read_jsonl(data / f"{name}.jsonl"), task, tokenizer, what)
     if not rows:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.weights import SAFETENSORS
-from lib.prompts.tasks import kind_of, language_of, probe_ids, read_task
+from lib.prompts.tasks import language_of, read_task
 from lib.runs.files import read_json, read_jsonl, write_json, write_text
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
@@ -102,7 +102,7 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: Work) -> None:
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
     chosen = adapter.entry.facts.get("chosen")
-    kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind_of(task))
+    kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(task.kind)
     front = {
         "base_model": base.id,
         "language": language_of(_validation_rows(data.path, _TOLD_BY)),
@@ -143,7 +143,7 @@ def _merge_into(
     report = merge_folders(base, adapter, output, dtype, tokenizer=data / "tokenizer")
     proof = prove_merge(base, adapter, output, SAFETENSORS[dtype] if dtype else None)
     task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
-    prompts = [probe_ids(tokenizer, task, row) for row in _validation_rows(data, CHECK_PROMPTS)]
+    prompts = [task.probe_ids(tokenizer, row) for row in _validation_rows(data, CHECK_PROMPTS)]
     return report, proof, check_merge(base, adapter, output, prompts, report.dtype)
 
 
