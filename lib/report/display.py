@@ -13,6 +13,7 @@ import functools
 import html
 import io
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -320,23 +321,16 @@ def with_interval(value: float, limits: Sequence[float | None] | None, form: str
 
 
 def made(product: Product) -> Markdown:
-    """The sentence of a product, and what an interrupted try had done of it (its facts "found_done")."""
-    names: dict[str, list[str]] = {}
+    """The sentence of a product, and what an interrupted run had already done of it (its facts "found_done")."""
+    left: dict[str, list[str]] = defaultdict(list)
     for name, words in product.entry.facts.get("found_done", {}).items():
-        names.setdefault(words, []).append(name)
-    done = "; ".join(f"{', '.join(own)}: {words}" for words, own in names.items())
-    return say(product.message + (f" An interrupted try had left: {done}." if done else ""))
-
-
-def banner(text: str) -> HTML:
-    """A warning that must not be overlooked."""
-    return _html(f'<p class="stamp" role="note"><strong>{html.escape(text)}</strong></p>')
+        left[words].append(name)
+    return tell("display.made", message=product.message, left=left)
 
 
 def stamps(run: Run) -> HTML:
     """What every page of this run must say (sample data, offline base, fallbacks), one line each."""
-    lines = "".join(f'<p class="stamp" role="note"><strong>{html.escape(note)}</strong></p>' for note in run.stamps())
-    return _html(lines)
+    return _html(markup("banners", run.stamps()))
 
 
 def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -> HTML:
