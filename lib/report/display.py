@@ -1,8 +1,11 @@
-"""One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-How numbers are written in tables, by the name of their column; a table in a notebook need not repeat it.
-Names that every table of a page marks, once they are known.
-What a cell shows: a figure with caption and alternative text, a table, a sentence with computed numbers.
-Figures, tables and sentences of a notebook, fit for a report: captions, alternative text, safe colours, no gaps.
+"""What a cell shows: tables, figures and sentences, fit for a report: captions, alternative texts, safe colours.
+
+A notebook's cell ends in one of these:
+
+    display.table(rows, caption)          rows by the keys of ``columns.yaml``
+    display.tell("page.sentence", n=12)   a sentence of ``templates/sentences`` (`lib.report.sentences`)
+    display.card("page.card", record=r)   two columns from a template
+    display.show(table, figure, words)    several below one another; None is left out
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ if TYPE_CHECKING:
     from lib.runs.run import Product, Run
 
 
-# One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-
 Shown = tuple["HTML | Markdown", ...]
 """Tables, figures and sentences that belong together; a cell shows them by `show`."""
+
+
+# One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
