@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.sentences import LANGUAGE, environment, sentence
+from lib.report.sentences import LANGUAGE, environment, sentence, word_rows
 from lib.statistics.intervals import Interval, estimate_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
+
+Shown = tuple["HTML | Markdown", ...]
+"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
@@ -296,6 +299,24 @@ def key_values(values: Mapping[str, Any], caption: str) -> HTML:
     return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
 
 
+def card(name: str, /, **values: Any) -> HTML:
+    """A table of two columns from a template whose first line is the caption, and the others "label | value".
+
+    card("quantize.imatrix_card", record=matrix.record)
+    """
+    (caption,), *pairs = word_rows(name, **values)
+    return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+
+
+def show(*parts: HTML | Markdown | None) -> None:
+    """Show tables, figures and sentences of a cell below one another; None, what a run has not, is left out."""
+    from IPython.display import display
+
+    for part in parts:
+        if part is not None:
+            display(part)
+
+
 def say(text: str) -> Markdown:
     """A paragraph whose numbers were computed (Markdown)."""
     from IPython.display import Markdown
@@ -303,7 +324,7 @@ def say(text: str) -> Markdown:
     return Markdown(text)
 
 
-def tell(name: str, **values: Any) -> Markdown:
+def tell(name: str, /, **values: Any) -> Markdown:
     """`sentence` as a paragraph: tell("quantize.planned", megabytes=271.2, wider=2, types=7)."""
     return say(sentence(name, **values))
 

@@ -95,10 +95,12 @@ def environment(folder: str, escape: bool) -> Environment:
         lstrip_blocks=not escape,
     )
     made.filters |= FILTERS
+    if not escape:  # a sentence inside another must not bring its line end along, which could begin a paragraph
+        made.finalize = lambda value: value.strip("\n") if isinstance(value, str) else value
     return made
 
 
-def sentence(name: str, **values: Any) -> str:
+def sentence(name: str, /, **values: Any) -> str:
     """A sentence, or several, with its values.
 
     Args:
@@ -108,9 +110,19 @@ def sentence(name: str, **values: Any) -> str:
         jinja2.UndefinedError: a value is missing.
         TypeError: a value that the template does not take.
     """
+    return joined(_rendered(name, values))
+
+
+def word_rows(name: str, /, **values: Any) -> list[list[str]]:
+    """Rows of words, for cards and tables of text: a row is a line of the template, its cells are parted by `` | ``."""
+    lines = filter(None, map(str.strip, _rendered(name, values).splitlines()))
+    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+
+
+def _rendered(name: str, values: dict[str, Any]) -> str:
     page, _, macro = name.partition(".")
     template = environment(f"sentences/{LANGUAGE}", False).get_template(f"{page}.j2")
-    return joined(getattr(template.module, macro)(**values))
+    return str(getattr(template.module, macro)(**values))
 
 
 def joined(text: str) -> str:
