@@ -12,14 +12,13 @@ import contextlib
 import functools
 import html
 import io
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.sentences import LANGUAGE, environment, sentence, word_rows
+from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
 from lib.statistics.intervals import Interval, estimate_text
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def build(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     columns, cells = [], []
     for key in found.columns:
         column = registry().get(key) or Column(str(key))
-        written = [_cell(value, (formats or {}).get(key, column.form)) for value in found[key]]
+        written = [cell_text(value, (formats or {}).get(key, column.form)) for value in found[key]]
         numeric = all(isinstance(v, (int, float, Interval, type(None))) for v in found[key])
         columns.append(replace(column, numeric=numeric))
         cells.append(written)
@@ -254,27 +253,6 @@ def side_by_side(figures: Iterable[HTML]) -> HTML:
     return _html(f'<div style="display:flex;flex-wrap:wrap;gap:0 1em">{"".join(parts)}</div>')
 
 
-def _cell(value: Any, form: str = "") -> str:
-    """A value as text; numbers and intervals by the format of their column."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Interval):
-        return format(value, form or ".4g")
-    if isinstance(value, (int, float)) and form:
-        return "0" if value == 0 and form.endswith("e") else format(value, form)
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_cell(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
-    return str(value)
-
-
 def markup(macro: str, *values: Any) -> str:
     """HTML by a macro of ``templates/pages/macros.html.j2``."""
     return str(getattr(environment("pages", True).get_template("macros.html.j2").module, macro)(*values))
@@ -295,7 +273,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
 
 def key_values(values: Mapping[str, Any], caption: str) -> HTML:
     """A mapping as a table of two columns."""
-    pairs = [(str(key), _cell(value)) for key, value in values.items()]
+    pairs = [(str(key), cell_text(value)) for key, value in values.items()]
     return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
 
 
