@@ -160,6 +160,11 @@ class Table:
     def headings(self) -> list[str]:
         return [column.heading for column in self.columns]
 
+    def records(self) -> list[dict[str, str]]:
+        """The rows by heading, for a terminal: with plain blanks where a page may not break the line."""
+        rows = ([cell.replace("\u00a0", " ") for cell in row] for row in self.rows)
+        return [dict(zip(self.headings, row, strict=True)) for row in rows]
+
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> DataFrame:
     """Rows as a frame whose values stay what they are: None stays None, whole numbers stay whole."""
@@ -268,7 +273,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     )
     if made != plain:  # compared, not searched for: a text of the data may hold the sign itself
         made = replace(made, caption=f"{caption} {caption_of_marks()}")
-    return _html(f'<div class="table">{markup("table", made)}</div>')
+    return _html(f'<div class="table">{markup("data_table", made)}</div>')
 
 
 def key_values(values: Mapping[str, Any], caption: str) -> HTML:

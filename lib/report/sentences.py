@@ -138,9 +138,12 @@ def sentence(name: str, /, **values: Any) -> str:
 
 
 def word_rows(name: str, /, **values: Any) -> list[list[str]]:
-    """Rows of words, for cards and tables of text: a row is a line of the template, its cells are parted by `` | ``."""
-    lines = filter(None, map(str.strip, _rendered(name, values).splitlines()))
-    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+    """Rows of words, for cards and tables of text: a row is a line of the template, its cells are parted by `` | ``.
+
+    A line that begins with a blank continues the one before.
+    """
+    text = re.sub(r"\n[ \t]+(?=\S)", " ", _rendered(name, values))
+    return [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.strip()]
 
 
 def _rendered(name: str, values: dict[str, Any]) -> str:
