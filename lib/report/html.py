@@ -1,11 +1,9 @@
-"""An executed notebook as one self-contained page: no script, no request to any network, readable on a phone.
-What must not be on a published page; used by the report runner before publishing and by the tests.
-"""
+"""An executed notebook as one self-contained page: no script, no request to any network, readable on a phone."""
 
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +13,7 @@ from lib.report.sentences import LANGUAGE, TEMPLATES, sentence
 from lib.runs.manifest import NOTEBOOK_OF
 
 if TYPE_CHECKING:
+    from bs4 import BeautifulSoup
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
@@ -141,87 +140,52 @@ _TEMPLATE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.S)
 _CSS_URL = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.I)
 _NETWORK = re.compile(r"^\s*(?:https?:)?//", re.I)
 _NO_ALT = "No description has been provided for this image"
-_VERBATIM = {"pre", "code", "td", "mark", "script", "style"}
-_VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-_SOURCES = {"src", "srcset", "data", "poster"}
-
-
-class _Page(HTMLParser):
-    """Collects problems while the page is parsed."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.found: list[str] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.lang = self.titled = False
-        self.svg_named: bool | None = None
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {key: value or "" for key, value in attrs}
-        if tag not in _VOID:
-            self.open.append(tag)
-        if tag == "html":
-            self.lang = bool(values.get("lang"))
-        mime = values.get("data-mime-type", "")
-        if mime.endswith(".stderr"):
-            self.found.append("text on stderr")
-        if mime.endswith(".error"):
-            self.found.append("an error output")
-        self._resource(tag, values)
-        if tag == "img" and (not values.get("alt", "").strip() or _NO_ALT in values["alt"]):
-            self.found.append("a figure without description")
-        if tag == "svg":
-            self.svg_named = bool(values.get("aria-label")) or values.get("aria-hidden") == "true"
-        if tag == "title" and "svg" in self.open:
-            self.svg_named = True
-
-    def _resource(self, tag: str, values: dict[str, str]) -> None:
-        for key in _SOURCES & values.keys():
-            if _NETWORK.match(values[key]):
-                self.found.append("a network dependency")
-            elif not values[key].startswith("data:"):
-                self.found.append(f"a dependency on the file {values[key][:80]!r}")
-        if tag == "link" and values.get("href") and not values["href"].startswith("data:"):
-            self.found.append("a network dependency" if _NETWORK.match(values["href"]) else "a dependency on a file")
-        if tag == "script" and values.get("type", "text/javascript") not in ("application/json",):
-            self.found.append("a script")
-        if _CSS_URL.search(values.get("style", "")):
-            self.found.append("a network dependency")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "svg" and self.svg_named is False:
-            self.found.append("a figure without description")
-        if tag in self.open:
-            while self.open.pop() != tag:
-                pass
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            if _CSS_URL.search(data):
-                self.found.append("a network dependency")
-            return
-        if "title" in self.open and "svg" not in self.open and data.strip():
-            self.titled = True
-        if "details" in self.open and "pre" in self.open:
-            return  # folded code may speak of anything
-        self.text.append(data)
-        if not _VERBATIM & set(self.open) and _TEMPLATE.search(data):
-            self.found.append("an unresolved template")
+_VERBATIM = ["pre", "code", "td", "mark", "script", "style"]
+_SOURCES = ("src", "srcset", "data", "poster")
 
 
 def problems_in(text: str) -> list[str]:
     """What is wrong with a page's HTML, each once; empty when nothing is."""
-    page = _Page()
-    page.feed(text)
-    page.close()
-    visible = "".join(page.text)
-    found = page.found + [what for what, pattern in _TEXT.items() if pattern.search(visible)]
-    if not page.lang:
-        found.append("no language")
-    if not page.titled:
-        found.append("no title")
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(text, "html.parser")
+    found = [*_resources(page), *_figures(page)]
+    found += ["text on stderr" for _ in page.select('[data-mime-type$=".stderr"]')]
+    found += ["an error output" for _ in page.select('[data-mime-type$=".error"]')]
+    found += [] if page.select_one("html[lang]:not([lang=''])") else ["no language"]
+    found += [] if page.select_one("title") and page.select_one("title").get_text(strip=True) else ["no title"]
+    for hidden in page.select("style, script, details pre"):  # folded code may speak of anything
+        hidden.decompose()
+    found += [what for what, pattern in _TEXT.items() if pattern.search(page.get_text())]
+    if any(_TEMPLATE.search(line) and not line.find_parent(_VERBATIM) for line in page.find_all(string=True)):
+        found.append("an unresolved template")
     return list(dict.fromkeys(found))
+
+
+def _resources(page: BeautifulSoup) -> Iterator[str]:
+    """What a page would load, and scripts."""
+    for tag in page.find_all(True):
+        asked = [tag[key] for key in _SOURCES if key in tag.attrs]
+        asked += [tag["href"]] if tag.name == "link" and tag.get("href") else []
+        for address in asked:
+            if _NETWORK.match(address):
+                yield "a network dependency"
+            elif not address.startswith("data:"):
+                yield f"a dependency on the file {address[:80]!r}"
+        if tag.name == "script" and tag.get("type", "text/javascript") != "application/json":
+            yield "a script"
+        if _CSS_URL.search(tag.get("style", "") + (tag.get_text() if tag.name == "style" else "")):
+            yield "a network dependency"
+
+
+def _figures(page: BeautifulSoup) -> Iterator[str]:
+    """Figures that say nothing to a reader who does not see them."""
+    for image in page.find_all("img"):
+        if not image.get("alt", "").strip() or _NO_ALT in image["alt"]:
+            yield "a figure without description"
+    for drawing in page.find_all("svg"):
+        if not drawing.get("aria-label") and drawing.get("aria-hidden") != "true" and not drawing.find("title"):
+            yield "a figure without description"
 
 
 def problems(page: Path) -> list[str]:
