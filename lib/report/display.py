@@ -75,13 +75,10 @@ def readable(names: Sequence[str]) -> list[str]:
     return [f"label {index}" for index in range(len(names))]
 
 
-def font_note(names: Sequence[str]) -> str:
-    """A sentence for the caption when names had to be replaced; empty otherwise."""
+def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(what a figure shows, name) where names had to be replaced; none where they stand as they are."""
     shown = readable(names)
-    if shown == list(names):
-        return ""
-    pairs = ", ".join(f"{short} = {name}" for short, name in zip(shown, names, strict=True))
-    return f" No Chinese font is installed, so the figure says {pairs}."
+    return [] if shown == list(names) else list(zip(shown, names, strict=True))
 
 
 def use_style() -> None:

@@ -203,9 +203,9 @@ def block(
             "sub_minimum": int(minimums[i]),
             "step": float(steps[i]),
             "offset": float(offsets[i]),
-            "codes": " ".join(map(str, codes[i, :8])),
-            "weights_before": " ".join(f"{w:+.4f}" for w in original[i, :3]),
-            "weights_after": " ".join(f"{w:+.4f}" for w in rebuilt[i, :3]),
+            "codes": " ".join(map(str, codes[i, :6])),
+            "weights_before": " ".join(f"{w:+.4f}" for w in original[i, :2]),
+            "weights_after": " ".join(f"{w:+.4f}" for w in rebuilt[i, :2]),
             "relative_error": float(change[i] / np.linalg.norm(original[i])),
         }
         for i in range(len(codes))
