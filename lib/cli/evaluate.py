@@ -12,8 +12,7 @@ from lib.cli.console import GpuLayers, Json, TextColumn, Threads, show, table
 from lib.errors import InputError
 
 if TYPE_CHECKING:
-    from lib.prompts.classification import Task
-    from lib.prompts.conversations import ConversationTask
+    from lib.prompts.tasks import Task
     from lib.runs.run import Product
 
 SEED = 42
@@ -55,7 +54,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
-    from lib.prompts.tasks import has_labels
     from lib.runs.files import write_json
     from lib.stages.evaluate.standalone import evaluate_models, evaluate_models_by_answers
 
@@ -65,8 +63,7 @@ def evaluate(
     wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
     task = wanted.task()
     rows, source = wanted.rows(task)
-    labelled = has_labels(task)
-    result = (evaluate_models if labelled else evaluate_models_by_answers)(
+    result = (evaluate_models if task.label_names else evaluate_models_by_answers)(
         models,
         rows,
         task,
@@ -85,7 +82,7 @@ def evaluate(
     if output is not None:
         write_json(output, result)
     quality = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
-    if labelled:
+    if task.label_names:
         quality = ("accuracy", "accuracy_interval", "macro_f1")
     show(result, as_json, table(result["models"], ("model", "n", *quality, "seconds_per_sample", "peak_memory_mib")))
 
@@ -117,7 +114,6 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
-    from lib.prompts.tasks import has_labels
     from lib.report import steps_page
     from lib.runs.files import read_jsonl
     from lib.runs.run import open_run
@@ -132,7 +128,7 @@ def compare(
     options: dict[str, Any] = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
     options |= {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
     quality = ("accuracy", "accuracy_interval", "flips")
-    if not has_labels(task):  # token frequencies of the training answers are what the reference has to beat
+    if not task.label_names:  # token frequencies of the training answers are what the reference has to beat
         options["train"] = read_jsonl(open_run(run_name).require("data").path / "train.jsonl")
         quality = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
     result = compare_files(reference, others, rows, task, output, source, **options)
@@ -174,10 +170,10 @@ class RowOptions:
     label_column: str = ""
     given: dict[str, Any] = field(default_factory=dict)
 
-    def task(self) -> Task | ConversationTask:
+    def task(self) -> Task:
         """The task of --run, else of the defaults; options that were given replace its parts."""
         from lib import settings
-        from lib.prompts.classification import Task
+        from lib.prompts.tasks import task_of
 
         values: dict[str, Any] = {}
         if self.run_name is not None:
@@ -186,14 +182,13 @@ class RowOptions:
             values = read_json(self._product().path / "task.json")
             if "task" in values:
                 return self._conversation(values)
-        checked = settings.check({**values, **self.given}, "the options")
-        return Task(tuple(checked.label_names), checked.system_prompt, checked.user_prompt, checked.max_seq_length)
+        return task_of(settings.check({**values, **self.given}, "the options"))
 
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer of --run."""
         return None if self.run_name is None else self._product().path / "tokenizer"
 
-    def rows(self, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def rows(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows, and what they are in words for the result."""
         if self.data is not None:
             rows, source = self._file_rows(self.data, task)
@@ -219,9 +214,9 @@ class RowOptions:
 
         return open_run(self.run_name).require("data")
 
-    def _conversation(self, values: dict[str, Any]) -> ConversationTask:
+    def _conversation(self, values: dict[str, Any]) -> Task:
         """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
-        from lib.prompts.conversations import ConversationTask
+        from lib.prompts.tasks import task_from_json
 
         wrong = [f"--{name.replace('_', '-')}" for name in self.given if name != "max_seq_length"]
         wrong += ["--data"] if self.data is not None else []
@@ -231,9 +226,9 @@ class RowOptions:
                 "the run's own test rows, or a run with labels.",
                 f"leave out {', '.join(wrong)}.",
             )
-        return ConversationTask.from_json({**values, **self.given})
+        return task_from_json({**values, **self.given})
 
-    def _file_rows(self, data: str, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _file_rows(self, data: str, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of --data; what is left out of them is said."""
         from lib.progress import say
         from lib.stages.data.stage import rows_from_file

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.progress import say
-from lib.prompts.tasks import AnyTask, has_labels
+from lib.prompts.tasks import Task
 from lib.runs.child import run_child
 from lib.runs.files import writable, write_json
 from lib.runs.machine import llama_cpp_problem, physical_cores
@@ -105,7 +105,7 @@ def compare_files(
     reference: Path,
     others: Sequence[Path],
     rows: Sequence[Mapping[str, Any]],
-    task: AnyTask,
+    task: Task,
     output: Path,
     source: Mapping[str, Any] | None = None,
     *,
@@ -159,7 +159,7 @@ def compare_files(
     _check(reference, others, rows)
     writable(output)
     tokenizer = tokenizer or _tokenizer_in(reference)
-    work, labelled = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens), has_labels(task)
+    work, labelled = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens), bool(task.label_names)
     shared = shared_argument(work, rows, n_threads or physical_cores(), n_gpu_layers)
     measured = _measure([reference, *others], rows, work, shared, output)
     in_torch = merged and _merged(merged, shared, rows, work, output)

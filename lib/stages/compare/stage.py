@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.tasks import has_labels, read_task
+from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.run import Product, Run, Work
 from lib.scoring.journal import found_done
@@ -89,7 +89,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     def build(work: Work) -> None:
         _build(settings, run, work)
 
-    labelled = has_labels(read_task(run.require("data").path))
+    labelled = bool(read_task(run.require("data").path).label_names)
     margin = "equivalence_margin" if labelled else "perplexity_margin"
     parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
     parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
@@ -149,7 +149,7 @@ def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[tuple[dict[
         return (), ""
     name, reference = content["steps"]["file"], content["reference"]
     conditions, data = content["conditions"], run.require("data").path
-    load = _loader(has_labels(read_task(data)))
+    load = _loader(bool(read_task(data).label_names))
     steps = [
         (content["steps"]["merged"], load(folder / MERGED_SCORES)),
         (f"GGUF {reference}, llama.cpp", load(folder / f"scores-{reference}.jsonl")),
@@ -218,15 +218,15 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         n_gpu_layers=settings.n_gpu_layers,
         equivalence_margin=settings.equivalence_margin,
         perplexity_margin=settings.perplexity_margin,
-        train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
+        train=() if task.label_names else read_jsonl(data.path / "train.jsonl"),
         merged=run.require("merged").path if _has_merged(run) else None,
         seed=settings.seed,
-        start=base_scores(run, has_labels(task)),
+        start=base_scores(run, bool(task.label_names)),
         grid=_grid(run),
         forget=False,
     )
     wrote: dict[str, str] = {}
-    if not has_labels(task):
+    if not task.label_names:
         names = [entry["type"] for entry in result["files"]]  # the GGUF files stand before the folders
         named = dict(zip(names, [reference, *files], strict=False))
         wrote = write_answers(named, rows, task, tokenizer, settings, work.folder)
