@@ -9,7 +9,8 @@ from typing import Any
 def render(template: Path, **values: Any) -> str:
     """The text of a template with the values put in; nothing is escaped, and a missing value is an error.
 
-    A line that holds nothing but a statement leaves no line. `{{ number | form(".2f") }}` formats as Python does.
+    A line that holds nothing but a statement leaves no line. `{{ number | form(".2f") }}` formats as Python does,
+    `{{ value | python }}` is the value as Python source.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -20,5 +21,5 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["form"] = format
+    environment.filters |= {"form": format, "python": repr}
     return environment.get_template(template.name).render(values)
