@@ -55,7 +55,8 @@ def evaluate(
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
     from lib.runs.files import write_json
-    from lib.stages.evaluate.standalone import evaluate_models, evaluate_models_by_answers
+    from lib.stages.evaluate.results import result_of
+    from lib.stages.evaluate.standalone import evaluate_models
 
     if output is not None:
         _refuse_unwritable(output)
@@ -63,7 +64,7 @@ def evaluate(
     wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
     task = wanted.task()
     rows, source = wanted.rows(task)
-    result = (evaluate_models if task.label_names else evaluate_models_by_answers)(
+    result = evaluate_models(
         models,
         rows,
         task,
@@ -81,10 +82,8 @@ def evaluate(
     )
     if output is not None:
         write_json(output, result)
-    quality = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
-    if task.label_names:
-        quality = ("accuracy", "accuracy_interval", "macro_f1")
-    show(result, as_json, table(result["models"], ("model", "n", *quality, "seconds_per_sample", "peak_memory_mib")))
+    columns = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
+    show(result, as_json, table(result["models"], columns))
 
 
 def compare(
@@ -117,6 +116,7 @@ def compare(
     from lib.report import steps_page
     from lib.runs.files import read_jsonl
     from lib.runs.run import open_run
+    from lib.scoring.metric import metric_of
     from lib.stages.compare.files import compare_files
     from lib.stages.compare.speed import match_files
 
@@ -127,12 +127,10 @@ def compare(
     rows, source = wanted.rows(task)
     options: dict[str, Any] = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
     options |= {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
-    quality = ("accuracy", "accuracy_interval", "flips")
     if not task.label_names:  # token frequencies of the training answers are what the reference has to beat
         options["train"] = read_jsonl(open_run(run_name).require("data").path / "train.jsonl")
-        quality = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
     result = compare_files(reference, others, rows, task, output, source, **options)
-    text = table(result["files"], ("type", "bytes", "bits_per_weight", *quality, "kld_mean", "verdict"))
+    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric_of(task).shown, "kld_mean", "verdict"))
     if phones:
         types = {entry["file"]: entry["type"] for entry in result["files"]}
         phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]

@@ -6,7 +6,7 @@ What page 04 shows of a merge: the proof of its weights, and what rounding them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The rows of the tables of notebooks 01 to 05: results brought into columns that are named with their units.
@@ -56,62 +56,6 @@ def reports(parts: Mapping[str, Mapping[str, Any] | None]) -> list[Row]:
         }
         for name, report in parts.items()
         if report
-    ]
-
-
-def accuracies(result: Any) -> list[Row]:
-    """Accuracy of every model on every part of the test rows (an EvaluationResult)."""
-    return [
-        {
-            "rows": part.replace("_", " "),
-            "model": point["name"],
-            "n": point["n"],
-            "accuracy ↑": point["estimate"],
-            "95 % low": point["low"],
-            "95 % high": point["high"],
-        }
-        for part in result.subsets()
-        for point in result.accuracies(part)
-    ]
-
-
-def paired(comparisons: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """The fine-tuned model against each reference on each part of the rows."""
-    return [
-        {
-            "rows": part.replace("_", " "),
-            "fine-tuned against": name,
-            "n": c.n,
-            "lost": c.losses,
-            "won": c.gains,
-            "difference, points": 100 * c.difference.estimate,
-            "from, points": 100 * c.difference.low,
-            "to, points": 100 * c.difference.high,
-            "p (Holm)": c.p_adjusted,
-            "verdict": c.verdict,
-        }
-        for part, pairs in comparisons.items()
-        for name, c in pairs.items()
-    ]
-
-
-def classes(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Per-class scores; `f1` is written F1."""
-    return [{("F1" if key == "f1" else key): value for key, value in row.items()} for row in rows]
-
-
-def mistakes(found: Iterable[Any], label_names: Sequence[str]) -> list[Row]:
-    """Wrong answers as text, the label names for the numbers."""
-    return [
-        {
-            "row": mistake.id,
-            "text": mistake.text,
-            "label": label_names[mistake.label],
-            "answer": label_names[mistake.prediction],
-            "probability": mistake.probability,
-            "leaked": mistake.leaked,
-        }
-        for mistake in found
     ]
 
 

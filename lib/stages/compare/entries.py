@@ -14,9 +14,8 @@ import numpy as np
 from lib.prompts.tasks import Task, texts_of
 from lib.runs.machine import cpu_name
 from lib.scoring.log_probabilities import AnswerScores, Scores
+from lib.scoring.metric import Metric, RowGroups, compare
 from lib.scoring.perplexity import text_windows
-from lib.stages.compare.advice import judge_answers
-from lib.stages.compare.judge import Rows, judge
 from lib.stages.compare.retention import FOLDER, GGUF
 from lib.stages.compare.speed import read_bytes
 
@@ -163,27 +162,6 @@ def _conversations(
     )
 
 
-def unigram_perplexity(
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    train: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-) -> float:
-    """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one smoothed).
-
-    What naming the commonest label is to classification: a model that is not better has not learned to answer.
-    """
-    counts = np.ones(len(tokenizer))
-    np.add.at(counts, _answer_tokens(tokenizer, task, train), 1)
-    log_p = np.log(counts / counts.sum())
-    return float(np.exp(-log_p[_answer_tokens(tokenizer, task, rows)].mean()))
-
-
-def _answer_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    encoded = (task.encode(tokenizer, row) for row in rows)
-    return np.array([token for conversation in encoded for token in conversation.loss_ids])
-
-
 # From what the child processes measured to one entry a file.
 
 _SPEED_KEYS = (
@@ -237,14 +215,13 @@ def conditions_of(measured: Measured, shared: Mapping[str, Any], work: Work) -> 
     }
 
 
-def entries_of(measured: Measured, rows: Rows, margin: float, seed: int) -> list[dict[str, Any]]:
+def entries_of(
+    metric: Metric, measured: Measured, rows: RowGroups, margin: float, floor: float | None, seed: int
+) -> list[dict[str, Any]]:
     """One entry a file, the reference first, but for what `lib.stages.compare.retention.with_retention` adds."""
     scores, (reference, *others) = measured.scores, measured.names
     reference_ppl = measured.answers[0]["perplexity"]["ppl"]
-    labels = getattr(scores[reference], "labels", None)
-    decide = judge_answers if labels is None else judge
-    judged = decide(scores[reference], {name: scores[name] for name in others}, rows, margin, seed)
-    majority = {} if labels is None else {"majority_share": float(np.bincount(labels).max() / len(labels))}
+    judged = compare(metric, scores[reference], {name: scores[name] for name in others}, rows, margin, seed)
     entries = []
     for name, path, answer in zip(measured.names, measured.paths, measured.answers, strict=True):
         entries.append(
@@ -256,7 +233,7 @@ def entries_of(measured: Measured, rows: Rows, margin: float, seed: int) -> list
                 "read_bytes": None if path.is_dir() else read_bytes(path, answer["tensor_bytes"]),
                 "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
                 **judged["" if name == reference else name],
-                **majority,
+                **metric.entry_floor(floor),
                 **_text_quality(answer, reference_ppl),
                 **{key: answer[key] for key in _SPEED_KEYS},
                 "seconds_per_sample": answer["score_seconds"] / len(rows.groups),

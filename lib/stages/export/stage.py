@@ -255,7 +255,7 @@ def write_card(
     )
     packages = ["torch", "transformers", *made.needs]
     text = render(
-        Path(__file__).with_name("templates") / "README.md.jinja",
+        Path(__file__).with_name("README.md.j2"),
         front=data.to_yaml(),
         made=made,
         record=record,

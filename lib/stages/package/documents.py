@@ -38,7 +38,7 @@ def card(facts: Facts, contents: Mapping[str, str]) -> str:
     """
     types = Counter(facts.mix["types"].values()).most_common() if facts.mix else []
     return render(
-        _TEMPLATES / "README.md.jinja",
+        _TEMPLATES / "README.md.j2",
         facts=facts,
         labelled=bool(facts.task.label_names),
         front=_front_matter(facts),
@@ -187,7 +187,7 @@ def modelfile(facts: Facts, turns: Turns, stops: Sequence[str]) -> tuple[str, li
     problems = []
     if '"""' in facts.task.system_prompt:
         problems.append('the system prompt holds """, which a Modelfile cannot: send it as a message')
-    template = _TEMPLATES / "Modelfile.jinja"
+    template = _TEMPLATES / "Modelfile.j2"
     return render(template, facts=facts, turns=go_template(turns), stops=stops, problems=problems), problems
 
 
@@ -209,7 +209,7 @@ BANDWIDTHS = {
 def guide(facts: Facts) -> str:
     """deployment_guide.md."""
     return render(
-        _TEMPLATES / "deployment_guide.md.jinja",
+        _TEMPLATES / "deployment_guide.md.j2",
         facts=facts,
         labelled=bool(facts.task.label_names),
         bandwidths=BANDWIDTHS,
