@@ -39,6 +39,9 @@ Shown = tuple["HTML | Markdown", ...]
 
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
 
+Shown = tuple["HTML | Markdown", ...]
+"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
+
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
     *("WenQuanYi Zen Hei", "Noto Sans CJK JP", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC"),
