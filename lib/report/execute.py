@@ -167,9 +167,16 @@ class Ended:
 
 
 def _kernelspec(folder: Path) -> None:
-    """A kernel that is this interpreter, whatever kernels are installed elsewhere."""
+    """A kernel that is this interpreter, whatever kernels are installed elsewhere.
+
+    It imports `lib` before the first cell: that quiets what libraries say on stderr when a cell imports them, which a
+    page must not show.
+    """
     spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "argv": [
+            *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
+            "--InteractiveShellApp.exec_lines=import lib",
+        ],
         "display_name": "Python 3 (ipykernel)",
         "language": "python",
         "metadata": {"debugger": False},
