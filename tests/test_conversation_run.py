@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.models import offline_base
 from lib.models.base_model import base_of
 from lib.models.loading import load_model, load_tokenizer
-from lib.prompts.tasks import encode_row, read_task
+from lib.prompts.tasks import read_task
 from lib.runs.files import HOME_VARIABLE, read_json, read_jsonl
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, open_run
@@ -112,7 +112,7 @@ def encoded_rows(run: Run, split: str) -> tuple[list[dict], list]:
     folder = run.require("data").path
     task, tokenizer = read_task(folder), load_tokenizer(folder / "tokenizer")
     rows = read_jsonl(folder / f"{split}.jsonl")
-    return rows, [encode_row(tokenizer, task, row) for row in rows]
+    return rows, [task.encode(tokenizer, row) for row in rows]
 
 
 def test_training_lowers_the_loss_of_the_answers(results: dict) -> None:

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lib.models.weights import Weights
-    from lib.prompts.classification import Task
-    from lib.prompts.conversations import ConversationTask
+    from lib.prompts.tasks import Task
     from lib.stages.convert.convert import Conversion
     from lib.stages.convert.tensors import GgufFile
 
@@ -109,10 +108,10 @@ class Rows:
     label_column: str = ""
     given: dict[str, Any] = field(default_factory=dict)
 
-    def task(self) -> Task | ConversationTask:
+    def task(self) -> Task:
         """The task of --run, else of the defaults; options that were given replace its parts."""
         from lib import settings
-        from lib.prompts.classification import Task
+        from lib.prompts.tasks import task_of
 
         values: dict[str, Any] = {}
         if self.run_name is not None:
@@ -122,8 +121,7 @@ class Rows:
             values = read_json(open_run(self.run_name).require("data").path / "task.json")
             if "task" in values:
                 return self._conversation(values)
-        checked = settings.check({**values, **self.given}, "the options")
-        return Task(tuple(checked.label_names), checked.system_prompt, checked.user_prompt, checked.max_seq_length)
+        return task_of(settings.check({**values, **self.given}, "the options"))
 
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer of --run."""
@@ -133,9 +131,9 @@ class Rows:
 
         return open_run(self.run_name).require("data").path / "tokenizer"
 
-    def _conversation(self, values: dict[str, Any]) -> ConversationTask:
+    def _conversation(self, values: dict[str, Any]) -> Task:
         """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
-        from lib.prompts.conversations import ConversationTask
+        from lib.prompts.tasks import task_from_json
 
         wrong = [f"--{name.replace('_', '-')}" for name in self.given if name != "max_seq_length"]
         wrong += ["--data"] if self.data is not None else []
@@ -145,9 +143,9 @@ class Rows:
                 "the run's own test rows, or a run with labels.",
                 f"leave out {', '.join(wrong)}.",
             )
-        return ConversationTask.from_json({**values, **self.given})
+        return task_from_json({**values, **self.given})
 
-    def _file_rows(self, data: str, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _file_rows(self, data: str, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of --data; what is left out of them is said."""
         from lib.progress import say
         from lib.stages.data.stage import rows_from_file
@@ -161,7 +159,7 @@ class Rows:
             say(f"{data}: {lost:,} of {read:,} rows left out ({reasons})")
         return rows, {"source": data, **counts}
 
-    def rows(self, task: Task | ConversationTask) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def rows(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows, and what they are in words for the result."""
         if self.data is not None:
             rows, source = self._file_rows(self.data, task)
@@ -185,7 +183,6 @@ class Rows:
 
 def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Path | None, as_json: bool) -> None:
     """Evaluate models on the rows and print the table."""
-    from lib.prompts.tasks import has_labels
     from lib.runs.files import write_json
     from lib.stages.evaluate.standalone import evaluate_models, evaluate_models_by_answers
 
@@ -196,7 +193,7 @@ def evaluate(models: list[str], rows: Rows, options: dict[str, Any], output: Pat
     # The same command finds there what an interrupted one has scored.
     keep = None if output is None else output.with_name(f".{output.name}.scores")
     options = options | {"tokenizer": rows.tokenizer()}
-    if has_labels(task):
+    if task.label_names:
         result = evaluate_models(models, found, task, source, keep=keep, **options)
         quality = ("accuracy", "accuracy_interval", "macro_f1")
     else:
@@ -217,7 +214,6 @@ def compare(
     as_json: bool,
 ) -> None:
     """Compare quantized files with their reference and print the table, and what phones measured of them."""
-    from lib.prompts.tasks import has_labels
     from lib.report import steps_page
     from lib.runs.files import read_jsonl
     from lib.runs.run import open_run
@@ -228,7 +224,7 @@ def compare(
     task = rows.task()
     found, source = rows.rows(task)
     quality = ("accuracy", "accuracy_interval", "flips")
-    if not has_labels(task):  # token frequencies of the training answers are what the reference has to beat
+    if not task.label_names:  # token frequencies of the training answers are what the reference has to beat
         options["train"] = read_jsonl(open_run(rows.run_name).require("data").path / "train.jsonl")
         quality = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
     result = compare_files(reference, others, found, task, output, source, **options)

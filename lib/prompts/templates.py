@@ -1,7 +1,7 @@
-"""The reasoning block of a generated answer: how far it got, and what stands behind it.
-Reasoning in an answer: the tags around it, taking it apart, putting it together in the base model's own form.
-How a chat template writes turns of certain roles: found with marks in place of the texts, known for no model.
-A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.
+"""Chat templates and the reasoning inside answers: think tags, how a template writes turns, foreign templates tried.
+
+How a template writes turns of certain roles is found by rendering it with marks in place of the texts, so that no
+template has to be known here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.classification import end_of_turn_id
 from lib.runs.child import run_child
 
 if TYPE_CHECKING:
@@ -140,9 +139,25 @@ def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], think
     )
 
 
+END_OF_TURN = "<|im_end|>"
+
+
+@functools.lru_cache(maxsize=8)  # asking a tokenizer of 151,936 tokens for its vocabulary takes 0.1 s
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: <|im_end|> where the vocabulary has it, else the end-of-text token."""
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get(END_OF_TURN, tokenizer.eos_token_id)
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that closes a turn, as text."""
     return tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+
+
+def up_to_last_question(messages: Sequence[Message]) -> list[Message]:
+    """The turns up to the user's last one."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == USER)
+    return list(messages[: last + 1])
 
 
 def unfit(what: str) -> InputError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from lib.statistics.power import rows_for_inside
 from lib.statistics.verdicts import compare_all
 
 if TYPE_CHECKING:
-    from lib.prompts.tasks import AnyTask
+    from lib.prompts.tasks import Task
     from lib.scoring.metric import Entry, Row, RowGroups
 
 _RESAMPLES = 2000
@@ -40,9 +39,6 @@ class Accuracy:
     margin_setting, margin_condition = "equivalence_margin", "equivalence_margin_points"
     endpoints = 2
     least_move, move_unit = NEAR_TIE, "nats of log-odds"
-
-    def load(self, path: Path) -> Scores:
-        return Scores.load(path)
 
     def own(self, scores: Scores, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, and
@@ -108,7 +104,7 @@ class Accuracy:
             }
         return found
 
-    def floor(self, tokenizer: Any, task: AnyTask, train: Sequence[Row], rows: Sequence[Row]) -> float:
+    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float:
         """Share of the commonest label among the rows."""
         return float(np.bincount([row["label"] for row in rows]).max() / len(rows))
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.prompts.tasks import encode_row
 from lib.scoring.log_probabilities import AnswerScores
 from lib.statistics.intervals import Interval, paired_bootstrap
 from lib.statistics.losses import cluster_test, compare_losses, limits, weighted_mean
 from lib.statistics.paired import clustered_share
 
 if TYPE_CHECKING:
-    from lib.prompts.tasks import AnyTask
+    from lib.prompts.tasks import Task
     from lib.scoring.metric import Entry, Row, RowGroups
 
 
@@ -31,9 +29,6 @@ class AnswerPerplexity:
     margin_setting, margin_condition = "perplexity_margin", "perplexity_margin_percent"
     endpoints = 1
     least_move, move_unit = 0.01, "nats a token of the answers"
-
-    def load(self, path: Path) -> AnswerScores:
-        return AnswerScores.load(path)
 
     def own(self, scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """n, groups, answer_tokens, answer_loss (nats a token), answer_ppl and answer_ppl_interval."""
@@ -72,15 +67,14 @@ class AnswerPerplexity:
             }
         return found
 
-    def floor(self, tokenizer: Any, task: AnyTask, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
+    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
         """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one
         smoothed); None without training rows."""
         if not train:
             return None
 
         def answer_tokens(of: Sequence[Row]) -> np.ndarray:
-            encoded = (encode_row(tokenizer, task, row) for row in of)
-            return np.array([conversation.ids[place] for conversation in encoded for place in conversation.loss])
+            return np.array([token for row in of for token in task.encode(tokenizer, row).loss_ids])
 
         counts = np.ones(len(tokenizer))
         np.add.at(counts, answer_tokens(train), 1)

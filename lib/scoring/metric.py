@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from lib.prompts.tasks import has_labels
 from lib.scoring.accuracy import Accuracy
 from lib.scoring.answer_perplexity import AnswerPerplexity
 from lib.scoring.log_probabilities import AnswerScores, Scores
@@ -22,7 +20,7 @@ from lib.statistics.intervals import Interval
 from lib.statistics.losses import FEWEST
 
 if TYPE_CHECKING:
-    from lib.prompts.tasks import AnyTask
+    from lib.prompts.tasks import Task
 
 AnyScores = Scores | AnswerScores
 Entry = Row = Mapping[str, Any]
@@ -97,13 +95,10 @@ class Metric(Protocol):
             metric's tests.
         """
 
-    def load(self, path: Path) -> Any:
-        """Scores as they were saved."""
-
     def own(self, scores: Any, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """The point estimate with its interval, and what stands beside it."""
 
-    def floor(self, tokenizer: Any, task: AnyTask, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
+    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
         """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known."""
 
     def entry_floor(self, floor: float | None) -> dict[str, Any]:
@@ -176,9 +171,9 @@ ACCURACY: Metric = Accuracy()
 ANSWER_PERPLEXITY: Metric = AnswerPerplexity()
 
 
-def metric_of(task: AnyTask) -> Metric:
+def metric_of(task: Task) -> Metric:
     """The metric of a run's task."""
-    return ACCURACY if has_labels(task) else ANSWER_PERPLEXITY
+    return ACCURACY if task.label_names else ANSWER_PERPLEXITY
 
 
 def metric_in(entries: Sequence[Entry]) -> Metric:

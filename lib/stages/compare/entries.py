@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.prompts.classification import Task, encode, label_ids
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import AnyTask, encode_row, texts_of
+from lib.prompts.tasks import Task, texts_of
 from lib.runs.machine import cpu_name
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import Metric, RowGroups, compare
@@ -59,14 +57,14 @@ class Work:
 
 
 def encode_work(
-    tokenizer: PreTrainedTokenizerBase, task: AnyTask, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
 ) -> Work:
     """Everything is tokenized here.
 
     Args:
         n_ctx, most: tokens of a window of the held-out text, and of the windows together.
     """
-    if isinstance(task, ConversationTask):
+    if not task.label_names:
         return _conversations(tokenizer, task, rows, n_ctx, most)
     return _labelled(tokenizer, task, rows, n_ctx, most)
 
@@ -115,8 +113,8 @@ def _labelled(
     tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
 ) -> Work:
     order = _order(rows)
-    encoded = [encode(tokenizer, task, row["text"]) for row in rows]
-    answers = label_ids(tokenizer, task)
+    encoded = [task.encode(tokenizer, row) for row in rows]
+    answers = task.answer_words(tokenizer)
     first = _leak_free_first(rows)
     texts = [rows[i]["text"] for i in first]
     tokens = tokenizer("\n".join(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -139,14 +137,14 @@ def _labelled(
 
 def _conversations(
     tokenizer: PreTrainedTokenizerBase,
-    task: ConversationTask,
+    task: Task,
     rows: Sequence[Mapping[str, Any]],
     n_ctx: int,
     most: int,
 ) -> Work:
     """The held-out text is the rendered conversations, one behind the other."""
     order = _order(rows)
-    encoded = [encode_row(tokenizer, task, row) for row in rows]
+    encoded = [task.encode(tokenizer, row) for row in rows]
     first = _leak_free_first(rows)
     windows, notes = _windows([token for i in first for token in encoded[i].ids], n_ctx, most)
     of_tokens = np.repeat(np.arange(len(first)), [len(encoded[i].ids) for i in first])

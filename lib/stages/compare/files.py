@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.progress import say
-from lib.prompts.tasks import AnyTask
+from lib.prompts.tasks import Task
 from lib.runs.child import run_child
 from lib.runs.files import writable, write_json
 from lib.runs.machine import llama_cpp_problem, physical_cores
@@ -104,7 +104,7 @@ def compare_files(
     reference: Path,
     others: Sequence[Path],
     rows: Sequence[Mapping[str, Any]],
-    task: AnyTask,
+    task: Task,
     output: Path,
     source: Mapping[str, Any] | None = None,
     *,

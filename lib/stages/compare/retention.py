@@ -10,6 +10,7 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.runs.run import Run
+from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric
 from lib.stages.compare.advice import paragraphs
 from lib.statistics.intervals import Interval
@@ -53,7 +54,7 @@ class Retentions:
     note: str = WITHOUT_RUN
 
 
-def base_scores(run: Run, metric: Metric) -> BaseScores:
+def base_scores(run: Run) -> BaseScores:
     """The scores of 03, where they are of this run's rows."""
     entries = run.manifest.entries()
     if "evaluation" not in entries:
@@ -67,7 +68,7 @@ def base_scores(run: Run, metric: Metric) -> BaseScores:
     if not (folder / BASE_SCORES).is_file():
         return BaseScores(note="03 kept no scores of the base.")
     same = not other_model(run) and not _merged_into_other_weights(run)
-    return BaseScores(metric.load(folder / BASE_SCORES), metric.load(folder / TUNED_SCORES) if same else None, "")
+    return BaseScores(load_scores(folder / BASE_SCORES), load_scores(folder / TUNED_SCORES) if same else None, "")
 
 
 def other_model(run: Run) -> str:

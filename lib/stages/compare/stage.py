@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.tasks import has_labels, read_task
+from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.run import Product, Run, Work
 from lib.scoring.journal import found_done
-from lib.scoring.log_probabilities import Scores
-from lib.scoring.metric import Metric, metric_of
+from lib.scoring.log_probabilities import Scores, load_scores
+from lib.scoring.metric import ACCURACY, Metric, metric_of
 from lib.settings import Settings
 from lib.stages.compare.error_ladder import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, error_ladder
 from lib.stages.compare.files import SUMMARY, compare_files, forget_scores
@@ -90,8 +90,8 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     def build(work: Work) -> None:
         _build(settings, run, work)
 
-    labelled = has_labels(read_task(run.require("data").path))
     metric = metric_of(read_task(run.require("data").path))
+    labelled = metric is ACCURACY
     margin = metric.margin_setting
     parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
     parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
@@ -129,9 +129,9 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
 def _read(run: Run, folder: Path, metric: Metric) -> dict[str, Any]:
     """comparison.json with what 03 and 06 know now of the base: scores that come later need no file scored again."""
     content = read_json(folder / SUMMARY)
-    scores = {entry["type"]: metric.load(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
+    scores = {entry["type"]: load_scores(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
     groups = _groups(run.require("data").path, scores[content["reference"]].ids)
-    kept = retentions(metric, scores, base_scores(run, metric), groups)
+    kept = retentions(metric, scores, base_scores(run), groups)
     return with_retention(content, kept, _grid(run))
 
 
@@ -147,7 +147,7 @@ def _steps(run: Run, folder: Path, content: dict[str, Any], metric: Metric) -> t
         return (), ""
     name, reference = content["steps"]["file"], content["reference"]
     conditions, data = content["conditions"], run.require("data").path
-    load = metric.load
+    load = load_scores
     steps = [
         (content["steps"]["merged"], load(folder / MERGED_SCORES)),
         (f"GGUF {reference}, llama.cpp", load(folder / f"scores-{reference}.jsonl")),
@@ -216,15 +216,15 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         n_gpu_layers=settings.n_gpu_layers,
         equivalence_margin=settings.equivalence_margin,
         perplexity_margin=settings.perplexity_margin,
-        train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
+        train=() if task.label_names else read_jsonl(data.path / "train.jsonl"),
         merged=run.require("merged").path if _has_merged(run) else None,
         seed=settings.seed,
-        start=base_scores(run, metric_of(task)),
+        start=base_scores(run),
         grid=_grid(run),
         forget=False,
     )
     wrote: dict[str, str] = {}
-    if not has_labels(task):
+    if not task.label_names:
         names = [entry["type"] for entry in result["files"]]  # the GGUF files stand before the folders
         named = dict(zip(names, [reference, *files], strict=False))
         wrote = write_answers(named, rows, task, tokenizer, settings, work.folder)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.prompts.conversations import ConversationTask, EncodedConversation
-from lib.prompts.tasks import encode_row, read_task, spread
+from lib.prompts.conversations import Encoded
+from lib.prompts.tasks import ConversationTask, read_task, spread
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
 from lib.scoring.generation import Asked, Sampling, Writing, ask_prompt, ask_row, end_ids, told, torch_feed, write_all
@@ -69,7 +69,7 @@ class Questions:
         tokenizer: Any,
         task: ConversationTask,
         rows: Sequence[dict[str, Any]],
-        encoded: Sequence[EncodedConversation],
+        encoded: Sequence[Encoded],
     ) -> Questions:
         """As the settings want it.
 
@@ -245,7 +245,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     dtype, reason = compute_dtype(settings.dtype)
     sides = both_sides(run, dtype)
     work.device = device_name()
-    encoded = [encode_row(tokenizer, task, row) for row in rows]
+    encoded = [task.encode(tokenizer, row) for row in rows]
     questions = Questions.of(settings, tokenizer, task, rows, encoded)
     scores, wrote = {}, {}
     for side in sides:
@@ -273,9 +273,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     work.metrics |= {f"{key}_{name}": whole[name][key] for name in scores for key in ("loss", "perplexity")}
 
 
-def _score(
-    backend: Backend, rows: Sequence[dict[str, Any]], encoded: Sequence[EncodedConversation], keep: Keep
-) -> AnswerScores:
+def _score(backend: Backend, rows: Sequence[dict[str, Any]], encoded: Sequence[Encoded], keep: Keep) -> AnswerScores:
     names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
     return score_answers(backend, names, ids, spans, f"scoring test answers with {backend.name}", keep)
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.prompts.classification import Task, label_note
-from lib.prompts.tasks import has_labels, read_task
+from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, write_json
 from lib.runs.machine import compute_dtype, device_name
 from lib.scoring.journal import found_done
@@ -140,7 +139,7 @@ def evaluate(settings: Settings, run: Run) -> EvaluationResult | AnswerResult:
     Raises:
         InputError: data or adapter missing; a model that cannot be loaded; log-probabilities that are not numbers.
     """
-    if not has_labels(read_task(run.require("data").path)):
+    if not read_task(run.require("data").path).label_names:
         return evaluate_answers(settings, run)
     product = run.produce(
         "evaluation",
@@ -158,7 +157,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     from lib.models.loading import load_tokenizer
 
     data = run.require("data")
-    task, rows = Task.from_json(read_json(data.path / "task.json")), read_jsonl(data.path / "test.jsonl")
+    task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
     tokenizer = load_tokenizer(data.path / "tokenizer")
     dtype, reason = compute_dtype(settings.dtype)
     work.device = device_name()
@@ -167,7 +166,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         with side.opened(settings.per_device_eval_batch_size) as backend:
             what = f"scoring test rows with {side.words}"
             scores = score_rows(backend, tokenizer, task, rows, what, side.keep(work.folder))
-            said[side.name] = notes(backend.note, label_note(tokenizer, task))
+            said[side.name] = notes(backend.note, task.note(tokenizer))
             found[side.name] = [scores.found]
         scores.save(work.folder / f"scores-{side.name}.jsonl")
     forget_kept(work.folder)
@@ -182,7 +181,7 @@ def _read(
     product: Product | None, folder: Path, data: Path, settings: Settings, told: dict[str, Any] | None = None
 ) -> EvaluationResult:
     """The result from the files of the product and of the data product."""
-    task, rows = Task.from_json(read_json(data / "task.json")), read_jsonl(data / "test.jsonl")
+    task, rows = read_task(data), read_jsonl(data / "test.jsonl")
     train = read_jsonl(data / "train.jsonl")
     masks = subsets(rows, {row["pattern"] for row in train if "pattern" in row})
     models = {

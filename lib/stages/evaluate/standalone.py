@@ -18,9 +18,7 @@ from lib.errors import InputError
 from lib.models.base_model import refuse_bad_template
 from lib.models.gguf_file import check_gguf, read_tensors
 from lib.progress import say
-from lib.prompts.classification import Task, label_note
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import encode_row
+from lib.prompts.tasks import ConversationTask, Task, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import run_child
 from lib.runs.files import read_json, read_jsonl, sha256_json, user_path, write_jsonl
@@ -244,12 +242,12 @@ def _summary(scores: Scores, rows: Sequence[Mapping[str, Any]], task: Task) -> d
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, save the scores; runs in the child process."""
-    task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    task, rows = task_from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
     backend, tokenizer, files = open_model(argument, task.max_seq_length)
     keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
     try:
         scores = score_rows(backend, tokenizer, task, rows, what, keep)
-        note = notes(backend.note, label_note(tokenizer, task))
+        note = notes(backend.note, task.note(tokenizer))
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))
@@ -397,11 +395,11 @@ def _figures(scores: AnswerScores, characters: np.ndarray, groups: np.ndarray) -
 
 def score_answers_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the answers of the rows, save the scores; runs in the child process."""
-    task, rows = ConversationTask.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    task, rows = task_from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
     backend, tokenizer, files = open_model(argument, task.max_seq_length)
     keep, what = keep_of(argument, files), f"scoring answers with {Path(argument['model']).name}"
     try:
-        encoded = [encode_row(tokenizer, task, row) for row in rows]
+        encoded = [task.encode(tokenizer, row) for row in rows]
         names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
         scores = score_answers(backend, names, ids, spans, what, keep)
     finally:

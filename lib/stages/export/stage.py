@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import AnyTask, probe_ids, read_task, whole_ids
+from lib.prompts.tasks import Task, read_task
 from lib.runs.child import run_child
 from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_text
 from lib.runs.machine import has_module
@@ -168,13 +167,10 @@ print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def snippet(task: AnyTask, row: dict[str, Any]) -> str:
+def snippet(task: Task, row: dict[str, Any]) -> str:
     """Python that loads the folder it is run in and asks the run's question about one row."""
-    if isinstance(task, ConversationTask):
-        system, user = (message["content"] for message in row["messages"][:2])
-        return SNIPPET.format(system=system, user=user, thinking=task.thinking, tokens=256)
-    system, user = (message["content"] for message in task.messages(row["text"]))
-    return SNIPPET.format(system=system, user=user, thinking=False, tokens=8)
+    system, user = (message["content"] for message in task.messages(row)[:2])
+    return SNIPPET.format(system=system, user=user, thinking=task.thinking, tokens=8 if task.label_names else 256)
 
 
 def write_card(folder: Path, made: Format, record: dict[str, Any], code: str, lineage: str, notes: list[str]) -> None:
@@ -336,7 +332,7 @@ def _leave_only(folder: Path, content: dict[str, list[dict[str, Any]]]) -> None:
             shutil.rmtree(path)
 
 
-def _token_ids(data: Path, task: AnyTask) -> dict[str, Any]:
+def _token_ids(data: Path, task: Task) -> dict[str, Any]:
     """Training rows with their answers for calibration, validation prompts for the check."""
     from lib.models.loading import load_tokenizer
 
@@ -346,8 +342,8 @@ def _token_ids(data: Path, task: AnyTask) -> dict[str, Any]:
         rows = read_jsonl(data / f"{split}.jsonl")
         return rows[:: max(1, len(rows) // most)][:most]
 
-    calibration = [whole_ids(tokenizer, task, row) for row in chosen("train", CALIBRATION_ROWS)]
-    prompts = [probe_ids(tokenizer, task, row) for row in chosen("validation", CHECK_PROMPTS)]
+    calibration = [task.encode(tokenizer, row).ids for row in chosen("train", CALIBRATION_ROWS)]
+    prompts = [task.probe_ids(tokenizer, row) for row in chosen("validation", CHECK_PROMPTS)]
     return {"calibration": calibration, "prompts": prompts}
 
 

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.progress import track
-from lib.prompts.classification import encode
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import AnyTask, encode_row
+from lib.prompts.tasks import Task
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +60,10 @@ Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
 """From rows to the tensors of one forward pass."""
 
 
-def examples(rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Any, what: str) -> list[Example]:
-    """Encode rows {"text", "label"} with the run's prompt, or rows {"messages"}."""
-    done = []
-    for row in track(rows, f"tokenizing {what} rows"):
-        if isinstance(task, ConversationTask):
-            whole = encode_row(tokenizer, task, row)
-            done.append(Example(whole.ids, whole.spans[0][0], tuple(whole.spans)))
-            continue
-        encoded = encode(tokenizer, task, row["text"], row["label"])
-        done.append(Example(encoded.prompt_ids + encoded.answer_ids, len(encoded.prompt_ids)))
-    return done
+def examples(rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, what: str) -> list[Example]:
+    """Encode rows as the task says."""
+    encoded = [task.encode(tokenizer, row) for row in track(rows, f"tokenizing {what} rows")]
+    return [Example(one.ids, one.spans[0][0], tuple(one.spans)) for one in encoded]
 
 
 class Collator:

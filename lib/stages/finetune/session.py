@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.models.base_model import Base
 from lib.models.loading import load_model, load_tokenizer
 from lib.progress import Progress
-from lib.prompts.tasks import AnyTask, read_task
+from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import read_jsonl, require_space, write_jsonl
 from lib.runs.machine import DevicePeak, PeakMemory, no_warnings, quiet
@@ -94,7 +94,7 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     }
 
 
-def _rows(job: Job, task: AnyTask, tokenizer: Any, name: str) -> list[Example]:
+def _rows(job: Job, task: Task, tokenizer: Any, name: str) -> list[Example]:
     what = {"train": "training"}.get(name, name)
     rows = examples(read_jsonl(job.data / f"{name}.jsonl"), task, tokenizer, what)
     if not rows:

@@ -21,7 +21,7 @@ from lib.progress import Progress
 from lib.scoring.perplexity import kl_divergence
 
 if TYPE_CHECKING:
-    from lib.prompts.tasks import AnyTask
+    from lib.prompts.tasks import Task
     from lib.statistics.intervals import Interval
 
 
@@ -125,7 +125,7 @@ def dequantize_base(base: Path, folder: Path) -> Path:
 
 
 def compare_merges(
-    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Path
+    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: Task, tokenizer: Path
 ) -> Nf4Comparison:
     """Measure both merges against the adapter on the NF4 base.
 
@@ -138,13 +138,11 @@ def compare_merges(
         InputError: a model cannot be loaded.
     """
     from lib.models.loading import load_model, load_tokenizer
-    from lib.prompts.classification import label_ids
-    from lib.prompts.tasks import has_labels, probe_ids
 
     reader = load_tokenizer(tokenizer)
-    prompts = [probe_ids(reader, task, row) for row in rows]
-    answers = label_ids(reader, task) if has_labels(task) else []
-    truth = np.array([row["label"] for row in rows]) if has_labels(task) else None
+    prompts = [task.probe_ids(reader, row) for row in rows]
+    answers = task.answer_words(reader)
+    truth = np.array([row["label"] for row in rows]) if answers else None
     loaders = {
         NF4: lambda: load_model(base, load_in_4bit=True, adapter=adapter),
         **{name: lambda path=path: load_model(path) for name, path in merges.items()},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.tasks import kind_of, language_of, probe_ids, read_task
+from lib.prompts.tasks import language_of, read_task
 from lib.runs.files import read_json, read_jsonl, write_json, write_text
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof
@@ -198,7 +198,7 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: Work) -> None:
         for path in sorted((scratch / merge_base).iterdir()):
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
-    kind = kind_of(read_task(data.path))
+    kind = read_task(data.path).kind
     purpose = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind, "sentiment-analysis")
     chosen = adapter.entry.facts.get("chosen")
     notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
@@ -243,7 +243,7 @@ def check_prompts(data: Path) -> list[list[int]]:
     from lib.models.loading import load_tokenizer
 
     task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
-    return [probe_ids(tokenizer, task, row) for row in _rows(data, CHECK_PROMPTS)]
+    return [task.probe_ids(tokenizer, row) for row in _rows(data, CHECK_PROMPTS)]
 
 
 def _read(product: Product) -> MergeResult:

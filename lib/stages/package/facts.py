@@ -13,7 +13,7 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
-from lib.prompts.tasks import AnyTask, has_labels, kind_of
+from lib.prompts.tasks import Task
 from lib.runs.files import read_json
 from lib.runs.run import Run
 from lib.stages.package.gguf_parts import gguf_name, size_label
@@ -165,7 +165,7 @@ class Facts:
     run: str
     file: str
     choice: Choice
-    task: AnyTask
+    task: Task
     kind: str
     labelled: bool
     bytes: int
@@ -194,7 +194,7 @@ class Facts:
         return self.file.removesuffix(".gguf")
 
 
-def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any]) -> Facts:
+def gather(run: Run, choice: Choice, task: Task, comparison: Mapping[str, Any]) -> Facts:
     """Read the manifest and the header of the chosen file."""
     entries = run.manifest.entries()
     data = entries["data"].facts
@@ -202,7 +202,7 @@ def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any
     base = str(data.get("base_model", metadata.get("general.name", "unknown")))
     weights = sum(math.prod(tensor.shape) for tensor in read_tensors(choice.source))
     size = str(metadata.get("general.size_label") or size_label(weights))
-    labelled = has_labels(task)
+    labelled = bool(task.label_names)
     most = MOST_LABEL_TOKENS if labelled else MOST_ANSWER_TOKENS
     trained = int(metadata.get(f"{metadata['general.architecture']}.context_length", _CONTEXT))
     learned = entries.get("adapter")
@@ -212,7 +212,7 @@ def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any
         choice=choice,
         task=task,
         languages=list(metadata.get("general.languages", [])),
-        kind=kind_of(task),
+        kind=task.kind,
         labelled=labelled,
         bytes=choice.source.stat().st_size,
         bytes_per_token=_bytes_per_token(choice),
@@ -228,7 +228,7 @@ def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any
         parameters=dict(learned.parameters) if learned else {},
         products={name: entry.digest for name, entry in entries.items() if name != "package"},
         switches="enable_thinking" in str(metadata.get("tokenizer.chat_template", "")),
-        thinks=bool(getattr(task, "thinking", False)),
+        thinks=task.thinking,
         notes=run.stamps(),
         mix=_mix(run, choice),
     )

@@ -8,7 +8,6 @@ import json
 import shlex
 from importlib import metadata
 
-from lib.prompts.classification import Task
 from lib.stages.package.facts import Facts
 from lib.stages.package.self_test import QUESTIONS, REVIEWS
 
@@ -23,7 +22,7 @@ ADDRESS = "http://127.0.0.1:8080"
 
 def example_turn(facts: Facts) -> str:
     """A whole user turn: one of the project's own sentences in the wording of the training."""
-    return facts.task.user_prompt.replace("{text}", REVIEWS[0]) if isinstance(facts.task, Task) else QUESTIONS[0]
+    return facts.task.user_prompt.replace("{text}", (REVIEWS if facts.task.label_names else QUESTIONS)[0])
 
 
 def chat_command(program: str, path: str, facts: Facts) -> str:
@@ -105,7 +104,7 @@ The model was trained with this system turn; send it always, it is part of the q
 
 
 def _question(facts: Facts) -> str:
-    if not isinstance(facts.task, Task):
+    if not facts.task.label_names:
         return ""
     return f"""
 And this user turn, with the text in place of `{{text}}`:
@@ -242,7 +241,7 @@ password.
 
 def _typed(facts: Facts) -> str:
     """What a user types into a chat, and what an empty system turn means there."""
-    if isinstance(facts.task, Task):
+    if facts.task.label_names:
         text = "What is typed becomes the user turn as it is: type the whole wording above, with the text in its place."
     else:
         text = "What is typed becomes the user turn as it is."

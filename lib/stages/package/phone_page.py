@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.classification import Task
 from lib.runs.child import run_child
 from lib.runs.files import PROJECT, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
@@ -275,7 +274,7 @@ def _answered(
     n_threads: int,
 ) -> tuple[list[dict[str, Any]], str]:
     """The rows with the labels' log-probabilities here, those of model_info.json where there are no others; source."""
-    if not isinstance(facts.task, Task):
+    if not facts.task.label_names:
         return [], rows.source
     if not rows.texts:
         return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]], rows.source

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.classification import Task, end_of_turn_id, escape, label_ids
+from lib.prompts.conversations import escape
+from lib.prompts.templates import end_of_turn_id
 from lib.runs.child import run_child
 from lib.scoring.generation import end_ids, llama_feed, write
 from lib.scoring.llama_backend import LlamaCppBackend
@@ -145,12 +146,11 @@ def model_info(
         InputError: llama.cpp refuses the file or dies of it.
     """
     task = facts.task
-    labelled = isinstance(task, Task)
-    texts = REVIEWS if labelled else QUESTIONS
-    wording = task.user_prompt if labelled else "{text}"
-    names = list(task.label_names) if labelled else []
-    labels = label_ids(tokenizer, task) if labelled else []
-    prompts = [prompt_of(tokenizer, turns, task.system_prompt, wording.replace("{text}", text)) for text in texts]
+    texts = REVIEWS if task.label_names else QUESTIONS
+    names, labels = task.label_names, task.answer_words(tokenizer)
+    prompts = [
+        prompt_of(tokenizer, turns, task.system_prompt, task.user_prompt.replace("{text}", text)) for text in texts
+    ]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     request = {"prompts": ids, "labels": labels, "most": min(CHECKED_TOKENS, facts.most), "n_threads": n_threads}
     request |= {"path": str(gguf.resolve()), "ends": sorted(end_ids(tokenizer))}
@@ -161,7 +161,7 @@ def model_info(
         "file": facts.file,
         "sha256": sha256,
         "system": task.system_prompt,
-        "user": wording,
+        "user": task.user_prompt,
         "labels": [{"name": name, "ids": own} for name, own in zip(names, labels, strict=True)],
         "turns": turns.to_json(),
         "special_tokens": list(tokenizer.all_special_tokens),

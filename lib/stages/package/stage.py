@@ -271,7 +271,7 @@ def _build(
 
     data = run.require("data").path
     task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
-    turns = read_turns(tokenizer, getattr(task, "thinking", False))
+    turns = read_turns(tokenizer, task.thinking)
     facts = gather(run, choice, task, comparison)
     facts = replace(facts, tree=link_tree(run, formats, folder))
     gguf = folder / facts.file

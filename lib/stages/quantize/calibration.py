@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.tasks import AnyTask, learned, read_task, texts_of, whole_ids
+from lib.prompts.tasks import Task, read_task, texts_of
 from lib.runs.files import read_jsonl, sha256_json
 
 HELD_OUT = ("validation", "test")
@@ -148,8 +148,8 @@ def _whole_rows(data: Path, rows: Iterable[tuple[int, Row]], most_rows: int, mos
     chosen: list[dict[str, Any]] = []
     used, tokens = [], 0
     for number, row in rows:
-        ids, learns = learned(tokenizer, task, row)
-        read = [position - 1 for position in learns if position]
+        encoded = task.encode(tokenizer, row)
+        ids, read = encoded.ids, [position - 1 for position in encoded.loss if position]
         tokens += read[-1] + 1
         if len(chosen) == most_rows or (chosen and tokens > most_tokens):
             break
@@ -170,7 +170,7 @@ def exclude(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], di
 
 
 def _fill(
-    rows: Iterable[Row], task: AnyTask, tokenizer: Any, size: int, most: int
+    rows: Iterable[Row], task: Task, tokenizer: Any, size: int, most: int
 ) -> tuple[list[list[int]], list[dict[str, str]]]:
     """Windows, and the rows that are in them."""
     ids: list[int] = []
@@ -180,7 +180,7 @@ def _fill(
             break
         starts.append(len(ids))
         used.append({"id": str(row["id"]), "sha256": text_hash(row)})
-        ids += whole_ids(tokenizer, task, row)
+        ids += task.encode(tokenizer, row).ids
     count = min(most, len(ids) // size)
     inside = sum(start < count * size for start in starts)
     return [ids[i * size : (i + 1) * size] for i in range(count)], used[:inside]
@@ -200,7 +200,7 @@ def held_out_windows(data: Path, size: int, most: int, seed: int) -> tuple[list[
     for i in _held_out_order(rows, seed):
         if len(ids) >= size * most:
             break
-        ids += (own := whole_ids(tokenizer, task, rows[i]))
+        ids += (own := task.encode(tokenizer, rows[i]).ids)
         owners += [i] * len(own)
     count = min(most, len(ids) // size)
     if not count:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import write_json, write_jsonl
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import Scores
@@ -51,7 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         write_jsonl(
             work.folder / "test.jsonl", [{"id": f"r{i}", "text": "x", "label": 0, "group": i} for i in range(N)]
         )
-        write_json(work.folder / "task.json", Task(("a", "b"), "s", "{text}", 64).to_json())
+        write_json(work.folder / "task.json", ClassificationTask(("a", "b"), "s", "{text}", 64).to_json())
 
     run.produce("data", data, {})
     train(run, "old")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import ConversationTask
 from lib.report import charts, quantize_page, steps_page
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.machine import llama_cpp_problem
@@ -236,7 +236,6 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
 def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     """All learned turns, with their ends; a row that equals a held-out one is left out."""
     from lib.models.loading import load_model, load_tokenizer
-    from lib.prompts.tasks import encode_row
     from lib.stages.quantize.fisher import answer_information
 
     def conversation(i: int, said: str) -> dict[str, Any]:
@@ -255,7 +254,7 @@ def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     assert len(chosen.rows) == 8 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
     for row, used in zip(chosen.rows, chosen.used, strict=True):
-        encoded = encode_row(tokenizer, task, by_id[used["id"]])
+        encoded = task.encode(tokenizer, by_id[used["id"]])
         assert [p + 1 for p in row["positions"]] == encoded.loss and len(encoded.spans) == 2
         assert row["targets"] == [encoded.ids[p] for p in encoded.loss]
     found, scales = answer_information(load_model(base, dtype="float32", device="cpu"), chosen.rows, 0)

@@ -281,7 +281,6 @@ def test_verdicts_of_the_effect() -> None:
 
 def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path) -> None:
     from lib.models.loading import load_tokenizer
-    from lib.prompts.tasks import whole_ids
 
     data = shutil.copytree(run.folder / "data", tmp_path / "data")
     rows = read_jsonl(data / "test.jsonl")
@@ -294,7 +293,7 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
     tokenizer, task = load_tokenizer(data / "tokenizer"), read_task(data)
     for owner in set(owners):
         mine = [token for token, of in zip(ids, owners, strict=True) if of == owner]
-        assert mine == whole_ids(tokenizer, task, rows[owner])[: len(mine)]
+        assert mine == task.encode(tokenizer, rows[owner]).ids[: len(mine)]
     with pytest.raises(InputError, match="test rows of"):
         calibration.held_out_windows(data, 32768, 4, 42)
 
@@ -302,8 +301,7 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
 def test_conversations_too(tmp_path: Path) -> None:
     """Rows without labels: whole conversations; one whose turns are those of a test row is left out."""
     from lib.models.loading import load_tokenizer
-    from lib.prompts.conversations import ConversationTask
-    from lib.prompts.tasks import whole_ids
+    from lib.prompts.tasks import ConversationTask
 
     def conversation(i: int, said: str, system: str = "你是助手。") -> dict[str, Any]:
         turns = [("system", system), ("user", said), ("assistant", "很好，谢谢。")]
@@ -322,5 +320,5 @@ def test_conversations_too(tmp_path: Path) -> None:
     chosen = calibration.choose_windows(tmp_path, 64, 1000, 42)
     assert chosen.facts["left_out"]["text of a held-out row"] == 1 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
-    wanted = [token for used in chosen.used for token in whole_ids(tokenizer, task, by_id[used["id"]])]
+    wanted = [token for used in chosen.used for token in task.encode(tokenizer, by_id[used["id"]]).ids]
     assert [token for window in chosen.windows for token in window] == wanted[: 64 * len(chosen.windows)]
