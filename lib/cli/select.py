@@ -23,10 +23,10 @@ def pick(run_name: str, max_mb: float | None, max_loss: float, as_json: bool) ->
     """
     from lib.runs.files import read_json
     from lib.runs.run import known_run
-    from lib.stages.compare import pick as compare_pick
+    from lib.stages.compare.recommend import pick_file
 
     product = known_run(run_name).require("comparison")
-    answer = compare_pick.pick(read_json(product.path / "comparison.json"), max_mb, max_loss)
+    answer = pick_file(read_json(product.path / "comparison.json"), max_mb, max_loss)
     rows = [
         {
             "type": c["type"],

@@ -215,20 +215,21 @@ def compare(
 ) -> None:
     """Compare quantized files with their reference and print the table, and what phones measured of them."""
     from lib.report import steps_page
-    from lib.runs.files import read_jsonl
     from lib.runs.run import open_run
-    from lib.stages.compare.files import compare_files
+    from lib.scoring.metric import metric_of
+    from lib.stages.compare.files import Comparison, compare_files
     from lib.stages.compare.speed import match_files
 
     phones = match_files(devices, [reference, *others])
     task = rows.task()
     found, source = rows.rows(task)
-    quality = ("accuracy", "accuracy_interval", "flips")
-    if not task.label_names:  # token frequencies of the training answers are what the reference has to beat
-        options["train"] = read_jsonl(open_run(rows.run_name).require("data").path / "train.jsonl")
-        quality = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
-    result = compare_files(reference, others, found, task, output, source, **options)
-    text = table(result["files"], ("type", "bytes", "bits_per_weight", *quality, "kld_mean", "verdict"))
+    metric = metric_of(task)
+    margins = {name: options.pop(name) for name in ("equivalence_margin", "perplexity_margin")}
+    if rows.run_name:
+        options["train"] = open_run(rows.run_name).require("data").path / "train.jsonl"
+    margin = margins[metric.margin_setting]
+    result = compare_files(Comparison(reference, others, found, task, output, source, margin=margin, **options))
+    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric.shown, "kld_mean", "verdict"))
     if phones:
         types = {entry["file"]: entry["type"] for entry in result["files"]}
         phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]

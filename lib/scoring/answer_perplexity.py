@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.runs.files import read_jsonl
 from lib.scoring.log_probabilities import AnswerScores
 from lib.statistics.intervals import Interval, paired_bootstrap
 from lib.statistics.losses import cluster_test, compare_losses, limits, weighted_mean
@@ -26,8 +28,9 @@ class AnswerPerplexity:
     loss_unit = "% of answer perplexity"
     point = "answer_ppl"
     shown = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
+    in_manifest = ("answer_ppl", "answer_ratio")
     margin_setting, margin_condition = "perplexity_margin", "perplexity_margin_percent"
-    endpoints = 1
+    endpoints, tells_rows = 1, False
     least_move, move_unit = 0.01, "nats a token of the answers"
 
     def own(self, scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
@@ -67,17 +70,17 @@ class AnswerPerplexity:
             }
         return found
 
-    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
+    def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
         """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one
         smoothed); None without training rows."""
-        if not train:
+        if train is None:
             return None
 
         def answer_tokens(of: Sequence[Row]) -> np.ndarray:
             return np.array([token for row in of for token in task.encode(tokenizer, row).loss_ids])
 
         counts = np.ones(len(tokenizer))
-        np.add.at(counts, answer_tokens(train), 1)
+        np.add.at(counts, answer_tokens(read_jsonl(train)), 1)
         log_p = np.log(counts / counts.sum())
         return float(np.exp(-log_p[answer_tokens(rows)].mean()))
 
@@ -95,6 +98,10 @@ class AnswerPerplexity:
     def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
         low, high = (None if limit is None else 100 * (limit - 1) for limit in entry["answer_ratio_interval"])
         return 100 * (entry["answer_ratio"] - 1), low, high
+
+    def distance(self, entry: Entry) -> float:
+        """KL divergence on text."""
+        return entry["kld_mean"]
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
         """Rows with which the interval of the perplexity ratio would reach no further than the margin.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -64,8 +65,10 @@ class Metric(Protocol):
         loss_unit: of `loss` and of the margin.
         point: key of the point estimate in an entry; its interval has the key with "_interval" behind it.
         shown: keys of an entry that a short table shows, beside size, KL divergence and verdict.
+        in_manifest: the same in the manifest.
         margin_setting: the setting with the equivalence margin. margin_condition: the same in comparison.json.
         endpoints: how many tests of a candidate Holm corrects together.
+        tells_rows: whether a recommendation says how many rows would decide about an undecided file.
         least_move: root mean square of a row's change by fine-tuning below which no share of it is told, nats: what
             rounding alone moves. move_unit: the unit in words.
     """
@@ -75,9 +78,11 @@ class Metric(Protocol):
     loss_unit: ClassVar[str]
     point: ClassVar[str]
     shown: ClassVar[tuple[str, ...]]
+    in_manifest: ClassVar[tuple[str, ...]]
     margin_setting: ClassVar[str]
     margin_condition: ClassVar[str]
     endpoints: ClassVar[int]
+    tells_rows: ClassVar[bool]
     least_move: ClassVar[float]
     move_unit: ClassVar[str]
 
@@ -98,8 +103,12 @@ class Metric(Protocol):
     def own(self, scores: Any, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """The point estimate with its interval, and what stands beside it."""
 
-    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
-        """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known."""
+    def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
+        """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known.
+
+        Args:
+            train: file of the training rows.
+        """
 
     def entry_floor(self, floor: float | None) -> dict[str, Any]:
         """What every entry says of the floor."""
@@ -112,6 +121,9 @@ class Metric(Protocol):
 
     def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
         """How much worse than the reference, with its interval, in `loss_unit` (positive = worse)."""
+
+    def distance(self, entry: Entry) -> float:
+        """How far a file is from the reference, to find the nearest of several that are undecided."""
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
         """Rows that would decide about an undecided entry, if what was seen of it is the truth; None: no number."""

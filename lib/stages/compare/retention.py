@@ -12,7 +12,6 @@ from lib.errors import InputError
 from lib.runs.run import Run
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric
-from lib.stages.compare.advice import paragraphs
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import limits, retention_warning, slope_through_origin
 
@@ -117,7 +116,7 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
     own = advice.get("advice", advice["text"])
     named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
     warning = retention_warning(*named)
-    advice = {**advice, "advice": own, "text": paragraphs([own], [warning] if warning else [])}
+    advice = {**advice, "advice": own, "text": f"{own}\n\n{warning}" if warning else own}
     return {**content, "files": files, "recommendation": advice, "retention_note": kept.note}
 
 

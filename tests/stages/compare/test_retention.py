@@ -10,7 +10,7 @@ import pytest
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
-from lib.stages.compare.files import compare_files
+from lib.stages.compare.files import Comparison, compare_files
 from lib.stages.compare.retention import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.statistics.intervals import Interval
 from tests.stages.compare.conftest import Ladder
@@ -126,11 +126,10 @@ def test_scores_of_03(run: Run, odds: dict[str, np.ndarray]) -> None:
 def test_comparison_json_and_the_answer(ladder: Ladder, tmp_path: Path) -> None:
     """The weights of a file against a base that was scored as random log-odds; a plain comparison knows none."""
     start = BaseScores(Scores([r["id"] for r in ladder.rows], *_random(ladder.rows)), None, "")
-    both = [
-        compare_files(ladder.reference, [ladder.q2], ladder.rows, ladder.task, tmp_path / str(i), n_threads=1, **more)
-        for i, more in enumerate(({}, {"start": start, "grid": {ladder.q2.name: 0.75}}))
-    ]
-    plain, known = both
+    fixed = (ladder.reference, [ladder.q2], ladder.rows, ladder.task)
+    plain = compare_files(Comparison(*fixed, tmp_path / "0", n_threads=1))
+    grid = {ladder.q2.name: 0.75}
+    known = compare_files(Comparison(*fixed, tmp_path / "1", n_threads=1, start=start, grid=grid))
     assert [e["retention"] for e in plain["files"]] == [None, None] and "of a run" in plain["retention_note"]
     assert [e["source_grid"] for e in plain["files"]] == [None, None]
     reference, q2 = known["files"]
