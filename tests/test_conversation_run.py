@@ -282,15 +282,12 @@ def test_what_the_pages_show(results: dict) -> None:
 
 
 def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path: Path) -> None:
-    from lib.cli import work
-    from lib.cli.work import Rows
+    from lib.cli.evaluate import compare, evaluate
 
     name, part = results["run"].name, results["evaluation"].content["parts"]["all"]
-    rows, output = Rows(None, name, 0), tmp_path / "evaluation.json"
-    options = {"base_model": None, "revision": "main", "dtype": "float32", "load_in_4bit": False, "batch_size": 2}
-    options |= {"n_threads": 1, "n_gpu_layers": 0}
+    output, options = tmp_path / "evaluation.json", {"run_name": name, "n_threads": 1, "as_json": True}
     merged, f16 = results["merged"].product.path, results["gguf"].path
-    work.evaluate([str(merged), str(f16)], rows, options, output, True)
+    evaluate([str(merged), str(f16)], output=output, dtype="float32", batch_size=2, **options)
     ours, llama = read_json(output)["models"]
     assert ours["perplexity"] == pytest.approx(part["finetuned"]["perplexity"], rel=1e-2)
     assert ours["perplexity_interval"] == pytest.approx(part["finetuned"]["perplexity_interval"], rel=2e-2)
@@ -301,22 +298,21 @@ def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path
     characters = sum(sum(len(texts[i]) for i in e.answers) for texts, e in zip(said, encoded, strict=True))
     assert ours["bits_per_character"] == pytest.approx(ours["loss"] * part["tokens"] / np.log(2) / characters)
     q8 = next(results["quantized"].product.path.glob("*.gguf"))
-    margins = {"equivalence_margin": 1.0, "perplexity_margin": 1.0, "n_gpu_layers": 0, "n_threads": 1}
-    work.compare(f16, [q8], rows, tmp_path / "compared", margins, [], True)
+    compare(f16, [q8], tmp_path / "compared", **options)
     made, product = read_json(tmp_path / "compared" / "comparison.json"), results["comparison"]
     assert made["files"][1]["answer_ppl"] == pytest.approx(product.files[1]["answer_ppl"])
     assert made["conditions"]["unigram_ppl"] == product.conditions["unigram_ppl"]
 
 
 def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
-    from lib.cli.work import Rows
+    from lib.cli.evaluate import RowOptions
 
     name = results["run"].name
     with pytest.raises(InputError, match=r"--data for run .*rows without labels"):
-        Rows("rows.csv", name, 0).task()
+        RowOptions("rows.csv", name).task()
     with pytest.raises(InputError, match="--label-names"):
-        Rows(None, name, 0, given={"label_names": ["a", "b"]}).task()
-    assert Rows(None, name, 0, given={"max_seq_length": 99}).task().max_seq_length == 99
+        RowOptions(None, name, given={"label_names": ["a", "b"]}).task()
+    assert RowOptions(None, name, given={"max_seq_length": 99}).task().max_seq_length == 99
 
 
 def test_llama_cpp_scores_the_same_answers(results: dict) -> None:

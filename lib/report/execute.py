@@ -1,4 +1,4 @@
-"""The child process that executes one notebook: ``python -m lib.reporting.execute REQUEST.json``.
+"""The child process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
 One notebook, one process: start it, show its progress, end it and all its children on time-out or interruption.
 Whether an executed notebook really ran to its end; papermill's own cell states are not believed.
 """
@@ -24,7 +24,7 @@ from typing import Any
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.runs.files import PROJECT, read_json, write_json
 
-# The child process that executes one notebook: ``python -m lib.reporting.execute REQUEST.json``.
+# The child process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
 #
 # It does nothing but call papermill, and it never outlives the report runner: when its parent is gone, it ends its
 # kernel and itself, so that a killed runner leaves no training behind.

@@ -1,5 +1,5 @@
 """The rows of the tables of notebooks 01 to 05: results brought into columns that are named with their units.
-Rows and sentences of notebook 01 on the characters of the rows (`lib.data.textaudit`).
+Rows and sentences of notebook 01 on the characters of the rows (`lib.stages.data.text_audit`).
 What is shown of a base model that comes out of a GGUF file.
 What page 04 shows of a merge: the proof of its weights, and what rounding them costs (a MergeResult's parts).
 """
@@ -254,7 +254,7 @@ def gate(report: Any) -> list[Row]:
     return [{"question": q, "measured": measured, "required": needed} for q, (measured, needed) in answers.items()]
 
 
-# Rows and sentences of notebook 01 on the characters of the rows (`lib.data.textaudit`).
+# Rows and sentences of notebook 01 on the characters of the rows (`lib.stages.data.text_audit`).
 
 _OLD = "made before there was this audit; force: true makes it"
 

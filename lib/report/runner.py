@@ -96,7 +96,7 @@ def to_stderr(line: str) -> None:
 
 # Run the notebooks of a parameter file in order and publish their pages.
 #
-# A page is published only when its notebook ran to the last cell and the page passes `lib.reporting.checks`. Before the
+# A page is published only when its notebook ran to the last cell and the page passes `lib.report.html`. Before the
 # first notebook starts, the pages that will be made anew are removed, so that no old page is taken for a current one.
 
 PATTERN = "[0-9][0-9]_*.ipynb"

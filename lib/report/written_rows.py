@@ -1,4 +1,4 @@
-"""Rows and sentences of notebooks 03 and 07 on answers that models wrote (`lib.textmetrics`)."""
+"""Rows and sentences of notebooks 03 and 07 on answers that models wrote (`lib.scoring.text_metrics`)."""
 
 from __future__ import annotations
 

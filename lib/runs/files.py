@@ -220,15 +220,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream if line.strip()]
 
 
-def require_space(folder: Path, need: int, what: str) -> None:
-    """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free."""
+def require_space(folder: Path, need: int, what: str, variable: str = HOME_VARIABLE) -> None:
+    """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free.
+
+    Args:
+        variable: environment variable that moves the folder to another disk.
+    """
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < need + (64 << 20):
         raise InputError(
             f"{free / 1e6:.0f} MB free on the disk of {folder}.",
             f"{need / 1e6:.0f} MB for {what} and 67 MB to spare.",
-            "free some space, or set WORKBOOK_HOME to a folder on another disk.",
+            f"free some space, or set {variable} to a folder on another disk.",
         )
 
 

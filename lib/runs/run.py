@@ -2,7 +2,7 @@
 
 A stage writes into a temporary sibling, the folder is hashed and renamed, and the manifest entry is added last. A
 stage whose entry exists, whose files verify and whose parameters and inputs are unchanged is skipped and says so. One
-that was killed between its end and its entry is not made again (`lib.run.sealing`).
+that was killed between its end and its entry is not made again (`lib.runs.manifest`).
 """
 
 from __future__ import annotations

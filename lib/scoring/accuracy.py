@@ -33,7 +33,7 @@ class Accuracy:
     """Share of rows whose likeliest answer word is the label's; beside it the margin of the right answer."""
 
     name = "accuracy"
-    words = "accuracy"
+    words, best_words = "accuracy", "highest accuracy"
     loss_unit = "accuracy points"
     point = "accuracy"
     shown = in_manifest = ("accuracy", "accuracy_interval", "flips")

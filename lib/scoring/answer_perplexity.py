@@ -24,7 +24,7 @@ class AnswerPerplexity:
     """How likely the reference answers are: exp of their mean cross-entropy a token."""
 
     name = "answer_loss"
-    words = "loss of the answers (nats a token)"
+    words, best_words = "loss of the answers (nats a token)", "lowest loss"
     loss_unit = "% of answer perplexity"
     point = "answer_ppl"
     shown = ("answer_ppl", "answer_ppl_interval", "answer_ratio")

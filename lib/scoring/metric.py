@@ -62,6 +62,7 @@ class Metric(Protocol):
     Attributes:
         name: in JSON files.
         words: of the point estimate, as in "… 0.9 on 200 rows".
+        best_words: what the best of several estimates is called.
         loss_unit: of `loss` and of the margin.
         point: key of the point estimate in an entry; its interval has the key with "_interval" behind it.
         shown: keys of an entry that a short table shows, beside size, KL divergence and verdict.
@@ -75,6 +76,7 @@ class Metric(Protocol):
 
     name: ClassVar[str]
     words: ClassVar[str]
+    best_words: ClassVar[str]
     loss_unit: ClassVar[str]
     point: ClassVar[str]
     shown: ClassVar[tuple[str, ...]]

@@ -1,18 +1,19 @@
-"""How well predicted labels fit the true ones.
-Do the probabilities mean what they say: reliability bins and the expected calibration error.
-"""
+"""How well predicted labels fit the true ones, and whether their probabilities mean what they say."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lib.statistics.intervals import Interval, wilson
 
-# How well predicted labels fit the true ones.
+if TYPE_CHECKING:
+    import evaluate
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ClassificationReport:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of the command line's result: n, accuracy, accuracy_interval, macro_f1, per_class, confusion."""
-        per_class = {scores.name: asdict(scores) for scores in self.classes}
+        per_class = {scores["name"]: scores for scores in map(asdict, self.classes)}
         for scores in per_class.values():
             del scores["name"]
         return {
@@ -60,22 +61,21 @@ class ClassificationReport:
 
 
 def classification_report(
-    labels: Sequence[int] | np.ndarray, predictions: Sequence[int] | np.ndarray, label_names: Sequence[str]
+    labels: ArrayLike, predictions: ArrayLike, label_names: Sequence[str]
 ) -> ClassificationReport:
     """Accuracy, per-class scores and confusion matrix of predicted against true label numbers.
 
     Raises:
         ValueError: no rows, unequal lengths, or a number that is no index into `label_names`.
     """
-    from lib.statistics.metric import compute
-
     true, predicted = np.asarray(labels, dtype=np.int64), np.asarray(predictions, dtype=np.int64)
     if true.shape != predicted.shape or true.ndim != 1 or not len(true):
         raise ValueError(f"need two equally long, non-empty vectors, not {true.shape} and {predicted.shape}")
     if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(label_names):
         raise ValueError(f"label numbers must lie in 0..{len(label_names) - 1}")
-    values = compute(true.tolist(), predicted.tolist(), len(label_names))
-    columns = zip(label_names, values["precision"], values["recall"], values["f1"], values["support"], strict=True)
+    metric = metric_class()(keep_in_memory=True)  # no cache file, no lock
+    values = metric.compute(predictions=predicted.tolist(), references=true.tolist(), n_classes=len(label_names))
+    columns = zip(label_names, *(values[key] for key in ("precision", "recall", "f1", "support")), strict=True)
     return ClassificationReport(
         n=len(true),
         accuracy=wilson(int((true == predicted).sum()), len(true)),
@@ -85,7 +85,39 @@ def classification_report(
     )
 
 
-# Do the probabilities mean what they say: reliability bins and the expected calibration error.
+@functools.cache
+def metric_class() -> type[evaluate.Metric]:
+    """A local `evaluate` module on top of scikit-learn (`evaluate.load` needs the network): accuracy, macro-F1,
+    confusion matrix, and precision, recall, F1 and support of each class. Defined late: `evaluate` imports slowly."""
+    import datasets
+    import evaluate
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    class ClassificationMetric(evaluate.Metric):
+        def _info(self) -> evaluate.MetricInfo:
+            numbers = datasets.Value("int64")
+            return evaluate.MetricInfo(
+                description="Accuracy, macro-F1, per-class precision, recall and F1, confusion matrix.",
+                citation="",
+                inputs_description="predictions and references: class numbers; n_classes: how many classes there are.",
+                features=datasets.Features({"predictions": numbers, "references": numbers}),
+            )
+
+        def _compute(self, predictions: list[int], references: list[int], n_classes: int) -> dict[str, Any]:
+            labels = list(range(n_classes))
+            matrix = confusion_matrix(references, predictions, labels=labels)
+            scores = precision_recall_fscore_support(references, predictions, labels=labels, zero_division=0.0)
+            return {
+                "accuracy": float(matrix.trace() / matrix.sum()),
+                "macro_f1": float(scores[2].mean()),
+                "confusion": matrix.tolist(),
+                **{
+                    key: part.tolist()
+                    for key, part in zip(("precision", "recall", "f1", "support"), scores, strict=True)
+                },
+            }
+
+    return ClassificationMetric
 
 
 @dataclass(frozen=True)
@@ -115,9 +147,7 @@ def confidences(log_probs: np.ndarray) -> np.ndarray:
     return 1.0 / shifted.sum(axis=1)
 
 
-def calibration(
-    confidence: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray, bins: int = 10
-) -> Calibration:
+def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> Calibration:
     """Reliability of the predicted label's probability, in equally wide bins over 0..1; 1.0 belongs to the last.
 
     Args:

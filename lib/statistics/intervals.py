@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import ndtr, ndtri
+
+# Quantiles and tails come from scipy.special here and in the other files of this room: scipy.stats returns the same
+# numbers after two seconds of imports, statsmodels (with whose Wilson interval, Holm correction and McNemar test the
+# tests compare these) after three, and every child process would pay for them. Besides, counts here are divided by
+# design effects, and rows come in clusters with weights: scipy's Wilson interval and bootstrap know neither.
+
+Counts = float | np.ndarray
 
 ADJUSTMENT = 0.25
 """Continuity adjustment of paired counts, rows. Few changed rows make a coarse lattice, on which Tango's own interval
@@ -27,6 +36,26 @@ class Interval:
         """[low, high]; None for a limit that is not finite, which JSON cannot hold."""
         return [limit if math.isfinite(limit) else None for limit in (self.low, self.high)]
 
+    @classmethod
+    def from_json(cls, estimate: float, limits: Sequence[float | None] | None) -> Interval | float:
+        """An estimate with its [low, high] of a JSON file; the bare estimate where there are no limits (null).
+
+        A limit that JSON could not hold (None inside the list) becomes infinite again.
+        """
+        if limits is None:
+            return estimate
+        low, high = limits
+        return cls(estimate, -math.inf if low is None else low, math.inf if high is None else high)
+
+    def scaled(self, factor: float) -> Interval:
+        """The same in another unit: a share in percent (100), nats in millinats (1000)."""
+        return Interval(factor * self.estimate, factor * self.low, factor * self.high, self.confidence)
+
+    def __format__(self, form: str) -> str:
+        """f"{interval:.2f}" is "0.90 [0.85, 0.93]", or "0.90 (no interval)" where a limit is open."""
+        limits = limits_text((self.low, self.high), form)
+        return f"{self.estimate:{form}} {limits or '(no interval)'}"
+
     def within(self, margin: float) -> bool:
         """True when the whole interval lies strictly inside ±margin."""
         return -margin < self.low and self.high < margin
@@ -36,10 +65,47 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def _z(confidence: float) -> float:
-    from scipy.stats import norm
+IN_BRACKETS = "[{},\u00a0{}]"
+"""How limits are written on a page: no line may end between the two."""
+PLAIN_BRACKETS = "[{}, {}]"
+"""The same for terminals and files, where a reader may search for it."""
+IN_WORDS = "{} to {}"
+"""The same inside a sentence."""
 
-    return float(norm.ppf(0.5 + confidence / 2))
+
+def limits_text(
+    limits: Sequence[float | None] | None, form: str = ".3f", factor: float = 1.0, pattern: str = IN_BRACKETS
+) -> str | None:
+    """The one way in which the limits of an interval are written; None where one is open or there are none.
+
+    >>> limits_text([0.85, 0.93], ".1f", factor=100, pattern=IN_WORDS)
+    '85.0 to 93.0'
+
+    Args:
+        limits: low and high as in a JSON file; None, or an infinite number, for an open one.
+        form: format specification of both numbers.
+        factor: both are multiplied by it, e.g. 100 for percent.
+        pattern: `IN_BRACKETS`, `PLAIN_BRACKETS` or `IN_WORDS`.
+    """
+    if limits is None or any(limit is None or not math.isfinite(limit) for limit in limits):
+        return None
+    return pattern.format(*(format(factor * limit, form) for limit in limits))
+
+
+def estimate_text(
+    estimate: float, limits: Sequence[float | None] | None, form: str = ".3f", factor: float = 1.0
+) -> str:
+    """An estimate with limits as `limits_text` writes them: "0.90 [0.85, 0.93]"; alone where `limits` is None.
+
+    Open limits (three rows bound nothing) are said: "0.90 (no interval)".
+    """
+    found = Interval.from_json(estimate, limits)
+    return format(found.scaled(factor) if isinstance(found, Interval) else factor * found, form)
+
+
+def normal_quantile(confidence: float) -> float:
+    """z of a two-sided interval: 1.96 for 0.95."""
+    return float(ndtri(0.5 + confidence / 2))
 
 
 def wilson(k: float, n: float, confidence: float = 0.95) -> Interval:
@@ -55,7 +121,7 @@ def wilson(k: float, n: float, confidence: float = 0.95) -> Interval:
     k = n if n < k <= n * (1 + 1e-9) else k
     if n < 1 - 1e-9 or not 0 <= k <= n:
         raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, not k={k}, n={n}")
-    z, share = _z(confidence), k / n
+    z, share = normal_quantile(confidence), k / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low = 0.0 if k == 0 else max(0.0, centre - half)
@@ -63,28 +129,18 @@ def wilson(k: float, n: float, confidence: float = 0.95) -> Interval:
     return Interval(share, low, high, confidence)
 
 
-def tango_statistic(delta: float, losses: float, gains: float, n: float, adjustment: float = ADJUSTMENT) -> float:
+def tango_statistic(
+    delta: float, losses: Counts, gains: Counts, n: float, adjustment: float = ADJUSTMENT
+) -> np.float64 | np.ndarray:
     """Tango's score statistic for the hypothesis that the true difference of `paired_score_interval` is `delta`.
 
     Continuity-adjusted as by Chang, Liu & Hou (2024, J. Appl. Stat. 51:139), and by Edwards for McNemar's test (which
     it is for `delta` 0 and an adjustment of 1): the distance from the hypothesis is shortened by `adjustment` rows.
+
+    Args:
+        losses, gains: counts as of `paired_score_interval`, or arrays of many tables at once, broadcast.
     """
     # Restricted maximum-likelihood share q of losses: the larger root of 2n q² + b q + c = 0.
-    b = delta * (2 * n + losses - gains) - losses - gains
-    c = -losses * delta * (1 - delta)
-    q = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
-    variance = n * (2 * q + delta - delta * delta)
-    distance = gains - losses - n * delta
-    if abs(distance) <= adjustment:
-        return 0.0
-    distance -= math.copysign(adjustment, distance)
-    return distance / math.sqrt(variance) if variance > 1e-300 else math.copysign(math.inf, distance)
-
-
-def tango_statistics(
-    delta: float, losses: np.ndarray, gains: np.ndarray, n: float, adjustment: float = ADJUSTMENT
-) -> np.ndarray:
-    """`tango_statistic` of many tables at once, losses and gains broadcast."""
     b = delta * (2 * n + losses - gains) - losses - gains
     c = -losses * delta * (1 - delta)
     q = (np.sqrt(np.maximum(0.0, b * b - 8 * n * c)) - b) / (4 * n)
@@ -110,11 +166,12 @@ def paired_score_interval(
         raise ValueError(f"need losses, gains >= 0 and losses + gains <= n, not {losses}, {gains}, {n}")
     from scipy.optimize import brentq
 
-    z, estimate, edge = _z(confidence), (gains - losses) / n, 1 - 1e-12
+    z, estimate, edge = normal_quantile(confidence), (gains - losses) / n, 1 - 1e-12
 
     def limit(sign: int) -> float:
         def excess(delta: float) -> float:
-            return min(max(tango_statistic(delta, losses, gains, n, adjustment), -1e9), 1e9) - sign * z
+            statistic = float(tango_statistic(delta, losses, gains, n, adjustment))
+            return min(max(statistic, -1e9), 1e9) - sign * z
 
         if sign * excess(-sign * edge) <= 0:
             return float(-sign)
@@ -122,6 +179,30 @@ def paired_score_interval(
         return float(brentq(excess, *sorted((-sign * edge, start)), xtol=1e-12))
 
     return Interval(estimate, limit(1), limit(-1), confidence)
+
+
+def cluster_sums(
+    values: ArrayLike, clusters: ArrayLike | None = None, weights: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the values and of the weights of each cluster, float64, (clusters,) each.
+
+    Args:
+        clusters: (n,) group of each row; None = every row its own.
+        weights: (n,) positive; None = 1 each, so that the second sum counts rows.
+
+    Raises:
+        ValueError: no values, values that are not finite, or another number of clusters.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
+        raise ValueError("a mean over clusters needs a non-empty vector of finite numbers")
+    weight = np.ones(len(numbers)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if clusters is None:
+        return numbers * weight, weight
+    groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if len(groups) != len(numbers):
+        raise ValueError(f"{len(groups)} clusters for {len(numbers)} differences")
+    return np.bincount(groups, numbers * weight), np.bincount(groups, weight)
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -147,28 +228,26 @@ def bca_limits(
         values: the number in every resample. estimate: in the rows themselves.
         left_out: the number without each cluster in turn (jackknife), for the acceleration.
     """
-    from scipy.stats import norm
-
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     below = np.mean(values < estimate) + np.mean(values == estimate) / 2
     spread = left_out.mean() - left_out
     scale = 6 * np.sum(spread**2) ** 1.5
     if 0 < below < 1 and scale > 0:
-        bias, acceleration = norm.ppf(below), np.sum(spread**3) / scale
-        shifted = bias + norm.ppf(tails)
-        tails = norm.cdf(bias + shifted / (1 - acceleration * shifted))
-    low, high = np.quantile(values, tails)
-    return float(low), float(high)
+        bias, acceleration = ndtri(below), np.sum(spread**3) / scale
+        shifted = bias + ndtri(tails)
+        tails = ndtr(bias + shifted / (1 - acceleration * shifted))
+    low, high = np.quantile(values, tails).tolist()
+    return low, high
 
 
 def paired_bootstrap(
-    differences: Sequence[float] | np.ndarray,
-    clusters: Sequence[Any] | np.ndarray | None = None,
+    differences: ArrayLike,
+    clusters: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 10_000,
     confidence: float = 0.95,
     method: Literal["percentile", "bca"] = "percentile",
-    weights: Sequence[float] | np.ndarray | None = None,
+    weights: ArrayLike | None = None,
 ) -> Interval:
     """Bootstrap interval of a mean paired difference; whole clusters are drawn, so near-duplicates count once.
 
@@ -178,18 +257,9 @@ def paired_bootstrap(
         method: "percentile", or "bca" (Efron 1987).
         weights: (n,) positive weight of each row in the mean, e.g. its tokens; None = all alike.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError("paired_bootstrap needs a non-empty vector of finite numbers")
-    groups = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    if len(groups) != len(values):
-        raise ValueError(f"{len(groups)} clusters for {len(values)} differences")
-    weight = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
-    sums, sizes = np.bincount(groups, values * weight), np.bincount(groups, weight)
-    means = _resampled_means(sums, sizes, resamples, seed)
-    estimate = float(np.average(values, weights=weights))
+    sums, sizes = cluster_sums(differences, clusters, weights)
+    means, estimate = _resampled_means(sums, sizes, resamples, seed), float(sums.sum() / sizes.sum())
     if method == "bca" and len(sums) > 1:
         left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
-        return Interval(estimate, *bca_limits(means, float(sums.sum() / sizes.sum()), left_out, confidence), confidence)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high), confidence)
+        return Interval(estimate, *bca_limits(means, estimate, left_out, confidence), confidence)
+    return Interval(estimate, *np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist(), confidence)

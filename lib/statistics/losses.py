@@ -1,19 +1,17 @@
-"""A mean of rows that weigh differently, as a loss over tokens does: Student's interval over groups of alike rows.
-Two models' losses on the same answers: the ratio of their perplexities, tested over groups of rows.
-How much of what fine-tuning changed a file keeps: the slope of one change on another, through the origin.
-"""
+"""Rows that weigh differently: mean losses, the ratio of two perplexities, and what a file keeps of a fine-tuning."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from lib.statistics.intervals import Interval, wilson
-from lib.statistics.paired import clustered_mean, holm
+from lib.statistics.intervals import Interval, normal_quantile, wilson
+from lib.statistics.paired import ClusterMean, cluster_mean, copies_effect, holm
 
 # A mean of rows that weigh differently, as a loss over tokens does: Student's interval over groups of alike rows.
 
@@ -21,12 +19,7 @@ FEWEST = 3
 """Groups of rows below which an interval would be a pretence; `cluster_test` has the same limit."""
 
 
-def weighted_mean(
-    values: Sequence[float] | np.ndarray,
-    weights: Sequence[float] | np.ndarray,
-    groups: Sequence[Any] | np.ndarray,
-    confidence: float = 0.95,
-) -> Interval:
+def weighted_mean(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, confidence: float = 0.95) -> Interval:
     """Weighted mean with Student's interval: `clustered_mean`, but no limits from too few groups.
 
     It belongs to `cluster_test`: the 95 % interval excludes zero exactly where that p is below 0.05. A percentile
@@ -38,9 +31,9 @@ def weighted_mean(
     Returns:
         The mean; its limits are infinite where fewer than `FEWEST` groups, or groups that all agree, show no spread.
     """
-    found = clustered_mean(values, groups, confidence, weights)
-    few = len(set(np.asarray(groups).tolist())) < FEWEST
-    if few or found.high - found.low <= 1e-12 * abs(found.estimate):  # rounding alone
+    mean = cluster_mean(values, groups, weights)
+    found = mean.interval(confidence)
+    if mean.clusters < FEWEST or found.high - found.low <= 1e-12 * abs(found.estimate):  # rounding alone
         return Interval(found.estimate, -math.inf, math.inf, confidence)
     return found
 
@@ -50,27 +43,22 @@ def limits(found: Interval) -> list[float] | None:
     return found.to_json() if math.isfinite(found.low) and math.isfinite(found.high) else None
 
 
-def averaged_share(values: Sequence[float] | np.ndarray, groups: Sequence[Any] | np.ndarray) -> Interval:
+def averaged_share(values: ArrayLike, groups: ArrayLike) -> Interval:
     """Share of right rows, each the mean of several tries in 0…1: Wilson's 95 % interval on the effective rows.
 
     Effective are p (1 - p) / variance of the mean over groups, times (z / t)², at most n (Korn & Graubard 1998, Survey
     Methodology 24:193). Unlike Student's interval it has a width where all rows are right, or all wrong; there copies
     of a row count once. Infinite limits as in `weighted_mean` for fewer than `FEWEST` groups.
     """
-    from scipy.stats import norm, t
-
-    values = np.asarray(values, dtype=np.float64)
-    sizes = np.bincount(np.unique(np.asarray(groups), return_inverse=True)[1])
-    share, n, count = float(values.mean()), len(values), len(sizes)
-    if count < FEWEST:
-        return Interval(share, -math.inf, math.inf)
-    student = weighted_mean(values, np.ones(n), groups)
-    quantile = float(t.ppf(0.975, count - 1))
-    error = (student.high - share) / quantile
-    rows = n * n / float(np.sum(sizes**2))
-    if math.isfinite(error):
-        rows = min(float(n), share * (1 - share) / error**2 * (float(norm.ppf(0.975)) / quantile) ** 2)
-    return wilson(share * rows, rows)
+    mean, n = cluster_mean(values, groups), len(values)
+    if mean.clusters < FEWEST:
+        return Interval(mean.mean, -math.inf, math.inf)
+    if limits(weighted_mean(values, np.ones(n), groups)) is None:
+        rows = n / copies_effect(groups, n)
+    else:
+        spread = (normal_quantile(0.95) / mean.quantile(0.975) / mean.error) ** 2
+        rows = min(float(n), mean.mean * (1 - mean.mean) * spread)
+    return wilson(mean.mean * rows, rows)
 
 
 # Two models' losses on the same answers: the ratio of their perplexities, tested over groups of rows.
@@ -108,19 +96,14 @@ class LossComparison:
     @property
     def ratio(self) -> Interval:
         """Perplexity of the candidate over that of the reference."""
-        found = self.difference
-        if not math.isfinite(found.low):
-            return Interval(math.exp(found.estimate), -math.inf, math.inf)
-        return Interval(*(math.exp(x) for x in (found.estimate, found.low, found.high)))
+        estimate, low, high = (
+            math.exp(x) for x in (self.difference.estimate, self.difference.low, self.difference.high)
+        )
+        return Interval(estimate, low if math.isfinite(high) else -math.inf, high)
 
 
 def loss_verdict(
-    difference: Interval,
-    p_adjusted: float,
-    margin_percent: float,
-    mde: float,
-    alpha: float = 0.05,
-    groups: int = FEWEST_GROUPS,
+    difference: Interval, p_adjusted: float, margin_percent: float, mde: float, groups: int = FEWEST_GROUPS
 ) -> str:
     """The words that interval and test allow.
 
@@ -132,12 +115,12 @@ def loss_verdict(
         mde: minimum detectable effect, nats a token; infinite where there are too few groups for any test.
         groups: of rows that are alike; fewer than `FEWEST_GROUPS` show no equivalence.
     """
-    if not math.isfinite(mde):
+    equivalent = difference.within(math.log1p(margin_percent / 100))
+    if not math.isfinite(mde) or (equivalent and groups < FEWEST_GROUPS):
         return "cannot tell (too few groups of rows)"
-    if difference.within(math.log1p(margin_percent / 100)):
-        few = groups < FEWEST_GROUPS
-        return "cannot tell (too few groups of rows)" if few else f"equivalent within {margin_percent:g} %"
-    if p_adjusted < alpha and difference.excludes_zero():
+    if equivalent:
+        return f"equivalent within {margin_percent:g} %"
+    if p_adjusted < 0.05 and difference.excludes_zero():
         return "worse" if difference.estimate > 0 else "better"
     return f"cannot tell (MDE {100 * math.expm1(mde):.1f} %)"
 
@@ -155,35 +138,15 @@ def cluster_test(
     Returns:
         (1.0, inf) where fewer than three groups leave nothing to test; (1.0, 0.0) for differences that are all zero.
     """
-    from scipy.stats import t
+    return _test(cluster_mean(differences, groups, tokens), alpha)
 
-    count = len(np.unique(groups))
-    if count < 3:
+
+def _test(mean: ClusterMean, alpha: float) -> tuple[float, float]:
+    """p and minimum detectable effect of a mean difference; see `cluster_test`."""
+    if mean.clusters < FEWEST:
         return 1.0, math.inf
-    mean, error = _mean_and_error(clustered_mean(differences, groups, weights=tokens), count)
-    if error == 0.0:
-        return (1.0 if mean == 0 else 0.0), 0.0
-    p = 2 * float(t.sf(abs(mean) / error, count - 1))
-    return p, float(t.ppf(1 - alpha / 2, count - 1) + t.ppf(0.8, count - 1)) * error
-
-
-def _mean_and_error(found: Interval, groups: int) -> tuple[float, float]:
-    from scipy.stats import t
-
-    return found.estimate, (found.high - found.estimate) / float(t.ppf(0.5 + found.confidence / 2, groups - 1))
-
-
-def _not_equivalent(found: Interval, groups: int, margin: float) -> float:
-    """p of "the difference is as large as the margin": two one-sided t-tests, the larger."""
-    from scipy.stats import t
-
-    if groups < 3:
-        return 1.0
-    mean, error = _mean_and_error(found, groups)
-    room = margin - abs(mean)
-    if error == 0.0:
-        return 0.0 if room > 0 else 1.0
-    return float(t.sf(room / error, groups - 1))
+    p = 1.0 if mean.mean == 0 else min(1.0, 2 * mean.tail(abs(mean.mean)))
+    return p, (mean.quantile(1 - alpha / 2) + mean.quantile(0.8)) * mean.error
 
 
 def compare_losses(
@@ -201,20 +164,29 @@ def compare_losses(
         tokens: (n,) tokens of each row's answers.
         groups: (n,) group of each row.
     """
-    changes = {name: losses - reference for name, losses in candidates.items()}
-    count, alpha = len(np.unique(groups)), 0.05 / max(1, len(changes))
-    tests = {name: cluster_test(change, tokens, groups, alpha) for name, change in changes.items()}
-    intervals = {name: clustered_mean(change, groups, weights=tokens) for name, change in changes.items()}
-    margin = math.log1p(margin_percent / 100)
-    unequal = [_not_equivalent(found, count, margin) for found in intervals.values()]
-    adjusted = zip(tests, holm([p for p, _ in tests.values()]), unequal, holm(unequal), strict=True)
-    result = {}
-    for name, p_adjusted, *equivalence in adjusted:
-        (p, mde), difference = tests[name], intervals[name]
-        words = loss_verdict(difference, p_adjusted, margin_percent, mde, groups=count)
-        counts = (len(reference), count, int(tokens.sum()))
-        result[name] = LossComparison(*counts, difference, p, p_adjusted, mde, words, *equivalence)
-    return result
+    margin, alpha = math.log1p(margin_percent / 100), 0.05 / max(1, len(candidates))
+    means = [cluster_mean(losses - reference, groups, tokens) for losses in candidates.values()]
+    tests = [_test(mean, alpha) for mean in means]
+    # two one-sided tests against the margin, the larger p-value
+    unequal = [1.0 if mean.clusters < FEWEST else mean.tail(margin - abs(mean.mean)) for mean in means]
+    adjusted = holm([p for p, _ in tests]), holm(unequal)
+    found = {}
+    for name, mean, (p, mde), apart, p_holm, apart_holm in zip(
+        candidates, means, tests, unequal, *adjusted, strict=True
+    ):
+        found[name] = LossComparison(
+            n=len(reference),
+            groups=mean.clusters,
+            tokens=int(tokens.sum()),
+            difference=mean.interval(),
+            p=p,
+            p_adjusted=p_holm,
+            mde=mde,
+            verdict=loss_verdict(mean.interval(), p_holm, margin_percent, mde, groups=mean.clusters),
+            equivalence_p=apart,
+            equivalence_p_adjusted=apart_holm,
+        )
+    return found
 
 
 # How much of what fine-tuning changed a file keeps: the slope of one change on another, through the origin.
@@ -223,9 +195,7 @@ KEEPS_LITTLE = 0.9
 """Retention below which a file is named in warnings: losing a tenth of the training is more than rounding noise."""
 
 
-def slope_through_origin(
-    whole: np.ndarray, kept: np.ndarray, groups: Sequence[Any] | np.ndarray, confidence: float = 0.95
-) -> Interval:
+def slope_through_origin(whole: np.ndarray, kept: np.ndarray, groups: ArrayLike, confidence: float = 0.95) -> Interval:
     """The b that fits kept = b · whole best, Σ⟨whole, kept⟩ / Σ⟨whole, whole⟩ over rows, with an interval.
 
     It is a ratio of two sums over rows, a mean of the rows' own slopes weighted by ⟨whole, whole⟩, so its standard

@@ -1,19 +1,16 @@
-"""Two models on the same rows: exact McNemar, Holm's correction, the smallest effect that could have been seen.
-Paired differences of rows that are not independent: near-duplicates come and go together.
-Equivalence of two models on the same rows: two one-sided score tests.
-"""
+"""Two models on the same rows: exact McNemar, Holm's correction, equivalence; near-duplicates come and go together."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import bdtr, ndtr, stdtr, stdtrit
 
-from lib.statistics.intervals import Interval, paired_score_interval, tango_statistic, wilson
-
-# Two models on the same rows: exact McNemar, Holm's correction, the smallest effect that could have been seen.
+from lib.statistics.intervals import Interval, cluster_sums, paired_score_interval, tango_statistic, wilson
 
 
 class McNemar(NamedTuple):
@@ -30,17 +27,13 @@ class McNemar(NamedTuple):
     p: float
 
 
-def mcnemar_exact(first_correct: Sequence[bool] | np.ndarray, second_correct: Sequence[bool] | np.ndarray) -> McNemar:
+def mcnemar_exact(first_correct: ArrayLike, second_correct: ArrayLike) -> McNemar:
     """Exact McNemar test of two models' right/wrong answers on the same rows (binomial(b + c, 1/2), two-sided)."""
     first, second = np.asarray(first_correct, dtype=bool), np.asarray(second_correct, dtype=bool)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"mcnemar_exact needs two vectors of equal length, not {first.shape} and {second.shape}")
     b, c = int(np.sum(first & ~second)), int(np.sum(~first & second))
-    if b + c == 0:
-        return McNemar(0, 0, 1.0)
-    from scipy.stats import binomtest
-
-    return McNemar(b, c, float(binomtest(b, b + c, 0.5).pvalue))
+    return McNemar(b, c, min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -55,27 +48,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in result]
 
 
-def mde_paired(n: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Minimum detectable accuracy difference of a paired comparison, as a fraction.
-
-    (z(1 - alpha/2) + z(power)) · sqrt(share / n): the normal approximation of McNemar's test (Miettinen 1968).
-
-    Args:
-        n: rows.
-        discordant_share: share of rows on which exactly one of the two models is right.
-    """
-    if n < 1 or not 0 <= discordant_share <= 1:
-        raise ValueError(f"mde_paired needs n >= 1 and a share in 0..1, not {n} and {discordant_share}")
-    from scipy.stats import norm
-
-    return float((norm.ppf(1 - alpha / 2) + norm.ppf(power)) * math.sqrt(discordant_share / n))
-
-
-def smallest_significant(alpha: float = 0.05) -> int:
-    """Fewest discordant rows, all on one side, that exact McNemar calls significant (6 for alpha .05)."""
-    return next(k for k in range(1, 1100) if 2.0 ** (1 - k) < alpha)
-
-
 # Paired differences of rows that are not independent: near-duplicates come and go together.
 
 _AT_ONCE = 200_000
@@ -86,26 +58,7 @@ _PRIOR = 4.0
 still narrow the interval: a random search over 60,000 sets of rows in groups found cases, with 4 none."""
 
 
-def cluster_sums(
-    values: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of rows of each cluster, float64, (clusters,) each; None = every row its own.
-
-    Raises:
-        ValueError: no values, values that are not finite, or another number of clusters.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
-        raise ValueError("paired differences must be a non-empty vector of finite numbers")
-    if clusters is None:
-        return numbers, np.ones(len(numbers))
-    groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    if len(groups) != len(numbers):
-        raise ValueError(f"{len(groups)} clusters for {len(numbers)} differences")
-    return np.bincount(groups, numbers), np.bincount(groups).astype(np.float64)
-
-
-def copies_effect(clusters: Sequence[Any] | np.ndarray | None, n: int) -> float:
+def copies_effect(clusters: ArrayLike | None, n: int) -> float:
     """The design effect of n rows if those of a cluster are copies, Σ size² / n: known before any result is."""
     if clusters is None:
         return 1.0
@@ -113,11 +66,7 @@ def copies_effect(clusters: Sequence[Any] | np.ndarray | None, n: int) -> float:
     return float(np.sum(sizes**2) / n)
 
 
-def design_effect(
-    differences: Sequence[float] | np.ndarray,
-    clusters: Sequence[Any] | np.ndarray | None = None,
-    prior: float | None = None,
-) -> float:
+def design_effect(differences: ArrayLike, clusters: ArrayLike | None = None, prior: float | None = None) -> float:
     """How many rows say as much as one independent row (Kish 1965), at least 1: n / design effect is the real n.
 
     The variance of the mean with whole clusters as units (with clusters / (clusters - 1)) over the one with rows as
@@ -142,7 +91,7 @@ def design_effect(
 
 
 def clustered_score_interval(
-    change: Sequence[int] | np.ndarray, clusters: Sequence[Any] | np.ndarray | None = None, confidence: float = 0.95
+    change: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95
 ) -> Interval:
     """Interval of a paired difference of two shares, rows in clusters.
 
@@ -162,9 +111,7 @@ def clustered_score_interval(
     return paired_score_interval(losses / effect, gains / effect, n / effect, confidence)
 
 
-def clustered_share(
-    hits: Sequence[float] | np.ndarray, clusters: Sequence[Any] | np.ndarray | None = None, confidence: float = 0.95
-) -> Interval:
+def clustered_share(hits: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval:
     """Share of hits among rows in clusters: Wilson's interval on hits and rows divided by the design effect.
 
     Like Wilson's it does not vanish where all rows are hits, or none is. The bound of the design effect weighs as one
@@ -178,38 +125,64 @@ def clustered_share(
     return wilson(float(values.sum()) / effect, len(values) / effect, confidence)
 
 
-def clustered_mean(
-    values: Sequence[float] | np.ndarray,
-    clusters: Sequence[Any] | np.ndarray | None = None,
-    confidence: float = 0.95,
-    weights: Sequence[float] | np.ndarray | None = None,
-) -> Interval:
-    """Mean of rows in clusters with Student's interval: standard error of whole clusters, clusters - 1 degrees.
+@dataclass(frozen=True)
+class ClusterMean:
+    """A mean whose independent units are clusters of rows; everything that Student's t says of it.
 
-    On differences with many small and a few large values it covers where the bootstrap does not (docs/LOG.md). With one
-    cluster there is no spread to see, and the limits are infinite. With weights the mean is a ratio, and its standard
-    error the linearized one (Cochran 1977, §6.4).
+    Attributes:
+        mean: of the rows.
+        error: its standard error from whole clusters; infinite with a single one, which shows no spread.
+        clusters: how many there are; one less are the degrees of freedom.
+    """
+
+    mean: float
+    error: float
+    clusters: int
+
+    def quantile(self, probability: float) -> float:
+        """Student's t at these degrees of freedom."""
+        return float(stdtrit(self.clusters - 1, probability))
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """The mean with its limits, infinite with a single cluster."""
+        half = self.quantile(0.5 + confidence / 2) * self.error if self.clusters > 1 else np.inf
+        return Interval(self.mean, self.mean - half, self.mean + half, confidence)
+
+    def tail(self, distance: float) -> float:
+        """One-sided p-value of a mean that lies `distance` beyond a hypothesis; 0 or 1 where nothing scatters."""
+        if self.error == 0.0:
+            return 0.0 if distance > 0 else 1.0
+        return float(stdtr(self.clusters - 1, -distance / self.error))
+
+
+def cluster_mean(values: ArrayLike, clusters: ArrayLike | None = None, weights: ArrayLike | None = None) -> ClusterMean:
+    """Mean of rows in clusters with the standard error of whole clusters.
 
     Args:
-        weights: (n,) positive weight of each row in the mean, e.g. its tokens; None = all alike.
+        weights: (n,) positive weight of each row in the mean, e.g. its tokens; None = all alike. With weights the mean
+            is a ratio, and its standard error the linearized one (Cochran 1977, §6.4).
     """
-    from scipy.stats import t
+    sums, sizes = cluster_sums(values, clusters, weights)
+    mean, count = float(sums.sum() / sizes.sum()), len(sums)
+    if count == 1:
+        return ClusterMean(mean, np.inf, 1)
+    error = np.sqrt(np.sum((sums - mean * sizes) ** 2) * count / (count - 1)) / sizes.sum()
+    return ClusterMean(mean, float(error), count)
 
-    sums, sizes = cluster_sums(values, clusters)
-    if weights is not None:
-        weight = np.asarray(weights, dtype=np.float64)
-        (sums, _), (sizes, _) = (cluster_sums(rows, clusters) for rows in (np.asarray(values) * weight, weight))
-    mean, groups = float(sums.sum() / sizes.sum()), len(sums)
-    if groups < 2:
-        return Interval(mean, -np.inf, np.inf, confidence)
-    error = np.sqrt(np.sum((sums - mean * sizes) ** 2) * groups / (groups - 1)) / sizes.sum()
-    half = float(t.ppf(0.5 + confidence / 2, groups - 1) * error)
-    return Interval(mean, mean - half, mean + half, confidence)
+
+def clustered_mean(
+    values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95, weights: ArrayLike | None = None
+) -> Interval:
+    """Mean of rows in clusters with Student's interval; arguments as of `cluster_mean`.
+
+    On differences with many small and a few large values it covers where the bootstrap does not (docs/LOG.md).
+    """
+    return cluster_mean(values, clusters, weights).interval(confidence)
 
 
 def clustered_bootstrap_t(
-    values: Sequence[float] | np.ndarray,
-    clusters: Sequence[Any] | np.ndarray | None = None,
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 2_000,
     confidence: float = 0.95,
@@ -240,10 +213,7 @@ def clustered_bootstrap_t(
 
 
 def sign_flip_test(
-    differences: Sequence[float] | np.ndarray,
-    clusters: Sequence[Any] | np.ndarray | None = None,
-    seed: int = 0,
-    flips: int = 9_999,
+    differences: ArrayLike, clusters: ArrayLike | None = None, seed: int = 0, flips: int = 9_999
 ) -> float:
     """Two-sided p-value that a mean paired difference is 0, by exchanging the two models cluster by cluster.
 
@@ -272,23 +242,10 @@ def sign_flip_test(
 # Equivalence of two models on the same rows: two one-sided score tests.
 
 
-class Equivalence(NamedTuple):
-    """Two one-sided tests (TOST) of a paired difference of shares against ±margin.
+def equivalence_paired(losses: float, gains: float, n: float, margin: float) -> float:
+    """p-value of "the candidate is worse or better by the margin or more", paired right/wrong answers.
 
-    Attributes:
-        p_worse: p-value of "the candidate is worse by the margin or more".
-        p_better: p-value of "the candidate is better by the margin or more".
-        p: the larger of the two; below alpha the candidate is equivalent within the margin.
-    """
-
-    p_worse: float
-    p_better: float
-    p: float
-
-
-def equivalence_paired(losses: float, gains: float, n: float, margin: float) -> Equivalence:
-    """Score TOST for paired right/wrong answers (Liu, Hsueh, Hsieh & Chen 2002, Stat. Med. 21:231).
-
+    Two one-sided score tests (Liu, Hsueh, Hsieh & Chen 2002, Stat. Med. 21:231), the larger p-value of the two.
     The variance is taken at the hypothesis (restricted maximum likelihood), so it holds with few changed rows.
     p < alpha is the same as: `paired_score_interval` of confidence 1 - 2·alpha lies within ±margin.
 
@@ -302,8 +259,5 @@ def equivalence_paired(losses: float, gains: float, n: float, margin: float) -> 
     """
     if n <= 0 or losses < 0 or gains < 0 or losses + gains > n * (1 + 1e-9) or not 0 < margin < 1:
         raise ValueError(f"need counts within n and 0 < margin < 1, not {losses}, {gains}, {n}, {margin}")
-    from scipy.stats import norm
-
-    p_worse = float(norm.sf(tango_statistic(-margin, losses, gains, n)))
-    p_better = float(norm.cdf(tango_statistic(margin, losses, gains, n)))
-    return Equivalence(p_worse, p_better, max(p_worse, p_better))
+    worse, better = (tango_statistic(sign * margin, losses, gains, n) for sign in (-1, 1))
+    return float(max(ndtr(-worse), ndtr(better)))

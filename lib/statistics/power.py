@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+from scipy.special import bdtr, gammaln, ndtr, xlog1py, xlogy
 
-from lib.statistics.intervals import tango_statistics
+from lib.statistics.intervals import normal_quantile, tango_statistic
 
 _COUNTED = 2_000.0
 """Expected discordant rows up to which every table is counted; with more the normal approximation is as good."""
@@ -42,24 +43,13 @@ def power_mcnemar(n: int, discordant_share: float, difference: float, alpha: flo
         raise ValueError(f"need n >= 1 and |difference| <= share <= 1, not {n}, {difference}, {discordant_share}")
     if discordant_share == 0:
         return 0.0
-    # The functions behind scipy.stats.binom, which takes longer to check its arguments than to compute.
-    from scipy.special import bdtr, gammaln, xlog1py, xlogy
-
     middle, reach = n * discordant_share, 8 * math.sqrt(n * discordant_share * (1 - discordant_share)) + 20
     count = np.arange(max(0, math.floor(middle - reach)), min(n, math.ceil(middle + reach)) + 1)
-    ways = gammaln(n + 1) - gammaln(count + 1) - gammaln(n - count + 1)
-    chance = np.exp(ways + xlogy(count, discordant_share) + xlog1py(n - count, -discordant_share))
+    chance = _chances(n, count, np.zeros(1), discordant_share, 0.0)
     limit = _critical(1 << int(count[-1]).bit_length(), alpha)[count]
     side = (1 + abs(difference) / discordant_share) / 2
     found = bdtr(np.maximum(limit, 0), count, 1 - side) + bdtr(np.maximum(limit, 0), count, side)
     return float(np.sum(chance * np.where(limit < 0, 0.0, found)))
-
-
-def power_curve(
-    rows: Sequence[int], discordant_share: float, difference: float, alpha: float = 0.05
-) -> list[tuple[int, float]]:
-    """(n, power) for each number of rows; see `power_mcnemar`."""
-    return [(int(n), power_mcnemar(int(n), discordant_share, difference, alpha)) for n in rows]
 
 
 def mde_exact(n: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -77,11 +67,7 @@ def mde_exact(n: int, discordant_share: float, power: float = 0.8, alpha: float 
 
     if not enough(1.0):
         return 1.0
-    low, high = 0.0, 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return _least(enough, 0.0, 1.0, 1e-6)
 
 
 def rows_needed(discordant_share: float, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
@@ -92,23 +78,18 @@ def rows_needed(discordant_share: float, difference: float, power: float = 0.8, 
     """
     if not 0 < abs(difference) <= discordant_share <= 1:
         raise ValueError(f"need 0 < |difference| <= share <= 1, not {difference} and {discordant_share}")
+
+    def enough(n: int) -> bool:
+        return power_mcnemar(n, discordant_share, difference, alpha) >= power
+
     low, high = 0, 8
-    while power_mcnemar(high, discordant_share, difference, alpha) < power:
+    while not enough(high):
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = math.ceil((low + high) / 2)
-        found = power_mcnemar(middle, discordant_share, difference, alpha) >= power
-        low, high = (low, middle) if found else (middle, high)
-    return high
+    return _least(enough, low, high)
 
 
 def power_inside(
-    n: int,
-    discordant_share: float,
-    difference: float,
-    margin: float,
-    one_sided: bool = False,
-    confidence: float = 0.95,
+    n: int, discordant_share: float, difference: float, margin: float, one_sided: bool = False, confidence: float = 0.95
 ) -> float:
     """Probability that `paired_score_interval` of n rows lies inside ±margin, over all tables that may come.
 
@@ -122,23 +103,25 @@ def power_inside(
     """
     if n < 1 or not abs(difference) <= discordant_share <= 1 or not 0 < margin < 1:
         raise ValueError(f"need n >= 1, |difference| <= share <= 1 and a margin, not {n}, {difference}, {margin}")
-    from scipy.stats import norm
-
-    z, p_loss, p_gain = float(norm.ppf(0.5 + confidence / 2)), *_sides(discordant_share, difference)
+    z = normal_quantile(confidence)
     if n * discordant_share > _COUNTED:
         error = math.sqrt((discordant_share - difference**2) / n)
-        above, below = norm.cdf((margin + difference) / error - z), norm.cdf((margin - difference) / error - z)
+        above, below = ndtr((margin + difference) / error - z), ndtr((margin - difference) / error - z)
         return max(0.0, float(above if one_sided else above + below - 1))
-    losses, gains = (_likely(n, p) for p in (p_loss, p_gain))
-    table = (losses[:, None].astype(float), gains[None, :].astype(float), float(n))
-    inside = tango_statistics(-margin, *table) > z
+    p_loss, p_gain = ((discordant_share + sign * difference) / 2 for sign in (-1, 1))
+    losses, gains = _likely(n, p_loss)[:, None], _likely(n, p_gain)[None, :]
+    inside = tango_statistic(-margin, losses, gains, n) > z
     if not one_sided:
-        inside &= tango_statistics(margin, *table) < -z
-    return float(np.sum(_chances(n, losses[:, None], gains[None, :], p_loss, p_gain) * inside))
+        inside &= tango_statistic(margin, losses, gains, n) < -z
+    return float(np.sum(_chances(n, losses, gains, p_loss, p_gain) * inside))
 
 
-def _sides(share: float, difference: float) -> tuple[float, float]:
-    return max(0.0, (share - difference) / 2), max(0.0, (share + difference) / 2)
+def _least(enough: Callable[[float], bool], low: float, high: float, step: float = 1) -> float:
+    """The least number that is enough, by halving from `low`, which is not, and `high`, which is; whole for step 1."""
+    while high - low > step:
+        middle = (low + high) // 2 if step == 1 else (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def _likely(n: int, p: float) -> np.ndarray:
@@ -149,8 +132,6 @@ def _likely(n: int, p: float) -> np.ndarray:
 
 def _chances(n: int, losses: np.ndarray, gains: np.ndarray, p_loss: float, p_gain: float) -> np.ndarray:
     """Multinomial probability of so many losses and gains, broadcast; 0 where they are more than the rows."""
-    from scipy.special import gammaln, xlog1py, xlogy
-
     same = np.maximum(n - losses - gains, 0)
     ways = gammaln(n + 1) - gammaln(losses + 1) - gammaln(gains + 1) - gammaln(same + 1)
     log = ways + xlogy(losses, p_loss) + xlogy(gains, p_gain) + xlog1py(same, -min(1.0, p_loss + p_gain))
@@ -179,7 +160,4 @@ def rows_for_inside(
     low, high = (1, 32) if enough(low) else (low, math.ceil(1.2 * low))
     while not enough(high):
         low, high = high, math.ceil(1.2 * high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return _least(enough, low, high)

@@ -1,7 +1,4 @@
-"""The more powerful endpoint near the reference: did the right answers lose log-odds?
-From tests and intervals to the words a report may use; "no loss" is not one of them.
-Which files are worth their size.
-"""
+"""From tests and intervals to the words a report may use; "no loss" is not one of them."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import ndtri
 
 from lib.statistics.intervals import Interval
 from lib.statistics.paired import (
-    McNemar,
-    cluster_sums,
-    clustered_mean,
+    cluster_mean,
     clustered_score_interval,
     design_effect,
     equivalence_paired,
@@ -58,10 +55,7 @@ class MarginTest:
 
 
 def margin_test(
-    changes: Sequence[float] | np.ndarray,
-    clusters: Sequence[Any] | np.ndarray | None = None,
-    seed: int = 0,
-    alpha: float = 0.05,
+    changes: ArrayLike, clusters: ArrayLike | None = None, seed: int = 0, alpha: float = 0.05
 ) -> MarginTest:
     """Test a mean margin change.
 
@@ -73,14 +67,9 @@ def margin_test(
         clusters: (n,) group of each row; None = every row its own.
         alpha: level for the smallest change; where m tests are corrected together by Holm, the first has 0.05 / m.
     """
-    from scipy.stats import norm, t
-
-    sums, sizes = cluster_sums(changes, clusters)
-    change, groups = clustered_mean(changes, clusters), len(sums)
-    p = sign_flip_test(changes, clusters, seed)
-    error = (change.high - change.estimate) / t.ppf(0.975, groups - 1) if groups > 1 else np.inf
-    mde = float((norm.ppf(1 - alpha / 2) + norm.ppf(0.8)) * error)
-    return MarginTest(int(sizes.sum()), groups, change, p, p, mde)
+    mean, p = cluster_mean(changes, clusters), sign_flip_test(changes, clusters, seed)
+    mde = float(ndtri(1 - alpha / 2) + ndtri(0.8)) * mean.error
+    return MarginTest(len(changes), mean.clusters, mean.interval(), p, p, mde)
 
 
 # From tests and intervals to the words a report may use; "no loss" is not one of them.
@@ -141,17 +130,12 @@ class PairedComparison:
 
 
 def verdict(
-    difference: Interval,
-    p_adjusted: float,
-    margin_points: float,
-    mde: float,
-    alpha: float = _ALPHA,
-    margin: MarginTest | None = None,
+    difference: Interval, p_adjusted: float, margin_points: float, mde: float, margin: MarginTest | None = None
 ) -> str:
     """The words that tests, intervals and sample size allow.
 
     In this order: "equivalent" needs the whole interval of the accuracy inside ±margin_points, for a difference may
-    be certain and still too small to matter. "worse" and "better" need both an adjusted p below alpha and an interval
+    be certain and still too small to matter. "worse" and "better" need both an adjusted p below 0.05 and an interval
     without zero, of the accuracy. What neither settles, the margins of the right answers may: they call a candidate
     worse or better by the same two conditions, if accuracy does not point the other way. Everything else is "cannot
     tell".
@@ -164,9 +148,9 @@ def verdict(
     """
     if difference.within(margin_points / 100):
         return f"equivalent within {margin_points:g} {'point' if margin_points == 1 else 'points'}"
-    if p_adjusted < alpha and difference.excludes_zero():
+    if p_adjusted < _ALPHA and difference.excludes_zero():
         return "worse" if difference.estimate < 0 else "better"
-    if margin is not None and margin.p_adjusted < alpha and margin.change.excludes_zero():
+    if margin is not None and margin.p_adjusted < _ALPHA and margin.change.excludes_zero():
         direction = margin.change.estimate
         if direction * difference.estimate >= 0:
             return "worse" if direction < 0 else "better"
@@ -174,12 +158,12 @@ def verdict(
 
 
 def compare_all(
-    reference_correct: Sequence[bool] | np.ndarray,
-    candidates: Mapping[str, Sequence[bool] | np.ndarray],
-    groups: Sequence[Any] | np.ndarray | None,
+    reference_correct: ArrayLike,
+    candidates: Mapping[str, ArrayLike],
+    groups: ArrayLike | None,
     margin_points: float,
     seed: int = 0,
-    margin_changes: Mapping[str, Sequence[float] | np.ndarray] | None = None,
+    margin_changes: Mapping[str, ArrayLike] | None = None,
     family: int | None = None,
 ) -> dict[str, PairedComparison]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
@@ -205,36 +189,27 @@ def compare_all(
     adjusted = holm([*p_values, *(margin.p for margin in margins.values())])
     for name, p_adjusted in zip(margins, adjusted[len(tests) :], strict=True):
         margins[name] = replace(margins[name], p_adjusted=p_adjusted)
-    found = {
-        name: _compare(changes[name], test, p_adjusted, groups, margin_points, margins.get(name), alpha)
-        for (name, test), p_adjusted in zip(tests.items(), adjusted[: len(tests)], strict=True)
-    }
+    found, n = {}, len(reference)
+    for (name, (losses, gains, p)), p_adjusted in zip(tests.items(), adjusted[: len(tests)], strict=True):
+        effect, margin = design_effect(changes[name], groups), margins.get(name)
+        difference = clustered_score_interval(changes[name], groups)
+        mde = mde_exact(max(1, round(n / effect)), (losses + gains) / n, alpha=alpha)
+        words = verdict(difference, p_adjusted, margin_points, mde, margin)
+        equal = equivalence_paired(losses / effect, gains / effect, n / effect, margin_points / 100)
+        found[name] = PairedComparison(
+            *(n, losses, gains, difference, p, p_adjusted, mde, words),
+            design_effect=effect,
+            equivalence_p=equal,
+            margin=margin,
+        )
     equal = holm([one.equivalence_p for one in found.values()])
     return {name: replace(one, equivalence_p_adjusted=p) for (name, one), p in zip(found.items(), equal, strict=True)}
 
 
-def _compare(
-    change: np.ndarray,
-    test: McNemar,
-    p_adjusted: float,
-    groups: Sequence[Any] | np.ndarray | None,
-    margin_points: float,
-    margin: MarginTest | None,
-    alpha: float,
-) -> PairedComparison:
-    """Everything on one candidate, from its rows' changes (-1, 0, 1)."""
-    n, effect = len(change), design_effect(change, groups)
-    difference = clustered_score_interval(change, groups)
-    equal = equivalence_paired(test.b / effect, test.c / effect, n / effect, margin_points / 100)
-    mde = mde_exact(max(1, round(n / effect)), (test.b + test.c) / n, alpha=alpha)
-    words = verdict(difference, p_adjusted, margin_points, mde, margin=margin)
-    return PairedComparison(*(n, test.b, test.c, difference, test.p, p_adjusted, mde, words), effect, equal.p, margin)
-
-
 def compare(
-    reference_correct: Sequence[bool] | np.ndarray,
-    candidate_correct: Sequence[bool] | np.ndarray,
-    groups: Sequence[Any] | np.ndarray | None,
+    reference_correct: ArrayLike,
+    candidate_correct: ArrayLike,
+    groups: ArrayLike | None,
     margin_points: float,
     seed: int = 0,
     family: int | None = None,

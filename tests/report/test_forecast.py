@@ -84,7 +84,7 @@ def test_a_run_without_predictions() -> None:
 
 def test_the_mixed_file_beside_the_recipes() -> None:
     text = quantize_page.against_recipes(EFFECT).data
-    assert "MIX_2MB (1.00 MB, KL divergence 0.002 [0.001, 0.004])" in text and "<td>3.00</td>" in text
+    assert "MIX_2MB (1.00 MB, KL divergence 0.002 [0.001,\u00a00.004])" in text and "<td>3.00</td>" in text
     said = quantize_page.against_reading(EFFECT).data
     assert "closer to the unquantized file than Q4_0. Larger than it, and still farther: Q4_0." in said
     assert "No larger, and closer: Q2_K" in said

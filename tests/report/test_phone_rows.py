@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib.cli import work
+from lib.cli.evaluate import RowOptions, compare
 from lib.errors import InputError
 from lib.prompts.tasks import ClassificationTask
 from lib.report import steps_page
@@ -82,8 +82,9 @@ def test_the_command_compare_shows_them(
     content = {"files": [entry], "conditions": {"processor": "EPYC"}}
     monkeypatch.setattr("lib.stages.compare.files.compare_files", lambda *args, **keys: content)
     task = ClassificationTask(("a", "b"), "s", "{text}", 64)
-    rows = SimpleNamespace(task=lambda: task, rows=lambda task: ([], {}))
-    work.compare(tmp_path / "m-Q8_0.gguf", [], rows, tmp_path, {}, [tmp_path / "phone.json"], as_json)
+    monkeypatch.setattr(RowOptions, "task", lambda self: task)
+    monkeypatch.setattr(RowOptions, "rows", lambda self, task: ([], {}))
+    compare(tmp_path / "m-Q8_0.gguf", [], tmp_path, device=[tmp_path / "phone.json"], as_json=as_json)
     shown = capsys.readouterr().out
     if as_json:
         assert json.loads(shown)["devices"][0]["type"] == "Q8_0"

@@ -153,27 +153,6 @@ def test_bootstrap_is_seeded_and_refuses_nonsense():
         intervals.paired_bootstrap([1, 2, 3], [0, 1])
 
 
-@pytest.mark.parametrize(
-    ("n", "share", "points"),
-    # 2.8·sqrt(share / n), the table of the project's FEATURES.
-    [(200, 0.01, 2.0), (200, 0.02, 2.8), (200, 0.05, 4.4), (865, 0.02, 1.35), (865, 0.05, 2.1), (1200, 0.05, 1.81)],
-)
-def test_mde_table(n: int, share: float, points: float):
-    assert 100 * paired.mde_paired(n, share) == pytest.approx(points, abs=0.06)
-
-
-def test_mde_has_the_power_it_promises():
-    rng, n, share = np.random.default_rng(1), 1500, 0.06
-    effect = paired.mde_paired(n, share)
-    draws = rng.multinomial(n, [(share + effect) / 2, (share - effect) / 2, 1 - share], size=1500)
-    z = (draws[:, 0] - draws[:, 1]) / np.sqrt(np.maximum(1, draws[:, 0] + draws[:, 1]))
-    assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.80, abs=0.04)
-
-
-def test_smallest_significant_split():
-    assert [paired.smallest_significant(alpha) for alpha in (0.05, 0.01, 0.5)] == [6, 8, 3]
-
-
 def test_seed_error_e5_is_not_repeated():
     """TP 44, FP 7, TN 41, FN 8: the replaced system printed recall .88 and F1 .8699."""
     labels = [1] * 44 + [0] * 7 + [0] * 41 + [1] * 8
@@ -203,9 +182,7 @@ def test_macro_f1_counts_absent_classes_as_zero(pairs: list[tuple[int, int]]):
 def test_the_metric_is_a_local_evaluate_module():
     import evaluate
 
-    from lib.statistics.metric import ClassificationMetric
-
-    metric = ClassificationMetric(keep_in_memory=True)
+    metric = classification.metric_class()(keep_in_memory=True)
     assert isinstance(metric, evaluate.EvaluationModule)
     metric.add_batch(predictions=[1, 0], references=[1, 1])
     metric.add_batch(predictions=[0], references=[0])

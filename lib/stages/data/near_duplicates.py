@@ -126,7 +126,7 @@ def _grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
 # Which rows are copies of which: verbatim, after normalisation, and nearly; within splits and across them.
 #
 # Two texts are near-duplicates when the Jaccard similarity of their sets of character 3-grams (after normalisation) is
-# at least 0.8. Of openings a text also counts that another one contains (`lib.data.grams`).
+# at least 0.8. Of openings a text also counts that another one contains (`lib.stages.data.near_duplicates`).
 
 _NOT_WORD = re.compile(r"[\W_]+")
 

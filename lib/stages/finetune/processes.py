@@ -1,6 +1,6 @@
 """Start the processes of a team, show the first one's progress, and bring them to one result.
 A notebook or script that torchrun or `accelerate launch` has started several times at once.
-One process of a team that trains together; started by `lib.training.launching` through `lib.run.child`.
+One process of a team that trains together; started by `lib.stages.finetune.processes` through `lib.runs.child`.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _tell(make: Callable[[], Product], store: Any, key: str, size: int) -> Produ
             time.sleep(0.1)
 
 
-# One process of a team that trains together; started by `lib.training.launching` through `lib.run.child`.
+# One process of a team that trains together; started by `lib.stages.finetune.processes` through `lib.runs.child`.
 
 PATIENCE = dt.timedelta(days=7)
 """A process waits so long for the others, e.g. while they validate; one that dies is noticed by the parent at once."""

@@ -1,6 +1,6 @@
 """What a merge costs: the answers of base + adapter beside those of the merged model, and of other number formats.
 
-`lib.merging.proving` proves that the weights are right; what is left is their rounding, and what that does to the
+`lib.stages.merge.proof` proves that the weights are right; what is left is their rounding, and what that does to the
 answers depends on the model. Base + adapter (summed by peft, in float32) and the merged model are run in the same
 arithmetic on the same token ids, and the log-probabilities of the next token are compared at the last positions of
 every prompt. The other formats are measured in memory: peft's own float32 sum, every weight rounded to the format.

@@ -2,7 +2,7 @@
 
 Every file is scored once, for all pages that compare files: windows of rows as training sees them (text), and whole
 rows at the positions that predict an answer's tokens (the task). What is compared with what is for
-`lib.quantizing.effect` and `lib.quantizing.mixeffect` to say.
+`lib.stages.quantize.effects` and `lib.stages.quantize.effects` to say.
 """
 
 from __future__ import annotations

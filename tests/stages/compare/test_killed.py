@@ -26,7 +26,7 @@ SETTINGS = Settings(
 )
 STAGE = """
 import sys
-from lib.stages.compare import compare
+from lib.stages.compare.stage import compare
 from lib.runs.run import open_run
 from lib.settings import Settings
 compare(Settings.model_validate_json(sys.argv[1]), open_run("t"))

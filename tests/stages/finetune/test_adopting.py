@@ -51,7 +51,7 @@ def test_adopted_and_said(runs: Callable[[str], Run], foreign: Path) -> None:
         stamp.startswith("nothing was trained in this run: the adapter (folder foreign) was") for stamp in stamps
     )
     assert any("names org/other-base as its base model; here it is put on offline" in stamp for stamp in stamps)
-    for shown in ("card", "memory", "advice", "curves", "chosen", "speed", "resources", "learned"):
+    for shown in ("card", "memory", "advice", "curves", "chosen", "speed", "resource_use", "learned"):
         text = getattr(finetune_page, shown)(result).data
         assert text.strip() and "trained on" not in text
     assert "Nothing was trained" in finetune_page.learned(result).data

@@ -28,7 +28,7 @@ import os, time
 from pathlib import Path
 from lib.models import offline_base
 from lib.runs.run import open_run
-from lib.stages.finetune import finetune
+from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.trainer import AnswerTrainer
 from tests.stages.finetune.conftest import TINY, tiny_settings
 offline_base.BaseRecipe = lambda: TINY

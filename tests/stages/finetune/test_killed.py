@@ -28,7 +28,8 @@ import time
 from lib.models import offline_base
 from lib.runs.run import open_run
 from lib.errors import Terminated
-from lib.stages.finetune import checkpoints, finetune, watch
+from lib.stages.finetune import checkpoints, watch
+from lib.stages.finetune.stage import finetune
 from lib.stages.finetune import trainer as trainer_room
 from lib.stages.finetune.layout import answer_loss
 from lib.stages.finetune.trainer import AnswerTrainer

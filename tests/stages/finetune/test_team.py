@@ -39,7 +39,7 @@ LAUNCHED = """
 import os, sys
 from lib.models import offline_base
 from lib.runs.run import open_run
-from lib.stages.finetune import finetune
+from lib.stages.finetune.stage import finetune
 from tests.stages.finetune.conftest import TINY, tiny_settings
 offline_base.BaseRecipe = lambda: TINY
 settings = tiny_settings(
