@@ -262,18 +262,22 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
 
 
 def test_what_the_pages_show(results: dict) -> None:
-    from lib.report import answer_rows, rows
+    from lib.report import answer_rows, evaluate_page, rows
 
     made, result = results["data"], results["evaluation"]
     assert f"of {len(made.rows('test'))} test rows" in answer_rows.leaks(made)
     assert str(made.example["loss_tokens"]) in answer_rows.example(made)
     assert f"thinking is {'on' if made.task.thinking else 'off'}" in answer_rows.learned_of_data(made)
-    points = answer_rows.perplexities(result)
-    assert all(point["low"] <= point["estimate"] <= point["high"] for point in points)
-    assert {row["model"] for row in answer_rows.losses(result)} == {"base", "fine-tuned"}
-    assert f"{result.part['ratio']:.3f}" in answer_rows.difference(result)
-    assert len(answer_rows.generated(result)) == 2 and "greedy" in answer_rows.decoding(result)
-    assert f"{result.part['base']['perplexity']:.2f}" in answer_rows.learned_of_answers(result)
+    page = evaluate_page.page_of(result)
+    assert all(name in page.parts().data for name in ("base", "fine-tuned")) and "<img" in page.quality().data
+    assert (
+        f"{result.part['ratio']:.3f}" in page.verdict().data
+        and f"{result.part['ratio']:.3f}"[:4] in page.compared().data
+    )
+    assert page.examples().data.count("test-0") == 2 and "greedy" in page.examples().data
+    assert f"{result.part['base']['perplexity']:.2f}" in page.learned().data
+    parts = (page.errors, page.error_table, page.reading, page.believed, page.certainty, page.speed, page.prompts)
+    assert all(part().data for part in parts)
     others = [entry for entry in results["comparison"].files if entry["verdict"] != "reference"]
     assert [point["name"] for point in answer_rows.ratios(others)] == [entry["type"] for entry in others]
     assert "± 1 %" in answer_rows.detectable(others, results["comparison"].conditions)

@@ -55,7 +55,8 @@ def evaluate(
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
     from lib.runs.files import write_json
-    from lib.stages.evaluate.standalone import evaluate_models, evaluate_models_by_answers
+    from lib.stages.evaluate.results import result_of
+    from lib.stages.evaluate.standalone import evaluate_models
 
     if output is not None:
         _refuse_unwritable(output)
@@ -63,8 +64,7 @@ def evaluate(
     wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
     task = wanted.task()
     rows, source = wanted.rows(task)
-    labelled = bool(task.label_names)
-    result = (evaluate_models if labelled else evaluate_models_by_answers)(
+    result = evaluate_models(
         models,
         rows,
         task,
@@ -82,10 +82,8 @@ def evaluate(
     )
     if output is not None:
         write_json(output, result)
-    quality = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
-    if labelled:
-        quality = ("accuracy", "accuracy_interval", "macro_f1")
-    show(result, as_json, table(result["models"], ("model", "n", *quality, "seconds_per_sample", "peak_memory_mib")))
+    columns = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
+    show(result, as_json, table(result["models"], columns))
 
 
 def compare(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError
+from lib.runs.templates import render
 from lib.scoring.metric import REFERENCE_VERDICT, Entry, Metric, metric_in
 from lib.stages.compare.retention import GGUF
 from lib.statistics.losses import retention_warning
 from lib.statistics.verdicts import in_words
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 SURVIVES = 0.025
 """Level of a corrected p of "not equivalent": the verdict's 95 % interval is two one-sided tests at this level."""
@@ -29,23 +26,16 @@ PICK_RULE = (
 )
 
 
-@functools.cache
-def _templates() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).with_name("templates"))
-    return Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
-def _paragraphs(text: str) -> str:
-    """Paragraphs on one line each, with a blank line between them."""
+def _written(template: str, **values: Any) -> str:
+    """A template's paragraphs, each on one line, with a blank line between them."""
+    text = render(Path(__file__).with_name("templates") / template, **values)
     parts = (re.sub("[ \n]+", " ", part).strip() for part in re.split("\n{2,}", text))
     return "\n\n".join(part for part in parts if part)
 
 
 def rule_of(metric: Metric) -> str:
     """The rule by which a file is recommended, in words."""
-    return _paragraphs(_templates().get_template(f"{metric.name}.jinja").module.rule())
+    return _written("rule.j2", metric=metric)
 
 
 def worse_on(entry: Entry) -> str | None:
@@ -117,7 +107,7 @@ def recommend(
         "reason": reason,
         "rows_needed": needed,
         "next_higher": steps,
-        "text": _paragraphs(text),
+        "text": text,
     }
 
 
@@ -213,7 +203,7 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         "file": chosen and chosen["file"],
         "reason": reason,
         "rows_needed": needed,
-        "text": _paragraphs(text),
+        "text": text,
         "candidates": candidates,
     }
 

@@ -14,7 +14,7 @@ from lib.runs.files import read_json, read_jsonl
 from lib.scoring.journal import journal_path
 from lib.settings import Settings
 from lib.stages.evaluate.stage import evaluate
-from lib.stages.evaluate.standalone import score_answers_in_child as score_in_child
+from lib.stages.evaluate.standalone import score_in_child
 from tests.support.killing import kill_at
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children")
@@ -108,5 +108,5 @@ def test_killed_command_continues(
 
 def here(function: str, argument: dict[str, Any], what: str) -> dict[str, Any]:
     """In place of `run_child`, in this process."""
-    assert function == "lib.stages.evaluate.standalone:score_answers_in_child" and what.startswith("evaluating")
+    assert function == "lib.stages.evaluate.standalone:score_in_child" and what.startswith("evaluating")
     return {**score_in_child(json.loads(json.dumps(argument))), "peak_memory_mib": 51.0}

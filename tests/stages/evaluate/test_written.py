@@ -19,8 +19,8 @@ from lib.scoring.journal import Keep
 from lib.scoring.text_metrics import summarise
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings
-from lib.stages.evaluate.analysis import BASE, FINETUNED, SHOWN
-from lib.stages.evaluate.answers import Questions, Replies, generated_rows, prompts_json, write_with
+from lib.stages.evaluate.results import BASE, FINETUNED, SHOWN
+from lib.stages.evaluate.stage import Questions, Replies, generated_rows, prompts_json, write_with
 from tests.scoring.conftest import (
     Tiny,
     small,  # noqa: F401
