@@ -16,7 +16,7 @@ from lib.models.gguf_file import read_metadata
 from lib.models.gguf_tokenizer import RULES, same_vocabulary, tokenizer_from_gguf, tokenizer_json
 from lib.models.loading import load_tokenizer
 from lib.models.unpack import unpack
-from lib.stages.convert.token_parity import HARD_STRINGS, gguf_token_ids
+from lib.stages.convert.gate import HARD_STRINGS, gguf_token_ids
 from lib.stages.convert.tokenizer import CHECK_TEXT
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
