@@ -56,8 +56,10 @@ def _instead(head: bytes) -> tuple[str, str]:
         return "starts with zeros, as a file does whose writing was interrupted", again
     if head.lstrip()[:1] == b"<":
         return "is an HTML or XML page, not a model", "download the file again: the server sent a page"
+    if head[:2] == b"PK":
+        return "is a ZIP archive or a PyTorch pickle", again
     if other := impostor(head):
-        return f"is {other.words}, not the file itself", again if other.words == "a pickle" else other.do
+        return f"is {other.words}, not the file itself", other.do
     if head[8:9] == b"{":
         return "looks like a safetensors file", "convert the model first: workbook convert MODEL_DIR OUT.gguf"
     if head[:4] == MAGIC:
@@ -149,6 +151,11 @@ class TensorInfo:
     start: int
 
     @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int | None:
         """Bytes of its data, without padding; None for a type that the gguf library does not know."""
         import gguf
@@ -157,7 +164,7 @@ class TensorInfo:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.type)]
         except (ValueError, KeyError):
             return None
-        return math.prod(self.shape) // block * size
+        return self.size // block * size
 
 
 def data_end(tensors: Sequence[TensorInfo]) -> int | None:

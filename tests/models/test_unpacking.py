@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lib.errors import InputError
 from lib.models import unpack as models_unpack
 from lib.models.gguf_file import read_tensors
-from lib.models.inspect_folder import inspect
+from lib.models.inspect import inspect
 from lib.models.loading import load_model, load_tokenizer
 from lib.models.unpack import asked_in, identity, is_identity, notes_of, plain_name, unpack
 from lib.models.unpack_configuration import Keys, config_of, generation_of, transformers_config
