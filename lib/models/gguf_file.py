@@ -20,6 +20,11 @@ MAGIC = b"GGUF"
 _SMALLEST = 24  # magic, version, number of tensors, number of metadata entries
 
 
+def unusable(path: Path, found: str, expected: str, do: str = "make or download the file again") -> InputError:
+    """The error for a GGUF file that is damaged, or holds what nobody here can read."""
+    return InputError(f"{path}: {found}.", f"{expected}.", f"{do}.")
+
+
 def check_gguf(path: Path | str) -> Path:
     """The path, if the file exists and starts as a GGUF file does.
 
@@ -38,9 +43,7 @@ def check_gguf(path: Path | str) -> Path:
         with path.open("rb") as stream:
             head = stream.read(512)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}).", "a readable file.", "check its rights."
-        ) from None
+        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file", "check its rights") from None
     if head[:4] == MAGIC and len(head) >= _SMALLEST:
         return path
     found, do = _instead(head)
@@ -126,7 +129,7 @@ class _Reader:
         return TensorInfo(name, self.number("I"), tuple(reversed(shape)), self.number("Q"))
 
     def damaged(self, what: str) -> InputError:
-        return InputError(f"{self.path} has {what}.", "a whole GGUF file.", "make or download the file again.")
+        return unusable(self.path, what, "a whole GGUF file")
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -235,6 +238,9 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 """Class in config.json → architecture in GGUF."""
+
+OWN_FOLDER = "give the model's own folder as base_model"
+"""What to do about a file whose model or tokenizer cannot be rebuilt."""
 
 ROPE_TYPES = {"qwen2": ("linear", "yarn"), "qwen3": ("linear", "yarn"), "llama": ("linear", "yarn", "llama3")}
 """Architecture → kinds of rope scaling that can be said in both formats."""

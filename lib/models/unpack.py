@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import unusable
 from lib.models.gguf_tokenizer import tokenizer_json
 from lib.models.unpack_configuration import transformers_config
 from lib.models.unpack_source import PackedTensor, Rescaling, Source
@@ -42,9 +43,7 @@ def rounded(values: np.ndarray, dtype: str, name: str, source: Source) -> np.nda
     """
     largest = largest_magnitude(values, "F32")
     if not math.isfinite(largest):
-        raise InputError(
-            f"NaN or infinity in tensor {name} of {source.path}.", "finite weights.", "make or download the file again."
-        )
+        raise unusable(source.path, f"NaN or infinity in tensor {name}", "finite weights")
     if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
         raise TooLargeError(f"tensor {name} holds a weight of size {largest:.6g}")
     return convert(values, "F32", SAFETENSORS[dtype])
@@ -114,11 +113,8 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     with torch.inference_mode():
         exact = _log_probs(model, source, "float32", None, texts)
         if not torch.isfinite(exact).all():
-            raise InputError(
-                f"the model in {source.path} computes numbers that are not finite.",
-                "weights that give probabilities.",
-                "make or download the file again.",
-            )
+            found = "the model computes numbers that are not finite"
+            raise unusable(source.path, found, "weights that give probabilities")
         found = {}
         for kind in ("float16", "bfloat16", "float32"):
             try:
@@ -288,7 +284,7 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
         made.append(folder)
         record = unpack_into(read_source(path), folder, dtype, off_grid)
         if record["sha256"] != key["sha256"]:
-            raise InputError(f"{path} changed while it was read.", "a file that stays as it is.", "run it again.")
+            raise unusable(path, "it changed while it was read", "a file that stays as it is", "run it again")
         return record
 
     folder = manifest.ensure("gguf", key, build, files.home() / ".cache" / "unpacked")

@@ -83,7 +83,7 @@ def test_a_start_token_before_every_text(packed_files: dict[str, Path], tmp_path
     ("change", "match"),
     [
         (lambda b: b.replace(packed.text("h e"), packed.text("q e")), "merge 'q e' of parts that are no tokens"),
-        (lambda b: b.replace(packed.text("Q"), packed.text("R"), 1), "has the token 'R' 2 times"),
+        (lambda b: b.replace(packed.text("Q"), packed.text("R"), 1), "the token 'R' 2 times"),
     ],
 )
 def test_damaged_vocabularies(
