@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.models.base_model import choose_base, refuse_other_folder, refuse_other_weights, resolve_base, unpacking_of
-from lib.models.inspect_folder import inspect
+from lib.models.inspect import inspect
 from lib.models.unpack import VERSION
 from lib.models.unpack_source import RANGE, SEED, read_source
 from lib.report.rows import unpacked as card
