@@ -16,8 +16,7 @@ from lib.models.gguf_file import read_metadata
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
 from lib.models.weights import open_weights, read_object
 from lib.prompts.tasks import read_task, texts_of
-from lib.runs.files import read_json, read_jsonl, sha256_json, user_path
-from lib.runs.hashes import remembered_sha256
+from lib.runs.files import read_json, read_jsonl, remembered_sha256, sha256_json, user_path
 from lib.settings import OFFLINE_BASE
 
 if TYPE_CHECKING:

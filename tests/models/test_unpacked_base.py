@@ -22,8 +22,8 @@ from lib.runs.files import sha256_file
 from lib.settings import Settings
 from lib.stages.data.conversations import base_parameters
 from lib.stages.evaluate.standalone import check_models
-from lib.stages.finetune.adopt import write_config
 from lib.stages.finetune.memory import _config
+from lib.stages.finetune.stage import write_config
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 
