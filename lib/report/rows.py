@@ -7,18 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lib.report.merge_page import (  # noqa: F401  (older place of these names)
-    conversion_card,
-    costs,
-    gate,
-    merge_card,
-    merge_reading,
-    nf4_merges,
-    nf4_reading,
-    proof,
-    survival,
-    unpacked,
-)
+from lib.report.merge_page import unpacked  # noqa: F401  (older place of this name, for page 01)
 
 # The rows of the tables of notebooks 01 to 05: results brought into columns that are named with their units.
 
