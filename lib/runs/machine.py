@@ -163,7 +163,7 @@ def bitsandbytes_problem() -> str | None:
 def llama_cpp_problem() -> str | None:
     """Why GGUF files cannot be run here; None when llama-cpp-python imports."""
     if not has_module("llama_cpp"):
-        return "llama-cpp-python is not installed"
+        return "llama-cpp-python is not installed (it comes with the extra gguf)"
     try:
         import llama_cpp  # noqa: F401
     except Exception as error:  # a missing shared library surfaces as OSError, RuntimeError or ImportError
