@@ -57,6 +57,9 @@ def cjk_font() -> str | None:
     """The first installed font that has Chinese glyphs; None when there is none."""
     from matplotlib import font_manager
 
+Row = dict[str, Any]
+"""A row of a table: cells by heading."""
+
     def known() -> str | None:
         installed = {font.name for font in font_manager.fontManager.ttflist}
         return next((name for name in CJK_FONTS if name in installed), None)
