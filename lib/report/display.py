@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from lib.runs.run import Product, Run
 
 
+Row = dict[str, Any]
+"""A row of a table: cells by heading."""
+
 Shown = tuple["HTML | Markdown", ...]
 """Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-
-Shown = tuple["HTML | Markdown", ...]
-"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
@@ -56,9 +56,6 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#
 def cjk_font() -> str | None:
     """The first installed font that has Chinese glyphs; None when there is none."""
     from matplotlib import font_manager
-
-Row = dict[str, Any]
-"""A row of a table: cells by heading."""
 
     def known() -> str | None:
         installed = {font.name for font in font_manager.fontManager.ttflist}
