@@ -17,7 +17,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
-    from lib.models.inspect_folder import inspect as look
+    from lib.models.inspect import inspect as look
 
     report = look(user_path(path))
     show(report, as_json, as_text(report))
