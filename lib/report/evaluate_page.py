@@ -161,7 +161,7 @@ class AccuracyPage:
         names = display.readable(self.names)
         margins = {SHOWN[name]: scores.margins for name, scores in self.result.scores.items()}
         axis = f"margin, nats: log-odds of {names[1]} against {names[0]}"
-        caption = "Margins of the test rows (outliers in the outermost bins)." + display.font_note(self.names)
+        caption = sentence("charts.margins", names=display.replaced(self.names))
         return charts.overlay_histogram(margins, axis, caption)
 
     def speed(self) -> Markdown:
