@@ -9,7 +9,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
+from lib import settings
 from lib.settings import Settings
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,17 @@ def test_one_parameters_cell_of_documented_literals(path: Path) -> None:
         help_text = line.rpartition("  # ")[2]
         assert help_text != line, f"{path.stem}: {name} has no help text"
         assert "=" not in help_text, f"{path.stem}: papermill does not see {name} when its help text has a ="
+
+
+@each
+@pytest.mark.parametrize("file", sorted((PROJECT / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_papermill_with_a_short_file_is_the_same_run(path: Path, file: Path) -> None:
+    """papermill injects what the file holds behind the notebook's own defaults, which are those of the schema."""
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    defaults = {node.target.id: ast.literal_eval(node.value) for node, _ in parameters(path)}
+    injected = "\n".join(["# Parameters", *(f"{key} = {value!r}" for key, value in given.items())])
+    found = settings.from_notebook({**defaults, **given, "In": ["", injected]})
+    assert found == settings.load(file)
 
 
 def test_every_key_is_used_by_some_notebook() -> None:

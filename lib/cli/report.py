@@ -20,19 +20,30 @@ FAST = {"max_train_rows": 300, "max_eval_rows": 120, "perplexity_tokens": 1024, 
 """Most rows and tokens of a run with `--fast`: enough to see every page, too few for most verdicts."""
 
 
-def params(as_json: Json = False) -> None:
-    """Every key of a parameter file: type, default, meaning."""
-    from lib.settings import Settings
+def params(
+    complete: Annotated[
+        Path | None, typer.Option(help="print this parameter file with every key, as YAML", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every key of a parameter file: type, default, meaning; with --complete every key of one file with its value."""
+    from lib import settings
 
+    values = settings.load(complete).model_dump() if complete else {}
     keys = [
         {"key": name, "type": _type_words(field.annotation), "default": field.default, "meaning": field.description}
-        for name, field in Settings.model_fields.items()
+        | ({"value": values[name]} if complete else {})
+        for name, field in settings.Settings.model_fields.items()
     ]
-    lines = [
-        f"{key['key']}: {json.dumps(key['default'], ensure_ascii=False)}\n    {key['meaning']} ({key['type']})"
-        for key in keys
-    ]
-    show({"parameters": keys}, as_json, "\n".join(lines))
+    if complete:
+        text = f"# {complete.name} with every key; `workbook report` takes it as it is.\n{settings.as_yaml(values)}"
+    else:
+        lines = (
+            f"{key['key']}: {json.dumps(key['default'], ensure_ascii=False)}\n    {key['meaning']} ({key['type']})"
+            for key in keys
+        )
+        text = "\n".join(lines)
+    show({"parameters": keys}, as_json, text)
 
 
 def _type_words(annotation: Any) -> str:
@@ -56,6 +67,9 @@ def report(
     seeds: Annotated[int, typer.Option(help="train this many runs that differ in train_seed alone", min=1)] = 1,
     fast: Annotated[bool, typer.Option("--fast", help="fewer rows and tokens, as run RUN-fast: a first look")] = False,
     timeout: Annotated[float, typer.Option(help="seconds that one notebook may take", min=1)] = 86400.0,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="start also the notebooks of pages that are unchanged")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
@@ -63,14 +77,15 @@ def report(
     from lib.cli.select import analyse
 
     overrides = parsed(parameters or [])
+    options = {"start_from": start_from, "end_at": end_at, "timeout": timeout, "rerun": rerun}
     if fast:
         overrides = with_fewer_rows(params_file, overrides)
     if seeds == 1:
-        made = _run(params_file, overrides, start_from, end_at, timeout)
+        made = _run(params_file, overrides, **options)
         show(made, as_json, made["index"])
         return
     siblings = seed_overrides(settings.load(params_file, overrides), seeds)
-    results = [_run(params_file, overrides | own, start_from, end_at, timeout) for own in siblings]
+    results = [_run(params_file, overrides | own, **options) for own in siblings]
     choice = analyse([own["run_name"] for own in siblings])
     text = "\n".join([*(made["index"] for made in results), choice["text"]])
     show({"runs": results, "choice": choice}, as_json, text)
@@ -115,14 +130,12 @@ def seed_overrides(settings: Settings, seeds: int) -> list[dict[str, Any]]:
     return [{"run_name": f"{settings.run_name}-s{seed}", "train_seed": seed} for seed in range(first, first + seeds)]
 
 
-def _run(
-    params_file: Path, overrides: dict[str, Any], start_from: str | None, end_at: str | None, timeout: float
-) -> dict[str, Any]:
+def _run(params_file: Path, overrides: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Run the notebooks once; what failed is told, and becomes the exit code."""
     from lib.report.runner import ReportError, run_report
 
     try:
-        made = run_report(params_file, overrides, start_from, end_at=end_at, timeout=timeout)
+        made = run_report(params_file, overrides, **options)
     except ReportError as error:
         evidence = f"The partial notebook is kept: {error.evidence}" if error.evidence else None
         for line in filter(None, (str(error), error.detail, evidence)):

@@ -18,10 +18,10 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
-    from lib.report.index import recipe_rows, run_rows
+    from lib.report.index import recipe_table, run_table
 
     found = analyse(runs, output)
-    tables = [_table(*run_rows(found)), _table(*recipe_rows(found))]
+    tables = [table(made.records(), made.headings) for made in (run_table(found), recipe_table(found))]
     show(found, as_json, "\n\n".join([*tables, found["text"], found["rule"], found["file"]]))
 
 
@@ -37,10 +37,6 @@ def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
     if output is None:
         write_all_index(folder)
     return {**analysis.content, "file": str(path)}
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    return table([dict(zip(columns, row, strict=True)) for row in rows], columns)
 
 
 def pick(

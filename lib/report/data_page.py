@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
 from lib.report.display import tell
-from lib.report.rows import Row, unpacked
+from lib.report.merge_page import unpacked
+from lib.report.rows import Row
 from lib.report.sentences import sentence
 
 if TYPE_CHECKING:

@@ -174,6 +174,14 @@ def _unwritable(output: Path, error: OSError) -> InputError:
     return InputError(found, "a folder with room that may be written.", "choose one.")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """`target` with the content of `source`: a hard link, or a copy where the disk has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+from lib import settings
 from lib.cli.__main__ import joined
 from lib.cli.console import guarded, table, width
 from lib.cli.doctor import BROKEN, Check, as_text, broken, examine
@@ -102,6 +104,15 @@ def test_params_lists_every_key() -> None:
     assert list(keys) == list(Settings.model_fields)
     assert keys["outtype"]["type"] == "one of f16, bf16, f32, q8_0" and keys["ladder"]["type"] == "list of text"
     assert all(entry["meaning"] for entry in keys.values())
+
+
+def test_params_completes_a_file() -> None:
+    answer = workbook("params", "--complete", "params/smollm2-movies.yaml")
+    assert answer.returncode == 0
+    assert yaml.safe_load(answer.stdout) == settings.load(PROJECT / "params/smollm2-movies.yaml").model_dump()
+    listed = json.loads(workbook("params", "--json", "--complete", "params/quick.yaml").stdout)["parameters"]
+    assert {entry["key"]: entry["value"] for entry in listed} == Settings().model_dump()
+    assert workbook("params", "--complete", "params/none.yaml").returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,35 @@ class GroupedOrder:
         return iter(np.concatenate(order).tolist() if order else [])
 
 
+class MicroBatches:
+    """The rows of every forward pass of one process: its share of each update, cut into micro-batches.
+
+    A batch sampler for torch's DataLoader. Every process has as many updates as the others; where an update has fewer
+    rows than there are processes, some get an empty micro-batch for it.
+
+    Args:
+        order: of the rows of all processes. rows: of a micro-batch.
+        process, processes: which of how many.
+    """
+
+    def __init__(self, order: GroupedOrder, rows: int, process: int = 0, processes: int = 1) -> None:
+        self.order, self.rows, self.process, self.processes = order, rows, process, processes
+
+    def __len__(self) -> int:
+        updates, rest = divmod(len(self.order), self.order.rows_per_update)
+        whole = updates * (self.order.rows_per_update // self.processes // self.rows)
+        return whole + (len(self._cut(list(range(rest)))) if rest else 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = list(self.order), self.order.rows_per_update
+        for start in range(0, len(order), size):
+            yield from self._cut(order[start : start + size])
+
+    def _cut(self, update: list[int]) -> list[list[int]]:
+        share = update[self.process :: self.processes]
+        return [share[start : start + self.rows] for start in range(0, len(share), self.rows)] or [[]]
+
+
 # A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.
 #
 # Each row attends to the prefix and to itself and its positions go on from the prefix, so loss and gradients are those

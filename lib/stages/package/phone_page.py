@@ -1,6 +1,4 @@
-"""Rows that a phone answers for comparison: of the user's own file, or of the sample corpus.
-web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by.
-"""
+"""web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by."""
 
 from __future__ import annotations
 
@@ -278,8 +276,7 @@ def _answered(
         return [], rows.source
     if not rows.texts:
         return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]], rows.source
-    system, wording = facts.task.system_prompt, facts.task.user_prompt
-    prompts = [prompt_of(tokenizer, turns, system, wording.replace("{text}", text)) for text in rows.texts]
+    prompts = [prompt_of(tokenizer, turns, facts.task, text) for text in rows.texts]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     kept, source = fitting(rows, [len(own) + facts.most for own in ids], facts.n_ctx)
     request = {"prompts": [ids[i] for i in kept], "labels": [label["ids"] for label in info["labels"]], "most": 1}
