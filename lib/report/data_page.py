@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
-from lib.report.display import tell
+from lib.report.display import Row, tell
 from lib.report.merge_page import unpacked
-from lib.report.rows import Row
 from lib.report.sentences import sentence
 
 if TYPE_CHECKING:

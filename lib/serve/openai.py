@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
 from lib.serve.limits import CHAT, Application, LimitedApplication, Limits, error_body, is_loopback
@@ -140,11 +140,7 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
 def _require_packages() -> None:
     missing = [name for name in NEEDS if not has_module(name)]
     if missing:
-        raise InputError(
-            f"the server needs {', '.join(missing)}, not installed here.",
-            "the packages of requirements.txt.",
-            "run make once more, or pip install -r requirements.txt.",
-        )
+        raise missing_library(*missing)
     if problem := llama_cpp_problem():
         raise InputError(f"llama-cpp-python: {problem}.", "a working llama-cpp-python.", "see workbook doctor.")
 

@@ -143,7 +143,7 @@ def test_refused_starts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="cannot load"):
         serve(cut, ServeOptions(port=0), print)
     monkeypatch.setattr("lib.serve.openai.has_module", lambda name: name != "uvicorn")
-    with pytest.raises(InputError, match=r"needs uvicorn, not installed.*requirements.txt"):
+    with pytest.raises(InputError, match=r"uvicorn is not installed.*extra serve"):
         serve(model, ServeOptions(), print)
 
 
