@@ -161,8 +161,7 @@ class AccuracyPage:
         names = display.readable(self.names)
         margins = {SHOWN[name]: scores.margins for name, scores in self.result.scores.items()}
         axis = f"margin, nats: log-odds of {names[1]} against {names[0]}"
-        caption = sentence("charts.margins", names=display.replaced(self.names))
-        return charts.overlay_histogram(margins, axis, caption)
+        return charts.overlay_histogram(margins, axis, sentence("evaluate.margins", names=display.replaced(self.names)))
 
     def speed(self) -> Markdown:
         """Near ties, cut rows, time, and what was done otherwise than usual."""

@@ -1,7 +1,4 @@
-"""Pairs of texts that share most of their character 3-grams, found exactly, not by sampling.
-Which rows are copies of which: verbatim, after normalisation, and nearly; within splits and across them.
-Dividing rows: by duplicate cluster for a split, by label for a subsample; equal seeds give equal rows.
-"""
+"""Which rows are copies of which, found exactly and not by sampling, and the division of rows by clusters of copies."""
 
 from __future__ import annotations
 
