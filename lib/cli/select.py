@@ -18,10 +18,10 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
-    from lib.report.index import recipe_rows, run_rows
+    from lib.report.index import recipe_table, run_table
 
     found = analyse(runs, output)
-    tables = [_table(*run_rows(found)), _table(*recipe_rows(found))]
+    tables = [table(made.records(), made.headings) for made in (run_table(found), recipe_table(found))]
     show(found, as_json, "\n\n".join([*tables, found["text"], found["rule"], found["file"]]))
 
 
@@ -39,10 +39,6 @@ def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
     return {**analysis.content, "file": str(path)}
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    return table([dict(zip(columns, row, strict=True)) for row in rows], columns)
-
-
 def pick(
     run: Annotated[str, typer.Argument(help="name of a run that 07 has compared", metavar="RUN")],
     max_mb: Annotated[float | None, typer.Option(help="largest file, 10⁶ bytes [default: any size]")] = None,
@@ -52,10 +48,10 @@ def pick(
     """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
     from lib.runs.files import read_json
     from lib.runs.run import known_run
-    from lib.stages.compare import pick as compare_pick
+    from lib.stages.compare.recommend import pick_file
 
     comparison = known_run(run).require("comparison").path / "comparison.json"
-    answer = compare_pick.pick(read_json(comparison), max_mb, max_loss)
+    answer = pick_file(read_json(comparison), max_mb, max_loss)
     rows = [
         {
             "type": c["type"],

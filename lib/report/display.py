@@ -1,8 +1,11 @@
-"""One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-How numbers are written in tables, by the name of their column; a table in a notebook need not repeat it.
-Names that every table of a page marks, once they are known.
-What a cell shows: a figure with caption and alternative text, a table, a sentence with computed numbers.
-Figures, tables and sentences of a notebook, fit for a report: captions, alternative text, safe colours, no gaps.
+"""What a cell shows: tables, figures and sentences, fit for a report: captions, alternative texts, safe colours.
+
+A notebook's cell ends in one of these:
+
+    display.table(rows, caption)          rows by the keys of ``columns.yaml``
+    display.tell("page.sentence", n=12)   a sentence of ``templates/sentences`` (`lib.report.sentences`)
+    display.card("page.card", record=r)   two columns from a template
+    display.show(table, figure, words)    several below one another; None is left out
 """
 
 from __future__ import annotations
@@ -12,14 +15,14 @@ import contextlib
 import functools
 import html
 import io
-import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.sentences import LANGUAGE, environment, sentence
+from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
 from lib.statistics.intervals import Interval, estimate_text
 
 if TYPE_CHECKING:
@@ -30,7 +33,14 @@ if TYPE_CHECKING:
     from lib.runs.run import Product, Run
 
 
+Shown = tuple["HTML | Markdown", ...]
+"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
+
+
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
+
+Shown = tuple["HTML | Markdown", ...]
+"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
@@ -73,13 +83,10 @@ def readable(names: Sequence[str]) -> list[str]:
     return [f"label {index}" for index in range(len(names))]
 
 
-def font_note(names: Sequence[str]) -> str:
-    """A sentence for the caption when names had to be replaced; empty otherwise."""
+def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(what a figure shows, name) where names had to be replaced; none where they stand as they are."""
     shown = readable(names)
-    if shown == list(names):
-        return ""
-    pairs = ", ".join(f"{short} = {name}" for short, name in zip(shown, names, strict=True))
-    return f" No Chinese font is installed, so the figure says {pairs}."
+    return [] if shown == list(names) else list(zip(shown, names, strict=True))
 
 
 def use_style() -> None:
@@ -158,6 +165,11 @@ class Table:
     def headings(self) -> list[str]:
         return [column.heading for column in self.columns]
 
+    def records(self) -> list[dict[str, str]]:
+        """The rows by heading, for a terminal: with plain blanks where a page may not break the line."""
+        rows = ([cell.replace("\u00a0", " ") for cell in row] for row in self.rows)
+        return [dict(zip(self.headings, row, strict=True)) for row in rows]
+
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> DataFrame:
     """Rows as a frame whose values stay what they are: None stays None, whole numbers stay whole."""
@@ -180,7 +192,7 @@ def build(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     columns, cells = [], []
     for key in found.columns:
         column = registry().get(key) or Column(str(key))
-        written = [_cell(value, (formats or {}).get(key, column.form)) for value in found[key]]
+        written = [cell_text(value, (formats or {}).get(key, column.form)) for value in found[key]]
         numeric = all(isinstance(v, (int, float, Interval, type(None))) for v in found[key])
         columns.append(replace(column, numeric=numeric))
         cells.append(written)
@@ -256,27 +268,6 @@ def stacked(*parts: HTML) -> HTML:
     return _html("".join(part.data for part in parts))
 
 
-def _cell(value: Any, form: str = "") -> str:
-    """A value as text; numbers and intervals by the format of their column."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Interval):
-        return format(value, form or ".4g")
-    if isinstance(value, (int, float)) and form:
-        return "0" if value == 0 and form.endswith("e") else format(value, form)
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_cell(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
-    return str(value)
-
-
 def markup(macro: str, *values: Any) -> str:
     """HTML by a macro of ``templates/pages/macros.html.j2``."""
     return str(getattr(environment("pages", True).get_template("macros.html.j2").module, macro)(*values))
@@ -292,13 +283,31 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     )
     if made != plain:  # compared, not searched for: a text of the data may hold the sign itself
         made = replace(made, caption=f"{caption} {caption_of_marks()}")
-    return _html(f'<div class="table">{markup("table", made)}</div>')
+    return _html(f'<div class="table">{markup("data_table", made)}</div>')
 
 
 def key_values(values: Mapping[str, Any], caption: str) -> HTML:
     """A mapping as a table of two columns."""
-    pairs = [(str(key), _cell(value)) for key, value in values.items()]
+    pairs = [(str(key), cell_text(value)) for key, value in values.items()]
     return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+
+
+def card(name: str, /, **values: Any) -> HTML:
+    """A table of two columns from a template whose first line is the caption, and the others "label | value".
+
+    card("quantize.imatrix_card", record=matrix.record)
+    """
+    (caption,), *pairs = word_rows(name, **values)
+    return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+
+
+def show(*parts: HTML | Markdown | None) -> None:
+    """Show tables, figures and sentences of a cell below one another; None, what a run has not, is left out."""
+    from IPython.display import display
+
+    for part in parts:
+        if part is not None:
+            display(part)
 
 
 def say(text: str) -> Markdown:
@@ -308,7 +317,7 @@ def say(text: str) -> Markdown:
     return Markdown(text)
 
 
-def tell(name: str, **values: Any) -> Markdown:
+def tell(name: str, /, **values: Any) -> Markdown:
     """`sentence` as a paragraph: tell("quantize.planned", megabytes=271.2, wider=2, types=7)."""
     return say(sentence(name, **values))
 
@@ -319,23 +328,16 @@ def with_interval(value: float, limits: Sequence[float | None] | None, form: str
 
 
 def made(product: Product) -> Markdown:
-    """The sentence of a product, and what an interrupted try had done of it (its facts "found_done")."""
-    names: dict[str, list[str]] = {}
+    """The sentence of a product, and what an interrupted run had already done of it (its facts "found_done")."""
+    left: dict[str, list[str]] = defaultdict(list)
     for name, words in product.entry.facts.get("found_done", {}).items():
-        names.setdefault(words, []).append(name)
-    done = "; ".join(f"{', '.join(own)}: {words}" for words, own in names.items())
-    return say(product.message + (f" An interrupted try had left: {done}." if done else ""))
-
-
-def banner(text: str) -> HTML:
-    """A warning that must not be overlooked."""
-    return _html(f'<p class="stamp" role="note"><strong>{html.escape(text)}</strong></p>')
+        left[words].append(name)
+    return tell("display.made", message=product.message, left=left)
 
 
 def stamps(run: Run) -> HTML:
     """What every page of this run must say (sample data, offline base, fallbacks), one line each."""
-    lines = "".join(f'<p class="stamp" role="note"><strong>{html.escape(note)}</strong></p>' for note in run.stamps())
-    return _html(lines)
+    return _html(markup("banners", run.stamps()))
 
 
 def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -> HTML:

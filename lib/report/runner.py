@@ -1,7 +1,4 @@
-"""The report: notebooks executed one process each, rendered as self-contained pages, checked, and indexed.
-Around a report: alone in its folder, SIGTERM as an exception, progress on the terminal.
-Run the notebooks of a parameter file in order and publish their pages.
-"""
+"""Run the notebooks of a parameter file in order, one process each, and publish their pages."""
 
 from __future__ import annotations
 
@@ -23,8 +20,9 @@ from filelock import FileLock, Timeout
 from lib import settings as lib_settings
 from lib.errors import InputError, Terminated
 from lib.report import execute, html, index, unchanged
-from lib.report.html import Stage, duration
-from lib.report.summary import summarise
+from lib.report.html import duration
+from lib.report.index import Stage, summarise
+from lib.report.sentences import sentence
 from lib.runs.files import PROJECT, reports_folder, require_space, writable, write_json, write_text
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.runs.run import open_run
@@ -146,7 +144,7 @@ class _Session:
     say: Say
 
     def __post_init__(self) -> None:
-        self.titles = [html.read_stage(notebook) for notebook in self.notebooks]
+        self.titles = [index.read_stage(notebook) for notebook in self.notebooks]
 
     @property
     def run_name(self) -> str:
@@ -304,7 +302,7 @@ def _remove_pages(session: _Session, notebooks: list[Path]) -> None:
             path.unlink(missing_ok=True)
     (session.folder / unchanged.RENDERED).unlink(missing_ok=True)
     shutil.rmtree(session.folder / "partial", ignore_errors=True)
-    session.write_indexes("This report is being made, or was interrupted: the pages without a link are missing.")
+    session.write_indexes(sentence("index.being_made"))
 
 
 def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None:
@@ -330,7 +328,7 @@ def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None
                     error.evidence = evidence
                 raise
     except BaseException as error:
-        session.write_indexes(f"This report is not complete: it stopped in {_why(notebook.stem, error)}")
+        session.write_indexes(_state(notebook.stem, error))
         _render_again(session)
         raise
     page = session.folder / f"{notebook.stem}.html"
@@ -346,12 +344,11 @@ def _without_product(session: _Session, stage: str) -> execute.Failure | None:
     return execute.Failure(f"it ran to its end, but the product {wanted!r} is not in the manifest.", 1)
 
 
-def _why(stage: str, error: BaseException) -> str:
-    if isinstance(error, ReportError):
-        return str(error)
-    if isinstance(error, (KeyboardInterrupt, Terminated)):
-        return f"{stage}: it was interrupted. Run it again; finished products are kept."
-    return f"{stage}: {type(error).__name__}."
+def _state(stage: str, error: BaseException) -> str:
+    """What the overview says of a report that is not complete."""
+    why = str(error).removeprefix(f"{stage}: ") if isinstance(error, ReportError) else f"{type(error).__name__}."
+    interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
+    return sentence("index.stopped", stage=stage, why=why, interrupted=interrupted)
 
 
 def _keep(folder: Path, files: list[Path]) -> Path | None:

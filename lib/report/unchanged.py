@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.report.html import Stage
-from lib.report.summary import Summary
+from lib.report.index import Stage, Summary
 from lib.runs.files import PROJECT, read_json, runs_folder, sha256_file, sha256_json, user_path, write_json
 from lib.runs.manifest import NOTEBOOK_OF, versions
 from lib.runs.phone_results import FOLDER as PHONES

@@ -1,6 +1,4 @@
-"""Run one function in a process of its own: its memory is its own, and a crash of native code kills only the child.
-Independent pieces of work on a few threads: NumPy, torch and file calls leave the interpreter free meanwhile.
-"""
+"""One function in a process of its own, whose crash kills only the child; and independent work on a few threads."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def test_missing_and_superfluous_values_are_errors() -> None:
 
 
 def test_lines_are_joined_but_for_paragraphs_and_lists() -> None:
-    assert joined("\n a\n  b\n\n- c\nd\n- e\n") == "a b\n\n- c d\n- e"
+    assert joined("\n a\n  b\n\n.\n¶\n- c\n d\n\n- e\n") == "a b.\n\n- c d\n- e"
+    assert joined("a .gguf\nb,\u00a0c\n(d)") == "a .gguf b,\u00a0c (d)"
 
 
 def test_filters() -> None:

@@ -14,11 +14,10 @@ import yaml
 from lib.errors import EXTRAS, InputError
 from lib.prompts.tasks import Row, Task, read_task, spread
 from lib.runs.child import run_child
-from lib.runs.files import link_or_copy, read_json, read_jsonl, require_space, write_json, write_text
+from lib.runs.files import link_or_copy, read_json, read_jsonl, render, require_space, write_json, write_text
 from lib.runs.machine import has_module
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, Run, Work
-from lib.runs.templates import render
 from lib.settings import Settings
 
 

@@ -216,13 +216,10 @@ def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None
     assert entry["kld_with"] == pytest.approx(table.mean, rel=1e-6)
     assert entry["difference"] == pytest.approx(entry["kld_with"] - entry["kld_without"])
     assert effect(settings(imatrix="none"), run, result) is None
-    shown = quantize_page.effect_table(EffectResult(result.product, found))
-    assert (
-        "Q4_0" in shown.data
-        and "Q4_0 with the matrix is" in quantize_page.effect_reading(EffectResult(result.product, found)).data
-    )
+    shown, reading = quantize_page.effect(EffectResult(result.product, found))
+    assert "Q4_0" in shown.data and "Q4_0 with the matrix is" in reading.data
     assert found["left_out"] == [] and [entry["retyped"] for entry in found["types"]] == [[], []]
-    assert "all tensors of equal types" in quantize_page.effect_reading(EffectResult(result.product, found)).data
+    assert "all tensors of equal types" in reading.data
     assert "0 of 32, by hash" in quantize_page.imatrix_card(measure(wanted, run)).data
 
 
@@ -237,8 +234,8 @@ def test_types_that_need_the_matrix_are_left_out_and_said(run: Run) -> None:
     run.produce("quantized", lambda work: write_json(work.folder / "quantized.json", {}), {})
     found = measure_effect(settings(), options, run, wide, reports)
     assert found.content == {"types": [], "left_out": ["Q4_0", "Q4_K_M"]}
-    assert "Q4_0, Q4_K_M cannot be made without a matrix" in quantize_page.effect_table(found).data
-    assert "does not say" in quantize_page.effect_reading(found).data
+    why, reading = quantize_page.effect(found)
+    assert "Q4_0, Q4_K_M cannot be made without a matrix" in why.data and "does not say" in reading.data
 
 
 def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
@@ -254,10 +251,13 @@ def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
     found = retyped(tmp_path / "with.gguf", tmp_path / "without.gguf")
     assert found == [{"tensor": "blk.0.ffn_down.weight", "with": "q4_1", "without": "q4_0"}]
     entry = {"type": "Q4_0", "bytes": one.bytes, "bytes_without": other.bytes, "retyped": found, "verdict": "better"}
-    entry |= {"difference": -0.1, "kld_without": 1.0, "answers": {"verdict": "cannot tell"}}
-    reading = quantize_page.effect_reading(SimpleNamespace(content={"types": [entry], "left_out": ["Q2_K"]})).data
+    numbers = {"difference": -0.1, "difference_interval": None, "p_holm": 0.5, "verdict": "cannot tell"}
+    measured = {"kld_with": 0.9, "kld_with_interval": None, "kld_without": 1.0, "kld_without_interval": None}
+    entry = {**numbers, **measured, **entry, "answers": numbers}
+    content = {"types": [entry], "left_out": ["Q2_K"], "tokens": 1, "rows": 1, "answer_positions": 1, "answer_rows": 1}
+    reading = quantize_page.effect(SimpleNamespace(content=content))[1].data
     assert f"1 tensor q4_1 instead of q4_0 (blk.0.ffn_down), {one.bytes - other.bytes:+,} bytes" in reading
-    assert "Q2_K cannot be made without a matrix" in reading
+    assert "Q2_K cannot be made without a matrix" in reading and "(-10 % KL divergence), at answers not" in reading
 
 
 def kl_between(reference: Path, other: Path, windows: list[list[int]]) -> Any:
