@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,7 @@ from lib.runs.files import read_json
 from lib.runs.phone_results import MOST_BYTES, check_result, read_result, save_result
 from lib.serve.listening import listen, make_server
 from lib.serve.phone import PhoneOptions, _reachable, announce, encryption_of, make_application, serve_phone
+from tests.conftest import PROJECT
 
 SPEED = {"tokens": 32, "tokens_per_second": [7.5, 8.25]}
 RESULT: dict[str, Any] = {
@@ -268,3 +272,17 @@ def test_what_cannot_be_served(tmp_path: Path, phone: SimpleNamespace) -> None:
     (tmp_path / "cert.pem").write_text("no certificate", encoding="utf-8")
     with pytest.raises(InputError, match=r"cert\.pem cannot be used"):
         encryption_of(PhoneOptions(port=0, certificate=tmp_path / "cert.pem"))
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_serves_until_a_signal(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    (tmp_path / "p" / "web").mkdir(parents=True)
+    (tmp_path / "p" / "web" / "index.html").write_text("<p>page", encoding="utf-8")
+    (tmp_path / "p" / "model_info.json").write_text("{}", encoding="utf-8")
+    command = [sys.executable, "-m", "lib.cli", "serve", str(tmp_path / "p"), "--phone", "--port", "0"]
+    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    address = next(found[1] for line in process.stderr if (found := re.search(r"served at (http://\S+)", line)))
+    assert httpx.get(address).text == "<p>page"
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in said and "Interrupted" in said
