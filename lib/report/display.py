@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from lib.runs.run import Product, Run
 
 
+Row = dict[str, Any]
+"""A row of a table: cells by heading."""
+
 Shown = tuple["HTML | Markdown", ...]
 """Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-
-Shown = tuple["HTML | Markdown", ...]
-"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),

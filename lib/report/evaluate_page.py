@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display, written_rows
-from lib.report.display import tell
-from lib.report.rows import Row
+from lib.report.display import Row, tell
 from lib.report.sentences import sentence
 from lib.stages.evaluate.results import (
     ALL,

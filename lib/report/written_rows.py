@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lib.report.rows import Row
+from lib.report.display import Row
 
 BASE, TUNED = "base", "fine-tuned"
 NONE = "generated_rows is 0: nothing was written"

@@ -20,7 +20,7 @@ from lib.models.unpack_source import RANGE, SEED, read_source
 from lib.report.merge_page import unpacked as card
 from lib.runs.files import sha256_file
 from lib.settings import Settings
-from lib.stages.data.conversations import base_parameters
+from lib.stages.data.stage import base_parameters
 from lib.stages.evaluate.standalone import check_models
 from lib.stages.finetune.memory import _config
 from lib.stages.finetune.stage import write_config
