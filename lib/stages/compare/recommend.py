@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.runs.templates import render
-
 from lib.errors import InputError
+from lib.runs.files import render
 from lib.scoring.metric import REFERENCE_VERDICT, Entry, Metric, metric_in
 from lib.stages.compare.retention import GGUF
 from lib.statistics.losses import retention_warning
@@ -80,27 +79,24 @@ def recommend(
         near = min(kept if metric.tells_rows else files, key=metric.distance, default=None)
         needed = metric.rows_needed(near, margin) if metric.tells_rows and near else None
     steps = next_higher(files, reference)
-    text = (
-        _templates()
-        .get_template("recommendation.jinja")
-        .render(
-            metric=metric,
-            reason=words,
-            reference=reference,
-            floor=floor,
-            margin=margin,
-            files=files,
-            kept=kept,
-            by_type={e["type"]: e for e in files},
-            chosen=chosen,
-            compared=compared or len(files),
-            survives=SURVIVES,
-            near=near,
-            rows_needed=needed,
-            smaller_open=_smaller_open(metric, chosen, files, margin) if chosen else [],
-            next_higher=steps,
-            in_words=in_words,
-        )
+    text = _written(
+        "recommendation.j2",
+        metric=metric,
+        reason=words,
+        reference=reference,
+        floor=floor,
+        margin=margin,
+        files=files,
+        kept=kept,
+        by_type={e["type"]: e for e in files},
+        chosen=chosen,
+        compared=compared or len(files),
+        survives=SURVIVES,
+        near=near,
+        rows_needed=needed,
+        smaller_open=_smaller_open(metric, chosen, files, margin) if chosen else [],
+        next_higher=steps,
+        in_words=in_words,
     )
     return {
         "rule": rule_of(metric),
@@ -180,22 +176,19 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         reason = "open" if near else "refuted"
         if near and not near["leak_free"] and near["loss"] < max_loss:
             needed = metric.rows_needed(_entry(files, near["type"]), max_loss, one_sided=True)
-    text = (
-        _templates()
-        .get_template("pick.jinja")
-        .render(
-            unit=metric.loss_unit,
-            max_loss=max_loss,
-            reason=reason,
-            smallest=candidates[0],
-            too_large=_over(candidates[0]["megabytes"], max_mb),
-            unlearned=comparison["recommendation"].get("text", ""),
-            chosen=chosen,
-            warning=retention_warning(_entry(files, chosen["type"])) if chosen else "",
-            fitting=fitting,
-            near=near,
-            rows_needed=needed,
-        )
+    text = _written(
+        "pick.j2",
+        unit=metric.loss_unit,
+        max_loss=max_loss,
+        reason=reason,
+        smallest=candidates[0],
+        too_large=_over(candidates[0]["megabytes"], max_mb),
+        unlearned=comparison["recommendation"].get("text", ""),
+        chosen=chosen,
+        warning=retention_warning(_entry(files, chosen["type"])) if chosen else "",
+        fitting=fitting,
+        near=near,
+        rows_needed=needed,
     )
     return {
         "rule": PICK_RULE,
