@@ -37,7 +37,7 @@ EXTRAS = {
     **dict.fromkeys(("starlette_context", "pydantic_settings"), "serve"),
     **dict.fromkeys(("compressed_tensors", "llmcompressor"), "gptq"),
     **dict.fromkeys(("IPython", "jupyter_client", "matplotlib", "nbclient", "nbconvert"), "lab"),
-    **dict.fromkeys(("cycler", "nbformat", "papermill", "pygments", "traitlets"), "lab"),
+    **dict.fromkeys(("bs4", "cycler", "nbformat", "papermill", "pygments", "traitlets"), "lab"),
     "modelscope": "modelscope",
 }
 """The extra of pyproject.toml that brings a library, by the name under which it is imported."""
