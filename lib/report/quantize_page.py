@@ -129,7 +129,7 @@ _NONE = (
 
 
 def types_table(mix: Any) -> HTML | Markdown:
-    """One row a kind of tensor (of a `lib.stages.quantize.bit_allocation.Mix`); a sentence where there is none."""
+    """One row a kind of tensor (of a `lib.stages.quantize.files.PlannedFile`); a sentence where there is none."""
     if mix is None:
         return say(_NONE)
     record, at_answers = mix.record, ""
