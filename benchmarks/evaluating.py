@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import harness
 from lib.errors import InputError
-from lib.prompts.classification import Task, encode, render
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import PROJECT
 from lib.runs.machine import physical_cores
 from lib.settings import Settings
@@ -45,10 +45,10 @@ def arguments(description: str | None) -> argparse.Namespace:
     return chosen
 
 
-def task() -> Task:
+def task() -> ClassificationTask:
     """The prompt of the parameter files for ChnSentiCorp."""
     s = Settings()
-    return Task(tuple(s.label_names), s.system_prompt, s.user_prompt, 192)
+    return ClassificationTask(tuple(s.label_names), s.system_prompt, s.user_prompt, 192)
 
 
 def read_rows(count: int, tokenizer: Any) -> tuple[list[dict[str, Any]], str]:
@@ -68,7 +68,7 @@ def read_rows(count: int, tokenizer: Any) -> tuple[list[dict[str, Any]], str]:
         pairs = [(row["text"], row["label"]) for row in reviews()["test"]]
         source = "generated sample, test rows"
     rows = [{"id": f"{i:05d}", "text": text, "label": label} for i, (text, label) in enumerate(pairs)]
-    fitting = (row for row in rows if not encode(tokenizer, task(), row["text"]).truncated)
+    fitting = (row for row in rows if not task().encode(tokenizer, {"text": row["text"]}).truncated)
     chosen = [row for row, _ in zip(fitting, range(count), strict=False)]
     if len(chosen) < count:
         raise InputError(f"{len(chosen)} rows that fit.", f"{count}.", "ask for fewer.")
@@ -77,7 +77,7 @@ def read_rows(count: int, tokenizer: Any) -> tuple[list[dict[str, Any]], str]:
 
 def make_job(model: Path, rows: list[dict[str, Any]], tokenizer: Any, threads: int) -> dict[str, Any]:
     """What every side gets."""
-    prompts = [render(tokenizer, task(), row["text"]) for row in rows]
+    prompts = [task().prompt(tokenizer, {"text": row["text"]}) for row in rows]
     return {
         "model": str(model),
         "rows": rows,

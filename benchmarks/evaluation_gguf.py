@@ -25,7 +25,6 @@ from benchmarks.evaluating import Side, arguments, make_job, measure, read_rows,
 from benchmarks.peers import pinned_version, tool
 from benchmarks.quantize import source_file
 from benchmarks.shapes import cache
-from lib.prompts.classification import encode
 from lib.scoring.log_probabilities import NEAR_TIE
 
 TYPE = "Q4_K_M"
@@ -73,7 +72,7 @@ def main() -> None:
     rows, source = read_rows(chosen.rows, tokenizer)
     job = make_job(model, rows, tokenizer, chosen.threads)
     result = measure("evaluation_gguf", sides(), job, source, chosen.runs, NEAR_TIE)
-    length = statistics.mean(len(encode(tokenizer, task(), row["text"]).prompt_ids) for row in rows)
+    length = statistics.mean(len(task().encode(tokenizer, {"text": row["text"]}).prompt_ids) for row in rows)
     rate = prompt_rate(model, chosen.threads)
     result["limit"] = {"tokens_per_second": round(rate, 1), "samples_per_second": round(rate / length, 3)}
     result["rows"]["mean_tokens"] = round(length, 1)

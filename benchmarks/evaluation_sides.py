@@ -37,9 +37,9 @@ def _since(started: tuple[float, float]) -> Made:
 
 
 def _task(job: Job) -> Any:
-    from lib.prompts.classification import Task
+    from lib.prompts.tasks import task_from_json
 
-    return Task.from_json(job["task"])
+    return task_from_json(job["task"])
 
 
 def _scored(backend: Any, tokenizer: Any, job: Job) -> Made:

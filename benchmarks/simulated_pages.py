@@ -1,4 +1,4 @@
-"""Whole comparisons as notebook 07 makes them, with a known truth: `lib.stages.compare.judge.judge` on made scores.
+"""Whole comparisons as notebook 07 makes them, with a known truth: `lib.scoring.metric.compare` on made scores.
 
 A row has a latent ease, normal, and so has every file's view of it; a margin is the ease stretched (skewed, with heavy
 tails, in nats), and the answer is right where it is positive. Reference and file have the same distribution and differ
@@ -20,14 +20,14 @@ from scipy.stats import multivariate_normal, norm
 
 from lib.progress import track
 from lib.scoring.log_probabilities import Scores
-from lib.stages.compare.judge import Rows, judge
+from lib.scoring.metric import ACCURACY, RowGroups, compare
 
 ROWS = (200, 400, 800, 1200)
 LADDER = {"Q8_0": 0.002, "Q6_K": 0.005, "Q5_K_M": 0.0075, "Q4_K_M": 0.01, "Q4_0": 0.02, "Q3_K_M": 0.04, "Q2_K": 0.08}
 """Shares of discordant rows, as measured from 0.2 to 2 % on the offline base, and up to what a real model may lose."""
 
 MARGIN_POINTS = 1.0
-ACCURACY = 0.82
+RIGHT_SHARE = 0.82
 LEAK_FREE = 0.72
 FILES_ALIKE, COPIES_ALIKE = 0.5, 0.98
 
@@ -50,12 +50,12 @@ class Truth:
 
 def truth(share: float, loss: float) -> Truth:
     """The file that loses `loss` of the accuracy and has `share` + `loss` discordant rows."""
-    middle, accuracy = float(norm.ppf(ACCURACY)), ACCURACY - loss
+    middle, accuracy = float(norm.ppf(RIGHT_SHARE)), RIGHT_SHARE - loss
     lower = float(norm.ppf(accuracy))
 
     def excess(correlation: float) -> float:
         both = multivariate_normal.cdf([middle, lower], cov=[[1, correlation], [correlation, 1]])
-        return ACCURACY + accuracy - 2 * float(both) - share - loss
+        return RIGHT_SHARE + accuracy - 2 * float(both) - share - loss
 
     correlation = float(brentq(excess, 0.0, 1 - 1e-9, xtol=1e-12))
     # E(x + c)³ = c³ + 3c for a standard normal x
@@ -100,14 +100,15 @@ def page(
         leak_free: whether some groups count as leaked, so that the leak-free rows are judged too.
     """
     labels, common, reference = rng.integers(0, 2, len(group)), _draw(group, rng), _draw(group, rng)
-    middle, others = float(norm.ppf(ACCURACY)), {}
+    middle, others = float(norm.ppf(RIGHT_SHARE)), {}
     for name, known in truths.items():
         error = np.sqrt(FILES_ALIKE) * common + np.sqrt(1 - FILES_ALIKE) * _draw(group, rng)
         own = known.correlation * reference + np.sqrt(1 - known.correlation**2) * error
         others[name] = _scores(middle - known.shift + own, labels)
     free = (rng.random(group.max() + 1) < LEAK_FREE)[group] if leak_free else None
     seed = int(rng.integers(1 << 31))
-    return judge(_scores(middle + reference, labels), others, Rows(group, free), MARGIN_POINTS, seed)
+    scores = _scores(middle + reference, labels)
+    return compare(ACCURACY, scores, others, RowGroups(group, free), MARGIN_POINTS, seed)
 
 
 def called(entries: Sequence[dict[str, Any]], *words: str) -> bool:

@@ -31,7 +31,7 @@ from benchmarks import harness
 from benchmarks.peers import packages
 from benchmarks.shapes import shape_folder
 from lib.errors import InputError
-from lib.prompts.classification import Task, encode
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import PROJECT
 from lib.settings import load
 
@@ -58,12 +58,12 @@ def read_rows(count: int, base: Path) -> list[dict[str, Any]]:
         raise InputError(f"no {shared}.", "ChnSentiCorp.", "set WORKBOOK_SHARED.")
     settings, tokenizer = load(PROJECT / "params/chnsenticorp-offline.yaml"), load_tokenizer(base)
     names = tuple(settings.label_names)
-    task = Task(names, settings.system_prompt, settings.user_prompt, settings.max_seq_length)
+    task = ClassificationTask(names, settings.system_prompt, settings.user_prompt, settings.max_seq_length)
     rows = []
     with shared.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
-            made = encode(tokenizer, task, row["text_a"], int(row["label"]))
-            rows.append({"ids": made.prompt_ids + made.answer_ids, "prompt": len(made.prompt_ids)})
+            made = task.encode(tokenizer, {"text": row["text_a"], "label": int(row["label"])})
+            rows.append({"ids": made.ids, "prompt": len(made.prompt_ids)})
             if len(rows) == count:
                 return rows
     raise InputError(f"{shared} holds {len(rows)} rows.", f"{count}.", "ask for fewer.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -391,6 +392,22 @@ def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}.", "lines `key: value`.", "see params/quick.yaml.")
     return check({**values, **(overrides or {})}, str(path), overrides or ())
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """Parameters as the text of a parameter file, each with its meaning and, where it differs, its default."""
+    lines = []
+    for key, value in values.items():
+        field = Settings.model_fields[key]
+        default = "" if value == field.default else f" (default: {_yaml_value(field.default)})"
+        lines.append(f"{key}: {_yaml_value(value)}  # {field.description}{default}")
+    return "\n".join(lines)
+
+
+def _yaml_value(value: Any) -> str:
+    """JSON, which is YAML but for an exponent without a dot."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def parse_override(key: str, text: str) -> Any:

@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.models import offline_base
 from lib.models.base_model import base_of
 from lib.models.loading import load_model, load_tokenizer
-from lib.prompts.tasks import encode_row, read_task
+from lib.prompts.tasks import read_task
 from lib.runs.files import HOME_VARIABLE, read_json, read_jsonl
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, open_run
@@ -112,7 +112,7 @@ def encoded_rows(run: Run, split: str) -> tuple[list[dict], list]:
     folder = run.require("data").path
     task, tokenizer = read_task(folder), load_tokenizer(folder / "tokenizer")
     rows = read_jsonl(folder / f"{split}.jsonl")
-    return rows, [encode_row(tokenizer, task, row) for row in rows]
+    return rows, [task.encode(tokenizer, row) for row in rows]
 
 
 def test_training_lowers_the_loss_of_the_answers(results: dict) -> None:
@@ -262,18 +262,22 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
 
 
 def test_what_the_pages_show(results: dict) -> None:
-    from lib.report import answer_rows, rows
+    from lib.report import answer_rows, evaluate_page, rows
 
     made, result = results["data"], results["evaluation"]
     assert f"of {len(made.rows('test'))} test rows" in answer_rows.leaks(made)
     assert str(made.example["loss_tokens"]) in answer_rows.example(made)
     assert f"thinking is {'on' if made.task.thinking else 'off'}" in answer_rows.learned_of_data(made)
-    points = answer_rows.perplexities(result)
-    assert all(point["low"] <= point["estimate"] <= point["high"] for point in points)
-    assert {row["model"] for row in answer_rows.losses(result)} == {"base", "fine-tuned"}
-    assert f"{result.part['ratio']:.3f}" in answer_rows.difference(result)
-    assert len(answer_rows.generated(result)) == 2 and "greedy" in answer_rows.decoding(result)
-    assert f"{result.part['base']['perplexity']:.2f}" in answer_rows.learned_of_answers(result)
+    page = evaluate_page.page_of(result)
+    assert all(name in page.parts().data for name in ("base", "fine-tuned")) and "<img" in page.quality().data
+    assert (
+        f"{result.part['ratio']:.3f}" in page.verdict().data
+        and f"{result.part['ratio']:.3f}"[:4] in page.compared().data
+    )
+    assert page.examples().data.count("test-0") == 2 and "greedy" in page.examples().data
+    assert f"{result.part['base']['perplexity']:.2f}" in page.learned().data
+    parts = (page.errors, page.error_table, page.reading, page.believed, page.certainty, page.speed, page.prompts)
+    assert all(part().data for part in parts)
     others = [entry for entry in results["comparison"].files if entry["verdict"] != "reference"]
     assert [point["name"] for point in answer_rows.ratios(others)] == [entry["type"] for entry in others]
     assert "± 1 %" in answer_rows.detectable(others, results["comparison"].conditions)
@@ -282,15 +286,12 @@ def test_what_the_pages_show(results: dict) -> None:
 
 
 def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path: Path) -> None:
-    from lib.cli import work
-    from lib.cli.work import Rows
+    from lib.cli.evaluate import compare, evaluate
 
     name, part = results["run"].name, results["evaluation"].content["parts"]["all"]
-    rows, output = Rows(None, name, 0), tmp_path / "evaluation.json"
-    options = {"base_model": None, "revision": "main", "dtype": "float32", "load_in_4bit": False, "batch_size": 2}
-    options |= {"n_threads": 1, "n_gpu_layers": 0}
+    output, options = tmp_path / "evaluation.json", {"run_name": name, "n_threads": 1, "as_json": True}
     merged, f16 = results["merged"].product.path, results["gguf"].path
-    work.evaluate([str(merged), str(f16)], rows, options, output, True)
+    evaluate([str(merged), str(f16)], output=output, dtype="float32", batch_size=2, **options)
     ours, llama = read_json(output)["models"]
     assert ours["perplexity"] == pytest.approx(part["finetuned"]["perplexity"], rel=1e-2)
     assert ours["perplexity_interval"] == pytest.approx(part["finetuned"]["perplexity_interval"], rel=2e-2)
@@ -301,22 +302,21 @@ def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path
     characters = sum(sum(len(texts[i]) for i in e.answers) for texts, e in zip(said, encoded, strict=True))
     assert ours["bits_per_character"] == pytest.approx(ours["loss"] * part["tokens"] / np.log(2) / characters)
     q8 = next(results["quantized"].product.path.glob("*.gguf"))
-    margins = {"equivalence_margin": 1.0, "perplexity_margin": 1.0, "n_gpu_layers": 0, "n_threads": 1}
-    work.compare(f16, [q8], rows, tmp_path / "compared", margins, [], True)
+    compare(f16, [q8], tmp_path / "compared", **options)
     made, product = read_json(tmp_path / "compared" / "comparison.json"), results["comparison"]
     assert made["files"][1]["answer_ppl"] == pytest.approx(product.files[1]["answer_ppl"])
     assert made["conditions"]["unigram_ppl"] == product.conditions["unigram_ppl"]
 
 
 def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
-    from lib.cli.work import Rows
+    from lib.cli.evaluate import RowOptions
 
     name = results["run"].name
     with pytest.raises(InputError, match=r"--data for run .*rows without labels"):
-        Rows("rows.csv", name, 0).task()
+        RowOptions("rows.csv", name).task()
     with pytest.raises(InputError, match="--label-names"):
-        Rows(None, name, 0, given={"label_names": ["a", "b"]}).task()
-    assert Rows(None, name, 0, given={"max_seq_length": 99}).task().max_seq_length == 99
+        RowOptions(None, name, given={"label_names": ["a", "b"]}).task()
+    assert RowOptions(None, name, given={"max_seq_length": 99}).task().max_seq_length == 99
 
 
 def test_llama_cpp_scores_the_same_answers(results: dict) -> None:

@@ -20,7 +20,7 @@ ORDER = (
 with the adapter that it chooses."""
 
 HEAVY = ("torch", "transformers", "llama_cpp", "sklearn", "matplotlib", "pandas", "datasets", "peft", "papermill")
-DOORS = ("cli.app", "report.display", "report.runner", "scoring.backend", "select.choice", "serve.openai")
+DOORS = ("cli.__main__", "report.display", "report.runner", "scoring.backend", "select.choice", "serve.openai")
 
 
 def module_name(path: Path) -> str:

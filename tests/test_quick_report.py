@@ -21,9 +21,9 @@ NAMES = list(dict.fromkeys(NOTEBOOK_OF.values()))
 STAMP = "offline base model, sample data: not a result about Qwen or ChnSentiCorp"
 
 
-def report(home: Path, measured: bool = True) -> subprocess.CompletedProcess:
+def report(home: Path, *options: str, measured: bool = True) -> subprocess.CompletedProcess:
     """`measured`: with coverage, where the tests run with it."""
-    command = [sys.executable, "-m", "lib.cli", "report", "params/quick.yaml"]
+    command = [sys.executable, "-m", "lib.cli", "report", "params/quick.yaml", *options]
     environment = {**os.environ, "WORKBOOK_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     if not measured:
         environment.pop("COVERAGE_PROCESS_CONFIG", None)
@@ -94,13 +94,29 @@ def test_memory_stays_small(finished: Path) -> None:
     assert max(entry["peak_memory_mib"] for entry in manifest(finished).values()) < 4096
 
 
-def test_a_second_run_changes_no_product(finished: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
-    entries = manifest(finished)
-    ended = report(finished)
+def files_of_runs(home: Path) -> dict[Path, int]:
+    """Time of the last change of every file of the products."""
+    return {p: p.stat().st_mtime_ns for p in (home / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_second_report_starts_no_kernel(finished: Path) -> None:
+    """Nothing has changed: the pages stay as they are."""
+    pages = {p: p.stat().st_mtime_ns for p in (finished / "reports/quick").glob("0*.*")}
+    before = files_of_runs(finished)
+    ended = report(finished, measured=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    after = {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*") if p.is_file() and p.name != ".lock"}
-    assert before == after
+    said = [line for line in ended.stderr.splitlines() if "unchanged, no kernel started" in line]
+    assert len(said) == len(NAMES) and all(name in line for name, line in zip(NAMES, said, strict=True))
+    assert pages == {p: p.stat().st_mtime_ns for p in (finished / "reports/quick").glob("0*.*")}
+    assert before == files_of_runs(finished)
+
+
+def test_a_second_run_changes_no_product(finished: Path) -> None:
+    """All cells run once more, and every stage finds its product."""
+    before, entries = files_of_runs(finished), manifest(finished)
+    ended = report(finished, "--rerun")
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert before == files_of_runs(finished)
     assert manifest(finished) == entries
     for name in NAMES:
         assert "nothing to do" in (finished / f"reports/quick/{name}.html").read_text(encoding="utf-8")

@@ -23,15 +23,29 @@ def test_quick_is_the_embedded_default() -> None:
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
-def test_every_parameter_file_loads_and_comments_every_key(path: Path) -> None:
-    loaded = settings.load(path)
+def test_a_parameter_file_says_why_it_differs_from_the_defaults(path: Path) -> None:
+    """quick.yaml shows every key; the others only what differs from it. Each line has its comment."""
+    loaded, default = settings.load(path), Settings()
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = yaml.safe_load("\n".join(lines))
-    assert set(keys) == set(Settings.model_fields), "a parameter file shows every key"
+    differing = {key for key in Settings.model_fields if getattr(loaded, key) != getattr(default, key)}
+    assert set(keys) == (set(Settings.model_fields) if path.stem == "quick" else differing)
+    assert list(keys) == [key for key in Settings.model_fields if key in keys], "in the order of the stages"
     assert loaded.run_name == path.stem
     for key in keys:
         (line,) = [line for line in lines if line.startswith(f"{key}:")]
         assert re.search(r"\s#\s*\S", line), f"{key} has no comment in {path.name}"
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
+def test_the_complete_file_is_the_same_run(path: Path, tmp_path: Path) -> None:
+    values = settings.load(path).model_dump()
+    text = settings.as_yaml({**values, "learning_rate": 1.0e-7})
+    (tmp_path / "complete.yaml").write_text(text, encoding="utf-8")
+    assert settings.load(tmp_path / "complete.yaml").model_dump() == {**values, "learning_rate": 1.0e-7}
+    for (key, field), line in zip(Settings.model_fields.items(), text.splitlines(), strict=True):
+        assert line.startswith(f"{key}: ") and field.description in line
+    assert "learning_rate: 1.0e-07  # peak value; linear warm-up, cosine decay (default: 0.001)" in text
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.run import Run, Work, open_run
 
 LABELS = ("负面", "正面")
 WORDS = [*"很不好差，。！贵", "房间", "干净", "服务", "早餐", "虽然", "但是", "一般", "Wi-Fi", "24", "🙂"]
-TASK = Task(LABELS, "你是情感分析助手。", "判断这段评论的情感倾向。\n评论：{text}", 96)
+TASK = ClassificationTask(LABELS, "你是情感分析助手。", "判断这段评论的情感倾向。\n评论：{text}", 96)
 
 
 def texts(n: int, seed: int = 0) -> list[str]:

@@ -1,7 +1,4 @@
-"""Options that several commands have.
-Results on stdout: JSON for machines, aligned text for people.
-From exceptions to exit codes: a command line never shows a traceback unless it is asked to.
-"""
+"""What all commands share: options, results as JSON or as aligned text, exit codes in place of tracebacks."""
 
 from __future__ import annotations
 
@@ -13,42 +10,32 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from lib.errors import InputError, Terminated
 from lib.runs.files import json_text
 
-# Options that several commands have.
-
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Data = Annotated[
-    str | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet; or a folder", metavar="FILE")
-]
-RunName = Annotated[str | None, typer.Option("--run", help="take task and, without --data, test rows of a run")]
-MaxSamples = Annotated[int, typer.Option(help="most rows, drawn with seed 42; 0 = all", min=0)]
 GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]
 Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
 TextColumn = Annotated[str, typer.Option(help="column with the text; empty = find it")]
-LabelColumn = Annotated[str, typer.Option(help="column with the label; empty = find it")]
-LabelNames = Annotated[str | None, typer.Option(help="answer words of label 0,1,… joined by commas")]
-SystemPrompt = Annotated[str | None, typer.Option(help="system turn")]
-UserPrompt = Annotated[str | None, typer.Option(help="user turn; {text} is the row's text")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer together")]
 
+_LONGEST = 1000
+"""Most characters of a value: a name inside a file may be megabytes long."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# Results on stdout: JSON for machines, aligned text for people.
+DEBUG_VARIABLE = "WORKBOOK_DEBUG"
+"""Environment variable: show tracebacks."""
+
+FAULT, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+"""Exit codes beside 0: a fault of the workbook or of a notebook, input that was refused, Ctrl-C, SIGTERM."""
 
 
 def width(text: str) -> int:
     """Columns that a text takes in a terminal (Chinese characters take two)."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-_LONGEST = 1000
-"""Most characters of a value: a name inside a file may be megabytes long."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def cell(value: Any) -> str:
@@ -81,18 +68,6 @@ def show(value: Mapping[str, Any], as_json: bool, text: str) -> None:
     print(json_text(value, indent=1) if as_json else printable(text))
 
 
-# From exceptions to exit codes: a command line never shows a traceback unless it is asked to.
-#
-# 0 success · 1 a fault of the workbook or of a notebook · 2 input that was refused · 130 Ctrl-C · 143 SIGTERM
-
-DEBUG_VARIABLE = "WORKBOOK_DEBUG"
-"""Environment variable: show tracebacks."""
-
-REFUSED, FAULT, INTERRUPTED, TERMINATED = 2, 1, 130, 143
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
 def tell(text: str) -> None:
     """A line on stderr."""
     print(printable(text), file=sys.stderr, flush=True)
@@ -100,17 +75,6 @@ def tell(text: str) -> None:
 
 def _terminate(*_: object) -> None:
     raise Terminated
-
-
-def _os_error(error: OSError) -> str:
-    """What the system refused, in a paragraph; a full disk and missing rights are the usual ones."""
-    where = f" ({error.filename})" if error.filename else ""
-    what = error.strerror or type(error).__name__
-    return (
-        f"Found: {what}{where}. Expected: a file system that takes the output. "
-        "Do this: check the path, its permissions and the free space, then run the command again; "
-        "finished products are kept."
-    )
 
 
 def _code_of(error: BaseException) -> int:
@@ -124,11 +88,18 @@ def _code_of(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader of stdout has gone (| head): not a fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
-    if isinstance(error, OSError):
-        tell(_os_error(error))
+    if isinstance(error, OSError):  # a full disk and missing rights are the usual ones
+        where = f" ({error.filename})" if error.filename else ""
+        problem = InputError(
+            f"{error.strerror or type(error).__name__}{where}.",
+            "a file system that takes the output.",
+            "check the path, its permissions and the free space, then run the command again; finished products are "
+            "kept.",
+        )
+        tell(str(problem))
         return REFUSED
     if isinstance(error, MemoryError):
-        tell("Found: no memory left. Expected: room for the model. Do this: close programs or take a smaller model.")
+        tell(str(InputError("no memory left.", "room for the model.", "close programs or take a smaller model.")))
         return REFUSED
     first = str(error).strip().splitlines()[:1]
     tell(f"The workbook failed: {type(error).__name__}: {first[0] if first else 'no message'}")
@@ -136,7 +107,7 @@ def _code_of(error: BaseException) -> int:
     return FAULT
 
 
-def guarded(command: Command) -> Command:
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command so that every exception becomes a message and an exit code."""
 
     @functools.wraps(command)
@@ -154,4 +125,4 @@ def guarded(command: Command) -> Command:
                 traceback.print_exc()
             raise typer.Exit(_code_of(error)) from None
 
-    return run  # type: ignore[return-value]
+    return run

@@ -1,5 +1,6 @@
-"""`workbook doctor PARAMS`: which way of training fits this machine, with the arithmetic shown.
-What this machine can run: every lack with its cure and the notebooks it touches. No network is used.
+"""`workbook doctor`: what this machine can run, with a cure for every lack, and which way of training fits it.
+
+No network is used.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from lib.cli.console import show, table
+import typer
+
+from lib.cli.console import Json, show, table
 from lib.runs import machine
 from lib.runs.files import PROJECT, home
 
@@ -21,20 +25,41 @@ if TYPE_CHECKING:
     from lib.settings import Settings
     from lib.stages.finetune.memory import Plan, Strategy
 
-
-# `workbook doctor PARAMS`: which way of training fits this machine, with the arithmetic shown.
-
 GIB = 2**30
+
+
+def doctor(
+    params_file: Annotated[
+        Path | None, typer.Argument(help="recommend a way to train this parameter file", metavar="[PARAMS.yaml]")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="model folder in place of base_model", metavar="DIR")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What this machine can run, with cures; with PARAMS.yaml or --model: which way of training fits it."""
+    if params_file or model:
+        _recommend(params_file, model, parameters or [], as_json)
+        return
+    found = examine()
+    show({"checks": [asdict(check) for check in found]}, as_json, as_text(found))
+    if broken(found):
+        raise typer.Exit(2)
+
+
+# Which way of training fits this machine, with the arithmetic shown.
+
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "logits")
 
 
-def tell_strategy(params_file: Path | None, model: str | None, pairs: list[str], as_json: bool) -> None:
+def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str], as_json: bool) -> None:
     """Print the strategy for a parameter file (else the defaults) and its base model (else `model`)."""
     from lib import settings as lib_settings
+    from lib.cli.report import parsed
     from lib.stages.finetune.memory import recommend
 
-    texts = [text.partition("=") for text in pairs]
-    overrides = {key: lib_settings.parse_override(key, value) for key, _, value in texts}
+    overrides = parsed(pairs)
     settings = (
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
@@ -87,7 +112,7 @@ def _advice(found: Strategy, settings: Settings) -> str:
     return f"Recommended: {kind} in {way}. {todo}{note} {OFFLOAD}"
 
 
-# What this machine can run: every lack with its cure and the notebooks it touches. No network is used.
+# What this machine can run.
 
 OK, LACK, BROKEN, INFO = "ok", "lack", "broken", "info"
 MEMORY_GIB, DISK_GB = 4.0, 3.0
@@ -112,12 +137,37 @@ class Check:
     cure: str = ""
     touches: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+def examine() -> list[Check]:
+    """All checks, in the order of importance."""
+    python = Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
+    libraries = [_bitsandbytes(), _llama_cpp(), _library("llmcompressor", "gptq"), _library("torchao", "torchao-int8")]
+    tools = [_fonts(), _git(), _chromium(), _phone_page()]
+    return [python, _lock(), *_torch(), *libraries, *_room(), *tools, *_hub()]
 
 
-def _python() -> Check:
-    return Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
+def broken(found: Sequence[Check]) -> bool:
+    """Whether something is missing without which nothing runs."""
+    return any(check.state == BROKEN for check in found)
+
+
+def as_text(found: Sequence[Check]) -> str:
+    """One line a check, cure and notebooks below a lack, a summary at the end."""
+    lines = []
+    for check in found:
+        lines.append(f"{check.state:<7} {check.name:<17} {check.found}")
+        if check.cure:
+            lines.append(f"{'':<25} cure: {check.cure}")
+        if check.touches:
+            lines.append(f"{'':<25} touches: {check.touches}")
+    lacks = sum(check.state == LACK for check in found)
+    if broken(found):
+        end = "Something required is broken: cure it first."
+    elif lacks:
+        end = f"Lacks: {lacks}. The notebooks that they do not touch run in full."
+    else:
+        end = "Everything is there."
+    return "\n".join([*lines, "", end])
 
 
 def _locked() -> dict[str, str]:
@@ -174,31 +224,23 @@ def _torch() -> list[Check]:
     except Exception as error:  # a broken native library may raise anything
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return [Check("torch", BROKEN, found, f"{_pip('torch')} --force-reinstall", "all")]
-    checks = [Check("torch", OK, torch.__version__)]
+    gpu = Check("GPU", OK, machine.device_name())
     if kind == "cpu":
         cure = "none needed for the offline base; for Qwen, a GPU saves hours (README: GPU builds)."
-        checks.append(Check("GPU", LACK, f"none: {machine.device_name()}", cure, "02, 03 (slower)"))
-    else:
-        checks.append(Check("GPU", OK, machine.device_name()))
+        gpu = Check("GPU", LACK, f"none: {machine.device_name()}", cure, "02, 03 (slower)")
     dtype, reason = machine.compute_dtype()
-    if dtype == "bfloat16":
-        checks.append(Check("bfloat16", OK, reason))
-    else:
+    bfloat16 = Check("bfloat16", OK, reason)
+    if dtype != "bfloat16":
         cure = "none: float32 is used, with twice the memory."
-        checks.append(Check("bfloat16", LACK, reason, cure, "02, 03 (more memory)"))
-    return checks
+        bfloat16 = Check("bfloat16", LACK, reason, cure, "02, 03 (more memory)")
+    return [Check("torch", OK, torch.__version__), gpu, bfloat16]
 
 
-def _optional() -> list[Check]:
-    """The libraries without which part of the notebooks still runs."""
-    four_bit = machine.bitsandbytes_problem()
-    cure = f"{_pip('bitsandbytes')}; without it load_in_4bit falls back to LoRA and the pages say so."
-    checks = [
-        Check("bitsandbytes", LACK, four_bit, cure, "02 with load_in_4bit: true; 06: int8, nf4")
-        if four_bit
-        else Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
-    ]
-    return [*checks, _llama_cpp(), *_export_libraries()]
+def _bitsandbytes() -> Check:
+    if problem := machine.bitsandbytes_problem():
+        cure = f"{_pip('bitsandbytes')}; without it load_in_4bit falls back to LoRA and the pages say so."
+        return Check("bitsandbytes", LACK, problem, cure, "02 with load_in_4bit: true; 06: int8, nf4")
+    return Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
 
 
 def _llama_cpp() -> Check:
@@ -220,43 +262,31 @@ def _llama_cpp() -> Check:
     return Check(name, OK, f"{metadata.version(name)}, {gpu}: survives a prompt on 8-bit weights")
 
 
-def _export_libraries() -> list[Check]:
-    """Packages that make one export format each."""
-    checks = []
-    for package, formats in (("llmcompressor", "gptq"), ("torchao", "torchao-int8")):
-        if machine.has_module(package):
-            checks.append(Check(package, OK, metadata.version(package)))
-        else:
-            cure = f"{_pip(package)}; without it {formats} is skipped."
-            checks.append(Check(package, LACK, "not installed", cure, f"06 with export_formats: [{formats}]"))
-    return checks
+def _library(package: str, made: str) -> Check:
+    """A package that makes one export format."""
+    if machine.has_module(package):
+        return Check(package, OK, metadata.version(package))
+    cure = f"{_pip(package)}; without it {made} is skipped."
+    return Check(package, LACK, "not installed", cure, f"06 with export_formats: [{made}]")
 
 
 def _room() -> list[Check]:
-    memory = machine.available_memory() / 2**30
+    """Memory and disk; the output folder only where it cannot be written."""
+    available = machine.available_memory() / GIB
+    memory = Check("Memory", OK, f"{available:.1f} GiB available")
+    if available < MEMORY_GIB:
+        found = f"{memory.found}, {MEMORY_GIB:.0f} wanted by params/quick.yaml"
+        cure = "close programs; set gradient_checkpointing: true and smaller batches."
+        memory = Check("Memory", LACK, found, cure, "02, 03, 07")
     folder = next(p for p in (home(), *home().parents) if p.exists())
-    disk = shutil.disk_usage(folder).free / 1e9
-    enough = memory >= MEMORY_GIB
-    checks = [
-        Check("Memory", OK, f"{memory:.1f} GiB available")
-        if enough
-        else Check(
-            "Memory",
-            LACK,
-            f"{memory:.1f} GiB available, {MEMORY_GIB:.0f} wanted by params/quick.yaml",
-            "close programs; set gradient_checkpointing: true and smaller batches.",
-            "02, 03, 07",
-        )
-    ]
-    if disk >= DISK_GB:
-        checks.append(Check("Disk", OK, f"{disk:.1f} GB free at {home()}"))
-    else:
+    free = shutil.disk_usage(folder).free / 1e9
+    disk = Check("Disk", OK, f"{free:.1f} GB free at {home()}")
+    if free < DISK_GB:
         cure = "free some space, or set WORKBOOK_HOME to a folder on another disk."
-        checks.append(Check("Disk", LACK, f"{disk:.1f} GB free at {home()}, {DISK_GB:.0f} wanted", cure, "all"))
-    writable = os.access(folder, os.W_OK)
-    if not writable:
-        checks.append(Check("Output folder", BROKEN, f"{folder} cannot be written", "set WORKBOOK_HOME.", "all"))
-    return checks
+        disk = Check("Disk", LACK, f"{disk.found}, {DISK_GB:.0f} wanted", cure, "all")
+    if os.access(folder, os.W_OK):
+        return [memory, disk]
+    return [memory, disk, Check("Output folder", BROKEN, f"{folder} cannot be written", "set WORKBOOK_HOME.", "all")]
 
 
 def _fonts() -> Check:
@@ -268,16 +298,17 @@ def _fonts() -> Check:
     return Check("Chinese font", LACK, "none: figures label in English", cure, "01, 03, 07 (figures)")
 
 
-def _tools() -> list[Check]:
-    checks = [
-        Check("git", OK, shutil.which("git") or "")
-        if shutil.which("git")
-        else Check("git", LACK, "absent", "install git; without it the pages cannot name the commit.", "all (footer)")
-    ]
+def _git() -> Check:
+    if path := shutil.which("git"):
+        return Check("git", OK, path)
+    return Check("git", LACK, "absent", "install git; without it the pages cannot name the commit.", "all (footer)")
+
+
+def _chromium() -> Check:
     if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
-        return [*checks, Check("Chromium", OK, browser)]
-    cure = "apt install chromium, or dnf install chromium."
-    return [*checks, Check("Chromium", LACK, "absent", cure, "no notebook: make screenshots, a test of the phone page")]
+        return Check("Chromium", OK, browser)
+    touches = "no notebook: make screenshots, a test of the phone page"
+    return Check("Chromium", LACK, "absent", "apt install chromium, or dnf install chromium.", touches)
 
 
 def _phone_page() -> Check:
@@ -288,53 +319,14 @@ def _phone_page() -> Check:
         return Check("wllama", OK, f"{library_version()} (phone page)")
     npm = "" if shutil.which("npm") else "install Node.js with npm (apt install npm, or dnf install npm), then "
     cure = f"{npm}make wllama (it needs a network, once)."
-    found = f"{missing[0]} is not in .cache/wllama"
-    return Check("wllama", LACK, found, cure, "no notebook: workbook package --web")
+    return Check("wllama", LACK, f"{missing[0]} is not in .cache/wllama", cure, "no notebook: workbook package --web")
 
 
 def _hub() -> list[Check]:
     """Settings that decide where models come from; nothing is asked over the network."""
-    endpoint = os.environ.get("HF_ENDPOINT", "not set: the hub itself")
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    cached = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     return [
-        Check("HF_ENDPOINT", INFO, endpoint),
+        Check("HF_ENDPOINT", INFO, os.environ.get("HF_ENDPOINT", "not set: the hub itself")),
         Check("HF_HUB_OFFLINE", INFO, "on: only cached models and data" if offline else "off"),
-        Check("Model cache", INFO, cached),
+        Check("Model cache", INFO, os.environ.get("HF_HOME") or "~/.cache/huggingface"),
     ]
-
-
-def examine() -> list[Check]:
-    """All checks, in the order of importance."""
-    return [_python(), _lock(), *_torch(), *_optional(), *_room(), _fonts(), *_tools(), _phone_page(), *_hub()]
-
-
-def broken(found: list[Check]) -> bool:
-    """Whether something is missing without which nothing runs."""
-    return any(check.state == BROKEN for check in found)
-
-
-def as_text(found: list[Check]) -> str:
-    """One line a check, cure and notebooks below a lack, a summary at the end."""
-    lines = []
-    for check in found:
-        lines.append(f"{check.state:<7} {check.name:<17} {check.found}")
-        if check.cure:
-            lines.append(f"{'':<25} cure: {check.cure}")
-        if check.touches:
-            lines.append(f"{'':<25} touches: {check.touches}")
-    lacks = sum(check.state == LACK for check in found)
-    if broken(found):
-        end = "Something required is broken: cure it first."
-    elif lacks:
-        end = f"Lacks: {lacks}. The notebooks that they do not touch run in full."
-    else:
-        end = "Everything is there."
-    return "\n".join([*lines, "", end])
-
-
-def tell(as_json: bool) -> bool:
-    """Print all checks; False when something is broken."""
-    found = examine()
-    show({"checks": [check.to_json() for check in found]}, as_json, as_text(found))
-    return not broken(found)

@@ -1,51 +1,37 @@
-"""What `workbook unpack` prints.
-What `workbook inspect` prints.
-"""
+"""`workbook inspect` and `workbook unpack`: what a model is, and a model folder out of a GGUF file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lib.cli.console import cell, show
+import typer
 
-# What `workbook unpack` prints.
-
-
-def unpack(file: Path, folder: Path, dtype: str, off_grid: bool, as_json: bool) -> None:
-    """Unpack a GGUF file and print what was done."""
-    from lib.models.unpack import unpack as write_folder
-    from lib.runs.files import user_path
-
-    record = write_folder(user_path(str(file)), folder, dtype, off_grid)
-    show({"folder": str(folder), **record}, as_json, f"{folder}\n{unpack_text(record)}")
+from lib.cli.console import Json, cell, show
+from lib.runs.files import user_path
 
 
-def unpack_text(record: Mapping[str, Any]) -> str:
-    """A record of `lib.models.unpack` as lines."""
-    from lib.models.unpack import notes_of
-    from lib.report.rows import unpacked
+def inspect(
+    path: Annotated[str, typer.Argument(help="model folder, adapter folder or .gguf file", metavar="PATH")],
+    as_json: Json = False,
+) -> None:
+    """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
+    from lib.models.inspect_folder import inspect as look
 
-    lines = [f"{key}: {value}" for key, value in unpacked({"unpacked": record}).items()]
-    return "\n".join([*notes_of(record), *lines])
+    report = look(user_path(path))
+    show(report, as_json, as_text(report))
+    if report["problems"]:
+        raise typer.Exit(2)
 
 
-# What `workbook inspect` prints.
-
-_LAST = ("notes", "problems")
-
-
-def as_text(report: dict[str, Any]) -> str:
+def as_text(report: Mapping[str, Any]) -> str:
     """A report as lines `key: value`, then notes and problems."""
-    lines = [f"{_words(key)}: {_value(key, value)}" for key, value in report.items() if key not in _LAST]
+    values = {key: value for key, value in report.items() if key not in ("notes", "problems")}
+    lines = [f"{key.replace('_', ' ')}: {_value(key, value)}" for key, value in values.items()]
     lines += [f"note: {note}" for note in report["notes"]]
     lines += [f"PROBLEM: {problem}" for problem in report["problems"]] or ["no problem found"]
     return "\n".join(lines)
-
-
-def _words(key: str) -> str:
-    return key.replace("_", " ")
 
 
 def _value(key: str, value: Any) -> str:
@@ -56,15 +42,26 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{_words(str(k))} {v[:12] if k == 'sha256' else _value('', v)}" for k, v in value.items())
+        parts = {name: part[:12] if name == "sha256" else _value("", part) for name, part in value.items()}
+        return ", ".join(f"{str(name).replace('_', ' ')} {part}" for name, part in parts.items())
     return cell(value)
 
 
-def inspect(path: str, as_json: bool) -> bool:
-    """Print what is at `path`; whether it can be used."""
-    from lib.models.inspect_folder import inspect as look
-    from lib.runs.files import user_path
+def unpack(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a Qwen2, Qwen3 or Llama model", metavar="FILE.gguf")],
+    folder: Annotated[Path, typer.Argument(help="new model folder", metavar="FOLDER")],
+    dtype: Annotated[str, typer.Option(help="auto (float16 where they fit), float16, bfloat16 or float32")] = "auto",
+    off_grid: Annotated[
+        bool, typer.Option("--off-grid", help="rescale channels: same function, weights off the grid of their type")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a GGUF file into a model folder: weights dequantized, configuration and tokenizer rebuilt."""
+    from lib.models.unpack import notes_of
+    from lib.models.unpack import unpack as write_folder
+    from lib.report.rows import unpacked
 
-    report = look(user_path(path))
-    show(report, as_json, as_text(report))
-    return not report["problems"]
+    record = write_folder(user_path(str(file)), folder, dtype, off_grid)
+    lines = [str(folder), *notes_of(record)]
+    lines += [f"{key}: {value}" for key, value in unpacked({"unpacked": record}).items()]
+    show({"folder": str(folder), **record}, as_json, "\n".join(lines))

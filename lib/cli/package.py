@@ -1,4 +1,4 @@
-"""The commands `package` and `serve`: what is passed on, and what answers on this machine."""
+"""`workbook package` and `workbook serve`: what is passed on, and what answers on this machine."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.cli.console import Json, Threads, guarded, show, tell
+from lib.cli.console import Json, Threads, show, tell
 from lib.errors import InputError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command(short_help="the chosen file of a run with card, guide, examples and test, as folder and zip")(package)
-    app.command(short_help="a GGUF file behind the OpenAI protocol, on this machine")(serve)
-
-
-@guarded
 def package(
     run_name: Annotated[str, typer.Argument(help="name of a run that was compared (01 to 07)", metavar="RUN")],
     type_name: Annotated[
@@ -61,7 +54,6 @@ def package(
     show(result, as_json, "\n".join(lines))
 
 
-@guarded
 def serve(
     model: Annotated[
         Path,

@@ -1,29 +1,45 @@
-"""`workbook perplexity`: reading the text and printing the table."""
+"""`workbook perplexity`: the numbers of llama-perplexity on a text, with intervals over its documents."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lib.cli.console import show
+import typer
+
+from lib.cli.console import GpuLayers, Json, TextColumn, Threads, show
 from lib.errors import InputError
 from lib.runs.files import user_path, utf8
 
 if TYPE_CHECKING:
     from lib.scoring.texts import Text
 
-
 _ROWS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 """Suffixes of files with one document a row; any other file is plain text."""
 
 
 def perplexity(
-    model: str, text: Path, reference: str | None, text_column: str, options: dict[str, Any], as_json: bool
+    model: Annotated[str, typer.Argument(help=".gguf file or model folder (quantized ones too)", metavar="MODEL")],
+    text: Annotated[
+        Path, typer.Option(help="plain text (documents end at blank lines), or CSV, TSV, JSON, JSONL, Parquet")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help=".gguf file or model folder to compare with", metavar="REF")
+    ] = None,
+    n_ctx: Annotated[int, typer.Option(help="tokens a window", min=16)] = 512,
+    chunks: Annotated[int, typer.Option(help="most windows; 0 = the whole text", min=0)] = 0,
+    text_column: TextColumn = "",
+    n_gpu_layers: GpuLayers = 0,
+    n_threads: Threads = 0,
+    as_json: Json = False,
 ) -> None:
-    """Measure a model on a text and print the numbers."""
+    """Perplexity on a text; with --reference the table of llama-perplexity --kl-divergence, and intervals."""
     from lib.scoring.measure import measure_text
 
-    result = measure_text(model, read_text(text, text_column), reference, **options)
+    content = read_text(text, text_column)
+    result = measure_text(
+        model, content, reference, n_ctx=n_ctx, chunks=chunks, n_threads=n_threads, n_gpu_layers=n_gpu_layers
+    )
     show({"text": str(text), **result}, as_json, as_text(result))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lib.cli.console import Json, TextColumn, guarded, show, table
+from lib.cli.console import Json, TextColumn, show, table
 from lib.errors import InputError
 from lib.runs.files import user_path
 
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from lib.stages.quantize.size_budget import Budget
 
 
-def register(app: typer.Typer) -> None:
-    """Add `imatrix` and `quantize`."""
-    app.command(short_help="model folder + text → importance matrix for quantize")(imatrix)
-    app.command(short_help="GGUF → smaller GGUF, one type or several, or the best under a size")(quantize)
-
-
-@guarded
 def quantize(
     source: Annotated[Path, typer.Argument(help="GGUF with F32, F16 or BF16 weights", metavar="IN.gguf")],
     output: Annotated[Path, typer.Argument(help="new GGUF file; a folder for several", metavar="OUT")],
@@ -81,7 +74,6 @@ def quantize(
     show(rows[0] if single else {"files": rows}, as_json, _as_text(rows))
 
 
-@guarded
 def imatrix(
     model_dir: Annotated[Path, typer.Argument(help="folder that the GGUF is converted from", metavar="MODEL_DIR")],
     output: Annotated[Path, typer.Argument(help="new importance matrix", metavar="OUT.gguf")],
@@ -156,7 +148,7 @@ def _predict(
     from lib.stages.quantize.files import predict_sizes
     from lib.stages.quantize.size_budget import mix_for_budget
 
-    rows = predict_sizes(source, types, options)
+    rows = predict_sizes(source, types, options) if types else []
     if budget is None:
         return rows
     with tempfile.TemporaryDirectory() as scratch:

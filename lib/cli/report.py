@@ -1,21 +1,49 @@
-"""The keys of a parameter file, from the schema itself.
-What `workbook report` does: one run, or one a seed of training and the choice among them.
-"""
+"""`workbook report` and `workbook params`: the seven notebooks, and the keys of the file that drives them."""
 
 from __future__ import annotations
 
 import json
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lib.cli.console import show, tell
+from lib.cli.console import Json, show, tell
 from lib.errors import InputError
-from lib.settings import Settings
 
-# The keys of a parameter file, from the schema itself.
+if TYPE_CHECKING:
+    from lib.settings import Settings
+
+FAST = {"max_train_rows": 300, "max_eval_rows": 120, "perplexity_tokens": 1024, "imatrix_chunks": 8}
+"""Most rows and tokens of a run with `--fast`: enough to see every page, too few for most verdicts."""
+
+
+def params(
+    complete: Annotated[
+        Path | None, typer.Option(help="print this parameter file with every key, as YAML", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every key of a parameter file: type, default, meaning; with --complete every key of one file with its value."""
+    from lib import settings
+
+    values = settings.load(complete).model_dump() if complete else {}
+    keys = [
+        {"key": name, "type": _type_words(field.annotation), "default": field.default, "meaning": field.description}
+        | ({"value": values[name]} if complete else {})
+        for name, field in settings.Settings.model_fields.items()
+    ]
+    if complete:
+        text = f"# {complete.name} with every key; `workbook report` takes it as it is.\n{settings.as_yaml(values)}"
+    else:
+        lines = (
+            f"{key['key']}: {json.dumps(key['default'], ensure_ascii=False)}\n    {key['meaning']} ({key['type']})"
+            for key in keys
+        )
+        text = "\n".join(lines)
+    show({"parameters": keys}, as_json, text)
 
 
 def _type_words(annotation: Any) -> str:
@@ -28,76 +56,65 @@ def _type_words(annotation: Any) -> str:
     return words.get(annotation, str(annotation))
 
 
-def keys() -> list[dict[str, Any]]:
-    """Name, type, default and meaning of every key, in the order of the stages."""
-    return [
-        {
-            "key": name,
-            "type": _type_words(field.annotation),
-            "default": field.default,
-            "meaning": field.description or "",
-        }
-        for name, field in Settings.model_fields.items()
-    ]
-
-
-def as_text(found: list[dict[str, Any]]) -> str:
-    """One paragraph a key."""
-    return "\n".join(
-        f"{key['key']}: {json.dumps(key['default'], ensure_ascii=False)}\n    {key['meaning']} ({key['type']})"
-        for key in found
-    )
-
-
-# What `workbook report` does: one run, or one a seed of training and the choice among them.
-
-FAST = {"max_train_rows": 300, "max_eval_rows": 120, "perplexity_tokens": 1024, "imatrix_chunks": 8}
-"""Most rows and tokens of a run with `--fast`: enough to see every page, too few for most verdicts."""
-
-
 def report(
-    params_file: Path,
-    pairs: list[str],
-    start_from: str | None,
-    end_at: str | None,
-    seeds: int,
-    fast: bool,
-    timeout: float,
-    as_json: bool,
+    params_file: Annotated[Path, typer.Argument(help="parameter file", metavar="PARAMS.yaml")],
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key; may be repeated"),
+    ] = None,
+    start_from: Annotated[str | None, typer.Option("--from", metavar="NN", help="first notebook, e.g. 04")] = None,
+    end_at: Annotated[str | None, typer.Option("--to", metavar="NN", help="last notebook, e.g. 03")] = None,
+    seeds: Annotated[int, typer.Option(help="train this many runs that differ in train_seed alone", min=1)] = 1,
+    fast: Annotated[bool, typer.Option("--fast", help="fewer rows and tokens, as run RUN-fast: a first look")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds that one notebook may take", min=1)] = 86400.0,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="start also the notebooks of pages that are unchanged")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Run the notebooks and print where the pages are; with several seeds also which run is taken."""
+    """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
     from lib import settings
+    from lib.cli.select import analyse
 
-    texts = [text.partition("=") for text in pairs]
-    given = {key: settings.parse_override(key, value) for key, _, value in texts}
-    overrides = with_fewer_rows(settings, params_file, given) if fast else given
+    overrides = parsed(parameters or [])
+    options = {"start_from": start_from, "end_at": end_at, "timeout": timeout, "rerun": rerun}
+    if fast:
+        overrides = with_fewer_rows(params_file, overrides)
     if seeds == 1:
-        made = _one(params_file, overrides, start_from, end_at, timeout)
+        made = _run(params_file, overrides, **options)
         show(made, as_json, made["index"])
         return
     siblings = seed_overrides(settings.load(params_file, overrides), seeds)
-    results = [_one(params_file, overrides | own, start_from, end_at, timeout) for own in siblings]
-    from lib.cli.select import choose
-
-    choice = choose([own["run_name"] for own in siblings], None)
+    results = [_run(params_file, overrides | own, **options) for own in siblings]
+    choice = analyse([own["run_name"] for own in siblings])
     text = "\n".join([*(made["index"] for made in results), choice["text"]])
     show({"runs": results, "choice": choice}, as_json, text)
 
 
-def with_fewer_rows(settings: Any, params_file: Path, given: dict[str, Any]) -> dict[str, Any]:
+def parsed(pairs: Sequence[str]) -> dict[str, Any]:
+    """The values of `-p KEY=VALUE` options."""
+    from lib import settings
+
+    texts = (pair.partition("=") for pair in pairs)
+    return {key: settings.parse_override(key, value) for key, _, value in texts}
+
+
+def with_fewer_rows(params_file: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The overrides of `--fast`: keys that were given stay, but the run name is never that of the whole run."""
+    from lib import settings
+
     fewer = fast_overrides(settings.load(params_file, given))
     return {**fewer, **given, "run_name": fewer["run_name"]}
 
 
-def fast_overrides(settings: Any) -> dict[str, Any]:
+def fast_overrides(settings: Settings) -> dict[str, Any]:
     """What `--fast` replaces: at most the rows and tokens of `FAST`, under a run name of their own."""
     fewer = {key: most for key, most in FAST.items() if not 0 < getattr(settings, key) <= most}
     fewer["perplexity_tokens"] = max(fewer.get("perplexity_tokens", settings.perplexity_tokens), settings.n_ctx)
     return {**fewer, "run_name": f"{settings.run_name}-fast"}
 
 
-def seed_overrides(settings: Any, seeds: int) -> list[dict[str, Any]]:
+def seed_overrides(settings: Settings, seeds: int) -> list[dict[str, Any]]:
     """run_name and train_seed of sibling runs: RUN-s42, RUN-s43, … The split's seed stays the same in all.
 
     Raises:
@@ -113,23 +130,16 @@ def seed_overrides(settings: Any, seeds: int) -> list[dict[str, Any]]:
     return [{"run_name": f"{settings.run_name}-s{seed}", "train_seed": seed} for seed in range(first, first + seeds)]
 
 
-def _one(
-    params_file: Path, overrides: dict[str, Any], start_from: str | None, end_at: str | None, timeout: float
-) -> dict[str, Any]:
+def _run(params_file: Path, overrides: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Run the notebooks once; what failed is told, and becomes the exit code."""
     from lib.report.runner import ReportError, run_report
 
     try:
-        made = run_report(params_file, overrides, start_from, end_at=end_at, timeout=timeout)
+        made = run_report(params_file, overrides, **options)
     except ReportError as error:
-        tell(str(error))
-        if error.detail:
-            tell(error.detail)
-        if error.evidence:
-            tell(f"The partial notebook is kept: {error.evidence}")
+        evidence = f"The partial notebook is kept: {error.evidence}" if error.evidence else None
+        for line in filter(None, (str(error), error.detail, evidence)):
+            tell(line)
         raise typer.Exit(error.exit_code) from None
-    return {
-        "run": made.run,
-        "index": str(made.index),
-        "pages": [str(page) for page in made.pages],
-        "seconds": round(made.seconds, 1),
-    }
+    pages = [str(page) for page in made.pages]
+    return {"run": made.run, "index": str(made.index), "pages": pages, "seconds": round(made.seconds, 1)}

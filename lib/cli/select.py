@@ -1,7 +1,4 @@
-"""`workbook pick`: the limits against the comparison of a finished run.
-What `workbook select` does: compare runs, write model_analysis.json, print the table and the answer.
-The commands that choose: among runs, and among the files of a run.
-"""
+"""`workbook select` and `workbook pick`: which of several runs, and which file of a compared run."""
 
 from __future__ import annotations
 
@@ -10,23 +7,51 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.cli.console import Json, cell, guarded, show, table
-
-# `workbook pick`: the limits against the comparison of a finished run.
+from lib.cli.console import Json, show, table
 
 
-def pick(run_name: str, max_mb: float | None, max_loss: float, as_json: bool) -> None:
-    """Print the file to ship, or why there is none.
+def select(
+    runs: Annotated[list[str], typer.Argument(help="names of finished runs (01 to 03 at least)", metavar="RUN...")],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="folder for model_analysis.json [default: reports/]", metavar="DIR")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
+    from lib.report.index import recipe_table, run_table
 
-    Raises:
-        InputError: no such run, no comparison in it, limits that cannot be.
-    """
+    found = analyse(runs, output)
+    tables = [table(made.records(), made.headings) for made in (run_table(found), recipe_table(found))]
+    show(found, as_json, "\n\n".join([*tables, found["text"], found["rule"], found["file"]]))
+
+
+def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
+    """Compare runs and write model_analysis.json into a folder (default: reports/, whose index then shows it)."""
+    from lib.report.index import write_all_index
+    from lib.runs.files import reports_folder, writable
+    from lib.select.choice import select
+
+    analysis = select(names)
+    folder = writable(output or reports_folder())
+    path = analysis.write(folder)
+    if output is None:
+        write_all_index(folder)
+    return {**analysis.content, "file": str(path)}
+
+
+def pick(
+    run: Annotated[str, typer.Argument(help="name of a run that 07 has compared", metavar="RUN")],
+    max_mb: Annotated[float | None, typer.Option(help="largest file, 10⁶ bytes [default: any size]")] = None,
+    max_loss: Annotated[float, typer.Option(help="accuracy points; without labels percent of answer perplexity")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
     from lib.runs.files import read_json
     from lib.runs.run import known_run
     from lib.stages.compare import pick as compare_pick
 
-    product = known_run(run_name).require("comparison")
-    answer = compare_pick.pick(read_json(product.path / "comparison.json"), max_mb, max_loss)
+    comparison = known_run(run).require("comparison").path / "comparison.json"
+    answer = compare_pick.pick(read_json(comparison), max_mb, max_loss)
     rows = [
         {
             "type": c["type"],
@@ -40,74 +65,3 @@ def pick(run_name: str, max_mb: float | None, max_loss: float, as_json: bool) ->
     ]
     head = f"loss in {answer['limits']['unit']}, at most {max_loss:g}\n"
     show(answer, as_json, f"{head}{table(rows, list(rows[0]))}\n\n{answer['text']}\nRule: {answer['rule']}")
-
-
-# What `workbook select` does: compare runs, write model_analysis.json, print the table and the answer.
-
-
-def choose(names: list[str], output: Path | None) -> dict[str, Any]:
-    """Compare runs and write the analysis into a folder (default: reports/, whose index then shows it)."""
-    from lib.report.index import write_all_index
-    from lib.runs.files import reports_folder, writable
-    from lib.select.choice import select
-
-    analysis = select(names)
-    folder = writable(output or reports_folder())
-    path = analysis.write(folder)
-    if output is None:
-        write_all_index(folder)
-    return {**analysis.content, "file": str(path)}
-
-
-def select(names: list[str], output: Path | None, as_json: bool) -> None:
-    """Compare runs, write the analysis and print it."""
-    found = choose(names, output)
-    show(found, as_json, "\n\n".join([_runs(found), _recipes(found), found["text"], found["rule"], found["file"]]))
-
-
-def _runs(content: dict[str, Any]) -> str:
-    from lib.report.index import run_rows
-
-    columns, rows = run_rows(content)
-    return table([dict(zip(columns, row, strict=True)) for row in rows], columns)
-
-
-def _recipes(content: dict[str, Any]) -> str:
-    from lib.report.index import recipe_rows
-
-    columns, rows = recipe_rows(content)
-    return table([dict(zip(columns, map(cell, row), strict=True)) for row in rows], columns)
-
-
-# The commands that choose: among runs, and among the files of a run.
-
-
-def register(app: typer.Typer) -> None:
-    """Add `select` and `pick`."""
-    app.command("select", short_help="which of several runs to take, by a stated rule")(select_command)
-    app.command("pick", short_help="which file of a compared run fits a size and a loss")(pick_command)
-
-
-@guarded
-def select_command(
-    runs: Annotated[list[str], typer.Argument(help="names of finished runs (01 to 03 at least)", metavar="RUN...")],
-    output: Annotated[
-        Path | None, typer.Option("--out", help="folder for model_analysis.json [default: reports/]", metavar="DIR")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
-
-    select(runs, output, as_json)
-
-
-@guarded
-def pick_command(
-    run: Annotated[str, typer.Argument(help="name of a run that 07 has compared", metavar="RUN")],
-    max_mb: Annotated[float | None, typer.Option(help="largest file, 10⁶ bytes [default: any size]")] = None,
-    max_loss: Annotated[float, typer.Option(help="accuracy points; without labels percent of answer perplexity")] = 1.0,
-    as_json: Json = False,
-) -> None:
-    """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
-
-    pick(run, max_mb, max_loss, as_json)

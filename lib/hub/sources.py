@@ -1,12 +1,13 @@
-"""What a user may write for a model, an adapter or a data set, and what it means.
-Which files of a repository are fetched, and whether there is room for them.
+"""What a user may write for a model, an adapter or a data set, and which files of a repository that means.
+
+Three forms: a local path; a hub id (`owner/name`); a ModelScope id (`modelscope:owner/name`). An id may end in
+`@revision`, which stands before the parameter `revision`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,12 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from lib.errors import InputError
-from lib.hub.transport import RemoteFile
-
-# What a user may write for a model, an adapter or a data set, and what it means.
-#
-# Three forms: a local path; a hub id (`owner/name`); a ModelScope id (`modelscope:owner/name`). An id may end in
-# `@revision`, which stands before the parameter `revision`.
 
 MODELSCOPE = "modelscope:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -46,6 +41,39 @@ class SourceError(InputError):
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A repository's files on the disk.
+
+    Attributes:
+        path: their folder.
+        revision: the commit (hub), or a hash over the files ("sha256:…", ModelScope).
+    """
+
+    path: Path
+    revision: str
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository's listing; the hashes are those that the server names, None when it names none.
+
+    Attributes:
+        path: relative, with forward slashes. size: bytes; None when unknown.
+        sha256: of its bytes. git: its git blob id (SHA-1).
+    """
+
+    path: str
+    size: int | None
+    sha256: str | None = None
+    git: str | None = None
+
+    @property
+    def leaves_its_folder(self) -> bool:
+        """Whether the path would be written outside of the folder that it is put into."""
+        return self.path.startswith("/") or ".." in self.path.split("/")
+
+
+@dataclass(frozen=True)
 class Remote:
     """A repository on the hub or on ModelScope.
 
@@ -64,6 +92,11 @@ class Remote:
     @property
     def is_data(self) -> bool:
         return self.kind == "dataset"
+
+    @property
+    def repository_type(self) -> Literal["dataset", "model"]:
+        """What the hub calls its kind; its addresses and folders bear the plural."""
+        return "dataset" if self.is_data else "model"
 
     @property
     def name(self) -> str:
@@ -119,21 +152,6 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
 
 
-def unreachable(remote: Remote, reason: str) -> SourceError:
-    """The error for a source that is not in the cache and that the network does not give."""
-    mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
-    offline = " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
-    last = ", or to offline" if remote.kind == "model" else ""
-    return SourceError(
-        f"{remote.words} is not in the cache and cannot be reached ({reason}).",
-        "a network, or a filled cache.",
-        f"{mirror}{offline}, or set {remote.setting} to a local folder{last}; `fallbacks` can list other sources.",
-        f"cannot be reached: {reason}",
-    )
-
-
-# Which files of a repository are fetched, and whether there is room for them.
-
 MODEL_PATTERNS = (
     *("*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "*.model"),
     *("README.md", "LICENSE*", "NOTICE*"),
@@ -142,8 +160,6 @@ MODEL_PATTERNS = (
 DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _NO_DATA = ("dataset_infos.json", "requirements.txt", "readme.txt", "license.txt", "labels.txt")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-SPARE = 64 << 20
-"""Bytes that stay free on the disk."""
 
 
 def is_data(path: str) -> bool:
@@ -200,24 +216,3 @@ def _choose_data(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile
         "choose another data set, or unpack it and set dataset to the folder.",
         "holds no data files",
     )
-
-
-def mega(count: float) -> str:
-    """Bytes in MB, or in GB from 10 GB on."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e10 else f"{count / 1e6:,.0f} MB"
-
-
-def require_room(remote: Remote, need: int, folder: Path, variable: str) -> None:
-    """Refuse a download that the disk of `folder` cannot take.
-
-    Raises:
-        InputError: less than `need` bytes and `SPARE` are free.
-    """
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if need and free < need + SPARE:
-        raise InputError(
-            f"{mega(free)} free on the disk of {folder}.",
-            f"{mega(need)} for {remote.words}, and {mega(SPARE)} to spare.",
-            f"free some space, or set {variable} to a folder on another disk.",
-        )

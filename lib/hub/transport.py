@@ -1,19 +1,23 @@
-"""HTTP for downloads: retries with patience, resumed files, and bytes that are what the server said they would be."""
+"""HTTP for downloads: retries with patience, resumed files, and bytes that are what the listing says.
+
+huggingface_hub's own download starts a file again from nothing in the next process, retries no server error, obeys any
+`Retry-After`, and compares sizes alone; so the bytes are fetched here, for the hub and for ModelScope alike.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
-from lib.runs.files import CHUNK, sha256_file
+from lib.hub.sources import Remote, RemoteFile
+from lib.progress import Progress
+from lib.runs.files import flush_to_disk, readable_by_group, require_space
+from lib.runs.hashes import remembered_sha256
 
 if TYPE_CHECKING:
     import httpx
-
-    from lib.progress import Progress
 
 
 ATTEMPTS = 5
@@ -22,54 +26,37 @@ ATTEMPTS_CONNECT = 2
 """Tries to reach a server that does not answer at all (the next source may)."""
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the second try (doubled each time), and the longest wait that a server may ask for."""
+TIMEOUT = 30.0
+"""Seconds without a byte after which a connection counts as broken."""
 _RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
 
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """One file of a repository's listing; the hashes are those that the server names, None when it names none.
-
-    Attributes:
-        path: relative, with forward slashes. size: bytes; None when unknown.
-        sha256: of its bytes. git: its git blob id (SHA-1).
-    """
-
-    path: str
-    size: int | None
-    sha256: str | None = None
-    git: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
+T = TypeVar("T")
 
 
 class UnreachableError(Exception):
     """No usable answer after all tries; the message is the reason in a few words."""
 
 
-class RefusedError(Exception):
-    """An answer that more tries will not change."""
-
-    def __init__(self, status: int, code: str, text: str) -> None:
-        super().__init__(f"{status} {code}".strip())
-        self.status, self.code, self.text = status, code, text
+class MissingError(Exception):
+    """No such repository, or a private one, where the answer's status does not say so."""
 
 
 class MismatchError(Exception):
-    """Bytes that differ from the listing's hash, twice."""
+    """Bytes that differ from the listing, twice."""
 
 
-def open_client(headers: dict[str, str]) -> httpx.Client:
+def open_client(headers: Mapping[str, str]) -> httpx.Client:
     """A client that follows redirects (without the token, when they lead to another host)."""
     import httpx
 
     plain = {"Accept-Encoding": "identity", "User-Agent": "quantization-workbook"}
-    return httpx.Client(headers={**plain, **headers}, follow_redirects=True, timeout=httpx.Timeout(30.0, connect=10.0))
+    return httpx.Client(
+        headers={**plain, **headers}, follow_redirects=True, timeout=httpx.Timeout(TIMEOUT, connect=10.0)
+    )
 
 
 class _Patience:
-    """Counts tries that brought nothing and waits between them."""
+    """Counts the tries that brought nothing, and waits between them."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -87,130 +74,155 @@ class _Patience:
             raise UnreachableError(f"{reason}; the server asks to wait {asked:.0f} s")
         time.sleep(asked if asked is not None else FIRST_WAIT * 2 ** (self.failures - 1))
 
-    def progress(self) -> None:
-        self.failures = 0
+    def after(self, error: Exception) -> None:
+        """Wait after a failed request; what more tries will not change is raised.
+
+        Raises:
+            HfHubHTTPError: a lasting refusal. UnreachableError: as `wait`; no web address, or a circle of redirects.
+        """
+        import httpx
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if isinstance(error, HfHubHTTPError):
+            status, asked = error.response.status_code, error.response.headers.get("Retry-After", "")
+            if status not in _RETRIED:
+                raise error
+            self.wait(f"it answered {status}", float(asked) if asked.isdigit() else None)
+        elif isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+            raise UnreachableError("an address must start with http:// or https://")
+        elif isinstance(error, httpx.TooManyRedirects):
+            raise UnreachableError("it redirects in a circle")
+        else:
+            connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            self.wait(type(error).__name__, most=ATTEMPTS_CONNECT if connect else ATTEMPTS)
 
 
-def _check(response: httpx.Response, patience: _Patience) -> bool:
-    """True for a usable answer, False after a wait for the next try.
-
-    Raises:
-        RefusedError, UnreachableError: see there.
-    """
-    status = response.status_code
-    if status in _RETRIED:
-        after = response.headers.get("Retry-After", "")
-        patience.wait(f"it answered {status}", float(after) if after.isdigit() else None)
-        return False
-    if status >= 400:
-        response.read()
-        raise RefusedError(status, response.headers.get("X-Error-Code", ""), response.text[:300])
-    return True
-
-
-def _retry(error: Exception, patience: _Patience) -> None:
-    """Wait after a failed connection; what cannot get better (an address that is none, a redirect loop) ends it."""
-    import httpx
-
-    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
-        raise UnreachableError("an address must start with http:// or https://")
-    if isinstance(error, httpx.TooManyRedirects):
-        raise UnreachableError("it redirects in a circle")
-    connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-    patience.wait(type(error).__name__, most=ATTEMPTS_CONNECT if connect else ATTEMPTS)
-
-
-def get_json(client: httpx.Client, url: str, params: dict[str, Any] | None = None) -> tuple[Any, httpx.Response]:
-    """The JSON at `url` and the answer it came with.
+def patiently(request: Callable[[], T]) -> T:
+    """What a request for JSON gives, after as many tries as it takes.
 
     Raises:
-        UnreachableError: no answer, or no JSON (a proxy's page). RefusedError: a lasting refusal.
+        UnreachableError: no answer, or no JSON (a proxy's page). HfHubHTTPError: a lasting refusal.
     """
     import httpx
+    from huggingface_hub.errors import HfHubHTTPError
 
     patience = _Patience()
     while True:
         try:
-            response = client.get(url, params=params)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            _retry(error, patience)
-            continue
-        if _check(response, patience):
-            try:
-                return response.json(), response
-            except ValueError:
-                raise UnreachableError(f"{response.url.host} answered with a page, not with JSON") from None
+            return request()
+        except (httpx.RequestError, httpx.InvalidURL, HfHubHTTPError) as error:
+            patience.after(error)
+        except ValueError:
+            raise UnreachableError("it answered with a page, not with JSON") from None
 
 
-def download(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress: Progress) -> None:
-    """Fill `part` with the file at `url`, continuing what is there; its size and hash are checked.
+def fetch_files(
+    client: httpx.Client,
+    remote: Remote,
+    targets: Mapping[RemoteFile, Path],
+    address: Callable[[RemoteFile], str],
+    variable: str,
+) -> None:
+    """Bring every target to what the listing says; what is right already is not fetched again.
+
+    Args:
+        address: where a file is found.
+        variable: names the folder in which there must be room, for messages.
 
     Raises:
-        UnreachableError, RefusedError: see there. MismatchError: wrong bytes, also after starting again from nothing.
+        UnreachableError, HfHubHTTPError, MismatchError: see there. InputError: no room on the disk.
     """
-    part.parent.mkdir(parents=True, exist_ok=True)
+    missing = {file: path for file, path in targets.items() if difference(path, file)}
+    for path in missing.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # damaged
+    left = sum(max(0, (file.size or 0) - _size(_part(path))) for file, path in missing.items())
+    if left:
+        require_space(next(iter(targets.values())).parent, left, remote.words, variable)
+    with Progress(f"downloading {remote.id}, bytes", left) as progress:
+        for file, path in missing.items():
+            part = _part(path)
+            _download(client, address(file), file, part, progress)
+            flush_to_disk(part)
+            readable_by_group(part)
+            part.replace(path)
+
+
+def difference(path: Path, file: RemoteFile) -> str | None:
+    """How a file on the disk differs from its listing, in words; None when size and hash are as listed."""
+    if not path.is_file():
+        return "no such file"
+    if file.size is not None and _size(path) != file.size:
+        return f"{_size(path)} bytes instead of {file.size}"
+    if file.sha256 is not None:
+        kind, wanted, found = "SHA-256", file.sha256, remembered_sha256(path)
+    elif file.git is not None:
+        from huggingface_hub.utils.sha import git_hash
+
+        kind, wanted, found = "git hash", file.git, git_hash(path.read_bytes())
+    else:
+        return None
+    return None if found == wanted else f"{kind} {found[:12]}… instead of {wanted[:12]}…"
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.incomplete")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _download(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress: Progress) -> None:
+    """Fill `part` with the file at `url`, continuing what is there; once more from nothing if the bytes are wrong."""
     for _ in range(2):
         _fill(client, url, file, part, progress)
-        if problem := wrong(part, file):
-            part.unlink()
-            continue
-        return
-    raise MismatchError(problem)
-
-
-def wrong(path: Path, file: RemoteFile) -> str | None:
-    """How a file differs from its listing, in words; None when size and hash are as listed."""
-    size = path.stat().st_size
-    if file.size is not None and size != file.size:
-        return f"{size} bytes instead of {file.size}"
-    if file.sha256 is not None and (found := sha256_file(path)) != file.sha256:
-        return f"SHA-256 {found[:12]}… instead of {file.sha256[:12]}…"
-    if file.sha256 is None and file.git is not None and (found := _git_blob(path, size)) != file.git:
-        return f"git hash {found[:12]}… instead of {file.git[:12]}…"
-    return None
-
-
-def _git_blob(path: Path, size: int) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        problem = difference(part, file)
+        if problem is None:
+            return
+        part.unlink()
+    raise MismatchError(f"{file.path} has {problem}")
 
 
 def _fill(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress: Progress) -> None:
     """Bring `part` to its full size by as many requests as it takes."""
     import httpx
+    from huggingface_hub.errors import HfHubHTTPError
 
     patience = _Patience()
-    while True:
-        have = part.stat().st_size if part.is_file() else 0
-        if file.size is not None and have >= file.size and (have or part.is_file()):
-            return
+    while not part.is_file() or _size(part) < (file.size or 0):
+        have = _size(part)
         try:
-            with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
-                if response.status_code == 416:  # the rest that we asked for does not exist: begin again
-                    part.unlink()
-                    patience.wait("it answered 416")
-                    continue
-                if not _check(response, patience):
-                    continue
-                continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                _append(response, part, progress, restart=not (response.status_code == 206 and continued))
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            if part.is_file() and part.stat().st_size > have:
-                patience.progress()
-            _retry(error, patience)
-            continue
-        if file.size is None or part.stat().st_size >= file.size:
+            ended = _append(client, url, part, have, progress)
+        except (httpx.RequestError, httpx.InvalidURL, HfHubHTTPError) as error:
+            ended = error
+        if _size(part) > have:
+            patience.failures = 0
+        if isinstance(ended, Exception):
+            patience.after(ended)
+        elif file.size is None:
             return
-        if part.stat().st_size > have:
-            patience.progress()
-        patience.wait("the connection ended early")
+        elif _size(part) < file.size:
+            patience.wait(ended)
 
 
-def _append(response: httpx.Response, part: Path, progress: Progress, restart: bool) -> None:
-    with part.open("wb" if restart else "ab") as stream:
-        for chunk in response.iter_bytes():
-            stream.write(chunk)
-            progress.advance(len(chunk))
+def _append(client: httpx.Client, url: str, part: Path, have: int, progress: Progress) -> str:
+    """One request for all bytes from `have` on; how it ended, in words.
+
+    Raises:
+        httpx.RequestError, HfHubHTTPError: the connection broke, or the server refused.
+    """
+    from huggingface_hub.utils import hf_raise_for_status
+
+    with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
+        if response.status_code == 416:  # the rest that we asked for does not exist: begin again
+            part.unlink()
+            return "it answered 416"
+        hf_raise_for_status(response)
+        continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        with part.open("ab" if response.status_code == 206 and continued else "wb") as stream:
+            for chunk in response.iter_bytes():
+                stream.write(chunk)
+                progress.advance(len(chunk))
+    return "the connection ended early"

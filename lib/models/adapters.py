@@ -1,27 +1,31 @@
-"""A full model or a LoRA adapter? Told apart by what the files hold, never by their names.
-Does a LoRA adapter fit a base model? Read from the headers; only the adapter's own numbers are looked at.
+"""LoRA adapters as peft stores them: told apart from full models by content, read from their headers, fitted to a base.
+
+What a folder is, is said by what its files hold and never by their names.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lib.errors import InputError
-from lib.models.weights import StoredTensor, Weights, open_weights, read_file
+from lib.models.weights import StoredTensor, Weights, infinite, open_weights, read_file, read_object
 
-# A full model or a LoRA adapter? Told apart by what the files hold, never by their names.
-
-_LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector")
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft puts before the name of a base model's tensor."""
+_LOW_RANK = re.compile(
+    r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<role>A|B(?P<bias>\.bias)?|magnitude_vector)(\.weight)?"
+)
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 
 
 def has_lora(names: Any) -> bool:
     """Whether tensor names are those of an adapter (peft's prefix, or a low-rank pair)."""
-    return any(name.startswith("base_model.model.") or any(m in f"{name}." for m in _LORA_MARKS) for name in names)
+    return any(name.startswith(PREFIX) or ".lora_" in name for name in names)
 
 
 def contents(folder: Path) -> set[str]:
@@ -37,13 +41,22 @@ def contents(folder: Path) -> set[str]:
     return found
 
 
+def folder_kind(folder: Path) -> Literal["model", "adapter", "unknown"]:
+    """What a folder is: by its weights; where they cannot be read, by its configurations."""
+    found = contents(folder)
+    if "model" in found:
+        return "model"
+    if "adapter" in found or adapter_config(folder).get("peft_type"):
+        return "adapter"
+    return "model" if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")) else "unknown"
+
+
 def adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a folder; empty when there is none, or none that can be read."""
     try:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(folder / "adapter_config.json")
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -52,8 +65,8 @@ def refuse_adapter(folder: Path) -> None:
     Raises:
         InputError: says for which base model it is, and how both are given.
     """
-    config = adapter_config(folder)
-    if contents(folder) == {"adapter"} or (config.get("peft_type") and "model" not in contents(folder)):
+    if folder_kind(folder) == "adapter":
+        config = adapter_config(folder)
         base = config.get("base_model_name_or_path") or "the model it was trained on"
         raise InputError(
             f"{folder} is a LoRA adapter (rank {config.get('r', 'unknown')}, for {base}), not a full model.",
@@ -75,25 +88,108 @@ def require_adapter(folder: Path) -> None:
     if "model" in found and "adapter" not in found:
         raise InputError(
             f"{folder} is a full model, not a LoRA adapter.",
-            "adapter_config.json and adapter_model.safetensors.",
+            f"adapter_config.json and {WEIGHTS}.",
             "set base_model to this folder and adapter to an adapter (or leave it empty to train one).",
         )
-    if not found and sorted(folder.glob("adapter_model*.bin")):
-        raise InputError(
-            f"{folder} holds a pickled adapter (.bin).",
-            "adapter_model.safetensors (a pickle can run any code).",
-            "save it again with save_pretrained(safe_serialization=True).",
-        )
-    lacks = "no readable adapter_config.json" if not config else "no readable adapter_model.safetensors"
+    if not found:
+        _refuse_pickle(folder)
+    lacks = "no readable adapter_config.json" if not config else f"no readable {WEIGHTS}"
     raise InputError(f"{folder} holds {lacks}.", "a peft adapter folder.", "check the path, or copy it again.")
 
 
-# Does a LoRA adapter fit a base model? Read from the headers; only the adapter's own numbers are looked at.
+def _refuse_pickle(folder: Path) -> None:
+    if not (folder / WEIGHTS).is_file() and any(folder.glob("adapter_model*.bin")):
+        raise InputError(
+            f"{folder} holds a pickled adapter (.bin).",
+            f"{WEIGHTS} (a pickle can run any code).",
+            "save it again with save_pretrained(safe_serialization=True).",
+        )
 
-_PREFIX = "base_model.model."
-_ROLE = re.compile(
-    r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?"
-)
+
+@dataclass
+class LowRank:
+    """The tensors that change one module's weight W: W + s·B·A, of an embedding W + s·(B·A)ᵀ.
+
+    Attributes:
+        tensors: by role: "A", "B", "bias" (of B), "magnitude" (of DoRA).
+    """
+
+    embedding: bool = False
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def lacks(self) -> str | None:
+        """The matrix that is missing, as peft names it."""
+        kind = "lora_embedding_" if self.embedding else "lora_"
+        return next((f"{kind}{role}" for role in "AB" if role not in self.tensors), None)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B."""
+        return self.tensors["A"].shape, self.tensors["B"].shape
+
+    def shapes_for(self, weight: tuple[int, ...], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The shapes of A and B that change a weight of this shape."""
+        rows, columns = weight[::-1] if self.embedding else weight
+        return (rank, columns), (rows, rank)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder: its configuration and its tensors.
+
+    Attributes:
+        tensors: by the names in the file.
+        pairs: low-rank pairs by module of the base.
+        tokens: trained rows of embeddings, by module. whole: other tensors, by the base's name for what they replace.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    pairs: dict[str, LowRank]
+    tokens: dict[str, StoredTensor]
+    whole: dict[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def require_finite(self) -> None:
+        """Refuse NaN and infinity.
+
+        Raises:
+            InputError: names the first tensor that holds one.
+        """
+        for name, tensor in self.tensors.items():
+            if not tensor.is_finite:
+                raise infinite(f"{name} of the adapter", self.folder)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """adapter_config.json and the header of adapter_model.safetensors.
+
+    Raises:
+        InputError: missing or damaged files, a pickle, or another kind of adapter.
+    """
+    config = read_object(folder / "adapter_config.json", "a peft adapter folder")
+    _refuse_pickle(folder)
+    if str(config.get("peft_type", "")).upper() != "LORA":
+        raise InputError(f"{folder}: peft_type {config.get('peft_type')!r}.", "LORA.", "use a LoRA adapter.")
+    tensors, _ = read_file(folder / WEIGHTS)
+    adapter = Adapter(folder, config, tensors, {}, {}, {})
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(PREFIX)
+        if match := _TOKENS.fullmatch(inner):
+            adapter.tokens[match[1]] = tensor
+        elif match := _LOW_RANK.fullmatch(inner):
+            pair = adapter.pairs.setdefault(match["module"], LowRank())
+            role = "bias" if match["bias"] else match["role"].removesuffix("_vector")
+            pair.embedding |= match["embedding"] is not None
+            pair.tensors[role] = tensor
+        else:
+            adapter.whole[inner] = tensor
+    return adapter
 
 
 @dataclass(frozen=True)
@@ -127,102 +223,64 @@ def read_shape(folder: Path) -> AdapterShape:
     Raises:
         InputError: another kind of adapter, damaged, or without tensors.
     """
-    config = adapter_config(folder)
-    if str(config.get("peft_type", "")).upper() != "LORA":
-        raise InputError(f"{folder}: peft_type {config.get('peft_type')!r}.", "LORA.", "use a LoRA adapter.")
-    tensors, _ = read_file(folder / "adapter_model.safetensors")
-    pairs, _ = _pairs(tensors)
+    return _shape(read_adapter(folder))
+
+
+def _shape(adapter: Adapter) -> AdapterShape:
+    config, pairs, tensors = adapter.config, adapter.pairs, adapter.tensors.values()
     if not pairs:
-        raise InputError(f"{folder} holds no low-rank pair.", "a trained adapter.", "train or copy it again.")
-    ranks = Counter(r["lora_A"].shape[0] for r in pairs.values() if "lora_A" in r and r["lora_A"].shape)
+        raise InputError(f"{adapter.folder} holds no low-rank pair.", "a trained adapter.", "train or copy it again.")
+    linear = [pair.tensors["A"].shape for pair in pairs.values() if "A" in pair.tensors and not pair.embedding]
     return AdapterShape(
         variant="DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA",
         rank=rank if type(rank := config.get("r")) is int else None,
         alpha=alpha if type(alpha := config.get("lora_alpha")) in (int, float) else None,
-        ranks=dict(sorted(ranks.items())),
+        ranks=dict(sorted(Counter(shape[0] for shape in linear if shape).items())),
         modules=len(pairs),
         targets=sorted({module.rpartition(".")[2] for module in pairs}),
-        parameters=sum(tensor.size for tensor in tensors.values()),
-        dtype=Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0],
+        parameters=sum(tensor.size for tensor in tensors),
+        dtype=Counter(tensor.dtype for tensor in tensors).most_common(1)[0][0],
         base=str(config.get("base_model_name_or_path") or ""),
     )
 
 
-def check_fit(adapter: Path, base: Path) -> AdapterShape:
+def check_fit(folder: Path, base: Path) -> AdapterShape:
     """The adapter's shape, when every tensor of it has its place in the base model and is a finite number.
 
     Raises:
         InputError: a module that the base does not have, a wrong shape, half a pair, NaN or infinity.
     """
-    shape, weights = read_shape(adapter), open_weights(base)
-    tensors, _ = read_file(adapter / "adapter_model.safetensors")
-    pairs, whole = _pairs(tensors)
-    for module, roles in pairs.items():
-        if problem := _problem(module, roles, weights):
-            raise _unfit(adapter, base, problem)
-    for name, tensor in whole.items():
-        if not _has_place(name, tensor, weights):
-            raise _unfit(adapter, base, f"{name} {tensor.shape} has no place there")
-    _require_finite(adapter, tensors)
+    adapter, weights = read_adapter(folder), open_weights(base)
+    shape = _shape(adapter)
+    if problem := _misfit(adapter, weights):
+        raise InputError(
+            f"the adapter {folder} does not fit the base model {base}: {problem}.",
+            "an adapter of this base model.",
+            f"set base_model to {shape.base or 'the one it was trained on'}, or adapter to another one.",
+        )
+    adapter.require_finite()
     return shape
 
 
-def _pairs(tensors: dict[str, StoredTensor]) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """Low-rank tensors by module and role, and whole tensors (modules_to_save, bias) by the base's name."""
-    pairs: dict[str, dict[str, StoredTensor]] = {}
-    whole: dict[str, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        inner = name.removeprefix(_PREFIX)
-        match = _ROLE.fullmatch(inner)
-        if match and not name.endswith(".bias"):
-            pairs.setdefault(match["module"], {})[match["role"]] = tensor
-        elif not match:
-            whole[inner] = tensor
-    return pairs, whole
-
-
-def _problem(module: str, roles: dict[str, StoredTensor], base: Weights) -> str | None:
-    weight = base.tensors.get(f"{module}.weight")
-    if weight is None or len(weight.shape) != 2:
-        return f"it changes {module}, which the base does not have"
-    first, second = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in roles else ("lora_A", "lora_B")
-    if first not in roles or second not in roles:
-        return f"{module} lacks {first if first not in roles else second}"
-    rows, columns = weight.shape if first == "lora_A" else weight.shape[::-1]
-    a, b = roles[first].shape, roles[second].shape
-    if len(a) != 2 or len(b) != 2 or a[1] != columns or b[0] != rows or a[0] != b[1]:
-        return f"{module}: A {a} and B {b} for a weight {weight.shape}"
-    return None
-
-
-def _has_place(name: str, tensor: StoredTensor, base: Weights) -> bool:
-    """Whether a whole tensor replaces one of the base, or its trained rows belong to an embedding of it."""
+def _misfit(adapter: Adapter, base: Weights) -> str | None:
+    """The first tensor without a place in the base, in words."""
+    for module, pair in adapter.pairs.items():
+        weight = base.tensors.get(f"{module}.weight")
+        if weight is None or len(weight.shape) != 2:
+            return f"it changes {module}, which the base does not have"
+        if pair.lacks:
+            return f"{module} lacks {pair.lacks}"
+        a, b = pair.shapes
+        if (a, b) != pair.shapes_for(weight.shape, a[0] if a else 0):
+            return f"{module}: A {a} and B {b} for a weight {weight.shape}"
     embedding = base.tensors.get("model.embed_tokens.weight")
-    if name.endswith(".token_adapter.trainable_tokens_delta"):
-        return embedding is not None and len(tensor.shape) == 2 and tensor.shape[1:] == embedding.shape[1:]
-    place = base.tensors.get(name.replace(".base_layer.", "."))
-    if place is None and name == "lm_head.weight":  # a tied base stores the one matrix under its other name
-        place = embedding
-    return place is not None and place.shape == tensor.shape
-
-
-def _require_finite(adapter: Path, tensors: dict[str, StoredTensor]) -> None:
-    import torch
-
-    for name, tensor in tensors.items():
-        if not tensor.size:
-            continue
-        low, high = torch.aminmax(tensor.tensor())
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise InputError(
-                f"tensor {name} in {adapter} holds NaN or infinity.", "finite weights.", "train or copy it again."
-            )
-
-
-def _unfit(adapter: Path, base: Path, problem: str) -> InputError:
-    named = adapter_config(adapter).get("base_model_name_or_path") or "the one it was trained on"
-    return InputError(
-        f"the adapter {adapter} does not fit the base model {base}: {problem}.",
-        "an adapter of this base model.",
-        f"set base_model to {named}, or adapter to another one.",
-    )
+    for module, rows in adapter.tokens.items():
+        if embedding is None or len(rows.shape) != 2 or rows.shape[1:] != embedding.shape[1:]:
+            return f"trained tokens of {module} {rows.shape} have no place there"
+    for name, tensor in adapter.whole.items():
+        place = base.tensors.get(name.replace(".base_layer.", "."))
+        if place is None and name == "lm_head.weight":  # a tied base stores the one matrix under its other name
+            place = embedding
+        if place is None or place.shape != tensor.shape:
+            return f"{name} {tensor.shape} has no place there"
+    return None

@@ -19,7 +19,8 @@ from lib.models.gguf_file import read_metadata
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
 from lib.models.weights import open_weights
 from lib.prompts.tasks import read_task, texts_of
-from lib.runs.files import read_json, read_jsonl, sha256_file, sha256_json, user_path
+from lib.runs.files import read_json, read_jsonl, sha256_json, user_path
+from lib.runs.hashes import remembered_sha256
 from lib.settings import OFFLINE_BASE
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> Source
 
 def _check_weights(base: Base, wanted: str) -> None:
     files = [user_path(base.id)] if base.unpacked is not None else open_weights(base.path).files
-    hashes = {path.name: sha256_file(path) for path in files}
+    hashes = {path.name: remembered_sha256(path) for path in files}
     found = next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
     if found != wanted.lower():
         raise InputError(
@@ -239,7 +240,7 @@ def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
     if local.is_dir():
         require_adapter(local)
         names = ("adapter_config.json", "adapter_model.safetensors")
-        files = {name: sha256_file(local / name) for name in names if (local / name).is_file()}
+        files = {name: remembered_sha256(local / name) for name in names if (local / name).is_file()}
         return GivenAdapter(local, adapter, f"sha256:{sha256_json(files)[:16]}")
     if local.is_file() or hub_sources.looks_like_path(adapter):
         kind = "a file" if local.is_file() else "no folder"
@@ -282,7 +283,7 @@ def _commit(recorded: str) -> str:
 def _fingerprint(folder: Path) -> str:
     """Hash of the configuration and the weights of a model folder."""
     files = [folder / "config.json", *open_weights(folder).files]
-    return "sha256:" + sha256_json({path.name: sha256_file(path) for path in files})[:16]
+    return "sha256:" + sha256_json({path.name: remembered_sha256(path) for path in files})[:16]
 
 
 def check_model_folder(path: Path) -> None:

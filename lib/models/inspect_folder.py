@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.models import adapters, inspect_gguf
-from lib.models.adapters import has_lora, read_shape
+from lib.models import inspect_gguf
+from lib.models.adapters import folder_kind, has_lora, read_shape
 from lib.models.inspect_gguf import disk_problems, read_object, size_on_disk, whole
 from lib.models.weights import INDEX, Weights, open_weights
 from lib.prompts.templates import describe_template
@@ -276,7 +276,7 @@ def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
         raise InputError(f"no file or folder {path}.", "a model folder, an adapter folder or a GGUF file.", "check it.")
     head: dict[str, Any] = {"path": str(path), "bytes": size_on_disk(path)}
     notes, problems = disk_problems(path)
-    kind = _kind(path)
+    kind = folder_kind(path)
     facts: dict[str, Any] = {}
     if kind == "unknown":
         have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
@@ -291,13 +291,3 @@ def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
         "notes": [*notes, *facts.get("notes", [])],
         "problems": list(dict.fromkeys([*problems, *facts.get("problems", [])])),
     }
-
-
-def _kind(folder: Path) -> str:
-    """By content; where the weights cannot be read, by the configurations."""
-    found, config = adapters.contents(folder), adapters.adapter_config(folder)
-    if "model" in found:
-        return "model"
-    if "adapter" in found or config.get("peft_type"):
-        return "adapter"
-    return "model" if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")) else "unknown"

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.progress import Progress
-from lib.prompts.classification import render
-from lib.prompts.conversations import ConversationTask, render_conversation
-from lib.prompts.tasks import AnyTask, has_labels
+from lib.prompts.conversations import render_conversation
+from lib.prompts.tasks import Task
 from lib.prompts.templates import ASSISTANT, SYSTEM, USER
 from lib.runs import manifest
 from lib.runs.files import require_space, sha256_file, sha256_json, write_text
@@ -216,7 +215,7 @@ class BaseRecipe:
     version: int = 1
 
 
-def ensure_base(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: BaseRecipe | None = None) -> Path:
+def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe | None = None) -> Path:
     """The stored offline base model for these texts, trained if it is not there yet.
 
     Args:
@@ -246,10 +245,10 @@ def ensure_base(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: Ba
     return manifest.ensure("base", determined_by, build)
 
 
-def _recipe(task: AnyTask) -> BaseRecipe:
+def _recipe(task: Task) -> BaseRecipe:
     """The default; conversations are longer than single texts, and so are the windows for them."""
     recipe = BaseRecipe()
-    if has_labels(task):
+    if task.label_names:
         return recipe
     return replace(recipe, window=4 * recipe.window, batch=max(1, recipe.batch // 4))
 
@@ -260,7 +259,7 @@ def offline_card(folder: Path) -> dict[str, Any]:
     return {**record["facts"], "recipe": record["determined_by"]["recipe"]}
 
 
-def _build(texts: list[str], task: AnyTask, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
+def _build(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
@@ -307,21 +306,21 @@ def new_model(tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Qwen2Fo
     return model
 
 
-def documents(texts: list[str], task: AnyTask, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Iterator[str]:
+def documents(texts: list[str], task: Task, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> Iterator[str]:
     """Endless documents: every text once a pass in a new random order, plain or framed; no label is involved."""
     import numpy as np
 
     rng = np.random.default_rng(recipe.seed)
     while True:
         for i in rng.permutation(len(texts)):
-            answers = texts if isinstance(task, ConversationTask) else task.label_names
+            answers = task.label_names or texts
             text, draw, answer = texts[i], rng.random(), answers[rng.integers(len(answers))]
-            if draw < recipe.framed and isinstance(task, ConversationTask):
+            if draw < recipe.framed and not task.label_names:
                 turns = ((SYSTEM, task.system_prompt), (USER, text), (ASSISTANT, answer))
                 messages = [{"role": role, "content": content} for role, content in turns]
                 yield render_conversation(tokenizer, messages, False)[0] + END_OF_TEXT
             elif draw < recipe.framed:
-                yield f"{render(tokenizer, task, text)}{answer}{END_OF_TURN}\n{END_OF_TEXT}"
+                yield f"{task.prompt(tokenizer, {'text': text})}{answer}{END_OF_TURN}\n{END_OF_TEXT}"
             elif draw < recipe.framed + recipe.continued:
                 half = len(text) // 2
                 opened = f"{START_OF_TURN}user\n{text[:half]}{END_OF_TURN}\n{START_OF_TURN}assistant\n"
@@ -330,7 +329,7 @@ def documents(texts: list[str], task: AnyTask, tokenizer: PreTrainedTokenizerBas
                 yield f"{text}{END_OF_TEXT}"
 
 
-def windows(texts: list[str], task: AnyTask, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> torch.Tensor:
+def windows(texts: list[str], task: Task, tokenizer: PreTrainedTokenizerBase, recipe: BaseRecipe) -> torch.Tensor:
     """Documents packed end to end and cut into windows, int64 (n, window)."""
     import torch
 

@@ -239,7 +239,8 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
     """As `unpack`, from a file that was looked at, into an empty folder that the caller made and will rename."""
     from lib.models.gguf_tokenizer import write_tokenizer
     from lib.models.unpack_source import RANGE, SEED, Rescaling
-    from lib.runs.files import require_space, sha256_file, write_json
+    from lib.runs.files import require_space, write_json
+    from lib.runs.hashes import remembered_sha256
 
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
@@ -270,7 +271,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
     cost, note = cost_of(source, chosen, scaling)
     record = {
         "source": source.path.name,
-        "sha256": sha256_file(source.path),
+        "sha256": remembered_sha256(source.path),
         "version": VERSION,
         "types": source.types,
         "main_type": source.main_type,
@@ -297,9 +298,10 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
     from lib.models.unpack_source import RANGE, SEED, read_source
     from lib.progress import say
     from lib.runs import files, manifest
-    from lib.runs.files import read_json, sha256_file
+    from lib.runs.files import read_json
+    from lib.runs.hashes import remembered_sha256
 
-    key: dict[str, Any] = {"sha256": sha256_file(path), "dtype": dtype, "off_grid": off_grid}
+    key: dict[str, Any] = {"sha256": remembered_sha256(path), "dtype": dtype, "off_grid": off_grid}
     key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
     made = []
 

@@ -1,5 +1,6 @@
-"""Floating-point weights as NumPy arrays, without torch; bfloat16 is held as its bits (uint16).
-Weights of a model folder, read without loading them: safetensors headers checked, bytes memory-mapped.
+"""Files of a model folder, read without loading the model: JSON, safetensors headers, weights as NumPy arrays.
+
+Dtypes are named as safetensors names them: F64, F32, F16, BF16. bfloat16 is held as its bits (uint16).
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,6 @@ from lib.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-
-# Floating-point weights as NumPy arrays, without torch; bfloat16 is held as its bits (uint16).
-#
-# Dtypes are named as safetensors names them: F64, F32, F16, BF16.
 
 NUMPY: dict[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 """dtype → type of the array's elements."""
@@ -75,15 +73,87 @@ def to_bfloat16(values: np.ndarray, dtype: str) -> np.ndarray:
     return ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
 
 
-# Weights of a model folder, read without loading them: safetensors headers checked, bytes memory-mapped.
-#
-# Format (safetensors): 8 bytes of header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data. The
-# safetensors library checks the offsets; it accepts a name written twice (the last one wins), so that is refused here.
+def convert(values: np.ndarray, dtype: str, target: str) -> np.ndarray:
+    """Values of one dtype in another (F32, F16 or BF16), each rounded once; equal dtypes give the array itself."""
+    if dtype == target:
+        return values
+    return {"F32": widen, "F16": to_float16, "BF16": to_bfloat16}[target](values, dtype)
+
+
+def infinite(what: str, where: Path) -> InputError:
+    """The error for NaN or infinity."""
+    return InputError(
+        f"NaN or infinity in {what} ({where}).",
+        "finite weights.",
+        "the training diverged or the file is damaged: use an earlier checkpoint or copy it again.",
+    )
+
+
+# Files that are not what their names say.
+
+
+@dataclass(frozen=True)
+class Impostor:
+    """What lies in place of a file, in words, and what to do about it."""
+
+    words: str
+    do: str
+
+
+def impostor(head: bytes) -> Impostor | None:
+    """What a file is instead of itself, by its first 64 bytes; None for one that is none of these."""
+    if head.startswith(b"version https://git-lfs"):
+        return Impostor("a Git LFS pointer", "run `git lfs pull` in its clone")
+    if head.lstrip()[:1] == b"<":
+        return Impostor("a web page", "download the file itself again")
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        return Impostor("a pickle", "save the weights as safetensors")
+    return None
+
+
+def refuse_impostor(path: Path, expected: str) -> None:
+    """Refuse a pointer, a web page or a pickle in place of a file.
+
+    Raises:
+        InputError: says which of them it is.
+    """
+    with path.open("rb") as stream:
+        found = impostor(stream.read(64))
+    if found:
+        raise InputError(f"{path} is {found.words}, not the file itself.", f"{expected}.", f"{found.do}.")
+
+
+def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
+    """A JSON object of a model, adapter or tokenizer folder.
+
+    Args:
+        what: the folder ought to be, for the message about a missing file.
+
+    Raises:
+        InputError: no such file, something else in its place, damaged, or no object.
+    """
+    if not path.is_file():
+        raise InputError(f"no {path.name} in {path.parent}.", f"{what}.", "give the folder that has it.")
+    refuse_impostor(path, "JSON")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{path} is damaged ({reason}).", "JSON.", "download or copy it again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no object.", f"{what}.", "download or copy it again.")
+    return content
+
+
+# Safetensors: 8 bytes of header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data. The library
+# checks the offsets; it accepts a name written twice (the last one wins), so that is refused here.
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100_000_000
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""dtype in safetensors → in torch, and in settings."""
+SAFETENSORS = {name: kind for kind, name in TORCH.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +187,7 @@ class StoredTensor:
         import torch
 
         self.require_floats()
-        return torch.from_numpy(self.raw()).view(getattr(torch, _FLOATS[self.dtype])).reshape(self.shape)
+        return torch.from_numpy(self.raw()).view(getattr(torch, TORCH[self.dtype])).reshape(self.shape)
 
     @property
     def size(self) -> int:
@@ -145,9 +215,24 @@ class StoredTensor:
                 got += read
         return values
 
+    def read_tensor(self, first: int, count: int) -> torch.Tensor:
+        """As `read`, as a torch tensor."""
+        import torch
+
+        return torch.from_numpy(self.read(first, count)).view(getattr(torch, TORCH[self.dtype]))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every element is a finite number.
+
+        Raises:
+            InputError: as `read`.
+        """
+        return math.isfinite(largest_magnitude(self.read(), self.dtype))
+
     def require_floats(self) -> None:
         """Refuse integer and 8-bit tensors, which only quantized models have."""
-        if self.dtype not in _FLOATS:
+        if self.dtype not in TORCH:
             raise InputError(
                 f"tensor {self.name} in {self.file} is {self.dtype}.",
                 "float32, float16 or bfloat16 weights.",
@@ -175,21 +260,6 @@ class Weights:
         return sum(tensor.size for tensor in self.tensors.values())
 
 
-def _refuse_lookalike(path: Path) -> None:
-    with path.open("rb") as stream:
-        head = stream.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path} is a Git LFS pointer, not the weights.", "a safetensors file.", "run `git lfs pull` in its clone."
-        )
-    if head.lstrip()[:1] == b"<":
-        raise InputError(
-            f"{path} is a web page, not the weights.", "a safetensors file.", "download the file itself again."
-        )
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise InputError(f"{path} is a pickle.", "a safetensors file.", "save the weights as safetensors.")
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -207,7 +277,7 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
     if not path.is_file():
         raise InputError(f"no file {path}.", "the weights as safetensors.", "copy or download the folder again.")
-    _refuse_lookalike(path)
+    refuse_impostor(path, "a safetensors file")
     try:
         with safe_open(path, framework="np") as checked:
             metadata = dict(checked.metadata() or {})
@@ -232,26 +302,41 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _shards(folder: Path) -> list[Path]:
+def pack_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a safetensors header, padded so that the data begins at a multiple of 8 bytes.
+
+    Args:
+        tensors: name → (dtype, shape, bytes), in the order of their data.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        start, end = end, end + nbytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Name of every tensor → file that holds it, by the index of a folder; None for a folder without index.
+
+    Raises:
+        InputError: damaged, empty, or names of other folders.
+    """
     index = folder / INDEX
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [folder / SINGLE]
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        kind = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
-        raise InputError(
-            f"{folder} holds {kind}.", f"{SINGLE} or {INDEX}.", "use a model saved as safetensors (pickles are unsafe)."
-        )
+        return None
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        bad = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        found = {str(name): str(file) for name, file in read_object(index)["weight_map"].items()}
+    except (KeyError, AttributeError) as error:
         raise InputError(f"{index} is damaged ({error}).", "an index of shards.", "download it again.") from None
-    if bad or not names:
+    bad = sorted(name for name in found.values() if Path(name).name != name)
+    if bad or not found:
         raise InputError(
             f"{index} names {bad or 'no files'}.", "files of the same folder.", "download the folder again."
         )
-    return [folder / name for name in names]
+    return found
 
 
 def open_weights(folder: Path) -> Weights:
@@ -262,7 +347,14 @@ def open_weights(folder: Path) -> Weights:
     """
     if not folder.is_dir():
         raise InputError(f"no folder {folder}.", "a model folder.", "check the path.")
-    files = _shards(folder)
+    listed = weight_map(folder)
+    if listed is None and not (folder / SINGLE).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        kind = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
+        raise InputError(
+            f"{folder} holds {kind}.", f"{SINGLE} or {INDEX}.", "use a model saved as safetensors (pickles are unsafe)."
+        )
+    files = tuple(folder / name for name in (sorted(set(listed.values())) if listed else [SINGLE]))
     tensors: dict[str, StoredTensor] = {}
     metadata = {}
     for path in files:
@@ -270,14 +362,12 @@ def open_weights(folder: Path) -> Weights:
         if twice := sorted(set(found) & set(tensors)):
             raise InputError(f"{twice[0]} is in two shards of {folder}.", "each tensor once.", "download it again.")
         tensors |= found
-    if (folder / INDEX).is_file():
-        wanted = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if wrong := sorted(set(wanted) ^ set(tensors)):
-            raise InputError(
-                f"{folder}: index and shards disagree on {len(wrong)} tensors (first {wrong[0]}).",
-                "the tensors that the index names.",
-                "download the folder again.",
-            )
+    if listed and (wrong := sorted(set(listed) ^ set(tensors))):
+        raise InputError(
+            f"{folder}: index and shards disagree on {len(wrong)} tensors (first {wrong[0]}).",
+            "the tensors that the index names.",
+            "download the folder again.",
+        )
     if not tensors:
         raise InputError(f"{folder} holds no tensor.", "the weights of a model.", "download the folder again.")
-    return Weights(folder, tuple(files), tensors, metadata)
+    return Weights(folder, files, tensors, metadata)

@@ -10,15 +10,12 @@ is found by rendering it a second time with marks in place of the texts, so that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lib.errors import InputError
-from lib.prompts.classification import escape
 from lib.prompts.templates import (
     ASSISTANT,
-    SYSTEM,
-    USER,
     Layout,
     Message,
     apply,
@@ -29,56 +26,32 @@ from lib.prompts.templates import (
     unfit,
     with_thinking,
 )
-from lib.runs.files import sha256_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class ConversationTask:
-    """What the model is taught where there are no labels: to answer, in one turn or in several.
+class Encoded:
+    """Token ids of one row.
 
     Attributes:
-        kind: "instruction" or "dialogue".
-        system_prompt: system turn of rows that bring none.
-        max_seq_length: most tokens of a row.
-        thinking: whether answers begin with their reasoning.
-    """
-
-    kind: str
-    system_prompt: str
-    max_seq_length: int
-    thinking: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        value = asdict(self)
-        return {"task": value.pop("kind"), **value}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ConversationTask:
-        """The reverse of `to_json`."""
-        return cls(kind=value["task"], **{key: part for key, part in value.items() if key != "task"})
-
-
-@dataclass(frozen=True)
-class EncodedConversation:
-    """Token ids of one conversation.
-
-    Attributes:
-        ids: of the whole rendered text.
+        ids: of the whole row, or of its prompt where it has no answer.
         spans: (first, behind the last) position of every learned answer, its end-of-turn token included.
-        turns_cut: turns left out at the end to respect `max_seq_length`.
         answers: which of the row's answers each span is, counted from 0.
         unlearned: answers that are only read, because the template writes them otherwise than it asks for them.
+        turns_cut: turns left out at the end to respect `max_seq_length`.
+        text_cut: whether the end of a single text was cut for the same reason.
+        whole_length: tokens of the row before anything was cut.
     """
 
     ids: list[int]
     spans: list[tuple[int, int]]
-    turns_cut: int
-    answers: tuple[int, ...]
-    unlearned: int
+    answers: tuple[int, ...] = ()
+    unlearned: int = 0
+    turns_cut: int = 0
+    text_cut: bool = False
+    whole_length: int = 0
 
     @property
     def loss(self) -> list[int]:
@@ -86,13 +59,31 @@ class EncodedConversation:
         return [position for start, stop in self.spans for position in range(start, stop)]
 
     @property
+    def loss_ids(self) -> list[int]:
+        """Token ids at those positions."""
+        return [self.ids[position] for position in self.loss]
+
+    @property
     def prompt_ids(self) -> list[int]:
         """Everything up to the point where the last answer starts."""
-        return self.ids[: self.spans[-1][0]]
+        return self.ids[: self.spans[-1][0]] if self.spans else self.ids
+
+    @property
+    def truncated(self) -> bool:
+        """Whether anything was cut to respect `max_seq_length`."""
+        return self.text_cut or self.turns_cut > 0
 
 
 class ExchangeTooLongError(InputError):
     """Not even the first question and answer fit into `max_seq_length`."""
+
+
+def escape(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with a space inside every special token: a review must not be able to close its own turn."""
+    for token in tokenizer.all_special_tokens:
+        if token in text:
+            text = text.replace(token, token[:1] + " " + token[1:])
+    return text
 
 
 def safe_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
@@ -103,16 +94,11 @@ def safe_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     ]
 
 
-def question(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool) -> str:
-    """The rendered conversation up to its last user turn, ending as the template asks for an answer."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == USER)
-    return apply(tokenizer, safe_messages(tokenizer, messages[: last + 1]), thinking, True)
-
-
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as the chat template writes it, and the characters of every answer with its end of turn.
+) -> tuple[str, list[tuple[int, int]], list[bool]]:
+    """The conversation as the chat template writes it, the characters of every answer with its end of turn, and
+    whether each of the answers is learned.
 
     A template that leaves the last turn open (Qwen1.5) gets its end of turn added. Reasoning belongs to the answer
     where the template shows it (Qwen3 shows that of the last answer only); tags and empty blocks that the template
@@ -124,13 +110,6 @@ def render_conversation(
     Raises:
         InputError: a template that changes the turns' texts or does not end an answer by the end-of-turn token.
     """
-    return _render(tokenizer, messages, thinking)[:2]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool
-) -> tuple[str, list[tuple[int, int]], list[bool]]:
-    """As `render_conversation`, and which of the answers are learned."""
     messages = safe_messages(tokenizer, messages)
     parts: list[tuple[str, str]] = []
     for message in messages:
@@ -164,32 +143,33 @@ def _fill(layout: Layout, parts: Sequence[tuple[str, str]], end: str) -> tuple[s
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_seq_length: int, thinking: bool
-) -> EncodedConversation:
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_seq_length: int | None, thinking: bool
+) -> Encoded:
     """Token ids of a conversation; what exceeds `max_seq_length` is cut at its end, in whole turns.
 
     With `thinking` the cut is behind an answer that has its reasoning.
 
     Args:
         messages: as for `render_conversation`; with `thinking` the last answer has its reasoning.
+        max_seq_length: None = no limit.
 
     Raises:
         ExchangeTooLongError: not even the first answer (with `thinking`: the first with its reasoning) fits.
         InputError: an unfit template.
     """
-    kept = list(messages)
+    kept, whole = list(messages), 0
     while True:
-        encoded, stops = _encode(tokenizer, kept, thinking, len(messages) - len(kept))
-        if len(encoded.ids) <= max_seq_length:
-            return encoded
+        encoded, stops = _encode(tokenizer, kept, thinking)
+        whole = whole or len(encoded.ids)
+        if max_seq_length is None or len(encoded.ids) <= max_seq_length:
+            return replace(encoded, turns_cut=len(messages) - len(kept), whole_length=whole)
         answers = [i for i, message in enumerate(kept) if message["role"] == ASSISTANT]
         fitting = [i for i, stop in zip(answers, stops, strict=True) if stop < max_seq_length and i < answers[-1]]
         shorter = [i for i in fitting if not thinking or split_thinking(kept[i]["content"])[0]]
         if not shorter:
+            first = "the first answer with its reasoning" if thinking else "the first question and answer"
             raise ExchangeTooLongError(
-                f"max_seq_length {max_seq_length}; "
-                + ("the first answer with its reasoning" if thinking else "the first question and answer")
-                + " takes more tokens.",
+                f"max_seq_length {max_seq_length}; {first} takes more tokens.",
                 "room for one exchange.",
                 "raise max_seq_length.",
             )
@@ -197,10 +177,10 @@ def encode_conversation(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool, cut: int
-) -> tuple[EncodedConversation, list[int]]:
-    """The conversation as token ids, and behind which token each of all its answers ends."""
-    text, spans, learned = _render(tokenizer, messages, thinking)
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool
+) -> tuple[Encoded, list[int]]:
+    """The whole conversation as token ids, and behind which token each of all its answers ends."""
+    text, spans, learned = render_conversation(tokenizer, messages, thinking)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if not any(learned):
@@ -214,21 +194,5 @@ def _encode(
             at += 1
         found.append((first, at))
     answers = tuple(number for number, learns in enumerate(learned) if learns)
-    encoded = EncodedConversation(ids, [found[number] for number in answers], cut, answers, len(spans) - len(answers))
+    encoded = Encoded(ids, [found[number] for number in answers], answers, len(spans) - len(answers))
     return encoded, [stop for _, stop in found]
-
-
-def conversation_hash(tokenizer: PreTrainedTokenizerBase, task: ConversationTask) -> str:
-    """SHA-256 of a rendered and tokenized fixed conversation: equal hash, equal rendering."""
-    turns = [
-        ("系统", SYSTEM),
-        ("测试 test 123 😀", USER),
-        ("好的。", ASSISTANT),
-        ("还有？", USER),
-        ("没有了。", ASSISTANT),
-    ]
-    messages = [{"role": role, "content": text} for text, role in turns]
-    if task.thinking:
-        messages[-1]["content"] = with_thinking(tokenizer, "想一想", "没有了。")
-    encoded, _ = _encode(tokenizer, messages, task.thinking, 0)
-    return sha256_json({"ids": encoded.ids, "spans": encoded.spans, "system": task.system_prompt})

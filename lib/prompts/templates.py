@@ -1,7 +1,7 @@
-"""The reasoning block of a generated answer: how far it got, and what stands behind it.
-Reasoning in an answer: the tags around it, taking it apart, putting it together in the base model's own form.
-How a chat template writes turns of certain roles: found with marks in place of the texts, known for no model.
-A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.
+"""Chat templates and the reasoning inside answers: think tags, how a template writes turns, foreign templates tried.
+
+How a template writes turns of certain roles is found by rendering it with marks in place of the texts, so that no
+template has to be known here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.classification import end_of_turn_id
 from lib.runs.child import run_child
 
 if TYPE_CHECKING:
@@ -140,9 +139,25 @@ def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], think
     )
 
 
+END_OF_TURN = "<|im_end|>"
+
+
+@functools.lru_cache(maxsize=8)  # asking a tokenizer of 151,936 tokens for its vocabulary takes 0.1 s
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: <|im_end|> where the vocabulary has it, else the end-of-text token."""
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary.get(END_OF_TURN, tokenizer.eos_token_id)
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that closes a turn, as text."""
     return tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+
+
+def up_to_last_question(messages: Sequence[Message]) -> list[Message]:
+    """The turns up to the user's last one."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == USER)
+    return list(messages[: last + 1])
 
 
 def unfit(what: str) -> InputError:
@@ -190,16 +205,22 @@ class Layout:
     learned: frozenset[int]
 
 
+def _marked(tokenizer: PreTrainedTokenizerBase, kinds: Sequence[tuple[str, bool]]) -> list[Message]:
+    """Turns (role, has reasoning) with marks in place of their texts, which `_MARK` finds again."""
+    messages = []
+    for i, (role, reasons) in enumerate(kinds):
+        reasoning = f"\ue000{i}r\ue001" if reasons else ""
+        messages.append({"role": role, "content": with_thinking(tokenizer, reasoning, f"\ue000{i}a\ue001")})
+    return messages
+
+
 @functools.lru_cache(maxsize=256)
 def layout_of(
     tokenizer: PreTrainedTokenizerBase, template: str | None, kinds: tuple[tuple[str, bool], ...], thinking: bool
 ) -> Layout:
     """The layout of turns (role, has reasoning); `template` is only part of the key."""
     end, opening = end_of_turn(tokenizer), think_tags(tokenizer)[0]
-    marked = []
-    for i, (role, reasons) in enumerate(kinds):
-        reasoning = f"\ue000{i}r\ue001" if reasons else ""
-        marked.append({"role": role, "content": with_thinking(tokenizer, reasoning, f"\ue000{i}a\ue001")})
+    marked = _marked(tokenizer, kinds)
     frame = apply(tokenizer, marked, thinking, False)
     marks = [(int(m[1]), m[2], *m.span()) for m in _MARK.finditer(frame)]
     if [turn for turn, kind, *_ in marks if kind == "a"] != list(range(len(kinds))):
@@ -226,6 +247,79 @@ def layout_of(
         elif not thinking and _EMPTY_BLOCK.fullmatch(missing):
             nearly.add(turn)
     return Layout(frame, tuple(marks), starts, frozenset(learned | nearly if learned else learned))
+
+
+# A chat template taken apart: what stands before and behind the text of each turn, so that programs without Jinja
+# (Ollama, the scripts of a package) write the very prompt that the model was trained on.
+
+ROLES = (SYSTEM, USER, ASSISTANT)
+
+_CONVERSATIONS = (
+    ("你是助手。", "好吗？"),
+    ("Line one\nline two {{ .Content }}", "测试 test 123 😀", "好的。", "还有\n\n吗？"),
+    ("a", "b", "c", "d", "e", 'say "yes" or <b>no</b>'),
+)
+"""Texts of conversations (system, user, assistant, user, …) on which both ways of writing must agree."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template that writes turn behind turn.
+
+    Attributes:
+        begin: what stands before the first turn (mostly nothing).
+        opening, closing: by role.
+        answer: what asks for the answer, behind the last turn.
+    """
+
+    begin: str
+    opening: dict[str, str]
+    closing: dict[str, str]
+    answer: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt for these turns."""
+        turns = (self.opening[m["role"]] + m["content"] + self.closing[m["role"]] for m in messages)
+        return self.begin + "".join(turns) + self.answer
+
+
+def read_turns(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Turns:
+    """Take the tokenizer's chat template apart, and check on further conversations that nothing was lost.
+
+    Raises:
+        InputError: a template that does not write turn behind turn.
+    """
+    marked = _marked(tokenizer, [(role, False) for role in (*ROLES, USER)])
+    asking, closed = (apply(tokenizer, marked, thinking, prompt) for prompt in (True, False))
+    turns = _split(asking, closed, str(tokenizer.bos_token or ""))
+    for texts in _CONVERSATIONS:
+        roles = (SYSTEM, *((USER, ASSISTANT) * len(texts)))
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        if turns is None or turns.render(messages) != apply(tokenizer, messages, thinking, True):
+            raise InputError(
+                "the model's chat template does not write one turn behind the other.",
+                "a template whose turns can be written one by one (Qwen1.5, Qwen2.5, Qwen3, Llama).",
+                "use the GGUF file by itself: workbook serve FILE.gguf renders its own template.",
+            )
+    return turns
+
+
+def _split(asking: str, closed: str, begin_token: str) -> Turns | None:
+    """The pieces around the marks of four turns; None where marks are missing, repeated or in another order."""
+    marks = list(_MARK.finditer(asking))
+    if [int(mark[1]) for mark in marks] != [0, 1, 2, 3]:
+        return None
+    ends = [0, *(mark.end() for mark in marks)]
+    first, *others = (asking[end : mark.start()] for end, mark in zip(ends, marks, strict=False))
+    rest, closing = asking[ends[-1] :], closed.rpartition("\ue001")[2]
+    if not all(part.startswith(closing) for part in (*others, rest)):
+        return None
+    begin = begin_token if begin_token and first.startswith(begin_token) else ""
+    user, assistant, again = (part.removeprefix(closing) for part in others)
+    if again != user:
+        return None
+    opening = {SYSTEM: first.removeprefix(begin), USER: user, ASSISTANT: assistant}
+    return Turns(begin, opening, dict.fromkeys(ROLES, closing), rest.removeprefix(closing))
 
 
 # A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, figure, font_note, readable, say, side_by_side, use_style
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, figure, readable, replaced, side_by_side, tell, use_style
+from lib.report.sentences import sentence
 from lib.statistics.power import power_mcnemar
 from lib.statistics.verdicts import frontier
 
@@ -43,9 +44,8 @@ def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str
     ax.set_xticks(places + width * (len(names) - 1) / 2, list(counts))
     ax.set_ylabel("rows")
     ax.legend(title="label")
-    words = "; ".join(f"{split}: {', '.join(f'{v:,}' for v in values)}" for split, values in counts.items())
-    caption = f"Rows of each label in each split (n = {sum(map(sum, counts.values())):,} rows).{font_note(label_names)}"
-    return figure(fig, caption, f"Bar chart of label balance. {words}.")
+    caption = sentence("charts.balance", counts=counts, names=replaced(label_names))
+    return figure(fig, caption, sentence("charts.balance_alt", counts=counts))
 
 
 def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
@@ -61,10 +61,8 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
     ax.set_ylabel("density")
     ax.legend()
     over = {split: float(np.mean(np.asarray(values) > limit)) for split, values in lengths.items()}
-    words = ", ".join(f"{split} {100 * share:.1f} %" for split, share in over.items())
-    n = sum(len(values) for values in lengths.values())
-    caption = f"Length of the rows in tokens (n = {n:,}). Share over the limit, whose text is cut at its end: {words}."
-    return figure(fig, caption, f"Histogram of row lengths in tokens; share over the limit of {limit}: {words}.")
+    caption = sentence("charts.lengths", n=sum(map(len, lengths.values())), shares=over)
+    return figure(fig, caption, sentence("charts.lengths_alt", limit=limit, shares=over))
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], chosen_step: int) -> HTML:
@@ -81,15 +79,9 @@ def learning_curves(history: Sequence[Mapping[str, Any]], chosen_step: int) -> H
     left.legend()
     right.plot(*zip(*rates, strict=True))
     right.set(xlabel="update (optimizer step)", ylabel="learning rate", ylim=(0, None))
-    caption = (
-        f"Loss on the answer tokens and learning rate over {train[-1][0]} updates; the star marks the checkpoint with "
-        f"the lowest validation loss ({best:.4f} nats). One training run, one seed: no interval."
-    )
-    alt = (
-        f"Training loss falls from {train[0][1]:.2f} to {train[-1][1]:.2f}; validation loss from {valid[0][1]:.3f} "
-        f"to {valid[-1][1]:.3f}, lowest {best:.3f} at step {chosen_step}."
-    )
-    return figure(fig, caption, alt)
+    losses = {"train": [loss for _, loss in train], "valid": [loss for _, loss in valid]}
+    alt = sentence("charts.learning_alt", **losses, best=best, chosen=chosen_step)
+    return figure(fig, sentence("charts.learning", steps=train[-1][0], best=best), alt)
 
 
 def estimates(
@@ -114,12 +106,7 @@ def estimates(
     ax.set_yticks(places, [f"{point['name']}  (n = {point['n']:,})" for point in points])
     ax.set_ylim(-0.6, len(points) - 0.4)
     ax.set_xlabel(axis)
-    words = "; ".join(f"{p['name']} {p['estimate']:.4g} {_limits(p)}" for p in points)
-    return figure(fig, caption, f"{axis}: {words}.")
-
-
-def _limits(point: Mapping[str, Any]) -> str:
-    return "(no interval)" if None in (point["low"], point["high"]) else f"[{point['low']:.4g}, {point['high']:.4g}]"
+    return figure(fig, caption, sentence("charts.estimates_alt", axis=axis, points=points))
 
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:
@@ -137,9 +124,9 @@ def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequ
         ax.set(xlabel="predicted", ylabel="true", title=title)
         ax.grid(False)
     total = int(np.sum(next(iter(matrices.values()))))
-    words = "; ".join(f"{title}: {np.asarray(matrix).tolist()}" for title, matrix in matrices.items())
-    caption = f"Confusion matrices, number of test rows (n = {total:,} each).{font_note(label_names)}"
-    return figure(fig, caption, f"Confusion matrices, rows true and columns predicted. {words}.")
+    plain = {title: np.asarray(matrix).tolist() for title, matrix in matrices.items()}
+    caption = sentence("charts.confusion", n=total, names=replaced(label_names))
+    return figure(fig, caption, sentence("charts.confusion_alt", matrices=plain))
 
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], caption: str) -> HTML:
@@ -154,11 +141,8 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], caption: str)
         ax.errorbar(x, y, yerr=error, marker=marker, color=colour, capsize=2, label=name, linewidth=1)
     ax.set(xlabel="confidence (mean probability of the answer given)", ylabel="share of right answers", ylim=(0, 1.02))
     ax.legend()
-    words = "; ".join(
-        f"{name}: " + ", ".join(f"{r['confidence']:.2f}→{r['accuracy']:.2f}" for r in rows if r["n"])
-        for name, rows in bins.items()
-    )
-    return figure(fig, caption, f"Reliability diagram, confidence to accuracy by bin. {words}.")
+    filled = {name: [row for row in rows if row["n"]] for name, rows in bins.items()}
+    return figure(fig, caption, sentence("charts.reliability_alt", bins=filled))
 
 
 def overlay_histogram(values: Mapping[str, Sequence[float]], axis: str, caption: str) -> HTML:
@@ -172,8 +156,8 @@ def overlay_histogram(values: Mapping[str, Sequence[float]], axis: str, caption:
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
     ax.set(xlabel=axis, ylabel="rows")
     ax.legend()
-    words = "; ".join(f"{name}: median {np.median(sample):.3g}" for name, sample in values.items())
-    return figure(fig, caption, f"Histogram of {axis}. {words}.")
+    medians = {name: float(np.median(sample)) for name, sample in values.items()}
+    return figure(fig, caption, sentence("charts.overlay_alt", axis=axis, medians=medians))
 
 
 def _outline(ax: Axes, sample: np.ndarray, bins: np.ndarray, label: str) -> None:
@@ -200,15 +184,7 @@ def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     ax.set_xlabel("tensor data, MB (10⁶ bytes)")
     ax.grid(axis="y", visible=False)
     ax.legend(title="tensor type", ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
-    words = "; ".join(
-        f"{name}: " + ", ".join(f"{kind} {size:.2f} MB" for kind, size in types.items())
-        for name, types in files.items()
-    )
-    caption = (
-        "Where the bytes of each file are: tensor data by the type really stored (exact, from the files' headers). "
-        "The name of a file is only the name of a recipe."
-    )
-    return figure(fig, caption, f"Stacked bars of tensor data by type. {words}.")
+    return figure(fig, sentence("charts.tensor_types"), sentence("charts.tensor_types_alt", files=files))
 
 
 def _mark(entry: Mapping[str, Any], frontier: Sequence[str]) -> tuple[str, str]:
@@ -240,20 +216,9 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
         frontier: types of which no other file is both smaller and closer to the reference.
     """
     others = any(entry.get("kind") == "folder" for entry in entries)
-    marks = (
-        "circles are on the efficient frontier, squares are beaten in both size and divergence; "
-        f"{'triangles are formats for transformers (size of the weights alone); ' if others else ''}"
-    )
     sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
     bits = {entry["type"]: entry["bits_per_weight"] for entry in entries}
-    by_size = (
-        "What size buys: mean KL divergence of the next-token distribution from the reference on held-out text by file "
-        f"size (log scale; bars ± 1.96 standard errors over tokens); {marks}the line joins the frontier."
-    )
-    by_bits = (
-        f"The same by bits per weight, which leaves out the header and the names of files; {marks}the line joins the "
-        "same frontier."
-    )
+    by_size, by_bits = sentence("charts.by_size", others=others), sentence("charts.by_bits", others=others)
     return side_by_side(
         [
             _divergence(entries, frontier, sizes, _MB, by_size),
@@ -285,8 +250,8 @@ def _divergence(
         ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
     ax.margins(x=0.12)
     ax.set(xlabel=axis, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
-    words = "; ".join(f"{e['type']} {places[e['type']]:.2f}, KL {e['kld_mean']:.2g}" for e in entries)
-    return figure(fig, caption, f"KL divergence by {axis}. {words}.")
+    files = [(e["type"], places[e["type"]], e["kld_mean"]) for e in entries]
+    return figure(fig, caption, sentence("charts.divergence_alt", axis=axis, files=files))
 
 
 def _accuracy(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
@@ -299,12 +264,7 @@ def _accuracy(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], siz
     ax.set_yticks(places, [f"{e['type']}, {sizes[e['type']]:.1f} MB" for e in largest_first], fontsize=8)
     ax.locator_params(axis="x", nbins=5)
     ax.set(xlabel="accuracy →")
-    caption = (
-        f"Accuracy of the files, the largest first, on n = {entries[0]['n']:,} test rows with 95 % Wilson intervals; "
-        "the diamond is the reference. Their differences on these rows stand below."
-    )
-    words = "; ".join(f"{e['type']} {sizes[e['type']]:.2f} MB, accuracy {e['accuracy']:.3f}" for e in entries)
-    return figure(fig, caption, f"Accuracy by file size. {words}.")
+    return figure(fig, sentence("charts.accuracy", n=entries[0]["n"]), sentence("charts.accuracy_alt", files=entries))
 
 
 def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
@@ -321,15 +281,7 @@ def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[s
     largest = max(entry["peak_memory_mib"] for entry in entries)
     left.set(xlabel="generation,\ntokens a second →", xlim=(0, 1.08 * fastest))
     right.set(xlabel="peak memory of\nthe process, MiB ←", xlim=(0, 1.08 * largest))
-    caption = (
-        "Speed and memory of the same files on this machine: median of writing tokens one at a time, bars from the "
-        "slowest to the fastest run. A phone orders files otherwise."
-    )
-    words = "; ".join(
-        f"{e['type']} {e['generation_tokens_per_second']:.0f} tokens a second, {e['peak_memory_mib']:.0f} MiB"
-        for e in entries
-    )
-    return figure(fig, caption, f"Speed and memory of each file. {words}.")
+    return figure(fig, sentence("charts.speed"), sentence("charts.speed_alt", files=entries))
 
 
 def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1) -> HTML:
@@ -342,24 +294,19 @@ def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1)
     """
     fig, ax = _axes(height=3.2)
     top, alpha = max(4 * margin_points, 3.0), 0.05 / tests
-    words = []
+    chances = []
     for share, colour, style in zip(shares, (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), strict=False):
         points = np.linspace(top / 60, top, 60)
         found = [power_mcnemar(n, max(share, x / 100), x / 100, alpha) for x in points]
         ax.plot(points, found, color=colour, linestyle=style, label=f"{100 * share:.2g} %")
         at = power_mcnemar(n, max(share, margin_points / 100), margin_points / 100, alpha)
-        words.append(f"{100 * share:.2g} % of rows changed: {100 * at:.0f} % at {margin_points:g} points")
+        chances.append((share, at))
     ax.axhline(0.8, color=GREY, linewidth=1, linestyle=":")
     ax.axvline(margin_points, color=GREEN, linewidth=1, linestyle="--")
     ax.set(xlabel="true difference in accuracy, points", ylabel="chance to find it", ylim=(0, 1.02))
     ax.legend(title="rows changed")
-    caption = (
-        f"What n = {n:,} independent rows can show: chance that the exact McNemar test (5 %, two-sided, after "
-        f"correction for all {tests} tests of this page) finds a difference, by the share of rows on which exactly one "
-        "of two files is right (or the difference, if larger). Dotted: 80 %; dashed: the margin of equivalence. "
-        "Computed, not measured."
-    )
-    return figure(fig, caption, f"Power curves for {n:,} rows. {'; '.join(words)}.")
+    alt = sentence("charts.power_alt", n=n, margin=margin_points, chances=chances)
+    return figure(fig, sentence("charts.power", n=n, tests=tests), alt)
 
 
 def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
@@ -367,19 +314,10 @@ def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
     for rows without labels the change of the answers' loss (entries of comparison.json; the reference is left out, and
     folders for transformers, which have no text divergence of a GGUF)."""
     files = [e for e in files if e["file"].endswith(".gguf") and e["kld_mean"] > 0]
-    key = next((key for key in _TASK_LOSS if any(e.get(key) is not None for e in files)), None)
+    key = next((k for k in ("label_kld", "loss_difference") if any(e.get(k) is not None for e in files)), None)
     if key is None:
         return None
     known = [e for e in files if e.get(key) is not None]
     text, task = (frontier(known, loss) for loss in ("kld_mean", key))
-    said = f"Efficient by size and KL divergence of text: {', '.join(text)}; by size and {_TASK_LOSS[key]}: "
-    said += f"{', '.join(task)}."
     lost, won = [t for t in text if t not in task], [t for t in task if t not in text]
-    if lost:
-        said += f" Efficient on text alone, so not for this task: {', '.join(lost)}."
-    if won:
-        said += f" Efficient for this task alone: {', '.join(won)}."
-    return say(said)
-
-
-_TASK_LOSS = {"label_kld": "that of the answer words", "loss_difference": "loss of the reference answers"}
+    return tell("charts.frontiers", text=text, task=task, loss=key, lost=lost, won=won)

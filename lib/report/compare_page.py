@@ -1,4 +1,4 @@
-"""The rows of the tables of notebooks 06 and 07: one row a file, the columns named with their units.
+"""The rows of the tables of notebook 07: one row a file, the columns named with their units.
 What page 07 shows of retention: how much of what fine-tuning taught is left in each file's answers.
 """
 
@@ -21,52 +21,12 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
 
-# The rows of the tables of notebooks 06 and 07: one row a file, the columns named with their units.
+# The rows of the tables of notebook 07: one row a file, the columns named with their units.
 
 
 def _interval(limits: Sequence[float] | None, form: str = ".3f") -> str | None:
     """Limits as text; None where there is none, or it is not finite."""
     return None if limits is None or None in limits else f"[{limits[0]:{form}},\u00a0{limits[1]:{form}}]"
-
-
-def sizes(source: Mapping[str, Any], files: Iterable[Any]) -> list[Row]:
-    """Predicted and measured sizes of a ladder (QuantizationReports) below their source."""
-    first = {"type": source["type"], "MB": source["bytes"] / 1e6, "bits per weight": source["bits_per_weight"]}
-    rows = [
-        {
-            "type": f.type,
-            "MB": f.bytes / 1e6,
-            "predicted, MB": f.predicted_bytes / 1e6,
-            "share of the source": f.bytes / source["bytes"],
-            "bits per weight": f.bits_per_weight,
-            "token embedding": f.token_embedding_type,
-            "tensors that fell back": len(f.fallbacks),
-            "seconds": f.seconds,
-        }
-        for f in files
-    ]
-    return [{**dict.fromkeys(rows[0]), **first, "share of the source": 1.0}, *rows]
-
-
-def predicted(predictions: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """What a dry run tells of a ladder (`lib.stages.quantize.stage.plan`)."""
-    return [
-        {
-            "type": p["type"],
-            "MB": p["bytes"] / 1e6,
-            "bits per weight": p["bits_per_weight"],
-            "tensors that fall back": len(p["fallbacks"]),
-            "tensors set by hand": len(p["set_by_hand"]),
-            "tensor types": ", ".join(part["type"] for part in p["histogram"]),
-        }
-        for p in predictions
-    ]
-
-
-def megabytes_by_type(source: Mapping[str, Any], files: Iterable[Any]) -> dict[str, dict[str, float]]:
-    """Megabytes of each tensor type of each file, for `ladder.tensor_types`."""
-    histograms = {source["type"]: source["histogram"], **{f.type: f.histogram for f in files}}
-    return {name: {part["type"]: part["bytes"] / 1e6 for part in parts} for name, parts in histograms.items()}
 
 
 def quality(files: Iterable[Mapping[str, Any]]) -> list[Row]:

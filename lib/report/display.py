@@ -12,19 +12,27 @@ import contextlib
 import functools
 import html
 import io
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
+from lib.statistics.intervals import Interval, estimate_text
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
     from lib.runs.run import Product, Run
 
 
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
+
+Shown = tuple["HTML | Markdown", ...]
+"""Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
@@ -67,13 +75,10 @@ def readable(names: Sequence[str]) -> list[str]:
     return [f"label {index}" for index in range(len(names))]
 
 
-def font_note(names: Sequence[str]) -> str:
-    """A sentence for the caption when names had to be replaced; empty otherwise."""
+def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(what a figure shows, name) where names had to be replaced; none where they stand as they are."""
     shown = readable(names)
-    if shown == list(names):
-        return ""
-    pairs = ", ".join(f"{short} = {name}" for short, name in zip(shown, names, strict=True))
-    return f" No Chinese font is installed, so the figure says {pairs}."
+    return [] if shown == list(names) else list(zip(shown, names, strict=True))
 
 
 def use_style() -> None:
@@ -102,47 +107,88 @@ def use_style() -> None:
     )
 
 
-# How numbers are written in tables, by the name of their column; a table in a notebook need not repeat it.
+# Tables: one registry of columns, one builder. A row is a mapping from keys of columns.yaml to plain values; a key that
+# is not there is a heading of its own, which some tables make from the names of files or splits.
 
-FORMATS: dict[str, str] = {
-    **dict.fromkeys(("accuracy ↑", "macro-F1 ↑", "precision", "recall", "F1", "95 % low", "95 % high"), ".3f"),
-    **dict.fromkeys(("MB", "predicted, MB"), ",.3f"),
-    **dict.fromkeys(("bits per weight", "bits / weight", "bits", "load, s", "ms a row", "MDE, points"), ".2f"),
-    **dict.fromkeys(("MiB", "peak memory, MiB", "prompt, tokens/s", "generation, tokens/s"), ",.0f"),
-    **dict.fromkeys(
-        (
-            "KL, nats ↓",
-            "label KL ↓",
-            "leak-free label KL",
-            "mean",
-            "± (1.96 SE)",
-            "median",
-            "99th percentile",
-            "largest",
-        ),
-        ".2e",
-    ),
-    **dict.fromkeys(("same top token ↑", "same first answer token ↑", "same top ↑", "share of the source"), ".1%"),
-    "share of the effect": ".3%",
-    **dict.fromkeys(("p", "p (Holm)", "p (TOST)", "TOST (Holm)"), ".2g"),
-    **dict.fromkeys(("difference, points", "from, points", "to, points"), "+.2f"),
-    **dict.fromkeys(("perplexity ↓", "PPL ↓", "±"), ".3f"),
-    **dict.fromkeys(("truncated share", "seconds"), ".3g"),
-    "margin change, nats": "+.4f",
-    "Δ macro-F1": "+.3f",
-    "ratio to reference": ".4f",
-    "probability": ".3f",
-    "answer PPL ↓": ".3f",
-    "change, %": "+.3f",
-}
+_COLUMNS = Path(__file__).with_name("columns.yaml")
+_ARROWS = {"up": " ↑", "down": " ↓"}
 
 
-def with_interval(value: float, limits: Sequence[float | None], form: str = ".2g") -> str:
-    """ "0.1 [0.05, 0.2]"; "0.1 (no interval)" where a limit is open (None), as with two or three rows."""
-    low, high = limits
-    if low is None or high is None:
-        return f"{value:{form}} (no interval)"
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+@dataclass(frozen=True)
+class Column:
+    """A column of a table in one language.
+
+    Attributes:
+        heading: with unit and the direction that is better: "KL, nats ↓".
+        explanation: one sentence for whoever hovers over the heading; may be empty.
+        form: format specification of its numbers; empty for four significant digits.
+        numeric: whether its cells are set to the right.
+    """
+
+    heading: str
+    explanation: str = ""
+    form: str = ""
+    numeric: bool = False
+
+
+@functools.cache
+def registry(language: str = LANGUAGE) -> dict[str, Column]:
+    """The columns by key, and by heading as well: a heading is the key of a table that was made elsewhere."""
+    import yaml
+
+    columns = {}
+    for key, entry in yaml.safe_load(_COLUMNS.read_text(encoding="utf-8")).items():
+        name, explanation = entry[language]
+        unit = f", {entry['unit']}" if "unit" in entry else ""
+        heading = f"{name}{unit}{_ARROWS.get(entry.get('better'), '')}"
+        columns[key] = Column(heading, explanation, entry.get("format", ""))
+    return {column.heading: column for column in columns.values()} | columns
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose cells are text: what notebooks, index pages and the command line show."""
+
+    caption: str
+    columns: list[Column]
+    rows: list[list[str]]
+
+    @property
+    def headings(self) -> list[str]:
+        return [column.heading for column in self.columns]
+
+    def records(self) -> list[dict[str, str]]:
+        """The rows by heading, for a terminal: with plain blanks where a page may not break the line."""
+        rows = ([cell.replace("\u00a0", " ") for cell in row] for row in self.rows)
+        return [dict(zip(self.headings, row, strict=True)) for row in rows]
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> DataFrame:
+    """Rows as a frame whose values stay what they are: None stays None, whole numbers stay whole."""
+    import pandas as pd
+
+    return pd.DataFrame(list(rows) or [{"rows": "none"}], dtype=object)
+
+
+def build(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str, str] | None = None) -> Table:
+    """The table of some rows, in the order in which their keys first occur.
+
+    >>> build([{"type": "Q8_0", "size_mb": 145.2}, {"type": "Q2_K"}], "Files.").rows
+    [['Q8_0', '145.200'], ['Q2_K', '–']]
+
+    Args:
+        rows: mappings from keys of ``columns.yaml``, or headings, to numbers, `Interval`s and text.
+        formats: format specifications for columns that are not registered.
+    """
+    found = frame(rows)
+    columns, cells = [], []
+    for key in found.columns:
+        column = registry().get(key) or Column(str(key))
+        written = [cell_text(value, (formats or {}).get(key, column.form)) for value in found[key]]
+        numeric = all(isinstance(v, (int, float, Interval, type(None))) for v in found[key])
+        columns.append(replace(column, numeric=numeric))
+        cells.append(written)
+    return Table(caption, columns, [list(row) for row in zip(*cells, strict=True)])
 
 
 # Names that every table of a page marks, once they are known.
@@ -209,73 +255,51 @@ def side_by_side(figures: Iterable[HTML]) -> HTML:
     return _html(f'<div style="display:flex;flex-wrap:wrap;gap:0 1em">{"".join(parts)}</div>')
 
 
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_cell(item) for item in value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_cell(item)}" for key, item in value.items())
-    return str(value)
+def stacked(*parts: HTML) -> HTML:
+    """Tables and figures below one another."""
+    return _html("".join(part.data for part in parts))
+
+
+def markup(macro: str, *values: Any) -> str:
+    """HTML by a macro of ``templates/pages/macros.html.j2``."""
+    return str(getattr(environment("pages", True).get_template("macros.html.j2").module, macro)(*values))
 
 
 def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str, str] | None = None) -> HTML:
-    """Rows as an HTML table with a caption.
-
-    Args:
-        rows: one mapping a row; the keys of the first are the columns (name them with their units).
-        formats: a format specification for columns that `formats.FORMATS` does not know, e.g. {"share": ".1%"}.
-    """
-    known = {**FORMATS, **(formats or {})}
-    rows = list(rows) or [{"rows": "none"}]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in rows)}
-
-    any_marked = False
-
-    def named(text: str) -> str:
-        nonlocal any_marked
-        written = marked(text)
-        any_marked = any_marked or written != text  # a text of the data may hold the sign itself
-        return written
-
-    def shown(column: str, value: Any) -> str:
-        given = known.get(column)
-        if given and isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value)):
-            return "0" if value == 0 and given.endswith("e") else format(value, given)
-        return named(_cell(value))
-
-    def tag(name: str, column: str, text: str) -> str:
-        kind = ' class="number"' if column in numeric else ""
-        scope = ' scope="col"' if name == "th" else ""
-        return f"<{name}{kind}{scope}>{html.escape(text)}</{name}>"
-
-    head = "".join(tag("th", c, named(c)) for c in columns)
-    body = "".join("<tr>" + "".join(tag("td", c, shown(c, row.get(c))) for c in columns) + "</tr>" for row in rows)
-    if any_marked:
-        caption = f"{caption} {caption_of_marks()}"
-    return _html(
-        f'<div class="table"><table><caption>{html.escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    """Rows as an HTML table with a caption; see `build`. Names that `mark_names` knows are marked."""
+    plain = build(rows, caption, formats)
+    made = Table(
+        caption,
+        [replace(column, heading=marked(column.heading)) for column in plain.columns],
+        [[marked(cell) for cell in row] for row in plain.rows],
     )
+    if made != plain:  # compared, not searched for: a text of the data may hold the sign itself
+        made = replace(made, caption=f"{caption} {caption_of_marks()}")
+    return _html(f'<div class="table">{markup("data_table", made)}</div>')
 
 
 def key_values(values: Mapping[str, Any], caption: str) -> HTML:
     """A mapping as a table of two columns."""
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(str(key))}</th><td>{html.escape(_cell(value))}</td></tr>'
-        for key, value in values.items()
-    )
-    return _html(
-        f'<div class="table"><table class="key-values"><caption>{html.escape(caption)}</caption>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    pairs = [(str(key), cell_text(value)) for key, value in values.items()]
+    return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+
+
+def card(name: str, /, **values: Any) -> HTML:
+    """A table of two columns from a template whose first line is the caption, and the others "label | value".
+
+    card("quantize.imatrix_card", record=matrix.record)
+    """
+    (caption,), *pairs = word_rows(name, **values)
+    return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+
+
+def show(*parts: HTML | Markdown | None) -> None:
+    """Show tables, figures and sentences of a cell below one another; None, what a run has not, is left out."""
+    from IPython.display import display
+
+    for part in parts:
+        if part is not None:
+            display(part)
 
 
 def say(text: str) -> Markdown:
@@ -283,6 +307,16 @@ def say(text: str) -> Markdown:
     from IPython.display import Markdown
 
     return Markdown(text)
+
+
+def tell(name: str, /, **values: Any) -> Markdown:
+    """`sentence` as a paragraph: tell("quantize.planned", megabytes=271.2, wider=2, types=7)."""
+    return say(sentence(name, **values))
+
+
+def with_interval(value: float, limits: Sequence[float | None] | None, form: str = ".2g") -> str:
+    """Older name of `estimate_text`, until every page uses that or an `Interval`."""
+    return estimate_text(value, limits, form)
 
 
 def made(product: Product) -> Markdown:

@@ -16,7 +16,7 @@ from lib.progress import shown_live
 from lib.report import charts, rows
 from lib.report.display import figure, key_values, say, table, use_style
 from lib.runs.machine import physical_cores
-from lib.stages.finetune.drawing import Drawing
+from lib.stages.finetune.session import LossPlot
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -28,7 +28,7 @@ EVERY = 3.0
 """Seconds between two drawings, at least; ten times as long as the drawing took, if that is more."""
 
 
-class LiveLosses(Drawing):
+class LiveLosses(LossPlot):
     """Redraws the rows of a JSONL file of losses when `update` is called; silent outside of a notebook that is watched.
 
     Args:

@@ -1,176 +1,302 @@
-"""The choice among runs as tables for the index and the command line.
-The two index pages: one of a run (`reports/<run>/index.html`), one of all runs (`reports/index.html`).
-"""
+"""A run in plain values, and the two index pages: one of a run (`reports/<run>/index.html`), one of all runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.report.html import Stage, card, pages, shown, stylesheet
-from lib.report.summary import Quality, Summary, reading, summarise
+from lib.report.display import Table, build
+from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
-from lib.runs.files import write_text
-from lib.runs.manifest import NOTEBOOK_OF
-from lib.runs.run import open_run
+from lib.runs.files import read_json, write_text
+from lib.runs.manifest import NOTEBOOK_OF, Entry
+from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
+from lib.statistics.intervals import Interval, limits_text, wilson
 from lib.statistics.verdicts import in_words
-
-# The choice among runs as tables for the index and the command line.
-
-_WORDS = {"accuracy": "accuracy ↑", "answer_loss": "loss of the answers, nats a token ↓"}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _limits(interval: Sequence[float | None] | None, form: str = ".4f") -> str:
-    if interval is None or None in interval:
-        return "–"
-    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
-
-
-def run_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: every run's metric on the shared rows, validation loss, speed and sizes."""
-    columns = [
-        *("run", _WORDS[content["metric"]], "validation loss ↓", "train seed", "rows/s of training ↑"),
-        *("adapter, MB", "recommended file", "unlike the first run"),
-    ]
-    rows = []
-    for run in content["runs"]:
-        file = run["file"]
-        rows.append(
-            [
-                f"{run['run']}{' ★' if run['run'] == content['chosen']['run'] else ''}",
-                f"{run['metric']:.4f} {_limits(run['interval'])}",
-                _number(run["validation_loss"], ".4f"),
-                _number(run["train_seed"], "d"),
-                _number(run["samples_per_second"], ".2f"),
-                f"{run['adapter_bytes'] / 1e6:.2f}",
-                f"{file['type']}, {file['bytes'] / 1e6:.2f} MB" if file else "–",
-                "; ".join(run["unlike_first"]) or "–",
-            ]
-        )
-    return columns, rows
-
-
-def recipe_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: every recipe's mean, the spread of its seeds, its paired difference to the leader."""
-    columns = [
-        *("runs of the recipe", "seeds", "mean", "standard deviation", "range"),
-        *("difference to the leader, simultaneous interval", "p (Holm)", "verdict"),
-    ]
-    rows = []
-    for recipe in content["recipes"]:
-        seeds = recipe["n_seeds"] > 1
-        leads = recipe["verdict"] == "leader"
-        rows.append(
-            [
-                ", ".join(recipe["runs"]),
-                str(recipe["n_seeds"]),
-                f"{recipe['mean']:.4f}",
-                _number(recipe["seed_sd"], ".4f"),
-                _limits(recipe["seed_range"]) if seeds else "–",
-                "–" if leads else f"{recipe['difference']:+.4f} {_limits(recipe['difference_interval'], '+.4f')}",
-                "–" if leads else f"{recipe['p_holm']:.2g}",
-                recipe["verdict"],
-            ]
-        )
-    return columns, rows
-
-
-def choice_section(content: dict[str, Any], stale: list[str]) -> dict[str, Any]:
-    """What the index shows of an analysis.
-
-    Args:
-        stale: runs that have changed since.
-    """
-    return {
-        "text": content["text"],
-        "rule": content["rule"],
-        "made": content["made"][:16].replace("T", " "),
-        "stale": stale,
-        "runs": run_rows(content),
-        "recipes": recipe_rows(content),
-        "left_out": ", ".join(f"{count} {why}" for why, count in content["rows"]["left_out"].items() if count),
-    }
-
-
-# The two index pages: one of a run (`reports/<run>/index.html`), one of all runs (`reports/index.html`).
 
 PAGES = len(set(NOTEBOOK_OF.values()))
 """Pages of a complete report."""
 
-_FILE_COLUMNS = {
-    "type": "type",
-    "size": "size, MB",
-    "bits_per_weight": "bpw",
-    "accuracy": "accuracy ↑",
-    "kld_mean": "KLD ↓",
-    "flips": "flips",
-    "ppl": "perplexity ↓",
-    "generation_tokens_per_second": "tokens/s ↑",
-    "verdict": "verdict",
-}
+# What the manifest and the product folders say about a run.
+#
+# Later products may be missing and their files may lack keys: what is not there is left out, nothing is guessed.
+
+ALL, LEAK_FREE = "all", "leak_free"
+"""Subsets of the test rows."""
 
 
-_MEASURE = {True: "Accuracy", False: "Perplexity of the reference answers"}
-"""What the qualities of a run are, by whether its rows have labels."""
+@dataclass(frozen=True)
+class Quality:
+    """An accuracy (without labels: a perplexity of answers), with its interval where there is one, on n rows."""
+
+    value: Interval | float
+    n: int | None
+
+    def __str__(self) -> str:
+        return format(self.value, ".3f")
 
 
-def _columns(labelled: bool) -> list[str]:
-    """Headings of the table of files; the column of the accuracies holds what stands in their place."""
-    shown = _FILE_COLUMNS if labelled else {**_FILE_COLUMNS, "accuracy": "answer perplexity ↓"}
-    return list(shown.values())
+@dataclass(frozen=True)
+class Summary:
+    """A run in plain values.
+
+    Attributes:
+        entries: manifest entries by product, in the order of the stages.
+        stamps: what every page must say.
+        qualities: accuracy (without labels: perplexity of the reference answers) on "all" and on "leak_free" test rows,
+            by "linear floor", "base" and "fine-tuned".
+        files: one dict a quantized file, with the keys of comparison.json, and "recommended".
+        recommendation, rule: the comparison's answer in words, and the rule behind it; empty when there is none.
+    """
+
+    name: str
+    entries: dict[str, Entry]
+    stamps: list[str]
+    qualities: dict[str, dict[str, Quality]] = field(default_factory=dict)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    recommendation: str = ""
+    rule: str = ""
+
+    @property
+    def labelled(self) -> bool:
+        return self.facts.get("task", "classification") == "classification"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the data product."""
+        entry = self.entries.get("data")
+        return entry.facts if entry else {}
+
+    @property
+    def model(self) -> str:
+        name, revision = self.facts.get("base_model", ""), str(self.facts.get("base_revision", ""))
+        return sentence("index.model", name=name, revision=revision, offline=self.facts.get("offline_base"))
+
+    @property
+    def data(self) -> str:
+        return str(self.facts.get("source") or sentence("index.no_data"))
+
+    @property
+    def date(self) -> str:
+        finished = [entry.finished for entry in self.entries.values()]
+        return max(finished)[:16].replace("T", " ") if finished else ""
+
+    @property
+    def commit(self) -> str:
+        return commit_words(next((e.git for e in reversed(self.entries.values()) if e.git), {}))
+
+    @property
+    def recommended(self) -> dict[str, Any] | None:
+        """The recommended file, if the comparison names one."""
+        return next((file for file in self.files if file["recommended"]), None)
+
+    def parameters(self, *notebooks: str) -> dict[str, Any]:
+        """Parameters of the products of these notebooks (of all without an argument)."""
+        merged: dict[str, Any] = {}
+        for product, entry in self.entries.items():
+            if not notebooks or NOTEBOOK_OF.get(product) in notebooks:
+                merged |= entry.parameters
+        return merged
+
+    def products(self, notebook: str) -> dict[str, Entry]:
+        """The products that a notebook makes."""
+        return {p: e for p, e in self.entries.items() if NOTEBOOK_OF.get(p) == notebook}
 
 
-def _shown_number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, (int, float)) and not isinstance(value, bool) else "–"
+def commit_words(git: Mapping[str, Any]) -> str:
+    """A manifest's git entry in words."""
+    return sentence("index.commit", git={"commit": None, "dirty": False, **git})
 
 
-def _file_row(file: dict[str, Any]) -> list[str]:
-    interval = file.get("accuracy_interval", file.get("answer_ppl_interval"))
-    bounds = tuple(float(v) for v in interval) if isinstance(interval, (list, tuple)) and len(interval) == 2 else None
-    accuracy = file.get("accuracy", file.get("answer_ppl"))
-    quality = str(Quality(float(accuracy), bounds, None)) if isinstance(accuracy, (int, float)) else "–"
-    size = file.get("bytes")
-    return [
-        f"{file.get('type', '–')}{' ★' if file.get('recommended') else ''}",
-        _shown_number(size / 1e6 if isinstance(size, (int, float)) else None, ".2f"),
-        _shown_number(file.get("bits_per_weight"), ".2f"),
-        quality,
-        _shown_number(file.get("kld_mean"), ".4f"),
-        _shown_number(file.get("flips"), "d" if isinstance(file.get("flips"), int) else ".0f"),
-        _shown_number(file.get("ppl"), ".3f"),
-        _shown_number(file.get("generation_tokens_per_second"), ".0f"),
-        in_words(file) if file.get("verdict") else "–",
+def summarise(run: Run) -> Summary:
+    """Read a run; never fails on a product that is not there yet."""
+    entries = {product: e for product, e in run.manifest.entries().items() if (run.folder / product).is_dir()}
+    comparison = _json(run.folder / "comparison" / "comparison.json") if "comparison" in entries else {}
+    recommendation = comparison.get("recommendation", {})
+    return Summary(
+        name=run.name,
+        entries=entries,
+        stamps=run.stamps(),
+        qualities=_qualities(run.folder, entries),
+        files=[{**f, "recommended": f["type"] == recommendation.get("type")} for f in comparison.get("files", [])],
+        recommendation=recommendation.get("text", ""),
+        rule=recommendation.get("rule", ""),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A product's JSON object; empty when it is absent or damaged (its page says so, not the index)."""
+    try:
+        value = read_json(path)
+    except (OSError, InputError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str, Quality]]:
+    """Qualities by model and subset of the rows: of the evaluation, before it of the linear floor alone."""
+    if "evaluation" not in entries:
+        floor = _floor(folder)
+        return {"linear floor": {ALL: floor}} if floor else {}
+    evaluation, metrics = _json(folder / "evaluation" / "evaluation.json"), entries["evaluation"].metrics
+    if parts := evaluation.get("parts"):
+        return {
+            name: {subset: Quality(_value(part[key], "perplexity"), part["n"]) for subset, part in parts.items()}
+            for name, key in (("base", "base"), ("fine-tuned", "finetuned"))
+        }
+    found: dict[str, dict[str, Quality]] = {}
+    for name, key in (("linear floor", "linear_floor"), ("base", "base"), ("fine-tuned", "finetuned")):
+        for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
+            if f"accuracy_{key}{ending}" in metrics:
+                n = metrics.get("n") if subset == ALL else _rows(evaluation, subset)
+                found.setdefault(name, {})[subset] = Quality(_value(metrics, f"accuracy_{key}{ending}"), n)
+    return found
+
+
+def _floor(folder: Path) -> Quality | None:
+    """The linear floor on the test rows, from the data product: all that is known before the evaluation."""
+    block = _json(folder / "data" / "floor.json").get("test") or {}
+    if "accuracy" not in block:
+        return None
+    n = block.get("n") or len(block.get("predictions", []))
+    if n and "accuracy_interval" not in block:
+        return Quality(wilson(round(block["accuracy"] * n), n), n)
+    return Quality(_value(block, "accuracy"), n or None)
+
+
+def _value(values: Mapping[str, Any], key: str) -> Interval | float:
+    return Interval.from_json(values[key], values.get(f"{key}_interval"))
+
+
+def _rows(evaluation: Mapping[str, Any], subset: str) -> int | None:
+    """Number of rows of a subset, where evaluation.json gives it."""
+    try:
+        return int(evaluation["models"]["base"][subset]["n"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+# What page heads and both indexes share.
+
+_TITLE = re.compile(r"^# +(.+)$", re.M)
+_QUESTION = re.compile(r"^> *(.+)$", re.M)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A notebook of the report: file stem, heading, its one-sentence question, whether its page exists."""
+
+    name: str
+    title: str
+    question: str
+    exists: bool
+
+
+def read_stage(notebook: Path, exists: bool = False) -> Stage:
+    """Title and question from the notebook's first Markdown cell.
+
+    Raises:
+        InputError: the file is no notebook.
+    """
+    import nbformat
+
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError):
+        raise InputError(f"{notebook} is damaged.", "a Jupyter notebook.", f"git checkout {notebook.name}.") from None
+    first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
+    title, question = (re.sub(r"[*`]", "", found[1]) if (found := p.search(first)) else "" for p in (_TITLE, _QUESTION))
+    return Stage(notebook.stem, title or notebook.stem, question, exists)
+
+
+@functools.cache
+def stylesheet() -> str:
+    """The style of every page, code colours included."""
+    from pygments.formatters import HtmlFormatter
+
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    return (TEMPLATES / "workbook.css").read_text(encoding="utf-8") + colours
+
+
+def parameter_pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Parameters as text; the items of a list are joined by commas."""
+    return [(k, ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)) for k, v in values.items()]
+
+
+def versions_of(entries: Iterable[Entry]) -> list[tuple[str, str]]:
+    """Versions of the libraries that made the last of these products; those of today where there is none."""
+    return list(next((entry.versions for entry in reversed(list(entries))), manifest.versions()).items())
+
+
+def card(summary: Summary) -> list[tuple[str, str]]:
+    """The line under the navigation: run, date, model, data, commit."""
+    values = (summary.name, summary.date, summary.model, summary.data, summary.commit)
+    return list(zip(("Run", "Date", "Model", "Data", "Commit"), values, strict=True))
+
+
+# The overview of a run.
+
+
+def _qualities_table(summary: Summary) -> Table:
+    subsets = dict.fromkeys(subset for found in summary.qualities.values() for subset in found)
+    headings = {}
+    for subset in subsets:
+        sizes = (found[subset].n for found in summary.qualities.values() if subset in found and found[subset].n)
+        headings[subset] = sentence("index.subset", name=subset, n=next(sizes, None))
+    rows = [
+        {"model": name, **{h: found[s].value if s in found else None for s, h in headings.items()}}
+        for name, found in summary.qualities.items()
     ]
+    caption = sentence("index.qualities_caption", labelled=summary.labelled)
+    return build(rows, caption, dict.fromkeys(headings.values(), ".3f"))
 
 
-def _accuracy_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    kinds = list(dict.fromkeys(kind for quality in summary.qualities.values() for kind in quality))
-    words = {"all": "all test rows", "leak_free": "leak-free rows"}
-    sizes = {k: next((q[k].n for q in summary.qualities.values() if k in q and q[k].n), None) for k in kinds}
-    columns = ["model", *(f"{words[k]} (n = {sizes[k]})" if sizes[k] else words[k] for k in kinds)]
-    rows = [[name, *(str(q.get(kind, "–")) for kind in kinds)] for name, q in summary.qualities.items()]
-    return columns, rows
+def _files_table(summary: Summary) -> Table:
+    column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
+    rows = [
+        {
+            "type": f"{file['type']} ★" if file["recommended"] else file["type"],
+            "overview_mb": file["bytes"] / 1e6,
+            "bpw": file.get("bits_per_weight"),
+            column: _value(file, key) if key in file else None,
+            "overview_kld": file.get("kld_mean"),
+            "flips": file.get("flips"),
+            "perplexity": file.get("ppl"),
+            "tokens_per_second": file.get("generation_tokens_per_second"),
+            "verdict": in_words(file) if file.get("verdict") else None,
+        }
+        for file in summary.files
+    ]
+    return build(rows, sentence("index.files_caption"))
 
 
-def _cost_rows(summary: Summary) -> list[list[str]]:
-    return [
-        [
-            product,
-            f"{entry.seconds:.1f}",
-            f"{entry.peak_memory_mib:.0f}",
-            f"{sum(o['bytes'] for o in entry.outputs.values()) / 1e6:.1f}",
-            entry.device,
-            entry.finished[:16].replace("T", " "),
-        ]
+def _cost_table(summary: Summary) -> Table:
+    rows = [
+        {
+            "product": product,
+            "cost_seconds": entry.seconds,
+            "peak_memory": entry.peak_memory_mib,
+            "disk_mb": sum(output["bytes"] for output in entry.outputs.values()) / 1e6,
+            "device": entry.device,
+            "finished": entry.finished[:16].replace("T", " "),
+        }
         for product, entry in summary.entries.items()
     ]
+    return build(rows, sentence("index.cost_caption"))
+
+
+def _reading(summary: Summary) -> list[list[str]]:
+    """(word, meaning) for a run's verdicts, with its own margin and seed."""
+    given = summary.parameters(NOTEBOOK_OF["comparison"])
+    margin = given.get("equivalence_margin" if summary.labelled else "perplexity_margin")
+    values = {"margin": margin, "seed": given.get("seed"), "rule": summary.rule}
+    return word_rows("index.reading", labelled=summary.labelled, **values)
 
 
 def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: str = "") -> Path:
@@ -180,39 +306,98 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         folder: reports/<run>/.
         state: a sentence when the report is not complete ("stopped in 03_evaluate: …"); empty when it is.
     """
-    columns, accuracy = _accuracy_rows(summary)
-    versions = next((e.versions for e in reversed(list(summary.entries.values()))), manifest.versions())
-    text = (
-        pages()
-        .get_template("run.html.j2")
-        .render(
-            name=summary.name,
-            css=stylesheet(),
-            stages=stages,
-            card=card(summary),
-            stamps=summary.stamps,
-            state=state,
-            answer=summary.recommendation,
-            accuracy_columns=columns,
-            accuracy=accuracy,
-            measure=_MEASURE[summary.labelled],
-            file_columns=_columns(summary.labelled),
-            files=[_file_row(file) for file in summary.files],
-            reading=reading(summary),
-            cost=_cost_rows(summary),
-            parameters=[(key, shown(value)) for key, value in summary.parameters().items()],
-            versions=list(versions.items()),
-        )
+    text = fill(
+        "run.html.j2",
+        name=summary.name,
+        css=stylesheet(),
+        stages=stages,
+        card=card(summary),
+        stamps=summary.stamps,
+        state=state,
+        answer=summary.recommendation,
+        qualities=_qualities_table(summary) if summary.qualities else None,
+        files=_files_table(summary) if summary.files else None,
+        reading=_reading(summary),
+        cost=_cost_table(summary) if summary.entries else None,
+        parameters=parameter_pairs(summary.parameters()),
+        versions=versions_of(summary.entries.values()),
     )
     path = folder / "index.html"
     write_text(path, text)
     return path
 
 
-def _remarks(summary: Summary, folder: Path, total: int) -> str:
+def fill(template: str, **values: Any) -> str:
+    """HTML by a template of ``templates/pages``."""
+    return environment("pages", True).get_template(template).render(**values)
+
+
+# The choice among runs, for the index and the command line.
+
+
+def run_table(content: Mapping[str, Any]) -> Table:
+    """Every run's metric on the shared rows, validation loss, speed and sizes (model_analysis.json)."""
+    rows = [
+        {
+            "run": f"{run['run']} ★" if run["run"] == content["chosen"]["run"] else run["run"],
+            f"shared_{content['metric']}": Interval.from_json(run["metric"], run["interval"]),
+            "validation_loss": run["validation_loss"],
+            "train_seed": run["train_seed"],
+            "training_speed": run["samples_per_second"],
+            "adapter_mb": run["adapter_bytes"] / 1e6,
+            "recommended_file": sentence("index.recommended", file=run["file"]) if run["file"] else None,
+            "unlike_first": "; ".join(run["unlike_first"]) or None,
+        }
+        for run in content["runs"]
+    ]
+    return build(rows, sentence("index.shared_caption", made=content["made"][:16].replace("T", " ")))
+
+
+def recipe_table(content: Mapping[str, Any]) -> Table:
+    """Every recipe's mean, the spread of its seeds, its paired difference to the leader."""
+    rows = []
+    for recipe in content["recipes"]:
+        follows = recipe["verdict"] != "leader"
+        rows.append(
+            {
+                "recipe_runs": recipe["runs"],
+                "seeds": recipe["n_seeds"],
+                "recipe_mean": recipe["mean"],
+                "seed_sd": recipe["seed_sd"],
+                "seed_range": limits_text(recipe["seed_range"], ".4f") if recipe["n_seeds"] > 1 else None,
+                "behind_leader": _value(recipe, "difference") if follows else None,
+                "p_holm": recipe["p_holm"] if follows else None,
+                "verdict": recipe["verdict"],
+            }
+        )
+    return build(rows, sentence("index.recipes_caption"))
+
+
+# The list of all runs.
+
+
+def _line(folder: Path, total: int) -> dict[str, Any]:
+    """A run in the list of all."""
+    try:
+        summary = summarise(open_run(folder.name))
+    except (InputError, KeyError, TypeError):  # a manifest that another version wrote, or that is damaged
+        summary = Summary(folder.name, {}, [sentence("index.unreadable")])
+    unit = "" if summary.labelled else "PPL "
+    quality = {name: f"{unit}{found[ALL]}" for name, found in summary.qualities.items() if ALL in found}
     made = len(list(folder.glob("[0-9][0-9]_*.html")))
-    incomplete = [f"incomplete: {made} of {total} pages"] if made < total else []
-    return "; ".join(incomplete + summary.stamps)
+    remarks = [sentence("index.incomplete", made=made, total=total)] if made < total else []
+    return {
+        "name": folder.name,
+        "date": summary.date,
+        "model": summary.model,
+        "data": summary.data,
+        **{key: quality.get(name, "–") for key, name in _QUALITIES.items()},
+        "file": sentence("index.recommended", file=summary.recommended) if summary.recommended else "–",
+        "remarks": "; ".join(remarks + summary.stamps),
+    }
+
+
+_QUALITIES = {"floor": "linear floor", "base": "base", "finetuned": "fine-tuned"}
 
 
 def write_all_index(reports: Path, total: int = PAGES) -> Path:
@@ -222,31 +407,17 @@ def write_all_index(reports: Path, total: int = PAGES) -> Path:
         reports: the folder of all reports.
         total: pages of a complete report.
     """
-    runs = []
-    for folder in sorted(p.parent for p in reports.glob("*/index.html")):
-        try:
-            summary = summarise(open_run(folder.name))
-        except (InputError, KeyError, TypeError):  # a manifest that another version wrote, or that is damaged
-            summary = Summary(folder.name, {}, ["its manifest cannot be read"])
-        unit = "" if summary.labelled else "PPL "
-        quality = {name: f"{unit}{found.get('all', '–')}" for name, found in summary.qualities.items()}
-        best = next((f for f in summary.files if f.get("recommended")), None)
-        runs.append(
-            {
-                "name": folder.name,
-                "date": summary.date,
-                "model": summary.model,
-                "data": summary.data,
-                "floor": quality.get("linear floor", "–"),
-                "base": quality.get("base", "–"),
-                "finetuned": quality.get("fine-tuned", "–"),
-                "file": f"{best.get('type')}, {_file_row(best)[1]} MB" if best else "–",
-                "remarks": _remarks(summary, folder, total),
-            }
-        )
+    runs = [_line(page.parent, total) for page in sorted(reports.glob("*/index.html"))]
     runs.sort(key=lambda run: run["date"], reverse=True)
+    analysis, choice = read_analysis(reports), None
+    if analysis:
+        choice = {
+            "text": analysis["text"],
+            "rule": analysis["rule"],
+            "stale": outdated(analysis),
+            "tables": [run_table(analysis), recipe_table(analysis)],
+            "left_out": sentence("index.left_out", rows=analysis["rows"]["left_out"]),
+        }
     path = reports / "index.html"
-    analysis = read_analysis(reports)
-    choice = choice_section(analysis, outdated(analysis)) if analysis else None
-    write_text(path, pages().get_template("all.html.j2").render(css=stylesheet(), runs=runs, choice=choice))
+    write_text(path, fill("all.html.j2", css=stylesheet(), runs=runs, choice=choice))
     return path

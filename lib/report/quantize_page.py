@@ -1,363 +1,327 @@
-"""What page 06 shows of the importance matrix and of its effect.
-What page 06 shows of the file under a size budget: its types, what they are predicted to cost, what they bought.
-What page 06 shows of files at the answers of held-out rows: whether bits were spent well for the task.
-The rows and sentences about export formats in notebooks 06 and 07.
-"""
+"""What page 06 shows of files: importance matrix, size budget, sizes and types, export formats."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lib.report.display import key_values, say, table, with_interval
-from lib.report.rows import Row
+from lib.report.display import Shown, card, frame, table, tell
+from lib.report.sentences import sentence
+from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
+    from lib.stages.export.stage import ExportsResult
+    from lib.stages.quantize.calibration import ImportanceMatrix
+    from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult
+    from lib.stages.quantize.held_out_kl import Comparison
 
-# What page 06 shows of the importance matrix and of its effect.
+Row = dict[str, Any]
+Entry = Mapping[str, Any]
+"""An object of a product's JSON file."""
+
+# The importance matrix.
 
 
-def imatrix_card(matrix: Any) -> HTML | Markdown:
-    """From which rows the matrix was made (an ImatrixResult); a sentence where there is none."""
+def imatrix_card(matrix: ImportanceMatrix | None) -> HTML | Markdown:
+    """From which rows the matrix was made; a sentence where there is none."""
     if matrix is None:
-        return say(
-            "No importance matrix was measured in this run: `imatrix: auto` measures one on the training rows, and "
-            "then types below 3 bits (IQ2_XS and others) can be in the ladder."
-        )
-    record = matrix.record
-    left = "; ".join(f"{count:,} with {why}" for why, count in record["left_out"].items())
-    values = {
-        "training rows used": record["rows"],
-        "training rows left out": left,
-        "held-out rows among those used": f"{record['shared_with_held_out']} of {record['held_out_rows']:,}, by hash",
-        "tokens": f"{record['tokens']:,} in {record['windows']} windows of {record['window_tokens']}",
-        "layers": record["entries"],
-        "computed in": f"{record['dtype']} on {record['device']}",
-        "hash over the rows": record["rows_sha256"],
-        "name in the files": record["dataset"],
-    }
-    return key_values(values, "The importance matrix of this run")
+        return tell("quantize.no_matrix")
+    return card("quantize.imatrix_card", record=matrix.record)
 
 
-def effect_table(effect: Any) -> HTML | Markdown:
-    """With and without the matrix (an EffectResult); a sentence where nothing was compared."""
-    if effect is None:
-        return say("Nothing to compare: no file of this ladder was made with an importance matrix of this run.")
-    content = effect.content
-    if not content["types"]:
-        return say(f"Nothing to compare: {_left_out(content['left_out'])}")
+def effect(found: Comparison | None) -> Shown:
+    """The smallest types with and without the matrix, and what else it changed; why nothing was compared."""
+    if found is None or not found.content["types"]:
+        left_out = found.content["left_out"] if found else []
+        return tell("quantize.no_effect", left_out=left_out), tell("quantize.no_effect_reading")
     rows = [
         {
             "type": entry["type"],
-            "MB with": entry["bytes"] / 1e6,
-            "MB without": entry["bytes_without"] / 1e6,
-            "tensors of other types": len(entry["retyped"]),
-            "KLD with, nats ↓": _limits(entry, "kld_with"),
-            "KLD without, nats ↓": _limits(entry, "kld_without"),
-            "with minus without": _limits(entry, "difference", "+.2g"),
-            "p (Holm)": f"{entry['p_holm']:.2g}",
-            "with it": entry["verdict"],
-            "at answers, with minus without": _limits(entry["answers"], "difference", "+.2g"),
-            "p at answers (Holm)": f"{entry['answers']['p_holm']:.2g}",
-            "with it, at answers": entry["answers"]["verdict"],
+            "mb_with": entry["bytes"] / 1e6,
+            "mb_without": entry["bytes_without"] / 1e6,
+            "retyped": len(entry["retyped"]),
+            "kld_with": _interval(entry, "kld_with"),
+            "kld_without": _interval(entry, "kld_without"),
+            "with_minus_without": _interval(entry, "difference"),
+            "p_holm": entry["p_holm"],
+            "verdict_with": entry["verdict"],
+            "with_minus_without_at_answers": _interval(entry["answers"], "difference"),
+            "p_holm_at_answers": entry["answers"]["p_holm"],
+            "verdict_with_at_answers": entry["answers"]["verdict"],
         }
-        for entry in content["types"]
+        for entry in found.content["types"]
     ]
-    caption = (
-        f"KL divergence from the source on {content['tokens']:,} scored tokens of {content['rows']} held-out rows, and "
-        f"at the {content['answer_positions']:,} tokens of the answers of {content['answer_rows']:,}; in brackets 95 % "
-        "intervals over whole rows, of the difference paired token by token."
-    )
-    return table(rows, caption)
-
-
-def effect_reading(effect: Any) -> Markdown:
-    """What the table says, with its numbers."""
-    if effect is None or not effect.content["types"]:
-        return say("So this page does not say what an importance matrix would change.")
-    words = {"better": "closer to the source", "worse": "farther from the source", "cannot tell": "not shown to differ"}
-    sentences = []
-    for entry in effect.content["types"]:
-        change = 100 * entry["difference"] / entry["kld_without"]
-        sentences.append(
-            f"{entry['type']} with the matrix is {words[entry['verdict']]} ({change:+.0f} % KL divergence), at answers "
-            f"{words[entry['answers']['verdict']]}"
-        )
-    differing = "; ".join(f"{entry['type']}: {_beside(entry)}" for entry in effect.content["types"])
-    left_out = effect.content["left_out"]
-    return say(
-        f"{'; '.join(sentences)}. Source, llama.cpp and rows are the same. What differs beside the matrix, against the "
-        f"file without it: {differing}.{' Not compared: ' + _left_out(left_out) if left_out else ''}"
-    )
-
-
-def _beside(entry: Mapping[str, Any]) -> str:
-    """What the matrix changed of a file but its rounding: types of tensors, which llama.cpp chooses, and bytes."""
-    changes: dict[tuple[str, str], list[str]] = {}
-    for tensor in entry["retyped"]:
-        changes.setdefault((tensor["with"], tensor["without"]), []).append(tensor["tensor"].removesuffix(".weight"))
-    parts = []
-    for (new, old), names in changes.items():
-        which = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
-        parts.append(f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {new} instead of {old} ({which})")
-    size = f"{entry['bytes'] - entry['bytes_without']:+,} bytes"
+    types = [{**entry, "changes": _retyped(entry["retyped"])} for entry in found.content["types"]]
     return (
-        f"{', '.join(parts)}, {size}" if parts else f"{size} (the header names the matrix), all tensors of equal types"
+        table(rows, sentence("quantize.effect_caption", content=found.content)),
+        tell("quantize.effect_reading", types=types, left_out=found.content["left_out"]),
     )
 
 
-def _left_out(types: Sequence[str]) -> str:
-    return (
-        f"{', '.join(types)} cannot be made without a matrix here, because `tensor_types` or its companions want a "
-        "type that needs one."
-    )
+def _retyped(tensors: Iterable[Mapping[str, str]]) -> list[Row]:
+    """Tensors of other types, those with the same two types together."""
+    changes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for tensor in tensors:
+        changes[tensor["with"], tensor["without"]].append(tensor["tensor"].removesuffix(".weight"))
+    return [{"with": new, "without": old, "tensors": names} for (new, old), names in changes.items()]
 
 
-def _limits(entry: Mapping[str, Any], key: str, form: str = ".2g") -> str:
-    return with_interval(entry[key], entry[f"{key}_interval"], form)
+def _interval(entry: Entry, key: str) -> Interval | float:
+    return Interval.from_json(entry[key], entry[f"{key}_interval"])
 
 
-# What page 06 shows of the file under a size budget: its types, what they are predicted to cost, what they bought.
-
-_NONE = (
-    "No size budget in this run: `size_budget_mb` (or `size_budget_bpw`) adds one more file of at most that size, with "
-    "a type for every tensor chosen by measurement."
-)
-
-
-def types_table(mix: Any) -> HTML | Markdown:
-    """One row a kind of tensor (of a `lib.stages.quantize.files.PlannedFile`); a sentence where there is none."""
-    if mix is None:
-        return say(_NONE)
-    record, at_answers = mix.record, ""
-    if record["answers"]:
-        answers = record["answers"]
-        at_answers = f", and {answers['positions']:,} tokens of the answers of {answers['rows']:,} training rows"
-    caption = (
-        f"The types chosen for {mix.prediction['type']} (layer by layer, first to last; MB = 10⁶ bytes), and the KL "
-        f"divergence that each kind alone is predicted to cost, on {record['positions']:,} positions of training "
-        f"text{at_answers}."
-    )
-    return table(rows(mix.record["tensors"]), caption)
-
-
-def rows(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tensors by kind: "kind", "types" in the order of layers, "MB", "bits per weight", "predicted KL" and, where there
-    were answers, "predicted KL at answers"."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for tensor in sorted(tensors, key=lambda t: _place(t["tensor"])[0]):
-        kinds.setdefault(_place(tensor["tensor"])[1], []).append(tensor)
-    return [
-        {
-            "kind": kind,
-            "types": _runs([t["type"] for t in group]),
-            "MB": round(sum(t["bytes"] for t in group) / 1e6, 3),
-            "bits per weight": round(8 * sum(t["bytes"] for t in group) / sum(t["weights"] for t in group), 2),
-            "predicted KL": round(sum(t["kld"] for t in group), 6),
-            **_at_answers(group),
-        }
-        for kind, group in kinds.items()
-    ]
-
-
-def _at_answers(tensors: list[dict[str, Any]]) -> dict[str, float]:
-    if "answer_kld" not in tensors[0]:
-        return {}
-    return {"predicted KL at answers": round(sum(t["answer_kld"] for t in tensors), 6)}
-
-
-def mix_reading(mix: Any) -> Markdown | None:
-    """The budget, the size and the prediction in words; nothing without a budget."""
-    if mix is None:
-        return None
-    record, prediction = mix.record, mix.prediction
-    worst = max(record["tensors"], key=lambda t: t["kld"])
-    share = worst["kld"] / record["predicted_kld"] if record["predicted_kld"] else 0.0
-    return say(
-        f"{prediction['bytes']:,} bytes of {record['budget_bytes']:,} allowed, {prediction['bits_per_weight']:.2f} "
-        f"bits per weight in {len(set(record['types'].values()))} types. Predicted KL divergence from the unquantized "
-        f"file: {record['predicted_kld']:.5f} nats a token, {100 * share:.0f} % of it by {worst['tensor']} as "
-        f"{worst['type']}. {_weight(record)} The prediction adds the tensors up and leaves out that llama.cpp rounds "
-        f"activations too; below it is measured on held-out rows, in 07 on bare texts."
-    )
-
-
-def _weight(record: dict[str, Any]) -> str:
-    """What counted in the choice."""
-    if record["predicted_answer_kld"] is None:
-        return "Text alone decided: there were no answers."
-    loss, weight = f"{record['predicted_answer_kld']:.5f} nats", record["answer_weight"]
-    if not weight:
-        return f"Text alone decided (`answer_weight` 0); at a token of an answer {loss} are predicted."
-    said = f"At a token of an answer {loss} are predicted"
-    return f"{said}; answers alone decided." if weight == 1 else f"{said}; answers counted {weight:g} in the choice."
-
-
-def beside(mixed: Mapping[str, Any], entry: Mapping[str, Any], found: Mapping[str, Any]) -> Row:
-    """A recipe (`entry`) beside the mixed file, by what was found on one kind of tokens."""
-    return {
-        "recipe": entry["type"],
-        "its size": f"{entry['bytes'] / mixed['bytes']:.2f}",
-        "KLD of the recipe": with_interval(found["kld"], found["kld_interval"]),
-        "mixed minus recipe": with_interval(found["difference"], found["difference_interval"], "+.2g"),
-        "p (Holm)": f"{found['p_holm']:.2g}",
-        "the mixed file is": found["verdict"],
-    }
-
-
-def against_recipes(effect: Any) -> HTML | Markdown:
-    """The mixed file beside every recipe (a MixEffect); a sentence where nothing was compared."""
-    if effect is None:
-        return say("Nothing to compare: this run has no file under a size budget.")
-    content = effect.content
-    mixed = content["mixed"]
-    rows = [beside(mixed, entry, entry) for entry in content["types"]]
-    own = f"{mixed['bytes'] / 1e6:.2f} MB, KL divergence {with_interval(mixed['kld'], mixed['kld_interval'])}"
-    caption = (
-        f"{mixed['type']} ({own}) beside the recipes, in nats a token, on {content['tokens']:,} scored tokens of "
-        f"{content['rows']} held-out rows; sizes in units of its own; in brackets 95 % intervals over whole rows, of "
-        "differences paired token by token."
-    )
-    return table(rows, caption)
-
-
-def against_reading(effect: Any) -> Markdown | None:
-    """What the budget bought, in words."""
-    if effect is None:
-        return None
-    content = effect.content
-    mixed, types = content["mixed"], content["types"]
-    better = [e["type"] for e in types if e["verdict"] == "better"]
-    larger = [e["type"] for e in types if e["verdict"] == "better" and e["bytes"] > mixed["bytes"]]
-    worse = [e["type"] for e in types if e["verdict"] == "worse" and e["bytes"] <= mixed["bytes"]]
-    text = f"{mixed['type']} is shown to be closer to the unquantized file than {', '.join(better) or 'no recipe'}."
-    if larger:
-        text += f" Larger than it, and still farther: {', '.join(larger)}."
-    if worse:
-        text += f" No larger, and closer: {', '.join(worse)}; here the choice of types did not pay."
-    return say(text)
-
-
-def _place(name: str) -> tuple[int, str]:
-    match = re.match(r"blk\.(\d+)\.(.+)\.weight$", name)
-    return (int(match[1]), match[2]) if match else (-1, name.removesuffix(".weight"))
-
-
-def _runs(types: list[str]) -> str:
-    """Types one after another, those alike counted: "q6_K, 3 × q4_K"."""
-    parts: list[list[Any]] = []
-    for kind in types:
-        if parts and parts[-1][1] == kind:
-            parts[-1][0] += 1
-        else:
-            parts.append([1, kind])
-    return ", ".join(kind if count == 1 else f"{count} × {kind}" for count, kind in parts)
-
-
-# What page 06 shows of files at the answers of held-out rows: whether bits were spent well for the task.
+# The file under a size budget.
 
 NEAR = 0.1
 """Recipes of a mixed file's size: those whose size differs from it by at most this share."""
 
 
-def answers_against_recipes(effect: Any) -> HTML | Markdown:
-    """The mixed file beside every recipe at answers (a MixEffect); a sentence where nothing was compared."""
-    if effect is None:
-        return say("Nothing to compare at answers: this run has no file under a size budget.")
-    content = effect.content
-    mixed = content["mixed"]
-    rows = [beside(mixed, entry, entry["answers"]) for entry in content["types"]]
-    own = with_interval(mixed["answers"]["kld"], mixed["answers"]["kld_interval"])
-    caption = (
-        f"Task loss: {mixed['type']} ({mixed['bytes'] / 1e6:.2f} MB, KL divergence {own}) beside the recipes where an "
-        f"answer's tokens are predicted, in nats a token, on {content['answer_positions']:,} tokens of the answers of "
-        f"{content['answer_rows']:,} held-out rows; sizes in units of its own; in brackets 95 % intervals over whole "
-        "rows, of differences paired token by token."
+def chosen_types(mix: PlannedFile | None) -> Shown:
+    """The types of the mixed file, a row a kind of tensor, and what it is predicted to cost; a sentence without one."""
+    if mix is None:
+        return (tell("quantize.no_budget"),)
+    name, record = mix.prediction["type"], mix.record
+    caption = sentence("quantize.types_caption", name=name, positions=record["positions"], answers=record["answers"])
+    worst = max(record["tensors"], key=lambda t: t["kld"])
+    share = worst["kld"] / record["predicted_kld"] if record["predicted_kld"] else 0.0
+    return (
+        table(kinds_of_mix(record["tensors"]), caption),
+        tell("quantize.mix_reading", record=record, prediction=mix.prediction, worst=worst, share=share),
     )
-    return table(rows, caption)
 
 
-def answers_against_reading(effect: Any) -> Markdown | None:
-    """Whether the mixed file beats recipes of its size in task loss, or that it did not. That its types paid, or did
-    not, is said only where size cannot explain it."""
-    if effect is None:
-        return None
-    content = effect.content
+def kinds_of_mix(tensors: Sequence[Entry]) -> list[Row]:
+    """The tensors of a mixed file by kind, their types in the order of layers."""
+    found = frame(tensors).assign(
+        layer=[_layer(t["tensor"]) for t in tensors], kind=[_kind(t["tensor"]) for t in tensors]
+    )
+    rows = []
+    for kind, group in found.sort_values("layer", kind="stable").groupby("kind", sort=False):
+        losses = {"predicted_kld": "kld", "predicted_answer_kld": "answer_kld"}
+        rows.append(
+            {
+                "kind": kind,
+                "types": _counted(group["type"]),
+                "size_mb": round(group["bytes"].sum() / 1e6, 3),
+                "bits_per_weight": round(8 * group["bytes"].sum() / group["weights"].sum(), 2),
+                **{key: round(group[loss].sum(), 6) for key, loss in losses.items() if loss in group},
+            }
+        )
+    return rows
+
+
+def _layer(name: str) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+
+
+def _counted(types: Iterable[str]) -> str:
+    """Types one after another, those alike counted: "q6_K, 3 × q4_K"."""
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(types)]
+    return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in runs)
+
+
+def against_recipes(found: Comparison | None) -> Shown:
+    """The mixed file beside every recipe on text, and what the budget bought; a sentence where nothing was compared."""
+    if found is None:
+        return (tell("quantize.no_mixed"),)
+    content, mixed, types = found.content, found.content["mixed"], found.content["types"]
+    caption = sentence("quantize.against_caption", mixed=mixed, tokens=content["tokens"], rows=content["rows"])
+    better = [e for e in types if e["verdict"] == "better"]
+    reading = tell(
+        "quantize.against_reading",
+        name=mixed["type"],
+        better=[e["type"] for e in better],
+        larger=[e["type"] for e in better if e["bytes"] > mixed["bytes"]],
+        worse=[e["type"] for e in types if e["verdict"] == "worse" and e["bytes"] <= mixed["bytes"]],
+    )
+    return table(_beside_recipes(content, lambda entry: entry), caption), reading
+
+
+def against_recipes_at_answers(found: Comparison | None) -> Shown:
+    """The same at answers, and whether the mixed file beats recipes of its size there."""
+    if found is None:
+        return (tell("quantize.no_mixed_at_answers"),)
+    content = found.content
+    counts = {"positions": content["answer_positions"], "rows": content["answer_rows"]}
+    caption = sentence("quantize.answers_against_caption", mixed=content["mixed"], **counts)
+    return table(_beside_recipes(content, lambda entry: entry["answers"]), caption), _task_loss(content)
+
+
+def _beside_recipes(content: Entry, measured: Callable[[Entry], Entry]) -> list[Row]:
+    """Every recipe beside the mixed file; `measured`: where an entry holds what was found on one kind of tokens."""
+    return [
+        {
+            "recipe": entry["type"],
+            "relative_size": entry["bytes"] / content["mixed"]["bytes"],
+            "kld_of_recipe": _interval(measured(entry), "kld"),
+            "mixed_minus_recipe": _interval(measured(entry), "difference"),
+            "p_holm": measured(entry)["p_holm"],
+            "mixed_verdict": measured(entry)["verdict"],
+        }
+        for entry in content["types"]
+    ]
+
+
+def _task_loss(content: Entry) -> Markdown:
+    """That the types of the mixed file paid, or did not, is said only where size cannot explain it."""
     mixed, types = content["mixed"], content["types"]
-    near = [e for e in types if abs(e["bytes"] / mixed["bytes"] - 1) <= NEAR]
-    which = f"of its size (within {100 * NEAR:.0f} %)"
-    if not near:
-        near = [min(types, key=lambda e: abs(e["bytes"] - mixed["bytes"]))]
-        which = f"nearest to its size ({near[0]['bytes'] / mixed['bytes']:.2f} of it)"
-    by = {verdict: [e["type"] for e in near if e["answers"]["verdict"] == verdict] for verdict in _WORDS}
-    found = [f"{words} {_listed(by[verdict])}" for verdict, words in _WORDS.items() if by[verdict]]
-    recipes = "recipe" if len(near) == 1 else "recipes"
-    text = f"Task loss of {mixed['type']} beside the {recipes} {which}: it is {'; '.join(found)}."
-    beaten = [e["bytes"] for e in near if e["answers"]["verdict"] == "better"]
-    if any(e["answers"]["verdict"] == "worse" and e["bytes"] <= mixed["bytes"] for e in near):
-        text += " For the task the choice of types did not pay here."
-    elif by["worse"] or by["cannot tell"]:
-        text += f" So it does not beat every recipe {which} in task loss, as far as these rows can show."
-    elif max(beaten) >= mixed["bytes"]:
-        text += " So for the task the choice of types paid."
+    nearest = min(types, key=lambda e: abs(e["bytes"] - mixed["bytes"]))
+    of_its_size = [e for e in types if abs(e["bytes"] / mixed["bytes"] - 1) <= NEAR]
+    near = of_its_size or [nearest]
+    verdicts = {v: [e for e in near if e["answers"]["verdict"] == v] for v in ("better", "worse", "cannot tell")}
+    if any(e["bytes"] <= mixed["bytes"] for e in verdicts["worse"]):
+        conclusion = "did not pay"
+    elif verdicts["worse"] or verdicts["cannot tell"]:
+        conclusion = "not shown"
     else:
-        text += " All of these are smaller, so it does not follow that the choice of types paid."
-    return say(text)
+        conclusion = "paid" if max(e["bytes"] for e in verdicts["better"]) >= mixed["bytes"] else "smaller"
+    return tell(
+        "quantize.answers_against_reading",
+        name=mixed["type"],
+        near=[(verdict, [e["type"] for e in entries]) for verdict, entries in verdicts.items() if entries],
+        count=len(near),
+        ratio=nearest["bytes"] / mixed["bytes"],
+        within=NEAR if of_its_size else None,
+        conclusion=conclusion,
+    )
 
 
-_WORDS = {
-    "better": "shown to lose less than",
-    "worse": "shown to lose more than",
-    "cannot tell": "not shown to differ from",
-}
+# Sizes, and types of tensors.
+
+MOST_TENSORS = 12
+"""Tensors that a table names; their number is in its caption."""
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def predicted(plan: Iterable[Entry]) -> list[Row]:
+    """What a dry run tells of a ladder (`lib.stages.quantize.stage.plan`)."""
+    return [
+        {
+            "type": p["type"],
+            "size_mb": p["bytes"] / 1e6,
+            "bits_per_weight": p["bits_per_weight"],
+            "fallbacks": len(p["fallbacks"]),
+            "set_by_hand": len(p["set_by_hand"]),
+            "tensor_types": ", ".join(part["type"] for part in p["histogram"]),
+        }
+        for p in plan
+    ]
 
 
-# The rows and sentences about export formats in notebooks 06 and 07.
+def planned(plan: Sequence[Entry]) -> Shown:
+    """What the files will be, how much disk they take, and how many recipes cannot keep what their names promise."""
+    total, wider = sum(p["bytes"] for p in plan) / 1e6, sum(bool(p["fallbacks"]) for p in plan)
+    return (
+        table(predicted(plan), sentence("quantize.planned_caption")),
+        tell("quantize.planned", megabytes=total, wider=wider, types=len(plan)),
+    )
 
 
-def exports(made: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Size, cost and self-check of each format (records of exports.json); one row saying so where there is none."""
+def sizes(result: QuantizeResult) -> Shown:
+    """Predicted and measured sizes of a ladder below their source; how exact the dry run was."""
+    source = result.source
+    first = {"type": source["type"], "size_mb": source["bytes"] / 1e6, "predicted_mb": None, "share_of_source": 1.0}
+    rows = [
+        {
+            "type": f.type,
+            "size_mb": f.bytes / 1e6,
+            "predicted_mb": f.predicted_bytes / 1e6,
+            "share_of_source": f.bytes / source["bytes"],
+            "bits_per_weight": f.bits_per_weight,
+            "token_embedding": f.token_embedding_type,
+            "fell_back": len(f.fallbacks),
+            "seconds": f.seconds,
+        }
+        for f in result.files
+    ]
+    reading = tell(
+        "quantize.sizes_reading",
+        exact=sum(f.bytes == f.predicted_bytes for f in result.files),
+        files=len(result.files),
+        smallest=min(result.files, key=lambda f: f.bytes),
+        source=source,
+    )
+    first["bits_per_weight"] = source["bits_per_weight"]
+    return table([first, *rows], sentence("quantize.sizes_caption")), reading
+
+
+def megabytes_by_type(result: QuantizeResult) -> dict[str, dict[str, float]]:
+    """Megabytes of each tensor type of each file, for `charts.tensor_types`."""
+    histograms = {result.source["type"]: result.source["histogram"], **{f.type: f.histogram for f in result.files}}
+    return {name: {part["type"]: part["bytes"] / 1e6 for part in parts} for name, parts in histograms.items()}
+
+
+def other_types(result: QuantizeResult) -> Shown:
+    """Tensors stored in another type than the recipe wants, and those whose type the parameters set."""
+    fell, by_hand = (_tensors(result.files, lambda f: f.fallbacks), _tensors(result.files, lambda f: f.set_by_hand))
+    no_fallback = {"tensor": sentence("quantize.no_fallback"), "columns": None, "wanted": None, "type": None}
+    none_set = {"tensor": sentence("quantize.none_by_hand"), "recipe": None, "type": None}
+    caption = sentence("quantize.fallbacks_caption", count=len(fell), shown=MOST_TENSORS)
+    set_caption = sentence("quantize.by_hand_caption", count=len(by_hand), shown=MOST_TENSORS)
+    return (
+        table(fell[:MOST_TENSORS] or [{"file": "all", **no_fallback}], caption),
+        table(by_hand[:MOST_TENSORS] or [{"file": "all", **none_set}], set_caption),
+    )
+
+
+def _tensors(files: Iterable[QuantizationReport], listed: Callable[[QuantizationReport], list[Row]]) -> list[Row]:
+    return [{"file": f.type, **entry} for f in files for entry in listed(f)]
+
+
+# Export formats, and the end of the page.
+
+
+def exports(found: ExportsResult) -> Shown:
+    """Size, cost and self-check of each format (one row saying so where there is none), and why others are absent."""
     rows = [
         {
             "format": record["format"],
             "what": record["title"],
-            "MB": record["bytes"] / 1e6,
-            "bits per weight": record["bits_per_weight"],
-            "weights a scale": record.get("group_size"),
-            "KL from merged, nats": record["check"]["mean_kld"],
-            "same top": record["check"]["same_top"],
+            "size_mb": record["bytes"] / 1e6,
+            "bits_per_weight": record["bits_per_weight"],
+            "group_size": record.get("group_size"),
+            "kld_from_merged": record["check"]["mean_kld"],
+            "same_top_of_merged": record["check"]["same_top"],
             "seconds": record["seconds"],
-            "peak memory, MiB": record["peak_memory_mib"],
+            "peak_memory": record["peak_memory_mib"],
         }
-        for record in made
+        for record in found.made
     ]
-    return rows or [{"format": "none", "what": "no format was made"}]
+    none = {"format": "none", "what": sentence("quantize.no_export")}
+    return (
+        table(rows or [none], sentence("quantize.exports_caption")),
+        tell("quantize.skipped", formats=found.skipped),
+    )
 
 
-def skipped(formats: Iterable[Mapping[str, str]]) -> str:
-    """Why formats that were asked for are absent, in words."""
-    reasons = [f"**{entry['format']}** ({entry['reason'].rstrip('.')})" for entry in formats]
-    return f"Skipped: {'; '.join(reasons)}." if reasons else "Every format that was asked for was made."
-
-
-def compared(files: Iterable[Mapping[str, Any]], formats: Iterable[Mapping[str, str]]) -> str:
+def compared(files: Iterable[Entry], formats: Iterable[Mapping[str, str]]) -> str:
     """What stands in the tables of 07 beside GGUF files, and what is not there."""
-    entries = [entry for entry in files if entry["kind"] == "folder"]
-    folders = [entry["type"] for entry in entries]
-    if folders:
-        where = ", ".join(dict.fromkeys(entry["device"] for entry in entries))
-        text = (
-            f"{', '.join(folders)}: folders for transformers, made in 06 from the same merged model and scored by the "
-            f"same scorer on the same token ids (on: {where}); MB are those of their weights, without the "
-            "tokenizer that a GGUF file contains. llama.cpp does not run them, so the recommendation leaves them out."
-        )
-    else:
-        text = "Only GGUF files were compared."
-    return f"{text} {skipped(formats)}" if formats else text
+    folders = [entry for entry in files if entry["kind"] == "folder"]
+    return sentence(
+        "quantize.compared",
+        folders=[entry["type"] for entry in folders],
+        devices=list(dict.fromkeys(entry["device"] for entry in folders)),
+        skipped_formats=list(formats),
+    )
+
+
+def learned(result: QuantizeResult, exported: ExportsResult) -> Markdown:
+    """The conclusions of the page."""
+    return tell(
+        "quantize.learned",
+        files=len(result.files),
+        seconds=sum(f.seconds for f in result.files),
+        at_once=result.product.entry.facts.get("at_once", 1),
+        fallbacks=sum(len(f.fallbacks) for f in result.files),
+        made=len(exported.made),
+        skipped_formats=len(exported.skipped),
+    )

@@ -22,10 +22,11 @@ from filelock import FileLock, Timeout
 
 from lib import settings as lib_settings
 from lib.errors import InputError, Terminated
-from lib.report import execute, html, index
-from lib.report.html import Stage, duration
-from lib.report.summary import summarise
-from lib.runs.files import PROJECT, reports_folder, require_space, writable, write_text
+from lib.report import execute, html, index, unchanged
+from lib.report.html import duration
+from lib.report.index import Stage, summarise
+from lib.report.sentences import sentence
+from lib.runs.files import PROJECT, reports_folder, require_space, writable, write_json, write_text
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.runs.run import open_run
 from lib.scoring.term_lists import SHIPPED_TERMS, read_prompts, read_terms
@@ -146,7 +147,7 @@ class _Session:
     say: Say
 
     def __post_init__(self) -> None:
-        self.titles = [html.read_stage(notebook) for notebook in self.notebooks]
+        self.titles = [index.read_stage(notebook) for notebook in self.notebooks]
 
     @property
     def run_name(self) -> str:
@@ -241,6 +242,7 @@ def run_report(
     notebooks: Path | None = None,
     timeout: float = TIMEOUT,
     say: Say = to_stderr,
+    rerun: bool = False,
 ) -> Report:
     """Execute the notebooks with a parameter file and publish reports/<run>/.
 
@@ -252,6 +254,7 @@ def run_report(
         notebooks: folder of the notebooks (default: the project's).
         timeout: seconds that one notebook may take.
         say: called with every line of progress.
+        rerun: execute also the notebooks whose pages are unchanged (`lib.report.unchanged`).
 
     Raises:
         InputError: refused before anything ran.
@@ -271,8 +274,10 @@ def run_report(
     require_space(writable(folder), 64 << 20, "the report")
     started = time.monotonic()
     with alone(folder), sigterm_raises():
-        _remove_pages(session, found[first:])
-        for position, notebook in enumerate(found[first : last + 1], first):
+        kept = 0 if rerun else _unchanged(session, first, last, parameters)
+        if doomed := [n for n in found[first + kept :] if (folder / f"{n.stem}.html").exists() or n in parameters]:
+            _remove_pages(session, doomed)
+        for position, notebook in enumerate(found[first + kept : last + 1], first + kept):
             _stage(session, position, parameters[notebook])
         _render_again(session)
         overview = session.write_indexes()
@@ -280,13 +285,27 @@ def run_report(
     return Report(settings.run_name, folder, overview, made, time.monotonic() - started)
 
 
+def _unchanged(session: _Session, first: int, last: int, parameters: dict[Path, dict[str, Any]]) -> int:
+    """How many pages from the first on stay as they are; behind one that is made anew, all are."""
+    for position in range(first, last + 1):
+        notebook = session.notebooks[position]
+        page = session.folder / f"{notebook.stem}.html"
+        if not unchanged.unchanged_page(page, notebook, parameters[notebook], open_run(session.run_name)):
+            return position - first
+        head = f"[{position + 1}/{len(session.notebooks)}] {notebook.stem}"
+        session.say(f"{head}: unchanged, no kernel started (--rerun starts it)")
+    return last + 1 - first
+
+
 def _remove_pages(session: _Session, notebooks: list[Path]) -> None:
     """Remove what an earlier report left of these notebooks; say in the overview that a report is being made."""
     for notebook in notebooks:
-        for name in (f"{notebook.stem}.html", f"{notebook.stem}.ipynb"):
-            (session.folder / name).unlink(missing_ok=True)
+        page = session.folder / f"{notebook.stem}.html"
+        for path in (unchanged.record_of(page), page, page.with_suffix(".ipynb")):
+            path.unlink(missing_ok=True)
+    (session.folder / unchanged.RENDERED).unlink(missing_ok=True)
     shutil.rmtree(session.folder / "partial", ignore_errors=True)
-    session.write_indexes("This report is being made, or was interrupted: the pages without a link are missing.")
+    session.write_indexes(sentence("index.being_made"))
 
 
 def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None:
@@ -312,9 +331,11 @@ def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None
                     error.evidence = evidence
                 raise
     except BaseException as error:
-        session.write_indexes(f"This report is not complete: it stopped in {_why(notebook.stem, error)}")
+        session.write_indexes(_state(notebook.stem, error))
         _render_again(session)
         raise
+    page = session.folder / f"{notebook.stem}.html"
+    unchanged.remember_page(page, notebook, parameters, open_run(session.run_name))
     session.say(f"{head}: done in {duration(ended.seconds)}")
 
 
@@ -326,12 +347,11 @@ def _without_product(session: _Session, stage: str) -> execute.Failure | None:
     return execute.Failure(f"it ran to its end, but the product {wanted!r} is not in the manifest.", 1)
 
 
-def _why(stage: str, error: BaseException) -> str:
-    if isinstance(error, ReportError):
-        return str(error)
-    if isinstance(error, (KeyboardInterrupt, Terminated)):
-        return f"{stage}: it was interrupted. Run it again; finished products are kept."
-    return f"{stage}: {type(error).__name__}."
+def _state(stage: str, error: BaseException) -> str:
+    """What the overview says of a report that is not complete."""
+    why = str(error).removeprefix(f"{stage}: ") if isinstance(error, ReportError) else f"{type(error).__name__}."
+    interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
+    return sentence("index.stopped", stage=stage, why=why, interrupted=interrupted)
 
 
 def _keep(folder: Path, files: list[Path]) -> Path | None:
@@ -360,7 +380,11 @@ def _publish(session: _Session, executed: Path, work: Path) -> None:
 def _render_again(session: _Session) -> None:
     """Give every page the links and stamps that are known only now; nothing is executed."""
     summary, stages = summarise(open_run(session.run_name)), session.stages()
+    state = unchanged.rendered_state(summary, stages)
+    if unchanged.is_rendered(session.folder, state):
+        return
     for stage in stages:
         executed = session.folder / f"{stage.name}.ipynb"
         if stage.exists and executed.is_file():
             write_text(session.folder / f"{stage.name}.html", html.render(executed, summary, stages))
+    write_json(session.folder / unchanged.RENDERED, state)

@@ -1,67 +1,116 @@
-"""The figure of notebook 06 that shows where the error of every file is.
-What page 06 shows before anything is scored: the grid of the base's weights, and what is left of the fine-tuning.
-"""
+"""What page 06 shows of the weights themselves: grid of the base, error, what is left of the tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.display import figure, mark_names, say, table, use_style
+from lib.report.display import Shown, figure, mark_names, table, tell, use_style
+from lib.report.sentences import sentence
 from lib.statistics.losses import KEEPS_LITTLE
 
 if TYPE_CHECKING:
-    from IPython.display import HTML, Markdown
+    from IPython.display import HTML
+
+    from lib.runs.run import Run
+    from lib.stages.quantize.files import QuantizeResult
+    from lib.stages.quantize.weights import Retention, SourceGrid, TensorErrors
+
+Row = dict[str, Any]
+Entry = Mapping[str, Any]
+"""An object of a product's JSON file."""
+
+MARK = sentence("quantize.mark")
+"""What the mark behind types and files on the grid of the base's weights means."""
 
 
-# The figure of notebook 06 that shows where the error of every file is.
-
-_OUTSIDE = "outside"
+# The grid of the base's weights, and what is left of the fine-tuning.
 
 
-def kinds_of(errors: Any) -> list[str]:
-    """Kinds of tensors in all files, those of the blocks first (a TensorErrors)."""
-    rows = [row for found in errors.files.values() for row in found]
-    inside = dict.fromkeys(row["kind"] for row in rows if row["layer"] is not None)
+def mark(found: SourceGrid, plan: Sequence[Entry] = ()) -> None:
+    """From now on tables mark types and files on that grid ("type" and "histogram" of planned files)."""
+    mark_names(found.marked([(p["type"], p["histogram"]) for p in plan]), MARK)
+
+
+def grid(found: SourceGrid) -> Shown:
+    """Share of blocks that each type gives back, and whether the base's weights lie on its grid; why nobody knows."""
+    if found.product is None:
+        return (tell("quantize.not_measured", reason=found.reason),)
+    shares = sorted(found.shares.items(), key=lambda pair: -pair[1])
+    rows = [{"tensor_type": kind, "given_back": share} for kind, share in shares]
+    shown = table(rows, sentence("quantize.grid_caption", blocks=found.blocks, matrices=found.matrices))
+    if notes := found.product.entry.notes:
+        return shown, tell("quantize.grid_found", note=notes[0])
+    if found.distinct is None:
+        return shown, tell("quantize.grid_unknown")
+    most = max(found.shares.values(), default=0.0)
+    return shown, tell("quantize.grid_none", types=len(found.shares), most=most, distinct=found.distinct)
+
+
+def kept(found: Retention) -> Shown:
+    """The share of the change that is left, a row a kind of tensor, a column a file; and the files that lose more than
+    a tenth of it."""
+    if found.product is None:
+        return (tell("quantize.not_measured", reason=found.reason),)
+    kinds = {"all matrices": None, **{kind: kind for kind in kinds_of(found)}}
+    rows = [{"kind": name, **{file: _kept(found, file, kind) for file in found.files}} for name, kind in kinds.items()]
+    shown = table(rows, sentence("quantize.kept_caption", moved=found.moved, left_out=found.left_out))
+    files = [{"name": n, "share": found.kept(n), "returned": found.returned(n)} for n in found.files]
+    files = sorted((file for file in files if file["share"] is not None), key=lambda file: file["share"])
+    if not files:
+        return shown, tell("quantize.nothing_moved")
+    poor = [file for file in files if file["share"] < KEEPS_LITTLE]
+    return shown, tell("quantize.kept_reading", poor=poor, least=files[0], limit=KEEPS_LITTLE)
+
+
+def _kept(found: Retention, file: str, kind: str | None) -> str | None:
+    share = found.kept(file, kind)
+    return None if share is None else sentence("quantize.kept", share=share, returned=found.returned(file, kind))
+
+
+# The error of the weights.
+
+
+def kinds_of(measured: TensorErrors | Retention) -> list[str]:
+    """Kinds of tensors in all files, those of the layers first."""
+    rows = [row for found in measured.files.values() for row in found]
+    inside = {row["kind"] for row in rows if row["layer"] is not None}
     return [*sorted(inside), *dict.fromkeys(row["kind"] for row in rows if row["layer"] is None)]
 
 
-def error_map(errors: Any) -> HTML:
-    """Relative RMSE of every tensor: one panel a file, a row a kind, a column a layer (a TensorErrors)."""
+def error_map(errors: TensorErrors) -> HTML:
+    """Relative RMSE of every tensor: one panel a file, a row a kind, a column a layer."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
     use_style()
-    kinds, names = kinds_of(errors), list(errors.files)
-    values = [row["relative_rmse"] for found in errors.files.values() for row in found if row["relative_rmse"] > 0]
-    layers = 1 + max((row["layer"] for f in errors.files.values() for row in f if row["layer"] is not None), default=0)
-    across = max(1, min(len(names), 24 // (layers + 4) + 1))
-    down = -(-len(names) // across)
-    fig, axes = plt.subplots(
-        down, across, figsize=(7.4, down * (0.7 + 0.17 * len(kinds))), layout="constrained", squeeze=False, sharey=True
-    )
-    scale = LogNorm(min(values), max(values))
-    for ax, name in zip(axes.flat, names, strict=False):
-        image = ax.imshow(_grid(errors.files[name], kinds, layers), norm=scale, cmap="cividis", aspect="auto")
+    kinds, rows = kinds_of(errors), [row for found in errors.files.values() for row in found]
+    values = [row["relative_rmse"] for row in rows if row["relative_rmse"] > 0]
+    layers = 1 + max((row["layer"] for row in rows if row["layer"] is not None), default=0)
+    across = max(1, min(len(errors.files), 24 // (layers + 4) + 1))
+    down = -(-len(errors.files) // across)
+    size = (7.4, down * (0.7 + 0.17 * len(kinds)))
+    fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    scale, places = LogNorm(min(values), max(values)), list(range(0, layers, max(1, layers // 4)))
+    for ax, (name, found) in zip(axes.flat, errors.files.items(), strict=False):
+        image = ax.imshow(_grid(found, kinds, layers), norm=scale, cmap="cividis", aspect="auto")
         ax.set_title(name, fontsize=9)
         ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
-        places = list(range(0, layers, max(1, layers // 4)))
         ax.set_xticks([*places, layers], [*map(str, places), "–"], fontsize=7)
         ax.grid(visible=False)
-    for ax in axes.flat[len(names) :]:
+    for ax in axes.flat[len(errors.files) :]:
         ax.set_axis_off()
     fig.supxlabel("layer (–: outside of the layers)", fontsize=9)
     fig.colorbar(image, ax=axes, label="relative RMSE")
-    caption = (
-        "Where the error is: ‖quantized − source‖ / ‖source‖ of every quantized tensor, computed from the files by "
-        "turning them back into float32 (exact, no sampling). Yellow is large; white was not quantized."
-    )
-    return figure(fig, caption, f"Heat maps of relative error by layer and kind of tensor. {_words(errors)}")
+    extremes = [(name, *_extremes(found)) for name, found in errors.files.items() if found]
+    alt = sentence("quantize.error_map_alt", extremes=extremes)
+    return figure(fig, sentence("quantize.error_map_caption"), alt)
 
 
-def _grid(rows: list[dict[str, Any]], kinds: list[str], layers: int) -> np.ndarray:
+def _grid(rows: Iterable[Entry], kinds: list[str], layers: int) -> np.ndarray:
     """Relative RMSE, (kinds, layers + 1); the last column is what stands outside of the layers."""
     grid = np.full((len(kinds), layers + 1), np.nan)
     for row in rows:
@@ -69,134 +118,98 @@ def _grid(rows: list[dict[str, Any]], kinds: list[str], layers: int) -> np.ndarr
     return grid
 
 
-def _words(errors: Any) -> str:
-    said = []
-    for name, rows in errors.files.items():
-        if rows:
-            worst, best = (pick(rows, key=lambda row: row["relative_rmse"]) for pick in (max, min))
-            said.append(
-                f"{name}: from {best['relative_rmse']:.2g} ({best['tensor']}) to {worst['relative_rmse']:.2g} "
-                f"({worst['tensor']})."
-            )
-    return " ".join(said)
+def _extremes(rows: Sequence[Entry]) -> tuple[Entry, Entry]:
+    """The tensors with the smallest and the largest error."""
+    ordered = sorted(rows, key=lambda row: row["relative_rmse"])
+    return ordered[0], ordered[-1]
 
 
-def kind_rows(errors: Any) -> list[dict[str, Any]]:
-    """One row a kind of tensor: relative RMSE and bits per weight in every file, in words of a table."""
-    tables = {name: errors.by_kind(name) for name in errors.files}
-    return [
+def error_kinds(errors: TensorErrors) -> Shown:
+    """Relative RMSE at bits per weight of each kind of tensor in every file, and the kind with the largest error."""
+    found = {name: errors.by_kind(name) for name in errors.files}
+    rows = [
         {
             "kind": kind,
-            **{
-                name: f"{found[kind]['relative_rmse']:.2g} at {found[kind]['bits_per_weight']:.2f}"
-                if kind in found
-                else "–"
-                for name, found in tables.items()
-            },
+            **{n: sentence("quantize.kind_error", **own[kind]) if kind in own else None for n, own in found.items()},
         }
         for kind in kinds_of(errors)
     ]
+    worst = {name: max(own, key=lambda kind: own[kind]["relative_rmse"]) for name, own in found.items() if own}
+    largest = [(name, kind, found[name][kind]) for name, kind in worst.items()]
+    return table(rows, sentence("quantize.kinds_caption")), tell("quantize.error_reading", largest=largest)
 
 
-def error_reading(errors: Any) -> str:
-    """Which kind of tensor has the largest error in each file."""
-    said = []
-    for name in errors.files:
-        found = errors.by_kind(name)
-        if found:
-            worst = max(found, key=lambda kind: found[kind]["relative_rmse"])
-            bits = found[worst]["bits_per_weight"]
-            said.append(f"{name}: {worst} ({found[worst]['relative_rmse']:.2g} at {bits:.2f} bits per weight)")
-    return (
-        f"Largest error by file: {'; '.join(said)}. An error of the weights is not yet one of the answers: how much "
-        "each costs there is measured in 07."
-    )
+# One block of Q4_K, for the cell that takes it apart.
+
+BLOCK, BLOCK_BYTES = 256, 144
+"""Weights of a block of Q4_K, and the bytes that hold them."""
 
 
-# What page 06 shows before anything is scored: the grid of the base's weights, and what is left of the fine-tuning.
+@dataclass(frozen=True)
+class Block:
+    """A block of Q4_K beside the weights that it stores.
 
-MARK = "on the grid of the base's weights: can round the fine-tuning away, so do not compare it with other types."
-_ALL = "all matrices"
+    Attributes:
+        tensor: its name. file: type of the file that holds the block; empty where it was made for this page alone.
+        original: (256,) float32, from the source. stored: (144,) bytes.
+    """
 
-
-def mark(grid: Any, plan: Sequence[Mapping[str, Any]] = ()) -> None:
-    """From now on tables mark such types and files (a SourceGrid; "type" and "histogram" of planned files)."""
-    mark_names(grid.marked([(p["type"], p["histogram"]) for p in plan]), MARK)
-
-
-def grid_table(grid: Any) -> HTML | Markdown:
-    """Share of blocks that each type gives back (a SourceGrid); why there is none."""
-    if grid.product is None:
-        return say(f"Not measured. {grid.reason}")
-    shares = sorted(grid.shares.items(), key=lambda pair: -pair[1])
-    caption = (
-        f"Share of {grid.blocks:,} blocks of 32 of the base's own weights that a type gives back but for the last "
-        f"places of 16 bits: rows at even distances of the {grid.matrices:,} matrices that fine-tuning moved, constant "
-        "blocks left out."
-    )
-    rows = [{"tensor type": kind, "given back": share} for kind, share in shares]
-    return table(rows, caption, {"given back": ".1%"})
+    tensor: str
+    file: str
+    original: np.ndarray
+    stored: np.ndarray
 
 
-def grid_reading(grid: Any) -> Markdown | None:
-    """What that means (a SourceGrid)."""
-    if grid.product is None:
-        return None
-    if notes := grid.product.entry.notes:
-        return say(f"**{notes[0][0].upper()}{notes[0][1:]}.**")
-    if grid.distinct is None:
-        return say("No row of the base fills blocks of 32 weights, so nothing can be told of its grid.")
-    most = max(grid.shares.values(), default=0.0)
-    return say(
-        f"The base's weights lie on the grid of none of the {len(grid.shares)} types tried (at most {100 * most:.1f} % "
-        f"given back; {grid.distinct:.1f} different values in a block of 32)."
-    )
+def q4_k_block(run: Run, result: QuantizeResult) -> Block:
+    """The first block of Q4_K in a file of the ladder; where none has any, one that llama.cpp makes of weights of the
+    source."""
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.quants import dequantize
+
+    (path,) = run.require("gguf").path.glob("*.gguf")
+    source = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+
+    def first_weights(name: str) -> np.ndarray:
+        return dequantize(source[name].data, source[name].tensor_type).reshape(-1)[:BLOCK].astype(np.float32)
+
+    for file in result.files:
+        if any(part["type"] == "q4_K" for part in file.histogram):
+            tensors = GGUFReader(result.product.path / file.file).tensors
+            stored = next(t for t in tensors if t.tensor_type == GGMLQuantizationType.Q4_K)
+            return Block(stored.name, file.type, first_weights(stored.name), stored.data.reshape(-1)[:BLOCK_BYTES])
+    from lib.stages.quantize.llama_library import quantize_rows
+
+    name = next(name for name, tensor in source.items() if len(tensor.shape) > 1 and tensor.n_elements >= BLOCK)
+    return Block(name, "", first_weights(name), quantize_rows("q4_K", first_weights(name)[None], None)[0])
 
 
-def kept_table(kept: Any) -> HTML | Markdown:
-    """One row a kind of tensor, a column a file: the share of the change that is left (a Retention)."""
-    if kept.product is None:
-        return say(f"Not measured. {kept.reason}")
-    caption = (
-        "⟨file − base, δ⟩ / ‖δ‖² with δ = tuned − base: 1 where a file keeps what fine-tuning changed in the weights, "
-        "0 where it gives the base back, above 1 where it exaggerates the change; in brackets the share of changed "
-        "blocks of 32 that are the base's again. Exact, over all quantized matrices that fine-tuning moved; "
-        f"‖δ‖ / ‖base‖ is {kept.moved:.2g}."
-    )
-    if kept.left_out:
-        caption += f" Not in the base and left out: {', '.join(kept.left_out)}."
-    rows = [_row(_ALL, kept, None), *(_row(kind, kept, kind) for kind in kinds_of(kept))]
-    return table(rows, caption)
+def block(
+    found: Block, steps: np.ndarray, offsets: np.ndarray, scales: np.ndarray, minimums: np.ndarray, codes: np.ndarray
+) -> Shown:
+    """What the parts of a block are, a row for each 32 weights, and how far the weights have moved.
 
-
-def _row(name: str, kept: Any, kind: str | None) -> dict[str, Any]:
-    return {"kind": name, **{file: _retention_words(kept, file, kind) for file in kept.files}}
-
-
-def _retention_words(kept: Any, file: str, kind: str | None = None) -> str | None:
-    share, back = kept.kept(file, kind), kept.returned(file, kind)
-    if share is None:
-        return None
-    return f"{share:.2f}" if back is None else f"{share:.2f} ({100 * back:.0f} %)"
-
-
-def kept_reading(kept: Any) -> Markdown | None:
-    """The files that lose more than a tenth of the change, in words (a Retention)."""
-    if kept.product is None:
-        return None
-    found = {name: share for name in kept.files if (share := kept.kept(name)) is not None}
-    if not found:
-        return say("Fine-tuning moved no matrix that a file quantizes, so there is nothing to keep.")
-    poor = sorted((name for name in found if found[name] < KEEPS_LITTLE), key=found.get)
-    if poor:
-        listed = "; ".join(f"{name} {_retention_words(kept, name)}" for name in poor)
-        text = (
-            f"**These files keep less than {KEEPS_LITTLE:g} of what fine-tuning changed in the weights: {listed}.** In "
-            "brackets: changed blocks that are the base's again. What it costs the answers is measured in 07."
-        )
-    else:
-        least = min(found, key=found.get)
-        text = (
-            f"Every file keeps at least {KEEPS_LITTLE:g} of the change; least {least}, {_retention_words(kept, least)}."
-        )
-    return say(f"{text} Export folders are not turned back here; 07 measures what their answers keep.")
+    Args:
+        steps, offsets: (8,) a weight is step × code − offset. scales, minimums: (8,) the 6-bit numbers behind them.
+        codes: (8, 32) 4-bit numbers.
+    """
+    original = found.original.reshape(codes.shape)
+    rebuilt = steps[:, None] * codes - offsets[:, None]
+    change = np.linalg.norm(rebuilt - original, axis=1)
+    rows = [
+        {
+            "sub_block": f"{32 * i}–{32 * i + 31}",
+            "sub_scale": int(scales[i]),
+            "sub_minimum": int(minimums[i]),
+            "step": float(steps[i]),
+            "offset": float(offsets[i]),
+            "codes": " ".join(map(str, codes[i, :6])),
+            "weights_before": " ".join(f"{w:+.4f}" for w in original[i, :2]),
+            "weights_after": " ".join(f"{w:+.4f}" for w in rebuilt[i, :2]),
+            "relative_error": float(change[i] / np.linalg.norm(original[i])),
+        }
+        for i in range(len(codes))
+    ]
+    error = float(np.linalg.norm(change) / np.linalg.norm(original))
+    counts = {"weights": codes.size, "bytes": len(found.stored)}
+    caption = sentence("quantize.block_caption", tensor=found.tensor, file=found.file, **counts)
+    return table(rows, caption), tell("quantize.block_reading", error=error, values=len(np.unique(rebuilt)), **counts)

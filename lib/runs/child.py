@@ -70,15 +70,31 @@ def run_child(
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         code = _start_and_wait(folder, what, timeout, stop, heard)
         result = folder / "result.json"
-        answer = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-        if "value" in answer:
-            return answer["value"]
-        if "input_error" in answer:
-            raise InputError(*answer["input_error"])
+        if result.exists():
+            return value_of(json.loads(result.read_text(encoding="utf-8")), what)
         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+    raise death(code, what, log)
+
+
+def answer(function: Callable[[dict[str, Any]], dict[str, Any]], argument: dict[str, Any]) -> dict[str, Any]:
+    """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
+    try:
+        return {"value": function(argument)}
+    except InputError as error:
+        return {"input_error": [error.found, error.expected, error.do]}
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        cause = f"{type(error).__name__}: {first[0] if first else 'no message'}"
+        return {"cause": cause, "error": traceback.format_exc()}
+
+
+def value_of(answer: dict[str, Any], what: str) -> dict[str, Any]:
+    """The value of an answer; or raise what it says."""
+    if "input_error" in answer:
+        raise InputError(*answer["input_error"])
     if "error" in answer:
         raise RuntimeError(f"{what} failed in its process: {answer['cause']}\n{answer['error']}")
-    raise _death(code, what, log)
+    return answer["value"]
 
 
 def _start(folder: Path, own_progress: bool) -> subprocess.Popen:
@@ -135,7 +151,7 @@ def _last_line(path: Path) -> str:
     return ""
 
 
-def _death(code: int, what: str, log: str) -> InputError:
+def death(code: int, what: str, log: str) -> InputError:
     """The error for a child that ended without an answer."""
     how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     last = [line.strip() for line in log.splitlines() if line.strip()][-3:]
@@ -150,12 +166,20 @@ def _death(code: int, what: str, log: str) -> InputError:
     return InputError(f"the process for {what} was {how}.{said}", "a process that ends by itself.", do)
 
 
-def _die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux)."""
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent dies: on Linux the kernel does it, elsewhere a thread looks every second."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             sys.exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
 def peak_memory_mib() -> float:
@@ -175,19 +199,15 @@ def peak_memory_mib() -> float:
 
 def _main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    _die_with_parent(request["parent"])
+    die_with_parent(request["parent"])
     module, _, name = request["function"].partition(":")
-    try:
-        value = getattr(importlib.import_module(module), name)(request["argument"])
-        answer = {"value": {**value, "peak_memory_mib": peak_memory_mib()}}
-    except InputError as error:
-        answer = {"input_error": [error.found, error.expected, error.do]}
-    except Exception as error:
-        first = str(error).strip().splitlines()[:1]
-        cause = f"{type(error).__name__}: {first[0] if first else 'no message'}"
-        answer = {"cause": cause, "error": traceback.format_exc()}
+
+    def call(argument: dict[str, Any]) -> dict[str, Any]:
+        value = getattr(importlib.import_module(module), name)(argument)
+        return {**value, "peak_memory_mib": peak_memory_mib()}
+
     partial = folder / "result.json.part"
-    partial.write_text(json.dumps(answer), encoding="utf-8")
+    partial.write_text(json.dumps(answer(call, request["argument"])), encoding="utf-8")
     partial.replace(folder / "result.json")
 
 

@@ -174,6 +174,14 @@ def _unwritable(output: Path, error: OSError) -> InputError:
     return InputError(found, "a folder with room that may be written.", "choose one.")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """`target` with the content of `source`: a hard link, or a copy where the disk has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
@@ -220,15 +228,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream if line.strip()]
 
 
-def require_space(folder: Path, need: int, what: str) -> None:
-    """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free."""
+def require_space(folder: Path, need: int, what: str, variable: str = HOME_VARIABLE) -> None:
+    """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free.
+
+    Args:
+        variable: environment variable that moves the folder to another disk.
+    """
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < need + (64 << 20):
         raise InputError(
             f"{free / 1e6:.0f} MB free on the disk of {folder}.",
             f"{need / 1e6:.0f} MB for {what} and 67 MB to spare.",
-            "free some space, or set WORKBOOK_HOME to a folder on another disk.",
+            f"free some space, or set {variable} to a folder on another disk.",
         )
 
 

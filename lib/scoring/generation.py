@@ -14,8 +14,9 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
-from lib.prompts.conversations import ConversationTask, EncodedConversation, question
-from lib.prompts.templates import ASSISTANT, SYSTEM, USER, think_tags
+from lib.prompts.conversations import Encoded
+from lib.prompts.tasks import Task
+from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, think_tags
 from lib.scoring.backend import check_ids
 from lib.scoring.journal import Keep, keeping
 from lib.scoring.term_lists import TermList
@@ -73,8 +74,6 @@ class Written:
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end an answer: end of turn, end of text."""
-    from lib.prompts.classification import end_of_turn_id
-
     vocabulary = tokenizer.get_vocab()
     found = (end_of_turn_id(tokenizer), tokenizer.eos_token_id, vocabulary.get("<|endoftext|>"))
     return {number for number in found if number is not None}
@@ -180,7 +179,7 @@ class Asked:
     opening: str
 
 
-def ask_row(tokenizer: Any, row: dict[str, Any], encoded: EncodedConversation) -> Asked:
+def ask_row(tokenizer: Any, row: dict[str, Any], encoded: Encoded) -> Asked:
     """The last answer of a test row that is not cut off, as a task."""
     answers = [place for place, message in enumerate(row["messages"]) if message["role"] == ASSISTANT]
     last = answers[encoded.answers[-1]]
@@ -188,10 +187,10 @@ def ask_row(tokenizer: Any, row: dict[str, Any], encoded: EncodedConversation) -
     return Asked(encoded.prompt_ids, texts[last - 1], texts[last], _opening(tokenizer, encoded.prompt_ids))
 
 
-def ask_prompt(tokenizer: Any, task: ConversationTask, prompt: dict[str, str]) -> Asked:
+def ask_prompt(tokenizer: Any, task: Task, prompt: dict[str, str]) -> Asked:
     """A prompt behind the task's system turn."""
     turns = [{"role": SYSTEM, "content": task.system_prompt}, {"role": USER, "content": prompt["prompt"]}]
-    ids = tokenizer(question(tokenizer, turns, task.thinking), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(task.prompt(tokenizer, {"messages": turns}), add_special_tokens=False)["input_ids"]
     return Asked(ids, prompt["prompt"], prompt["reference"], _opening(tokenizer, ids))
 
 

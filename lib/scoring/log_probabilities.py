@@ -1,20 +1,23 @@
-"""Scores of a set of rows: the log-probability of every answer word for every row.
-How likely a model finds given answers: the log-probability of every token that the loss of training counts.
+"""How likely a model finds the answers of rows: of every answer word, or of the answers that the rows hold.
+
+Rows with labels are scored by the log-probability of each answer word behind the prompt, conversations by that of every
+token that the loss of training counts. Both are scored on the same token ids by every backend.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.classification import Task, encode, label_ids
+from lib.prompts.conversations import Encoded
+from lib.prompts.tasks import Task
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
 from lib.scoring.backend import Backend, Job, check_ids
 from lib.scoring.journal import SCORED, Keep, keeping
@@ -27,8 +30,7 @@ if TYPE_CHECKING:
     from lib.progress import Progress
     from lib.scoring.journal import Journal
 
-
-# Scores of a set of rows: the log-probability of every answer word for every row.
+Span = Sequence[int]
 
 NEAR_TIE = 0.1
 """Margins below this (nats) can change sign by rounding. On SmolLM2-135M other batches move margins by 2e-5 in float32,
@@ -39,17 +41,68 @@ NEAR_TIE_LOW = 0.5
 by 0.19 (root mean square of 16 rows) and at most 0.40, other batches alone by up to 0.13."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What one model says about n rows with L answer words.
+class RowScores:
+    """What both kinds of scores have in common: one line a row in a file, time, and parts of the rows.
 
     Attributes:
         ids: the rows' ids, in the rows' order.
+        seconds: time of the forward passes together, tokenizing and loading not counted.
+        found: what an interrupted run had already scored, in words; not saved.
+    """
+
+    ids: list[str]
+    log_probs: np.ndarray
+    seconds: float
+    found: str
+
+    FIELDS: ClassVar[dict[str, tuple[str, type]]]
+    """Array -> its key in the file, and its type."""
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Mean time a row."""
+        return self.seconds / max(1, len(self.ids))
+
+    def subset(self, mask: np.ndarray) -> Self:
+        """The rows of a boolean mask."""
+        ids = [name for name, kept in zip(self.ids, mask, strict=True) if kept]
+        arrays = {name: getattr(self, name)[mask] for name in self.FIELDS}
+        return replace(self, ids=ids, seconds=self.seconds * float(mask.mean()), found="", **arrays)  # type: ignore[type-var]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """What is saved of every row beside its id and its seconds."""
+        return {key: getattr(self, name) for name, (key, _) in self.FIELDS.items()}
+
+    def save(self, path: Path) -> None:
+        """Write one JSON object a row, atomically; floats in full precision."""
+        columns = {"id": self.ids, **{key: values.tolist() for key, values in self.columns().items()}}
+        rows = zip(*columns.values(), strict=True)
+        write_jsonl(
+            path, [{**dict(zip(columns, row, strict=True)), "seconds": self.seconds_per_sample} for row in rows]
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The reverse of `save`."""
+        return cls.of_lines(read_jsonl(path))
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[Mapping[str, Any]]) -> Self:
+        """From the lines of a file."""
+        arrays = {name: np.array([line[key] for line in lines], dtype=kind) for name, (key, kind) in cls.FIELDS.items()}
+        seconds = float(sum(line["seconds"] for line in lines))
+        return cls(ids=[line["id"] for line in lines], seconds=seconds, **arrays)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class Scores(RowScores):
+    """What one model says about n rows with L answer words.
+
+    Attributes:
         labels: true labels, int64, (n,).
         log_probs: log p(answer | prompt), nats, float64, (n, L).
         truncated: whether the text was cut to fit, bool, (n,).
-        seconds: time of the forward passes together, tokenizing and loading not counted.
-        found: what of it an interrupted try had done, in words; not saved.
+        ids, seconds, found: see `RowScores`.
     """
 
     ids: list[str]
@@ -58,6 +111,12 @@ class Scores:
     truncated: np.ndarray
     seconds: float
     found: str = ""
+
+    FIELDS: ClassVar = {
+        "labels": ("label", np.int64),
+        "log_probs": ("log_probs", np.float64),
+        "truncated": ("truncated", np.bool_),
+    }
 
     @property
     def predictions(self) -> np.ndarray:
@@ -93,106 +152,25 @@ class Scores:
         """Rows whose margin is smaller than `NEAR_TIE`: their prediction hangs on rounding."""
         return int((np.abs(self.margins) < NEAR_TIE).sum())
 
-    @property
-    def seconds_per_sample(self) -> float:
-        """Mean time a row."""
-        return self.seconds / max(1, len(self.ids))
-
-    def save(self, path: Path) -> None:
-        """Write one JSON object a row, atomically; floats in full precision."""
-        rows = zip(
-            *(self.ids, self.labels.tolist(), self.predictions.tolist(), self.log_probs.tolist()),
-            *(self.margins.tolist(), self.truncated.tolist()),
-            strict=True,
-        )
-        keys = ("id", "label", "prediction", "log_probs", "margin", "truncated", "seconds")
-        write_jsonl(path, [dict(zip(keys, (*row, self.seconds_per_sample), strict=True)) for row in rows])
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """The reverse of `save`."""
-        rows = read_jsonl(path)
-        return cls(
-            ids=[row["id"] for row in rows],
-            labels=np.array([row["label"] for row in rows], dtype=np.int64),
-            log_probs=np.array([row["log_probs"] for row in rows], dtype=np.float64),
-            truncated=np.array([row["truncated"] for row in rows], dtype=bool),
-            seconds=float(sum(row["seconds"] for row in rows)),
-        )
-
-
-def score_rows(
-    backend: Backend,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    rows: Sequence[dict[str, Any]],
-    what: str,
-    keep: Keep | None = None,
-) -> Scores:
-    """Score rows ({"id", "text", "label"}) with any backend.
-
-    Prompts are made by `lib.prompts.classification`, in the order of the ids, so that the batches (shortest prompts
-    first,
-    then by id) hold the same rows whatever the rows' order.
-
-    Args:
-        what: the work in words for the progress line, as in "scoring test rows with the base model".
-        keep: a file that gets every batch as it comes; batches that are in it are not computed again.
-
-    Raises:
-        InputError: no rows, or a model whose log-probabilities are not numbers.
-    """
-    if not rows:
-        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    encoded = [encode(tokenizer, task, rows[i]["text"]) for i in order]
-    prompts, names = [e.prompt_ids for e in encoded], [rows[i]["id"] for i in order]
-    values, seconds, found = kept_log_probs(backend, names, prompts, label_ids(tokenizer, task), what, keep)
-    log_probs, truncated = np.empty_like(values), np.empty(len(rows), dtype=bool)
-    log_probs[order], truncated[order] = values, [e.truncated for e in encoded]
-    broken = np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
-    if broken.size:
-        raise InputError(
-            f"{backend.name} gives {log_probs[broken[0]].tolist()} for row {rows[broken[0]]['id']} "
-            f"({broken.size} of {len(rows)} rows are not numbers).",
-            "finite log-probabilities.",
-            "check the model's weights for NaN or infinity, and do not compute in float16.",
-        )
-    labels = np.array([row["label"] for row in rows], dtype=np.int64)
-    return Scores([row["id"] for row in rows], labels, log_probs, truncated, seconds, found)
-
-
-def kept_log_probs(
-    backend: Backend,
-    names: Sequence[str],
-    prompts: Sequence[list[int]],
-    answers: list[list[int]],
-    what: str,
-    keep: Keep | None = None,
-) -> tuple[np.ndarray, float, str]:
-    """log p(answer | prompt), (prompts, answers), the seconds of all tries together, and what was found done."""
-    with keeping(keep, what, SCORED, names, prompts, backend.settings, labels=answers) as work:
-        values = backend.label_log_probs(prompts, answers, work.progress, work.journal)
-        return values, work.seconds, work.found
-
-
-# How likely a model finds given answers: the log-probability of every token that the loss of training counts.
-#
-# Rows are whole conversations as token ids with the spans of their answers; the same ids for every backend.
-
-Span = Sequence[int]
+    def columns(self) -> dict[str, np.ndarray]:
+        """See `RowScores.columns`."""
+        return {
+            "label": self.labels,
+            "prediction": self.predictions,
+            "log_probs": self.log_probs,
+            "margin": self.margins,
+            "truncated": self.truncated,
+        }
 
 
 @dataclass(frozen=True)
-class AnswerScores:
+class AnswerScores(RowScores):
     """What one model says about the answers of n rows.
 
     Attributes:
-        ids: the rows' ids, in the rows' order.
         log_probs: sum of log p of the answers' tokens, nats, float64, (n,).
         tokens: number of those tokens, int64, (n,).
-        seconds: time of the forward passes together.
-        found: what of it an interrupted try had done, in words; not saved.
+        ids, seconds, found: see `RowScores`.
     """
 
     ids: list[str]
@@ -200,6 +178,8 @@ class AnswerScores:
     tokens: np.ndarray
     seconds: float
     found: str = ""
+
+    FIELDS: ClassVar = {"log_probs": ("log_prob", np.float64), "tokens": ("tokens", np.int64)}
 
     @property
     def loss(self) -> float:
@@ -215,11 +195,6 @@ class AnswerScores:
     def row_losses(self) -> np.ndarray:
         """Mean cross-entropy of each row, nats a token, (n,)."""
         return -self.log_probs / self.tokens
-
-    @property
-    def seconds_per_sample(self) -> float:
-        """Mean time a row."""
-        return self.seconds / max(1, len(self.ids))
 
     def interval(self, groups: np.ndarray) -> Interval:
         """The loss with Student's interval over groups of rows; no loss is below 0."""
@@ -239,30 +214,11 @@ class AnswerScores:
             "perplexity_interval": exponentials(limits(loss)),
         }
 
-    def subset(self, mask: np.ndarray) -> AnswerScores:
-        """The rows of a boolean mask."""
-        ids = [name for name, keep in zip(self.ids, mask, strict=True) if keep]
-        return AnswerScores(ids, self.log_probs[mask], self.tokens[mask], self.seconds * float(mask.mean()))
 
-    def save(self, path: Path) -> None:
-        """Write one JSON object a row, atomically; floats in full precision."""
-        columns = (self.ids, self.log_probs.tolist(), self.tokens.tolist())
-        rows = [
-            {"id": name, "log_prob": value, "tokens": count, "seconds": self.seconds_per_sample}
-            for name, value, count in zip(*columns, strict=True)
-        ]
-        write_jsonl(path, rows)
-
-    @classmethod
-    def load(cls, path: Path) -> AnswerScores:
-        """The reverse of `save`."""
-        rows = read_jsonl(path)
-        return cls(
-            ids=[row["id"] for row in rows],
-            log_probs=np.array([row["log_prob"] for row in rows], dtype=np.float64),
-            tokens=np.array([row["tokens"] for row in rows], dtype=np.int64),
-            seconds=float(sum(row["seconds"] for row in rows)),
-        )
+def load_scores(path: Path) -> Scores | AnswerScores:
+    """The scores of a file, of whichever kind they are."""
+    lines = read_jsonl(path)
+    return (Scores if lines and "label" in lines[0] else AnswerScores).of_lines(lines)
 
 
 def exponentials(logarithms: list[float] | None) -> list[float] | None:
@@ -270,6 +226,77 @@ def exponentials(logarithms: list[float] | None) -> list[float] | None:
     return logarithms and [
         math.exp(limit) if limit < math.log(sys.float_info.max) else math.inf for limit in logarithms
     ]
+
+
+def score_rows(
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    what: str,
+    keep: Keep | None = None,
+    encoded: Sequence[Encoded] | None = None,
+) -> Scores | AnswerScores:
+    """Score rows of a task with any backend.
+
+    They are scored in the order of their ids, so that the batches (shortest first, then by id) hold the same rows
+    whatever the rows' order.
+
+    Args:
+        what: the work in words for the progress line, as in "scoring test rows with the base model".
+        keep: a file that gets every batch as it comes; batches that are in it are not computed again.
+        encoded: what the task makes of the rows, where that is known.
+
+    Raises:
+        InputError: no rows, or a model whose log-probabilities are not numbers.
+    """
+    encoded = encoded or [task.encode(tokenizer, row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+    back = np.argsort(order)
+    ids, names = [row["id"] for row in rows], [rows[i]["id"] for i in order]
+    words = task.answer_words(tokenizer)
+    if not words:
+        whole, spans = [encoded[i].ids for i in order], [encoded[i].spans for i in order]
+        scores = score_answers(backend, names, whole, spans, what, keep)
+        return replace(scores, ids=ids, log_probs=scores.log_probs[back], tokens=scores.tokens[back])
+    prompts = [encoded[i].prompt_ids for i in order]
+    values, seconds, found = kept_log_probs(backend, names, prompts, words, what, keep)
+    _refuse_broken(backend, names, values)
+    labels = np.array([row["label"] for row in rows], dtype=np.int64)
+    truncated = np.array([one.truncated for one in encoded], dtype=bool)
+    return Scores(ids, labels, values[back], truncated, seconds, found)
+
+
+def _refuse_broken(backend: Backend, names: Sequence[str], values: np.ndarray) -> None:
+    """Refuse log-probabilities, (n,) or (n, words), that are not numbers."""
+    broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    if broken.size:
+        raise InputError(
+            f"{backend.name} gives {values[broken[0]].tolist()} for row {names[broken[0]]} "
+            f"({broken.size} of {len(names)} rows are not numbers).",
+            "finite log-probabilities.",
+            "check the model's weights for NaN or infinity, and do not compute in float16.",
+        )
+
+
+def _refuse_none(rows: Sequence[Any]) -> None:
+    if not rows:
+        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+
+
+def kept_log_probs(
+    backend: Backend,
+    names: Sequence[str],
+    prompts: Sequence[list[int]],
+    answers: list[list[int]],
+    what: str,
+    keep: Keep | None = None,
+) -> tuple[np.ndarray, float, str]:
+    """log p(answer | prompt), (prompts, answers), the seconds of all tries together, and what was found done."""
+    _refuse_none(prompts)
+    with keeping(keep, what, SCORED, names, prompts, backend.settings, labels=answers) as work:
+        values = backend.label_log_probs(prompts, answers, work.progress, work.journal)
+        return values, work.seconds, work.found
 
 
 def score_answers(
@@ -280,32 +307,24 @@ def score_answers(
     what: str,
     keep: Keep | None = None,
 ) -> AnswerScores:
-    """Score the answers of rows with either backend.
+    """Score the answers of rows that are token ids already.
 
     Args:
         names: the rows' ids.
         rows: token ids of the whole conversations.
         spans: (first, behind the last) position of every answer of each row; the first token of a row cannot be in one.
-        what: the work in words for the progress line.
-        keep: a file that gets every batch as it comes; batches that are in it are not computed again.
+        what, keep: see `score_rows`.
 
     Raises:
         InputError: no rows, ids that the model has not, or log-probabilities that are not numbers.
     """
-    if not rows:
-        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+    _refuse_none(rows)
     places = sha256_json([[list(span) for span in row] for row in spans])
     with keeping(keep, what, SCORED, names, rows, backend.settings, spans=places) as work:
         values = token_log_probs(backend, rows, spans, work.progress, work.journal)
         seconds = work.seconds
     sums = np.array([value.sum() for value in values])
-    broken = np.flatnonzero(~np.isfinite(sums))
-    if broken.size:
-        raise InputError(
-            f"{backend.name} gives log-probabilities that are not numbers ({broken.size} of {len(rows)} rows).",
-            "finite log-probabilities.",
-            "check the model's weights for NaN or infinity, and do not compute in float16.",
-        )
+    _refuse_broken(backend, names, sums)
     tokens = np.array([len(value) for value in values], dtype=np.int64)
     return AnswerScores(list(names), sums, tokens, seconds, work.found)
 

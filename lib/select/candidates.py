@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.tasks import AnyTask, has_labels, kind_of, read_task
+from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
 from lib.runs.run import Product, Run, known_run
 from lib.scoring.log_probabilities import AnswerScores, Scores
@@ -47,7 +47,7 @@ class Candidate:
     """
 
     name: str
-    task: AnyTask
+    task: Task
     keys: list[str]
     texts: list[str]
     seen: frozenset[str]
@@ -62,7 +62,7 @@ class Candidate:
     @property
     def metric(self) -> str:
         """What `values` are."""
-        return ACCURACY if has_labels(self.task) else ANSWER_LOSS
+        return ACCURACY if self.task.label_names else ANSWER_LOSS
 
 
 def row_key(row: Mapping[str, Any]) -> str:
@@ -98,7 +98,7 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
     found = [read_candidate(known_run(name)) for name in names]
     first = found[0]
     for other in found[1:]:
-        if kind_of(other.task) != kind_of(first.task) or _labels(other.task) != _labels(first.task):
+        if other.task.kind != first.task.kind or other.task.label_names != first.task.label_names:
             raise InputError(
                 f"run {first.name!r} is a {_words(first.task)}, run {other.name!r} a {_words(other.task)}.",
                 "runs of one task.",
@@ -122,12 +122,8 @@ def _refuse_repetitions(runs: Sequence[Candidate]) -> None:
             )
 
 
-def _labels(task: AnyTask) -> tuple[str, ...]:
-    return tuple(getattr(task, "label_names", ()))
-
-
-def _words(task: AnyTask) -> str:
-    return f"{kind_of(task)}{' of ' + '/'.join(_labels(task)) if _labels(task) else ''}"
+def _words(task: Task) -> str:
+    return f"{task.kind}{' of ' + '/'.join(task.label_names) if task.label_names else ''}"
 
 
 def read_candidate(run: Run) -> Candidate:
@@ -174,9 +170,9 @@ def _adopted(run: Run, adapter: Product) -> str | None:
     return run.name if "adopted" in adapter.entry.facts else None
 
 
-def _values(evaluation: Product, task: AnyTask, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _values(evaluation: Product, task: Task, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
     path = evaluation.path / "scores-finetuned.jsonl"
-    scores = Scores.load(path) if has_labels(task) else AnswerScores.load(path)
+    scores = Scores.load(path) if task.label_names else AnswerScores.load(path)
     if scores.ids != ids:
         raise InputError(
             f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."

@@ -13,7 +13,6 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.models.base_model import GivenAdapter
-from lib.prompts.tasks import kind_of
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json
 from lib.runs.run import Run, open_run
 from lib.select.candidates import (
@@ -219,7 +218,7 @@ def select(names: Sequence[str]) -> Analysis:
     content = {
         "format": FORMAT,
         "made": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "task": kind_of(runs[0].task),
+        "task": runs[0].task.kind,
         "metric": metric,
         "rule": RULE,
         "rows": _rows(ground),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,26 @@ class Interval:
         """[low, high]; None for a limit that is not finite, which JSON cannot hold."""
         return [limit if math.isfinite(limit) else None for limit in (self.low, self.high)]
 
+    @classmethod
+    def from_json(cls, estimate: float, limits: Sequence[float | None] | None) -> Interval | float:
+        """An estimate with its [low, high] of a JSON file; the bare estimate where there are no limits (null).
+
+        A limit that JSON could not hold (None inside the list) becomes infinite again.
+        """
+        if limits is None:
+            return estimate
+        low, high = limits
+        return cls(estimate, -math.inf if low is None else low, math.inf if high is None else high)
+
+    def scaled(self, factor: float) -> Interval:
+        """The same in another unit: a share in percent (100), nats in millinats (1000)."""
+        return Interval(factor * self.estimate, factor * self.low, factor * self.high, self.confidence)
+
+    def __format__(self, form: str) -> str:
+        """f"{interval:.2f}" is "0.90 [0.85, 0.93]", or "0.90 (no interval)" where a limit is open."""
+        limits = limits_text((self.low, self.high), form)
+        return f"{self.estimate:{form}} {limits or '(no interval)'}"
+
     def within(self, margin: float) -> bool:
         """True when the whole interval lies strictly inside ±margin."""
         return -margin < self.low and self.high < margin
@@ -42,6 +63,44 @@ class Interval:
     def excludes_zero(self) -> bool:
         """True when both limits lie on the same side of zero."""
         return self.low > 0 or self.high < 0
+
+
+IN_BRACKETS = "[{},\u00a0{}]"
+"""How limits are written on a page: no line may end between the two."""
+PLAIN_BRACKETS = "[{}, {}]"
+"""The same for terminals and files, where a reader may search for it."""
+IN_WORDS = "{} to {}"
+"""The same inside a sentence."""
+
+
+def limits_text(
+    limits: Sequence[float | None] | None, form: str = ".3f", factor: float = 1.0, pattern: str = IN_BRACKETS
+) -> str | None:
+    """The one way in which the limits of an interval are written; None where one is open or there are none.
+
+    >>> limits_text([0.85, 0.93], ".1f", factor=100, pattern=IN_WORDS)
+    '85.0 to 93.0'
+
+    Args:
+        limits: low and high as in a JSON file; None, or an infinite number, for an open one.
+        form: format specification of both numbers.
+        factor: both are multiplied by it, e.g. 100 for percent.
+        pattern: `IN_BRACKETS`, `PLAIN_BRACKETS` or `IN_WORDS`.
+    """
+    if limits is None or any(limit is None or not math.isfinite(limit) for limit in limits):
+        return None
+    return pattern.format(*(format(factor * limit, form) for limit in limits))
+
+
+def estimate_text(
+    estimate: float, limits: Sequence[float | None] | None, form: str = ".3f", factor: float = 1.0
+) -> str:
+    """An estimate with limits as `limits_text` writes them: "0.90 [0.85, 0.93]"; alone where `limits` is None.
+
+    Open limits (three rows bound nothing) are said: "0.90 (no interval)".
+    """
+    found = Interval.from_json(estimate, limits)
+    return format(found.scaled(factor) if isinstance(found, Interval) else factor * found, form)
 
 
 def normal_quantile(confidence: float) -> float:

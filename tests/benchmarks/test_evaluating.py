@@ -48,11 +48,10 @@ def test_ratios_are_ours_over_the_first_peer() -> None:
 
 def test_sides_of_llama_cpp_agree(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
     """The workbook, one decode a row and chat completion on a tiny file answer alike."""
-    from lib.prompts.classification import render
 
     rows = tiny.rows(6)
     job = {"model": str(small.gguf), "rows": rows, "task": small.task.to_json(), "batch": 8, "threads": 1}
-    job |= {"prompts": [render(small.tokenizer, small.task, row["text"]) for row in rows], "max_tokens": 2}
+    job |= {"prompts": [small.task.prompt(small.tokenizer, {"text": row["text"]}) for row in rows], "max_tokens": 2}
     (tmp_path / "job").write_text(json.dumps(job), encoding="utf-8")
     found = {}
     for side in ("workbook-gguf", "one-by-one", "chat"):

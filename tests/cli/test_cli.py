@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+from lib import settings
 from lib.cli.__main__ import joined
 from lib.cli.console import guarded, table, width
 from lib.cli.doctor import BROKEN, Check, as_text, broken, examine
-from lib.cli.work import Rows
+from lib.cli.evaluate import RowOptions
 from lib.errors import InputError, Terminated
 from lib.settings import Settings
 from tests import tiny_run
@@ -51,11 +53,13 @@ def test_help_is_instant_and_names_every_command() -> None:
         "perplexity",
         "params",
         "select",
+        "pick",
+        "unpack",
         "package",
         "serve",
     ):
         assert f"  {command} " in answer.stdout
-    loaded = "import lib.cli.app, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
+    loaded = "import lib.cli.__main__, sys; print([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -100,6 +104,15 @@ def test_params_lists_every_key() -> None:
     assert list(keys) == list(Settings.model_fields)
     assert keys["outtype"]["type"] == "one of f16, bf16, f32, q8_0" and keys["ladder"]["type"] == "list of text"
     assert all(entry["meaning"] for entry in keys.values())
+
+
+def test_params_completes_a_file() -> None:
+    answer = workbook("params", "--complete", "params/smollm2-movies.yaml")
+    assert answer.returncode == 0
+    assert yaml.safe_load(answer.stdout) == settings.load(PROJECT / "params/smollm2-movies.yaml").model_dump()
+    listed = json.loads(workbook("params", "--json", "--complete", "params/quick.yaml").stdout)["parameters"]
+    assert {entry["key"]: entry["value"] for entry in listed} == Settings().model_dump()
+    assert workbook("params", "--complete", "params/none.yaml").returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -153,11 +166,11 @@ def test_p_takes_key_and_value_as_papermill_does() -> None:
 
 
 def test_task_comes_from_the_options_and_the_defaults() -> None:
-    task = Rows(None, None, 0, given={"label_names": ["坏", "好"], "max_seq_length": 64}).task()
+    task = RowOptions(None, None, given={"label_names": ["坏", "好"], "max_seq_length": 64}).task()
     assert task.label_names == ("坏", "好") and task.max_seq_length == 64
     assert task.user_prompt == Settings().user_prompt
     with pytest.raises(InputError, match="label_names"):
-        Rows(None, None, 0, given={"label_names": ["好", "好"]}).task()
+        RowOptions(None, None, given={"label_names": ["好", "好"]}).task()
 
 
 def test_rows_are_drawn_the_same_every_time(tmp_path: Path) -> None:
@@ -165,7 +178,7 @@ def test_rows_are_drawn_the_same_every_time(tmp_path: Path) -> None:
     texts = [f"第{number}条评论写得{'很好' if number % 2 else '很差'}" for number in range(50)]
     lines = [json.dumps({"text": text, "label": number % 2}, ensure_ascii=False) for number, text in enumerate(texts)]
     file.write_text("\n".join(lines), encoding="utf-8")
-    source = Rows(str(file), None, 10)
+    source = RowOptions(str(file), None, 10)
     task = source.task()
     (rows, described), (again, _) = source.rows(task), source.rows(task)
     assert rows == again and len(rows) == 10 and described["rows_available"] == 50 and described["sample_seed"] == 42
@@ -175,7 +188,7 @@ def test_rows_are_drawn_the_same_every_time(tmp_path: Path) -> None:
 def test_rows_that_a_file_loses_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("text,label\n房间很好,1\n早餐很差,0\n  ,1\n服务好,\n,0\n", encoding="utf-8")
-    source = Rows(str(file), None, 1)
+    source = RowOptions(str(file), None, 1)
     rows, described = source.rows(source.task())
     assert len(rows) == 1 and described["rows_available"] == 5
     assert described["left_out"] == {"empty text": 2, "no label": 1}

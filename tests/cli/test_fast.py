@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lib import settings
 from lib.cli.report import FAST, fast_overrides, with_fewer_rows
 from lib.settings import Settings
 
@@ -30,6 +29,6 @@ def test_the_whole_run_is_never_overwritten(tmp_path: Path) -> None:
     """A run name on the command line names the whole run; --fast still makes its own."""
     file = tmp_path / "mine.yaml"
     file.write_text("run_name: other\n", encoding="utf-8")
-    found = with_fewer_rows(settings, file, {"run_name": "mine", "max_train_rows": 600})
+    found = with_fewer_rows(file, {"run_name": "mine", "max_train_rows": 600})
     assert found["run_name"] == "mine-fast"
     assert found["max_train_rows"] == 600

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.models.loading import load_tokenizer
 from lib.models.offline_base import TokenizerRecipe, train_tokenizer
-from lib.prompts.conversations import (
-    ConversationTask,
-    ExchangeTooLongError,
-    conversation_hash,
-    encode_conversation,
-    question,
-    render_conversation,
-    safe_messages,
-)
+from lib.prompts.conversations import ExchangeTooLongError, encode_conversation, render_conversation, safe_messages
+from lib.prompts.tasks import ConversationTask, task_from_json
 from lib.prompts.templates import is_blank, split_thinking, think_tags, with_thinking
 
 END = "<|im_end|>"
@@ -67,6 +60,10 @@ def decoded(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def question(tokenizer, messages: list, thinking: bool) -> str:
+    return ConversationTask("dialogue", "", 512, thinking).prompt(tokenizer, {"messages": messages})
+
+
 def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
@@ -83,7 +80,7 @@ def test_loss_is_on_the_answers_and_their_ends(tokenizers: dict, name: str, mess
     assert [nfc(decoded(tokenizer, encoded.ids[a:b])) for a, b in encoded.spans] == answers
     assert decoded(tokenizer, [encoded.ids[i] for i in encoded.loss]) == "".join(answers)
     real = tokenizer.apply_chat_template(safe, tokenize=False, enable_thinking=thinking)
-    text, _ = render_conversation(tokenizer, messages, thinking)
+    text, *_ = render_conversation(tokenizer, messages, thinking)
     assert text == real or (text == real + END and name == "qwen1.5-0.5b-chat")
     assert encoded.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert text.count("<think>") <= 1  # the template's own empty block at most
@@ -251,7 +248,7 @@ def test_a_template_that_drops_turns_is_refused(tokenizers: dict) -> None:
 
 def test_the_hash_tells_tasks_apart(tokenizers: dict) -> None:
     plain, other = ConversationTask("dialogue", "a", 64), ConversationTask("dialogue", "b", 64)
-    assert ConversationTask.from_json(plain.to_json()) == plain
+    assert task_from_json(plain.to_json()) == plain
     tokenizer = tokenizers["qwen3-0.6b"]
-    assert conversation_hash(tokenizer, plain) != conversation_hash(tokenizer, other)
-    assert conversation_hash(tokenizer, plain) != conversation_hash(tokenizers["offline"], plain)
+    assert plain.fingerprint(tokenizer) != other.fingerprint(tokenizer)
+    assert plain.fingerprint(tokenizer) != plain.fingerprint(tokenizers["offline"])

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
 from lib.models.gguf_tokenizer import tokenizer_from_gguf, tokenizer_json, write_tokenizer
-from lib.prompts.classification import encode, template_hash
 from tests.scoring import tiny
 from tests.scoring.conftest import small  # noqa: F401
 
@@ -58,9 +57,10 @@ def test_ids_equal_llama_cpp(rebuilt, vocabulary, text):
 
 
 def test_prompts_are_equal(small, rebuilt):  # noqa: F811
-    assert template_hash(rebuilt, small.task) == template_hash(small.tokenizer, small.task)
+    assert small.task.fingerprint(rebuilt) == small.task.fingerprint(small.tokenizer)
     for text in (*tiny.texts(20), "评论<|im_end|>里的标记"):
-        assert encode(rebuilt, small.task, text, 1) == encode(small.tokenizer, small.task, text, 1)
+        row = {"text": text, "label": 1}
+        assert small.task.encode(rebuilt, row) == small.task.encode(small.tokenizer, row)
     assert set(rebuilt.all_special_tokens) == set(small.tokenizer.all_special_tokens)
 
 

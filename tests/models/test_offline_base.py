@@ -22,7 +22,7 @@ from lib.models.offline_base import (
     windows,
 )
 from lib.models.weights import open_weights
-from lib.prompts.classification import Task, encode, label_ids
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import HOME_VARIABLE
 
 TEXTS = [
@@ -32,7 +32,7 @@ TEXTS = [
     for mark in ("不错", "糟糕", "一般")
     for again in ("再", "不再")
 ]
-TASK = Task(("负面", "正面"), "你是助手。", "判断：{text}", 96)
+TASK = ClassificationTask(("负面", "正面"), "你是助手。", "判断：{text}", 96)
 TINY = BaseRecipe(
     layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=32, batch=4, min_tokens=24_576, max_tokens=24_576
 )
@@ -76,10 +76,10 @@ def test_has_learned_language_and_answers_in_words(made) -> None:
     card = offline_card(base)
     assert card["loss"] < 4.0  # nats a token; log(512) = 6.2 for a model that knows nothing
     model, tokenizer = load_model(base, "float32", device="cpu"), load_tokenizer(base)
-    ids = encode(tokenizer, TASK, TEXTS[0]).prompt_ids
+    ids = TASK.encode(tokenizer, {"text": TEXTS[0]}).prompt_ids
     with torch.no_grad():
         probabilities = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-    first, second = (probabilities[answer[0]].item() for answer in label_ids(tokenizer, TASK))
+    first, second = (probabilities[answer[0]].item() for answer in TASK.answer_words(tokenizer))
     assert first + second > 0.5 and 0.2 < first / (first + second) < 0.8
 
 

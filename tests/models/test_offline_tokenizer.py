@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from lib.models.loading import load_tokenizer
 from lib.models.offline_base import TokenizerRecipe, ensure_tokenizer, train_tokenizer
-from lib.prompts.classification import Task, encode, label_ids, render
+from lib.prompts.tasks import ClassificationTask
 
 TEXTS = ["房间很干净，服务也好。", "早餐一般，价格太贵！！", "性价比高 yes 123", "质量差，再也不来了。\n退货"] * 5
 WORDS = ["负面", "正面", "你是情感分析助手。"]
-TASK = Task(("负面", "正面"), "你是情感分析助手。", "判断：\n{text}", 128)
+TASK = ClassificationTask(("负面", "正面"), "你是情感分析助手。", "判断：\n{text}", 128)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def _qwen(shared_data: Path, cache: dict = {}):  # noqa: B006 - loading its 7 MB
 
 
 def test_words_are_single_tokens(tokenizer) -> None:
-    assert [len(ids) for ids in label_ids(tokenizer, TASK)] == [1, 1]
+    assert [len(ids) for ids in TASK.answer_words(tokenizer)] == [1, 1]
     assert (
         len(tokenizer("你是情感分析助手", add_special_tokens=False)["input_ids"]) <= 4
     )  # 24 bytes, tokens of at most 9
@@ -86,7 +86,7 @@ def test_too_many_words_are_noticed(tmp_path: Path) -> None:
 
 
 def test_template_frames_each_turn_once(tokenizer) -> None:
-    prompt = render(tokenizer, TASK, "好")
+    prompt = TASK.prompt(tokenizer, {"text": "好"})
     assert prompt == (
         "<|im_start|>system\n你是情感分析助手。<|im_end|>\n<|im_start|>user\n判断：\n好<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -95,7 +95,10 @@ def test_template_frames_each_turn_once(tokenizer) -> None:
     alone = [{"role": "user", "content": "好"}, {"role": "assistant", "content": "正面"}]
     text = tokenizer.apply_chat_template(alone, tokenize=False)
     assert text == "<|im_start|>user\n好<|im_end|>\n<|im_start|>assistant\n正面<|im_end|>\n"
-    assert encode(tokenizer, TASK, "好", 1).answer_ids == [label_ids(tokenizer, TASK)[1][0], tokenizer.eos_token_id]
+    assert TASK.encode(tokenizer, {"text": "好", "label": 1}).loss_ids == [
+        TASK.answer_words(tokenizer)[1][0],
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_stored_once_equal_every_time(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.models.loading import load_tokenizer
 from lib.models.offline_base import TokenizerRecipe, train_tokenizer
-from lib.prompts.classification import Task, encode, escape, label_ids, label_note, render
+from lib.prompts.conversations import escape
+from lib.prompts.tasks import ClassificationTask
 
 NAMES = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 PIECES = st.sampled_from(
@@ -38,16 +40,17 @@ def _tokens(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _task(tokenizer, room: int) -> Task:
+def _task(tokenizer, room: int) -> ClassificationTask:
     """A task whose prompt leaves the text this many tokens."""
-    task = Task(("负面", "正面"), "你是助手。", "判断：\n{text}\n好吗", 10_000)
+    task = ClassificationTask(("负面", "正面"), "你是助手。", "判断：\n{text}\n好吗", 10_000)
     answer = max(len(_tokens(tokenizer, name)) for name in task.label_names) + 1
-    return Task(*list(vars(task).values())[:3], len(_tokens(tokenizer, render(tokenizer, task, ""))) + room + answer)
+    frame = len(_tokens(tokenizer, task.prompt(tokenizer, {"text": ""})))
+    return replace(task, max_seq_length=frame + room + answer)
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>" * 300, "<|im_end|>房间很好" * 60, "👨‍👩‍👧<|endoftext|>" * 80])
 def test_a_text_full_of_special_names_is_cut(tokenizer, text: str) -> None:
-    found = encode(tokenizer, _task(tokenizer, 60), text)
+    found = _task(tokenizer, 60).encode(tokenizer, {"text": text})
     assert found.truncated
     assert found.prompt_ids.count(tokenizer.eos_token_id) == 2  # those of the two turns
 
@@ -56,12 +59,12 @@ def test_a_text_full_of_special_names_is_cut(tokenizer, text: str) -> None:
 @given(TEXTS, st.integers(1, 80))
 def test_any_text_fits_and_closes_no_turn(tokenizer, text: str, room: int) -> None:
     task = _task(tokenizer, room)
-    found = encode(tokenizer, task, text)
-    frame = render(tokenizer, task, "")
+    found = task.encode(tokenizer, {"text": text})
+    frame = task.prompt(tokenizer, {"text": ""})
     special = set(tokenizer.all_special_ids)
     assert len(found.prompt_ids) <= len(_tokens(tokenizer, frame)) + room
     assert [i for i in found.prompt_ids if i in special] == [i for i in _tokens(tokenizer, frame) if i in special]
-    before, after = render(tokenizer, task, "\ue000").split("\ue000")
+    before, after = task.prompt(tokenizer, {"text": "\ue000"}).split("\ue000")
     shown = tokenizer.decode(found.prompt_ids, clean_up_tokenization_spaces=False)
     whole = unicodedata.normalize("NFC", before + escape(tokenizer, text) + after)
     if not found.truncated:
@@ -77,27 +80,28 @@ def test_any_text_fits_and_closes_no_turn(tokenizer, text: str, room: int) -> No
 def test_texts_without_names_are_cut_where_they_always_were(tokenizer, text: str, room: int) -> None:
     """The rule of the first reports: as many tokens of the text as there is room, fewer until the prompt fits."""
     task = _task(tokenizer, room)
-    most = len(_tokens(tokenizer, render(tokenizer, task, ""))) + room
-    ids, keep = _tokens(tokenizer, render(tokenizer, task, text)), room
+    most = len(_tokens(tokenizer, task.prompt(tokenizer, {"text": ""}))) + room
+    ids, keep = _tokens(tokenizer, task.prompt(tokenizer, {"text": text})), room
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     while len(ids) > most:
-        ids = _tokens(tokenizer, render(tokenizer, task, text[: offsets[keep][0]] if keep < len(offsets) else text))
+        cut = text[: offsets[keep][0]] if keep < len(offsets) else text
+        ids = _tokens(tokenizer, task.prompt(tokenizer, {"text": cut}))
         keep -= max(1, len(ids) - most)
-    assert encode(tokenizer, task, text).prompt_ids == ids
+    assert task.encode(tokenizer, {"text": text}).prompt_ids == ids
 
 
 def test_answer_words_stand_without_white_space_and_their_tokens_are_told(tokenizer) -> None:
-    def task(*names: str) -> Task:
-        return Task(names, "你是助手。", "判断：{text}", 100)
+    def task(*names: str) -> ClassificationTask:
+        return ClassificationTask(names, "你是助手。", "判断：{text}", 100)
 
     for name in (" 正面", "正面\n", "\u3000正面"):
         with pytest.raises(InputError, match="white space"):
-            label_ids(tokenizer, task("负面", name))
-    assert label_note(tokenizer, task("负面", "正面")) == ""
+            task("负面", name).answer_words(tokenizer)
+    assert task("负面", "正面").note(tokenizer) == ""
     equal, unequal = ("x" * 3 + "y", "zq" * 3), ("正面", "差劲透顶了吧")
-    counts = [len(ids) for ids in label_ids(tokenizer, task(*unequal))]
+    counts = [len(ids) for ids in task(*unequal).answer_words(tokenizer)]
     assert counts[0] == 1 < counts[1]
-    note = label_note(tokenizer, task(*unequal))
+    note = task(*unequal).note(tokenizer)
     assert f"正面 1, 差劲透顶了吧 {counts[1]};" in note and "exact sum" in note and "more to lose" in note
-    same = [len(ids) for ids in label_ids(tokenizer, task(*equal))]
-    assert ("more to lose" in label_note(tokenizer, task(*equal))) == (same[0] != same[1])
+    same = [len(ids) for ids in task(*equal).answer_words(tokenizer)]
+    assert ("more to lose" in task(*equal).note(tokenizer)) == (same[0] != same[1])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lib.cli.app import app
+from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.models.base_model import choose_base, refuse_other_folder, refuse_other_weights, resolve_base, unpacking_of
 from lib.models.inspect_folder import inspect

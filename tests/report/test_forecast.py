@@ -72,8 +72,8 @@ def test_open_intervals_of_few_rows() -> None:
             "0.005 (no interval)" in steps_page.forecast_table(found).data
             and steps_page.forecast_chart(found) is not None
         )
-    for page in (quantize_page, quantize_page):
-        assert "-0.003 (no interval)" in page.against_recipes(effect).data
+    for found in (quantize_page.against_recipes(effect), quantize_page.against_recipes_at_answers(effect)):
+        assert "-0.003 (no interval)" in found[0].data
 
 
 def test_a_run_without_predictions() -> None:
@@ -83,11 +83,11 @@ def test_a_run_without_predictions() -> None:
 
 
 def test_the_mixed_file_beside_the_recipes() -> None:
-    text = quantize_page.against_recipes(EFFECT).data
-    assert "MIX_2MB (1.00 MB, KL divergence 0.002 [0.001, 0.004])" in text and "<td>3.00</td>" in text
-    said = quantize_page.against_reading(EFFECT).data
+    shown, reading = quantize_page.against_recipes(EFFECT)
+    text, said = shown.data, reading.data
+    assert "MIX_2MB (1.00 MB, KL divergence 0.002 [0.001,\u00a00.004])" in text
+    assert '<td class="number">3.00</td>' in text
     assert "closer to the unquantized file than Q4_0. Larger than it, and still farther: Q4_0." in said
     assert "No larger, and closer: Q2_K" in said
-    assert (
-        "Nothing to compare" in quantize_page.against_recipes(None).data and quantize_page.against_reading(None) is None
-    )
+    (nothing,) = quantize_page.against_recipes(None)
+    assert "Nothing to compare" in nothing.data

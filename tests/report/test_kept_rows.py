@@ -78,7 +78,7 @@ def test_marks() -> None:
     compare_page.kept_mark(FILES)
     shown = display.table([{"type": e["type"], "MB": 1.0} for e in FILES], "Files.").data
     assert re.findall(r"<td>(\w+‡?)</td>", shown) == ["F16", "Q8_0", "Q5_K_M‡", "Q4_K_M"]
-    assert "Files. ‡ on the grid of the base&#x27;s weights" in shown
+    assert "Files. ‡ on the grid of the base&#39;s weights" in shown
     assert marked("XQ5_K_M, Q5_K_M_L, Q5_K_M × 3") == "XQ5_K_M, Q5_K_M_L, Q5_K_M‡ × 3"
     mark_names([], "")
     assert "‡" not in display.table([{"type": "Q5_K_M"}], "Files.").data

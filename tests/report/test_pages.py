@@ -11,8 +11,8 @@ import nbformat
 import pytest
 
 from lib.report import html, index
-from lib.report.html import Stage, problems_in
-from lib.report.summary import summarise
+from lib.report.html import problems_in
+from lib.report.index import Stage, summarise
 from lib.runs.files import write_json
 from lib.runs.run import Run, Work, open_run
 
@@ -89,7 +89,7 @@ def test_the_index_shows_headline_numbers(home: Path) -> None:
     folder = home / "reports" / "full"
     text = index.write_run_index(folder, summarise(run), []).read_text(encoding="utf-8")
     assert problems_in(text) == []
-    plain = re.sub(r"<[^>]+>", " ", text)
+    plain = re.sub(r"<[^>]+>", " ", text).replace("\u00a0", " ")
     for words in (
         *("0.930 [0.860, 0.970]", "0.910 [0.830, 0.960]", "0.500 [0.404, 0.596]", "0.900 [0.820, 0.950]"),
         *("Ship Q4_K_M: the smallest", "Q4_K_M ★", "1.25", "4.85", "0.0123", "cannot tell (MDE 4.2)", "n = 100"),
@@ -99,7 +99,7 @@ def test_the_index_shows_headline_numbers(home: Path) -> None:
     assert HOSTILE not in text and "&lt;script&gt;" in text
     overview = index.write_all_index(home / "reports", 7).read_text(encoding="utf-8")
     assert problems_in(overview) == []
-    assert "0.930 [0.860, 0.970]" in overview and "Q4_K_M, 1.25 MB" in overview and "0 of 7 pages" in overview
+    assert "0.930 [0.860,\u00a00.970]" in overview and "Q4_K_M, 1.25 MB" in overview and "0 of 7 pages" in overview
 
 
 def test_before_the_evaluation_the_floor_comes_from_the_data(home: Path) -> None:
@@ -107,7 +107,7 @@ def test_before_the_evaluation_the_floor_comes_from_the_data(home: Path) -> None
     make(run, "data", {"floor.json": {"test": {"accuracy": 0.8, "predictions": [1] * 10}}}, facts=FACTS)
     quality = summarise(run).qualities["linear floor"]["all"]
     assert (
-        str(quality) == "0.800 [0.490, 0.943]"
+        str(quality) == "0.800 [0.490,\u00a00.943]"
     )  # statsmodels.stats.proportion.proportion_confint(8, 10, method="wilson")
 
 
@@ -221,5 +221,5 @@ def test_perplexities_stand_where_there_are_no_accuracies(home: Path, tmp_path: 
     file = {"type": "F16", "bytes": 4_000_000, "answer_ppl": 12.034, "answer_ppl_interval": [11.0, 13.5]}
     make(run, "comparison", {"comparison.json": {"files": [file], "recommendation": {}}})
     text = index.write_run_index(tmp_path, summarise(run), []).read_text(encoding="utf-8")
-    assert "Perplexity of the reference answers" in text and "12.500 [11.000, 14.000]" in text
-    assert "answer perplexity ↓" in text and "12.034 [11.000, 13.500]" in text and "Accuracy" not in text
+    assert "Perplexity of the reference answers" in text and "12.500 [11.000,\u00a014.000]" in text
+    assert "answer perplexity ↓" in text and "12.034 [11.000,\u00a013.500]" in text and "Accuracy" not in text

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lib.cli import work
+from lib.cli.evaluate import RowOptions, compare
 from lib.errors import InputError
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.report import steps_page
 from lib.runs.files import write_json
 from lib.stages.compare.speed import match_files, measured
@@ -81,9 +81,10 @@ def test_the_command_compare_shows_them(
     entry = {**ENTRY, "bytes": 5, "bits_per_weight": 8.5, "kld_mean": 0.1, "verdict": "reference"}
     content = {"files": [entry], "conditions": {"processor": "EPYC"}}
     monkeypatch.setattr("lib.stages.compare.files.compare_files", lambda *args, **keys: content)
-    task = Task(("a", "b"), "s", "{text}", 64)
-    rows = SimpleNamespace(task=lambda: task, rows=lambda task: ([], {}))
-    work.compare(tmp_path / "m-Q8_0.gguf", [], rows, tmp_path, {}, [tmp_path / "phone.json"], as_json)
+    task = ClassificationTask(("a", "b"), "s", "{text}", 64)
+    monkeypatch.setattr(RowOptions, "task", lambda self: task)
+    monkeypatch.setattr(RowOptions, "rows", lambda self, task: ([], {}))
+    compare(tmp_path / "m-Q8_0.gguf", [], tmp_path, device=[tmp_path / "phone.json"], as_json=as_json)
     shown = capsys.readouterr().out
     if as_json:
         assert json.loads(shown)["devices"][0]["type"] == "Q8_0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -110,13 +111,13 @@ def test_quality_stands_by_size_and_by_bits_with_speed_and_memory() -> None:
 
 
 def test_formats_that_were_skipped_are_named_with_the_reason() -> None:
-    gone = [{"format": "gptq", "reason": "llmcompressor not installed"}]
+    gone = [{"format": "gptq", "reason": "llmcompressor not installed."}]
     files = [{"type": "Q8_0", "kind": "gguf"}, {"type": "nf4", "kind": "folder", "device": "cpu"}]
-    assert "**gptq** (llmcompressor not installed)" in quantize_page.skipped(gone)
+    shown, reading = quantize_page.exports(SimpleNamespace(made=[], skipped=gone))
+    assert "no format was made" in shown.data and reading.data == "Skipped: **gptq** (llmcompressor not installed)."
     words = quantize_page.compared(files, gone)
     assert words.startswith("nf4: folders for transformers") and "gptq" in words and "recommendation leaves" in words
     assert quantize_page.compared(files[:1], []) == "Only GGUF files were compared."
-    assert quantize_page.exports([])[0]["format"] == "none"
 
 
 def test_agreement_by_margin_is_shown_with_its_reading() -> None:
@@ -171,8 +172,6 @@ def test_limits_that_are_not_there_are_not_drawn() -> None:
 
 
 def test_what_an_interrupted_try_had_done_is_said() -> None:
-    from types import SimpleNamespace
-
     facts = {"found_done": {"F16": "12 rows already scored", "Q8_0": "12 rows already scored", "Q2_K": "3 answers"}}
     product = SimpleNamespace(message="made in 3 s.", entry=SimpleNamespace(facts=facts))
     words = "made in 3 s. An interrupted try had left: F16, Q8_0: 12 rows already scored; Q2_K: 3 answers."

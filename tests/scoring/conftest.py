@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from tests.scoring import tiny
 
 
@@ -16,7 +16,7 @@ class Tiny(NamedTuple):
 
     model: object
     tokenizer: object
-    task: Task
+    task: ClassificationTask
     gguf: Path
     folder: Path
 
@@ -35,5 +35,5 @@ def small(tmp_path_factory) -> Tiny:
     model.save_pretrained(folder)
     path = folder / "tiny-F32.gguf"
     tiny.write_gguf(model, tokenizer, path)
-    task = Task(tiny.LABELS, "你是助手。", "评价：{text}", 192)
+    task = ClassificationTask(tiny.LABELS, "你是助手。", "评价：{text}", 192)
     return Tiny(model, tokenizer, task, path, folder)

@@ -8,7 +8,6 @@ import torch
 
 from lib.errors import InputError
 from lib.progress import Progress
-from lib.prompts.classification import encode
 from lib.scoring.backend import make_jobs
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.torch_backend import TransformersBackend
@@ -19,7 +18,7 @@ ANSWERS = {"single": [[300], [301]], "several": [[300], [301, 17, 40], [301, 17,
 
 
 def prompts_of(small, n: int = 21) -> list[list[int]]:
-    return [encode(small.tokenizer, small.task, row["text"]).prompt_ids for row in tiny.rows(n)]
+    return [small.task.encode(small.tokenizer, {"text": row["text"]}).prompt_ids for row in tiny.rows(n)]
 
 
 def brute_force(model, prompts, answers) -> np.ndarray:

@@ -27,15 +27,15 @@ import json, sys, time
 from pathlib import Path
 import torch
 from lib.models.loading import load_model, load_tokenizer
-from lib.prompts.classification import Task
-from lib.scoring import llama_backend as llama, torch_backend
+from lib.prompts.tasks import task_from_json
+from lib.scoring import llama_backend, torch_backend
 from lib.scoring.journal import Keep
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.torch_backend import TransformersBackend
 folder, kind, path, task = sys.argv[1:]
 torch.set_num_threads(1)
-torch_backend._PASS["cpu"], llama._TOKENS_ON_CPU = 4096, 2048
+torch_backend._PASS["cpu"], llama_backend._TOKENS_ON_CPU = 4096, 2048
 def slowly(run):
     return lambda *a: (time.sleep(0.15), run(*a))[1]
 TransformersBackend._run = slowly(TransformersBackend._run)
@@ -44,7 +44,7 @@ backend = (
     LlamaCppBackend(Path(folder) / "tiny-F32.gguf", 192, n_threads=1) if kind == "gguf"
     else TransformersBackend(load_model(Path(folder), dtype="float32", device="cpu"), 4)
 )
-task, rows = Task.from_json(json.loads(Path(task).read_text())), json.loads(Path(path).with_name("rows").read_text())
+task, rows = task_from_json(json.loads(Path(task).read_text())), json.loads(Path(path).with_name("rows").read_text())
 score_rows(backend, load_tokenizer(Path(folder)), task, rows, "scoring", Keep(Path(path), "m"))
 """
 

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.prompts.classification import Task
-from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import ClassificationTask, ConversationTask
 from lib.runs.files import write_json, write_jsonl
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import AnswerScores, Scores
 
-LABELS = Task(("负面", "正面"), "你是情感分析助手。", "评论：{text}", 96)
+LABELS = ClassificationTask(("负面", "正面"), "你是情感分析助手。", "评论：{text}", 96)
 TALK = ConversationTask("dialogue", "你是心理咨询师。", 256, False)
 Make = Callable[..., Run]
 

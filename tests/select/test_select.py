@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from lib.cli.report import seed_overrides
 from lib.errors import InputError
-from lib.report.index import recipe_rows, run_rows, write_all_index
+from lib.report.index import recipe_table, run_table, write_all_index
 from lib.select.choice import outdated, read_analysis, select
 from lib.settings import Settings
 from lib.statistics.intervals import paired_score_interval
@@ -160,8 +160,8 @@ def test_no_interval_is_told_where_there_is_none(make: Make, tmp_path: Path) -> 
         assert of(analysis.content, "recipes", f"c{talk}")["verdict"] == "cannot tell"
         assert "no interval: too few groups of rows" in analysis.text
         json.dumps(analysis.content, allow_nan=False)
-        for _, shown in (run_rows(analysis.content), recipe_rows(analysis.content)):
-            assert "nan" not in str(shown) and "inf" not in str(shown)
+        for shown in (run_table(analysis.content), recipe_table(analysis.content)):
+            assert "nan" not in str(shown.rows) and "inf" not in str(shown.rows)
 
 
 def test_intervals_of_recipes_that_are_all_right_have_a_width(make: Make) -> None:

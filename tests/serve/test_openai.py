@@ -14,7 +14,6 @@ import openai
 import pytest
 
 from lib.models.loading import load_tokenizer
-from lib.prompts.classification import encode, label_ids
 from lib.runs.machine import llama_cpp_problem
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.serve.openai import NEEDS
@@ -96,10 +95,10 @@ def test_a_client_that_leaves_its_stream_holds_up_nobody(client: openai.OpenAI) 
 def test_labels_are_those_that_the_workbook_scores(client: openai.OpenAI, model: Path) -> None:
     """`logit_bias` leaves only the answer words; it is shifted so that both come as often."""
     tokenizer, task = load_tokenizer(model.parent / "tokenizer"), replace(tiny_run.TASK, max_seq_length=200)
-    (first,), (second,) = label_ids(tokenizer, task)
+    (first,), (second,) = task.answer_words(tokenizer)
     texts = tiny_run.texts(20, seed=3)
     with LlamaCppBackend(model, 256, 1) as backend:
-        prompts = [encode(tokenizer, task, text).prompt_ids for text in texts]
+        prompts = [task.encode(tokenizer, {"text": text}).prompt_ids for text in texts]
         scores = backend.label_log_probs(prompts, [[first], [second]])
     margins = scores[:, 1] - scores[:, 0]
     middle = float(np.median(margins))
@@ -116,7 +115,7 @@ def test_answers_are_not_penalized_for_repeating(client: openai.OpenAI, model: P
     from llama_cpp import Llama
 
     tokenizer = load_tokenizer(model.parent / "tokenizer")
-    (first,), (second,) = label_ids(tokenizer, tiny_run.TASK)
+    (first,), (second,) = tiny_run.TASK.answer_words(tokenizer)
     prompt = tokenizer.apply_chat_template(MESSAGES, tokenize=True, add_generation_prompt=True, return_dict=False)
     llm = Llama(str(model), n_ctx=256, n_threads=1, flash_attn=True, verbose=False)
     options = {"max_tokens": 12, "temperature": 0, "repeat_penalty": 1.0}

@@ -15,7 +15,7 @@ def test_a_made_page_has_the_truth_that_was_asked_for(loss: float) -> None:
     entries = simulation.page({"q": known}, rows, False, np.random.default_rng(4))
     found = entries["q"]
     assert (known.share, known.difference) == (0.04 + loss, -loss)
-    assert entries[""]["accuracy"] == pytest.approx(simulation.ACCURACY, abs=0.005)
+    assert entries[""]["accuracy"] == pytest.approx(simulation.RIGHT_SHARE, abs=0.005)
     assert (found["mcnemar_b"] + found["mcnemar_c"]) / len(rows) == pytest.approx(known.share, abs=0.004)
     assert found["accuracy_difference"] == pytest.approx(known.difference, abs=0.004)
     assert found["margin_change_mean"] == pytest.approx(known.margin, abs=0.02)

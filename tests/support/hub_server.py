@@ -89,6 +89,16 @@ def tree(files: dict[str, bytes]) -> list[dict]:
     return entries
 
 
+def siblings(files: dict[str, bytes]) -> list[dict]:
+    """The same listing as the hub gives it with the facts of a repository (`blobs=True`)."""
+    entries = []
+    for entry in tree(files)[1:]:
+        large = entry.get("lfs")
+        lfs = {"lfs": {"sha256": large["oid"], "size": large["size"], "pointerSize": 130}} if large else {}
+        entries.append({"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"], **lfs})
+    return entries
+
+
 def _names(commit: str, path: str, data: bytes) -> dict[str, str]:
     """Headers by which the hub names a file's content."""
     (entry,) = tree({path: data})[1:]
@@ -108,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, faults = self.hub, self.hub.faults
-        hub.requests.append((self.command, self.path, dict(self.headers.items())))
+        headers = {name.title(): value for name, value in self.headers.items()}
+        hub.requests.append((self.command, self.path, headers))
         for part, statuses in faults.statuses.items():
             if part in self.path and statuses:
                 status = statuses.pop(0)
@@ -147,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         if rest[1] not in ("main", commit):
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if rest[0] == "revision":
-            return self._json({"id": name, "sha": commit})
+            return self._json({"id": name, "sha": commit, "siblings": siblings(files)})
         entries, start = tree(files), int(query.get("cursor", 0))  # two entries a page, so that paging is used
         more = start + 2 < len(entries)
         link = f'<{self.hub.url}/api/{kind}/{name}/tree/{commit}?recursive=true&cursor={start + 2}>; rel="next"'

@@ -4,16 +4,10 @@ Files compared on rows without labels: the loss of the reference answers, paired
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from lib.scoring.log_probabilities import AnswerScores
-from lib.stages.compare.judge import REFERENCE_VERDICT, Rows, rows_needed
-from lib.statistics.intervals import wilson
-from lib.statistics.losses import LossComparison, compare_losses
+from lib.scoring.metric import ACCURACY, REFERENCE_VERDICT
 from lib.statistics.verdicts import in_words
 
 # Which file to ship, by a stated rule, in words that the statistics allow.
@@ -60,7 +54,7 @@ def recommend(
         alone = f"No recommendation: no GGUF file was compared with {reference['type']}."
         return _answer(None, "insufficient", None, {}, [alone])
     steps = next_higher(files, reference)
-    if not _learned(reference):
+    if not ACCURACY.learned(reference, reference["majority_share"]):
         return _answer(None, "reference", None, steps, _unlearned(reference))
     kept = [e for e in files if not worse_on(e)]
     good = [e for e in kept if e["verdict"].startswith(("equivalent", "better")) and e["endpoint"] == "accuracy"]
@@ -72,13 +66,6 @@ def recommend(
     needed = _needed(files, margin_points)
     sentences = _undecided(files, reference, margin_points, needed)
     return _answer(None, "insufficient", needed, steps, sentences, _advice(steps, files))
-
-
-def _learned(reference: Mapping[str, Any]) -> bool:
-    """Whether it is clearly better than the commonest label, near copies among the rows counted once."""
-    effect = reference["copies_effect"]
-    low = wilson(reference["accuracy"] * reference["n"] / effect, reference["n"] / effect).low
-    return bool(low > reference["majority_share"])
 
 
 def corrected(entry: Mapping[str, Any], compared: int) -> list[str]:
@@ -137,7 +124,7 @@ def _needed(files: Sequence[Mapping[str, Any]], margin_points: float) -> int | N
     if not open_files:
         return None
     nearest = min(open_files, key=lambda e: e["mcnemar_b"] + e["mcnemar_c"])
-    return rows_needed(nearest, margin_points)
+    return ACCURACY.rows_needed(nearest, margin_points)
 
 
 def _points(entry: Mapping[str, Any]) -> str:
@@ -200,7 +187,7 @@ def _smaller(chosen: Mapping[str, Any], files: Sequence[Mapping[str, Any]], marg
     below = [e for e in files if e["bytes"] < chosen["bytes"] and _undecided_accuracy(e)]
     if not below:
         return []
-    needs = {e["type"]: rows_needed(e, margin_points) for e in below}
+    needs = {e["type"]: ACCURACY.rows_needed(e, margin_points) for e in below}
     listed = ", ".join(
         f"{name} (about {rows:,} rows)" if rows else f"{name} (none: the difference seen is as large as the margin)"
         for name, rows in needs.items()
@@ -252,71 +239,6 @@ ANSWERS_RULE = (
     "not yet good answers: read some before shipping. No recommendation is made from a reference that is not clearly "
     "better than token frequencies alone."
 )
-
-
-def judge_answers(
-    reference: AnswerScores, others: Mapping[str, AnswerScores], rows: Rows, margin_percent: float, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Quality of every file on all rows and on the leak-free rows.
-
-    Returns:
-        for every name, and for "" (the reference itself): n, answer_tokens, answer_loss (nats a token),
-        answer_ppl, answer_ppl_interval, answer_ratio (of the perplexities, to the reference), answer_ratio_interval,
-        loss_difference, loss_difference_interval, p, p_holm, equivalence_p (two one-sided t-tests within the margin),
-        equivalence_p_holm, groups, mde (nats a token), verdict; and "leak_free": the same on
-        those rows, or None.
-    """
-    result = _judge_answers(reference, others, rows.groups, margin_percent, seed)
-    free: dict[str, dict[str, Any]] = {}
-    if rows.leak_free is not None and rows.leak_free.any():
-        mask = rows.leak_free
-        kept = {name: scores.subset(mask) for name, scores in others.items()}
-        free = _judge_answers(reference.subset(mask), kept, rows.groups[mask], margin_percent, seed)
-    return {name: {**entry, "leak_free": free.get(name)} for name, entry in result.items()}
-
-
-def _judge_answers(
-    reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
-) -> dict[str, dict[str, Any]]:
-    losses = {name: scores.row_losses for name, scores in others.items()}
-    tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin)
-    result = {"": {**_own_answers(reference, groups, seed), **_itself_answers()}}
-    for name, scores in others.items():
-        result[name] = {**_own_answers(scores, groups, seed), **_tested_answers(tests[name])}
-    return result
-
-
-def _own_answers(scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
-    own = scores.figures(groups)
-    return {
-        "n": len(scores.ids),
-        "groups": len(np.unique(groups)),
-        "answer_tokens": int(scores.tokens.sum()),
-        "answer_loss": own["loss"],
-        "answer_ppl": own["perplexity"],
-        "answer_ppl_interval": own["perplexity_interval"],
-    }
-
-
-def _tested_answers(test: LossComparison) -> dict[str, Any]:
-    return {
-        "answer_ratio": test.ratio.estimate,
-        "answer_ratio_interval": test.ratio.to_json(),
-        "loss_difference": test.difference.estimate,
-        "loss_difference_interval": test.difference.to_json(),
-        "p": test.p,
-        "p_holm": test.p_adjusted,
-        "equivalence_p": test.equivalence_p,
-        "equivalence_p_holm": test.equivalence_p_adjusted,
-        "mde": test.mde if math.isfinite(test.mde) else None,
-        "verdict": test.verdict,
-    }
-
-
-def _itself_answers() -> dict[str, Any]:
-    nothing = ("answer_ratio_interval", "loss_difference", "loss_difference_interval", "p", "p_holm", "mde")
-    nothing += ("equivalence_p", "equivalence_p_holm")
-    return {"answer_ratio": 1.0, **dict.fromkeys(nothing), "verdict": REFERENCE_VERDICT}
 
 
 def recommend_answers(

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.prompts.classification import Task, encode, label_ids
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import AnyTask, encode_row, texts_of
+from lib.prompts.tasks import Task, texts_of
 from lib.runs.machine import cpu_name
 from lib.scoring.log_probabilities import AnswerScores, Scores
+from lib.scoring.metric import Metric, RowGroups, compare
 from lib.scoring.perplexity import text_windows
-from lib.stages.compare.advice import judge_answers
-from lib.stages.compare.judge import Rows, judge
 from lib.stages.compare.retention import FOLDER, GGUF
 from lib.stages.compare.speed import read_bytes
 
@@ -60,14 +57,14 @@ class Work:
 
 
 def encode_work(
-    tokenizer: PreTrainedTokenizerBase, task: AnyTask, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
 ) -> Work:
     """Everything is tokenized here.
 
     Args:
         n_ctx, most: tokens of a window of the held-out text, and of the windows together.
     """
-    if isinstance(task, ConversationTask):
+    if not task.label_names:
         return _conversations(tokenizer, task, rows, n_ctx, most)
     return _labelled(tokenizer, task, rows, n_ctx, most)
 
@@ -116,8 +113,8 @@ def _labelled(
     tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Mapping[str, Any]], n_ctx: int, most: int
 ) -> Work:
     order = _order(rows)
-    encoded = [encode(tokenizer, task, row["text"]) for row in rows]
-    answers = label_ids(tokenizer, task)
+    encoded = [task.encode(tokenizer, row) for row in rows]
+    answers = task.answer_words(tokenizer)
     first = _leak_free_first(rows)
     texts = [rows[i]["text"] for i in first]
     tokens = tokenizer("\n".join(texts), add_special_tokens=False, return_offsets_mapping=True)
@@ -140,14 +137,14 @@ def _labelled(
 
 def _conversations(
     tokenizer: PreTrainedTokenizerBase,
-    task: ConversationTask,
+    task: Task,
     rows: Sequence[Mapping[str, Any]],
     n_ctx: int,
     most: int,
 ) -> Work:
     """The held-out text is the rendered conversations, one behind the other."""
     order = _order(rows)
-    encoded = [encode_row(tokenizer, task, row) for row in rows]
+    encoded = [task.encode(tokenizer, row) for row in rows]
     first = _leak_free_first(rows)
     windows, notes = _windows([token for i in first for token in encoded[i].ids], n_ctx, most)
     of_tokens = np.repeat(np.arange(len(first)), [len(encoded[i].ids) for i in first])
@@ -163,29 +160,6 @@ def _conversations(
         spans=[encoded[i].spans for i in order],
         documents=_scored(of_tokens, _groups(rows, first), windows),
     )
-
-
-def unigram_perplexity(
-    tokenizer: PreTrainedTokenizerBase,
-    task: ConversationTask,
-    train: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-) -> float:
-    """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one smoothed).
-
-    What naming the commonest label is to classification: a model that is not better has not learned to answer.
-    """
-    counts = np.ones(len(tokenizer))
-    np.add.at(counts, _answer_tokens(tokenizer, task, train), 1)
-    log_p = np.log(counts / counts.sum())
-    return float(np.exp(-log_p[_answer_tokens(tokenizer, task, rows)].mean()))
-
-
-def _answer_tokens(
-    tokenizer: PreTrainedTokenizerBase, task: ConversationTask, rows: Sequence[Mapping[str, Any]]
-) -> np.ndarray:
-    encoded = (encode_row(tokenizer, task, row) for row in rows)
-    return np.array([conversation.ids[place] for conversation in encoded for place in conversation.loss])
 
 
 # From what the child processes measured to one entry a file.
@@ -241,14 +215,13 @@ def conditions_of(measured: Measured, shared: Mapping[str, Any], work: Work) -> 
     }
 
 
-def entries_of(measured: Measured, rows: Rows, margin: float, seed: int) -> list[dict[str, Any]]:
+def entries_of(
+    metric: Metric, measured: Measured, rows: RowGroups, margin: float, floor: float | None, seed: int
+) -> list[dict[str, Any]]:
     """One entry a file, the reference first, but for what `lib.stages.compare.retention.with_retention` adds."""
     scores, (reference, *others) = measured.scores, measured.names
     reference_ppl = measured.answers[0]["perplexity"]["ppl"]
-    labels = getattr(scores[reference], "labels", None)
-    decide = judge_answers if labels is None else judge
-    judged = decide(scores[reference], {name: scores[name] for name in others}, rows, margin, seed)
-    majority = {} if labels is None else {"majority_share": float(np.bincount(labels).max() / len(labels))}
+    judged = compare(metric, scores[reference], {name: scores[name] for name in others}, rows, margin, seed)
     entries = []
     for name, path, answer in zip(measured.names, measured.paths, measured.answers, strict=True):
         entries.append(
@@ -260,7 +233,7 @@ def entries_of(measured: Measured, rows: Rows, margin: float, seed: int) -> list
                 "read_bytes": None if path.is_dir() else read_bytes(path, answer["tensor_bytes"]),
                 "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
                 **judged["" if name == reference else name],
-                **majority,
+                **metric.entry_floor(floor),
                 **_text_quality(answer, reference_ppl),
                 **{key: answer[key] for key in _SPEED_KEYS},
                 "seconds_per_sample": answer["score_seconds"] / len(rows.groups),

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.progress import say
-from lib.prompts.tasks import AnyTask, has_labels
+from lib.prompts.tasks import Task
 from lib.runs.child import run_child
 from lib.runs.files import writable, write_json
 from lib.runs.machine import llama_cpp_problem, physical_cores
 from lib.scoring.journal import found_done, journal_path
+from lib.scoring.metric import ACCURACY, Metric, RowGroups, metric_of
 from lib.settings import mix_name
 from lib.stages.compare.advice import recommend, recommend_answers
 from lib.stages.compare.entries import (
@@ -27,10 +28,8 @@ from lib.stages.compare.entries import (
     encode_work,
     entries_of,
     row_scores,
-    unigram_perplexity,
 )
 from lib.stages.compare.error_ladder import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, agreements, step_file
-from lib.stages.compare.judge import Rows
 from lib.stages.compare.retention import GGUF, BaseScores, retentions, with_retention
 from lib.statistics.verdicts import frontier
 
@@ -105,7 +104,7 @@ def compare_files(
     reference: Path,
     others: Sequence[Path],
     rows: Sequence[Mapping[str, Any]],
-    task: AnyTask,
+    task: Task,
     output: Path,
     source: Mapping[str, Any] | None = None,
     *,
@@ -159,21 +158,19 @@ def compare_files(
     _check(reference, others, rows)
     writable(output)
     tokenizer = tokenizer or _tokenizer_in(reference)
-    work, labelled = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens), has_labels(task)
+    work, metric = encode_work(tokenizer, task, rows, n_ctx, perplexity_tokens), metric_of(task)
     shared = shared_argument(work, rows, n_threads or physical_cores(), n_gpu_layers)
     measured = _measure([reference, *others], rows, work, shared, output)
     in_torch = merged and _merged(merged, shared, rows, work, output)
-    margin = equivalence_margin if labelled else perplexity_margin
-    floor = None if labelled or not train else unigram_perplexity(tokenizer, task, train, rows)
-    limits = {"perplexity_margin_percent": margin, "unigram_ppl": floor}
-    limits = {"equivalence_margin_points": margin} if labelled else limits
-    kept = retentions(measured.scores, start or BaseScores(), Rows.of(rows).groups)
+    margin = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}[metric.margin_setting]
+    floor = metric.floor(tokenizer, task, train, rows)
+    kept = retentions(metric, measured.scores, start or BaseScores(), RowGroups.of(rows).groups)
     notes = (f"{n}: {a['note']}" for n, a in zip(measured.names, measured.answers, strict=True) if a.get("note"))
     result = {
         "data": {**(source or {}), "rows": len(rows), "leak_free_rows": _leak_free(rows)},
-        "conditions": {**conditions_of(measured, shared, work), **limits, "seed": seed},
-        **_judge(measured, rows, margin, floor, labelled, seed),
-        "agreement": agreements(measured.scores, in_torch) if labelled else None,
+        "conditions": {**conditions_of(measured, shared, work), **metric.conditions(margin, floor), "seed": seed},
+        **_judge(metric, measured, rows, margin, floor, seed),
+        "agreement": agreements(measured.scores, in_torch) if metric is ACCURACY else None,
         "notes": [*work.notes, *notes],
         "found_done": found_done({name: [score.found] for name, score in measured.scores.items()}),
     }
@@ -255,29 +252,31 @@ def _measure(
 
 
 def _judge(
+    metric: Metric,
     measured: Measured,
     rows: Sequence[Mapping[str, Any]],
     margin: float,
     floor: float | None,
-    labelled: bool,
     seed: int,
 ) -> dict[str, Any]:
     """The parts of comparison.json that say what the scores mean."""
-    entries = entries_of(measured, Rows.of(rows), margin, seed)
+    entries = entries_of(metric, measured, RowGroups.of(rows), margin, floor, seed)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # the statistics count every comparison, the advice
     best = frontier(files[1:])  # is about what a phone can run
     return {
         "reference": measured.names[0],
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": _recommend(files, margin, len(entries) - 1, floor, labelled),
+        "recommendation": _recommend(metric, files, margin, len(entries) - 1, floor),
     }
 
 
 def _recommend(
-    files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None, labelled: bool
+    metric: Metric, files: Sequence[Mapping[str, Any]], margin: float, compared: int, floor: float | None
 ) -> dict[str, Any]:
-    return recommend(files, margin, compared) if labelled else recommend_answers(files, margin, floor, compared)
+    if metric is ACCURACY:
+        return recommend(files, margin, compared)
+    return recommend_answers(files, margin, floor, compared)
 
 
 def _check(reference: Path, others: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> None:

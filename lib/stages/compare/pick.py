@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.errors import InputError
-from lib.stages.compare.judge import REFERENCE_VERDICT, rows_needed, rows_needed_losses
+from lib.scoring.metric import REFERENCE_VERDICT, Metric, metric_in
 from lib.stages.compare.retention import GGUF
 from lib.statistics.losses import retention_warning
 
@@ -40,10 +40,10 @@ def pick(comparison: Mapping[str, Any], max_mb: float | None, max_loss: float) -
     """
     if not all(0 < limit < math.inf for limit in (max_loss, 1.0 if max_mb is None else max_mb)):
         raise InputError(f"max-mb {max_mb}, max-loss {max_loss}.", "finite numbers above 0.", "correct them.")
-    labelled = "accuracy" in comparison["files"][0]
-    unit = "accuracy points" if labelled else "% of answer perplexity"
+    metric = metric_in(comparison["files"])
+    unit = metric.loss_unit
     files = sorted((e for e in comparison["files"] if e.get("kind", GGUF) == GGUF), key=lambda e: e["bytes"])
-    candidates = [_candidate(e, labelled, max_mb, max_loss) for e in files]
+    candidates = [_candidate(e, metric, max_mb, max_loss) for e in files]
     fitting = [c for c in candidates if c["fits"]]
     shown = [c for c in fitting if c["evidence"] == "shown"]
     needed = None
@@ -61,7 +61,7 @@ def pick(comparison: Mapping[str, Any], max_mb: float | None, max_loss: float) -
     else:
         chosen, reason = None, "open" if any(c["evidence"] == "open" for c in fitting) else "refuted"
         text = _none(fitting, unit, max_loss)
-        needed, more = _more_rows(files, fitting, labelled, max_loss)
+        needed, more = _more_rows(files, fitting, metric, max_loss)
         text += more
     text += _leaky(fitting, chosen, unit)
     return {
@@ -76,15 +76,15 @@ def pick(comparison: Mapping[str, Any], max_mb: float | None, max_loss: float) -
     }
 
 
-def _candidate(entry: Mapping[str, Any], labelled: bool, max_mb: float | None, max_loss: float) -> dict[str, Any]:
+def _candidate(entry: Mapping[str, Any], metric: Metric, max_mb: float | None, max_loss: float) -> dict[str, Any]:
     """Loss (positive = worse) with its interval, in the unit of the limit."""
     if entry["verdict"] == REFERENCE_VERDICT:
         loss, low, high = 0.0, 0.0, 0.0
     else:
-        loss, low, high = _loss_of(entry, labelled)
+        loss, low, high = metric.loss(entry)
     megabytes = entry["bytes"] / 1e6
     evidence = "open" if low is None or low <= max_loss < high else "shown" if high <= max_loss else "refuted"
-    free = _loss_of(entry["leak_free"], labelled) if evidence == "shown" and _worse_leak_free(entry) else None
+    free = metric.loss(entry["leak_free"]) if evidence == "shown" and _worse_leak_free(entry) else None
     leaky = free is not None and not (free[2] is not None and free[2] <= max_loss)
     return {
         "type": entry["type"],
@@ -100,15 +100,6 @@ def _candidate(entry: Mapping[str, Any], labelled: bool, max_mb: float | None, m
 
 def _worse_leak_free(entry: Mapping[str, Any]) -> bool:
     return (entry.get("leak_free") or {}).get("verdict") == "worse"
-
-
-def _loss_of(entry: Mapping[str, Any], labelled: bool) -> tuple[float, float | None, float | None]:
-    """Loss and its interval; a zero has no sign, and limits that are not finite are None."""
-    if labelled:
-        loss, limits = -100 * entry["accuracy_difference"], entry["accuracy_difference_interval"][::-1]
-        return loss + 0.0, *(None if limit is None else -100 * limit + 0.0 for limit in limits)
-    limits = entry["answer_ratio_interval"]
-    return 100 * (entry["answer_ratio"] - 1), *(None if limit is None else 100 * (limit - 1) for limit in limits)
 
 
 def _over(megabytes: float, max_mb: float | None) -> str:
@@ -163,7 +154,7 @@ def _nearest(fitting: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def _more_rows(
-    files: Sequence[Mapping[str, Any]], fitting: Sequence[Mapping[str, Any]], labelled: bool, max_loss: float
+    files: Sequence[Mapping[str, Any]], fitting: Sequence[Mapping[str, Any]], metric: Metric, max_loss: float
 ) -> tuple[int | None, str]:
     """Rows that would decide about the nearest open file, and the sentence on them."""
     near = _nearest(fitting)
@@ -172,7 +163,7 @@ def _more_rows(
     entry = next(e for e in files if e["type"] == near["type"])
     if near["loss"] >= max_loss:
         return None, " If that is the true difference, it is more than allowed, however many rows are tested."
-    rows = rows_needed(entry, max_loss, one_sided=True) if labelled else rows_needed_losses(entry, max_loss)
+    rows = metric.rows_needed(entry, max_loss, one_sided=True)
     if rows is None:
         return None, ""
     return rows, f" About {rows:,} rows would show it, if the difference seen is the true one."

@@ -10,18 +10,13 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.runs.run import Run
-from lib.scoring.log_probabilities import NEAR_TIE, AnswerScores, Scores
+from lib.scoring.metric import AnyScores, Metric
 from lib.stages.compare.advice import paragraphs
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import limits, retention_warning, slope_through_origin
 
-AnyScores = Scores | AnswerScores
-
 BASE_SCORES, TUNED_SCORES = "scores-base.jsonl", "scores-finetuned.jsonl"
 """Files of the product `evaluation`."""
-LEAST_MOVE = {True: NEAR_TIE, False: 0.01}
-"""Root mean square of a row's change by fine-tuning below which no share of it is told, nats, by whether rows have
-labels: what rounding alone moves the log-odds of two labels, and the loss of an answer a token."""
 MOST_NOISE = 0.1
 """Largest share of that change's square which may be noise of the two programs."""
 GGUF, FOLDER = "gguf", "folder"
@@ -58,7 +53,7 @@ class Retentions:
     note: str = WITHOUT_RUN
 
 
-def base_scores(run: Run, labelled: bool) -> BaseScores:
+def base_scores(run: Run, metric: Metric) -> BaseScores:
     """The scores of 03, where they are of this run's rows."""
     entries = run.manifest.entries()
     if "evaluation" not in entries:
@@ -69,11 +64,10 @@ def base_scores(run: Run, labelled: bool) -> BaseScores:
         folder = run.require("evaluation").path
     except InputError as error:
         return BaseScores(note=f"The base's scores are not known: {error.found}")
-    load = Scores.load if labelled else AnswerScores.load
     if not (folder / BASE_SCORES).is_file():
         return BaseScores(note="03 kept no scores of the base.")
     same = not other_model(run) and not _merged_into_other_weights(run)
-    return BaseScores(load(folder / BASE_SCORES), load(folder / TUNED_SCORES) if same else None, "")
+    return BaseScores(metric.load(folder / BASE_SCORES), metric.load(folder / TUNED_SCORES) if same else None, "")
 
 
 def other_model(run: Run) -> str:
@@ -133,12 +127,11 @@ def _kept(name: str, reference: str, kept: Retentions) -> dict[str, Any]:
     return {"retention": kept.by_name[name].estimate, "retention_interval": limits(kept.by_name[name])}
 
 
-def retentions(scores: Mapping[str, AnyScores], start: BaseScores, groups: np.ndarray) -> Retentions:
+def retentions(metric: Metric, scores: Mapping[str, AnyScores], start: BaseScores, groups: np.ndarray) -> Retentions:
     """The slope of every file's change from the base on the tuned model's (`slope_through_origin`).
 
-    A row with labels is the vector of its answer words' log-probabilities less their mean: for two labels half the
-    log-odds of one over the other, whichever is right. A row without labels is the log-likelihood of its answers a
-    token.
+    What moves are the rows' vectors (`Metric.vectors`): the log-odds of the labels, or the log-likelihood of the
+    answers a token.
 
     Base (03, transformers) and files (07, llama.cpp) are scored by two programs, whose difference is noise in both
     changes. The fine-tuned model was scored by both: the mean square of the difference of its two scores over that of
@@ -153,18 +146,14 @@ def retentions(scores: Mapping[str, AnyScores], start: BaseScores, groups: np.nd
         return Retentions(note=start.note)
     if start.base.ids != scores[reference].ids:
         return Retentions(note="03 scored other rows.")
-    labelled = isinstance(scores[reference], Scores)
-    base, tuned = _values(start.base), _values(scores[reference])
-    square = _square(tuned - base)
-    moved, unit = square**0.5, "nats of log-odds" if labelled else "nats a token of the answers"
-    if labelled:
-        moved *= (2 / (base.shape[1] - 1)) ** 0.5  # of k centred values to the root mean square over pairs of labels
-    if moved < LEAST_MOVE[labelled]:
-        found = f"Fine-tuning moved the test rows by {moved:.2g} {unit} (root mean square)"
+    base, tuned = metric.vectors(start.base), metric.vectors(scores[reference])
+    moved = metric.movement(tuned - base)
+    if moved < metric.least_move:
+        found = f"Fine-tuning moved the test rows by {moved:.2g} {metric.move_unit} (root mean square)"
         return Retentions(note=f"{found}, too little to tell what share of it a file keeps.")
     noise = None
     if start.tuned is not None and start.tuned.ids == start.base.ids:
-        noise = _square(tuned - _values(start.tuned)) / square
+        noise = (metric.movement(tuned - metric.vectors(start.tuned)) / moved) ** 2
     if noise is not None and noise > MOST_NOISE:
         return Retentions(
             note=f"The scores of 03 and of this page differ on the same model by {100 * noise:.0f} % of the square of "
@@ -172,17 +161,6 @@ def retentions(scores: Mapping[str, AnyScores], start: BaseScores, groups: np.nd
         )
     sure = "how much the two programs differ is not known" if noise is None else f"at most {noise:.1g} of it is noise"
     return Retentions(
-        {name: slope_through_origin(tuned - base, _values(scores[name]) - base, groups) for name in names},
-        f"Fine-tuning moved the {len(base):,} test rows by {moved:.3g} {unit} (root mean square); {sure}.",
+        {name: slope_through_origin(tuned - base, metric.vectors(scores[name]) - base, groups) for name in names},
+        f"Fine-tuning moved the {len(base):,} test rows by {moved:.3g} {metric.move_unit} (root mean square); {sure}.",
     )
-
-
-def _values(scores: AnyScores) -> np.ndarray:
-    """What a model says of each row, nats, (n, labels) or (n, 1)."""
-    if isinstance(scores, Scores):
-        return scores.log_probs - scores.log_probs.mean(axis=1, keepdims=True)
-    return -scores.row_losses[:, None]
-
-
-def _square(change: np.ndarray) -> float:
-    return float(np.mean(np.sum(change**2, axis=1)))

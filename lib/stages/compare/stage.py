@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.tasks import has_labels, read_task
+from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.run import Product, Run, Work
 from lib.scoring.journal import found_done
-from lib.scoring.log_probabilities import AnswerScores, Scores
+from lib.scoring.log_probabilities import Scores
+from lib.scoring.metric import Metric, metric_of
 from lib.settings import Settings
 from lib.stages.compare.error_ladder import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, error_ladder
 from lib.stages.compare.files import SUMMARY, compare_files, forget_scores
@@ -89,8 +90,9 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     def build(work: Work) -> None:
         _build(settings, run, work)
 
-    labelled = has_labels(read_task(run.require("data").path))
-    margin = "equivalence_margin" if labelled else "perplexity_margin"
+    task = read_task(run.require("data").path)
+    metric, labelled = metric_of(task), bool(task.label_names)
+    margin = metric.margin_setting
     parameters = settings.pick("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", margin)
     parameters |= {"timed_loads": list(LOADS[:2]), "rules": _RULES}
     product = run.produce(
@@ -101,9 +103,9 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         force=settings.force,
         keep_partial=True,
     )
-    content = _read(run, product.path, labelled)
+    content = _read(run, product.path, metric)
     wrote = (product.path / WRITTEN).is_file()
-    steps, steps_note = _steps(run, product.path, content)
+    steps, steps_note = _steps(run, product.path, content, metric)
     return ComparisonResult(
         product=product,
         reference=content["reference"],
@@ -124,17 +126,13 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     )
 
 
-def _read(run: Run, folder: Path, labelled: bool) -> dict[str, Any]:
+def _read(run: Run, folder: Path, metric: Metric) -> dict[str, Any]:
     """comparison.json with what 03 and 06 know now of the base: scores that come later need no file scored again."""
-    content, load = read_json(folder / SUMMARY), _loader(labelled)
-    scores = {entry["type"]: load(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
+    content = read_json(folder / SUMMARY)
+    scores = {entry["type"]: metric.load(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
     groups = _groups(run.require("data").path, scores[content["reference"]].ids)
-    kept = retentions(scores, base_scores(run, labelled), groups)
+    kept = retentions(metric, scores, base_scores(run, metric), groups)
     return with_retention(content, kept, _grid(run))
-
-
-def _loader(labelled: bool) -> Callable[[Path], Scores | AnswerScores]:
-    return Scores.load if labelled else AnswerScores.load
 
 
 def _groups(data: Path, ids: Sequence[str]) -> np.ndarray:
@@ -143,13 +141,13 @@ def _groups(data: Path, ids: Sequence[str]) -> np.ndarray:
     return np.array([rows[i].get("group", i) for i in ids])
 
 
-def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[tuple[dict[str, Any], ...], str]:
+def _steps(run: Run, folder: Path, content: dict[str, Any], metric: Metric) -> tuple[tuple[dict[str, Any], ...], str]:
     """The error ladder from the scores of 03 and of this product, and why a step of 03 is left out."""
     if "steps" not in content:
         return (), ""
     name, reference = content["steps"]["file"], content["reference"]
     conditions, data = content["conditions"], run.require("data").path
-    load = _loader(has_labels(read_task(data)))
+    load = metric.load
     steps = [
         (content["steps"]["merged"], load(folder / MERGED_SCORES)),
         (f"GGUF {reference}, llama.cpp", load(folder / f"scores-{reference}.jsonl")),
@@ -167,8 +165,8 @@ def _steps(run: Run, folder: Path, content: dict[str, Any]) -> tuple[tuple[dict[
         else:
             note = "03 scored other rows, so the adapter is left out."
     groups = _groups(data, steps[0][1].ids)
-    margin = conditions.get("perplexity_margin_percent", 0.0)
-    return tuple(error_ladder(steps, groups, margin, conditions["seed"])), note
+    margin = conditions[metric.margin_condition]
+    return tuple(error_ladder(metric, steps, groups, margin, conditions["seed"])), note
 
 
 def _has_grid(run: Run) -> bool:
@@ -218,15 +216,15 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
         n_gpu_layers=settings.n_gpu_layers,
         equivalence_margin=settings.equivalence_margin,
         perplexity_margin=settings.perplexity_margin,
-        train=() if has_labels(task) else read_jsonl(data.path / "train.jsonl"),
+        train=() if task.label_names else read_jsonl(data.path / "train.jsonl"),
         merged=run.require("merged").path if _has_merged(run) else None,
         seed=settings.seed,
-        start=base_scores(run, has_labels(task)),
+        start=base_scores(run, metric_of(task)),
         grid=_grid(run),
         forget=False,
     )
     wrote: dict[str, str] = {}
-    if not has_labels(task):
+    if not task.label_names:
         names = [entry["type"] for entry in result["files"]]  # the GGUF files stand before the folders
         named = dict(zip(names, [reference, *files], strict=False))
         wrote = write_answers(named, rows, task, tokenizer, settings, work.folder)

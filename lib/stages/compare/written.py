@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.prompts.tasks import encode_row, spread
+from lib.prompts.tasks import spread
 from lib.runs.files import write_json, write_jsonl
 from lib.runs.machine import physical_cores
 from lib.scoring.generation import Asked, Writing, Written, ask_row, end_ids, llama_feed, told, write_all
@@ -19,7 +19,7 @@ from lib.stages.compare.child import WAIT_POLICY, keep_of
 from lib.stages.compare.files import run_one
 
 if TYPE_CHECKING:
-    from lib.prompts.conversations import ConversationTask
+    from lib.prompts.tasks import Task
     from lib.settings import Settings
 
 
@@ -40,7 +40,7 @@ def written_parameters(settings: Settings) -> dict[str, Any]:
 def write_answers(
     files: Mapping[str, Path],
     rows: Sequence[Mapping[str, Any]],
-    task: ConversationTask,
+    task: Task,
     tokenizer: Any,
     settings: Settings,
     output: Path,
@@ -62,7 +62,7 @@ def write_answers(
         return {}
     terms = read_terms(settings.terms)
     chosen = spread(range(len(rows)), settings.generated_rows)
-    asked = [ask_row(tokenizer, dict(rows[i]), encode_row(tokenizer, task, rows[i])) for i in chosen]
+    asked = [ask_row(tokenizer, dict(rows[i]), task.encode(tokenizer, rows[i])) for i in chosen]
     argument = {
         "asked": [one.ids for one in asked],
         "ends": sorted(end_ids(tokenizer)),

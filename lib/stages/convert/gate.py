@@ -21,10 +21,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import read_tensors
 from lib.models.loading import affordable_dtype
 from lib.progress import Progress
-from lib.prompts.classification import Task, encode, label_ids, render
-from lib.prompts.conversations import render_conversation
-from lib.prompts.tasks import AnyTask, encode_row, spread, texts_of
-from lib.prompts.templates import ASSISTANT, SYSTEM, USER
+from lib.prompts.tasks import Task, spread, texts_of
 from lib.scoring.perplexity import kl_divergence, normalised
 from lib.stages.convert.token_parity import HARD_STRINGS, compare_prompts, compare_tokens
 
@@ -121,30 +118,16 @@ def window_values(backend: Backend, window: Window) -> np.ndarray:
     return backend.window_log_probs(window.ids, first)[[place - first for place in window.places]]
 
 
-def _rendered(tokenizer: Any, task: AnyTask, rows: Sequence[dict[str, Any]]) -> list[str]:
-    if isinstance(task, Task):
-        return [render(tokenizer, task, row["text"]) for row in rows]
-    return [render_conversation(tokenizer, row["messages"], task.thinking)[0] for row in rows]
-
-
-def _hard_rows(task: AnyTask) -> list[dict[str, Any]]:
-    """The hard strings as rows; as questions where there are no labels."""
-    if isinstance(task, Task):
-        return [{"text": text} for text in HARD_STRINGS]
-    turns = [[(SYSTEM, task.system_prompt), (USER, text), (ASSISTANT, "")] for text in HARD_STRINGS]
-    return [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
-
-
 def _token_ids(
-    tokenizer: Any, task: AnyTask, rows: Sequence[dict[str, Any]]
+    tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]]
 ) -> tuple[list[list[int]], list[Window], list[list[int]]]:
     """Prompts whose labels are compared (none without labels), windows, and the labels' ids."""
-    if isinstance(task, Task):
-        encoded = [encode(tokenizer, task, row["text"]).prompt_ids for row in spread(rows, ROWS)]
-        return encoded, [Window(ids) for ids in spread(encoded, WINDOWS)], label_ids(tokenizer, task)
+    if words := task.answer_words(tokenizer):
+        encoded = [task.probe_ids(tokenizer, row) for row in spread(rows, ROWS)]
+        return encoded, [Window(ids) for ids in spread(encoded, WINDOWS)], words
     windows = []
     for row in spread(rows, WINDOWS):
-        conversation = encode_row(tokenizer, task, row)
+        conversation = task.encode(tokenizer, row)
         places = [place - 1 for place in conversation.loss[:ANSWER_POSITIONS]]
         windows.append(Window(conversation.ids[: places[-1] + 1], places))
     return [], windows, []
@@ -202,7 +185,7 @@ class _Differences:
 
 
 def _answers(
-    model_dir: Path, path: Path, arithmetic: str, n_threads: int, task: AnyTask, asked: tuple[Any, Any, Any]
+    model_dir: Path, path: Path, arithmetic: str, n_threads: int, task: Task, asked: tuple[Any, Any, Any]
 ) -> tuple[_Differences, dict[str, Any]]:
     """Both models on the same prompts, windows and labels, one after the other in memory."""
     encoded, windows, answers = asked
@@ -227,7 +210,7 @@ def _answers(
 def gate(
     model_dir: Path,
     path: Path,
-    task: AnyTask,
+    task: Task,
     rows: Sequence[dict[str, Any]],
     limit_kld: float,
     limit_agreement: float,
@@ -244,9 +227,13 @@ def gate(
     if not rows:
         raise InputError("no rows for the gate.", "at least one row with text.", "give validation rows.")
     tokenizer = load_tokenizer(model_dir)
-    texts = [*HARD_STRINGS, *(text for row in rows for text in texts_of(row)), *_rendered(tokenizer, task, rows)]
+    texts = [
+        *HARD_STRINGS,
+        *(text for row in rows for text in texts_of(row)),
+        *(task.rendered(tokenizer, row) for row in rows),
+    ]
     tokens = compare_tokens(tokenizer, path, texts)
-    prompts = compare_prompts(tokenizer, path, task, [*_hard_rows(task), *rows])
+    prompts = compare_prompts(tokenizer, path, task, [*map(task.row_of, HARD_STRINGS), *rows])
     asked = encoded, windows, _ = _token_ids(tokenizer, task, rows)
     arithmetic = affordable_dtype(model_dir)
     found, labels = _answers(model_dir, path, arithmetic, n_threads, task, asked)

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
-from lib.prompts.classification import Task, escape, render
-from lib.prompts.conversations import ConversationTask, question, safe_messages
-from lib.prompts.tasks import AnyTask
+from lib.prompts.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,15 +95,8 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
     return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
-def messages_of(tokenizer: PreTrainedTokenizerBase, task: AnyTask, row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns of a row up to the last question, made harmless."""
-    if isinstance(task, Task):
-        return task.messages(escape(tokenizer, row["text"]))
-    return safe_messages(tokenizer, row["messages"][:-1])
-
-
 def compare_prompts(
-    tokenizer: PreTrainedTokenizerBase, path: Path, task: AnyTask, rows: Sequence[Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerBase, path: Path, task: Task, rows: Sequence[Mapping[str, Any]]
 ) -> int:
     """Check that the template inside the GGUF, rendered as llama-cpp-python does, gives the prompts of this run.
 
@@ -127,12 +118,9 @@ def compare_prompts(
         raise InputError(f"no chat template in {path.name}.", "the template of the model.", "convert the whole folder.")
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     formatter = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-    thinking = isinstance(task, ConversationTask) and task.thinking
     for row in rows:
-        messages = messages_of(tokenizer, task, row)
-        labelled = isinstance(task, Task)
-        wanted = render(tokenizer, task, row["text"]) if labelled else question(tokenizer, row["messages"], thinking)
-        found = formatter(messages=messages, enable_thinking=thinking).prompt
+        wanted = task.prompt(tokenizer, row)
+        found = formatter(messages=task.question(tokenizer, row), enable_thinking=task.thinking).prompt
         if found != wanted:
             first = _first_difference(found, wanted)
             raise InputError(

@@ -26,8 +26,7 @@ from lib.models.base_model import (
     resolve_base,
 )
 from lib.models.unpack import RECORD as UNPACKED
-from lib.prompts.conversations import ConversationTask, conversation_hash
-from lib.prompts.tasks import texts_of
+from lib.prompts.tasks import Task, task_of, texts_of
 from lib.runs.files import user_path, write_json, write_jsonl
 from lib.runs.run import Work
 from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
@@ -224,7 +223,7 @@ def build(settings: Settings, work: Work) -> None:
     Raises:
         InputError: the data set or the base model's tokenizer cannot be used.
     """
-    task = ConversationTask(settings.task, settings.system_prompt, settings.max_seq_length, settings.thinking)
+    task = task_of(settings)
     chosen = choose_data(settings)
     notes = _test_from_validation(chosen.table)
     splits, flow, changes = _clean(chosen.table, task)
@@ -254,17 +253,17 @@ def build(settings: Settings, work: Work) -> None:
         "example": conversation_example(tokenizer, task, splits["train"], lengths["train"]),
     }
     _write(work, task, splits, shown)
-    record_sources(work, chosen, base_chosen, base, splits, conversation_hash(tokenizer, task), notes)
+    record_sources(work, chosen, base_chosen, base, splits, task.fingerprint(tokenizer), notes)
     work.facts["task"] = task.kind
 
 
-def _audited(row: Conversation, task: ConversationTask) -> str:
+def _audited(row: Conversation, task: Task) -> str:
     """All turns of a row, its system turn where it brought its own."""
     system = row.messages[0]["content"]
     return row.whole if system == task.system_prompt else f"{system}\n{row.whole}"
 
 
-def _write(work: Work, task: ConversationTask, splits: Splits, shown: dict[str, Any]) -> None:
+def _write(work: Work, task: Task, splits: Splits, shown: dict[str, Any]) -> None:
     """The files of the product."""
     more = {"conflict_examples": [], "balance": [_shape(name, rows) for name, rows in splits.items()]}
     write_json(work.folder / "task.json", task.to_json())
@@ -283,7 +282,7 @@ def _test_from_validation(table: Table) -> list[str]:
     return ["the data has no test split: its validation split is the test split of this run"]
 
 
-def _clean(table: Table, task: ConversationTask) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
+def _clean(table: Table, task: Task) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
     splits: Splits = {}
     flow: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
@@ -378,7 +377,7 @@ def _too_few(rows: Sequence[Conversation], groups: int) -> InputError:
     )
 
 
-def _left(task: ConversationTask, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
+def _left(task: Task, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
     """Steps of the flow: rows too long, and rows used; a split without any is refused with its reason."""
     what = "no answer with its reasoning within" if task.thinking else "first exchange over"
     reason = f"dropped: {what} {task.max_seq_length} tokens"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import ConversationTask
 from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, Message, is_blank, split_thinking, with_thinking
 from lib.stages.data.cleaning import DamagedError, Row, plain, safe_text, text_of
 from lib.stages.data.near_duplicates import normalise

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.progress import Progress
-from lib.prompts.classification import Task, encode, label_ids, label_note, render
-from lib.prompts.conversations import ConversationTask, ExchangeTooLongError, encode_conversation
+from lib.prompts.conversations import ExchangeTooLongError, encode_conversation
+from lib.prompts.tasks import Task
 from lib.stages.data.cleaning import Row
 from lib.stages.data.dialogues import Conversation
 
@@ -27,7 +27,7 @@ def token_lengths(
     tokenizer: PreTrainedTokenizerBase, task: Task, splits: dict[str, list[Row]]
 ) -> tuple[dict[str, list[int]], list[dict[str, Any]]]:
     """Tokens of prompt and answer of every row before truncation, and a table with one line a split."""
-    answers = [len(ids) for ids in label_ids(tokenizer, task)]
+    answers = [len(ids) for ids in task.answer_words(tokenizer)]
     room = task.max_seq_length - max(answers) - 1
     lengths: dict[str, list[int]] = {}
     table = []
@@ -35,7 +35,7 @@ def token_lengths(
         for name, rows in splits.items():
             prompts: list[int] = []
             for start in range(0, len(rows), BATCH):
-                texts = [render(tokenizer, task, row.text) for row in rows[start : start + BATCH]]
+                texts = [task.prompt(tokenizer, {"text": row.text}) for row in rows[start : start + BATCH]]
                 prompts += map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
                 progress.advance(len(texts))
             lengths[name] = [p + answers[row.label] + 1 for p, row in zip(prompts, rows, strict=True)]
@@ -67,17 +67,17 @@ def worked_example(
         joined to one piece; `loss` marks the tokens that training counts; `answer_words`: see `label_note`.
     """
     row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
-    encoded = encode(tokenizer, task, row.text, row.label)
-    parts = [(encoded.prompt_ids, False), (encoded.answer_ids, True)]
+    encoded = task.encode(tokenizer, {"text": row.text, "label": row.label})
+    parts = [(encoded.prompt_ids, False), (encoded.loss_ids, True)]
     pieces = [piece for ids, loss in parts for piece in _pieces(tokenizer, ids, loss)]
     return {
         "text": row.text,
         "label": task.label_names[row.label],
         "pieces": pieces,
         "prompt_tokens": len(encoded.prompt_ids),
-        "loss_tokens": len(encoded.answer_ids),
+        "loss_tokens": len(encoded.loss),
         "truncated": encoded.truncated,
-        "answer_words": label_note(tokenizer, task),
+        "answer_words": task.note(tokenizer),
     }
 
 
@@ -94,7 +94,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: bool) -> l
 
 
 def conversation_lengths(
-    tokenizer: PreTrainedTokenizerBase, task: ConversationTask, splits: Mapping[str, list[Conversation]]
+    tokenizer: PreTrainedTokenizerBase, task: Task, splits: Mapping[str, list[Conversation]]
 ) -> tuple[dict[str, list[Conversation]], dict[str, list[int]], list[dict[str, Any]]]:
     """The rows of which at least one exchange fits (with thinking: one with its reasoning); their tokens before the
     cut; a table with one line a split.
@@ -126,7 +126,7 @@ def conversation_lengths(
 
 
 def conversation_example(
-    tokenizer: PreTrainedTokenizerBase, task: ConversationTask, rows: Sequence[Conversation], lengths: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Conversation], lengths: Sequence[int]
 ) -> dict[str, Any]:
     """The row of median length as the model sees it: as `worked_example`, with "turns" in place of the label."""
     row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]

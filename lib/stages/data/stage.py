@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.classification import Task, template_hash
-from lib.prompts.tasks import AnyTask, has_labels, read_task
+from lib.prompts.tasks import Task, read_task, task_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
 from lib.runs.run import Product, Run, Work
 from lib.settings import SAMPLE_DATASET, Settings
@@ -63,7 +62,7 @@ class DataResult:
     """
 
     product: Product
-    task: AnyTask
+    task: Task
     source: str
     split_rule: str
     flow: list[dict[str, Any]]
@@ -83,7 +82,7 @@ class DataResult:
     @property
     def labelled(self) -> bool:
         """Whether the rows have labels."""
-        return has_labels(self.task)
+        return bool(self.task.label_names)
 
     @classmethod
     def read(cls, product: Product) -> DataResult:
@@ -184,7 +183,7 @@ def _build(settings: Settings, work: Work) -> None:
     require_labels(final["test"], settings.label_names, "test")
     final = limit(final, settings)
     flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in final.items()]
-    task = Task(tuple(settings.label_names), settings.system_prompt, settings.user_prompt, settings.max_seq_length)
+    task = task_of(settings)
     base_chosen = chosen_base(settings)
     words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
     texts = [row.text for row in final["train"]]
@@ -207,7 +206,7 @@ def _build(settings: Settings, work: Work) -> None:
     )
     for name, rows in final.items():
         write_jsonl(work.folder / f"{name}.jsonl", [row.to_json(name) for row in rows])
-    record_sources(work, chosen, base_chosen, base, final, template_hash(tokenizer, task), notes)
+    record_sources(work, chosen, base_chosen, base, final, task.fingerprint(tokenizer), notes)
 
 
 def _labelled(table: Table, settings: Settings) -> tuple[Table, list[str]]:

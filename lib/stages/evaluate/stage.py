@@ -1,233 +1,326 @@
-"""The product `evaluation`: per-row scores of base and fine-tuned model, and what they say."""
+"""The product `evaluation`: per-row scores of base and fine-tuned model, what they say, and what the models write."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lib.prompts.classification import Task, label_note
-from lib.prompts.tasks import has_labels, read_task
-from lib.runs.files import read_json, read_jsonl, write_json
+from lib.prompts.conversations import Encoded
+from lib.prompts.tasks import Task, read_task, spread
+from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
-from lib.scoring.journal import found_done
-from lib.scoring.log_probabilities import Scores, score_rows
-from lib.stages.evaluate.analysis import (
-    ALL,
+from lib.scoring.generation import Asked, Sampling, Writing, ask_prompt, ask_row, end_ids, told, torch_feed, write_all
+from lib.scoring.journal import Keep, found_done
+from lib.scoring.log_probabilities import score_rows
+from lib.scoring.term_lists import TermList, read_prompts, read_terms
+from lib.scoring.text_metrics import chrf_signature, summarise
+from lib.stages.evaluate.results import (
     BASE,
     FINETUNED,
-    LEAK_FREE,
+    GENERATED,
+    PROMPTS_FILE,
     SHOWN,
-    ModelEvaluation,
-    both_sides,
-    compare_with,
-    evaluate_scores,
-    facts_of,
-    forget_kept,
-    notes,
-    subsets,
+    SUMMARY,
+    EvaluationResult,
+    result_of,
 )
-from lib.stages.evaluate.answers import AnswerResult, evaluate_answers
-from lib.statistics import classification, intervals, verdicts
 
 if TYPE_CHECKING:
+    from lib.models.base_model import Base
     from lib.runs.run import Product, Run, Work
+    from lib.scoring.torch_backend import TransformersBackend
     from lib.settings import Settings
 
 
-FLOOR = "linear floor"
-PARAMETERS = ("per_device_eval_batch_size", "seed", "dtype", "equivalence_margin")
+# The two models that notebook 03 judges: the base, and the base with the run's adapter.
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
-    """What notebook 03 shows.
+class Candidate:
+    """One of the two models.
 
     Attributes:
-        product: the product `evaluation`; None only while it is being made.
-        label_names: answer words in label order.
-        models: "base" (zero-shot) and "finetuned".
-        floor: the linear floor's reports, by subset of the rows.
-        comparisons: subset -> reference ("base", "linear floor") -> the fine-tuned model against it.
-        majority_share: share of the commonest label among the test rows: what answering one word always would reach.
-        titles: what each model is, in words.
-        scoring: what was done otherwise than usual while scoring, and of answer words of several tokens, by model;
-            empty texts where there is nothing.
-        labelled: True; an AnswerResult says False.
+        name: `BASE` or `FINETUNED`.
+        base: the base model.
+        adapter: the product of the adapter; None for the base alone.
+        dtype: in which it computes.
     """
 
-    product: Product | None
-    label_names: tuple[str, ...]
-    models: dict[str, ModelEvaluation]
-    floor: dict[str, classification.ClassificationReport]
-    comparisons: dict[str, dict[str, verdicts.PairedComparison]]
-    majority_share: float
-    titles: dict[str, str]
-    scoring: dict[str, str]
-    labelled: bool = True
+    name: str
+    base: Base
+    adapter: Product | None
+    dtype: str
 
-    def accuracies(self, subset: str = ALL) -> list[dict[str, Any]]:
-        """Name, estimate, low, high and n of every model and the floor, for a figure or a table."""
-        reports = {name: model.reports.get(subset) for name, model in self.models.items()}
-        reports[FLOOR] = self.floor.get(subset)
-        return [
-            {
-                "name": SHOWN.get(name, name),
-                "estimate": r.accuracy.estimate,
-                "low": r.accuracy.low,
-                "high": r.accuracy.high,
-                "n": r.n,
-            }
-            for name, r in reports.items()
-            if r is not None
-        ]
+    @property
+    def words(self) -> str:
+        """What it is, in a sentence."""
+        return f"the {SHOWN[self.name]} model"
 
-    def subsets(self) -> list[str]:
-        """Names of the parts of the rows that are reported apart, "all" first."""
-        return list(self.models[FINETUNED].reports)
+    @property
+    def in_4bit(self) -> bool:
+        """Whether the base is held in 4 bits, as it was while the adapter was trained."""
+        return self.adapter is not None and self.adapter.entry.facts.get("method") == "QLoRA"
 
-    def class_rows(self, subset: str = ALL) -> list[dict[str, Any]]:
-        """One mapping a model and class: precision, recall, F1, support."""
-        return [
-            {
-                "model": SHOWN.get(name, name),
-                "class": scores.name,
-                **{key: getattr(scores, key) for key in ("precision", "recall", "f1", "support")},
-            }
-            for name, model in self.models.items()
-            for scores in model.reports[subset].classes
-        ]
+    def title(self, alone: str) -> str:
+        """What it is, exactly; `alone` stands behind the id of the base alone."""
+        if self.adapter is None:
+            return f"{self.base.id}{alone} ({self.dtype})"
+        return f"{self.base.id} with the adapter ({'NF4 base, ' if self.in_4bit else ''}{self.dtype})"
 
-    def confusions(self, subset: str = ALL) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Confusion matrix of each model: rows = true label, columns = predicted label."""
-        return {SHOWN.get(name, name): model.reports[subset].confusion for name, model in self.models.items()}
+    def keep(self, folder: Path) -> Keep:
+        """Where its scores are kept as they come."""
+        digest = self.adapter.entry.digest if self.adapter else None
+        weights = [self.base.id, self.base.revision, digest, self.in_4bit, self.dtype]
+        return Keep(folder / f"kept-{self.name}.jsonl", sha256_json(weights))
 
-    def reliability(self) -> dict[str, list[dict[str, float]]]:
-        """Filled calibration bins of each model, the accuracy with its Wilson interval."""
-        return {
-            SHOWN.get(name, name): [
-                {"confidence": b.confidence, "accuracy": b.accuracy, "low": i.low, "high": i.high, "n": b.n}
-                for b in model.calibration.bins
-                if b.n
-                for i in [intervals.wilson(round(b.accuracy * b.n), b.n)]
-            ]
-            for name, model in self.models.items()
-        }
+    @contextlib.contextmanager
+    def opened(self, batch_size: int) -> Iterator[TransformersBackend]:
+        """The loaded model, which is freed again."""
+        from lib.models.loading import load_model
+        from lib.scoring.torch_backend import TransformersBackend
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of evaluation.json."""
-        return {
-            "label_names": list(self.label_names),
-            "majority_share": self.majority_share,
-            "titles": self.titles,
-            "scoring": self.scoring,
-            "models": {name: model.to_json() for name, model in self.models.items()},
-            "linear_floor": {subset: report.to_json() for subset, report in self.floor.items()},
-            "comparisons": {
-                subset: {name: comparison.to_json() for name, comparison in pairs.items()}
-                for subset, pairs in self.comparisons.items()
-            },
-        }
+        adapter = self.adapter.path if self.adapter else None
+        model = load_model(self.base.path, dtype=self.dtype, load_in_4bit=self.in_4bit, adapter=adapter)
+        backend = TransformersBackend(model, batch_size, self.words)
+        del model
+        try:
+            yield backend
+        finally:
+            backend.close()
+            gc.collect()
 
 
-def evaluate(settings: Settings, run: Run) -> EvaluationResult | AnswerResult:
+def candidates(run: Run, dtype: str) -> tuple[Candidate, Candidate]:
+    """The base and the fine-tuned model of a run."""
+    from lib.models.base_model import base_of
+
+    base = base_of(run)
+    return Candidate(BASE, base, None, dtype), Candidate(FINETUNED, base, run.require("adapter"), dtype)
+
+
+# The product.
+
+
+def evaluate(settings: Settings, run: Run) -> EvaluationResult:
     """Score base and fine-tuned model on the test rows, or take the scores of last time.
-
-    Rows without labels are scored by their reference answers (`lib.stages.evaluate.answers`).
 
     Raises:
         InputError: data or adapter missing; a model that cannot be loaded; log-probabilities that are not numbers.
     """
-    if not has_labels(read_task(run.require("data").path)):
-        return evaluate_answers(settings, run)
+    data = run.require("data").path
+    kind = result_of(read_task(data))
     product = run.produce(
         "evaluation",
         lambda work: _build(settings, run, work),
-        parameters=settings.pick(*PARAMETERS),
+        parameters=kind.parameters(settings),
         inputs=("data", "adapter"),
         force=settings.force,
         keep_partial=True,
     )
-    data = run.require("data").path
-    return _read(product, product.path, data, settings)
+    return kind.read(product, product.path, data, settings, read_json(product.path / SUMMARY))
 
 
 def _build(settings: Settings, run: Run, work: Work) -> None:
     from lib.models.loading import load_tokenizer
 
     data = run.require("data")
-    task, rows = Task.from_json(read_json(data.path / "task.json")), read_jsonl(data.path / "test.jsonl")
-    tokenizer = load_tokenizer(data.path / "tokenizer")
+    task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
+    kind, tokenizer = result_of(task), load_tokenizer(data.path / "tokenizer")
     dtype, reason = compute_dtype(settings.dtype)
+    models = candidates(run, dtype)
     work.device = device_name()
-    sides, said, found = both_sides(run, dtype), {}, {}
-    for side in sides:
-        with side.opened(settings.per_device_eval_batch_size) as backend:
-            what = f"scoring test rows with {side.words}"
-            scores = score_rows(backend, tokenizer, task, rows, what, side.keep(work.folder))
-            said[side.name] = notes(backend.note, label_note(tokenizer, task))
-            found[side.name] = [scores.found]
-        scores.save(work.folder / f"scores-{side.name}.jsonl")
-    forget_kept(work.folder)
-    titles = {side.name: side.title(", zero-shot") for side in sides}
-    work.facts |= facts_of(run, sides[0], reason) | {"found_done": found_done(found)}
-    result = _read(None, work.folder, data.path, settings, {"titles": titles, "scoring": said})
-    write_json(work.folder / "evaluation.json", result.to_json())
-    work.metrics |= _headline(result)
-
-
-def _read(
-    product: Product | None, folder: Path, data: Path, settings: Settings, told: dict[str, Any] | None = None
-) -> EvaluationResult:
-    """The result from the files of the product and of the data product."""
-    task, rows = Task.from_json(read_json(data / "task.json")), read_jsonl(data / "test.jsonl")
-    train = read_jsonl(data / "train.jsonl")
-    masks = subsets(rows, {row["pattern"] for row in train if "pattern" in row})
-    models = {
-        name: evaluate_scores(Scores.load(folder / f"scores-{name}.jsonl"), rows, task.label_names, masks)
-        for name in (BASE, FINETUNED)
+    encoded = [task.encode(tokenizer, row) for row in rows]
+    questions = Questions.of(settings, tokenizer, task, rows, encoded) if kind.writes else None
+    notes: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
+    wrote: dict[str, Replies] = {}
+    for model in models:
+        with model.opened(settings.per_device_eval_batch_size) as backend:
+            keep, what = model.keep(work.folder), f"scoring test rows with {model.words}"
+            scores = score_rows(backend, tokenizer, task, rows, what, keep, encoded)
+            found[model.name] = [scores.found]
+            if questions is not None:
+                wrote[model.name] = write_with(backend, questions, keep)
+                found[model.name] += wrote[model.name].found
+            notes[model.name] = "; ".join(filter(None, (backend.note, task.note(tokenizer))))
+        scores.save(work.folder / f"scores-{model.name}.jsonl")
+    known: dict[str, Any] = {"titles": {model.name: model.title(kind.alone) for model in models}, "scoring": notes}
+    if questions is not None:
+        conditions = {"system_prompt": task.system_prompt, "device": work.device, "dtype": dtype}
+        known |= _save_written(work.folder, rows, questions, wrote, conditions)
+        known["turns_cut"] = sum(one.turns_cut for one in encoded)
+    result = kind.read(None, work.folder, data.path, settings, known)
+    write_json(work.folder / SUMMARY, result.to_json())
+    for path in work.folder.glob("kept-*.jsonl"):  # kept for an interruption
+        path.unlink()
+    facts = data.entry.facts
+    work.facts |= {
+        **{key: facts[key] for key in ("task", "source", "sample_data", "prompt_hash") if key in facts},
+        "base_model": models[0].base.id,
+        "base_revision": models[0].base.revision,
+        "offline_base": models[0].base.offline,
+        "dtype": dtype,
+        "dtype_reason": reason,
+        "found_done": found_done(found),
     }
-    labels = models[BASE].scores.labels
-    floor = np.array(read_json(data / "floor.json")["test"]["predictions"], dtype=np.int64)
-    groups = np.array([row["group"] for row in rows])
-    right = {BASE: models[BASE].scores.correct, FLOOR: floor == labels}
-    comparisons = {
-        subset: compare_with(
-            models[FINETUNED].scores.correct[masks[subset]],
-            {name: correct[masks[subset]] for name, correct in right.items()},
-            groups[masks[subset]],
-            settings.equivalence_margin,
-            settings.seed,
+    work.metrics |= result.headline()
+
+
+# What both models write: answers to some test rows, and to a few prompts for human reading.
+
+GREEDY, SAMPLED = "greedy", "sampled"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked.
+
+    Attributes:
+        tokenizer, terms, thinking: of the run.
+        chosen: numbers of the test rows that are answered.
+        asked: those rows.
+        prompts: the prompts behind them, rendered; sources: as the file has them. Both empty where nothing is written
+            (generated_rows: 0).
+        most: tokens at which an answer is cut.
+        sampling: of the second answer to a prompt.
+    """
+
+    tokenizer: Any
+    terms: TermList | None
+    thinking: bool
+    chosen: list[int]
+    asked: list[Asked]
+    prompts: list[Asked]
+    sources: list[dict[str, str]]
+    most: int
+    sampling: Sampling
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        tokenizer: Any,
+        task: Task,
+        rows: Sequence[dict[str, Any]],
+        encoded: Sequence[Encoded],
+    ) -> Questions:
+        """As the settings want it.
+
+        Raises:
+            InputError: no such list of terms or prompts.
+        """
+        writes = settings.generated_rows > 0
+        chosen = spread(range(len(rows)), settings.generated_rows) if writes else []
+        sources = read_prompts(settings.prompts_file) if writes else []
+        return cls(
+            tokenizer=tokenizer,
+            terms=read_terms(settings.terms),
+            thinking=task.thinking,
+            chosen=chosen,
+            asked=[ask_row(tokenizer, rows[i], encoded[i]) for i in chosen],
+            prompts=[ask_prompt(tokenizer, task, source) for source in sources],
+            sources=sources,
+            most=settings.max_new_tokens,
+            sampling=Sampling(seed=settings.seed),
         )
-        for subset in (ALL, LEAK_FREE)
-        if subset in masks
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What one model wrote.
+
+    Attributes:
+        answers: greedy, to the rows (see `told`).
+        replies: {"greedy", "sampled"} to each prompt.
+        found: what an interrupted run had already written of them, in words.
+    """
+
+    answers: list[dict[str, Any]]
+    replies: list[dict[str, Any]]
+    found: list[str]
+
+
+def write_with(backend: TransformersBackend, questions: Questions, keep: Keep | None = None) -> Replies:
+    """Let a model answer.
+
+    Args:
+        keep: of the model's scores; beside it every answer is kept as it comes.
+    """
+    model, ends, found = backend.model, end_ids(questions.tokenizer), []
+
+    def ask(asked: Sequence[Asked], what: str, drawn: Sampling | None = None) -> list[dict[str, Any]]:
+        plan = Writing(questions.most, ends, drawn, keep and keep.part(what.replace(" ", "-")), backend.settings)
+        written, done = write_all(lambda: torch_feed(model), asked, plan, what, backend.name)
+        found.append(done)
+        rest = (questions.terms, questions.thinking)
+        return [told(questions.tokenizer, one, made, *rest) for one, made in zip(asked, written, strict=True)]
+
+    answers = ask(questions.asked, "answers")
+    for prompt in questions.prompts[:1]:
+        torch_feed(model)(prompt.ids)  # latencies of a model that is warm, whatever was found done
+    greedy, drawn = ask(questions.prompts, "replies"), ask(questions.prompts, "drawn replies", questions.sampling)
+    replies = [{GREEDY: one, SAMPLED: other} for one, other in zip(greedy, drawn, strict=True)]
+    return Replies(answers, replies, found)
+
+
+def generated_rows(
+    rows: Sequence[dict[str, Any]], questions: Questions, answers: Mapping[str, Sequence[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Question, reference and every model's answer to the chosen rows, one mapping a row."""
+    made = []
+    for place, (number, asked) in enumerate(zip(questions.chosen, questions.asked, strict=True)):
+        given = {name: own[place] for name, own in answers.items()}
+        row = {"id": rows[number]["id"], "group": rows[number]["group"]}
+        row |= {"question": asked.question, "reference": asked.reference}
+        row |= {name: answer["text"] for name, answer in given.items()}
+        keys = ("ended", "tokens", "measured")
+        made.append(row | {key: {name: answer[key] for name, answer in given.items()} for key in keys})
+    return made
+
+
+def prompts_json(
+    questions: Questions, replies: Mapping[str, Sequence[dict[str, Any]]], conditions: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of counselling_prompts.json.
+
+    Returns:
+        `conditions`, "decoding" (of "greedy" and "sampled"), "latency" (what the seconds are), "prompts": {"prompt",
+        "reference", "answers": {model: {"greedy", "sampled"}}}, each answer as `told` gives it.
+    """
+    most = {"max_new_tokens": questions.most}
+    return {
+        **conditions,
+        "decoding": {GREEDY: most, SAMPLED: {**most, **questions.sampling.to_json()}},
+        "latency": "first_token_seconds: reading the prompt, to the first token; tokens_per_second: the later tokens; "
+        "one prompt at a time, the first one read once before to warm up",
+        "prompts": [
+            {**source, "answers": {name: own[place] for name, own in replies.items()}}
+            for place, source in enumerate(questions.sources)
+        ],
     }
-    told = told or read_json(folder / "evaluation.json")
-    return EvaluationResult(
-        product=product,
-        label_names=task.label_names,
-        models=models,
-        floor={
-            name: classification.classification_report(labels[mask], floor[mask], task.label_names)
-            for name, mask in masks.items()
-        },
-        comparisons=comparisons,
-        majority_share=float(np.bincount(labels).max() / len(labels)),
-        titles=told["titles"],
-        scoring=told.get("scoring", {}),
-    )
 
 
-def _headline(result: EvaluationResult) -> dict[str, Any]:
-    """Metrics for the manifest: accuracies with their intervals, all rows and leak-free rows."""
-    metrics: dict[str, Any] = {"n": result.models[BASE].reports[ALL].n}
-    for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
-        for point in result.accuracies(subset):
-            name = point["name"].replace(" ", "_").replace("-", "")
-            metrics[f"accuracy_{name}{ending}"] = point["estimate"]
-            metrics[f"accuracy_{name}{ending}_interval"] = [point["low"], point["high"]]
-    metrics["near_ties"] = {name: model.scores.near_ties for name, model in result.models.items()}
-    metrics["truncated"] = int(result.models[BASE].scores.truncated.sum())
-    return metrics
+def _save_written(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    questions: Questions,
+    wrote: Mapping[str, Replies],
+    conditions: dict[str, Any],
+) -> dict[str, Any]:
+    """Save what the models wrote, for reading; what evaluation.json says of it in numbers."""
+    answers = {SHOWN[name]: own.answers for name, own in wrote.items()}
+    replies = {SHOWN[name]: own.replies for name, own in wrote.items()}
+    write_jsonl(folder / GENERATED, generated_rows(rows, questions, answers))
+    write_json(folder / PROMPTS_FILE, prompts_json(questions, replies, conditions))
+    measured = {name: [answer["measured"] for answer in own] for name, own in answers.items()}
+    groups = [rows[i]["group"] for i in questions.chosen]
+    return {
+        "decoding": {"method": "greedy", "max_new_tokens": questions.most, "rows": len(groups)},
+        "answers": summarise(measured, groups, SHOWN[BASE]) if groups else [],
+        "chrf": chrf_signature(),
+        "terms": questions.terms and {"name": questions.terms.name, "terms": len(questions.terms)},
+    }

@@ -1,7 +1,4 @@
-"""Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
-Any models on any labelled rows, each in a process of its own: what `workbook evaluate` does.
-Any models on conversations, each in a process of its own: `workbook evaluate` where rows have no labels.
-"""
+"""Any models on any rows, each in a process of its own: what `workbook evaluate` does."""
 
 from __future__ import annotations
 
@@ -12,21 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lib.errors import InputError
 from lib.models.base_model import refuse_bad_template
 from lib.models.gguf_file import check_gguf, read_tensors
 from lib.progress import say
-from lib.prompts.classification import Task, label_note
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import encode_row
+from lib.prompts.tasks import Task, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import run_child
 from lib.runs.files import read_json, read_jsonl, sha256_json, user_path, write_jsonl
 from lib.scoring.journal import Keep, journal_path, kept_peak_memory_mib, model_hash
-from lib.scoring.log_probabilities import AnswerScores, Scores, score_answers, score_rows
-from lib.stages.evaluate.analysis import LEAK_FREE, evaluate_scores, notes, subsets
+from lib.scoring.log_probabilities import load_scores, score_rows
+from lib.stages.evaluate.results import result_of
 
 # Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
 
@@ -122,7 +115,7 @@ def _check_full(
         ) from None
 
 
-# Any models on any labelled rows, each in a process of its own: what `workbook evaluate` does.
+# Any models on any rows, each in a process of its own.
 
 
 def evaluate_models(
@@ -130,6 +123,7 @@ def evaluate_models(
     rows: Sequence[Mapping[str, Any]],
     task: Task,
     data: Mapping[str, Any] | None = None,
+    *,
     base_model: str | None = None,
     revision: str = "main",
     dtype: str = "auto",
@@ -140,12 +134,12 @@ def evaluate_models(
     keep: Path | None = None,
     tokenizer: Path | None = None,
 ) -> dict[str, Any]:
-    """Accuracy and cost of each model on the same rows.
+    """Quality and cost of each model on the same rows.
 
     Args:
         models: hub ids, folders (a full model, or an adapter), or .gguf files.
-        rows: {"id", "text", "label"}, with "leaked" where a leak audit was made.
-        task: prompt and answer words.
+        rows: {"id", "text", "label"} or {"id", "messages"}, with "leaked" and "group" where they were audited.
+        task: prompt and answer words; of conversations each model has its own tokenizer.
         data: description of the rows, put into the result.
         base_model: base of adapters; None = the one named in adapter_config.json.
         revision: commit, branch or tag of hub ids.
@@ -155,16 +149,19 @@ def evaluate_models(
         tokenizer: folder of the run's tokenizer, for .gguf files with its vocabulary; None = the one in the file.
 
     Returns:
-        {"data": {…, "n", "labels"}, "models": [{"model", "n", "accuracy", "accuracy_interval", "macro_f1",
-        "per_class", "confusion", "leak_free" (null without an audit), "ece", "near_ties", "truncated",
-        "seconds_per_sample", "peak_memory_mib", "device", "note" (what was done otherwise than
-        usual, and answer words of several tokens)}]}.
+        {"data": {…, "n", "labels" or "task"}, "models": [{"model", "n", "leak_free" (null without an audit),
+        "seconds_per_sample", "peak_memory_mib", "device", …}]}. With labels also "accuracy", "accuracy_interval",
+        "macro_f1", "per_class", "confusion", "ece", "near_ties", "truncated" and "note" (what was done otherwise than
+        usual, and answer words of several tokens); of conversations "answer_tokens", "loss" (nats a token),
+        "perplexity", "loss_interval", "perplexity_interval" (Student's over groups; null below three),
+        "bits_per_character" (for models with other tokenizers) and "turns_cut".
 
     Raises:
-        InputError: no rows, or a model that cannot be loaded or run.
+        InputError: no rows, a model that cannot be loaded or run, or whose tokenizer needs more than
+            `max_seq_length` for a first exchange.
     """
     if not rows:
-        raise InputError("no rows to evaluate on.", "at least one labelled row.", "check --data and --max-samples.")
+        raise InputError("no rows to evaluate on.", "at least one row.", "check --data or --run, and --max-samples.")
     shared = {
         "task": task.to_json(),
         "base_model": base_model,
@@ -176,30 +173,23 @@ def evaluate_models(
         "n_gpu_layers": n_gpu_layers,
         "tokenizer": str(tokenizer) if tokenizer else None,
     }
+    kind = result_of(task)
     results = [
-        {"model": model, **_summary(Scores.load(path), rows, task), **answer}
-        for model, path, answer in each_in_a_child(
-            "lib.stages.evaluate.standalone:score_in_child", models, rows, shared, keep
-        )
+        {"model": model, **kind.of_model(load_scores(path), rows, task, answer.pop("facts")), **answer}
+        for model, path, answer in each_in_a_child(models, rows, shared, keep)
     ]
-    described = {**(data or {}), "n": len(rows), "labels": list(task.label_names)}
-    return {"data": described, "models": results}
+    return {"data": {**(data or {}), "n": len(rows), **kind.asked(task)}, "models": results}
 
 
 def each_in_a_child(
-    function: str,
-    models: Sequence[str | Path],
-    rows: Sequence[Mapping[str, Any]],
-    shared: Mapping[str, Any],
-    keep: Path | None,
+    models: Sequence[str | Path], rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], keep: Path | None
 ) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Score the rows with every model in a process of its own; `keep` is removed when all of them are done.
 
     All models are looked at before the first is loaded, so that a wrong name does not cost the work on the others.
 
     Args:
-        function: gets `shared`, "model", "rows" (file), "scores" (file to write) and "keep" (journal or None);
-            gives "peak_of_scoring", "found" and what it wants to say.
+        shared: what every process gets; see `evaluate_models`.
 
     Yields:
         the model, the file of its scores, and what else is known of it, with "peak_memory_mib".
@@ -216,7 +206,7 @@ def each_in_a_child(
             argument = {**shared, "model": str(model), "rows": str(folder / "rows.jsonl"), "scores": str(scores)}
             argument["keep"] = str(journal_path(keep, model)) if keep else None
             try:
-                answer = run_child(function, argument, f"evaluating {model}")
+                answer = run_child("lib.stages.evaluate.standalone:score_in_child", argument, f"evaluating {model}")
             except BaseException:
                 if keep is not None and keep.is_dir():
                     say(f"what was scored so far is kept in {keep}; the same command goes on from there")
@@ -229,31 +219,26 @@ def each_in_a_child(
         shutil.rmtree(keep)
 
 
-def _summary(scores: Scores, rows: Sequence[Mapping[str, Any]], task: Task) -> dict[str, Any]:
-    evaluation = evaluate_scores(scores, rows, task.label_names, subsets(rows))
-    free = evaluation.reports.get(LEAK_FREE)
-    return {
-        **evaluation.reports["all"].to_json(),
-        "leak_free": free.to_json() if free else None,
-        "ece": evaluation.calibration.ece,
-        "near_ties": scores.near_ties,
-        "truncated": int(scores.truncated.sum()),
-        "seconds_per_sample": scores.seconds_per_sample,
-    }
-
-
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, save the scores; runs in the child process."""
-    task, rows = Task.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    task, rows = task_from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
     backend, tokenizer, files = open_model(argument, task.max_seq_length)
     keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
     try:
-        scores = score_rows(backend, tokenizer, task, rows, what, keep)
-        note = notes(backend.note, label_note(tokenizer, task))
+        encoded = [task.encode(tokenizer, row) for row in rows]
+        scores = score_rows(backend, tokenizer, task, rows, what, keep, encoded)
+        note = "; ".join(filter(None, (backend.note, task.note(tokenizer))))
     finally:
         backend.close()
     scores.save(Path(argument["scores"]))
-    return {"device": backend.device, "note": note, "peak_of_scoring": peak_kept(keep), "found": scores.found}
+    answers = [[turn["content"] for turn in task.messages(row) if turn["role"] == ASSISTANT] for row in rows]
+    facts = {
+        "note": note,
+        "characters": [sum(len(own[i]) for i in one.answers) for own, one in zip(answers, encoded, strict=True)],
+        "turns_cut": [one.turns_cut for one in encoded],
+    }
+    peak = kept_peak_memory_mib(keep.path) if keep else 0.0
+    return {"device": backend.device, "facts": facts, "peak_of_scoring": peak, "found": scores.found}
 
 
 def keep_of(argument: dict[str, Any], files: Sequence[Path]) -> Keep | None:
@@ -263,27 +248,14 @@ def keep_of(argument: dict[str, Any], files: Sequence[Path]) -> Keep | None:
     return Keep(Path(argument["keep"]), sha256_json([model_hash(*files), argument["load_in_4bit"]]))
 
 
-def peak_kept(keep: Keep | None) -> float:
-    """Largest memory of the processes that scored before, MiB; 0 where nothing is kept."""
-    return kept_peak_memory_mib(keep.path) if keep else 0.0
-
-
 def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
     """Backend, tokenizer and files of the model that the options name, with a context of `n_ctx` tokens."""
-    opener = _open_gguf if is_gguf(argument["model"]) else _open_transformers
-    return opener(argument, n_ctx)
-
-
-def _open_gguf(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
+    if not is_gguf(argument["model"]):
+        return _open_transformers(argument)
     from lib.scoring.llama_backend import LlamaCppBackend
 
     path = user_path(argument["model"])
-    backend = LlamaCppBackend(
-        path,
-        n_ctx=n_ctx,
-        n_threads=argument["n_threads"],
-        n_gpu_layers=argument["n_gpu_layers"],
-    )
+    backend = LlamaCppBackend(path, n_ctx, argument["n_threads"], argument["n_gpu_layers"])
     return backend, _tokenizer_for(path, argument.get("tokenizer")), [path]
 
 
@@ -297,7 +269,7 @@ def _tokenizer_for(path: Path, of_run: str | None) -> Any:
     return tokenizer_from_gguf(path)
 
 
-def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
+def _open_transformers(argument: dict[str, Any]) -> tuple[Any, Any, list[Path]]:
     """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
     from lib.models.base_model import refuse_other_folder, resolve_base, unpacking_of
     from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
@@ -325,89 +297,3 @@ def _open_transformers(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, 
         model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
     backend = TransformersBackend(model, argument["batch_size"], argument["model"])
     return backend, tokenizer, [base.path, *([adapter] if adapter else [])]
-
-
-# Any models on conversations, each in a process of its own: `workbook evaluate` where rows have no labels.
-
-
-def evaluate_models_by_answers(
-    models: Sequence[str | Path],
-    rows: Sequence[Mapping[str, Any]],
-    task: ConversationTask,
-    data: Mapping[str, Any] | None = None,
-    keep: Path | None = None,
-    tokenizer: Path | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """How likely each model finds the reference answers of the same rows.
-
-    Args:
-        models: hub ids, folders (a full model, or an adapter), or .gguf files; each has its own tokenizer.
-        rows: {"id", "messages"}, with "group" and "leaked" where they were audited.
-        data: description of the rows, put into the result.
-        keep, tokenizer, options: as the keywords of `evaluate_models`; all options must be given.
-
-    Returns:
-        {"data": {…, "n", "task"}, "models": [{"model", "n", "answer_tokens", "loss" (nats a token), "perplexity",
-        "loss_interval", "perplexity_interval" (Student's over groups; null below three), "bits_per_character" (for
-        models with other tokenizers), "turns_cut", "leak_free" (the same on those rows; null without an audit),
-        "seconds_per_sample", "peak_memory_mib", "device"}]}.
-
-    Raises:
-        InputError: no rows, a model that cannot be loaded or run, or whose tokenizer needs more than
-            `max_seq_length` for a first exchange.
-    """
-    if not rows:
-        raise InputError("no rows to evaluate on.", "at least one conversation.", "check --run and --max-samples.")
-    function = "lib.stages.evaluate.standalone:score_answers_in_child"
-    shared = {**options, "task": task.to_json(), "tokenizer": str(tokenizer) if tokenizer else None}
-    results = [
-        {"model": model, **_answer_summary(AnswerScores.load(path), answer.pop("facts"), rows), **answer}
-        for model, path, answer in each_in_a_child(function, models, rows, shared, keep)
-    ]
-    return {"data": {**(data or {}), "n": len(rows), "task": task.kind}, "models": results}
-
-
-def _answer_summary(
-    scores: AnswerScores, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    characters = np.array(facts["characters"])
-    leaked = np.array([row.get("leaked") is not False for row in rows])
-    free = None if leaked.all() else _figures(scores.subset(~leaked), characters[~leaked], _groups(rows)[~leaked])
-    return {
-        **_figures(scores, characters, _groups(rows)),
-        "turns_cut": sum(facts["turns_cut"]),
-        "leak_free": free,
-        "seconds_per_sample": scores.seconds_per_sample,
-    }
-
-
-def _groups(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array([row.get("group", -1 - i) for i, row in enumerate(rows)])
-
-
-def _figures(scores: AnswerScores, characters: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-    return {
-        "n": len(scores.ids),
-        "answer_tokens": int(scores.tokens.sum()),
-        **scores.figures(groups),
-        "bits_per_character": float(-scores.log_probs.sum() / math.log(2) / characters.sum()),
-    }
-
-
-def score_answers_in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    """Load one model, score the answers of the rows, save the scores; runs in the child process."""
-    task, rows = ConversationTask.from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
-    backend, tokenizer, files = open_model(argument, task.max_seq_length)
-    keep, what = keep_of(argument, files), f"scoring answers with {Path(argument['model']).name}"
-    try:
-        encoded = [encode_row(tokenizer, task, row) for row in rows]
-        names, ids, spans = [row["id"] for row in rows], [e.ids for e in encoded], [e.spans for e in encoded]
-        scores = score_answers(backend, names, ids, spans, what, keep)
-    finally:
-        backend.close()
-    scores.save(Path(argument["scores"]))
-    answers = [[m["content"] for m in row["messages"] if m["role"] == ASSISTANT] for row in rows]
-    kept = [[texts[i] for i in e.answers] for texts, e in zip(answers, encoded, strict=True)]
-    facts = {"characters": [sum(map(len, texts)) for texts in kept], "turns_cut": [e.turns_cut for e in encoded]}
-    return {"device": backend.device, "facts": facts, "peak_of_scoring": peak_kept(keep), "found": scores.found}

@@ -1,6 +1,4 @@
-"""GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
-One export format in its own process: quantize, save, load again by plain `from_pretrained`, look at its answers.
-"""
+"""One export format in a process of its own: quantize, save, load again, compare with the merged model."""
 
 from __future__ import annotations
 
@@ -18,82 +16,6 @@ from lib.runs.machine import no_warnings, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
-
-BITS = 4
-GROUP = 128
-"""Weights that share a scale, as in llm-compressor's scheme W4A16."""
-
-_SMALLEST_GROUP = 16
-_HEAD = "lm_head"
-
-
-def group_size(widths: set[int]) -> int:
-    """Largest group of at most `GROUP` weights (a power of two) that divides the rows of every layer.
-
-    Raises:
-        InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
-    """
-    size = GROUP
-    while size >= _SMALLEST_GROUP:
-        if all(width % size == 0 for width in widths):
-            return size
-        size //= 2
-    odd = sorted(width for width in widths if width % _SMALLEST_GROUP)
-    raise InputError(
-        f"linear layers with {odd[0]} inputs.", f"a multiple of {_SMALLEST_GROUP}.", "leave gptq out of export_formats."
-    )
-
-
-def quantize(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
-    """Quantize a model folder and save it in the packed format of compressed-tensors.
-
-    Args:
-        calibration: token ids of the texts whose activations decide what may be rounded how.
-
-    Returns:
-        "group_size" and "calibration_rows", "calibration_tokens".
-
-    Raises:
-        InputError: no calibration texts, or layers that no group size fits.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if not calibration:
-        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
-    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != _HEAD}
-    size = group_size({layer.in_features for layer in layers.values()})
-    _oneshot(model, calibration, size)
-    model.save_pretrained(str(output), save_compressed=True)
-    return {
-        "group_size": size,
-        "calibration_rows": len(calibration),
-        "calibration_tokens": sum(map(len, calibration)),
-    }
-
-
-def _oneshot(model: Any, calibration: list[list[int]], size: int) -> None:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-
-    weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    rows = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration])
-    oneshot(
-        model=model,
-        dataset=rows,
-        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
-        max_seq_length=max(map(len, calibration)),
-        num_calibration_samples=len(calibration),
-    )
-
-
-# One export format in its own process: quantize, save, load again by plain `from_pretrained`, look at its answers.
 
 CHECKED_POSITIONS = 16
 """Last positions of each prompt whose next-token distributions are compared with the merged model's."""
@@ -132,7 +54,7 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
     if name == "gptq":
-        return quantize(source, output, calibration)
+        return quantize_gptq(source, output, calibration)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -181,11 +103,8 @@ def _refuse_overflow(model: PreTrainedModel) -> None:
 
 def _copy_companions(source: Path, output: Path) -> None:
     """Tokenizer, template, generation settings and licences; every file readable by the group."""
-    for path in source.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, output / path.name)
-        elif path.suffix != ".safetensors" and path.name not in _OWN:
-            shutil.copyfile(path, output / path.name)
+    left_out = shutil.ignore_patterns("*.safetensors", *_OWN)
+    shutil.copytree(source, output, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
     for path in output.rglob("*"):
         if path.is_file():
             readable_by_group(path)
@@ -243,3 +162,71 @@ def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
     found = [backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts]
     backend.close()
     return np.concatenate(found)
+
+
+# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
+
+BITS = 4
+GROUP = 128
+"""Weights that share a scale, as in llm-compressor's scheme W4A16."""
+
+_SMALLEST_GROUP = 16
+_HEAD = "lm_head"
+
+
+def group_size(widths: set[int]) -> int:
+    """Largest group of at most `GROUP` weights (a power of two) that divides the rows of every layer.
+
+    Raises:
+        InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
+    """
+    size = GROUP
+    while size >= _SMALLEST_GROUP:
+        if all(width % size == 0 for width in widths):
+            return size
+        size //= 2
+    odd = sorted(width for width in widths if width % _SMALLEST_GROUP)
+    raise InputError(
+        f"linear layers with {odd[0]} inputs.", f"a multiple of {_SMALLEST_GROUP}.", "leave gptq out of export_formats."
+    )
+
+
+def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+    """Quantize a model folder and save it in the packed format of compressed-tensors.
+
+    Args:
+        calibration: token ids of the texts whose activations decide what may be rounded how.
+
+    Returns:
+        "group_size" and "calibration_rows", "calibration_tokens".
+
+    Raises:
+        InputError: no calibration texts, or layers that no group size fits.
+    """
+    if not calibration:
+        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != _HEAD}
+    size = group_size({layer.in_features for layer in layers.values()})
+    weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]),
+        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
+        max_seq_length=max(map(len, calibration)),
+        num_calibration_samples=len(calibration),
+    )
+    model.save_pretrained(str(output), save_compressed=True)
+    return {
+        "group_size": size,
+        "calibration_rows": len(calibration),
+        "calibration_tokens": sum(map(len, calibration)),
+    }

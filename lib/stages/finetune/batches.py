@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.progress import track
-from lib.prompts.classification import encode
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import AnyTask, encode_row
+from lib.prompts.tasks import Task
 
 if TYPE_CHECKING:
     import torch
@@ -62,17 +60,10 @@ Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
 """From rows to the tensors of one forward pass."""
 
 
-def examples(rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Any, what: str) -> list[Example]:
-    """Encode rows {"text", "label"} with the run's prompt, or rows {"messages"}."""
-    done = []
-    for row in track(rows, f"tokenizing {what} rows"):
-        if isinstance(task, ConversationTask):
-            whole = encode_row(tokenizer, task, row)
-            done.append(Example(whole.ids, whole.spans[0][0], tuple(whole.spans)))
-            continue
-        encoded = encode(tokenizer, task, row["text"], row["label"])
-        done.append(Example(encoded.prompt_ids + encoded.answer_ids, len(encoded.prompt_ids)))
-    return done
+def examples(rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, what: str) -> list[Example]:
+    """Encode rows as the task says."""
+    encoded = [task.encode(tokenizer, row) for row in track(rows, f"tokenizing {what} rows")]
+    return [Example(one.ids, one.spans[0][0], tuple(one.spans)) for one in encoded]
 
 
 class Collator:
@@ -130,6 +121,35 @@ class GroupedOrder:
         rest = [update for update in updates if len(update) < size]  # only the epoch's last update may be short
         order = [whole[i] for i in rng.permutation(len(whole))] + rest
         return iter(np.concatenate(order).tolist() if order else [])
+
+
+class MicroBatches:
+    """The rows of every forward pass of one process: its share of each update, cut into micro-batches.
+
+    A batch sampler for torch's DataLoader. Every process has as many updates as the others; where an update has fewer
+    rows than there are processes, some get an empty micro-batch for it.
+
+    Args:
+        order: of the rows of all processes. rows: of a micro-batch.
+        process, processes: which of how many.
+    """
+
+    def __init__(self, order: GroupedOrder, rows: int, process: int = 0, processes: int = 1) -> None:
+        self.order, self.rows, self.process, self.processes = order, rows, process, processes
+
+    def __len__(self) -> int:
+        updates, rest = divmod(len(self.order), self.order.rows_per_update)
+        whole = updates * (self.order.rows_per_update // self.processes // self.rows)
+        return whole + (len(self._cut(list(range(rest)))) if rest else 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = list(self.order), self.order.rows_per_update
+        for start in range(0, len(order), size):
+            yield from self._cut(order[start : start + size])
+
+    def _cut(self, update: list[int]) -> list[list[int]]:
+        share = update[self.process :: self.processes]
+        return [share[start : start + self.rows] for start in range(0, len(share), self.rows)] or [[]]
 
 
 # A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.

@@ -1,11 +1,15 @@
-"""What a training computes in: number format, 4 bits or not, kind of device; and checkpoints made in something else.
-Checkpoints that are complete or not there: a record with sizes and hashes is written last; resume trusts only it.
+"""Checkpoints that are complete or absent: a record with sizes and hashes is written last, and resuming trusts only it.
+
+Beside them lies a record of the arithmetic that made them (number format, 4 bits or not, kind of device). The product
+names one of each, so a training does not go on in another: it begins afresh, and says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,58 +22,11 @@ from lib.runs.manifest import hash_folder
 if TYPE_CHECKING:
     from lib.settings import Settings
 
-
-# What a training computes in: number format, 4 bits or not, kind of device; and checkpoints made in something else.
-#
-# The product's record names one of each, so a training does not go on in another: it begins afresh, and says so.
-
 ARITHMETIC_RECORD = "arithmetic.json"
 """Beside the checkpoints."""
 
-
-def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]:
-    """Remove what an interrupted training left if it computed in another way, and record how this one computes.
-
-    Args:
-        folder: of the work; hidden files are not the training's.
-
-    Returns:
-        For the reader: what was different, in a sentence; nothing where all is as it was.
-    """
-    asked = {"dtype": machine.compute_dtype(settings.dtype)[0], "in_4bit": in_4bit, "device": machine.torch_device()}
-    before, messages = _before(folder), []
-    there = any(folder.glob("checkpoints/checkpoint-*"))
-    if before != asked and (before or there):
-        words = f"the checkpoints were made in {_words(before)}, and now it is {_words(asked)}: trained afresh"
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.name.startswith("."):
-                path.unlink()
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S%z")
-        (folder / "training.log").write_text(f"{stamp} {words}\n", encoding="utf-8")
-        messages = [words] if there else []
-    if before != asked:
-        write_json(folder / "checkpoints" / ARITHMETIC_RECORD, asked)
-    return messages
-
-
-def _before(folder: Path) -> dict[str, object] | None:
-    path = folder / "checkpoints" / ARITHMETIC_RECORD
-    try:
-        found = read_json(path) if path.is_file() else None
-    except InputError:
-        return None
-    return found if isinstance(found, dict) and found.keys() == {"dtype", "in_4bit", "device"} else None
-
-
-def _words(what: dict[str, object] | None) -> str:
-    if what is None:
-        return "an unknown number format"
-    return f"{what['dtype']} on {what['device']}{' over a base in 4 bits' if what['in_4bit'] else ''}"
-
-
-# Checkpoints that are complete or not there: a record with sizes and hashes is written last; resume trusts only it.
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "unexpected pos", "PytorchStreamWriter failed")
+"""How the system, safetensors (which wraps its words) and torch's writer of zip files say that the disk is full."""
 
 RECORD = "complete.json"
 
@@ -98,7 +55,7 @@ def publish(staged: Path, final: Path, step: int) -> None:
     flush_to_disk(final.parent)
 
 
-def judge(path: Path, eval_loss: float) -> None:
+def add_loss(path: Path, eval_loss: float) -> None:
     """Add the validation loss to a checkpoint's record; a kill in between leaves the record without it."""
     staged = path.parent / STAGED / RECORD
     write_json(staged, _sealed({**_record(path), "eval_loss": eval_loss}))
@@ -129,15 +86,13 @@ def problem(path: Path) -> str | None:
     if not (path / RECORD).is_file():
         return f"{path.name} is incomplete (no {RECORD})"
     try:
-        wanted = _record(path)["files"]
+        recorded = _record(path)["files"]
     except InputError:
         return f"{path.name} is damaged ({RECORD})"
     found = hash_folder(path)
     found.pop(RECORD, None)
-    for name in sorted(set(wanted) | set(found)):
-        if wanted.get(name) != found.get(name):
-            return f"{path.name} is damaged ({name})"
-    return None
+    damaged = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
+    return f"{path.name} is damaged ({damaged[0]})" if damaged else None
 
 
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -147,8 +102,7 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
         if wrong := problem(path):
             problems.append(wrong)
         else:
-            record = _record(path)
-            good.append(Checkpoint(record["step"], path, record["eval_loss"]))
+            good.append(Checkpoint(_step(path), path, _record(path)["eval_loss"]))
     return good, problems
 
 
@@ -172,3 +126,72 @@ def prune(folder: Path, newest: int = 2) -> None:
     for path in filter(Path.is_dir, folder.glob("checkpoint-*")):
         if path not in keep:
             shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Recognize that the disk of `folder` is full while a checkpoint is written.
+
+    Raises:
+        InputError: it is full.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors has an error of its own
+        if not any(words in str(error) for words in NO_SPACE):
+            raise
+        raise InputError(
+            f"the disk of {folder} is full: a checkpoint could not be written.",
+            "room for it.",
+            "free some space and start again: the training goes on from its newest whole checkpoint.",
+        ) from None
+
+
+def write_log(folder: Path, line: str) -> None:
+    """Append a line with a time stamp to training.log."""
+    with (folder / "training.log").open("a", encoding="utf-8") as stream:
+        stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {line}\n")
+
+
+def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]:
+    """Remove what an interrupted training left if it computed in another way, and record how this one computes.
+
+    Args:
+        folder: of the work; hidden files are not the training's.
+
+    Returns:
+        For the reader: what was different, in a sentence; nothing where all is as it was.
+    """
+    now = {"dtype": machine.compute_dtype(settings.dtype)[0], "in_4bit": in_4bit, "device": machine.torch_device()}
+    record, checkpoints = folder / "checkpoints" / ARITHMETIC_RECORD, any(folder.glob("checkpoints/checkpoint-*"))
+    before = _arithmetic(record)
+    if before == now:
+        return []
+    messages = []
+    if before or checkpoints:
+        words = f"the checkpoints were made in {_words(before)}, and now it is {_words(now)}: trained afresh"
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("."):
+                path.unlink()
+        write_log(folder, words)
+        messages = [words] if checkpoints else []
+    write_json(record, now)
+    return messages
+
+
+def _arithmetic(record: Path) -> dict[str, object] | None:
+    """What was recorded; None where nothing was, or nothing that can be read."""
+    with contextlib.suppress(InputError, OSError):
+        found = read_json(record)
+        if isinstance(found, dict) and found.keys() == {"dtype", "in_4bit", "device"}:
+            return found
+    return None
+
+
+def _words(arithmetic: dict[str, object] | None) -> str:
+    if arithmetic is None:
+        return "an unknown number format"
+    over = " over a base in 4 bits" if arithmetic["in_4bit"] else ""
+    return f"{arithmetic['dtype']} on {arithmetic['device']}{over}"

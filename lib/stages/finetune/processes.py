@@ -1,44 +1,37 @@
-"""Start the processes of a team, show the first one's progress, and bring them to one result.
-A notebook or script that torchrun or `accelerate launch` has started several times at once.
-One process of a team that trains together; started by `lib.stages.finetune.processes` through `lib.runs.child`.
+"""Several processes that train one adapter together: started by torchrun's agent, joined by transformers' Trainer.
+
+The agent runs in a child process of its own (`lib.runs.child`): it keeps signals from this process, and the processes
+that train die with it. Results and errors come back as files, a request to stop goes there as one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import itertools
-import json
 import os
+import signal
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
-from lib.progress import Progress
-from lib.runs import machine
-from lib.runs.child import StoppedError, run_child
+from lib.errors import InputError, Terminated
+from lib.progress import PROGRESS_FILE_VARIABLE, Progress
+from lib.runs import child, machine
+from lib.runs.files import read_json, write_json
 from lib.runs.machine import PeakMemory
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, Run
-    from lib.stages.finetune.drawing import Drawing
-    from lib.stages.finetune.session import Job
+    from lib.stages.finetune.session import TrainingInputs
+
+GRACE = 5
+"""Seconds that the other processes get to end by themselves when one has failed."""
 
 
-# Start the processes of a team, show the first one's progress, and bring them to one result.
-
-GRACE = 5.0
-"""Seconds that the others get to end by themselves when one process has failed."""
-
-
-def train_in_processes(job: Job) -> dict[str, Any]:
+def train_in_processes(inputs: TrainingInputs) -> dict[str, Any]:
     """Train with `num_processes` processes on this machine; as `lib.stages.finetune.session.train` otherwise.
 
     Raises:
@@ -48,96 +41,155 @@ def train_in_processes(job: Job) -> dict[str, Any]:
     """
     import torch
 
-    from lib.stages.finetune.watch import LIVE, stop_by_signal
+    from lib.stages.finetune.trainer import LIVE, stop_by_signal
 
-    size = job.settings.num_processes
-    with tempfile.TemporaryDirectory(prefix="workbook-team-") as name, PeakMemory() as peak:
-        stop_file = Path(name) / "stop"
-        members = _arguments(job, size, Path(name), stop_file)
-        with stop_by_signal(stop_file.touch):
-            results, failures = _run(members, size, job.draw(job.folder / LIVE))
-            stopped = stop_file.exists() or any("stopped" in result for result in results)
-            full = [result["out_of_memory"] for result in results if "out_of_memory" in result]
-            if full and not stopped:
-                raise torch.OutOfMemoryError(full[0])
-            if failures and not stopped:
-                raise failures[0]
-        if stopped:  # the signal went to a member, not to this process
+    size = inputs.settings.num_processes
+    _require_devices(size)
+    with tempfile.TemporaryDirectory(prefix="workbook-training-") as name, PeakMemory() as peak:
+        argument = {
+            "meeting": name,
+            "stop_file": str(Path(name) / "stop"),
+            "size": size,
+            "settings": inputs.settings.model_dump(),
+            "data": str(inputs.data.absolute()),
+            "base": {**asdict(inputs.base), "path": str(inputs.base.path.absolute())},
+            "folder": str(inputs.folder.absolute()),
+            "in_4bit": inputs.in_4bit,
+        }
+        words = f"training in {size} processes"
+        stop_file, plot = Path(argument["stop_file"]), inputs.draw(inputs.folder / LIVE)
+        with stop_by_signal(stop_file.touch), Progress(words) as progress, plot:
+
+            def heard(line: str) -> None:
+                progress.advance(0, line)
+                plot.update()
+
+            found = child.run_child("lib.stages.finetune.processes:launch", argument, words, heard=heard)
+            if "out_of_memory" in found and not stop_file.exists():
+                raise torch.OutOfMemoryError(found["out_of_memory"])
+        if "facts" not in found:  # the signal went to one that trains, not to this process
             raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
-    facts = next(result["facts"] for result in results if result.get("facts"))
-    return {**facts, "peak_memory_mib": round(peak.bytes / 2**20, 1)}
+    return {**found["facts"], "peak_memory_mib": round(peak.bytes / 2**20, 1)}
 
 
-def _arguments(job: Job, size: int, folder: Path, stop_file: Path) -> list[dict[str, Any]]:
-    """What each process is told."""
+def _require_devices(size: int) -> None:
+    """A GPU for every process, where there are GPUs."""
     kind = machine.torch_device()
-    gpus = _gpus(size) if kind == "cuda" else [None] * size
     if kind == "mps":
         raise InputError(f"num_processes: {size} on Apple's GPU.", "one process there.", "set num_processes: 1.")
-    shared = {
-        "size": size,
-        "backend": "nccl" if kind == "cuda" else "gloo",
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, machine.physical_cores() // size)),
-        "meeting": str(folder / "meeting"),
-        "stop_file": str(stop_file),
-        "settings": job.settings.model_dump(),
-        "data": str(job.data.absolute()),
-        "base": {**asdict(job.base), "path": str(job.base.path.absolute())},
-        "folder": str(job.folder.absolute()),
-        "in_4bit": job.in_4bit,
-    }
-    return [{**shared, "rank": rank, "gpu": gpu} for rank, gpu in enumerate(gpus)]
+    if kind == "cuda":
+        import torch
+
+        if (count := torch.cuda.device_count()) < size:
+            raise InputError(
+                f"num_processes: {size}, and {count} GPU{'s' if count != 1 else ''} here.",
+                "a GPU for every process.",
+                f"set num_processes: {count} and gradient_accumulation_steps accordingly.",
+            )
 
 
-def _gpus(size: int) -> list[str]:
-    """The GPU of each process, by the names that CUDA_VISIBLE_DEVICES takes."""
+def launch(argument: dict[str, Any]) -> dict[str, Any]:
+    """Start the processes and wait for them, as torchrun does.
+
+    Returns:
+        One of {"facts"}, {"out_of_memory": message}, {"stopped": True}.
+
+    Raises:
+        InputError: what a process refused; one of them was killed.
+        RuntimeError: one of them failed otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    size = argument["size"]
+    for number in (signal.SIGTERM, signal.SIGINT):  # a batch system signals all; those that train stop by themselves
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.physical_cores() // size)))
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id="workbook",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle="SIGQUIT",
+        shutdown_timeout=GRACE,
+    )
+    failed = None
+    try:
+        elastic_launch(config, train_share)({**argument, "parent": os.getpid()})
+    except ChildFailedError as error:
+        failed = error
+    answers = {rank: read_json(path) for rank in range(size) if (path := _answer(argument, rank)).is_file()}
+    return _together(answers, failed, size)
+
+
+def _answer(argument: dict[str, Any], rank: int) -> Path:
+    return Path(argument["meeting"]) / f"answer-{rank}.json"
+
+
+def _together(answers: dict[int, dict[str, Any]], failed: Any, size: int) -> dict[str, Any]:
+    """One answer from those of the processes: a refusal before what followed from it in the others."""
+    for answer in answers.values():
+        if "input_error" in answer:
+            child.value_of(answer, "training")
+    values = [answer["value"] for answer in answers.values() if "value" in answer]
+    for key in ("out_of_memory", "stopped", "facts"):
+        if (key != "facts" or not failed) and (found := next((v for v in values if v.get(key)), None)):
+            return found
+    rank, first = failed.get_first_failure()
+    what = f"training, process {rank + 1} of {size}"
+    if "error" in answers.get(rank, {}):
+        child.value_of(answers[rank], what)
+    raise child.death(first.exitcode, what, "")
+
+
+def train_share(argument: dict[str, Any]) -> None:
+    """What each process does; torchrun has put its place among them into its environment."""
+    child.die_with_parent(argument["parent"])
+    for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, usual)
+    rank = int(os.environ["RANK"])
+    if rank:
+        os.environ[PROGRESS_FILE_VARIABLE] = os.devnull
+    answer = child.answer(_train, argument)
+    write_json(_answer(argument, rank), answer)
+    if "value" not in answer or "out_of_memory" in answer["value"]:
+        sys.exit(1)  # torchrun ends the others
+
+
+def _train(argument: dict[str, Any]) -> dict[str, Any]:
     import torch
+    import torch.distributed as dist
 
-    count = torch.cuda.device_count()
-    if count < size:
-        raise InputError(
-            f"num_processes: {size}, and {count} GPU{'s' if count != 1 else ''} here.",
-            "a GPU for every process.",
-            f"set num_processes: {count} and gradient_accumulation_steps accordingly.",
-        )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
+    from lib.models.base_model import Base
+    from lib.settings import Settings
+    from lib.stages.finetune.session import TrainingInputs, train
 
-
-def _run(
-    members: list[dict[str, Any]], size: int, drawing: Drawing
-) -> tuple[list[dict[str, Any]], list[BaseException]]:
-    """Results and failures of the processes; when one ends badly, the others are ended too."""
-    give_up, lines = threading.Event(), {0: ""}
-
-    def start(member: dict[str, Any]) -> dict[str, Any]:
-        rank = member["rank"]
-        what = f"training, process {rank + 1} of {size}"
-        function = "lib.stages.finetune.processes:train_rank"
-        return run_child(function, member, what, stop=give_up, heard=lambda line: lines.update({rank: line}))
-
-    with (
-        ThreadPoolExecutor(size) as pool,
-        Progress(f"training in {size} processes") as progress,
-        drawing,
-    ):
-        pending = {pool.submit(start, member) for member in members[:size]}
-        done: set[Future] = set()
-        try:
-            while pending:
-                ended, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                done |= ended
-                progress.advance(0, lines[0])
-                drawing.update()
-                if any(future.exception() or "facts" not in future.result() for future in ended) and pending:
-                    wait(pending, timeout=GRACE)
-                    give_up.set()
-        except BaseException:
-            give_up.set()
-            raise
-    errors = [error for future in done if (error := future.exception()) is not None]
-    known = sorted(errors, key=lambda error: (isinstance(error, StoppedError), not isinstance(error, InputError)))
-    return [future.result() for future in done if future.exception() is None], known
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    base = Base(**{**argument["base"], "path": Path(argument["base"]["path"])})
+    inputs = TrainingInputs(
+        settings=Settings(**argument["settings"]),
+        data=Path(argument["data"]),
+        base=base,
+        folder=Path(argument["folder"]),
+        in_4bit=argument["in_4bit"],
+        stop_file=Path(argument["stop_file"]),
+    )
+    try:
+        found: dict[str, Any] = {"facts": train(inputs)}
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).splitlines()[0]}
+    except (KeyboardInterrupt, Terminated):
+        found = {"stopped": True}
+    with contextlib.suppress(RuntimeError):  # of whoever is last to leave; the answer is known by now
+        dist.barrier()  # none leaves while another still waits for it in the training
+        dist.destroy_process_group()
+    return found
 
 
 # A notebook or script that torchrun or `accelerate launch` has started several times at once.
@@ -155,13 +207,6 @@ PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELIS
 """Set by torchrun and accelerate for their own processes."""
 
 WAITING = dt.timedelta(days=7)
-_calls = itertools.count()
-
-
-def _size() -> int:
-    size = os.environ.get("WORLD_SIZE", "1")
-    ours = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # a batch system may set WORLD_SIZE alone
-    return int(size) if ours and size.isdigit() else 1
 
 
 @contextlib.contextmanager
@@ -181,112 +226,36 @@ def made_once(make: Callable[[], Product], run: Run, product: str, num_processes
     Raises:
         InputError: as `make`; or the launcher started another number of processes than the run asks for.
     """
-    size = _size()
-    if size == 1:
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # a batch system may set WORLD_SIZE alone
+    size = os.environ.get("WORLD_SIZE", "1") if launched else "1"
+    if size == "1":
         with _without_launcher():
             return make()
-    if size != num_processes or os.environ.get("LOCAL_WORLD_SIZE", str(size)) != str(size):
+    if size != str(num_processes) or os.environ.get("LOCAL_WORLD_SIZE", size) != size:
         raise InputError(
             f"a launcher (torchrun, accelerate) started {size} processes, and num_processes is {num_processes}.",
             "the same number, on one machine.",
             f"start without the launcher (num_processes is enough), or set num_processes: {size}.",
         )
-    store, key = _store(size), f"workbook/{next(_calls)}"
-    if os.environ["RANK"] == "0":
-        return _tell(make, store, key, size)
-    store.wait([f"{key}/outcome"], WAITING)
-    refused = json.loads(store.get(f"{key}/outcome"))
-    store.add(f"{key}/heard", 1)
-    if refused:
-        raise InputError(*refused)
-    return run.require(product)
-
-
-def _store(size: int) -> Any:
-    """The launcher's own key-value store, which lives as long as its processes."""
-    from torch.distributed import TCPStore
-
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    first = os.environ["RANK"] == "0" and not agent
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, first, wait_for_workers=False)
-
-
-def _tell(make: Callable[[], Product], store: Any, key: str, size: int) -> Product:
-    refused: list[str] = []
-    try:
-        with _without_launcher():
-            return make()
-    except InputError as error:
-        refused = [error.found, error.expected, error.do]
-        raise
-    except BaseException as error:
-        refused = [f"the first process failed ({type(error).__name__}).", "its product.", "see its message."]
-        raise
-    finally:
-        store.set(f"{key}/outcome", json.dumps(refused))
-        for _ in range(600):  # the store may be this process's own: a minute for the others to read it
-            if store.add(f"{key}/heard", 0) >= size - 1:
-                break
-            time.sleep(0.1)
-
-
-# One process of a team that trains together; started by `lib.stages.finetune.processes` through `lib.runs.child`.
-
-PATIENCE = dt.timedelta(days=7)
-"""A process waits so long for the others, e.g. while they validate; one that dies is noticed by the parent at once."""
-
-
-def train_rank(argument: dict[str, Any]) -> dict[str, Any]:
-    """Train as process `rank` of `size`.
-
-    Args:
-        argument: rank, size, backend, threads, meeting (a file that does not exist yet), stop_file, and the job:
-            settings, data, base, folder, in_4bit.
-
-    Returns:
-        One of {"facts"} (of the first process; empty of others), {"out_of_memory": message}, {"stopped": True}.
-    """
-    _environment(argument)
-    import torch
     import torch.distributed as dist
 
-    from lib.errors import Terminated
-    from lib.stages.finetune.session import train
-    from lib.stages.finetune.trainer import Team
-
-    dist.init_process_group(
-        argument["backend"],
-        init_method=Path(argument["meeting"]).as_uri(),
-        rank=argument["rank"],
-        world_size=argument["size"],
-        timeout=PATIENCE,
-    )
-    team = Team(argument["rank"], argument["size"], Path(argument["stop_file"]))
+    dist.init_process_group("gloo", timeout=WAITING)
+    refused: list[Any] = [None]
     try:
-        answer: dict[str, Any] = {"facts": train(_job(argument), team)}
-    except torch.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).splitlines()[0]}
-    except (KeyboardInterrupt, Terminated):
-        answer = {"stopped": True}
-    with contextlib.suppress(RuntimeError):  # of whoever is last to leave; the answer is known by now
-        dist.barrier()  # none leaves while another still waits for it in the training
+        if os.environ["RANK"] == "0":
+            with _without_launcher():
+                return make()
+        dist.broadcast_object_list(refused)
+    except InputError as error:
+        refused = [(error.found, error.expected, error.do)]
+        raise
+    except BaseException as error:
+        refused = [(f"the first process failed ({type(error).__name__}).", "its product.", "see its message.")]
+        raise
+    finally:
+        if os.environ["RANK"] == "0":
+            dist.broadcast_object_list(refused)
         dist.destroy_process_group()
-    return answer
-
-
-def _job(argument: dict[str, Any]) -> Any:
-    from lib.models.base_model import Base
-    from lib.settings import Settings
-    from lib.stages.finetune.session import Job
-
-    base = Base(**{**argument["base"], "path": Path(argument["base"]["path"])})
-    data, folder = Path(argument["data"]), Path(argument["folder"])
-    return Job(Settings(**argument["settings"]), data, base, folder, argument["in_4bit"])
-
-
-def _environment(argument: dict[str, Any]) -> None:
-    """Before torch is imported: threads, the GPU of this process, loopback only."""
-    os.environ["OMP_NUM_THREADS"] = str(argument["threads"])
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    if argument["gpu"] is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = argument["gpu"]
+    if refused[0]:
+        raise InputError(*refused[0])
+    return run.require(product)

@@ -1,11 +1,15 @@
-"""One training in this process: model, plan, Trainer, from the newest verified checkpoint to the end."""
+"""A training from its newest verified checkpoint to its end, again with smaller micro-batches where memory is full."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import shutil
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,32 +19,47 @@ from lib.errors import InputError
 from lib.models.base_model import Base
 from lib.models.loading import load_model, load_tokenizer
 from lib.progress import Progress
-from lib.prompts.tasks import AnyTask, read_task
+from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
-from lib.runs.files import read_jsonl, require_space, write_jsonl
+from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import DevicePeak, PeakMemory, no_warnings, quiet
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.batches import Collate, Example, examples
-from lib.stages.finetune.drawing import Draw, Drawing
 from lib.stages.finetune.layout import choose_layout
 from lib.stages.finetune.memory import with_adapter
 
 if TYPE_CHECKING:
     from lib.settings import Settings
-    from lib.stages.finetune.trainer import Team
+
+
+class LossPlot(contextlib.AbstractContextManager):
+    """Who draws the losses while a training runs: a page may, and overrides `update`; this one draws nothing."""
+
+    def __init__(self, losses: Path) -> None:
+        self.path = losses
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self) -> None:
+        """Rows have been added to the file."""
+
+
+DrawLosses = Callable[[Path], LossPlot]
+"""From the file of losses (JSON lines, growing) to what draws it."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingInputs:
     """What a training depends on beside its settings.
 
     Attributes:
-        settings: with the sizes of the micro-batches that are to be used (`lib.stages.finetune.out_of_memory` makes
-        them smaller).
+        settings: with the sizes of the micro-batches that are to be used (`until_it_fits` makes them smaller).
         data: folder of the data product. base: the base model.
         folder: where checkpoints, history and log go.
         in_4bit: the base in NF4.
         draw: who draws the losses of the file that it is given, while the training writes them.
+        stop_file: who wants the training to stop makes it; None where a signal alone stops it.
     """
 
     settings: Settings
@@ -48,44 +67,45 @@ class Job:
     base: Base
     folder: Path
     in_4bit: bool
-    draw: Draw = Drawing
+    draw: DrawLosses = LossPlot
+    stop_file: Path | None = None
 
 
-def train(job: Job, team: Team | None = None) -> dict[str, Any]:
+def train(inputs: TrainingInputs) -> dict[str, Any]:
     """Train to the end and choose a checkpoint; returns the facts of training.json (JSON values).
 
-    Args:
-        team: this process's place among several; of them only the first returns facts.
+    Of several processes that torchrun has started each calls this, and only the first returns facts.
 
     Raises:
         InputError: no rows, no room in memory or on the disk, unknown target_modules, a loss that is not finite.
         torch.OutOfMemoryError: the device has no room for a micro-batch.
     """
     quiet()
-    from lib.stages.finetune import out_of_memory
-
-    settings = job.settings
-    task, tokenizer = read_task(job.data), load_tokenizer(job.data / "tokenizer")
-    train, validation = (_rows(job, task, tokenizer, name) for name in ("train", "validation"))
+    settings = inputs.settings
+    task, tokenizer = read_task(inputs.data), load_tokenizer(inputs.data / "tokenizer")
+    train, validation = (_rows(inputs.data, task, tokenizer, name) for name in ("train", "validation"))
     dtype, reason = machine.compute_dtype(settings.dtype)
-    with out_of_memory.loading():
-        model = _new_model(job.base, settings, dtype, job.in_4bit)
+    with base_fits():
+        model = _new_model(inputs.base, settings, dtype, inputs.in_4bit)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate, layout = choose_layout(model, [*train, *validation], filler or 0)
-    plan = _plan(model, settings, train + validation, job.in_4bit, getattr(collate, "prefix", 0))
-    require_space(job.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
+    plan = _plan(model, settings, train + validation, inputs.in_4bit, getattr(collate, "prefix", 0))
+    require_space(inputs.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
     with PeakMemory() as peak, DevicePeak() as on_gpu:  # of the training alone: making the offline base needs more
-        outcome = _train(job, model, train, validation, (collate, layout), team)
-    most = on_gpu.bytes if team is None else round(team.most(on_gpu.bytes))
-    if outcome is None:
+        trainer, outcome = _run_trainer(inputs, model, train, validation, collate, layout)
+    from lib.stages.finetune.trainer import from_every_process
+
+    largest = from_every_process(on_gpu.bytes).max().item()
+    if not trainer.args.should_save:
         return {}
-    method = f"{'QLoRA (NF4)' if job.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
+    method = f"{'QLoRA (NF4)' if inputs.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
     return {
         "method": f"{method} on {plan.pop('layers')} linear layers",
         **plan,
         **outcome,
+        "layout": layout,
         "peak_memory_mib": round(peak.bytes / 2**20, 1),
-        "peak_device_mib": round(most / 2**20, 1) if most else None,
+        "peak_device_mib": round(largest / 2**20, 1) if largest else None,
         "train_rows": len(train),
         "validation_rows": len(validation),
         "dtype": dtype,
@@ -94,9 +114,9 @@ def train(job: Job, team: Team | None = None) -> dict[str, Any]:
     }
 
 
-def _rows(job: Job, task: AnyTask, tokenizer: Any, name: str) -> list[Example]:
+def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Example]:
     what = {"train": "training"}.get(name, name)
-    rows = examples(read_jsonl(job.data / f"{name}.jsonl"), task, tokenizer, what)
+    rows = examples(read_jsonl(data / f"{name}.jsonl"), task, tokenizer, what)
     if not rows:
         raise InputError(f"the data product holds no {what} row.", "at least one.", "run 01_data with more rows.")
     return rows
@@ -116,20 +136,19 @@ def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, pr
     """Sizes, the memory estimate and the advice; refuses what cannot fit."""
     answer = max(row.loss_tokens for row in rows)
     shape = memory.shape_of(model, settings, max(map(len, rows)), answer, in_4bit, prefix)
+    estimate = memory.estimate(shape)
     if machine.torch_device() == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info()
-        estimate = memory.estimate(shape)
-        free += torch.cuda.memory_allocated()
+        free, processes = free + torch.cuda.memory_allocated(), 1  # a GPU each
     else:
         total, process = machine.total_memory(), psutil.Process().memory_info().rss
-        estimate = memory.estimate(shape, max(0, process - memory.estimate(shape).weights))
+        estimate = replace(estimate, process=max(0, process - estimate.weights))
         free = machine.available_memory() + process
-    can_4bit = machine.bitsandbytes_problem() is None
-    need = estimate.total * (settings.num_processes if machine.torch_device() == "cpu" else 1)  # a GPU each
-    advice = memory.advice(need, free, settings, can_4bit)
-    memory.refuse_impossible(need, total, advice)
+        processes = settings.num_processes if machine.torch_device() == "cpu" else 1
+    advice = memory.advice(estimate.total * processes, free, settings, machine.bitsandbytes_problem() is None)
+    memory.refuse_impossible(estimate.total * processes, total, advice)
     return {
         "trainable": shape.adapter,
         "total": shape.linear + shape.other + shape.adapter,
@@ -140,64 +159,23 @@ def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, pr
     }
 
 
-def _train(
-    job: Job,
-    model: Any,
-    train: list[Example],
-    validation: list[Example],
-    layout: tuple[Collate, str],
-    team: Team | None,
-) -> dict[str, Any] | None:
-    """Run the Trainer to the end, from the newest verified checkpoint if there is one; None in a team's other ranks."""
-    from lib.stages.finetune import out_of_memory
-    from lib.stages.finetune.watch import LIVE, Watch, stop_by_signal
-
-    folder, first = job.folder / "checkpoints", team is None or team.first
-    _remove_unfinished(folder)
-    trainer, steps = _trainer(job.settings, folder, model, train, validation, layout[0], team)
-    good, messages = checkpoints.find(folder)
-    start = good[-1] if good else None
-    began = time.monotonic()
-    with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
-        log_file = job.folder / "training.log" if first else None
-        drawing = job.draw(folder.with_name(LIVE)) if first else Drawing(folder)
-        watch = Watch(trainer, log_file, progress, drawing, team.any_stops if team else bool)
-        trainer.add_callback(watch)
-        for message in messages:
-            watch.write(f"{message}: passed over")
-        watch.write(f"micro-batches {layout[1]}")
-        watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with stop_by_signal(watch.stop), drawing, out_of_memory.memory_in_one_word():
-            if start and start.eval_loss is None and (start.step % job.settings.save_steps == 0 or start.step == steps):
-                start = trainer.judge(start)
-            watch.start = start
-            if not watch.stopped:
-                trainer.train(resume_from_checkpoint=str(start.path) if start else None)
-    if watch.stopped:  # by another process of the team
-        raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
-    if team is not None:
-        team.total(0.0)  # all have left the Trainer: at its end it lists a folder that the first removes now
-    if not first:
-        return None
-    outcome = _outcome(trainer, watch, folder, steps, start, messages, time.monotonic() - began)
-    return {**outcome, "layout": layout[1]}
-
-
-def _trainer(
-    settings: Settings,
-    folder: Path,
+def _run_trainer(
+    inputs: TrainingInputs,
     model: Any,
     train: list[Example],
     validation: list[Example],
     collate: Collate,
-    team: Team | None,
-) -> tuple[Any, int]:
-    """The Trainer of this process, and the updates of the whole training."""
-    from lib.stages.finetune.trainer import AnswerTrainer, training_arguments
+    layout: str,
+) -> tuple[Any, dict[str, Any]]:
+    """Run the Trainer to its end, from the newest verified checkpoint if there is one; what came of it."""
+    from lib.stages.finetune import trainer as trainers
 
-    update = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * (team.size if team else 1)
+    settings, folder = inputs.settings, inputs.folder / "checkpoints"
+    shutil.rmtree(folder / checkpoints.STAGED, ignore_errors=True)
+    passes = settings.gradient_accumulation_steps * settings.num_processes
+    update = settings.per_device_train_batch_size * passes
     steps = math.ceil(settings.num_train_epochs * math.ceil(len(train) / update))
-    arguments = training_arguments(
+    arguments = trainers.training_arguments(
         folder,
         steps,
         machine.torch_device() == "cpu",
@@ -207,26 +185,46 @@ def _trainer(
         ),
         seed=settings.training_seed,
     )
-    if team is None:
-        return AnswerTrainer(model, arguments, train, validation, collate), steps
-    from lib.stages.finetune.trainer import TeamTrainer
+    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate)
+    good, messages = checkpoints.find(folder)
+    start = good[-1] if good else None
+    plot = inputs.draw(inputs.folder / trainers.LIVE)
+    began = time.monotonic()
+    with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
+        watch = trainers.Watch(trainer, inputs.folder, progress, plot.update, inputs.stop_file)
+        trainer.add_callback(watch)
+        for message in messages:
+            watch.write(f"{message}: passed over")
+        watch.write(f"micro-batches {layout}")
+        watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
+        with trainers.stop_by_signal(watch.stop), plot, full_memory():
+            if start and start.eval_loss is None and (start.step % settings.save_steps == 0 or start.step == steps):
+                start = trainer.evaluate_checkpoint(start)
+            watch.start = start
+            if not watch.stopped:
+                trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+    if watch.stopped:  # by another process, or by the file
+        raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")
+    trainer.accelerator.wait_for_everyone()  # the Trainer lists a folder at its end that the first process removes now
+    if not trainer.args.should_save:
+        return trainer, {}
+    shutil.rmtree(folder / checkpoints.STAGED, ignore_errors=True)
+    (inputs.folder / trainers.LIVE).unlink(missing_ok=True)
+    chosen = _choose(trainer.state.log_history, folder)
+    watch.write(f"chosen: step {chosen.step}, validation loss {chosen.eval_loss:.4f}")
+    return trainer, {
+        "chosen_step": chosen.step,
+        "steps": steps,
+        "throughput": round(watch.throughput, 1),
+        "resumed_from": start.step if start else None,
+        "messages": messages,
+        "seconds": round(time.monotonic() - began, 2),
+    }
 
-    return TeamTrainer(team, model, arguments, train, validation, collate), steps
 
-
-def _remove_unfinished(folder: Path) -> None:
-    for left in (checkpoints.STAGED, ".ranks"):
-        shutil.rmtree(folder / left, ignore_errors=True)
-
-
-def _outcome(
-    trainer: Any, watch: Any, folder: Path, steps: int, start: Any, messages: list[str], seconds: float
-) -> dict[str, Any]:
-    from lib.stages.finetune.watch import LIVE
-
-    _remove_unfinished(folder)
-    (folder.parent / LIVE).unlink(missing_ok=True)
-    history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+def _choose(log: list[dict[str, Any]], folder: Path) -> checkpoints.Checkpoint:
+    """Write history.jsonl; the checkpoint with the lowest validation loss."""
+    history = [row for row in log if "loss" in row or "eval_loss" in row]
     write_jsonl(folder.parent / "history.jsonl", history)
     broken = [row["step"] for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0)))]
     chosen = checkpoints.best(checkpoints.find(folder)[0])
@@ -236,12 +234,134 @@ def _outcome(
         raise InputError(
             f"the loss is not a finite number{where}.", "a training that converges.", "lower learning_rate (by half)."
         )
-    watch.write(f"chosen: step {chosen.step}, validation loss {chosen.eval_loss:.4f}")
-    return {
-        "chosen_step": chosen.step,
-        "steps": steps,
-        "throughput": round(watch.throughput, 1),
-        "resumed_from": start.step if start else None,
-        "messages": messages,
-        "seconds": round(seconds, 2),
-    }
+    return chosen
+
+
+# Where the device has no room for a micro-batch: halve it, make more of them an update, and go on.
+
+MEMORY_RECORD = "out_of_memory.json"
+"""Beside the checkpoints: the sizes that did not fit. A continued training begins with those that did."""
+
+NO_MEMORY = (
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "MPS backend out of memory"),
+    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+)
+"""In a RuntimeError that is no torch.OutOfMemoryError: cuBLAS, cuDNN, Apple's GPU, the processor's memory."""
+
+
+@contextlib.contextmanager
+def full_memory() -> Iterator[None]:
+    """Whatever a library says when memory is full becomes a torch.OutOfMemoryError."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and any(words in str(error) for words in NO_MEMORY):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
+
+
+@contextlib.contextmanager
+def base_fits() -> Iterator[None]:
+    """While the base is loaded; no smaller micro-batch would help where it does not fit.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    import torch
+
+    try:
+        with full_memory():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"the device has no room for the base model itself ({_first_line(error)}).",
+            "a base that fits, with room for its training.",
+            "set load_in_4bit: true or a smaller base_model; and see that nothing else uses the device.",
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def smaller(rows: int, passes: int) -> tuple[int, int] | None:
+    """At most half the rows a forward pass, and as many more passes that an update keeps its rows; None for one row."""
+    update = rows * passes
+    fitting = [size for size in range(1, rows // 2 + 1) if update % size == 0]
+    return (fitting[-1], update // fitting[-1]) if fitting else None
+
+
+def until_it_fits(
+    inputs: TrainingInputs, attempt: Callable[[TrainingInputs], dict[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Call `attempt` with smaller and smaller micro-batches until the device has room for one.
+
+    The rows of every update, their order and the weight of each loss token stay the same, and each attempt goes on
+    from the newest verified checkpoint, so only rounding differs from a training that began with the smaller size.
+
+    Returns:
+        The attempt's facts with "micro_batch" (rows and passes asked for and used, what did not fit), and a note for
+        the pages for each size that did not fit.
+
+    Raises:
+        InputError: a single row does not fit.
+    """
+    asked = _sizes(inputs)
+    record = inputs.folder / MEMORY_RECORD
+    failures: list[dict[str, Any]] = read_json(record) if record.is_file() else []
+    while True:
+        if failures:
+            rows, passes = failures[-1]["next"]["rows"], failures[-1]["next"]["passes"]
+            changes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
+            inputs = replace(inputs, settings=inputs.settings.model_copy(update=changes))
+        try:
+            facts = attempt(inputs)
+            break
+        except Exception as error:
+            torch = sys.modules.get("torch")  # loaded by now if it can have raised this
+            if torch is None or not isinstance(error, torch.OutOfMemoryError):
+                raise
+            message = _first_line(error)
+        gc.collect()  # here, where no traceback holds the model any more
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        failures.append(_failure(inputs, message))
+        write_json(record, failures)
+    micro_batch = {"asked": asked, "used": _sizes(inputs), "out_of_memory": failures}
+    return {**facts, "micro_batch": micro_batch}, [_note(failure) for failure in failures]
+
+
+def _sizes(inputs: TrainingInputs) -> dict[str, int]:
+    settings = inputs.settings
+    return {"rows": settings.per_device_train_batch_size, "passes": settings.gradient_accumulation_steps}
+
+
+def _failure(inputs: TrainingInputs, message: str) -> dict[str, Any]:
+    """What did not fit, and what is tried next."""
+    sizes = _sizes(inputs)
+    following = smaller(sizes["rows"], sizes["passes"])
+    if following is None:
+        (inputs.folder / MEMORY_RECORD).unlink(missing_ok=True)  # another start may find more room
+        raise InputError(
+            f"the device ran out of memory with one row a forward pass ({message}).",
+            "a training that fits.",
+            "set gradient_checkpointing: true, load_in_4bit: true, a smaller max_seq_length or a smaller lora_r; "
+            "and see that nothing else uses the device.",
+        )
+    rows, passes = following
+    good, _ = checkpoints.find(inputs.folder / "checkpoints")
+    line = f"out of memory with {sizes['rows']} rows a forward pass: {rows} from now on"
+    checkpoints.write_log(inputs.folder, line)
+    step = good[-1].step if good else 0
+    return {**sizes, "from_step": step, "message": message, "next": {"rows": rows, "passes": passes}}
+
+
+def _note(failure: dict[str, Any]) -> str:
+    rows, passes = failure["next"]["rows"], failure["next"]["passes"]
+    again = f"went on from update {failure['from_step']}" if failure["from_step"] else "started again"
+    return (
+        f"the device ran out of memory with {failure['rows']} rows a forward pass: the training {again} with {rows} "
+        f"and {passes} passes an update; the updates hold the same rows"
+    )

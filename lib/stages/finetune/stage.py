@@ -19,10 +19,8 @@ from lib.runs.resources import ResourceSampler, read_samples, summary
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.adopt import take, write_config
 from lib.stages.finetune.checkpoints import same_or_afresh
-from lib.stages.finetune.drawing import Draw, Drawing
-from lib.stages.finetune.out_of_memory import until_it_fits
 from lib.stages.finetune.processes import made_once, train_in_processes
-from lib.stages.finetune.session import Job, train
+from lib.stages.finetune.session import DrawLosses, LossPlot, TrainingInputs, train, until_it_fits
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, Run, Work
@@ -161,7 +159,7 @@ PARAMETERS = (
 """Settings that the adapter depends on (those of the data come in through the data product)."""
 
 
-def finetune(settings: Settings, run: Run, draw: Draw = Drawing) -> FinetuneResult:
+def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> FinetuneResult:
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
     With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted.
@@ -188,13 +186,13 @@ def finetune(settings: Settings, run: Run, draw: Draw = Drawing) -> FinetuneResu
     return FinetuneResult.read(made_once(make, run, "adapter", settings.num_processes))
 
 
-def _build(settings: Settings, run: Run, work: Work, draw: Draw) -> None:
+def _build(settings: Settings, run: Run, work: Work, draw: DrawLosses) -> None:
     quiet()  # also where other processes train: this one loads the same libraries
     in_4bit, base = _four_bits(settings, work), base_of(run)
-    job = Job(settings, run.require("data").path, base, work.folder, in_4bit, draw)
+    inputs = TrainingInputs(settings, run.require("data").path, base, work.folder, in_4bit, draw)
     messages = same_or_afresh(work.folder, settings, in_4bit)
     with ResourceSampler(work.folder / RESOURCES, gpus=settings.num_processes):
-        facts, notes = until_it_fits(job, train if settings.num_processes == 1 else train_in_processes)
+        facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
     work.notes += notes
     facts["messages"] = [*messages, *facts["messages"]]
     work.facts["resources"] = summary(read_samples(work.folder / RESOURCES))

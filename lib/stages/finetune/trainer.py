@@ -1,44 +1,48 @@
-"""The Trainer of transformers with this project's loss, row order, validation and checkpoints.
-Several processes that train one adapter together: each a share of every update's rows, gradients summed once.
+"""The Trainer of transformers with this project's loss, row order, validation and checkpoints; and what watches it.
+
+Several processes (`processes.train_in_processes`) train one adapter together: each takes its share of every update's
+rows, DistributedDataParallel sums the gradients, and every loss term is divided by the loss tokens of the whole
+update. So the update is that of one process with the same rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
-import shutil
-import tempfile
+import signal
+import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lib.stages.finetune import checkpoints, out_of_memory
-from lib.stages.finetune.batches import IGNORED, Collate, Example, GroupedOrder
+from lib.errors import Terminated
+from lib.progress import Progress
+from lib.stages.finetune import checkpoints
+from lib.stages.finetune.batches import Collate, Example, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
 
-# The Trainer of transformers with this project's loss, row order, validation and checkpoints.
+PATIENCE = 7 * 24 * 3600
+"""Seconds that a process waits for the others, e.g. while they validate; the launcher notices one that dies at once."""
 
 
-class _Order(Sampler):
-    """GroupedOrder as torch's DataLoader wants it."""
-
-    def __init__(self, order: GroupedOrder) -> None:
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)
+def from_every_process(*values: float) -> torch.Tensor:
+    """The values of all processes, float64 (processes, values)."""
+    state = PartialState()
+    device = state.device if state.use_distributed else "cpu"
+    return gather(torch.tensor([values], dtype=torch.float64, device=device)).cpu()
 
 
 class AnswerTrainer(Trainer):
@@ -59,24 +63,33 @@ class AnswerTrainer(Trainer):
         validation: list[Example],
         collate: Collate,
     ) -> None:
-        self.order = GroupedOrder(
-            [len(example) for example in train],
-            arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
-            arguments.seed,
-        )
+        passes = arguments.gradient_accumulation_steps * arguments.world_size
+        rows_per_update = arguments.per_device_train_batch_size * passes
+        self.order = GroupedOrder([len(example) for example in train], rows_per_update, arguments.seed)
         self.validation, self.collate = validation, collate
         self.step_tokens, self.interval_tokens, self.interval_started = 0, 0, time.monotonic()
         self.eval_seconds = 0.0
-        self.interrupted: Callable[[], bool] = lambda: (
-            False
-        )  # whether a stop is asked for (`lib.stages.finetune.watch`)
+        self.stop_is_asked: Callable[[], bool] = bool
         super().__init__(
-            model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=self.collate
+            model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate
         )
         self.remove_callback(PrinterCallback)  # it prints to stdout
+        if arguments.world_size > 1:
+            torch.manual_seed(arguments.seed + arguments.process_index)  # dropout of its own in every process
 
-    def _get_train_sampler(self, *_: Any) -> Sampler:
-        return _Order(self.order)
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's micro-batches; accelerate, left to share them out, would repeat rows in a short update."""
+        arguments = self.args
+        own = MicroBatches(
+            self.order, arguments.per_device_train_batch_size, arguments.process_index, arguments.world_size
+        )
+        return DataLoader(self.train_dataset, batch_sampler=own, collate_fn=self._collate_share)
+
+    def _collate_share(self, share: list[Example]) -> dict[str, torch.Tensor]:
+        """A batch; of a share without rows one that stands for none, so that its process takes part in the sums."""
+        if share:
+            return self.collate(share)
+        return {"labels": torch.zeros((1, 0), dtype=torch.int64), "row_tokens": torch.tensor(0)}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear warm-up and cosine decay (`rate`) in place of transformers', whose first update has the rate 0."""
@@ -92,71 +105,107 @@ class AnswerTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of one forward pass divided by the loss tokens of the whole update, so accumulation changes nothing."""
-        total, count = answer_loss(model, inputs)
+        total, count = self._forward(model, inputs)
         self.step_tokens += int(inputs["row_tokens"])
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
+        if self.args.world_size > 1:
+            loss = loss * self.args.world_size  # gradients and logged losses are means over the processes
         return (loss, None) if return_outputs else loss
+
+    def _forward(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """Summed loss and loss tokens of a batch; of several processes through DistributedDataParallel's forward.
+
+        Only a pass that goes through it has its gradients summed, and it calls the forward of the module inside.
+        """
+        if model is self.model:
+            return answer_loss(model, inputs)
+
+        def own_loss() -> tuple[torch.Tensor, int]:
+            if inputs["row_tokens"]:
+                return answer_loss(self.model, inputs)
+            return sum((0.0 * weights.sum() for weights in self._trained()), torch.zeros((), device=model.device)), 0
+
+        original, self.model.forward = self.model.forward, own_loss
+        try:
+            return model()
+        finally:
+            self.model.forward = original
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """One pass; behind an update's last one, tokens are counted over all processes."""
+        loss = super().training_step(*arguments, **options)
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            self.step_tokens = int(from_every_process(self.step_tokens).sum())
+        return loss
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [weights for weights in self.model.parameters() if weights.requires_grad]
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """As transformers does it, but the checkpoint first: a batch system does not wait for a validation."""
-        judging, self.control.should_evaluate = self.control.should_evaluate, False
+        due, self.control.should_evaluate = self.control.should_evaluate, False
         super()._maybe_log_save_evaluate(*arguments, **options)
-        if judging:
+        if due:
             self.evaluate()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean cross-entropy (nats) over the answer tokens of the validation rows, as "eval_loss".
 
         It is added to the record of this update's checkpoint. When a stop is asked for meanwhile, there is none, and
-        the training ends; `judge` makes up for it.
+        the training ends; `evaluate_checkpoint` makes up for it.
         """
         started = time.monotonic()
-        found = self.validation_loss(self.validation)
-        if found is None:
+        loss = self._validation_loss()
+        if loss is None:
             self.control.should_training_stop = True
             return {}
-        metrics = {"eval_loss": found[0] / found[1]}
-        self._keep_judgement(self.state.global_step, metrics["eval_loss"])
+        metrics = {"eval_loss": loss}
+        self._record_loss(self.state.global_step, loss)
         self.eval_seconds += time.monotonic() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.interrupted():
+        if self.stop_is_asked():
             self.control.should_training_stop = True
         return metrics
 
-    def judge(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    def evaluate_checkpoint(self, checkpoint: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
         """The checkpoint with the validation loss that its own training did not come to; unchanged on a stop."""
         self._load_from_checkpoint(str(checkpoint.path))
-        found = self.validation_loss(self.validation)
-        if found is None:
+        loss = self._validation_loss()
+        if loss is None:
             return checkpoint
-        self._keep_judgement(checkpoint.step, found[0] / found[1])
-        return replace(checkpoint, eval_loss=found[0] / found[1])
+        self._record_loss(checkpoint.step, loss)
+        return replace(checkpoint, eval_loss=loss)
 
-    def _keep_judgement(self, step: int, loss: float) -> None:
-        folder = Path(self.args.output_dir)
-        checkpoints.judge(folder / f"checkpoint-{step}", loss)
-        checkpoints.prune(folder)
+    def _record_loss(self, step: int, loss: float) -> None:
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            checkpoints.add_loss(folder / f"checkpoint-{step}", loss)
+            checkpoints.prune(folder)
 
-    def validation_loss(self, rows: list[Example], passes: int | None = None) -> tuple[float, int] | None:
-        """Summed cross-entropy (nats) over the answer tokens of `rows`, and their number; None when asked to stop.
+    def _validation_loss(self) -> float | None:
+        """Mean cross-entropy (nats) over the answer tokens of the validation rows; None when asked to stop.
 
-        Args:
-            passes: how often to ask whether to stop; by default once a forward pass.
+        Every process measures its share, and all make as many passes, before each of which they agree to go on.
         """
         self.model.eval()
-        total, tokens, size = 0.0, 0, 2 * self.args.per_device_train_batch_size
-        rows, stopped = sorted(rows, key=len, reverse=True), False
+        size, processes = 2 * self.args.per_device_train_batch_size, self.args.world_size
+        rows = sorted(self.validation, key=len, reverse=True)
+        own = rows[self.args.process_index :: processes]
+        total, tokens, stopped = 0.0, 0, False
         with torch.no_grad():
-            for i in range(math.ceil(len(rows) / size) if passes is None else passes):
-                if stopped := self.interrupted():
+            for start in range(0, math.ceil(len(rows) / processes), size):
+                if stopped := self.stop_is_asked():
                     break
-                if part := rows[i * size : (i + 1) * size]:
+                if part := own[start : start + size]:
                     batch = {key: value.to(self.args.device) for key, value in self.collate(part).items()}
                     loss, count = answer_loss(self.model, batch)
                     total, tokens = total + loss.item(), tokens + count
         self.model.train()
-        return None if stopped else (total, tokens)
+        if stopped:
+            return None
+        total, tokens = from_every_process(total, tokens).sum(0).tolist()
+        return total / tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep a row of the history, with the throughput since the last one."""
@@ -170,16 +219,28 @@ class AnswerTrainer(Trainer):
         return str(Path(self.args.output_dir) / checkpoints.STAGED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As transformers writes it, but staged, sealed with a record and renamed."""
+        """As transformers writes it, but staged, sealed with a record and renamed.
+
+        Raises:
+            InputError: the disk is full.
+            RuntimeError: the processes hold different weights.
+        """
         started = time.monotonic()
+        if self.args.world_size > 1:
+            sums = from_every_process(sum(float(weights.detach().double().sum()) for weights in self._trained()))
+            if (sums != sums[0]).any():
+                raise RuntimeError("the processes hold different weights: their updates were not the same")
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with out_of_memory.writing(folder):
+        with checkpoints.writing(folder):
             super()._save_checkpoint(model, trial)
-            staged = folder / checkpoints.STAGED / name
-            for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; an empty card
-                (staged / unneeded).unlink(missing_ok=True)
-            checkpoints.publish(staged, folder / name, self.state.global_step)
-        checkpoints.prune(folder)
+            self.accelerator.wait_for_everyone()  # each process has written the state of its random numbers
+            if self.args.should_save:
+                staged = folder / checkpoints.STAGED / name
+                for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; empty card
+                    (staged / unneeded).unlink(missing_ok=True)
+                checkpoints.publish(staged, folder / name, self.state.global_step)
+                checkpoints.prune(folder)
+        self.accelerator.wait_for_everyone()
         self.eval_seconds += time.monotonic() - started
 
 
@@ -194,6 +255,14 @@ def rate(done: int, warm: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / max(1, total - warm))))
 
 
+class _Arguments(TrainingArguments):
+    @property
+    def device(self) -> torch.device:
+        """As transformers finds it, without accelerate's cpu:0 of several processes, which torch.load does not know."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
+
+
 def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) -> TrainingArguments:
     """Arguments shared by all runs: AdamW, 4 % warm-up before the cosine (`rate`), gradients clipped to norm 1.
 
@@ -202,12 +271,16 @@ def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) 
         steps: updates in all.
         settings: learning_rate, num_train_epochs, batch size and so on, by their transformers names.
     """
-    arguments = TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(folder),
         warmup_steps=max(1, round(0.04 * steps)),
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        ddp_timeout=PATIENCE,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -226,185 +299,149 @@ def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) 
     return arguments
 
 
-# Several processes that train one adapter together: each a share of every update's rows, gradients summed once.
-#
-# Every process holds the whole model; only the adapter has gradients, a few MB. They are summed over the processes once
-# an update, in one buffer, and every loss term is divided by the loss tokens of the whole update, so the update is that
-# of one process with the same rows. (torch's DistributedDataParallel would average instead, over processes whose shares
-# hold different numbers of loss tokens, and wants every pass to go through its own forward method.)
+WARM_STEPS = 5
+"""Updates not counted for the throughput (first allocations and caches)."""
 
-NOTHING = "nothing"
-"""Key of a batch for a process whose share of a short update is empty: it takes part in the sums with zeros."""
+LIVE = "losses.jsonl.live"
+"""Beside training.log while a training runs: the rows of the history so far."""
 
-
-@dataclass(frozen=True)
-class Team:
-    """This process's place among those that train together; `stop_file` is made by whoever wants them to stop."""
-
-    rank: int
-    size: int
-    stop_file: Path
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes the files."""
-        return self.rank == 0
-
-    def any_stops(self, this_one: bool) -> bool:
-        """Whether some process is asked to stop: the same answer in all of them, so they stop at the same update."""
-        flag = torch.tensor([float(this_one or self.stop_file.exists())], device=_device())
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    def most(self, value: float) -> float:
-        """The largest of all processes."""
-        largest = torch.tensor([value], dtype=torch.float64, device=_device())
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.item()
-
-    def total(self, *values: float) -> list[float]:
-        """Sums over all processes (float64 where the device has it)."""
-        sums = torch.tensor(values, dtype=torch.float64, device=_device())
-        dist.all_reduce(sums)
-        return sums.tolist()
+INSISTENCE = 3.0
+"""Seconds after a Ctrl-C from which on another one means: at once."""
 
 
-def _device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+class Watch(TrainerCallback):
+    """Progress, training.log, throughput, the epoch of the row order, and a clean stop.
 
+    Args:
+        folder: of training.log.
+        redraw: called when there are new rows of the history.
+        stop_file: who wants the training to stop makes it; None = only a signal stops it.
 
-class Share:
-    """One process's rows of every update, in the order of `GroupedOrder`.
-
-    Every process gets the same number of updates an epoch, each with at least one entry: where the epoch's last update
-    has fewer rows than there are processes, the others get the index behind the last row, which stands for no row.
+    Attributes:
+        start: the checkpoint that the training goes on from, if any.
     """
-
-    def __init__(self, whole: GroupedOrder, rank: int, size: int) -> None:
-        self.whole, self.rank, self.size = whole, rank, size
-        self.rows_per_update = whole.rows_per_update // size
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose order is drawn."""
-        return self.whole.epoch
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self.whole.epoch = value
-
-    def _own(self, update: list[int]) -> list[int]:
-        return update[self.rank :: self.size] or [len(self.whole)]
-
-    def __len__(self) -> int:
-        updates, rest = divmod(len(self.whole), self.whole.rows_per_update)
-        return updates * self.rows_per_update + (len(self._own(list(range(rest)))) if rest else 0)
-
-    def __iter__(self) -> Iterator[int]:
-        order, step = list(self.whole), self.whole.rows_per_update
-        for start in range(0, len(order), step):
-            yield from self._own(order[start : start + step])
-
-
-class TeamTrainer(AnswerTrainer):
-    """The AnswerTrainer of one process of a team."""
 
     def __init__(
         self,
-        team: Team,
-        model: Any,
-        arguments: Any,
-        train: list[Example],
-        validation: list[Example],
-        collate: Collate,
+        trainer: AnswerTrainer,
+        folder: Path,
+        progress: Progress,
+        redraw: Callable[[], None],
+        stop_file: Path | None = None,
     ) -> None:
-        super().__init__(model, arguments, train, validation, collate)
-        self.team = team
-        whole = GroupedOrder([len(e) for e in train], self.order.rows_per_update * team.size, arguments.seed)
-        self.order = Share(whole, team.rank, team.size)
-        self.train_dataset = [*train, None]
-        self.data_collator = self._collate_share
-        self.unsummed: torch.Tensor | float = 0.0
-        torch.manual_seed(arguments.seed + team.rank)  # dropout of its own in every process
+        self.trainer, self.folder, self.progress = trainer, folder, progress
+        self.redraw, self.stop_file = redraw, stop_file
+        self.writes = trainer.args.should_save  # of several processes the first one
+        trainer.stop_is_asked = self.stop_is_asked
+        self.start: checkpoints.Checkpoint | None = None
+        self.rates: list[float] = []
+        self.note, self.stopped, self.started = "", False, 0.0
 
-    def _collate_share(self, batch: list[Example | None]) -> dict[str, torch.Tensor]:
-        if batch == [None]:
-            return {NOTHING: torch.zeros(1), "labels": torch.full((1, 2), IGNORED)}
-        return self.collate(batch)
+    def write(self, line: str) -> None:
+        """Append a line with a time stamp to training.log."""
+        if self.writes:
+            checkpoints.write_log(self.folder, line)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Loss tokens of the update in all processes."""
-        own = super()._get_num_items_in_batch(batch_samples, device)
-        return torch.tensor(self.team.total(float(own))[0], device=device)
+    def stop(self) -> None:
+        """End the training after the current update, with a checkpoint."""
+        self.stopped, self.note = True, "stopping after this update, with a checkpoint"
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        """As for one process; zero, with zero gradients, for the batch that stands for no row."""
-        if NOTHING in inputs:
-            return sum((0.0 * parameter.sum() for parameter in self._trainable()), torch.zeros((), device=model.device))
-        return super().compute_loss(model, inputs, *arguments, **options)
+    def stop_is_asked(self) -> bool:
+        """Whether some process is asked to stop: the same answer in all of them, so they stop at the same update."""
+        wanted = self.stopped or (self.stop_file is not None and self.stop_file.exists())
+        self.stopped = bool(from_every_process(wanted).any())
+        return self.stopped
 
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        """One pass; behind an update's last one, gradients, loss and token count are summed over all processes."""
-        loss = super().training_step(*arguments, **options)
-        self.unsummed = self.unsummed + loss
-        if not self.accelerator.sync_gradients:
-            return torch.zeros_like(loss)
-        gradients = [parameter.grad for parameter in self._trainable()]
-        tail = torch.stack([self.unsummed.float(), torch.tensor(float(self.step_tokens), device=loss.device)])
-        buffer = torch.cat([*(gradient.flatten() for gradient in gradients), tail])
-        dist.all_reduce(buffer)
-        parts = buffer.split([*(gradient.numel() for gradient in gradients), 1, 1])
-        for gradient, part in zip(gradients, parts[:-2], strict=True):
-            gradient.copy_(part.view_as(gradient))
-        self.unsummed, self.step_tokens = 0.0, int(parts[-1].item())
-        return parts[-2][0].to(loss.dtype)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.done = state.global_step
+        self.trainer.interval_started = time.monotonic()
+        if self.writes:
+            (self.folder / LIVE).unlink(missing_ok=True)
+        if self.start and self.start.eval_loss is not None and not _has_loss(state.log_history, self.start.step):
+            row = {"eval_loss": self.start.eval_loss, "epoch": state.epoch, "step": self.start.step}
+            state.log_history.append(row)  # it was measured after this state was saved
+        self._show(state.log_history)
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        order = self.trainer.order
+        order.epoch = state.global_step // math.ceil(len(order) / order.rows_per_update)
 
-    def validation_loss(self, rows: list[Example], passes: int | None = None) -> tuple[float, int] | None:
-        """Every process measures its share of the rows; all get the sums, or None together."""
-        own = sorted(rows, key=len, reverse=True)[self.team.rank :: self.team.size]
-        size = 2 * self.args.per_device_train_batch_size
-        found = super().validation_loss(own, math.ceil(math.ceil(len(rows) / self.team.size) / size))
-        if found is None:
-            return None
-        total, tokens = self.team.total(*found)
-        return total, round(tokens)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.trainer.step_tokens = time.monotonic(), 0
 
-    def _keep_judgement(self, step: int, loss: float) -> None:
-        if self.team.first:
-            super()._keep_judgement(step, loss)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.rates.append(self.trainer.step_tokens / max(time.monotonic() - self.started, 1e-9))
+        self.trainer.interval_tokens += self.trainer.step_tokens
+        if control.should_save:
+            control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
+        if self.stop_is_asked():
+            control.should_save = control.should_training_stop = True
+        self.progress.advance(note=self.note)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The first process writes; each brings the state of its random numbers."""
-        self._refuse_drift()
-        folder = Path(self.args.output_dir) / ".ranks" / str(self.team.rank)
-        if not self.team.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            super()._save_rng_state(str(folder))
-        dist.barrier()
-        if self.team.first:
-            super()._save_checkpoint(model, trial)
-        dist.barrier()
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            loss = f"loss {logs['loss']:.4f}"
+            self.note = self.note if self.stopped else loss
+            speed = f"{logs['tokens_per_second']:.0f} tokens/s"
+            self.write(f"step {state.global_step} {loss} lr {logs['learning_rate']:.3e} {speed}")
+        if "eval_loss" in logs:
+            self.write(f"step {state.global_step} validation loss {logs['eval_loss']:.4f}")
+        self._show(state.log_history[-1:])
 
-    def _refuse_drift(self) -> None:
-        own = sum(float(parameter.detach().double().sum()) for parameter in self._trainable())
-        values = torch.tensor([own, -own], dtype=torch.float64, device=_device())
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        if values[0].item() != -values[1].item():
-            raise RuntimeError("the processes hold different weights: their updates were not the same")
+    def _show(self, rows: list[dict[str, Any]]) -> None:
+        """Give new rows of the history to whoever draws them, here or in a parent process."""
+        if self.writes:
+            with (self.folder / LIVE).open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+            self.redraw()
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        for rank in range(1, self.team.size):
-            state = Path(self.args.output_dir) / ".ranks" / str(rank) / "rng_state.pth"
-            state.rename(Path(output_dir) / f"rng_state_{rank}.pth")
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.write(f"step {state.global_step} checkpoint saved")
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.team.first:
-            super()._load_rng_state(checkpoint)
-            return
-        with tempfile.TemporaryDirectory() as name:
-            shutil.copyfile(Path(checkpoint) / f"rng_state_{self.team.rank}.pth", Path(name) / "rng_state.pth")
-            super()._load_rng_state(name)
+    @property
+    def throughput(self) -> float:
+        """Median non-padding tokens a second over the updates after the first few."""
+        rates = self.rates[WARM_STEPS:] or self.rates
+        return statistics.median(rates) if rates else 0.0
+
+
+def _has_loss(history: list[dict[str, Any]], step: int) -> bool:
+    return any("eval_loss" in row and row["step"] == step for row in history)
+
+
+@contextlib.contextmanager
+def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM or Ctrl-C: `ask` for a stop after the current update, with a checkpoint; Ctrl-C again ends it at once.
+
+    A batch system and a report runner may both signal this process: what comes within INSISTENCE seconds of the first
+    signal, or after SIGTERM, is the same wish.
+
+    Raises:
+        Terminated: it was SIGTERM; uncaught, the process ends with exit code 143.
+        KeyboardInterrupt: it was Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: dict[int, float] = {}
+
+    def stop(number: int, frame: Any) -> None:
+        if signal.SIGTERM not in came and time.monotonic() - came.get(number, math.inf) > INSISTENCE:
+            raise KeyboardInterrupt
+        came.setdefault(number, time.monotonic())
+        ask()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except torch.OutOfMemoryError:  # whoever asked to stop does not want the next try
+        if not came:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGTERM in came:
+        raise Terminated("stopped by SIGTERM with a checkpoint; run it again to continue")
+    if came:
+        raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")

@@ -21,7 +21,7 @@ from lib.progress import Progress
 from lib.scoring.perplexity import kl_divergence
 
 if TYPE_CHECKING:
-    from lib.prompts.tasks import AnyTask
+    from lib.prompts.tasks import Task
     from lib.statistics.intervals import Interval
 
 
@@ -56,10 +56,6 @@ class Nf4Result:
     label_agreement: list[float] | None
     accuracy: list[float] | None
     size_mb: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def dequantize_base(base: Path, folder: Path) -> Path:
 
 
 def compare_merges(
-    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: AnyTask, tokenizer: Path
+    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: Task, tokenizer: Path
 ) -> Nf4Comparison:
     """Measure both merges against the adapter on the NF4 base.
 
@@ -138,88 +134,91 @@ def compare_merges(
         InputError: a model cannot be loaded.
     """
     from lib.models.loading import load_model, load_tokenizer
-    from lib.prompts.classification import label_ids
-    from lib.prompts.tasks import has_labels, probe_ids
+    from lib.statistics.intervals import paired_bootstrap
 
     reader = load_tokenizer(tokenizer)
-    prompts = [probe_ids(reader, task, row) for row in rows]
-    answers = label_ids(reader, task) if has_labels(task) else []
-    truth = np.array([row["label"] for row in rows]) if has_labels(task) else None
+    prompts = [task.probe_ids(reader, row) for row in rows]
+    answers = task.answer_words(reader)
+    truth = np.array([row["label"] for row in rows]) if answers else None
     loaders = {
         NF4: lambda: load_model(base, load_in_4bit=True, adapter=adapter),
         **{name: lambda path=path: load_model(path) for name, path in merges.items()},
     }
     measured = {}
     progress = Progress("comparing with the adapter on the NF4 base", len(loaders) * 2 * len(prompts))
-    with progress, tempfile.TemporaryDirectory(prefix="workbook-nf4-") as stored:
+    with progress, tempfile.TemporaryDirectory(prefix="workbook-nf4-") as references:
         for name, load in loaders.items():
-            measured[name] = _measure(load(), prompts, answers, Path(stored), progress)
+            measured[name] = _measure(load(), prompts, answers, Path(references), progress)
             gc.collect()
-    sizes = {name: open_weights(path).nbytes / 1e6 for name, path in merges.items()}
-    return _summary(measured, truth, sizes)
-
-
-@dataclass
-class _Measured:
-    """A model's answers: (rows, labels) log-probabilities; KL from the NF4 model and equal tops, a prompt each."""
-
-    labels: np.ndarray | None
-    divergence: list[np.ndarray]
-    same_top: list[np.ndarray]
-
-
-def _measure(
-    model: Any, prompts: list[list[int]], answers: list[list[int]], stored: Path, progress: Progress
-) -> _Measured:
-    """Measure one model; the first one (of the reference) leaves its distributions in `stored`."""
-    from lib.scoring.torch_backend import TransformersBackend
-
-    backend = TransformersBackend(model, batch_size=16)
-    found = _Measured(backend.label_log_probs(prompts, answers) if answers else None, [], [])
-    progress.advance(len(prompts))
-    for i, ids in enumerate(prompts):
-        mine, path = backend.window_log_probs(ids, max(0, len(ids) - POSITIONS)), stored / f"{i}.npy"
-        if not path.is_file():
-            np.save(path, mine)
-        reference = np.load(path)
-        found.divergence.append(kl_divergence(reference, mine))
-        found.same_top.append(reference.argmax(-1) == mine.argmax(-1))
-        progress.advance()
-    backend.close()
-    return found
-
-
-def _summary(measured: dict[str, _Measured], truth: np.ndarray | None, sizes: dict[str, float]) -> Nf4Comparison:
-    from lib.statistics.intervals import paired_bootstrap, wilson
-
-    by_prompt = {name: np.array([kld.mean() for kld in found.divergence]) for name, found in measured.items()}
-    n = len(by_prompt[NF4])
-    reference = measured[NF4].labels
-
-    def share(found: _Measured, wanted: np.ndarray | None) -> list[float] | None:
-        if found.labels is None or wanted is None:
-            return None
-        return _with_limits(wilson(int((found.labels.argmax(1) == wanted).sum()), n))
-
-    results = []
-    for name, found in measured.items():
-        results.append(
-            Nf4Result(
-                model=name,
-                rows=n,
-                positions=sum(map(len, found.same_top)),
-                kld=_with_limits(paired_bootstrap(by_prompt[name])),
-                same_top=float(np.concatenate(found.same_top).mean()),
-                label_agreement=share(found, None if reference is None else reference.argmax(1)),
-                accuracy=share(found, truth),
-                size_mb=sizes.get(name),
-            )
-        )
-    difference = paired_bootstrap(by_prompt[DEQUANTIZED] - by_prompt[ORIGINAL])
+    results = [
+        _result(name, found, measured[NF4], truth, open_weights(merges[name]).nbytes / 1e6 if name in merges else None)
+        for name, found in measured.items()
+    ]
+    difference = paired_bootstrap(measured[DEQUANTIZED].divergence - measured[ORIGINAL].divergence)
     closer = None
     if difference.excludes_zero():
         closer = DEQUANTIZED if difference.estimate < 0 else ORIGINAL
     return Nf4Comparison(results, _with_limits(difference), closer)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A model's answers.
+
+    Attributes:
+        labels: (rows, labels) log-probabilities; None for rows without labels.
+        divergence: mean KL divergence of each prompt from the NF4 model, nats.
+        same_top: of every position, whether the NF4 model's most probable token is the same.
+    """
+
+    labels: np.ndarray | None
+    divergence: np.ndarray
+    same_top: np.ndarray
+
+
+def _measure(
+    model: Any, prompts: list[list[int]], answers: list[list[int]], references: Path, progress: Progress
+) -> _Measured:
+    """Measure one model; the first one (the NF4 model) leaves its distributions in the folder `references`."""
+    from lib.scoring.torch_backend import TransformersBackend
+
+    backend = TransformersBackend(model, batch_size=16)
+    labels = backend.label_log_probs(prompts, answers) if answers else None
+    progress.advance(len(prompts))
+    divergence, same_top = [], []
+    for i, ids in enumerate(prompts):
+        mine, path = backend.window_log_probs(ids, max(0, len(ids) - POSITIONS)), references / f"{i}.npy"
+        if not path.is_file():
+            np.save(path, mine)
+        reference = np.load(path)
+        divergence.append(kl_divergence(reference, mine).mean())
+        same_top.append(reference.argmax(-1) == mine.argmax(-1))
+        progress.advance()
+    backend.close()
+    return _Measured(labels, np.array(divergence), np.concatenate(same_top))
+
+
+def _result(
+    name: str, found: _Measured, reference: _Measured, truth: np.ndarray | None, size_mb: float | None
+) -> Nf4Result:
+    from lib.statistics.intervals import paired_bootstrap, wilson
+
+    rows = len(found.divergence)
+
+    def share(wanted: np.ndarray) -> list[float]:
+        assert found.labels is not None
+        return _with_limits(wilson(int((found.labels.argmax(1) == wanted).sum()), rows))
+
+    return Nf4Result(
+        model=name,
+        rows=rows,
+        positions=len(found.same_top),
+        kld=_with_limits(paired_bootstrap(found.divergence)),
+        same_top=float(found.same_top.mean()),
+        label_agreement=None if reference.labels is None else share(reference.labels.argmax(1)),
+        accuracy=None if truth is None else share(truth),
+        size_mb=size_mb,
+    )
 
 
 def _with_limits(interval: Interval) -> list[float]:

@@ -31,11 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.models.weights import StoredTensor, Weights, open_weights
+from lib.models.weights import TORCH, StoredTensor, Weights, open_weights
 from lib.progress import Progress
-from lib.runs.files import read_json
 from lib.runs.machine import no_warnings
-from lib.stages.merge.adapter import Update, plan_updates, read_adapter, unties, with_own_head
+from lib.stages.merge.adapter import Update, plan_merge
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,6 @@ _COPIED = 1 << 22  # weights compared at a time where nothing is summed
 _U = 2.0**-24  # unit roundoff of float32
 _OWN_ERROR = 1.000001  # what float64 rounds in the sums and bounds of this proof is 10⁹ times smaller than E
 _SMALLEST = 2.0**-126  # below it float32 is no longer relative, and a processor may take it for 0
-_FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,8 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
             merge gives; with its name and how many weights are wrong.
     """
     started = time.monotonic()
-    lora, written = read_adapter(adapter), open_weights(merged)
-    weights, config = open_weights(base), read_json(base / "config.json")
-    if unties(lora, config):
-        weights, config = with_own_head(weights), config | {"tie_word_embeddings": False}
-    updates = plan_updates(lora, weights, config)
+    plan, written = plan_merge(base, adapter), open_weights(merged)
+    weights, updates = plan.base, plan.updates
     _check_places(weights, written, dtype)
     factors = _scalings(adapter, updates)
     counts: dict[str, float] = defaultdict(float)
@@ -105,16 +100,13 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
     with Progress("proving the merge (tensors)", len(written.tensors)) as progress:
         for name, tensor in written.tensors.items():
             update = updates.get(name)
-            if update is None or update.kind in ("replace", "rows"):
-                bad = _differing(tensor, weights.tensors[name], update)
+            if update and update.is_sum:
+                wrong[name] = _check_sums(tensor, weights.tensors[name], update, factors[name], counts)
             else:
-                bad = _check_sums(tensor, weights.tensors[name], update, factors[name], counts)
-            if bad:
-                wrong[name] = bad
+                wrong[name] = _differing(tensor, weights.tensors[name], update)
             progress.advance()
-    if wrong:
-        raise _refusal(merged, written, updates, wrong)
-    summed = [name for name, update in updates.items() if update.kind not in ("replace", "rows")]
+    summed = [name for name, update in updates.items() if update.is_sum]
+    _refuse_wrong(merged, written, summed, {name: count for name, count in wrong.items() if count})
     weights_summed = sum(written.tensors[name].size for name in summed)
     kinds = {tensor.dtype for tensor in written.tensors.values()}
     return MergeProof(
@@ -167,19 +159,11 @@ def _blocks(tensor: StoredTensor, most: int) -> Iterator[tuple[slice, int, int]]
         yield part, part.start * width, (part.stop - part.start) * width
 
 
-def _read(tensor: StoredTensor, first: int, count: int) -> torch.Tensor:
-    """Some weights in their stored format, one-dimensional."""
-    import torch
-
-    values = torch.from_numpy(tensor.read(first, count))
-    return values.view(torch.bfloat16) if tensor.dtype == "BF16" else values
-
-
 def _cast(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Rounded by torch, by way of float32 as the merge's sums are (a float64 model stays what it is)."""
     import torch
 
-    target = getattr(torch, _FORMATS[dtype])
+    target = getattr(torch, TORCH[dtype])
     return values if values.dtype == target else values.to(torch.float32).to(target)
 
 
@@ -192,14 +176,14 @@ def _differing(written: StoredTensor, base: StoredTensor, update: Update | None)
     trained = {} if update is None or whole else dict(zip(update.rows, update.tensors["value"].tensor(), strict=True))
     wrong = 0
     for rows, first, count in _blocks(written, _COPIED):
-        values = _read(source, first, count)
+        values = source.read_tensor(first, count)
         if trained:
             values = values.to(torch.float64).reshape(rows.stop - rows.start, -1)
             for row, value in trained.items():
                 if rows.start <= row < rows.stop:
                     values[row - rows.start] = value.to(torch.float64)
             values = values.reshape(-1)
-        right, found = _cast(values, written.dtype), _read(written, first, count)
+        right, found = _cast(values, written.dtype), written.read_tensor(first, count)
         if not torch.equal(_bits(right), _bits(found)):
             wrong += int((_bits(right) != _bits(found)).sum())
     return wrong
@@ -219,11 +203,11 @@ def _check_sums(
 
     wrong = 0
     for rows, first, count in _blocks(written, _BLOCK):
-        weight = _read(base, first, count).to(torch.float64).reshape(-1, *written.shape[1:])
+        weight = base.read_tensor(first, count).to(torch.float64).reshape(-1, *written.shape[1:])
         with torch.inference_mode():
             total, error = _sum_and_bound(weight, update, rows, scaling)
             right, low, high = (_cast(value, written.dtype) for value in (total, total - error, total + error))
-            found = _read(written, first, count).reshape(right.shape)
+            found = written.read_tensor(first, count).reshape(right.shape)
             counts["decided"] += int((low == high).sum())
             counts["nearest"] += int((found == right).sum())
             change, stored = ((value.to(torch.float64) - weight).reshape(-1) for value in (total, found))
@@ -268,16 +252,17 @@ def _float32_values(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32).to(torch.float64)
 
 
-def _refusal(merged: Path, written: Weights, updates: dict[str, Update], wrong: dict[str, int]) -> InputError:
-    """The first wrong tensors and their numbers of wrong weights."""
+def _refuse_wrong(merged: Path, written: Weights, summed: list[str], wrong: dict[str, int]) -> None:
+    """Refuse a merge with wrong weights; the first tensors are named, with their numbers of wrong weights."""
+    if not wrong:
+        return
     shown = []
     for name, count in list(wrong.items())[:3]:
-        update = updates.get(name)
-        rule = "the stored value" if update is None or update.kind in ("replace", "rows") else "the sum, rounded once"
+        rule = "the sum, rounded once" if name in summed else "the stored value"
         shown.append(f"{name} ({count:,} of {written.tensors[name].size:,} weights are not {rule})")
     more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
     which = f"{len(wrong)} of {len(written.tensors)} tensors are wrong: {', '.join(shown)}{more}"
-    return _no_merge(merged, which)
+    raise _no_merge(merged, which)
 
 
 def _no_merge(merged: Path, found: str) -> InputError:

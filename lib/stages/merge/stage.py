@@ -1,6 +1,4 @@
-"""The model card of a merged model: what it is made of, in the front matter that hubs read and in words.
-Stage 04: merge the adapter into the base model, prove the weights, and measure what their rounding costs.
-"""
+"""Stage 04: merge the adapter into the base model, prove the weights, and measure what their rounding costs."""
 
 from __future__ import annotations
 
@@ -11,112 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.tasks import kind_of, language_of, probe_ids, read_task
+from lib.models.weights import SAFETENSORS
+from lib.prompts.tasks import language_of, read_task
 from lib.runs.files import read_json, read_jsonl, write_json, write_text
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
-from lib.stages.merge.proof import MergeProof
-from lib.stages.merge.verify import MergeCheck
-from lib.stages.merge.weights import MergeReport
+from lib.stages.merge.proof import MergeProof, prove_merge
+from lib.stages.merge.verify import MergeCheck, check_merge
+from lib.stages.merge.weights import MergeReport, merge_folders
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, Run, Work
     from lib.settings import Settings
 
-
-# The model card of a merged model: what it is made of, in the front matter that hubs read and in words.
-
-
-def _is_hub_id(name: str, revision: str) -> bool:
-    """A hub model has a commit; the revision of a local folder is a hash of its files."""
-    return ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
-
-
-def write_card(
-    folder: Path,
-    base: str,
-    revision: str,
-    report: MergeReport,
-    proof: MergeProof,
-    check: MergeCheck,
-    notes: list[str],
-    merge_base: str,
-    purpose: str = "sentiment-analysis",
-    language: str | None = None,
-) -> Path:
-    """Write README.md with YAML front matter.
-
-    Args:
-        base: hub id or name of the base model; only a hub id becomes `base_model`.
-        notes: sentences that every page of the run must say (sample data, offline base).
-        purpose: tag that says what it was trained for.
-        language: of the rows it was trained on; None = not known.
-        merge_base: "original", or "dequantized" for weights that went through NF4.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    known = {"base_model": base, "base_model_relation": "finetune"} if _is_hub_id(base, revision) else {}
-    data = ModelCardData(
-        language=language,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["lora", "merged", purpose],
-        **known,
-    )
-    warnings = "".join(f"> {note}\n>\n" for note in notes)
-    through = ", whose linear layers were rounded to NF4 before" if merge_base == "dequantized" else ""
-    text = f"""---
-{data.to_yaml()}
----
-
-# Merged model
-
-{warnings}
-A LoRA adapter merged into `{base}` (revision `{revision}`){through}.
-
-| | |
-|---|---|
-| weights | {report.parameters:,} in {report.dtype}, {report.bytes_merged / 1e6:.1f} MB |
-| tensors changed, copied | {report.tensors_changed}, {report.tensors_copied} |
-| computed again and found right | {proof.weights_summed:,} summed and {proof.weights_copied:,} copied weights |
-| compared with base + adapter | {check.positions} positions of {check.prompts} prompts, in {check.computed_in} |
-| what rounding to {check.dtype} costs | mean KL divergence {check.mean_kld:.2g} nats (the adapter changes the base by \
-{check.effect_kld:.2g}), largest change of a log-probability {check.max_abs_log_prob:.2g} |
-| same most probable token | {check.argmax_agreement:.1%} |
-
-Each changed weight is summed in float32 and rounded once. How it was trained and measured: the reports of the run.
-"""
-    path = folder / "README.md"
-    write_text(path, ModelCard(text).content)
-    return path
-
-
-def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -> Path:
-    """Write README.md of a merge outside a run: what it is made of, and that no prompt was run through it.
-
-    Args:
-        revision: commit of a hub model; None for a local folder, of which only the name is told.
-    """
-    import yaml
-
-    known = {"base_model": base, "base_model_relation": "finetune"} if revision and _is_hub_id(base, revision) else {}
-    data = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lora", "merged"], **known}
-    where = f"`{base}` (revision `{revision}`)" if revision else f"the local model `{base}`"
-    text = f"""---
-{yaml.safe_dump(data, sort_keys=False).strip()}
----
-
-# Merged model
-
-The LoRA adapter `{adapter}` merged into {where} by `workbook merge`.
-Each changed weight is summed in float32 and rounded once; all other tensors are copies. Its answers were not compared
-with those of base and adapter: notebook 04 of a run does that.
-"""
-    path = folder / "README.md"
-    write_text(path, text)
-    return path
-
-
-# Stage 04: merge the adapter into the base model, prove the weights, and measure what their rounding costs.
 
 _CHECK = 3
 """Raised when the check measures more, so that an older merge is measured again."""
@@ -181,33 +85,45 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: Work) -> None:
             f"merge_base: {ORIGINAL}, or an adapter trained with load_in_4bit: true.",
             f"set merge_base: {ORIGINAL}.",
         )
-    folders = {ORIGINAL: base.path}
+    task, dtype = read_task(data.path), None if merge_dtype == "base" else merge_dtype
+    folders, nf4 = {ORIGINAL: base.path}, None
     with tempfile.TemporaryDirectory(prefix=".merging-", dir=work.folder) as name:
         scratch = Path(name)
         if method == "QLoRA":
             folders[DEQUANTIZED] = dequantize_base(base.path, scratch / "dequantized-base")
-        dtype = None if merge_dtype == "base" else merge_dtype
+        merged = {key: scratch / key for key in folders}
         made = {
-            key: _merge_into(folder, scratch / key, data.path, adapter.path, dtype) for key, folder in folders.items()
+            key: _merge_into(folder, merged[key], data.path, adapter.path, dtype) for key, folder in folders.items()
         }
-        nf4 = None
         if method == "QLoRA":
-            rows, task = _rows(data.path, ROWS), read_task(data.path)
-            merges = {key: scratch / key for key in made}
-            nf4 = compare_merges(base.path, adapter.path, merges, rows, task, data.path / "tokenizer")
-        for path in sorted((scratch / merge_base).iterdir()):
+            rows = _validation_rows(data.path, ROWS)
+            nf4 = compare_merges(base.path, adapter.path, merged, rows, task, data.path / "tokenizer")
+        for path in sorted(merged[merge_base].iterdir()):
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
-    kind = kind_of(read_task(data.path))
-    purpose = {"instruction": "instruction-following", "dialogue": "conversational"}.get(kind, "sentiment-analysis")
     chosen = adapter.entry.facts.get("chosen")
-    notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
-    language = language_of(_rows(data.path, _TOLD_BY))
-    write_card(work.folder, base.id, base.revision, report, proof, check, notes, merge_base, purpose, language)
-    record = {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"}
-    content = {"report": record, "proof": proof.to_json(), "check": check.to_json()}
-    content |= {"method": method, "merge_base": merge_base}
-    write_json(work.folder / "merge.json", content | {"nf4": nf4.to_json() if nf4 else None})
+    kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(task.kind)
+    front = {
+        "base_model": base.id,
+        "language": language_of(_validation_rows(data.path, _TOLD_BY)),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "merged", kind or "sentiment-analysis"],
+        "base_model_relation": "finetune",
+    }
+    values = {"base": base.id, "revision": base.revision, "merge_base": merge_base}
+    values |= {"report": report, "proof": proof, "check": check}
+    values["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
+    _write_readme(work.folder, "card.md.j2", front, values)
+    content = {
+        "report": {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"},
+        "proof": proof.to_json(),
+        "check": check.to_json(),
+        "method": method,
+        "merge_base": merge_base,
+        "nf4": nf4.to_json() if nf4 else None,
+    }
+    write_json(work.folder / "merge.json", content)
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
     work.metrics = {
@@ -222,35 +138,23 @@ def _merge_into(
     base: Path, output: Path, data: Path, adapter: Path, dtype: str | None
 ) -> tuple[MergeReport, MergeProof, MergeCheck]:
     """Merge, prove the merged weights, and measure what rounding them costs on prompts of the run."""
-    from lib.stages.merge.proof import prove_merge
-    from lib.stages.merge.verify import check_merge
-    from lib.stages.merge.weights import DTYPES, merge_folders
+    from lib.models.loading import load_tokenizer
 
     report = merge_folders(base, adapter, output, dtype, tokenizer=data / "tokenizer")
-    proof = prove_merge(base, adapter, output, DTYPES[dtype] if dtype else None)
-    return report, proof, check_merge(base, adapter, output, check_prompts(data), report.dtype)
+    proof = prove_merge(base, adapter, output, SAFETENSORS[dtype] if dtype else None)
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    prompts = [task.probe_ids(tokenizer, row) for row in _validation_rows(data, CHECK_PROMPTS)]
+    return report, proof, check_merge(base, adapter, output, prompts, report.dtype)
 
 
-def _rows(data: Path, count: int) -> list[dict[str, Any]]:
+def _validation_rows(data: Path, count: int) -> list[dict[str, Any]]:
     """Evenly spaced validation rows."""
     rows = read_jsonl(data / "validation.jsonl")
     step = max(1, len(rows) // count)
     return rows[::step][:count]
 
 
-def check_prompts(data: Path) -> list[list[int]]:
-    """Token ids of evenly spaced validation prompts of the data product."""
-    from lib.models.loading import load_tokenizer
-
-    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
-    return [probe_ids(tokenizer, task, row) for row in _rows(data, CHECK_PROMPTS)]
-
-
 def _read(product: Product) -> MergeResult:
-    from lib.stages.merge.proof import MergeProof
-    from lib.stages.merge.verify import MergeCheck
-    from lib.stages.merge.weights import MergeReport
-
     content: dict[str, Any] = read_json(product.path / "merge.json")
     report = {**content["report"], "rules": tuple(content["report"]["rules"])}
     return MergeResult(
@@ -264,3 +168,39 @@ def _read(product: Product) -> MergeResult:
         method=content["method"],
         merge_base=content["merge_base"],
     )
+
+
+def _write_readme(folder: Path, template: str, front: dict[str, Any], values: dict[str, Any]) -> None:
+    """Write README.md of a merged model: front matter that hubs read, and what it is made of in words.
+
+    Args:
+        front: keys of the front matter; those that are None are left out, and so is a base that no hub has.
+        values: "base" (hub id or name) and "revision" of the base, and whatever else the template names.
+    """
+    import jinja2
+    import yaml
+
+    base, revision = values["base"], values["revision"]
+    hub = revision and ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base)  # else a local folder
+    keys = {key: value for key, value in front.items() if value is not None and (hub or "base_model" not in key)}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, keep_trailing_newline=True
+    )
+    header = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()
+    write_text(folder / "README.md", environment.get_template(template).render(front=header, **values))
+
+
+def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -> None:
+    """Write README.md of a merge outside a run: what it is made of, and that no prompt was run through it.
+
+    Args:
+        revision: commit of a hub model; None for a local folder, of which only the name is told.
+    """
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "merged"],
+        "base_model": base,
+        "base_model_relation": "finetune",
+    }
+    _write_readme(folder, "lineage.md.j2", front, {"base": base, "revision": revision, "adapter": adapter})

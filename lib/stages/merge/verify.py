@@ -159,17 +159,32 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
     arithmetic = affordable_dtype(base)
     others = [name for name in FORMATS if name != dtype]
     with Progress("checking the merge (prompts)", (3 + len(others)) * len(prompts)) as progress:
-        reference, costs, left_out = _around(base, adapter, arithmetic, others, prompts, progress)
+        reference, costs, left_out = _base_and_adapter(base, adapter, arithmetic, others, prompts, progress)
         gc.collect()
         found = _log_probs(load_model(merged, dtype=arithmetic), prompts, progress)
         gc.collect()
-    own = reference.cost(dtype, found, written=True)
-    check = _summary(reference, [own, *costs], left_out, arithmetic, len(prompts), started)
+    own, effect = reference.cost(dtype, found, written=True), _mean_kld(reference.tuned, reference.plain)
+    check = MergeCheck(
+        dtype=own.dtype,
+        computed_in=arithmetic,
+        prompts=len(prompts),
+        positions=len(reference.tuned),
+        max_abs_log_prob=own.max_abs_log_prob,
+        mean_kld=own.mean_kld,
+        argmax_agreement=own.argmax_agreement,
+        answer_agreement=own.answer_agreement,
+        effect_kld=effect,
+        effect_agreement=_agreement(reference.tuned, reference.plain),
+        max_kld=max(KLD_FLOOR[arithmetic], KLD_SHARE * effect),
+        costs=(own, *costs),
+        left_out=left_out,
+        seconds=round(time.monotonic() - started, 2),
+    )
     _refuse(check, merged)
     return check
 
 
-def _around(
+def _base_and_adapter(
     base: Path, adapter: Path, arithmetic: str, names: Sequence[str], prompts: Sequence[list[int]], progress: Progress
 ) -> tuple[_Reference, list[FormatCost], dict[str, str]]:
     """Base + adapter, the base alone, and the cost of the formats `names`, or why it was not measured."""
@@ -186,18 +201,20 @@ def _around(
         progress.advance(len(names) * len(prompts))
         return reference, costs, dict.fromkeys(names, why)
     model.merge_adapter()
-    exact = True
+    rounded = False
     for name in names:
-        if not exact:
+        if rounded:
             del model
             gc.collect()
             model = load_model(base, dtype=arithmetic, adapter=adapter)
             model.merge_adapter()
-        if name == "float16" and _largest(model) > FLOAT16_MOST:
+        if name == "float16" and _largest_weight(model) > FLOAT16_MOST:
             left_out[name] = f"a weight is larger than {FLOAT16_MOST:,.0f}"
             progress.advance(len(prompts))
             continue
-        exact = _round(model, name)
+        rounded = name != "float32"
+        if rounded:
+            _round_weights(model, name)
         costs.append(reference.cost(name, _log_probs(model, prompts, progress)))
     return reference, costs, left_out
 
@@ -216,49 +233,18 @@ def _log_probs(model: PreTrainedModel, prompts: Sequence[list[int]], progress: P
     return np.concatenate(rows)
 
 
-def _largest(model: Any) -> float:
-    """Largest magnitude of a weight."""
+def _largest_weight(model: Any) -> float:
     return max(float(weight.detach().abs().max()) for weight in model.parameters() if weight.numel())
 
 
-def _round(model: Any, dtype: str) -> bool:
-    """Round every float32 weight to a format, in place; whether the weights are as they were."""
+def _round_weights(model: Any, dtype: str) -> None:
+    """Round every float32 weight to a format, in place."""
     import torch
 
-    if dtype == "float32":
-        return True
     target = getattr(torch, dtype)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.to(target))
-    return False
-
-
-def _summary(
-    reference: _Reference,
-    costs: Sequence[FormatCost],
-    left_out: dict[str, str],
-    arithmetic: str,
-    prompts: int,
-    started: float,
-) -> MergeCheck:
-    own, effect = costs[0], _mean_kld(reference.tuned, reference.plain)
-    return MergeCheck(
-        dtype=own.dtype,
-        computed_in=arithmetic,
-        prompts=prompts,
-        positions=len(reference.tuned),
-        max_abs_log_prob=own.max_abs_log_prob,
-        mean_kld=own.mean_kld,
-        argmax_agreement=own.argmax_agreement,
-        answer_agreement=own.answer_agreement,
-        effect_kld=effect,
-        effect_agreement=_agreement(reference.tuned, reference.plain),
-        max_kld=max(KLD_FLOOR[arithmetic], KLD_SHARE * effect),
-        costs=tuple(costs),
-        left_out=left_out,
-        seconds=round(time.monotonic() - started, 2),
-    )
 
 
 def _refuse(check: MergeCheck, merged: Path) -> None:

@@ -1,16 +1,18 @@
-"""What a merge did, and how much memory of its own it took.
-The merged weights, tensor by tensor: read, changed, checked, rounded once, written at their place in the new files.
-Merge a LoRA adapter into a model folder, one tensor at a time from the memory-mapped files.
+"""Merge a LoRA adapter into a model folder: tensor by tensor read, changed, checked, rounded once and written.
+
+Each changed weight is summed in float32 and rounded once to the dtype of the base, as peft's `merge_and_unload` does
+with a float32 adapter; the result is bit-identical to it. Everything else is copied as bytes. The tensors are
+independent, so a few threads work on them at a time, in slabs of rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,24 +25,22 @@ from lib.errors import InputError
 from lib.models.weights import (
     INDEX,
     NUMPY,
+    SAFETENSORS,
+    TORCH,
     StoredTensor,
     Weights,
+    convert,
+    infinite,
     largest_magnitude,
-    open_weights,
-    to_bfloat16,
-    to_float16,
-    widen,
+    pack_header,
 )
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import new_folder, read_json, require_space, write_at, write_json
-from lib.stages.merge.adapter import RULES, Adapter, Update, plan_updates, read_adapter, unties, with_own_head
+from lib.stages.merge.adapter import RULES, Update, plan_merge
 
 if TYPE_CHECKING:
     import torch
-
-
-# What a merge did, and how much memory of its own it took.
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,11 @@ class AnonymousMemory:
         return None if self.peak is None or self.start is None else round((self.peak - self.start) / 2**20, 1)
 
 
-# The merged weights, tensor by tensor: read, changed, checked, rounded once, written at their place in the new files.
-#
-# The tensors are independent, so a few threads work on them at a time; what is not changed is copied in slabs of rows.
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""dtype of the merged model → its name in safetensors."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""Number formats that the merged model may have."""
 
 _SLAB = 1 << 20  # weights: small enough for a processor's cache
 _LEAST_ROWS = 256  # of a slab; a product of few rows may be summed in another order than a product of many
-_CONVERT: dict[str, Callable[[np.ndarray, str], np.ndarray]] = {"F32": widen, "BF16": to_bfloat16, "F16": to_float16}
 
 
 class Sink(Protocol):
@@ -124,41 +119,34 @@ class Sink(Protocol):
         """Whether all rows of this tensor are needed at once."""
 
 
-def planned_weights(base: Weights, folder: Path, dtype: str | None) -> tuple[Weights, dict[str, bytes]]:
+def planned_weights(base: Weights, folder: Path, dtype: str | None) -> tuple[Weights, dict[Path, bytes]]:
     """The weights that `folder` will hold, and the header of each of its files.
 
     Args:
         dtype: as safetensors names it; None keeps the dtype of every tensor.
     """
     tensors: dict[str, StoredTensor] = {}
-    headers, metadata = {}, {}
+    headers = {}
     for file in base.files:
+        path, sizes = folder / file.name, {}
         mine = sorted((t for t in base.tensors.values() if t.file == file), key=lambda tensor: tensor.start)
-        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **base.metadata[file.name]}}
-        offset = 0
         for tensor in mine:
-            kind = dtype or tensor.dtype
-            end = offset + (tensor.size * NUMPY[kind]().itemsize if dtype else tensor.nbytes)
-            entries[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        headers[file.name] = len(text).to_bytes(8, "little") + text
-        start = len(headers[file.name])
+            nbytes = tensor.size * NUMPY[dtype]().itemsize if dtype else tensor.nbytes
+            sizes[tensor.name] = (dtype or tensor.dtype, tensor.shape, nbytes)
+        headers[path] = pack_header(sizes, base.metadata[file.name])
+        end = len(headers[path])
         for tensor in mine:
-            first, end = entries[tensor.name]["data_offsets"]
-            tensors[tensor.name] = replace(
-                tensor, dtype=dtype or tensor.dtype, file=folder / file.name, start=start + first, end=start + end
-            )
-        metadata[file.name] = dict(base.metadata[file.name])
+            kind, _, nbytes = sizes[tensor.name]
+            start, end = end, end + nbytes
+            tensors[tensor.name] = replace(tensor, dtype=kind, file=path, start=start, end=end)
     ordered = {name: tensors[name] for name in base.tensors}
-    return Weights(folder, tuple(folder / file.name for file in base.files), ordered, metadata), headers
+    return Weights(folder, tuple(headers), ordered, base.metadata), headers
 
 
 def write_weights(
     base: Weights,
     new: Weights,
-    headers: dict[str, bytes],
+    headers: dict[Path, bytes],
     updates: dict[str, Update],
     memory: AnonymousMemory,
     sink: Sink | None = None,
@@ -175,15 +163,15 @@ def write_weights(
     try:
         for path in new.files:
             descriptors[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            write_at(descriptors[path], headers[path.name], 0)
-        parts = _Parts(base, new, updates, descriptors, sink)
+            write_at(descriptors[path], headers[path], 0)
+        slabs = _Slabs(base, new, updates, descriptors, sink)
         with Progress("merging tensors", len(new.tensors)) as progress:
 
             def done(tensors: int) -> None:
                 memory.look()
                 progress.advance(tensors)
 
-            run_jobs(parts.jobs(), done, lambda: torch.set_num_threads(1))
+            run_jobs(slabs.jobs(), done, lambda: torch.set_num_threads(1))
     finally:
         torch.set_num_threads(threads)
         for descriptor in descriptors.values():
@@ -195,8 +183,8 @@ def write_weights(
         write_json(new.folder / INDEX, index)
 
 
-class _Parts:
-    """The pieces of work of one merge; each job gives the number of tensors that it finished."""
+class _Slabs:
+    """The rows of all tensors in slabs; the job of each gives the number of tensors that it finished."""
 
     def __init__(
         self,
@@ -210,41 +198,27 @@ class _Parts:
 
     def jobs(self) -> Iterator[Callable[[], int]]:
         for name, target in self.new.tensors.items():
-            update = self.updates.get(name)
             rows, width = (target.shape[0], math.prod(target.shape[1:])) if target.shape else (1, 1)
             step = max(_LEAST_ROWS, _SLAB // max(1, width))
             if self.sink is not None and self.sink.whole(name):
                 step = rows
             for first in range(0, max(1, rows), max(1, step)):
                 part = slice(first, min(first + step, rows))
-                if update is None or update.kind == "replace":
-                    source = self.base.tensors[name] if update is None else update.tensors["value"]
-                    yield partial(self._copy, target, source, part, width, part.stop >= rows)
-                else:
-                    yield partial(self._change, target, update, part, width, part.stop >= rows)
+                yield partial(self._write, target, part, width, int(part.stop >= rows))
 
-    def _change(self, target: StoredTensor, update: Update, rows: slice, width: int, last: bool) -> int:
-        import torch
+    def _write(self, target: StoredTensor, rows: slice, width: int, finished: int) -> int:
+        """Change or copy some rows, round them once, and put them where they belong."""
+        update, stored = self.updates.get(target.name), self.base.tensors[target.name]
+        first, count = rows.start * width, (rows.stop - rows.start) * width
+        if update is None or update.kind == "replace":
+            source = update.tensors["value"] if update else stored
+            values = convert(source.read(first, count), source.dtype, target.dtype)
+        else:
+            import torch
 
-        names = {value: key for key, value in DTYPES.items()} | {"F64": "float64"}
-        stored = self.base.tensors[target.name]
-        values = torch.from_numpy(stored.read(rows.start * width, (rows.stop - rows.start) * width))
-        if stored.dtype == "BF16":
-            values = values.view(torch.bfloat16)
-        result = apply_update(values.reshape(-1, *stored.shape[1:]), update, rows)
-        result = result.to(getattr(torch, names[target.dtype])).contiguous().reshape(-1)
-        bits = result.view(torch.uint16) if target.dtype == "BF16" else result
-        self._put(target, rows.start * width, bits.numpy())
-        return int(last)
-
-    def _copy(self, target: StoredTensor, source: StoredTensor, rows: slice, width: int, last: bool) -> int:
-        values = source.read(rows.start * width, (rows.stop - rows.start) * width)
-        if source.dtype != target.dtype:
-            values = _CONVERT[target.dtype](values, source.dtype)
-        self._put(target, rows.start * width, values)
-        return int(last)
-
-    def _put(self, target: StoredTensor, first: int, values: np.ndarray) -> None:
+            changed = apply_update(stored.read_tensor(first, count).reshape(-1, *stored.shape[1:]), update, rows)
+            changed = changed.to(getattr(torch, TORCH[target.dtype])).contiguous().reshape(-1)
+            values = (changed.view(torch.uint16) if target.dtype == "BF16" else changed).numpy()
         if not math.isfinite(largest_magnitude(values, target.dtype)):
             if target.dtype == "F16":
                 raise InputError(
@@ -252,19 +226,11 @@ class _Parts:
                     "weights within the number format.",
                     "merge into bfloat16 or float32 (merge_dtype, --dtype), or look for a diverged training.",
                 )
-            raise infinite(target.name, self.base.tensors[target.name].file)
+            raise infinite(target.name, stored.file)
         write_at(self.descriptors[target.file], values.view(np.uint8), target.start + first * values.itemsize)
         if self.sink is not None:
             self.sink.put(target.name, first, values, target.dtype)
-
-
-def infinite(what: str, where: Path) -> InputError:
-    """The error for NaN or infinity."""
-    return InputError(
-        f"NaN or infinity in {what} ({where}).",
-        "finite weights.",
-        "the training diverged or the file is damaged: use an earlier checkpoint or copy it again.",
-    )
+        return finished
 
 
 def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
@@ -300,11 +266,6 @@ def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Ten
         return total
 
 
-# Merge a LoRA adapter into a model folder, one tensor at a time from the memory-mapped files.
-#
-# Each changed weight is summed in float32 and rounded once to the dtype of the base, as peft's `merge_and_unload` does
-# with a float32 adapter; the result is bit-identical to it. Everything else is copied as bytes.
-
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -338,38 +299,35 @@ def merge_folders(
     """
     started = time.monotonic()
     base, adapter, output = Path(base), Path(adapter), Path(output)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(DTYPES)}.", "choose one of them.")
     _check_output(base, adapter, output)
-    weights, lora = open_weights(base), read_adapter(adapter)
-    config = _read_config(base)
-    if unties(lora, config):
-        weights, config = with_own_head(weights), config | {"tie_word_embeddings": False}
-    updates = plan_updates(lora, weights, config)
-    for tensor in weights.tensors.values():
-        tensor.require_floats()
-    memory = AnonymousMemory()
+    plan = plan_merge(base, adapter)
+    weights, memory = plan.base, AnonymousMemory()
     with new_folder(output) as folder:
-        new, headers = planned_weights(weights, folder, DTYPES[dtype] if dtype else None)
+        new, headers = planned_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
-        _check_finite(lora)
-        _copy_small_files(base, tokenizer or base, folder, config, dtype)
+        plan.adapter.require_finite()
+        _copy_small_files(base, tokenizer or base, folder, plan.config, dtype)
         with also(folder, new) if also else contextlib.nullcontext() as sink:
-            write_weights(weights, new, headers, updates, memory, sink)
-    changed = [weights.tensors[name] for name in updates]
+            write_weights(weights, new, headers, plan.updates, memory, sink)
+    changed = [weights.tensors[name] for name in plan.updates]
+    kinds = {tensor.dtype for tensor in weights.tensors.values()}
+    kind = TORCH[kinds.pop()] if len(kinds) == 1 else "mixed"
+    scalings = Counter(f"{update.scaling:.6g}" for update in plan.updates.values() if "A" in update.tensors)
     return MergeReport(
         base=str(base),
         adapter=str(adapter),
         output=str(output),
-        dtype=dtype or _dtype_of(weights),
-        tensors_changed=len(updates),
-        tensors_copied=len(weights.tensors) - len(updates),
+        dtype=dtype or (kind if kind in DTYPES else "mixed"),
+        tensors_changed=len(changed),
+        tensors_copied=len(weights.tensors) - len(changed),
         parameters=weights.parameters,
         parameters_changed=sum(tensor.size for tensor in changed),
         bytes_base=weights.nbytes,
-        bytes_adapter=lora.nbytes,
+        bytes_adapter=plan.adapter.nbytes,
         bytes_merged=new.nbytes,
-        scalings=_scalings(updates),
+        scalings=dict(sorted(scalings.items())),
         peak_anonymous_mib=memory.mib,
         seconds=round(time.monotonic() - started, 2),
     )
@@ -383,36 +341,6 @@ def _check_output(base: Path, adapter: Path, output: Path) -> None:
             raise InputError(f"{output} is the {name} folder.", "a new folder.", "choose another output folder.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} already exists.", "a new or empty folder.", "remove it or choose another name.")
-
-
-def _read_config(base: Path) -> dict[str, Any]:
-    if not (base / "config.json").is_file():
-        raise InputError(f"no config.json in {base}.", "a model folder.", "give the folder of the whole base model.")
-    config = read_json(base / "config.json")
-    if config.get("quantization_config"):
-        raise InputError(
-            f"{base} is quantized (quantization_config).",
-            "the original 16-bit or 32-bit base.",
-            "merge into the model that was quantized; merging into 4 bits would round the adapter away.",
-        )
-    return config
-
-
-def _dtype_of(weights: Weights) -> str:
-    names = {value: key for key, value in DTYPES.items()}
-    kinds = {tensor.dtype for tensor in weights.tensors.values()}
-    return names.get(kinds.pop(), "mixed") if len(kinds) == 1 else "mixed"
-
-
-def _scalings(updates: dict[str, Update]) -> dict[str, int]:
-    factors = [f"{update.scaling:.6g}" for update in updates.values() if "A" in update.tensors]
-    return {factor: factors.count(factor) for factor in sorted(set(factors))}
-
-
-def _check_finite(adapter: Adapter) -> None:
-    for name, tensor in adapter.tensors.items():
-        if not math.isfinite(largest_magnitude(tensor.read(), tensor.dtype)):
-            raise infinite(f"{name} of the adapter", adapter.folder)
 
 
 def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:

@@ -1,22 +1,22 @@
-"""Which file goes into the package, and what the evidence says of that choice.
-What is known of the licences of base model and data, and what is not.
-Everything that the package's documents say, gathered once from the run.
-"""
+"""Which file goes into the package, its name, and everything that the package's documents say of it."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
-from lib.prompts.tasks import AnyTask, has_labels, kind_of
+from lib.models.unpack import plain_name
+from lib.prompts.tasks import Task
 from lib.runs.files import read_json
 from lib.runs.run import Run
-from lib.stages.package.gguf_parts import gguf_name, size_label
+from lib.stages.package.gguf_parts import tensor_sizes
 from lib.statistics.losses import retention_warning
 from lib.statistics.verdicts import in_words
 
@@ -26,8 +26,8 @@ RECOMMENDED, AGAINST, WITHOUT = "recommended", "against the recommendation", "wi
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The chosen file.
+class ChosenFile:
+    """The file that is packed.
 
     Attributes:
         type: quantization type.
@@ -45,7 +45,7 @@ class Choice:
     reference: Mapping[str, Any]
 
 
-def choose(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> Choice:
+def choose_file(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> ChosenFile:
     """The file that the comparison recommends, or the one that the user asks for.
 
     Args:
@@ -63,17 +63,17 @@ def choose(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> Choic
             "a recommended file, or your own decision.",
             f"decide yourself with --type, one of {', '.join(entries)}; the model card will say so.",
         )
-    known = {name.lower(): name for name in entries}
-    chosen = known.get((wanted or advice["type"]).lower())
-    if chosen is None:
+    asked = wanted or advice["type"]
+    entry = next((entry for name, entry in entries.items() if name.lower() == asked.lower()), None)
+    if entry is None:
         raise InputError(f"--type {wanted!r}.", f"a compared GGUF file: {', '.join(entries)}.", "name one of them.")
-    entry = entries[chosen]
-    standing, words = _standing(chosen, entry, advice)
+    standing, words = _standing(entry, advice)
     reference = entries[comparison["reference"]]
-    return Choice(chosen, _source(run, entry["file"]), standing, words, entry, reference)
+    return ChosenFile(entry["type"], _source(run, entry["file"]), standing, words, entry, reference)
 
 
-def _standing(chosen: str, entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str, str]:
+def _standing(entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str, str]:
+    chosen = entry["type"]
     if chosen == advice["type"]:
         return RECOMMENDED, advice["text"]
     own, warning = f"The verdict on this file: {in_words(entry)}.", retention_warning(entry)
@@ -81,8 +81,8 @@ def _standing(chosen: str, entry: Mapping[str, Any], advice: Mapping[str, Any]) 
         own += f" {warning}"
     if advice["type"] is None:
         return WITHOUT, f"{chosen} was chosen by the user; the evidence recommends no file. {own} {advice['text']}"
-    text = f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}. {own}"
-    return AGAINST, f"{text} {advice['text']}"
+    against = f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}."
+    return AGAINST, f"{against} {own} {advice['text']}"
 
 
 def _source(run: Run, name: str) -> Path:
@@ -110,7 +110,7 @@ BASES = {
 _OWN = "MIT (the quantization workbook's own)"
 
 
-def licences(data: Mapping[str, Any], base: str, is_offline: bool, has_text: bool) -> dict[str, str]:
+def licences(data: Mapping[str, Any], base: str, has_text: bool) -> dict[str, str]:
     """The licences of "base" and "data" in words, and "id" for the front matter (an SPDX-like id, or "unknown").
 
     Args:
@@ -118,6 +118,7 @@ def licences(data: Mapping[str, Any], base: str, is_offline: bool, has_text: boo
         base: id of the base model.
         has_text: the base brought a file LICENSE, which is in the package.
     """
+    is_offline = bool(data.get("offline_base"))
     plain = base.removeprefix("modelscope:").partition("@")[0]
     sample = bool(data.get("sample_data"))
     if is_offline and sample:
@@ -133,6 +134,46 @@ def licences(data: Mapping[str, Any], base: str, is_offline: bool, has_text: boo
         model = model if has_text else "unknown to the workbook: read the base model's card before you pass the file on"
     rows = _OWN if sample else "unknown to the workbook: ask where the rows come from"
     return {"id": identifier, "base": model, "data": rows}
+
+
+# The file's name by the naming convention of GGUF: Base-Size-FineTune-v1.0-Encoding.gguf.
+
+VERSION = "v1.0"
+
+_SIZE = re.compile(r"(?:^|[-_ ])(\d+(?:[._]\d+)?[KMBTQ])(?=$|[-_ ])", re.IGNORECASE)
+_REVISION = re.compile(r"^((?:\w+:)?[\w.-]+(?:/[\w.-]+)?)@.*$", re.S)
+"""A hub id with its revision; a folder's path may hold an @ of its own."""
+
+
+def gguf_name(base: str, size: str, run_name: str, encoding: str) -> str:
+    """The name of a packaged file.
+
+    Args:
+        base: hub id, folder or name of the base model, as the run has it; a revision behind @ is left out.
+        size: label of the size ("494M"), for a base whose name holds none.
+        run_name: the fine-tune; behind what the base's own name says of its tuning (Instruct, Chat).
+            Where the convention cannot hold all its characters, a short hash tells it from its like.
+        encoding: quantization type.
+    """
+    name = re.split(r"[/\\:]", _REVISION.sub(r"\1", base).rstrip("/\\"))[-1] or "model"
+    name = plain_name(name)
+    name = "Offline-base" if name == "offline" else name
+    found = _SIZE.search(name)
+    size = found[1].replace("_", ".").upper() if found else size
+    family, tuning = (name[: found.start()], name[found.end() :]) if found else (name, "")
+    parts = [_part(family, "."), _part(size, "."), _part(f"{tuning}-{_tune(run_name)}"), VERSION, encoding]
+    return "-".join(part for part in parts if part) + ".gguf"
+
+
+def _tune(run_name: str) -> str:
+    """The run's name as it can stand there: 情感甲 and 情感乙, a.b and a-b stay apart."""
+    text = _part(run_name)
+    return text if text == run_name else f"{text}-{hashlib.sha256(run_name.encode('utf-8')).hexdigest()[:6]}"
+
+
+def _part(text: str, keep: str = "") -> str:
+    """Letters, digits and hyphens, as the convention has them (a base's name and a size keep their dot)."""
+    return re.sub(rf"[^A-Za-z0-9{re.escape(keep)}]+", "-", text).strip("-.")
 
 
 # Everything that the package's documents say, gathered once from the run.
@@ -154,20 +195,18 @@ class Facts:
         base, revision, source, method: lineage.
         rows: rows of the splits.
         comparison: content of comparison.json.
+        switches: whether the chat template knows two ways of answering (the trained one is that of the task).
         notes: sentences that every page of the run says.
-        switches: whether the chat template knows two ways of answering; thinks: the one that was trained.
-        tree: {folder of the export tree: what it holds}.
-        mix: of a file under a size budget how its types were chosen (`mix` of quantized.json); None for a recipe.
         languages: of the rows it was trained on, as the converted file says; empty where that is not known.
+        mix: of a file under a size budget how its types were chosen (`mix` of quantized.json); None for a recipe.
+        tree: {folder of the export tree: what it holds}.
         page_rows: where the rows of the phone page come from; empty without the page.
     """
 
     run: str
     file: str
-    choice: Choice
-    task: AnyTask
-    kind: str
-    labelled: bool
+    chosen: ChosenFile
+    task: Task
     bytes: int
     bytes_per_token: int
     n_ctx: int
@@ -182,67 +221,57 @@ class Facts:
     parameters: Mapping[str, Any]
     products: Mapping[str, str]
     switches: bool
-    thinks: bool
-    notes: list[str] = field(default_factory=list)
-    tree: dict[str, str] = field(default_factory=dict)
-    page_rows: str = ""
-    languages: list[str] = field(default_factory=list)
+    notes: Sequence[str] = ()
+    languages: Sequence[str] = ()
     mix: Mapping[str, Any] | None = None
+    tree: Mapping[str, str] = field(default_factory=dict)
+    page_rows: str = ""
 
     @property
     def title(self) -> str:
         return self.file.removesuffix(".gguf")
 
 
-def gather(run: Run, choice: Choice, task: AnyTask, comparison: Mapping[str, Any]) -> Facts:
+def gather(run: Run, chosen: ChosenFile, task: Task, comparison: Mapping[str, Any]) -> Facts:
     """Read the manifest and the header of the chosen file."""
+    from gguf.utility import size_label
+
     entries = run.manifest.entries()
-    data = entries["data"].facts
-    metadata = read_metadata(choice.source)
+    data, adapter = entries["data"].facts, entries.get("adapter")
+    metadata = read_metadata(chosen.source)
     base = str(data.get("base_model", metadata.get("general.name", "unknown")))
-    weights = sum(math.prod(tensor.shape) for tensor in read_tensors(choice.source))
-    size = str(metadata.get("general.size_label") or size_label(weights))
-    labelled = has_labels(task)
-    most = MOST_LABEL_TOKENS if labelled else MOST_ANSWER_TOKENS
+    weights = sum(math.prod(tensor.shape) for tensor in read_tensors(chosen.source))
+    size = str(metadata.get("general.size_label") or size_label(weights, 0, 0, 0))
+    most = MOST_LABEL_TOKENS if task.label_names else MOST_ANSWER_TOKENS
     trained = int(metadata.get(f"{metadata['general.architecture']}.context_length", _CONTEXT))
-    learned = entries.get("adapter")
+    files = read_json(run.require("quantized").path / "quantized.json")["files"]
     return Facts(
         run=run.name,
-        file=gguf_name(base, size, run.name, choice.type),
-        choice=choice,
+        file=gguf_name(base, size, run.name, chosen.type),
+        chosen=chosen,
         task=task,
-        languages=list(metadata.get("general.languages", [])),
-        kind=kind_of(task),
-        labelled=labelled,
-        bytes=choice.source.stat().st_size,
-        bytes_per_token=_bytes_per_token(choice),
+        bytes=chosen.source.stat().st_size,
+        bytes_per_token=_bytes_per_token(chosen.source),
         n_ctx=min(trained, max(_CONTEXT, task.max_seq_length + most)),
         most=most,
         base=base,
-        revision=str((learned.facts if learned else data).get("base_revision", "unknown")),
+        revision=str((adapter.facts if adapter else data).get("base_revision", "unknown")),
         source=str(data.get("source", "unknown")),
-        method=str(learned.facts.get("method", "unknown")) if learned else "unknown",
+        method=str(adapter.facts.get("method", "unknown")) if adapter else "unknown",
         rows=dict(data.get("rows", {})),
-        licences=licences(data, base, bool(data.get("offline_base")), (run.folder / "merged" / "LICENSE").is_file()),
+        licences=licences(data, base, (run.folder / "merged" / "LICENSE").is_file()),
         comparison=comparison,
-        parameters=dict(learned.parameters) if learned else {},
+        parameters=dict(adapter.parameters) if adapter else {},
         products={name: entry.digest for name, entry in entries.items() if name != "package"},
         switches="enable_thinking" in str(metadata.get("tokenizer.chat_template", "")),
-        thinks=bool(getattr(task, "thinking", False)),
         notes=run.stamps(),
-        mix=_mix(run, choice),
+        languages=list(metadata.get("general.languages", [])),
+        mix=next((row.get("mix") for row in files if row["file"] == chosen.source.name), None),
     )
 
 
-def _mix(run: Run, choice: Choice) -> Mapping[str, Any] | None:
-    files = read_json(run.require("quantized").path / "quantized.json")["files"]
-    return next((row.get("mix") for row in files if row["file"] == choice.source.name), None)
-
-
-def _bytes_per_token(choice: Choice) -> int:
+def _bytes_per_token(gguf: Path) -> int:
     """Bytes of weights that one token reads: all tensors, without the embedding where the output layer has its own."""
-    tensors = sorted(read_tensors(choice.source), key=lambda tensor: tensor.start)
-    ends = [tensor.start for tensor in tensors[1:]] + [choice.source.stat().st_size]
-    sizes = {tensor.name: end - tensor.start for tensor, end in zip(tensors, ends, strict=True)}
+    sizes = {tensor.name: size for tensor, size in tensor_sizes(gguf)}
     unread = sizes["token_embd.weight"] if "output.weight" in sizes else 0
     return sum(sizes.values()) - unread

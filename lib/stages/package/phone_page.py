@@ -1,6 +1,4 @@
-"""Rows that a phone answers for comparison: of the user's own file, or of the sample corpus.
-web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by.
-"""
+"""web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.classification import Task
 from lib.runs.child import run_child
 from lib.runs.files import PROJECT, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
@@ -275,12 +272,11 @@ def _answered(
     n_threads: int,
 ) -> tuple[list[dict[str, Any]], str]:
     """The rows with the labels' log-probabilities here, those of model_info.json where there are no others; source."""
-    if not isinstance(facts.task, Task):
+    if not facts.task.label_names:
         return [], rows.source
     if not rows.texts:
         return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]], rows.source
-    system, wording = facts.task.system_prompt, facts.task.user_prompt
-    prompts = [prompt_of(tokenizer, turns, system, wording.replace("{text}", text)) for text in rows.texts]
+    prompts = [prompt_of(tokenizer, turns, facts.task, text) for text in rows.texts]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     kept, source = fitting(rows, [len(own) + facts.most for own in ids], facts.n_ctx)
     request = {"prompts": [ids[i] for i in kept], "labels": [label["ids"] for label in info["labels"]], "most": 1}

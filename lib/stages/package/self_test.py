@@ -1,116 +1,23 @@
-"""A chat template taken apart: what stands before and behind the text of each turn.
-model_info.json: how the model is asked, and what it answered here to five prompts, for test_model.py.
-What the packaged file answers here: greedy tokens, their log-probabilities, label scores. For child processes.
-"""
+"""model_info.json: how the packaged file is asked, and what it answered here to five prompts, for test_model.py."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lib.errors import InputError
-from lib.prompts.classification import Task, end_of_turn_id, escape, label_ids
+from lib.prompts.conversations import escape
+from lib.prompts.tasks import Task
+from lib.prompts.templates import Turns, end_of_turn_id
 from lib.runs.child import run_child
 from lib.scoring.generation import end_ids, llama_feed, write
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.package.facts import Facts
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
-
-
-# A chat template taken apart: what stands before and behind the text of each turn.
-#
-# So that programs without Jinja (Ollama, the package's own scripts) write the very prompt that the model was trained
-# on.
-
-ROLES = ("system", "user", "assistant")
-
-_MARKS = tuple(f"\ue000{i}\ue001" for i in range(4))
-_CHECKS = (
-    ("你是助手。", "好吗？"),
-    ("Line one\nline two {{ .Content }}", "测试 test 123 😀", "好的。", "还有\n\n吗？"),
-    ("a", "b", "c", "d", "e", 'say "yes" or <b>no</b>'),
-)
-"""Texts of conversations (system, user, assistant, user, …) on which both ways of writing must agree."""
-
-
-@dataclass(frozen=True)
-class Turns:
-    """A chat template that writes turn behind turn.
-
-    Attributes:
-        begin: what stands before the first turn (mostly nothing).
-        opening, closing: by role.
-        answer: what asks for the answer, behind the last turn.
-    """
-
-    begin: str
-    opening: dict[str, str]
-    closing: dict[str, str]
-    answer: str
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt for {"role", "content"} messages."""
-        turns = (self.opening[m["role"]] + m["content"] + self.closing[m["role"]] for m in messages)
-        return self.begin + "".join(turns) + self.answer
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
-
-def _messages(texts: Sequence[str]) -> list[dict[str, str]]:
-    roles = ("system", *(("user", "assistant") * len(texts)))
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-
-
-def read_turns(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Turns:
-    """Take the tokenizer's chat template apart, and check on further conversations that nothing was lost.
-
-    Raises:
-        InputError: a template that does not write turn behind turn.
-    """
-
-    def apply(texts: Sequence[str], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            _messages(texts), tokenize=False, add_generation_prompt=prompt, enable_thinking=thinking
-        )
-
-    turns = _split(apply(_MARKS, True), apply(_MARKS, False), str(tokenizer.bos_token or ""))
-    if turns is None or any(turns.render(_messages(texts)) != apply(texts, True) for texts in _CHECKS):
-        raise InputError(
-            "the model's chat template does not write one turn behind the other.",
-            "a template whose turns can be written one by one (Qwen1.5, Qwen2.5, Qwen3, Llama).",
-            "use the GGUF file by itself: workbook serve FILE.gguf renders its own template.",
-        )
-    return turns
-
-
-def _split(asking: str, closed: str, begin_token: str) -> Turns | None:
-    """The pieces around the marks; None where they are missing, repeated or in another order."""
-    parts, rest = [], asking
-    for mark in _MARKS:
-        before, found, rest = rest.partition(mark)
-        if not found:
-            return None
-        parts.append(before)
-    closing = closed.rpartition(_MARKS[-1])[2]
-    if not rest.startswith(closing) or any(not part.startswith(closing) for part in parts[1:]):
-        return None
-    first, *others = parts
-    begin = begin_token if begin_token and first.startswith(begin_token) else ""
-    opening = {"system": first[len(begin) :], "user": others[0][len(closing) :], "assistant": others[1][len(closing) :]}
-    if others[2][len(closing) :] != opening["user"]:
-        return None
-    return Turns(begin, opening, dict.fromkeys(ROLES, closing), rest[len(closing) :])
-
-
-# model_info.json: how the model is asked, and what it answered here to five prompts, for test_model.py.
 
 TOLERANCE, TOLERANCE_SHARE = 0.2, 0.1
 """By how much log-probabilities and margins may differ on another processor: nats, and on top a share of the stored
@@ -133,7 +40,11 @@ QUESTIONS = (
     "明天要考试了，我很紧张，怎么办？",
     "一加一等于几？为什么？",
 )
-"""The project's own sentences: a package holds no row of anybody's data."""
+
+
+def sentences_for(task: Task) -> tuple[str, ...]:
+    """The project's own sentences: a package holds no row of anybody's data."""
+    return REVIEWS if task.label_names else QUESTIONS
 
 
 def model_info(
@@ -145,12 +56,8 @@ def model_info(
         InputError: llama.cpp refuses the file or dies of it.
     """
     task = facts.task
-    labelled = isinstance(task, Task)
-    texts = REVIEWS if labelled else QUESTIONS
-    wording = task.user_prompt if labelled else "{text}"
-    names = list(task.label_names) if labelled else []
-    labels = label_ids(tokenizer, task) if labelled else []
-    prompts = [prompt_of(tokenizer, turns, task.system_prompt, wording.replace("{text}", text)) for text in texts]
+    texts, labels = sentences_for(task), task.answer_words(tokenizer)
+    prompts = [prompt_of(tokenizer, turns, task, text) for text in texts]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     request = {"prompts": ids, "labels": labels, "most": min(CHECKED_TOKENS, facts.most), "n_threads": n_threads}
     request |= {"path": str(gguf.resolve()), "ends": sorted(end_ids(tokenizer))}
@@ -161,9 +68,9 @@ def model_info(
         "file": facts.file,
         "sha256": sha256,
         "system": task.system_prompt,
-        "user": wording,
-        "labels": [{"name": name, "ids": own} for name, own in zip(names, labels, strict=True)],
-        "turns": turns.to_json(),
+        "user": task.user_prompt,
+        "labels": [{"name": name, "ids": own} for name, own in zip(task.label_names, labels, strict=True)],
+        "turns": asdict(turns),
         "special_tokens": list(tokenizer.all_special_tokens),
         "stops": stops(tokenizer),
         "n_ctx": facts.n_ctx,
@@ -185,13 +92,13 @@ def stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.convert_ids_to_tokens(number) for number in ends]
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, turns: Turns, system: str, user: str) -> str:
-    """The prompt for one question, names of special tokens inside the texts made harmless."""
-    texts = (("system", system), ("user", user))
-    return turns.render([{"role": role, "content": escape(tokenizer, text)} for role, text in texts])
+def prompt_of(tokenizer: PreTrainedTokenizerBase, turns: Turns, task: Task, text: str) -> str:
+    """The prompt for one text, names of special tokens inside it made harmless."""
+    texts = {"system": task.system_prompt, "user": task.user_prompt.replace("{text}", text)}
+    return turns.render([{"role": role, "content": escape(tokenizer, text)} for role, text in texts.items()])
 
 
-# What the packaged file answers here: greedy tokens, their log-probabilities, label scores. For child processes.
+# What the packaged file answers here: greedy tokens, their log-probabilities, label scores. For a child process.
 
 
 def answer(argument: dict[str, Any]) -> dict[str, Any]:
@@ -216,22 +123,23 @@ def answer(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]) -> float:
     """Log-probability of a label, one sequence at a time as programs do: batches of many round otherwise."""
+    from scipy.special import log_softmax
+
     feed, given, total = llama_feed(backend), list(prompt), 0.0
     for token in label:
-        logits = feed(given)
-        top = logits.max()
-        total += float(logits[token] - top - np.log(np.exp(logits - top).sum()))
+        total += float(log_softmax(feed(given))[token])
         given = [token]
     return total
 
 
 def _greedy(backend: LlamaCppBackend, prompt: Sequence[int], most: int, ends: Sequence[int]) -> dict[str, Any]:
+    from scipy.special import log_softmax
+
     feed, found = llama_feed(backend), []
 
     def remember(ids: Sequence[int]) -> np.ndarray:
         logits = feed(ids)
-        top = logits.max()
-        found.append(float(-np.log(np.exp(logits - top).sum())))  # of the likeliest token, which greedy takes
+        found.append(float(log_softmax(logits).max()))  # of the likeliest token, which greedy takes
         return logits
 
     written = write(remember, prompt, most, set(ends))

@@ -1,13 +1,8 @@
-"""Large files that the package shares with other products: hard links, or copies where the disk has none.
-A zip of the package: the same files give the same bytes, whenever it is made.
-The stage `package`: the file to ship with everything that its user needs, product `package`, and a zip of it.
-Stage 08: the chosen file with card, guide, examples and a test of its own, as a folder and a zip.
-"""
+"""The stage `package`: the file to ship with card, guide, examples and a test of its own, as a folder and a zip."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,146 +15,30 @@ from typing import Any
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.prompts.tasks import read_task
-from lib.runs.files import CHUNK, atomic_path, read_json, require_space, sha256_file, writable, write_json, write_text
+from lib.prompts.templates import read_turns
+from lib.runs.files import (
+    CHUNK,
+    atomic_path,
+    link_or_copy,
+    read_json,
+    require_space,
+    sha256_file,
+    writable,
+    write_json,
+    write_text,
+)
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, Run, Work
-from lib.stages.package.card import card, export_report, modelfile, requirements
-from lib.stages.package.facts import Choice, Facts, choose, gather
-from lib.stages.package.guide import guide
+from lib.stages.package.documents import card, export_report, guide, modelfile, requirements
+from lib.stages.package.facts import ChosenFile, Facts, choose_file, gather
 from lib.stages.package.phone_page import FOLDER, WebRequest, request_web, write_web
-from lib.stages.package.self_test import TOLERANCE, TOLERANCE_SHARE, model_info, read_turns, stops
-
-# Large files that the package shares with other products: hard links, or copies where the disk has none.
+from lib.stages.package.self_test import model_info
 
 FORMATS = ("merged_model", "fp16", "int8", "int4", "gguf")
 """Folders of the export tree."""
 
 _EXPORTS = {"fp16": ("fp16",), "int8": ("int8",), "int4": ("nf4", "gptq")}
 """Formats of the product `exports` that may fill a folder, the first that was made."""
-
-
-def link(source: str | Path, target: str | Path) -> None:
-    """`target` with the content of `source`: the same bytes on the disk where that is possible."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def read_formats(text: str) -> list[str]:
-    """Names from "fp16,int8", each once, in the order of the tree.
-
-    Raises:
-        InputError: an unknown name.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in FORMATS]:
-        raise InputError(f"--formats {', '.join(unknown)}.", f"some of {', '.join(FORMATS)}.", "correct the names.")
-    return [name for name in FORMATS if name in names]
-
-
-def inputs_of(formats: Sequence[str]) -> list[str]:
-    """The products that the folders come from, beside those that every package needs."""
-    return [*(["merged"] if "merged_model" in formats else []), *(["exports"] if {*formats} & {*_EXPORTS} else [])]
-
-
-def link_tree(run: Run, formats: Sequence[str], folder: Path) -> dict[str, str]:
-    """Make the asked folders under `folder`.
-
-    Returns:
-        {folder: what it holds}.
-
-    Raises:
-        InputError: a product or a format that the run does not have.
-    """
-    made = {}
-    for name in formats:
-        if name == "gguf":
-            (folder / name).mkdir()
-            for product in ("gguf", "quantized"):
-                for path in sorted(run.require(product).path.glob("*.gguf")):
-                    link(path, folder / name / path.name)
-            made[name] = "every GGUF file of the run"
-            continue
-        source, made[name] = _linked_source(run, name)
-        shutil.copytree(source, folder / name, copy_function=link)
-    return made
-
-
-def _linked_source(run: Run, name: str) -> tuple[Path, str]:
-    if name == "merged_model":
-        return run.require("merged").path, "the merged model, 16 bits or as the base"
-    exports = run.require("exports").path
-    records = {record["format"]: record for record in read_json(exports / "exports.json")["made"]}
-    for kind in _EXPORTS[name]:
-        if kind in records:
-            return exports / records[kind]["folder"], f"{kind}: {records[kind]['title']}"
-    raise InputError(
-        f"run {run.name!r} holds the exports {', '.join(records) or 'of no format'}.",
-        f"{' or '.join(_EXPORTS[name])} for the folder {name}/.",
-        f"add {_EXPORTS[name][0]} to export_formats and run notebooks/06_quantize.ipynb, or leave {name} out.",
-    )
-
-
-# A zip of the package: the same files give the same bytes, whenever it is made.
-
-_TIME = (1980, 1, 1, 0, 0, 0)
-_MODE = 0o100644 << 16
-
-
-def check_target(target: Path, root: str, report: str, run_name: str) -> None:
-    """Refuse to replace what is not an earlier zip of the same run.
-
-    Args:
-        report: name of the file in the zip that names the run.
-
-    Raises:
-        InputError: another run's package, or another file, has the name.
-    """
-    if not target.exists():
-        return
-    try:
-        with zipfile.ZipFile(target) as archive:
-            found = json.loads(archive.read(f"{root}/{report}"))["run"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        found = None
-    if found != run_name:
-        what = f"the package of run {found!r}" if found else "no package of the workbook"
-        raise InputError(
-            f"{target} is there already and is {what}.",
-            f"a folder where no other file has the name {target.name}.",
-            "name another folder with --output, or move that file away.",
-        )
-
-
-def write_zip(folder: Path, names: Iterable[str], target: Path, root: str) -> Path:
-    """Pack files of a folder, atomically.
-
-    Names are sorted, times and rights fixed, nothing compressed (weights do not shrink, and compressors differ from
-    version to version); files over 4 GB are allowed (ZIP64).
-
-    Args:
-        names: relative paths of the product's files: what else came into the folder is nobody's to hand on.
-        root: name of the folder that the zip unpacks to.
-    """
-    paths = sorted(folder / name for name in names)
-    total = sum(path.stat().st_size for path in paths)
-    require_space(target.parent, total, f"{target.name}")
-    with (
-        atomic_path(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        Progress(f"packing {target.name}, MB", max(1, round(total / 1e6))) as progress,
-    ):
-        for path in paths:
-            info = zipfile.ZipInfo(f"{root}/{path.relative_to(folder).as_posix()}", _TIME)
-            info.create_system, info.external_attr, info.file_size = 3, _MODE, path.stat().st_size
-            with path.open("rb") as source, archive.open(info, "w") as packed:
-                shutil.copyfileobj(source, packed, CHUNK)
-            progress.advance(round(info.file_size / 1e6))
-    return target
-
-
-# The stage `package`: the file to ship with everything that its user needs, product `package`, and a zip of it.
 
 SUMS, INFO, REPORT = "SHA256SUMS", "model_info.json", "export_report.json"
 _SCRIPTS = Path(__file__).with_name("scripts")
@@ -214,7 +93,7 @@ def package(
 
     Args:
         wanted: quantization type; None = the recommendation of the run's comparison.
-        formats: folders of the export tree that are added (see `lib.stages.package.stage`).
+        formats: folders of the export tree that are added (see `read_formats`).
         output: folder for the zip; None = the run's.
         web: whether web/, the page for a phone's browser, is added; rows: texts that it checks itself by (see
             `lib.stages.package.phone_page.request_web`).
@@ -226,22 +105,149 @@ def package(
     """
     target = _zip_folder(run, output)
     comparison = read_json(run.require("comparison").path / "comparison.json")
-    choice = choose(run, comparison, wanted)
+    chosen = choose_file(run, comparison, wanted)
     request = request_web(run, rows) if web else None
-    parameters = {"package_format": _FORMAT, "type": choice.type, "formats": list(formats)}
+    parameters = {"package_format": _FORMAT, "type": chosen.type, "formats": list(formats)}
+    inputs = ["data", "gguf", "quantized", "comparison"]
+    inputs += ["merged"] if "merged_model" in formats else []
+    inputs += ["exports"] if not _EXPORTS.keys().isdisjoint(formats) else []
     product = run.produce(
         "package",
-        lambda work: _build(run, work, choice, comparison, formats, n_threads, request),
+        lambda work: _build(run, work, chosen, comparison, formats, n_threads, request),
         parameters=parameters | (request.parameters() if request else {}),
-        inputs=("data", "gguf", "quantized", "comparison", *inputs_of(formats)),
+        inputs=tuple(inputs),
         force=force,
     )
     report = read_json(product.path / REPORT)
-    title = report["file"]["name"].removesuffix(".gguf")
+    file = report["file"]["name"]
+    title = file.removesuffix(".gguf")
     archive = target / f"{title}.zip"
-    check_target(archive, title, REPORT, run.name)
+    check_target(archive, title, run.name)
     write_zip(product.path, product.entry.outputs, archive, title)
-    return PackageResult(product, archive, report["file"]["name"], choice.type, choice.standing, choice.words, report)
+    return PackageResult(product, archive, file, chosen.type, chosen.standing, chosen.words, report)
+
+
+def _build(
+    run: Run,
+    work: Work,
+    chosen: ChosenFile,
+    comparison: dict[str, Any],
+    formats: Sequence[str],
+    n_threads: int,
+    request: WebRequest | None,
+) -> None:
+    from lib.models.loading import load_tokenizer
+
+    data = run.require("data").path
+    task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
+    turns = read_turns(tokenizer, task.thinking)
+    facts = replace(gather(run, chosen, task, comparison), tree=link_tree(run, formats, folder))
+    link_or_copy(chosen.source, folder / facts.file)
+    digest = sha256_file(folder / facts.file)
+    info = model_info(facts, turns, tokenizer, folder / facts.file, digest, n_threads)
+    write_json(folder / INFO, info)
+    text, notes = modelfile(facts, turns, info["stops"])
+    write_text(folder / "Modelfile", text)
+    if request:
+        facts = replace(facts, page_rows=write_web(request, facts, info, turns, tokenizer, folder, n_threads))
+    _write_documents(facts, folder, run.folder / "merged")
+    write_json(folder / REPORT, export_report(facts, digest, len(info["checks"])))
+    for name in ("test_model.py", "usage_examples.py"):
+        shutil.copyfile(_SCRIPTS / name, folder / name)
+    _write_sums(folder)
+    _prove(folder)
+    work.facts |= {"file": facts.file, "type": chosen.type, "standing": chosen.standing, "formats": list(formats)}
+    work.metrics |= {"bytes": facts.bytes, "checks": len(info["checks"])}
+    work.notes += notes
+
+
+def _write_documents(facts: Facts, folder: Path, merged: Path) -> None:
+    contents = {facts.file: f"the model, {facts.bytes / 1e6:.2f} MB", **_CONTENTS}
+    for name in ("LICENSE", "NOTICE"):  # of the base model, where it brought them
+        if (merged / name).is_file():
+            shutil.copyfile(merged / name, folder / name)
+            contents[name] = "of the base model"
+    contents |= {f"{name}/": what for name, what in facts.tree.items()}
+    if facts.page_rows:
+        page = "a page that runs the model in a phone's browser"
+        contents[f"{FOLDER}/"] = f"{page}; it checks itself by {facts.page_rows}"
+    write_text(folder / "README.md", card(facts, contents))
+    write_text(folder / "deployment_guide.md", guide(facts))
+    write_text(folder / "requirements.txt", requirements(facts))
+
+
+def _write_sums(folder: Path) -> None:
+    """SHA256SUMS, as sha256sum -c reads it."""
+    outputs = hash_folder(folder)
+    lines = (f"{output['sha256']}  {name}\n" for name, output in outputs.items() if not name.startswith("."))
+    write_text(folder / SUMS, "".join(lines))
+
+
+def _prove(folder: Path) -> None:
+    """Run the package's own test: what it refuses is not published."""
+    command = [sys.executable, "-I", "-B", "test_model.py"]
+    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS)
+    if answer.returncode:
+        raise RuntimeError(f"the package's own test_model.py fails:\n{(answer.stdout + answer.stderr)[-2000:]}")
+
+
+# The export tree: folders of other formats, whose large files are shared with the products that they come from.
+
+
+def read_formats(text: str) -> list[str]:
+    """Names from "fp16,int8", each once, in the order of the tree.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in FORMATS]:
+        raise InputError(f"--formats {', '.join(unknown)}.", f"some of {', '.join(FORMATS)}.", "correct the names.")
+    return [name for name in FORMATS if name in names]
+
+
+def link_tree(run: Run, formats: Sequence[str], folder: Path) -> dict[str, str]:
+    """Make the asked folders under `folder`.
+
+    Returns:
+        {folder: what it holds}.
+
+    Raises:
+        InputError: a product or a format that the run does not have.
+    """
+    made = {}
+    for name in formats:
+        if name == "gguf":
+            (folder / name).mkdir()
+            for product in ("gguf", "quantized"):
+                for path in sorted(run.require(product).path.glob("*.gguf")):
+                    link_or_copy(path, folder / name / path.name)
+            made[name] = "every GGUF file of the run"
+            continue
+        source, made[name] = _linked_source(run, name)
+        shutil.copytree(source, folder / name, copy_function=link_or_copy)
+    return made
+
+
+def _linked_source(run: Run, name: str) -> tuple[Path, str]:
+    if name == "merged_model":
+        return run.require("merged").path, "the merged model, 16 bits or as the base"
+    exports = run.require("exports").path
+    records = {record["format"]: record for record in read_json(exports / "exports.json")["made"]}
+    for kind in _EXPORTS[name]:
+        if kind in records:
+            return exports / records[kind]["folder"], f"{kind}: {records[kind]['title']}"
+    raise InputError(
+        f"run {run.name!r} holds the exports {', '.join(records) or 'of no format'}.",
+        f"{' or '.join(_EXPORTS[name])} for the folder {name}/.",
+        f"add {_EXPORTS[name][0]} to export_formats and run notebooks/06_quantize.ipynb, or leave {name} out.",
+    )
+
+
+# A zip of the package: the same files give the same bytes, whenever it is made.
+
+_TIME = (1980, 1, 1, 0, 0, 0)
+_MODE = 0o100644 << 16
 
 
 def _zip_folder(run: Run, output: Path | None) -> Path:
@@ -258,78 +264,53 @@ def _zip_folder(run: Run, output: Path | None) -> Path:
     return writable(output)
 
 
-def _build(
-    run: Run,
-    work: Work,
-    choice: Choice,
-    comparison: dict[str, Any],
-    formats: Sequence[str],
-    n_threads: int,
-    request: WebRequest | None,
-) -> None:
-    from lib.models.loading import load_tokenizer
+def check_target(target: Path, root: str, run_name: str) -> None:
+    """Refuse to replace what is not an earlier zip of the same run.
 
-    data = run.require("data").path
-    task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
-    turns = read_turns(tokenizer, getattr(task, "thinking", False))
-    facts = gather(run, choice, task, comparison)
-    facts = replace(facts, tree=link_tree(run, formats, folder))
-    gguf = folder / facts.file
-    link(choice.source, gguf)
-    digest = sha256_file(gguf)
-    info = model_info(facts, turns, tokenizer, gguf, digest, n_threads)
-    write_json(folder / INFO, info)
-    text, notes = modelfile(
-        facts.file, turns, task.system_prompt, stops(tokenizer), facts.labelled, facts.n_ctx, facts.most
-    )
-    write_text(folder / "Modelfile", text)
-    if request:
-        source = write_web(request, facts, info, turns, tokenizer, folder, n_threads)
-        facts = replace(facts, page_rows=source)
-    _write_documents(facts, folder, run.folder / "merged", digest, len(info["checks"]))
-    _write_sums(folder)
-    _prove(folder)
-    work.facts |= {"file": facts.file, "type": choice.type, "standing": choice.standing, "formats": list(formats)}
-    work.metrics |= {"bytes": facts.bytes, "checks": len(info["checks"])}
-    work.notes += notes
+    Args:
+        root: name of the folder that it unpacks to.
 
-
-def _write_documents(facts: Facts, folder: Path, merged: Path, sha256: str, checks: int) -> None:
-    contents = {facts.file: f"the model, {facts.bytes / 1e6:.2f} MB", **_CONTENTS}
-    for name in ("LICENSE", "NOTICE"):  # of the base model, where it brought them
-        if (merged / name).is_file():
-            shutil.copyfile(merged / name, folder / name)
-            contents[name] = "of the base model"
-    contents |= {f"{name}/": what for name, what in facts.tree.items()}
-    if facts.page_rows:
-        contents[f"{FOLDER}/"] = (
-            f"a page that runs the model in a phone's browser; it checks itself by {facts.page_rows}"
+    Raises:
+        InputError: another run's package, or another file, has the name.
+    """
+    if not target.exists():
+        return
+    try:
+        with zipfile.ZipFile(target) as archive:
+            found = json.loads(archive.read(f"{root}/{REPORT}"))["run"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        found = None
+    if found != run_name:
+        what = f"the package of run {found!r}" if found else "no package of the workbook"
+        raise InputError(
+            f"{target} is there already and is {what}.",
+            f"a folder where no other file has the name {target.name}.",
+            "name another folder with --output, or move that file away.",
         )
-    write_text(folder / "README.md", card(facts, contents))
-    write_text(folder / "deployment_guide.md", guide(facts))
-    write_text(folder / "requirements.txt", requirements(facts.tree, _packages(facts)))
-    write_json(folder / REPORT, export_report(facts, sha256, checks, TOLERANCE, TOLERANCE_SHARE))
-    for name in ("test_model.py", "usage_examples.py"):
-        shutil.copyfile(_SCRIPTS / name, folder / name)
 
 
-def _packages(facts: Facts) -> list[str]:
-    """What the folders for transformers need beside torch and transformers."""
-    kinds = {what.partition(":")[0] for what in facts.tree.values()}
-    bits = ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
-    return bits + (["compressed_tensors"] if "gptq" in kinds else [])
+def write_zip(folder: Path, names: Iterable[str], target: Path, root: str) -> Path:
+    """Pack files of a folder, atomically.
 
+    Names are sorted, times and rights fixed, nothing compressed (weights do not shrink, and compressors differ from
+    version to version); files over 4 GB are allowed (ZIP64).
 
-def _write_sums(folder: Path) -> None:
-    """SHA256SUMS, as sha256sum -c reads it."""
-    outputs = hash_folder(folder)
-    lines = (f"{output['sha256']}  {name}\n" for name, output in outputs.items() if not name.startswith("."))
-    write_text(folder / SUMS, "".join(lines))
-
-
-def _prove(folder: Path) -> None:
-    """Run the package's own test: what it refuses is not published."""
-    command = [sys.executable, "-I", "-B", "test_model.py"]
-    answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS)
-    if answer.returncode:
-        raise RuntimeError(f"the package's own test_model.py fails:\n{(answer.stdout + answer.stderr)[-2000:]}")
+    Args:
+        names: relative paths of the product's files: what else came into the folder is nobody's to hand on.
+        root: name of the folder that the zip unpacks to.
+    """
+    paths = sorted(folder / name for name in names)
+    total = sum(path.stat().st_size for path in paths)
+    require_space(target.parent, total, target.name)
+    with (
+        atomic_path(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        Progress(f"packing {target.name}, MB", max(1, round(total / 1e6))) as progress,
+    ):
+        for path in paths:
+            info = zipfile.ZipInfo(f"{root}/{path.relative_to(folder).as_posix()}", _TIME)
+            info.create_system, info.external_attr, info.file_size = 3, _MODE, path.stat().st_size
+            with path.open("rb") as source, archive.open(info, "w") as packed:
+                shutil.copyfileobj(source, packed, CHUNK)
+            progress.advance(round(info.file_size / 1e6))
+    return target

@@ -17,7 +17,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.loading import load_tokenizer
 from lib.progress import Progress
-from lib.prompts.tasks import learned, read_task, texts_of, whole_ids
+from lib.prompts.tasks import read_task, texts_of
 from lib.runs import files
 from lib.runs.child import run_child
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
@@ -200,7 +200,7 @@ def _windows(data: Path, rows: NumberedRows, size: int, most: int) -> Windows:
     for number, row in rows:
         if len(ids) >= size * most:
             break
-        ids += (own := whole_ids(tokenizer, task, row))
+        ids += (own := task.encode(tokenizer, row).ids)
         owners += [number] * len(own)
     count = min(most, len(ids) // size)
     owners, by_number = owners[: count * size], dict(rows)
@@ -213,8 +213,8 @@ def _answers(data: Path, rows: NumberedRows, most_rows: int, most_tokens: int) -
     chosen: list[dict[str, Any]] = []
     used, tokens = [], 0
     for number, row in rows:
-        ids, learns = learned(tokenizer, task, row)
-        read = [position - 1 for position in learns if position]
+        encoded = task.encode(tokenizer, row)
+        ids, read = encoded.ids, [position - 1 for position in encoded.loss if position]
         tokens += read[-1] + 1
         if len(chosen) == most_rows or (chosen and tokens > most_tokens):
             break

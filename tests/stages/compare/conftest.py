@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.stages.quantize.files import quantize_file
 from tests import tiny_gguf
 
@@ -26,7 +26,7 @@ class Ladder(NamedTuple):
     q2: Path
     tokenizer_folder: Path
     tokenizer: Any
-    task: Task
+    task: ClassificationTask
     rows: list[dict]
 
 
@@ -54,5 +54,5 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
         kind = path.stem.removeprefix("m-")
         quantize_file(reference, path, kind, n_threads=1)
     copy = Path(shutil.copyfile(reference, folder / "copy.gguf"))
-    task = Task(LABELS, "你是助手。", "评价：{text}", 192)
+    task = ClassificationTask(LABELS, "你是助手。", "评价：{text}", 192)
     return Ladder(reference, copy, *files, folder / "tokenizer", tokenizer_from_gguf(reference), task, rows)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lib.scoring.log_probabilities import AnswerScores
-from lib.stages.compare.advice import judge_answers, recommend_answers
-from lib.stages.compare.judge import Rows
+from lib.scoring.metric import ANSWER_PERPLEXITY, RowGroups, compare
+from lib.stages.compare.advice import recommend_answers
 
 N = 60
 
@@ -21,9 +21,9 @@ def scores(shift: float, seed: int, noise: float = 0.002) -> AnswerScores:
 
 @pytest.fixture
 def entries() -> list[dict]:
-    rows = Rows(np.arange(N), np.arange(N) % 3 > 0)
+    rows = RowGroups(np.arange(N), np.arange(N) % 3 > 0)
     others = {"Q8_0": scores(0.0, 2), "Q4_K_M": scores(0.004, 3), "Q2_K": scores(0.2, 4), "noisy": scores(0.0, 5, 0.5)}
-    judged = judge_answers(scores(0.0, 6, 0.0), others, rows, 1.0, 0)
+    judged = compare(ANSWER_PERPLEXITY, scores(0.0, 6, 0.0), others, rows, 1.0, 0)
     sizes = {"F16": 16, "Q8_0": 8, "Q4_K_M": 5, "Q2_K": 3, "noisy": 2}
     divergences = {"F16": 0.0, "Q8_0": 1e-5, "Q4_K_M": 1e-3, "Q2_K": 0.1, "noisy": 0.5}
     return [

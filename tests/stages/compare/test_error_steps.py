@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import write_json, write_jsonl
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import Scores
+from lib.scoring.metric import ACCURACY
 from lib.stages.compare import files
 from lib.stages.compare.stage import _steps
 
 N = 60
 CONTENT = {"steps": {"file": "Q8_0", "merged": "merged, transformers (bfloat16)"}, "reference": "F16"}
-CONTENT["conditions"] = {"seed": 1}
+CONTENT["conditions"] = {"equivalence_margin_points": 1.0, "seed": 1}
 
 
 def scores(shift: float) -> Scores:
@@ -50,7 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         write_jsonl(
             work.folder / "test.jsonl", [{"id": f"r{i}", "text": "x", "label": 0, "group": i} for i in range(N)]
         )
-        write_json(work.folder / "task.json", Task(("a", "b"), "s", "{text}", 64).to_json())
+        write_json(work.folder / "task.json", ClassificationTask(("a", "b"), "s", "{text}", 64).to_json())
 
     run.produce("data", data, {})
     train(run, "old")
@@ -61,7 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def names(run: Run, content: dict = CONTENT) -> tuple[list[str], str]:
-    steps, note = _steps(run, run.folder / "comparison", content)
+    steps, note = _steps(run, run.folder / "comparison", content, ACCURACY)
     return [step["name"] for step in steps], note
 
 
@@ -106,4 +107,4 @@ def test_32_bits_are_scored_where_they_are_new_and_fit(tmp_path: Path, monkeypat
     assert name is None and "does not fit" in notes[0] and not asked
     monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "float32")
     assert files._merged_float32(files.merged_name("bfloat16"), *given) == ("merged, transformers (float32)", [])
-    assert asked == ["torch_worker:score_merged_float32"] and (tmp_path / "scores-merged-float32.jsonl").is_file()
+    assert asked == ["child:score_merged_float32"] and (tmp_path / "scores-merged-float32.jsonl").is_file()

@@ -7,18 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.scoring.accuracy import f1_difference, f1_interval, label_divergence, macro_f1, right_margins
 from lib.scoring.log_probabilities import Scores
+from lib.scoring.metric import ACCURACY, RowGroups, compare
 from lib.stages.compare.advice import recommend
-from lib.stages.compare.judge import (
-    Rows,
-    f1_difference,
-    f1_interval,
-    judge,
-    label_divergence,
-    macro_f1,
-    right_margins,
-    rows_needed,
-)
 from lib.statistics.intervals import paired_score_interval
 from lib.statistics.verdicts import frontier
 
@@ -31,8 +23,14 @@ def scores(labels: list[int], predictions: list[int], margin: float = 2.0, n_lab
     return Scores(ids, np.array(labels), log_probs, np.zeros(len(labels), bool), 1.0)
 
 
-def plain(n: int, leak_free: np.ndarray | None = None) -> Rows:
-    return Rows(np.arange(n), leak_free)
+def judge(
+    reference: Scores, others: dict[str, Scores], rows: RowGroups, margin_points: float, seed: int
+) -> dict[str, dict]:
+    return compare(ACCURACY, reference, others, rows, margin_points, seed)
+
+
+def plain(n: int, leak_free: np.ndarray | None = None) -> RowGroups:
+    return RowGroups(np.arange(n), leak_free)
 
 
 def changed(labels: list[int], rows: range) -> list[int]:
@@ -137,9 +135,16 @@ def test_what_one_row_or_one_group_cannot_show_is_null() -> None:
     import json
 
     free = np.arange(200) == 5
-    entries = judge(scores(LABELS, LABELS), {"q": scores(LABELS, changed(LABELS, range(7)))}, plain(200, free), 1.0, 0)
-    alone = judge(
-        scores(LABELS, LABELS), {"q": scores(LABELS, changed(LABELS, range(3)))}, Rows(np.zeros(200), None), 1.0, 0
+    entries = compare(
+        ACCURACY, scores(LABELS, LABELS), {"q": scores(LABELS, changed(LABELS, range(7)))}, plain(200, free), 1.0, 0
+    )
+    alone = compare(
+        ACCURACY,
+        scores(LABELS, LABELS),
+        {"q": scores(LABELS, changed(LABELS, range(3)))},
+        RowGroups(np.zeros(200), None),
+        1.0,
+        0,
     )
     json.dumps([entries, alone], allow_nan=False)
     assert entries["q"]["leak_free"]["margin_change_interval"] == [None, None]
@@ -150,7 +155,9 @@ def test_what_one_row_or_one_group_cannot_show_is_null() -> None:
 def test_leak_free_rows_apart() -> None:
     """All changes are on leaked rows: no change is left on the others."""
     free = np.arange(200) >= 10
-    entries = judge(scores(LABELS, LABELS), {"q": scores(LABELS, changed(LABELS, range(10)))}, plain(200, free), 5.0, 0)
+    entries = compare(
+        ACCURACY, scores(LABELS, LABELS), {"q": scores(LABELS, changed(LABELS, range(10)))}, plain(200, free), 5.0, 0
+    )
     assert entries["q"]["verdict"] == "worse" and entries["q"]["leak_free"]["flips"] == 0
     assert entries["q"]["leak_free"]["n"] == 190 and entries["q"]["leak_free"]["accuracy"] == 1.0
     assert judge(scores(LABELS, LABELS), {}, plain(200), 1.0, 0)[""]["leak_free"] is None
@@ -163,14 +170,14 @@ def test_clusters_widen_the_interval() -> None:
     other = {"q": scores(LABELS, changed(LABELS, range(0, 40, 4)))}
     groups = np.array([0 if i in range(0, 40, 4) else i + 1 for i in range(200)])
     alone = judge(scores(LABELS, LABELS), other, plain(200), 1.0, 0)["q"]["margin_change_interval"]
-    together = judge(scores(LABELS, LABELS), other, Rows(groups, None), 1.0, 0)["q"]["margin_change_interval"]
+    together = judge(scores(LABELS, LABELS), other, RowGroups(groups, None), 1.0, 0)["q"]["margin_change_interval"]
     assert together[0] < alone[0] and together[1] > alone[1]
 
 
 def test_rows_without_audit() -> None:
-    rows = Rows.of([{"id": "a"}, {"id": "b", "group": 7, "leaked": True}])
+    rows = RowGroups.of([{"id": "a"}, {"id": "b", "group": 7, "leaked": True}])
     assert rows.leak_free is None and rows.groups.tolist() == [0, 7]
-    assert Rows.of([{"leaked": True}, {"leaked": False}]).leak_free.tolist() == [False, True]
+    assert RowGroups.of([{"leaked": True}, {"leaked": False}]).leak_free.tolist() == [False, True]
 
 
 @settings(deadline=None)
@@ -284,9 +291,9 @@ def test_a_difference_as_large_as_the_margin_is_not_decided_by_more_rows() -> No
     seen = {"accuracy_difference": -0.01, "mcnemar_b": 4, "mcnemar_c": 0}
     answer = recommend([F16, entry("Q8_0", 53, 0.001, "cannot tell (MDE 1.5 points)", **seen)], 1.0)
     assert answer["rows_needed"] is None and "however many rows" in answer["text"]
-    assert rows_needed(entry("x", 1, 0, "", accuracy_difference=-0.02), 1.0) is None
+    assert ACCURACY.rows_needed(entry("x", 1, 0, "", accuracy_difference=-0.02), 1.0) is None
     better = entry("x", 1, 0, "", accuracy_difference=0.02, mcnemar_c=8)
-    assert rows_needed(better, 1.0) is None and rows_needed(better, 1.0, one_sided=True) == 401
+    assert ACCURACY.rows_needed(better, 1.0) is None and ACCURACY.rows_needed(better, 1.0, one_sided=True) == 401
 
 
 def test_all_worse_keeps_the_reference() -> None:
@@ -326,13 +333,13 @@ def test_rows_needed_show_equivalence_four_times_in_five(seen: tuple[int, int], 
     """Drawn with the shares seen, the interval that the verdict takes lies inside the margin."""
     b, c = seen
     undecided = entry("x", 1, 0, "", n=n, mcnemar_b=b, mcnemar_c=c, accuracy_difference=(c - b) / n)
-    rows, share = rows_needed(undecided, 1.0), max(b + c, 1) / n
+    rows, share = ACCURACY.rows_needed(undecided, 1.0), max(b + c, 1) / n
     loss, gain = (share + (b - c) / n) / 2, (share - (b - c) / n) / 2
     draws = np.random.default_rng(0).multinomial(rows, [loss, gain, 1 - share], 400)
     kinds, times = np.unique(draws[:, :2], axis=0, return_counts=True)
     inside = [paired_score_interval(int(one), int(two), rows).within(0.01) for one, two in kinds]
     assert 0.74 < np.average(inside, weights=times) < 0.93
-    copies = rows_needed({**undecided, "design_effect": 2.0}, 1.0)
+    copies = ACCURACY.rows_needed({**undecided, "design_effect": 2.0}, 1.0)
     assert copies in (2 * rows, n + 1)
 
 

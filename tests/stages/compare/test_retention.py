@@ -9,6 +9,7 @@ import pytest
 
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import AnswerScores, Scores
+from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
 from lib.stages.compare.files import compare_files
 from lib.stages.compare.retention import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.statistics.intervals import Interval
@@ -45,7 +46,9 @@ def odds() -> dict[str, np.ndarray]:
 
 def test_two_labels_are_the_slope_of_log_odds(odds: dict[str, np.ndarray]) -> None:
     base = odds.pop("base")
-    found = retentions({k: log_odds(v) for k, v in odds.items()}, BaseScores(log_odds(base), None, ""), GROUPS)
+    found = retentions(
+        ACCURACY, {k: log_odds(v) for k, v in odds.items()}, BaseScores(log_odds(base), None, ""), GROUPS
+    )
     x = odds["F16"] - base
     for name in ("Q8_0", "Q5_K_M", "Q4_1"):
         slope = np.linalg.lstsq(x[:, None], odds[name] - base, rcond=None)[0][0]
@@ -60,7 +63,7 @@ def test_more_labels_do_not_depend_on_what_all_share() -> None:
     rng = np.random.default_rng(2)
     base, tuned, file = (rng.normal(0, 1, (N, 3)) for _ in range(3))
     start = BaseScores(scores(base), scores(tuned + 1e-3), "")
-    found = retentions({"F16": scores(tuned), "Q8_0": scores(file + rng.normal(0, 1, (N, 1)))}, start, GROUPS)
+    found = retentions(ACCURACY, {"F16": scores(tuned), "Q8_0": scores(file + rng.normal(0, 1, (N, 1)))}, start, GROUPS)
     centred = [values - values.mean(axis=1, keepdims=True) for values in (base, tuned, file)]
     x, y = centred[1] - centred[0], centred[2] - centred[0]
     assert found.by_name["Q8_0"].estimate == pytest.approx(np.sum(x * y) / np.sum(x * x), rel=1e-9)
@@ -74,20 +77,23 @@ def test_rows_without_labels_go_by_the_likelihood_a_token() -> None:
     tokens = rng.integers(5, 60, N)
     base, change = rng.uniform(2, 4, N), rng.uniform(-1, 0.1, N)
     made = {"F16": answers(base + change, tokens), "Q2_K": answers(base + 0.6 * change, tokens)}
-    found = retentions(made, BaseScores(answers(base, tokens), None, ""), GROUPS)
+    found = retentions(ANSWER_PERPLEXITY, made, BaseScores(answers(base, tokens), None, ""), GROUPS)
     assert found.by_name["Q2_K"].estimate == pytest.approx(0.6) and "nats a token of the answers" in found.note
 
 
 def test_why_there_is_none(odds: dict[str, np.ndarray]) -> None:
     base = log_odds(odds.pop("base"))
     made = {name: log_odds(values) for name, values in odds.items()}
-    assert retentions(made, BaseScores(), GROUPS).note.startswith("Only files of a run")
+    assert retentions(ACCURACY, made, BaseScores(), GROUPS).note.startswith("Only files of a run")
     other = Scores([f"x{i}" for i in range(N)], base.labels, base.log_probs, base.truncated, 1.0)
-    assert retentions(made, BaseScores(other, None, ""), GROUPS).note == "03 scored other rows."
-    still = retentions(made, BaseScores(log_odds(odds["F16"] + 0.05), None, ""), GROUPS)
+    assert retentions(ACCURACY, made, BaseScores(other, None, ""), GROUPS).note == "03 scored other rows."
+    still = retentions(ACCURACY, made, BaseScores(log_odds(odds["F16"] + 0.05), None, ""), GROUPS)
     assert not still.by_name and "by 0.05 nats of log-odds (root mean square), too little" in still.note
     noisy = BaseScores(base, log_odds(odds["F16"] + 1.5), "")  # the programs differ by half the change
-    assert not (found := retentions(made, noisy, GROUPS)).by_name and "differ on the same model by 2" in found.note
+    assert (
+        not (found := retentions(ACCURACY, made, noisy, GROUPS)).by_name
+        and "differ on the same model by 2" in found.note
+    )
 
 
 @pytest.fixture
@@ -99,22 +105,22 @@ def run(home: Path) -> Run:
 
 
 def test_scores_of_03(run: Run, odds: dict[str, np.ndarray]) -> None:
-    assert "03 was not run" in base_scores(run, True).note
+    assert "03 was not run" in base_scores(run, ACCURACY).note
 
     def evaluation(work) -> None:
         log_odds(odds["base"]).save(work.folder / "scores-base.jsonl")
         log_odds(odds["F16"]).save(work.folder / "scores-finetuned.jsonl")
 
     run.produce("evaluation", evaluation, {}, ("data", "adapter"))
-    found = base_scores(run, True)
+    found = base_scores(run, ACCURACY)
     assert found.base.ids == IDS and found.tuned.ids == IDS and found.note == ""
     run.produce("adapter", lambda work: (work.folder / "x").write_text("2"), {"v": 2}, ("data",))
-    trained_again = base_scores(run, True)  # the base is the same, the tuned model is not
+    trained_again = base_scores(run, ACCURACY)  # the base is the same, the tuned model is not
     assert trained_again.base is not None and trained_again.tuned is None
     (run.folder / "evaluation" / "scores-base.jsonl").write_text("")
-    assert "not known" in base_scores(run, True).note
+    assert "not known" in base_scores(run, ACCURACY).note
     run.produce("data", lambda work: (work.folder / "x").write_text("2"), {"v": 2})
-    assert base_scores(run, True) == BaseScores(note="03 was not run again after the data changed.")
+    assert base_scores(run, ACCURACY) == BaseScores(note="03 was not run again after the data changed.")
 
 
 def test_comparison_json_and_the_answer(ladder: Ladder, tmp_path: Path) -> None:
@@ -188,15 +194,15 @@ def test_scores_of_another_model_than_the_gguf(run: Run, odds: dict[str, np.ndar
     train("LoRA")
     merge("original", "1")
     convert()
-    assert base_scores(run, True).tuned is not None
+    assert base_scores(run, ACCURACY).tuned is not None
     merge("original", "2")
-    assert base_scores(run, True).tuned is None and other_model(run).startswith("05 was not run again")
+    assert base_scores(run, ACCURACY).tuned is None and other_model(run).startswith("05 was not run again")
     convert()
-    assert base_scores(run, True).tuned is not None
+    assert base_scores(run, ACCURACY).tuned is not None
     train("QLoRA")
     merge("original", "3")
     convert()
-    assert base_scores(run, True).tuned is None and other_model(run) == "", "03 scores the adapter on the NF4 base"
+    assert base_scores(run, ACCURACY).tuned is None and other_model(run) == "", "03 scores the adapter on the NF4 base"
     merge("dequantized", "4")
     convert()
-    assert base_scores(run, True).tuned is not None
+    assert base_scores(run, ACCURACY).tuned is not None

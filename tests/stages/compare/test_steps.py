@@ -9,9 +9,10 @@ import pytest
 from scipy.special import rel_entr, softmax
 
 from lib.report import steps_page
+from lib.scoring.accuracy import label_divergence
 from lib.scoring.log_probabilities import AnswerScores, Scores
+from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
 from lib.stages.compare.error_ladder import error_ladder, step_file
-from lib.stages.compare.judge import label_divergence
 
 LABELS = np.array([0, 1] * 50)
 
@@ -32,7 +33,7 @@ def test_divergence_is_that_of_scipy(words: int) -> None:
 
 def test_every_step_against_the_one_before_and_the_first() -> None:
     chain = [("adapter", scores(0.0)), ("merged", scores(0.0)), ("Q8_0", scores(0.1, 1)), ("Q2_K", scores(1.5, 2))]
-    entries = error_ladder(chain, np.arange(100))
+    entries = error_ladder(ACCURACY, chain, np.arange(100))
     assert entries[0]["before"] is None and entries[0]["first"] is None
     same = entries[1]["before"]
     assert same["kld"] == 0 and same["agreement"] == 1 and same["accuracy_difference"] == 0
@@ -49,7 +50,7 @@ def test_every_step_against_the_one_before_and_the_first() -> None:
 
 def test_copies_of_a_row_weigh_less() -> None:
     chain = [("a", scores(0.0)), ("b", scores(1.0, 3))]
-    alone, together = error_ladder(chain, np.arange(100)), error_ladder(chain, np.arange(100) // 10)
+    alone, together = error_ladder(ACCURACY, chain, np.arange(100)), error_ladder(ACCURACY, chain, np.arange(100) // 10)
     width = [entry[1]["before"]["kld_interval"][1] - entry[1]["before"]["kld"] for entry in (alone, together)]
     equal = [entry[1]["before"]["agreement_interval"] for entry in (alone, together)]
     assert equal[1][0] < equal[0][0] < equal[0][1] < equal[1][1], "labels of copies are equal together"
@@ -60,7 +61,7 @@ def test_other_rows_are_refused() -> None:
     other = scores(0.0)
     other.ids.reverse()
     with pytest.raises(ValueError, match="other rows"):
-        error_ladder([("a", scores(0.0)), ("b", other)], np.arange(100))
+        error_ladder(ACCURACY, [("a", scores(0.0)), ("b", other)], np.arange(100))
 
 
 def test_the_ladder_ends_at_the_file_that_is_shipped() -> None:
@@ -76,7 +77,9 @@ def test_the_ladder_ends_at_the_file_that_is_shipped() -> None:
 
 
 def test_the_page_names_the_step_that_cost_most() -> None:
-    entries = error_ladder([("adapter", scores(0.0)), ("merged", scores(0.01, 1)), ("Q2_K", scores(1.5, 2))], LABELS)
+    entries = error_ladder(
+        ACCURACY, [("adapter", scores(0.0)), ("merged", scores(0.01, 1)), ("Q2_K", scores(1.5, 2))], LABELS
+    )
     assert "merged → Q2_K" in steps_page.steps_reading(entries)
     table = steps_page.rows(entries)
     assert [row["step"] for row in table] == ["adapter", "merged", "Q2_K"]
@@ -95,7 +98,7 @@ def answers(shift: float, noise: float, seed: int) -> AnswerScores:
 
 def test_steps_without_labels() -> None:
     chain = [("adapter", answers(0, 0, 0)), ("merged", answers(0, 0, 0)), ("F16", answers(0.001, 0.001, 1))]
-    entries = error_ladder([*chain, ("Q2_K", answers(0.2, 0.05, 2))], np.arange(100), 1.0, 0)
+    entries = error_ladder(ANSWER_PERPLEXITY, [*chain, ("Q2_K", answers(0.2, 0.05, 2))], np.arange(100), 1.0, 0)
     assert entries[0]["before"] is None and entries[0]["loss"] == pytest.approx(chain[0][1].loss)
     assert entries[1]["before"] == {
         "loss_difference": 0.0,
@@ -124,8 +127,10 @@ def test_the_interval_is_that_of_whole_groups() -> None:
     place = np.repeat(np.arange(10), 10)
     copies = [AnswerScores(s.ids, s.log_probs[place], s.tokens[place], 1.0) for s in (first, second)]
     few = np.arange(100) < 10
-    alone = error_ladder([("a", first.subset(few)), ("b", second.subset(few))], np.arange(10), 1.0, 0)
-    together = error_ladder([("a", copies[0]), ("b", copies[1])], place, 1.0, 0)
+    alone = error_ladder(
+        ANSWER_PERPLEXITY, [("a", first.subset(few)), ("b", second.subset(few))], np.arange(10), 1.0, 0
+    )
+    together = error_ladder(ANSWER_PERPLEXITY, [("a", copies[0]), ("b", copies[1])], place, 1.0, 0)
     for key in ("loss_difference", "moved", "agreement"):
         wanted = [alone[1]["before"][key], *alone[1]["before"][f"{key}_interval"]]
         found = [together[1]["before"][key], *together[1]["before"][f"{key}_interval"]]
@@ -134,7 +139,7 @@ def test_the_interval_is_that_of_whole_groups() -> None:
 
 def test_the_page_without_labels() -> None:
     chain = [("adapter", answers(0, 0, 0)), ("merged", answers(0, 0.001, 1)), ("Q2_K", answers(0.2, 0.05, 2))]
-    entries = error_ladder(chain, np.arange(100), 2.0, 0)
+    entries = error_ladder(ANSWER_PERPLEXITY, chain, np.arange(100), 2.0, 0)
     assert "merged → Q2_K" in steps_page.steps_reading(entries) and "within 2 %" in steps_page.steps_reading(entries)
     table = steps_page.rows(entries)
     assert table[0]["loss, nats"] is None and table[2]["loss, nats"].startswith("+0.2")

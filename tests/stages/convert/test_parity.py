@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.models.loading import load_tokenizer
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.machine import llama_cpp_problem
 from lib.stages.convert.convert import convert
 from lib.stages.convert.token_parity import HARD_STRINGS, compare_prompts, compare_tokens, gguf_token_ids
@@ -25,7 +25,7 @@ from tests.stages.convert.convertible import write_model
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
 NAMES = ("qwen2.5-0.5b-instruct", "qwen3-4b-thinking-2507", "qwen1.5-0.5b-chat")
-TASK = Task(("负面", "正面"), "你是情感分析助手。", "评论：{text}", 192)
+TASK = ClassificationTask(("负面", "正面"), "你是情感分析助手。", "评论：{text}", 192)
 TEXTS = st.lists(
     st.one_of(
         st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), max_size=12),

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import encode_row, read_task
+from lib.prompts.tasks import ConversationTask, read_task
 from lib.report import rows as report_rows
 from lib.runs.run import open_run
 from lib.settings import Settings, check
@@ -217,7 +216,7 @@ def test_long_rows_are_cut_or_dropped_with_a_count(home: Path) -> None:
 
     tokenizer = load_tokenizer(result.product.path / "tokenizer")
     used = [row for name in ("train", "validation", "test") for row in result.rows(name)]
-    encoded = [encode_row(tokenizer, task, row) for row in used]
+    encoded = [task.encode(tokenizer, row) for row in used]
     assert max(len(e.ids) for e in encoded) <= 96
     assert sum(e.turns_cut for e in encoded) == sum(line["turns cut"] for line in result.length_table) > 0
     assert sum(line["rows"] for line in result.flow if "first exchange over 96 tokens" in line["step"]) >= 1

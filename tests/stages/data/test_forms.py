@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lib.errors import InputError
-from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import ConversationTask
 from lib.prompts.templates import Message
 from lib.runs.run import open_run
 from lib.stages.data.cleaning import clean_split

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.prompts.classification import encode
 from lib.runs.files import read_json
 from lib.runs.run import open_run
 from lib.settings import Settings, check
@@ -86,12 +85,12 @@ def test_lengths_and_example_agree_with_the_prompting_room(sample_run: DataResul
     tokenizer, task = load_tokenizer(sample_run.product.path / "tokenizer"), sample_run.task
     rows = sample_run.rows("test")
     for row, length in list(zip(rows, sample_run.lengths["test"], strict=True))[:25]:
-        encoded = encode(tokenizer, task, row["text"], row["label"])
-        assert length == len(encoded.prompt_ids) + len(encoded.answer_ids)
+        encoded = task.encode(tokenizer, {"text": row["text"], "label": row["label"]})
+        assert length == len(encoded.prompt_ids) + len(encoded.loss_ids)
     example = sample_run.example
-    encoded = encode(tokenizer, task, example["text"], task.label_names.index(example["label"]))
+    encoded = task.encode(tokenizer, {"text": example["text"], "label": task.label_names.index(example["label"])})
     assert [i for p in example["pieces"] if not p["loss"] for i in p["ids"]] == encoded.prompt_ids
-    assert [i for p in example["pieces"] if p["loss"] for i in p["ids"]] == encoded.answer_ids
+    assert [i for p in example["pieces"] if p["loss"] for i in p["ids"]] == encoded.loss_ids
     assert example["text"] in "".join(piece["text"] for piece in example["pieces"])
 
 
@@ -106,7 +105,7 @@ def test_truncation_is_counted_as_encode_truncates(sample_run: DataResult):
     task = dataclasses.replace(sample_run.task, max_seq_length=median)
     rows = [Row(i, row["text"], row["label"]) for i, row in enumerate(sample_run.rows("test")[:60])]
     _, table = token_lengths(tokenizer, task, {"test": rows})
-    truncated = sum(encode(tokenizer, task, row.text, row.label).truncated for row in rows)
+    truncated = sum(task.encode(tokenizer, {"text": row.text, "label": row.label}).truncated for row in rows)
     assert 0 < truncated < 60 and table[0]["truncated rows"] == truncated
 
 

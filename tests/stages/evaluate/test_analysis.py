@@ -9,7 +9,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.scoring.log_probabilities import Scores
-from lib.stages.evaluate.analysis import ALL, LEAK_FREE, SEEN, UNSEEN, compare_with, evaluate_scores, subsets
+from lib.stages.evaluate.results import ALL, LEAK_FREE, SEEN, UNSEEN, compare_with, evaluate_scores, subsets
 
 ROWS = [{"id": str(i), "text": f"row {i}", "label": i % 2, "leaked": i < 2, "group": i} for i in range(6)]
 LOG_PROBS = np.log([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.51, 0.49], [0.6, 0.4]])

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lib.report import answer_rows, charts, display
+from lib.report.evaluate_page import AnswerPage
 from lib.scoring.log_probabilities import AnswerScores, exponentials
-from lib.stages.evaluate.analysis import BASE, FINETUNED
-from lib.stages.evaluate.answers import summary
+from lib.stages.evaluate.results import BASE, FINETUNED, summary
+
+
+def _words(result: SimpleNamespace) -> str:
+    return AnswerPage(result).verdict().data
 
 
 def _result(losses: dict[str, np.ndarray], groups: list[int]) -> SimpleNamespace:
@@ -26,18 +29,16 @@ def test_a_direction_is_rare_where_there_is_none() -> None:
     rng, told = np.random.default_rng(0), 0
     for _ in range(300):
         base = rng.uniform(1, 3, 4)
-        told += "**" in answer_rows.difference(
-            _result({BASE: base, FINETUNED: base + rng.normal(0, 0.2, 4)}, [*range(4)])
-        )
+        told += "**" in _words(_result({BASE: base, FINETUNED: base + rng.normal(0, 0.2, 4)}, [*range(4)]))
     assert told / 300 < 0.09, "percentiles of a bootstrap: 0.19"
 
 
 def test_a_direction_that_the_rows_show_is_said() -> None:
     rng = np.random.default_rng(1)
     base = rng.uniform(2, 3, 8)
-    better = answer_rows.difference(_result({BASE: base, FINETUNED: base - rng.uniform(0.4, 0.6, 8)}, [*range(8)]))
-    worse = answer_rows.difference(_result({BASE: base, FINETUNED: base + rng.uniform(0.4, 0.6, 8)}, [*range(8)]))
-    same = answer_rows.difference(_result({BASE: base, FINETUNED: base + rng.normal(0, 0.4, 8)}, [*range(8)]))
+    better = _words(_result({BASE: base, FINETUNED: base - rng.uniform(0.4, 0.6, 8)}, [*range(8)]))
+    worse = _words(_result({BASE: base, FINETUNED: base + rng.uniform(0.4, 0.6, 8)}, [*range(8)]))
+    same = _words(_result({BASE: base, FINETUNED: base + rng.normal(0, 0.4, 8)}, [*range(8)]))
     assert "**likelier**" in better and "**less likely**" in worse and "t-test over groups" in better
     assert "do not show a difference" in same and "nats a token they would miss" in same
 
@@ -49,11 +50,11 @@ def test_two_groups_and_equal_models_have_no_interval() -> None:
         _result({BASE: base, FINETUNED: base}, [0, 1, 2]),
     ):
         assert result.part["difference_interval"] is result.part["ratio_interval"] is result.part["mde"] is None
-        assert "(no interval)" in answer_rows.difference(result) and "show nothing" in answer_rows.difference(result)
+        assert "(no interval)" in _words(result) and "show nothing" in _words(result)
     few = _result({BASE: base, FINETUNED: base}, [0, 0, 1])
     assert few.part[BASE]["perplexity_interval"] is few.part[BASE]["loss_interval"] is None
-    assert "<img" in charts.estimates(answer_rows.perplexities(few), "perplexity", "c").data
-    assert "<table" in display.table(answer_rows.losses(few), "c").data
+    assert "<img" in AnswerPage(few).quality().data
+    assert "<table" in AnswerPage(few).parts().data and "<table" in AnswerPage(few).compared().data
 
 
 def test_limits_that_no_float_holds_are_infinite() -> None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from lib.cli import work
-from lib.cli.work import Rows
+from lib.cli.evaluate import evaluate as command_line
 from lib.runs.files import read_json, read_jsonl
 from lib.scoring.journal import journal_path
 from lib.settings import Settings
 from lib.stages.evaluate.stage import evaluate
-from lib.stages.evaluate.standalone import score_answers_in_child as score_in_child
+from lib.stages.evaluate.standalone import score_in_child
 from tests.support.killing import kill_at
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children")
@@ -92,12 +91,11 @@ def test_killed_command_continues(
     kill_at(command, folder, journal.name, 3, tmp_path / "slow")
     kept = journal.read_bytes().count(b"\n") - 1
     assert not (tmp_path / "cut.json").exists() and 3 <= kept < 12
-    options = {"base_model": None, "revision": "main", "dtype": "float32", "load_in_4bit": False, "batch_size": 2}
-    options |= {"n_threads": 1, "n_gpu_layers": 0}
+    options = {"dtype": "float32", "batch_size": 2, "n_threads": 1, "as_json": True}
     monkeypatch.setattr("lib.stages.evaluate.standalone.run_child", here)
     for name in ("whole", "cut"):
         capsys.readouterr()
-        work.evaluate(models, Rows(None, "talk", 0), options, tmp_path / f"{name}.json", True)
+        command_line(models, run_name="talk", output=tmp_path / f"{name}.json", **options)
         said = capsys.readouterr().err
         assert (f"{models[0]}: 12 rows already scored" in said) == (name == "cut")
         assert (f"{models[1]}: {kept} rows already scored" in said) == (name == "cut")
@@ -110,5 +108,5 @@ def test_killed_command_continues(
 
 def here(function: str, argument: dict[str, Any], what: str) -> dict[str, Any]:
     """In place of `run_child`, in this process."""
-    assert function == "lib.stages.evaluate.standalone:score_answers_in_child" and what.startswith("evaluating")
+    assert function == "lib.stages.evaluate.standalone:score_in_child" and what.startswith("evaluating")
     return {**score_in_child(json.loads(json.dumps(argument))), "peak_memory_mib": 51.0}

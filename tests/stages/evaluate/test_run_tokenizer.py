@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.cli.work import Rows
+from lib.cli.evaluate import RowOptions
 from lib.errors import InputError
 from lib.runs.files import write_json
 from lib.runs.run import Work, open_run
@@ -43,4 +43,7 @@ def test_the_option_run_names_its_folder(home):
         write_json(work.folder / "task.json", {})
 
     product = open_run("r").produce("data", build, {})
-    assert Rows(None, "r", 0).tokenizer() == product.path / "tokenizer" and Rows("f.csv", None, 0).tokenizer() is None
+    assert (
+        RowOptions(None, "r").tokenizer() == product.path / "tokenizer"
+        and RowOptions("f.csv", None).tokenizer() is None
+    )

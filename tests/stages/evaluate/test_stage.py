@@ -14,9 +14,9 @@ from lib.scoring import torch_backend
 from lib.scoring.log_probabilities import Scores, score_rows
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings
-from lib.stages.evaluate.analysis import BASE, FINETUNED
-from lib.stages.evaluate.stage import FLOOR, evaluate
-from lib.stages.evaluate.standalone import _summary, evaluate_models, score_in_child
+from lib.stages.evaluate.results import BASE, FINETUNED, FLOOR, LabelEvaluation
+from lib.stages.evaluate.stage import evaluate
+from lib.stages.evaluate.standalone import evaluate_models, score_in_child
 from tests.scoring import tiny
 from tests.stages.evaluate.conftest import save_adapter, test_rows
 
@@ -36,7 +36,7 @@ def test_product(run, small, labels):
     np.testing.assert_allclose(saved.log_probs, direct.log_probs, atol=1e-5)
     tuned = result.models[FINETUNED].scores
     assert np.abs(tuned.log_probs - direct.log_probs).max() > 0.1
-    assert result.subsets() == ["all", "leak_free", "seen_pattern", "unseen_pattern"]
+    assert list(result.floor) == ["all", "leak_free", "seen_pattern", "unseen_pattern"]
     assert result.models[BASE].reports["all"].accuracy.estimate == direct.accuracy
     assert result.models[BASE].reports["leak_free"].n == 39
     assert result.models[BASE].reports["unseen_pattern"].n == 14
@@ -60,9 +60,7 @@ def test_skipped_gives_the_same_result(run):
     assert json.dumps(second.to_json()) == json.dumps(first.to_json())
     assert json.loads(json.dumps(first.to_json())) == read_json(first.product.path / "evaluation.json")
     assert len(second.accuracies()) == 3 and {p["n"] for p in second.accuracies("unseen_pattern")} == {14}
-    assert len(second.class_rows()) == 4
-    assert sum(map(sum, second.confusions("leak_free")[BASE])) == 39
-    assert sum(b["n"] for b in second.reliability()["fine-tuned"]) == 40
+    assert sum(map(sum, second.models[BASE].reports["leak_free"].confusion)) == 39
 
 
 def test_adapter_is_needed(run):
@@ -106,7 +104,7 @@ def test_any_model(small, tmp_path, kind, monkeypatch):
 def test_rows_without_audit_have_no_leak_free_part(small):
     rows = [{key: row[key] for key in ("id", "text", "label")} for row in test_rows()]
     scores = score_rows(TransformersBackend(small.model), small.tokenizer, small.task, rows, "scoring")
-    assert _summary(scores, rows, small.task)["leak_free"] is None
+    assert LabelEvaluation.of_model(scores, rows, small.task, {"note": ""})["leak_free"] is None
 
 
 def test_unusable_models(small, tmp_path, monkeypatch):

@@ -12,16 +12,15 @@ import pytest
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
 from lib.models.loading import load_tokenizer
-from lib.prompts.conversations import ConversationTask
-from lib.prompts.tasks import encode_row
+from lib.prompts.tasks import ConversationTask
 from lib.report import display, written_rows
 from lib.scoring.generation import Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
 from lib.scoring.journal import Keep
 from lib.scoring.text_metrics import summarise
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings
-from lib.stages.evaluate.analysis import BASE, FINETUNED, SHOWN
-from lib.stages.evaluate.answers import Questions, Replies, generated_rows, prompts_json, write_with
+from lib.stages.evaluate.results import BASE, FINETUNED, SHOWN
+from lib.stages.evaluate.stage import Questions, Replies, generated_rows, prompts_json, write_with
 from tests.scoring.conftest import (
     Tiny,
     small,  # noqa: F401
@@ -39,7 +38,7 @@ def questions(small: Tiny, tmp_path: Path, task: ConversationTask = TASK, **valu
     prompts.write_text("房间好吗？\n早餐呢？\t很好。", encoding="utf-8")
     given = {"generated_rows": 4, "max_new_tokens": 12, "terms": str(terms), "prompts_file": str(prompts), **values}
     data = rows(6, task.thinking)
-    encoded = [encode_row(small.tokenizer, task, row) for row in data]
+    encoded = [task.encode(small.tokenizer, row) for row in data]
     return Questions.of(Settings(**given), small.tokenizer, task, data, encoded)
 
 
@@ -93,11 +92,11 @@ def test_kept_answers_are_not_written_again_and_others_are(small: Tiny, tmp_path
 
 def test_a_row_is_asked_up_to_its_last_answer_that_fits(small: Tiny) -> None:  # noqa: F811
     (row,) = rows(1)
-    whole = encode_row(small.tokenizer, TASK, row)
+    whole = TASK.encode(small.tokenizer, row)
     asked = ask_row(small.tokenizer, row, whole)
     assert (asked.question, asked.reference) == (row["messages"][3]["content"], row["messages"][4]["content"])
     assert small.tokenizer.decode(asked.ids).rstrip().endswith("assistant") and asked.opening == ""
-    cut = encode_row(small.tokenizer, replace(TASK, max_seq_length=len(whole.ids) - 2), row)
+    cut = replace(TASK, max_seq_length=len(whole.ids) - 2).encode(small.tokenizer, row)
     asked = ask_row(small.tokenizer, row, cut)
     assert (asked.question, asked.reference) == (row["messages"][1]["content"], row["messages"][2]["content"])
 
@@ -123,7 +122,7 @@ def test_the_prompts_of_real_models(name: str, opening: str, shared_data: Path) 
     """Where the answer begins, how it ends, and what bytes its tokens are, with the tokenizers of Qwen."""
     tokenizer = load_tokenizer(shared_data / name)
     (row,) = rows(1, thinking=True)
-    asked = ask_row(tokenizer, row, encode_row(tokenizer, THINKING, row))
+    asked = ask_row(tokenizer, row, THINKING.encode(tokenizer, row))
     prompt = ask_prompt(tokenizer, THINKING, {"prompt": "什么是AES？", "reference": ""})
     assert asked.opening == prompt.opening == opening
     assert tokenizer.decode(prompt.ids).endswith(f"<|im_start|>assistant\n{opening}")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lib.prompts.classification import encode
 from lib.runs.run import Run, Work
 from lib.stages.export import child
 from lib.stages.export.stage import FORMATS
@@ -28,7 +27,7 @@ def token_ids(folder: Path, n: int, seed: int = 0) -> list[list[int]]:
     from lib.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    return [encode(tokenizer, tiny_run.TASK, text).prompt_ids for text in tiny_run.texts(n, seed)]
+    return [tiny_run.TASK.encode(tokenizer, {"text": text}).prompt_ids for text in tiny_run.texts(n, seed)]
 
 
 def make(name: str, source: Path, output: Path, seed: int = 1) -> dict:

@@ -52,9 +52,9 @@ def test_made_skipped_and_made_when_the_library_comes(run: Run, monkeypatch: pyt
 
     tried: list[str] = []
 
-    def refuses(wanted: export_stage.Format, *_: object) -> tuple[dict, str]:
+    def refuses(wanted: export_stage.Format, *_: object) -> dict:
         tried.append(wanted.name)
-        return {}, "not made here"
+        return {"format": wanted.name, "reason": "not made here"}
 
     monkeypatch.setattr(export_stage, "_make", refuses)
     fewer = export(settings("gptq"), run)  # taken over

@@ -16,7 +16,7 @@ from lib.models.loading import count_weights, load_as_saved, quantization_method
 from lib.runs.files import PROJECT
 from lib.settings import EXPORT_FORMATS
 from lib.stages.export import child
-from lib.stages.export.stage import FORMATS, snippet, write_card
+from lib.stages.export.stage import FORMATS, question_of, write_card
 from tests import tiny_run
 from tests.stages.export.conftest import make, token_ids
 
@@ -76,7 +76,7 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     folder, answer = exported(name)
     text = '他说："很好"，房间\\干净。'
     record = {**answer, "bytes": answer["weight_bytes"], "bits_per_weight": 8.0, "peak_memory_mib": 1.0}
-    write_card(folder, FORMATS[name], record, snippet(tiny_run.TASK, {"text": text}), "A model.", ["a note"])
+    write_card(folder, FORMATS[name], record, "A model.", ["a note"], question_of(tiny_run.TASK, {"text": text}))
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "> a note" in card and name in card and ("BitsAndBytesConfig" in card) == (name in ("int8", "nf4"))
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
@@ -85,7 +85,7 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     assert answered.returncode == 0, answered.stderr
     tokenizer, model = load_tokenizer(folder), load_as_saved(folder)
     prompt = tokenizer.apply_chat_template(
-        tiny_run.TASK.messages(text),
+        tiny_run.TASK.messages({"text": text}),
         add_generation_prompt=True,
         enable_thinking=False,
         return_tensors="pt",
@@ -158,7 +158,7 @@ def test_what_float16_cannot_hold_is_refused(base: Path, tmp_path: Path, value: 
 
 def test_gptq_without_rows(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no rows to calibrate"):
-        child.quantize(base, tmp_path / "gptq", [])
+        child.quantize_gptq(base, tmp_path / "gptq", [])
 
 
 def test_a_folder_whose_library_is_absent(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from lib.models import offline_base
-from lib.prompts.classification import Task
+from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import HOME_VARIABLE, write_json, write_jsonl
 from lib.runs.run import Run, open_run
 from lib.settings import Settings
 from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.trainer import AnswerTrainer
 
-TASK = Task(("负面", "正面"), "你是情感分析助手。", "判断这段评论的情感，只回答负面或正面。\n评论：{text}", 96)
+TASK = ClassificationTask(
+    ("负面", "正面"), "你是情感分析助手。", "判断这段评论的情感，只回答负面或正面。\n评论：{text}", 96
+)
 TINY = offline_base.BaseRecipe(
     layers=1, hidden=64, intermediate=64, heads=2, kv_heads=1, window=64, batch=4, min_tokens=2048, max_tokens=2048
 )

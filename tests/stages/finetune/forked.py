@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -128,16 +130,18 @@ def team(home: Path) -> None:
     base = base_of(run)
 
     def members(folder: Path, settings: Settings, stop_rank_at: int | None = None) -> list[dict[str, Any]]:
-        """What both ranks return."""
+        """What the training returns in both processes, which find each other as torchrun's do."""
         folder.mkdir(exist_ok=True)
-        size, meeting = settings.num_processes, folder / f"meeting-{len(list(folder.glob('meeting*')))}"
-        meeting.with_suffix(".used").touch()
-        shared = {"size": size, "backend": "gloo", "threads": 1, "gpu": None, "in_4bit": False}
-        shared |= {"meeting": str(meeting), "stop_file": str(folder / "stop"), "settings": settings.model_dump()}
-        shared |= {"data": str(run.folder / "data"), "folder": str(folder)}
-        shared |= {"base": {"path": str(base.path), "id": base.id, "revision": base.revision, "offline": base.offline}}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        argument = {"settings": settings.model_dump(), "data": str(run.folder / "data"), "folder": str(folder)}
+        argument |= {"stop_file": str(folder / "stop"), "in_4bit": False}
+        argument |= {"base": {**dataclasses.asdict(base), "path": str(base.path)}}
 
         def member(rank: int) -> dict[str, Any]:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
             if rank == 1 and stop_rank_at is not None:
                 step = AnswerTrainer.training_step
 
@@ -147,7 +151,7 @@ def team(home: Path) -> None:
                     return step(self, *arguments, **options)
 
                 AnswerTrainer.training_step = stopping
-            return processes.train_rank({**shared, "rank": rank})
+            return processes._train(argument)
 
         def all_ranks() -> dict[str, Any]:  # the parent of the second rank is the first one's process
             reading, writing = os.pipe()

@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.report import finetune_page
 from lib.runs.files import read_json
 from lib.runs.run import Run
-from lib.stages.finetune import out_of_memory
+from lib.stages.finetune import session
 from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.trainer import AnswerTrainer
 from tests.stages.finetune.conftest import die_after, tiny_settings
@@ -36,7 +36,7 @@ def fill_memory(patch: pytest.MonkeyPatch, most: int, update: int = 0, error: ty
 
 @given(st.integers(1, 64), st.integers(1, 16))
 def test_smaller_keeps_the_rows_of_an_update(rows: int, passes: int) -> None:
-    found = out_of_memory.smaller(rows, passes)
+    found = session.smaller(rows, passes)
     if rows == 1:
         assert found is None
     else:
@@ -83,7 +83,7 @@ def test_a_continued_training_begins_with_what_fitted(runs: Callable[[str], Run]
         die_after(7, patch)
         with pytest.raises(KeyboardInterrupt):
             finetune(tiny_settings(), run)
-    record = read_json(run.folder / ".adapter.part" / out_of_memory.RECORD)
+    record = read_json(run.folder / ".adapter.part" / session.MEMORY_RECORD)
     assert [failure["next"] for failure in record] == [{"rows": 8, "passes": 2}]
     result = finetune(tiny_settings(), run)  # now there would be room for 16
     assert result.resumed_from == 2 and result.micro_batch["used"] == {"rows": 8, "passes": 2}
@@ -97,7 +97,7 @@ def test_one_row_that_does_not_fit_is_refused(runs: Callable[[str], Run], monkey
     with pytest.raises(InputError, match=r"one row a forward pass.*gradient_checkpointing: true"):
         finetune(tiny_settings(per_device_train_batch_size=2), run)
     assert "adapter" not in run.manifest.entries()
-    assert not (run.folder / ".adapter.part" / out_of_memory.RECORD).exists()
+    assert not (run.folder / ".adapter.part" / session.MEMORY_RECORD).exists()
 
 
 def test_other_errors_are_not_taken_for_a_full_device(runs: Callable[[str], Run], monkeypatch) -> None:
@@ -115,9 +115,9 @@ def test_other_errors_are_not_taken_for_a_full_device(runs: Callable[[str], Run]
     ],
 )
 def test_other_words_for_a_full_device(words: str) -> None:
-    with pytest.raises(torch.OutOfMemoryError), out_of_memory.memory_in_one_word():
+    with pytest.raises(torch.OutOfMemoryError), session.full_memory():
         raise RuntimeError(words)
-    with pytest.raises(InputError, match="base model itself"), out_of_memory.loading():
+    with pytest.raises(InputError, match="base model itself"), session.base_fits():
         raise RuntimeError(words)
 
 
@@ -128,7 +128,7 @@ def test_a_base_that_does_not_fit_is_not_blamed_on_the_rows(runs: Callable[[str]
     monkeypatch.setattr("lib.stages.finetune.session.load_model", loads)
     with pytest.raises(InputError, match=r"no room for the base model itself.*9\.00 GiB"):
         finetune(tiny_settings(), runs("fresh"))
-    assert not (runs("fresh").folder / ".adapter.part" / out_of_memory.RECORD).exists()
+    assert not (runs("fresh").folder / ".adapter.part" / session.MEMORY_RECORD).exists()
 
 
 def test_a_full_device_by_another_name_and_a_full_disk_in_a_training(runs: Callable[[str], Run], monkeypatch) -> None:
@@ -146,5 +146,5 @@ def test_a_full_device_by_another_name_and_a_full_disk_in_a_training(runs: Calla
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"disk of .* is full"):
         patch.setattr(torch, "save", full_disk)
         finetune(tiny_settings(), run)
-    record = read_json(run.folder / ".adapter.part" / out_of_memory.RECORD)
+    record = read_json(run.folder / ".adapter.part" / session.MEMORY_RECORD)
     assert [failure["next"] for failure in record] == [{"rows": 8, "passes": 2}]

@@ -110,7 +110,7 @@ def _checkpoint(folder, step: int, loss: float | None):
     (staged / "weights").write_bytes(bytes([step]) * 10)
     checkpoints.publish(staged, folder / f"checkpoint-{step}", step)
     if loss is not None:
-        checkpoints.judge(folder / f"checkpoint-{step}", loss)
+        checkpoints.add_loss(folder / f"checkpoint-{step}", loss)
 
 
 def test_best_is_the_earlier_of_equals_and_pruning_keeps_it(tmp_path) -> None:

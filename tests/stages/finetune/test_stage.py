@@ -238,7 +238,7 @@ def test_the_machine_is_sampled_into_product_and_manifest(runs) -> None:
 def test_four_bits_with_conversations(runs) -> None:
     """QLoRA where the loss stands on several answers of a row: every tensor is trained, the validation loss falls."""
     from lib.models import offline_base
-    from lib.prompts.conversations import ConversationTask
+    from lib.prompts.tasks import ConversationTask
     from lib.runs.files import write_json, write_jsonl
     from tests.stages.finetune.conftest import rows
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lib.cli import doctor
-from lib.cli.app import app
+from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.stages.finetune import memory as finetune_memory
 from tests.stages.finetune.conftest import tiny_settings

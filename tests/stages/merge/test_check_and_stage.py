@@ -195,13 +195,13 @@ def test_the_page_recommends_a_far_better_format() -> None:
     assert "too little to matter" in report_rows.merge_reading(checked(0.00028, 0.37, half=0.00007))
     assert "would cost 2.0 times more" in report_rows.merge_reading(checked(0.0028, 0.37, half=0.0056))
     table = report_rows.costs(checked(0.0028, 0.37))
-    assert [row["weights of base + adapter"].split(" ")[0] for row in table] == [
+    assert [row["number_format"].split(" ")[0] for row in table] == [
         "bfloat16",
         "float32",
         "float16",
         "the",
     ]
-    assert table[0]["share of the effect"] == pytest.approx(0.0028 / 0.37) and table[-1]["KL, nats ↓"] == 0.37
+    assert table[0]["share_of_effect"] == pytest.approx(0.0028 / 0.37) and table[-1]["kld"] == 0.37
 
 
 def test_kl_divergence_by_hand() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import ConversationTask
 from lib.runs.files import HOME_VARIABLE, write_json, write_jsonl
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, Work, open_run

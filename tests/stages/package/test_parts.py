@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from lib.errors import InputError
+from lib.prompts.tasks import ConversationTask, Task
+from lib.prompts.templates import read_turns
 from lib.runs.files import write_json
-from lib.stages.package.card import _measured_on, _predicted, go_template, modelfile
-from lib.stages.package.facts import AGAINST, RECOMMENDED, WITHOUT, choose, licences
-from lib.stages.package.gguf_parts import gguf_name, size_label
-from lib.stages.package.self_test import read_turns
-from lib.stages.package.stage import check_target, read_formats, write_zip
+from lib.stages.package.documents import card, go_template, modelfile
+from lib.stages.package.facts import AGAINST, RECOMMENDED, WITHOUT, ChosenFile, Facts, choose_file, gguf_name, licences
+from lib.stages.package.stage import REPORT, check_target, read_formats, write_zip
 from lib.statistics.losses import retention_warning
 from tests import tiny_run
 
@@ -81,6 +81,28 @@ def check_ollama(tokenizer: Any, thinking: bool) -> None:
         assert render_go(go_template(turns), messages) == expected == turns.render(messages)
 
 
+def facts(task: Task, **more: Any) -> Facts:
+    """What is known of some file."""
+    entry = {"type": "Q4_0", "bits_per_weight": 4.5, "kld_mean": 0.01, "verdict": "equivalent"}
+    known: dict[str, Any] = {
+        "run": "r",
+        "file": "m.gguf",
+        "chosen": ChosenFile("Q4_0", Path("m-Q4_0.gguf"), RECOMMENDED, "Because.", entry, {"type": "F16"}),
+        **dict.fromkeys(("base", "revision", "source", "method"), "unknown"),
+        "bytes": 4_500_000,
+        "bytes_per_token": 4_000_000,
+        "n_ctx": 512,
+        "most": 8,
+        "switches": False,
+        "licences": {"id": "mit", "base": "MIT", "data": "MIT"},
+        "comparison": {"data": {"rows": 12, "source": "file.csv"}, "conditions": {"device": "cpu"}},
+        "rows": {},
+        "parameters": {},
+        "products": {},
+    }
+    return Facts(task=task, **known, **more)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from lib.models.loading import load_tokenizer
@@ -137,9 +159,12 @@ def test_other_templates_are_refused(template: str, tokenizer: Any, monkeypatch:
 
 def test_modelfile(tokenizer: Any) -> None:
     turns = read_turns(tokenizer, False)
-    text, notes = modelfile("m.gguf", turns, "你是助手。", ["<|im_end|>"], True, 512, 8)
-    assert 'SYSTEM """你是助手。"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n' in text and notes == []
-    text, notes = modelfile("m.gguf", turns, 'say """', [], False, 512, 8)
+    text, notes = modelfile(facts(tiny_run.TASK), turns, ["<|im_end|>"])
+    assert (
+        'SYSTEM """你是情感分析助手。"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n' in text
+        and notes == []
+    )
+    text, notes = modelfile(facts(ConversationTask("dialogue", 'say """', 192)), turns, [])
     assert "SYSTEM " not in text.replace("No SYSTEM", "") and len(notes) == 1 and text.count('"""') == 3
 
 
@@ -167,21 +192,16 @@ def test_different_runs_get_different_names() -> None:
 
 def test_the_zip_of_another_run_stays(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    write_json(tmp_path / "in" / "report.json", {"run": "a"})
+    write_json(tmp_path / "in" / REPORT, {"run": "a"})
     target = tmp_path / "x.zip"
-    check_target(target, "x", "report.json", "b")
-    write_zip(tmp_path / "in", ["report.json"], target, "x")
-    check_target(target, "x", "report.json", "a")
+    check_target(target, "x", "b")
+    write_zip(tmp_path / "in", [REPORT], target, "x")
+    check_target(target, "x", "a")
     with pytest.raises(InputError, match="package of run 'a'"):
-        check_target(target, "x", "report.json", "b")
+        check_target(target, "x", "b")
     target.write_bytes(b"my own")
     with pytest.raises(InputError, match="no package of the workbook"):
-        check_target(target, "x", "report.json", "b")
-
-
-def test_sizes() -> None:
-    sizes = (900_000, 2_033_920, 494_032_768, 7_615_616_512, 72_000_000_000)
-    assert [size_label(weights) for weights in sizes] == ["900K", "2.0M", "494M", "7.6B", "72B"]
+        check_target(target, "x", "b")
 
 
 def test_evidence(tmp_path: Path) -> None:
@@ -192,39 +212,47 @@ def test_evidence(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(name="r", require=lambda product: SimpleNamespace(path=tmp_path))
     advice = {"type": "Q8_0", "text": "Because."}
     comparison = {"files": files, "reference": "F16", "recommendation": advice}
-    assert (choose(run, comparison, None).type, choose(run, comparison, "q8_0").standing) == ("Q8_0", RECOMMENDED)
-    other = choose(run, comparison, "Q2_K")
+    assert (choose_file(run, comparison, None).type, choose_file(run, comparison, "q8_0").standing) == (
+        "Q8_0",
+        RECOMMENDED,
+    )
+    other = choose_file(run, comparison, "Q2_K")
     assert other.standing == AGAINST and "against the recommendation, which is Q8_0" in other.words
     assert "worse" in other.words and other.reference["type"] == "F16"
     with pytest.raises(InputError, match="nf4"):
-        choose(run, comparison, "nf4")
+        choose_file(run, comparison, "nf4")
     files[2] |= {"retention": 0.28, "retention_interval": [0.25, 0.31]}
-    assert "Q2_K keeps only 0.28 [0.25,\u00a00.31]" in choose(run, comparison, "Q2_K").words
+    assert "Q2_K keeps only 0.28 [0.25,\u00a00.31]" in choose_file(run, comparison, "Q2_K").words
     advice["type"] = None
-    assert choose(run, comparison, "Q2_K").standing == WITHOUT
+    assert choose_file(run, comparison, "Q2_K").standing == WITHOUT
     advice["text"] = f"Because.\n\n{retention_warning(files[2])}"
-    assert choose(run, comparison, "Q2_K").words.count("keeps only") == 1
+    assert choose_file(run, comparison, "Q2_K").words.count("keeps only") == 1
     with pytest.raises(InputError, match="--type, one of F16, Q8_0, Q2_K"):
-        choose(run, comparison, None)
+        choose_file(run, comparison, None)
 
 
 def test_what_chose_the_types() -> None:
     mix = {"predicted_kld": 0.011, "predicted_answer_kld": 0.25, "answer_weight": 0.0}
-    assert _measured_on(mix) == "training text"
-    assert _measured_on({**mix, "answer_weight": 1.0}) == "the answers of training rows"
-    both = _measured_on({**mix, "answer_weight": 0.5})
-    assert both == "training text and on the answers of training rows (of weight 0.5)"
-    assert _predicted(mix) == "0.011 nats a token of text and 0.25 nats at a token of an answer"
-    assert _predicted({**mix, "predicted_answer_kld": None}) == "0.011 nats a token of text"
+    mix |= {"budget_bytes": 120_000, "types": {"a": "Q4_K", "b": "Q8_0", "c": "Q4_K"}}
+
+    def told(**more: Any) -> str:
+        return card(facts(tiny_run.TASK, mix={**mix, **more}), {})
+
+    assert "sensitivity on training text chose for it (Q4_K × 2, Q8_0 × 1)." in told()
+    assert "divergence of 0.011 nats a token of text and 0.25 nats at a token of an answer." in told()
+    assert "sensitivity on the answers of training rows chose" in told(answer_weight=1.0)
+    both = "sensitivity on training text and on the answers of training rows (of weight 0.5) chose"
+    assert both in told(answer_weight=0.5)
+    assert "divergence of 0.011 nats a token of text." in told(predicted_answer_kld=None)
 
 
 def test_licences() -> None:
-    sample, other = {"sample_data": True}, {"sample_data": False}
-    assert licences(sample, "offline", True, False)["id"] == "mit"
-    assert licences(other, "offline", True, False)["id"] == "unknown"  # made from texts of somebody else
-    assert licences(other, "modelscope:Qwen/Qwen3-0.6B@main", False, False)["id"] == "apache-2.0"
-    assert "file LICENSE" in licences(other, "my/model", False, True)["base"]
-    assert "read the base model's card" in licences(other, "my/model", False, False)["base"]
+    offline = {"offline_base": True}
+    assert licences({"sample_data": True, **offline}, "offline", False)["id"] == "mit"
+    assert licences(offline, "offline", False)["id"] == "unknown"  # made from texts of somebody else
+    assert licences({}, "modelscope:Qwen/Qwen3-0.6B@main", False)["id"] == "apache-2.0"
+    assert "file LICENSE" in licences({}, "my/model", True)["base"]
+    assert "read the base model's card" in licences({}, "my/model", False)["base"]
 
 
 def test_large_files_in_the_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.prompts.conversations import ConversationTask
+from lib.prompts.tasks import ConversationTask
 from lib.report import charts, quantize_page, steps_page
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.machine import llama_cpp_problem
@@ -237,7 +237,6 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
 def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     """All learned turns, with their ends; a row that equals a held-out one is left out."""
     from lib.models.loading import load_model, load_tokenizer
-    from lib.prompts.tasks import encode_row
     from lib.stages.quantize.sensitivity import answer_information
 
     def conversation(i: int, said: str) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     assert len(chosen.rows) == 8 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
     for row, used in zip(chosen.rows, chosen.used, strict=True):
-        encoded = encode_row(tokenizer, task, by_id[used["id"]])
+        encoded = task.encode(tokenizer, by_id[used["id"]])
         assert [p + 1 for p in row["positions"]] == encoded.loss and len(encoded.spans) == 2
         assert row["targets"] == [encoded.ids[p] for p in encoded.loss]
     found, scales = answer_information(load_model(base, dtype="float32", device="cpu"), chosen.rows, 0)
@@ -349,31 +348,30 @@ def compared(verdicts: dict[str, tuple[int, str]]) -> SimpleNamespace:
     return SimpleNamespace(content=content)
 
 
+def task_loss(verdicts: dict[str, tuple[int, str]]) -> str:
+    """What the page says of the mixed file beside these recipes."""
+    return quantize_page.against_recipes_at_answers(compared(verdicts))[1].data
+
+
 def test_the_page_says_when_the_mixed_file_does_not_win() -> None:
-    lost = quantize_page.answers_against_reading(
-        compared({"Q4_0": (950_000, "worse"), "Q2_K": (600_000, "better")})
-    ).data
+    lost = task_loss({"Q4_0": (950_000, "worse"), "Q2_K": (600_000, "better")})
     assert lost == (
         "Task loss of MIX_1MB beside the recipe of its size (within 10 %): it is shown to lose more than Q4_0. For the "
         "task the choice of types did not pay here."
     )
-    larger = quantize_page.answers_against_reading(compared({"Q4_0": (1_050_000, "worse")})).data
+    larger = task_loss({"Q4_0": (1_050_000, "worse")})
     assert "did not pay" not in larger and "does not beat every recipe of its size" in larger
-    smaller = quantize_page.answers_against_reading(compared({"Q4_0": (950_000, "better")})).data
+    smaller = task_loss({"Q4_0": (950_000, "better")})
     assert "All of these are smaller, so it does not follow that the choice of types paid." in smaller
     open_ = {"Q4_0": (1_050_000, "cannot tell"), "Q4_K_M": (1_090_000, "better")}
-    said = quantize_page.answers_against_reading(compared(open_)).data
+    said = task_loss(open_)
     assert "shown to lose less than Q4_K_M; not shown to differ from Q4_0. So it does not beat every recipe" in said
-    won = quantize_page.answers_against_reading(
-        compared({"Q4_0": (1_400_000, "better"), "Q8_0": (2 * 10**6, "worse")})
-    ).data
+    won = task_loss({"Q4_0": (1_400_000, "better"), "Q8_0": (2 * 10**6, "worse")})
     assert "the recipe nearest to its size (1.40 of it): it is shown to lose less than Q4_0. So for the task" in won
-    table = quantize_page.answers_against_recipes(compared(open_)).data
+    table = quantize_page.against_recipes_at_answers(compared(open_))[0].data
     assert "120 tokens of the answers of 60 held-out rows" in table and "cannot tell" in table
-    assert (
-        quantize_page.answers_against_reading(None) is None
-        and "Nothing" in quantize_page.answers_against_recipes(None).data
-    )
+    (nothing,) = quantize_page.against_recipes_at_answers(None)
+    assert "Nothing to compare" in nothing.data
 
 
 def test_a_forced_page_scores_again_unless_it_just_has(monkeypatch: pytest.MonkeyPatch) -> None:

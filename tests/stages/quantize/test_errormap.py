@@ -75,10 +75,10 @@ def test_the_page(run: Run) -> None:
     wanted = np.sqrt(np.mean([row["relative_rmse"] ** 2 for row in mine]))
     assert len(mine) == 2 and kinds["ffn_down"]["relative_rmse"] == pytest.approx(wanted)
     assert weights_page.kinds_of(found)[-1] == "token_embd" and {row["layer"] for row in mine} == {0, 1}
-    rows = weights_page.kind_rows(found)
-    assert rows[0].keys() == {"kind", "Q8_0", "Q2_K"} and f"{wanted:.2g} at" in str(rows)
+    shown, reading = weights_page.error_kinds(found)
+    assert f"{wanted:.2g} at" in shown.data and 'scope="col">Q8_0</th>' in shown.data
     worst = max(kinds, key=lambda kind: kinds[kind]["relative_rmse"])
-    assert f"Q2_K: {worst}" in weights_page.error_reading(found)
+    assert f"Q2_K: {worst} (" in reading.data
     shown = weights_page.error_map(found).data
     assert "Heat maps" in shown and "token_embd.weight" in shown
     many = [{**row, "layer": layer} for layer in range(24) for row in found.files["Q2_K"] if row["layer"] == 0]

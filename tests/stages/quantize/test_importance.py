@@ -128,7 +128,8 @@ def test_windows_are_rows_as_training_sees_them(run: Run) -> None:
     tokenizer, rows = load_tokenizer(data / "tokenizer"), {r["id"]: r for r in read_jsonl(data / "train.jsonl")}
     task, ids = read_task(data), [token for window in many.windows for token in window]
     for row in (rows[used["id"]] for used in many.used[:5]):
-        turns = [*task.messages(row["text"]), {"role": "assistant", "content": task.label_names[row["label"]]}]
+        turns = task.messages(row)
+        assert turns[-1] == {"role": "assistant", "content": task.label_names[row["label"]]}
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         whole = len(wanted) <= task.max_seq_length  # a longer text is cut at its end, as in training
@@ -218,13 +219,10 @@ def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None
     assert entry["kld_with"] == pytest.approx(table.mean, rel=1e-6)
     assert entry["difference"] == pytest.approx(entry["kld_with"] - entry["kld_without"])
     assert imatrix_effect(settings(imatrix="none"), run, result) is None
-    shown = quantize_page.effect_table(Comparison(result.product, found))
-    assert (
-        "Q4_0" in shown.data
-        and "Q4_0 with the matrix is" in quantize_page.effect_reading(Comparison(result.product, found)).data
-    )
+    shown, reading = quantize_page.effect(Comparison(result.product, found))
+    assert "Q4_0" in shown.data and "Q4_0 with the matrix is" in reading.data
     assert found["left_out"] == [] and [entry["retyped"] for entry in found["types"]] == [[], []]
-    assert "all tensors of equal types" in quantize_page.effect_reading(Comparison(result.product, found)).data
+    assert "all tensors of equal types" in reading.data
     assert "0 of 32, by hash" in quantize_page.imatrix_card(importance_matrix(wanted, run)).data
 
 
@@ -245,8 +243,8 @@ def test_types_that_need_the_matrix_are_left_out_and_said(run: Run) -> None:
     product = run.produce("quantized", lambda work: write_json(work.folder / "quantized.json", {}), {})
     found = imatrix_effect(settings(), run, QuantizeResult(product, {}, needing))
     assert found.content == {"types": [], "left_out": ["Q4_0", "Q4_K_M"]}
-    assert "Q4_0, Q4_K_M cannot be made without a matrix" in quantize_page.effect_table(found).data
-    assert "does not say" in quantize_page.effect_reading(found).data
+    why, reading = quantize_page.effect(found)
+    assert "Q4_0, Q4_K_M cannot be made without a matrix" in why.data and "does not say" in reading.data
 
 
 def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
@@ -262,10 +260,13 @@ def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
     found = retyped(tmp_path / "with.gguf", tmp_path / "without.gguf")
     assert found == [{"tensor": "blk.0.ffn_down.weight", "with": "q4_1", "without": "q4_0"}]
     entry = {"type": "Q4_0", "bytes": one.bytes, "bytes_without": other.bytes, "retyped": found, "verdict": "better"}
-    entry |= {"difference": -0.1, "kld_without": 1.0, "answers": {"verdict": "cannot tell"}}
-    reading = quantize_page.effect_reading(SimpleNamespace(content={"types": [entry], "left_out": ["Q2_K"]})).data
+    numbers = {"difference": -0.1, "difference_interval": None, "p_holm": 0.5, "verdict": "cannot tell"}
+    measured = {"kld_with": 0.9, "kld_with_interval": None, "kld_without": 1.0, "kld_without_interval": None}
+    entry = {**numbers, **measured, **entry, "answers": numbers}
+    content = {"types": [entry], "left_out": ["Q2_K"], "tokens": 1, "rows": 1, "answer_positions": 1, "answer_rows": 1}
+    reading = quantize_page.effect(SimpleNamespace(content=content))[1].data
     assert f"1 tensor q4_1 instead of q4_0 (blk.0.ffn_down), {one.bytes - other.bytes:+,} bytes" in reading
-    assert "Q2_K cannot be made without a matrix" in reading
+    assert "Q2_K cannot be made without a matrix" in reading and "(-10 % KL divergence), at answers not" in reading
 
 
 def kl_between(reference: Path, other: Path, windows: list[list[int]]) -> Any:
@@ -289,7 +290,6 @@ def test_verdicts_of_the_effect() -> None:
 
 def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path) -> None:
     from lib.models.loading import load_tokenizer
-    from lib.prompts.tasks import whole_ids
 
     data = shutil.copytree(run.folder / "data", tmp_path / "data")
     rows = read_jsonl(data / "test.jsonl")
@@ -303,7 +303,7 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
     tokenizer, task = load_tokenizer(data / "tokenizer"), read_task(data)
     for owner in set(owners):
         mine = [token for token, of in zip(ids, owners, strict=True) if of == owner]
-        assert mine == whole_ids(tokenizer, task, rows[owner])[: len(mine)]
+        assert mine == task.encode(tokenizer, rows[owner]).ids[: len(mine)]
     with pytest.raises(InputError, match="test rows of"):
         calibration.held_out_windows(data, 32768, 4, 42)
 
@@ -311,8 +311,7 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
 def test_conversations_too(tmp_path: Path) -> None:
     """Rows without labels: whole conversations; one whose turns are those of a test row is left out."""
     from lib.models.loading import load_tokenizer
-    from lib.prompts.conversations import ConversationTask
-    from lib.prompts.tasks import whole_ids
+    from lib.prompts.tasks import ConversationTask
 
     def conversation(i: int, said: str, system: str = "你是助手。") -> dict[str, Any]:
         turns = [("system", system), ("user", said), ("assistant", "很好，谢谢。")]
@@ -331,5 +330,5 @@ def test_conversations_too(tmp_path: Path) -> None:
     chosen = calibration.training_windows(tmp_path, 64, 1000, 42)
     assert chosen.facts["left_out"]["text of a held-out row"] == 1 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
-    wanted = [token for used in chosen.used for token in whole_ids(tokenizer, task, by_id[used["id"]])]
+    wanted = [token for used in chosen.used for token in task.encode(tokenizer, by_id[used["id"]]).ids]
     assert [token for window in chosen.windows for token in window] == wanted[: 64 * len(chosen.windows)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.report import compare_page
+from lib.report import quantize_page
 from lib.runs.files import sha256_file
 from lib.runs.run import Run, Work, open_run
 from lib.settings import Settings
@@ -56,9 +56,9 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert mix_effect(settings("Q8_0", "Q4_K_M"), run, first) is None and predictions(run) == {}
     planned = plan(settings("Q8_0", "Q4_K_M"), run)
     assert [p["bytes"] for p in planned] == [f.bytes for f in first.files]
-    rows = compare_page.predicted(planned)
-    assert [row["tensors that fall back"] for row in rows] == [len(f.fallbacks) for f in first.files] == [0, 7]
-    assert rows[0]["tensor types"] == "q8_0, f32" and rows[0]["tensors set by hand"] == 0
+    rows = quantize_page.predicted(planned)
+    assert [row["fallbacks"] for row in rows] == [len(f.fallbacks) for f in first.files] == [0, 7]
+    assert rows[0]["tensor_types"] == "q8_0, f32" and rows[0]["set_by_hand"] == 0
 
     made: list[str] = []
     real = files.quantize_planned

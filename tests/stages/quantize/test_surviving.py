@@ -149,28 +149,28 @@ def test_stage_and_page_of_a_base_on_a_grid(home: Path, tmp_path: Path, base_wei
     weights_page.mark(found, planned)
     shown = text(display.table([{"type": name} for name in ("Q8_0", "Q5_K_M", "Q4_1", "q4_1, f32")], "Files."))
     assert "Q4_1‡" in shown and "q4_1‡, f32" in shown and "Q8_0‡" not in shown and "‡ on the grid of the base" in shown
-    assert (
-        "q4_1‡ 1" in text(weights_page.grid_table(found))
-        and "**The base's weights lie" in weights_page.grid_reading(found).data
-    )
+    shown, reading = weights_page.grid(found)
+    assert "q4_1‡ 1" in text(shown) and "**The base's weights lie" in reading.data
 
     result = quantize(SETTINGS, run)
     kept = retention(SETTINGS, run, result)
     assert retention(SETTINGS, run, result).product.made is False
     assert kept.source_grid["tiny-Q4_1.gguf"] > 0.5 and kept.source_grid["tiny-Q8_0.gguf"] == 0
     assert kept.product.entry.metrics["Q4_1"] == kept.kept("Q4_1") < 0.5
-    table = text(weights_page.kept_table(kept))
+    shown, reading = weights_page.kept(kept)
+    table = text(shown)
     assert f"all matrices {kept.kept('Q8_0'):.2f} (" in table and "attn_q" in table and "ffn_up" not in table
-    words = weights_page.kept_reading(kept).data
+    words = reading.data
     assert f"Q4_1 {kept.kept('Q4_1'):.2f} ({100 * kept.returned('Q4_1'):.0f} %)" in words and "Q8_0" not in words
     shutil.rmtree(tmp_path / "base")
     still = retention(SETTINGS, run, result)
     assert still == replace(kept, product=still.product) and not still.product.made
     anew = SETTINGS.model_copy(update={"force": True})
     gone = retention(anew, run, result)
-    assert gone.product is None and "cannot be had now" in text(weights_page.kept_table(gone))
-    assert weights_page.kept_reading(gone) is None and weights_page.grid_reading(source_grid(anew, run)) is None
-    assert "Not measured." in weights_page.grid_table(source_grid(anew, run)).data
+    (reason,) = weights_page.kept(gone)
+    assert gone.product is None and "cannot be had now" in reason.data
+    (reason,) = weights_page.grid(source_grid(anew, run))
+    assert "Not measured." in reason.data
 
 
 def test_an_adapter_in_rounded_weights_is_not_measured_from_others(home: Path, tmp_path: Path, base_weights) -> None:
@@ -182,7 +182,7 @@ def test_an_adapter_in_rounded_weights_is_not_measured_from_others(home: Path, t
 
     run.produce("merged", merged, {})
     found = source_grid(SETTINGS, run)
-    assert found.product is None and "merge_base: dequantized" in weights_page.grid_table(found).data
+    assert found.product is None and "merge_base: dequantized" in weights_page.grid(found)[0].data
     assert retention(SETTINGS, run, quantize(SETTINGS, run)).reason == found.reason
 
 
@@ -190,14 +190,10 @@ def test_a_base_that_was_never_quantized(home: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, half(tiny_gguf.tensors(256, 2, 3, 259, 512, 128)))
     settings = SETTINGS.model_copy(update={"ladder": ["Q8_0"]})
     found = source_grid(settings, run)
-    assert (
-        found.types == {}
-        and run.stamps() == []
-        and "on the grid of none of the" in weights_page.grid_reading(found).data
-    )
+    assert found.types == {} and run.stamps() == [] and "on the grid of none of the" in weights_page.grid(found)[1].data
     kept = retention(settings, run, quantize(settings, run))
     assert set(kept.source_grid.values()) == {0}
-    assert "Every file keeps at least 0.9 of the change; least Q8_0" in weights_page.kept_reading(kept).data
+    assert "Every file keeps at least 0.9 of the change; least Q8_0" in weights_page.kept(kept)[1].data
 
 
 def test_few_values_without_a_type_that_fits() -> None:

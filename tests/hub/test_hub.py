@@ -58,7 +58,7 @@ def test_whole_download_then_cache(repository: Hub, name: str, monkeypatch: pyte
 def test_a_pinned_commit_is_taken_as_it_is(repository: Hub) -> None:
     commit = repository.commit("models", "org/model")
     assert fetch("org/model", commit, "model") == fetch(f"org/model@{commit}", "v9", "model")
-    assert not any("/revision/" in path for _, path, _ in repository.requests)
+    assert all(f"/revision/{commit}" in path for _, path, _ in repository.requests if "/revision/" in path)
 
 
 def test_the_hub_client_finds_what_the_workbook_fetched(repository: Hub) -> None:

@@ -1,0 +1,249 @@
+"""`workbook evaluate` and `workbook compare`: models, and quantized files, on the same test rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lib.cli.console import GpuLayers, Json, TextColumn, Threads, show, table
+from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from lib.prompts.tasks import Task
+    from lib.runs.run import Product
+
+SEED = 42
+"""Seed with which --max-samples draws."""
+
+Data = Annotated[
+    str | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet; or a folder", metavar="FILE")
+]
+RunName = Annotated[str | None, typer.Option("--run", help="take task and, without --data, test rows of a run")]
+MaxSamples = Annotated[int, typer.Option(help="most rows, drawn with seed 42; 0 = all", min=0)]
+LabelColumn = Annotated[str, typer.Option(help="column with the label; empty = find it")]
+LabelNames = Annotated[str | None, typer.Option(help="answer words of label 0,1,… joined by commas")]
+SystemPrompt = Annotated[str | None, typer.Option(help="system turn")]
+UserPrompt = Annotated[str | None, typer.Option(help="user turn; {text} is the row's text")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer together")]
+
+
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="hub id, folder (quantized ones too) or .gguf file", metavar="MODEL")
+    ],
+    data: Data = None,
+    run_name: RunName = None,
+    max_samples: MaxSamples = 0,
+    n_gpu_layers: GpuLayers = 0,
+    n_threads: Threads = 0,
+    output: Annotated[Path | None, typer.Option(help="also write the JSON there", metavar="FILE.json")] = None,
+    base_model: Annotated[str | None, typer.Option(help="base of an adapter [default: as it names it]")] = None,
+    revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="NF4 (bitsandbytes)")] = False,
+    batch_size: Annotated[int, typer.Option(help="rows scored together", min=1)] = 32,
+    text_column: TextColumn = "",
+    label_column: LabelColumn = "",
+    label_names: LabelNames = None,
+    system_prompt: SystemPrompt = None,
+    user_prompt: UserPrompt = None,
+    max_seq_length: MaxLength = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
+    from lib.runs.files import write_json
+    from lib.stages.evaluate.results import result_of
+    from lib.stages.evaluate.standalone import evaluate_models
+
+    if output is not None:
+        _refuse_unwritable(output)
+    given = _given(label_names, system_prompt, user_prompt, max_seq_length)
+    wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
+    task = wanted.task()
+    rows, source = wanted.rows(task)
+    result = evaluate_models(
+        models,
+        rows,
+        task,
+        source,
+        # The same command finds there what an interrupted one has scored.
+        keep=None if output is None else output.with_name(f".{output.name}.scores"),
+        tokenizer=wanted.tokenizer(),
+        base_model=base_model,
+        revision=revision,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        batch_size=batch_size,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+    )
+    if output is not None:
+        write_json(output, result)
+    columns = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
+    show(result, as_json, table(result["models"], columns))
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="the unquantized file", metavar="REFERENCE.gguf")],
+    others: Annotated[list[Path], typer.Argument(help="quantized .gguf files, or exported folders", metavar="OTHER")],
+    output: Annotated[Path, typer.Option(help="folder for comparison.json and the scores", metavar="DIR")],
+    data: Data = None,
+    run_name: RunName = None,
+    max_samples: MaxSamples = 0,
+    equivalence_margin: Annotated[
+        float, typer.Option(help="accuracy points that count as equivalent", min=0.01, max=50)
+    ] = 1.0,
+    perplexity_margin: Annotated[
+        float, typer.Option(help="percent of answer perplexity that count as equivalent, without labels", min=0.01)
+    ] = 1.0,
+    n_gpu_layers: GpuLayers = 0,
+    n_threads: Threads = 0,
+    text_column: TextColumn = "",
+    label_column: LabelColumn = "",
+    label_names: LabelNames = None,
+    system_prompt: SystemPrompt = None,
+    user_prompt: UserPrompt = None,
+    max_seq_length: MaxLength = None,
+    device: Annotated[
+        list[Path] | None, typer.Option(help="result of a phone page on one of the files", metavar="FILE.json")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
+    from lib.report import steps_page
+    from lib.runs.files import read_jsonl
+    from lib.runs.run import open_run
+    from lib.scoring.metric import metric_of
+    from lib.stages.compare.files import compare_files
+    from lib.stages.compare.speed import match_files
+
+    phones = match_files(device or [], [reference, *others])
+    given = _given(label_names, system_prompt, user_prompt, max_seq_length)
+    wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
+    task = wanted.task()
+    rows, source = wanted.rows(task)
+    options: dict[str, Any] = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
+    options |= {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
+    if not task.label_names:  # token frequencies of the training answers are what the reference has to beat
+        options["train"] = read_jsonl(open_run(run_name).require("data").path / "train.jsonl")
+    result = compare_files(reference, others, rows, task, output, source, **options)
+    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric_of(task).shown, "kld_mean", "verdict"))
+    if phones:
+        types = {entry["file"]: entry["type"] for entry in result["files"]}
+        phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]
+        result = {**result, "devices": phones}
+        lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
+        text += "\n\n" + table(lines, list(lines[0]))
+    show(result, as_json, text)
+
+
+def _given(
+    label_names: str | None, system_prompt: str | None, user_prompt: str | None, max_seq_length: int | None
+) -> dict[str, Any]:
+    """The task options that were given, as settings."""
+    values = {
+        "label_names": None if label_names is None else [name.strip() for name in label_names.split(",")],
+        "system_prompt": system_prompt,
+        "user_prompt": user_prompt,
+        "max_seq_length": max_seq_length,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """Where the rows and the task come from, as the options say.
+
+    Attributes:
+        given: task settings that were given on the command line.
+    """
+
+    data: str | None
+    run_name: str | None
+    max_samples: int = 0
+    text_column: str = ""
+    label_column: str = ""
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def task(self) -> Task:
+        """The task of --run, else of the defaults; options that were given replace its parts."""
+        from lib import settings
+        from lib.prompts.tasks import task_of
+
+        values: dict[str, Any] = {}
+        if self.run_name is not None:
+            from lib.runs.files import read_json
+
+            values = read_json(self._product().path / "task.json")
+            if "task" in values:
+                return self._conversation(values)
+        return task_of(settings.check({**values, **self.given}, "the options"))
+
+    def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer of --run."""
+        return None if self.run_name is None else self._product().path / "tokenizer"
+
+    def rows(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows, and what they are in words for the result."""
+        if self.data is not None:
+            rows, source = self._file_rows(self.data, task)
+        elif self.run_name is not None:
+            from lib.runs.files import read_jsonl
+
+            product = self._product()
+            rows = read_jsonl(product.path / "test.jsonl")
+            source = {"source": f"test rows of run {self.run_name}", "facts": product.entry.facts}
+            source |= {"rows_available": len(rows), "left_out": {}}
+        else:
+            raise InputError("neither --data nor --run.", "labelled rows.", "give --data FILE, or --run NAME.")
+        if 0 < self.max_samples < len(rows):
+            import random
+
+            chosen = sorted(random.Random(SEED).sample(range(len(rows)), self.max_samples))
+            rows, source["sample_seed"] = [rows[i] for i in chosen], SEED
+        return rows, source
+
+    def _product(self) -> Product:
+        """The rows of --run, with its task and tokenizer."""
+        from lib.runs.run import open_run
+
+        return open_run(self.run_name).require("data")
+
+    def _conversation(self, values: dict[str, Any]) -> Task:
+        """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
+        from lib.prompts.tasks import task_from_json
+
+        wrong = [f"--{name.replace('_', '-')}" for name in self.given if name != "max_seq_length"]
+        wrong += ["--data"] if self.data is not None else []
+        if wrong:
+            raise InputError(
+                f"{', '.join(wrong)} for run {self.run_name!r}, whose task is {values['task']}: rows without labels.",
+                "the run's own test rows, or a run with labels.",
+                f"leave out {', '.join(wrong)}.",
+            )
+        return task_from_json({**values, **self.given})
+
+    def _file_rows(self, data: str, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of --data; what is left out of them is said."""
+        from lib.progress import say
+        from lib.stages.data.stage import rows_from_file
+
+        rows, counts = rows_from_file(data, list(task.label_names), self.text_column, self.label_column)
+        if not any(row.get("leaked") for row in rows):  # no leak audit was made for these rows
+            rows = [{key: value for key, value in row.items() if key != "leaked"} for row in rows]
+        if left_out := counts["left_out"]:
+            reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
+            say(f"{data}: {sum(left_out.values()):,} of {counts['rows_available']:,} rows left out ({reasons})")
+        return rows, {"source": data, **counts}
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Refuse an output file that cannot be written before hours of work go into it."""
+    from lib.runs.files import writable
+
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
+    writable(path.parent)

@@ -1,0 +1,165 @@
+"""The metric of rows without labels: how likely a model finds their reference answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.scoring.log_probabilities import AnswerScores
+from lib.statistics.intervals import Interval, paired_bootstrap
+from lib.statistics.losses import cluster_test, compare_losses, limits, weighted_mean
+from lib.statistics.paired import clustered_share
+
+if TYPE_CHECKING:
+    from lib.prompts.tasks import Task
+    from lib.scoring.metric import Entry, Row, RowGroups
+
+
+class AnswerPerplexity:
+    """How likely the reference answers are: exp of their mean cross-entropy a token."""
+
+    name = "answer_loss"
+    words = "loss of the answers (nats a token)"
+    loss_unit = "% of answer perplexity"
+    point = "answer_ppl"
+    shown = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
+    margin_setting, margin_condition = "perplexity_margin", "perplexity_margin_percent"
+    endpoints = 1
+    least_move, move_unit = 0.01, "nats a token of the answers"
+
+    def load(self, path: Path) -> AnswerScores:
+        return AnswerScores.load(path)
+
+    def own(self, scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
+        """n, groups, answer_tokens, answer_loss (nats a token), answer_ppl and answer_ppl_interval."""
+        figures = scores.figures(groups)
+        return {
+            "n": len(scores.ids),
+            "groups": len(np.unique(groups)),
+            "answer_tokens": int(scores.tokens.sum()),
+            "answer_loss": figures["loss"],
+            "answer_ppl": figures["perplexity"],
+            "answer_ppl_interval": figures["perplexity_interval"],
+        }
+
+    def compare(
+        self, reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
+    ) -> dict[str, dict[str, Any]]:
+        """Beside `own`: answer_ratio (of the perplexities, to the reference) and its interval, loss_difference and its
+        interval, p, p_holm (over `others`), equivalence_p (two one-sided t-tests within the margin),
+        equivalence_p_holm, mde (nats a token) and verdict."""
+        losses = {name: scores.row_losses for name, scores in others.items()}
+        tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin)
+        found = {"": {**self.own(reference, groups, seed), "answer_ratio": 1.0, "verdict": "reference"}}
+        for name, test in tests.items():
+            found[name] = {
+                **self.own(others[name], groups, seed),
+                "answer_ratio": test.ratio.estimate,
+                "answer_ratio_interval": test.ratio.to_json(),
+                "loss_difference": test.difference.estimate,
+                "loss_difference_interval": test.difference.to_json(),
+                "p": test.p,
+                "p_holm": test.p_adjusted,
+                "equivalence_p": test.equivalence_p,
+                "equivalence_p_holm": test.equivalence_p_adjusted,
+                "mde": test.mde if math.isfinite(test.mde) else None,
+                "verdict": test.verdict,
+            }
+        return found
+
+    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
+        """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one
+        smoothed); None without training rows."""
+        if not train:
+            return None
+
+        def answer_tokens(of: Sequence[Row]) -> np.ndarray:
+            return np.array([token for row in of for token in task.encode(tokenizer, row).loss_ids])
+
+        counts = np.ones(len(tokenizer))
+        np.add.at(counts, answer_tokens(train), 1)
+        log_p = np.log(counts / counts.sum())
+        return float(np.exp(-log_p[answer_tokens(rows)].mean()))
+
+    def entry_floor(self, floor: float | None) -> dict[str, Any]:
+        return {}
+
+    def conditions(self, margin: float, floor: float | None) -> dict[str, Any]:
+        return {self.margin_condition: margin, "unigram_ppl": floor}
+
+    def learned(self, reference: Entry, floor: float | None) -> bool:
+        """Without an interval (too few groups) it is clear of nothing."""
+        interval = reference["answer_ppl_interval"]
+        return floor is None or (interval is not None and interval[1] < floor)
+
+    def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
+        low, high = (None if limit is None else 100 * (limit - 1) for limit in entry["answer_ratio_interval"])
+        return 100 * (entry["answer_ratio"] - 1), low, high
+
+    def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
+        """Rows with which the interval of the perplexity ratio would reach no further than the margin.
+
+        Its half-width on the log scale shrinks with the square root of the rows: n · (half-width / room)², room being
+        what is left between the ratio that was seen and the margin. With that many rows it does so in one test of two.
+
+        Returns:
+            None when the ratio seen is as large as the margin, or there is no interval.
+        """
+        seen, high = entry["loss_difference"], entry["loss_difference_interval"][1]
+        room = math.log1p(margin / 100) - seen
+        if high is None or room <= 0:
+            return None
+        return max(math.ceil(entry["n"] * ((high - seen) / room) ** 2), entry["n"] + 1)
+
+    def row_values(self, scores: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
+        """Loss, nats a token, and tokens of the answers."""
+        return scores.row_losses, scores.tokens.astype(np.float64)
+
+    def best(self, estimates: Sequence[float]) -> int:
+        return int(np.argmin(estimates))
+
+    def mean(self, values: np.ndarray, rows: RowGroups, tries: int = 1) -> Interval:
+        return weighted_mean(values, rows.weights, rows.groups)
+
+    def difference(self, change: np.ndarray, rows: RowGroups, confidence: float, tries: int = 1) -> Interval:
+        return weighted_mean(change, rows.weights, rows.groups, confidence)
+
+    def p_value(self, change: np.ndarray, rows: RowGroups, seed: int) -> float:
+        """A t-test over groups; 1 where they show no spread to test against."""
+        if limits(weighted_mean(change, rows.weights, rows.groups)) is None:
+            return 1.0
+        return cluster_test(change, rows.weights, rows.groups)[0]
+
+    def vectors(self, scores: AnswerScores) -> np.ndarray:
+        """Log-likelihood of the answers a token."""
+        return -scores.row_losses[:, None]
+
+    def movement(self, change: np.ndarray) -> float:
+        return float(np.mean(np.sum(change**2, axis=1))) ** 0.5
+
+    def step(self, scores: AnswerScores, groups: np.ndarray, margin: float) -> dict[str, Any]:
+        """Loss and perplexity of the answers, each with its interval."""
+        return {"margin_percent": margin, "tokens": int(scores.tokens.sum()), **scores.figures(groups)}
+
+    def step_change(
+        self, before: AnswerScores, scores: AnswerScores, groups: np.ndarray, margin: float, seed: int
+    ) -> dict[str, Any]:
+        """The difference in loss (nats a token, paired bootstrap over clusters), what moved (mean absolute change of a
+        row's loss: what cancels in the difference does not cancel here) and the rows whose perplexity changed by less
+        than the margin, each with its interval."""
+        change = scores.row_losses - before.row_losses
+        difference = paired_bootstrap(change, groups, seed, weights=scores.tokens)
+        moved = paired_bootstrap(np.abs(change), groups, seed, weights=scores.tokens)
+        same = clustered_share(np.abs(change) < math.log1p(margin / 100), groups)
+        return {
+            "loss_difference": difference.estimate,
+            "loss_difference_interval": difference.to_json(),
+            "moved": moved.estimate,
+            "moved_interval": moved.to_json(),
+            "agreement": same.estimate,
+            "agreement_interval": same.to_json(),
+        }
