@@ -71,6 +71,7 @@ NOTEBOOK_OF = {
     "imatrix": "06_quantize",
     "source_grid": "06_quantize",
     "sensitivity": "06_quantize",
+    "mix": "06_quantize",
     "held_out_kld": "06_quantize",
     "imatrix_effect": "06_quantize",
     "mix_effect": "06_quantize",
