@@ -114,10 +114,8 @@ def compare(
 ) -> None:
     """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
     from lib.report import steps_page
-    from lib.runs.files import read_jsonl
-    from lib.runs.run import open_run
     from lib.scoring.metric import metric_of
-    from lib.stages.compare.files import compare_files
+    from lib.stages.compare.files import Comparison, compare_files
     from lib.stages.compare.speed import match_files
 
     phones = match_files(device or [], [reference, *others])
@@ -125,12 +123,22 @@ def compare(
     wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
     task = wanted.task()
     rows, source = wanted.rows(task)
-    options: dict[str, Any] = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
-    options |= {"n_gpu_layers": n_gpu_layers, "n_threads": n_threads}
-    if not task.label_names:  # token frequencies of the training answers are what the reference has to beat
-        options["train"] = read_jsonl(open_run(run_name).require("data").path / "train.jsonl")
-    result = compare_files(reference, others, rows, task, output, source, **options)
-    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric_of(task).shown, "kld_mean", "verdict"))
+    metric = metric_of(task)
+    margins = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
+    asked = Comparison(
+        reference,
+        others,
+        rows,
+        task,
+        output,
+        source,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        margin=margins[metric.margin_setting],
+        train=wanted.train(),
+    )
+    result = compare_files(asked)
+    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric.shown, "kld_mean", "verdict"))
     if phones:
         types = {entry["file"]: entry["type"] for entry in result["files"]}
         phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]
@@ -185,6 +193,10 @@ class RowOptions:
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer of --run."""
         return None if self.run_name is None else self._product().path / "tokenizer"
+
+    def train(self) -> Path | None:
+        """File of the training rows of --run."""
+        return None if self.run_name is None else self._product().path / "train.jsonl"
 
     def rows(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows, and what they are in words for the result."""

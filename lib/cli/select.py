@@ -48,10 +48,10 @@ def pick(
     """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
     from lib.runs.files import read_json
     from lib.runs.run import known_run
-    from lib.stages.compare import pick as compare_pick
+    from lib.stages.compare.recommend import pick_file
 
     comparison = known_run(run).require("comparison").path / "comparison.json"
-    answer = compare_pick.pick(read_json(comparison), max_mb, max_loss)
+    answer = pick_file(read_json(comparison), max_mb, max_loss)
     rows = [
         {
             "type": c["type"],

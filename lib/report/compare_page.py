@@ -9,8 +9,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from lib.report.charts import estimates
-from lib.report.display import mark_names, say
-from lib.report.rows import Row
+from lib.report.display import Row, mark_names, say
 from lib.report.weights_page import MARK
 from lib.settings import GRID_SIZABLE
 from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words

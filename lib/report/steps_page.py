@@ -16,8 +16,7 @@ import numpy as np
 
 from lib.report.charts import _axes
 from lib.report.compare_page import _interval
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, figure, say, table, with_interval
-from lib.report.rows import Row
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, figure, say, table, with_interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown

@@ -33,16 +33,13 @@ class Accuracy:
     """Share of rows whose likeliest answer word is the label's; beside it the margin of the right answer."""
 
     name = "accuracy"
-    words = "accuracy"
+    words, best_words = "accuracy", "highest accuracy"
     loss_unit = "accuracy points"
     point = "accuracy"
-    shown = ("accuracy", "accuracy_interval", "flips")
+    shown = in_manifest = ("accuracy", "accuracy_interval", "flips")
     margin_setting, margin_condition = "equivalence_margin", "equivalence_margin_points"
-    endpoints = 2
+    endpoints, tells_rows = 2, True
     least_move, move_unit = NEAR_TIE, "nats of log-odds"
-
-    def load(self, path: Path) -> Scores:
-        return Scores.load(path)
 
     def own(self, scores: Scores, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, and
@@ -108,7 +105,7 @@ class Accuracy:
             }
         return found
 
-    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float:
+    def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float:
         """Share of the commonest label among the rows."""
         return float(np.bincount([row["label"] for row in rows]).max() / len(rows))
 
@@ -130,6 +127,10 @@ class Accuracy:
             None if limit is None else -100 * limit + 0.0 for limit in entry["accuracy_difference_interval"][::-1]
         )
         return -100 * entry["accuracy_difference"] + 0.0, low, high
+
+    def distance(self, entry: Entry) -> float:
+        """Rows on which exactly one of the two is right."""
+        return entry["mcnemar_b"] + entry["mcnemar_c"]
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
         """Rows with which the interval of the accuracy difference would lie inside the margin in 80 % of tests.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.runs.files import read_jsonl
 from lib.scoring.log_probabilities import AnswerScores
 from lib.statistics.intervals import Interval, paired_bootstrap
 from lib.statistics.losses import cluster_test, compare_losses, limits, weighted_mean
@@ -23,16 +24,14 @@ class AnswerPerplexity:
     """How likely the reference answers are: exp of their mean cross-entropy a token."""
 
     name = "answer_loss"
-    words = "loss of the answers (nats a token)"
+    words, best_words = "loss of the answers (nats a token)", "lowest loss"
     loss_unit = "% of answer perplexity"
     point = "answer_ppl"
     shown = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
+    in_manifest = ("answer_ppl", "answer_ratio")
     margin_setting, margin_condition = "perplexity_margin", "perplexity_margin_percent"
-    endpoints = 1
+    endpoints, tells_rows = 1, False
     least_move, move_unit = 0.01, "nats a token of the answers"
-
-    def load(self, path: Path) -> AnswerScores:
-        return AnswerScores.load(path)
 
     def own(self, scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """n, groups, answer_tokens, answer_loss (nats a token), answer_ppl and answer_ppl_interval."""
@@ -71,17 +70,17 @@ class AnswerPerplexity:
             }
         return found
 
-    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
+    def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
         """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one
         smoothed); None without training rows."""
-        if not train:
+        if train is None:
             return None
 
         def answer_tokens(of: Sequence[Row]) -> np.ndarray:
             return np.array([token for row in of for token in task.encode(tokenizer, row).loss_ids])
 
         counts = np.ones(len(tokenizer))
-        np.add.at(counts, answer_tokens(train), 1)
+        np.add.at(counts, answer_tokens(read_jsonl(train)), 1)
         log_p = np.log(counts / counts.sum())
         return float(np.exp(-log_p[answer_tokens(rows)].mean()))
 
@@ -99,6 +98,10 @@ class AnswerPerplexity:
     def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
         low, high = (None if limit is None else 100 * (limit - 1) for limit in entry["answer_ratio_interval"])
         return 100 * (entry["answer_ratio"] - 1), low, high
+
+    def distance(self, entry: Entry) -> float:
+        """KL divergence on text."""
+        return entry["kld_mean"]
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
         """Rows with which the interval of the perplexity ratio would reach no further than the margin.

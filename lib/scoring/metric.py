@@ -62,23 +62,29 @@ class Metric(Protocol):
     Attributes:
         name: in JSON files.
         words: of the point estimate, as in "… 0.9 on 200 rows".
+        best_words: what the best of several estimates is called.
         loss_unit: of `loss` and of the margin.
         point: key of the point estimate in an entry; its interval has the key with "_interval" behind it.
         shown: keys of an entry that a short table shows, beside size, KL divergence and verdict.
+        in_manifest: the same in the manifest.
         margin_setting: the setting with the equivalence margin. margin_condition: the same in comparison.json.
         endpoints: how many tests of a candidate Holm corrects together.
+        tells_rows: whether a recommendation says how many rows would decide about an undecided file.
         least_move: root mean square of a row's change by fine-tuning below which no share of it is told, nats: what
             rounding alone moves. move_unit: the unit in words.
     """
 
     name: ClassVar[str]
     words: ClassVar[str]
+    best_words: ClassVar[str]
     loss_unit: ClassVar[str]
     point: ClassVar[str]
     shown: ClassVar[tuple[str, ...]]
+    in_manifest: ClassVar[tuple[str, ...]]
     margin_setting: ClassVar[str]
     margin_condition: ClassVar[str]
     endpoints: ClassVar[int]
+    tells_rows: ClassVar[bool]
     least_move: ClassVar[float]
     move_unit: ClassVar[str]
 
@@ -96,14 +102,15 @@ class Metric(Protocol):
             metric's tests.
         """
 
-    def load(self, path: Path) -> Any:
-        """Scores as they were saved."""
-
     def own(self, scores: Any, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """The point estimate with its interval, and what stands beside it."""
 
-    def floor(self, tokenizer: Any, task: Task, train: Sequence[Row], rows: Sequence[Row]) -> float | None:
-        """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known."""
+    def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
+        """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known.
+
+        Args:
+            train: file of the training rows.
+        """
 
     def entry_floor(self, floor: float | None) -> dict[str, Any]:
         """What every entry says of the floor."""
@@ -116,6 +123,9 @@ class Metric(Protocol):
 
     def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
         """How much worse than the reference, with its interval, in `loss_unit` (positive = worse)."""
+
+    def distance(self, entry: Entry) -> float:
+        """How far a file is from the reference, to find the nearest of several that are undecided."""
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
         """Rows that would decide about an undecided entry, if what was seen of it is the truth; None: no number."""

@@ -1,6 +1,4 @@
-"""A run as a candidate: what its products say about quality, speed and size.
-Runs on the rows that all of them can be judged on, and the paired difference of every two recipes there.
-"""
+"""Runs as candidates: what their products say, the rows that all can be judged on, and paired differences there."""
 
 from __future__ import annotations
 
@@ -17,14 +15,13 @@ from lib.errors import InputError
 from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
 from lib.runs.run import Product, Run, known_run
-from lib.scoring.log_probabilities import AnswerScores, Scores
-from lib.statistics.intervals import Interval, wilson
-from lib.statistics.losses import FEWEST, averaged_share, cluster_test, limits, weighted_mean
-from lib.statistics.paired import clustered_score_interval, holm, sign_flip_test
+from lib.scoring.log_probabilities import load_scores
+from lib.scoring.metric import Metric, RowGroups, metric_of
+from lib.statistics.intervals import Interval
+from lib.statistics.losses import limits
+from lib.statistics.paired import holm
 
 # A run as a candidate: what its products say about quality, speed and size.
-
-ACCURACY, ANSWER_LOSS = "accuracy", "answer_loss"
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,7 @@ class Candidate:
         seen: the same of the rows that training and the choice of the checkpoint have used.
         leaked: (n,) whether the run's leak audit found the test row in its training data.
         groups: (n,) near-duplicate group of each test row.
-        values: (n,) per test row: right or wrong (1, 0), or loss of the answers in nats a token.
-        weights: (n,) 1, or tokens of the answers.
+        values, weights: (n,) of each test row, see `Metric.row_values`.
         recipe: hash of everything that training depends on but the seed; equal in runs that differ in it alone.
         validation: hash of prompt, tokenizer and validation rows: losses compare only where it is equal.
         facts: plain values for tables: train_seed, validation_loss, samples_per_second, tokens_per_second,
@@ -60,9 +56,9 @@ class Candidate:
     facts: dict[str, Any]
 
     @property
-    def metric(self) -> str:
-        """What `values` are."""
-        return ACCURACY if self.task.label_names else ANSWER_LOSS
+    def metric(self) -> Metric:
+        """What `values` are of."""
+        return metric_of(self.task)
 
 
 def row_key(row: Mapping[str, Any]) -> str:
@@ -141,7 +137,13 @@ def read_candidate(run: Run) -> Candidate:
                 "run 03_evaluate of that run again.",
             )
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
-    values, weights = _values(evaluation, task, [row["id"] for row in rows])
+    path = evaluation.path / "scores-finetuned.jsonl"
+    scores = load_scores(path)
+    if scores.ids != [row["id"] for row in rows]:
+        raise InputError(
+            f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."
+        )
+    values, weights = metric_of(task).row_values(scores)
     used = {split: read_jsonl(data.path / f"{split}.jsonl") for split in _USED}
     validation = [row_key(row) for row in used["validation"]]
     tokenizer = {n: o["sha256"] for n, o in data.entry.outputs.items() if n.startswith("tokenizer/")}
@@ -168,18 +170,6 @@ _USED = ("train", "validation")
 def _adopted(run: Run, adapter: Product) -> str | None:
     """An adopted adapter has no seed to be a sibling by: its run stands alone."""
     return run.name if "adopted" in adapter.entry.facts else None
-
-
-def _values(evaluation: Product, task: Task, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    path = evaluation.path / "scores-finetuned.jsonl"
-    scores = Scores.load(path) if task.label_names else AnswerScores.load(path)
-    if scores.ids != ids:
-        raise InputError(
-            f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."
-        )
-    if isinstance(scores, Scores):
-        return scores.correct.astype(np.float64), np.ones(len(ids))
-    return scores.row_losses, scores.tokens.astype(np.float64)
 
 
 def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> dict[str, Any]:
@@ -225,22 +215,16 @@ class Ground:
     Attributes:
         keys: their hashes, in the first run's order.
         places: run -> position of each of them among its own test rows.
-        groups, weights: of each row, from the first run.
+        rows: groups and weights of each row, from the first run.
         leak_free: True when the rows that a leak audit flagged are left out as well.
         left_out: rows of the union that are not used, by reason.
     """
 
     keys: list[str]
     places: dict[str, np.ndarray]
-    groups: np.ndarray
-    weights: np.ndarray
+    rows: RowGroups
     leak_free: bool
     left_out: dict[str, int]
-
-    @property
-    def enough(self) -> bool:
-        """Whether there are groups enough for an interval."""
-        return len(np.unique(self.groups)) >= FEWEST
 
     def values(self, run: Candidate) -> np.ndarray:
         """A run's values on these rows."""
@@ -282,7 +266,8 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
         "flagged by a leak audit": len(unseen) - len(wanted),
     }
     at = places[first.name]
-    return Ground(keys, places, first.groups[at], first.weights[at], bool(free), left_out)
+    rows = RowGroups(first.groups[at], weights=first.weights[at])
+    return Ground(keys, places, rows, bool(free), left_out)
 
 
 def _places(run: Candidate, keys: Sequence[str]) -> np.ndarray:
@@ -326,13 +311,8 @@ def make_unit(runs: Sequence[Candidate], ground: Ground) -> Unit:
     """The mean of runs on the shared rows."""
     table = np.stack([ground.values(run) for run in runs])
     values = table.mean(axis=0)
-    scores = tuple(float(np.average(row, weights=ground.weights)) for row in table)
-    if runs[0].metric != ACCURACY:
-        interval = weighted_mean(values, ground.weights, ground.groups)
-    elif len(runs) == 1 and ground.enough:
-        interval = wilson(int(values.sum()), len(values))  # as 03 shows it
-    else:
-        interval = averaged_share(values, ground.groups)
+    scores = tuple(float(np.average(row, weights=ground.rows.weights)) for row in table)
+    interval = runs[0].metric.mean(values, ground.rows, len(runs))
     return Unit(tuple(run.name for run in runs), values, scores, interval)
 
 
@@ -363,47 +343,30 @@ class Difference:
         }
 
 
-def leader_of(units: Sequence[Unit], metric: str) -> int:
-    """Place of the best estimate: highest accuracy, lowest loss; the first of equals."""
-    estimates = [unit.interval.estimate for unit in units]
-    return estimates.index(max(estimates) if metric == ACCURACY else min(estimates))
+def leader_of(units: Sequence[Unit], metric: Metric) -> int:
+    """Place of the best estimate; the first of equals."""
+    return metric.best([unit.interval.estimate for unit in units])
 
 
-def against(units: Sequence[Unit], leader: int, ground: Ground, metric: str, seed: int) -> Mapping[int, Difference]:
+def against(units: Sequence[Unit], leader: int, ground: Ground, metric: Metric, seed: int) -> Mapping[int, Difference]:
     """Every other unit against the leader; place -> difference.
 
     Which unit leads is read from the same rows, so all pairs count in the correction, not those with the leader alone.
     """
     pairs = list(itertools.combinations(range(len(units)), 2))
-    p_values = [_p(units[i].values - units[j].values, ground, metric, seed) for i, j in pairs]
+    p_values = [metric.p_value(units[i].values - units[j].values, ground.rows, seed) for i, j in pairs]
     adjusted = dict(zip(pairs, zip(p_values, holm(p_values), strict=True), strict=True))
     found = {}
     for place, unit in enumerate(units):
         if place == leader:
             continue
         p, p_holm = adjusted[min(place, leader), max(place, leader)]
-        interval = _interval(unit, units[leader], ground, metric, 1 - ALPHA / len(pairs))
+        tries = max(len(unit.names), len(units[leader].names))
+        change = unit.values - units[leader].values
+        rows = metric.difference(change, ground.rows, 1 - ALPHA / len(pairs), tries)
+        interval = _widened(rows, unit, units[leader])
         found[place] = Difference(interval, p, p_holm, p_holm < ALPHA and interval.excludes_zero())
     return found
-
-
-def _p(change: np.ndarray, ground: Ground, metric: str, seed: int) -> float:
-    if metric == ACCURACY:
-        return sign_flip_test(change, ground.groups, seed)
-    if limits(weighted_mean(change, ground.weights, ground.groups)) is None:
-        return 1.0  # no spread, nothing to test against
-    return cluster_test(change, ground.weights, ground.groups)[0]
-
-
-def _interval(unit: Unit, leader: Unit, ground: Ground, metric: str, confidence: float) -> Interval:
-    change = unit.values - leader.values
-    if metric != ACCURACY or not ground.enough:
-        rows = weighted_mean(change, ground.weights, ground.groups, confidence)
-    elif len(unit.names) == len(leader.names) == 1 or not change.any():
-        rows = clustered_score_interval(np.rint(change).astype(np.int64), ground.groups, confidence)
-    else:
-        rows = weighted_mean(change, ground.weights, ground.groups, confidence)
-    return _widened(rows, unit, leader)
 
 
 def _widened(rows: Interval, *units: Unit) -> Interval:

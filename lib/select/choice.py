@@ -1,7 +1,4 @@
-"""The rule by which one run is taken, and why, in words.
-The choice among runs as one document: model_analysis.json.
-Choosing among runs by a stated rule: what they share is compared, what the rows cannot tell is decided by cost.
-"""
+"""The choice among runs: the rule by which one is taken, and why, in words; model_analysis.json; `best-of:`."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from lib.errors import InputError
 from lib.models.base_model import GivenAdapter
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json
 from lib.runs.run import Run, open_run
+from lib.scoring.metric import Metric
 from lib.select.candidates import (
-    ACCURACY,
     Candidate,
     Difference,
     Ground,
@@ -97,17 +94,16 @@ def choose(
     return Choice(left[0], tuple(reasons))
 
 
-def choose_seed(units: Sequence[Unit], leader: int, differences: Mapping[int, Difference], metric: str) -> Choice:
+def choose_seed(units: Sequence[Unit], leader: int, differences: Mapping[int, Difference], metric: Metric) -> Choice:
     """Apply the rule's last step to the seeds of one recipe."""
     if len(units) == 1:
         return Choice(0, ())
     place = next(place for place in range(len(units)) if place == leader or not differences[place].behind)
-    best = "highest accuracy" if metric == ACCURACY else "lowest loss"
     words = f"of its {len(units)} seeds {_name(units[place])} is the first that is not shown to be worse than another"
-    more = (
-        "" if place == leader else f" (the {best} is that of {_name(units[leader])}, by luck as far as the rows tell)"
-    )
-    return Choice(place, (words + more,))
+    if place == leader:
+        return Choice(place, (words,))
+    luck = f" (the {metric.best_words} is that of {_name(units[leader])}, by luck as far as the rows tell)"
+    return Choice(place, (words + luck,))
 
 
 def _name(unit: Unit) -> str:
@@ -219,7 +215,7 @@ def select(names: Sequence[str]) -> Analysis:
         "format": FORMAT,
         "made": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
         "task": runs[0].task.kind,
-        "metric": metric,
+        "metric": metric.name,
         "rule": RULE,
         "rows": _rows(ground),
         "speed": {"comparable": len(devices) == 1, "devices": devices},
@@ -234,13 +230,13 @@ def select(names: Sequence[str]) -> Analysis:
             "reasons": [*choice.reasons, *seed.reasons],
         },
     }
-    return Analysis({**content, "text": _text(content)})
+    return Analysis({**content, "text": _text(content, metric)})
 
 
 def _rows(ground: Ground) -> dict[str, Any]:
     return {
         "n": len(ground.keys),
-        "groups": len(set(ground.groups.tolist())),
+        "groups": len(set(ground.rows.groups.tolist())),
         "leak_free": ground.leak_free,
         "left_out": ground.left_out,
         "sha256": sha256_json(sorted(ground.keys)),
@@ -269,13 +265,12 @@ def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
     }
 
 
-def _text(content: dict[str, Any]) -> str:
+def _text(content: dict[str, Any], metric: Metric) -> str:
     """The answer as a paragraph."""
     chosen, rows = content["chosen"], content["rows"]
     entry = next(run for run in content["runs"] if run["run"] == chosen["run"])
     known = entry["interval"]
     interval = f"[{known[0]:.4f}, {known[1]:.4f}]" if known else "(no interval: too few groups of rows, or all alike)"
-    words = "accuracy" if content["metric"] == ACCURACY else "loss of the answers (nats a token)"
     recipe = next(r for r in content["recipes"] if chosen["run"] in r["runs"])
     spread = ""
     if recipe["n_seeds"] > 1:
@@ -285,7 +280,7 @@ def _text(content: dict[str, Any]) -> str:
         )
     alone = "" if all(r["n_seeds"] > 1 for r in content["recipes"]) else _ALONE
     return (
-        f"Taken: run {chosen['run']}, {words} {entry['metric']:.4f} {interval} on {rows['n']:,} "
+        f"Taken: run {chosen['run']}, {metric.words} {entry['metric']:.4f} {interval} on {rows['n']:,} "
         f"{'leak-free ' if rows['leak_free'] else ''}test rows that all runs share.{spread} Why: "
         f"{'; '.join(chosen['reasons'])}.{alone}"
     )

@@ -5,14 +5,19 @@ Do two backends choose the same label, and where not: only on rows that were nea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.scoring.log_probabilities import NEAR_TIE, Scores
-from lib.scoring.metric import AnyScores, Metric
-from lib.stages.compare.advice import worse_on
+from lib.scoring.log_probabilities import NEAR_TIE, Scores, load_scores
+from lib.scoring.metric import AnyScores, Metric, RowGroups
+from lib.stages.compare.recommend import worse_on
+from lib.stages.compare.retention import TUNED_SCORES, other_model
 from lib.statistics.intervals import wilson
+
+if TYPE_CHECKING:
+    from lib.runs.run import Run
 
 # The error ladder: what each step from the trained adapter to the quantized file changed, from scores that exist.
 #
@@ -37,6 +42,39 @@ def step_file(files: Sequence[Mapping[str, Any]], recommendation: Mapping[str, A
         return recommendation["type"]
     kept = [entry for entry in files if not worse_on(entry)]
     return min(kept or files, key=lambda entry: entry["bytes"])["type"]
+
+
+def steps_of(
+    run: Run, folder: Path, content: Mapping[str, Any], metric: Metric, rows: RowGroups
+) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The error ladder from the scores of 03 and of a comparison, and why a step of 03 is left out.
+
+    Args:
+        folder, content: of the comparison; without "steps" there is no ladder.
+    """
+    if "steps" not in content:
+        return (), ""
+    asked, reference = content["steps"], content["reference"]
+    name = asked["file"]
+    files = [(asked["merged"], MERGED_SCORES)]
+    files += [(asked["merged_float32"], MERGED32_SCORES)] if asked.get("merged_float32") else []
+    files += [
+        (f"GGUF {reference}, llama.cpp", f"scores-{reference}.jsonl"),
+        (f"weights of {name}, transformers (float32)", DEQUANTIZED_SCORES),
+        (f"{name}, llama.cpp", f"scores-{name}.jsonl"),
+    ]
+    steps = [(words, load_scores(folder / file)) for words, file in files]
+    note = other_model(run)
+    if not note:
+        adapter = load_scores(run.folder / "evaluation" / TUNED_SCORES)
+        if adapter.ids == steps[0][1].ids:
+            method = run.manifest.entries()["adapter"].facts.get("method", "LoRA")
+            steps.insert(0, (f"adapter ({method}), transformers", adapter))
+        else:
+            note = "03 scored other rows, so the adapter is left out."
+    conditions = content["conditions"]
+    margin = conditions[metric.margin_condition]
+    return tuple(error_ladder(metric, steps, rows.groups, margin, conditions["seed"])), note
 
 
 def error_ladder(

@@ -10,8 +10,8 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.runs.run import Run
+from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric
-from lib.stages.compare.advice import paragraphs
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import limits, retention_warning, slope_through_origin
 
@@ -53,7 +53,7 @@ class Retentions:
     note: str = WITHOUT_RUN
 
 
-def base_scores(run: Run, metric: Metric) -> BaseScores:
+def base_scores(run: Run) -> BaseScores:
     """The scores of 03, where they are of this run's rows."""
     entries = run.manifest.entries()
     if "evaluation" not in entries:
@@ -67,7 +67,7 @@ def base_scores(run: Run, metric: Metric) -> BaseScores:
     if not (folder / BASE_SCORES).is_file():
         return BaseScores(note="03 kept no scores of the base.")
     same = not other_model(run) and not _merged_into_other_weights(run)
-    return BaseScores(metric.load(folder / BASE_SCORES), metric.load(folder / TUNED_SCORES) if same else None, "")
+    return BaseScores(load_scores(folder / BASE_SCORES), load_scores(folder / TUNED_SCORES) if same else None, "")
 
 
 def other_model(run: Run) -> str:
@@ -116,7 +116,7 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
     own = advice.get("advice", advice["text"])
     named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
     warning = retention_warning(*named)
-    advice = {**advice, "advice": own, "text": paragraphs([own], [warning] if warning else [])}
+    advice = {**advice, "advice": own, "text": f"{own}\n\n{warning}" if warning else own}
     return {**content, "files": files, "recommendation": advice, "retention_note": kept.note}
 
 

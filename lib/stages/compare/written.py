@@ -16,7 +16,7 @@ from lib.scoring.journal import found_done
 from lib.scoring.term_lists import TermList, read_terms
 from lib.scoring.text_metrics import chrf_signature, summarise
 from lib.stages.compare.child import WAIT_POLICY, keep_of
-from lib.stages.compare.files import run_one
+from lib.stages.compare.files import Comparison, run_kept
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
@@ -27,62 +27,59 @@ WRITTEN, ROWS = "written.json", "generated.jsonl"
 KEYS = ("generated_rows", "max_new_tokens", "terms")
 
 
-def written_parameters(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what is written, with the hash of the list of terms.
+def written_parameters(settings: Settings, task: Task) -> dict[str, Any]:
+    """The settings that decide what is written, with the hash of the list of terms; none where answers are words.
 
     Raises:
         InputError: no such list.
     """
+    if task.label_names:
+        return {}
     terms = read_terms(settings.terms)
     return settings.pick(*KEYS) | {"terms_sha256": terms and terms.sha256}
 
 
-def write_answers(
-    files: Mapping[str, Path],
-    rows: Sequence[Mapping[str, Any]],
-    task: Task,
-    tokenizer: Any,
-    settings: Settings,
-    output: Path,
-) -> dict[str, str]:
-    """Let every file answer the same test rows greedily; written.json and generated.jsonl in `output`.
+def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settings) -> dict[str, str]:
+    """Let every file answer the same test rows greedily; written.json and generated.jsonl in the comparison's folder.
 
-    Nothing is written with `generated_rows: 0`.
+    Nothing is written with `generated_rows: 0`, or where the answers are words that are scored.
 
     Args:
         files: type -> GGUF file, the reference first.
 
     Returns:
-        by type, what an interrupted try had written, in words.
+        by type, what an interrupted run had already written, in words.
 
     Raises:
         InputError: a file that llama.cpp refuses or dies of.
     """
-    if not settings.generated_rows:
+    task, tokenizer = asked.task, asked.tokenizer
+    if task.label_names or not settings.generated_rows:
         return {}
     terms = read_terms(settings.terms)
-    chosen = spread(range(len(rows)), settings.generated_rows)
-    asked = [ask_row(tokenizer, dict(rows[i]), task.encode(tokenizer, rows[i])) for i in chosen]
+    rows = spread(asked.rows, settings.generated_rows)
+    questions = [ask_row(tokenizer, dict(row), task.encode(tokenizer, row)) for row in rows]
     argument = {
-        "asked": [one.ids for one in asked],
+        "asked": [one.ids for one in questions],
         "ends": sorted(end_ids(tokenizer)),
         "most": settings.max_new_tokens,
         "n_threads": settings.n_threads or physical_cores(),
         "n_gpu_layers": settings.n_gpu_layers,
     }
     made = {
-        name: run_one("written:write_file", path, argument, output, f"answers of {name}")
+        name: run_kept("written:write_file", path, argument, asked.output, f"answers of {name}")
         for name, path in files.items()
     }
     answers = {
         name: [
             told(tokenizer, one, Written(**written), terms, task.thinking)
-            for one, written in zip(asked, own["written"], strict=True)
+            for one, written in zip(questions, own["written"], strict=True)
         ]
         for name, own in made.items()
     }
-    write_json(output / WRITTEN, _measured(answers, [rows[i].get("group", i) for i in chosen], settings, terms))
-    write_jsonl(output / ROWS, _readable([rows[i] for i in chosen], asked, answers))
+    groups = [row.get("group", place) for place, row in enumerate(rows)]
+    write_json(asked.output / WRITTEN, _measured(answers, groups, settings, terms))
+    write_jsonl(asked.output / ROWS, _readable(rows, questions, answers))
     return found_done({name: [own["found"]] for name, own in made.items()})
 
 

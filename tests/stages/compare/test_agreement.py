@@ -11,7 +11,7 @@ import pytest
 from lib.scoring.log_probabilities import Scores
 from lib.stages.compare import files
 from lib.stages.compare.error_ladder import EDGES, agreements, by_margin
-from lib.stages.compare.files import compare_files
+from lib.stages.compare.files import Comparison, compare_files
 from lib.statistics.intervals import wilson
 from tests.stages.compare.conftest import Ladder
 
@@ -77,13 +77,14 @@ def test_interrupted_comparison_continues(
 
     def compare() -> dict:
         others = [ladder.q8, ladder.q2]
-        return compare_files(ladder.reference, others, ladder.rows, ladder.task, tmp_path, n_ctx=128, n_threads=1)
+        asked = Comparison(ladder.reference, others, ladder.rows, ladder.task, tmp_path, n_ctx=128, n_threads=1)
+        return compare_files(asked)
 
     monkeypatch.setattr(files, "run_child", stopping)
     with pytest.raises(KeyboardInterrupt):
         compare()
     assert [path.name for path in tmp_path.iterdir()] == [".scores"]
-    kept = {path.name: path.read_text() for path in (tmp_path / ".scores" / "score_file").iterdir()}
+    kept = {path.name: path.read_text() for path in (tmp_path / ".scores" / "measure_model").iterdir()}
     assert [text.count("\n") for text in kept.values()] == [41, 41]
     capsys.readouterr()
     compare()

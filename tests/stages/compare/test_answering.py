@@ -7,7 +7,7 @@ import pytest
 
 from lib.scoring.log_probabilities import AnswerScores
 from lib.scoring.metric import ANSWER_PERPLEXITY, RowGroups, compare
-from lib.stages.compare.advice import recommend_answers
+from lib.stages.compare.recommend import recommend
 
 N = 60
 
@@ -44,14 +44,14 @@ def test_words_and_figures(entries: list[dict]) -> None:
 
 
 def test_the_smallest_equivalent_file_is_recommended(entries: list[dict]) -> None:
-    found = recommend_answers(entries, 1.0, 500.0)
+    found = recommend(ANSWER_PERPLEXITY, entries, 1.0, 500.0)
     assert (found["type"], found["reason"]) == ("Q4_K_M", "equivalent")
     assert found["next_higher"] == {"Q2_K": "Q4_K_M"} and "31 % of F16" in found["text"]
     assert "On the 40 leak-free rows" in found["text"] and "Q2_K is worse" in found["text"]
 
 
 def test_nothing_is_recommended_without_evidence(entries: list[dict]) -> None:
-    found = recommend_answers([e for e in entries if e["type"] in ("F16", "noisy")], 1.0, None)
+    found = recommend(ANSWER_PERPLEXITY, [e for e in entries if e["type"] in ("F16", "noisy")], 1.0, None)
     assert (found["type"], found["reason"]) == (None, "insufficient") and "Closest by KL divergence" in found["text"]
-    found = recommend_answers(entries, 1.0, entries[0]["answer_ppl"])
+    found = recommend(ANSWER_PERPLEXITY, entries, 1.0, entries[0]["answer_ppl"])
     assert (found["type"], found["reason"]) == (None, "reference") and "Train the model first" in found["text"]

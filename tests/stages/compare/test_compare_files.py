@@ -12,8 +12,8 @@ from lib.errors import InputError
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import Scores, score_rows
 from lib.scoring.perplexity import kl_table, positions
-from lib.stages.compare.entries import encode_work
-from lib.stages.compare.files import compare_files
+from lib.stages.compare.child import encode_rows
+from lib.stages.compare.files import Comparison, compare_files
 from lib.stages.quantize.files import describe_gguf
 from lib.statistics.paired import clustered_bootstrap_t
 from tests import tiny_gguf
@@ -33,10 +33,10 @@ KEYS = {
 def compared(ladder: Ladder, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     output = tmp_path_factory.mktemp("compared")
     others = [ladder.copy, ladder.q8, ladder.q2]
-    result = compare_files(
+    asked = Comparison(
         ladder.reference, others, ladder.rows, ladder.task, output, {"source": "rows"}, n_ctx=128, n_threads=1
     )
-    return result, output
+    return compare_files(asked), output
 
 
 def entry(result: dict, name: str) -> dict:
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_one_scorer(compared: tuple[dict, Path], ladder:
 
 
 def test_divergence_is_that_of_two_open_models(compared: tuple[dict, Path], ladder: Ladder) -> None:
-    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
+    work = encode_rows(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
     assert work.n_ctx == 128 and all(len(window) == 128 for window in work.windows)
     with LlamaCppBackend(ladder.reference, 128, 1) as first, LlamaCppBackend(ladder.q2, 128, 1) as second:
         table = kl_table(first, second, work.windows)
@@ -118,7 +118,7 @@ def test_divergence_is_that_of_two_open_models(compared: tuple[dict, Path], ladd
 
 
 def test_divergence_has_an_interval_over_groups_of_rows(compared: tuple[dict, Path], ladder: Ladder) -> None:
-    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
+    work = encode_rows(ladder.tokenizer, ladder.task, ladder.rows, 128, 8192)
     with LlamaCppBackend(ladder.reference, 128, 1) as first, LlamaCppBackend(ladder.q2, 128, 1) as second:
         found = positions(first, second, work.windows, "t")
     assert len(work.documents) == len(found.kl)
@@ -133,7 +133,7 @@ def test_divergence_has_an_interval_over_groups_of_rows(compared: tuple[dict, Pa
 def test_every_scored_token_knows_its_row(ladder: Ladder) -> None:
     """One text a letter: the row of a token is seen in the token itself; copies of a row count as one document."""
     rows = [{**ladder.rows[0], "id": f"x{i}", "text": "ABCDEFGHIJ"[i] * 40, "group": min(i, 8)} for i in range(10)]
-    work = encode_work(ladder.tokenizer, ladder.task, rows, 64, 8192)
+    work = encode_rows(ladder.tokenizer, ladder.task, rows, 64, 8192)
     size = len(work.windows[0])
     scored = [ladder.tokenizer.decode([token]) for window in work.windows for token in window[size // 2 + 1 :]]
     letters = {"ABCDEFGHIJ"[i]: min(i, 8) for i in range(10)}
@@ -144,31 +144,33 @@ def test_every_scored_token_knows_its_row(ladder: Ladder) -> None:
 
 
 def test_held_out_text_begins_with_leak_free_rows(ladder: Ladder) -> None:
-    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
+    work = encode_rows(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
     text = ladder.tokenizer.decode(work.windows[0])
     free = "\n".join(row["text"] for row in ladder.rows if not row["leaked"])
     assert free.startswith(text[:40])
 
 
 def test_short_text_gets_a_smaller_window(ladder: Ladder) -> None:
-    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 4096, 8192)
+    work = encode_rows(ladder.tokenizer, ladder.task, ladder.rows, 4096, 8192)
     assert len(work.windows[0]) < 4096 and "4096" in work.notes[0]
     with pytest.raises(InputError, match="held-out text"):
-        encode_work(ladder.tokenizer, ladder.task, ladder.rows[:1], 512, 8192)
+        encode_rows(ladder.tokenizer, ladder.task, ladder.rows[:1], 512, 8192)
 
 
 def test_a_file_that_kills_llama_cpp_is_named(ladder: Ladder, tmp_path: Path) -> None:
     bad = tiny_gguf.with_number(ladder.q8, tmp_path / "bad.gguf", "qwen2.block_count", 0)
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"bad\.gguf .*SIGABRT"):
-        compare_files(ladder.reference, [bad], ladder.rows, ladder.task, output, n_ctx=64, n_threads=1)
+        compare_files(Comparison(ladder.reference, [bad], ladder.rows, ladder.task, output, n_ctx=64, n_threads=1))
     assert [path.name for path in output.iterdir()] == [".scores"], "what the next try need not compute again"
 
 
 def test_files_of_another_vocabulary(ladder: Ladder, tmp_path: Path) -> None:
     other = tiny_gguf.write(tmp_path / "other-F16.gguf", layers=1)
     with pytest.raises(InputError, match="one model"):
-        compare_files(ladder.reference, [other], ladder.rows, ladder.task, tmp_path / "o", n_ctx=64, n_threads=1)
+        compare_files(
+            Comparison(ladder.reference, [other], ladder.rows, ladder.task, tmp_path / "o", n_ctx=64, n_threads=1)
+        )
 
 
 @pytest.mark.parametrize("case", ["twice", "none", "missing", "no rows"])
@@ -179,7 +181,7 @@ def test_refused_before_any_work(ladder: Ladder, tmp_path: Path, case: str) -> N
     rows = [] if case == "no rows" else ladder.rows
     words = {"twice": "named twice", "none": "no file to compare", "missing": "no file", "no rows": "no rows"}[case]
     with pytest.raises(InputError, match=words):
-        compare_files(ladder.reference, others, rows, ladder.task, tmp_path / "out")
+        compare_files(Comparison(ladder.reference, others, rows, ladder.task, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -188,7 +190,7 @@ def test_full_disk_is_refused(ladder: Ladder, tmp_path: Path, monkeypatch: pytes
     from lib.stages.compare import child
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
-    work = encode_work(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
+    work = encode_rows(ladder.tokenizer, ladder.task, ladder.rows, 64, 8192)
     with (
         LlamaCppBackend(ladder.reference, 64, 1) as backend,
         pytest.raises(InputError, match="reference's log-probabilities"),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lib.prompts.tasks import ClassificationTask
-from lib.runs.files import write_json, write_jsonl
+from lib.runs.files import read_jsonl, write_json, write_jsonl
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import Scores
-from lib.scoring.metric import ACCURACY
+from lib.scoring.metric import ACCURACY, RowGroups
 from lib.stages.compare import files
-from lib.stages.compare.stage import _steps
+from lib.stages.compare.error_ladder import steps_of
+from lib.stages.compare.files import Comparison
 
 N = 60
 CONTENT = {"steps": {"file": "Q8_0", "merged": "merged, transformers (bfloat16)"}, "reference": "F16"}
@@ -62,7 +64,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def names(run: Run, content: dict = CONTENT) -> tuple[list[str], str]:
-    steps, note = _steps(run, run.folder / "comparison", content, ACCURACY)
+    rows = RowGroups.of(read_jsonl(run.folder / "data" / "test.jsonl"))
+    steps, note = steps_of(run, run.folder / "comparison", content, ACCURACY, rows)
     return [step["name"] for step in steps], note
 
 
@@ -98,13 +101,19 @@ def test_32_bit_arithmetic_is_a_step_of_its_own(run: Run) -> None:
 
 def test_32_bits_are_scored_where_they_are_new_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(files, "run_one", lambda function, *_: asked.append(function))
-    monkeypatch.setattr(files, "row_scores", lambda *_: scores(0))
-    given = (tmp_path, {}, [], None, tmp_path)
-    assert files._merged_float32(files.merged_name("float32"), *given) == (None, []) and not asked
+
+    def child(function: str, path: Path, argument: dict, *_: object) -> dict:
+        asked.append(argument["way"])
+        return {"dtype": "float32"}
+
+    monkeypatch.setattr(files, "run_kept", child)
+    encoded = SimpleNamespace(argument=lambda *_: {}, scores=lambda rows, answer: scores(0))
+    comparison = Comparison(tmp_path, [], [], None, tmp_path, merged=tmp_path, n_threads=1)
+    merged_float32 = files.Processes(comparison, encoded).merged_float32
+    assert merged_float32(files.merged_name("float32")) == (None, []) and not asked
     monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "bfloat16")
-    name, notes = files._merged_float32(files.merged_name("bfloat16"), *given)
+    name, notes = merged_float32(files.merged_name("bfloat16"))
     assert name is None and "does not fit" in notes[0] and not asked
     monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "float32")
-    assert files._merged_float32(files.merged_name("bfloat16"), *given) == ("merged, transformers (float32)", [])
-    assert asked == ["child:score_merged_float32"] and (tmp_path / "scores-merged-float32.jsonl").is_file()
+    assert merged_float32(files.merged_name("bfloat16")) == ("merged, transformers (float32)", [])
+    assert asked == ["merged_float32"] and (tmp_path / "scores-merged-float32.jsonl").is_file()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lib.scoring.accuracy import f1_difference, f1_interval, label_divergence, macro_f1, right_margins
 from lib.scoring.log_probabilities import Scores
 from lib.scoring.metric import ACCURACY, RowGroups, compare
-from lib.stages.compare.advice import recommend
+from lib.stages.compare import recommend as choosing
 from lib.statistics.intervals import paired_score_interval
 from lib.statistics.verdicts import frontier
 
@@ -231,6 +231,10 @@ F16 = {**ENTRY, "type": "F16", "bytes": 100_000_000, "kld_mean": 0.0, "verdict":
 
 def entry(name: str, megabytes: int, kld: float, verdict: str, **more) -> dict:
     return {**ENTRY, "type": name, "bytes": megabytes * 1_000_000, "kld_mean": kld, "verdict": verdict, **more}
+
+
+def recommend(entries: list[dict], margin_points: float, compared: int | None = None) -> dict:
+    return choosing.recommend(ACCURACY, entries, margin_points, 0.5, compared)
 
 
 LEAKY = {**ENTRY, "n": 300, "verdict": "worse", "mcnemar_p_holm": 0.01}

@@ -79,8 +79,8 @@ def test_killed_comparison_continues(
     wrote = [read_json(folder / "written.json"), read_jsonl(folder / "generated.jsonl")]
     again = SETTINGS.model_copy(update={"force": True})
     command = [sys.executable, "-c", STAGE, again.model_dump_json()]
-    kill_at(command, part, ".scores/score_file/*.jsonl", 6, tmp_path / "slow")
-    (first,) = (part / ".scores" / "score_file").iterdir()
+    kill_at(command, part, ".scores/measure_model/*.jsonl", 6, tmp_path / "slow")
+    (first,) = (part / ".scores" / "measure_model").iterdir()
     scored = first.read_bytes()
     assert 6 <= scored.count(b"\n") - 1 < 16
     kill_at(command, part, ".scores/write_file/*.jsonl", 2, tmp_path / "slow")

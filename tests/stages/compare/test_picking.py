@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.stages.compare.pick import pick
+from lib.stages.compare.recommend import pick_file as pick
 
 
 def entry(name: str, megabytes: float, low: float, high: float, **more) -> dict:

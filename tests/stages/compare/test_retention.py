@@ -10,7 +10,7 @@ import pytest
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
-from lib.stages.compare.files import compare_files
+from lib.stages.compare.files import Comparison, compare_files
 from lib.stages.compare.retention import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.statistics.intervals import Interval
 from tests.stages.compare.conftest import Ladder
@@ -105,32 +105,31 @@ def run(home: Path) -> Run:
 
 
 def test_scores_of_03(run: Run, odds: dict[str, np.ndarray]) -> None:
-    assert "03 was not run" in base_scores(run, ACCURACY).note
+    assert "03 was not run" in base_scores(run).note
 
     def evaluation(work) -> None:
         log_odds(odds["base"]).save(work.folder / "scores-base.jsonl")
         log_odds(odds["F16"]).save(work.folder / "scores-finetuned.jsonl")
 
     run.produce("evaluation", evaluation, {}, ("data", "adapter"))
-    found = base_scores(run, ACCURACY)
+    found = base_scores(run)
     assert found.base.ids == IDS and found.tuned.ids == IDS and found.note == ""
     run.produce("adapter", lambda work: (work.folder / "x").write_text("2"), {"v": 2}, ("data",))
-    trained_again = base_scores(run, ACCURACY)  # the base is the same, the tuned model is not
+    trained_again = base_scores(run)  # the base is the same, the tuned model is not
     assert trained_again.base is not None and trained_again.tuned is None
     (run.folder / "evaluation" / "scores-base.jsonl").write_text("")
-    assert "not known" in base_scores(run, ACCURACY).note
+    assert "not known" in base_scores(run).note
     run.produce("data", lambda work: (work.folder / "x").write_text("2"), {"v": 2})
-    assert base_scores(run, ACCURACY) == BaseScores(note="03 was not run again after the data changed.")
+    assert base_scores(run) == BaseScores(note="03 was not run again after the data changed.")
 
 
 def test_comparison_json_and_the_answer(ladder: Ladder, tmp_path: Path) -> None:
     """The weights of a file against a base that was scored as random log-odds; a plain comparison knows none."""
     start = BaseScores(Scores([r["id"] for r in ladder.rows], *_random(ladder.rows)), None, "")
-    both = [
-        compare_files(ladder.reference, [ladder.q2], ladder.rows, ladder.task, tmp_path / str(i), n_threads=1, **more)
-        for i, more in enumerate(({}, {"start": start, "grid": {ladder.q2.name: 0.75}}))
-    ]
-    plain, known = both
+    fixed = (ladder.reference, [ladder.q2], ladder.rows, ladder.task)
+    plain = compare_files(Comparison(*fixed, tmp_path / "0", n_threads=1))
+    grid = {ladder.q2.name: 0.75}
+    known = compare_files(Comparison(*fixed, tmp_path / "1", n_threads=1, start=start, grid=grid))
     assert [e["retention"] for e in plain["files"]] == [None, None] and "of a run" in plain["retention_note"]
     assert [e["source_grid"] for e in plain["files"]] == [None, None]
     reference, q2 = known["files"]
@@ -194,15 +193,15 @@ def test_scores_of_another_model_than_the_gguf(run: Run, odds: dict[str, np.ndar
     train("LoRA")
     merge("original", "1")
     convert()
-    assert base_scores(run, ACCURACY).tuned is not None
+    assert base_scores(run).tuned is not None
     merge("original", "2")
-    assert base_scores(run, ACCURACY).tuned is None and other_model(run).startswith("05 was not run again")
+    assert base_scores(run).tuned is None and other_model(run).startswith("05 was not run again")
     convert()
-    assert base_scores(run, ACCURACY).tuned is not None
+    assert base_scores(run).tuned is not None
     train("QLoRA")
     merge("original", "3")
     convert()
-    assert base_scores(run, ACCURACY).tuned is None and other_model(run) == "", "03 scores the adapter on the NF4 base"
+    assert base_scores(run).tuned is None and other_model(run) == "", "03 scores the adapter on the NF4 base"
     merge("dequantized", "4")
     convert()
-    assert base_scores(run, ACCURACY).tuned is not None
+    assert base_scores(run).tuned is not None

@@ -11,10 +11,11 @@ import pytest
 from lib.errors import InputError
 from lib.models.loading import count_weights, load_as_saved, weight_bytes
 from lib.scoring.log_probabilities import Scores, score_rows
+from lib.scoring.metric import ACCURACY
 from lib.scoring.torch_backend import TransformersBackend
 from lib.stages.compare import child
-from lib.stages.compare.advice import recommend
-from lib.stages.compare.files import compare_files
+from lib.stages.compare.files import Comparison, compare_files
+from lib.stages.compare.recommend import recommend
 from lib.stages.convert.convert import convert
 from lib.stages.evaluate import standalone
 from lib.stages.evaluate.standalone import evaluate_models
@@ -36,8 +37,8 @@ def compared(
     quantize_file(folder / "m-F16.gguf", folder / "m-Q8_0.gguf", "Q8_0")
     others = [folder / "m-Q8_0.gguf", exported("bf16")[0], exported("nf4")[0]]
     reference = folder / "m-F16.gguf"
-    result = compare_files(reference, others, ROWS, tiny_run.TASK, folder / "out", n_ctx=128, n_threads=1, merged=base)
-    return result, folder / "out", reference
+    asked = Comparison(reference, others, ROWS, tiny_run.TASK, folder / "out", n_ctx=128, n_threads=1, merged=base)
+    return compare_files(asked), folder / "out", reference
 
 
 def test_one_table(compared: tuple[dict, Path, Path], exported: Callable) -> None:
@@ -96,21 +97,19 @@ def test_labels_of_the_merged_model_in_transformers(compared: tuple[dict, Path, 
 def test_the_merged_model_in_32_bit_arithmetic(tmp_path: Path) -> None:
     """A bfloat16 folder: the scores of its weights in float32, not those of 16-bit arithmetic."""
     from lib.models.loading import load_model, load_tokenizer
-    from lib.stages.compare.entries import encode_work
-    from lib.stages.compare.files import shared_argument
 
     folder = tmp_path / "bf16"
     tiny_run.make_base(folder, "bfloat16")
     tokenizer, rows = load_tokenizer(folder), ROWS[:8]
-    given = shared_argument(encode_work(tokenizer, tiny_run.TASK, rows, 64, 512), rows, 1, 0)
+    given = child.encode_rows(tokenizer, tiny_run.TASK, rows, 64, 512).argument(1, 0)
     given |= {"path": str(folder), "keep": str(tmp_path / "keep.jsonl")}
-    answer = child.score_merged_float32(given)
+    answer = child.score_in_transformers({**given, "way": child.MERGED_FLOAT32})
     own = score_rows(
         TransformersBackend(load_model(folder, "float32", device="cpu")), tokenizer, tiny_run.TASK, rows, "t"
     )
     order = np.argsort([row["id"] for row in rows], kind="stable")
     np.testing.assert_allclose(answer["log_probs"], own.log_probs[order], atol=1e-4)
-    rough = child.score_merged({**given, "keep": str(tmp_path / "other.jsonl")})
+    rough = child.score_in_transformers({**given, "way": child.MERGED, "keep": str(tmp_path / "other.jsonl")})
     assert (answer["dtype"], rough["dtype"]) == ("float32", "bfloat16")
     assert np.abs(np.array(rough["log_probs"]) - answer["log_probs"]).max() > 1e-3
 
@@ -156,7 +155,7 @@ def test_advice_and_frontier_are_about_gguf_files(compared: tuple[dict, Path, Pa
     result = compared[0]
     assert result["frontier"] == ["Q8_0"] and "GGUF" in result["recommendation"]["rule"]
     assert "nf4" not in result["recommendation"]["text"] and "bf16" not in result["recommendation"]["text"]
-    only = recommend([result["files"][0]], 1.0)
+    only = recommend(ACCURACY, [result["files"][0]], 1.0, None)
     assert only["type"] is None and "no GGUF file was compared with F16" in only["text"]
 
 
@@ -186,8 +185,8 @@ def test_a_folder_is_no_reference_and_an_empty_one_is_refused(
     compared: tuple[dict, Path, Path], base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"a \.gguf file"):
-        compare_files(base, [compared[2]], ROWS, tiny_run.TASK, tmp_path / "out")
+        compare_files(Comparison(base, [compared[2]], ROWS, tiny_run.TASK, tmp_path / "out"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"config\.json"):
-        compare_files(compared[2], [tmp_path / "empty"], ROWS, tiny_run.TASK, tmp_path / "out")
+        compare_files(Comparison(compared[2], [tmp_path / "empty"], ROWS, tiny_run.TASK, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
