@@ -120,7 +120,11 @@ class DataPage:
         return display.tokens([piece["text"] for piece in pieces], [piece["loss"] for piece in pieces], told)
 
     def _length_table(self, caption: str) -> HTML:
-        return display.table(self.result.length_table, caption, {"truncated share": ".2%"})
+        rows = [
+            {(f"{key[1:]} %" if key.startswith("p") else key): value for key, value in line.items()}
+            for line in self.result.length_table
+        ]
+        return display.table(rows, caption, {"truncated share": ".2%"})
 
     def _totals(self) -> dict[str, int]:
         """For the conclusions: the longest row, rows that are cut, and the limit."""
