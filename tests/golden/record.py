@@ -10,29 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.golden.cases import CASES
-from tests.golden.place import HERE, Place, SkippedError
+from tests.golden.place import HERE, FailedError, Place, SkippedError
 from tests.golden.reduced import written
 
 RESULTS = HERE / "results"
 
 
-def record(names: Sequence[str], folder: Path) -> list[str]:
-    """Record the named cases (all, if none) into `folder`; the names of those that could run here."""
+def record(names: Sequence[str], folder: Path) -> dict[str, str]:
+    """Record the named cases (all, if none) into `folder`; what became of each: "recorded", "skipped", "failed"."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = []
+    ended = {}
     with tempfile.TemporaryDirectory(prefix="golden-") as root:
         place = Place(Path(root))
         for name in names or CASES:
-            started = time.monotonic()
+            started, ended[name], why = time.monotonic(), "recorded", ""
             try:
-                content = CASES[name](place)
+                (folder / f"{name}.json").write_text(written(CASES[name](place)), encoding="utf-8")
             except SkippedError as reason:
-                print(f"{name}: skipped, {reason}", file=sys.stderr, flush=True)
-                continue
-            (folder / f"{name}.json").write_text(written(content), encoding="utf-8")
-            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-            done.append(name)
-    return done
+                ended[name], why = "skipped", f", {reason}"
+            except FailedError as reason:
+                ended[name], why = "failed", f", {reason}"
+            seconds = time.monotonic() - started
+            print(f"{name}: {ended[name]} in {seconds:.0f} s{why}", file=sys.stderr, flush=True)
+    return ended
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.cases) - set(CASES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    record(given.cases, given.out)
+    sys.exit("failed" in record(given.cases, given.out).values())
 
 
 if __name__ == "__main__":

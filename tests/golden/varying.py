@@ -19,7 +19,8 @@ KEYS = re.compile(
 """Keys of JSON files."""
 
 HEADINGS = re.compile(
-    r"^seconds$|(^|, )(s|ms|MiB)$|tokens/s( ↑)?$|^ms a row$|^(load|prompt|generation) range$|memory|tokens a second"
+    r"^seconds$|(^|, )(s|ms|MiB)$|(tokens|rows)/s( of training)?( ↑)?$|^ms a row$|^(load|prompt|generation) range$|"
+    r"memory|tokens a second"
 )
 """Headings of table columns, or of the rows of a table of two columns; ceilings are arithmetic, but in tokens/s too."""
 
@@ -29,7 +30,7 @@ CAPTIONS = re.compile(r"^Machine card|^Latency of|free, and the measured peak")
 AXES = re.compile(r"MiB|minutes|\bs$|seconds|tokens/s|\bcores\b|\btime\b")
 """Axis labels whose data are left out."""
 
-_UNIT = r"(?:tokens/s|tokens a second|(?:non-padding )?tokens a second|rows/s|MiB|GiB|GB/s|ms|min|s|h)"
+_UNIT = r"(?:tokens/s|(?:non-padding )?tokens a second|rows/s|MiB|GiB|GB/s|ms|min|minutes|seconds|s|h)"
 _NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
 TEXTS = (
     (re.compile(r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?(?:\.\d+)?)?(?:Z|[+-]\d\d:\d\d| UTC)?"), "<date>"),
@@ -51,6 +52,19 @@ def text(value: str, places: Mapping[str, str]) -> str:
     for pattern, name in TEXTS:
         value = pattern.sub(name, value)
     return value
+
+
+def columns(output: list[str]) -> list[str]:
+    """Lines with tables of plain text, whose cells stand two blanks apart; cells that hold costs become dashes."""
+    found, left_out = [], set()
+    for line in output:
+        cells = re.split(r"  +", line)
+        if any(HEADINGS.search(cell) for cell in cells):
+            left_out = {i for i, cell in enumerate(cells) if HEADINGS.search(cell)}
+        elif left_out and len(cells) > max(left_out):
+            line = "  ".join("–" if i in left_out else cell for i, cell in enumerate(cells))
+        found.append(line)
+    return found
 
 
 def steady(value: Any, places: Mapping[str, str]) -> Any:
