@@ -82,7 +82,7 @@ class Place:
         self,
         *given: str | bytes,
         cwd: Path | None = None,
-        timeout: float = 1800.0,
+        timeout: float = 4 * 3600.0,
         more: Mapping[str, str] | None = None,
     ) -> tuple[int | str, str, str]:
         """Exit code ("timeout" when it was ended), stdout and stderr; `more` goes into the environment."""

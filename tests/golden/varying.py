@@ -27,7 +27,7 @@ HEADINGS = re.compile(
 CAPTIONS = re.compile(r"^Machine card|^Latency of|free, and the measured peak")
 """Tables that are left out but for their captions and headings."""
 
-AXES = re.compile(r"MiB|minutes|\bs$|seconds|tokens/s|\bcores\b|\btime\b")
+AXES = re.compile(r"MiB|minutes|\bs$|seconds|tokens/s|tokens a second|\bcores\b|\btime\b")
 """Axis labels whose data are left out."""
 
 _UNIT = r"(?:tokens/s|(?:non-padding )?tokens a second|rows/s|MiB|GiB|GB/s|ms|min|minutes|seconds|s|h)"
@@ -37,6 +37,7 @@ TEXTS = (
     (re.compile(r"(?<![\w.])(?=[0-9a-f]*[a-f])(?=[a-f]*\d)[0-9a-f]{12,64}\b"), "<hash>"),
     (re.compile(rf"(?<![\w.]){_NUMBER}(?:(?: to |–| – ){_NUMBER})* ?{_UNIT}\b(?! =)"), "<cost>"),
     (re.compile(r"(?<![\w.])[\d.]+ of \d+ cores busy|\b\d+ samples\b"), "<load>"),
+    (re.compile(r"\d+(?: to \d+)? loads, .{1,40} generations"), "<runs>"),  # as many as fit a second
     (re.compile(r"0x[0-9a-f]{6,}"), "<address>"),
 )
 """Parts of texts, with what stands for them."""
