@@ -21,7 +21,7 @@ from tests.golden.place import PROJECT, SHARED, Place, SkippedError, words
 from tests.golden.reduced import totals
 
 QUICK = str(PROJECT / "params/quick.yaml")
-TIMEOUT = 60.0
+TIMEOUT = 900.0
 
 ASCII = {"PYTHONIOENCODING": "ascii"}
 PLAIN_C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
