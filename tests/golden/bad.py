@@ -27,6 +27,9 @@ ASCII = {"PYTHONIOENCODING": "ascii"}
 PLAIN_C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 NO_HUB = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://user:PASSWORDxyz@127.0.0.1:9"}
 
+ODD = ("lora_alpha", "alpha_pattern", "init_lora_weights", "base_model_name_or_path")
+"""Keys of adapter_config.json that hostile 14 is about; the others are those of the adapter at hand."""
+
 Asked = dict[str, tuple[list[str | bytes], dict[str, str]]]
 
 
@@ -110,12 +113,12 @@ def models(place: Place) -> Any:
         "hostile 25": (["evaluate", "Qwen/Qwen3-0.6B", "--data", "rows.csv"], NO_HUB),
         "reported 21 ascii": (["inspect", "tiny/adapter"], ASCII),
         "reported 21 C": (["inspect", "tiny/adapter"], PLAIN_C),
-        "reported 11 inspect gguf": (["inspect", "tiny/generation.gguf"], {}),
         "data no template": (["imatrix", "tiny/untemplated", "o.gguf", "--text", "text.txt"], {}),
     }
     for name in ("both", "generation", "shards", "stale"):
         asked[f"reported inspect {name}"] = (["inspect", f"tiny/{name}"], {})
         asked[f"reported convert {name}"] = (["convert", f"tiny/{name}", f"tiny/{name}.gguf"], {})
+    asked["reported 11 inspect gguf"] = (["inspect", "tiny/generation.gguf"], {})
     for name in ("owntok", "trained", "seqcls", "default", "compiled", "alpha_text", "rank_zero"):
         asked[f"reported inspect {name}"] = (["inspect", f"tiny/{name}"], {})
         asked[f"reported merge {name}"] = (_merge(f"tiny/{name}"), {})
@@ -169,7 +172,9 @@ def _make(cases: Path) -> None:
     base("untemplated", _without_template)
     for path in sorted(cases.glob("hostile/14_*/*.json")):
         shutil.copytree(tiny / "adapter", tiny / path.stem)
-        shutil.copy(path, tiny / path.stem / "adapter_config.json")
+        ours, odd = (json.loads(p.read_text(encoding="utf-8")) for p in (tiny / "adapter/adapter_config.json", path))
+        odd = {key: odd[key] for key in ODD if odd[key] != "BASE"}
+        (tiny / path.stem / "adapter_config.json").write_text(json.dumps(ours | odd), encoding="utf-8")
 
 
 def _without_template(folder: Path) -> None:

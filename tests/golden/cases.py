@@ -24,6 +24,7 @@ LABELS = SMALL | {
     "imatrix_chunks": 8,
     "size_budget_bpw": 5.0,
     "export_formats": "bf16,int8",
+    "equivalence_margin": 5.0,  # what so few rows can show, so that a file is recommended
 }
 
 ANSWERS = SMALL | {
@@ -120,7 +121,8 @@ def commands(place: Place) -> Any:
         "convert": ["convert", merged, str(out / "c.gguf"), "--outtype", "q8_0"],
         "package": ["package", "labels", "--type", "Q4_K_M"],
     }
-    return {name: place.json(*given, "--json") for name, given in asked.items()}
+    found = {name: place.json(*given, "--json") for name, given in asked.items()}
+    return found | {"package files": place.files(run / "package")}
 
 
 def help_(place: Place) -> Any:

@@ -30,8 +30,11 @@ FIXED = {
 }
 DROPPED = re.compile(r"WORKBOOK_|HF_|PYTHON(?!HOME)|COVERAGE|_TYPER|MODELSCOPE")
 
-NOT_READ = re.compile(r"/checkpoints/|/tokenizer\.json$|/resources\.jsonl$|/complete\.json$|/vocab\.json$")
-"""Files of a run that other files are made from, or that hold costs alone."""
+READ = re.compile(r"\.(json|jsonl|md)$")
+NOT_READ = re.compile(
+    r"^manifest\.json$|^package/|(^|/)\.|checkpoints/|tokenizer\.json$|vocab\.json$|resources\.jsonl$"
+)
+"""Files that are recorded otherwise, that others are made from, or that hold costs alone."""
 
 
 class SkippedError(Exception):
@@ -113,12 +116,21 @@ class Place:
         return reduced(varying.steady(value, self.names))
 
     def file(self, path: Path) -> Any:
-        """A file of JSON or of JSON lines, steady and reduced."""
+        """A file of JSON, of JSON lines or of text, steady and reduced."""
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             return self.steady(json.loads(content))
+        if path.suffix != ".jsonl":
+            return self._lines(content.splitlines())
         rows = varying.steady([json.loads(row) for row in content.splitlines()], self.names)
         return reduced(rows) if len(rows) <= ROWS else totals(rows)
+
+    def files(self, folder: Path) -> dict[str, Any]:
+        """All files below a folder that hold JSON or Markdown, by their relative names."""
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        return {
+            name: self.file(path) for name, path in found.items() if READ.search(name) and not NOT_READ.search(name)
+        }
 
     def run(self, name: str, *words: str, params: str = "quick", must_end_well: bool = True) -> Any:
         """Everything of the run `name`, made by `workbook report` with further words if it is not there yet."""
@@ -139,12 +151,7 @@ class Place:
             product: {**{key: entry[key] for key in kept}, "outputs": sorted(entry["outputs"])}
             for product, entry in entries.items()
         }
-        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.json*"))}
-        products = {file: path for file, path in found.items() if "/" in file and not NOT_READ.search(file)}
-        return {
-            "manifest": self.steady(manifest),
-            "files": {file: self.file(path) for file, path in products.items() if not path.name.startswith(".")},
-        }
+        return {"manifest": self.steady(manifest), "files": self.files(folder)}
 
     def _pages(self, name: str) -> dict[str, Any]:
         """What the executed notebooks and the overview show."""

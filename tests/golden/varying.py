@@ -42,7 +42,7 @@ TEXTS = (
 )
 """Parts of texts, with what stands for them."""
 
-PROGRESS = re.compile(r": [\d,]+(/[\d,]+ \(| done in )|^ {4}")
+PROGRESS = re.compile(r": ([\d,]+(/[\d,]+ \(| done in )|…$)|^ {4}")
 """Lines of stderr that come as time goes by."""
 
 
