@@ -1,4 +1,4 @@
-"""The one kind of error a user should ever see: found, expected, do this. And the end that SIGTERM asks for."""
+"""The one kind of error a user should ever see: found, expected, do this; and the end that SIGTERM asks for."""
 
 from __future__ import annotations
 
@@ -29,3 +29,24 @@ class Terminated(SystemExit):
 
     def __str__(self) -> str:
         return self.why
+
+
+EXTRAS = {
+    **dict.fromkeys(("gguf", "llama_cpp"), "gguf"),
+    **dict.fromkeys(("fastapi", "segno", "sse_starlette", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("starlette_context", "pydantic_settings"), "serve"),
+    **dict.fromkeys(("compressed_tensors", "llmcompressor"), "gptq"),
+    **dict.fromkeys(("IPython", "jupyter_client", "matplotlib", "nbclient", "nbconvert"), "lab"),
+    **dict.fromkeys(("bs4", "cycler", "nbformat", "papermill", "pygments", "traitlets"), "lab"),
+    "modelscope": "modelscope",
+}
+"""The extra of pyproject.toml that brings a library, by the name under which it is imported."""
+
+
+def missing_library(*names: str) -> InputError:
+    """What to do where libraries of an extra, or a dependency of this project, are not installed."""
+    extra = EXTRAS.get(names[0].partition(".")[0])
+    absent = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not installed."
+    if extra is None:
+        return InputError(absent, "the packages of requirements.txt.", "run make, or pip install -r requirements.txt.")
+    return InputError(absent, f"the libraries of the extra {extra}.", f"run make, or pip install -e '.[{extra}]'.")

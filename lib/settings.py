@@ -1,8 +1,4 @@
-"""Names of the formats that a model can be stored in. No library is needed to know them.
-The schema of a parameter file: every key, its type, its default and what it means.
-Parameters from a file, the command line or a notebook, checked against the schema.
-The parameters of a run: their schema, and how they are read.
-"""
+"""The parameters of a run: every key with its type, default and meaning, and how they are read and checked."""
 
 from __future__ import annotations
 

@@ -267,12 +267,15 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
 
 
 def test_what_the_pages_show(results: dict) -> None:
-    from lib.report import answer_rows, evaluate_page, rows
+    from lib.report import compare_page, data_page, evaluate_page, merge_page
 
     made, result = results["data"], results["evaluation"]
-    assert f"of {len(made.rows('test'))} test rows" in answer_rows.leaks(made)
-    assert str(made.example["loss_tokens"]) in answer_rows.example(made)
-    assert f"thinking is {'on' if made.task.thinking else 'off'}" in answer_rows.learned_of_data(made)
+    shown = data_page.page_of(made)
+    assert f"of {len(made.rows('test'))} test row" in shown.leaks().data
+    assert str(made.example["loss_tokens"]) in shown.example().data
+    assert f"thinking is {'on' if made.task.thinking else 'off'}" in shown.learned().data
+    assert "cannot write an answer" in shown.floor().data and "contradict" in shown.conflicts().data
+    assert "turns" in shown.shape().data and shown.source().data and shown.flow().data and shown.changes().data
     page = evaluate_page.page_of(result)
     assert all(name in page.parts().data for name in ("base", "fine-tuned")) and "<img" in page.quality().data
     assert (
@@ -283,11 +286,13 @@ def test_what_the_pages_show(results: dict) -> None:
     assert f"{result.part['base']['perplexity']:.2f}" in page.learned().data
     parts = (page.errors, page.error_table, page.reading, page.believed, page.certainty, page.speed, page.prompts)
     assert all(part().data for part in parts)
-    others = [entry for entry in results["comparison"].files if entry["verdict"] != "reference"]
-    assert [point["name"] for point in answer_rows.ratios(others)] == [entry["type"] for entry in others]
-    assert "± 1 %" in answer_rows.detectable(others, results["comparison"].conditions)
-    assert answer_rows.quality(results["comparison"].files)[0]["change, %"] is None
-    assert "does not apply" in str(rows.gate(results["gguf"].gate))
+    compared = compare_page.page_of(results["comparison"])
+    (power,) = compared.detectable()
+    assert "± 1 %" in power.data and "answer perplexity" in compared.sizes().data
+    assert all(entry["type"] in compared.quality().data for entry in results["comparison"].others)
+    parts = (compared.tests, compared.beside, compared.disagreements, compared.kept)
+    assert all(shown.data for part in parts for shown in part() if shown)
+    assert "does not apply" in str(merge_page.gate(results["gguf"].gate))
 
 
 def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path: Path) -> None:

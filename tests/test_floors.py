@@ -20,7 +20,15 @@ ORDER = (
 with the adapter that it chooses."""
 
 HEAVY = ("torch", "transformers", "llama_cpp", "sklearn", "matplotlib", "pandas", "datasets", "peft", "papermill")
-DOORS = ("cli.__main__", "report.display", "report.runner", "scoring.backend", "select.choice", "serve.openai")
+DOORS = (
+    "cli.__main__",
+    "report.display",
+    "report.runner",
+    "scoring.backend",
+    "select.choice",
+    "serve.openai",
+    "serve.phone",
+)
 
 
 def module_name(path: Path) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from lib.errors import EXTRAS, missing_library
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +40,10 @@ def environment() -> dict:
     return yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
 
 
+LOCKED = ("gguf", "serve", "gptq", "lab", "dev")
+"""Extras that the lock holds; modelscope is installed by those who want it."""
+
+
 def version_of(requirement: Requirement) -> str:
     (pin,) = requirement.specifier
     assert pin.operator == "==", f"{requirement} is not exact"
@@ -47,17 +56,23 @@ def test_the_lock_is_exact_and_sorted(lock: dict[str, Requirement]) -> None:
     assert list(lock) == sorted(lock)
 
 
-def test_every_dependency_is_locked_within_its_range(lock: dict[str, Requirement], project: dict) -> None:
-    wanted = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
-    for requirement in wanted:
+def requirements_of(project: dict, *extras: str) -> list[Requirement]:
+    """What the project needs for itself and for these extras."""
+    wanted = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
+    return [Requirement(text) for texts in wanted for text in texts]
+
+
+def test_every_dependency_is_a_range_that_holds_the_lock(lock: dict[str, Requirement], project: dict) -> None:
+    for requirement in requirements_of(project, *LOCKED):
         name = canonicalize_name(requirement.name)
+        assert all(part.operator != "==" for part in requirement.specifier), f"{requirement} is no range"
         assert name in lock, f"{name} is not in requirements.txt"
         assert Version(version_of(lock[name])) in requirement.specifier, f"{name}: lock and pyproject.toml disagree"
 
 
-def test_the_lock_is_the_closure_and_nothing_else(lock: dict[str, Requirement], project: dict) -> None:
-    """Everything that the dependencies need is locked, and nothing that nobody needs (as installed here)."""
-    todo = [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+def closure(wanted: list[Requirement]) -> set[str]:
+    """Names of these packages and of all that they need, as installed here."""
+    todo = list(wanted)
     seen: set[tuple[str, tuple[str, ...]]] = set()
     while todo:
         requirement = todo.pop()
@@ -73,15 +88,60 @@ def test_the_lock_is_the_closure_and_nothing_else(lock: dict[str, Requirement], 
             environments = [{**default_environment(), "extra": extra} for extra in ("", *key[1])]
             if need.marker is None or any(need.marker.evaluate(e) for e in environments):
                 todo.append(need)
-    gpu_builds = (
-        "nvidia-",
-        "triton",
-        "cuda-",
-    )  # which torch names itself; nvidia-ml-py is one of llm-compressor's needs
-    names = {name for name, _ in seen if name == "nvidia-ml-py" or not name.startswith(gpu_builds)}
+    gpu_builds = ("nvidia-", "triton", "cuda-")  # which torch names itself; nvidia-ml-py is llm-compressor's
+    return {name for name, _ in seen if name == "nvidia-ml-py" or not name.startswith(gpu_builds)}
+
+
+def test_the_lock_is_the_closure_of_all_extras_and_nothing_else(lock: dict[str, Requirement], project: dict) -> None:
+    """Everything that the dependencies need is locked, and nothing that nobody needs (as installed here)."""
+    names = closure(requirements_of(project, *LOCKED))
     locked = {name for name, r in lock.items() if r.marker is None or r.marker.evaluate()}
     assert names - locked == set(), "needed, but not in requirements.txt"
     assert locked - names == set(), "in requirements.txt, but nothing needs it"
+
+
+def test_training_or_scoring_alone_needs_less_than_half(lock: dict[str, Requirement], project: dict) -> None:
+    training, scoring = closure(requirements_of(project)), closure(requirements_of(project, "gguf"))
+    assert not training & {"llama-cpp-python", "llmcompressor", "jupyterlab", "matplotlib", "fastapi"}
+    assert len(training) < len(scoring) < len(lock) / 2
+
+
+def test_every_library_is_named(project: dict) -> None:
+    """What lib imports comes with the project, or with the extra that a missing library is explained by."""
+    imported: set[str] = set()
+    for path in (PROJECT / "lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "lib", "pynvml"}  # pynvml: where a GPU's libraries brought it
+    packages = metadata.packages_distributions()
+    if absent := imported - {*packages, "modelscope"}:
+        pytest.skip(f"{', '.join(absent)} not installed here")
+    for name in imported - {"modelscope"}:
+        extra = [EXTRAS[name]] if name in EXTRAS else []
+        names = {canonicalize_name(package) for package in packages[name]}
+        assert names & closure(requirements_of(project, *extra)), f"{name}: in {extra or 'the dependencies'}"
+    assert set(EXTRAS.values()) == set(project["optional-dependencies"]) - {"dev"}
+
+
+def test_a_missing_library_is_said_with_its_extra() -> None:
+    assert "Found: llama_cpp is not installed. Expected: the libraries of the extra gguf." in str(
+        missing_library("llama_cpp")
+    )
+    assert "pip install -e '.[lab]'" in str(missing_library("matplotlib.pyplot"))
+    assert "peft, torch are not installed" in str(missing_library("peft", "torch"))
+
+
+def test_every_file_of_lib_is_installed() -> None:
+    settings = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = settings["package-data"]["*"]
+    for path in tracked():
+        if path.is_relative_to(PROJECT / "lib") and path.suffix != ".py":
+            parts = path.relative_to(PROJECT / "lib").parts
+            names = ["/".join(parts[i:]) for i in range(len(parts))]
+            assert any(fnmatch(name, pattern.replace("**/", "*")) for name in names for pattern in patterns), path
 
 
 def test_conda_brings_python_and_compilers_and_pip_the_lock(environment: dict, project: dict) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated
+from lib.errors import InputError, Terminated, missing_library
 from lib.runs.files import json_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -79,6 +79,8 @@ def _terminate(*_: object) -> None:
 
 def _code_of(error: BaseException) -> int:
     """Tell the user what happened; the exit code for it."""
+    if isinstance(error, ModuleNotFoundError):
+        error = missing_library(error.name or str(error))
     if isinstance(error, InputError):
         tell(str(error))
         return REFUSED

@@ -17,7 +17,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
-    from lib.models.inspect_folder import inspect as look
+    from lib.models.inspect import inspect as look
 
     report = look(user_path(path))
     show(report, as_json, as_text(report))
@@ -59,7 +59,7 @@ def unpack(
     """Turn a GGUF file into a model folder: weights dequantized, configuration and tokenizer rebuilt."""
     from lib.models.unpack import notes_of
     from lib.models.unpack import unpack as write_folder
-    from lib.report.rows import unpacked
+    from lib.report.merge_page import unpacked
 
     record = write_folder(user_path(str(file)), folder, dtype, off_grid)
     lines = [str(folder), *notes_of(record)]

@@ -15,7 +15,7 @@ from lib.runs.files import user_path
 
 if TYPE_CHECKING:
     from lib.stages.quantize.recipes import Options
-    from lib.stages.quantize.standalone import Budget
+    from lib.stages.quantize.size_budget import Budget
 
 
 def quantize(
@@ -85,7 +85,7 @@ def imatrix(
 ) -> None:
     """Measure which inputs of every layer are large on a text: what llama-imatrix measures, for --imatrix."""
     from lib.cli.perplexity import read_text
-    from lib.stages.quantize.standalone import measure_imatrix
+    from lib.stages.quantize.stage import measure_imatrix
 
     made = measure_imatrix(model_dir, output, read_text(text, text_column), user_path(str(text)), n_ctx, chunks)
     rows = "" if made["rows"] is None else f" of {made['rows']:,} rows"
@@ -131,8 +131,7 @@ def _budget(
         raise InputError(found, expected, do)
     from lib.cli.perplexity import read_text
     from lib.models.gguf_file import check_gguf
-    from lib.stages.quantize.bit_allocation import budget_bytes
-    from lib.stages.quantize.standalone import Budget
+    from lib.stages.quantize.size_budget import Budget, budget_bytes
 
     check_gguf(source)
     most = budget_bytes(source, megabytes or 0.0, bits or 0.0)
@@ -147,37 +146,35 @@ def _predict(
 ) -> list[dict[str, Any]]:
     """What the files would be; nothing is written."""
     from lib.stages.quantize.files import predict_sizes
-    from lib.stages.quantize.standalone import mix_of_text
+    from lib.stages.quantize.size_budget import mix_for_budget
 
-    rows = predict_sizes(source, types, options)
+    rows = predict_sizes(source, types, options) if types else []
     if budget is None:
         return rows
     with tempfile.TemporaryDirectory() as scratch:
-        return [*rows, mix_of_text(source, budget, options.imatrix, Path(scratch), n_threads).prediction]
+        return [*rows, mix_for_budget(source, budget, options.imatrix, Path(scratch), n_threads).prediction]
 
 
 def _make(
     source: Path, output: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
 ) -> list[dict[str, Any]]:
     """Write the files; their reports."""
-    from lib.stages.quantize.files import quantize_file
-    from lib.stages.quantize.ladder import quantize_files
-    from lib.stages.quantize.standalone import quantize_to_budget
+    from lib.stages.quantize.files import make_files, plan_files
+    from lib.stages.quantize.size_budget import mix_for_budget
 
     count = len(types) + (budget is not None)
     if output.suffix not in ("", ".gguf") and not output.is_dir():
         do = f"write {output.with_suffix('.gguf')}, or make the folder {output} first."
         raise InputError(f"the output {output}.", "a name that ends with .gguf, or a folder.", do)
-    if output.suffix != ".gguf" or output.is_dir():
-        made = quantize_files(source, output, types, options, n_threads, budget)
-    elif count > 1:
+    if count > 1 and output.suffix == ".gguf" and not output.is_dir():
         do = "name a folder; the files in it get the source's name and their type."
         raise InputError(f"one file {output} for {count} types.", "a folder for several types.", do)
-    elif budget is not None:
-        made = [quantize_to_budget(source, output, budget, options.imatrix, n_threads)]
-    else:
-        made = [quantize_file(source, output, types[0], options, n_threads)]
-    return [report.to_json() for report in made]
+    beside = [budget.name] if budget else []
+    planned = plan_files(source, output, types, options, beside)
+    if budget:
+        scratch = output.parent if output.suffix == ".gguf" and not output.is_dir() else output
+        planned.append(mix_for_budget(source, budget, options.imatrix, scratch, n_threads))
+    return [report.to_json() for report in make_files(source, output, planned, n_threads)]
 
 
 def _as_text(rows: list[dict[str, Any]]) -> str:

@@ -18,8 +18,7 @@ from filelock import FileLock
 from lib.hub import transport
 from lib.hub.sources import Remote, RemoteFile, Snapshot, choose
 from lib.hub.transport import MissingError, UnreachableError
-from lib.runs.files import HOME_VARIABLE, read_json, runs_folder, sha256_json, write_json
-from lib.runs.hashes import remembered_sha256
+from lib.runs.files import HOME_VARIABLE, read_json, remembered_sha256, runs_folder, sha256_json, write_json
 
 if TYPE_CHECKING:
     import httpx

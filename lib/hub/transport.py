@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lib.hub.sources import Remote, RemoteFile
 from lib.progress import Progress
-from lib.runs.files import flush_to_disk, readable_by_group, require_space
-from lib.runs.hashes import remembered_sha256
+from lib.runs.files import flush_to_disk, readable_by_group, remembered_sha256, require_space
 
 if TYPE_CHECKING:
     import httpx

@@ -1,10 +1,7 @@
-"""A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed.
-Which weights an adapter was trained on, as its files say: the same GGUF file can be unpacked in several ways.
-"""
+"""A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +14,13 @@ from lib.hub.sources import SourceError
 from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
 from lib.models.gguf_file import read_metadata
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
-from lib.models.weights import open_weights
+from lib.models.weights import open_weights, read_object
 from lib.prompts.tasks import read_task, texts_of
-from lib.runs.files import read_json, read_jsonl, sha256_json, user_path
-from lib.runs.hashes import remembered_sha256
+from lib.runs.files import read_json, read_jsonl, remembered_sha256, sha256_json, user_path
 from lib.settings import OFFLINE_BASE
 
 if TYPE_CHECKING:
     from lib.runs.run import Run
-
-
-# A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed.
 
 
 @dataclass(frozen=True)
@@ -107,14 +100,13 @@ def refuse_without_template(base_model: str) -> None:
     path = user_path(base_model)
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return
-    if read_metadata(path).get("tokenizer.chat_template"):
-        refuse_bad_template(path)
-        return
-    raise InputError(
-        f"base_model {base_model}: {path} has no chat template.",
-        "a .gguf file of a chat model, with its template.",
-        "take another file; or workbook unpack FILE FOLDER, put chat_template.jinja there, and give the folder.",
-    )
+    if not read_metadata(path).get("tokenizer.chat_template"):
+        raise InputError(
+            f"base_model {base_model}: {path} has no chat template.",
+            "a .gguf file of a chat model, with its template.",
+            "take another file; or workbook unpack FILE FOLDER, put chat_template.jinja there, and give the folder.",
+        )
+    refuse_bad_template(path)
 
 
 def refuse_bad_template(path: Path) -> None:
@@ -266,7 +258,8 @@ def base_of(run: Run) -> Base:
         folder = ensure_base(texts, read_task(data.path), data.path / "tokenizer")
         return Base(folder, OFFLINE_BASE, folder.name, True)
     recorded = str(facts.get("base_revision", "main"))
-    base = resolve_base(facts["base_model"], _commit(recorded), **asked_in(recorded))
+    commit = "main" if recorded.startswith("sha256:") else recorded  # that one is a local folder's, or a GGUF file's
+    base = resolve_base(facts["base_model"], commit, **asked_in(recorded))
     if facts.get("base_revision") not in (None, base.revision):
         raise InputError(
             f"base model {base.id} is now {base.revision}.",
@@ -274,10 +267,6 @@ def base_of(run: Run) -> Base:
             "run notebook 01 again with force: true, or bring the old model back.",
         )
     return base
-
-
-def _commit(recorded: str) -> str:
-    return "main" if recorded.startswith("sha256:") else recorded
 
 
 def _fingerprint(folder: Path) -> str:
@@ -296,7 +285,7 @@ def check_model_folder(path: Path) -> None:
     if not path.is_dir():
         raise InputError(f"no folder {path}.", "a model folder.", "check the path.")
     refuse_adapter(path)
-    config = _read_config(path / "config.json")
+    config = read_object(path / "config.json")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -308,23 +297,6 @@ def check_model_folder(path: Path) -> None:
             "use another base_model.",
         )
     open_weights(path)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"no {path.name} in {path.parent}.", "a model folder.", "point to the folder that has it.")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text.startswith("version https://git-lfs"):
-        raise InputError(f"{path} is a Git LFS pointer.", "the file itself.", "run `git lfs pull` in its clone.")
-    if text.lstrip().startswith("<"):
-        raise InputError(f"{path} is a web page.", "JSON.", "download the file itself again.")
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error}).", "JSON.", "download or copy it again.") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no object.", "a model configuration.", "download or copy it again.")
-    return config
 
 
 # Which weights an adapter was trained on, as its files say: the same GGUF file can be unpacked in several ways.

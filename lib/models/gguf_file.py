@@ -1,6 +1,4 @@
-"""A GGUF file looked at before native code opens it: what it is, and its metadata.
-The architectures that are turned into GGUF and back: classes, names of tensors, rotary frequencies.
-"""
+"""GGUF files looked at before native code opens them: header, keys, table of tensors; and the architectures in them."""
 
 from __future__ import annotations
 
@@ -8,19 +6,23 @@ import contextlib
 import math
 import mmap
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError
-
-# A GGUF file looked at before native code opens it: what it is, and its metadata.
+from lib.models.weights import impostor
 
 MAGIC = b"GGUF"
 _SMALLEST = 24  # magic, version, number of tensors, number of metadata entries
+
+
+def unusable(path: Path, found: str, expected: str, do: str = "make or download the file again") -> InputError:
+    """The error for a GGUF file that is damaged, or holds what nobody here can read."""
+    return InputError(f"{path}: {found}.", f"{expected}.", f"{do}.")
 
 
 def check_gguf(path: Path | str) -> Path:
@@ -41,40 +43,31 @@ def check_gguf(path: Path | str) -> Path:
         with path.open("rb") as stream:
             head = stream.read(512)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}).", "a readable file.", "check its rights."
-        ) from None
+        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file", "check its rights") from None
     if head[:4] == MAGIC and len(head) >= _SMALLEST:
         return path
-    raise InputError(f"{path} {_describe(head)}.", "a file that starts with GGUF.", _cure(head))
+    found, do = _instead(head)
+    raise InputError(f"{path} {found}.", "a file that starts with GGUF.", f"{do}.")
 
 
-def _describe(head: bytes) -> str:
+def _instead(head: bytes) -> tuple[str, str]:
+    """What a file is that does not start as a GGUF file does, and what to do about it."""
+    again = "make or download the file again"
     if not head:
-        return "is empty"
+        return "is empty", again
     if not head.strip(b"\0"):
-        return "starts with zeros, as a file does whose writing was interrupted"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself"
+        return "starts with zeros, as a file does whose writing was interrupted", again
     if head.lstrip()[:1] == b"<":
-        return "is an HTML or XML page, not a model"
+        return "is an HTML or XML page, not a model", "download the file again: the server sent a page"
     if head[:2] == b"PK":
-        return "is a ZIP archive or a PyTorch pickle"
+        return "is a ZIP archive or a PyTorch pickle", again
+    if other := impostor(head):
+        return f"is {other.words}, not the file itself", other.do
     if head[8:9] == b"{":
-        return "looks like a safetensors file"
+        return "looks like a safetensors file", "convert the model first: workbook convert MODEL_DIR OUT.gguf"
     if head[:4] == MAGIC:
-        return "is cut off inside its header"
-    return f"starts with {head[:8]!r}"
-
-
-def _cure(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return "run `git lfs pull` in that folder."
-    if head.lstrip()[:1] == b"<":
-        return "download the file again: the server sent a page."
-    if head[8:9] == b"{":
-        return "convert the model first: workbook convert MODEL_DIR OUT.gguf."
-    return "make or download the file again."
+        return "is cut off inside its header", again
+    return f"starts with {head[:8]!r}", again
 
 
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -127,15 +120,16 @@ class _Reader:
             pairs[key] = self.value(self.number("I"))
         return pairs
 
-    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+    def tensor(self) -> TensorInfo:
+        """An entry of the table; its place counts from the first byte of the data."""
         name, dimensions = self.string(), self.number("I")
         if dimensions > 4:
             raise self.damaged(f"{dimensions} dimensions of tensor {name!r}")
         shape = [self.number("Q") for _ in range(dimensions)]
-        return name, self.number("I"), tuple(reversed(shape)), self.number("Q")
+        return TensorInfo(name, self.number("I"), tuple(reversed(shape)), self.number("Q"))
 
     def damaged(self, what: str) -> InputError:
-        return InputError(f"{self.path} has {what}.", "a whole GGUF file.", "make or download the file again.")
+        return unusable(self.path, what, "a whole GGUF file")
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -159,6 +153,28 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes of its data, without padding; None for a type that the gguf library does not know."""
+        import gguf
+
+        try:
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(self.type)]
+        except (ValueError, KeyError):
+            return None
+        return self.size // block * size
+
+
+def data_end(tensors: Sequence[TensorInfo]) -> int | None:
+    """Byte behind the last tensor of a file; None when a type is not known."""
+    sizes = [tensor.nbytes for tensor in tensors]
+    return max((t.start + n for t, n in zip(tensors, sizes, strict=True)), default=0) if None not in sizes else None
+
 
 def read_tensors(path: Path | str) -> list[TensorInfo]:
     """Names, types, shapes and places of a GGUF file's tensors, in the file's order; their data is not read.
@@ -171,25 +187,24 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, no power of two")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
-        _check_places(reader, found, alignment)
         data = -(-reader.at // alignment) * alignment
-        return [TensorInfo(name, kind, shape, data + offset) for name, kind, shape, offset in found]
+        _check_places(reader, found, alignment)
+        return [replace(tensor, start=data + tensor.start) for tensor in found]
 
 
-def _check_places(reader: _Reader, found: list[tuple[str, int, tuple[int, ...], int]], alignment: int) -> None:
+def _check_places(reader: _Reader, found: list[TensorInfo], alignment: int) -> None:
     """Every tensor begins at the end of the one before it, padded, as ggml demands; a wrong place, type or shape would
     read other weights. Behind a type that the gguf library does not know nothing can be said."""
-    import gguf
-
     place = 0
-    for name, kind, shape, offset in found:
-        if offset != place:
-            raise reader.damaged(f"tensor {name[:80]!r} at byte {offset} of the data, where {place} is next")
-        try:
-            block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        except (ValueError, KeyError):
+    for tensor in found:
+        if tensor.start != place:
+            raise reader.damaged(
+                f"tensor {tensor.name[:80]!r} at byte {tensor.start} of the data, where {place} is next"
+            )
+        size = tensor.nbytes
+        if size is None:
             return
-        place += -(-(math.prod(shape) // block * width) // alignment) * alignment
+        place += -(-size // alignment) * alignment
 
 
 def raw_metadata(path: Path | str) -> tuple[int, bytes]:
@@ -223,6 +238,9 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 """Class in config.json → architecture in GGUF."""
+
+OWN_FOLDER = "give the model's own folder as base_model"
+"""What to do about a file whose model or tokenizer cannot be rebuilt."""
 
 ROPE_TYPES = {"qwen2": ("linear", "yarn"), "qwen3": ("linear", "yarn"), "llama": ("linear", "yarn", "llama3")}
 """Architecture → kinds of rope scaling that can be said in both formats."""
@@ -258,17 +276,12 @@ ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 
-def block_names(architecture: str, block: int) -> dict[str, str]:
-    """Name in GGUF → name in transformers, of all tensors that a block must have."""
-    parts = {**BLOCK, **EXTRA[architecture]}
-    return {f"blk.{block}.{ours}": f"model.layers.{block}.{theirs}" for ours, theirs in parts.items()}
-
-
 def tensor_names(architecture: str, blocks: int, tied: bool) -> dict[str, str]:
     """Name in GGUF → name in transformers, of all tensors that a model must have."""
     names = {ours: theirs for ours, theirs in OUTSIDE.items() if not (tied and ours == "output.weight")}
     for block in range(blocks):
-        names |= block_names(architecture, block)
+        for ours, theirs in {**BLOCK, **EXTRA[architecture]}.items():
+            names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
     return names
 
 

@@ -1,6 +1,6 @@
-"""How byte-level BPE tokenizers cut a text before merging, by the names that GGUF has for it.
-The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
-From token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
+"""The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
+
+And from token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.models.gguf_file import read_metadata
+from lib.models.gguf_file import OWN_FOLDER, read_metadata, unusable
 from lib.runs.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
     stored = tokenizer_json(metadata, path)
     refuse_templates(metadata, path)
     if not metadata.get("tokenizer.chat_template"):
-        raise InputError(f"{path} has no chat template.", "a file with its chat template.", "convert the model again.")
+        raise unusable(path, "no chat template", "a file with its chat template")
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -177,11 +177,8 @@ def refuse_unwritable(metadata: Mapping[str, Any], source: Path) -> None:
     rules = RULES[name]
     same = (rules.normalizer, rules.steps, rules.ignore_merges) == (ours.normalizer, ours.steps, ours.ignore_merges)
     if metadata.get("general.architecture") == _ALWAYS_QWEN2 and not same:
-        raise InputError(
-            f"{source}: a qwen2 model with the tokenizer rules {name!r}.",
-            "the rules 'qwen2', with which transformers reads the tokenizer of every qwen2 model.",
-            "give the model's own folder as base_model.",
-        )
+        expected = "the rules 'qwen2', with which transformers reads the tokenizer of every qwen2 model"
+        raise unusable(source, f"a qwen2 model with the tokenizer rules {name!r}", expected, OWN_FOLDER)
 
 
 def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
@@ -195,11 +192,8 @@ def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
             continue
         name = key.removeprefix(_NAMED_TEMPLATE)
         if not isinstance(template, str) or not re.fullmatch(r"[\w.-]{1,60}", name, re.ASCII):
-            raise InputError(
-                f"{key[:120]!r} with a value of type {type(template).__name__} in {source}.",
-                "a chat template as text; in its name letters, digits, '.', '_' and '-'.",
-                "convert the model again.",
-            )
+            found = f"{key[:120]!r} with a value of type {type(template).__name__}"
+            raise unusable(source, found, "a chat template as text; in its name letters, digits, '.', '_' and '-'")
 
 
 def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -213,19 +207,17 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
     tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
     for name, value in (("tokens", tokens), ("merges", merges)):
         if not value or not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise InputError(f"{source} has no {name}.", f"a file with its {name}.", "convert the model again.")
+            raise unusable(source, f"no {name}", f"a file with its {name}")
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(types, list) or not all(type(kind) is int for kind in types):
-        raise InputError(f"{source}: token types that are no list.", "a number for each token.", "convert again.")
+        raise unusable(source, "token types that are no list", "a number for each token")
     if len(types) != len(tokens):
-        raise InputError(
-            f"{source}: {len(tokens)} tokens, {len(types)} token types.", "a type for each.", "convert again."
-        )
+        raise unusable(source, f"{len(tokens)} tokens, {len(types)} token types", "a type for each")
     used = [i for i, kind in enumerate(types) if kind != _UNUSED]
     vocabulary = {tokens[i]: i for i in used}
     if len(vocabulary) != len(used):
         token, count = Counter(tokens[i] for i in used).most_common(1)[0]
-        raise InputError(f"{source} has the token {token!r} {count} times.", "each token once.", "convert again.")
+        raise unusable(source, f"the token {token!r} {count} times", "each token once")
     _require_parts(vocabulary, merges, source)
     return {
         "version": "1.0",
@@ -256,18 +248,12 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
 def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
     kind, name = (metadata.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
     if kind != "gpt2" or not isinstance(name, str) or name not in RULES:
-        raise InputError(
-            f"{source} has a tokenizer of kind {kind!r} with rules {name!r}.",
-            f"kind 'gpt2' (byte-level BPE) with rules {', '.join(map(repr, RULES))}.",
-            "give the model's folder instead, whose tokenizer files are read.",
-        )
+        expected = f"kind 'gpt2' (byte-level BPE) with rules {', '.join(map(repr, RULES))}"
+        raise unusable(source, f"a tokenizer of kind {kind!r} with rules {name!r}", expected, OWN_FOLDER)
     changes = [key for key in ("lowercase", "strip_accents") if metadata.get(f"tokenizer.ggml.normalizer.{key}")]
     if changes:
-        raise InputError(
-            f"{source} has a tokenizer that changes texts first ({', '.join(changes)}).",
-            "one that leaves them as they are.",
-            "give the model's folder instead.",
-        )
+        found = f"a tokenizer that changes texts first ({', '.join(changes)})"
+        raise unusable(source, found, "one that leaves them as they are", OWN_FOLDER)
     return RULES[name]
 
 
@@ -276,30 +262,19 @@ def _require_parts(vocabulary: Mapping[str, int], merges: list[str], source: Pat
     for merge in merges:
         left, space, right = merge.partition(" ")
         if not space or not {left, right, left + right} <= vocabulary.keys():
-            raise InputError(
-                f"{source}: the merge {merge!r} of parts that are no tokens.",
-                "merges of the file's own tokens.",
-                "convert the model again.",
-            )
+            raise unusable(source, f"the merge {merge!r} of parts that are no tokens", "merges of its own tokens")
 
 
 def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path) -> dict[str, Any]:
     """Nothing is added, or the start token before every text."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
-        raise InputError(
-            f"{source} has a tokenizer that ends every text with the end token.",
-            "one of a chat model, whose template does that.",
-            "give the model's folder instead.",
-        )
+        found = "a tokenizer that ends every text with the end token"
+        raise unusable(source, found, "one of a chat model, whose template does that", OWN_FOLDER)
     if not metadata.get("tokenizer.ggml.add_bos_token", rules.starts):
         return PLAIN_BYTES
     number = metadata.get("tokenizer.ggml.bos_token_id")
     if type(number) is not int or not 0 <= number < len(tokens):
-        raise InputError(
-            f"{source} puts a start token before every text and does not name it.",
-            "tokenizer.ggml.bos_token_id.",
-            "convert the model again.",
-        )
+        raise unusable(source, "a start token before every text that is not named", "tokenizer.ggml.bos_token_id")
     start = tokens[number]
     first, second = ({"SpecialToken": {"id": start, "type_id": i}} for i in (0, 1))
     texts = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]

@@ -1,6 +1,4 @@
-"""Model folders loaded as they were saved: quantized checkpoints carry their own configuration, so none is passed.
-Base models, tokenizers and adapters loaded. Only safetensors, never code.
-"""
+"""Models, tokenizers and adapters loaded: only safetensors, never code."""
 
 from __future__ import annotations
 
@@ -10,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.models.adapters import require_adapter
 from lib.models.base_model import check_model_folder
-from lib.models.weights import open_weights, read_file
+from lib.models.weights import infinite, open_weights, read_file
 from lib.runs.files import read_json
 from lib.runs.machine import available_memory, no_warnings, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-# Model folders loaded as they were saved: quantized checkpoints carry their own configuration, so none is passed.
 
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "torchao": "torchao"}
 """quant_method of config.json → the package that transformers needs to read it."""
@@ -35,8 +31,6 @@ def quantization_method(folder: Path) -> str | None:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes on the disk of the folder's weight files (safetensors)."""
-    from lib.models.weights import open_weights
-
     return sum(path.stat().st_size for path in open_weights(folder).files)
 
 
@@ -61,7 +55,8 @@ def affordable_dtype(folder: Path) -> str:
 def load_as_saved(folder: Path) -> PreTrainedModel:
     """What `AutoModelForCausalLM.from_pretrained(folder)` gives, in eval mode.
 
-    That is: its own dtype, on the CPU (bitsandbytes puts itself on a GPU where there is one).
+    That is: its own dtype and quantization (a quantized checkpoint carries its configuration), on the CPU
+    (bitsandbytes puts itself on a GPU where there is one).
 
     Raises:
         InputError: an unusable folder, a quantization whose package is absent, missing or superfluous tensors.
@@ -102,9 +97,6 @@ def _hush_casts() -> None:
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     if not logger.filters:
         logger.addFilter(lambda record: not str(record.msg).startswith("MatMul8bitLt: inputs will be cast"))
-
-
-# Base models, tokenizers and adapters loaded. Only safetensors, never code.
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -231,9 +223,7 @@ def _refuse_infinite(model: Any, path: Path) -> None:
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor.detach())
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise InputError(
-                    f"tensor {name} in {path} holds NaN or infinity.", "finite weights.", "train or download it again."
-                )
+                raise infinite(name, path)
 
 
 def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:

@@ -1,7 +1,4 @@
-"""The offline base model's tokenizer: Qwen2's byte-level BPE, trained on the run's own texts.
-The offline base model: a small Qwen2 pre-trained as a causal language model on the run's own training texts.
-The offline base model: a real, small Qwen2 with its own tokenizer, made from the run's training texts.
-"""
+"""The offline base model: a small Qwen2, pre-trained with its own tokenizer on the run's own training texts."""
 
 from __future__ import annotations
 
@@ -140,11 +137,10 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
 
     raw = Tokenizer(BPE())
     raw.normalizer = normalizers.NFC()
-    pieces = PLAIN_BYTES
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
-    raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(**pieces)])
+    raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(**PLAIN_BYTES)])
     raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.ByteLevel(**pieces)
+    raw.post_processor = processors.ByteLevel(**PLAIN_BYTES)
     special = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary - len(special),

@@ -1,6 +1,6 @@
-"""The weights of a GGUF file as safetensors: dequantized, rounded once, written slab by slab.
-What rounding the unpacked weights costs, by dtype: KL divergence of the next token from the weights in float32.
-A GGUF file as a model folder that `from_pretrained` loads: weights dequantized, configuration and tokenizer rebuilt.
+"""A GGUF file as a model folder that `from_pretrained` loads: weights dequantized, configuration and tokenizer rebuilt.
+
+The folder holds `unpacked.json`, which says where it comes from, and of which type the weights were.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import unusable
 from lib.models.gguf_tokenizer import tokenizer_json
 from lib.models.unpack_configuration import transformers_config
 from lib.models.unpack_source import PackedTensor, Rescaling, Source
-from lib.models.weights import NUMPY, SINGLE, largest_magnitude, to_bfloat16, to_float16, widen
+from lib.models.weights import NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
 from lib.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
-
-# The weights of a GGUF file as safetensors: dequantized, rounded once, written slab by slab.
-
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""dtype of a model folder → its name in safetensors."""
 
 FLOAT16_MAX = 65504.0
 _LAST_OF_BFLOAT16 = float(np.array(0x7F7F8000, np.uint32).view(np.float32))  # from here on rounding gives infinity
@@ -47,14 +43,10 @@ def rounded(values: np.ndarray, dtype: str, name: str, source: Source) -> np.nda
     """
     largest = largest_magnitude(values, "F32")
     if not math.isfinite(largest):
-        raise InputError(
-            f"NaN or infinity in tensor {name} of {source.path}.", "finite weights.", "make or download the file again."
-        )
+        raise unusable(source.path, f"NaN or infinity in tensor {name}", "finite weights")
     if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
         raise TooLargeError(f"tensor {name} holds a weight of size {largest:.6g}")
-    if dtype == "float32":
-        return values
-    return (to_float16 if dtype == "float16" else to_bfloat16)(values, "F32")
+    return convert(values, "F32", SAFETENSORS[dtype])
 
 
 def scaled_slabs(tensor: PackedTensor, scaling: Rescaling | None) -> Iterator[tuple[int, np.ndarray]]:
@@ -70,9 +62,10 @@ def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling |
         InputError: NaN or infinity.
         TooLargeError: a weight that `dtype` cannot hold.
     """
-    width = np.dtype(NUMPY[DTYPES[dtype]]).itemsize
+    kind = SAFETENSORS[dtype]
+    width = np.dtype(NUMPY[kind]).itemsize
     with (folder / SINGLE).open("wb") as stream:
-        stream.write(_header(source, dtype, width))
+        stream.write(pack_header({t.name: (kind, t.shape, t.size * width) for t in source.tensors}, {}))
         with Progress(f"unpacking {source.path.name} (million weights)", source.parameters // 10**6) as progress:
             done = 0
             for tensor in source.tensors:
@@ -81,18 +74,6 @@ def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling |
                     stream.write(memoryview(data).cast("B"))
                     before, done = done, done + values.size
                     progress.advance(done // 10**6 - before // 10**6)
-
-
-def _header(source: Source, dtype: str, width: int) -> bytes:
-    """Length and JSON of the safetensors header, padded so that the data begins at a multiple of 8 bytes."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in source.tensors:
-        start, end = end, end + tensor.size * width
-        entries[tensor.name] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 # What rounding the unpacked weights costs, by dtype: KL divergence of the next token from the weights in float32.
@@ -132,11 +113,8 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     with torch.inference_mode():
         exact = _log_probs(model, source, "float32", None, texts)
         if not torch.isfinite(exact).all():
-            raise InputError(
-                f"the model in {source.path} computes numbers that are not finite.",
-                "weights that give probabilities.",
-                "make or download the file again.",
-            )
+            found = "the model computes numbers that are not finite"
+            raise unusable(source.path, found, "weights that give probabilities")
         found = {}
         for kind in ("float16", "bfloat16", "float32"):
             try:
@@ -190,13 +168,11 @@ def _fill(model: Any, source: Source, dtype: str, scaling: Rescaling | None) -> 
         raise RuntimeError(f"transformers has other tensors: {sorted(odd)[:3]}")
     for tensor in source.tensors:
         for first, values in scaled_slabs(tensor, scaling):
-            data = widen(rounded(values, dtype, tensor.name, source), DTYPES[dtype])
+            data = widen(rounded(values, dtype, tensor.name, source), SAFETENSORS[dtype])
             places[tensor.name].data[first : first + len(values)] = torch.from_numpy(np.ascontiguousarray(data))
 
 
-# A GGUF file as a model folder that `from_pretrained` loads: weights dequantized, configuration and tokenizer rebuilt.
-#
-# The folder holds `unpacked.json`, which says where it comes from, and of which type the weights were.
+# The folder.
 
 RECORD = "unpacked.json"
 OFF_GRID = "off-grid"
@@ -239,8 +215,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
     """As `unpack`, from a file that was looked at, into an empty folder that the caller made and will rename."""
     from lib.models.gguf_tokenizer import write_tokenizer
     from lib.models.unpack_source import RANGE, SEED, Rescaling
-    from lib.runs.files import require_space, write_json
-    from lib.runs.hashes import remembered_sha256
+    from lib.runs.files import remembered_sha256, require_space, write_json
 
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
@@ -264,7 +239,6 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
                     "weights it can hold.",
                     "--dtype auto (gguf_dtype: auto).",
                 ) from None
-    assert chosen in DTYPES
     write_json(folder / "config.json", {**source.config, "torch_dtype": chosen})
     write_json(folder / "generation_config.json", source.generation)
     write_tokenizer(source.metadata, source.path, folder)
@@ -298,8 +272,7 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
     from lib.models.unpack_source import RANGE, SEED, read_source
     from lib.progress import say
     from lib.runs import files, manifest
-    from lib.runs.files import read_json
-    from lib.runs.hashes import remembered_sha256
+    from lib.runs.files import read_json, remembered_sha256
 
     key: dict[str, Any] = {"sha256": remembered_sha256(path), "dtype": dtype, "off_grid": off_grid}
     key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
@@ -309,7 +282,7 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
         made.append(folder)
         record = unpack_into(read_source(path), folder, dtype, off_grid)
         if record["sha256"] != key["sha256"]:
-            raise InputError(f"{path} changed while it was read.", "a file that stays as it is.", "run it again.")
+            raise unusable(path, "it changed while it was read", "a file that stays as it is", "run it again")
         return record
 
     folder = manifest.ensure("gguf", key, build, files.home() / ".cache" / "unpacked")

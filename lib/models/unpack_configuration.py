@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.gguf_file import ARCHITECTURES, ROPE_TYPES, head_size, rope_factors
+from lib.models.gguf_file import ARCHITECTURES, OWN_FOLDER, ROPE_TYPES, head_size, rope_factors, unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,7 +68,7 @@ class Keys:
 
     def _wrong(self, key: str, value: Any, expected: str) -> InputError:
         found = "no key" if value is None else f"{value!r} as"
-        return InputError(f"{found} {key} in {self.path}.", f"{expected}.", "make or download the file again.")
+        return unusable(self.path, f"{found} {key}", expected)
 
 
 def shortest(value: float) -> float:
@@ -105,9 +105,7 @@ def refuse_special(keys: Keys) -> None:
     }
     for key, (values, expected) in plain.items():
         if key in metadata and metadata[key] not in values:
-            raise InputError(
-                f"{key} {metadata[key]!r} in {keys.path}.", f"{expected}.", "give the model's own folder as base_model."
-            )
+            raise unusable(keys.path, f"{key} {metadata[key]!r}", expected, OWN_FOLDER)
 
 
 def config_of(keys: Keys, rows: int, tied: bool, biases: Mapping[str, bool], factors: np.ndarray | None) -> dict:
@@ -154,11 +152,8 @@ def _check_heads(config: dict[str, Any], keys: Keys) -> None:
     heads, kv, width = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     divides = keys.architecture == "llama" or config.get("head_dim") is None  # transformers' LlamaConfig demands it
     if heads % kv or (divides and width % heads) or head_size(config) % 2:
-        raise InputError(
-            f"{heads} heads, {kv} of keys and values, {width} wide, in {keys.path}.",
-            "heads in equal groups, of an even length.",
-            "make or download the file again.",
-        )
+        found = f"{heads} heads, {kv} of keys and values, {width} wide"
+        raise unusable(keys.path, found, "heads in equal groups, of an even length")
 
 
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
@@ -196,11 +191,7 @@ def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> 
 
 
 def _unknown_rope(keys: Keys, what: str) -> InputError:
-    return InputError(
-        f"{what} in {keys.path}.",
-        f"none, or one of: {', '.join(ROPE_TYPES[keys.architecture])}.",
-        "give the model's own folder as base_model.",
-    )
+    return unusable(keys.path, what, f"none, or one of: {', '.join(ROPE_TYPES[keys.architecture])}", OWN_FOLDER)
 
 
 def _llama3(keys: Keys, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
@@ -246,11 +237,9 @@ def transformers_config(config: Mapping[str, Any], path: Path) -> PreTrainedConf
         return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
     except (ValueError, TypeError, KeyError, OverflowError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"keys of {path} that transformers does not take ({reason}).",
-            f"a {config['model_type']} model that transformers knows.",
-            "make or download the file again, or give the model's own folder as base_model.",
-        ) from None
+        found = f"keys that transformers does not take ({reason})"
+        expected = f"a {config['model_type']} model that transformers knows"
+        raise unusable(path, found, expected, OWN_FOLDER) from None
 
 
 def _can_sample(name: str, value: Any) -> bool:

@@ -1,6 +1,4 @@
-"""A GGUF file looked at before anything is unpacked: everything that can be refused without reading the weights.
-A way off the grid of a quantized file: the same function, computed by weights that lie between its steps.
-"""
+"""A GGUF file looked at before anything is unpacked: everything that can be refused without reading the weights."""
 
 from __future__ import annotations
 
@@ -13,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
 from lib.models.gguf_file import (
     ARCHITECTURES,
+    OWN_FOLDER,
     ROPE_FACTORS,
     TensorInfo,
+    data_end,
     head_size,
     read_metadata,
     read_tensors,
     rotary_heads,
     tensor_names,
     unpair_rows,
+    unusable,
 )
 from lib.models.gguf_tokenizer import refuse_unwritable
 from lib.models.unpack_configuration import Keys, config_of, generation_of
@@ -31,8 +31,6 @@ from lib.models.unpack_configuration import Keys, config_of, generation_of
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-
-# A GGUF file looked at before anything is unpacked: everything that can be refused without reading the weights.
 
 SLAB = 4 << 20
 """Weights dequantized at a time (16 MiB of float32)."""
@@ -95,10 +93,10 @@ def _read(path: Path, start: int, count: int) -> np.ndarray:
             while got < count:
                 read = stream.readinto(view[got:])
                 if not read:
-                    raise InputError(f"{path} was cut while it was read.", "a complete file.", "copy it again.")
+                    raise unusable(path, "cut while it was read", "a complete file")
                 got += read
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).", "a readable file.", "copy it again.") from None
+        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file") from None
     return data
 
 
@@ -141,45 +139,38 @@ def read_source(path: Path | str) -> Source:
     metadata, found = read_metadata(path), read_tensors(path)
     parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
     if parts not in (0, 1):
-        raise InputError(
-            f"{path} is one of {parts} parts of a split file.",
-            "one whole file.",
-            "join them: llama-gguf-split --merge.",
-        )
+        found = f"one of {parts} parts of a split file"
+        raise unusable(path, found, "one whole file", "join them: llama-gguf-split --merge")
     keys = Keys(metadata, path)
     if keys.architecture not in ARCHITECTURES.values():
-        raise InputError(
-            f"a GGUF file of architecture {keys.architecture!r} ({path}).",
-            f"one of: {', '.join(sorted(ARCHITECTURES.values()))}.",
-            "give the model's own folder as base_model.",
-        )
+        expected = f"one of: {', '.join(sorted(ARCHITECTURES.values()))}"
+        raise unusable(path, f"a GGUF file of architecture {keys.architecture!r}", expected, OWN_FOLDER)
     refuse_unwritable(metadata, path)
     tensors = {tensor.name: tensor for tensor in found}
     if len(tensors) != len(found):
-        raise InputError(f"{path} has two tensors of one name.", "each once.", "make or download the file again.")
+        raise unusable(path, "two tensors of one name", "each once")
     factors = _rope_factors(tensors.pop(ROPE_FACTORS, None), path) if keys.architecture == "llama" else None
     names, biases = _names(keys, tensors)
     embedding = tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding and embedding.shape else 0
     config = config_of(keys, rows, "output.weight" not in tensors, biases, factors)
     _check_names(keys, tensors, names)
-    _check_vocabulary(metadata, config, path)
-    packed = sorted((_packed(keys, tensors[ours], theirs, config) for ours, theirs in names.items()), key=_name)
+    tokens = len(metadata["tokenizer.ggml.tokens"])
+    if tokens > rows:
+        raise unusable(path, f"{tokens} tokens, {rows} rows of embedding", "a row for every token")
+    packed = [_packed(keys, tensors[ours], theirs, config) for ours, theirs in names.items()]
+    packed.sort(key=lambda tensor: tensor.name)
     counts = Counter[str]()
     for tensor in packed:
         counts[tensor.type.name] += tensor.size
     return Source(path, metadata, config, generation_of(metadata), tuple(packed), dict(counts.most_common()))
 
 
-def _name(tensor: PackedTensor) -> str:
-    return tensor.name
-
-
 def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], dict[str, bool]]:
     """Name in GGUF → in transformers of all tensors the model must have, and which optional biases it has."""
     blocks = keys.whole("block_count")
     if blocks > len(tensors):  # a damaged header must not make us list billions of names
-        raise InputError(f"{blocks} blocks, {len(tensors)} tensors in {keys.path}.", "all tensors.", "get it again.")
+        raise unusable(keys.path, f"{blocks} blocks, {len(tensors)} tensors", "all tensors")
     names = tensor_names(keys.architecture, blocks, "output.weight" not in tensors)
     biases = {}
     for key in _HAS_BIASES[keys.architecture]:
@@ -193,19 +184,8 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
 def _check_names(keys: Keys, tensors: dict[str, TensorInfo], names: dict[str, str]) -> None:
     for kind, odd in (("lacks", sorted(names.keys() - tensors)), ("also has", sorted(tensors.keys() - names))):
         if odd:
-            raise InputError(
-                f"{keys.path} {kind} {len(odd)} tensors (first {odd[0]}).",
-                f"the tensors of a {keys.architecture} model that transformers knows.",
-                "make or download the file again, or give the model's own folder as base_model.",
-            )
-
-
-def _check_vocabulary(metadata: dict[str, Any], config: dict[str, Any], path: Path) -> None:
-    tokens, rows = len(metadata["tokenizer.ggml.tokens"]), config["vocab_size"]
-    if tokens > rows:
-        raise InputError(
-            f"{tokens} tokens, {rows} rows of embedding in {path}.", "a row for every token.", "get it again."
-        )
+            expected = f"the tensors of a {keys.architecture} model that transformers knows"
+            raise unusable(keys.path, f"it {kind} {len(odd)} tensors (first {odd[0]})", expected, OWN_FOLDER)
 
 
 def _shape(name: str, config: dict[str, Any]) -> tuple[int, ...]:
@@ -235,18 +215,14 @@ def _packed(keys: Keys, tensor: TensorInfo, name: str, config: dict[str, Any]) -
 
     shape = _shape(name, config)
     if tensor.shape != shape:
-        raise InputError(
-            f"tensor {tensor.name} of shape {tensor.shape} in {keys.path}.",
-            f"{shape}, as the file's keys say.",
-            "make or download the file again.",
-        )
+        found = f"tensor {tensor.name} of shape {tensor.shape}"
+        raise unusable(keys.path, found, f"{shape}, as the file's keys say")
     kind = _known_type(tensor, keys.path)
-    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    end, size = tensor.start + math.prod(shape) // block * nbytes, keys.path.stat().st_size
+    block, end, size = gguf.GGML_QUANT_SIZES[kind][0], data_end([tensor]) or 0, keys.path.stat().st_size
     row = shape[-1] if len(shape) > 1 else 1  # a vector is read in any number of its values
     if row % block or end > size:
         lack = f"ends at byte {end:,} of {size:,}" if end > size else f"has rows of {row}, blocks of {block}"
-        raise InputError(f"tensor {tensor.name} {lack} in {keys.path}.", "a whole file.", "make or download it again.")
+        raise unusable(keys.path, f"tensor {tensor.name} {lack}", "a whole file")
     heads = rotary_heads(keys.architecture, name, config)
     return PackedTensor(name, keys.path, tensor.start, kind, shape, heads)
 
@@ -260,11 +236,9 @@ def _known_type(tensor: TensorInfo, path: Path) -> GGMLQuantizationType:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
         names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
-        raise InputError(
-            f"tensor {tensor.name} of type {names.get(tensor.type, tensor.type)} in {path}.",
-            "a type that the gguf library turns back into numbers.",
-            "take a file of another type, or the model's own folder as base_model.",
-        ) from None
+        found = f"tensor {tensor.name} of type {names.get(tensor.type, tensor.type)}"
+        expected = "a type that the gguf library turns back into numbers"
+        raise unusable(path, found, expected, "take a file of another type, or the model's own folder") from None
     return kind
 
 
@@ -272,16 +246,13 @@ def _rope_factors(tensor: TensorInfo | None, path: Path) -> np.ndarray | None:
     if tensor is None:
         return None
     if tensor.type != 0 or len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
-        raise InputError(
-            f"{ROPE_FACTORS} of type {tensor.type} and shape {tensor.shape} in {path}.",
-            "a float32 vector.",
-            "make or download the file again.",
-        )
+        found = f"{ROPE_FACTORS} of type {tensor.type} and shape {tensor.shape}"
+        raise unusable(path, found, "a float32 vector")
     if tensor.start + 4 * tensor.shape[0] > path.stat().st_size:
-        raise InputError(f"{ROPE_FACTORS} lies behind the end of {path}.", "a whole file.", "get the file again.")
+        raise unusable(path, f"{ROPE_FACTORS} lies behind its end", "a whole file")
     values = _read(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)
     if not np.isfinite(values).all() or (values < 1).any():
-        raise InputError(f"{ROPE_FACTORS} below 1 or not finite in {path}.", "factors.", "get the file again.")
+        raise unusable(path, f"{ROPE_FACTORS} below 1 or not finite", "factors")
     return values
 
 

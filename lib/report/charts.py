@@ -1,6 +1,4 @@
-"""The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.
-The figures of notebooks 06 and 07: where the bits of a file go, and what size buys.
-"""
+"""The figures: each takes plain numbers and returns a captioned <figure>."""
 
 from __future__ import annotations
 

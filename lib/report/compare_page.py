@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.report import charts, written_rows
-from lib.report.display import Shown, say, table, tell
+from lib.report.display import Row, Shown, say, table, tell
 from lib.report.retention_page import kept_chart, kept_mark, kept_reading
 from lib.report.sentences import sentence
 from lib.scoring.metric import ACCURACY
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from lib.stages.compare.stage import ComparisonResult
 
-Row = dict[str, Any]
 Entry = Mapping[str, Any]
 """A file's entry in comparison.json."""
 

@@ -1,8 +1,11 @@
-"""One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-How numbers are written in tables, by the name of their column; a table in a notebook need not repeat it.
-Names that every table of a page marks, once they are known.
-What a cell shows: a figure with caption and alternative text, a table, a sentence with computed numbers.
-Figures, tables and sentences of a notebook, fit for a report: captions, alternative text, safe colours, no gaps.
+"""What a cell shows: tables, figures and sentences, fit for a report: captions, alternative texts, safe colours.
+
+A notebook's cell ends in one of these:
+
+    display.table(rows, caption)          rows by the keys of ``columns.yaml``
+    display.tell("page.sentence", n=12)   a sentence of ``templates/sentences`` (`lib.report.sentences`)
+    display.card("page.card", record=r)   two columns from a template
+    display.show(table, figure, words)    several below one another; None is left out
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import functools
 import html
 import io
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +33,14 @@ if TYPE_CHECKING:
     from lib.runs.run import Product, Run
 
 
-# One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
+Row = dict[str, Any]
+"""A row of a table: cells by heading."""
 
 Shown = tuple["HTML | Markdown", ...]
 """Tables, figures and sentences that belong together; a cell shows them by `show`."""
+
+
+# One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
 
 CJK_FONTS = (
     *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
@@ -320,23 +328,16 @@ def with_interval(value: float, limits: Sequence[float | None] | None, form: str
 
 
 def made(product: Product) -> Markdown:
-    """The sentence of a product, and what an interrupted try had done of it (its facts "found_done")."""
-    names: dict[str, list[str]] = {}
+    """The sentence of a product, and what an interrupted run had already done of it (its facts "found_done")."""
+    left: dict[str, list[str]] = defaultdict(list)
     for name, words in product.entry.facts.get("found_done", {}).items():
-        names.setdefault(words, []).append(name)
-    done = "; ".join(f"{', '.join(own)}: {words}" for words, own in names.items())
-    return say(product.message + (f" An interrupted try had left: {done}." if done else ""))
-
-
-def banner(text: str) -> HTML:
-    """A warning that must not be overlooked."""
-    return _html(f'<p class="stamp" role="note"><strong>{html.escape(text)}</strong></p>')
+        left[words].append(name)
+    return tell("display.made", message=product.message, left=left)
 
 
 def stamps(run: Run) -> HTML:
     """What every page of this run must say (sample data, offline base, fallbacks), one line each."""
-    lines = "".join(f'<p class="stamp" role="note"><strong>{html.escape(note)}</strong></p>' for note in run.stamps())
-    return _html(lines)
+    return _html(markup("banners", run.stamps()))
 
 
 def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -> HTML:

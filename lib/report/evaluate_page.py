@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display, written_rows
-from lib.report.display import tell
-from lib.report.rows import Row
+from lib.report.display import Row, tell
 from lib.report.sentences import sentence
 from lib.stages.evaluate.results import (
     ALL,
@@ -162,8 +161,7 @@ class AccuracyPage:
         names = display.readable(self.names)
         margins = {SHOWN[name]: scores.margins for name, scores in self.result.scores.items()}
         axis = f"margin, nats: log-odds of {names[1]} against {names[0]}"
-        caption = "Margins of the test rows (outliers in the outermost bins)." + display.font_note(self.names)
-        return charts.overlay_histogram(margins, axis, caption)
+        return charts.overlay_histogram(margins, axis, sentence("evaluate.margins", names=display.replaced(self.names)))
 
     def speed(self) -> Markdown:
         """Near ties, cut rows, time, and what was done otherwise than usual."""

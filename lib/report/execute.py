@@ -1,14 +1,10 @@
-"""The child process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
-One notebook, one process: start it, show its progress, end it and all its children on time-out or interruption.
-Whether an executed notebook really ran to its end; papermill's own cell states are not believed.
-"""
+"""One notebook in a process of its own: the process, who watches it, and whether the notebook really ran to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
-import json
 import os
 import re
 import signal
@@ -16,15 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.runs.files import PROJECT, read_json, write_json
 
-# The child process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
+if TYPE_CHECKING:
+    from psutil import Process
+
+# The process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
 #
 # It does nothing but call papermill, and it never outlives the report runner: when its parent is gone, it ends its
 # kernel and itself, so that a killed runner leaves no training behind.
@@ -36,40 +35,49 @@ PATIENCE = 25.0
 """Seconds that an interrupted kernel gets to leave its stage tidily (a training: with a checkpoint) before it is ended;
 Slurm kills 30 seconds after SIGTERM."""
 
+KERNEL = "python3"
+"""Name of the generated kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
+
 KERNEL_EXIT = "kernel exit code:"
 """How the line on stderr begins that tells how a dead kernel ended (negative: by that signal)."""
 
 PR_SET_PDEATHSIG = 1
 
 
-def _end_descendants() -> None:
+def _descendants(pid: int | None = None) -> list[Process]:
+    """Processes below this one (or `pid`), children of children included; none where it is gone."""
     import psutil
 
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _signal(processes: Iterable[Process], number: int) -> None:
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # gone in the meantime
+            process.send_signal(number)
 
 
 _ending = threading.Event()
 
 
 def _end_at_once() -> None:
-    _end_descendants()
+    _signal(_descendants(), signal.SIGKILL)
     os._exit(TERMINATED)
 
 
 def _end_tidily(parent: int) -> None:
     """SIGTERM: interrupt the kernel, so that a training leaves a checkpoint; after PATIENCE end everything."""
-    import psutil
-
     if os.getppid() != parent:
         _end_at_once()
     if _ending.is_set():
         return
     _ending.set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGINT)
+    _signal(_descendants(), signal.SIGINT)
     patience = threading.Timer(PATIENCE, _end_at_once)
     patience.daemon = True
     patience.start()
@@ -112,7 +120,7 @@ def _recording_manager(parent: int) -> type:
 
 
 def main(request_file: str) -> int:
-    """Execute the notebook of a request (see `lib.report.execute.Request`) and return the exit code."""
+    """Execute the notebook of a request (what `execute` writes) and return the exit code."""
     request = read_json(Path(request_file))
     _follow_parent(request["parent"])
     from nbclient.exceptions import DeadKernelError
@@ -124,8 +132,8 @@ def main(request_file: str) -> int:
             request["notebook"],
             request["output"],
             parameters=request["parameters"],
-            kernel_name=request["kernel_name"],
-            cwd=request["cwd"],
+            kernel_name=KERNEL,
+            cwd=str(PROJECT),
             progress_bar=False,
             log_output=False,
             start_timeout=120,
@@ -147,21 +155,6 @@ if __name__ == "__main__":
 
 # One notebook, one process: start it, show its progress, end it and all its children on time-out or interruption.
 
-KERNEL = "python3"
-"""Name of the generated kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the child process is asked to do (written as JSON for `lib.report.execute`)."""
-
-    notebook: str
-    output: str
-    parameters: dict[str, Any]
-    kernel_name: str
-    cwd: str
-    parent: int
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -174,9 +167,16 @@ class Ended:
 
 
 def _kernelspec(folder: Path) -> None:
-    """A kernel that is this interpreter, whatever kernels are installed elsewhere."""
+    """A kernel that is this interpreter, whatever kernels are installed elsewhere.
+
+    It imports `lib` before the first cell: that quiets what libraries say on stderr when a cell imports them, which a
+    page must not show.
+    """
     spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "argv": [
+            *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
+            "--InteractiveShellApp.exec_lines=import lib",
+        ],
         "display_name": "Python 3 (ipykernel)",
         "language": "python",
         "metadata": {"debugger": False},
@@ -238,8 +238,8 @@ def execute(
             their children are ended first.
     """
     _kernelspec(work / "jupyter")
-    request = Request(str(notebook), str(output), parameters, KERNEL, str(PROJECT), os.getpid())
-    (work / "request.json").write_text(json.dumps(asdict(request), ensure_ascii=False), encoding="utf-8")
+    request = {"notebook": str(notebook), "output": str(output), "parameters": parameters, "parent": os.getpid()}
+    write_json(work / "request.json", request)
     progress_file, log_file = work / "progress.txt", work / "log.txt"
     progress_file.touch()
     tail = _Tail(progress_file, show)
@@ -273,25 +273,16 @@ def execute(
 
 def end(child: subprocess.Popen) -> None:
     """End a notebook process: interrupt its kernel, wait, then terminate and at last kill everything below it."""
-    import psutil
-
-    try:
-        below = psutil.Process(child.pid).children(recursive=True)
-    except psutil.Error:
-        below = []
-    for process in below:  # the kernel gets a KeyboardInterrupt, so that the stage removes its temporary files
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGINT)
+    below = _descendants(child.pid)
+    _signal(below, signal.SIGINT)  # the kernel gets a KeyboardInterrupt, so that the stage removes its temporary files
     try:
         child.wait(PATIENCE if below else 1.0)
     except subprocess.TimeoutExpired:
         child.terminate()
-    gone = [process for process in below if process.is_running()]
+    left = [process for process in below if process.is_running()]
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(3.0)
-    for process in gone:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    _signal(left, signal.SIGKILL)
     if child.poll() is None:
         child.kill()
     child.wait()

@@ -1,7 +1,4 @@
-"""A loss plot that redraws itself below the running cell in JupyterLab; nothing of it stays in the page.
-What the machine did while a stage ran: processor, GPU and memory over time.
-What page 02 shows of a FinetuneResult, whether it was trained in this run or adopted.
-"""
+"""Page 02: the losses while a training runs, and what is shown of it, whether it was trained in this run or adopted."""
 
 from __future__ import annotations
 
@@ -13,23 +10,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.progress import shown_live
-from lib.report import charts, rows
-from lib.report.display import figure, key_values, say, table, use_style
+from lib.report import charts
+from lib.report.display import card as card_of
+from lib.report.display import figure, table, tell, use_style
+from lib.report.sentences import sentence
 from lib.runs.machine import physical_cores
 from lib.stages.finetune.session import LossPlot
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
-
-# A loss plot that redraws itself below the running cell in JupyterLab; nothing of it stays in the page.
+    from lib.stages.finetune.stage import FinetuneResult
 
 EVERY = 3.0
 """Seconds between two drawings, at least; ten times as long as the drawing took, if that is more."""
 
+ENOUGH = 3
+"""Fewer samples of the machine are no curve."""
+
+LONG = 180
+"""Seconds from which on the axis counts minutes."""
+
 
 class LiveLosses(LossPlot):
-    """Redraws the rows of a JSONL file of losses when `update` is called; silent outside of a notebook that is watched.
+    """Redraws the rows of a JSONL file of losses below the running cell when `update` is called.
+
+    Silent outside of a notebook that is watched; nothing of it stays in the page.
 
     Args:
         path: file with rows {"step", "loss"} and {"step", "eval_loss"}, which grows.
@@ -81,8 +87,6 @@ def losses(rows: list[dict[str, Any]]) -> HTML | None:
     """Training and validation loss so far; None while there is nothing to draw."""
     import matplotlib.pyplot as plt
 
-    from lib.report.display import figure, use_style
-
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     valid = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     if not train:
@@ -95,18 +99,8 @@ def losses(rows: list[dict[str, Any]]) -> HTML | None:
     ax.set(xlabel="update (optimizer step)", ylabel="loss, nats a loss token", ylim=(0, None))
     ax.legend()
     step, loss = train[-1]
-    last = f"; validation {valid[-1][1]:.4f} after update {valid[-1][0]}" if valid else ""
-    words = f"Loss so far: training {loss:.4f} at update {step}{last}."
+    words = sentence("finetune.live", loss=loss, step=step, valid=valid[-1] if valid else None)
     return figure(fig, words, words)
-
-
-# What the machine did while a stage ran: processor, GPU and memory over time.
-
-ENOUGH = 3
-"""Fewer samples are no curve."""
-
-LONG = 180
-"""Seconds from which on the axis counts minutes."""
 
 
 def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, float], cores: int) -> HTML | Markdown:
@@ -116,7 +110,7 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
         samples: of `lib.runs.resources`; summary: medians and maxima of them; cores: of this machine.
     """
     if len(samples) < ENOUGH:
-        return say("The work was over before there were enough samples of the machine for a curve.")
+        return tell("finetune.few_samples")
     import matplotlib.pyplot as plt
 
     use_style()
@@ -135,124 +129,94 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
     for ax in (left, right):
         ax.set_ylim(0, 1.2 * ax.dataLim.ymax)
         ax.legend(loc="lower right")
-    words = _words(summary, cores)
-    caption = (
-        f"What the training took of the machine (this process and its children, {len(samples):,} samples). {words}"
-    )
-    return figure(fig, caption, f"Processor use and memory over {times[-1]:.1f} {unit}. {words}")
+    use = {"use": summary, "cores": cores}
+    caption = sentence("finetune.machine_caption", samples=len(samples), **use)
+    return figure(fig, caption, sentence("finetune.machine_alt", duration=times[-1], unit=unit, **use))
 
 
-def _words(summary: Mapping[str, float], cores: int) -> str:
-    parts = [
-        f"Median {summary['cpu_percent_median'] / 100:.2f} of {cores} cores busy",
-        f"{summary['rss_mib_max']:,.0f} MiB resident at most",
-    ]
-    if "gpu_percent_median" in summary:
-        parts.append(f"GPU busy {summary['gpu_percent_median']:.0f} % of the time (median)")
-    if "gpu_mib_max" in summary:
-        parts.append(f"{summary['gpu_mib_max']:,.0f} MiB of GPU memory in use at most")
-    return "; ".join(parts) + "."
-
-
-# What page 02 shows of a FinetuneResult, whether it was trained in this run or adopted.
-
-
-def card(result: Any) -> HTML:
+def card(result: FinetuneResult) -> HTML:
     """What the adapter is and how it came about."""
-    if not result.adopted:
-        return key_values(rows.training_card(result), "What was trained, and how")
-    given = result.adopted
-    values = {
-        "trained here": "no: the adapter was adopted",
-        "adapter": f"{given['id']} ({str(given['revision'])[:23]})",
-        "its own base model": given["base"] or "not named",
-        "base model of this run": f"{result.base['id']} ({str(result.base['revision'])[:12]})",
-        "method": result.method,
-        "base in its training": given.get("trained_on", "not known"),
-        "changed modules": given["targets"],
-        "weights": f"{result.trainable:,} of {result.total:,} ({100 * result.trainable_share:.2f} %), {result.dtype}",
-        "checked": "every tensor has its place and shape in the base model; no NaN, no infinity; safetensors",
-    }
-    return key_values(values, "What was adopted (nothing was trained in this run)")
+    if result.adopted:
+        return card_of("finetune.adopted_card", result=result, given={"trained_on": "", **result.adopted})
+    entry = result.product.entry
+    processes = entry.parameters["num_processes"]
+    return card_of("finetune.trained_card", result=result, device=entry.device, processes=processes)
 
 
-def memory(result: Any) -> HTML | Markdown:
+def memory(result: FinetuneResult) -> HTML | Markdown:
     """Estimated and measured memory of the training."""
     if result.adopted:
-        return say("**Nothing was trained here**, so there is no memory to estimate.")
-    caption = "Estimated need by purpose, memory that was free, and the measured peak (MiB = 2²⁰ bytes)."
-    return table(rows.memory(result), caption)
+        return tell("finetune.no_memory")
+    return table(memory_rows(result), sentence("finetune.memory_caption"))
 
 
-def advice(result: Any) -> Markdown:
+def memory_rows(result: FinetuneResult) -> list[dict[str, Any]]:
+    """Memory by purpose as it was estimated, what was free, what was measured."""
+    processes = result.product.entry.parameters.get("num_processes", 1)
+    sizes = {part.replace("_", " "): size / 2**20 for part, size in result.estimate.items()}
+    free = result.memory["available"] / 2**20
+    if result.peak_device_mib is not None:  # estimate and free are the GPU's, one a process; so is this peak
+        sizes[sentence("finetune.free", gpu="a GPU" if processes > 1 else "the GPU")] = free
+        sizes[sentence("finetune.device_peak", several=processes > 1)] = result.peak_device_mib
+        sizes[sentence("finetune.host_peak")] = result.peak_memory_mib
+    else:
+        if processes > 1:
+            total = processes * result.estimate["total"] / 2**20
+            sizes[sentence("finetune.all_processes", processes=processes)] = total
+        sizes[sentence("finetune.free", gpu="")] = free
+        sizes[sentence("finetune.peak", several=processes > 1)] = result.peak_memory_mib
+    return [{"part": part, "mib": size} for part, size in sizes.items()]
+
+
+def advice(result: FinetuneResult) -> Markdown:
     """What to change when memory is scarce."""
-    if result.adopted:
-        return say("To train instead, leave the parameter `adapter` empty.")
-    return say("\n".join(f"- {line}" for line in result.advice) or "Memory was not scarce: no advice is needed.")
+    return tell("finetune.advice", lines=result.advice, adopted=bool(result.adopted))
 
 
-def curves(result: Any) -> HTML | Markdown:
+def curves(result: FinetuneResult) -> HTML | Markdown:
     """Losses and learning rate over the updates."""
     if result.adopted:
-        return say("An adopted adapter brings no history: its losses are not known here.")
+        return tell("finetune.no_history")
     return charts.learning_curves(result.history, result.chosen_step)
 
 
-def chosen(result: Any) -> Markdown:
+def chosen(result: FinetuneResult) -> Markdown:
     """Which checkpoint is kept, and whether more training would help."""
     if result.adopted:
-        return say(f"The adapter is taken as it came: {result.trainable:,} weights, {result.adopted['revision']}.")
-    losses = _validation(result)
-    best, last = losses[result.chosen_step], max(losses)
-    then = (
-        f"; training on to update {last} raised it to {losses[last]:.4f}."
-        if last != result.chosen_step
-        else ", and the last one: more updates might lower it further."
-    )
-    return say(
-        f"The checkpoint after update **{result.chosen_step} of {result.steps}** is kept: its validation loss of "
-        f"{best:.4f} nats a loss token is the lowest of {len(losses)}{then}"
-    )
+        revision = result.adopted["revision"]
+        return tell("finetune.adopted_as_it_came", weights=result.trainable, revision=revision)
+    losses, step = _validation(result), result.chosen_step
+    last = max(losses)
+    found = {"loss": losses[step], "losses": len(losses), "last": last, "last_loss": losses[last]}
+    return tell("finetune.chosen", step=step, steps=result.steps, **found)
 
 
-def speed(result: Any) -> Markdown:
+def speed(result: FinetuneResult) -> Markdown:
     """Tokens a second and the time of the whole stage."""
     seconds = result.product.entry.seconds
     if result.adopted:
-        return say(f"Checking and copying the adapter took {seconds:.1f} s.")
-    return say(
-        f"{result.throughput:,.0f} non-padding tokens a second (median); the whole stage, with the base model and "
-        f"{len(_validation(result))} validation passes, took {seconds:.0f} s. Details, update by update, are in "
-        f"`training.log`."
-    )
+        return tell("finetune.adopted_speed", seconds=seconds)
+    validations = len(_validation(result))
+    return tell("finetune.speed", throughput=result.throughput, validations=validations, seconds=seconds)
 
 
-def resource_use(result: Any) -> HTML | Markdown:
+def resource_use(result: FinetuneResult) -> HTML | Markdown:
     """Processor, GPU and memory over time."""
     if result.adopted:
-        return say("Nothing was trained here, so nothing was measured.")
+        return tell("finetune.not_measured")
     return resources(result.samples, result.product.entry.facts.get("resources", {}), physical_cores())
 
 
-def learned(result: Any) -> Markdown:
+def learned(result: FinetuneResult) -> Markdown:
     """The conclusions of the page."""
+    facts = {"share": result.trainable_share, "method": result.method}
     if result.adopted:
-        return say(
-            f"- Nothing was trained in this run: {result.adopted['id']} was adopted ({result.method}).\n"
-            f"- It fits the base model and holds {100 * result.trainable_share:.2f} % of all weights.\n"
-            f"- Its training rows are not known. If it has seen the test rows, the accuracies of this run are too "
-            f"high; the leak audit of 01 compares only with this run's own training rows."
-        )
-    losses = _validation(result)
+        return tell("finetune.learned_adopted", id=result.adopted["id"], **facts)
+    losses, step = _validation(result), result.chosen_step
     first = min(losses)
-    return say(
-        f"- {100 * result.trainable_share:.2f} % of the weights were trained ({result.method}).\n"
-        f"- Validation loss went from {losses[first]:.3f} (update {first}) to {losses[result.chosen_step]:.3f} nats a "
-        f"loss token.\n"
-        f"- A low loss is not yet a good answer: that is measured next, on rows that were never trained on."
-    )
+    return tell("finetune.learned", first=first, first_loss=losses[first], step=step, loss=losses[step], **facts)
 
 
-def _validation(result: Any) -> dict[int, float]:
+def _validation(result: FinetuneResult) -> dict[int, float]:
     """Validation loss by update."""
     return {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}

@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
     from lib.stages.export.stage import ExportsResult
-    from lib.stages.quantize.bit_allocation import Mix
-    from lib.stages.quantize.effects import EffectResult, MixEffect
-    from lib.stages.quantize.files import QuantizationReport
-    from lib.stages.quantize.importance_matrix import ImatrixResult
-    from lib.stages.quantize.stage import QuantizeResult
+    from lib.stages.quantize.calibration import ImportanceMatrix
+    from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult
+    from lib.stages.quantize.held_out_kl import Comparison
 
 Row = dict[str, Any]
 Entry = Mapping[str, Any]
@@ -29,14 +27,14 @@ Entry = Mapping[str, Any]
 # The importance matrix.
 
 
-def imatrix_card(matrix: ImatrixResult | None) -> HTML | Markdown:
+def imatrix_card(matrix: ImportanceMatrix | None) -> HTML | Markdown:
     """From which rows the matrix was made; a sentence where there is none."""
     if matrix is None:
         return tell("quantize.no_matrix")
     return card("quantize.imatrix_card", record=matrix.record)
 
 
-def effect(found: EffectResult | None) -> Shown:
+def effect(found: Comparison | None) -> Shown:
     """The smallest types with and without the matrix, and what else it changed; why nothing was compared."""
     if found is None or not found.content["types"]:
         left_out = found.content["left_out"] if found else []
@@ -83,7 +81,7 @@ NEAR = 0.1
 """Recipes of a mixed file's size: those whose size differs from it by at most this share."""
 
 
-def chosen_types(mix: Mix | None) -> Shown:
+def chosen_types(mix: PlannedFile | None) -> Shown:
     """The types of the mixed file, a row a kind of tensor, and what it is predicted to cost; a sentence without one."""
     if mix is None:
         return (tell("quantize.no_budget"),)
@@ -132,7 +130,7 @@ def _counted(types: Iterable[str]) -> str:
     return ", ".join(kind if count == 1 else f"{count} × {kind}" for kind, count in runs)
 
 
-def against_recipes(found: MixEffect | None) -> Shown:
+def against_recipes(found: Comparison | None) -> Shown:
     """The mixed file beside every recipe on text, and what the budget bought; a sentence where nothing was compared."""
     if found is None:
         return (tell("quantize.no_mixed"),)
@@ -149,7 +147,7 @@ def against_recipes(found: MixEffect | None) -> Shown:
     return table(_beside_recipes(content, lambda entry: entry), caption), reading
 
 
-def against_recipes_at_answers(found: MixEffect | None) -> Shown:
+def against_recipes_at_answers(found: Comparison | None) -> Shown:
     """The same at answers, and whether the mixed file beats recipes of its size there."""
     if found is None:
         return (tell("quantize.no_mixed_at_answers"),)

@@ -1,7 +1,4 @@
-"""The report: notebooks executed one process each, rendered as self-contained pages, checked, and indexed.
-Around a report: alone in its folder, SIGTERM as an exception, progress on the terminal.
-Run the notebooks of a parameter file in order and publish their pages.
-"""
+"""Run the notebooks of a parameter file in order, one process each, and publish their pages."""
 
 from __future__ import annotations
 

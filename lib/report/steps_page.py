@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.report.charts import _axes
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, Shown, figure, table, tell
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, table, tell
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
 from lib.statistics.intervals import Interval
@@ -20,9 +20,6 @@ from lib.statistics.intervals import Interval
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.axes import Axes
-
-Row = dict[str, Any]
-
 
 # The error ladder: which step from the adapter to the quantized file changed what.
 

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from IPython.display import HTML
 
     from lib.runs.run import Run
-    from lib.stages.quantize.retention import Retention, SourceGrid
-    from lib.stages.quantize.stage import QuantizeResult
-    from lib.stages.quantize.tensor_errors import TensorErrors
+    from lib.stages.quantize.files import QuantizeResult
+    from lib.stages.quantize.weights import Retention, SourceGrid, TensorErrors
 
 Row = dict[str, Any]
 Entry = Mapping[str, Any]

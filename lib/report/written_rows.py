@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from lib.report.rows import Row
+from lib.report.display import Row
+from lib.report.sentences import sentence
+from lib.statistics.intervals import estimate_text
+
+if TYPE_CHECKING:
+    from lib.stages.evaluate.results import AnswerEvaluation
 
 BASE, TUNED = "base", "fine-tuned"
-NONE = "generated_rows is 0: nothing was written"
+NONE = sentence("written.nothing")
 
 
 def shown(found: Mapping[str, Any] | None, form: str = ".3f") -> str | None:
     """An estimate with its interval, {"estimate", "interval"}."""
     if found is None:
         return None
-    text = f"{found['estimate']:{form}}"
-    if found["interval"] is None:
-        return text
-    low, high = found["interval"]
-    return f"{text} [{low:{form}},\u00a0{high:{form}}]"
+    return estimate_text(found["estimate"], found["interval"], form)
 
 
 def _form(entry: Mapping[str, Any], signed: bool = False) -> str:
@@ -27,8 +29,8 @@ def _form(entry: Mapping[str, Any], signed: bool = False) -> str:
     return "+" + digits if signed else digits
 
 
-def metrics(result: Any) -> list[Row]:
-    """Every metric of the written answers, base beside fine-tuned (an AnswerResult)."""
+def metrics(result: AnswerEvaluation) -> list[Row]:
+    """Every metric of the written answers, base beside fine-tuned."""
     rows = [
         {
             "metric": entry["name"],
@@ -47,15 +49,15 @@ def _wanted(entry: Mapping[str, Any]) -> str:
     return "" if entry["wanted"] is None else f" ({entry['wanted']:,} terms in these rows)"
 
 
-def checks(result: Any) -> list[Row]:
-    """The four capability checks with what measures them (an AnswerResult)."""
+def checks(result: AnswerEvaluation) -> list[Row]:
+    """The four capability checks with what measures them."""
     found = {entry["key"]: entry for entry in result.content["answers"]}
     named = (("character integrity", "intact"), ("term preservation", "terms"), ("think structure", "think"))
     rows = [{"check": check, **_check(found.get(key), _why_not(key, result))} for check, key in named]
     return [*rows, _perplexity(result), {"check": "semantic coherence", **_check(found.get("chrf"), NONE)}]
 
 
-def _why_not(key: str, result: Any) -> str:
+def _why_not(key: str, result: AnswerEvaluation) -> str:
     if not result.content["answers"]:
         return NONE
     if key == "think":
@@ -72,7 +74,7 @@ def _check(entry: Mapping[str, Any] | None, why_not: str) -> Row:
     return {"measured by": entry["name"], "n": entry["n"], **own, "difference": change}
 
 
-def _perplexity(result: Any) -> Row:
+def _perplexity(result: AnswerEvaluation) -> Row:
     part = result.content["parts"]["all"]
     own = {
         shown_as: shown({"estimate": part[key]["perplexity"], "interval": part[key]["perplexity_interval"]}, ".2f")
@@ -83,73 +85,59 @@ def _perplexity(result: Any) -> Row:
     return {"check": "semantic coherence", "measured by": by, "n": part["n"], **own, "difference": f"factor {ratio}"}
 
 
-def conditions(result: Any) -> str:
-    """Caption of the metrics (an AnswerResult)."""
-    made, terms = result.content["decoding"], result.content["terms"]
-    listed = f"list {terms['name']}, {terms['terms']} terms" if terms else "no list of terms"
-    return (
-        f"Greedy answers to {made['rows']:,} test rows, at most {made['max_new_tokens']:,} tokens each, with 95 % "
-        f"intervals (alike rows count once); difference: fine-tuned minus base on the same rows. "
-        f"chrF: {result.content['chrf'].replace('|', ' | ')}; {listed}."
-    )
+def conditions(result: AnswerEvaluation) -> str:
+    """Caption of the metrics."""
+    content = result.content
+    return sentence("written.conditions", decoding=content["decoding"], chrf=content["chrf"], terms=content["terms"])
 
 
-def reading(result: Any) -> str:
-    """What the metrics allow to say (an AnswerResult)."""
+def reading(result: AnswerEvaluation) -> str:
+    """What the metrics allow to say: which differ, what is damaged, and how far reasoning came."""
     entries = result.content["answers"]
     if not entries:
         return f"{NONE}."
-    moved = [entry for entry in entries if _moved(entry["differences"][TUNED])]
-    words = ", ".join(
-        f"{entry['name'].rstrip(' ↑↓')} {entry['differences'][TUNED]['estimate']:{_form(entry, True)}}"
-        for entry in moved
-    )
-    text = f"Of {len(entries)} metrics on {entries[0]['n']:,} rows, {len(moved)} differ by more than chance"
-    text += f" at 95 % each, not corrected for their number: {words}. " if moved else ". "
-    return text + _broken(result)
+    changes = [(entry, entry["differences"][TUNED]) for entry in entries]
+    moved = [
+        (_name(entry), format(change["estimate"], _form(entry, True))) for entry, change in changes if _moved(change)
+    ]
+    broken = []
+    for model in (BASE, TUNED):
+        measured = [row["measured"][model] for row in result.generated]
+        parts = [one["think_parts"] for one in measured if one["think_parts"]]
+        problems = [one["problem"] for one in measured if one["problem"]]
+        broken.append(
+            {
+                "model": model,
+                "answers": len(measured),
+                "problems": problems,
+                "split": sum(one["split"] > 0 for one in measured),
+                "steps": [sum(step) for step in zip(*parts, strict=True)],
+            }
+        )
+    return sentence("written.reading", metrics=len(entries), rows=entries[0]["n"], moved=moved, broken=broken)
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """A metric without its arrow."""
+    return entry["name"].rstrip(" ↑↓")
 
 
 def _moved(found: Mapping[str, Any]) -> bool:
     return found["interval"] is not None and (found["interval"][0] > 0 or found["interval"][1] < 0)
 
 
-def _broken(result: Any) -> str:
-    """Problems of single answers, counted, and how far reasoning came."""
-    parts = []
-    for name in (BASE, TUNED):
-        measured = [row["measured"][name] for row in result.generated]
-        problems = [one["problem"] for one in measured if one["problem"]]
-        cut = sum(one["split"] > 0 for one in measured)
-        text = f"{name}: {len(problems)} of {len(measured)} answers with damaged characters"
-        text += f" ({', '.join(sorted(set(problems)))})" if problems else ""
-        text += f", {cut} that a display without a buffer would damage"
-        steps = [one["think_parts"] for one in measured if one["think_parts"]]
-        if steps:
-            counts = [sum(step[i] for step in steps) for i in range(4)]
-            text += "; reasoning opened {}, closed {}, filled {}, answered {}".format(*counts)
-        parts.append(text)
-    return "; ".join(parts) + "."
-
-
-def learned(result: Any) -> str:
-    """One line of conclusions (an AnswerResult)."""
+def learned(result: AnswerEvaluation) -> str:
+    """One line of conclusions."""
     found = {entry["key"]: entry for entry in result.content["answers"]}
     if not found:
         return f"- {NONE}."
-    named = [
-        (found[key]["name"].rstrip(" ↑↓"), found[key])
-        for key in ("intact", "stopped", "terms", "think")
-        if key in found
-    ]
-    parts = [
-        f"{name} base {entry['models'][BASE]['estimate']:.2f}, fine-tuned {entry['models'][TUNED]['estimate']:.2f}"
-        for name, entry in named
-    ]
-    return f"- Of {found['intact']['n']:,} written answers: {'; '.join(parts)}."
+    named = [found[key] for key in ("intact", "stopped", "terms", "think") if key in found]
+    estimates = [(_name(one), *(one["models"][model]["estimate"] for model in (BASE, TUNED))) for one in named]
+    return sentence("written.learned", n=found["intact"]["n"], estimates=estimates)
 
 
-def prompts(result: Any) -> list[Row]:
-    """Prompts with both models' answers, a greedy and a drawn line each (an AnswerResult)."""
+def prompts(result: AnswerEvaluation) -> list[Row]:
+    """Prompts with both models' answers, a greedy and a drawn line each."""
     rows = []
     for entry in result.prompts["prompts"]:
         reference = {"reference": entry["reference"]} if entry["reference"] else {}
@@ -164,8 +152,8 @@ def _answer(answer: Mapping[str, Any]) -> str:
     return text if answer["ended"] else f"{text} [cut at the limit]"
 
 
-def latencies(result: Any) -> list[Row]:
-    """Latency of the greedy answers to the prompts, by model (an AnswerResult)."""
+def latencies(result: AnswerEvaluation) -> list[Row]:
+    """Latency of the greedy answers to the prompts, by model."""
     entries = result.prompts["prompts"]
     return [
         _latency(name, [entry["answers"][name]["greedy"] for entry in entries]) for name in (BASE, TUNED) if entries
@@ -185,23 +173,15 @@ def _latency(name: str, answers: Sequence[Mapping[str, Any]]) -> Row:
     }
 
 
-def _middle(values: Iterable[float]) -> str | None:
+def _middle(values: Sequence[float]) -> str | None:
     """Median and range."""
-    found = sorted(values)
-    if not found:
-        return None
-    half = len(found) // 2
-    middle = found[half] if len(found) % 2 else (found[half - 1] + found[half]) / 2
-    return f"{middle:,.1f} ({found[0]:,.1f} to {found[-1]:,.1f})"
+    return f"{median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})" if values else None
 
 
-def prompts_caption(result: Any) -> str:
-    """How the prompts were answered (an AnswerResult)."""
-    made = result.prompts["decoding"]["sampled"]
-    return (
-        f"Greedy, and drawn with temperature {made['temperature']:g}, top_p {made['top_p']:g}, seed {made['seed']}; "
-        f"at most {made['max_new_tokens']:,} tokens; system turn: {result.prompts['system_prompt']}"
-    )
+def prompts_caption(result: AnswerEvaluation) -> str:
+    """How the prompts were answered."""
+    written = result.prompts
+    return sentence("written.prompts", sampled=written["decoding"]["sampled"], system=written["system_prompt"])
 
 
 SHORT = {

@@ -1,6 +1,4 @@
-"""Run one function in a process of its own: its memory is its own, and a crash of native code kills only the child.
-Independent pieces of work on a few threads: NumPy, torch and file calls leave the interpreter free meanwhile.
-"""
+"""One function in a process of its own, whose crash kills only the child; and independent work on a few threads."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, missing_library
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs.files import PROJECT
 
@@ -80,7 +78,9 @@ def answer(function: Callable[[dict[str, Any]], dict[str, Any]], argument: dict[
     """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
     try:
         return {"value": function(argument)}
-    except InputError as error:
+    except (InputError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            error = missing_library(error.name or str(error))
         return {"input_error": [error.found, error.expected, error.do]}
     except Exception as error:
         first = str(error).strip().splitlines()[:1]

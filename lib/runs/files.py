@@ -1,6 +1,4 @@
-"""Where a run lives: the project root, runs/<run>/, reports/<run>/.
-Files that are either complete or absent: hashing, atomic writing, durable renaming, room on the disk.
-"""
+"""Where a run lives, and files that are complete or absent: hashing, atomic writing, durable renaming, room on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import math
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lib.errors import InputError
-
-# Where a run lives: the project root, runs/<run>/, reports/<run>/.
 
 HOME_VARIABLE = "WORKBOOK_HOME"
 """Environment variable: the folder that holds runs/ and reports/ (default: the project's root)."""
@@ -65,8 +62,6 @@ def writable(folder: Path) -> Path:
         ) from None
     return folder
 
-
-# Files that are either complete or absent: hashing, atomic writing, durable renaming, room on the disk.
 
 CHUNK = 1 << 22
 
@@ -115,6 +110,14 @@ def readable_by_group(path: Path) -> None:
     path.chmod(stat.S_IMODE(0o666 & ~mask))
 
 
+def settle(folder: Path) -> None:
+    """Give every file under `folder` its mode and flush it to the disk, before the folder is renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            readable_by_group(path)
+            flush_to_disk(path)
+
+
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """A temporary sibling to write to; renamed to `final` when the block succeeds, removed when it does not."""
@@ -154,10 +157,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         yield folder
-        for path in folder.rglob("*"):
-            if path.is_file():
-                readable_by_group(path)
-                flush_to_disk(path)
+        settle(folder)
         if output.is_dir():
             output.rmdir()
         folder.rename(output)
@@ -264,3 +264,72 @@ def utf8(path: Path, raw: bytes) -> str:
             "UTF-8 text.",
             "save it again as UTF-8, for example with `iconv -f GB18030 -t UTF-8`.",
         ) from None
+
+
+# SHA-256 of large files, computed once for each state of a file.
+#
+# A base model of several gigabytes is named by its hash in four notebooks. The hash is remembered under
+# runs/_cache/sha256.json with all that changes when a file is written, replaced or set back: its size, inode, and the
+# times of its last change and of its last change of status. A file that was written a moment ago is not remembered: a
+# second change within one tick of the file system's clock would look like none.
+
+SETTLED = 2.0
+"""Seconds since the last change after which a file's times are trusted (FAT's clock ticks that slowly)."""
+
+
+def remembered_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes; nothing is read when this state of the file was hashed before.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    place = path.resolve()
+    before, memory = _file_state(place), runs_folder() / "_cache" / "sha256.json"
+    remembered = _remembered(memory).get(str(place))
+    if isinstance(remembered, dict) and remembered.get("state") == before:
+        return str(remembered["sha256"])
+    digest = sha256_file(place)
+    if _file_state(place) == before and time.time_ns() - before[1] > SETTLED * 1e9:
+        with contextlib.suppress(OSError):  # a hash that is not remembered is only computed again
+            _remember(memory, place, {"state": before, "sha256": digest})
+    return digest
+
+
+def _file_state(path: Path) -> list[int]:
+    found: os.stat_result = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remember(memory: Path, place: Path, entry: dict[str, Any]) -> None:
+    """Add one entry; several processes may do so at the same time. Files that are gone are forgotten."""
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(memory.with_suffix(".lock")):
+        kept = {path: known for path, known in _remembered(memory).items() if Path(path).is_file()}
+        write_json(memory, {**kept, str(place): entry})
+
+
+def render(template: Path, **values: Any) -> str:
+    """The text of a template with the values put in; nothing is escaped, and a missing value is an error.
+
+    A line that holds nothing but a statement leaves no line. `{{ number | form(".2f") }}` formats as Python does,
+    `{{ value | python }}` is the value as Python source.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"form": format, "python": repr}
+    return environment.get_template(template.name).render(values)

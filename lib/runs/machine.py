@@ -1,6 +1,6 @@
 """What this machine can do: processor, memory, disk, accelerator, number formats, optional libraries.
-Peak memory while a block runs: resident, of this process and its children; and of its tensors on a GPU.
-Libraries told not to talk: what they print would land in a report page. Errors stay errors.
+
+Libraries are told not to talk here, too: what they print would land in a report page. Errors stay errors.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import logging
 import os
 import platform
 import shutil
-import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -166,7 +163,7 @@ def bitsandbytes_problem() -> str | None:
 def llama_cpp_problem() -> str | None:
     """Why GGUF files cannot be run here; None when llama-cpp-python imports."""
     if not has_module("llama_cpp"):
-        return "llama-cpp-python is not installed"
+        return "llama-cpp-python is not installed (it comes with the extra gguf)"
     try:
         import llama_cpp  # noqa: F401
     except Exception as error:  # a missing shared library surfaces as OSError, RuntimeError or ImportError
@@ -215,63 +212,6 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-# Peak memory while a block runs: resident, of this process and its children; and of its tensors on a GPU.
-
-
-class PeakMemory(contextlib.AbstractContextManager):
-    """Samples resident memory every 50 ms; `bytes` is the largest sum over this process and its children."""
-
-    def __init__(self, interval: float = 0.05) -> None:
-        self.bytes = 0
-        self._interval = interval
-        self._stop = threading.Event()
-        self._process = psutil.Process()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._sample()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._sample()
-
-    def _sample(self) -> None:
-        total = self._process.memory_info().rss
-        with contextlib.suppress(psutil.Error):
-            for child in self._process.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    total += child.memory_info().rss
-        self.bytes = max(self.bytes, total)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._sample()
-
-
-class DevicePeak(contextlib.AbstractContextManager):
-    """`bytes`: the most that this process's tensors took on its NVIDIA GPU in the block, those there before included.
-
-    0 without one: what does not use torch has no tensors on it.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        torch = sys.modules.get("torch")
-        self._cuda: Any = torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-    def __enter__(self) -> DevicePeak:
-        if self._cuda:
-            self._cuda.reset_peak_memory_stats()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._cuda:
-            self.bytes = self._cuda.max_memory_allocated()
 
 
 # Libraries told not to talk: what they print would land in a report page. Errors stay errors.

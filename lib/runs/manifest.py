@@ -1,7 +1,6 @@
-"""What has to be known to believe a number later: versions, machine, commit.
-manifest.json of a run: one entry a product, written last and atomically.
-What a kill between the end of a stage and its manifest entry must not cost: the finished work is found again.
-Folders made once and reused by every run: named by a key of everything that determines them.
+"""manifest.json of a run: one entry a product, written last, with all that has to be known to believe its numbers.
+
+Also: work that was finished but killed before its entry is found again; and folders that all runs share, made once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from filelock import FileLock
 
 from lib.errors import InputError
 from lib.runs import files
-from lib.runs.files import PROJECT, flush_to_disk, read_json, readable_by_group, sha256_file, sha256_json, write_json
+from lib.runs.files import PROJECT, read_json, settle, sha256_file, sha256_json, write_json
 
 # What has to be known to believe a number later: versions, machine, commit.
 
@@ -72,6 +71,7 @@ NOTEBOOK_OF = {
     "imatrix": "06_quantize",
     "source_grid": "06_quantize",
     "sensitivity": "06_quantize",
+    "mix": "06_quantize",
     "held_out_kld": "06_quantize",
     "imatrix_effect": "06_quantize",
     "mix_effect": "06_quantize",
@@ -208,9 +208,7 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
     sizes = _sizes(folder)
     if not sizes:
         raise RuntimeError(f"the stage wrote nothing into {folder}")
-    for name in sizes:
-        readable_by_group(folder / name)
-        flush_to_disk(folder / name)
+    settle(folder)
     write_json(folder / FINISHED, {"sizes": sizes, "facts": facts})
 
 
@@ -300,10 +298,7 @@ def ensure(
         temporary.mkdir()
         try:
             facts = build(temporary)
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    readable_by_group(path)
-                    flush_to_disk(path)
+            settle(temporary)
             temporary.replace(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a stage takes of the machine while it works: processor, memory, GPU, sampled every few seconds into a file."""
+"""What a stage takes of the machine while it works: peak memory, and processor, memory and GPU over time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -26,7 +26,82 @@ WHOLE = ("seconds", "cpu_percent", "rss_mib")
 """What every sample has."""
 
 
-class ResourceSampler(contextlib.AbstractContextManager):
+class _Sampling(contextlib.AbstractContextManager):
+    """A thread that calls `sample` every few seconds while the block runs."""
+
+    def __init__(self, every: float) -> None:
+        self.every = every
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name=type(self).__name__, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.every):
+            self.sample()
+
+    def sample(self) -> None:
+        raise NotImplementedError
+
+
+class PeakMemory(_Sampling):
+    """Samples resident memory every 50 ms; `bytes` is the largest sum over this process and its children."""
+
+    def __init__(self, every: float = 0.05) -> None:
+        super().__init__(every)
+        self._own, self.bytes = psutil.Process(), 0
+
+    def __enter__(self) -> Self:
+        self.sample()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.sample()
+
+    def sample(self) -> None:
+        total = self._own.memory_info().rss
+        for child in _children(self._own):
+            with contextlib.suppress(psutil.Error):
+                total += child.memory_info().rss
+        self.bytes = max(self.bytes, total)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below one; none when they end while they are listed."""
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
+
+
+class DevicePeak(contextlib.AbstractContextManager):
+    """`bytes`: the most that this process's tensors took on its NVIDIA GPU in the block, those there before included.
+
+    0 without one: what does not use torch has no tensors on it.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        torch = sys.modules.get("torch")
+        self._cuda: Any = torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+    def __enter__(self) -> Self:
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self.bytes = self._cuda.max_memory_allocated()
+
+
+class ResourceSampler(_Sampling):
     """Appends a JSON line every few seconds while the block runs, of this process and its children together.
 
     A line holds: seconds since the first sample (a continued stage goes on counting), cpu_percent (100 = one core
@@ -40,35 +115,28 @@ class ResourceSampler(contextlib.AbstractContextManager):
     """
 
     def __init__(self, path: Path, every: float = EVERY, gpus: int = 1) -> None:
-        self.path, self.every = path, every
-        self._stop = threading.Event()
-        self._known: dict[int, psutil.Process] = {}
-        self._gpus = _nvidia(gpus)
-        self._thread = threading.Thread(target=self._watch, name="resources", daemon=True)
-        self._before = read_samples(path)[-1]["seconds"] if path.is_file() and read_samples(path) else 0.0
+        super().__init__(every)
+        self.path, self._gpus, self._written = path, _nvidia(gpus), 0
+        self._processes: dict[int, psutil.Process] = {}
+        before = read_samples(path)
+        self._before = before[-1]["seconds"] if before else 0.0
 
-    def __enter__(self) -> ResourceSampler:
+    def __enter__(self) -> Self:
         self._started = time.monotonic()
         self._last = self._started - self.every  # a stage that is over at once gets a sample all the same
         self._tree()  # psutil measures the processor between two calls
-        self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         if time.monotonic() - self._last > self.every / 2:  # the use in a shorter time would say nothing
-            self._write()
+            self.sample()
 
-    def _watch(self) -> None:
-        written = 0
-        while not self._stop.wait(self.every if written < CALM_AFTER else max(self.every, CALM)):
-            self._write()
-            written += 1
-
-    def _write(self) -> None:
+    def sample(self) -> None:
         cpu, rss = self._tree()
-        self._last = time.monotonic()
+        self._last, self._written = time.monotonic(), self._written + 1
+        if self._written == CALM_AFTER:
+            self.every = max(self.every, CALM)
         seconds = self._before + self._last - self._started
         sample = {"seconds": round(seconds, 1), "cpu_percent": round(cpu, 1), "rss_mib": round(rss / MIB, 1)}
         line = json.dumps({**sample, **_gpu(self._gpus)}) + "\n"
@@ -77,12 +145,10 @@ class ResourceSampler(contextlib.AbstractContextManager):
 
     def _tree(self) -> tuple[float, int]:
         """Processor use in percent of a core and resident bytes, of this process and all below it."""
-        own = self._known.setdefault(0, psutil.Process())
-        with contextlib.suppress(psutil.Error):
-            found = {child.pid: self._known.get(child.pid, child) for child in own.children(recursive=True)}
-            self._known = {0: own, **found}
+        own = self._processes.setdefault(0, psutil.Process())
+        self._processes = {0: own, **{child.pid: self._processes.get(child.pid, child) for child in _children(own)}}
         cpu, rss = 0.0, 0
-        for process in self._known.values():
+        for process in self._processes.values():
             with contextlib.suppress(psutil.Error):
                 cpu, rss = cpu + process.cpu_percent(None), rss + process.memory_info().rss
         return cpu, rss

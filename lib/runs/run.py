@@ -23,8 +23,8 @@ from lib.errors import InputError
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
 from lib.runs.files import flush_to_disk
-from lib.runs.machine import PeakMemory
 from lib.runs.manifest import NOTEBOOK_OF, Entry, Manifest, damage
+from lib.runs.resources import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Product:
 
 
 @dataclass
-class Work:
-    """What a stage's builder fills in while it writes into `folder`.
+class ProductDraft:
+    """A product while a stage makes it: the builder writes into `folder` and fills in the rest.
 
     Attributes:
         folder: temporary folder; its content becomes the product.
@@ -61,6 +61,10 @@ class Work:
     metrics: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     device: str = "cpu"
+
+
+Work = ProductDraft
+"""Older name, until no stage uses it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Run:
     def produce(
         self,
         product: str,
-        build: Callable[[Work], None],
+        build: Callable[[ProductDraft], None],
         parameters: Mapping[str, Any],
         inputs: tuple[str, ...] = (),
         force: bool = False,
@@ -108,12 +112,12 @@ class Run:
         """Make `product` with `build`, or skip it when nothing changed.
 
         Args:
-            build: writes files into `work.folder` and fills in `work.facts`, `.metrics`, `.notes`.
+            build: writes files into `draft.folder` and fills in `draft.facts`, `.metrics`, `.notes`.
             parameters: the settings the product depends on (JSON values); a change redoes the stage.
             inputs: products it is made from; a change of their files redoes the stage.
             force: redo even if nothing changed.
             keep_partial: after an interruption keep the temporary folder, so that the next try with the same
-                parameters and inputs finds it (`work.resumed`). For builders that resume safely.
+                parameters and inputs finds it (`draft.resumed`). For builders that resume safely.
 
         Raises:
             InputError: a missing input, an unwritable folder, or a second process working on this run.
@@ -172,30 +176,32 @@ class Run:
             runs_manifest.take_back(self.folder / product, temporary)
         return temporary
 
-    def _make(self, temporary: Path, build: Callable[[Work], None], wanted: dict, keep_partial: bool) -> dict[str, Any]:
+    def _make(
+        self, temporary: Path, build: Callable[[ProductDraft], None], wanted: dict, keep_partial: bool
+    ) -> dict[str, Any]:
         """Build into the temporary folder; returns what the manifest entry says beside files, parameters and inputs."""
         resumed = keep_partial and runs_manifest.asked(temporary, wanted)
         if not resumed:
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(exist_ok=True)
         runs_manifest.begin(temporary, wanted)
-        work = Work(folder=temporary, resumed=resumed)
+        draft = ProductDraft(folder=temporary, resumed=resumed)
         started = time.monotonic()
         try:
             with PeakMemory() as memory:
-                build(work)
+                build(draft)
         except BaseException:
             if not keep_partial:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         facts = {
-            "facts": work.facts,
-            "metrics": work.metrics,
-            "notes": work.notes,
+            "facts": draft.facts,
+            "metrics": draft.metrics,
+            "notes": draft.notes,
             "finished": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_mib": round(memory.bytes / 2**20, 1),
-            "device": work.device,
+            "device": draft.device,
             "versions": runs_manifest.versions(),
             "git": runs_manifest.commit(),
         }

@@ -1,6 +1,4 @@
-"""Answers written token by token, greedily or drawn with a fixed seed, by the same code for both backends.
-Prompts of test rows and of people, answered by a model, and the answers as text and as numbers.
-"""
+"""Answers written token by token, greedily or drawn with a fixed seed, by the same code for both backends."""
 
 from __future__ import annotations
 

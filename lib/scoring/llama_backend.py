@@ -1,7 +1,4 @@
-"""llama.cpp's log: silenced, its last error lines kept for error messages, every line passed to one listener.
-A GGUF file opened by llama.cpp: its tokenizer, batches of tokens and their logits.
-Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once.
-"""
+"""Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once."""
 
 from __future__ import annotations
 
@@ -328,22 +325,33 @@ class LlamaCppBackend(LlamaContext):
         everyone = range(SEQUENCES)
         self.decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
 
-    def _run(self, group: Sequence[Job], shared: int) -> list[np.ndarray]:
-        """The read log-probabilities of one batch; the cache holds only the shared beginning afterwards."""
+    def _decoded(self, group: Sequence[Job], shared: int) -> Iterator[tuple[Job, int]]:
+        """Run one batch, with logits where its jobs read; the cache holds only the shared beginning afterwards.
+
+        Yields:
+            every job, and the place in the batch at which its position 0 would stand.
+        """
+        read = [{position for _, position, _ in job.reads} for job in group]
         tokens = [
-            (token, position, (s,), position >= job.start)
+            (token, position, (s,), position in read[s])
             for s, job in enumerate(group)
             for position, token in enumerate(job.ids[shared:], start=shared)
         ]
         self.decode(tokens)
-        row, values = -shared, []
+        first = -shared
         for job in group:
-            logits = {p: self.logits(row + p) for p in range(job.start, len(job.ids))}
-            totals = {p: _log_sum_exp(row_logits) for p, row_logits in logits.items()}
-            values.append(np.array([logits[p][token] - totals[p] for _, p, token in job.reads]))
-            row += len(job.ids) - shared
+            yield job, first
+            first += len(job.ids) - shared
         for s in range(len(group)):
             self.forget(s, shared)
+
+    def _run(self, group: Sequence[Job], shared: int) -> list[np.ndarray]:
+        """The read log-probabilities of one batch."""
+        values = []
+        for job, first in self._decoded(group, shared):
+            logits = {position: self.logits(first + position) for position in {read[1] for read in job.reads}}
+            totals = {position: _log_sum_exp(row) for position, row in logits.items()}
+            values.append(np.array([logits[p][token] - totals[p] for _, p, token in job.reads]))
         return values
 
     def read_log_probs(
@@ -381,22 +389,11 @@ class LlamaCppBackend(LlamaContext):
         prefix = common_prefix(jobs)
         self._share(prefix)
         for group in self._groups(list(jobs), len(prefix)):
-            read = [{place for _, place, _ in job.reads} for job in group]
-            tokens = [
-                (token, position, (s,), position in read[s])
-                for s, job in enumerate(group)
-                for position, token in enumerate(job.ids[len(prefix) :], start=len(prefix))
-            ]
-            self.decode(tokens)
-            first = -len(prefix)
-            for job in group:
+            for job, first in self._decoded(group, len(prefix)):
                 logits = np.empty((len(job.reads), self.vocab_size), dtype=np.float32)
-                for read, (_, place, _) in enumerate(job.reads):
-                    logits[read] = self.logits(first + place)
+                for number, (_, position, _) in enumerate(job.reads):
+                    logits[number] = self.logits(first + position)
                 yield job, logits
-                first += len(job.ids) - len(prefix)
-            for s in range(len(group)):
-                self.forget(s, len(prefix))
 
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
         """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V).

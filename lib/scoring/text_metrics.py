@@ -1,9 +1,4 @@
-"""How much of a reference text a text shares: ROUGE-L over characters, and what it repeats of itself.
-Character integrity: what a display gets that shows an answer while it is written, token by token.
-One generated answer, measured: the numbers of a row, and what each of them means in words.
-Measured answers of several models to the same questions: estimates with intervals, and paired differences.
-What a generated text is worth, from the text alone: no model, no tokenizer; the same for every backend.
-"""
+"""What a generated text is worth, from the text alone: no model, no tokenizer; the same for every backend."""
 
 from __future__ import annotations
 

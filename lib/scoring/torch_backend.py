@@ -1,6 +1,4 @@
-"""The tokens that all prompts begin with, computed once: their keys and values stand before every batch.
-Scoring with transformers: full-precision, bfloat16, quantized and adapted (peft) models alike.
-"""
+"""Scoring with transformers: full-precision, bfloat16, quantized and adapted (peft) models alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The file's own chat template for llama-cpp-python, which would else guess one by the template's look.
-`workbook serve`: llama-cpp-python's OpenAI-compatible server for one GGUF file, with its own template and limits.
-A GGUF file behind the OpenAI protocol, for programs on this machine.
-"""
+"""`workbook serve`: llama-cpp-python's OpenAI-compatible server for one GGUF file, with its own template and limits."""
 
 from __future__ import annotations
 
@@ -13,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
-from lib.serve.limits import CHAT, Application, LimitedApplication, Limits, error_body, is_loopback
-
-# The file's own chat template for llama-cpp-python, which would else guess one by the template's look.
+from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body
+from lib.serve.listening import Application, in_address, is_loopback, listen, make_server
 
 _CONTROL = 3
 """Type of tokens that are not text: <|im_start|> and its like."""
@@ -76,14 +72,9 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
     return Formatter(switch + template, eos_token=end, bos_token=begin, stop_token_ids=[end_id])
 
 
-# `workbook serve`: llama-cpp-python's OpenAI-compatible server for one GGUF file, with its own template and limits.
-
 NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 BODY_BYTES = 1 << 20
 _CONTEXT = 4096
-_WAITING = 64
-_BACKLOG = 2048
-_GRACE_SECONDS = 5
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -118,7 +109,10 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
         InputError: packages that are absent, a file without a chat template or that llama.cpp refuses, an address
             that cannot be used.
     """
-    _require_packages()
+    if missing := [name for name in NEEDS if not has_module(name)]:
+        raise missing_library(*missing)
+    if problem := llama_cpp_problem():
+        raise InputError(f"llama-cpp-python: {problem}.", "a working llama-cpp-python.", "see workbook doctor.")
     path = check_gguf(path).resolve()
     metadata = read_metadata(path)
     if not metadata.get(_TEMPLATE):
@@ -127,7 +121,7 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
             f"a GGUF file with {_TEMPLATE}; another template would put another question to the model.",
             "convert the model again with its chat_template.jinja.",
         )
-    with _bound(options) as listening:
+    with listen(options.host, options.port) as listening:
         application = make_application(path, metadata, options)
         if not is_loopback(options.host):
             tell(
@@ -135,35 +129,6 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
                 "without a password and unencrypted."
             )
         _run(application, listening, options, path, tell)
-
-
-def _require_packages() -> None:
-    missing = [name for name in NEEDS if not has_module(name)]
-    if missing:
-        raise InputError(
-            f"the server needs {', '.join(missing)}, not installed here.",
-            "the packages of requirements.txt.",
-            "run make once more, or pip install -r requirements.txt.",
-        )
-    if problem := llama_cpp_problem():
-        raise InputError(f"llama-cpp-python: {problem}.", "a working llama-cpp-python.", "see workbook doctor.")
-
-
-def _bound(options: ServeOptions) -> socket.socket:
-    """A socket that listens at the address, before the model is loaded: two that only bind it could share it."""
-    listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((options.host, options.port))
-        listening.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise InputError(
-            f"{options.host}:{options.port} cannot be used ({getattr(error, 'strerror', None) or error}).",
-            "an address of this machine and a free port.",
-            "choose another --port (0 = any free one) or --host.",
-        ) from None
-    return listening
 
 
 def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOptions) -> Application:
@@ -263,29 +228,16 @@ def _run(
     path: Path,
     tell: Callable[[str], None],
 ) -> None:
-    """Listen until a signal; requests that run get a few seconds to end."""
-    import uvicorn
+    """Answer until a signal."""
     from llama_cpp.server import app as server
 
-    port = listening.getsockname()[1]
-    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{in_address(options.host)}:{listening.getsockname()[1]}/v1"
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            tell(f"{path.name} is served at http://{host}:{port}/v1 (end with Ctrl-C).")
+    def ready() -> None:
+        tell(f"{path.name} is served at {address} (end with Ctrl-C).")
 
-    config = uvicorn.Config(
-        application,
-        log_level="error",
-        access_log=False,
-        limit_concurrency=_WAITING,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
-        lifespan="off",
-        server_header=False,
-    )
     try:
-        Server(config).run(sockets=[listening])
+        make_server(application, ready, log_level="error").run(sockets=[listening])
     finally:
         if server.llama_inner_lock.locked():  # a thread is still inside llama.cpp: freeing the model would crash it
             sys.stdout.flush()

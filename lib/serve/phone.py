@@ -7,27 +7,28 @@ import re
 import secrets
 import socket
 import ssl
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, missing_library
+from lib.runs.machine import has_module
 from lib.runs.phone_results import MOST_BYTES, check_result, save_result
-from lib.serve.limits import is_loopback
+from lib.serve.listening import Application, Receive, Send, in_address, is_loopback, listen, make_server
 
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+NEEDS = ("segno", "starlette", "uvicorn")
 PAGE = "web/index.html"
 RESULT = "result"
-_BLOCK = 1 << 20
-_IDLE_SECONDS = 60
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
     ".json": "application/json",
     ".wasm": "application/wasm",
 }
@@ -67,193 +68,123 @@ def serve_phone(package: Path, devices: Path, options: PhoneOptions, tell: Calla
         tell: gets the address, a QR code of it, and what came in.
 
     Raises:
-        InputError: a folder without a page, an address or a certificate that cannot be used.
+        InputError: a folder without a page, an address or a certificate that cannot be used, missing libraries.
     """
     if not (package / PAGE).is_file():
         raise InputError(f"{package} holds no {PAGE}.", "a package with a phone page.", "workbook package RUN --web.")
+    if missing := [name for name in NEEDS if not has_module(name)]:
+        raise missing_library(*missing)
+    encryption = encryption_of(options)
     token = secrets.token_urlsafe(16)
-    with make_server(package, devices, options, token, tell) as server:
-        scheme = "https" if options.certificate else "http"
-        address = f"{scheme}://{_shown(options.host)}:{server.server_address[1]}/{token}/{PAGE.rpartition('/')[0]}/"
-        _announce(address, options, tell)
-        server.serve_forever(poll_interval=0.2)
+    with listen(options.host, options.port) as listening:
+        host = f"{_reachable(options.host)}:{listening.getsockname()[1]}"
+        address = f"{'https' if encryption else 'http'}://{host}/{token}/{PAGE.rpartition('/')[0]}/"
+        application = make_application(package, devices, token, tell)
+        server = make_server(application, lambda: announce(address, options, tell), log_level="critical", **encryption)
+        server.run(sockets=[listening])
 
 
-def make_server(
-    package: Path, devices: Path, options: PhoneOptions, token: str, tell: Callable[[str], None]
-) -> ThreadingHTTPServer:
-    """The server, bound and listening; `serve_forever` answers.
+def encryption_of(options: PhoneOptions) -> dict[str, Any]:
+    """Settings of uvicorn for https; none for http.
 
     Raises:
-        InputError: an address or a certificate that cannot be used.
+        InputError: a certificate that cannot be used.
     """
-    root = package.resolve()
-
-    class Handler(_Handler):
-        pass
-
-    Handler.root, Handler.devices, Handler.token, Handler.tell = root, devices, token, staticmethod(tell)
-
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        daemon_threads = True
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A phone that goes away, or refuses the certificate, is no news; anything else is said in a line."""
-            error = sys.exc_info()[1]
-            if not isinstance(error, OSError):
-                tell(f"The server failed: {type(error).__name__}: {error}")
-
+    if options.certificate is None:
+        return {}
     try:
-        server = Server((options.host, options.port), Handler)
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"{options.host}:{options.port} cannot be used ({getattr(error, 'strerror', None) or error}).",
-            "an address of this machine and a free port.",
-            "choose another --port (0 = any free one) or --host.",
-        ) from None
-    if options.certificate:
-        _secure(server, options)
-    return server
-
-
-def _secure(server: ThreadingHTTPServer, options: PhoneOptions) -> None:
-    """Let a bound server speak https; it is closed where the certificate cannot be used."""
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(options.certificate, options.key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.key)
     except (OSError, ssl.SSLError) as error:
-        server.server_close()
         raise InputError(
             f"{options.certificate} cannot be used ({error}).", "a certificate and its key, PEM.", "check --cert."
         ) from None
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    return {"ssl_certfile": options.certificate, "ssl_keyfile": options.key}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """GET and HEAD of files below `root`, POST of one result; everything under /<token>/."""
+def make_application(package: Path, devices: Path, token: str, tell: Callable[[str], None]) -> Application:
+    """GET and HEAD of files of the package, POST of a result; everything under /<token>/."""
+    root = package.resolve()
 
-    root: Path
-    devices: Path
-    token: str
-    tell: Callable[[str], None]
-    protocol_version = "HTTP/1.1"
-    timeout = _IDLE_SECONDS
+    async def application(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        from starlette.requests import ClientDisconnect, Request
 
-    def do_GET(self) -> None:
-        """A file, or the part that Range names."""
-        path = self._file()
-        if path is None:
-            self._answer(HTTPStatus.NOT_FOUND, b"not found\n")
-            return
-        size = path.stat().st_size
-        first, last, status = self._span(size)
-        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            self._answer(status, b"", {"Content-Range": f"bytes */{size}"})
-            return
-        headers = {"Content-Length": str(last - first + 1), "Accept-Ranges": "bytes"}
-        headers["Content-Type"] = _TYPES.get(path.suffix, "application/octet-stream")
-        if status == HTTPStatus.PARTIAL_CONTENT:
-            headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        self._head(status, headers)
-        if self.command != "HEAD":
-            self._copy(path, first, last - first + 1)
-
-    do_HEAD = do_GET  # noqa: N815 - the name that the standard library asks for
-
-    def do_POST(self) -> None:
-        """A phone's result: checked, then saved."""
-        self.close_connection = True
-        if self._inner() != RESULT:
-            self._answer(HTTPStatus.NOT_FOUND, b"not found\n")
-            return
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or len(length) > 9:
-            self._answer(HTTPStatus.LENGTH_REQUIRED, b"Content-Length is missing\n")
-            return
-        if int(length) > MOST_BYTES:
-            self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MOST_BYTES} bytes\n".encode())
-            return
-        body = self.rfile.read(int(length))
+        request = Request(scope, receive)
         try:
-            path = save_result(self.devices, check_result(json.loads(body)))
-        except (ValueError, RecursionError) as error:
-            self._answer(HTTPStatus.BAD_REQUEST, f"{error}\n".encode())
-            return
-        except OSError as error:
-            self.tell(f"A result came in and could not be saved in {self.devices}: {error.strerror or error}")
-            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, b"the result could not be saved\n")
-            return
-        self.tell(f"A result came in: {path}")
-        self._answer(HTTPStatus.CREATED, json.dumps({"saved": path.name}).encode(), {"Content-Type": _TYPES[".json"]})
+            response = await _answer(request, root, devices, token, tell)
+            response.headers.update(_HEADERS)
+            await response(scope, receive, send)
+        except (ClientDisconnect, OSError):
+            pass  # a phone that goes away is no news
+        except Exception as error:
+            tell(f"The server failed: {type(error).__name__}: {error}")
+            raise
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the address holds the token."""
-
-    def _inner(self) -> str | None:
-        """The path behind the token; None without it."""
-        try:
-            path = unquote(urlsplit(self.path).path)
-        except ValueError:  # "http://[x" is the begin of an address that has no end
-            return None
-        start, _, rest = path.removeprefix("/").partition("/")
-        return rest if secrets.compare_digest(start.encode("utf-8", "replace"), self.token.encode()) else None
-
-    def _file(self) -> Path | None:
-        inner = self._inner()
-        if inner is None or "\0" in inner or any(part.startswith(".") for part in inner.split("/")):
-            return None
-        path = self.root / (inner + "index.html" if inner.endswith("/") else inner)
-        try:
-            return path if path.is_file() and path.resolve().is_relative_to(self.root) else None
-        except (OSError, ValueError):  # a name that no file system takes
-            return None
-
-    def _span(self, size: int) -> tuple[int, int, HTTPStatus]:
-        """First and last byte, and the status; what Range says in another way than one span is ignored, as allowed."""
-        found = _RANGE.fullmatch(self.headers.get("Range", ""))
-        if not found or found[1] == found[2] == "":
-            return 0, size - 1, HTTPStatus.OK
-        if not found[1]:
-            first, last = max(0, size - _offset(found[2])), size - 1
-        else:
-            first, last = _offset(found[1]), min(_offset(found[2] or str(size)), size - 1)
-        if first > last:
-            return 0, 0, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-        return first, last, HTTPStatus.PARTIAL_CONTENT
-
-    def _copy(self, path: Path, first: int, count: int) -> None:
-        with path.open("rb") as stream:
-            stream.seek(first)
-            while count and (block := stream.read(min(_BLOCK, count))):
-                try:
-                    self.wfile.write(block)
-                except OSError:  # the phone went away
-                    self.close_connection = True
-                    return
-                count -= len(block)
-
-    def _head(self, status: HTTPStatus, headers: dict[str, str]) -> None:
-        self.send_response_only(status)
-        for name, value in {**_HEADERS, **headers}.items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-
-    def _answer(self, status: HTTPStatus, body: bytes, headers: dict[str, str] | None = None) -> None:
-        given = {"Content-Type": "text/plain; charset=utf-8", "Content-Length": str(len(body)), **(headers or {})}
-        self._head(status, given)
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    return application
 
 
-def _offset(digits: str) -> int:
-    """The number; of more digits than Python reads the first, which are beyond any file too."""
-    return int(digits.lstrip("0")[:19] or "0")
+async def _answer(request: Request, root: Path, devices: Path, token: str, tell: Callable[[str], None]) -> Response:
+    from starlette.responses import FileResponse, PlainTextResponse
+
+    start, _, inner = request.scope["path"].removeprefix("/").partition("/")
+    if not secrets.compare_digest(start.encode("utf-8", "replace"), token.encode()):
+        return PlainTextResponse("not found\n", 404)
+    if request.method == "POST" and inner == RESULT:
+        response = await _save(request, devices, tell)
+        response.headers["Connection"] = "close"
+        return response
+    path = _file(root, inner) if request.method in ("GET", "HEAD") else None
+    if path is None:
+        return PlainTextResponse("not found\n", 404)
+    _simplify_range(request)
+    return FileResponse(path, media_type=_TYPES.get(path.suffix, "application/octet-stream"))
 
 
-def _shown(host: str) -> str:
+async def _save(request: Request, devices: Path, tell: Callable[[str], None]) -> Response:
+    """A phone's result: checked, then saved."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import JSONResponse, PlainTextResponse
+
+    length = request.headers.get("Content-Length", "")
+    if not length.isdecimal() or len(length) > 9:
+        return PlainTextResponse("Content-Length is missing\n", 411)
+    if int(length) > MOST_BYTES:
+        return PlainTextResponse(f"more than {MOST_BYTES} bytes\n", 413)
+    try:
+        result = check_result(json.loads(await request.body()))
+        path = await run_in_threadpool(save_result, devices, result)
+    except (ValueError, RecursionError) as error:
+        return PlainTextResponse(f"{error}\n", 400)
+    except OSError as error:
+        tell(f"A result came in and could not be saved in {devices}: {error.strerror or error}")
+        return PlainTextResponse("the result could not be saved\n", 500)
+    tell(f"A result came in: {path}")
+    return JSONResponse({"saved": path.name}, 201)
+
+
+def _file(root: Path, inner: str) -> Path | None:
+    """A file of the package; None for anything else, hidden files and what links lead out of it."""
+    if "\0" in inner or any(part.startswith(".") for part in inner.split("/")):
+        return None
+    path = root / (inner + "index.html" if inner.endswith("/") else inner)
+    try:
+        return path if path.is_file() and path.resolve().is_relative_to(root) else None
+    except (OSError, ValueError):  # a name that no file system takes
+        return None
+
+
+def _simplify_range(request: Request) -> None:
+    """Leave a Range that is one span of numbers that Python reads; another one is ignored, as allowed."""
+    from starlette.datastructures import MutableHeaders
+
+    headers = MutableHeaders(scope=request.scope)
+    found = _RANGE.fullmatch(headers.get("Range", ""))
+    first, last = (digits and (digits.lstrip("0")[:19] or "0") for digits in found.groups()) if found else ("", "")
+    del headers["Range"]
+    if (first or last) and not (first and last and int(first) > int(last)):
+        headers["Range"] = f"bytes={first}-{last}"
+
+
+def _reachable(host: str) -> str:
     """The address that a phone can reach: of the network's interface where every interface listens."""
     if host in ("0.0.0.0", "::"):
         family, probe = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
@@ -263,10 +194,11 @@ def _shown(host: str) -> str:
                 host = asked.getsockname()[0]
             except OSError:
                 host = socket.gethostname()
-    return f"[{host}]" if ":" in host else host
+    return in_address(host)
 
 
-def _announce(address: str, options: PhoneOptions, tell: Callable[[str], None]) -> None:
+def announce(address: str, options: PhoneOptions, tell: Callable[[str], None]) -> None:
+    """Tell the address, as text and as a QR code, and who else can reach it."""
     import io
 
     import segno

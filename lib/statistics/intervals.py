@@ -53,8 +53,7 @@ class Interval:
 
     def __format__(self, form: str) -> str:
         """f"{interval:.2f}" is "0.90 [0.85, 0.93]", or "0.90 (no interval)" where a limit is open."""
-        limits = limits_text((self.low, self.high), form)
-        return f"{self.estimate:{form}} {limits or '(no interval)'}"
+        return estimate_text(self.estimate, (self.low, self.high), form)
 
     def within(self, margin: float) -> bool:
         """True when the whole interval lies strictly inside ±margin."""
@@ -93,14 +92,20 @@ def limits_text(
 
 
 def estimate_text(
-    estimate: float, limits: Sequence[float | None] | None, form: str = ".3f", factor: float = 1.0
+    estimate: float,
+    limits: Sequence[float | None] | None,
+    form: str = ".3f",
+    factor: float = 1.0,
+    pattern: str = IN_BRACKETS,
 ) -> str:
     """An estimate with limits as `limits_text` writes them: "0.90 [0.85, 0.93]"; alone where `limits` is None.
 
     Open limits (three rows bound nothing) are said: "0.90 (no interval)".
     """
-    found = Interval.from_json(estimate, limits)
-    return format(found.scaled(factor) if isinstance(found, Interval) else factor * found, form)
+    alone = format(factor * estimate, form)
+    if limits is None:
+        return alone
+    return f"{alone} {limits_text(limits, form, factor, pattern) or '(no interval)'}"
 
 
 def normal_quantile(confidence: float) -> float:

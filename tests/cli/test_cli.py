@@ -124,6 +124,7 @@ def test_params_completes_a_file() -> None:
         (OSError(28, "No space left on device", "runs/x"), 2, "No space left on device (runs/x)"),
         (PermissionError(13, "Permission denied", "out"), 2, "Permission denied (out)"),
         (MemoryError(), 2, "no memory left"),
+        (ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp"), 2, "the libraries of the extra gguf"),
         (RuntimeError("boom\nmore"), 1, "RuntimeError: boom"),
     ],
 )

@@ -14,10 +14,10 @@ from lib.errors import InputError
 from lib.runs.files import sha256_file
 from lib.runs.machine import llama_cpp_problem
 from lib.stages.convert.convert import convert
-from lib.stages.quantize import importance_matrix
-from lib.stages.quantize.bit_allocation import budget_bytes
 from lib.stages.quantize.files import predict_sizes
+from lib.stages.quantize.llama_library import read_imatrix
 from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.size_budget import budget_bytes
 from tests import tiny_run
 from tests.cli.test_cli import workbook
 
@@ -103,7 +103,7 @@ def test_an_importance_matrix_of_a_text(folder: Path, tmp_path: Path) -> None:
     dataset = f"reviews.txt, 4 windows of 64 tokens, sha256 {sha256_file(text)}"
     assert told["dataset"] == dataset and told["text_sha256"] == sha256_file(text)
     assert told["entries"] == 14 and told["tokens"] == 256 and 4 < told["rows"] < 200
-    matrix = importance_matrix.read(out)
+    matrix = read_imatrix(out)
     assert matrix.dataset == dataset and matrix.chunks == 4
     layers = {t.name for t in gguf.GGUFReader(folder / "m-F32.gguf").tensors if t.name.startswith("blk.")}
     assert matrix.values.keys() == {name for name in layers if not name.endswith(("norm.weight", "bias"))}

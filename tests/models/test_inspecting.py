@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lib.cli.inspect import as_text
 from lib.errors import InputError
-from lib.models.inspect_folder import inspect
+from lib.models.inspect import inspect
 from lib.prompts.templates import describe_template
 from tests import tiny_gguf
 

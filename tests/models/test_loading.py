@@ -108,7 +108,7 @@ def test_weights_that_are_no_numbers_are_refused(model: Path, value: float) -> N
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"up_proj.weight.*NaN or infinity"):
+    with pytest.raises(InputError, match=r"NaN or infinity in .*up_proj.weight"):
         load_model(model)
 
 

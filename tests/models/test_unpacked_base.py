@@ -14,16 +14,16 @@ from typer.testing import CliRunner
 from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.models.base_model import choose_base, refuse_other_folder, refuse_other_weights, resolve_base, unpacking_of
-from lib.models.inspect_folder import inspect
+from lib.models.inspect import inspect
 from lib.models.unpack import VERSION
 from lib.models.unpack_source import RANGE, SEED, read_source
-from lib.report.rows import unpacked as card
+from lib.report.merge_page import unpacked as card
 from lib.runs.files import sha256_file
 from lib.settings import Settings
-from lib.stages.data.conversations import base_parameters
+from lib.stages.data.stage import base_parameters
 from lib.stages.evaluate.standalone import check_models
-from lib.stages.finetune.adopt import write_config
 from lib.stages.finetune.memory import _config
+from lib.stages.finetune.stage import write_config
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 

@@ -16,7 +16,7 @@ from lib.models.gguf_file import read_metadata
 from lib.models.gguf_tokenizer import RULES, same_vocabulary, tokenizer_from_gguf, tokenizer_json
 from lib.models.loading import load_tokenizer
 from lib.models.unpack import unpack
-from lib.stages.convert.token_parity import HARD_STRINGS, gguf_token_ids
+from lib.stages.convert.gate import HARD_STRINGS, gguf_token_ids
 from lib.stages.convert.tokenizer import CHECK_TEXT
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
@@ -83,7 +83,7 @@ def test_a_start_token_before_every_text(packed_files: dict[str, Path], tmp_path
     ("change", "match"),
     [
         (lambda b: b.replace(packed.text("h e"), packed.text("q e")), "merge 'q e' of parts that are no tokens"),
-        (lambda b: b.replace(packed.text("Q"), packed.text("R"), 1), "has the token 'R' 2 times"),
+        (lambda b: b.replace(packed.text("Q"), packed.text("R"), 1), "the token 'R' 2 times"),
     ],
 )
 def test_damaged_vocabularies(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lib.errors import InputError
 from lib.models import unpack as models_unpack
 from lib.models.gguf_file import read_tensors
-from lib.models.inspect_folder import inspect
+from lib.models.inspect import inspect
 from lib.models.loading import load_model, load_tokenizer
 from lib.models.unpack import asked_in, identity, is_identity, notes_of, plain_name, unpack
 from lib.models.unpack_configuration import Keys, config_of, generation_of, transformers_config
@@ -167,8 +167,8 @@ REFUSED = {
         },
         "rules 'tekken'",
     ),
-    "no merges": ({"change": named("tokenizer.ggml.merges", "tokenizer.ggml.morges")}, "has no merges"),
-    "no vocabulary": ({"change": named("tokenizer.ggml.tokens", "tokenizer.ggml.tokons")}, "has no tokens"),
+    "no merges": ({"change": named("tokenizer.ggml.merges", "tokenizer.ggml.morges")}, "no merges"),
+    "no vocabulary": ({"change": named("tokenizer.ggml.tokens", "tokenizer.ggml.tokons")}, "no tokens"),
     "experts": ({"change": named("qwen2.context_length", "qwen2.expert_count")}, "expert_count 4096"),
     "no context": ({"change": named("qwen2.context_length", "qwen2.context_longth")}, "no key qwen2.context_length"),
     "another width": ({"change": replaced("qwen2.feed_forward_length", 96, 128)}, r"of shape \(96, 64\)"),

@@ -11,7 +11,6 @@ import pytest
 
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.report import finetune_page
-from lib.report import rows as report_rows
 from lib.report.finetune_page import resources
 from lib.runs.resources import summary
 
@@ -97,7 +96,7 @@ def test_memory_is_compared_with_memory_of_the_same_kind(processes: int, device:
         peak_device_mib=device,
         product=SimpleNamespace(entry=SimpleNamespace(parameters={"num_processes": processes})),
     )
-    found = {row["part"]: row["MiB"] for row in report_rows.memory(result)}
+    found = {row["part"]: row["mib"] for row in finetune_page.memory_rows(result)}
     own = [part for part, size in found.items() if size == 2500.0]
     assert ("total of 2 processes" in found) == (processes == 2 and device is None)
     assert own == ["measured peak of the processor's memory"] if device else "measured peak while training" in own[0]

@@ -150,6 +150,6 @@ def test_limits_that_are_not_there_are_not_drawn() -> None:
 def test_what_an_interrupted_try_had_done_is_said() -> None:
     facts = {"found_done": {"F16": "12 rows already scored", "Q8_0": "12 rows already scored", "Q2_K": "3 answers"}}
     product = SimpleNamespace(message="made in 3 s.", entry=SimpleNamespace(facts=facts))
-    words = "made in 3 s. An interrupted try had left: F16, Q8_0: 12 rows already scored; Q2_K: 3 answers."
+    words = "made in 3 s. An interrupted run had left: F16, Q8_0: 12 rows already scored; Q2_K: 3 answers."
     assert display.made(product).data == words
     assert display.made(SimpleNamespace(message="made.", entry=SimpleNamespace(facts={}))).data == "made."

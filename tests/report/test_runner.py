@@ -246,7 +246,7 @@ def test_from_keeps_the_pages_before(home: Path, params: Path, write_notebook: W
     write_notebook("02_second", GOOD)
     first, _ = report(params, home)
     before = (first.folder / "01_first.ipynb").stat().st_mtime_ns
-    result, lines = report(params, home, start_from="2")
+    result, lines = report(params, home, start_from="2", rerun=True)
     assert (result.folder / "01_first.ipynb").stat().st_mtime_ns == before and len(result.pages) == 2
     assert lines[0] == "[2/2] 02_second"
     with pytest.raises(InputError, match="--from '9'"):

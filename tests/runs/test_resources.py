@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.runs.machine import DevicePeak
-from lib.runs.resources import ResourceSampler, read_samples, summary
+from lib.runs.resources import DevicePeak, ResourceSampler, read_samples, summary
 
 
 def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:

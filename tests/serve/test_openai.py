@@ -106,7 +106,7 @@ def test_labels_are_those_that_the_workbook_scores(client: openai.OpenAI, model:
     clear = [i for i in range(len(texts)) if abs(margins[i] - middle) > 0.02]
     assert len(clear) >= 15
     for i in clear:
-        found = text_of(client, messages=task.messages(texts[i]), logit_bias=bias, max_tokens=1)
+        found = text_of(client, messages=task.messages({"text": texts[i]}), logit_bias=bias, max_tokens=1)
         assert found == task.label_names[int(margins[i] > middle)]
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +25,9 @@ import pytest
 from lib.errors import InputError
 from lib.runs.files import read_json
 from lib.runs.phone_results import MOST_BYTES, check_result, read_result, save_result
-from lib.serve.phone import PhoneOptions, _announce, _shown, make_server, serve_phone
+from lib.serve.listening import listen, make_server
+from lib.serve.phone import PhoneOptions, _reachable, announce, encryption_of, make_application, serve_phone
+from tests.conftest import PROJECT
 
 SPEED = {"tokens": 32, "tokens_per_second": [7.5, 8.25]}
 RESULT: dict[str, Any] = {
@@ -40,6 +46,20 @@ RESULT: dict[str, Any] = {
 }
 
 
+@contextmanager
+def served(folder: Path, devices: Path, tell: Callable[[str], None], **options: Any) -> Iterator[int]:
+    """The port at which a folder is served, with the token "token"."""
+    started = threading.Event()
+    server = make_server(make_application(folder, devices, "token", tell), started.set, **options)
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        assert started.wait(30)
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join(30)
+
+
 @pytest.fixture
 def phone(tmp_path: Path) -> Iterator[SimpleNamespace]:
     folder = tmp_path / "package"
@@ -51,12 +71,11 @@ def phone(tmp_path: Path) -> Iterator[SimpleNamespace]:
     (tmp_path / "outside.txt").write_text("secret", encoding="utf-8")
     (folder / "link.txt").symlink_to(tmp_path / "outside.txt")
     told: list[str] = []
-    with make_server(folder, tmp_path / "devices", PhoneOptions(port=0), "token", told.append) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        with httpx.Client(base_url=f"http://127.0.0.1:{server.server_address[1]}") as client:
-            yield SimpleNamespace(client=client, told=told, devices=tmp_path / "devices")
-        server.shutdown()
+    with (
+        served(folder, tmp_path / "devices", told.append) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        yield SimpleNamespace(client=client, told=told, devices=tmp_path / "devices")
 
 
 def test_the_page_is_isolated_and_typed(phone: SimpleNamespace) -> None:
@@ -226,24 +245,22 @@ def test_https(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}", encoding="utf-8")
     options = PhoneOptions(port=0, certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
     told: list[str] = []
-    with make_server(tmp_path, tmp_path / "devices", options, "token", told.append) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        address = f"https://127.0.0.1:{server.server_address[1]}/token/a.json"
+    with served(tmp_path, tmp_path / "devices", told.append, **encryption_of(options)) as port:
+        address = f"https://127.0.0.1:{port}/token/a.json"
         with pytest.raises(httpx.ConnectError):
             httpx.get(address)  # a certificate that nobody vouches for; the server says nothing and goes on
         assert httpx.get(address, verify=ssl.create_default_context(cafile=tmp_path / "cert.pem")).json() == {}
-        server.shutdown()
     assert told == []
 
 
 def test_the_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
-    _announce("http://127.0.0.1:1/t/web/", PhoneOptions(), told.append)
+    announce("http://127.0.0.1:1/t/web/", PhoneOptions(), told.append)
     assert told[-1].startswith("The phone page is served at http://127.0.0.1:1/t/web/") and "█" in told[0]
     told.clear()
-    _announce("http://10.0.0.2:1/t/web/", PhoneOptions("0.0.0.0"), told.append)
+    announce("http://10.0.0.2:1/t/web/", PhoneOptions("0.0.0.0"), told.append)
     assert told[0].startswith("Warning: 0.0.0.0 is not this machine alone") and "one thread" in told[1]
-    assert _shown("0.0.0.0") != "0.0.0.0" and _shown("::1") == "[::1]"
+    assert _reachable("0.0.0.0") != "0.0.0.0" and _reachable("::1") == "[::1]"
 
 
 def test_what_cannot_be_served(tmp_path: Path, phone: SimpleNamespace) -> None:
@@ -251,7 +268,21 @@ def test_what_cannot_be_served(tmp_path: Path, phone: SimpleNamespace) -> None:
         serve_phone(tmp_path, tmp_path, PhoneOptions(), print)
     taken = phone.client.base_url.port
     with pytest.raises(InputError, match="cannot be used"):
-        make_server(tmp_path, tmp_path, PhoneOptions(port=taken), "token", print)
+        listen("127.0.0.1", taken)
     (tmp_path / "cert.pem").write_text("no certificate", encoding="utf-8")
     with pytest.raises(InputError, match=r"cert\.pem cannot be used"):
-        make_server(tmp_path, tmp_path, PhoneOptions(port=0, certificate=tmp_path / "cert.pem"), "token", print)
+        encryption_of(PhoneOptions(port=0, certificate=tmp_path / "cert.pem"))
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_serves_until_a_signal(sent: signal.Signals, code: int, tmp_path: Path) -> None:
+    (tmp_path / "p" / "web").mkdir(parents=True)
+    (tmp_path / "p" / "web" / "index.html").write_text("<p>page", encoding="utf-8")
+    (tmp_path / "p" / "model_info.json").write_text("{}", encoding="utf-8")
+    command = [sys.executable, "-m", "lib.cli", "serve", str(tmp_path / "p"), "--phone", "--port", "0"]
+    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    address = next(found[1] for line in process.stderr if (found := re.search(r"served at (http://\S+)", line)))
+    assert httpx.get(address).text == "<p>page"
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code and "Traceback" not in said and "Interrupted" in said

@@ -18,8 +18,8 @@ import pytest
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
 from lib.runs.machine import llama_cpp_problem
-from lib.serve.limits import is_loopback
-from lib.serve.openai import NEEDS, ServeOptions, _bound, control_tokens, make_formatter, serve
+from lib.serve.listening import is_loopback, listen
+from lib.serve.openai import NEEDS, ServeOptions, control_tokens, make_formatter, serve
 from tests import tiny_gguf
 from tests.conftest import PROJECT
 from tests.serve.conftest import MESSAGES, start
@@ -101,8 +101,8 @@ def test_only_loopback_names_are_answered(server: SimpleNamespace) -> None:
 
 
 def test_two_that_start_together_do_not_share_a_port() -> None:
-    with _bound(ServeOptions(port=0)) as first, pytest.raises(InputError, match="--port"):
-        _bound(ServeOptions(port=first.getsockname()[1]))
+    with listen("127.0.0.1", 0) as first, pytest.raises(InputError, match="--port"):
+        listen("127.0.0.1", first.getsockname()[1])
 
 
 def test_no_text_closes_its_turn(model: Path) -> None:
@@ -143,7 +143,7 @@ def test_refused_starts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="cannot load"):
         serve(cut, ServeOptions(port=0), print)
     monkeypatch.setattr("lib.serve.openai.has_module", lambda name: name != "uvicorn")
-    with pytest.raises(InputError, match=r"needs uvicorn, not installed.*requirements.txt"):
+    with pytest.raises(InputError, match=r"uvicorn is not installed.*extra serve"):
         serve(model, ServeOptions(), print)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.runs.templates import render
+from lib.runs.files import render
 from lib.scoring.metric import REFERENCE_VERDICT, Entry, Metric, metric_in
 from lib.stages.compare.retention import GGUF
 from lib.statistics.losses import retention_warning

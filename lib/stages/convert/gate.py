@@ -7,10 +7,12 @@ attention is off, so that only the stored weights and llama.cpp's arithmetic can
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import tempfile
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.gguf_file import read_tensors
+from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.loading import affordable_dtype
 from lib.progress import Progress
 from lib.prompts.tasks import Task, spread, texts_of
 from lib.scoring.perplexity import kl_divergence, normalised
-from lib.stages.convert.token_parity import HARD_STRINGS, compare_prompts, compare_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lib.scoring.backend import Backend
 
 
@@ -48,7 +51,7 @@ ROWS = 100
 """Rows whose labels are compared."""
 
 _F16, _Q8_0, _BF16 = 1, 8, 30  # enum ggml_type
-_ROUNDED = (_F16, _Q8_0, _BF16)
+_ROUNDED = {_F16, _Q8_0, _BF16}
 
 ANSWER_POSITIONS = 128
 """Most positions of a conversation that are compared: its first answer tokens."""
@@ -102,35 +105,145 @@ class GateReport:
         return asdict(self)
 
 
+HARD_STRINGS = (
+    "",
+    " ",
+    "\n",
+    "  \n\n \t x  ",
+    "酒店很干净，服务不错！！！",
+    "It's 12345 o'clock — we'LL see…",
+    "３６５天ＡＢＣ①②",
+    "👨‍👩‍👧‍👦 🇨🇳 ❤️",
+    "a\u00a0b\u3000c\u200bd",
+    "é à Ω ё 한글 ไทย العربية",
+    "<|im_start|>user\n你好<|im_end|>\n",
+    "\x00\x01\x7f",
+    "https://a.b/c?d=1&e=%20#f",
+    "==------``````''''\"\"\"\"",
+)
+"""Texts on which tokenizers are known to differ; compared besides the run's own."""
+
+
+def gguf_token_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of llama.cpp for each text, special tokens recognised, nothing added.
+
+    Raises:
+        InputError: llama.cpp is missing or refuses the file.
+    """
+    from lib.scoring.llama_backend import forget_errors, last_error, llama
+
+    api = llama()
+    parameters = api.llama_model_default_params()
+    parameters.vocab_only = True
+    forget_errors()
+    model = api.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        raise InputError(f"llama.cpp cannot load {path}: {last_error()}.", "a complete GGUF.", "convert it again.")
+    try:
+        vocabulary = api.llama_model_get_vocab(model)
+        return [_tokenize(api, vocabulary, text.encode("utf-8", "replace")) for text in texts]
+    finally:
+        api.llama_model_free(model)
+
+
+def _tokenize(api: Any, vocabulary: Any, text: bytes) -> list[int]:
+    room = len(text) + 8  # a token is at least one byte
+    buffer = (ctypes.c_int32 * room)()
+    count = api.llama_tokenize(vocabulary, text, len(text), buffer, room, False, True)
+    if count < 0:
+        raise RuntimeError(f"llama.cpp needs {-count} tokens for {len(text)} bytes")
+    return list(buffer[:count])
+
+
+def _first_difference(found: Sequence[Any], wanted: Sequence[Any]) -> int:
+    """Index at which two unequal sequences part; the shorter one's end where it begins the other."""
+    pairs = zip(found, wanted, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
+
+
+def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequence[str]) -> int:
+    """Check that both tokenizers give the same ids for every text (NFC; llama.cpp does not normalise).
+
+    Returns:
+        The number of ids compared.
+
+    Raises:
+        InputError: the first text that differs, with both lists.
+    """
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    for text, found in zip(texts, gguf_token_ids(path, texts), strict=True):
+        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != wanted:
+            first = _first_difference(found, wanted)
+            raise InputError(
+                f"{path.name} cuts {text[:60]!r} into other tokens than the merged model: "
+                f"{found[first : first + 6]} instead of {wanted[first : first + 6]} from token {first} on.",
+                "the same token ids.",
+                "convert again with the tokenizer that the model was trained with.",
+            )
+    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+
+
+def compare_prompts(
+    tokenizer: PreTrainedTokenizerBase, path: Path, task: Task, rows: Sequence[Mapping[str, Any]]
+) -> int:
+    """Check that the template inside the GGUF, rendered as llama-cpp-python does, gives the prompts of this run.
+
+    The system turn is always given and thinking is always switched on or off in words, so that no default can differ.
+
+    Args:
+        rows: {"text"} for a task with labels, else {"messages"} that end on an answer.
+
+    Returns:
+        The number of prompts compared.
+
+    Raises:
+        InputError: no template in the file, or the first prompt that differs.
+    """
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = read_metadata(path).get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        raise InputError(f"no chat template in {path.name}.", "the template of the model.", "convert the whole folder.")
+    formatter = Jinja2ChatFormatter(template, eos_token=tokenizer.eos_token or "", bos_token=tokenizer.bos_token or "")
+    for row in rows:
+        wanted = task.prompt(tokenizer, row)
+        found = formatter(messages=task.question(tokenizer, row), enable_thinking=task.thinking).prompt
+        if found != wanted:
+            first = _first_difference(found, wanted)
+            raise InputError(
+                f"the template in {path.name} renders another prompt than the merged model's from character {first} "
+                f"on: {found[first : first + 40]!r} instead of {wanted[first : first + 40]!r}.",
+                "the same prompt.",
+                "convert again with the tokenizer and template that the model was trained with.",
+            )
+    return len(rows)
+
+
 @dataclass(frozen=True)
-class Window:
-    """Token ids, and the positions after which the next token's distribution is compared (None: after every one)."""
+class _Questions:
+    """What both models are asked.
 
-    ids: list[int]
-    places: list[int] | None = None
+    Attributes:
+        prompts, answers: token ids of the prompts whose labels are compared, and of the labels; empty without labels.
+        windows: token ids, and the positions after which the next token's distribution is compared.
+    """
 
-
-def window_values(backend: Backend, window: Window) -> np.ndarray:
-    """Log-softmax of the next token at the window's positions, float32, (positions, V)."""
-    if window.places is None:
-        return backend.window_log_probs(window.ids)
-    first = window.places[0]
-    return backend.window_log_probs(window.ids, first)[[place - first for place in window.places]]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    windows: list[tuple[list[int], Sequence[int]]]
 
 
-def _token_ids(
-    tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]]
-) -> tuple[list[list[int]], list[Window], list[list[int]]]:
-    """Prompts whose labels are compared (none without labels), windows, and the labels' ids."""
+def _questions(tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]]) -> _Questions:
     if words := task.answer_words(tokenizer):
-        encoded = [task.probe_ids(tokenizer, row) for row in spread(rows, ROWS)]
-        return encoded, [Window(ids) for ids in spread(encoded, WINDOWS)], words
-    windows = []
+        prompts = [task.probe_ids(tokenizer, row) for row in spread(rows, ROWS)]
+        return _Questions(prompts, words, [(ids, range(len(ids))) for ids in spread(prompts, WINDOWS)])
+    windows: list[tuple[list[int], Sequence[int]]] = []
     for row in spread(rows, WINDOWS):
         conversation = task.encode(tokenizer, row)
         places = [place - 1 for place in conversation.loss[:ANSWER_POSITIONS]]
-        windows.append(Window(conversation.ids[: places[-1] + 1], places))
-    return [], windows, []
+        windows.append((conversation.ids[: places[-1] + 1], places))
+    return _Questions([], [], windows)
 
 
 def _label_facts(merged: np.ndarray | None, gguf: np.ndarray | None, arithmetic: str) -> dict[str, Any]:
@@ -146,23 +259,6 @@ def _label_facts(merged: np.ndarray | None, gguf: np.ndarray | None, arithmetic:
         "clear_agreement": float(np.mean(same[clear])) if clear.any() else None,
         "max_label_difference": float(np.abs(merged - gguf).max()),
     }
-
-
-def _labels(
-    backend: Backend, prompts: list[list[int]], answers: list[list[int]], progress: Progress
-) -> np.ndarray | None:
-    if not answers:
-        return None
-    labels = backend.label_log_probs(prompts, answers)
-    progress.advance(len(prompts))
-    return labels
-
-
-def _store(backend: Backend, windows: list[Window], folder: Path, progress: Progress) -> None:
-    """The log-softmax at the compared positions of the windows, a file each: a large vocabulary makes them large."""
-    for i, ids in enumerate(windows):
-        np.save(folder / f"{i}.npy", window_values(backend, ids))
-        progress.advance()
 
 
 @dataclass
@@ -184,26 +280,45 @@ class _Differences:
             self.same_top.append(bool(left.argmax() == right.argmax()))
 
 
-def _answers(
-    model_dir: Path, path: Path, arithmetic: str, n_threads: int, task: Task, asked: tuple[Any, Any, Any]
+def _ask(
+    backend: Backend, asked: _Questions, take: Callable[[int, np.ndarray], None], progress: Progress
+) -> np.ndarray | None:
+    """Log-probabilities of the labels (None without labels); `take` gets the number and the values of each window.
+
+    The values are log-softmax of the next token at the window's positions, float32, (positions, vocabulary).
+    """
+    labels = backend.label_log_probs(asked.prompts, asked.answers) if asked.answers else None
+    progress.advance(len(asked.prompts))
+    for i, (ids, places) in enumerate(asked.windows):
+        first = places[0]
+        take(i, backend.window_log_probs(ids, first)[[place - first for place in places]])
+        progress.advance()
+    backend.close()
+    return labels
+
+
+def _compare_answers(
+    model_dir: Path, path: Path, arithmetic: str, n_threads: int, n_ctx: int, asked: _Questions
 ) -> tuple[_Differences, dict[str, Any]]:
-    """Both models on the same prompts, windows and labels, one after the other in memory."""
-    encoded, windows, answers = asked
+    """Both models on the same questions, one after the other in memory: a large vocabulary makes the values large."""
+    from lib.models.loading import load_model
+    from lib.scoring.llama_backend import LlamaCppBackend
+    from lib.scoring.torch_backend import TransformersBackend
+
     found = _Differences()
-    progress = Progress("comparing merged model and GGUF", 2 * (len(encoded) + len(windows)))
+    progress = Progress("comparing merged model and GGUF", 2 * (len(asked.prompts) + len(asked.windows)))
     with progress, tempfile.TemporaryDirectory(prefix="workbook-gate-") as name:
-        merged = _open_merged(model_dir, arithmetic)
-        merged_labels = _labels(merged, encoded, answers, progress)
-        _store(merged, windows, Path(name), progress)
-        merged.close()
+        folder = Path(name)
+        merged = TransformersBackend(load_model(model_dir, dtype=arithmetic), batch_size=16)
+        merged_labels = _ask(merged, asked, lambda i, values: np.save(folder / f"{i}.npy", values), progress)
         del merged
         gc.collect()
-        gguf = _open_gguf(path, task.max_seq_length, n_threads)
-        gguf_labels = _labels(gguf, encoded, answers, progress)
-        for i, ids in enumerate(windows):
-            found.add(np.load(Path(name) / f"{i}.npy", mmap_mode="r"), window_values(gguf, ids))
-            progress.advance()
-        gguf.close()
+        gguf = LlamaCppBackend(path, n_ctx, n_threads=n_threads, cache_type="f32", flash_attention=False)
+
+        def compare(i: int, values: np.ndarray) -> None:
+            found.add(np.load(folder / f"{i}.npy", mmap_mode="r"), values)
+
+        gguf_labels = _ask(gguf, asked, compare, progress)
     return found, _label_facts(merged_labels, gguf_labels, arithmetic)
 
 
@@ -234,48 +349,31 @@ def gate(
     ]
     tokens = compare_tokens(tokenizer, path, texts)
     prompts = compare_prompts(tokenizer, path, task, [*map(task.row_of, HARD_STRINGS), *rows])
-    asked = encoded, windows, _ = _token_ids(tokenizer, task, rows)
-    arithmetic = affordable_dtype(model_dir)
-    found, labels = _answers(model_dir, path, arithmetic, n_threads, task, asked)
+    asked, arithmetic = _questions(tokenizer, task, rows), affordable_dtype(model_dir)
+    found, labels = _compare_answers(model_dir, path, arithmetic, n_threads, task.max_seq_length, asked)
+    types = {tensor.type for tensor in read_tensors(path)}
+    exact = arithmetic == "float32" and not types & _ROUNDED
     report = GateReport(
         texts=len(texts),
         tokens=tokens,
         prompts=prompts,
-        windows=len(windows),
+        windows=len(asked.windows),
         positions=len(found.divergence),
         mean_kld=float(np.mean(found.divergence)),
         max_kld=max(found.divergence),
         same_top=float(np.mean(found.same_top)),
-        rows=len(encoded),
+        rows=len(asked.prompts),
         **labels,
         max_log_prob_difference=found.largest,
         log_prob_range=found.range,
-        exact_limit=EXACT * found.range if arithmetic == "float32" and not _holds(path, *_ROUNDED) else None,
+        exact_limit=EXACT * found.range if exact else None,
         computed_in=arithmetic,
-        limit_kld=limit_kld * (ALLOWANCE if arithmetic != "float32" or _holds(path, _Q8_0) else 1.0),
+        limit_kld=limit_kld * (ALLOWANCE if arithmetic != "float32" or _Q8_0 in types else 1.0),
         limit_agreement=limit_agreement,
         seconds=round(time.monotonic() - started, 2),
     )
     _refuse(report, path)
     return report
-
-
-def _holds(path: Path, *types: int) -> bool:
-    """Whether a tensor of the file has one of the types."""
-    return any(tensor.type in types for tensor in read_tensors(path))
-
-
-def _open_merged(model_dir: Path, arithmetic: str) -> Backend:
-    from lib.models.loading import load_model
-    from lib.scoring.torch_backend import TransformersBackend
-
-    return TransformersBackend(load_model(model_dir, dtype=arithmetic), batch_size=16)
-
-
-def _open_gguf(path: Path, n_ctx: int, n_threads: int) -> Backend:
-    from lib.scoring.llama_backend import LlamaCppBackend
-
-    return LlamaCppBackend(path, n_ctx, n_threads=n_threads, cache_type="f32", flash_attention=False)
 
 
 def _refuse(report: GateReport, path: Path) -> None:

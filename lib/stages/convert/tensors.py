@@ -1,7 +1,4 @@
-"""Which models can be converted, and their hyperparameters as GGUF keys.
-The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone.
-A GGUF file being written: its header first, then the data of every tensor at its own place, in any order.
-"""
+"""What a model becomes in GGUF, and the file being written: keys, tensors converted in slabs, with NumPy alone."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_file import (
     ARCHITECTURES,
+    ROPE_FACTORS,
     ROPE_TYPES,
     head_size,
     pair_rows,
@@ -27,7 +25,7 @@ from lib.models.gguf_file import (
     rotary_heads,
     tensor_names,
 )
-from lib.models.weights import StoredTensor, Weights, largest_magnitude, to_bfloat16, to_float16, widen
+from lib.models.weights import StoredTensor, Weights, convert, infinite, largest_magnitude, widen
 from lib.runs.files import write_at
 
 if TYPE_CHECKING:
@@ -53,15 +51,6 @@ class Architecture:
     name: str
     blocks: int
     config: dict[str, Any]
-
-    def expected_tensors(self) -> set[str]:
-        """GGUF names that llama.cpp needs to load the model."""
-        tied = bool(self.config.get("tie_word_embeddings"))
-        return set(tensor_names(self.name, self.blocks, tied))
-
-    def heads_of(self, name: str) -> int:
-        """Heads whose rows llama.cpp wants in another order: query and key of Llama; 0 for all other tensors."""
-        return rotary_heads(self.name, name, self.config)
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -239,7 +228,9 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[model.name], model.blocks
     )
     wanted = gguf.GGMLQuantizationType[outtype.upper()]
-    plan = [_rope_tensor(factors)] if (factors := rope_factors(model.config)) is not None else []
+    plan, factors, float32 = [], rope_factors(model.config), gguf.GGMLQuantizationType.F32
+    if factors is not None:
+        plan.append(PlannedTensor(ROPE_FACTORS, float32, factors.shape, factors.nbytes, None, values=factors))
     for name, source in weights.tensors.items():
         if name.endswith(_IGNORED):
             continue
@@ -253,26 +244,22 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
             )
         kind = wanted
         if len(source.shape) <= 1 or new.endswith("_norm.weight") or not new.endswith(".weight"):
-            kind = gguf.GGMLQuantizationType.F32
+            kind = float32
         elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
             kind = gguf.GGMLQuantizationType.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes = source.size // block * size
-        plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, model.heads_of(name)))
+        plan.append(
+            PlannedTensor(new, kind, source.shape or (1,), nbytes, source, rotary_heads(model.name, name, model.config))
+        )
     _complete(plan, weights, model)
     return plan
 
 
-def _rope_tensor(factors: np.ndarray) -> PlannedTensor:
-    import gguf
-
-    kind = gguf.GGMLQuantizationType.F32
-    return PlannedTensor("rope_freqs.weight", kind, factors.shape, factors.nbytes, None, values=factors)
-
-
 def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) -> None:
     have = {tensor.name for tensor in plan}
-    if missing := sorted(model.expected_tensors() - have):
+    wanted = set(tensor_names(model.name, model.blocks, bool(model.config.get("tie_word_embeddings"))))
+    if missing := sorted(wanted - have):
         raise InputError(
             f"{weights.folder} lacks {len(missing)} tensors of a {model.name} model (first {missing[0]}).",
             f"all tensors of {model.blocks} layers.",
@@ -310,27 +297,22 @@ def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
     _check_values(values, dtype, tensor)
     if tensor.heads:
         values = pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
-    kind = tensor.type.name
-    if kind == "Q8_0":
+    if tensor.type.name == "Q8_0":
         data = gguf.quants.quantize(widen(values, dtype).reshape(-1, tensor.row), tensor.type)
     else:
-        data = {"F32": widen, "F16": to_float16, "BF16": to_bfloat16}[kind](values, dtype)
+        data = convert(values, dtype, tensor.type.name)
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
 def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None:
     largest = largest_magnitude(values, dtype)
-    where = f"{tensor.source.name} of {tensor.source.file}" if tensor.source else tensor.name
+    where, path = (tensor.source.name, tensor.source.file) if tensor.source else (tensor.name, Path("config.json"))
     if not math.isfinite(largest):
-        raise InputError(
-            f"NaN or infinity in {where}.",
-            "finite weights.",
-            "the training diverged or the file is damaged: merge again from a good checkpoint.",
-        )
+        raise infinite(where, path)
     limit = {"F16": _F16_MAX, "Q8_0": _F16_MAX * 127}.get(tensor.type.name, math.inf)
     if largest > limit:
         raise InputError(
-            f"a weight of size {largest:.6g} in {where}; {tensor.type.name} ends at {limit:.6g}.",
+            f"a weight of size {largest:.6g} in {where} ({path}); {tensor.type.name} ends at {limit:.6g}.",
             "values that the type can hold.",
             "use outtype bf16 (or f32).",
         )
@@ -346,10 +328,10 @@ class GgufFile:
 
     def __init__(self, path: Path, header: bytes, plan: list[PlannedTensor]) -> None:
         self._offsets: dict[str, int] = {}
-        end = _padded(len(header))
+        end = padded(len(header))
         for tensor in plan:
             self._offsets[tensor.name] = end
-            end += _padded(tensor.nbytes)
+            end += padded(tensor.nbytes)
         self._plan = plan
         self._by_source = {tensor.source.name: tensor for tensor in plan if tensor.source is not None}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -397,7 +379,7 @@ class GgufFile:
         return values.nbytes
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -426,7 +408,7 @@ def pack_header(writer: GGUFWriter) -> bytes:
     for name, info in writer.tensors[0].items():
         shape = tuple(reversed(info.shape))
         stream.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, info.dtype, offset))
-        offset += _padded(info.nbytes)
+        offset += padded(info.nbytes)
     return stream.getvalue()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import QWEN2_PATTERN
+from lib.models.weights import read_object
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -203,18 +204,6 @@ class Vocabulary:
     never_bos: bool
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"no {path.name} in {path.parent}.", "a fast tokenizer's files.", "save the tokenizer there.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}).", "JSON.", "save the tokenizer again.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not an object.", "a tokenizer's file.", "save the tokenizer again.")
-    return content
-
-
 def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
     """Name of the pre-tokenizer in GGUF, and how it was recognised; needs no network.
 
@@ -243,7 +232,9 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
     Raises:
         InputError: missing or damaged files, more ids than rows, an unknown pre-tokenizer or post-processor.
     """
-    stored, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    stored, settings = (
+        read_object(folder / name, "a fast tokenizer's files") for name in ("tokenizer.json", "tokenizer_config.json")
+    )
     if architecture == "llama":
         _refuse_sentencepiece(folder, stored)
     tokenizer = read_tokenizer(folder, stored, settings)
@@ -256,7 +247,7 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
         )
     pre, recognised = recognise(tokenizer)
     tokens, types = _tokens(tokenizer, vocab_size)
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     special, add = special_tokens(stored, settings, config, folder)
     prefix = settings.get("add_prefix_space") if architecture == "llama" else None
     return Vocabulary(
@@ -412,7 +403,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[st
             template = [{"name": "default", "template": template}]
             template += [{"name": path.stem, "template": _text(path)} for path in more]
     elif (folder / "chat_template.json").is_file():
-        template = _json(folder / "chat_template.json").get("chat_template")
+        template = read_object(folder / "chat_template.json").get("chat_template")
     template = settings.get("chat_template", template)
     return template if isinstance(template, str | list) else None
 

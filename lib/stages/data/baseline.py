@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.progress import Progress
-from lib.stages.data.cleaning import Row
 from lib.statistics.classification import classification_report
+
+if TYPE_CHECKING:
+    from lib.stages.data.cleaning import Row
 
 MODEL = "TF-IDF of character 1- to 4-grams (sublinear, seen in at least 2 training rows) + linear SVM (C = 1)"
 

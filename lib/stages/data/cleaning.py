@@ -1,4 +1,4 @@
-"""From a table to rows: columns found, labels understood, text made safe, everything dropped counted."""
+"""From a table to labelled rows: columns found, labels understood, text made safe, everything dropped counted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
+from lib.prompts.tasks import Task, texts_of
+from lib.prompts.templates import Message
+from lib.stages.data.near_duplicates import audit
 from lib.stages.data.text_files import SURROGATE
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from lib.prompts.conversations import Encoded
+    from lib.settings import Settings
+    from lib.stages.data.reading import Table
 
 
 TEXT_COLUMNS = (
@@ -31,19 +38,49 @@ class DamagedError(ValueError):
 
 @dataclass
 class Row:
-    """One row of a split; `index` is its place in the source, counted from 0."""
+    """One row of a split: a text with its label, or a conversation.
+
+    Attributes:
+        index: its place in the source, counted from 0.
+        text: by which rows are compared and grouped: the text, or a conversation's opening without what it shares.
+        label: number of the label; 0 where there are none.
+        group: number of its duplicate cluster. leaked: whether it is a copy of a training row.
+        extra: further columns that go along.
+        messages: turns of a conversation; none for a text with its label.
+        shared: an instruction that many conversations begin with, and by which they are therefore not compared.
+    """
 
     index: int
     text: str
-    label: int
+    label: int = 0
     group: int = -1
     leaked: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
+    shared: str = ""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What a task is asked about."""
+        return {"messages": self.messages} if self.messages else {"text": self.text, "label": self.label}
+
+    @property
+    def whole(self) -> str:
+        """The text, or all turns but the system's as one text."""
+        return "\n".join(texts_of(self.content))
+
+    @property
+    def compared(self) -> str:
+        """As `whole`, without what many rows share."""
+        return self.whole.removeprefix(self.shared).lstrip()
 
     def to_json(self, split: str) -> dict[str, Any]:
         """The row as the product holds it."""
-        row = {"id": f"{split}-{self.index:05d}", "text": self.text, "label": self.label}
+        row = {"id": f"{split}-{self.index:05d}", **self.content}
         return {**row, "group": self.group, "leaked": self.leaked, **self.extra}
+
+
+Splits = dict[str, list[Row]]
 
 
 def find_column(names: Sequence[str], wanted: str, known: Sequence[str], what: str) -> str:
@@ -234,3 +271,92 @@ def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) 
             f"rows of every label: {', '.join(label_names)}.",
             "check label_column and label_names, or add rows.",
         )
+
+
+class LabelledRows:
+    """What the stage does with rows that have labels; `lib.stages.data.dialogues.Conversations` does it for others.
+
+    Attributes:
+        keys: settings that the product depends on.
+        cluster: what whole rows are divided by, in words. rule: the rest of the rule by which they are divided.
+    """
+
+    keys = (
+        *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
+        *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
+    )
+    fewest = 10
+    """Distinct rows a label that a split 8 : 1 : 1 needs."""
+    cluster = "duplicate cluster"
+    rule = "duplicate cluster, seed {seed}; copies and conflicting texts dropped first"
+
+    def __init__(self, settings: Settings, task: Task) -> None:
+        self.settings, self.names = settings, task.label_names
+
+    def usable(self, table: Table) -> list[str]:
+        """Leave out splits without labels; a labelled validation split stands in for a test split. Says what it did."""
+        notes = []
+        for name in ("validation", "test"):
+            if name in table.splits and unlabelled(table.splits[name], self.settings.label_column):
+                del table.splits[name]
+                notes.append(f"the {name} split of the data has no labels and was left out")
+        if table.test_from_validation():
+            notes.append("the data has no test split with labels: its validation split is the test split of this run")
+        return notes
+
+    def clean(self, table: Dataset, where: str) -> tuple[list[Row], Counter[str]]:
+        """See `clean_split`."""
+        return clean_split(table, where, self.settings.text_column, self.settings.label_column, self.names)
+
+    def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse data without usable rows, or with one label alone."""
+        require_labels([row for rows in splits.values() for row in rows], self.names, "the data set")
+
+    def require_each(self, splits: Splits) -> None:
+        """Refuse splits that cannot teach or test anything."""
+        for name in ("train", "validation", "test"):
+            require_labels(splits[name], self.names, name)
+
+    def refuse_few(self, rows: Sequence[Row]) -> None:
+        """Refuse rows that are too few to be divided."""
+        counts = Counter(row.label for row in rows)
+        if min(counts.values(), default=0) < self.fewest:
+            shown = ", ".join(f"{name!r}: {counts[label]}" for label, name in enumerate(self.names))
+            raise InputError(
+                f"distinct rows by label {shown}.",
+                f"at least {self.fewest} of each label for a split 8 : 1 : 1.",
+                "add rows, or give a folder with train, validation and test files.",
+            )
+
+    def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
+        """Compare the texts; set each row's `group` and `leaked`. Tables of "duplicates", "overlaps" and examples."""
+        found = audit(splits)
+        return {
+            "duplicates": found.with_total,
+            "overlaps": found.across,
+            "leaked_examples": found.leaked_examples,
+            "conflict_examples": found.conflict_examples,
+        }
+
+    def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
+        """Rows of each label, one line of a table."""
+        counts = Counter(row.label for row in rows)
+        return {"split": split, **{name: counts[number] for number, name in enumerate(self.names)}}
+
+    def audited(self, row: Row) -> str:
+        """The characters that are looked at."""
+        return row.text
+
+    def length_columns(self, counts: Counter[str]) -> dict[str, int]:
+        """Nothing beside the lengths."""
+        return {}
+
+    def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
+        """What is said of the worked example."""
+        return {"label": self.names[row.label], "answer_words": note}
+
+    def floor(self, splits: Splits) -> dict[str, Any]:
+        """See `lib.stages.data.baseline.linear_floor`."""
+        from lib.stages.data.baseline import linear_floor
+
+        return linear_floor(splits, self.names, self.settings.seed)

@@ -1,6 +1,4 @@
-"""Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
-From a table to conversations: roles checked, thinking validated, everything dropped counted.
-"""
+"""From a table to conversations: forms known, roles checked, thinking validated, everything dropped counted."""
 
 from __future__ import annotations
 
@@ -8,17 +6,22 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lib.errors import InputError
-from lib.prompts.tasks import ConversationTask
+from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, Message, is_blank, split_thinking, with_thinking
-from lib.stages.data.cleaning import DamagedError, Row, plain, safe_text, text_of
-from lib.stages.data.near_duplicates import normalise
+from lib.stages.data.cleaning import DamagedError, Row, Splits, plain, safe_text, text_of
+from lib.stages.data.near_duplicates import audit, joined, normalise
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from lib.prompts.conversations import Encoded
+    from lib.settings import Settings
+    from lib.stages.data.reading import Table
 
 
 # Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
@@ -151,35 +154,7 @@ SHARED = 5
 """Different inputs from which on an instruction is the task of a file, not a question."""
 
 
-@dataclass
-class Conversation(Row):
-    """A row of turns; `label` has no meaning.
-
-    Attributes:
-        text: the user's opening, by which rows are grouped, without what it shares.
-        shared: an instruction that many rows begin with, and by which they are therefore not compared; mostly "".
-    """
-
-    messages: list[Message] = field(default_factory=list)
-    shared: str = ""
-
-    @property
-    def whole(self) -> str:
-        """All turns but the system's, as one text."""
-        return "\n".join(message["content"] for message in self.messages if message["role"] != SYSTEM)
-
-    @property
-    def compared(self) -> str:
-        """As `whole`, without what many rows share."""
-        return self.whole.removeprefix(self.shared).lstrip()
-
-    def to_json(self, split: str) -> dict[str, Any]:
-        """The row as the product holds it."""
-        row = {"id": f"{split}-{self.index:05d}", "messages": self.messages}
-        return {**row, "group": self.group, "leaked": self.leaked, **self.extra}
-
-
-def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> tuple[list[Conversation], Counter[str]]:
+def clean_conversations(table: Dataset, where: str, task: Task) -> tuple[list[Row], Counter[str]]:
     """Rows with an explicit system turn, in the table's order, and why the others were left out.
 
     Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
@@ -192,7 +167,7 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
     form, columns = find_form(table.column_names, where)
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
-    rows: list[Conversation] = []
+    rows: list[Row] = []
     requests: list[tuple[str, str]] = []
     for index, cells in enumerate(table):
         raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
@@ -206,7 +181,7 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
         opening = next(message["content"] for message in messages if message["role"] == USER)
         given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
         extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
-        rows.append(Conversation(index, opening, 0, extra=extra, messages=messages))
+        rows.append(Row(index, opening, extra=extra, messages=messages))
         if form == "alpaca":
             requests.append(request_of(raw))
     _refuse(unknown, counts, len(table), where, task)
@@ -214,7 +189,7 @@ def clean_conversations(table: Dataset, where: str, task: ConversationTask) -> t
     return rows, counts
 
 
-def _set_shared(rows: Sequence[Conversation], requests: Sequence[tuple[str, str]]) -> None:
+def _set_shared(rows: Sequence[Row], requests: Sequence[tuple[str, str]]) -> None:
     """Rows whose instruction occurs with many inputs are compared by their input."""
     inputs: dict[str, set[str]] = {}
     for instruction, given in requests:
@@ -225,7 +200,7 @@ def _set_shared(rows: Sequence[Conversation], requests: Sequence[tuple[str, str]
 
 
 def _messages(
-    turns: Sequence[tuple[str, str]], task: ConversationTask, changed: Counter[str], unknown: Counter[str]
+    turns: Sequence[tuple[str, str]], task: Task, changed: Counter[str], unknown: Counter[str]
 ) -> list[Message]:
     """Turns with our roles, the system turn explicit, ending on an answer; its parts are checked."""
     odd = [role for role, _ in turns if role.strip().lower() not in ROLES]
@@ -267,7 +242,7 @@ def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message
     return joined
 
 
-def _check_thinking(messages: Sequence[Message], task: ConversationTask, changed: Counter[str]) -> None:
+def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[str]) -> None:
     reasoning = ""
     for message in messages[1::2]:
         try:
@@ -280,7 +255,7 @@ def _check_thinking(messages: Sequence[Message], task: ConversationTask, changed
         raise DamagedError("no thinking in the last answer")
 
 
-def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, task: ConversationTask) -> None:
+def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, task: Task) -> None:
     """What is not a slip of single rows stops the run."""
     if thinking := counts.pop("thinking", 0):
         raise InputError(
@@ -305,3 +280,116 @@ def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str
         )
         made.append({**message, "content": content})
     return made
+
+
+class Conversations:
+    """What the stage does with conversations; see `lib.stages.data.cleaning.LabelledRows`."""
+
+    keys = (
+        *("task", "thinking", "dataset", "split", "system_prompt", "base_model", "revision"),
+        *("max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
+    )
+    fewest = 5
+    """Groups of rows that a split 8 : 1 : 1 needs, so that each part gets one; so few can tell nothing."""
+    cluster = "group"
+    rule = "group (openings or texts nearly the same, or opening within opening), seed {seed}; copies dropped first"
+
+    def __init__(self, settings: Settings, task: Task) -> None:
+        self.task = task
+
+    def usable(self, table: Table) -> list[str]:
+        """A validation split stands in for a test split that is missing; the note that says so."""
+        missing = table.test_from_validation()
+        return ["the data has no test split: its validation split is the test split of this run"] if missing else []
+
+    def clean(self, table: Dataset, where: str) -> tuple[list[Row], Counter[str]]:
+        """See `clean_conversations`."""
+        return clean_conversations(table, where, self.task)
+
+    def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse data without usable rows."""
+        if not any(splits.values()):
+            reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
+            found = f"no usable conversation ({reasons})."
+            raise InputError(found, "rows with a question and an answer.", "correct them.")
+
+    def require_each(self, splits: Splits) -> None:
+        """Empty splits are refused when their rows have been measured."""
+
+    def refuse_few(self, rows: Sequence[Row]) -> None:
+        """Refuse rows that make too few groups, with what the largest one has in common."""
+        groups = Counter(row.group for row in rows)
+        if len(groups) < self.fewest:
+            [(largest, size)] = groups.most_common(1)
+            first = next(row for row in rows if row.group == largest)
+            raise InputError(
+                f"{len(rows)} rows in {len(groups)} groups of conversations that differ; {size} have nearly one "
+                f"opening or text, e.g. {first.text[:60]!r}.",
+                f"at least {self.fewest} groups for a split 8 : 1 : 1.",
+                "add rows that differ, or put what all questions share into system_prompt (Alpaca: into instruction, "
+                "the question into input).",
+            )
+
+    def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
+        """Compare openings, and whole rows; set each row's `group` (alike in either) and `leaked`.
+
+        Returns:
+            "duplicates", "overlaps" (each with the column "compared") and examples, ready to be tables.
+        """
+        rows = [row for split in splits.values() for row in split]
+        shadows = {name: [Row(row.index, row.compared) for row in split] for name, split in splits.items()}
+        whole, opening = audit(shadows), audit(splits, contained=True)
+        copies = [row for split in shadows.values() for row in split]
+        groups = joined([row.group for row in rows], [row.group for row in copies])
+        for row, copy, group in zip(rows, copies, groups, strict=True):
+            row.group, row.leaked = group, row.leaked or copy.leaked
+        named = {"opening": opening, "whole row": whole}
+        return {
+            "duplicates": _compared({what: found.with_total for what, found in named.items()}, "conflicting"),
+            "overlaps": _compared({what: found.across for what, found in named.items()}, "label agrees"),
+            "leaked_examples": [_without(line, "label") for line in opening.leaked_examples],
+            "conflict_examples": [],
+        }
+
+    def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
+        """What the rows of a split hold, one line of a table."""
+        turns = [len(texts_of(row.content)) for row in rows]
+        return {
+            "split": split,
+            "rows": len(turns),
+            "turns": sum(turns),
+            "median turns a row": float(np.median(turns)),
+            "longest, turns": max(turns),
+        }
+
+    def audited(self, row: Row) -> str:
+        """All turns of a row, its system turn where it brought its own."""
+        system = row.messages[0]["content"]
+        return row.whole if system == self.task.system_prompt else f"{system}\n{row.whole}"
+
+    def length_columns(self, counts: Counter[str]) -> dict[str, int]:
+        """What is cut, left out, learned and only read."""
+        return {
+            "turns cut": counts["cut"],
+            "rows too long": counts["too long"],
+            "answers learned": counts["learned"],
+            "answers only read": counts["read"],
+        }
+
+    def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
+        """What is said of the worked example."""
+        return {"turns": 2 * (len(encoded.answers) + encoded.unlearned)}
+
+    def floor(self, splits: Splits) -> dict[str, Any]:
+        """None: a linear model on character counts cannot write an answer."""
+        return {}
+
+
+def _without(line: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A line without the columns whose names hold `part`."""
+    return {key: value for key, value in line.items() if part not in key}
+
+
+def _compared(tables: Mapping[str, Sequence[Mapping[str, Any]]], without: str) -> list[dict[str, Any]]:
+    """Tables of what was compared as one."""
+    return [{"compared": what, **_without(line, without)} for what, lines in tables.items() for line in lines]

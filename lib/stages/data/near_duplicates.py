@@ -1,7 +1,4 @@
-"""Pairs of texts that share most of their character 3-grams, found exactly, not by sampling.
-Which rows are copies of which: verbatim, after normalisation, and nearly; within splits and across them.
-Dividing rows: by duplicate cluster for a split, by label for a subsample; equal seeds give equal rows.
-"""
+"""Which rows are copies of which, found exactly and not by sampling, and the division of rows by clusters of copies."""
 
 from __future__ import annotations
 
@@ -10,12 +7,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.progress import Progress
-from lib.stages.data.cleaning import Row
+
+if TYPE_CHECKING:
+    from lib.stages.data.cleaning import Row
 
 # Pairs of texts that share most of their character 3-grams, found exactly, not by sampling.
 #
@@ -168,21 +167,38 @@ def find_duplicates(texts: Sequence[str], contained: bool = False) -> Duplicates
     Args:
         contained: whether a text that another one contains counts too.
     """
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
     keys = [normalise(text) for text in texts]
     number: dict[str, int] = {}
     unique_of = np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
     unique = list(number)
     near = near_pairs(unique)
     inside = _without(contained_pairs(unique), near) if contained else np.empty((0, 2), dtype=np.int64)
-    pairs = np.concatenate([near, inside])
-    edges = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(unique), len(unique)))
-    component = connected_components(edges, directed=False)[1]
-    first: dict[int, int] = {}
-    groups = np.array([first.setdefault(int(component[u]), len(first)) for u in unique_of], dtype=np.int64)
+    component = _components(np.concatenate([near, inside]), len(unique))
+    groups = np.array(_by_appearance(component[unique_of]), dtype=np.int64)
     return Duplicates(keys, unique, near, inside, unique_of, groups)
+
+
+def joined(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Number of each row's group when rows that are alike in either of two groupings belong together."""
+    one = np.array(first, dtype=np.int64)
+    two = np.array(second, dtype=np.int64) + max(first, default=0) + 1
+    component = _components(np.stack([one, two], axis=1), int(two.max(initial=-1)) + 1)
+    return _by_appearance(component[one])
+
+
+def _components(pairs: np.ndarray, count: int) -> np.ndarray:
+    """(count,) number of the connected component of each node of a graph with edges `pairs`."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return connected_components(edges, directed=False)[1]
+
+
+def _by_appearance(numbers: np.ndarray) -> list[int]:
+    """The same numbers, counted from 0 in the order of their first appearance."""
+    first: dict[int, int] = {}
+    return [first.setdefault(number, len(first)) for number in numbers.tolist()]
 
 
 def _without(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -207,6 +223,11 @@ class Audit:
     leaked_examples: list[dict]
     conflict_examples: list[dict]
     total: dict
+
+    @property
+    def with_total(self) -> list[dict]:
+        """`within`, and where there are several splits a line of all of them."""
+        return [*self.within, *([{"split": "all splits", **self.total}] if len(self.within) > 1 else [])]
 
 
 def audit(splits: Mapping[str, list[Row]], examples: int = 6, contained: bool = False) -> Audit:
@@ -341,7 +362,7 @@ SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 def drop_copies(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
     """Rows without texts that bear two labels and without surplus copies (after normalisation; the first stays)."""
-    keys = [normalise(row.text) for row in rows]
+    keys = [normalise(row.whole) for row in rows]
     labels: dict[str, set[int]] = {}
     for row, key in zip(rows, keys, strict=True):
         labels.setdefault(key, set()).add(row.label)

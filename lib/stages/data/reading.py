@@ -1,5 +1,6 @@
-"""Tables from files, folders and hubs, through the `datasets` library.
-Data sets of the hub and of ModelScope: plain files, read like local ones. Scripts are never run.
+"""The rows that a run takes: tables from files, folders and hubs, through the `datasets` library.
+
+Data sets of the hub and of ModelScope are plain files, read like local ones; scripts are never run.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import contextlib
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +20,10 @@ import yaml
 from lib.errors import InputError
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
+from lib.models.base_model import called, fallback_note, none_left
 from lib.runs.files import runs_folder, sha256_file, sha256_json, user_path
+from lib.settings import SAMPLE_DATASET, Settings
+from lib.stages.data import sample
 from lib.stages.data.text_files import (
     FORMATS,
     Known,
@@ -34,8 +38,6 @@ from lib.stages.data.text_files import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-# Tables from files, folders and hubs, through the `datasets` library.
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = {
@@ -53,7 +55,6 @@ class Table:
         splits: "train", "validation", "test" as given, or {"all": …} for a source without splits.
         source: in words, where the rows really came from.
         changes: what had to be changed to read the files, counted.
-        given: True when the source brought its own split.
         revision: commit of a hub data set, hash of a ModelScope one; empty for files.
         hashes: SHA-256 of the files that were read, by name.
     """
@@ -61,7 +62,6 @@ class Table:
     splits: dict[str, Dataset]
     source: str
     changes: Counter[str] = field(default_factory=Counter)
-    given: bool = False
     revision: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
 
@@ -74,6 +74,13 @@ class Table:
     def sha256(self) -> str:
         """SHA-256 of the one file, or a hash over the names and hashes of several."""
         return next(iter(self.hashes.values())) if len(self.hashes) == 1 else sha256_json(self.hashes)
+
+    def test_from_validation(self) -> bool:
+        """Let the validation split stand in for a test split that is missing; whether it did."""
+        if "test" in self.splits or "validation" not in self.splits:
+            return False
+        self.splits["test"] = self.splits.pop("validation")
+        return True
 
     @property
     def known(self) -> Known | None:
@@ -143,8 +150,7 @@ def read_table(source: str, revision: str = "main") -> Table:
         files, words = _split_files(path), f"folder {path.name}"
     splits = {name: _read_files(paths, changes) for name, paths in files.items()}
     hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
-    given = "test" in splits or "validation" in splits
-    table = Table(splits, words, changes, given, commit, hashes)
+    table = Table(splits, words, changes, commit, hashes)
     if table.known:
         table.source = f"{table.known.name}, {words}"
     return table
@@ -356,3 +362,62 @@ def _one_table(split: str, names: list[str], words: str) -> None:
     if len(forms) > 1:
         have = f"{', '.join(names[:4])} for {split}"
         raise InputError(f"{words} has several tables: {have}.", "one table with its splits.", _ONE)
+
+
+# The data set asked for, or the first listed fallback that can be had.
+
+
+@dataclass(frozen=True)
+class ChosenData:
+    """Attributes: source as written in the parameter file; the table; what every page must say about it."""
+
+    source: str
+    table: Table
+    notes: tuple[str, ...]
+
+
+def choose_data(settings: Settings) -> ChosenData:
+    """Read `dataset`; where it cannot be had, the `fallbacks` in order, each checked as it is listed.
+
+    Raises:
+        InputError: none can be had; or the first that can be had is unreadable or not the one that was listed.
+    """
+    listed: list[Mapping[str, Any]] = [{"dataset": settings.dataset, "revision": settings.revision}]
+    listed += [entry for entry in settings.fallbacks if "dataset" in entry]
+    failures: list[SourceError] = []
+    for entry in listed:
+        source = str(entry["dataset"])
+        try:
+            table = _read_chosen(source, str(entry.get("revision", "main")), settings)
+        except SourceError as error:
+            failures.append(error)
+            continue
+        if failures:
+            _check_listed(table, entry)
+        name = f"{table.known.name} ({called(source)})" if table.known else source
+        stamp = (table.known.stamp,) if table.known else ()
+        return ChosenData(source, table, (*fallback_note("data set", settings.dataset, name, failures), *stamp))
+    raise none_left(failures, [str(entry["dataset"]) for entry in listed])
+
+
+def _read_chosen(source: str, revision: str, settings: Settings) -> Table:
+    if source != SAMPLE_DATASET:
+        return read_table(source, revision)
+    if len(settings.label_names) != 2:
+        raise InputError(
+            f"label_names with {len(settings.label_names)} names for the sample corpus.",
+            "two: negative, positive.",
+            "give two names, or set dataset to your own data.",
+        )
+    words = f"the embedded sample corpus, grammar version {sample.VERSION}"
+    return Table(sample.sample_tables(), words)
+
+
+def _check_listed(table: Table, entry: Mapping[str, Any]) -> None:
+    """Refuse a fallback that is not what the parameter file lists."""
+    do = "check where it comes from; correct the entry of fallbacks if these are the rows you mean."
+    if "rows" in entry and table.rows != entry["rows"]:
+        raise InputError(f"fallback {entry['dataset']}: {table.rows:,} rows.", f"{entry['rows']:,} rows.", do)
+    if "sha256" in entry and table.sha256 != str(entry["sha256"]).lower():
+        names = ", ".join(table.hashes) or "no file"
+        raise InputError(f"fallback {entry['dataset']}: SHA-256 {table.sha256} ({names}).", f"{entry['sha256']}.", do)

@@ -1,41 +1,44 @@
-"""What 01_data shows, read back from the product folder.
-The stage `data`: read, clean, audit, split, measure, and write the product.
-"""
+"""The stage `data`: read, clean, audit, split, measure, and write the product."""
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lib.errors import InputError
-from lib.prompts.tasks import Task, read_task, task_of
+from lib.models.base_model import ChosenBase, choose_base, refuse_without_template, resolve_base
+from lib.models.unpack import RECORD as UNPACKED
+from lib.progress import Progress
+from lib.prompts.conversations import ExchangeTooLongError
+from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
 from lib.runs.run import Product, Run, Work
-from lib.settings import SAMPLE_DATASET, Settings
-from lib.stages.data import conversations, near_duplicates, sample
-from lib.stages.data.cleaning import Row, clean_split, require_labels, unlabelled
-from lib.stages.data.conversations import (
-    base_parameters,
-    choose_data,
-    chosen_base,
-    count_steps,
-    limit,
-    put_tokenizer,
-    record_sources,
-)
-from lib.stages.data.near_duplicates import Audit, audit, find_duplicates
-from lib.stages.data.reading import SPLITS, Table, read_table
+from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
+from lib.stages.data import near_duplicates, sample
+from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
+from lib.stages.data.dialogues import Conversations, in_tags_of
+from lib.stages.data.reading import SPLITS, ChosenData, Table, choose_data, read_table
 from lib.stages.data.text_audit import audit_texts
 from lib.stages.data.text_files import file_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Kind = LabelledRows | Conversations
 
-# What 01_data shows, read back from the product folder.
+STAMPS = {
+    (True, True): "offline base model, sample data: not a result about Qwen or ChnSentiCorp",
+    (True, False): "offline base model: not a result about Qwen",
+    (False, True): "sample data: not a result about ChnSentiCorp",
+}
+"""What every page must say, by (offline base, sample data)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class DataResult:
 
     Attributes:
         product: folder and manifest entry.
-        task: prompts, label names, length limit; of rows without labels a ConversationTask.
+        task: prompts, label names, length limit.
         source: where the rows really came from, in words.
         split_rule: how the split came about, in words.
         flow: rows read, dropped (and why), used; one dict a step, ready to be a table.
@@ -55,9 +58,9 @@ class DataResult:
         overlaps_used: the same after splitting (equal to `overlaps` when the split is the given one).
         leaked_examples, conflict_examples: as text.
         lengths: tokens of each used row, by split; length_table: percentiles and truncated share.
-        example: one row as the model sees it (see `lengths.worked_example`).
-        floor: the linear floor (see `floor.linear_floor`); empty without labels, for there is nothing to classify.
-        text_audit: what the characters of the used rows are (see `textaudit.audit_texts`); empty in a product made
+        example: one row as the model sees it (see `worked_example`).
+        floor: the linear floor (see `baseline.linear_floor`); empty without labels: there is nothing to classify.
+        text_audit: what the characters of the used rows are (see `text_audit.audit_texts`); empty in a product made
             before there was this audit.
     """
 
@@ -79,35 +82,16 @@ class DataResult:
     floor: dict[str, Any]
     text_audit: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def labelled(self) -> bool:
-        """Whether the rows have labels."""
-        return bool(self.task.label_names)
-
     @classmethod
     def read(cls, product: Product) -> DataResult:
         """From the product's files."""
         folder = product.path
-        return cls(
-            product=product,
-            task=read_task(folder),
-            floor=read_json(folder / "floor.json") if (folder / "floor.json").is_file() else {},
-            **read_json(folder / "audit.json"),
-        )
+        floor = read_json(folder / "floor.json") if (folder / "floor.json").is_file() else {}
+        return cls(product=product, task=read_task(folder), floor=floor, **read_json(folder / "audit.json"))
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         """The rows of a split: id, text and label (or messages), group, leaked, and what else they brought."""
         return read_jsonl(self.product.path / f"{split}.jsonl")
-
-
-# The stage `data`: read, clean, audit, split, measure, and write the product.
-
-KEYS = (
-    *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
-    *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
-)
-FEWEST = 10
-"""Distinct rows a label that a split 8 : 1 : 1 needs."""
 
 
 def prepare(settings: Settings, run: Run) -> DataResult:
@@ -120,8 +104,7 @@ def prepare(settings: Settings, run: Run) -> DataResult:
     Raises:
         InputError: the data set or the base model's tokenizer cannot be used; the message says what to do.
     """
-    labelled = settings.task == "classification"
-    parameters = settings.pick(*(KEYS if labelled else conversations.KEYS))
+    parameters = settings.pick(*_kind(settings).keys)
     if settings.dataset == SAMPLE_DATASET:
         parameters["sample_version"] = sample.VERSION
     elif (path := user_path(settings.dataset)).exists():
@@ -129,9 +112,13 @@ def prepare(settings: Settings, run: Run) -> DataResult:
     if settings.fallbacks:
         parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
     parameters |= base_parameters(settings)
-    build = _build if labelled else conversations.build
-    product = run.produce("data", lambda work: build(settings, work), parameters, force=settings.force)
+    product = run.produce("data", lambda work: _build(settings, work), parameters, force=settings.force)
     return DataResult.read(product)
+
+
+def _kind(settings: Settings) -> Kind:
+    task = task_of(settings)
+    return LabelledRows(settings, task) if task.label_names else Conversations(settings, task)
 
 
 def _with_hash(entry: Mapping[str, str | int]) -> dict[str, str | int]:
@@ -162,148 +149,264 @@ def rows_from_file(
     rows, counts = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
     if not rows:
         raise InputError(f"{source}: no usable row.", "rows with a text and a label.", "correct the file.")
-    for row, group in zip(rows, find_duplicates([row.text for row in rows]).groups.tolist(), strict=True):
+    groups = near_duplicates.find_duplicates([row.text for row in rows]).groups.tolist()
+    for row, group in zip(rows, groups, strict=True):
         row.group = group
     dropped = "dropped: "
     left_out = {why.removeprefix(dropped): count for why, count in counts.items() if why.startswith(dropped)}
     return [row.to_json("row") for row in rows], {"rows_available": len(table.splits[name]), "left_out": left_out}
 
 
+# Making the product.
+
+
 def _build(settings: Settings, work: Work) -> None:
-    chosen = choose_data(settings)
-    table, notes = _labelled(chosen.table, settings)
-    splits, flow, changes = _clean(table, settings)
-    found = audit(splits)
-    final, rule, dropped = _divide(splits, table.given, settings)
-    if dropped:
-        flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
-    used = found if rule.startswith("given: kept") else audit(final)
-    require_labels(final["train"], settings.label_names, "train")
-    require_labels(final["validation"], settings.label_names, "validation")
-    require_labels(final["test"], settings.label_names, "test")
-    final = limit(final, settings)
-    flow += [{"step": "used", "split": name, "rows": len(rows)} for name, rows in final.items()]
-    task = task_of(settings)
-    base_chosen = chosen_base(settings)
-    words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
-    texts = [row.text for row in final["train"]]
-    tokenizer, base = put_tokenizer(base_chosen, texts, words, work.folder / "tokenizer")
-    _measure(
-        work,
-        final,
-        task,
-        tokenizer,
-        settings.seed,
-        {
-            "source": table.source,
-            "split_rule": rule,
-            "flow": flow,
-            "changes": dict(changes + table.changes),
-            **_audit_json(found, used),
-            "balance": _balance(final, settings.label_names),
-            "text_audit": audit_texts({name: [row.text for row in rows] for name, rows in final.items()}),
-        },
+    task, kind, chosen = task_of(settings), _kind(settings), choose_data(settings)
+    notes = kind.usable(chosen.table)
+    splits, flow, changes = _clean(chosen.table, kind)
+    found = kind.audit(splits)
+    splits, rule, dropped = _divide(splits, kind, settings)
+    flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
+    used = found if rule == GIVEN else kind.audit(splits)
+    kind.require_each(splits)
+    splits = limit(splits, settings)
+    chosen_base = choose_base(
+        settings.base_model, settings.revision, settings.fallbacks, settings.gguf_dtype, settings.gguf_off_grid
     )
-    for name, rows in final.items():
+    tokenizer, base = put_tokenizer(chosen_base, task, splits["train"], work.folder / "tokenizer")
+    for row in itertools.chain.from_iterable(splits.values()):
+        row.messages = in_tags_of(tokenizer, row.messages, changes)
+    before = {name: len(rows) for name, rows in splits.items()}
+    splits, lengths, length_table = token_lengths(tokenizer, task, kind, splits)
+    flow += _left(task, before, splits)
+    shown = {
+        "source": chosen.table.source,
+        "split_rule": rule,
+        "flow": flow,
+        "changes": dict(changes + chosen.table.changes),
+        **found,
+        "overlaps_used": used["overlaps"],
+        "balance": [kind.shape(name, rows) for name, rows in splits.items()],
+        "text_audit": audit_texts({name: [kind.audited(row) for row in rows] for name, rows in splits.items()}),
+        "lengths": lengths,
+        "length_table": length_table,
+        "example": worked_example(tokenizer, task, kind, splits["train"], lengths["train"]),
+    }
+    write_json(work.folder / "task.json", task.to_json())
+    write_json(work.folder / "audit.json", shown)
+    for name, rows in splits.items():
         write_jsonl(work.folder / f"{name}.jsonl", [row.to_json(name) for row in rows])
-    record_sources(work, chosen, base_chosen, base, final, task.fingerprint(tokenizer), notes)
+    leaked = sum(row.leaked for row in splits["test"])
+    work.metrics |= {"test_rows": len(splits["test"]), "leaked_test_rows": leaked}
+    if floor := kind.floor(splits):
+        clean = floor["test"]["leak_free"]
+        write_json(work.folder / "floor.json", floor)
+        work.metrics["floor_accuracy"] = floor["test"]["accuracy"]
+        work.metrics["floor_accuracy_leak_free"] = clean["accuracy"] if clean else None
+    else:
+        work.facts["task"] = task.kind
+    _record_sources(work, chosen, chosen_base, base, splits)
+    work.facts["prompt_hash"] = task.fingerprint(tokenizer)
+    work.notes += notes
 
 
-def _labelled(table: Table, settings: Settings) -> tuple[Table, list[str]]:
-    """Without splits that have no labels; a labelled validation split stands in for such a test split."""
-    notes = []
-    for name in ("validation", "test"):
-        if name in table.splits and unlabelled(table.splits[name], settings.label_column):
-            del table.splits[name]
-            notes.append(f"the {name} split of the data has no labels and was left out")
-    if "test" not in table.splits and "validation" in table.splits:
-        table.splits["test"] = table.splits.pop("validation")
-        notes.append("the data has no test split with labels: its validation split is the test split of this run")
-    table.given = "test" in table.splits
-    return table, notes
-
-
-def _clean(table: Table, settings: Settings) -> tuple[dict[str, list[Row]], list[dict[str, Any]], Counter[str]]:
-    splits, flow, changes = {}, [], Counter[str]()
+def _clean(table: Table, kind: Kind) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
+    """The rows of every split, how many were read and dropped, and what was altered in the others."""
+    splits: Splits = {}
+    flow: list[dict[str, Any]] = []
+    changes: Counter[str] = Counter()
     for name in [name for name in (*SPLITS, "all") if name in table.splits]:
-        rows, counts = clean_split(
-            table.splits[name], name, settings.text_column, settings.label_column, settings.label_names
-        )
-        splits[name] = rows
-        count_steps(name, len(table.splits[name]), counts, flow, changes)
-    everything = [row for rows in splits.values() for row in rows]
-    require_labels(everything, settings.label_names, "the data set")
+        splits[name], counts = kind.clean(table.splits[name], name)
+        flow.append({"step": "read", "split": name, "rows": len(table.splits[name])})
+        for reason, count in counts.items():
+            if reason.startswith("dropped"):
+                flow.append({"step": reason, "split": name, "rows": count})
+            else:
+                changes[reason] += count
+    kind.require_any(splits, flow)
     return splits, flow, changes
 
 
-def _divide(
-    splits: dict[str, list[Row]], given: bool, settings: Settings
-) -> tuple[dict[str, list[Row]], str, Counter[str]]:
+GIVEN = "given: kept as it came, leaked rows flagged"
+
+
+def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str, Counter[str]]:
     """The three splits, the rule in words, and rows dropped on the way (`group` is set on all rows)."""
-    if settings.split == "given" and not given:
+    if settings.split == "given" and "test" not in splits:
         raise InputError(
             "split: given, for data without a test split.", "files train and test.", "set split to auto or cluster."
         )
-    if given and settings.split != "cluster":
+    if "test" in splits and settings.split != "cluster":
         if "validation" in splits:
-            return splits, "given: kept as it came, leaked rows flagged", Counter()
+            return splits, GIVEN, Counter()
         parts = near_duplicates.split_by_cluster(splits["train"], settings.seed, {"train": 0.9, "validation": 0.1})
-        return (
-            {**parts, "test": splits["test"]},
-            "given, but validation is a tenth of train, by duplicate cluster",
-            Counter(),
-        )
-    rows = [row for name in splits for row in splits[name]]
+        rule = f"given, but validation is a tenth of train, by {kind.cluster}"
+        return {**parts, "test": splits["test"]}, rule, Counter()
+    rows = [row for split in splits.values() for row in split]
     for index, row in enumerate(rows if len(splits) > 1 else []):
         row.index = index
     kept, dropped = near_duplicates.drop_copies(rows)
-    fewest = Counter(row.label for row in kept)
-    if min(fewest.values(), default=0) < FEWEST:
-        counts = ", ".join(f"{name!r}: {fewest[label]}" for label, name in enumerate(settings.label_names))
-        raise InputError(
-            f"distinct rows by label {counts}.",
-            f"at least {FEWEST} of each label for a split 8 : 1 : 1.",
-            "add rows, or give a folder with train, validation and test files.",
-        )
-    rule = f"8 : 1 : 1 by duplicate cluster, seed {settings.seed}; copies and conflicting texts dropped first"
+    kind.refuse_few(kept)
+    rule = f"8 : 1 : 1 by {kind.rule.format(seed=settings.seed)}"
     return near_duplicates.split_by_cluster(kept, settings.seed), rule, dropped
 
 
-def _measure(
-    work: Work, splits: dict[str, list[Row]], task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, shown: dict
-) -> None:
-    from lib.stages.data.baseline import linear_floor
-    from lib.stages.data.lengths import token_lengths, worked_example
-
-    lengths, table = token_lengths(tokenizer, task, splits)
-    example = worked_example(tokenizer, task, splits["train"], lengths["train"])
-    floor = linear_floor(splits, task.label_names, seed)
-    write_json(work.folder / "task.json", task.to_json())
-    write_json(work.folder / "audit.json", {**shown, "lengths": lengths, "length_table": table, "example": example})
-    write_json(work.folder / "floor.json", floor)
-    leaked = sum(row.leaked for row in splits["test"])
-    clean = floor["test"]["leak_free"]
-    work.metrics |= {
-        "test_rows": len(splits["test"]),
-        "leaked_test_rows": leaked,
-        "floor_accuracy": floor["test"]["accuracy"],
-        "floor_accuracy_leak_free": clean["accuracy"] if clean else None,
-    }
-
-
-def _audit_json(found: Audit, used: Audit) -> dict[str, Any]:
-    shown = asdict(found)
+def limit(splits: Splits, settings: Settings) -> Splits:
+    """At most `max_train_rows` and `max_eval_rows` rows."""
+    most = {"train": settings.max_train_rows}
     return {
-        "duplicates": shown["within"] + [{"split": "all splits", **shown["total"]}] * (len(shown["within"]) > 1),
-        "overlaps": shown["across"],
-        "overlaps_used": asdict(used)["across"],
-        "leaked_examples": shown["leaked_examples"],
-        "conflict_examples": shown["conflict_examples"],
+        name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
+        for name, rows in splits.items()
     }
 
 
-def _balance(splits: dict[str, list[Row]], label_names: Sequence[str]) -> list[dict[str, Any]]:
-    counts = {name: Counter(row.label for row in rows) for name, rows in splits.items()}
-    return [
-        {"split": name, **{label: counts[name][number] for number, label in enumerate(label_names)}} for name in splits
+def _left(task: Task, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
+    """Steps of the flow: rows too long, and rows used; a split without any is refused with its reason."""
+    what = "no answer with its reasoning within" if task.thinking else "first exchange over"
+    reason = f"dropped: {what} {task.max_seq_length} tokens"
+    lost = {name: before[name] - len(rows) for name, rows in splits.items() if before[name] > len(rows)}
+    for name, rows in splits.items():
+        if not rows:
+            why = f" ({lost[name]:,} rows {reason})" if name in lost else ""
+            raise InputError(f"{name}: no usable row{why}.", "at least one.", "add rows, or raise max_seq_length.")
+    flow = [{"step": reason, "split": name, "rows": count} for name, count in lost.items()]
+    return flow + [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
+
+
+# The base model: its tokenizer, and the stamps of what is not real.
+
+
+def base_parameters(settings: Settings) -> dict[str, Any]:
+    """What the product depends on, beside the name of the base model: the hash of a local one, how it is unpacked."""
+    path = user_path(settings.base_model)
+    gguf = {"gguf_dtype": settings.gguf_dtype, "gguf_off_grid": settings.gguf_off_grid}
+    listed = [str(entry.get("base_model", "")) for entry in settings.fallbacks]
+    asked = settings.gguf_off_grid or any(name.lower().endswith(".gguf") for name in listed)
+    if settings.base_model == OFFLINE_BASE or not path.exists():
+        return gguf if asked else {}
+    refuse_without_template(settings.base_model)
+    unpacking = gguf if path.is_file() or asked else {}
+    return {"base_revision": resolve_base(settings.base_model, settings.revision, **gguf).revision, **unpacking}
+
+
+def put_tokenizer(
+    chosen: ChosenBase, task: Task, rows: Sequence[Row], folder: Path
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Put the run's tokenizer into `folder`; also the facts about the base model.
+
+    The offline base's tokenizer is made of the training rows; answer words and prompts should cost it few tokens.
+    """
+    from lib.models import loading
+
+    facts = {"base_model": chosen.source, "offline_base": chosen.base is None}
+    if chosen.base is None:
+        from lib.models.offline_base import ensure_tokenizer
+
+        words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
+        texts = [text for row in rows for text in texts_of(row.content)]
+        made = ensure_tokenizer(texts, [word for word in words if word.strip()])
+        shutil.copytree(made, folder)
+        return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
+    tokenizer = loading.load_tokenizer(chosen.base.path)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, facts | {"base_revision": chosen.base.revision, **chosen.base.facts}
+
+
+def _record_sources(work: Work, data: ChosenData, chosen: ChosenBase, base: Mapping[str, Any], splits: Splits) -> None:
+    """What the manifest and every page say of where the rows and the base model came from."""
+    if chosen.base is not None and chosen.base.unpacked is not None:  # other weights must make another product
+        write_json(work.folder / UNPACKED, dict(chosen.base.unpacked))
+    table, from_sample = data.table, data.source == SAMPLE_DATASET
+    stamp = STAMPS.get((base["offline_base"], from_sample))
+    work.notes += [*([stamp] if stamp else []), *chosen.notes, *data.notes]
+    work.facts |= {
+        "source": table.source,
+        "sample_data": from_sample,
+        "dataset": {"source": data.source, "revision": table.revision, "rows": table.rows, "sha256": table.hashes},
+        **base,
+        "rows": {name: len(rows) for name, rows in splits.items()},
+    }
+
+
+# How long the rows are for the run's tokenizer, and one row as the model sees it.
+
+
+def token_lengths(
+    tokenizer: PreTrainedTokenizerBase, task: Task, kind: Kind, splits: Splits
+) -> tuple[Splits, dict[str, list[int]], list[dict[str, Any]]]:
+    """The rows that fit, their tokens before anything is cut, and a table with one line a split.
+
+    A text is cut from its end; a conversation must have room for one exchange (with thinking: with its reasoning).
+    """
+    kept: Splits = {}
+    lengths: dict[str, list[int]] = {}
+    table = []
+    with Progress("token lengths", sum(map(len, splits.values()))) as progress:
+        for name, rows in splits.items():
+            kept[name], lengths[name], counts = [], [], Counter[str]()
+            for row in rows:
+                progress.advance()
+                try:
+                    encoded = task.encode(tokenizer, row.content)
+                except ExchangeTooLongError:
+                    counts["too long"] += 1
+                    continue
+                counts["truncated"] += encoded.truncated
+                counts += Counter(cut=encoded.turns_cut, learned=len(encoded.answers), read=encoded.unlearned)
+                kept[name].append(row)
+                lengths[name].append(encoded.whole_length)
+            if kept[name]:
+                table.append({**_line(name, lengths[name], counts["truncated"]), **kind.length_columns(counts)})
+    return kept, lengths, table
+
+
+def _line(name: str, lengths: Sequence[int], truncated: int) -> dict[str, Any]:
+    values = np.array(lengths)
+    return {
+        "split": name,
+        "rows": len(values),
+        "min": int(values.min()),
+        **{f"p{p}": int(np.percentile(values, p, method="nearest")) for p in (50, 90, 95, 99)},
+        "max": int(values.max()),
+        "truncated rows": truncated,
+        "truncated share": truncated / len(values),
+    }
+
+
+def worked_example(
+    tokenizer: PreTrainedTokenizerBase, task: Task, kind: Kind, rows: Sequence[Row], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """The row of median length as the model sees it.
+
+    Returns:
+        text, what the kind of rows says of it, and `pieces`: {"text", "ids", "loss"} in order; tokens that are only
+        part of a character are joined to one piece; `loss` marks the tokens that training counts.
+    """
+    row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
+    encoded = task.encode(tokenizer, row.content)
+    edges = [0, *(edge for span in encoded.spans for edge in span), len(encoded.ids)]
+    pieces = [
+        piece
+        for number, (start, stop) in enumerate(itertools.pairwise(edges))
+        for piece in _pieces(tokenizer, encoded.ids[start:stop], number % 2 == 1)
     ]
+    return {
+        "text": row.text,
+        **kind.example(row, encoded, task.note(tokenizer)),
+        "pieces": pieces,
+        "prompt_tokens": len(encoded.ids) - len(encoded.loss),
+        "loss_tokens": len(encoded.loss),
+        "truncated": encoded.truncated,
+    }
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: bool) -> list[dict[str, Any]]:
+    pieces: list[dict[str, Any]] = []
+    pending: list[int] = []
+    for at, token in enumerate(ids):
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if "\ufffd" not in text or len(pending) >= 8 or at == len(ids) - 1:
+            pieces.append({"text": text, "ids": pending, "loss": loss})
+            pending = []
+    return pieces

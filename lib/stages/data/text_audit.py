@@ -1,6 +1,4 @@
-"""Simplified or traditional characters, told by two old character sets that each hold one script.
-What the characters of the rows are: what NFKC would change, what nobody sees, which script, what is damaged.
-"""
+"""What the characters of the rows are: what NFKC would change, what nobody sees, which script, what is damaged."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Data sets that are easily taken for another one, and are therefore named by their content.
-From the bytes of a data file to text that every parser reads alike, with everything changed on the way counted.
-"""
+"""From the bytes of a data file to text that every parser reads alike, with everything changed on the way counted."""
 
 from __future__ import annotations
 

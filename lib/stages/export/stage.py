@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 
-from lib.errors import InputError
+from lib.errors import EXTRAS, InputError
 from lib.prompts.tasks import Row, Task, read_task, spread
 from lib.runs.child import run_child
-from lib.runs.files import link_or_copy, read_json, read_jsonl, require_space, write_json, write_text
+from lib.runs.files import link_or_copy, read_json, read_jsonl, render, require_space, write_json, write_text
 from lib.runs.machine import has_module
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, Run, Work
-from lib.runs.templates import render
 from lib.settings import Settings
 
 
@@ -32,7 +31,6 @@ class Format:
         note: what a reader must know to use it.
         made_by: package that quantizes; None where transformers alone suffices.
         needs: packages that a reader of the folder installs beside torch and transformers.
-        extra: of this project, which brings them; None where they are always there.
     """
 
     name: str
@@ -40,7 +38,6 @@ class Format:
     note: str
     made_by: str | None = None
     needs: Sequence[str] = ()
-    extra: str | None = None
 
     def problem(self) -> str | None:
         """The package that is absent, in words; None when all are there (whether they work shows in the child)."""
@@ -48,8 +45,8 @@ class Format:
         missing = [name for name in wanted if not has_module(name.replace("-", "_"))]
         if not missing:
             return None
-        cure = f" (pip install -e '.[{self.extra}]' brings it)" if self.extra else ""
-        return f"{' and '.join(missing)} not installed{cure}"
+        extra = EXTRAS.get(missing[0].replace("-", "_"))
+        return f"{' and '.join(missing)} not installed" + (f" (extra {extra})" if extra else "")
 
     def version(self) -> str | None:
         """Installed version of `made_by`; None where it is absent or none is needed."""

@@ -1,6 +1,4 @@
-"""Rows as token ids, grouped by length, padded to the longest of their batch.
-A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.
-"""
+"""Rows as token ids in the order of the updates, and micro-batches of them: padded, or packed into one sequence."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
 from lib.runs import machine
-from lib.runs.files import flush_to_disk, read_json, readable_by_group, sha256_json, write_json
+from lib.runs.files import flush_to_disk, read_json, settle, sha256_json, write_json
 from lib.runs.manifest import hash_folder
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ class Checkpoint:
 def publish(staged: Path, final: Path, step: int) -> None:
     """Seal a staged checkpoint with its record and rename it to its place; a kill in between leaves nothing there."""
     files = hash_folder(staged)
-    for name in files:
-        readable_by_group(staged / name)
-        flush_to_disk(staged / name)
+    settle(staged)
     write_json(staged / RECORD, _sealed({"step": step, "eval_loss": None, "files": files}))
     shutil.rmtree(final, ignore_errors=True)
     staged.rename(final)

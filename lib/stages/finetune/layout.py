@@ -1,6 +1,4 @@
-"""Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
-How the rows of a micro-batch are laid out for this model: packed behind their shared prefix, or padded.
-"""
+"""The loss at the answer tokens alone, and whether this model's micro-batches are packed behind a prefix, or padded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which layers get an adapter: the check of target_modules, for a training and for the advice before it.
-Memory a training needs, estimated before it starts, and what to change when it is too much.
-Which way of training fits this machine, with its arithmetic: from a parameter file and the model's shape alone.
-"""
+"""Which layers get an adapter, the memory that its training needs, and which way of training fits this machine."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from lib.progress import Progress
 from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
-from lib.runs.machine import DevicePeak, PeakMemory, no_warnings, quiet
+from lib.runs.machine import no_warnings, quiet
+from lib.runs.resources import DevicePeak, PeakMemory
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.batches import Collate, Example, examples
 from lib.stages.finetune.layout import choose_layout

@@ -1,40 +1,45 @@
-"""What notebook 02 shows, read back from the product `adapter`.
-The chosen checkpoint becomes the product `adapter`.
-Notebook 02: a LoRA or QLoRA on the run's base model; the product `adapter`.
-"""
+"""Notebook 02: the product `adapter`, a LoRA or QLoRA trained on the run's base model, or one that is adopted."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.models.base_model import Base, base_of
+from lib.models.adapters import AdapterShape, adapter_config, check_fit
+from lib.models.base_model import Base, GivenAdapter, base_of, called, refuse_other_weights, resolve_adapter
+from lib.models.weights import open_weights
 from lib.runs import machine
-from lib.runs.files import read_json, read_jsonl, write_json, write_text
+from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet
 from lib.runs.resources import ResourceSampler, read_samples, summary
+from lib.select.choice import BEST_OF, Best, best_of
 from lib.stages.finetune import checkpoints
-from lib.stages.finetune.adopt import take, write_config
-from lib.stages.finetune.checkpoints import same_or_afresh
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import DrawLosses, LossPlot, TrainingInputs, train, until_it_fits
 
 if TYPE_CHECKING:
-    from lib.runs.run import Product, Run, Work
+    from lib.runs.run import Product, ProductDraft, Run
     from lib.settings import Settings
 
-
-# What notebook 02 shows, read back from the product `adapter`.
-
 RESOURCES = "resources.jsonl"
+
+PARAMETERS = (
+    *("seed", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "dtype"),
+    *("gradient_checkpointing", "save_steps", "num_processes"),
+)
+"""Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The adapter and how it came about.
+    """What notebook 02 shows of the adapter and how it came about, read back from the product.
+
+    Of an adapter that was adopted everything that only a training has is zero or empty.
 
     Attributes:
         product: the folder with adapter_model.safetensors (the chosen checkpoint), history.jsonl, training.log.
@@ -56,8 +61,7 @@ class FinetuneResult:
         micro_batch: {"asked", "used"}: rows and passes an update each; "out_of_memory": the sizes that did not fit.
         notes: fallbacks, e.g. LoRA where QLoRA was asked for.
         samples: what the machine did (`lib.runs.resources`): seconds, cpu_percent, rss_mib, gpu_percent, gpu_mib.
-        adopted: {"id", "revision", and what its files say} of an adapter that was not trained here; then everything
-            that only a training has is zero or empty. None when it was trained here.
+        adopted: {"id", "revision", and what its files say} of an adapter that was not trained here; None when it was.
     """
 
     product: Product
@@ -101,64 +105,6 @@ class FinetuneResult:
         return cls(product=product, history=history, samples=samples, notes=product.entry.notes, **facts)
 
 
-# The chosen checkpoint becomes the product `adapter`.
-
-
-def publish(work: Work, base: Base, facts: dict[str, Any], in_4bit: bool) -> None:
-    """The chosen checkpoint's adapter with its card beside the history; facts for the manifest."""
-    chosen = work.folder / "checkpoints" / f"checkpoint-{facts['chosen_step']}"
-    shutil.copyfile(chosen / "adapter_model.safetensors", work.folder / "adapter_model.safetensors")
-    if _is_zero(work.folder / "adapter_model.safetensors"):
-        work.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
-    write_config(work.folder, read_json(chosen / "adapter_config.json"), base)
-    write_json(work.folder / "training.json", facts)
-    loss = read_json(chosen / checkpoints.RECORD)["eval_loss"]
-    write_text(work.folder / "README.md", _readme(base, facts, loss))
-    work.facts |= {
-        "base_model": base.id,
-        "base_revision": base.revision,
-        "offline_base": base.offline,
-        "method": "QLoRA" if in_4bit else "LoRA",
-        **{
-            key: facts[key]
-            for key in ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from", "micro_batch")
-        },
-    }
-    work.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
-
-
-def _is_zero(adapter: Path) -> bool:
-    """Whether the second factor of every layer is as it began."""
-    from safetensors.numpy import load_file
-
-    return not any(tensor.any() for name, tensor in load_file(adapter).items() if ".lora_B." in name)
-
-
-def _readme(base: Base, facts: dict[str, Any], loss: float) -> str:
-    front = {"base_model": base.id, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]}
-    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
-    return f"""---
-{lines}
----
-# Adapter: {facts["method"]}
-
-Trained on the answer tokens of {facts["train_rows"]} rows over base model {base.id} (revision {base.revision}).
-This is the state after update {facts["chosen_step"]} of {facts["steps"]}, which had the lowest validation loss
-({loss:.4f} nats an answer token on {facts["validation_rows"]} rows). {facts["trainable"]:,} of {facts["total"]:,}
-weights were trained.
-"""
-
-
-# Notebook 02: a LoRA or QLoRA on the run's base model; the product `adapter`.
-
-PARAMETERS = (
-    *("seed", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
-    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "dtype"),
-    *("gradient_checkpointing", "save_steps", "num_processes"),
-)
-"""Settings that the adapter depends on (those of the data come in through the data product)."""
-
-
 def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> FinetuneResult:
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
@@ -171,12 +117,12 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> Finet
         InputError: no data product, an unusable base model, no room in memory or on the disk, unknown target_modules.
     """
     if settings.adapter:
-        return FinetuneResult.read(take(settings, run, settings.force))
+        return FinetuneResult.read(adopt(settings, run, settings.force))
 
     def make() -> Product:
         return run.produce(
             "adapter",
-            lambda work: _build(settings, run, work, draw),
+            lambda draft: _train(settings, run, draft, draw),
             parameters=settings.pick(*PARAMETERS) | {"seed": settings.training_seed},
             inputs=("data",),
             force=settings.force,
@@ -186,25 +132,185 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> Finet
     return FinetuneResult.read(made_once(make, run, "adapter", settings.num_processes))
 
 
-def _build(settings: Settings, run: Run, work: Work, draw: DrawLosses) -> None:
+def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) -> None:
+    """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
-    in_4bit, base = _four_bits(settings, work), base_of(run)
-    inputs = TrainingInputs(settings, run.require("data").path, base, work.folder, in_4bit, draw)
-    messages = same_or_afresh(work.folder, settings, in_4bit)
-    with ResourceSampler(work.folder / RESOURCES, gpus=settings.num_processes):
+    in_4bit, base = _four_bits(settings, draft), base_of(run)
+    inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, in_4bit, draw)
+    messages = checkpoints.same_or_afresh(draft.folder, settings, in_4bit)
+    with ResourceSampler(draft.folder / RESOURCES, gpus=settings.num_processes):
         facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
-    work.notes += notes
+    draft.notes += notes
+    draft.device = facts.pop("device")
     facts["messages"] = [*messages, *facts["messages"]]
-    work.facts["resources"] = summary(read_samples(work.folder / RESOURCES))
-    work.device = facts.pop("device")
-    facts["base"] = {"id": base.id, "revision": base.revision, "offline": base.offline}
-    publish(work, base, facts, in_4bit)
+    chosen = draft.folder / "checkpoints" / f"checkpoint-{facts['chosen_step']}"
+    loss = read_json(chosen / checkpoints.RECORD)["eval_loss"]
+    _write_adapter(chosen, draft, base, facts, _card(base, facts, loss))
+    if _is_zero(draft.folder / "adapter_model.safetensors"):
+        draft.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
+    kept = ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from", "micro_batch")
+    draft.facts |= {"method": "QLoRA" if in_4bit else "LoRA", **{key: facts[key] for key in kept}}
+    draft.facts["resources"] = summary(read_samples(draft.folder / RESOURCES))
+    draft.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
 
 
-def _four_bits(settings: Settings, work: Work) -> bool:
+def _four_bits(settings: Settings, draft: ProductDraft) -> bool:
     problem = machine.bitsandbytes_problem() if settings.load_in_4bit else None
     if problem:
-        work.notes.append(
+        draft.notes.append(
             f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
         )
     return settings.load_in_4bit and not problem
+
+
+def _write_adapter(source: Path, draft: ProductDraft, base: Base, facts: dict[str, Any], card: str) -> None:
+    """The files that every adapter has: weights, configuration, facts for the page, card."""
+    shutil.copyfile(source / "adapter_model.safetensors", draft.folder / "adapter_model.safetensors")
+    write_config(draft.folder, adapter_config(source), base)
+    given = {"id": base.id, "revision": base.revision, "offline": base.offline}
+    write_json(draft.folder / "training.json", {**facts, "base": given})
+    write_text(draft.folder / "README.md", card)
+    draft.facts |= {"base_model": base.id, "base_revision": base.revision, "offline_base": base.offline}
+
+
+def write_config(folder: Path, config: dict[str, Any], base: Base) -> None:
+    """adapter_config.json that names the run's base model: by id and commit, by its folder, or by its GGUF file.
+
+    A GGUF file is named with its identity as revision: `unpacking_of` reads there how the file was unpacked.
+    """
+    hub = not base.offline and not base.revision.startswith("sha256:")  # that one is a local folder's
+    gguf = base.unpacked is not None
+    name = base.id if hub else str(user_path(base.id) if gguf else base.path)
+    revision = base.revision if hub or gguf else None
+    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": name, "revision": revision})
+
+
+def _is_zero(adapter: Path) -> bool:
+    """Whether the second factor of every layer is as it began."""
+    from safetensors.numpy import load_file
+
+    return not any(tensor.any() for name, tensor in load_file(adapter).items() if ".lora_B." in name)
+
+
+def _card(base: Base, facts: dict[str, Any], loss: float) -> str:
+    return f"""---
+base_model: {json.dumps(base.id, ensure_ascii=False)}
+library_name: "peft"
+pipeline_tag: "text-generation"
+tags: ["lora"]
+---
+# Adapter: {facts["method"]}
+
+Trained on the answer tokens of {facts["train_rows"]} rows over base model {base.id} (revision {base.revision}).
+This is the state after update {facts["chosen_step"]} of {facts["steps"]}, which had the lowest validation loss
+({loss:.4f} nats an answer token on {facts["validation_rows"]} rows). {facts["trainable"]:,} of {facts["total"]:,}
+weights were trained.
+"""
+
+
+# An adapter that somebody else trained, or another run.
+
+
+def adopt(settings: Settings, run: Run, force: bool = False) -> Product:
+    """The product `adapter` by the setting `adapter`: a folder, an id, or `best-of:RUN,RUN,…`, chosen now.
+
+    Raises:
+        InputError: it cannot be had, does not fit the base model, is not a LoRA in safetensors, or the runs cannot be
+            compared.
+    """
+    best = best_of(settings.adapter, run) if settings.adapter.startswith(BEST_OF) else None
+    given = best.given if best else resolve_adapter(settings.adapter)
+    return run.produce(
+        "adapter",
+        lambda draft: _adopt(given, run, draft, best),
+        parameters={"adapter": given.id, "adapter_revision": given.revision},
+        inputs=("data",),
+        force=force,
+    )
+
+
+def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None) -> None:
+    """Check and copy; `best`: how it was chosen among runs, None for one that was simply given."""
+    base = base_of(run)
+    refuse_other_weights(given.path, base)
+    shape = check_fit(given.path, base.path)
+    method, trained_on = (best.method, f"as run {best.run} says") if best else trained_as(given.path)
+    if method == "QLoRA" and (problem := machine.bitsandbytes_problem()):
+        draft.notes.append(
+            f"the adapter was trained on a 4-bit base, which does not work here ({problem}): 16 bits instead"
+        )
+        method = "LoRA"
+    draft.notes += _chosen_notes(best) if best else _given_notes(given, base, shape)
+    source = {"id": given.id, "revision": given.revision}
+    sizes = {"trainable": shape.parameters, "total": open_weights(base.path).parameters + shape.parameters}
+    facts = {
+        "adopted": {**source, **shape.to_json(), "trained_on": trained_on},
+        "method": f"{shape.variant} r={shape.rank}, alpha={shape.alpha} on {shape.modules} linear layers",
+        **sizes,
+        "dtype": shape.dtype,
+        "dtype_reason": "as it came",
+        "layout": "",
+        "resumed_from": None,
+        **dict.fromkeys(("chosen_step", "steps", "train_rows", "validation_rows"), 0),
+        **dict.fromkeys(("throughput", "seconds", "peak_memory_mib"), 0.0),
+        **{key: {} for key in ("estimate", "memory", "micro_batch")},
+        **{key: [] for key in ("advice", "messages")},
+    }
+    card = _adopted_card(given, base, shape) + (f"\n{best.analysis.text}\n" if best else "")
+    _write_adapter(given.path, draft, base, facts, card)
+    write_jsonl(draft.folder / "history.jsonl", [])
+    draft.facts |= {"method": method, "adopted": source, **sizes}
+    if best:
+        best.analysis.write(draft.folder)
+        draft.facts["chosen"] = {"run": best.run, "test_rows_seen": best.test_rows_seen, "text": best.analysis.text}
+
+
+def trained_as(folder: Path) -> tuple[str, str]:
+    """ "QLoRA" or "LoRA", and in words what an adapter's files say of the base that it was trained on.
+
+    adapter_config.json has no field for it. This workbook's training.json has; peft writes the quantization into the
+    model card, and so do tools whose card holds their configuration. Where nothing is said it is taken for a LoRA.
+    """
+    record, card = folder / "training.json", folder / "README.md"
+    facts = read_json(record) if record.is_file() else None
+    if isinstance(facts, dict) and isinstance(facts.get("method"), str):
+        four = facts["method"].startswith("QLoRA")
+        return ("QLoRA", "a 4-bit base (training.json)") if four else ("LoRA", "a 16- or 32-bit base (training.json)")
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if found := re.search(r"load_in_4bit\W+(true|false)", text, re.IGNORECASE):
+        four = found[1].lower() == "true"
+        return ("QLoRA", "a 4-bit base (its model card)") if four else ("LoRA", "no 4-bit base (its model card)")
+    return "LoRA", "not known: its files do not say; taken for a 16-bit base"
+
+
+def _given_notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[str]:
+    notes = [
+        f"nothing was trained in this run: the adapter ({called(given.id)}) was adopted, "
+        "and whether it has seen the test rows is not known"
+    ]
+    if shape.base and _last(shape.base) not in (_last(base.id), _last(str(base.path))):
+        notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {called(base.id)}")
+    return notes
+
+
+def _chosen_notes(best: Best) -> list[str]:
+    seen = f"{best.test_rows_seen} test rows" if best.test_rows_seen else "no test row"
+    return [
+        f"nothing was trained in this run: the adapter of run {best.run} was taken, by the rule of `workbook select` "
+        f"({best.given.id}); that run has used {seen} of this one for training or for choosing its checkpoint"
+    ]
+
+
+def _last(name: str) -> str:
+    """The last part of an id or path, without a revision."""
+    return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+
+
+def _adopted_card(given: GivenAdapter, base: Base, shape: AdapterShape) -> str:
+    return f"""# Adapter adopted from {given.id}
+
+Not trained by the workbook: copied from {given.id} (revision {given.revision}) after a check that every tensor has its
+place in base model {base.id} (revision {base.revision}). {shape.variant} of rank {shape.rank}, alpha {shape.alpha}, on
+{shape.modules} modules ({", ".join(shape.targets)}), {shape.parameters:,} weights. What it was trained on is not known
+here; its own licence applies.
+"""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.prompts.templates import ROLES, Turns
-from lib.runs.templates import render
+from lib.runs.files import render
 from lib.stages.package.facts import Facts
 from lib.stages.package.self_test import TOLERANCE, TOLERANCE_SHARE, sentences_for
 from lib.statistics.losses import kept_words

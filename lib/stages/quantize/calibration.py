@@ -1,20 +1,41 @@
-"""The text that an importance matrix is made from: training rows as token windows, held-out rows provably left out."""
+"""Calibration: what a model is measured on to quantize it well, and the importance matrix that is measured there.
+
+The text is the run's own: training rows as token windows and whole rows with their answers, held-out rows provably left
+out; test rows for judging what was made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
-from lib.prompts.tasks import Task, read_task, texts_of
-from lib.runs.files import read_jsonl, sha256_json
+from lib.models.loading import load_tokenizer
+from lib.progress import Progress
+from lib.prompts.tasks import read_task, texts_of
+from lib.runs import files
+from lib.runs.child import run_child
+from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
+from lib.runs.machine import available_memory
+from lib.runs.run import Product, Run, Work
+from lib.stages.quantize.recipes import Options
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.settings import Settings
+
 
 HELD_OUT = ("validation", "test")
 Row = Mapping[str, Any]
+
+
+# Rows of a data product.
 
 
 def text_hash(row: Row) -> str:
@@ -23,17 +44,19 @@ def text_hash(row: Row) -> str:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Windows of training rows.
+class Windows:
+    """Windows of rows.
 
     Attributes:
         windows: token ids, each of the same length.
+        owners: for every token of the windows the number of its row in its split.
         used: {"id", "sha256"} of every row of which a token is in a window, in the order of the tokens.
-        facts: counts for the record: rows, left_out (by reason), held_out_rows, shared_with_held_out (0), tokens,
-            window_tokens, rows_sha256.
+        facts: of training rows, counts for the record: rows, left_out (by reason), held_out_rows, shared_with_held_out
+            (0), tokens, window_tokens, rows_sha256.
     """
 
     windows: list[list[int]]
+    owners: list[int]
     used: list[dict[str, str]]
     facts: dict[str, Any]
 
@@ -41,53 +64,6 @@ class Calibration:
     def dataset(self) -> str:
         """Name for the header of quantized files (which keep 127 bytes of it)."""
         return dataset_name("train.jsonl", f"{self.facts['rows']} rows", self.facts["rows_sha256"])
-
-
-def dataset_name(file: str, part: str, digest: str) -> str:
-    """What a header says of a text, in the 127 bytes that llama.cpp keeps: its name (cut where it is long), how much
-    of it was used, and its hash."""
-    rest = f", {part}, sha256 {digest}"
-    return file.encode()[: 127 - len(rest)].decode("utf-8", "ignore") + rest
-
-
-def choose_windows(data: Path, size: int, most: int, seed: int) -> Calibration:
-    """Windows of `size` tokens from the training rows of a data product, in the order that `seed` draws.
-
-    Rows stand one behind the other as training sees them (prompt, answer, end of turn); what does not fill a window is
-    dropped, as llama-imatrix does. A training row with the text of a validation or test row, or in the near-duplicate
-    group of one, is left out.
-
-    Raises:
-        InputError: the rows that are left do not fill one window.
-    """
-    from lib.models.loading import load_tokenizer
-
-    task, rows = read_task(data), read_jsonl(data / "train.jsonl")
-    held_out = [row for split in HELD_OUT for row in read_jsonl(data / f"{split}.jsonl")]
-    allowed, left_out = exclude(rows, held_out)
-    order = np.random.default_rng(seed).permutation(len(allowed)).tolist()
-    tokenizer = load_tokenizer(data / "tokenizer")
-    windows, used = _fill((allowed[i] for i in order), task, tokenizer, size, most)
-    if not windows:
-        raise InputError(
-            f"{len(allowed)} training rows (without {sum(left_out.values())} that resemble held-out ones) do not fill "
-            f"a window of {size} tokens.",
-            "more text for the importance matrix.",
-            "lower n_ctx, add training rows, or set imatrix: none.",
-        )
-    shared = {row["sha256"] for row in used} & {text_hash(row) for row in held_out}
-    if shared:
-        raise RuntimeError(f"{len(shared)} held-out rows came into the importance matrix")
-    facts = {
-        "rows": len(used),
-        "left_out": left_out,
-        "held_out_rows": len(held_out),
-        "shared_with_held_out": len(shared),
-        "tokens": len(windows) * size,
-        "window_tokens": size,
-        "rows_sha256": sha256_json([row["sha256"] for row in used]),
-    }
-    return Calibration(windows, used, facts)
 
 
 @dataclass(frozen=True)
@@ -114,36 +90,125 @@ class AnswerRows:
         }
 
 
-def choose_rows(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
-    """Whole training rows for what is measured at their answers, in the order and under the rules of `choose_windows`.
+def dataset_name(file: str, part: str, digest: str) -> str:
+    """What a header says of a text, in the 127 bytes that llama.cpp keeps: its name (cut where it is long), how much
+    of it was used, and its hash."""
+    rest = f", {part}, sha256 {digest}"
+    return file.encode()[: 127 - len(rest)].decode("utf-8", "ignore") + rest
+
+
+def training_windows(data: Path, size: int, most: int, seed: int) -> Windows:
+    """Windows of `size` tokens from the training rows of a data product, in the order that `seed` draws.
+
+    Rows stand one behind the other as training sees them (prompt, answer, end of turn); what does not fill a window is
+    dropped, as llama-imatrix does. A training row with the text of a validation or test row, or in the near-duplicate
+    group of one, is left out.
+
+    Raises:
+        InputError: the rows that are left do not fill one window.
+    """
+    rows, left_out, held_out = _training_rows(data, seed)
+    chosen = _windows(data, rows, size, most)
+    if not chosen.windows:
+        raise InputError(
+            f"{len(rows)} training rows (without {sum(left_out.values())} that resemble held-out ones) do not fill "
+            f"a window of {size} tokens.",
+            "more text for the importance matrix.",
+            "lower n_ctx, add training rows, or set imatrix: none.",
+        )
+    _require_disjoint(chosen.used, held_out)
+    facts = {
+        "rows": len(chosen.used),
+        "left_out": left_out,
+        "held_out_rows": len(held_out),
+        "shared_with_held_out": 0,
+        "tokens": len(chosen.windows) * size,
+        "window_tokens": size,
+        "rows_sha256": sha256_json([row["sha256"] for row in chosen.used]),
+    }
+    return Windows(chosen.windows, chosen.owners, chosen.used, facts)
+
+
+def training_answers(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
+    """Whole training rows for what is measured at their answers, in the order and under the rules of
+    `training_windows`.
 
     Args:
         most_rows, most_tokens: bounds; one row is taken whatever its length.
     """
-    rows = read_jsonl(data / "train.jsonl")
-    held_out = [row for split in HELD_OUT for row in read_jsonl(data / f"{split}.jsonl")]
-    allowed, _ = exclude(rows, held_out)
-    order = np.random.default_rng(seed).permutation(len(allowed)).tolist()
-    chosen = _whole_rows(data, [(i, allowed[i]) for i in order], most_rows, most_tokens)
-    if shared := {row["sha256"] for row in chosen.used} & {text_hash(row) for row in held_out}:
-        raise RuntimeError(f"{len(shared)} held-out rows came among those whose answers are measured")
+    rows, _, held_out = _training_rows(data, seed)
+    chosen = _answers(data, rows, most_rows, most_tokens)
+    _require_disjoint(chosen.used, held_out)
     return chosen
 
 
-def held_out_rows(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
-    """Whole test rows, in the order of `held_out_windows` (leak-free ones first); bounds as of `choose_rows`."""
+def held_out_windows(data: Path, size: int, most: int, seed: int) -> Windows:
+    """Windows of test rows, leak-free ones first; as `training_windows`.
+
+    Raises:
+        InputError: the test rows do not fill one window.
+    """
+    chosen = _windows(data, _test_rows(data, seed), size, most)
+    if not chosen.windows:
+        found = f"test rows of {chosen.facts['tokens']} tokens."
+        raise InputError(found, f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows.")
+    return chosen
+
+
+def held_out_answers(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
+    """Whole test rows, in the order of `held_out_windows`; bounds as of `training_answers`."""
+    return _answers(data, _test_rows(data, seed), most_rows, most_tokens)
+
+
+NumberedRows = list[tuple[int, Row]]
+
+
+def _training_rows(data: Path, seed: int) -> tuple[NumberedRows, dict[str, int], list[Row]]:
+    """Training rows that neither equal nor nearly equal a held-out row, shuffled; how many were left out and why; and
+    the held-out rows."""
+    train = read_jsonl(data / "train.jsonl")
+    held_out = [row for split in HELD_OUT for row in read_jsonl(data / f"{split}.jsonl")]
+    texts, groups = {text_hash(row) for row in held_out}, {row["group"] for row in held_out if "group" in row}
+    same = [text_hash(row) in texts for row in train]
+    near = [row.get("group") in groups and not equal for row, equal in zip(train, same, strict=True)]
+    kept = [(number, row) for number, row in enumerate(train) if not same[number] and not near[number]]
+    order = np.random.default_rng(seed).permutation(len(kept)).tolist()
+    left_out = {"text of a held-out row": sum(same), "nearly the text of a held-out row": sum(near)}
+    return [kept[place] for place in order], left_out, held_out
+
+
+def _test_rows(data: Path, seed: int) -> NumberedRows:
     rows = read_jsonl(data / "test.jsonl")
-    return _whole_rows(data, [(i, rows[i]) for i in _held_out_order(rows, seed)], most_rows, most_tokens)
-
-
-def _held_out_order(rows: Sequence[Row], seed: int) -> list[int]:
     order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    return sorted(order, key=lambda i: bool(rows[i].get("leaked", False)))
+    return [(number, rows[number]) for number in sorted(order, key=lambda i: bool(rows[i].get("leaked", False)))]
 
 
-def _whole_rows(data: Path, rows: Iterable[tuple[int, Row]], most_rows: int, most_tokens: int) -> AnswerRows:
-    from lib.models.loading import load_tokenizer
+def _require_disjoint(used: Sequence[Mapping[str, str]], held_out: Sequence[Row]) -> None:
+    if shared := {row["sha256"] for row in used} & {text_hash(row) for row in held_out}:
+        raise RuntimeError(f"{len(shared)} held-out rows came among those that quantizing is measured on")
 
+
+def _fingerprint(row: Row) -> dict[str, str]:
+    return {"id": str(row["id"]), "sha256": text_hash(row)}
+
+
+def _windows(data: Path, rows: NumberedRows, size: int, most: int) -> Windows:
+    """At most `most` windows of rows one behind the other; "tokens" of the facts are those of the rows taken."""
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    ids: list[int] = []
+    owners: list[int] = []
+    for number, row in rows:
+        if len(ids) >= size * most:
+            break
+        ids += (own := task.encode(tokenizer, row).ids)
+        owners += [number] * len(own)
+    count = min(most, len(ids) // size)
+    owners, by_number = owners[: count * size], dict(rows)
+    used = [_fingerprint(by_number[number]) for number in dict.fromkeys(owners)]
+    return Windows([ids[i * size : (i + 1) * size] for i in range(count)], owners, used, {"tokens": len(ids)})
+
+
+def _answers(data: Path, rows: NumberedRows, most_rows: int, most_tokens: int) -> AnswerRows:
     task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
     chosen: list[dict[str, Any]] = []
     used, tokens = [], 0
@@ -155,56 +220,214 @@ def _whole_rows(data: Path, rows: Iterable[tuple[int, Row]], most_rows: int, mos
             break
         targets = [ids[position + 1] for position in read]
         chosen.append({"ids": ids[: read[-1] + 1], "positions": read, "targets": targets, "row": number})
-        used.append({"id": str(row["id"]), "sha256": text_hash(row)})
+        used.append(_fingerprint(row))
     return AnswerRows(chosen, used)
 
 
-def exclude(rows: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
-    """Training rows that neither equal nor nearly equal a held-out row, and how many were left out why."""
-    texts = {text_hash(row) for row in held_out}
-    groups = {row["group"] for row in held_out if "group" in row}
-    same = [text_hash(row) in texts for row in rows]
-    near = [row.get("group") in groups and not equal for row, equal in zip(rows, same, strict=True)]
-    kept = [row for row, a, b in zip(rows, same, near, strict=True) if not a and not b]
-    return kept, {"text of a held-out row": sum(same), "nearly the text of a held-out row": sum(near)}
+# The product `imatrix`: an importance matrix of the run's own training rows; or one of any text.
+
+AUTO, NONE = "auto", "none"
+FILE, RECORD, ROWS = "imatrix.gguf", "imatrix.json", "rows.jsonl"
 
 
-def _fill(
-    rows: Iterable[Row], task: Task, tokenizer: Any, size: int, most: int
-) -> tuple[list[list[int]], list[dict[str, str]]]:
-    """Windows, and the rows that are in them."""
-    ids: list[int] = []
-    starts, used = [], []
-    for row in rows:
-        if len(ids) >= size * most:
-            break
-        starts.append(len(ids))
-        used.append({"id": str(row["id"]), "sha256": text_hash(row)})
-        ids += task.encode(tokenizer, row).ids
-    count = min(most, len(ids) // size)
-    inside = sum(start < count * size for start in starts)
-    return [ids[i * size : (i + 1) * size] for i in range(count)], used[:inside]
+@dataclass(frozen=True)
+class ImportanceMatrix:
+    """The importance matrix of a run.
+
+    Attributes:
+        path: the file, which llama-quantize and llama-imatrix read.
+        record: "dataset", "rows", "left_out" (training rows by reason), "held_out_rows", "shared_with_held_out" (0),
+            "tokens", "windows", "window_tokens", "rows_sha256", "entries", "dtype", "device", "seconds".
+    """
+
+    product: Product
+    path: Path
+    record: dict[str, Any]
 
 
-def held_out_windows(data: Path, size: int, most: int, seed: int) -> tuple[list[list[int]], list[int]]:
-    """Windows of test rows (leak-free ones first), and for every token of the windows the number of its row.
+def importance_matrix(settings: Settings, run: Run, force: bool | None = None) -> ImportanceMatrix | None:
+    """Make the importance matrix, or find it unchanged; None unless the setting `imatrix` is auto.
+
+    Args:
+        force: make it again even if nothing changed; None = as the settings say.
 
     Raises:
-        InputError: the test rows do not fill one window.
+        InputError: products missing, too few training rows, an architecture that is not known.
     """
-    from lib.models.loading import load_tokenizer
+    if settings.imatrix != AUTO:
+        return None
+    product = run.produce(
+        "imatrix",
+        lambda work: _build(settings, run, work),
+        parameters=settings.pick("n_ctx", "seed", "imatrix_chunks"),
+        inputs=("data", "merged"),
+        force=settings.force if force is None else force,
+    )
+    return ImportanceMatrix(product, product.path / FILE, read_json(product.path / RECORD))
 
-    task, rows, tokenizer = read_task(data), read_jsonl(data / "test.jsonl"), load_tokenizer(data / "tokenizer")
-    ids: list[int] = []
-    owners: list[int] = []
-    for i in _held_out_order(rows, seed):
-        if len(ids) >= size * most:
-            break
-        ids += (own := task.encode(tokenizer, rows[i]).ids)
-        owners += [i] * len(own)
-    count = min(most, len(ids) // size)
-    if not count:
+
+def run_options(settings: Settings, run: Run) -> Options:
+    """The options of the run's ladder. Its own importance matrix is not made again if it is unchanged, whatever `force`
+    says: the page has measured it before.
+
+    Raises:
+        InputError: as `importance_matrix`; no such file.
+    """
+    if own := importance_matrix(settings, run, force=False):
+        matrix: Path | None = own.path
+    else:
+        matrix = None if settings.imatrix in ("", NONE) else files.user_path(settings.imatrix)
+    if matrix is not None and not matrix.is_file():
+        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or set it to auto or none.")
+    types = tuple(settings.tensor_types)
+    return Options(matrix, types, settings.output_tensor_type, settings.token_embedding_type)
+
+
+def matrix_identity(matrix: Path | None) -> str | None:
+    """An importance matrix by its name and its content; None where there is none."""
+    return None if matrix is None else f"{matrix.name} {files.sha256_file(matrix)}"
+
+
+def _build(settings: Settings, run: Run, work: Work) -> None:
+    data, merged = run.require("data"), run.require("merged")
+    chosen = training_windows(data.path, settings.n_ctx, settings.imatrix_chunks, settings.seed)
+    size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
+    made = collect(merged.path, size, chosen.windows, work.folder / FILE, chosen.dataset)
+    record = {"dataset": chosen.dataset, **chosen.facts, "windows": len(chosen.windows), **made}
+    write_json(work.folder / RECORD, record)
+    write_jsonl(work.folder / ROWS, chosen.used)
+    work.device = made["device"]
+    work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
+    work.metrics |= {key: record[key] for key in ("rows", "tokens", "windows")}
+
+
+def collect(model: Path, size: int, windows: list[list[int]], output: Path, dataset: str) -> dict[str, Any]:
+    """Write the matrix; "entries", "seconds", "device", "dtype" and "peak_memory_mib".
+
+    Args:
+        size: bytes of the weights, 16 bits each on the disk: where there is room, they are computed with in float32, as
+            llama.cpp does.
+    """
+    dtype = "float32" if 4 * size < available_memory() else "bfloat16"
+    argument = {"model": str(model.resolve()), "windows": windows, "output": str(output.absolute())}
+    argument |= {"dataset": dataset, "dtype": dtype}
+    function = "lib.stages.quantize.calibration:collect_in_child"
+    return {**run_child(function, argument, "measuring the importance matrix"), "dtype": dtype}
+
+
+# Mean squares of the inputs of every linear layer, by forward hooks; written as llama-imatrix writes them.
+
+_TOKENS_AT_ONCE = 2048
+"""Most tokens of a forward pass."""
+
+
+def collect_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """Run windows of tokens through a model folder and write the importance matrix.
+
+    Args:
+        argument: "model" (folder), "windows" (token ids, all of one length), "output" (new GGUF file), "dataset" (its
+            name for the header), "dtype" ("float32" or "bfloat16").
+
+    Returns:
+        "entries" (layers), "seconds" and "device".
+
+    Raises:
+        InputError: an architecture that llama.cpp's names are not known for, inputs that are not finite.
+    """
+    from lib.models.loading import load_model
+
+    model, windows = load_model(Path(argument["model"]), dtype=argument["dtype"]), argument["windows"]
+    started = time.monotonic()
+    sums = sums_of_squares(model, windows)
+    write_imatrix(Path(argument["output"]), sums, sum(map(len, windows)), argument["dataset"], len(windows[0]))
+    return {"entries": len(sums), "seconds": round(time.monotonic() - started, 2), "device": str(model.device)}
+
+
+def sums_of_squares(model: Any, windows: list[list[int]]) -> dict[str, np.ndarray]:
+    """GGUF tensor name → Σ x² over all tokens for every input of that layer, float64, (inputs,).
+
+    The layers are those that llama-imatrix sees: the matrices of the blocks, not embedding and output.
+
+    Raises:
+        InputError: see `collect_in_child`.
+    """
+    import torch
+
+    layers = gguf_layers(model)
+    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    handles = [layer.register_forward_pre_hook(_adder(sums[name])) for name, layer in layers.items()]
+    body, step = model.get_decoder(), max(1, _TOKENS_AT_ONCE // len(windows[0]))
+    try:
+        with torch.inference_mode(), Progress("importance matrix, windows", len(windows)) as progress:
+            for start in range(0, len(windows), step):
+                batch = torch.tensor(windows[start : start + step], device=model.device)
+                body(input_ids=batch, use_cache=False)
+                progress.advance(len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if broken := [name for name, values in sums.items() if not torch.isfinite(values).all()]:
+        found = f"inputs of {broken[0]} that are not finite ({len(broken)} layers)."
+        raise InputError(found, "finite activations.", "check 04.")
+    return {name: values.numpy() for name, values in sums.items()}
+
+
+def _adder(total: torch.Tensor) -> Any:
+    """A hook that adds the squares of a layer's input; sums over one pass in float32, over all in float64."""
+
+    def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0].detach().float().flatten(0, -2)
+        total.add_(rows.square().sum(dim=0).to("cpu", total.dtype))
+
+    return add
+
+
+def gguf_layers(model: Any) -> dict[str, Any]:
+    """GGUF tensor name → linear layer, of all blocks.
+
+    Raises:
+        InputError: a linear layer in a block for which the package `gguf` knows no name.
+    """
+    import gguf
+    import torch
+
+    kinds = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind, body = model.config.model_type, model.get_decoder()
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is body)
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(prefix)
+    }
+    names = gguf.get_tensor_name_map(kinds[kind], model.config.num_hidden_layers) if kind in kinds else None
+    found = {name: names.get_name(f"{name}.weight", (".weight",)) if names else None for name in linear}
+    if unknown := [name for name, new in found.items() if new is None]:
         raise InputError(
-            f"test rows of {len(ids)} tokens.", f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows."
+            f"layer {unknown[0]} of a {kind} model, whose name in GGUF is not known.",
+            "a model of the Qwen2, Qwen3 or Llama family.",
+            "set imatrix to a file of llama-imatrix, or to none.",
         )
-    return [ids[i * size : (i + 1) * size] for i in range(count)], owners[: count * size]
+    return {str(found[name]): layer for name, layer in linear.items()}
+
+
+def write_imatrix(path: Path, sums: dict[str, np.ndarray], count: int, dataset: str, window: int) -> None:
+    """Write an importance matrix in llama.cpp's GGUF form: sums of squares and counts a layer, names in order."""
+    import gguf
+
+    class Writer(gguf.GGUFWriter):
+        def add_architecture(self) -> None:
+            """An importance matrix has none."""
+
+    with files.atomic_path(path) as temporary:
+        writer = Writer(temporary, "")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [dataset])
+        writer.add_uint32("imatrix.chunk_count", count // window)
+        writer.add_uint32("imatrix.chunk_size", window)
+        for name in sorted(sums):
+            writer.add_tensor(f"{name}.in_sum2", sums[name].astype(np.float32).reshape(1, -1))
+            writer.add_tensor(f"{name}.counts", np.full((1, 1), count, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

@@ -1,20 +1,33 @@
-"""One file at a time: predict its size, quantize it, describe it."""
+"""Quantized files: their sizes predicted, one or several made at once, described.
+
+Several files with few threads each use the cores better than one file with all of them: llama.cpp's threads wait for
+one another at every tensor, and reading, checking and writing a file are work of one thread (docs/LOG.md).
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
-from lib.runs.child import run_child
-from lib.runs.files import atomic_path, require_space
-from lib.runs.machine import llama_cpp_problem, physical_cores
+from lib.progress import Progress
+from lib.runs.child import StoppedError, run_child
+from lib.runs.files import atomic_path, require_space, writable
+from lib.runs.machine import available_memory, llama_cpp_problem, physical_cores
+from lib.runs.run import Product, Run
 from lib.stages.quantize import recipes
-from lib.stages.quantize.recipes import Options, check_output
+from lib.stages.quantize.recipes import Options
+
+_MEMORY_PER_CHILD = 512 << 20
+"""Bytes: llama.cpp's buffers of at most 256 MiB (they do not grow with the model), the interpreter and the tokenizer
+of the load check. The mapped source is not counted: its pages can be dropped at any time."""
+
+_REFRESH = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,8 +47,7 @@ class QuantizationReport:
         imatrix: name of the importance matrix used; None without.
         seconds, peak_memory_mib: cost of quantizing.
         set_by_hand: tensors to which the options give another type than the recipe: {"tensor", "recipe", "type"}.
-        mix: of a file made for a size budget how its types were chosen (see
-        `lib.stages.quantize.bit_allocation.Mix.record`).
+        mix: of a file made for a size budget how its types were chosen (see `PlannedFile`).
     """
 
     type: str
@@ -59,10 +71,59 @@ class QuantizationReport:
         return asdict(self)
 
 
-def _require_llama_cpp() -> None:
-    if problem := llama_cpp_problem():
-        do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
-        raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+@dataclass(frozen=True)
+class QuantizeResult:
+    """The ladder of a run.
+
+    Attributes:
+        product: the folder with one `<name>-<TYPE>.gguf` a type.
+        source: description of the file that was quantized (see `describe_gguf`).
+        files: one report a type, in the order of the ladder; behind them the one made for a size budget.
+    """
+
+    product: Product
+    source: dict[str, Any]
+    files: tuple[QuantizationReport, ...]
+
+
+def run_source(run: Run) -> Path:
+    """The GGUF file of a run that is quantized.
+
+    Raises:
+        InputError: no product `gguf`, or not one file in it.
+    """
+    folder = run.require("gguf").path
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        do = "run notebooks/05_convert_gguf.ipynb with force: true."
+        raise InputError(f"{len(found)} GGUF files in {folder}.", "exactly one.", do)
+    return check_gguf(found[0])
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file to make.
+
+    Attributes:
+        prediction: see `predict_sizes`. Of a file under a size budget "type" is its name ("MIX_300MB"), "recipe" what
+            the header says, "mix" the record of the choice.
+        options: importance matrix, types of single tensors, further keys of the header.
+    """
+
+    prediction: dict[str, Any]
+    options: Options
+
+    @property
+    def type(self) -> str:
+        return self.prediction["type"]
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """How the types of a file under a size budget were chosen: "method", "budget_bytes", "answer_weight" (0 = text
+        alone), "predicted_kld" (nats a token), "predicted_answer_kld" (nats a position that predicts a token of an
+        answer; None without answers), "positions", "answers", "rows_sha256", "types" ({tensor: type}), "tensors"
+        ([{"tensor", "type", "weights", "bytes", "kld", "answer_kld"}]). None of others."""
+        return self.prediction.get("mix")
 
 
 def predict_sizes(source: Path, types: Sequence[str], options: Options | None = None) -> list[dict[str, Any]]:
@@ -88,29 +149,13 @@ def survey(
     source: Path, types: Sequence[str], options: Options | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """`predict_sizes` of a source, and the source as `describe_gguf` describes it; both by one child process."""
-    options = options or Options()
     for name in types:
         recipes.file_type(name)
     check_gguf(source)
     _require_llama_cpp()
-    argument = {"source": str(source.resolve()), "types": list(types), "options": options.to_json()}
-    answer = run_child("lib.stages.quantize.child:predict", argument, "predicting sizes")
+    argument = {"source": str(source.resolve()), "types": list(types), "options": (options or Options()).to_json()}
+    answer = run_child("lib.stages.quantize.quantizer:predict", argument, "predicting sizes")
     return answer["predictions"], answer["source"]
-
-
-def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> None:
-    """Refuse types that need an importance matrix when there is none.
-
-    Raises:
-        InputError: with the first such type.
-    """
-    for prediction in predictions:
-        if prediction["needs_imatrix"] and options.imatrix is None:
-            do = (
-                "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose a K-type, e.g. Q2_K."
-            )
-            name = prediction["type"]
-            raise InputError(f"{name} without an importance matrix.", "an importance matrix for this type.", do)
 
 
 def describe_gguf(path: Path) -> dict[str, Any]:
@@ -127,72 +172,220 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     """
     check_gguf(path)
     _require_llama_cpp()
-    answer = run_child("lib.stages.quantize.child:describe", {"path": str(path.resolve())}, f"reading {path.name}")
+    argument = {"path": str(path.resolve())}
+    answer = run_child("lib.stages.quantize.quantizer:describe", argument, f"reading {path.name}")
     return {key: value for key, value in answer.items() if key != "peak_memory_mib"}
+
+
+def _require_llama_cpp() -> None:
+    if problem := llama_cpp_problem():
+        do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
+        raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+
+
+def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> None:
+    """Refuse types that need an importance matrix when there is none.
+
+    Raises:
+        InputError: with the first such type.
+    """
+    needing = [prediction["type"] for prediction in predictions if prediction["needs_imatrix"]]
+    if needing and options.imatrix is None:
+        do = "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose a K-type, e.g. Q2_K."
+        found = f"{needing[0]} without an importance matrix."
+        raise InputError(found, "an importance matrix for this type.", do)
+
+
+def check_output(source: Path, output: Path) -> None:
+    """Refuse an output that is the source itself (llama.cpp would destroy it) or cannot be written.
+
+    Raises:
+        InputError: same file by path, symbolic or hard link; a folder; an unwritable place.
+    """
+    if output.is_dir():
+        raise InputError(f"{output} is a folder.", "the path of the new file.", f"write {output}/NAME-TYPE.gguf.")
+    if output.is_symlink():
+        raise InputError(f"{output} is a symbolic link.", "a plain path.", "remove the link, or choose another name.")
+    if output.resolve() == source.resolve() or (output.exists() and output.samefile(source)):
+        expected = "another file: quantizing reads while it writes."
+        raise InputError(f"{output} is the source file itself.", expected, "change OUT.gguf.")
+    if not output.name.endswith(".gguf"):
+        raise InputError(f"the output name {output.name!r}.", "a name that ends with .gguf.", "add .gguf to it.")
+    writable(output.parent)
+
+
+def plan_files(
+    source: Path, output: Path, types: Sequence[str], options: Options | None = None, beside: Sequence[str] = ()
+) -> list[PlannedFile]:
+    """What quantizing one GGUF file to several types will make; every refusal comes here, before the first file.
+
+    Args:
+        output: a folder, which gets <name of the source>-<TYPE>.gguf each; or the path of a single file.
+        beside: names in place of a type of files that are planned elsewhere and go to the same folder.
+
+    Raises:
+        InputError: as `predict_sizes`; a type that needs an importance matrix without one; a type named twice; an
+            output that is the source or cannot be written.
+    """
+    for name in types:
+        recipes.file_type(name)
+    names, options = [*types, *beside], options or Options()
+    if len(set(names)) != len(names):
+        raise InputError(f"a type named twice: {' '.join(names)}.", "each type once.", "remove one of the two.")
+    check_gguf(source)
+    for name in names:
+        check_output(source, _output_path(source, output, name))
+    predictions = predict_sizes(source, types, options) if types else []
+    require_matrix(predictions, options)
+    return [PlannedFile(found, options) for found in predictions]
+
+
+def _output_path(source: Path, output: Path, name: str) -> Path:
+    """Where the file of a type goes: `output` itself if it is no folder and ends with .gguf, else a file in it."""
+    if output.suffix == ".gguf" and not output.is_dir():
+        return output
+    return output / f"{recipes.stem(source)}-{name}.gguf"
+
+
+def quantize_files(
+    source: Path, output: Path, types: Sequence[str], options: Options | None = None, n_threads: int = 0
+) -> list[QuantizationReport]:
+    """Quantize one GGUF file to several types; each file is complete or absent.
+
+    Args:
+        output: see `plan_files`.
+        n_threads: of all files together; 0 = physical cores. No byte depends on it.
+
+    Raises:
+        InputError: as `plan_files`; too little room.
+    """
+    return make_files(source, output, plan_files(source, output, types, options), n_threads)
 
 
 def quantize_file(
     source: Path, output: Path, type_name: str, options: Options | None = None, n_threads: int = 0
 ) -> QuantizationReport:
-    """Quantize one GGUF file with llama.cpp, byte for byte as llama-quantize does it.
+    """Quantize one GGUF file with llama.cpp, byte for byte as llama-quantize does it; as `quantize_files`.
 
     The work is done in a child process into a temporary sibling of `output`; the new file is loaded with every tensor
     checked before it is flushed and renamed, so that `output` is either complete or absent.
-
-    Args:
-        source: GGUF with F32, F16 or BF16 weights.
-        output: the new file.
-        type_name: recipe, e.g. "Q4_K_M".
-        options: importance matrix and types of single tensors.
-        n_threads: 0 = physical cores; the result does not depend on it.
-
-    Raises:
-        InputError: unknown type; source missing, no GGUF, damaged, or already quantized; output is the source; a type
-            that needs an importance matrix without one; one that does not fit the model; too little room.
     """
-    recipes.file_type(type_name)
-    check_gguf(source)
     check_output(source, output)
-    options = options or Options()
-    predictions = predict_sizes(source, [type_name], options)
-    require_matrix(predictions, options)
-    return quantize_predicted(source, output, predictions[0], options, n_threads or physical_cores())
+    return quantize_files(source, output, [type_name], options, n_threads)[0]
 
 
-def quantize_predicted(
+@dataclass(frozen=True)
+class Concurrency:
+    """How many files at once, and with how many threads each."""
+
+    files: int
+    threads: int
+
+    @classmethod
+    def choose(cls, count: int, n_threads: int = 0) -> Concurrency:
+        """As many of `count` files at once as threads (0 = physical cores) and free memory allow."""
+        threads = n_threads or physical_cores()
+        files = max(1, min(count, threads, available_memory() // _MEMORY_PER_CHILD))
+        spare = 0 if n_threads else 1  # keeps a core busy while another file is read, checked or written
+        return cls(files, min(threads, max(1, threads // files) + spare))
+
+
+def make_files(
     source: Path,
     output: Path,
-    prediction: dict[str, Any],
-    options: Options,
+    planned: Sequence[PlannedFile],
+    n_threads: int = 0,
+    done: Callable[[QuantizationReport], None] = lambda report: None,
+) -> list[QuantizationReport]:
+    """Make all files, the longest first; reports in the order of `planned`.
+
+    Args:
+        source: checked, of the predictions; output: see `plan_files`.
+        done: called (in the caller's thread) as each file is finished.
+
+    Raises:
+        BaseException: the first that a file raised, or that interrupted the caller (Ctrl-C, SIGTERM); every child is
+            ended and no half file is left by then.
+    """
+    if not planned:
+        return []
+    paths = {file.type: _output_path(source, output, file.type) for file in planned}
+    what = f"{len(planned)} quantized files" if len(planned) > 1 else paths[planned[0].type].name
+    require_space(paths[planned[0].type].parent, sum(file.prediction["bytes"] for file in planned), what)
+    at_once, stop = Concurrency.choose(len(planned), n_threads), threading.Event()
+    reports: dict[str, QuantizationReport] = {}
+    running: dict[Future[QuantizationReport], str] = {}
+    tensors: dict[str, str] = {}  # how far each running file is
+
+    def make(file: PlannedFile) -> QuantizationReport:
+        def heard(line: str) -> None:
+            tensors[file.type] = line.partition(", tensors: ")[2].partition(" ")[0]
+
+        try:
+            if stop.is_set():
+                raise StoppedError(file.type)
+            return quantize_planned(source, paths[file.type], file, at_once.threads, stop, heard)
+        except BaseException:
+            stop.set()  # the others are given up with it
+            raise
+        finally:
+            tensors.pop(file.type, None)
+
+    def take(future: Future[QuantizationReport]) -> None:
+        report = reports[running[future]] = future.result()
+        del running[future]
+        done(report)
+
+    several = f" ({at_once.files} at once)" if at_once.files > 1 else ""
+    pool = ThreadPoolExecutor(at_once.files, thread_name_prefix="quantizing")
+    try:
+        with Progress(f"quantizing, types{several}", len(planned)) as progress:
+            for file in sorted(planned, key=lambda f: -recipes.quantizing_seconds(f.prediction["histogram"])):
+                running[pool.submit(make, file)] = file.type
+            while running:
+                finished, _ = wait(running, _REFRESH, FIRST_COMPLETED)
+                for future in sorted(finished, key=lambda f: isinstance(f.exception(), StoppedError)):
+                    take(future)  # the error that stopped the others comes before theirs
+                where = ", ".join(f"{name} {place}" for name, place in tensors.copy().items() if place)
+                progress.advance(len(finished), where)
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        for future in [f for f in running if not f.cancelled() and f.exception() is None]:
+            take(future)  # complete before the others were stopped
+    return [reports[file.type] for file in planned]
+
+
+def quantize_planned(
+    source: Path,
+    output: Path,
+    file: PlannedFile,
     n_threads: int,
     stop: threading.Event | None = None,
     heard: Callable[[str], None] | None = None,
 ) -> QuantizationReport:
-    """As `quantize_file`, for a checked source whose size was predicted already; `stop`, `heard`: see `run_child`."""
-    name = prediction["type"]
-    recipe = prediction.get("recipe", name)
-    require_space(output.parent, prediction["bytes"], f"{output.name}")
+    """One file of a checked source, whose size was predicted; `stop`, `heard`: see `run_child`."""
+    prediction, function = file.prediction, "lib.stages.quantize.quantizer:quantize"
     with atomic_path(output) as temporary:
         argument = {
             "source": str(source.resolve()),
             "output": str(temporary.absolute()),
-            "type": recipe,
-            "options": options.to_json(),
+            "type": prediction.get("recipe", file.type),
+            "options": file.options.to_json(),
             "n_threads": n_threads,
         }
-        answer = run_child("lib.stages.quantize.child:quantize", argument, f"quantizing to {name}", None, stop, heard)
+        answer = run_child(function, argument, f"quantizing to {file.type}", None, stop, heard)
         description = answer["description"]
         if description["bytes"] != prediction["bytes"]:
             raise RuntimeError(f"{output.name} has {description['bytes']} bytes; predicted {prediction['bytes']}")
-    kept = ("weights", "tensor_bytes", "bits_per_weight", "histogram", "token_embedding_type", "imatrix")
+    kept = ("bytes", "weights", "tensor_bytes", "bits_per_weight", "histogram", "token_embedding_type", "imatrix")
     return QuantizationReport(
-        type=name,
+        type=file.type,
         file=output.name,
-        bytes=description["bytes"],
         predicted_bytes=prediction["bytes"],
-        fallbacks=[] if "mix" in prediction else description["fallbacks"],
+        fallbacks=[] if file.record else description["fallbacks"],
         set_by_hand=prediction["set_by_hand"],
-        mix=prediction.get("mix"),
+        mix=file.record,
         **{key: description[key] for key in kept},
         seconds=round(answer["seconds"], 3),
         peak_memory_mib=answer["memory_mib"],

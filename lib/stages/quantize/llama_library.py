@@ -1,5 +1,7 @@
-"""GGUF headers read by llama.cpp's own, bounds-checked parser (through ctypes). For child processes only.
-Weights of a GGUF tensor as float32. For child processes only.
+"""llama.cpp's library through ctypes: GGUF headers, importance matrices, rows in its types. For child processes only.
+
+GGUF headers are read by llama.cpp's own, bounds-checked parser, which refuses a damaged file: that of the PyPI package
+`gguf` follows a damaged length without end.
 """
 
 from __future__ import annotations
@@ -7,7 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import io
+import math
+import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +22,6 @@ from llama_cpp import _ggml
 
 from lib.errors import InputError
 from lib.scoring import llama_backend
-
-# GGUF headers read by llama.cpp's own, bounds-checked parser (through ctypes). For child processes only.
-#
-# The parser of the PyPI package `gguf` follows a damaged length without end; this one refuses the file.
 
 _LIBRARY = _ggml.libggml
 _U32, _STRING, _ARRAY = 4, 8, 9  # enum gguf_type of gguf.h
@@ -198,14 +200,11 @@ class Header:
             shape = [_tensor_ne(pointer, i)[k] for k in range(4)]
             while len(shape) > 1 and shape[-1] == 1:
                 shape.pop()
-            weights = 1
-            for length in shape:
-                weights *= length
             self.tensors[_tensor_name(pointer, i).decode()] = {
                 "shape": shape,
                 "type": _type_name(_tensor_type(pointer, i)).decode(),
                 "bytes": _tensor_size(pointer, i),
-                "weights": weights,
+                "weights": math.prod(shape),
                 "offset": start + _tensor_offset(pointer, i),
             }
 
@@ -232,14 +231,17 @@ class Header:
             return None
         return _arr_str(self._pointer, i, 0).decode("utf-8", "replace") if _arr_n(self._pointer, i) else None
 
-    def size_when_quantized(self, file_type: int, numbers: dict[str, int], texts: dict[str, str]) -> int:
+    def size_when_quantized(self, keys: dict[str, str | int]) -> int:
         """Header bytes of this file after quantizing, with further keys added; changes only the copy in memory."""
-        _set_u32(self._pointer, b"general.quantization_version", _QUANTIZATION_VERSION)
-        _set_u32(self._pointer, b"general.file_type", file_type)
-        for key, number in numbers.items():
-            _set_u32(self._pointer, key.encode(), number)
-        for key, text in texts.items():
-            _set_str(self._pointer, key.encode(), text.encode())
+        for key, value in {
+            **keys,
+            "general.quantization_version": _QUANTIZATION_VERSION,
+            "general.file_type": 0,
+        }.items():
+            if isinstance(value, str):
+                _set_str(self._pointer, key.encode(), value.encode())
+            else:
+                _set_u32(self._pointer, key.encode(), value)
         return _meta_size(self._pointer)
 
 
@@ -266,9 +268,6 @@ def open_header(path: Path) -> Iterator[Header]:
         _free(pointer)
 
 
-# Weights of a GGUF tensor as float32. For child processes only.
-
-
 def rows_of(path: Path, tensor: dict[str, Any], start: int, stop: int, step: int = 1) -> np.ndarray:
     """Every `step`-th row of a tensor, float32, (rows, columns).
 
@@ -281,3 +280,121 @@ def rows_of(path: Path, tensor: dict[str, Any], start: int, stop: int, step: int
     row = tensor["bytes"] // rows
     raw = np.ascontiguousarray(np.memmap(path, np.uint8, "r", tensor["offset"], (rows, row))[start:stop:step])
     return raw.view("<f4") if tensor["type"] == "f32" else dequantize_rows(tensor["type"], raw)
+
+
+# Importance matrices: the mean square of every input of every linear layer over a calibration text.
+#
+# Both formats of llama.cpp are read: GGUF (`general.type` = "imatrix": sums of squares and counts) and the older .dat
+# (little-endian: entries of name, calls, values; then chunks and the name of the data set).
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass
+class Imatrix:
+    """Values by tensor name (float32, one for every input of the layer, experts one after another)."""
+
+    file: str
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    dataset: str | None = None
+    chunks: int = 0
+
+    def header_keys(self) -> dict[str, str | int]:
+        """What llama.cpp adds to the header of a file quantized with it, in its order; texts have 127 bytes at most."""
+        keys: dict[str, str | int] = {"file": self.file}
+        if self.dataset is not None:
+            keys["dataset"] = self.dataset
+        keys["entries_count"] = len(self.values)
+        if self.chunks > 0:
+            keys["chunks_count"] = self.chunks
+        cut = {k: v.encode()[:127].decode("utf-8", "ignore") if isinstance(v, str) else v for k, v in keys.items()}
+        return {f"quantize.imatrix.{key}": value for key, value in cut.items()}
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(
+        f"the importance matrix {path}: {what}.", "a file of `workbook imatrix` or llama-imatrix.", "make it again."
+    )
+
+
+def read_imatrix(path: Path | str | None) -> Imatrix | None:
+    """Read an importance matrix; None where there is none.
+
+    Raises:
+        InputError: no such file, neither format, or values that no mean square can have: not finite, negative, or 0
+            for every input of a layer (llama.cpp would round all its weights to nothing).
+    """
+    if path is None:
+        return None
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}.", "an importance matrix.", "correct the path.")
+    with path.open("rb") as stream:
+        is_gguf = stream.read(4) == b"GGUF"
+    result = _read_gguf(path) if is_gguf else _read_legacy(path)
+    for name, values in result.values.items():
+        if not np.isfinite(values).all():
+            raise _damaged(path, f"{name} holds values that are not finite")
+        if (values < 0).any():
+            raise _damaged(path, f"{name} holds negative values, which no mean square is")
+        if not values.any():
+            raise _damaged(path, f"{name} holds nothing but zeros")
+    return result
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    with open_header(path) as header:
+        if header.text("general.type") != "imatrix":
+            raise _damaged(path, f"its general.type is {header.text('general.type')!r}, not 'imatrix'")
+        names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
+        if not names:
+            raise _damaged(path, "it holds no sums")
+        result = Imatrix(path.name, {}, header.first_text("imatrix.datasets"))
+        result.chunks = header.number("imatrix.chunk_count") or 0
+        for name in sorted(names):
+            if name + _COUNTS not in header.tensors:
+                raise _damaged(path, f"{name} has sums but no counts")
+            sums, counts = _floats(path, header, name + _SUMS), np.round(_floats(path, header, name + _COUNTS))
+            if not np.isfinite(counts).all() or (counts < 0).any():
+                raise _damaged(path, f"{name} has counts that are no numbers of tokens")
+            if counts.size == 0 or sums.size % counts.size:
+                raise _damaged(path, f"{name} has {sums.size} sums for {counts.size} counts")
+            sums, counts = sums.reshape(counts.size, -1), counts[:, None]
+            means = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+            result.values[name] = np.ascontiguousarray(means.reshape(-1), dtype=np.float32)
+    return result
+
+
+def _floats(path: Path, header: Header, name: str) -> np.ndarray:
+    tensor = header.tensors[name]
+    if tensor["type"] != "f32":
+        raise _damaged(path, f"{name} is {tensor['type']}, not f32")
+    return np.fromfile(path, "<f4", tensor["weights"], offset=tensor["offset"])
+
+
+def _read_legacy(path: Path) -> Imatrix:
+    data = io.BytesIO(path.read_bytes())
+    size = len(data.getbuffer())
+
+    def take(count: int) -> bytes:
+        if not 0 < count <= size - data.tell():
+            raise _damaged(path, "it ends too early or is no importance matrix")
+        return data.read(count)
+
+    def integer() -> int:
+        return struct.unpack("<i", take(4))[0]
+
+    result = Imatrix(path.name)
+    entries = integer()
+    if not 0 < entries <= size // 12:
+        raise _damaged(path, "neither GGUF nor the older .dat format")
+    for _ in range(entries):
+        name = take(integer()).decode("utf-8", "replace")
+        calls, count = integer(), integer()
+        values = np.frombuffer(take(4 * count), "<f4")
+        result.values[name] = np.ascontiguousarray(values / np.float32(calls) if calls > 0 else values, np.float32)
+    if data.tell() < size:
+        result.chunks = integer()
+        if data.tell() < size:
+            result.dataset = take(integer()).split(b"\0")[0].decode("utf-8", "replace")
+    return result

@@ -1,77 +1,57 @@
-"""The stage `quantize`: one file for every type of the ladder, and one under a size budget; product `quantized`."""
+"""The stage `quantize`: one file for every type of the ladder, and one under a size budget; product `quantized`.
+
+The door of this folder: what page 06 asks for stands here or is imported here.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
-from lib.models.gguf_file import check_gguf
-from lib.runs.files import read_json, require_space, sha256_file, user_path, write_json
-from lib.runs.manifest import versions
-from lib.runs.run import Product, Run, Work
-from lib.stages.quantize import recipes
-from lib.stages.quantize.bit_allocation import Mix, plan_mix
-from lib.stages.quantize.effects import EffectResult, MixEffect, measure_effect, measure_mix_effect
-from lib.stages.quantize.files import QuantizationReport, require_matrix, survey
-from lib.stages.quantize.importance_matrix import AUTO, NONE, existing
-from lib.stages.quantize.ladder import Job, Slots, run_jobs
+from lib.models.loading import weight_bytes
+from lib.runs.files import read_json, sha256_file, write_json
+from lib.runs.manifest import damage, versions
+from lib.runs.run import Run, Work
+from lib.scoring.texts import Text
+from lib.stages.quantize import files
+from lib.stages.quantize.calibration import collect, dataset_name, matrix_identity, run_options
+from lib.stages.quantize.calibration import importance_matrix as importance_matrix
+from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult, run_source
+from lib.stages.quantize.held_out_kl import imatrix_effect as imatrix_effect
+from lib.stages.quantize.held_out_kl import mix_effect as mix_effect
 from lib.stages.quantize.recipes import Options
-from lib.stages.quantize.retention import Retention, SourceGrid, measure_retention, source_grid
-from lib.stages.quantize.tensor_errors import TensorErrors, measure_errors
+from lib.stages.quantize.size_budget import plan_mix, tokens_of
+from lib.stages.quantize.weights import predictions as predictions
+from lib.stages.quantize.weights import retention as retention
+from lib.stages.quantize.weights import source_grid, tensor_errors
 
 if TYPE_CHECKING:
     from lib.settings import Settings
 
+# Former names, until page 06 uses the new ones.
+grid, mix, errors, effect = source_grid, plan_mix, tensor_errors, imatrix_effect
 
 _SUMMARY = "quantized.json"
 
 
-@dataclass(frozen=True)
-class QuantizeResult:
-    """The ladder of a run.
-
-    Attributes:
-        product: the folder with one `<name>-<TYPE>.gguf` a type.
-        source: description of the file that was quantized (see `describe_gguf`).
-        files: one report a type, in the order of the ladder; behind them the one made for a size budget.
-    """
-
-    product: Product
-    source: dict[str, Any]
-    files: tuple[QuantizationReport, ...]
-
-
 def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
-    """Exact sizes of the run's ladder before anything is quantized: see `predict_sizes`.
+    """Exact sizes of the run's ladder before anything is quantized, as `predict_sizes` tells them. Where the files are
+    there already, and would not be made again, their reports stand for them: no dry run is needed.
 
     Raises:
         InputError: as `quantize`, before the work.
     """
-    options = _options(settings, run)
-    predictions, _ = survey(_only_gguf(run.require("gguf").path), settings.ladder, options)
-    require_matrix(predictions, options)
-    mixed = _mix(settings, run, options)
-    return [*predictions, mixed.prediction] if mixed else predictions
-
-
-def mix(settings: Settings, run: Run) -> Mix | None:
-    """The types of a file under the size budget, by measured sensitivity; None without one.
-
-    Raises:
-        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest file of the types tried.
-    """
-    return _mix(settings, run, _options(settings, run), settings.force)
-
-
-def _mix(settings: Settings, run: Run, options: Options, force: bool = False) -> Mix | None:
-    if not settings.size_budget:
-        return None
-    return plan_mix(settings, run, _only_gguf(run.require("gguf").path), options.imatrix, force)
+    options, mix = run_options(settings, run), plan_mix(settings, run, force=False)
+    if _is_current(settings, run, options):
+        rows = read_json(run.folder / "quantized" / _SUMMARY)["files"]
+        predicted = [{**row, "bytes": row["predicted_bytes"]} for row in rows if not row["mix"]]
+    else:
+        predicted, _ = files.survey(run_source(run), settings.ladder, options)
+        files.require_matrix(predicted, options)
+    return [*predicted, mix.prediction] if mix else predicted
 
 
 def quantize(settings: Settings, run: Run) -> QuantizeResult:
@@ -84,164 +64,89 @@ def quantize(settings: Settings, run: Run) -> QuantizeResult:
         InputError: no product `gguf`, a source that cannot be quantized, a type that needs an importance matrix, too
             little room.
     """
-
-    options = _options(settings, run)
-    mixed = _mix(settings, run, options)
-
-    def build(work: Work) -> None:
-        _build(settings, options, mixed, run, work)
-
+    options, mix = run_options(settings, run), plan_mix(settings, run, force=False)
+    parameters, inputs = _request(settings, options)
     product = run.produce(
         "quantized",
-        build,
-        parameters={
-            **settings.pick("ladder", *([settings.size_budget, "answer_weight"] if mixed else [])),
-            **_identity(options),
-        },
-        inputs=("gguf", "sensitivity") if mixed else ("gguf",),
+        lambda work: _build(settings, options, mix, run, work),
+        parameters=parameters,
+        inputs=inputs,
         force=settings.force,
         keep_partial=True,
     )
     summary = read_json(product.path / _SUMMARY)
-    files = tuple(
-        QuantizationReport(**{key: value for key, value in row.items() if key != "sha256"}) for row in summary["files"]
-    )
-    return QuantizeResult(product, summary["source"], files)
+    rows = [{key: value for key, value in row.items() if key != "sha256"} for row in summary["files"]]
+    return QuantizeResult(product, summary["source"], tuple(QuantizationReport(**row) for row in rows))
 
 
-def effect(settings: Settings, run: Run, result: QuantizeResult) -> EffectResult | None:
-    """The ladder's smallest types with and without the run's own importance matrix; None without `imatrix: auto`.
-
-    Raises:
-        InputError: too few test rows.
-    """
-    if settings.imatrix != AUTO:
-        return None
-    source = _only_gguf(run.require("gguf").path)
-    return measure_effect(settings, _options(settings, run), run, source, result.files)
-
-
-def mix_effect(settings: Settings, run: Run, result: QuantizeResult) -> MixEffect | None:
-    """The file under the size budget beside every recipe, on held-out rows; None without a budget.
-
-    Raises:
-        InputError: too few test rows.
-    """
-    source = _only_gguf(run.require("gguf").path)
-    return measure_mix_effect(settings, _options(settings, run), run, source, result.files)
-
-
-def errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors:
-    """How far every tensor of every file of the ladder is from the source.
-
-    Raises:
-        InputError: a damaged file.
-    """
-    return measure_errors(settings, run, _only_gguf(run.require("gguf").path), result.files)
-
-
-def grid(settings: Settings, run: Run) -> SourceGrid:
-    """On which types' grid the weights of the run's base lie: told before anything is quantized.
-
-    Raises:
-        InputError: no product `gguf`, or of another base.
-    """
-    options, source = _options(settings, run), _only_gguf(run.require("gguf").path)
-    return source_grid(settings, run, source, options.imatrix, _identity(options).get("imatrix"))
-
-
-def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention:
-    """What every file of the ladder keeps of the change that fine-tuning made to the weights.
-
-    Raises:
-        InputError: a base of another model, a damaged file.
-    """
-    found = grid(settings.model_copy(update={"force": False}), run)
-    return measure_retention(settings, run, _only_gguf(run.require("gguf").path), result.files, found)
-
-
-def _options(settings: Settings, run: Run) -> Options:
-    if made := existing(settings, run):
-        matrix: Path | None = made.path
-    else:
-        matrix = None if settings.imatrix in ("", NONE) else user_path(settings.imatrix)
-    if matrix is not None and not matrix.is_file():
-        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or set it to auto or none.")
-    types = tuple(settings.tensor_types)
-    return Options(matrix, types, settings.output_tensor_type, settings.token_embedding_type)
+def _request(settings: Settings, options: Options) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Parameters and inputs of the product."""
+    budget = [settings.size_budget, "answer_weight"] if settings.size_budget else []
+    parameters = {**settings.pick("ladder", *budget), **_identity(options)}
+    return parameters, ("gguf", "sensitivity") if budget else ("gguf",)
 
 
 def _identity(options: Options) -> dict[str, Any]:
     """What of the options decides about the bytes of the files: the importance matrix by its content and its name."""
-    given = {key: value for key, value in options.to_json().items() if value}
-    if options.imatrix is not None:
-        given["imatrix"] = f"{options.imatrix.name} {sha256_file(options.imatrix)}"
-    return given
+    given = {**options.to_json(), "imatrix": matrix_identity(options.imatrix)}
+    return {key: value for key, value in given.items() if value}
 
 
-def _build(settings: Settings, options: Options, mixed: Mix | None, run: Run, work: Work) -> None:
-    gguf = run.require("gguf")
-    source = _only_gguf(gguf.path)
+def _is_current(settings: Settings, run: Run, options: Options) -> bool:
+    """Whether the product is there and would not be made again."""
+    entry = run.manifest.entries().get("quantized")
+    parameters, inputs = _request(settings, options)
+    if entry is None or settings.force or entry.parameters != parameters:
+        return False
+    same = entry.inputs == {name: run.require(name).entry.digest for name in inputs}
+    return same and damage(run.folder / "quantized", entry) is None
+
+
+def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: Run, work: Work) -> None:
+    source = run_source(run)
     for stray in work.folder.glob(".*.part"):
         stray.unlink()
-    predictions, description = survey(source, settings.ladder, options)
-    require_matrix(predictions, options)
+    predicted, description = files.survey(source, settings.ladder, options)
+    files.require_matrix(predicted, options)
+    planned = [PlannedFile(found, options) for found in predicted] + ([mix] if mix else [])
     identity = _identity(options)
-    rows = {} if settings.force else _finished(run, work, gguf.entry.digest, identity)
-    if mixed:
-        predictions = [*predictions, mixed.prediction]
-    rows = {kind: row for kind, row in rows.items() if row.get("mix") in (None, mixed and mixed.record)}
-    order = [prediction["type"] for prediction in predictions]
-    reused = [kind for kind in order if kind in rows]
-    jobs = [_job(p, work.folder, source, mixed) for p in predictions if p["type"] not in rows]
-    require_space(run.folder, sum(job.prediction["bytes"] for job in jobs), f"{len(jobs)} quantized files")
+    rows = {} if settings.force else _finished(run, work, identity)
+    rows = {kind: row for kind, row in rows.items() if row.get("mix") in (None, mix and mix.record)}
+    reused = [file.type for file in planned if file.type in rows]
+    lacking = [file for file in planned if file.type not in rows]
 
     def write_summary() -> None:
-        files = [rows[kind] for kind in order if kind in rows]
+        made = [rows[file.type] for file in planned if file.type in rows]
         quantizer = versions()["llama-cpp-python"]
-        summary = {"source": description, "quantizer": quantizer, "options": identity, "files": files}
+        summary = {"source": description, "quantizer": quantizer, "options": identity, "files": made}
         write_json(work.folder / _SUMMARY, summary)
 
     def done(report: QuantizationReport) -> None:
         rows[report.type] = {**report.to_json(), "sha256": sha256_file(work.folder / report.file)}
         write_summary()
 
-    slots = Slots.choose(len(jobs), settings.n_threads)
-    run_jobs(source, jobs, options, slots, done)
+    at_once = files.Concurrency.choose(len(lacking), settings.n_threads)
+    files.make_files(source, work.folder, lacking, settings.n_threads, done)
     write_summary()
-    ordered = [rows[kind] for kind in order]
+    ordered = [rows[file.type] for file in planned]
     for leftover in {p.name for p in work.folder.glob("*.gguf")} - {row["file"] for row in ordered}:
         (work.folder / leftover).unlink()
-    work.facts |= {"source": source.name, "reused": reused, "at_once": slots.files, "threads_each": slots.threads}
-    work.metrics |= {row["type"]: _headline(row) for row in ordered}
+    work.facts |= {"source": source.name, "reused": reused}
+    work.facts |= {"at_once": at_once.files, "threads_each": at_once.threads}
+    for row in ordered:
+        bits = round(row["bits_per_weight"], 3)
+        work.metrics[row["type"]] = {"bytes": row["bytes"], "bits_per_weight": bits, "seconds": row["seconds"]}
     work.notes += _fallback_note(ordered)
 
 
-def _job(prediction: dict[str, Any], folder: Path, source: Path, mixed: Mix | None) -> Job:
-    options = mixed.options if mixed and prediction.get("mix") else None
-    return Job(prediction, folder / f"{recipes.stem(source)}-{prediction['type']}.gguf", options)
-
-
-def _only_gguf(folder: Path) -> Path:
-    found = sorted(folder.glob("*.gguf"))
-    if len(found) != 1:
-        raise InputError(
-            f"{len(found)} GGUF files in {folder}.",
-            "exactly one.",
-            "run notebooks/05_convert_gguf.ipynb with force: true.",
-        )
-    check_gguf(found[0])
-    return found[0]
-
-
-def _finished(run: Run, work: Work, source_digest: str, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _finished(run: Run, work: Work, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Files that need not be made again, now in the folder of the work: {type: row of quantized.json}.
 
     Each verifies by SHA-256 and was made with the same options by the same llama.cpp.
     """
     folders = [work.folder] if work.resumed else []
     former = run.manifest.entries().get("quantized")
-    if former is not None and former.inputs.get("gguf") == source_digest:
+    if former is not None and former.inputs.get("gguf") == run.require("gguf").entry.digest:
         folders.append(run.folder / "quantized")
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
@@ -273,10 +178,6 @@ def _take_over(old: Path, new: Path) -> None:
         shutil.copyfile(old, new)
 
 
-def _headline(row: dict[str, Any]) -> dict[str, Any]:
-    return {"bytes": row["bytes"], "bits_per_weight": round(row["bits_per_weight"], 3), "seconds": row["seconds"]}
-
-
 def _fallback_note(rows: list[dict[str, Any]]) -> list[str]:
     """One sentence for every page when type names promise more than the files hold."""
     affected = [row for row in rows if row["fallbacks"]]
@@ -289,3 +190,40 @@ def _fallback_note(rows: list[dict[str, Any]]) -> list[str]:
         f"type names mislead for this model: rows of {widths} weights do not fill blocks of 256, so llama.cpp stored "
         f"some tensors of {listed} in larger types than the names say"
     ]
+
+
+def measure_imatrix(
+    model: Path, output: Path, text: Text, file: Path, n_ctx: int = 512, chunks: int = 64
+) -> dict[str, Any]:
+    """Make an importance matrix of a model folder on a text, as 06 does of training rows.
+
+    Args:
+        model: folder of 16- or 32-bit weights that transformers loads.
+        output: new GGUF file, which `workbook quantize --imatrix` and llama-quantize read; complete or absent.
+        text: at most `chunks` windows of `n_ctx` tokens of it are used; `file`: where it was read from.
+
+    Returns:
+        "file", "dataset" (its name in the file: the text's, how much of it, its SHA-256), "text_sha256", "rows"
+        (documents of which a token is used), "tokens", "windows", "window_tokens", "entries" (layers), "dtype",
+        "device", "seconds".
+
+    Raises:
+        InputError: a place that cannot be written, a folder that is no model or is quantized, a text that does not fill
+            a window, an architecture that is not known.
+    """
+    files.check_output(file, output)
+    tokens = tokens_of(model, text)
+    windows, digest = tokens.windows(n_ctx, chunks), sha256_file(file)
+    used = n_ctx * len(windows)
+    dataset = dataset_name(file.name, f"{len(windows)} windows of {n_ctx} tokens", digest)
+    made = collect(model, weight_bytes(model), windows, output, dataset)
+    return {
+        "file": str(output),
+        "dataset": dataset,
+        "text_sha256": digest,
+        "rows": None if tokens.documents is None else len(set(tokens.documents[:used].tolist())),
+        "tokens": used,
+        "windows": len(windows),
+        "window_tokens": n_ctx,
+        **{key: made[key] for key in ("dtype", "entries", "device", "seconds")},
+    }

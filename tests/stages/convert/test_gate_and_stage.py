@@ -15,9 +15,8 @@ from lib.errors import InputError
 from lib.runs.machine import llama_cpp_problem
 from lib.settings import Settings
 from lib.stages.convert.convert import convert
-from lib.stages.convert.gate import EXACT, GateReport, _label_facts, _refuse, gate
+from lib.stages.convert.gate import EXACT, HARD_STRINGS, GateReport, _label_facts, _refuse, compare_tokens, gate
 from lib.stages.convert.stage import export, model_name
-from lib.stages.convert.token_parity import HARD_STRINGS, compare_tokens
 from tests import tiny_run
 
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")

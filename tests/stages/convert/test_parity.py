@@ -19,7 +19,7 @@ from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import ClassificationTask
 from lib.runs.machine import llama_cpp_problem
 from lib.stages.convert.convert import convert
-from lib.stages.convert.token_parity import HARD_STRINGS, compare_prompts, compare_tokens, gguf_token_ids
+from lib.stages.convert.gate import HARD_STRINGS, compare_prompts, compare_tokens, gguf_token_ids
 from tests.stages.convert.convertible import write_model
 
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")

@@ -11,7 +11,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.prompts.tasks import ConversationTask, read_task
-from lib.report import rows as report_rows
+from lib.report.data_page import page_of
 from lib.runs.run import open_run
 from lib.settings import Settings, check
 from lib.stages.data.stage import prepare
@@ -56,7 +56,7 @@ def test_product_of_dialogues(home: Path) -> None:
     ]
     open_end = {"messages": [*rows[7]["messages"], {"role": "user", "content": "还有一件事"}]}
     result = prepare(settings(write(home / "d.jsonl", [*rows, *copies, *damaged, open_end])), open_run("t"))
-    assert not result.labelled and result.floor == {} and result.task == ConversationTask("dialogue", SYSTEM, 512)
+    assert result.floor == {} and result.task == ConversationTask("dialogue", SYSTEM, 512)
     flow = {line["step"]: line["rows"] for line in result.flow if line["split"] == "all"}
     assert flow["read"] == 66
     assert flow["dropped: no assistant turn"] == flow["dropped: an empty turn"] == 1
@@ -104,9 +104,8 @@ def test_a_validation_split_that_becomes_the_test_split_is_noted(home: Path) -> 
     result = prepare(settings(folder), open_run("t"))
     assert len(result.rows("test")) == 10
     assert any("its validation split is the test split" in note for note in result.product.entry.notes)
-    assert report_rows.copies_caption(result).startswith(
-        "Copies of openings"
-    ) and "whole turns" in report_rows.lengths_caption(result)
+    page = page_of(result)
+    assert "Copies of openings" in page.copies().data and "whole turns" in page.length_table().data
 
 
 def test_alpaca_with_thinking(home: Path) -> None:

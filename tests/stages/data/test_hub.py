@@ -10,8 +10,7 @@ import pytest
 from lib.errors import InputError
 from lib.runs.run import open_run
 from lib.settings import check
-from lib.stages.data.conversations import choose_data
-from lib.stages.data.reading import read_table
+from lib.stages.data.reading import choose_data, read_table
 from lib.stages.data.stage import prepare
 from lib.stages.data.text_files import HOTELS
 from tests.support.hub_fixture import hub  # noqa: F401
@@ -37,11 +36,7 @@ def test_plain_files_are_read_as_text(served: Hub, name: str, monkeypatch: pytes
         "train": ["好", "坏"],
         "validation": ["行"],
     }
-    assert (
-        table.given
-        and table.rows == 3
-        and not any("x.py" in path for _, path, _ in served.requests if "resolve" in path)
-    )
+    assert table.rows == 3 and not any("x.py" in path for _, path, _ in served.requests if "resolve" in path)
     commit = served.commit("datasets", "org/reviews")
     assert table.revision == commit or table.revision.startswith("sha256:")
     assert table.hashes["dev.csv"] == hashlib.sha256(csv("行")).hexdigest()

@@ -116,7 +116,7 @@ def test_folder_splits_and_shards(home: Path, tmp_path: Path):
     (folder / "README.md").write_text("not data")
     table = read_table(str(folder))
     assert {name: len(split) for name, split in table.splits.items()} == {"train": 6, "validation": 3, "test": 3}
-    assert table.given
+    assert "test" in table.splits
 
 
 def test_folder_with_one_file_has_no_split(home: Path, tmp_path: Path):
@@ -124,7 +124,7 @@ def test_folder_with_one_file_has_no_split(home: Path, tmp_path: Path):
     folder.mkdir()
     write(folder / "reviews.csv", "csv")
     table = read_table(str(folder))
-    assert list(table.splits) == ["all"] and not table.given
+    assert list(table.splits) == ["all"]
 
 
 def test_a_changed_file_is_read_again(home: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ def splits(shared_data: Path, tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKBOOK_HOME", str(tmp_path_factory.mktemp("home")))
         table = read_table(str(shared_data / "chnsenticorp"))
-        assert not table.changes and table.given
+        assert not table.changes and "test" in table.splits
         return {name: clean_split(split, name, "", "", NAMES)[0] for name, split in table.splits.items()}
 
 
@@ -55,7 +55,7 @@ def test_linear_floor(splits, found):
 
 def test_hotel_reviews_quoted_csv(shared_data: Path, home: Path):
     table = read_table(str(shared_data / "chnsenticorp_htl_all"))
-    assert not table.given and len(table.splits["all"]) == 7766
+    assert len(table.splits["all"]) == 7766
     rows, counts = clean_split(table.splits["all"], "all", "", "", NAMES)
     assert counts == {"dropped: empty text": 1}
     assert [sum(row.label == label for row in rows) for label in (0, 1)] in ([2444, 5321], [2443, 5322])

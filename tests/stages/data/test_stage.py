@@ -12,7 +12,6 @@ from lib.errors import InputError
 from lib.runs.files import read_json
 from lib.runs.run import open_run
 from lib.settings import Settings, check
-from lib.stages.data.lengths import token_lengths
 from lib.stages.data.stage import DataResult, prepare, rows_from_file
 
 
@@ -98,15 +97,20 @@ def test_truncation_is_counted_as_encode_truncates(sample_run: DataResult):
     import dataclasses
 
     from lib.models.loading import load_tokenizer
-    from lib.stages.data.cleaning import Row
+    from lib.stages.data.cleaning import LabelledRows, Row
+    from lib.stages.data.stage import token_lengths
 
     tokenizer = load_tokenizer(sample_run.product.path / "tokenizer")
     median = sorted(sample_run.lengths["test"])[100]
     task = dataclasses.replace(sample_run.task, max_seq_length=median)
     rows = [Row(i, row["text"], row["label"]) for i, row in enumerate(sample_run.rows("test")[:60])]
-    _, table = token_lengths(tokenizer, task, {"test": rows})
-    truncated = sum(task.encode(tokenizer, {"text": row.text, "label": row.label}).truncated for row in rows)
-    assert 0 < truncated < 60 and table[0]["truncated rows"] == truncated
+    kept, lengths, table = token_lengths(tokenizer, task, LabelledRows(Settings(), task), {"test": rows})
+    room = median - max(map(len, task.answer_words(tokenizer))) - 1
+    whole = dataclasses.replace(task, max_seq_length=10_000)
+    prompts = [len(whole.probe_ids(tokenizer, row.content)) for row in rows]
+    truncated = sum(length > room for length in prompts)
+    assert 0 < truncated < 60 and table[0]["truncated rows"] == truncated and kept == {"test": rows}
+    assert [length - prompt for length, prompt in zip(lengths["test"], prompts, strict=True)] == [2] * 60
 
 
 def test_a_second_call_changes_nothing_and_reads_the_same(home: Path):

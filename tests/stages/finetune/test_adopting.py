@@ -112,7 +112,7 @@ def test_what_it_was_trained_on_is_said_where_its_files_tell(
 
 
 def test_a_4_bit_base_that_does_not_work_here_is_said(runs, foreign: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lib.stages.finetune.adopt.bitsandbytes_problem", lambda: "not on this machine")
+    monkeypatch.setattr("lib.runs.machine.bitsandbytes_problem", lambda: "not on this machine")
     (foreign / "README.md").write_text(PEFT_CARD.format(four=True))
     result = finetune(tiny_settings(adapter=str(foreign)), runs("fresh"))
     assert result.product.entry.facts["method"] == "LoRA"

@@ -12,8 +12,7 @@ from lib.errors import InputError
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.run import Run
 from lib.scoring.log_probabilities import Scores
-from lib.stages.finetune.adopt import take
-from lib.stages.finetune.stage import finetune
+from lib.stages.finetune.stage import adopt, finetune
 from lib.stages.merge.stage import merge
 from tests.stages.finetune.conftest import tiny_settings
 
@@ -62,12 +61,12 @@ def test_the_chosen_runs_adapter_is_taken_and_why(pair: Callable[[str], Run]) ->
     assert chosen["run"] == "second" and chosen["test_rows_seen"] == 0 and "Taken: run second" in chosen["text"]
     assert read_json(result.product.path / "model_analysis.json")["chosen"]["run"] == "second"
     assert any("the adapter of run second was taken" in stamp and "no test row" in stamp for stamp in run.stamps())
-    assert take(tiny_settings(adapter=BEST), run).made is False
+    assert adopt(tiny_settings(adapter=BEST), run).made is False
 
 
 def test_04_merges_it_and_its_card_says_which(pair: Callable[[str], Run]) -> None:
     run, settings = pair("fresh"), tiny_settings(adapter=BEST)
-    take(settings, run)
+    adopt(settings, run)
     product = merge(settings, run).product
     assert product.entry.facts["chosen"]["run"] == "second"
     assert "Taken: run second" in (product.path / "README.md").read_text(encoding="utf-8")
@@ -75,9 +74,9 @@ def test_04_merges_it_and_its_card_says_which(pair: Callable[[str], Run]) -> Non
 
 def test_when_the_answer_changes_another_adapter_is_taken(pair: Callable[[str], Run]) -> None:
     run, settings = pair("fresh"), tiny_settings(adapter=BEST)
-    take(settings, run)
+    adopt(settings, run)
     evaluated(pair("second"), 18)
-    again = take(settings, run)
+    again = adopt(settings, run)
     assert again.made and "adapter_revision" in again.message and again.entry.facts["chosen"]["run"] == "straight"
 
 

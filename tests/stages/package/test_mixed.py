@@ -14,8 +14,7 @@ from lib.settings import Settings
 from lib.stages.compare.stage import compare
 from lib.stages.convert.convert import convert
 from lib.stages.package.stage import package
-from lib.stages.quantize.bit_allocation import predictions
-from lib.stages.quantize.stage import QuantizeResult, errors, mix_effect, quantize
+from lib.stages.quantize.stage import mix_effect, predictions, quantize, tensor_errors
 from tests import tiny_run
 from tests.stages.package.test_package import CONVENTION
 
@@ -40,7 +39,7 @@ def run(home: Path) -> Run:
 
 
 def test_from_the_budget_to_the_package(run: Run) -> None:
-    result: QuantizeResult = quantize(SETTINGS, run)
+    result = quantize(SETTINGS, run)
     mixed = result.files[-1]
     assert mixed.type == MIX and mixed.bytes <= 120_000 and not mixed.fallbacks and not mixed.set_by_hand
     measured = mix_effect(SETTINGS, run, result)
@@ -50,7 +49,7 @@ def test_from_the_budget_to_the_package(run: Run) -> None:
     for entry in content["types"]:
         assert entry["difference"] == pytest.approx(content["mixed"]["kld"] - entry["kld"], rel=1e-9)
     assert not mix_effect(SETTINGS, run, result).product.made
-    errors(SETTINGS, run, result)
+    tensor_errors(SETTINGS, run, result)
     compared = compare(SETTINGS, run)
     entry = compared.entry(MIX)
     assert entry["file"] == mixed.file and entry["bytes"] == mixed.bytes and entry["kld_mean"] > 0

@@ -21,8 +21,8 @@ from lib.runs.run import Run
 from lib.settings import Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
-from lib.stages.quantize.bit_allocation import Choice, choose_types, predictions, solve
-from lib.stages.quantize.stage import errors, mix, mix_effect, plan, quantize
+from lib.stages.quantize.size_budget import TypeCost, choose_types, solve
+from lib.stages.quantize.stage import mix_effect, plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
 native_only = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
@@ -54,7 +54,7 @@ def test_random_labels_have_the_covariance_of_drawn_ones() -> None:
     """E[u] = 0 and E[u u'] = diag(p) - p p', also where the model is nearly sure; there they scatter far less."""
     import torch
 
-    from lib.stages.quantize.fisher import _random_labels
+    from lib.stages.quantize.sensitivity import _random_labels
 
     draw = torch.Generator().manual_seed(0)
     for logits in (torch.tensor([0.3, -0.5, 1.0, 0.1]), torch.tensor([8.0, 1.0, -3.0, 0.0])):
@@ -73,7 +73,7 @@ def test_information_at_answers_is_that_of_single_gradients(base: Path) -> None:
     import torch
 
     from lib.models.loading import load_model
-    from lib.stages.quantize.fisher import answer_information, groups, matrices
+    from lib.stages.quantize.sensitivity import answer_information, groups, matrices
 
     model = load_model(base, dtype="float32", device="cpu")
     draw = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_the_text_is_measured_as_before(base: Path) -> None:
     import torch
 
     from lib.models.loading import load_model
-    from lib.stages.quantize.fisher import answer_information, information, matrices
+    from lib.stages.quantize.sensitivity import answer_information, information, matrices
 
     windows = np.random.default_rng(1).integers(3, 500, (4, 16)).tolist()
     model = load_model(base, dtype="float32", device="cpu")
@@ -149,15 +149,16 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     weights = tiny_gguf.tensors(256, 1, 1, 259, 512, 128)
     source = tiny_gguf.write(folder / "a-F32.gguf", layers=1, weights=weights, outtype="f32")
     draw = np.random.default_rng(0)
-    (folder / "answers").mkdir()
-    scales = [{}, {}]
+    scales: dict[str, dict[str, float]] = {"kld": {}, "answer_kld": {}}
+    for loss in scales:
+        (folder / loss).mkdir()
     for name in (name for name in weights if weights[name].ndim == 2):
-        for place, scale in ((folder, scales[0]), (folder / "answers", scales[1])):
+        for loss, scale in scales.items():
             rows = draw.gamma(0.5, 1, (len(weights[name]), 1)) ** 2
-            np.save(place / f"{name}.npy", (rows * draw.gamma(0.5, 1, weights[name].shape)).astype(np.float32))
+            values = (rows * draw.gamma(0.5, 1, weights[name].shape)).astype(np.float32)
+            np.save(folder / loss / f"{name}.npy", values)
             scale[name] = float(draw.gamma(1, 10))
-    asked = {"source": str(source), "folder": str(folder), "imatrix": None, "n_threads": 1}
-    return {**asked, "scales": scales[0], "answer_scales": scales[1]}
+    return {"source": str(source), "folder": str(folder), "imatrix": None, "n_threads": 1, "scales": scales}
 
 
 @native_only
@@ -167,7 +168,7 @@ def test_all_rows_give_the_losses_of_before(tried: dict[str, Any], monkeypatch: 
 
     monkeypatch.setattr(type_costs, "_DRAWN", 10**6)
     found = type_costs.measure(tried)["tensors"]
-    alone = type_costs.measure({**tried, "answer_scales": None})["tensors"]
+    alone = type_costs.measure({**tried, "scales": {"kld": tried["scales"]["kld"]}})["tensors"]
     assert [[t["kld"] for t in row["types"]] for row in alone] == [[t["kld"] for t in row["types"]] for row in found]
     assert "answer_kld" not in alone[0]["types"][0]
     row = next(row for row in found if row["tensor"] == "blk.0.ffn_down.weight")
@@ -177,10 +178,10 @@ def test_all_rows_give_the_losses_of_before(tried: dict[str, Any], monkeypatch: 
         kind = entry["type"]
         error = llama_library.dequantize_rows(kind, llama_library.quantize_rows(kind, weights, None)) - weights
         shrunk = float(np.sum(error * weights, dtype=np.float64)) / float(np.sum(weights * weights, dtype=np.float64))
-        for loss, place, scales in (("kld", "", "scales"), ("answer_kld", "answers/", "answer_scales")):
-            fisher = np.load(f"{tried['folder']}/{place}{row['tensor']}.npy")
+        for loss, scales in tried["scales"].items():
+            fisher = np.load(f"{tried['folder']}/{loss}/{row['tensor']}.npy")
             lost = float(np.sum(fisher * error * error, dtype=np.float64))
-            assert entry[loss] == 0.5 * (lost + tried[scales][row["tensor"]] * shrunk**2), (kind, loss)
+            assert entry[loss] == 0.5 * (lost + scales[row["tensor"]] * shrunk**2), (kind, loss)
 
 
 @native_only
@@ -204,8 +205,8 @@ def test_few_rows_choose_as_well_as_all(tried: dict[str, Any], monkeypatch: pyte
             budget = round(low + part * (high - low))
             lost = []
             for table in (few, every):
-                options = [[Choice(t["type"], t["bytes"], value(t)) for t in row["types"]] for row in table]
-                types = [choice.type for choice in solve(options, budget)]
+                options = [[TypeCost(t["type"], t["bytes"], value(t)) for t in row["types"]] for row in table]
+                types = [cost.type for cost in solve(options, budget)]
                 truth = [{t["type"]: value(t) for t in row["types"]} for row in every]
                 lost.append(sum(row[kind] for row, kind in zip(truth, types, strict=True)))
             assert lost[0] <= 1.01 * lost[1], (part, weight)
@@ -215,10 +216,10 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
     from lib.models.loading import load_tokenizer
 
     data = run.folder / "data"
-    chosen = calibration.choose_rows(data, 6, 10_000, 42)
+    chosen = calibration.training_answers(data, 6, 10_000, 42)
     rows, tokenizer = {r["id"]: r for r in read_jsonl(data / "train.jsonl")}, load_tokenizer(data / "tokenizer")
     assert len(chosen.rows) == len(chosen.used) == chosen.facts["rows"] == 6
-    windows = calibration.choose_windows(data, 64, 4, 42)
+    windows = calibration.training_windows(data, 64, 4, 42)
     assert chosen.used[:3] == windows.used[:3], "the same order"
     for row, used in zip(chosen.rows, chosen.used, strict=True):
         answer = tokenizer(tiny_run.LABELS[rows[used["id"]]["label"]], add_special_tokens=False)["input_ids"]
@@ -226,9 +227,9 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
         assert row["positions"][-1] == len(row["ids"]) - 1, "nothing is run that nothing is read from"
         assert (row["ids"] + row["targets"][-1:])[-len(row["targets"]) :] == row["targets"]
     tokens = sum(len(row["ids"]) for row in chosen.rows[:3])
-    assert len(calibration.choose_rows(data, 6, tokens, 42).rows) == 3
-    assert len(calibration.choose_rows(data, 6, 1, 42).rows) == 1
-    test = calibration.held_out_rows(data, 5, 10_000, 42)
+    assert len(calibration.training_answers(data, 6, tokens, 42).rows) == 3
+    assert len(calibration.training_answers(data, 6, 1, 42).rows) == 1
+    test = calibration.held_out_answers(data, 5, 10_000, 42)
     ids = [row["id"] for row in read_jsonl(data / "test.jsonl")]
     assert [used["id"] for used in test.used] == [ids[row["row"]] for row in test.rows]
 
@@ -236,7 +237,7 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
 def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     """All learned turns, with their ends; a row that equals a held-out one is left out."""
     from lib.models.loading import load_model, load_tokenizer
-    from lib.stages.quantize.fisher import answer_information
+    from lib.stages.quantize.sensitivity import answer_information
 
     def conversation(i: int, said: str) -> dict[str, Any]:
         turns = [("user", said), ("assistant", "很好。"), ("user", "早餐？"), ("assistant", "一般，贵。")]
@@ -250,7 +251,7 @@ def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     splits["test"] = [conversation(20, "房间7怎么样？")]
     for name, rows in splits.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    chosen = calibration.choose_rows(tmp_path, 100, 10_000, 42)
+    chosen = calibration.training_answers(tmp_path, 100, 10_000, 42)
     assert len(chosen.rows) == 8 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
     for row, used in zip(chosen.rows, chosen.used, strict=True):
@@ -264,20 +265,21 @@ def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
 @native_only
 def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both losses are kept, another weight above 0 measures nothing again, and one page chooses once."""
-    from lib.stages.quantize import bit_allocation
+    from lib.stages.quantize import size_budget
 
     calls: list[float] = []
-    real = bit_allocation.choose_types
+    real = size_budget.run_child
 
-    def counted(*arguments: Any) -> Any:
-        calls.append(arguments[-1])
-        return real(*arguments)
+    def counted(function: str, argument: dict[str, Any], what: str) -> Any:
+        if "answer_weight" in argument:
+            calls.append(argument["answer_weight"])
+        return real(function, argument, what)
 
-    monkeypatch.setattr(bit_allocation, "choose_types", counted)
+    monkeypatch.setattr(size_budget, "run_child", counted)
     made = {}
     for weight in (0.0, 1.0, 0.5):
         asked = wanted(answer_weight=weight)
-        made[weight] = mix(asked, run)
+        made[weight] = plan_mix(asked, run)
         assert plan(asked, run)[-1] == made[weight].prediction
     assert calls == [0.0, 1.0, 0.5]
     record = read_json(run.folder / "sensitivity" / "sensitivity.json")
@@ -308,7 +310,7 @@ def test_files_are_scored_once_and_at_answers(run: Run) -> None:
     result = quantize(asked, run)
     content = mix_effect(asked, run, result).content
     assert content["answer_rows"] == 16 and content["answer_positions"] >= 32
-    rows = calibration.held_out_rows(run.folder / "data", 128, 8192, 42).rows
+    rows = calibration.held_out_answers(run.folder / "data", 128, 8192, 42).rows
     files = {file.type: result.product.path / file.file for file in result.files}
     with (
         closing(LlamaCppBackend(run.folder / "gguf" / "tiny-F32.gguf", 128, 1, 0)) as reference,
@@ -324,7 +326,7 @@ def test_files_are_scored_once_and_at_answers(run: Run) -> None:
         own = e["answers"]
         assert own["difference"] == pytest.approx(content["mixed"]["answers"]["kld"] - own["kld"], rel=1e-9)
         assert own["p_holm"] >= own["p"] and own["verdict"] in ("better", "worse", "cannot tell")
-    errors(asked, run, result)
+    tensor_errors(asked, run, result)
     at_answers = predictions(run, "answer_kld")
     assert at_answers.keys() == predictions(run).keys() == {file.file for file in result.files}
     assert at_answers[files["Q8_0"].name] < at_answers[files["Q4_0"].name] != predictions(run)[files["Q4_0"].name]
@@ -374,25 +376,25 @@ def test_the_page_says_when_the_mixed_file_does_not_win() -> None:
 
 def test_a_forced_page_scores_again_unless_it_just_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """The effect of the matrix scores first; where it has nothing to compare, this must."""
-    from lib.stages.quantize import effects
+    from lib.stages.quantize import held_out_kl
 
     class ScoredError(Exception):
         pass
 
-    def scores(*arguments: Any) -> None:
-        raise ScoredError(arguments[-1])
+    def scores(*_: Any, force: bool) -> None:
+        raise ScoredError(force)
 
     files = tuple(SimpleNamespace(type=name, mix=mix) for name, mix in (("Q4_0", None), ("MIX_1MB", {"types": {}})))
-    monkeypatch.setattr(effects, "scores", scores)
+    monkeypatch.setattr(held_out_kl, "score_files", scores)
     asked = wanted(imatrix="auto", force=True)
     for compared_now, again in (([], "True"), (["Q4_0"], "False")):
-        monkeypatch.setattr(effects, "compared_types", lambda *_, found=compared_now: (found, ["Q4_0"]))
+        monkeypatch.setattr(held_out_kl, "compared_with_matrix", lambda *_, found=compared_now: (found, ["Q4_0"]))
         with pytest.raises(ScoredError, match=again):
-            effects.measure_mix_effect(asked, None, None, Path(), files)
+            held_out_kl.mix_effect(asked, None, SimpleNamespace(files=files))
 
 
 def test_what_is_scored_and_how_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib.stages.quantize import held_out as quantize_held_out
+    from lib.stages.quantize import held_out_kl as quantize_held_out
 
     few, many = (quantize_held_out._most_windows(wanted(n_ctx=256, perplexity_tokens=most)) for most in (512, 10**6))
     assert (few, many) == (2, 8), "more tokens than are used change nothing"

@@ -12,9 +12,9 @@ from lib.report import weights_page
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, open_run
 from lib.settings import Settings
-from lib.stages.quantize import tensor_errors
-from lib.stages.quantize.stage import errors, quantize
-from lib.stages.quantize.tensor_errors import TensorErrors
+from lib.stages.quantize import compare_weights
+from lib.stages.quantize.stage import quantize, tensor_errors
+from lib.stages.quantize.weights import TensorErrors
 from tests import tiny_gguf
 from tests.stages.quantize.test_quantize_stage import make_gguf
 
@@ -41,7 +41,7 @@ def by_hand(tensor: gguf.ReaderTensor) -> np.ndarray:
 def test_every_tensor_of_every_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(run_name="t", ladder=["Q8_0", "Q4_K_M", "IQ4_XS"], n_threads=1)
     result = quantize(settings, run)
-    found = errors(settings, run, result)
+    found = tensor_errors(settings, run, result)
     source = tensors(run.folder / "gguf" / "tiny-F16.gguf")
     for file in result.files:
         made = tensors(result.product.path / file.file)
@@ -57,11 +57,11 @@ def test_every_tensor_of_every_file(run: Run, monkeypatch: pytest.MonkeyPatch) -
             assert row["bits_per_weight"] == 8 * made[name].n_bytes / wanted.size
     worst = {name: max(row["relative_rmse"] for row in rows) for name, rows in found.files.items()}
     assert worst["Q8_0"] < 0.01 < worst["Q4_K_M"] < 0.2
-    assert errors(settings, run, result).product.made is False
+    assert tensor_errors(settings, run, result).product.made is False
     # In pieces of a few rows the sums are the same.
-    monkeypatch.setattr(tensor_errors, "_AT_ONCE", 1000)
+    monkeypatch.setattr(compare_weights, "_AT_ONCE", 1000)
     paths = {file.type: str(result.product.path / file.file) for file in result.files}
-    again = tensor_errors.compare_in_child({"source": str(run.folder / "gguf" / "tiny-F16.gguf"), "files": paths})
+    again = compare_weights.compare_with_source({"source": str(run.folder / "gguf" / "tiny-F16.gguf"), "files": paths})
     for name, rows in again["files"].items():
         for row, other in zip(rows, found.files[name], strict=True):
             assert row["relative_rmse"] == pytest.approx(other["relative_rmse"], rel=1e-9)
@@ -69,7 +69,7 @@ def test_every_tensor_of_every_file(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_page(run: Run) -> None:
     settings = Settings(run_name="t", ladder=["Q8_0", "Q2_K"], n_threads=1)
-    found = errors(settings, run, quantize(settings, run))
+    found = tensor_errors(settings, run, quantize(settings, run))
     kinds = found.by_kind("Q2_K")
     mine = [row for row in found.files["Q2_K"] if row["kind"] == "ffn_down"]
     wanted = np.sqrt(np.mean([row["relative_rmse"] ** 2 for row in mine]))

@@ -32,7 +32,7 @@ def stored(weights: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def shares(weights: np.ndarray, dtype: str, values: np.ndarray | None = None) -> dict[str, float]:
-    from lib.stages.quantize.base_grid import _shares, varied
+    from lib.stages.quantize.compare_weights import _shares, varied
 
     return _shares(weights, dtype, values, varied(weights))
 
@@ -63,7 +63,7 @@ def test_with_a_matrix_a_finer_type_finds_the_grid() -> None:
 
 
 def test_nf4() -> None:
-    from lib.stages.quantize.base_grid import _NF4_CODE, nf4
+    from lib.stages.quantize.compare_weights import _NF4_CODE, nf4
 
     code = RNG.integers(0, 16, (64, 512))
     code[:, ::64] = 15  # every block holds its largest weight
@@ -76,13 +76,13 @@ def test_nf4() -> None:
 
 def test_the_code_of_nf4_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    from lib.stages.quantize.base_grid import _NF4_CODE
+    from lib.stages.quantize.compare_weights import _NF4_CODE
 
     assert np.array_equal(_NF4_CODE, functional.get_4bit_type("nf4", device="cpu").numpy())
 
 
 def test_zeros_of_pruning_are_no_few_values() -> None:
-    from lib.stages.quantize.base_grid import _distinct
+    from lib.stages.quantize.compare_weights import _distinct
 
     weights = gaussian()
     pruned = np.where(np.arange(512) % 2, weights, 0)
@@ -91,7 +91,7 @@ def test_zeros_of_pruning_are_no_few_values() -> None:
 
 
 def test_constant_blocks_do_not_count() -> None:
-    from lib.stages.quantize.base_grid import varied
+    from lib.stages.quantize.compare_weights import varied
 
     weights = np.full((2, 64), 0.5, np.float32)
     weights[0, :32] = 0
@@ -101,7 +101,7 @@ def test_constant_blocks_do_not_count() -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_a_model_in_its_file(tmp_path: Path, architecture: str) -> None:
-    from lib.stages.quantize.base_grid import measure
+    from lib.stages.quantize.compare_weights import measure_grid as measure
 
     number = gguf.GGMLQuantizationType.Q4_1
     weights = tiny_gguf.tensors(256, 1, 3, 259, 512, 128)

@@ -19,16 +19,15 @@ from lib.report import quantize_page
 from lib.runs.files import read_jsonl, sha256_json, write_json
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, Work
-from lib.settings import Settings
+from lib.settings import TENSOR_TYPES, Settings
 from lib.stages.convert.convert import convert
-from lib.stages.quantize import calibration, fisher, importance_matrix
-from lib.stages.quantize import stage as quantize_stage
-from lib.stages.quantize.effects import EffectResult, compared_types, judge, measure_effect
-from lib.stages.quantize.files import quantize_file
-from lib.stages.quantize.held_out import retyped
-from lib.stages.quantize.importance_matrix import measure
+from lib.stages.quantize import calibration
+from lib.stages.quantize.calibration import importance_matrix, run_options
+from lib.stages.quantize.files import QuantizeResult, predict_sizes, quantize_file
+from lib.stages.quantize.held_out_kl import Comparison, compared_with_matrix, judge, retyped
+from lib.stages.quantize.llama_library import read_imatrix
 from lib.stages.quantize.recipes import Options
-from lib.stages.quantize.stage import effect, quantize
+from lib.stages.quantize.stage import imatrix_effect, quantize
 from tests import tiny_gguf, tiny_run
 
 pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
@@ -61,10 +60,10 @@ def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
     """llama-imatrix's definition on llama.cpp's own activations, weights and cache in 32 bits: within 1e-4 of each."""
     from tests.stages.quantize.llama_inputs import sums_of_squares
 
-    made = measure(settings(), run)
-    chosen = calibration.choose_windows(run.folder / "data", 64, Settings().imatrix_chunks, 42)
+    made = importance_matrix(settings(), run)
+    chosen = calibration.training_windows(run.folder / "data", 64, Settings().imatrix_chunks, 42)
     sums, counts = sums_of_squares(run.folder / "gguf" / "tiny-F32.gguf", chosen.windows)
-    ours = importance_matrix.read(made.path)
+    ours = read_imatrix(made.path)
     assert set(ours.values) == set(sums) == {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
     assert set(counts.values()) == {made.record["tokens"]} == {64 * len(chosen.windows)}
     for name, values in ours.values.items():
@@ -74,7 +73,7 @@ def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
 
 def test_the_file_has_llama_imatrixs_form(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    fisher.write_imatrix(path, {"b": np.array([4.0, 8.0]), "a": np.array([1.0])}, 128, "train.jsonl", 64)
+    calibration.write_imatrix(path, {"b": np.array([4.0, 8.0]), "a": np.array([1.0])}, 128, "train.jsonl", 64)
     reader = gguf.GGUFReader(path)
     values = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert values == {
@@ -87,7 +86,7 @@ def test_the_file_has_llama_imatrixs_form(tmp_path: Path) -> None:
         *(("a.in_sum2", [1, 1], "F32"), ("a.counts", [1, 1], "F32")),
         *(("b.in_sum2", [2, 1], "F32"), ("b.counts", [1, 1], "F32")),
     ]
-    assert importance_matrix.read(path).values["b"].tolist() == [4 / 128, 8 / 128]
+    assert read_imatrix(path).values["b"].tolist() == [4 / 128, 8 / 128]
 
 
 def test_held_out_rows_are_left_out_and_that_is_recorded(run: Run) -> None:
@@ -105,7 +104,7 @@ def test_held_out_rows_are_left_out_and_that_is_recorded(run: Run) -> None:
         work.facts |= run.manifest.entries()["data"].facts
 
     run.produce("data", build, {"changed": 1})
-    made = calibration.choose_windows(data, 64, 1000, 42)
+    made = calibration.training_windows(data, 64, 1000, 42)
     used = made.used
     assert made.facts["left_out"] == {"text of a held-out row": 1, "nearly the text of a held-out row": 1}
     assert not {"train-00003", "train-00007"} & {row["id"] for row in used} and len(used) >= 20
@@ -123,28 +122,29 @@ def test_windows_are_rows_as_training_sees_them(run: Run) -> None:
     from lib.models.loading import load_tokenizer
 
     data = run.folder / "data"
-    few, many = (calibration.choose_windows(data, 64, most, 42) for most in (2, 1000))
+    few, many = (calibration.training_windows(data, 64, most, 42) for most in (2, 1000))
     assert few.windows == many.windows[:2] and all(len(window) == 64 for window in many.windows)
     assert len(few.used) < len(many.used) and few.used == many.used[: len(few.used)]
     tokenizer, rows = load_tokenizer(data / "tokenizer"), {r["id"]: r for r in read_jsonl(data / "train.jsonl")}
     task, ids = read_task(data), [token for window in many.windows for token in window]
     for row in (rows[used["id"]] for used in many.used[:5]):
-        turns = [*task.messages(row["text"]), {"role": "assistant", "content": task.label_names[row["label"]]}]
+        turns = task.messages(row)
+        assert turns[-1] == {"role": "assistant", "content": task.label_names[row["label"]]}
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         whole = len(wanted) <= task.max_seq_length  # a longer text is cut at its end, as in training
         same = len(wanted) if whole else 60
         assert ids[:same] == wanted[:same]
         ids = ids[min(len(wanted), task.max_seq_length) :]
-    assert calibration.choose_windows(data, 64, 2, 43).windows != few.windows
+    assert calibration.training_windows(data, 64, 2, 43).windows != few.windows
     with pytest.raises(InputError, match="do not fill a window of 32768 tokens"):
-        calibration.choose_windows(data, 32768, 2, 42)
+        calibration.training_windows(data, 32768, 2, 42)
 
 
 def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
     result = quantize(settings(ladder=["Q4_0", "IQ3_XXS"]), run)
     assert [file.imatrix for file in result.files] == ["imatrix.gguf"] * 2
-    made = measure(settings(), run)
+    made = importance_matrix(settings(), run)
     assert made.product.made is False and {"n_ctx", "seed"} <= made.product.entry.parameters.keys()
     record, rows = made.record, read_jsonl(made.product.path / "rows.jsonl")
     assert record["rows_sha256"] == sha256_json([row["sha256"] for row in rows]) and record["shared_with_held_out"] == 0
@@ -159,7 +159,10 @@ def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
         }
     plain = quantize(settings(ladder=["Q4_0"], imatrix="none"), run)
     assert plain.files[0].imatrix is None and plain.product.made
-    assert measure(settings(imatrix="none"), run) is None and measure(settings(imatrix=""), run) is None
+    assert (
+        importance_matrix(settings(imatrix="none"), run) is None
+        and importance_matrix(settings(imatrix=""), run) is None
+    )
 
 
 def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,17 +171,17 @@ def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(settings: Settings, run: Run, work: Work) -> None:
         made.append("once more")
-        fisher.write_imatrix(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
+        calibration.write_imatrix(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
         write_json(work.folder / "imatrix.json", {})
 
-    monkeypatch.setattr(importance_matrix, "_build", build)
+    monkeypatch.setattr(calibration, "_build", build)
     forced = settings(force=True)
     for _ in range(2):
-        measure(forced, run)
+        importance_matrix(forced, run)
     assert len(made) == 2
-    assert quantize_stage._options(forced, run).imatrix == run.folder / "imatrix" / "imatrix.gguf"
+    assert run_options(forced, run).imatrix == run.folder / "imatrix" / "imatrix.gguf"
     assert len(made) == 2
-    measure(settings(), run)
+    importance_matrix(settings(), run)
     assert len(made) == 2
 
 
@@ -196,43 +199,49 @@ def test_an_unknown_architecture_is_refused() -> None:
     torch.manual_seed(0)
     config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(InputError, match=r"layer .* of a opt model, whose name in GGUF is not known"):
-        fisher.gguf_layers(OPTForCausalLM(config))
+        calibration.gguf_layers(OPTForCausalLM(config))
 
 
 def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None:
     """The pairs differ in the matrix alone, and the numbers are those of `workbook perplexity`'s scorer."""
     wanted = settings(ladder=["Q8_0", "Q4_K_M", "Q4_0"], perplexity_tokens=512)
     result = quantize(wanted, run)
-    found = effect(wanted, run, result).content
+    found = imatrix_effect(wanted, run, result).content
     assert [entry["type"] for entry in found["types"]] == ["Q4_K_M", "Q4_0"], "Q8_0 uses no matrix"
     assert found["windows"] == 8 and found["tokens"] == 8 * 31 and 2 <= found["rows"] <= 16
     entry = found["types"][1]
     plain, folder = quantize_file(run.folder / "gguf" / "tiny-F32.gguf", run.folder / "plain.gguf", "Q4_0"), run.folder
     assert plain.bytes == entry["bytes_without"] and plain.imatrix is None
-    windows, _ = calibration.held_out_windows(folder / "data", 64, 8, 42)
+    windows = calibration.held_out_windows(folder / "data", 64, 8, 42).windows
     table = kl_between(folder / "gguf" / "tiny-F32.gguf", folder / "plain.gguf", windows)
     assert entry["kld_without"] == pytest.approx(table.mean, rel=1e-6)
     table = kl_between(folder / "gguf" / "tiny-F32.gguf", result.product.path / result.files[2].file, windows)
     assert entry["kld_with"] == pytest.approx(table.mean, rel=1e-6)
     assert entry["difference"] == pytest.approx(entry["kld_with"] - entry["kld_without"])
-    assert effect(settings(imatrix="none"), run, result) is None
-    shown, reading = quantize_page.effect(EffectResult(result.product, found))
+    assert imatrix_effect(settings(imatrix="none"), run, result) is None
+    shown, reading = quantize_page.effect(Comparison(result.product, found))
     assert "Q4_0" in shown.data and "Q4_0 with the matrix is" in reading.data
     assert found["left_out"] == [] and [entry["retyped"] for entry in found["types"]] == [[], []]
     assert "all tensors of equal types" in reading.data
-    assert "0 of 32, by hash" in quantize_page.imatrix_card(measure(wanted, run)).data
+    assert "0 of 32, by hash" in quantize_page.imatrix_card(importance_matrix(wanted, run)).data
 
 
 def test_types_that_need_the_matrix_are_left_out_and_said(run: Run) -> None:
     wide = tiny_gguf.write(run.folder / "wide-F16.gguf")
-    common = {"imatrix": "imatrix.gguf", "mix": None}
-    reports = tuple(SimpleNamespace(type=name, bytes=n, **common) for n, name in enumerate(("Q4_0", "Q4_K_M")))
-    options = Options(run.folder / "imatrix.gguf", ("attn_v=iq3_xxs",))
-    assert compared_types(reports, wide, options) == ([], ["Q4_0", "Q4_K_M"])
-    free = compared_types(reports, wide, Options(run.folder / "imatrix.gguf", ("attn_v=q8_0",)))
-    assert free == ([*reversed(reports)], [])
-    run.produce("quantized", lambda work: write_json(work.folder / "quantized.json", {}), {})
-    found = measure_effect(settings(), options, run, wide, reports)
+
+    def reports(tensor: str, kind: str) -> tuple[SimpleNamespace, ...]:
+        common = {"imatrix": "imatrix.gguf", "mix": None, "set_by_hand": [{"tensor": tensor, "type": kind}]}
+        return tuple(SimpleNamespace(type=name, bytes=n, **common) for n, name in enumerate(("Q4_0", "Q4_K_M")))
+
+    value = "blk.0.attn_v.weight"
+    for kind in TENSOR_TYPES:  # as llama.cpp's dry run says
+        (told,) = predict_sizes(wide, ["Q4_0"], Options(tensor_types=(f"attn_v={kind}",)))
+        assert bool(compared_with_matrix(reports(value, kind))[1]) == told["needs_imatrix"], kind
+    assert compared_with_matrix(reports("token_embd.weight", "iq2_xs"))[1] == ["Q4_0", "Q4_K_M"]
+    free, needing = reports(value, "q8_0"), reports(value, "iq3_xxs")
+    assert compared_with_matrix(free) == ([*reversed(free)], [])
+    product = run.produce("quantized", lambda work: write_json(work.folder / "quantized.json", {}), {})
+    found = imatrix_effect(settings(), run, QuantizeResult(product, {}, needing))
     assert found.content == {"types": [], "left_out": ["Q4_0", "Q4_K_M"]}
     why, reading = quantize_page.effect(found)
     assert "Q4_0, Q4_K_M cannot be made without a matrix" in why.data and "does not say" in reading.data
@@ -243,7 +252,7 @@ def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
     source = tiny_gguf.write(tmp_path / "a-F16.gguf", layers=8)
     names = tiny_gguf.tensors(256, 8, 1, 259, 512, 128)
     values = {n: np.ones(v.shape[1]) for n, v in names.items() if n.startswith("blk.") and v.ndim == 2}
-    fisher.write_imatrix(tmp_path / "a.imatrix", values, 64, "text", 64)
+    calibration.write_imatrix(tmp_path / "a.imatrix", values, 64, "text", 64)
     one, other = (
         quantize_file(source, tmp_path / f"{name}.gguf", "Q4_0", Options(matrix))
         for name, matrix in (("with", tmp_path / "a.imatrix"), ("without", None))
@@ -287,7 +296,8 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
     for i, row in enumerate(rows):
         row["leaked"] = i not in (3, 8)
     (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    windows, owners = calibration.held_out_windows(data, 64, 4, 42)
+    chosen = calibration.held_out_windows(data, 64, 4, 42)
+    windows, owners = chosen.windows, chosen.owners
     ids = [token for window in windows for token in window]
     assert len(ids) == len(owners) == 256 and set(owners[:100]) <= {3, 8} < set(owners)
     tokenizer, task = load_tokenizer(data / "tokenizer"), read_task(data)
@@ -317,7 +327,7 @@ def test_conversations_too(tmp_path: Path) -> None:
     }
     for name, rows in splits.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    chosen = calibration.choose_windows(tmp_path, 64, 1000, 42)
+    chosen = calibration.training_windows(tmp_path, 64, 1000, 42)
     assert chosen.facts["left_out"]["text of a held-out row"] == 1 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
     wanted = [token for used in chosen.used for token in task.encode(tokenizer, by_id[used["id"]]).ids]

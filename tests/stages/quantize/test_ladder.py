@@ -16,9 +16,15 @@ import pytest
 from lib.errors import InputError
 from lib.runs.child import StoppedError
 from lib.runs.files import sha256_file
-from lib.stages.quantize import ladder
-from lib.stages.quantize.files import predict_sizes, quantize_file
-from lib.stages.quantize.ladder import Job, Slots, quantize_files, run_jobs
+from lib.stages.quantize import files
+from lib.stages.quantize.files import (
+    Concurrency,
+    PlannedFile,
+    make_files,
+    predict_sizes,
+    quantize_file,
+    quantize_files,
+)
 from lib.stages.quantize.recipes import Options
 from tests import tiny_gguf
 
@@ -30,36 +36,36 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gguf.write(tmp_path_factory.mktemp("source") / "tiny-F16.gguf")
 
 
-def jobs(source: Path, folder: Path, *types: str) -> list[Job]:
-    return [Job(p, folder / f"{p['type']}.gguf") for p in predict_sizes(source, types)]
+def planned(source: Path, *types: str) -> list[PlannedFile]:
+    return [PlannedFile(found, Options()) for found in predict_sizes(source, types)]
 
 
 @pytest.mark.parametrize(
     ("count", "n_threads", "cores", "gib", "wanted"),
     [
-        (7, 0, 2, 8, Slots(2, 2)),
-        (7, 2, 16, 8, Slots(2, 1)),
-        (7, 0, 16, 64, Slots(7, 3)),
-        (1, 0, 8, 64, Slots(1, 8)),
-        (7, 0, 1, 64, Slots(1, 1)),
-        (7, 0, 8, 1, Slots(2, 5)),
-        (7, 0, 8, 0, Slots(1, 8)),
-        (7, 1, 8, 64, Slots(1, 1)),
-        (7, 3, 2, 64, Slots(3, 1)),
+        (7, 0, 2, 8, Concurrency(2, 2)),
+        (7, 2, 16, 8, Concurrency(2, 1)),
+        (7, 0, 16, 64, Concurrency(7, 3)),
+        (1, 0, 8, 64, Concurrency(1, 8)),
+        (7, 0, 1, 64, Concurrency(1, 1)),
+        (7, 0, 8, 1, Concurrency(2, 5)),
+        (7, 0, 8, 0, Concurrency(1, 8)),
+        (7, 1, 8, 64, Concurrency(1, 1)),
+        (7, 3, 2, 64, Concurrency(3, 1)),
     ],
 )
 def test_as_many_at_once_as_threads_and_memory_allow(
-    count: int, n_threads: int, cores: int, gib: int, wanted: Slots, monkeypatch: pytest.MonkeyPatch
+    count: int, n_threads: int, cores: int, gib: int, wanted: Concurrency, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ladder, "physical_cores", lambda: cores)
-    monkeypatch.setattr(ladder, "available_memory", lambda: gib << 30)
-    assert Slots.choose(count, n_threads) == wanted
+    monkeypatch.setattr(files, "physical_cores", lambda: cores)
+    monkeypatch.setattr(files, "available_memory", lambda: gib << 30)
+    assert Concurrency.choose(count, n_threads) == wanted
 
 
 def test_files_of_a_ladder_equal_single_ones(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ladder, "physical_cores", lambda: 3)
+    monkeypatch.setattr(files, "physical_cores", lambda: 3)
     reports = quantize_files(source, tmp_path / "many", ["Q4_0", "Q8_0", "Q4_K_M"])
     assert [r.type for r in reports] == ["Q4_0", "Q8_0", "Q4_K_M"]
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(r.file for r in reports)
@@ -72,16 +78,15 @@ def test_files_of_a_ladder_equal_single_ones(
 def test_longest_first_and_reports_in_order(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
-    def made(_: Path, output: Path, prediction: dict[str, Any], *__: Any) -> str:
-        begun.append(prediction["type"])
+    def made(_: Path, output: Path, file: PlannedFile, *__: Any) -> str:
+        begun.append(file.type)
         return output.name
 
-    monkeypatch.setattr(ladder, "quantize_predicted", made)
+    monkeypatch.setattr(files, "quantize_planned", made)
     done: list[str] = []
-    names = run_jobs(
-        source, jobs(source, tmp_path, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M"), Options(), Slots(1, 1), done.append
-    )
-    assert names == ["Q8_0.gguf", "Q4_0.gguf", "Q4_K_M.gguf", "Q3_K_M.gguf"]
+    wanted = planned(source, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M")
+    names = make_files(source, tmp_path, wanted, 1, done.append)
+    assert names == ["tiny-Q8_0.gguf", "tiny-Q4_0.gguf", "tiny-Q4_K_M.gguf", "tiny-Q3_K_M.gguf"]
     assert begun[0] == "Q4_K_M" and set(begun[2:]) == {"Q8_0", "Q4_0"}
     assert sorted(done) == sorted(names)
 
@@ -90,8 +95,8 @@ def test_one_that_fails_stops_the_others(source: Path, tmp_path: Path, monkeypat
     """Q4_K_M waits until it is stopped; Q4_0 fails; Q8_0 is never begun; what was complete by then is reported."""
     begun, done, complete = [], [], threading.Event()
 
-    def make(_: Path, output: Path, prediction: dict[str, Any], __: Options, ___: int, stop: Any, ____: Any) -> str:
-        name = prediction["type"]
+    def make(_: Path, output: Path, file: PlannedFile, __: int, stop: Any, ___: Any) -> str:
+        name = file.type
         begun.append(name)
         if name == "Q4_K_M":
             complete.set()
@@ -102,12 +107,12 @@ def test_one_that_fails_stops_the_others(source: Path, tmp_path: Path, monkeypat
             return output.name
         raise InputError("a stone.", "bread.", "ask again.")
 
-    monkeypatch.setattr(ladder, "quantize_predicted", make)
-    wanted = jobs(source, tmp_path, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M")
+    monkeypatch.setattr(files, "quantize_planned", make)
+    wanted = planned(source, "Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M")
     with pytest.raises(InputError, match="a stone"):
-        run_jobs(source, wanted, Options(), Slots(2, 1), done.append)
+        make_files(source, tmp_path, wanted, 2, done.append)
     assert begun[:2] == ["Q4_K_M", "Q3_K_M"] and len(begun) == 3
-    assert done == ["Q3_K_M.gguf"]
+    assert done == ["tiny-Q3_K_M.gguf"]
     assert not [t for t in threading.enumerate() if t.name.startswith("quantizing")]
 
 

@@ -22,15 +22,19 @@ from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run
 from lib.settings import Settings, mix_name
 from lib.stages.convert.convert import convert
-from lib.stages.quantize.bit_allocation import Choice, Mix, choose_types, predictions, solve
-from lib.stages.quantize.stage import errors, mix, plan, quantize
+from lib.stages.quantize import calibration, files, held_out_kl, sensitivity, size_budget, weights
+from lib.stages.quantize import stage as quantize_stage
+from lib.stages.quantize.files import PlannedFile
+from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.size_budget import TypeCost, choose_types, solve
+from lib.stages.quantize.stage import plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
 native_only = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
 options = strategies.lists(
     strategies.builds(
-        Choice, strategies.just("t"), strategies.integers(1, 12).map(lambda n: 32 * n), strategies.floats(0, 1)
+        TypeCost, strategies.just("t"), strategies.integers(1, 12).map(lambda n: 32 * n), strategies.floats(0, 1)
     ),
     min_size=1,
     max_size=4,
@@ -40,7 +44,7 @@ instances = strategies.lists(options, min_size=1, max_size=4)
 
 @given(instances, strategies.integers(0, 2000), strategies.integers(0, 100))
 @settings(max_examples=200, deadline=None)
-def test_the_solver_is_exact(tensors: list[list[Choice]], budget: int, fixed: int) -> None:
+def test_the_solver_is_exact(tensors: list[list[TypeCost]], budget: int, fixed: int) -> None:
     """As good as trying everything, never over the budget; refused exactly where nothing fits."""
     fits = [c for c in itertools.product(*tensors) if fixed + sum(t.bytes for t in c) <= budget]
     if not fits:
@@ -61,7 +65,7 @@ def test_more_bytes_never_predict_more_loss(seed: int, one: int, other: int) -> 
     """Also where the grid is coarser than the bytes: 30 tensors whose sizes have no common factor."""
     draw = np.random.default_rng(seed)
     tensors = [
-        [Choice(str(k), int(draw.integers(1, 40_000)), float(draw.gamma(1, 10.0**-k))) for k in range(5)]
+        [TypeCost(str(k), int(draw.integers(1, 40_000)), float(draw.gamma(1, 10.0**-k))) for k in range(5)]
         for _ in range(30)
     ]
     least = sum(min(c.bytes for c in tensor) for tensor in tensors)
@@ -116,7 +120,7 @@ def test_the_written_file_is_what_was_chosen(run: Run) -> None:
     """Bytes, types, provenance in header and summary; other budgets cost no new measurement; 0 removes the file."""
     stock = quantize(wanted(ladder=["Q5_0"]), run).files[0]
     asked = wanted(size_budget_mb=stock.bytes / 1e6)
-    made: Mix = mix(asked, run)
+    made = plan_mix(asked, run)
     assert [p["type"] for p in plan(asked, run)] == ["Q4_0", made.prediction["type"]]
     result = quantize(asked, run)
     report, path = result.files[1], result.product.path / result.files[1].file
@@ -137,14 +141,14 @@ def test_the_written_file_is_what_was_chosen(run: Run) -> None:
         "quantize.mix.rows": f"train.jsonl, {record['rows']} rows, sha256 {record['rows_sha256']}",
     }
     assert read_json(result.product.path / "quantized.json")["files"][1]["mix"] == report.mix == made.record
-    measured = errors(asked, run, result).files[report.type]
+    measured = tensor_errors(asked, run, result).files[report.type]
     assert {row["tensor"]: row["type"] for row in measured} == made.record["types"]
     before = sha256_file(run.folder / "sensitivity" / "sensitivity.json")
     larger = quantize(wanted(size_budget_mb=1.05 * asked.size_budget_mb), run)
     assert larger.files[1].mix["predicted_kld"] < made.record["predicted_kld"] and not path.is_file()
     assert larger.product.entry.facts["reused"] == ["Q4_0"]
     assert sha256_file(run.folder / "sensitivity" / "sensitivity.json") == before
-    assert [f.type for f in quantize(wanted(), run).files] == ["Q4_0"] and mix(wanted(), run) is None
+    assert [f.type for f in quantize(wanted(), run).files] == ["Q4_0"] and plan_mix(wanted(), run) is None
 
 
 @native_only
@@ -154,7 +158,7 @@ def test_every_file_of_the_ladder_is_predicted_by_the_same_sensitivities(run: Ru
     result = quantize(asked, run)
     with pytest.raises(InputError, match=r"sensitivities or errors of other files|tensor_errors"):
         predictions(run)
-    errors(asked, run, result)
+    tensor_errors(asked, run, result)
     found = predictions(run)
     paths = {file.type: file.file for file in result.files}
     assert found.keys() == set(paths.values()) == {f"tiny-{name}.gguf" for name in ("Q8_0", "Q4_K_M", "MIX_1MB")}
@@ -176,9 +180,35 @@ def test_every_file_of_the_ladder_is_predicted_by_the_same_sensitivities(run: Ru
 
 
 @native_only
+def test_a_finished_page_starts_no_child(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that page 06 asks for, twice: the second time all is read from products, the solved mix too."""
+    asked, started = wanted(ladder=["Q8_0", "Q4_0"], size_budget_bpw=6.0, perplexity_tokens=512), []
+
+    def page() -> list[Any]:
+        result = quantize(asked, run)
+        return [
+            quantize_stage.importance_matrix(asked, run).record,
+            quantize_stage.source_grid(asked, run).shares,
+            plan_mix(asked, run).record,
+            [row["bytes"] for row in plan(asked, run)],
+            [file.bytes for file in result.files],
+            tensor_errors(asked, run, result).files,
+            quantize_stage.retention(asked, run, result).files,
+            quantize_stage.imatrix_effect(asked, run, result).content,
+            quantize_stage.mix_effect(asked, run, result).content,
+            predictions(run),
+        ]
+
+    first = page()
+    for module in (calibration, files, held_out_kl, sensitivity, size_budget, weights):
+        monkeypatch.setattr(module, "run_child", lambda function, *_: started.append(function))
+    assert page() == first and started == []
+
+
+@native_only
 def test_the_rows_are_those_of_the_importance_matrix(run: Run) -> None:
     """The first of the same order, held-out rows provably absent."""
-    mix(wanted(size_budget_mb=1.0), run)
+    plan_mix(wanted(size_budget_mb=1.0), run)
     ours, theirs = (read_jsonl(run.folder / name / "rows.jsonl") for name in ("sensitivity", "imatrix"))
     assert ours and ours == theirs[: len(ours)]
     record = read_json(run.folder / "sensitivity" / "sensitivity.json")
@@ -193,14 +223,14 @@ def test_an_impossible_budget_is_refused(run: Run) -> None:
     with pytest.raises(InputError, match=r"a size budget of 0.01 MB.*at least [0-9,]+ bytes, the smallest") as caught:
         quantize(wanted(size_budget_mb=0.01), run)
     least = int(caught.value.expected.split()[2].replace(",", ""))
-    assert mix(wanted(size_budget_mb=least / 1e6), run).prediction["bytes"] == least
+    assert plan_mix(wanted(size_budget_mb=least / 1e6), run).prediction["bytes"] == least
     assert run.manifest.entries().get("quantized") == before
 
 
 @native_only
 def test_a_budget_in_bits_per_weight(run: Run) -> None:
     """As the pages count them; the whole file is what the name and the header say."""
-    made = mix(wanted(size_budget_bpw=5.5), run)
+    made = plan_mix(wanted(size_budget_bpw=5.5), run)
     budget = made.record["budget_bytes"]
     assert 5.0 < made.prediction["bits_per_weight"] <= 5.5 and made.prediction["bytes"] <= budget
     assert made.prediction["type"] == mix_name(budget) and f"{budget}" in dict(made.options.notes).values()
@@ -216,7 +246,7 @@ def test_a_gguf_of_another_model_is_refused(base: Path, home: Path) -> None:
     tiny_run.make_base(other, tied=False, seed=5)
     run.produce("gguf", lambda work: convert(other, work.folder / "tiny-F32.gguf", "f32") and None, {"changed": 1})
     with pytest.raises(InputError, match="has other rows than in the model folder"):
-        mix(wanted(size_budget_mb=1.0, imatrix="none"), run)
+        plan_mix(wanted(size_budget_mb=1.0, imatrix="none"), run)
     assert not [path for path in run.folder.iterdir() if path.name.startswith(".sens")], "nothing half-written"
 
 
@@ -225,7 +255,7 @@ def test_information_is_the_mean_squared_gradient_of_drawn_labels(base: Path) ->
     import torch
 
     from lib.models.loading import load_model
-    from lib.stages.quantize.fisher import information, matrices
+    from lib.stages.quantize.sensitivity import information, matrices
 
     model = load_model(base, dtype="float32", device="cpu")
     draw = torch.Generator().manual_seed(0)
@@ -264,34 +294,26 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
     odd = tiny_gguf.tensors(256, 1, 1, 259, 100, 128)  # the columns of ffn_down
     source = tiny_gguf.write(tmp_path / "odd-F32.gguf", layers=1, weights=odd, outtype="f32")
     matrices = [name for name in odd if odd[name].ndim == 2]
+    (tmp_path / "kld").mkdir()
     for name in matrices:
-        np.save(tmp_path / f"{name}.npy", np.ones_like(odd[name]))
-    asked = {
-        "source": str(source),
-        "folder": str(tmp_path),
-        "imatrix": None,
-        "scales": {},
-        "answer_scales": None,
-        "n_threads": 1,
-    }
+        np.save(tmp_path / "kld" / f"{name}.npy", np.ones_like(odd[name]))
+    asked = {"source": str(source), "folder": str(tmp_path), "imatrix": None, "scales": {"kld": {}}, "n_threads": 1}
     found = type_costs.measure(asked)["tensors"]
     assert {row["tensor"] for row in found} == {name for name in matrices if "ffn_down" not in name}
-    assert [[t["type"] for t in row] for row in type_costs.sizes(asked)["tensors"]] == [
-        [t["type"] for t in row["types"]] for row in found
-    ]
-    threads, done, loss = [], [], type_costs._loss
+    least = size_budget.least_in_child({"source": str(source), "options": Options().to_json()})["bytes"]
+    threads, done, loss = [], [], type_costs._try
 
     class Pool(ThreadPoolExecutor):
         def __init__(self, n: int) -> None:
             threads.append(n)
             super().__init__(1)
 
-    def noted(source: Any, tensor: Any, kind: str, matrix: Any) -> float:
-        done.append(type_costs._seconds(tensor, kind))
-        return loss(source, tensor, kind, matrix)
+    def noted(source: Any, tensor: Any, kind: str) -> dict[str, float]:
+        done.append(tensor.seconds(kind))
+        return loss(source, tensor, kind)
 
     monkeypatch.setattr(type_costs, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(type_costs, "_loss", noted)
+    monkeypatch.setattr(type_costs, "_try", noted)
     assert type_costs.measure({**asked, "n_threads": 3})["tensors"] == found and threads == [3]
     assert done == sorted(done, reverse=True) and done[0] > 2 * done[-1], "the longest first"
     record = {"tensors": found, "positions": 1, "answers": None, "rows_sha256": ""}
@@ -299,17 +321,19 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
         record, source.stat().st_size // 4, source, None, "rows"
     )  # raises if bytes are not as predicted
     assert "f16" in {part["type"] for part in made.prediction["histogram"]}
+    with pytest.raises(InputError, match="the smallest file of the types tried"):
+        choose_types(record, least - 100, source, None, "rows")
     none = tiny_gguf.tensors(48, 1, 1, 259, 100, 24)
     source = tiny_gguf.write(tmp_path / "none-F16.gguf", layers=1, weights=none)
     with pytest.raises(InputError, match=r"no tensor of none-F16\.gguf has rows that fill blocks"):
-        type_costs.sizes({"source": str(source), "imatrix": None})
+        size_budget.least_in_child({"source": str(source), "options": Options().to_json()})
 
 
 def test_llama_rows_stand_as_in_gguf() -> None:
     """Queries and keys of Llama: by the formula of llama.cpp's converter, written the other way round."""
     from types import SimpleNamespace
 
-    from lib.stages.quantize.fisher import row_order
+    from lib.stages.quantize.sensitivity import row_order
 
     config = SimpleNamespace(model_type="llama", num_attention_heads=4, num_key_value_heads=2)
     order = row_order("blk.0.attn_k.weight", config, 16)
@@ -337,12 +361,14 @@ def test_the_page() -> None:
     assert "size_budget_mb" in without.data
     record = {"positions": 64, "predicted_kld": 0.003, "budget_bytes": 2000, "tensors": tensors, "types": {"a": "q4_K"}}
     record |= {"answers": None, "answer_weight": 0.0, "predicted_answer_kld": None}
-    made = Mix(None, {"type": "MIX_2KB", "bytes": 1900, "bits_per_weight": 4.0}, record)
+    prediction = {"type": "MIX_2KB", "bytes": 1900, "bits_per_weight": 4.0}
+    made = PlannedFile({**prediction, "mix": record}, Options())
     shown, reading = quantize_page.chosen_types(made)
     assert "1,900 bytes of 2,000 allowed, 4.00 bits per weight in 1 types. Predicted" in reading.data
     assert "MIX_2KB" in shown.data and "Text alone decided: there were no answers. The prediction" in reading.data
     counted = {"answers": {"rows": 8, "positions": 16}, "answer_weight": 0.5, "predicted_answer_kld": 0.25}
-    made = Mix(None, made.prediction, {**record, **counted, "tensors": [{**t, "answer_kld": 0.1} for t in tensors]})
+    record |= {**counted, "tensors": [{**t, "answer_kld": 0.1} for t in tensors]}
+    made = PlannedFile({**prediction, "mix": record}, Options())
     shown, reading = quantize_page.chosen_types(made)
     assert "At a token of an answer 0.25000 nats are predicted; answers counted 0.5 in the choice. The" in reading.data
     assert "16 tokens of the answers of 8 training rows" in shown.data and "predicted KL at answers" in shown.data

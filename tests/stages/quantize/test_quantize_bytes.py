@@ -22,7 +22,7 @@ import pytest
 
 from lib.runs.files import sha256_file
 from lib.settings import IMATRIX_TYPES, QUANTIZATION_TYPES, TENSOR_TYPES
-from lib.stages.quantize import child, recipes
+from lib.stages.quantize import quantizer, recipes
 from lib.stages.quantize.files import predict_sizes
 from lib.stages.quantize.recipes import Options
 from tests import tiny_gguf
@@ -157,7 +157,7 @@ def test_same_bytes_as_llama_quantize(
         "options": Options().to_json(),
         "n_threads": 2,
     }
-    description = child.quantize(argument)["description"]
+    description = quantizer.quantize(argument)["description"]
     digest, size = LLAMA_QUANTIZE[name][:2] if width == 256 else LLAMA_QUANTIZE[name][2:]
     assert sha256_file(output)[:16] == digest
     assert output.stat().st_size == size == predictions[width][name]["bytes"] == description["bytes"]
@@ -175,7 +175,7 @@ def test_same_bytes_with_an_importance_matrix(
     prediction = predict_sizes(sources[256], [name], Options(matrix))[0]
     output = tmp_path / "out.gguf"
     argument = {"source": str(sources[256]), "output": str(output), "type": name, "n_threads": 1}
-    child.quantize({**argument, "options": Options(matrix).to_json()})
+    quantizer.quantize({**argument, "options": Options(matrix).to_json()})
     assert sha256_file(output)[:16] == WITH_IMATRIX[name, legacy]
     assert output.stat().st_size == prediction["bytes"]
 
@@ -187,7 +187,7 @@ def test_same_bytes_with_types_of_single_tensors(sources: dict[int, Path], tmp_p
     prediction = predict_sizes(sources[width], [name], options)[0]
     output = tmp_path / "out.gguf"
     argument = {"source": str(sources[width]), "output": str(output), "type": name, "n_threads": 2}
-    description = child.quantize({**argument, "options": options.to_json()})["description"]
+    description = quantizer.quantize({**argument, "options": options.to_json()})["description"]
     assert sha256_file(output)[:16] == digest
     for key in ("bytes", "tensor_bytes", "histogram", "fallbacks"):
         assert description[key] == prediction[key]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.runs.files import sha256_file
-from lib.stages.quantize import child, files, fisher, importance_matrix, llama_library, recipes, type_costs
+from lib.stages.quantize import calibration, files, llama_library, quantizer, recipes, size_budget, type_costs
 from lib.stages.quantize.files import describe_gguf, predict_sizes, quantize_file
 from lib.stages.quantize.recipes import Options
 from tests import tiny_gguf
@@ -120,7 +120,7 @@ def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> Non
     matrix = tiny_gguf.write_imatrix(tmp_path / "imatrix.gguf", width=896)
     argument = {"source": str(source), "output": str(tmp_path / "out.gguf"), "type": "Q4_K_M", "n_threads": 1}
     with pytest.raises(InputError, match=r"has 896 values for .*256"):
-        child.quantize({**argument, "options": Options(matrix).to_json()})
+        quantizer.quantize({**argument, "options": Options(matrix).to_json()})
     with pytest.raises(InputError, match=r"has 896 values for .*256"):
         predict_sizes(source, ["Q4_K_M"], Options(matrix))
     argument = {
@@ -128,10 +128,10 @@ def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> Non
         "imatrix": str(matrix),
         "folder": str(tmp_path),
         "scales": {},
-        "answer_scales": None,
         "n_threads": 1,
+        "options": Options(matrix).to_json(),
     }
-    for work in (type_costs.sizes, type_costs.measure):
+    for work in (size_budget.least_in_child, type_costs.measure):
         with pytest.raises(InputError, match=r"has 896 values for .*256"):
             work(argument)
 
@@ -143,8 +143,8 @@ def test_importance_beyond_the_rows_is_never_read() -> None:
 
 def test_importance_matrix_values(tmp_path: Path) -> None:
     """Both formats hold the same means: sums / calls."""
-    new = importance_matrix.read(tiny_gguf.write_imatrix(tmp_path / "a.gguf"))
-    old = importance_matrix.read(tiny_gguf.write_imatrix(tmp_path / "a.dat", legacy=True))
+    new = llama_library.read_imatrix(tiny_gguf.write_imatrix(tmp_path / "a.gguf"))
+    old = llama_library.read_imatrix(tiny_gguf.write_imatrix(tmp_path / "a.dat", legacy=True))
     assert new.values.keys() == old.values.keys() and len(new.values) == 14
     for name, values in new.values.items():
         np.testing.assert_array_equal(values, old.values[name])
@@ -164,12 +164,12 @@ BROKEN = {
 def test_importance_matrix_that_no_text_gives(case: str, tmp_path: Path) -> None:
     sums, count, words = BROKEN[case]
     path = tmp_path / "a.gguf"
-    fisher.write_imatrix(path, sums, 777, "text", 1)
+    calibration.write_imatrix(path, sums, 777, "text", 1)
     data, written = path.read_bytes(), np.float32(777).tobytes()
     assert data.count(written) == len(sums)
     path.write_bytes(data.replace(written, np.float32(count).tobytes()))
     with pytest.raises(InputError, match=words):
-        importance_matrix.read(path)
+        llama_library.read_imatrix(path)
 
 
 def test_importance_matrix_with_nan(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_importance_matrix_with_nan(tmp_path: Path) -> None:
     data[start : start + 4] = np.float32(np.nan).tobytes()
     path.write_bytes(data)
     with pytest.raises(InputError, match="not finite"):
-        importance_matrix.read(path)
+        llama_library.read_imatrix(path)
 
 
 @given(st.binary(max_size=300))
@@ -187,7 +187,7 @@ def test_any_bytes_as_an_importance_matrix(tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.getbasetemp() / "any.dat"
     path.write_bytes(content)
     try:
-        importance_matrix.read(path)
+        llama_library.read_imatrix(path)
     except InputError:
         return
     assert len(content) > 12
@@ -196,9 +196,9 @@ def test_any_bytes_as_an_importance_matrix(tmp_path_factory: pytest.TempPathFact
 def test_a_file_that_kills_llama_cpp(source: Path, tmp_path: Path) -> None:
     """No layers: llama.cpp aborts its process; here only the child dies, and nothing is left behind."""
     bad = tiny_gguf.with_number(source, tmp_path / "bad-F16.gguf", "qwen2.block_count", 0)
-    prediction = {"type": "Q8_0", "bytes": 1_000_000, "set_by_hand": []}
+    planned = files.PlannedFile({"type": "Q8_0", "bytes": 1_000_000, "set_by_hand": []}, Options())
     with pytest.raises(InputError, match="SIGABRT"):
-        files.quantize_predicted(bad, tmp_path / "out.gguf", prediction, Options(), 1)
+        files.quantize_planned(bad, tmp_path / "out.gguf", planned, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["bad-F16.gguf"]
 
 

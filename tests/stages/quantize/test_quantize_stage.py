@@ -12,9 +12,8 @@ from lib.report import quantize_page
 from lib.runs.files import sha256_file
 from lib.runs.run import Run, Work, open_run
 from lib.settings import Settings
-from lib.stages.quantize import ladder
-from lib.stages.quantize.bit_allocation import predictions
-from lib.stages.quantize.stage import mix_effect, plan, quantize
+from lib.stages.quantize import files
+from lib.stages.quantize.stage import mix_effect, plan, predictions, quantize
 from tests import tiny_gguf
 
 
@@ -62,13 +61,13 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert rows[0]["tensor_types"] == "q8_0, f32" and rows[0]["set_by_hand"] == 0
 
     made: list[str] = []
-    real = ladder.quantize_predicted
+    real = files.quantize_planned
 
     def counted(*arguments, **keywords):
-        made.append(arguments[2]["type"])
+        made.append(arguments[2].type)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(ladder, "quantize_predicted", counted)
+    monkeypatch.setattr(files, "quantize_planned", counted)
     digest = sha256_file(folder / "tiny-Q8_0.gguf")
     longer = quantize(settings("Q8_0", "Q5_K_M"), run)
     assert made == ["Q5_K_M"] and "ladder" in longer.product.message
@@ -102,19 +101,19 @@ def test_another_source_reuses_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_interrupted_ladder_continues(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ladder.quantize_predicted
+    real = files.quantize_planned
 
     def interrupted(*arguments, **keywords):
-        if arguments[2]["type"] == "Q4_0":
+        if arguments[2].type == "Q4_0":
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(ladder, "quantize_predicted", interrupted)
+    monkeypatch.setattr(files, "quantize_planned", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(settings("Q8_0", "Q4_0"), run)
     assert "quantized" not in run.manifest.entries() and not (run.folder / "quantized").exists()
     (run.folder / ".quantized.part" / ".tiny-Q4_0.gguf.part").write_bytes(bytes(100))
-    monkeypatch.setattr(ladder, "quantize_predicted", real)
+    monkeypatch.setattr(files, "quantize_planned", real)
     result = quantize(settings("Q8_0", "Q4_0"), run)
     assert result.product.entry.facts["reused"] == ["Q8_0"]
     assert sorted(result.product.entry.outputs) == ["quantized.json", "tiny-Q4_0.gguf", "tiny-Q8_0.gguf"]

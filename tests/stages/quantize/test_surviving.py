@@ -18,8 +18,8 @@ from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, Work, open_run
 from lib.settings import Settings
 from lib.stages.quantize.files import quantize_file
-from lib.stages.quantize.retention import Retention, SourceGrid, stamp
-from lib.stages.quantize.stage import grid, plan, quantize, retention
+from lib.stages.quantize.stage import plan, quantize, retention, source_grid
+from lib.stages.quantize.weights import Retention, SourceGrid, stamp
 from tests import tiny_gguf
 from tests.stages.quantize.tiny_base import write_base
 
@@ -74,7 +74,7 @@ def base_weights() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 def test_shares_are_those_of_a_direct_computation(base_weights: dict, tmp_path: Path, model_type: str) -> None:
-    from lib.stages.quantize import base_grid
+    from lib.stages.quantize import compare_weights
 
     after = tuned(base_weights)
     heads = {"attn_q": 4, "attn_k": 2} if model_type == "llama" else {}
@@ -87,7 +87,7 @@ def test_shares_are_those_of_a_direct_computation(base_weights: dict, tmp_path: 
     for kind, path in files.items():
         quantize_file(source, path, kind, n_threads=1)
     argument = {"base": str(folder), "source": str(source), "files": {k: str(v) for k, v in files.items()}}
-    found = base_grid.measure_surviving(argument)
+    found = compare_weights.compare_with_base(argument)
     assert found["left_out"] == []
     total = [sum(np.sum((stored[k] - start[k]) ** 2) for k in stored), sum(np.sum(start[k] ** 2) for k in start)]
     assert found["moved"] == pytest.approx(np.sqrt(total[0] / total[1]), rel=1e-5)
@@ -111,8 +111,8 @@ def test_shares_are_those_of_a_direct_computation(base_weights: dict, tmp_path: 
     assert whole.kept("Q4_1", "ffn_up") is None and whole.returned("Q4_1", "ffn_up") is None
     # In pieces of a few rows the sums are the same.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_grid, "_AT_ONCE", 3000)
-        again = base_grid.measure_surviving(argument)
+        patch.setattr(compare_weights, "_AT_ONCE", 12000)
+        again = compare_weights.compare_with_base(argument)
     assert [r["kept"] for r in again["files"]["Q4_1"]] == pytest.approx([r["kept"] for r in found["files"]["Q4_1"]])
 
 
@@ -141,10 +141,10 @@ def text(shown) -> str:
 
 def test_stage_and_page_of_a_base_on_a_grid(home: Path, tmp_path: Path, base_weights: dict, unmarked: None) -> None:
     run = make_run(tmp_path, base_weights)
-    found = grid(SETTINGS, run)
+    found = source_grid(SETTINGS, run)
     assert found.types["q4_1"] > 0.9 and "q5_0" not in found.types and found.matrices == 6 and found.distinct < 16
     assert run.stamps() == [stamp(found)] and "the base's weights lie on the grid of q4_1" in run.stamps()[0]
-    assert grid(SETTINGS, run).product.made is False
+    assert source_grid(SETTINGS, run).product.made is False
     planned = plan(SETTINGS, run)
     weights_page.mark(found, planned)
     shown = text(display.table([{"type": name} for name in ("Q8_0", "Q5_K_M", "Q4_1", "q4_1, f32")], "Files."))
@@ -169,7 +169,7 @@ def test_stage_and_page_of_a_base_on_a_grid(home: Path, tmp_path: Path, base_wei
     gone = retention(anew, run, result)
     (reason,) = weights_page.kept(gone)
     assert gone.product is None and "cannot be had now" in reason.data
-    (reason,) = weights_page.grid(grid(anew, run))
+    (reason,) = weights_page.grid(source_grid(anew, run))
     assert "Not measured." in reason.data
 
 
@@ -181,7 +181,7 @@ def test_an_adapter_in_rounded_weights_is_not_measured_from_others(home: Path, t
         work.facts["merge_base"] = "dequantized"
 
     run.produce("merged", merged, {})
-    found = grid(SETTINGS, run)
+    found = source_grid(SETTINGS, run)
     assert found.product is None and "merge_base: dequantized" in weights_page.grid(found)[0].data
     assert retention(SETTINGS, run, quantize(SETTINGS, run)).reason == found.reason
 
@@ -189,7 +189,7 @@ def test_an_adapter_in_rounded_weights_is_not_measured_from_others(home: Path, t
 def test_a_base_that_was_never_quantized(home: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, half(tiny_gguf.tensors(256, 2, 3, 259, 512, 128)))
     settings = SETTINGS.model_copy(update={"ladder": ["Q8_0"]})
-    found = grid(settings, run)
+    found = source_grid(settings, run)
     assert found.types == {} and run.stamps() == [] and "on the grid of none of the" in weights_page.grid(found)[1].data
     kept = retention(settings, run, quantize(settings, run))
     assert set(kept.source_grid.values()) == {0}

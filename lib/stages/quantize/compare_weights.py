@@ -1,13 +1,14 @@
-"""The base's own weights under the names and in the row order of a GGUF. For child processes only.
-Whether the base's weights lie on the grid of a quantization type. For child processes only.
-What is left of a fine-tuning in the weights of every file, tensor by tensor. For child processes only.
+"""Weights compared, tensor by tensor: files with their source, with the base; the base with what types give back.
+
+For child processes only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,18 +20,78 @@ from lib.errors import InputError
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
 from lib.settings import NF4
-from lib.stages.quantize import importance_matrix, llama_library
-from lib.stages.quantize.fisher import row_order
+from lib.stages.quantize import llama_library
 from lib.stages.quantize.llama_library import Header, rows_of
-from lib.stages.quantize.tensor_errors import place
+from lib.stages.quantize.sensitivity import row_order
 from lib.stages.quantize.type_costs import PLAIN
 
-# The base's own weights under the names and in the row order of a GGUF. For child processes only.
+_NAME = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
+_AT_ONCE = 1 << 24
+"""Weights of a tensor that are turned into float32 together; a quarter where more than two files are held."""
+
+
+@contextlib.contextmanager
+def _open_all(paths: Sequence[str]) -> Iterator[list[Header]]:
+    """The headers of several files."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(llama_library.open_header(Path(path))) for path in paths]
+
+
+def _stretches(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
+    """Rows of a tensor with at most so many weights, as in a slice."""
+    step = max(1, weights // columns)
+    for start in range(0, rows, step):
+        yield start, start + step
+
+
+def _place(name: str) -> dict[str, Any]:
+    """The "tensor", its "layer" (None outside of the blocks) and "kind"."""
+    match = _NAME.match(name)
+    layer, kind = (int(match[1]), match[2]) if match else (None, name.removesuffix(".weight"))
+    return {"tensor": name, "layer": layer, "kind": kind}
+
+
+# Every file against its source.
+
+
+def compare_with_source(argument: dict[str, Any]) -> dict[str, Any]:
+    """Rows of `lib.stages.quantize.weights.TensorErrors.files` for "files" ({type: path}) against "source"."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with (
+        _open_all([argument["source"], *argument["files"].values()]) as (source, *headers),
+        Progress("comparing files", len(headers)) as progress,
+    ):
+        for name, header in zip(argument["files"], headers, strict=True):
+            changed = [t for t in header.tensors if header.tensors[t]["type"] != source.tensors[t]["type"]]
+            found[name] = [_error(source, header, tensor) for tensor in changed]
+            progress.advance(note=name)
+    return {"files": found}
+
+
+def _error(source: Header, other: Header, name: str) -> dict[str, Any]:
+    tensor, error, size = other.tensors[name], 0.0, 0.0
+    columns = tensor["shape"][0]
+    for start, stop in _stretches(tensor["weights"] // columns, columns, _AT_ONCE):
+        wanted, got = (rows_of(header.path, header.tensors[name], start, stop) for header in (source, other))
+        error += float(np.sum((got - wanted) ** 2, dtype=np.float64))
+        size += float(np.sum(wanted**2, dtype=np.float64))
+    return {
+        **_place(name),
+        "type": tensor["type"],
+        "weights": tensor["weights"],
+        "bits_per_weight": 8 * tensor["bytes"] / tensor["weights"],
+        "relative_rmse": (error / size) ** 0.5 if size else 0.0,
+    }
+
+
+# The base's own weights under the names and in the row order of a GGUF.
 
 LEAST_MOVE = 1e-5
 """‖δ‖ / ‖base‖ below which a tensor counts as not moved: 16-bit floats of two kinds differ by less."""
 _MANTISSA = {"BF16": 7, "F16": 10}
 _LEAST_F16 = 2.0**-24
+_SAMPLED = 1 << 14
+"""Most weights of a matrix in a sample."""
 BLOCK = 32
 """Weights that are asked together whether a rounding gave them back: the block of the smaller types."""
 _FINE_BITS = 6.25
@@ -53,6 +114,15 @@ class BaseMatrix:
         values = self.stored.raw().view(NUMPY[self.dtype]).reshape(self.stored.shape)
         return widen(values[self.order[start:stop:step]], self.dtype)
 
+    @property
+    def step(self) -> int:
+        """Distance of the rows of a sample."""
+        return max(1, -(-self.stored.size // _SAMPLED))
+
+    def sample(self) -> np.ndarray:
+        """Rows at even distances."""
+        return self.rows(0, len(self.order), self.step)
+
 
 def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], list[str]]:
     """The base's matrix for every matrix of a GGUF that was made from it, and those of the GGUF that have none.
@@ -68,13 +138,15 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     """
     import gguf
 
-    kind = source.text("general.architecture")
-    blocks = source.number(f"{kind}.block_count") or 0
-    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind), None)
+    architecture = source.text("general.architecture")
+    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if number is None:
-        raise InputError(f"{source.path.name} has architecture {kind!r}.", "one that gguf knows.", "convert it again.")
-    names = gguf.get_tensor_name_map(number, blocks)
-    config = _config(folder)
+        what = f"{source.path.name} has architecture {architecture!r}."
+        raise InputError(what, "one that gguf knows.", "convert it again.")
+    names = gguf.get_tensor_name_map(number, source.number(f"{architecture}.block_count") or 0)
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = values.get("num_attention_heads")
+    config = SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
     stored = {}
     for name, tensor in open_weights(folder).tensors.items():
         if len(tensor.shape) == 2 and (new := names.get_name(name, try_suffixes=(".weight",))):
@@ -83,22 +155,13 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     if "output.weight" not in stored and "token_embd.weight" in stored:
         stored["output.weight"] = stored["token_embd.weight"]
     matrices = [name for name, tensor in source.tensors.items() if len(tensor["shape"]) > 1]
-    fit = [name for name in matrices if name in stored and list(stored[name].shape[::-1]) == _shape(source, name)]
+    shapes = {name: list(tensor.shape[::-1]) for name, tensor in stored.items()}
+    fit = [name for name in matrices if shapes.get(name) == source.tensors[name]["shape"]]
     if not fit:
         found = f"none of the {len(matrices)} matrices of {source.path.name} is in the base {folder}."
         raise InputError(found, "the base that it was trained from.", "run 01 again with the right base_model.")
     found = {name: BaseMatrix(stored[name], row_order(name, config, stored[name].shape[0])) for name in fit}
     return found, [name for name in matrices if name not in found]
-
-
-def _shape(source: Header, name: str) -> list[int]:
-    return source.tensors[name]["shape"]
-
-
-def _config(folder: Path) -> Any:
-    values: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    heads = values.get("num_attention_heads")
-    return SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
 
 
 def given_back(rounded: np.ndarray, weights: np.ndarray, dtype: str, bits: float) -> np.ndarray:
@@ -137,7 +200,7 @@ def _blocks(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1, BLOCK)
 
 
-# Whether the base's weights lie on the grid of a quantization type. For child processes only.
+# Whether the base's weights lie on the grid of a quantization type.
 #
 # Weights that were once dequantized from a type sit on its grid, and rounding them to it again gives them back. So does
 # rounding them with a fine-tuning's small change on top: the change is lost. What a model's weights come from is
@@ -154,11 +217,9 @@ _NF4_CODE = np.array(
     dtype=np.float32,
 )
 """Dettmers et al. (2023), arXiv:2305.14314, appendix E."""
-_SAMPLED = 1 << 14
-"""Most weights of a matrix that are tried, in rows at even distances."""
 
 
-def measure(argument: dict[str, Any]) -> dict[str, Any]:
+def measure_grid(argument: dict[str, Any]) -> dict[str, Any]:
     """Shares of blocks that each type gives back, of the matrices that fine-tuning moved: only there is anything to
     lose. (Of all matrices where it moved none.)
 
@@ -172,9 +233,9 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         (different values in a block of 32, likewise, see `_distinct`), "blocks" (tried), "matrices" (tried).
 
     Raises:
-        InputError: see `lib.stages.quantize.base_grid.base_matrices`; an importance matrix that cannot be read.
+        InputError: see `base_matrices`; an importance matrix that cannot be read.
     """
-    matrix = importance_matrix.read(Path(argument["imatrix"])) if argument["imatrix"] else None
+    matrix = llama_library.read_imatrix(argument["imatrix"])
     shares: dict[str, list[tuple[float, int]]] = {}
     distinct, blocks = [], 0
     with llama_library.open_header(Path(argument["source"])) as source:
@@ -182,9 +243,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         found = {name: stored for name, stored in found.items() if _moved(name, stored, source)} or found
         with Progress("grid of the base's weights, tensors", len(found)) as progress:
             for name, stored in found.items():
-                rows = stored.stored.shape[0]
-                weights = stored.rows(0, rows, _step(stored))
-                total = source.tensors[name]["weights"]
+                weights, total = stored.sample(), source.tensors[name]["weights"]
                 if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
                     values = None if matrix is None else matrix.values.get(name)
                     for kind, share in _shares(weights, stored.dtype, values, counted).items():
@@ -200,16 +259,10 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _step(stored: BaseMatrix) -> int:
-    """Distance of the rows that are tried."""
-    return max(1, -(-stored.stored.size // _SAMPLED))
-
-
-def _moved(name: str, stored: BaseMatrix, source: llama_library.Header) -> bool:
+def _moved(name: str, stored: BaseMatrix, source: Header) -> bool:
     """Whether fine-tuning moved a matrix, by the rows that are tried."""
-    rows, step = stored.stored.shape[0], _step(stored)
-    base = stored.rows(0, rows, step)
-    tuned = rows_of(source.path, source.tensors[name], 0, rows, step)
+    base = stored.sample()
+    tuned = rows_of(source.path, source.tensors[name], 0, len(stored.order), stored.step)
     return float(np.linalg.norm(tuned - base)) > LEAST_MOVE * float(np.linalg.norm(base))
 
 
@@ -241,7 +294,7 @@ def _distinct(weights: np.ndarray) -> np.ndarray:
 
     Zeros are no sign of a quantization: pruning sets many of them and leaves the others as they are.
     """
-    ordered = np.sort(weights.reshape(len(weights), -1, BLOCK), axis=-1)
+    ordered = np.sort(_blocks(weights), axis=-1)
     zeros = np.count_nonzero(ordered == 0, axis=-1)
     different = 1 + np.count_nonzero(np.diff(ordered, axis=-1), axis=-1) - (zeros > 0)
     return BLOCK * different / np.maximum(1, BLOCK - zeros)
@@ -252,7 +305,7 @@ def _mean(pairs: list[tuple[float, int]]) -> float:
     return float(np.average(values, weights=weights))
 
 
-# What is left of a fine-tuning in the weights of every file, tensor by tensor. For child processes only.
+# What is left of a fine-tuning in the weights of every file.
 #
 # With δ = tuned - base and q = file - base, ⟨q, δ⟩ / ⟨δ, δ⟩ is the share of δ that the file keeps: 1 where it rounds δ
 # as noise, 0 where it rounds it away. Rounding errors that have nothing to do with δ cancel in the sum.
@@ -260,11 +313,9 @@ def _mean(pairs: list[tuple[float, int]]) -> float:
 _PLACES = "BF16"
 """Floats to whose last places a block counts as the base's: the change that is lost also moves a block's scale by some
 thousandths, which float16 would see."""
-_AT_ONCE = 1 << 22
-"""Weights of a tensor that are held together."""
 
 
-def measure_surviving(argument: dict[str, Any]) -> dict[str, Any]:
+def compare_with_base(argument: dict[str, Any]) -> dict[str, Any]:
     """Shares for every file.
 
     Args:
@@ -278,74 +329,52 @@ def measure_surviving(argument: dict[str, Any]) -> dict[str, Any]:
         layers), "left_out" (matrices that the base does not have).
 
     Raises:
-        InputError: see `lib.stages.quantize.base_grid.base_matrices`; a damaged file.
+        InputError: see `base_matrices`; a damaged file.
     """
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in argument["files"]}
-    with contextlib.ExitStack() as stack:
-        source, *headers = (
-            stack.enter_context(llama_library.open_header(Path(path)))
-            for path in (argument["source"], *argument["files"].values())
-        )
+    with _open_all([argument["source"], *argument["files"].values()]) as (source, *headers):
         found, left_out = base_matrices(Path(argument["base"]), source)
         squares = np.zeros(2)
         with Progress("what is left of the fine-tuning, tensors", len(found)) as progress:
             for name, stored in found.items():
-                own = _tensor(name, stored, source, headers)
-                squares += own.delta, own.base
-                if own.delta > LEAST_MOVE**2 * own.base:
-                    for rows, header, sums in zip(files.values(), headers, own.sums, strict=True):
-                        if header.tensors[name]["type"] != source.tensors[name]["type"]:
-                            rows.append(_row(name, header, own.delta, sums))
+                own, sums = _sums(name, stored, source, headers)
+                squares += own
+                if own[0] > LEAST_MOVE**2 * own[1]:
+                    for rows, header, (kept, changed, returned) in zip(files.values(), headers, sums, strict=True):
+                        tensor = header.tensors[name]
+                        if tensor["type"] != source.tensors[name]["type"]:
+                            row = {**_place(name), "type": tensor["type"], "weights": tensor["weights"]}
+                            row |= {"square": float(own[0]), "kept": float(kept) / float(own[0])}
+                            rows.append({**row, "changed": int(changed), "returned": int(returned)})
                 progress.advance(note=name)
         weights = {name: tensor["weights"] for name, tensor in source.tensors.items()}
-        inside = sum(weights[name] for name in found if place(name)["layer"] is not None)
+        inside = sum(weights[name] for name in found if _NAME.match(name))
     moved = float(np.sqrt(squares[0] / squares[1]))
     return {"files": files, "moved": moved, "in_blocks": inside / sum(weights.values()), "left_out": left_out}
 
 
-class _Sums:
-    """Σ of one tensor: ‖δ‖², ‖base‖², and for every file ⟨q, δ⟩, changed and returned blocks."""
-
-    def __init__(self, files: int) -> None:
-        self.delta, self.base, self.sums = 0.0, 0.0, np.zeros((files, 3))
-
-
-def _tensor(name: str, stored: BaseMatrix, source: Any, headers: list[Any]) -> _Sums:
+def _sums(name: str, stored: BaseMatrix, source: Header, headers: list[Header]) -> tuple[np.ndarray, np.ndarray]:
+    """Of one tensor ‖δ‖² and ‖base‖²; and of every file ⟨q, δ⟩, changed and returned blocks, (files, 3)."""
     rows, columns = stored.stored.shape
-    total, step = _Sums(len(headers)), max(1, _AT_ONCE // columns)
-    for start in range(0, rows, step):
-        base = stored.rows(start, start + step)
-        tuned = rows_of(source.path, source.tensors[name], start, start + step)
+    squares, sums = np.zeros(2), np.zeros((len(headers), 3))
+    for start, stop in _stretches(rows, columns, _AT_ONCE // 4):
+        base = stored.rows(start, stop)
+        tuned = rows_of(source.path, source.tensors[name], start, stop)
         delta = tuned - base
-        total.delta += _dot(delta, delta)
-        total.base += _dot(base, base)
+        squares += _dot(delta, delta), _dot(base, base)
         if not delta.any():
             continue
-        for sums, header in zip(total.sums, headers, strict=True):
+        for of_file, header in zip(sums, headers, strict=True):
             tensor = header.tensors[name]
-            made = rows_of(header.path, tensor, start, start + step)
-            sums[0] += _dot(made - base, delta)
+            made = rows_of(header.path, tensor, start, stop)
+            of_file[0] += _dot(made - base, delta)
             if columns % BLOCK == 0:
                 bits = 8 * tensor["bytes"] / tensor["weights"]
                 changed = ~given_back(tuned, base, _PLACES, bits)
-                sums[1] += changed.sum()
-                sums[2] += (changed & given_back(made, base, _PLACES, bits)).sum()
-    return total
+                of_file[1] += changed.sum()
+                of_file[2] += (changed & given_back(made, base, _PLACES, bits)).sum()
+    return squares, sums
 
 
 def _dot(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.einsum("ij,ij->i", first, second).sum(dtype=np.float64))
-
-
-def _row(name: str, header: Any, square: float, sums: np.ndarray) -> dict[str, Any]:
-    tensor = header.tensors[name]
-    return {
-        "tensor": name,
-        **place(name),
-        "type": tensor["type"],
-        "weights": tensor["weights"],
-        "square": square,
-        "kept": float(sums[0]) / square,
-        "changed": int(sums[1]),
-        "returned": int(sums[2]),
-    }

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.runs import hashes
-from lib.runs.files import sha256_file
-from lib.runs.hashes import remembered_sha256
+from lib.runs import files
+from lib.runs.files import remembered_sha256, sha256_file
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def memory(tmp_path: Path) -> dict:
 def test_the_second_hash_reads_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = remembered_sha256(file)
     assert first == sha256_file(file)
-    monkeypatch.setattr(hashes, "sha256_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(files, "sha256_file", lambda path: pytest.fail(f"{path} was read again"))
     assert remembered_sha256(file) == first
     link = file.with_name("link")
     link.symlink_to(file.name)
@@ -76,7 +75,7 @@ def test_a_file_of_this_moment_is_not_remembered(file: Path, tmp_path: Path) -> 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hashes, "sha256_file", lambda path: (sha256_file(path), written(file, b"more weights"))[0])
+    monkeypatch.setattr(files, "sha256_file", lambda path: (sha256_file(path), written(file, b"more weights"))[0])
     remembered_sha256(file)
     assert memory(tmp_path) == {}
 

@@ -1,0 +1,368 @@
+"""What a folder or file on the disk is, and what it lacks: models, adapters, GGUF files. Nothing is loaded or run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.models.adapters import folder_kind, has_lora, read_shape
+from lib.models.gguf_file import TensorInfo, data_end, read_metadata, read_tensors
+from lib.models.weights import Weights, impostor, open_weights, read_object, weight_map
+from lib.prompts.templates import describe_template
+
+_SHOWN_TOKENS = 30
+
+
+@dataclass
+class _Findings:
+    """What is said of a folder or file. With a problem it cannot be used; a note is only worth knowing.
+
+    Attributes:
+        render: whether the chat template is tried out, in a process of its own with little memory and time.
+    """
+
+    path: Path
+    render: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, read: Callable[[], Any], otherwise: Any = None) -> Any:
+        """What `read` gives; `otherwise`, and a problem, when it refuses."""
+        try:
+            return read()
+        except InputError as error:
+            found = error.found.rstrip(".").replace(f"{self.path}/", "")
+            if not any(problem.startswith(found) for problem in self.problems):
+                self.problems.append(found)
+            return otherwise
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """A JSON object of the folder; empty when it is missing, or damaged, which is a problem."""
+        if not (self.path / name).is_file():
+            return {}
+        return self.attempt(lambda: read_object(self.path / name), {})
+
+    def template(self, text: Any) -> dict[str, Any] | None:
+        """A chat template described; None where there is none."""
+        if not isinstance(text, str) or not text:
+            return None
+        described = describe_template(text, self.render)
+        if problem := described.pop("problem"):
+            self.problems.append(problem)
+        return described
+
+
+def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
+    """Describe a model folder, an adapter folder or a GGUF file.
+
+    Args:
+        render: also try the chat template out, in a process of its own with little memory and time.
+
+    Returns:
+        {"path", "kind" ("model", "adapter", "gguf" or "unknown"), "bytes", facts by kind, "notes", "problems"}; with
+        a problem it cannot be used, a note is only worth knowing.
+
+    Raises:
+        InputError: nothing there.
+    """
+    path = Path(path).expanduser()
+    found = _Findings(path, render)
+    head: dict[str, Any] = {"path": str(path)}
+    if path.is_file():
+        head |= {"kind": "gguf", "bytes": path.stat().st_size}
+        _describe_gguf(found)
+    elif path.is_dir():
+        kind = folder_kind(path)
+        head |= {"bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), "kind": kind}
+        if kind == "unknown":
+            have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            found.problems.append(f"neither a model nor an adapter: the folder holds {have}")
+        _look_at_files(found)
+        if kind != "unknown":
+            (_describe_adapter if kind == "adapter" else _describe_model)(found)
+    else:
+        raise InputError(f"no file or folder {path}.", "a model folder, an adapter folder or a GGUF file.", "check it.")
+    return {**head, **found.facts, "notes": found.notes, "problems": list(dict.fromkeys(found.problems))}
+
+
+def _look_at_files(found: _Findings) -> None:
+    """What the first bytes and the names of a folder's files show."""
+    for path in sorted(p for p in found.path.iterdir() if p.is_file()):
+        try:
+            with path.open("rb") as stream:
+                other = impostor(stream.read(64))
+        except OSError as error:
+            found.problems.append(f"{path.name} cannot be read ({error.strerror})")
+            continue
+        words = other.words if other else ""
+        page = words == "a web page" and path.suffix in (".json", ".safetensors", ".txt", ".model")
+        if other and (page or words == "a Git LFS pointer"):
+            found.problems.append(f"{path.name} is {words}, not the file itself: {other.do}")
+        elif path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            found.notes.append(f"{path.name} is a pickle, which can run any code: the workbook never reads it")
+        elif path.suffix in (".incomplete", ".part"):
+            found.notes.append(f"{path.name} is an unfinished download")
+        elif path.suffix == ".py":
+            found.notes.append(f"{path.name} is code of the repository: the workbook never runs it")
+
+
+def _describe_tokenizer(found: _Findings) -> None:
+    """Vocabulary and template from the JSON files, without the tokenizer library."""
+    config = found.read_object("tokenizer_config.json")
+    vocabulary, added = _vocabulary(found, config)
+    found.facts |= {
+        "vocabulary": len({*vocabulary, *added}) if vocabulary else None,
+        "added_tokens": sorted(added, key=lambda name: added[name])[:_SHOWN_TOKENS],
+        "added_token_count": len(added),
+        "largest_id": max([*vocabulary.values(), *added.values()], default=None),
+        "template": found.template(_template_text(found, config)),
+    }
+
+
+def _vocabulary(found: _Findings, config: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """Ordinary and added tokens with their ids."""
+    tokenizer = found.read_object("tokenizer.json")
+    model = tokenizer.get("model")
+    plain = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(plain, list):  # a unigram model lists (token, score)
+        plain = {str(entry[0]): i for i, entry in enumerate(plain) if isinstance(entry, list) and entry}
+    listed = tokenizer.get("added_tokens")
+    if not isinstance(plain, dict):
+        plain = found.read_object("vocab.json")
+        decoder = config.get("added_tokens_decoder")
+        entries = decoder.items() if isinstance(decoder, dict) else ()
+        listed = [{"id": int(i), **e} for i, e in entries if isinstance(e, dict) and str(i).isdigit()]
+    vocabulary = {name: i for name, i in plain.items() if type(i) is int}
+    added = {
+        entry["content"]: entry["id"]
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
+    }
+    return vocabulary, added
+
+
+def _template_text(found: _Findings, config: Mapping[str, Any]) -> Any:
+    """The chat template: its own file, or in tokenizer_config.json (of several the one called default)."""
+    own = found.path / "chat_template.jinja"
+    if own.is_file():
+        try:
+            return own.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            found.problems.append("chat_template.jinja is not UTF-8")
+            return None
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        value = {e.get("name"): e.get("template") for e in value if isinstance(e, dict)}.get("default")
+    return value
+
+
+_VARIANTS = {
+    "modules_to_save": "fully trained copies of",
+    "rank_pattern": "other ranks for",
+    "alpha_pattern": "other alphas for",
+}
+"""Key of adapter_config.json → what a value of it means."""
+
+
+def _describe_adapter(found: _Findings) -> None:
+    """What an adapter changes, for which base model, and what is missing."""
+    config = found.read_object("adapter_config.json")
+    if not (found.path / "adapter_config.json").is_file():
+        found.problems.append("no adapter_config.json: rank, alpha and base model are not known")
+    found.facts |= {
+        "peft_type": config.get("peft_type"),
+        "base_model": config.get("base_model_name_or_path") or None,
+        "base_revision": config.get("revision"),
+        "target_modules": config.get("target_modules"),
+        "variant": None,
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "parameters": None,
+    }
+    shape = found.attempt(lambda: read_shape(found.path)) if config else None
+    if shape:
+        if set(shape.ranks) != {shape.rank} and not config.get("rank_pattern"):
+            found.problems.append(f"adapter_config.json says rank {shape.rank}, the tensors have {sorted(shape.ranks)}")
+        found.facts |= {"variant": shape.variant, "rank": shape.rank, "alpha": shape.alpha}
+        found.facts |= {"changed_modules": shape.modules, "targets": shape.targets}
+        found.facts |= {"parameters": shape.parameters, "dtype": shape.dtype}
+    if not found.facts["base_model"]:
+        found.notes.append("it does not name its base model")
+    for key, words in _VARIANTS.items():
+        if value := config.get(key):
+            names = ", ".join(map(str, value)) if isinstance(value, (list, dict)) else value
+            found.notes.append(f"{words} {names} ({key})")
+    if (found.path / "tokenizer.json").is_file() or (found.path / "tokenizer_config.json").is_file():
+        _describe_tokenizer(found)
+
+
+_IN_CONFIG = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "key_value_heads": "num_key_value_heads",
+    "feed_forward": "intermediate_size",
+    "context": "max_position_embeddings",
+    "vocabulary_in_config": "vocab_size",
+}
+
+
+def _integer(value: Any) -> int | None:
+    """A whole number of a configuration; None for anything else."""
+    return value if type(value) is int else None
+
+
+def _describe_model(found: _Findings) -> None:
+    """Architecture, weights, tokenizer, and what is missing or does not fit together."""
+    if not (found.path / "config.json").is_file():
+        found.problems.append("no config.json")
+    config = found.read_object("config.json")
+    if config and not isinstance(config.get("model_type"), str):
+        found.problems.append("config.json names no model_type")
+    if config.get("auto_map"):
+        found.notes.append("config.json asks for code of the repository (auto_map), which is never run")
+    names = config.get("architectures")
+    named = isinstance(names, list) and names and isinstance(names[0], str)
+    found.facts |= {
+        "architecture": names[0] if named else config.get("model_type"),
+        "model_type": config.get("model_type"),
+        **{name: _integer(config.get(key)) for name, key in _IN_CONFIG.items()},
+    }
+    _describe_weights(found, config)
+    _describe_tokenizer(found)
+    if not any((found.path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        found.problems.append("no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    elif found.facts["template"] is None:
+        found.problems.append("no chat template: a base model without instruction tuning, or a file is missing")
+    rows = found.facts.get("embedding_rows") or found.facts["vocabulary_in_config"]
+    largest = found.facts["largest_id"]
+    if rows and largest is not None and largest >= rows:
+        found.problems.append(f"the tokenizer's largest id is {largest:,}, but the model has {rows:,} embeddings")
+    if not (found.path / "generation_config.json").is_file():
+        found.notes.append("no generation_config.json: the defaults of transformers decide how text is generated")
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict):
+        method = quantized.get("quant_method", "unknown method")
+        found.notes.append(f"already quantized ({method}): take the original to train")
+
+
+def _describe_weights(found: _Findings, config: Mapping[str, Any]) -> None:
+    """Parameters, dtypes, tying and shards, from the headers."""
+    said = config.get("tie_word_embeddings")
+    found.facts |= {"parameters": None, "dtype": None, "tied": said if isinstance(said, bool) else None}
+    listed = found.attempt(lambda: weight_map(found.path)) or {}
+    if missing := sorted({name for name in listed.values() if not (found.path / name).is_file()}):
+        found.problems.append(f"{len(missing)} of the index's files are missing: {', '.join(missing[:4])}")
+        return
+    weights: Weights | None = found.attempt(lambda: open_weights(found.path))
+    if weights is None:
+        return
+    if has_lora(weights.tensors):
+        found.problems.append("the weights are those of a LoRA adapter")
+    dtypes: Counter[str] = Counter()
+    for tensor in weights.tensors.values():
+        dtypes[tensor.dtype] += tensor.size
+    if len(dtypes) > 1:
+        found.notes.append("several number formats: " + ", ".join(f"{k} {v:,}" for k, v in dtypes.most_common()))
+    blocks = (name.split(".")[2] for name in weights.tensors if name.startswith("model.layers."))
+    seen, layers = {int(block) for block in blocks if block.isdigit()}, found.facts["layers"]
+    if layers and seen and seen != set(range(layers)):
+        found.problems.append(f"config.json says {layers} layers, the weights have {len(seen)}")
+    own = "lm_head.weight" in weights.tensors  # input and output share one matrix where it is absent
+    if said is False and not own:
+        found.problems.append(
+            "config.json says the output matrix is separate (tie_word_embeddings: false), but it is missing"
+        )
+    embedding = weights.tensors.get("model.embed_tokens.weight")
+    found.facts |= {
+        "parameters": weights.parameters,
+        "dtype": dtypes.most_common(1)[0][0],
+        "tied": said is True or (said is None and not own),
+        "embedding_rows": embedding.shape[0] if embedding and embedding.shape else None,
+        "weight_files": len(weights.files),
+    }
+
+
+_IN_GGUF = {
+    "layers": "block_count",
+    "hidden_size": "embedding_length",
+    "heads": "attention.head_count",
+    "key_value_heads": "attention.head_count_kv",
+    "feed_forward": "feed_forward_length",
+    "context": "context_length",
+}
+
+
+def _describe_gguf(found: _Findings) -> None:
+    """Architecture, types of the tensors, vocabulary, template, and whether the file is whole."""
+    read = found.attempt(lambda: (read_metadata(found.path), read_tensors(found.path)))
+    if read is None:
+        found.facts["architecture"] = None
+        return
+    import gguf
+
+    metadata, tensors = read
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        found.problems.append("it names no architecture")
+    tokens, file_type = metadata.get("tokenizer.ggml.tokens"), metadata.get("general.file_type")
+    recipes = {kind.value: kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
+    types = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    counted = Counter(types.get(tensor.type, f"type {tensor.type}") for tensor in tensors)
+    found.facts |= {
+        "architecture": architecture,
+        "name": metadata.get("general.name"),
+        "file_type": recipes.get(file_type) if isinstance(file_type, int) else None,
+        **{name: _integer(metadata.get(f"{architecture}.{key}")) for name, key in _IN_GGUF.items()},
+        "parameters": sum(tensor.size for tensor in tensors),
+        "tensors": len(tensors),
+        "types": dict(counted.most_common()),
+        "tied": not any(tensor.name == "output.weight" for tensor in tensors),
+        "vocabulary": len(tokens) if isinstance(tokens, list) else None,
+        "pre_tokenizer": metadata.get("tokenizer.ggml.pre"),
+        "template": found.template(metadata.get("tokenizer.chat_template")),
+    }
+    _check_gguf(found, metadata, tensors)
+
+
+def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+    need, size, vocabulary = data_end(tensors), found.path.stat().st_size, found.facts["vocabulary"]
+    if need is None:
+        found.notes.append("a tensor type that this version does not know: whether the file is whole was not checked")
+    elif need > size:
+        found.problems.append(f"incomplete: {size:,} of {need:,} bytes are there; download or make it again")
+    if not tensors:
+        found.problems.append("it holds no tensor" + (" (a vocabulary only)" if vocabulary else ""))
+    if vocabulary is None:
+        found.problems.append("no vocabulary")
+    elif found.facts["template"] is None:
+        found.notes.append("no chat template")
+    embedding = next((tensor.shape for tensor in tensors if tensor.name == "token_embd.weight"), ())
+    if vocabulary and embedding and embedding[0] < vocabulary:
+        found.problems.append(f"{vocabulary:,} tokens, but {embedding[0]:,} embeddings")
+    found.notes.append(_as_base(found.path))
+    if budget := metadata.get("quantize.mix.budget_bytes"):
+        chosen = f"types chosen by measurement under a budget of {budget} bytes"
+        found.notes.append(f"{chosen}: the file type is only the recipe of the commonest one")
+    parts = _integer(metadata.get("split.count"))
+    if parts and parts > 1:
+        found.notes.append(f"one of {parts} parts of a split file")
+
+
+def _as_base(path: Path) -> str:
+    """Whether the file can be a base model; the same is asked when it is unpacked."""
+    from lib.models.unpack_source import read_source
+
+    try:
+        source = read_source(path)
+    except InputError as error:
+        return f"no base model (base_model, workbook unpack): {error.found.rstrip('.')}"
+    if not source.metadata.get("tokenizer.chat_template"):
+        return "no base_model, workbook unpack only: no chat template"
+    kind = source.main_type
+    return f"can be a base model (base_model, workbook unpack): its {kind} weights are turned back into numbers"

@@ -1,0 +1,264 @@
+"""What page 01 shows of the rows: with labels (`LabelPage`) or conversations (`ConversationPage`).
+
+Both have the same parts, so that a cell of the notebook need not know which of the two it shows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lib.report import charts, display
+from lib.report.display import Row, tell
+from lib.report.merge_page import unpacked
+from lib.report.sentences import sentence
+
+if TYPE_CHECKING:
+    from IPython.display import HTML, Markdown
+
+    from lib.runs.machine import Machine
+    from lib.stages.data.stage import DataResult
+
+_OLD = "made before there was this audit; force: true makes it"
+
+
+def machine_card(machine: Machine) -> HTML:
+    """What ran everything."""
+    values = {
+        "system": machine.system,
+        "processor": f"{machine.processor}, {machine.cores} cores",
+        "accelerator": machine.accelerator,
+        "memory": f"{machine.memory_gib:g} GiB, {machine.available_gib:g} GiB of it free",
+        "free on the disk of runs/": f"{machine.disk_free_gb:g} GB",
+        "number format": f"{machine.dtype} ({machine.dtype_reason})",
+        "bitsandbytes": machine.bitsandbytes,
+        "llama-cpp-python": machine.llama_cpp,
+    }
+    return display.key_values(values, "Machine card")
+
+
+def page_of(result: DataResult) -> LabelPage | ConversationPage:
+    """The page of a result."""
+    return LabelPage(result) if result.task.label_names else ConversationPage(result)
+
+
+class DataPage:
+    """What both kinds of rows have in common."""
+
+    def __init__(self, result: DataResult) -> None:
+        self.result, self.task, self.facts = result, result.task, result.product.entry.facts
+
+    @property
+    def leaked(self) -> list[bool]:
+        """Of every test row, whether it is leaked."""
+        return [row["leaked"] for row in self.result.rows("test")]
+
+    def source(self) -> HTML:
+        """Where rows and base model come from, with what tells them from all others."""
+        card = {
+            "source actually used": self.result.source,
+            "split": self.result.split_rule,
+            "base model": self.facts["base_model"],
+            "base model's commit or hash": self.facts["base_revision"],
+            "prompt hash": self.facts["prompt_hash"],
+            **unpacked(self.facts),
+        }
+        return display.key_values(card, "Where the rows come from")
+
+    def flow(self) -> HTML:
+        """What became of every row."""
+        return display.table(self.result.flow, "Rows read, rows dropped and why, rows used.")
+
+    def changes(self) -> HTML:
+        """What was changed."""
+        what = "what was changed in the texts"
+        lines = [{what: change, "rows": count} for change, count in self.result.changes.items()]
+        return display.table(lines or [{what: "nothing", "rows": 0}], "Repairs, counted.")
+
+    def characters(self) -> HTML:
+        """Kinds of characters that deserve a look."""
+        caption = "Characters of the used rows that deserve a look (rows a split; code points in ⟨⟩)."
+        return display.table(text_findings(self.result.text_audit), caption)
+
+    def scripts(self) -> HTML:
+        """Simplified and traditional rows of each split."""
+        lines = self.result.text_audit.get("scripts", [{"split": _OLD}])
+        rows = [{("traditional forms" if "share" in key else key): v for key, v in line.items()} for line in lines]
+        caption = "Rows by script; share of traditional among all telling forms."
+        return display.table(rows, caption, {"traditional forms": ".3%"})
+
+    def reading(self) -> Markdown:
+        """What the audit of the characters says."""
+        audit = self.result.text_audit
+        if not audit:
+            return tell("data.no_audit", why=_OLD)
+        return tell(
+            "data.characters",
+            audit=audit,
+            odd=audit["changed_beyond_punctuation"],
+            invisible=_rows_of("invisible", audit),
+            damage=_rows_of("damage", audit),
+            traditional=sum(line["traditional"] + line["mixed"] for line in audit["scripts"]),
+        )
+
+    def overlaps(self) -> HTML:
+        """Leaks between splits."""
+        caption = "Rows of one split that are copies of another split's rows, as read."
+        return display.table(self.result.overlaps, caption)
+
+    def leak_examples(self) -> HTML:
+        """Leaked rows as text."""
+        found = self.result.leaked_examples or [{"text": "no leaked row"}]
+        return display.texts(found, "Examples of leaked rows, least obvious first.")
+
+    def lengths(self) -> HTML:
+        """Tokens a row."""
+        return charts.length_histogram(self.result.lengths, self.task.max_seq_length)
+
+    def _example(self, caption: str) -> HTML:
+        pieces = self.result.example["pieces"]
+        told = sentence(caption, example=self.result.example, prompt_hash=self.facts["prompt_hash"])
+        return display.tokens([piece["text"] for piece in pieces], [piece["loss"] for piece in pieces], told)
+
+    def _length_table(self, caption: str) -> HTML:
+        return display.table(self.result.length_table, caption, {"truncated share": ".2%"})
+
+    def _totals(self) -> dict[str, int]:
+        """For the conclusions: the longest row, rows that are cut, and the limit."""
+        return {
+            "longest": max(max(values) for values in self.result.lengths.values()),
+            "cut": sum(line["truncated rows"] for line in self.result.length_table),
+            "limit": self.task.max_seq_length,
+            "leaked": sum(self.leaked),
+        }
+
+
+class LabelPage(DataPage):
+    """Texts with labels."""
+
+    def shape(self) -> HTML:
+        """Rows of each label."""
+        names = self.task.label_names
+        counts = {line["split"]: [line[name] for name in names] for line in self.result.balance}
+        return charts.label_balance(counts, names)
+
+    def copies(self) -> HTML:
+        """Duplicates."""
+        caption = "Copies and conflicting labels within each split and over all splits, as read."
+        return display.table(self.result.duplicates, caption)
+
+    def leaks(self) -> Markdown:
+        """How many test rows are leaked."""
+        return tell("data.label_leaks", leaked=sum(self.leaked), rows=len(self.leaked))
+
+    def conflicts(self) -> HTML:
+        """Texts that carry both labels."""
+        found = self.result.conflict_examples or [{"text": "no conflicting text"}]
+        caption = "Examples of texts that carry both labels: at best one of the two can be right."
+        return display.texts(found, caption)
+
+    def length_table(self) -> HTML:
+        """Percentiles of the lengths."""
+        return self._length_table("Tokens a row: percentiles, and rows whose text is cut at its end.")
+
+    def example(self) -> HTML:
+        """One row as token pieces."""
+        return self._example("data.label_example")
+
+    def floor(self) -> HTML:
+        """The linear floor."""
+        test = self.result.floor["test"]
+        parts = {"all test rows": test["all"], "leak-free test rows": test["leak_free"]}
+        parts |= {f"{name} patterns": report for name, report in (test["by_pattern"] or {}).items()}
+        points = []
+        for name, report in parts.items():
+            if report:
+                low, high = report["accuracy_interval"]
+                points.append(
+                    {"name": name, "estimate": report["accuracy"], "low": low, "high": high, "n": report["n"]}
+                )
+        caption = sentence("data.floor", model=self.result.floor["model"], trained_on=self.result.floor["trained_on"])
+        return charts.estimates(points, "accuracy of the linear floor", caption)
+
+    def learned(self) -> Markdown:
+        """The conclusions."""
+        test = self.result.floor["test"]
+        clean = test["leak_free"] or test["all"]
+        rows = len(self.leaked)
+        return tell("data.labels_learned", rows=rows, clean=clean, floor=test["all"], **self._totals())
+
+
+class ConversationPage(DataPage):
+    """Conversations."""
+
+    def shape(self) -> HTML:
+        """Rows and turns."""
+        return display.table(self.result.balance, "Rows and turns (without the system's) of each split.")
+
+    def copies(self) -> HTML:
+        """Duplicates."""
+        caption = "Copies of openings and of whole rows within each split and over all splits, as read."
+        return display.table(self.result.duplicates, caption)
+
+    def leaks(self) -> Markdown:
+        """How many test rows are leaked."""
+        rule = self.result.split_rule
+        return tell("data.answer_leaks", leaked=sum(self.leaked), rows=len(self.leaked), rule=rule)
+
+    def conflicts(self) -> Markdown:
+        """There are none."""
+        return tell("data.no_conflicts")
+
+    def length_table(self) -> HTML:
+        """Percentiles of the lengths."""
+        return self._length_table(
+            "Tokens a row: percentiles, rows that lose whole turns at their end, rows left out as too long, and "
+            "answers that are learned or only read."
+        )
+
+    def example(self) -> HTML:
+        """One row as token pieces."""
+        return self._example("data.answer_example")
+
+    def floor(self) -> Markdown:
+        """There is none."""
+        return tell("data.no_floor")
+
+    def learned(self) -> Markdown:
+        """The conclusions."""
+        shape = {line["split"]: line for line in self.result.balance}
+        learned, read = (
+            sum(line.get(key, 0) for line in self.result.length_table)
+            for key in ("answers learned", "answers only read")
+        )
+        thinking = self.task.thinking
+        return tell(
+            "data.answers_learned", shape=shape, thinking=thinking, learned=learned, read=read, **self._totals()
+        )
+
+
+def text_findings(audit: Row) -> list[Row]:
+    """One line a kind of character that occurs."""
+    if not audit:
+        return [{"what": _OLD}]
+    splits = [line["split"] for line in audit["scripts"]]
+    rows = [
+        {
+            "what": line["what"],
+            f"rows: {', '.join(splits)}": ", ".join(f"{line[name]:,}" for name in splits),
+            "characters": line["characters"],
+            "most frequent": line["most frequent"],
+            "example": line["example"],
+        }
+        for line in audit["findings"]
+    ]
+    return rows or [{"what": "nothing: every character is ordinary, and NFKC would change none"}]
+
+
+def _rows_of(group: str, audit: Any) -> list[tuple[str, int]]:
+    """The kinds of a group with their rows over all splits."""
+    splits = [line["split"] for line in audit["scripts"]]
+    return [
+        (line["what"].split(" (")[0], sum(line[name] for name in splits))
+        for line in audit["findings"]
+        if line["group"] == group
+    ]

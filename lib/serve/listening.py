@@ -1,0 +1,99 @@
+"""Listening at an address until a signal: who can reach it, the socket, and uvicorn on it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from lib.errors import InputError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
+"""An ASGI application."""
+
+_WAITING = 64
+_BACKLOG = 2048
+_GRACE_SECONDS = 5
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def names_loopback(header: str) -> bool:
+    """Whether a request's Host is this machine by a loopback name.
+
+    A page of the web whose name was pointed to 127.0.0.1 (DNS rebinding) is of the same origin for a browser, and
+    would read every answer; but its requests bear its own name.
+    """
+    try:
+        return is_loopback(urlsplit(f"//{header}").hostname or "")
+    except ValueError:
+        return False
+
+
+def in_address(host: str) -> str:
+    """A host as it stands in an address."""
+    return f"[{host}]" if ":" in host else host
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 = any free one.
+
+    It listens before a model is loaded: two servers that only bind an address could share it.
+
+    Raises:
+        InputError: an address that cannot be used.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise InputError(
+            f"{host}:{port} cannot be used ({getattr(error, 'strerror', None) or error}).",
+            "an address of this machine and a free port.",
+            "choose another --port (0 = any free one) or --host.",
+        ) from None
+    return listening
+
+
+def make_server(application: Application, ready: Callable[[], None], **options: Any) -> uvicorn.Server:
+    """A server whose `run(sockets=[…])` answers until a signal; requests that run get a few seconds to end.
+
+    Args:
+        ready: called when it answers.
+        options: more settings of `uvicorn.Config`.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            ready()
+
+    config = uvicorn.Config(
+        application,
+        http="h11",
+        access_log=False,
+        limit_concurrency=_WAITING,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        lifespan="off",
+        server_header=False,
+        **options,
+    )
+    return Server(config)

@@ -1,0 +1,424 @@
+"""llama.cpp's quantizer: dry runs, what is refused, the run itself and the check of its file. For child processes only.
+
+llama.cpp aborts the whole process on some damaged files, so none of this may run in a notebook's kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from lib.errors import InputError
+from lib.progress import Progress
+from lib.runs.child import peak_memory_mib
+from lib.stages.quantize import llama_library, recipes
+from lib.stages.quantize.llama_library import Imatrix, Log
+from lib.stages.quantize.recipes import Options, tensor_type
+
+_BUFFER = 256 << 20
+"""Bytes of rows that llama.cpp holds at once; a row is quantized by itself, so this does not change the result."""
+_TENSOR_LINE = re.compile(r"^\[ *(\d+)/ *(\d+)\] (\S+) +- \[.*\], type = *(\w+), .*?size = .*?(?:\((\w+)\))?$")
+_FALLBACK_LINE = re.compile(
+    r"^warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\w+)\).*-> falling back to +(\w+)"
+)
+_OVERRIDE_LINE = re.compile(r"(\S+) +- applying manual override: q8_0 -> q4_0$")
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+_OUTPUT = "output.weight"
+
+Tensors = dict[str, dict[str, Any]]
+
+
+# What child processes are asked for.
+
+
+def quantize(argument: dict[str, Any]) -> dict[str, Any]:
+    """Quantize `source` to `output` by the recipe `type`; then load the result with every tensor checked.
+
+    Returns:
+        {"seconds", "memory_mib" of quantizing alone, "description": see `lib.stages.quantize.files.describe_gguf`}.
+    """
+    output, recipe, options = Path(argument["output"]), argument["type"], Options.from_json(argument["options"])
+    source = open_source(Path(argument["source"]), options)
+    if source.matrix:
+        source.check_coverage(planned_types(source.dry_run(recipe)))
+    started = time.monotonic()
+    with Progress(f"quantizing to {recipe}, tensors", every=1.0) as progress:
+
+        def count(line: str) -> None:
+            if match := _TENSOR_LINE.match(line):
+                progress.total = int(match[2])
+                progress.advance()
+
+        log = Log(count)
+        _llama_quantize(source.path, output, recipe, options, source.matrix, log, nthread=argument["n_threads"])
+    seconds, memory = time.monotonic() - started, peak_memory_mib()
+    _check_loads(output)
+    facts, tensors = _read(output)
+    description = {**facts, "fallbacks": find_fallbacks(recipe, tensors, log, options)}
+    return {"seconds": seconds, "memory_mib": memory, "description": description}
+
+
+def predict(argument: dict[str, Any]) -> dict[str, Any]:
+    """Exact sizes before quantizing.
+
+    Returns:
+        {"predictions": one dict a type, see `lib.stages.quantize.files.predict_sizes`; "source": see `describe`}.
+    """
+    source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
+    source.check_options()
+    predictions = [source.predict(recipe) for recipe in argument["types"]]
+    return {"predictions": predictions, "source": describe({"path": argument["source"]})}
+
+
+def describe(argument: dict[str, Any]) -> dict[str, Any]:
+    """What is in a GGUF file: see `lib.stages.quantize.files.describe_gguf`.
+
+    For the fallbacks the recipe is replayed by a dry run over the file itself: llama.cpp decides from names and
+    shapes, not from what the tensors are now.
+    """
+    path = Path(argument["path"])
+    facts, tensors = _read(path)
+    recipe = facts["type"]
+    if recipe == "unknown" or recipe in recipes.UNQUANTIZED:
+        return {**facts, "fallbacks": []}
+    return {**facts, "fallbacks": find_fallbacks(recipe, tensors, _dry_run(path, recipe), Options())}
+
+
+def _check_loads(path: Path) -> None:
+    """Load the whole file with every tensor's data validated; an InputError says why it cannot."""
+    log = Log()
+    params = llama_cpp.llama_model_default_params()
+    params.check_tensors = True
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = False  # no copy of the weights in the processor's own layout: nothing is computed here
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise InputError(f"llama.cpp cannot load the new file ({log.reason}).", "a file that loads.", "report this.")
+    llama_cpp.llama_model_free(model)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """The description of a file without its fallbacks, and its tensors."""
+    with llama_library.open_header(path) as header:
+        tensors = header.tensors
+        facts = {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "type": recipes.name_of(header.number("general.file_type")),
+            "architecture": header.text("general.architecture") or "unknown",
+            "name": header.text("general.name") or "",
+            "imatrix": header.text("quantize.imatrix.file"),
+        }
+    embedding = tensors.get(_EMBEDDINGS[0])
+    return {**facts, **_totals(tensors), "token_embedding_type": embedding["type"] if embedding else None}, tensors
+
+
+def _totals(tensors: Tensors) -> dict[str, Any]:
+    """Weights, bytes, bits per weight; and by tensor type tensors, weights, bytes and share, most weights first."""
+    weights, size = (sum(t[key] for t in tensors.values()) for key in ("weights", "bytes"))
+    parts: dict[str, dict[str, Any]] = {}
+    for tensor in tensors.values():
+        part = parts.setdefault(tensor["type"], {"type": tensor["type"], "tensors": 0, "weights": 0, "bytes": 0})
+        part["tensors"] += 1
+        part["weights"] += tensor["weights"]
+        part["bytes"] += tensor["bytes"]
+    ordered = sorted(parts.values(), key=lambda part: (-part["weights"], part["type"]))
+    return {
+        "weights": weights,
+        "tensor_bytes": size,
+        "bits_per_weight": 8 * size / weights if weights else 0.0,
+        "histogram": [{**part, "share": part["weights"] / weights} for part in ordered],
+    }
+
+
+# The call of llama_model_quantize, for real or as a dry run.
+
+
+def _llama_quantize(
+    source: Path, output: Path, recipe: str, options: Options, matrix: Imatrix | None, log: Log, **fields: Any
+) -> None:
+    """Quantize `source` to `output`.
+
+    Raises:
+        InputError: llama.cpp refused; with the reason that it logged.
+    """
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = recipes.file_type(recipe)
+    params.max_buf_size = _BUFFER
+    for name, value in fields.items():
+        setattr(params, name, value)
+    keep_alive = [_attach_matrix(params, matrix), _attach_types(params, options)]
+    keep_alive.append(_attach_keys(params, {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}))
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
+    del keep_alive
+    if code != 0:
+        do = "check the source file and the disk; for IQ types give an importance matrix."
+        raise InputError(f"llama.cpp cannot quantize {source} to {recipe}: {log.reason}.", "a usable source.", do)
+
+
+def _dry_run(source: Path, recipe: str, options: Options | None = None, matrix: Imatrix | None = None) -> Log:
+    """What llama.cpp would do, without reading weights or writing; its log tells."""
+    log, output = Log(), source.with_suffix(".dry")
+    _llama_quantize(source, output, recipe, options or Options(), matrix, log, nthread=1, dry_run=True)
+    return log
+
+
+def _attach_types(params: Any, options: Options) -> Any:
+    """Put types of single tensors into the parameters; returns what must stay alive."""
+    if options.output_tensor_type:
+        params.output_tensor_type = llama_library.type_number(tensor_type(options.output_tensor_type))
+    if options.token_embedding_type:
+        params.token_embedding_type = llama_library.type_number(tensor_type(options.token_embedding_type))
+    patterns = options.patterns()
+    if not patterns:
+        return None
+    overrides = (llama_cpp.llama_model_tensor_override * (len(patterns) + 1))()
+    for slot, (pattern, name) in zip(overrides, patterns, strict=False):
+        slot.pattern = pattern.encode()
+        slot.type = llama_library.type_number(tensor_type(name))
+    params.tt_overrides = overrides
+    return overrides
+
+
+def _attach_matrix(params: Any, matrix: Imatrix | None) -> Any:
+    """Put the importance matrix into the parameters; returns what must stay alive."""
+    if matrix is None:
+        return None
+    data = (llama_cpp.llama_model_imatrix_data * (len(matrix.values) + 1))()
+    for slot, (name, values) in zip(data, matrix.values.items(), strict=False):
+        slot.name = name.encode()
+        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        slot.size = values.size
+    params.imatrix = data
+    return data
+
+
+def _attach_keys(params: Any, keys: dict[str, str | int]) -> Any:
+    """Put further keys of the header into the parameters; returns what must stay alive."""
+    if not keys:
+        return None
+    overrides = (llama_cpp.llama_model_kv_override * (len(keys) + 1))()
+    for slot, (key, value) in zip(overrides, keys.items(), strict=False):
+        slot.key = key.encode()
+        if isinstance(value, str):
+            slot.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+            slot.value.val_str = value.encode()
+        else:
+            slot.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+            slot.value.val_i64 = value
+    params.kv_overrides = overrides
+    return overrides
+
+
+def planned_types(log: Log) -> dict[str, str]:
+    """{tensor: new type} of the tensors that a dry run would change."""
+    matches = [match for line in log.lines if (match := _TENSOR_LINE.match(line))]
+    if not matches or len(matches) != int(matches[0][2]):
+        raise RuntimeError(f"the dry run of llama.cpp named {len(matches)} tensors; its log has another form")
+    return {match[3]: match[5] for match in matches if match[5]}
+
+
+def find_fallbacks(recipe: str, tensors: Tensors, log: Log, options: Options) -> list[dict[str, Any]]:
+    """Tensors with a substitute type because their rows do not fill a block of the type that is wanted."""
+    matches = [match for line in log.lines if (match := _FALLBACK_LINE.match(line))]
+    rows = [{"tensor": m[1], "columns": int(m[2]), "wanted": m[4], "type": m[5]} for m in matches]
+    logged = [row for row in rows if tensors[row["tensor"]]["type"] == row["type"]]
+    head = _head(tensors)
+    by_hand = options.output_tensor_type or (head != _OUTPUT and options.token_embedding_type)
+    named = any(f"{head} " in line and "applying manual override" in line for line in log.lines)
+    if by_hand or named or any(row["tensor"] == head for row in logged):
+        return logged
+    # llama.cpp moves the output matrix (or the embedding tied to it) to Q8_0 without a warning
+    silent = head in tensors and tensors[head]["type"] == "q8_0" and recipes.uses_super_blocks(recipe)
+    if not silent or (columns := tensors[head]["shape"][0]) % recipes.SUPER_BLOCK == 0:
+        return logged
+    return [{"tensor": head, "columns": columns, "wanted": recipes.output_type(recipe), "type": "q8_0"}, *logged]
+
+
+def _head(tensors: Tensors) -> str:
+    """The output matrix: of a tied model the token embedding."""
+    return _OUTPUT if _OUTPUT in tensors else _EMBEDDINGS[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that may be quantized, and by what.
+
+    Attributes:
+        header_bytes: of the header after quantizing.
+        matrix: importance matrix of the options.
+    """
+
+    path: Path
+    tensors: Tensors
+    header_bytes: int
+    options: Options
+    matrix: Imatrix | None
+
+    def dry_run(self, recipe: str, options: Options | None = None) -> Log:
+        """What llama.cpp would do by these options, or by others; its log tells.
+
+        Raises:
+            InputError: llama.cpp refused; with the reason that it logged.
+        """
+        return _dry_run(self.path, recipe, self.options if options is None else options, self.matrix)
+
+    def predict(self, recipe: str) -> dict[str, Any]:
+        """Exact sizes of one recipe; see `lib.stages.quantize.files.predict_sizes`.
+
+        Raises:
+            InputError: options that do not fit the model.
+        """
+        log = self.dry_run(recipe)
+        tensors = self._as_planned(log)
+        fallbacks = find_fallbacks(recipe, tensors, log, self.options)
+        self._check_effect(recipe, tensors, fallbacks)
+        self.check_coverage(planned_types(log))
+        self._check_importance_of_embeddings(tensors)
+        usual = self._as_planned(self.dry_run(recipe, Options())) if self.options.any_types() else tensors
+        return {
+            "type": recipe,
+            "header_bytes": self.header_bytes,
+            "bytes": self.header_bytes + sum(padded(tensor["bytes"]) for tensor in tensors.values()),
+            **_totals(tensors),
+            "fallbacks": fallbacks,
+            "set_by_hand": [
+                {"tensor": name, "recipe": usual[name]["type"], "type": tensor["type"]}
+                for name, tensor in tensors.items()
+                if tensor["type"] != usual[name]["type"]
+            ],
+            "needs_imatrix": any("will require an imatrix" in line for line in log.lines),
+        }
+
+    def _as_planned(self, log: Log) -> Tensors:
+        """The tensors as they would be after quantizing."""
+        planned = {name: dict(tensor) for name, tensor in self.tensors.items()}
+        for name, new_type in planned_types(log).items():
+            tensor = planned[name]
+            rows = tensor["weights"] // tensor["shape"][0]
+            tensor |= {"bytes": rows * llama_library.row_bytes(new_type, tensor["shape"][0]), "type": new_type}
+        return planned
+
+    def check_options(self) -> None:
+        """Refuse options that cannot fit this model, whatever the recipe.
+
+        Raises:
+            InputError: a type whose blocks the rows do not fill; an expression that is none, that fits nothing, or
+                nothing that an earlier one has left.
+        """
+        self._check_widths()
+        patterns = [pattern for pattern, _ in self.options.patterns()]
+        for place, pattern in enumerate(patterns):
+            # only this expression asks for another type than the recipe, so the log shows which tensors it chooses
+            probe = tuple(f"{p}={'q4_0' if i == place else 'q8_0'}" for i, p in enumerate(patterns))
+            try:
+                log = _dry_run(self.path, "Q8_0", replace(self.options, imatrix=None, tensor_types=probe))
+            except InputError as error:
+                found = f"llama.cpp refuses {pattern!r} in tensor_types. {error.found}"
+                do = "correct it; it is a regular expression of C++ (ECMAScript)."
+                raise InputError(found, "REGEX=TYPE.", do) from None
+            if not any(_OVERRIDE_LINE.search(line) for line in log.lines):
+                some = ", ".join(n for n in self.tensors if n.startswith("blk.0.") and n.endswith("weight"))
+                raise InputError(
+                    f"the expression {pattern!r} of tensor_types chooses no tensor.",
+                    "one that fits a matrix which no earlier entry and neither of the two other types takes.",
+                    f"correct or remove it; tensors are called {_head(self.tensors)}, {some} (norms are never "
+                    "quantized).",
+                )
+
+    def _check_widths(self) -> None:
+        """Refuse types of embedding and output whose blocks the rows do not fill: llama.cpp aborts there."""
+        wanted = {**dict.fromkeys(_EMBEDDINGS, self.options.token_embedding_type)}
+        for name, asked in {**wanted, _OUTPUT: self.options.output_tensor_type}.items():
+            if not asked or name not in self.tensors:
+                continue
+            kind, columns = tensor_type(asked), self.tensors[name]["shape"][0]
+            if columns % llama_library.block_size(kind):
+                raise InputError(
+                    f"{name} has rows of {columns} weights, which do not fill blocks of {kind}.",
+                    f"a type whose blocks divide {columns} (those of {kind} hold {llama_library.block_size(kind)}).",
+                    "choose q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl, which have blocks of 32.",
+                )
+
+    def _check_effect(self, recipe: str, tensors: Tensors, fallbacks: list[dict[str, Any]]) -> None:
+        """Refuse options that would be without effect: llama.cpp passes over them in silence."""
+        if self.options.tensor_types and recipe in recipes.UNQUANTIZED:
+            do = f"leave out {recipe}, or tensor_types."
+            raise InputError(f"tensor_types with {recipe}.", "a quantized type: llama.cpp ignores them for others.", do)
+        asked, head = self.options.output_tensor_type, _head(self.tensors)
+        if not asked or tensors[head]["type"] == tensor_type(asked) or any(row["tensor"] == head for row in fallbacks):
+            return
+        raise InputError(
+            f"output_tensor_type {asked} has no effect: {head} becomes {tensors[head]['type']}.",
+            "an output matrix of its own, or a tied one that no other option sets.",
+            "remove output_tensor_type, or set token_embedding_type alone.",
+        )
+
+    def _check_importance_of_embeddings(self, tensors: Tensors) -> None:
+        """Refuse types that need importance values for a tensor without them: llama.cpp aborts its process there."""
+        covered = self.matrix.values if self.matrix else {}
+        for name in (*_EMBEDDINGS, _OUTPUT):
+            if name in covered or name not in tensors or tensors[name]["type"] == self.tensors[name]["type"]:
+                continue
+            if llama_library.requires_imatrix(tensors[name]["type"]):
+                raise InputError(
+                    f"{name} as {tensors[name]['type']} without importance values for it.",
+                    "an importance matrix that covers it (llama-imatrix --process-output for the output matrix).",
+                    "choose another type for it, e.g. q4_0 or q8_0.",
+                )
+
+    def check_coverage(self, names: Iterable[str]) -> None:
+        """Refuse a matrix that lacks layers of this model (llama.cpp would quantize without it) or has other widths.
+
+        Args:
+            names: the tensors that are to be quantized; embedding and output matrix may do without values.
+
+        Raises:
+            InputError: with the first tensor that lacks values.
+        """
+        for name in names if self.matrix else ():
+            values = self.matrix.values.get(name)
+            if values is None and not name.startswith("blk."):
+                continue
+            shape, have = self.tensors[name]["shape"], 0 if values is None else values.size
+            needed = shape[0] * (shape[2] if len(shape) > 2 else 1)
+            if have != needed:
+                found = f"the importance matrix {self.matrix.file} has {have} values for {name}."
+                do = "make it with this very model (`workbook imatrix MODEL_DIR OUT.gguf --text FILE`)."
+                raise InputError(found, f"{needed}.", do)
+
+
+def padded(size: int) -> int:
+    """Bytes of a tensor in a file."""
+    return -(-size // 32) * 32
+
+
+def open_source(path: Path, options: Options) -> Source:
+    """Read the header of a model that may be quantized.
+
+    Raises:
+        InputError: a part of a split model, an importance matrix, or a file that is quantized already.
+    """
+    matrix = llama_library.read_imatrix(options.imatrix)
+    with llama_library.open_header(path) as header:
+        if (header.number("split.count") or 0) > 1 or header.has("split.no"):
+            do = "join the parts first: llama-gguf-split --merge."
+            raise InputError(f"{path} is one part of a split model.", "a model in one file.", do)
+        if header.text("general.type") == "imatrix":
+            raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")
+        if quantized := sorted({t["type"] for t in header.tensors.values()} - recipes.SOURCE_TENSOR_TYPES):
+            name = recipes.name_of(header.number("general.file_type"))
+            raise InputError(
+                f"{path} is already quantized ({name}: {', '.join(quantized)}).",
+                "F16, BF16 or F32 weights: quantizing twice adds the errors.",
+                "start from the F16 file (outtype: f16 in the parameters).",
+            )
+        keys = {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}
+        return Source(path, header.tensors, header.size_when_quantized(keys), options, matrix)

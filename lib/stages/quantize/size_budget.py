@@ -1,0 +1,395 @@
+"""A file under a size budget: a type for every tensor by measured sensitivity, the smallest predicted loss of all.
+
+Solved exactly on a grid of bytes. Of a run the solved choice is the product `mix`; `workbook quantize` makes one from a
+model folder and a text, or the rows of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib.errors import InputError
+from lib.models.base_model import check_model_folder
+from lib.models.gguf_file import check_gguf
+from lib.models.loading import load_tokenizer, quantization_method
+from lib.runs.child import run_child
+from lib.runs.files import read_json, sha256_file, write_json
+from lib.runs.run import Run, Work
+from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
+from lib.settings import mix_name
+from lib.stages.quantize import sensitivity
+from lib.stages.quantize.calibration import dataset_name, matrix_identity, run_options
+from lib.stages.quantize.files import PlannedFile, predict_sizes, run_source
+from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT, MeasuredTexts
+
+if TYPE_CHECKING:
+    from lib.settings import Settings
+    from lib.stages.quantize.quantizer import Source
+
+
+MOST_MB, MOST_BITS = 1e6, 32.0
+"""Bounds of a budget, as in the settings."""
+MIX = "mix.json"
+PREDICTED = ("predicted_kld", "predicted_answer_kld")
+SEED = 42
+"""Of the labels that are drawn without a run."""
+_CELLS = 1 << 16
+"""Most cells of the grid: on a coarser one than the files' own, bytes are rounded up, so the budget always holds."""
+_RECIPES = {"q5_K": "Q5_K_S", "q4_K": "Q4_K_S", "q3_K": "Q3_K_S", "q2_K": "Q2_K"}
+"""Recipes whose name is not their main tensor type's in capitals."""
+
+
+# The choice.
+
+
+@dataclass(frozen=True)
+class TypeCost:
+    """One type that a tensor may have.
+
+    Attributes:
+        type: as llama.cpp writes it ("q4_K").
+        bytes: in the file, with padding.
+        loss: predicted KL divergence that it alone costs, nats.
+    """
+
+    type: str
+    bytes: int
+    loss: float
+
+
+def solve(tensors: Sequence[Sequence[TypeCost]], budget: int, fixed: int = 0) -> list[TypeCost]:
+    """One type a tensor, with `fixed` together at most `budget` bytes, with the smallest sum of losses.
+
+    A larger budget never has a larger sum: the grid does not depend on it.
+
+    Raises:
+        InputError: a budget that even the smallest types exceed.
+    """
+    smallest = [min(cost.bytes for cost in tensor) for tensor in tensors]
+    require_room(budget, fixed + sum(smallest))
+    extra = [[cost.bytes - low for cost in tensor] for tensor, low in zip(tensors, smallest, strict=True)]
+    unit = math.gcd(*(e for row in extra for e in row)) or 1
+    unit *= max(1, math.ceil(sum(map(max, extra)) / (unit * _CELLS)))
+    steps = [[-(-e // unit) for e in row] for row in extra]
+    capacity = min((budget - fixed - sum(smallest)) // unit, sum(map(max, steps)))
+    # dynamic programming over tensors: the least loss that at most so many grid steps allow
+    best, taken = np.zeros(capacity + 1), np.zeros((len(tensors), capacity + 1), dtype=np.uint8)
+    for i, tensor in enumerate(tensors):
+        new = np.full(capacity + 1, np.inf)
+        for k in sorted(range(len(tensor)), key=lambda k: steps[i][k]):  # among equals the smaller one
+            if (step := steps[i][k]) > capacity:
+                break
+            reached = best[: capacity + 1 - step] + tensor[k].loss
+            better = reached < new[step:]
+            new[step:][better] = reached[better]
+            taken[i, step:][better] = k
+        best = new
+    chosen: list[TypeCost] = []
+    for i in reversed(range(len(tensors))):
+        k = int(taken[i, capacity])
+        chosen.append(tensors[i][k])
+        capacity -= steps[i][k]
+    return chosen[::-1]
+
+
+def require_room(budget: int, least: int) -> None:
+    """Refuse a budget below the smallest file of the types tried, of `least` bytes.
+
+    Raises:
+        InputError: with that size.
+    """
+    if budget < least:
+        expected = f"at least {least:,} bytes, the smallest file of the types tried (q8_0 to q2_K, with an importance "
+        expected += "matrix to iq2_xxs)."
+        least_mb = f"{math.ceil(least / 1e4) / 100:.2f}"
+        do = f"set size_budget_mb (--size-budget-mb) to {least_mb} or more; in bits per weight likewise more."
+        raise InputError(f"a size budget of {budget / 1e6:.7g} MB.", expected, do)
+
+
+def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -> int:
+    """The most bytes that a file may have: megabytes of 10⁶ bytes for all of it or, where they are 0, bits per weight
+    as the pages count them (of the tensors alone), to which the header of the source is added.
+
+    Raises:
+        InputError: a budget that is no size.
+    """
+    if not (0 <= megabytes <= MOST_MB and 0 <= bits_per_weight <= MOST_BITS and megabytes + bits_per_weight > 0):
+        found = f"a size budget of {f'{megabytes:g} MB' if megabytes else f'{bits_per_weight:g} bits per weight'}."
+        raise InputError(found, f"at most {MOST_MB:g} MB or {MOST_BITS:g} bits per weight.", "correct it.")
+    if megabytes:
+        return round(megabytes * 1e6)
+    plain = predict_sizes(source, ["Q8_0"])[0]
+    return plain["header_bytes"] + int(bits_per_weight * plain["weights"] / 8)
+
+
+def choose_types(
+    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0
+) -> PlannedFile:
+    """The types with the least predicted KL divergence of a file of at most `budget` bytes: of text and answers
+    together, (1 - answer_weight) × nats a token + answer_weight × nats a position of an answer.
+
+    For child processes only: llama.cpp tells the size.
+
+    Args:
+        found: record of the product `sensitivity`, or of `measure_types`.
+        dataset: what it was measured on, for the header.
+        answer_weight: 0 = text alone, 1 = answers alone; without answers in `found` it is 0.
+
+    Raises:
+        InputError: a budget below the smallest file of the types tried.
+    """
+    from lib.stages.quantize.quantizer import open_source
+
+    weight, rows = answer_weight if found["answers"] else 0.0, found["tensors"]
+    notes = _notes(budget, dataset, weight)
+    tensors = [[TypeCost(t["type"], t["bytes"], _weighed(t, weight)) for t in row["types"]] for row in rows]
+    types_of = {row["tensor"]: {t["type"]: t["bytes"] for t in row["types"]} for row in rows}
+    fixed = _fixed_bytes(open_source(source, Options(matrix, notes=notes)), types_of)
+    chosen = solve(tensors, budget, fixed)
+    types = {row["tensor"]: cost.type for row, cost in zip(rows, chosen, strict=True)}
+    parts = [
+        {"tensor": row["tensor"], "weights": row["weights"], **_entry(row, cost.type)}
+        for row, cost in zip(rows, chosen, strict=True)
+    ]
+    record = {
+        "method": METHOD,
+        "budget_bytes": budget,
+        "answer_weight": weight,
+        "predicted_kld": sum(part[TEXT] for part in parts),
+        "predicted_answer_kld": sum(part[AT_ANSWERS] for part in parts) if found["answers"] else None,
+        **{key: found[key] for key in ("positions", "answers", "rows_sha256")},
+        "types": types,
+        "tensors": parts,
+    }
+    options = Options(matrix, tuple(f"^{re.escape(name)}$={kind}" for name, kind in types.items()), notes=notes)
+    recipe = _main_recipe(parts)
+    prediction = open_source(source, options).predict(recipe)
+    wanted = fixed + sum(cost.bytes for cost in chosen)
+    if prediction["bytes"] != wanted:
+        raise RuntimeError(
+            f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
+        )
+    # no recipe was wanted that the file could depart from
+    prediction |= {"fallbacks": [], "set_by_hand": []}
+    return PlannedFile({**prediction, "type": mix_name(budget), "recipe": recipe, "mix": record}, options)
+
+
+def _weighed(kind: dict[str, Any], weight: float) -> float:
+    """The loss that is minimized; that of text alone to the last bit where the weight is 0."""
+    return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
+
+
+def _entry(row: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next(entry for entry in row["types"] if entry["type"] == kind)
+
+
+def _notes(budget: int, dataset: str, answer_weight: float) -> tuple[tuple[str, str], ...]:
+    """What the file's header tells of the choice."""
+    rows = {"method": METHOD, "budget_bytes": str(budget), "rows": dataset}
+    if answer_weight:
+        rows["answer_weight"] = f"{answer_weight:g}"
+    return tuple((f"quantize.mix.{key}", value) for key, value in rows.items())
+
+
+def _fixed_bytes(source: Source, types: dict[str, dict[str, int]]) -> int:
+    """Bytes of the header, and of what is never quantized; `types`: see `type_costs.possible_types`."""
+    return source.predict("Q8_0")["bytes"] - sum(sizes["q8_0"] for sizes in types.values())
+
+
+def _main_recipe(parts: list[dict[str, Any]]) -> str:
+    """The recipe of the type that most weights have."""
+    total: dict[str, int] = {}
+    for part in parts:
+        total[part["type"]] = total.get(part["type"], 0) + part["weights"]
+    most = max(total, key=lambda kind: total[kind])
+    return _RECIPES.get(most, most.upper())
+
+
+# Both in child processes: they need llama.cpp.
+
+
+def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0) -> None:
+    """Refuse, before anything is measured, a budget that no choice of types keeps; arguments as of `choose_types`.
+
+    Raises:
+        InputError: with the smallest size.
+    """
+    options = Options(matrix, notes=_notes(budget, dataset, answer_weight))
+    argument = {"source": str(source.resolve()), "options": options.to_json()}
+    answer = run_child("lib.stages.quantize.size_budget:least_in_child", argument, "predicting sizes")
+    require_room(budget, answer["bytes"])
+
+
+def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """ "bytes" of the smallest file of "source" (GGUF) with "options" (importance matrix and notes)."""
+    from lib.stages.quantize.quantizer import open_source
+    from lib.stages.quantize.type_costs import possible_types
+
+    source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
+    types = possible_types(source)
+    return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types.values())}
+
+
+def _choose(
+    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, weight: float
+) -> PlannedFile:
+    """`choose_types` by a child process."""
+    argument = {"found": found, "budget": budget, "source": str(source.resolve()), "dataset": dataset}
+    argument |= {"matrix": None if matrix is None else str(matrix.resolve()), "answer_weight": weight}
+    answer = run_child("lib.stages.quantize.size_budget:choose_in_child", argument, "choosing types")
+    return PlannedFile(answer["prediction"], Options.from_json(answer["options"]))
+
+
+def choose_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """ "options" and "prediction" of `choose_types`, whose arguments these are."""
+    paths = {key: Path(argument[key]) if argument[key] else None for key in ("source", "matrix")}
+    mix = choose_types(**{**argument, **paths})
+    return {"options": mix.options.to_json(), "prediction": mix.prediction}
+
+
+# The product `mix` of a run.
+
+
+def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> PlannedFile | None:
+    """The types of a file under the run's size budget, or find them solved; None without a budget.
+
+    Args:
+        force: measure sensitivities and solve again even if nothing changed; None = as the settings say.
+
+    Raises:
+        InputError: no products `data`, `merged` or `gguf`; a budget below the smallest file of the types tried.
+    """
+    if not settings.size_budget:
+        return None
+    source, matrix = run_source(run), run_options(settings, run).imatrix
+    force = settings.force if force is None else force
+
+    def budget() -> int:
+        return budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
+
+    def check() -> None:
+        dataset = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
+        require_possible(budget(), source, matrix, dataset, settings.answer_weight)
+
+    def build(work: Work) -> None:
+        found = read_json(measured.path / sensitivity.RECORD)
+        dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
+        mix = _choose(found, budget(), source, matrix, dataset, settings.answer_weight)
+        options = {key: value for key, value in mix.options.to_json().items() if key != "imatrix"}
+        write_json(work.folder / MIX, {"options": options, "prediction": mix.prediction})
+        work.metrics |= {"bytes": mix.prediction["bytes"], **{key: mix.record[key] for key in PREDICTED}}
+
+    measured = sensitivity.measure_sensitivity(settings, run, source, matrix, force, check)
+    product = run.produce(
+        "mix",
+        build,
+        parameters={**settings.pick(settings.size_budget, "answer_weight"), "imatrix": matrix_identity(matrix)},
+        inputs=("gguf", "sensitivity"),
+        force=force,
+    )
+    content = read_json(product.path / MIX)
+    matrix_path = None if matrix is None else str(matrix)
+    return PlannedFile(content["prediction"], Options.from_json({**content["options"], "imatrix": matrix_path}))
+
+
+# Without a run: from a model folder and a text, or the rows of a run.
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a file under a size budget is chosen by.
+
+    Attributes:
+        bytes: the most that the file may have (see `budget_bytes`).
+        model: the folder that the GGUF was converted from; gradients are computed there.
+        text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from. A text
+            has no answers, so it decides alone.
+        data: in place of a text the folder of a run's product `data`, whose training rows have answers.
+        answer_weight: what the loss at answers counts (see `choose_types`).
+    """
+
+    bytes: int
+    model: Path
+    text: Text | None = None
+    file: Path | None = None
+    n_ctx: int = 512
+    data: Path | None = None
+    answer_weight: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What stands in place of a type (MIX_300MB)."""
+        return mix_name(self.bytes)
+
+
+def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: Path, n_threads: int = 0) -> PlannedFile:
+    """Choose types for a file of a size, as the stage does for a run.
+
+    Args:
+        source: GGUF with F32, F16 or BF16 weights.
+        matrix: importance matrix.
+        scratch: folder on a disk with room for the sensitivities.
+        n_threads: for trying types; 0 = physical cores.
+
+    Raises:
+        InputError: an impossible budget (before the work), a folder that is quantized or holds another model, a text
+            that does not fill a window, too little memory or room.
+    """
+    check_gguf(source)
+    texts = _measured_texts(budget)
+    weight = budget.answer_weight if texts.answers else 0.0
+    require_possible(budget.bytes, source, matrix, texts.dataset, weight)
+    found = sensitivity.measure_types(budget.model, source, texts, matrix, SEED, scratch, n_threads)
+    return _choose(found, budget.bytes, source, matrix, texts.dataset, weight)
+
+
+def _measured_texts(budget: Budget) -> MeasuredTexts:
+    """What gradients are of.
+
+    Raises:
+        InputError: no model folder, a folder that is no product `data`, too little text.
+    """
+    if budget.data is not None:
+        require_whole_weights(budget.model)
+        if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
+            do = "name runs/RUN/data, or give a text by --text."
+            raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
+        most = sensitivity.most_windows(budget.answer_weight)
+        return sensitivity.texts_of_run(budget.data, budget.n_ctx, most, SEED)[0]
+    assert budget.text is not None and budget.file is not None
+    windows, digest = (
+        tokens_of(budget.model, budget.text).windows(budget.n_ctx, sensitivity.WINDOWS),
+        sha256_file(budget.file),
+    )
+    part = f"{len(windows)} windows of {budget.n_ctx} tokens"
+    return MeasuredTexts(windows, dataset_name(budget.file.name, part, digest), digest)
+
+
+def tokens_of(model: Path, text: Text) -> Tokens:
+    """A text in the ids of a model that can be computed with.
+
+    Raises:
+        InputError: no model folder, or one that is quantized.
+    """
+    require_whole_weights(model)
+    return tokenize_with_transformers(load_tokenizer(model), text)
+
+
+def require_whole_weights(model: Path) -> None:
+    """Refuse what gradients cannot be computed with.
+
+    Raises:
+        InputError: no model folder, or one that is quantized.
+    """
+    check_model_folder(model)
+    if method := quantization_method(model):
+        expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
+        raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
