@@ -21,6 +21,7 @@ from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, open_run
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import AnswerScores, token_log_probs
+from lib.scoring.metric import ANSWER_PERPLEXITY
 from lib.scoring.term_lists import read_prompts
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings, check
@@ -200,7 +201,11 @@ def test_files_and_exports_are_made(results: dict) -> None:
 
 def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     result = results["comparison"]
-    assert [e["type"] for e in result.files] == ["F16", "Q8_0", *formats(results)]
+    assert result.metric is ANSWER_PERPLEXITY and [e["type"] for e in result.files] == [
+        "F16",
+        "Q8_0",
+        *formats(results),
+    ]
     reference, q8, *_ = result.files
     part = results["evaluation"].content["parts"]["all"]
     assert reference["answer_ppl"] == pytest.approx(part["finetuned"]["perplexity"], rel=0.02)
@@ -256,13 +261,13 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
     wanted = token_log_probs(model, [e.ids for e in encoded], [e.spans for e in encoded])
     saved = AnswerScores.load(folder / "scores-merged.jsonl")
     np.testing.assert_allclose(saved.log_probs, [values.sum() for values in wanted], rtol=1e-4)
-    assert [row["step"] for row in steps_page.rows(result.steps)] == [step["name"] for step in result.steps]
-    assert "less than 1 %" in steps_page.caption(result.steps) and " → " in steps_page.steps_reading(result.steps)
+    assert [row["step_name"] for row in steps_page.rows(result.steps)] == [step["name"] for step in result.steps]
+    assert "less than 1 %" in steps_page.caption(result.steps) and " → " in steps_page.steps_reading(result.steps).data
     assert "<figcaption>" in steps_page.ladder(result.steps).data
 
 
 def test_what_the_pages_show(results: dict) -> None:
-    from lib.report import answer_rows, data_page, evaluate_page, merge_page
+    from lib.report import compare_page, data_page, evaluate_page, merge_page
 
     made, result = results["data"], results["evaluation"]
     shown = data_page.page_of(made)
@@ -281,10 +286,12 @@ def test_what_the_pages_show(results: dict) -> None:
     assert f"{result.part['base']['perplexity']:.2f}" in page.learned().data
     parts = (page.errors, page.error_table, page.reading, page.believed, page.certainty, page.speed, page.prompts)
     assert all(part().data for part in parts)
-    others = [entry for entry in results["comparison"].files if entry["verdict"] != "reference"]
-    assert [point["name"] for point in answer_rows.ratios(others)] == [entry["type"] for entry in others]
-    assert "± 1 %" in answer_rows.detectable(others, results["comparison"].conditions)
-    assert answer_rows.quality(results["comparison"].files)[0]["change, %"] is None
+    compared = compare_page.page_of(results["comparison"])
+    (power,) = compared.detectable()
+    assert "± 1 %" in power.data and "answer perplexity" in compared.sizes().data
+    assert all(entry["type"] in compared.quality().data for entry in results["comparison"].others)
+    parts = (compared.tests, compared.beside, compared.disagreements, compared.kept)
+    assert all(shown.data for part in parts for shown in part() if shown)
     assert "does not apply" in str(merge_page.gate(results["gguf"].gate))
 
 

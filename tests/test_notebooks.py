@@ -97,17 +97,11 @@ def test_cells_are_short_and_tell_the_story(path: Path) -> None:
 
 
 @each
-def test_cells_for_one_kind_of_rows_run_for_both(path: Path) -> None:
-    """A page shows the cells of its task; by hand all of them run, so those of the other kind must do nothing."""
+def test_no_cell_asks_which_kind_of_rows_it_shows(path: Path) -> None:
+    """Every cell runs for every run: results and pages know their metric."""
     for cell in cells(path, "code"):
-        tags = {"labels", "answers"} & set(cell.metadata.get("tags", []))
-        if tags:
-            (only,) = ast.parse(cell.source).body
-            assert isinstance(only, ast.If) and not only.orelse and len(tags) == 1
-            asked = ast.unparse(only.test)
-            assert (asked.startswith("not ") or asked.endswith("is None")) == (tags == {"answers"}), (
-                f"{path.stem}: {asked}"
-            )
+        assert not {"labels", "answers"} & set(cell.metadata.get("tags", []))
+        assert "labelled" not in cell.source and "has_labels" not in cell.source
 
 
 @each

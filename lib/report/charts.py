@@ -9,6 +9,7 @@ import numpy as np
 
 from lib.report.display import BLUE, GREEN, GREY, ORANGE, figure, readable, replaced, side_by_side, tell, use_style
 from lib.report.sentences import sentence
+from lib.scoring.metric import metric_in
 from lib.statistics.power import power_mcnemar
 from lib.statistics.verdicts import frontier
 
@@ -206,11 +207,11 @@ _MB, _BITS = "file size, MB (10⁶ bytes)", "bits per weight (tensors alone)"
 
 
 def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    """What size buys: KL divergence against file size and against bits per weight, accuracy, speed and memory.
+    """What size buys: KL divergence against file size and against bits per weight, the task's metric, speed and memory.
 
     Args:
-        entries: mappings with type, bytes, bits_per_weight, kld_mean, kld_low, kld_high, accuracy, accuracy_interval,
-            n, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
+        entries: mappings with type, bytes, bits_per_weight, kld_mean, kld_low, kld_high, the metric's point estimate
+            with its interval, n, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
         frontier: types of which no other file is both smaller and closer to the reference.
     """
     others = any(entry.get("kind") == "folder" for entry in entries)
@@ -221,7 +222,7 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
         [
             _divergence(entries, frontier, sizes, _MB, by_size),
             _divergence(entries, frontier, bits, _BITS, by_bits),
-            _accuracy(entries, frontier, sizes),
+            _estimate(entries, frontier, sizes),
             _speed_and_memory(entries, frontier),
         ]
     )
@@ -252,17 +253,20 @@ def _divergence(
     return figure(fig, caption, sentence("charts.divergence_alt", axis=axis, files=files))
 
 
-def _accuracy(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
+def _estimate(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
+    """The metric's point estimates, the largest file first."""
     fig, ax = _axes(*_PANEL)
+    key = metric_in(entries).point
     largest_first = sorted(entries, key=lambda e: -e["bytes"])
     places = np.arange(len(entries))[::-1]
     for place, entry in zip(places, largest_first, strict=True):
-        x, (low, high) = entry["accuracy"], entry["accuracy_interval"]
+        x = entry[key]
+        low, high = entry[f"{key}_interval"] or (x, x)
         ax.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
     ax.set_yticks(places, [f"{e['type']}, {sizes[e['type']]:.1f} MB" for e in largest_first], fontsize=8)
     ax.locator_params(axis="x", nbins=5)
-    ax.set(xlabel="accuracy →")
-    return figure(fig, sentence("charts.accuracy", n=entries[0]["n"]), sentence("charts.accuracy_alt", files=entries))
+    ax.set(xlabel=sentence(f"charts.{key}_axis"))
+    return figure(fig, sentence(f"charts.{key}", n=entries[0]["n"]), sentence(f"charts.{key}_alt", files=entries))
 
 
 def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:

@@ -59,10 +59,8 @@ def _bottom(notebook: NotebookNode, name: str, summary: Summary) -> str:
     )
 
 
-def _prepare(notebook: NotebookNode, labelled: bool) -> NotebookNode:
-    """Drop cells for rows of the other kind, and the parameters cell that papermill overrode: not true for this run."""
-    other = "answers" if labelled else "labels"
-    notebook.cells = [cell for cell in notebook.cells if other not in cell.metadata.get("tags", [])]
+def _prepare(notebook: NotebookNode) -> NotebookNode:
+    """Drop the parameters cell that papermill overrode: it is not true for this run."""
     tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
     if any("injected-parameters" in t for t in tags):
         notebook.cells = [c for c, t in zip(notebook.cells, tags, strict=True) if "parameters" not in t]
@@ -109,7 +107,7 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
     import nbformat
 
     name = executed.stem
-    notebook = _prepare(nbformat.read(executed, as_version=4), summary.labelled)
+    notebook = _prepare(nbformat.read(executed, as_version=4))
     title = next((s.title for s in stages if s.name == name), name)
     resources = {
         "title": f"{title} – run {summary.name}",

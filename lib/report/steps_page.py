@@ -1,42 +1,40 @@
-"""The error ladder of 07: which step from the adapter to the quantized file changed what, with labels and without.
-The rows and sentences about real phones in notebook 07.
-What pages 06 and 07 show of predicted and measured KL divergence: whether the sensitivities can be believed.
-"""
+"""Parts of page 07: the error ladder, real phones, and (of 06 too) whether predicted KL divergence came true."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.report.charts import _axes
-from lib.report.compare_page import _interval
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, figure, say, table, with_interval
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, table, tell
+from lib.report.sentences import sentence
+from lib.scoring.metric import metric_in
+from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.axes import Axes
 
-
-# The error ladder of 07: which step from the adapter to the quantized file changed what, with labels and without.
+# The error ladder: which step from the adapter to the quantized file changed what.
 
 Steps = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Chart:
-    """How one kind of ladder is drawn.
+class _Ladder:
+    """How the ladder of one metric is shown.
 
     Attributes:
         change: key of how far a step is from another, never negative: left, logarithmic.
         effect: key of what that means: right; of the step itself, or of the step against another (`paired`).
         change_axis, effect_axis: the same in words, with units.
-        caption: behind "n = … test rows. ".
+        row: from a step, and what it says against the step before and the first, to a row of the table.
     """
 
     change: str
@@ -44,47 +42,79 @@ class _Chart:
     paired: bool
     change_axis: str
     effect_axis: str
-    caption: str
+    row: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Row]
 
 
-_LABELS = _Chart(
-    "kld",
-    "accuracy",
-    False,
-    "KL divergence, nats a row (log above 10⁻⁶)",
-    "accuracy",
-    "Left: mean KL divergence over the answer words, with 95 % intervals (near copies together). Right: accuracy with "
-    "95 % Wilson intervals (rows as they are).",
-)
-_ANSWERS = _Chart(
-    "moved",
-    "loss_difference",
-    True,
-    "|change| of a row's loss, nats a token (log above 10⁻⁶)",
-    "change of the mean loss, nats a token",
-    "Left: by how much the loss of a row's reference answers moves, whatever the sign. Right: change of the mean loss; "
-    "to the right of 0 is worse. Paired, with 95 % bootstrap intervals over groups of alike rows.",
-)
+def _label_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
+    return {
+        "step_name": step["name"],
+        "accuracy": step["accuracy"],
+        "step_kld": _found(before, "kld"),
+        "equal_labels": before.get("agreement"),
+        "step_points": _found(before, "accuracy_difference", 100),
+        "first_kld": _found(first, "kld"),
+        "first_equal_labels": first.get("agreement"),
+        "first_points": _found(first, "accuracy_difference", 100),
+    }
 
 
-def _kind(steps: Steps) -> _Chart:
-    return _LABELS if "accuracy" in steps[0] else _ANSWERS
+def _answer_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
+    return {
+        "step_name": step["name"],
+        "answer_ppl": step["perplexity"],
+        "step_loss": _found(before, "loss_difference"),
+        "step_moved": _found(before, "moved"),
+        "alike_rows": before.get("agreement"),
+        "first_loss": _found(first, "loss_difference"),
+        "first_moved": _found(first, "moved"),
+        "first_alike_rows": first.get("agreement"),
+    }
+
+
+def _found(entry: Mapping[str, Any], key: str, factor: float = 1.0) -> Interval | None:
+    return Interval.from_json(entry[key], entry[f"{key}_interval"]).scaled(factor) if entry else None
+
+
+_LADDERS = {
+    "accuracy": _Ladder("kld", "accuracy", False, "KL divergence, nats a row (log above 10⁻⁶)", "accuracy", _label_row),
+    "answer_loss": _Ladder(
+        "moved",
+        "loss_difference",
+        True,
+        "|change| of a row's loss, nats a token (log above 10⁻⁶)",
+        "change of the mean loss, nats a token",
+        _answer_row,
+    ),
+}
+"""By metric."""
+
+
+def shown(steps: Steps, note: str) -> Shown:
+    """Figure, table and sentence of the ladder; why there is none.
+
+    Args:
+        note: why the adapter, its first step, is left out.
+    """
+    if not steps:
+        return (tell("compare.no_ladder"),)
+    return ladder(steps), table(rows(steps), caption(steps)), steps_reading(steps, note)
 
 
 def ladder(steps: Steps) -> HTML:
     """How far every step is from the one before and from the first, and what that means for the quality."""
-    kind = _kind(steps)
+    name = metric_in(steps).name
+    kind = _LADDERS[name]
     fig, (left, right) = _axes(9.5, 1.2 + 0.5 * len(steps), columns=2)
     places = np.arange(len(steps))[::-1]
     for key, shift, colour, shape, words in (
         ("before", 0.12, BLUE, "o", "from the step before"),
         ("first", -0.12, ORANGE, "s", "from the first step"),
     ):
-        shown = [(place + shift, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
+        against = [(place + shift, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
         style = {"fmt": shape, "color": colour, "label": words}
-        _bars(left, shown, kind.change, **style)
+        _bars(left, against, kind.change, **style)
         if kind.paired:
-            _bars(right, shown, kind.effect, **style)
+            _bars(right, against, kind.effect, **style)
     if kind.paired:
         right.axvline(0, color=GREY, linewidth=0.8)
     else:
@@ -98,9 +128,8 @@ def ladder(steps: Steps) -> HTML:
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
     right.set_yticks(places, [])
     right.set_xlabel(kind.effect_axis)
-    caption = f"From the trained adapter to the quantized file, n = {steps[0]['n']:,} test rows. {kind.caption}"
-    words = "; ".join(f"{step['name']}: {step['before'][kind.change]:.2g}" for step in steps[1:])
-    return figure(fig, caption, f"Error ladder, {kind.change_axis}, from the step before. {words}.")
+    alt = sentence("compare.ladder_alt", steps=steps[1:], axis=kind.change_axis, key=kind.change)
+    return figure(fig, sentence("compare.ladder", n=steps[0]["n"], metric=name), alt)
 
 
 def _bars(axes: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
@@ -114,96 +143,41 @@ def _bars(axes: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str
 
 def rows(steps: Steps) -> list[Row]:
     """One row a step."""
-    row = _label_row if _kind(steps) is _LABELS else _answer_row
+    row = _LADDERS[metric_in(steps).name].row
     return [row(step, step["before"] or {}, step["first"] or {}) for step in steps]
 
 
 def caption(steps: Steps) -> str:
     """Caption of the table."""
-    if _kind(steps) is _LABELS:
-        return "Every step against the one before, and to the first: KL divergence, equal labels and accuracy points."
-    return (
-        f"Every step against the one before, and to the first, on {steps[0]['tokens']:,} answer tokens: change of the "
-        "mean loss (paired, 95 % bootstrap interval over groups of alike rows), by how much a row's loss moves on "
-        "average whatever the sign (nats a token), and the share of rows whose perplexity changes by less than "
-        f"{steps[0]['margin_percent']:g} %."
-    )
+    first = steps[0]
+    tokens, margin = first.get("tokens"), first.get("margin_percent")
+    return sentence("compare.steps", metric=metric_in(steps).name, tokens=tokens, margin=margin)
 
 
-def _label_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
-    return {
-        "step": step["name"],
-        "accuracy": step["accuracy"],
-        "KL, nats": _kld(before),
-        "equal labels": _percent(before),
-        "points": _points(before),
-        "KL to the first": _kld(first),
-        "equal": _percent(first),
-        "points to the first": _points(first),
-    }
-
-
-def _answer_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
-    return {
-        "step": step["name"],
-        "answer PPL ↓": step["perplexity"],
-        "loss, nats": _change(before),
-        "rows move": _moved(before),
-        "rows alike": _percent(before),
-        "loss to the first": _change(first),
-        "move to the first": _moved(first),
-        "alike": _percent(first),
-    }
-
-
-def _kld(entry: Mapping[str, Any]) -> str | None:
-    return f"{entry['kld']:.2g} {_interval(entry['kld_interval'], '.1g') or ''}".strip() if entry else None
-
-
-def _change(entry: Mapping[str, Any]) -> str | None:
-    return f"{entry['loss_difference']:+.2g} {_interval(entry['loss_difference_interval'], '+.1g')}" if entry else None
-
-
-def _moved(entry: Mapping[str, Any]) -> str | None:
-    return f"{entry['moved']:.2g} {_interval(entry['moved_interval'], '.1g')}" if entry else None
-
-
-def _percent(entry: Mapping[str, Any]) -> str | None:
-    return f"{100 * entry['agreement']:.1f}\u00a0%" if entry else None
-
-
-def _points(entry: Mapping[str, Any]) -> str | None:
-    if not entry:
-        return None
-    low, high = (100 * limit for limit in entry["accuracy_difference_interval"])
-    return f"{100 * entry['accuracy_difference']:+.1f} [{low:+.1f},\u00a0{high:+.1f}]"
-
-
-def steps_reading(steps: Steps) -> str:
+def steps_reading(steps: Steps, note: str = "") -> Markdown:
     """Which step cost most."""
-    labelled = _kind(steps) is _LABELS
-    place = max(range(1, len(steps)), key=lambda i: steps[i]["before"]["kld" if labelled else "moved"])
-    costly, total = steps[place]["before"], steps[-1]["first"]
-    which = f"{steps[place - 1]['name']} → {steps[place]['name']}"
-    if labelled:
-        low, high = (100 * limit for limit in total["accuracy_difference_interval"])
-        return (
-            f"The step that changes the answers' probabilities most is {which}: {costly['kld']:.2g} nats a row, "
-            f"{100 * costly['agreement']:.1f} % equal labels. All steps together change accuracy by "
-            f"{100 * total['accuracy_difference']:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}) and keep "
-            f"{100 * total['agreement']:.1f} % of the labels."
-        )
-    low, high = total["loss_difference_interval"]
-    return (
-        f"The step that moves the loss of the rows most is {which}: by {costly['moved']:.2g} nats a token on average, "
-        f"while the mean changes by {costly['loss_difference']:+.2g}; the perplexity of "
-        f"{100 * costly['agreement']:.1f} % of the rows stays within {steps[0]['margin_percent']:g} %. All steps "
-        f"together change the mean loss by {total['loss_difference']:+.2g} nats a token (95 % interval {low:+.2g} to "
-        f"{high:+.2g}), the perplexity by a factor of {math.exp(total['loss_difference']):.4f}."
+    name = metric_in(steps).name
+    place = max(range(1, len(steps)), key=lambda i: steps[i]["before"][_LADDERS[name].change])
+    return tell(
+        f"compare.steps_reading_{name}",
+        which=f"{steps[place - 1]['name']} → {steps[place]['name']}",
+        costly=steps[place]["before"],
+        total=steps[-1]["first"],
+        first=steps[0],
+        exp=math.exp,
+        note=note,
     )
 
 
-# The rows and sentences about real phones in notebook 07.
+# Real phones.
+
+
+def shown_phones(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], comparison: Any, run: str) -> Shown:
+    """Speed and agreement of each phone, and what the table shows, or how to get one (of a ComparisonResult)."""
+    if not results:
+        return (phones_reading(results, left_out, run),)
+    lines = phones(results, comparison.files, comparison.conditions["processor"])
+    return table(lines, sentence("compare.phones")), phones_reading(results, left_out, run)
 
 
 def phones(results: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, Any]], processor: str) -> list[Row]:
@@ -263,29 +237,15 @@ def _range(median: float, ends: Sequence[float]) -> str:
     return f"{median:,.1f} ({low:,.1f} – {high:,.1f})"
 
 
-def phones_reading(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], run_name: str) -> str:
+def phones_reading(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], run: str) -> Markdown:
     """What the table shows, or how to get one."""
-    if not results:
-        text = (
-            "No phone has measured a file of this run. To do so: "
-            f"`workbook package {run_name} --web`, then `workbook serve {run_name} --phone --host 0.0.0.0`."
-        )
-        return " ".join([text, *left_out])
     agree, rows = (sum(result["rows"][key] for result in results) for key in ("agree", "n"))
     same, tokens = (sum(result["checks"][key] for result in results) for key in ("same_tokens", "tokens"))
-    what = "1 result of the phone page" if len(results) == 1 else f"{len(results)} results of the phone page"
-    text = f"{what}, each for a file with the SHA-256 of a compared one: "
-    text += f"{same:,} of {tokens:,} stored tokens came back the same"
-    text += f", and {agree:,} of {rows:,} stored labels." if rows else "."
-    return " ".join([text, *left_out])
+    counts = {"results": len(results), "same": same, "tokens": tokens, "agree": agree, "rows": rows}
+    return tell("compare.phones_reading", run=run, left_out=left_out, **counts)
 
 
 # What pages 06 and 07 show of predicted and measured KL divergence: whether the sensitivities can be believed.
-
-_NONE = (
-    "No prediction in this run: under a size budget (`size_budget_mb` or `size_budget_bpw`) 06 measures the "
-    "sensitivity of every tensor."
-)
 
 
 @dataclass(frozen=True)
@@ -307,10 +267,10 @@ class Forecast:
 
 
 def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
-    """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.weights.predictions`."""
+    """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.bit_allocation.predictions`."""
     known = [e for e in files if predicted.get(e["file"], 0.0) > 0]
     points = [_point(e, predicted, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in known]
-    note = " It was made for rows with system turn and question; these texts stand alone."
+    note = sentence("compare.bare_texts_note")
     interval = "± 1.96 standard errors over tokens"
     return Forecast(_sorted(points), files[0]["n_tokens"], "tokens of bare test texts", interval, note)
 
@@ -341,10 +301,7 @@ def on_label_words(predicted: Mapping[str, float], files: Sequence[Mapping[str, 
     """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
     known = [e for e in files if predicted.get(e["file"], 0.0) > 0 and e.get("label_kld_interval")]
     points = [_point(e, predicted, e["label_kld"], e["label_kld_interval"]) for e in known]
-    note = (
-        " It is of a token of an answer, its end of turn included, and over the whole vocabulary; measured is the "
-        "choice among the answer words of a row."
-    )
+    note = sentence("compare.label_words_note")
     count = files[0]["n"] if files else 0
     text = "test rows, on their answer words alone"
     return Forecast(_sorted(points), count, text, "95 % intervals over rows", note)
@@ -364,23 +321,19 @@ def _sorted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def forecast_table(forecast: Forecast) -> HTML | Markdown:
     """The table; a sentence where nothing was predicted."""
     if not forecast.points:
-        return say(_NONE)
+        return tell("compare.no_forecast")
     rows = [
         {
             "type": p["type"],
-            "MB": p["bytes"] / 1e6,
-            "predicted, nats": f"{p['predicted']:.2g}",
-            "measured, nats": with_interval(p["measured"], (p["low"], p["high"])),
-            "measured / predicted": p["measured"] / p["predicted"],
+            "size_mb": p["bytes"] / 1e6,
+            "forecast_kld": p["predicted"],
+            "measured_kld": Interval.from_json(p["measured"], (p["low"], p["high"])),
+            "measured_over_predicted": p["measured"] / p["predicted"],
         }
         for p in forecast.points
     ]
-    caption = (
-        "KL divergence from the unquantized file, smallest prediction first: predicted from gradients on training rows "
-        f"and the rounding of every tensor; measured on {forecast.tokens:,} {forecast.text} "
-        f"({forecast.interval})."
-    )
-    return table(rows, caption, {"measured / predicted": ".2f"})
+    counted = {"tokens": forecast.tokens, "text": forecast.text, "interval": forecast.interval}
+    return table(rows, sentence("compare.forecast", **counted))
 
 
 def forecast_chart(forecast: Forecast) -> HTML | None:
@@ -405,13 +358,9 @@ def forecast_chart(forecast: Forecast) -> HTML | None:
     ax.set(xscale="log", yscale="log", xlabel="predicted KL divergence, nats a token")
     ax.set_ylabel("measured KL divergence, nats a token")
     ax.legend()
-    caption = (
-        f"Predicted and measured KL divergence from the unquantized file (log scales; {forecast.interval}; "
-        f"n = {forecast.tokens:,} {forecast.text}); a diamond is a file under a size budget. Above "
-        "the dashed line a file is farther from the source than predicted."
-    )
-    words = "; ".join(f"{p['type']} {p['predicted']:.2g}, {p['measured']:.2g}" for p in points)
-    return figure(fig, caption, f"Predicted and measured KL divergence in nats. {words}.")
+    counted = {"tokens": forecast.tokens, "text": forecast.text, "interval": forecast.interval}
+    alt = sentence("compare.forecast_alt", points=forecast.points)
+    return figure(fig, sentence("compare.forecast_chart", **counted), alt)
 
 
 def forecast_reading(forecast: Forecast) -> Markdown | None:
@@ -419,16 +368,23 @@ def forecast_reading(forecast: Forecast) -> Markdown | None:
     if not forecast.points:
         return None
     ratios = {p["type"]: p["measured"] / p["predicted"] for p in forecast.points}
-    low, high = (pick(ratios, key=lambda name: ratios[name]) for pick in (min, max))
-    near = sum(0.5 <= ratio <= 2 for ratio in ratios.values())
-    text = (
-        f"Measured over predicted lies between {ratios[low]:.2f} ({low}) and {ratios[high]:.2f} ({high}), within a "
-        f"factor of two for {near} of {len(ratios)} files."
-    )
+    low, high = (choose(ratios.items(), key=lambda item: item[1]) for choose in (min, max))
     pairs = list(itertools.combinations([p["measured"] for p in forecast.points], 2))  # in the order of predictions
-    if pairs:
-        text += f" Of {len(pairs)} pairs of files {sum(a < b for a, b in pairs)} are measured in the predicted order."
-    return say(
-        f"{text} The prediction is of second order, takes tensors and weights for independent, and leaves out "
-        f"llama.cpp's rounding of activations, which weighs most where the weights are rounded least.{forecast.note}"
+    return tell(
+        "compare.forecast_reading",
+        low=low,
+        high=high,
+        near=sum(0.5 <= ratio <= 2 for ratio in ratios.values()),
+        files=len(ratios),
+        pairs=len(pairs),
+        ordered=sum(a < b for a, b in pairs),
+        note=forecast.note,
     )
+
+
+def forecasts(bare: Forecast, at_answers: Forecast) -> Shown:
+    """Table, chart and sentence of the prediction on text, and of the one at answers where there is one."""
+    found = (forecast_table(bare), forecast_chart(bare), forecast_reading(bare))
+    if not at_answers.points:  # without a budget the sentence above has said why there are none
+        return found
+    return (*found, forecast_table(at_answers), forecast_reading(at_answers))

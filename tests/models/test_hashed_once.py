@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.models.base_model import resolve_base
-from lib.runs import hashes
+from lib.runs import files
 from tests.models import packed
 
 
@@ -23,7 +23,7 @@ def test_a_base_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         os.utime(path, (then, then))
     first = [resolve_base(str(folder)).revision, resolve_base(str(file)).revision]
     with monkeypatch.context() as patch:
-        patch.setattr(hashes, "sha256_file", lambda path: pytest.fail(f"{path} was read again"))
+        patch.setattr(files, "sha256_file", lambda path: pytest.fail(f"{path} was read again"))
         assert [resolve_base(str(folder)).revision, resolve_base(str(file)).revision] == first
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())

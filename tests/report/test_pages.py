@@ -148,23 +148,6 @@ def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..
     assert text.count("<h1") == 1
 
 
-def test_a_page_shows_the_cells_of_its_task(home: Path, tmp_path: Path) -> None:
-    v4 = nbformat.v4
-    tagged = {"labels": "about labels", "answers": "about answers"}
-    cells = [v4.new_markdown_cell(text, metadata={"tags": [tag]}) for tag, text in tagged.items()]
-    path = tmp_path / "01_data.ipynb"
-    nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell("# 01 · Data\n\n> What?"), *cells]), path)
-    stages = [Stage("01_data", "01 · Data", "What?", True)]
-    for name, facts, shown, hidden in (
-        ("sorted", FACTS, "about labels", "about answers"),
-        ("spoken", {**FACTS, "task": "dialogue"}, "about answers", "about labels"),
-    ):
-        run = open_run(name)
-        make(run, "data", {"task.json": {}}, facts=facts)
-        page = html.render(path, summarise(run), stages)
-        assert shown in page and hidden not in page
-
-
 def test_the_comparison_opens_with_its_answer(home: Path, tmp_path: Path) -> None:
     """Directly under the title and escaped, two paragraphs as on the overview; other pages have none."""
     v4 = nbformat.v4

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from lib.report import charts, compare_page, display, quantize_page
-from lib.statistics.power import rows_needed
 
 NAMES = ["负面", "正面"]
 HISTORY = [
@@ -128,38 +127,16 @@ def test_agreement_by_margin_is_shown_with_its_reading() -> None:
     bins = [part(0.0, 0.1, 4, 2), part(0.1, 1.0, 0, 0), part(1.0, None, 6, 5), part(0.0, None, 10, 7, True)]
     pairs = [{"first": "merged", "second": "F16", "near_ties": 4, "bins": bins}]
     (row,) = compare_page.agreement(pairs, [{**REFERENCE, "near_ties": 3}])
-    assert list(row) == ["model", "against", "near ties", "< 0.1", "0.1 – 1", "≥ 1", "all rows"]
-    assert row["near ties"] == 3 and row["0.1 – 1"] is None
+    assert list(row) == ["model", "against", "near_ties", "< 0.1", "0.1 – 1", "≥ 1", "all rows"]
+    assert row["near_ties"] == 3 and row["0.1 – 1"] is None
     assert row["< 0.1"].replace("\u00a0", " ") == "2/4 [10, 90]"
-    text = compare_page.agreement_reading(pairs)
+    text = compare_page.agreement_reading(pairs).data
     assert "F16 gives 3 of 10 rows another label than merged: 2 of them are near ties" in text
     assert "(4 rows in all), 1 have a margin of 1 nat or more" in text
     assert "7/10" in display.table(compare_page.agreement(pairs, [{**REFERENCE, "near_ties": 3}]), "c").data
 
 
-def file_entry(**more) -> dict:
-    """An entry of comparison.json as 07's tables of tests read it."""
-    pairs = dict.fromkeys(("mcnemar_b", "mcnemar_c"), 1)
-    p = dict.fromkeys(("mcnemar_p", "mcnemar_p_holm", "equivalence_p", "equivalence_p_holm"), 0.5)
-    other = {"mde": 0.02, "verdict": "cannot tell (MDE 2.0 points)", "endpoint": None, "leak_free": None}
-    f1 = {"macro_f1_difference": 0.0, "macro_f1_difference_interval": None, "copies_effect": 1.5, "design_effect": 9.0}
-    return {**ENTRY, **pairs, **p, **other, **f1, **more}
-
-
-def test_the_table_of_tests_names_its_family() -> None:
-    files = [file_entry(), file_entry(type="nf4", kind="folder")]
-    caption = compare_page.tests_caption(files)
-    assert "all 4 tests of this page: 2 files and export folders, both endpoints" in caption and "0.025" in caption
-    assert compare_page.tests(files)[0]["TOST (Holm)"] == 0.5
-    assert ">–<" in display.table(compare_page.tests_beside(files), caption).data  # no interval where no label changed
-
-
-def test_power_is_of_the_design_and_after_correction() -> None:
-    """Not of the results' design effect, which only the results tell."""
-    files = [file_entry(), file_entry(design_effect=1.0)]
-    text = compare_page.power_reading(files, 1.0)
-    assert "400 rows (counted as 267 independent ones" in text and "correction for all 4 tests of this page" in text
-    assert f"80 of 100 take {rows_needed(0.02, 0.01, alpha=0.0125):,} independent rows" in text
+def test_power_is_after_correction() -> None:
     one, four = (charts.power(267, [0.02], 1.0, tests).data for tests in (1, 4))
     chances = [int(re.search(r"rows changed: (\d+) % at", text).group(1)) for text in (one, four)]
     assert chances[0] > chances[1] and "all 4 tests" in four
@@ -168,7 +145,6 @@ def test_power_is_of_the_design_and_after_correction() -> None:
 def test_limits_that_are_not_there_are_not_drawn() -> None:
     point = {"name": "Q8_0", "estimate": 0.4, "low": None, "high": None, "n": 9}
     assert "Q8_0 0.4 (no interval)" in charts.estimates([point], "x", "c").data
-    assert compare_page._interval([None, None]) is None and compare_page._interval([0.1, None]) is None
 
 
 def test_what_an_interrupted_try_had_done_is_said() -> None:

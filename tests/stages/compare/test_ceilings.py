@@ -34,5 +34,5 @@ def test_bandwidth_divided_by_bytes() -> None:
     files = [{"type": "Q4_K_M", "read_bytes": 400_000_000}, {"type": "nf4", "read_bytes": None}]
     (limit,) = ceilings(files)
     assert limit["tokens_per_second"][MEMORIES[1].name] == pytest.approx(128)
-    (row,) = shown([limit])
-    assert row["read a token, MB"] == 400 and row["≤ tokens/s, LPDDR5-6400"] == "128"
+    table = shown([limit]).data
+    assert "read a token, MB" in table and "≤ tokens/s, LPDDR5-6400" in table and ">128<" in table

@@ -45,8 +45,8 @@ def test_the_page_says_how_often() -> None:
     first = {"type": "F16", **load_facts([0.5, 0.25, 1.0]), **rate("prompt", 8, [1.0] * 5)}
     first |= {**rate("generation", 8, [1.0] * 7), "seconds_per_sample": 0.01, "peak_memory_mib": 50.0}
     second = {**first, **load_facts([1.0] * 5), **rate("generation", 8, [1.0] * 5)}
-    caption = speed_caption([first, second], "a CPU, 2 threads")
+    caption = speed_caption([first, second], "a CPU", 2)
     assert "of 3 to 5 loads, 5 prompts, 5 to 7 generations a file" in caption
     assert "Measured once: ms a row" in caption and "peak memory" in caption
     (row, _) = speeds([first, second])
-    assert row["load, s"] == 0.5 and row["load range"] == "0.25 – 1"
+    assert row["load"] == 0.5 and row["load_range"] == "0.25 – 1"
