@@ -26,13 +26,9 @@ from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.size_budget import plan_mix, tokens_of
 from lib.stages.quantize.weights import predictions as predictions
 from lib.stages.quantize.weights import retention as retention
-from lib.stages.quantize.weights import source_grid, tensor_errors
 
 if TYPE_CHECKING:
     from lib.settings import Settings
-
-# Former names, until page 06 uses the new ones.
-grid, mix, errors, effect = source_grid, plan_mix, tensor_errors, imatrix_effect
 
 _SUMMARY = "quantized.json"
 
