@@ -267,7 +267,7 @@ class Forecast:
 
 
 def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
-    """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.bit_allocation.predictions`."""
+    """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.stage.predictions`."""
     known = [e for e in files if predicted.get(e["file"], 0.0) > 0]
     points = [_point(e, predicted, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in known]
     note = sentence("compare.bare_texts_note")
