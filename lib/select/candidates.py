@@ -343,16 +343,40 @@ class Difference:
         }
 
 
-def leader_of(units: Sequence[Unit], metric: Metric) -> int:
-    """Place of the best estimate; the first of equals."""
-    return metric.best([unit.interval.estimate for unit in units])
+@dataclass(frozen=True)
+class Ranking:
+    """Units in the order of their names, the one with the best estimate, and every other one against it.
+
+    Attributes:
+        leader: place of the best estimate; the first of equals.
+        differences: place -> difference to the leader, of every unit but the leader.
+    """
+
+    units: list[Unit]
+    leader: int
+    differences: dict[int, Difference]
+
+    @property
+    def not_behind(self) -> list[int]:
+        """Places that are the leader's or not shown to be worse."""
+        places = range(len(self.units))
+        return [place for place in places if place == self.leader or not self.differences[place].behind]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One entry a unit, with its verdict."""
+        leads = {"verdict": "leader"}
+        return [
+            {**unit.to_json(), **(leads if place == self.leader else self.differences[place].to_json())}
+            for place, unit in enumerate(self.units)
+        ]
 
 
-def against(units: Sequence[Unit], leader: int, ground: Ground, metric: Metric, seed: int) -> Mapping[int, Difference]:
-    """Every other unit against the leader; place -> difference.
+def rank(units: list[Unit], ground: Ground, metric: Metric, seed: int) -> Ranking:
+    """Every unit against the best.
 
     Which unit leads is read from the same rows, so all pairs count in the correction, not those with the leader alone.
     """
+    leader = metric.best([unit.interval.estimate for unit in units])
     pairs = list(itertools.combinations(range(len(units)), 2))
     p_values = [metric.p_value(units[i].values - units[j].values, ground.rows, seed) for i, j in pairs]
     adjusted = dict(zip(pairs, zip(p_values, holm(p_values), strict=True), strict=True))
@@ -366,7 +390,7 @@ def against(units: Sequence[Unit], leader: int, ground: Ground, metric: Metric, 
         rows = metric.difference(change, ground.rows, 1 - ALPHA / len(pairs), tries)
         interval = _widened(rows, unit, units[leader])
         found[place] = Difference(interval, p, p_holm, p_holm < ALPHA and interval.excludes_zero())
-    return found
+    return Ranking(units, leader, found)
 
 
 def _widened(rows: Interval, *units: Unit) -> Interval:

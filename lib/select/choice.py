@@ -1,4 +1,7 @@
-"""The choice among runs: the rule by which one is taken, and why, in words; model_analysis.json; `best-of:`."""
+"""The choice among runs: the rule by which one is taken, and why, in words; model_analysis.json; `best-of:`.
+
+The rule itself, and the answer as a paragraph, are written in templates/choice.j2.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,16 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.models.base_model import GivenAdapter
-from lib.runs.files import read_json, read_jsonl, sha256_json, write_json
+from lib.runs.files import read_json, read_jsonl, render, sha256_json, write_json
 from lib.runs.run import Run, open_run
 from lib.scoring.metric import Metric
 from lib.select.candidates import (
     Candidate,
-    Difference,
     Ground,
+    Ranking,
     Unit,
-    against,
-    leader_of,
     make_unit,
+    rank,
     read_candidate,
     read_candidates,
     shared_ground,
@@ -28,22 +30,25 @@ from lib.select.candidates import (
 )
 from lib.statistics.losses import limits
 
-# The rule by which one run is taken, and why, in words.
+# Applying the rule.
 
-SIZE_TOLERANCE, SPEED_TOLERANCE = 0.01, 0.10
 
-RULE = (
-    "Runs that differ only in train_seed count as one recipe, by the mean over their seeds on every row. Recipes are "
-    "compared on the test rows that all runs hold and none has trained on (leak-free ones where there are any), by "
-    "accuracy, or without labels by the loss of the answers. The best estimate leads. A recipe is out when the paired "
-    "interval of its difference to the leader excludes 0 and the Holm-adjusted p is below 0.05 (sign flips of whole "
-    "groups of rows, or a t-test over groups for losses; corrected over all pairs, the intervals simultaneous and "
-    "widened by the spread of the seeds). Of those left the smallest is taken: by the recommended GGUF file, else by "
-    "the weights of the base, then by the adapter; sizes within 1 % are equal. Then the fastest in training on the "
-    "same device; speeds within 10 % are equal. Then the one named first. Of the chosen recipe's seeds, the first "
-    "named that is not shown to be worse. A difference that the rows cannot show never decides, and the validation "
-    "loss, which has chosen the checkpoints, is shown only."
+def _bytes_of_file(run: Candidate) -> float | None:
+    return (run.facts["file"] or {}).get("bytes")
+
+
+def _seconds_a_row(run: Candidate) -> float | None:
+    speed = run.facts["samples_per_second"]
+    return 1 / speed if speed else None
+
+
+_SIZES: tuple[tuple[str, Callable[[Candidate], float | None], float], ...] = (
+    ("the smallest recommended GGUF file", _bytes_of_file, 0.01),
+    ("the base with the fewest weights", lambda run: run.facts["weights"], 0.01),
+    ("the smallest adapter", lambda run: run.facts["adapter_bytes"], 0.01),
 )
+"""What breaks a tie: in words, of a run (smaller is better; None = not known), share within which two are equal."""
+_SPEED = ("the fastest training", _seconds_a_row, 0.10)
 
 
 @dataclass(frozen=True)
@@ -54,29 +59,13 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """One measure that breaks a tie: smaller is better."""
-
-    words: str
-    value: Callable[[Sequence[Candidate]], float | None]
-    tolerance: float
-
-
-def choose(
-    units: Sequence[Unit],
-    leader: int,
-    differences: Mapping[int, Difference],
-    runs: Mapping[str, Candidate],
-    speeds: bool,
-) -> Choice:
-    """Apply RULE to recipes.
+def choose(ranking: Ranking, runs: Mapping[str, Candidate], speeds: bool) -> Choice:
+    """Apply the rule to recipes.
 
     Args:
-        differences: place -> difference to the leader, of every unit but the leader.
         speeds: whether the training speeds were measured on one device.
     """
-    left = [place for place in range(len(units)) if place == leader or not differences[place].behind]
+    units, leader, left = ranking.units, ranking.leader, ranking.not_behind
     name = _name(units[leader])
     if len(units) == 1:
         return Choice(0, (f"{name} {'is' if len(units[0].names) == 1 else 'are seeds of'} the only recipe",))
@@ -84,72 +73,45 @@ def choose(
         return Choice(leader, (f"{name} has the best estimate, and the intervals show every other one to be worse",))
     tied = ", ".join(_name(units[place]) for place in left)
     reasons = [f"{name} has the best estimate, but the rows cannot tell {tied} apart"]
-    members = {place: [runs[name] for name in units[place].names] for place in left}
-    for cost in (_FILE, _WEIGHTS, _ADAPTER, *([_SPEED] if speeds else [])):
-        left, reason = _narrow(left, members, cost, units)
-        reasons += [reason] if reason else []
+    for words, cost, tolerance in (*_SIZES, *([_SPEED] if speeds else [])):
+        costs = {place: _mean([cost(runs[name]) for name in units[place].names]) for place in left}
+        kept = _cheapest(costs, tolerance)
+        if len(kept) < len(left):
+            names = " and ".join(_name(units[place]) for place in kept)
+            reasons.append(f"{names} {'has' if len(kept) == 1 else 'have'} {words}")
+            left = kept
         if len(left) == 1:
             return Choice(left[0], tuple(reasons))
     reasons.append(f"{', '.join(_name(units[place]) for place in left)} cost the same: the first named is taken")
     return Choice(left[0], tuple(reasons))
 
 
-def choose_seed(units: Sequence[Unit], leader: int, differences: Mapping[int, Difference], metric: Metric) -> Choice:
+def choose_seed(ranking: Ranking, metric: Metric) -> Choice:
     """Apply the rule's last step to the seeds of one recipe."""
+    units, place = ranking.units, ranking.not_behind[0]
     if len(units) == 1:
         return Choice(0, ())
-    place = next(place for place in range(len(units)) if place == leader or not differences[place].behind)
     words = f"of its {len(units)} seeds {_name(units[place])} is the first that is not shown to be worse than another"
-    if place == leader:
-        return Choice(place, (words,))
-    luck = f" (the {metric.best_words} is that of {_name(units[leader])}, by luck as far as the rows tell)"
-    return Choice(place, (words + luck,))
+    if place != ranking.leader:
+        best = _name(units[ranking.leader])
+        words += f" (the {metric.best_words} is that of {best}, by luck as far as the rows tell)"
+    return Choice(place, (words,))
 
 
 def _name(unit: Unit) -> str:
     return unit.names[0] if len(unit.names) == 1 else f"{{{', '.join(unit.names)}}}"
 
 
-def _narrow(
-    left: list[int], members: Mapping[int, Sequence[Candidate]], cost: _Cost, units: Sequence[Unit]
-) -> tuple[list[int], str | None]:
-    """Those within the tolerance of the cheapest; all of them where the cost of one is not known."""
-    known = {place: cost.value(members[place]) for place in left}
-    values = {place: value for place, value in known.items() if value is not None}
-    if len(values) < len(left):
-        return left, None
-    limit = min(values.values()) * (1 + cost.tolerance)
-    kept = [place for place in left if values[place] <= limit]
-    if len(kept) == len(left):
-        return left, None
-    return (
-        kept,
-        f"{' and '.join(_name(units[place]) for place in kept)} {'has' if len(kept) == 1 else 'have'} {cost.words}",
-    )
+def _cheapest(costs: Mapping[int, float | None], tolerance: float) -> list[int]:
+    """Places within the tolerance of the cheapest; all of them where the cost of one is not known."""
+    known = [cost for cost in costs.values() if cost is not None]
+    if len(known) < len(costs):
+        return list(costs)
+    return [place for place, cost in costs.items() if cost <= min(known) * (1 + tolerance)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found and len(found) == len(values) else None
-
-
-def _of(key: str) -> Callable[[Sequence[Candidate]], float | None]:
-    return lambda runs: _mean([run.facts[key] for run in runs])
-
-
-def _file_bytes(runs: Sequence[Candidate]) -> float | None:
-    return _mean([(run.facts["file"] or {}).get("bytes") for run in runs])
-
-
-def _seconds_a_row(runs: Sequence[Candidate]) -> float | None:
-    speeds = [run.facts["samples_per_second"] for run in runs]
-    return _mean([1 / speed if speed else None for speed in speeds])
-
-
-_FILE = _Cost("the smallest recommended GGUF file", _file_bytes, SIZE_TOLERANCE)
-_WEIGHTS = _Cost("the base with the fewest weights", _of("weights"), SIZE_TOLERANCE)
-_ADAPTER = _Cost("the smallest adapter", _of("adapter_bytes"), SIZE_TOLERANCE)
-_SPEED = _Cost("the fastest training", _seconds_a_row, SPEED_TOLERANCE)
+    return None if None in values else sum(values) / len(values)
 
 
 # The choice among runs as one document: model_analysis.json.
@@ -191,7 +153,7 @@ class Analysis:
 
 
 def select(names: Sequence[str]) -> Analysis:
-    """Compare runs and take one by `lib.select.choice.RULE`.
+    """Compare runs and take one by the rule in templates/choice.j2.
 
     Raises:
         InputError: see `read_candidates` and `shared_ground`.
@@ -202,31 +164,25 @@ def select(names: Sequence[str]) -> Analysis:
     recipes: dict[str, list[Candidate]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    units = [make_unit(members, ground) for members in recipes.values()]
-    leader = leader_of(units, metric)
-    differences = against(units, leader, ground, metric, SEED)
+    recipe_ranking = rank([make_unit(members, ground) for members in recipes.values()], ground, metric, SEED)
     by_name = {run.name: run for run in runs}
-    choice = choose(units, leader, differences, by_name, speeds=len(devices) == 1)
-    seeds = [make_unit([by_name[name]], ground) for name in units[choice.place].names]
-    best = leader_of(seeds, metric)
-    seed = choose_seed(seeds, best, against(seeds, best, ground, metric, SEED), metric)
-    chosen = seeds[seed.place].names[0]
+    choice = choose(recipe_ranking, by_name, speeds=len(devices) == 1)
+    taken = recipe_ranking.units[choice.place]
+    seed_ranking = rank([make_unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
+    seed = choose_seed(seed_ranking, metric)
     content = {
         "format": FORMAT,
         "made": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
         "task": runs[0].task.kind,
         "metric": metric.name,
-        "rule": RULE,
+        "rule": _written("rule"),
         "rows": _rows(ground),
         "speed": {"comparable": len(devices) == 1, "devices": devices},
-        "recipes": [
-            {**unit.to_json(), **(differences[place].to_json() if place != leader else {"verdict": "leader"})}
-            for place, unit in enumerate(units)
-        ],
+        "recipes": recipe_ranking.to_json(),
         "runs": [_run(run, runs[0], ground) for run in runs],
         "chosen": {
-            "run": chosen,
-            "recipe": list(units[choice.place].names),
+            "run": seed_ranking.units[seed.place].names[0],
+            "recipe": list(taken.names),
             "reasons": [*choice.reasons, *seed.reasons],
         },
     }
@@ -267,26 +223,15 @@ def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
 
 def _text(content: dict[str, Any], metric: Metric) -> str:
     """The answer as a paragraph."""
-    chosen, rows = content["chosen"], content["rows"]
-    entry = next(run for run in content["runs"] if run["run"] == chosen["run"])
-    known = entry["interval"]
-    interval = f"[{known[0]:.4f}, {known[1]:.4f}]" if known else "(no interval: too few groups of rows, or all alike)"
-    recipe = next(r for r in content["recipes"] if chosen["run"] in r["runs"])
-    spread = ""
-    if recipe["n_seeds"] > 1:
-        spread = (
-            f" Over its {recipe['n_seeds']} seeds the mean is {recipe['mean']:.4f}, the standard deviation "
-            f"{recipe['seed_sd']:.4f}, the range {recipe['seed_range'][0]:.4f} to {recipe['seed_range'][1]:.4f}."
-        )
-    alone = "" if all(r["n_seeds"] > 1 for r in content["recipes"]) else _ALONE
-    return (
-        f"Taken: run {chosen['run']}, {metric.words} {entry['metric']:.4f} {interval} on {rows['n']:,} "
-        f"{'leak-free ' if rows['leak_free'] else ''}test rows that all runs share.{spread} Why: "
-        f"{'; '.join(chosen['reasons'])}.{alone}"
-    )
+    run = content["chosen"]["run"]
+    entry = next(one for one in content["runs"] if one["run"] == run)
+    recipe = next(one for one in content["recipes"] if run in one["runs"])
+    return _written("answer", words=metric.words, entry=entry, recipe=recipe, **content)
 
 
-_ALONE = " A recipe with one seed does not say what another seed would give (`workbook report --seeds 3`)."
+def _written(asked: str, **values: Any) -> str:
+    """A paragraph of the template on one line."""
+    return " ".join(render(Path(__file__).with_name("templates") / "choice.j2", asked=asked, **values).split())
 
 
 def outdated(content: dict[str, Any]) -> list[str]:
