@@ -53,9 +53,11 @@ class Place:
         self.figures = self.root / "figures.jsonl"
         self.home.mkdir()
         self.made: dict[str, Any] = {}
-        self.names = {str(self.home): "<home>", str(self.root): "<work>", str(PROJECT): "<project>"}
-        if model := re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo")):
-            self.names[model[1].strip()] = "<processor>"
+        model = PROJECT / ".cache/smollm2"  # may be a link
+        self.names = {str(model.resolve()): "<project>/.cache/smollm2"}
+        self.names |= {str(self.home): "<home>", str(self.root): "<work>", str(PROJECT): "<project>"}
+        if processor := re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo")):
+            self.names[processor[1].strip()] = "<processor>"
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         """That of every command: this project, the hook, nothing of the user's."""
