@@ -123,7 +123,7 @@ def commands(place: Place) -> Any:
     }
     found = {name: place.json(*given, "--json") for name, given in asked.items()}
     del found["inspect-adapter"]["bytes"]  # of the whole folder, the log with its times included
-    return found | {"package files": place.files(run / "package")}
+    return found | {"package files": place.files(run / "package", re.compile(r"\.(json|md)$"))}
 
 
 def help_(place: Place) -> Any:

@@ -30,7 +30,7 @@ FIXED = {
 }
 DROPPED = re.compile(r"WORKBOOK_|HF_|PYTHON(?!HOME)|COVERAGE|_TYPER|MODELSCOPE")
 
-READ = re.compile(r"\.(json|jsonl|md)$")
+READ = re.compile(r"\.jsonl?$")
 NOT_READ = re.compile(
     r"^manifest\.json$|^package/|(^|/)\.|checkpoints/|tokenizer\.json$|vocab\.json$|resources\.jsonl$"
 )
@@ -53,9 +53,11 @@ class Place:
         self.figures = self.root / "figures.jsonl"
         self.home.mkdir()
         self.made: dict[str, Any] = {}
-        self.names = {str(self.home): "<home>", str(self.root): "<work>", str(PROJECT): "<project>"}
-        if model := re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo")):
-            self.names[model[1].strip()] = "<processor>"
+        model = PROJECT / ".cache/smollm2"  # may be a link
+        self.names = {str(model.resolve()): "<project>/.cache/smollm2"}
+        self.names |= {str(self.home): "<home>", str(self.root): "<work>", str(PROJECT): "<project>"}
+        if processor := re.search(r"model name\s*: (.+)", _text("/proc/cpuinfo")):
+            self.names[processor[1].strip()] = "<processor>"
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         """That of every command: this project, the hook, nothing of the user's."""
@@ -125,12 +127,11 @@ class Place:
         rows = varying.steady([json.loads(row) for row in content.splitlines()], self.names)
         return reduced(rows) if len(rows) <= ROWS else totals(rows)
 
-    def files(self, folder: Path) -> dict[str, Any]:
-        """All files below a folder that hold JSON or Markdown, by their relative names."""
-        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-        return {
-            name: self.file(path) for name, path in found.items() if READ.search(name) and not NOT_READ.search(name)
-        }
+    def files(self, folder: Path, wanted: re.Pattern[str] = READ) -> dict[str, Any]:
+        """All wanted files below a folder, by their relative names."""
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        names = [name for name in paths if wanted.search(name) and not NOT_READ.search(name)]
+        return {name: self.file(paths[name]) for name in names}
 
     def run(self, name: str, *words: str, params: str = "quick", must_end_well: bool = True) -> Any:
         """Everything of the run `name`, made by `workbook report` with further words if it is not there yet."""
