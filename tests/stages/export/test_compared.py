@@ -166,7 +166,7 @@ def test_evaluate_takes_the_folders(exported: Callable, compared: tuple[dict, Pa
     assert model["accuracy"] == entry["accuracy"] and model["n"] == 30
     argument = {"model": str(folder), "base_model": None, "revision": "main", "load_in_4bit": True}
     with pytest.raises(InputError, match="quantized already"):
-        standalone._open_transformers(argument, tiny_run.TASK)
+        standalone._open_transformers(argument)
 
 
 def test_a_folder_with_another_tokenizer(base: Path, tmp_path: Path) -> None:
