@@ -175,7 +175,7 @@ def _chat(model: Any, job: Job) -> Made:
     started = _now()
     for row in job["rows"]:
         reply = model.create_chat_completion(
-            task.messages(row["text"]), max_tokens=job["max_tokens"], temperature=0.0, logit_bias=allowed
+            task.messages(task.row_of(row["text"])), max_tokens=job["max_tokens"], temperature=0.0, logit_bias=allowed
         )
         text = reply["choices"][0]["message"]["content"]
         answers[row["id"]] = next(i for i, name in enumerate(names) if text.startswith(name))

@@ -26,6 +26,8 @@ from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.size_budget import plan_mix, tokens_of
 from lib.stages.quantize.weights import predictions as predictions
 from lib.stages.quantize.weights import retention as retention
+from lib.stages.quantize.weights import source_grid as source_grid
+from lib.stages.quantize.weights import tensor_errors as tensor_errors
 
 if TYPE_CHECKING:
     from lib.settings import Settings
