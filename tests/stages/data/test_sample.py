@@ -83,8 +83,8 @@ def test_word_counts_learn_it_but_not_all_of_it(splits, found):
 
 
 def test_every_aspect_has_words_that_can_be_negated():
-    for domain in (*sample.SEEN_DOMAINS, sample.UNSEEN_DOMAIN):
-        assert len(domain.aspects) >= 5  # the longest pattern uses four
-        for noun, good, bad in domain.aspects:
+    for domain in (*sample.words()["seen"].values(), *sample.words()["unseen"].values()):
+        assert len(domain["aspects"]) >= 5  # the longest pattern uses four
+        for noun, (good, bad) in domain["aspects"].items():
             assert sample.short(good) and sample.short(bad), noun
             assert not set(good) & set(bad), noun
