@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import itertools
 import re
 from pathlib import Path
@@ -133,3 +134,20 @@ def test_prose_holds_no_measured_numbers(path: Path) -> None:
     for cell in cells(path, "markdown"):
         assert not re.search(r"accuracy (of|is) 0\.\d+", cell.source)
         assert not re.search(r"\d+(\.\d+)? ?% (accuracy|loss|smaller|faster)", cell.source)
+
+
+@each
+def test_every_name_is_defined(path: Path) -> None:
+    """ruff cannot tell: names of the parameters cell and of cells above count as defined, others do not."""
+    tree = ast.parse("\n".join(cell.source for cell in cells(path, "code")))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins)) | {"display"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.Lambda):
+            known |= {argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)}
+            known |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            known.add(node.name)
+    assert {node.id for node in names} - known == set()
