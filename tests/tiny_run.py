@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.prompts.tasks import ClassificationTask
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 
 LABELS = ("负面", "正面")
 WORDS = [*"很不好差，。！贵", "房间", "干净", "服务", "早餐", "虽然", "但是", "一般", "Wi-Fi", "24", "🙂"]
@@ -83,7 +83,7 @@ def make_run(base: Path, method: str = "LoRA", name: str = "tiny") -> Run:
 
     run = open_run(name)
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         for split, n, seed in (("train", 24, 1), ("validation", 16, 2), ("test", 16, 3)):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(n, split, seed)]
             (work.folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -93,7 +93,7 @@ def make_run(base: Path, method: str = "LoRA", name: str = "tiny") -> Run:
         work.facts = {"base_model": found.id, "base_revision": found.revision, "offline_base": False}
         work.notes = ["a tiny random model: not a result"]
 
-    def adapter(work: Work) -> None:
+    def adapter(work: ProductDraft) -> None:
         make_adapter(base, work.folder)
         work.facts = {"method": method}
 

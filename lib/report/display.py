@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
-from lib.statistics.intervals import Interval, estimate_text
+from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -320,11 +320,6 @@ def say(text: str) -> Markdown:
 def tell(name: str, /, **values: Any) -> Markdown:
     """`sentence` as a paragraph: tell("quantize.planned", megabytes=271.2, wider=2, types=7)."""
     return say(sentence(name, **values))
-
-
-def with_interval(value: float, limits: Sequence[float | None] | None, form: str = ".2g") -> str:
-    """Older name of `estimate_text`, until every page uses that or an `Interval`."""
-    return estimate_text(value, limits, form)
 
 
 def made(product: Product) -> Markdown:

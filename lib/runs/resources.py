@@ -9,6 +9,7 @@ import statistics
 import sys
 import threading
 import time
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,8 +47,9 @@ class _Sampling(contextlib.AbstractContextManager):
         while not self._stop.wait(self.every):
             self.sample()
 
+    @abstractmethod
     def sample(self) -> None:
-        raise NotImplementedError
+        """Look once."""
 
 
 class PeakMemory(_Sampling):

@@ -63,10 +63,6 @@ class ProductDraft:
     device: str = "cpu"
 
 
-Work = ProductDraft
-"""Older name, until no stage uses it."""
-
-
 @dataclass(frozen=True)
 class Run:
     """One run: `runs/<name>/` with its products and manifest.json."""

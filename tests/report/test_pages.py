@@ -14,7 +14,7 @@ from lib.report import html, index
 from lib.report.html import problems_in
 from lib.report.index import Stage, summarise
 from lib.runs.files import write_json
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -22,7 +22,7 @@ HOSTILE = "<script>alert(1)</script>"
 def make(run: Run, product: str, files: dict[str, Any], notes: list[str] = (), **filled: dict[str, Any]) -> None:
     """Make a product with JSON files."""
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         for name, value in files.items():
             write_json(work.folder / name, value)
         work.notes += notes

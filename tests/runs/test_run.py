@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.runs import manifest
 from lib.runs.files import atomic_path, read_json, require_space
 from lib.runs.manifest import Manifest
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(home: Path) -> Run:
 
 
 def write(text: str):
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         (work.folder / "a.txt").write_text(text)
         work.metrics["n"] = len(text)
         work.notes.append("a note")
@@ -71,7 +71,7 @@ def test_a_missing_input_names_the_notebook(run: Run) -> None:
 def test_failure_keeps_the_previous_product_and_leaves_nothing_half(run: Run) -> None:
     run.produce("data", write("x"), {"seed": 1})
 
-    def fails(work: Work) -> None:
+    def fails(work: ProductDraft) -> None:
         (work.folder / "a.txt").write_text("half")
         raise OSError(28, "No space left on device")
 
@@ -84,7 +84,7 @@ def test_failure_keeps_the_previous_product_and_leaves_nothing_half(run: Run) ->
 def test_an_interrupted_stage_finds_its_remains_only_for_the_same_request(run: Run) -> None:
     seen = []
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         seen.append((work.resumed, sorted(p.name for p in work.folder.glob("*.ckpt"))))
         (work.folder / "1.ckpt").write_text("1")
         if len(seen) < 3:
@@ -111,7 +111,7 @@ def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             run.produce("adapter", write("hours of work"), {"seed": 1}, keep_partial=True)
 
-    def unwanted(work: Work) -> None:
+    def unwanted(work: ProductDraft) -> None:
         raise AssertionError("made again")
 
     again = run.produce("adapter", unwanted, {"seed": 1}, keep_partial=True)
@@ -157,7 +157,7 @@ def test_a_killed_stage_leaves_no_product_and_can_be_run_again(run: Run, home: P
 
 
 def test_a_second_process_is_refused(run: Run) -> None:
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         with pytest.raises(InputError, match="another process"):
             open_run("t").produce("adapter", write("a"), {})
         (work.folder / "a.txt").write_text("x")
@@ -182,7 +182,7 @@ def test_atomic_path_leaves_nothing_on_failure(tmp_path: Path) -> None:
 
 
 def test_files_are_readable_as_the_umask_allows(run: Run) -> None:
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         path = work.folder / "w.safetensors"
         path.write_text("x")
         path.chmod(0o600)

@@ -10,7 +10,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.journal import found_done
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups, metric_in, metric_of
@@ -158,7 +158,7 @@ def _exports(run: Run) -> dict[str, Any]:
     return read_json(run.require("exports").path / "exports.json")
 
 
-def _build(settings: Settings, run: Run, work: Work) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     from lib.models.loading import load_tokenizer
 
     data, quantized = run.require("data"), run.require("quantized")
@@ -187,7 +187,7 @@ def _build(settings: Settings, run: Run, work: Work) -> None:
     _tell(work, result, wrote)
 
 
-def _tell(work: Work, result: Mapping[str, Any], wrote: Mapping[str, str]) -> None:
+def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str]) -> None:
     """What the manifest says of a comparison.
 
     Args:

@@ -21,7 +21,7 @@ from lib.runs.files import atomic_path, read_json, read_jsonl, require_space, wr
 from lib.stages.convert.convert import OUTTYPES, check_output, load_check
 
 if TYPE_CHECKING:
-    from lib.runs.run import Product, Run, Work
+    from lib.runs.run import Product, ProductDraft, Run
     from lib.settings import Settings
     from lib.stages.convert.convert import ConversionReport
     from lib.stages.convert.gate import GateReport
@@ -135,7 +135,7 @@ def model_name(base: str, run_name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{name}-{run_name}").strip("-.")
 
 
-def _build(settings: Settings, run: Run, work: Work) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     from lib.prompts.tasks import read_task
     from lib.stages.convert.convert import convert
     from lib.stages.convert.gate import gate

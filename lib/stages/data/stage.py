@@ -19,7 +19,7 @@ from lib.progress import Progress
 from lib.prompts.conversations import ExchangeTooLongError
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
 from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
@@ -160,7 +160,7 @@ def rows_from_file(
 # Making the product.
 
 
-def _build(settings: Settings, work: Work) -> None:
+def _build(settings: Settings, work: ProductDraft) -> None:
     task, kind, chosen = task_of(settings), _kind(settings), choose_data(settings)
     notes = kind.usable(chosen.table)
     splits, flow, changes = _clean(chosen.table, kind)
@@ -312,7 +312,9 @@ def put_tokenizer(
     return tokenizer, facts | {"base_revision": chosen.base.revision, **chosen.base.facts}
 
 
-def _record_sources(work: Work, data: ChosenData, chosen: ChosenBase, base: Mapping[str, Any], splits: Splits) -> None:
+def _record_sources(
+    work: ProductDraft, data: ChosenData, chosen: ChosenBase, base: Mapping[str, Any], splits: Splits
+) -> None:
     """What the manifest and every page say of where the rows and the base model came from."""
     if chosen.base is not None and chosen.base.unpacked is not None:  # other weights must make another product
         write_json(work.folder / UNPACKED, dict(chosen.base.unpacked))

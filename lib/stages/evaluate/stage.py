@@ -31,7 +31,7 @@ from lib.stages.evaluate.results import (
 
 if TYPE_CHECKING:
     from lib.models.base_model import Base
-    from lib.runs.run import Product, Run, Work
+    from lib.runs.run import Product, ProductDraft, Run
     from lib.scoring.torch_backend import TransformersBackend
     from lib.settings import Settings
 
@@ -124,7 +124,7 @@ def evaluate(settings: Settings, run: Run) -> EvaluationResult:
     return kind.read(product, product.path, data, settings, read_json(product.path / SUMMARY))
 
 
-def _build(settings: Settings, run: Run, work: Work) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     from lib.models.loading import load_tokenizer
 
     data = run.require("data")

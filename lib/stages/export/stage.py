@@ -17,7 +17,7 @@ from lib.runs.child import run_child
 from lib.runs.files import link_or_copy, read_json, read_jsonl, render, require_space, write_json, write_text
 from lib.runs.machine import has_module
 from lib.runs.manifest import hash_folder
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
 
 
@@ -115,7 +115,7 @@ def export(settings: Settings, run: Run) -> ExportsResult:
     return ExportsResult(product, tuple(content["made"]), tuple(content["skipped"]))
 
 
-def _build(settings: Settings, run: Run, work: Work, formats: list[Format]) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Format]) -> None:
     data, merged = run.require("data"), run.require("merged")
     inputs = {"data": data.entry.digest, "merged": merged.entry.digest}
     kept = {} if settings.force else finished(run, work, inputs)
@@ -211,7 +211,7 @@ def _make(wanted: Format, folder: Path, argument: dict[str, Any], what: str) -> 
 Kept = dict[str, tuple[Path, dict[str, Any]]]
 
 
-def finished(run: Run, work: Work, inputs: dict[str, str]) -> Kept:
+def finished(run: Run, work: ProductDraft, inputs: dict[str, str]) -> Kept:
     """{format: (folder, record)} of what was made from the same products by the same package and still verifies.
 
     Args:

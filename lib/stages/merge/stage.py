@@ -18,7 +18,7 @@ from lib.stages.merge.verify import MergeCheck, check_merge
 from lib.stages.merge.weights import MergeReport, merge_folders
 
 if TYPE_CHECKING:
-    from lib.runs.run import Product, Run, Work
+    from lib.runs.run import Product, ProductDraft, Run
     from lib.settings import Settings
 
 
@@ -74,7 +74,7 @@ def merge(settings: Settings, run: Run) -> MergeResult:
     return _read(product)
 
 
-def _build(merge_base: str, merge_dtype: str, run: Run, work: Work) -> None:
+def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> None:
     from lib.models.base_model import base_of
 
     data, adapter, base = run.require("data"), run.require("adapter"), base_of(run)

@@ -28,7 +28,7 @@ from lib.runs.files import (
     write_text,
 )
 from lib.runs.manifest import hash_folder
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.stages.package.documents import card, export_report, guide, modelfile, requirements
 from lib.stages.package.facts import ChosenFile, Facts, choose_file, gather
 from lib.stages.package.phone_page import FOLDER, WebRequest, request_web, write_web
@@ -129,7 +129,7 @@ def package(
 
 def _build(
     run: Run,
-    work: Work,
+    work: ProductDraft,
     chosen: ChosenFile,
     comparison: dict[str, Any],
     formats: Sequence[str],

@@ -22,7 +22,7 @@ from lib.runs import files
 from lib.runs.child import run_child
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import available_memory
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.stages.quantize.recipes import Options
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def matrix_identity(matrix: Path | None) -> str | None:
     return None if matrix is None else f"{matrix.name} {files.sha256_file(matrix)}"
 
 
-def _build(settings: Settings, run: Run, work: Work) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     data, merged = run.require("data"), run.require("merged")
     chosen = training_windows(data.path, settings.n_ctx, settings.imatrix_chunks, settings.seed)
     size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))

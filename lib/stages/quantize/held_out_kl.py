@@ -20,7 +20,7 @@ import numpy as np
 from lib.runs.child import run_child
 from lib.runs.files import read_json, write_json
 from lib.runs.machine import available_memory, physical_cores
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import IMATRIX_TYPES
 from lib.stages.quantize.calibration import AUTO, held_out_answers, held_out_windows, run_options
 from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files, run_source
@@ -147,7 +147,7 @@ def _build_scores(
     wanted: list[QuantizationReport],
     without: list[str],
     unaided: Options,
-    work: Work,
+    work: ProductDraft,
 ) -> None:
     data, folder, source = run.require("data").path, run.require("quantized").path, run_source(run)
     chosen = held_out_windows(data, settings.n_ctx, _most_windows(settings), settings.seed)
@@ -298,7 +298,7 @@ def imatrix_effect(settings: Settings, run: Run, result: QuantizeResult) -> Comp
         return None
     scores = score_files(settings, run, result, settings.force) if chosen else None
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         types = []
         found = scores.compare([(file.type, f"{file.type}{WITHOUT}") for file in chosen]) if scores else []
         for file, (text, answers) in zip(chosen, found, strict=True):
@@ -336,7 +336,7 @@ def mix_effect(settings: Settings, run: Run, result: QuantizeResult) -> Comparis
     just_now = settings.imatrix == AUTO and compared_with_matrix(result.files)[0]
     scores = score_files(settings, run, result, force=settings.force and not just_now)
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         found = scores.compare([(mixed.type, file.type) for file in recipes])
         own = {**_one_of("with", found[0][0]), "answers": _one_of("with", found[0][1])}
         types = [

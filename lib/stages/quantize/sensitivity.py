@@ -36,7 +36,7 @@ from lib.progress import Progress
 from lib.runs.child import run_child
 from lib.runs.files import require_space, write_json, write_jsonl
 from lib.runs.machine import available_memory, compute_dtype
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.stages.quantize import calibration
 from lib.stages.quantize.calibration import AnswerRows, Windows, gguf_layers, matrix_identity
 
@@ -109,7 +109,7 @@ def measure_sensitivity(
         InputError: products missing, too few training rows, an architecture that is not known, too little memory.
     """
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         check()
         data, merged = run.require("data").path, run.require("merged").path
         most = min(settings.imatrix_chunks, most_windows(settings.answer_weight))

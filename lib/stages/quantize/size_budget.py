@@ -21,7 +21,7 @@ from lib.models.gguf_file import check_gguf
 from lib.models.loading import load_tokenizer, quantization_method
 from lib.runs.child import run_child
 from lib.runs.files import read_json, sha256_file, write_json
-from lib.runs.run import Run, Work
+from lib.runs.run import ProductDraft, Run
 from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
 from lib.settings import mix_name
 from lib.stages.quantize import sensitivity
@@ -279,7 +279,7 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
         dataset = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
         require_possible(budget(), source, matrix, dataset, settings.answer_weight)
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         found = read_json(measured.path / sensitivity.RECORD)
         dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
         mix = _choose(found, budget(), source, matrix, dataset, settings.answer_weight)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lib.models.loading import weight_bytes
 from lib.runs.files import read_json, sha256_file, write_json
 from lib.runs.manifest import damage, versions
-from lib.runs.run import Run, Work
+from lib.runs.run import ProductDraft, Run
 from lib.scoring.texts import Text
 from lib.stages.quantize import files
 from lib.stages.quantize.calibration import collect, dataset_name, matrix_identity, run_options
@@ -100,7 +100,7 @@ def _is_current(settings: Settings, run: Run, options: Options) -> bool:
     return same and damage(run.folder / "quantized", entry) is None
 
 
-def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: Run, work: Work) -> None:
+def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: Run, work: ProductDraft) -> None:
     source = run_source(run)
     for stray in work.folder.glob(".*.part"):
         stray.unlink()
@@ -137,7 +137,7 @@ def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: R
     work.notes += _fallback_note(ordered)
 
 
-def _finished(run: Run, work: Work, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _finished(run: Run, work: ProductDraft, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Files that need not be made again, now in the folder of the work: {type: row of quantized.json}.
 
     Each verifies by SHA-256 and was made with the same options by the same llama.cpp.

@@ -15,7 +15,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.runs.child import run_child
 from lib.runs.files import read_json, write_json
-from lib.runs.run import Product, Run, Work
+from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import GRID_SIZABLE, NF4
 from lib.stages.quantize.calibration import AUTO, matrix_identity, run_options
 from lib.stages.quantize.files import QuantizeResult, run_source
@@ -69,7 +69,7 @@ def tensor_errors(settings: Settings, run: Run, result: QuantizeResult) -> Tenso
         InputError: a damaged file.
     """
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         argument = {"source": str(run_source(run).resolve()), "files": _paths(result)}
         function = "lib.stages.quantize.compare_weights:compare_with_source"
         files = run_child(function, argument, "errors of single tensors")["files"]
@@ -222,7 +222,7 @@ def source_grid(settings: Settings, run: Run, force: bool | None = None) -> Sour
     if reason := _rounded_start(run):
         return SourceGrid(None, reason=reason)
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         argument = {"base": _base(run), "source": str(source.resolve())}
         argument["imatrix"] = None if matrix is None else str(matrix.resolve())
         function = "lib.stages.quantize.compare_weights:measure_grid"
@@ -260,7 +260,7 @@ def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention
     if grid.product is None:
         return Retention(None, reason=grid.reason)
 
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         argument = {"base": _base(run), "source": str(run_source(run).resolve()), "files": _paths(result)}
         function = "lib.stages.quantize.compare_weights:compare_with_base"
         answer = run_child(function, argument, "what is left of the fine-tuning")

@@ -11,7 +11,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.runs.files import write_json, write_jsonl
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
 from lib.stages.compare.stage import compare
 from lib.stages.quantize.stage import quantize
@@ -21,13 +21,13 @@ from tests.stages.compare.conftest import Ladder
 def make_run(ladder: Ladder) -> Run:
     run = open_run("t")
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         shutil.copytree(ladder.tokenizer_folder, work.folder / "tokenizer")
         write_jsonl(work.folder / "test.jsonl", ladder.rows)
         write_json(work.folder / "task.json", ladder.task.to_json())
         work.facts["source"] = "generated rows"
 
-    def gguf(work: Work) -> None:
+    def gguf(work: ProductDraft) -> None:
         shutil.copyfile(ladder.reference, work.folder / "m-F16.gguf")
 
     run.produce("data", data, parameters={})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lib.runs.files import read_json, read_jsonl, write_json, write_jsonl
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 from lib.scoring.log_probabilities import AnswerScores
 from lib.settings import Settings
 from lib.stages.compare.stage import compare
@@ -55,7 +55,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
 def run(ladder: Ladder, home: Path) -> Run:
     run = open_run("t")
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         shutil.copytree(ladder.tokenizer_folder, work.folder / "tokenizer")
         write_jsonl(work.folder / "test.jsonl", conversations(16))
         write_jsonl(work.folder / "train.jsonl", conversations(4))

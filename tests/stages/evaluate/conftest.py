@@ -10,7 +10,7 @@ import pytest
 
 from lib.models.base_model import resolve_base
 from lib.runs.files import write_json, write_jsonl
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 from tests.scoring import tiny
 from tests.scoring.conftest import (
     Tiny,
@@ -54,10 +54,10 @@ def save_adapter(small: Tiny, folder: Path) -> None:  # noqa: F811
     model.save_pretrained(folder)
 
 
-def _with_adapter(run: Run, small: Tiny, data: Callable[[Work], None]) -> Run:  # noqa: F811
+def _with_adapter(run: Run, small: Tiny, data: Callable[[ProductDraft], None]) -> Run:  # noqa: F811
     """The run with its products `data` and `adapter`."""
 
-    def adapter(work: Work) -> None:
+    def adapter(work: ProductDraft) -> None:
         save_adapter(small, work.folder)
         work.facts |= {"method": "LoRA"}
 
@@ -71,7 +71,7 @@ def run(small: Tiny, home: Path) -> Run:  # noqa: F811
     """A run whose base model is the tiny model's folder."""
     run = open_run("tiny")
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         rows = test_rows()
         write_jsonl(work.folder / "train.jsonl", TRAIN)
         write_jsonl(work.folder / "test.jsonl", rows)
@@ -96,7 +96,7 @@ def talk(small: Tiny, home: Path) -> Run:  # noqa: F811
     """The same with conversations, in a run of another name."""
     run = open_run("talk")
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         task = {"task": "dialogue", "system_prompt": "你是助手。", "max_seq_length": 192, "thinking": False}
         write_json(work.folder / "task.json", task)
         write_jsonl(work.folder / "test.jsonl", conversations(12))

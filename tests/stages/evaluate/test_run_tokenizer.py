@@ -9,7 +9,7 @@ import pytest
 from lib.cli.evaluate import RowOptions
 from lib.errors import InputError
 from lib.runs.files import write_json
-from lib.runs.run import Work, open_run
+from lib.runs.run import ProductDraft, open_run
 from lib.stages.evaluate.standalone import _tokenizer_for
 from tests.scoring.conftest import small  # noqa: F401
 
@@ -39,7 +39,7 @@ def test_another_vocabulary_is_the_files_own(small, tmp_path):  # noqa: F811
 
 
 def test_the_option_run_names_its_folder(home):
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         write_json(work.folder / "task.json", {})
 
     product = open_run("r").produce("data", build, {})

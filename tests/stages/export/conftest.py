@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.runs.run import Run, Work
+from lib.runs.run import ProductDraft, Run
 from lib.stages.export import child
 from lib.stages.export.stage import FORMATS
 from tests import tiny_run
@@ -56,7 +56,7 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 def with_merged(run: Run, base: Path) -> Run:
     """The run with `base` as its product `merged`."""
 
-    def merged(work: Work) -> None:
+    def merged(work: ProductDraft) -> None:
         shutil.copytree(base, work.folder, dirs_exist_ok=True)
         work.facts = {"base_model": "tiny", "base_revision": "sha256:0", "method": "LoRA", "dtype": "bfloat16"}
 

@@ -16,7 +16,7 @@ import pytest
 from lib.prompts.tasks import ConversationTask
 from lib.runs.files import HOME_VARIABLE, write_json, write_jsonl
 from lib.runs.machine import llama_cpp_problem
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
 from lib.stages.compare.stage import compare
 from lib.stages.quantize.stage import quantize
@@ -48,7 +48,7 @@ def conversations(n: int) -> list[dict]:
 def make_talking_run(ladder: Ladder) -> Run:
     run = open_run("talk")
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         shutil.copytree(ladder.tokenizer_folder, work.folder / "tokenizer")
         for split in ("train", "test"):
             write_jsonl(work.folder / f"{split}.jsonl", conversations(12))

@@ -18,7 +18,7 @@ from lib.prompts.tasks import read_task
 from lib.report import quantize_page
 from lib.runs.files import read_jsonl, sha256_json, write_json
 from lib.runs.machine import llama_cpp_problem
-from lib.runs.run import Run, Work
+from lib.runs.run import ProductDraft, Run
 from lib.settings import TENSOR_TYPES, Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
@@ -169,7 +169,7 @@ def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure` again; the steps that use the matrix take what it has made."""
     made: list[str] = []
 
-    def build(settings: Settings, run: Run, work: Work) -> None:
+    def build(settings: Settings, run: Run, work: ProductDraft) -> None:
         made.append("once more")
         calibration.write_imatrix(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
         write_json(work.folder / "imatrix.json", {})

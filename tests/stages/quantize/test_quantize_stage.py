@@ -10,7 +10,7 @@ import pytest
 from lib.errors import InputError
 from lib.report import quantize_page
 from lib.runs.files import sha256_file
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
 from lib.stages.quantize import files
 from lib.stages.quantize.stage import mix_effect, plan, predictions, quantize
@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_gguf(run: Run, source: Path, force: bool = False) -> None:
-    def build(work: Work) -> None:
+    def build(work: ProductDraft) -> None:
         shutil.copyfile(source, work.folder / source.name)
 
     run.produce("gguf", build, parameters={}, force=force)

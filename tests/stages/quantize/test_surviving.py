@@ -15,7 +15,7 @@ from lib.models.base_model import resolve_base
 from lib.report import display, weights_page
 from lib.report.display import mark_names
 from lib.runs.machine import llama_cpp_problem
-from lib.runs.run import Run, Work, open_run
+from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
 from lib.stages.quantize.files import quantize_file
 from lib.stages.quantize.stage import plan, quantize, retention, source_grid
@@ -120,7 +120,7 @@ def make_run(folder: Path, before: dict[str, np.ndarray]) -> Run:
     run, base = open_run("t"), write_base(folder / "base", before)
     source = tiny_gguf.write(folder / "tiny-F16.gguf", weights=tuned(before))
 
-    def data(work: Work) -> None:
+    def data(work: ProductDraft) -> None:
         (work.folder / "x").write_text("1")
         work.facts |= {"base_model": str(base), "base_revision": resolve_base(str(base)).revision}
 
@@ -176,7 +176,7 @@ def test_stage_and_page_of_a_base_on_a_grid(home: Path, tmp_path: Path, base_wei
 def test_an_adapter_in_rounded_weights_is_not_measured_from_others(home: Path, tmp_path: Path, base_weights) -> None:
     run = make_run(tmp_path, base_weights)
 
-    def merged(work: Work) -> None:
+    def merged(work: ProductDraft) -> None:
         (work.folder / "x").write_text("1")
         work.facts["merge_base"] = "dequantized"
 
