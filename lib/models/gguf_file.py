@@ -9,12 +9,15 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.models.weights import impostor
+
+if TYPE_CHECKING:
+    from lib.runs.run import Run
 
 MAGIC = b"GGUF"
 _SMALLEST = 24  # magic, version, number of tensors, number of metadata entries
@@ -48,6 +51,20 @@ def check_gguf(path: Path | str) -> Path:
         return path
     found, do = _instead(head)
     raise InputError(f"{path} {found}.", "a file that starts with GGUF.", f"{do}.")
+
+
+def run_gguf(run: Run) -> Path:
+    """The file of a run's product `gguf`: unquantized, the reference of 07 and the source of 06.
+
+    Raises:
+        InputError: no such product, or not one GGUF file in it.
+    """
+    folder = run.require("gguf").path
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        do = "run notebooks/05_convert_gguf.ipynb with force: true."
+        raise InputError(f"{len(found)} GGUF files in {folder}.", "exactly one.", do)
+    return check_gguf(found[0])
 
 
 def _instead(head: bytes) -> tuple[str, str]:

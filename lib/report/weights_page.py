@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.models.gguf_file import run_gguf
 from lib.report.display import Shown, figure, mark_names, table, tell, use_style
 from lib.report.sentences import sentence
 from lib.statistics.losses import KEEPS_LITTLE
@@ -166,8 +167,7 @@ def q4_k_block(run: Run, result: QuantizeResult) -> Block:
     from gguf import GGMLQuantizationType, GGUFReader
     from gguf.quants import dequantize
 
-    (path,) = run.require("gguf").path.glob("*.gguf")
-    source = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    source = {tensor.name: tensor for tensor in GGUFReader(run_gguf(run)).tensors}
 
     def first_weights(name: str) -> np.ndarray:
         return dequantize(source[name].data, source[name].tensor_type).reshape(-1)[:BLOCK].astype(np.float32)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lib.statistics.intervals import Interval, normal_quantile, wilson
+from lib.statistics.intervals import Interval, estimate_text, normal_quantile, wilson
 from lib.statistics.paired import ClusterMean, cluster_mean, copies_effect, holm
 
 # A mean of rows that weigh differently, as a loss over tokens does: Student's interval over groups of alike rows.
@@ -230,10 +230,8 @@ def slope_through_origin(whole: np.ndarray, kept: np.ndarray, groups: ArrayLike,
 
 def kept_words(entry: Mapping[str, Any]) -> str | None:
     """Retention of an entry of comparison.json as "0.28 [0.25, 0.31]"; None where it is unknown."""
-    value, limits = entry.get("retention"), entry.get("retention_interval")
-    if value is None:
-        return None
-    return f"{value:.2f}" + (f" [{limits[0]:.2f},\u00a0{limits[1]:.2f}]" if limits else "")
+    value = entry.get("retention")
+    return None if value is None else estimate_text(value, entry.get("retention_interval"), ".2f")
 
 
 def keeps_little(entry: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.models.gguf_file import run_gguf
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
 from lib.runs.run import Product, ProductDraft, Run
@@ -162,7 +162,7 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     from lib.models.loading import load_tokenizer
 
     data, quantized = run.require("data"), run.require("quantized")
-    task, reference = read_task(data.path), _only_gguf(run.require("gguf").path)
+    task, reference = read_task(data.path), run_gguf(run)
     files = [quantized.path / row["file"] for row in read_json(quantized.path / "quantized.json")["files"]]
     folders = [run.folder / "exports" / record["folder"] for record in _exports(run)["made"]]
     asked = Comparison(
@@ -201,11 +201,3 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
     work.facts["found_done"] = found_done(found)
     keys = ("bytes", "kld_mean", "ppl", "verdict", *metric_in(result["files"]).in_manifest)
     work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}
-
-
-def _only_gguf(folder: Path) -> Path:
-    found = sorted(folder.glob("*.gguf"))
-    if len(found) != 1:
-        do = "run notebooks/05_convert_gguf.ipynb with force: true."
-        raise InputError(f"{len(found)} GGUF files in {folder}.", "exactly one.", do)
-    return found[0]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.models.weights import SAFETENSORS
 from lib.prompts.tasks import language_of, read_task
-from lib.runs.files import read_json, read_jsonl, write_json, write_text
+from lib.runs.files import read_json, read_jsonl, render, write_json, write_text
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
 from lib.stages.merge.verify import MergeCheck, check_merge
@@ -177,17 +177,13 @@ def _write_readme(folder: Path, template: str, front: dict[str, Any], values: di
         front: keys of the front matter; those that are None are left out, and so is a base that no hub has.
         values: "base" (hub id or name) and "revision" of the base, and whatever else the template names.
     """
-    import jinja2
     import yaml
 
     base, revision = values["base"], values["revision"]
     hub = revision and ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base)  # else a local folder
     keys = {key: value for key, value in front.items() if value is not None and (hub or "base_model" not in key)}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, keep_trailing_newline=True
-    )
     header = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()
-    write_text(folder / "README.md", environment.get_template(template).render(front=header, **values))
+    write_text(folder / "README.md", render(Path(__file__).with_name(template), front=header, **values))
 
 
 def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -> None:

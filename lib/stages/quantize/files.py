@@ -19,7 +19,7 @@ from lib.progress import Progress
 from lib.runs.child import StoppedError, run_child
 from lib.runs.files import atomic_path, require_space, writable
 from lib.runs.machine import available_memory, llama_cpp_problem, physical_cores
-from lib.runs.run import Product, Run
+from lib.runs.run import Product
 from lib.stages.quantize import recipes
 from lib.stages.quantize.recipes import Options
 
@@ -84,20 +84,6 @@ class QuantizeResult:
     product: Product
     source: dict[str, Any]
     files: tuple[QuantizationReport, ...]
-
-
-def run_source(run: Run) -> Path:
-    """The GGUF file of a run that is quantized.
-
-    Raises:
-        InputError: no product `gguf`, or not one file in it.
-    """
-    folder = run.require("gguf").path
-    found = sorted(folder.glob("*.gguf"))
-    if len(found) != 1:
-        do = "run notebooks/05_convert_gguf.ipynb with force: true."
-        raise InputError(f"{len(found)} GGUF files in {folder}.", "exactly one.", do)
-    return check_gguf(found[0])
 
 
 @dataclass(frozen=True)

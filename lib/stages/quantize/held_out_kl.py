@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
 from lib.runs.files import read_json, write_json
 from lib.runs.machine import available_memory, physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import IMATRIX_TYPES
 from lib.stages.quantize.calibration import AUTO, held_out_answers, held_out_windows, run_options
-from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files, run_source
+from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files
 from lib.stages.quantize.recipes import UNQUANTIZED, Options
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _build_scores(
     unaided: Options,
     work: ProductDraft,
 ) -> None:
-    data, folder, source = run.require("data").path, run.require("quantized").path, run_source(run)
+    data, folder, source = run.require("data").path, run.require("quantized").path, run_gguf(run)
     chosen = held_out_windows(data, settings.n_ctx, _most_windows(settings), settings.seed)
     answers = held_out_answers(data, ANSWER_ROWS, ANSWER_TOKENS, settings.seed)
     with tempfile.TemporaryDirectory(prefix=".scored-", dir=run.folder) as name:

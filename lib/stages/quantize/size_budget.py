@@ -17,7 +17,7 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.base_model import check_model_folder
-from lib.models.gguf_file import check_gguf
+from lib.models.gguf_file import check_gguf, run_gguf
 from lib.models.loading import load_tokenizer, quantization_method
 from lib.runs.child import run_child
 from lib.runs.files import read_json, sha256_file, write_json
@@ -26,7 +26,7 @@ from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
 from lib.settings import mix_name
 from lib.stages.quantize import sensitivity
 from lib.stages.quantize.calibration import dataset_name, matrix_identity, run_options
-from lib.stages.quantize.files import PlannedFile, predict_sizes, run_source
+from lib.stages.quantize.files import PlannedFile, predict_sizes
 from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT, MeasuredTexts
 
@@ -269,7 +269,7 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
     """
     if not settings.size_budget:
         return None
-    source, matrix = run_source(run), run_options(settings, run).imatrix
+    source, matrix = run_gguf(run), run_options(settings, run).imatrix
     force = settings.force if force is None else force
 
     def budget() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.models.gguf_file import run_gguf
 from lib.models.loading import weight_bytes
 from lib.runs.files import read_json, sha256_file, write_json
 from lib.runs.manifest import damage, versions
@@ -19,7 +20,7 @@ from lib.scoring.texts import Text
 from lib.stages.quantize import files
 from lib.stages.quantize.calibration import collect, dataset_name, matrix_identity, run_options
 from lib.stages.quantize.calibration import importance_matrix as importance_matrix
-from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult, run_source
+from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult
 from lib.stages.quantize.held_out_kl import imatrix_effect as imatrix_effect
 from lib.stages.quantize.held_out_kl import mix_effect as mix_effect
 from lib.stages.quantize.recipes import Options
@@ -47,7 +48,7 @@ def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
         rows = read_json(run.folder / "quantized" / _SUMMARY)["files"]
         predicted = [{**row, "bytes": row["predicted_bytes"]} for row in rows if not row["mix"]]
     else:
-        predicted, _ = files.survey(run_source(run), settings.ladder, options)
+        predicted, _ = files.survey(run_gguf(run), settings.ladder, options)
         files.require_matrix(predicted, options)
     return [*predicted, mix.prediction] if mix else predicted
 
@@ -101,7 +102,7 @@ def _is_current(settings: Settings, run: Run, options: Options) -> bool:
 
 
 def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: Run, work: ProductDraft) -> None:
-    source = run_source(run)
+    source = run_gguf(run)
     for stray in work.folder.glob(".*.part"):
         stray.unlink()
     predicted, description = files.survey(source, settings.ladder, options)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
 from lib.runs.files import read_json, write_json
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import GRID_SIZABLE, NF4
 from lib.stages.quantize.calibration import AUTO, matrix_identity, run_options
-from lib.stages.quantize.files import QuantizeResult, run_source
+from lib.stages.quantize.files import QuantizeResult
 from lib.stages.quantize.sensitivity import RECORD as SENSITIVITY
 from lib.stages.quantize.sensitivity import TEXT
 
@@ -70,7 +71,7 @@ def tensor_errors(settings: Settings, run: Run, result: QuantizeResult) -> Tenso
     """
 
     def build(work: ProductDraft) -> None:
-        argument = {"source": str(run_source(run).resolve()), "files": _paths(result)}
+        argument = {"source": str(run_gguf(run).resolve()), "files": _paths(result)}
         function = "lib.stages.quantize.compare_weights:compare_with_source"
         files = run_child(function, argument, "errors of single tensors")["files"]
         write_json(work.folder / ERRORS, {"files": files})
@@ -218,7 +219,7 @@ def source_grid(settings: Settings, run: Run, force: bool | None = None) -> Sour
     Raises:
         InputError: no product `gguf`, or a base that does not belong to it.
     """
-    source, matrix = run_source(run), run_options(settings, run).imatrix
+    source, matrix = run_gguf(run), run_options(settings, run).imatrix
     if reason := _rounded_start(run):
         return SourceGrid(None, reason=reason)
 
@@ -261,7 +262,7 @@ def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention
         return Retention(None, reason=grid.reason)
 
     def build(work: ProductDraft) -> None:
-        argument = {"base": _base(run), "source": str(run_source(run).resolve()), "files": _paths(result)}
+        argument = {"base": _base(run), "source": str(run_gguf(run).resolve()), "files": _paths(result)}
         function = "lib.stages.quantize.compare_weights:compare_with_base"
         answer = run_child(function, argument, "what is left of the fine-tuning")
         found = {key: value for key, value in answer.items() if key != "peak_memory_mib"}
