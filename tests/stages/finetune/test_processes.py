@@ -48,7 +48,8 @@ settings = tiny_settings(
     num_processes=2, per_device_train_batch_size=8, lora_dropout=0.0, num_train_epochs=1.0, force=True
 )
 product = finetune(settings, open_run("fresh")).product
-print(product.entry.digest, product.made, flush=True)
+# One write call each: two processes share the pipe, and print writes the line and its end apart.
+os.write(1, f"{product.entry.digest} {product.made}\\n".encode())
 """
 
 
