@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,7 @@ def merge(
         with conversions[0].open() as file:
             yield file
 
-    report = merge_folders(base, given, output_dir, dtype, also=also).to_json()
+    report = asdict(merge_folders(base, given, output_dir, dtype, also=also))
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
     text = f"{output_dir}\n{_lines(report, *plain)}"
     for conversion in conversions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,19 @@ class MergePlan:
     updates: dict[str, Update]
 
 
+def slabs(tensor: StoredTensor, most: int, fewest: int = 1) -> Iterator[tuple[slice, int, int]]:
+    """A tensor in slabs of whole rows: the rows, the number of their first weight, and how many weights they have.
+
+    Args:
+        most: about as many weights; but at least `fewest` rows.
+    """
+    rows, width = (tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.shape else (1, 1)
+    step = max(fewest, most // max(1, width))
+    for first in range(0, max(1, rows), step):
+        part = slice(first, min(first + step, rows))
+        yield part, first * width, (part.stop - first) * width
+
+
 def plan_merge(base: Path, folder: Path) -> MergePlan:
     """What merging the adapter in `folder` changes in the model folder `base`.
 
@@ -101,9 +115,10 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
             "the original 16-bit or 32-bit base.",
             "merge into the model that was quantized; merging into 4 bits would round the adapter away.",
         )
-    if _unties(adapter, config):
-        weights, config = _with_own_head(weights), config | {"tie_word_embeddings": False}
-    updates = _plan_updates(adapter, weights, bool(config.get("tie_word_embeddings")))
+    tied = bool(config.get("tie_word_embeddings"))
+    if tied and _unties(adapter):
+        weights, config, tied = _with_own_head(weights), config | {"tie_word_embeddings": False}, False
+    updates = _plan_updates(adapter, weights, tied)
     for tensor in weights.tensors.values():
         tensor.require_floats()
     return MergePlan(weights, config, adapter, updates)
@@ -147,27 +162,23 @@ def _targeted(config: dict[str, Any], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in wanted)
 
 
-def _unties(adapter: Adapter, base_config: dict[str, Any]) -> bool:
+def _unties(adapter: Adapter) -> bool:
     """Whether merging gives a tied base an output matrix of its own.
 
     A fully trained lm_head or embed_tokens (modules_to_save) changes one use of the shared matrix only; with
     `ensure_weight_tying` peft trains both uses as one, and the model stays tied.
     """
-    if not base_config.get("tie_word_embeddings"):
-        return False
-    saved = adapter.config.get("modules_to_save") or []
+    saved = tuple(adapter.config.get("modules_to_save") or ())
     stored = [name.removesuffix(".weight") for name in (HEAD, EMBEDDING) if f"{PREFIX}{name}" in adapter.tensors]
-    if adapter.config.get("ensure_weight_tying") and len(stored) == 2:
-        return False
-    return any(module.endswith(key) for module in stored for key in saved)
+    as_one = adapter.config.get("ensure_weight_tying") and len(stored) == 2
+    return not as_one and any(module.endswith(saved) for module in stored)
 
 
 def _with_own_head(base: Weights) -> Weights:
     """The weights of a tied model with the shared matrix once more as its output matrix."""
-    shared = base.tensors[EMBEDDING]
-    tensors = sorted([*base.tensors.values(), replace(shared, name=HEAD)], key=lambda tensor: tensor.name)
-    ordered = {tensor.name: tensor for file in base.files for tensor in tensors if tensor.file == file}
-    return replace(base, tensors=ordered)
+    tensors = [*base.tensors.values(), replace(base.tensors[EMBEDDING], name=HEAD)]
+    tensors.sort(key=lambda tensor: (base.files.index(tensor.file), tensor.name))
+    return replace(base, tensors={tensor.name: tensor for tensor in tensors})
 
 
 def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Update]:
@@ -179,10 +190,8 @@ def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Upda
         weight, bias = f"{module}.weight", f"{module}.bias"
         if weight in updates:
             raise _refuse(adapter, f"LoRA and fully trained weights for {module}", "one of them", "train it again")
-        rank, alpha = (
-            _rank(adapter, module),
-            _pattern(adapter.config.get("alpha_pattern"), module, adapter.config.get("lora_alpha", 8)),
-        )
+        rank, alpha = _rank(adapter, module), adapter.config.get("lora_alpha", 8)
+        alpha = _pattern(adapter.config.get("alpha_pattern"), module, alpha)
         scaling = alpha / math.sqrt(rank) if adapter.config.get("use_rslora") else alpha / rank
         matrices = {role: tensor for role, tensor in pair.tensors.items() if role != "bias"}
         updates[weight] = Update("embedding" if pair.embedding else "linear", scaling, matrices)
@@ -205,12 +214,12 @@ def _rank(adapter: Adapter, module: str) -> int:
 
 def _replacements(adapter: Adapter, base: Weights) -> dict[str, Update]:
     """Fully trained copies of the base's tensors (modules_to_save, bias); unchanged copies are left out."""
-    saved = adapter.config.get("modules_to_save") or []
+    saved = tuple(adapter.config.get("modules_to_save") or ())
     updates: dict[str, Update] = {}
     for name, tensor in adapter.whole.items():
         target = name.replace(".base_layer.", ".")
         module, _, part = target.rpartition(".")
-        trained = any(module.endswith(key) for key in saved)  # peft's rule
+        trained = module.endswith(saved)  # peft's rule
         trained |= part == "bias" and adapter.config.get("bias", "none") != "none"
         if target == HEAD and HEAD not in base.tensors and adapter.config.get("ensure_weight_tying"):
             continue  # the copy of embed_tokens, which is merged

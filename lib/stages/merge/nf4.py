@@ -10,9 +10,9 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -72,15 +72,6 @@ class Nf4Comparison:
     difference: list[float]
     closer: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Nf4Comparison:
-        """The reverse of `to_json`."""
-        return cls([Nf4Result(**row) for row in value["results"]], value["difference"], value["closer"])
-
 
 def dequantize_base(base: Path, folder: Path) -> Path:
     """Write `base` with every 4-bit layer's weight replaced by what its NF4 form stands for, in the base's dtype.
@@ -104,15 +95,13 @@ def dequantize_base(base: Path, folder: Path) -> Path:
     folder.mkdir(parents=True)
     with Progress("turning the NF4 base back into 16 bits (tensors)", len(weights.tensors)) as progress:
         for file in weights.files:
-            tensors = {}
-            for name, stored in weights.tensors.items():
-                if stored.file == file:
-                    tensors[name] = stored.tensor()
-                    if name in layers:
-                        packed = layers[name].weight
-                        wide = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-                        tensors[name] = wide.to("cpu", tensors[name].dtype).contiguous()
-                    progress.advance()
+            tensors = {name: stored.tensor() for name, stored in weights.tensors.items() if stored.file == file}
+            for name, tensor in tensors.items():
+                if name in layers:
+                    packed = layers[name].weight
+                    wide = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+                    tensors[name] = wide.to("cpu", tensor.dtype).contiguous()
+                progress.advance()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
     for name in _SMALL_FILES:
         if (base / name).is_file():
@@ -134,7 +123,7 @@ def compare_merges(
         InputError: a model cannot be loaded.
     """
     from lib.models.loading import load_model, load_tokenizer
-    from lib.statistics.intervals import paired_bootstrap
+    from lib.statistics.intervals import paired_bootstrap, wilson
 
     reader = load_tokenizer(tokenizer)
     prompts = [task.probe_ids(reader, row) for row in rows]
@@ -150,23 +139,36 @@ def compare_merges(
         for name, load in loaders.items():
             measured[name] = _measure(load(), prompts, answers, Path(references), progress)
             gc.collect()
+
+    def share(labels: np.ndarray | None, wanted: np.ndarray | None) -> list[float] | None:
+        """Of rows with the wanted label; None for rows without labels."""
+        if labels is None or wanted is None:
+            return None
+        return _with_limits(wilson(int((labels == wanted).sum()), len(prompts)))
+
     results = [
-        _result(name, found, measured[NF4], truth, open_weights(merges[name]).nbytes / 1e6 if name in merges else None)
+        Nf4Result(
+            model=name,
+            rows=len(prompts),
+            positions=len(found.same_top),
+            kld=_with_limits(paired_bootstrap(found.divergence)),
+            same_top=float(found.same_top.mean()),
+            label_agreement=share(found.labels, measured[NF4].labels),
+            accuracy=share(found.labels, truth),
+            size_mb=open_weights(merges[name]).nbytes / 1e6 if name in merges else None,
+        )
         for name, found in measured.items()
     ]
     difference = paired_bootstrap(measured[DEQUANTIZED].divergence - measured[ORIGINAL].divergence)
-    closer = None
-    if difference.excludes_zero():
-        closer = DEQUANTIZED if difference.estimate < 0 else ORIGINAL
+    closer = (DEQUANTIZED if difference.estimate < 0 else ORIGINAL) if difference.excludes_zero() else None
     return Nf4Comparison(results, _with_limits(difference), closer)
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     """A model's answers.
 
     Attributes:
-        labels: (rows, labels) log-probabilities; None for rows without labels.
+        labels: most probable label of every row; None for rows without labels.
         divergence: mean KL divergence of each prompt from the NF4 model, nats.
         same_top: of every position, whether the NF4 model's most probable token is the same.
     """
@@ -183,7 +185,7 @@ def _measure(
     from lib.scoring.torch_backend import TransformersBackend
 
     backend = TransformersBackend(model, batch_size=16)
-    labels = backend.label_log_probs(prompts, answers) if answers else None
+    labels = backend.label_log_probs(prompts, answers).argmax(1) if answers else None
     progress.advance(len(prompts))
     divergence, same_top = [], []
     for i, ids in enumerate(prompts):
@@ -196,29 +198,6 @@ def _measure(
         progress.advance()
     backend.close()
     return _Measured(labels, np.array(divergence), np.concatenate(same_top))
-
-
-def _result(
-    name: str, found: _Measured, reference: _Measured, truth: np.ndarray | None, size_mb: float | None
-) -> Nf4Result:
-    from lib.statistics.intervals import paired_bootstrap, wilson
-
-    rows = len(found.divergence)
-
-    def share(wanted: np.ndarray) -> list[float]:
-        assert found.labels is not None
-        return _with_limits(wilson(int((found.labels.argmax(1) == wanted).sum()), rows))
-
-    return Nf4Result(
-        model=name,
-        rows=rows,
-        positions=len(found.same_top),
-        kld=_with_limits(paired_bootstrap(found.divergence)),
-        same_top=float(found.same_top.mean()),
-        label_agreement=None if reference.labels is None else share(reference.labels.argmax(1)),
-        accuracy=None if truth is None else share(truth),
-        size_mb=size_mb,
-    )
 
 
 def _with_limits(interval: Interval) -> list[float]:

@@ -25,16 +25,15 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib.errors import InputError
 from lib.models.weights import TORCH, StoredTensor, Weights, open_weights
 from lib.progress import Progress
 from lib.runs.machine import no_warnings
-from lib.stages.merge.adapter import Update, plan_merge
+from lib.stages.merge.adapter import Update, plan_merge, slabs
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +74,6 @@ class MergeProof:
     dtype: str
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
 
 def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = None) -> MergeProof:
     """Compute every tensor of the model folder `merged` again from `base` and `adapter`.
@@ -99,14 +94,17 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
     wrong: dict[str, int] = {}
     with Progress("proving the merge (tensors)", len(written.tensors)) as progress:
         for name, tensor in written.tensors.items():
-            update = updates.get(name)
+            update, own = updates.get(name), weights.tensors[name]
             if update and update.is_sum:
-                wrong[name] = _check_sums(tensor, weights.tensors[name], update, factors[name], counts)
+                count = _check_sums(tensor, own, update, factors[name], counts)
             else:
-                wrong[name] = _differing(tensor, weights.tensors[name], update)
+                count = _differing(tensor, own, update)
+            if count:
+                wrong[name] = count
             progress.advance()
     summed = [name for name, update in updates.items() if update.is_sum]
-    _refuse_wrong(merged, written, summed, {name: count for name, count in wrong.items() if count})
+    if wrong:
+        raise _wrong_weights(written, summed, wrong)
     weights_summed = sum(written.tensors[name].size for name in summed)
     kinds = {tensor.dtype for tensor in written.tensors.values()}
     return MergeProof(
@@ -150,15 +148,6 @@ def _scalings(adapter: Path, updates: dict[str, Update]) -> dict[str, float]:
     return {name: factor(name.rpartition(".")[0]) for name in updates}
 
 
-def _blocks(tensor: StoredTensor, most: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows of a tensor, their first weight and number of weights, about `most` weights at a time."""
-    rows, width = (tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.shape else (1, 1)
-    step = max(1, most // max(1, width))
-    for first in range(0, rows, step):
-        part = slice(first, min(first + step, rows))
-        yield part, part.start * width, (part.stop - part.start) * width
-
-
 def _cast(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Rounded by torch, by way of float32 as the merge's sums are (a float64 model stays what it is)."""
     import torch
@@ -175,7 +164,7 @@ def _differing(written: StoredTensor, base: StoredTensor, update: Update | None)
     source = update.tensors["value"] if whole else base
     trained = {} if update is None or whole else dict(zip(update.rows, update.tensors["value"].tensor(), strict=True))
     wrong = 0
-    for rows, first, count in _blocks(written, _COPIED):
+    for rows, first, count in slabs(written, _COPIED):
         values = source.read_tensor(first, count)
         if trained:
             values = values.to(torch.float64).reshape(rows.stop - rows.start, -1)
@@ -202,7 +191,7 @@ def _check_sums(
     import torch
 
     wrong = 0
-    for rows, first, count in _blocks(written, _BLOCK):
+    for rows, first, count in slabs(written, _BLOCK):
         weight = base.read_tensor(first, count).to(torch.float64).reshape(-1, *written.shape[1:])
         with torch.inference_mode():
             total, error = _sum_and_bound(weight, update, rows, scaling)
@@ -252,17 +241,15 @@ def _float32_values(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32).to(torch.float64)
 
 
-def _refuse_wrong(merged: Path, written: Weights, summed: list[str], wrong: dict[str, int]) -> None:
-    """Refuse a merge with wrong weights; the first tensors are named, with their numbers of wrong weights."""
-    if not wrong:
-        return
+def _wrong_weights(written: Weights, summed: list[str], wrong: dict[str, int]) -> InputError:
+    """The refusal of a merge; it names the first tensors with their numbers of wrong weights."""
     shown = []
     for name, count in list(wrong.items())[:3]:
         rule = "the sum, rounded once" if name in summed else "the stored value"
         shown.append(f"{name} ({count:,} of {written.tensors[name].size:,} weights are not {rule})")
     more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
     which = f"{len(wrong)} of {len(written.tensors)} tensors are wrong: {', '.join(shown)}{more}"
-    raise _no_merge(merged, which)
+    return _no_merge(written.folder, which)
 
 
 def _no_merge(merged: Path, found: str) -> InputError:

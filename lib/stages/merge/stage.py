@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,9 @@ from lib.errors import InputError
 from lib.models.weights import SAFETENSORS
 from lib.prompts.tasks import language_of, read_task
 from lib.runs.files import read_json, read_jsonl, render, write_json, write_text
-from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
+from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, Nf4Result, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
-from lib.stages.merge.verify import MergeCheck, check_merge
+from lib.stages.merge.verify import FormatCost, MergeCheck, check_merge
 from lib.stages.merge.weights import MergeReport, merge_folders
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ _CHECK = 3
 
 _TOLD_BY = 200
 """Validation rows by which the card tells the language."""
+
+_TAGS = {
+    "classification": "sentiment-analysis",
+    "instruction": "instruction-following",
+    "dialogue": "conversational",
+}
+"""What hubs call the tasks."""
 
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check the merge."""
@@ -102,26 +109,26 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
     chosen = adapter.entry.facts.get("chosen")
-    kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(task.kind)
     front = {
         "base_model": base.id,
         "language": language_of(_validation_rows(data.path, _TOLD_BY)),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "merged", kind or "sentiment-analysis"],
+        "tags": ["lora", "merged", _TAGS[task.kind]],
         "base_model_relation": "finetune",
     }
-    values = {"base": base.id, "revision": base.revision, "merge_base": merge_base}
-    values |= {"report": report, "proof": proof, "check": check}
-    values["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
-    _write_readme(work.folder, "card.md.j2", front, values)
+    shared = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
+    notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
+    _write_readme(
+        work.folder, "card.md.j2", front, {"base": base.id, "revision": base.revision, "notes": notes, **shared}
+    )
     content = {
-        "report": {**report.to_json(), "base": base.id, "adapter": "adapter", "output": "merged"},
-        "proof": proof.to_json(),
-        "check": check.to_json(),
+        "report": {**asdict(report), "base": base.id, "adapter": "adapter", "output": "merged"},
+        "proof": asdict(proof),
+        "check": asdict(check),
         "method": method,
         "merge_base": merge_base,
-        "nf4": nf4.to_json() if nf4 else None,
+        "nf4": asdict(nf4) if nf4 else None,
     }
     write_json(work.folder / "merge.json", content)
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
@@ -155,14 +162,14 @@ def _validation_rows(data: Path, count: int) -> list[dict[str, Any]]:
 
 
 def _read(product: Product) -> MergeResult:
-    content: dict[str, Any] = read_json(product.path / "merge.json")
-    report = {**content["report"], "rules": tuple(content["report"]["rules"])}
+    content = read_json(product.path / "merge.json")
+    check, nf4 = content["check"], content["nf4"]
     return MergeResult(
         product=product,
-        report=MergeReport(**report),
+        report=MergeReport(**content["report"]),
         proof=MergeProof(**content["proof"]),
-        check=MergeCheck.from_json(content["check"]),
-        nf4=Nf4Comparison.from_json(content["nf4"]) if content["nf4"] else None,
+        check=MergeCheck(**{**check, "costs": [FormatCost(**cost) for cost in check["costs"]]}),
+        nf4=nf4 and Nf4Comparison(**{**nf4, "results": [Nf4Result(**row) for row in nf4["results"]]}),
         files={name: output["bytes"] for name, output in product.entry.outputs.items()},
         base=content["report"]["base"],
         method=content["method"],

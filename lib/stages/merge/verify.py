@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,18 +96,9 @@ class MergeCheck:
     effect_kld: float
     effect_agreement: float
     max_kld: float
-    costs: tuple[FormatCost, ...]
+    costs: list[FormatCost]
     left_out: dict[str, str]
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self) | {"costs": [asdict(cost) for cost in self.costs]}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> MergeCheck:
-        """The reverse of `to_json`."""
-        return cls(**value | {"costs": tuple(FormatCost(**cost) for cost in value["costs"])})
 
 
 @dataclass(frozen=True)
@@ -176,7 +167,7 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
         effect_kld=effect,
         effect_agreement=_agreement(reference.tuned, reference.plain),
         max_kld=max(KLD_FLOOR[arithmetic], KLD_SHARE * effect),
-        costs=(own, *costs),
+        costs=[own, *costs],
         left_out=left_out,
         seconds=round(time.monotonic() - started, 2),
     )

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import psutil
 
 from lib.errors import InputError
 from lib.models.weights import (
@@ -37,7 +37,7 @@ from lib.models.weights import (
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import new_folder, read_json, require_space, write_at, write_json
-from lib.stages.merge.adapter import RULES, Update, plan_merge
+from lib.stages.merge.adapter import RULES, Update, plan_merge, slabs
 
 if TYPE_CHECKING:
     import torch
@@ -71,35 +71,13 @@ class MergeReport:
     scalings: dict[str, int]
     peak_anonymous_mib: float | None
     seconds: float
-    rules: tuple[str, ...] = field(default=RULES)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**asdict(self), "rules": list(self.rules)}
+    rules: list[str] = field(default_factory=lambda: list(RULES))
 
 
-class AnonymousMemory:
-    """Largest growth of this process's anonymous memory, looked at after every tensor (Linux)."""
-
-    def __init__(self) -> None:
-        self.start = self._now()
-        self.peak = self.start
-
-    @staticmethod
-    def _now() -> int | None:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return None
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)
-
-    def look(self) -> None:
-        if self.peak is not None:
-            self.peak = max(self.peak, self._now() or 0)
-
-    @property
-    def mib(self) -> float | None:
-        return None if self.peak is None or self.start is None else round((self.peak - self.start) / 2**20, 1)
+def _anonymous_memory() -> int:
+    """Bytes of this process's own memory, without mapped files; 0 where the system does not tell them apart."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", memory.rss)
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -128,11 +106,10 @@ def planned_weights(base: Weights, folder: Path, dtype: str | None) -> tuple[Wei
     tensors: dict[str, StoredTensor] = {}
     headers = {}
     for file in base.files:
-        path, sizes = folder / file.name, {}
+        path = folder / file.name
         mine = sorted((t for t in base.tensors.values() if t.file == file), key=lambda tensor: tensor.start)
-        for tensor in mine:
-            nbytes = tensor.size * NUMPY[dtype]().itemsize if dtype else tensor.nbytes
-            sizes[tensor.name] = (dtype or tensor.dtype, tensor.shape, nbytes)
+        kinds = {t.name: dtype or t.dtype for t in mine}
+        sizes = {t.name: (kinds[t.name], t.shape, t.size * NUMPY[kinds[t.name]]().itemsize) for t in mine}
         headers[path] = pack_header(sizes, base.metadata[file.name])
         end = len(headers[path])
         for tensor in mine:
@@ -144,93 +121,73 @@ def planned_weights(base: Weights, folder: Path, dtype: str | None) -> tuple[Wei
 
 
 def write_weights(
-    base: Weights,
-    new: Weights,
-    headers: dict[Path, bytes],
-    updates: dict[str, Update],
-    memory: AnonymousMemory,
-    sink: Sink | None = None,
-) -> None:
+    base: Weights, new: Weights, headers: dict[Path, bytes], updates: dict[str, Update], sink: Sink | None = None
+) -> int:
     """Write all files of `new`, as `planned_weights` planned them; `sink` gets every tensor too.
+
+    Returns:
+        The most anonymous memory that was seen after a slab of rows, in bytes.
 
     Raises:
         InputError: NaN or infinity in a weight of the base or of the result.
     """
     import torch
 
-    descriptors = {}
-    threads = torch.get_num_threads()
-    try:
-        for path in new.files:
-            descriptors[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            write_at(descriptors[path], headers[path], 0)
-        slabs = _Slabs(base, new, updates, descriptors, sink)
-        with Progress("merging tensors", len(new.tensors)) as progress:
+    most = 0
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("wb", buffering=0)) for path in new.files}
+        for path, file in files.items():
+            write_at(file.fileno(), headers[path], 0)
 
-            def done(tensors: int) -> None:
-                memory.look()
-                progress.advance(tensors)
+        def write(target: StoredTensor, rows: slice, first: int, count: int) -> int:
+            """Merge some rows, and put them where they belong; returns how many tensors are finished by that."""
+            values = _merged(base.tensors[target.name], updates.get(target.name), target.dtype, rows, first, count)
+            write_at(files[target.file].fileno(), values.view(np.uint8), target.start + first * values.itemsize)
+            if sink is not None:
+                sink.put(target.name, first, values, target.dtype)
+            return int(first + count == target.size)
 
-            run_jobs(slabs.jobs(), done, lambda: torch.set_num_threads(1))
-    finally:
-        torch.set_num_threads(threads)
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        def done(finished: int) -> None:
+            nonlocal most
+            most = max(most, _anonymous_memory())
+            progress.advance(finished)
+
+        jobs = (
+            partial(write, target, *slab)
+            for name, target in new.tensors.items()
+            for slab in slabs(target, target.size if sink is not None and sink.whole(name) else _SLAB, _LEAST_ROWS)
+        )
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        progress = stack.enter_context(Progress("merging tensors", len(new.tensors)))
+        run_jobs(jobs, done, lambda: torch.set_num_threads(1))
     if (base.folder / INDEX).is_file():
         index = read_json(base.folder / INDEX)
         index.setdefault("metadata", {})["total_size"] = new.nbytes
         index["weight_map"] = {name: tensor.file.name for name, tensor in sorted(new.tensors.items())}
         write_json(new.folder / INDEX, index)
+    return most
 
 
-class _Slabs:
-    """The rows of all tensors in slabs; the job of each gives the number of tensors that it finished."""
+def _merged(stored: StoredTensor, update: Update | None, dtype: str, rows: slice, first: int, count: int) -> np.ndarray:
+    """Some rows of a tensor of the base, changed or copied, and rounded once to `dtype`."""
+    if update is None or update.kind == "replace":
+        source = update.tensors["value"] if update else stored
+        values = convert(source.read(first, count), source.dtype, dtype)
+    else:
+        import torch
 
-    def __init__(
-        self,
-        base: Weights,
-        new: Weights,
-        updates: dict[str, Update],
-        descriptors: dict[Path, int],
-        sink: Sink | None,
-    ) -> None:
-        self.base, self.new, self.updates, self.descriptors, self.sink = base, new, updates, descriptors, sink
-
-    def jobs(self) -> Iterator[Callable[[], int]]:
-        for name, target in self.new.tensors.items():
-            rows, width = (target.shape[0], math.prod(target.shape[1:])) if target.shape else (1, 1)
-            step = max(_LEAST_ROWS, _SLAB // max(1, width))
-            if self.sink is not None and self.sink.whole(name):
-                step = rows
-            for first in range(0, max(1, rows), max(1, step)):
-                part = slice(first, min(first + step, rows))
-                yield partial(self._write, target, part, width, int(part.stop >= rows))
-
-    def _write(self, target: StoredTensor, rows: slice, width: int, finished: int) -> int:
-        """Change or copy some rows, round them once, and put them where they belong."""
-        update, stored = self.updates.get(target.name), self.base.tensors[target.name]
-        first, count = rows.start * width, (rows.stop - rows.start) * width
-        if update is None or update.kind == "replace":
-            source = update.tensors["value"] if update else stored
-            values = convert(source.read(first, count), source.dtype, target.dtype)
-        else:
-            import torch
-
-            changed = apply_update(stored.read_tensor(first, count).reshape(-1, *stored.shape[1:]), update, rows)
-            changed = changed.to(getattr(torch, TORCH[target.dtype])).contiguous().reshape(-1)
-            values = (changed.view(torch.uint16) if target.dtype == "BF16" else changed).numpy()
-        if not math.isfinite(largest_magnitude(values, target.dtype)):
-            if target.dtype == "F16":
-                raise InputError(
-                    f"{target.name}: a weight that is not finite in float16, which ends at 65,504.",
-                    "weights within the number format.",
-                    "merge into bfloat16 or float32 (merge_dtype, --dtype), or look for a diverged training.",
-                )
-            raise infinite(target.name, stored.file)
-        write_at(self.descriptors[target.file], values.view(np.uint8), target.start + first * values.itemsize)
-        if self.sink is not None:
-            self.sink.put(target.name, first, values, target.dtype)
-        return finished
+        changed = apply_update(stored.read_tensor(first, count).reshape(-1, *stored.shape[1:]), update, rows)
+        changed = changed.to(getattr(torch, TORCH[dtype])).contiguous().reshape(-1)
+        values = (changed.view(torch.uint16) if dtype == "BF16" else changed).numpy()
+    if math.isfinite(largest_magnitude(values, dtype)):
+        return values
+    if dtype == "F16":
+        raise InputError(
+            f"{stored.name}: a weight that is not finite in float16, which ends at 65,504.",
+            "weights within the number format.",
+            "merge into bfloat16 or float32 (merge_dtype, --dtype), or look for a diverged training.",
+        )
+    raise infinite(stored.name, stored.file)
 
 
 def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Tensor:
@@ -254,12 +211,11 @@ def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Ten
         if update.kind == "bias":
             value = update.tensors["value"].tensor()[rows].to(torch.float32)
             return (value * update.scaling).to(wide).add_(weight)
-        first, second = update.tensors["A"].tensor(), update.tensors["B"].tensor()
-        if update.kind == "embedding":
-            total = (second.to(torch.float32) @ first[:, rows].to(torch.float32)).mul_(update.scaling).to(wide).T
-        else:
-            total = (second[rows].to(torch.float32) @ first.to(torch.float32)).mul_(update.scaling).to(wide)
-        total.add_(weight)
+        turned = update.kind == "embedding"
+        a, b = (update.tensors[role].tensor() for role in "AB")
+        a, b = (a[:, rows], b) if turned else (a, b[rows])
+        total = (b.to(torch.float32) @ a.to(torch.float32)).mul_(update.scaling).to(wide)
+        total = (total.T if turned else total).add_(weight)
         if "magnitude" in update.tensors:
             norm = torch.linalg.norm(total, dim=1)
             total.mul_((update.tensors["magnitude"].tensor()[rows].to(wide) / norm).view(-1, 1))
@@ -303,14 +259,14 @@ def merge_folders(
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(DTYPES)}.", "choose one of them.")
     _check_output(base, adapter, output)
     plan = plan_merge(base, adapter)
-    weights, memory = plan.base, AnonymousMemory()
+    weights, memory = plan.base, _anonymous_memory()
     with new_folder(output) as folder:
         new, headers = planned_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
         plan.adapter.require_finite()
         _copy_small_files(base, tokenizer or base, folder, plan.config, dtype)
         with also(folder, new) if also else contextlib.nullcontext() as sink:
-            write_weights(weights, new, headers, plan.updates, memory, sink)
+            most = write_weights(weights, new, headers, plan.updates, sink)
     changed = [weights.tensors[name] for name in plan.updates]
     kinds = {tensor.dtype for tensor in weights.tensors.values()}
     kind = TORCH[kinds.pop()] if len(kinds) == 1 else "mixed"
@@ -328,7 +284,7 @@ def merge_folders(
         bytes_adapter=plan.adapter.nbytes,
         bytes_merged=new.nbytes,
         scalings=dict(sorted(scalings.items())),
-        peak_anonymous_mib=memory.mib,
+        peak_anonymous_mib=round((max(most, memory) - memory) / 2**20, 1) if memory else None,
         seconds=round(time.monotonic() - started, 2),
     )
 
