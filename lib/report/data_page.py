@@ -5,33 +5,38 @@ Both have the same parts, so that a cell of the notebook need not know which of 
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
 from lib.report.display import Row, tell
 from lib.report.merge_page import unpacked
 from lib.report.sentences import sentence
+from lib.runs import machine
+from lib.runs.files import free_space
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
-    from lib.runs.machine import Machine
     from lib.stages.data.stage import DataResult
 
 _OLD = "made before there was this audit; force: true makes it"
 
 
-def machine_card(machine: Machine) -> HTML:
-    """What ran everything."""
+def machine_card(disk: Path) -> HTML:
+    """What ran everything; `disk`: a folder on the disk that runs are written to."""
+    dtype, reason = machine.compute_dtype()
+    total, free = (round(memory / 2**30, 1) for memory in (machine.total_memory(), machine.available_memory()))
     values = {
-        "system": machine.system,
-        "processor": f"{machine.processor}, {machine.cores} cores",
-        "accelerator": machine.accelerator,
-        "memory": f"{machine.memory_gib:g} GiB, {machine.available_gib:g} GiB of it free",
-        "free on the disk of runs/": f"{machine.disk_free_gb:g} GB",
-        "number format": f"{machine.dtype} ({machine.dtype_reason})",
-        "bitsandbytes": machine.bitsandbytes,
-        "llama-cpp-python": machine.llama_cpp,
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "processor": f"{machine.cpu_name()}, {machine.physical_cores()} cores",
+        "accelerator": "none" if machine.torch_device() == "cpu" else machine.device_name(),
+        "memory": f"{total:g} GiB, {free:g} GiB of it free",
+        "free on the disk of runs/": f"{round(free_space(disk) / 1e9, 1):g} GB",
+        "number format": f"{dtype} ({reason})",
+        "bitsandbytes": machine.bitsandbytes_problem() or "works",
+        "llama-cpp-python": machine.llama_cpp_problem() or "works",
     }
     return display.key_values(values, "Machine card")
 

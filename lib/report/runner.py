@@ -15,15 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lib import settings as lib_settings
 from lib.errors import InputError, Terminated
 from lib.report import execute, html, index, unchanged
 from lib.report.html import duration
 from lib.report.index import Stage, summarise
 from lib.report.sentences import sentence
-from lib.runs.files import PROJECT, reports_folder, require_space, writable, write_json, write_text
+from lib.runs.files import PROJECT, locked, reports_folder, require_space, writable, write_json, write_text
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.runs.run import open_run
 from lib.scoring.term_lists import SHIPPED_TERMS, read_prompts, read_terms
@@ -49,19 +47,11 @@ def check_lists(settings: Settings) -> None:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Refuse a second report of the same run; remove what a killed one left behind."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"another process makes the report {folder.name!r}.", "one at a time.", "wait for it, or set run_name."
-        ) from None
-    try:
+    busy = (f"another process makes the report {folder.name!r}.", "one at a time.", "wait for it, or set run_name.")
+    with locked(folder / ".lock", *busy):
         for left in folder.glob(".work-*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

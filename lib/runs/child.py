@@ -1,4 +1,4 @@
-"""One function in a process of its own, whose crash kills only the child; and independent work on a few threads."""
+"""Run one function in a process of its own, so that a crash kills only the child; run jobs on a few threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,8 @@ from lib.errors import InputError, missing_library
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs.files import PROJECT
 
-# Run one function in a process of its own: its memory is its own, and a crash of native code kills only the child.
-
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 4000
-_PROGRESS = "progress.txt"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,9 +48,9 @@ def run_child(
         function: "package.module:name" of a function that takes one dict and returns one dict, both JSON values.
         argument: its argument.
         what: the work in words, as in "quantizing to Q4_K_M"; used in progress and error messages.
-        timeout: seconds after which the child is killed; None waits for ever.
-        stop: for several children at once, each in a thread: when it is set, the child is killed.
-        heard: gets the child's newest line of progress; then nothing is shown here.
+        timeout: seconds after which the child is killed; None waits forever.
+        stop: for several children at once, each waited for in a thread: when it is set, the child is killed.
+        heard: called with the child's newest line of progress; nothing is shown here then.
 
     Returns:
         The function's dict with ``"peak_memory_mib"``, the child's largest resident memory, added.
@@ -97,21 +95,6 @@ def value_of(answer: dict[str, Any], what: str) -> dict[str, Any]:
     return answer["value"]
 
 
-def _start(folder: Path, own_progress: bool) -> subprocess.Popen:
-    """Start the child; its lines of progress go to the headless notebook's file, or to one in `folder`."""
-    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-    progress_file = None if own_progress else os.environ.get(PROGRESS_FILE_VARIABLE)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "PYTHONUTF8": "1",
-        PROGRESS_FILE_VARIABLE: progress_file or str(folder / _PROGRESS),
-    }
-    command = [sys.executable, "-P", "-m", "lib.runs.child", str(folder)]
-    with (folder / "log.txt").open("wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-
-
 def _start_and_wait(
     folder: Path,
     what: str,
@@ -119,12 +102,25 @@ def _start_and_wait(
     stop: threading.Event | None,
     heard: Callable[[str], None] | None,
 ) -> int:
-    """Exit code of the child (negative: signal); the child never outlives this call."""
-    shown_elsewhere = heard is not None or os.environ.get(PROGRESS_FILE_VARIABLE)
+    """Exit code of the child (negative: signal); the child never outlives this call.
+
+    Its lines of progress go to the headless notebook's file where there is one, or to a file that is read here.
+    """
+    headless = None if heard else os.environ.get(PROGRESS_FILE_VARIABLE)
+    lines = folder / "progress.txt"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUTF8": "1",
+        PROGRESS_FILE_VARIABLE: headless or str(lines),
+    }
+    command = [sys.executable, "-P", "-m", "lib.runs.child", str(folder)]
     started = time.monotonic()
-    process = _start(folder, heard is not None)
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
     try:
-        with contextlib.nullcontext() if shown_elsewhere else Progress(what) as progress:
+        with contextlib.nullcontext() if heard or headless else Progress(what) as progress:
+            heard = heard or (progress and partial(progress.advance, 0))
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(_POLL_SECONDS)
@@ -134,10 +130,8 @@ def _start_and_wait(
                     raise InputError(
                         f"{what} took longer than {timeout:.0f} s.", "an end before that.", "try a smaller input."
                     )
-                if heard is not None:
-                    heard(_last_line(folder / _PROGRESS))
-                elif progress is not None:
-                    progress.advance(0, _last_line(folder / _PROGRESS))
+                if heard:
+                    heard(_last_line(lines))
     finally:
         if process.poll() is None:
             process.kill()
@@ -185,7 +179,7 @@ def die_with_parent(parent: int) -> None:
 def peak_memory_mib() -> float:
     """Largest resident memory of this process, MiB.
 
-    Linux: VmHWM, which starts anew at exec; ru_maxrss would include what the parent had when it forked.
+    Linux: VmHWM, which starts afresh at exec; ru_maxrss would include what the parent had when it forked.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -195,24 +189,6 @@ def peak_memory_mib() -> float:
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-
-
-def _main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    die_with_parent(request["parent"])
-    module, _, name = request["function"].partition(":")
-
-    def call(argument: dict[str, Any]) -> dict[str, Any]:
-        value = getattr(importlib.import_module(module), name)(argument)
-        return {**value, "peak_memory_mib": peak_memory_mib()}
-
-    partial = folder / "result.json.part"
-    partial.write_text(json.dumps(answer(call, request["argument"])), encoding="utf-8")
-    partial.replace(folder / "result.json")
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
 
 
 # Independent pieces of work on a few threads: NumPy, torch and file calls leave the interpreter free meanwhile.
@@ -231,19 +207,35 @@ def run_jobs(
         prepare: called once in every thread before its first job.
 
     Raises:
-        Exception: the first that a job raised; jobs that were not begun are dropped, those running are waited for.
+        Exception: the first that a job raised; jobs that have not begun are dropped, running ones are waited for.
     """
     threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
     waiting = iter(jobs)
-    running: set[Future[Any]] = set()
-    with ThreadPoolExecutor(threads, initializer=prepare or (lambda: None)) as pool:
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
         try:
-            while True:
-                running |= {pool.submit(job) for job in islice(waiting, 2 * threads - len(running))}
-                if not running:
-                    return
+            running = {pool.submit(job) for job in islice(waiting, 2 * threads)}
+            while running:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(job) for job in islice(waiting, len(finished))}
                 for future in finished:
                     done(future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _main(folder: Path) -> None:
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    die_with_parent(request["parent"])
+    module, _, name = request["function"].partition(":")
+
+    def call(argument: dict[str, Any]) -> dict[str, Any]:
+        value = getattr(importlib.import_module(module), name)(argument)
+        return {**value, "peak_memory_mib": peak_memory_mib()}
+
+    partial = folder / "result.json.part"
+    partial.write_text(json.dumps(answer(call, request["argument"])), encoding="utf-8")
+    partial.replace(folder / "result.json")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import stat
@@ -135,6 +134,25 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def locked(path: Path, found: str, expected: str, do: str) -> Iterator[None]:
+    """Hold the lock file `path`; the system gives it up for a process that is killed.
+
+    Raises:
+        InputError: another process holds it; with these words.
+        OSError: there can be no file.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(found, expected, do) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds.
 
@@ -143,39 +161,28 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     temporary = output.with_name(f".{output.name}.part")
     folder = temporary / output.name  # a converter names the model after its folder
-    lock = FileLock(temporary / ".lock")  # given up by a process that is killed
+    busy = (f"another command is writing {output}.", "one command a folder.", "wait for it, or choose another folder.")
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another command is writing {output}.", "one command a folder.", "wait for it, or choose another folder."
-        ) from None
+        with locked(temporary / ".lock", *busy):
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                yield folder
+                settle(folder)
+                if output.is_dir():
+                    output.rmdir()
+                folder.rename(output)
+                flush_to_disk(output.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise _unwritable(output, error) from None
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
-        settle(folder)
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
-        flush_to_disk(output.parent)
-    except OSError as error:
-        raise _unwritable(output, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        lock.release()
-
-
-def _unwritable(output: Path, error: OSError) -> InputError:
-    found = f"{output} cannot be written ({error.strerror})."
-    return InputError(found, "a folder with room that may be written.", "choose one.")
+        found = f"{output} cannot be written ({error.strerror})."
+        raise InputError(found, "a folder with room that may be written.", "choose one.") from None
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """`target` with the content of `source`: a hard link, or a copy where the disk has none."""
+    """Give `target` the content of `source`: by a hard link, or by a copy where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -189,28 +196,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON as every reader takes it: null stands for numbers that JSON has not (infinite, not a number)."""
+    """JSON as every reader takes it: null stands for numbers that JSON does not have (infinity, not a number)."""
     try:
         return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+        from pydantic_core import to_jsonable_python
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        finite = to_jsonable_python(value, inf_nan_mode="null")
+        return json.dumps(finite, ensure_ascii=False, indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON (`json_text`, UTF-8, indented, sorted only as given) atomically."""
+    """Write JSON (`json_text`, UTF-8, indented, keys in the given order) atomically."""
     write_text(path, json_text(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a damaged file is an InputError that names it."""
+    """Read JSON; a damaged file raises an InputError that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -228,14 +230,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream if line.strip()]
 
 
+def free_space(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+
+
 def require_space(folder: Path, need: int, what: str, variable: str = HOME_VARIABLE) -> None:
     """Refuse before the work when the disk of `folder` has less than `need` bytes (and 64 MiB) free.
 
     Args:
         variable: environment variable that moves the folder to another disk.
     """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < need + (64 << 20):
         raise InputError(
             f"{free / 1e6:.0f} MB free on the disk of {folder}.",
@@ -278,20 +284,23 @@ SETTLED = 2.0
 
 
 def remembered_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes; nothing is read when this state of the file was hashed before.
+    """Hex SHA-256 of a file's bytes; the file is not read when this state of it was hashed before.
 
     Raises:
         OSError: the file cannot be read.
     """
-    place = path.resolve()
-    before, memory = _file_state(place), runs_folder() / "_cache" / "sha256.json"
-    remembered = _remembered(memory).get(str(place))
-    if isinstance(remembered, dict) and remembered.get("state") == before:
-        return str(remembered["sha256"])
+    place, memory = path.resolve(), runs_folder() / "_cache" / "sha256.json"
+    before, key = _file_state(place), str(place)
+    known = _remembered(memory).get(key)
+    if isinstance(known, dict) and known.get("state") == before:
+        return str(known["sha256"])
     digest = sha256_file(place)
     if _file_state(place) == before and time.time_ns() - before[1] > SETTLED * 1e9:
         with contextlib.suppress(OSError):  # a hash that is not remembered is only computed again
-            _remember(memory, place, {"state": before, "sha256": digest})
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(memory.with_suffix(".lock")):  # several processes may add to it at the same time
+                there = {name: entry for name, entry in _remembered(memory).items() if Path(name).is_file()}
+                write_json(memory, {**there, key: {"state": before, "sha256": digest}})
     return digest
 
 
@@ -302,18 +311,10 @@ def _file_state(path: Path) -> list[int]:
 
 def _remembered(memory: Path) -> dict[str, Any]:
     try:
-        content = json.loads(memory.read_text(encoding="utf-8"))
+        content = read_json(memory)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _remember(memory: Path, place: Path, entry: dict[str, Any]) -> None:
-    """Add one entry; several processes may do so at the same time. Files that are gone are forgotten."""
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(memory.with_suffix(".lock")):
-        kept = {path: known for path, known in _remembered(memory).items() if Path(path).is_file()}
-        write_json(memory, {**kept, str(place): entry})
 
 
 def render(template: Path, **values: Any) -> str:

@@ -1,6 +1,6 @@
-"""What this machine can do: processor, memory, disk, accelerator, number formats, optional libraries.
+"""What this machine can do: processor, memory, accelerator, number formats, optional libraries.
 
-Libraries are told not to talk here, too: what they print would land in a report page. Errors stay errors.
+Libraries are kept quiet here, too: what they print would land in a report page. Their errors are still raised.
 """
 
 from __future__ import annotations
@@ -12,49 +12,45 @@ import importlib.util
 import logging
 import os
 import platform
-import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-
-# What this machine can do: processor, memory, disk, accelerator, number formats, optional libraries.
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def physical_cores() -> int:
-    """Physical cores this process may use (scheduler limits counted); at least 1."""
+    """Physical cores this process may use (limits of the scheduler included); at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     slurm = int(os.environ.get("SLURM_CPUS_PER_TASK") or allowed)
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed, slurm))
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be used now without swapping (the limits of a batch system or container counted)."""
+    """Bytes of memory that can be used now without swapping (limits of a batch system or container included)."""
     rooms = [limit - used for limit, used in memory_limits()]
     return max(0, min([psutil.virtual_memory().available, *rooms]))
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process could have if nothing else used any (limits counted)."""
+    """Bytes of memory that this process could have if nothing else used any (limits included)."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])
 
 
 def memory_limits(mounted: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[tuple[int, int]]:
-    """(limit, use) in bytes of every control group around this process that has a limit, from the innermost out.
+    """(limit, use) in bytes of every control group around this process that has a limit, the innermost first.
 
-    The use is without file contents that the kernel gives up first (`inactive_file`). In a container the names in
-    /proc may be those of the machine outside; then only the group at the root of the mount is readable, its own.
+    The use leaves out cached file contents, which the kernel gives up first (`inactive_file`). In a container the
+    names in /proc may be those of the machine outside; then only the container's own group, at the root of the mount,
+    can be read.
 
     Args:
         mounted: where control groups are mounted; both versions are understood.
         own: the file that names this process's groups, `number:controllers:path` a line.
     """
-    found = []
-    lines = []
+    found, lines = [], []
     with contextlib.suppress(OSError):
         lines = [line.split(":", 2) for line in own.read_text().splitlines() if line.count(":") >= 2]
     for _, controllers, name in lines:
@@ -65,9 +61,8 @@ def memory_limits(mounted: Path = CGROUPS, own: Path = OWN_CGROUP) -> list[tuple
         else:
             continue
         inside = root / name.lstrip("/")
-        for group in (inside, *inside.parents):
-            if group.is_relative_to(root) and (pair := _limit(group, *files)):
-                found.append(pair)
+        groups = [group for group in (inside, *inside.parents) if group.is_relative_to(root)]
+        found += [pair for group in groups if (pair := _limit(group, *files))]
     return found
 
 
@@ -82,22 +77,22 @@ def _limit(group: Path, limit: str, use: str, given_up: str) -> tuple[int, int] 
 
 
 @functools.cache
-def cpu_flags() -> frozenset[str]:
-    """Instruction-set flags of the processor (Linux; empty elsewhere)."""
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of a processor (all are alike); empty elsewhere."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
+        pairs = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    return {}
+
+
+def cpu_flags() -> set[str]:
+    """Instruction-set flags of the processor (Linux; empty elsewhere)."""
+    return set(" ".join(_cpuinfo().get(key, "") for key in ("flags", "Features")).split())
 
 
 def cpu_name() -> str:
     """Model name of the processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def torch_device() -> str:
@@ -144,7 +139,7 @@ def has_module(name: str) -> bool:
 
 @functools.cache
 def bitsandbytes_problem() -> str | None:
-    """Why 4-bit layers do not work here; None when a small NF4 product was computed and is right."""
+    """Why 4-bit layers do not work here; None when a small NF4 product could be computed."""
     if not has_module("bitsandbytes"):
         return "bitsandbytes is not installed"
     os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
@@ -156,7 +151,7 @@ def bitsandbytes_problem() -> str | None:
         layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16).to(device)
         result = layer(torch.ones(2, 64, dtype=torch.bfloat16, device=device))
         return None if torch.isfinite(result).all() else "a small NF4 product is not finite"
-    except Exception as error:  # whatever a native library raises means that it does not work here
+    except Exception as error:  # whatever a native library raises, it does not work here
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -171,50 +166,14 @@ def llama_cpp_problem() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The machine card of a report."""
-
-    system: str
-    processor: str
-    cores: int
-    memory_gib: float
-    available_gib: float
-    disk_free_gb: float
-    accelerator: str
-    dtype: str
-    dtype_reason: str
-    bitsandbytes: str
-    llama_cpp: str
-
-
-def machine(disk: Path) -> Machine:
-    """Describe this machine; `disk` is a folder on the disk that runs are written to."""
-    existing = next(p for p in (disk, *disk.absolute().parents) if p.exists())
-    dtype, reason = compute_dtype()
-    return Machine(
-        system=f"{platform.system()} {platform.release()} ({platform.machine()})",
-        processor=cpu_name(),
-        cores=physical_cores(),
-        memory_gib=round(total_memory() / 2**30, 1),
-        available_gib=round(available_memory() / 2**30, 1),
-        disk_free_gb=round(shutil.disk_usage(existing).free / 1e9, 1),
-        accelerator="none" if torch_device() == "cpu" else device_name(),
-        dtype=dtype,
-        dtype_reason=reason,
-        bitsandbytes=bitsandbytes_problem() or "works",
-        llama_cpp=llama_cpp_problem() or "works",
-    )
-
-
 def return_freed_memory() -> None:
-    """Give the pages that were freed back to the system, where the C library can (glibc); elsewhere nothing happens."""
+    """Give freed pages back to the system, where the C library can (glibc); elsewhere nothing happens."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
-# Libraries told not to talk: what they print would land in a report page. Errors stay errors.
+# Libraries are kept quiet: what they print would land in a report page. Their errors are still raised.
 
 
 @functools.cache

@@ -1,6 +1,7 @@
-"""manifest.json of a run: one entry a product, written last, with all that has to be known to believe its numbers.
+"""manifest.json of a run: one entry per product, written last, with all that is needed to trust its numbers.
 
-Also: work that was finished but killed before its entry is found again; and folders that all runs share, made once.
+Also here: finished work is found again if its process was killed before the entry was added; and folders that all
+runs share are made once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lib.errors import InputError
 from lib.runs import files
 from lib.runs.files import PROJECT, read_json, settle, sha256_file, sha256_json, write_json
 
-# What has to be known to believe a number later: versions, machine, commit.
+# What is needed to trust a number later: versions and commit.
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "datasets", "evaluate", "gguf", "llama-cpp-python"),
@@ -31,7 +32,7 @@ PACKAGES = (
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide numbers; absent ones are named so."""
+    """Installed versions of the packages that decide numbers; missing ones are "absent"."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -61,26 +62,19 @@ def commit() -> dict[str, Any]:
 
 # manifest.json of a run: one entry a product, written last and atomically.
 
-NOTEBOOK_OF = {
-    "data": "01_data",
-    "adapter": "02_finetune",
-    "evaluation": "03_evaluate",
-    "merged": "04_merge",
-    "gguf": "05_convert_gguf",
-    "quantized": "06_quantize",
-    "imatrix": "06_quantize",
-    "source_grid": "06_quantize",
-    "sensitivity": "06_quantize",
-    "mix": "06_quantize",
-    "held_out_kld": "06_quantize",
-    "imatrix_effect": "06_quantize",
-    "mix_effect": "06_quantize",
-    "tensor_errors": "06_quantize",
-    "retention": "06_quantize",
-    "exports": "06_quantize",
-    "comparison": "07_compare_quantized",
-    "package": "07_compare_quantized",
+_PRODUCTS = {
+    "01_data": ("data",),
+    "02_finetune": ("adapter",),
+    "03_evaluate": ("evaluation",),
+    "04_merge": ("merged",),
+    "05_convert_gguf": ("gguf",),
+    "06_quantize": (
+        *("quantized", "imatrix", "source_grid", "sensitivity", "mix", "held_out_kld", "imatrix_effect", "mix_effect"),
+        *("tensor_errors", "retention", "exports"),
+    ),
+    "07_compare_quantized": ("comparison", "package"),
 }
+NOTEBOOK_OF = {product: notebook for notebook, products in _PRODUCTS.items() for product in products}
 """Which notebook makes which product."""
 
 
@@ -118,28 +112,32 @@ class Entry:
         return sha256_json({name: output["sha256"] for name, output in self.outputs.items()})
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Every file under `folder`, sorted.
+REQUEST, FINISHED = ".request.json", ".finished.json"
+"""Notes beside the work while it is made (see below); no part of the product."""
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Every file under `folder` but the notes, by its relative path, sorted.
 
     Raises:
         InputError: one is a symbolic link.
     """
-    found = sorted(p for p in folder.rglob("*") if not p.is_dir())
+    found = sorted(path for path in folder.rglob("*") if not path.is_dir())
     if links := [path for path in found if path.is_symlink()]:
         raise InputError(f"{links[0]} is a symbolic link.", "plain files in a product.", "copy the file instead.")
-    return found
+    named = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: path for name, path in named.items() if name not in (REQUEST, FINISHED)}
 
 
 def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file under `folder`, by relative path; symbolic links are refused."""
+    """Bytes and SHA-256 of every file of `files_of`."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in files_of(folder)
+        name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in files_of(folder).items()
     }
 
 
 def damage(folder: Path, entry: Entry) -> str | None:
-    """The first way in which the files differ from the entry, in words; None when all verify."""
+    """The first difference between the files and the entry, in words; None when all files verify."""
     for name, output in entry.outputs.items():
         path = folder / name
         if not path.is_file():
@@ -166,22 +164,21 @@ class Manifest:
 
     def add(self, run_name: str, entry: Entry) -> None:
         """Add or replace one entry."""
-        entries = {**self.entries(), entry.product: entry}
-        ordered = {name: asdict(entries[name]) for name in NOTEBOOK_OF if name in entries}
-        write_json(self.path, {"format": 1, "run": run_name, "products": ordered})
+        self._write(run_name, {**self.entries(), entry.product: entry})
 
     def remove(self, run_name: str, product: str) -> None:
         """Forget one entry (before its folder is replaced)."""
-        entries = {name: asdict(entry) for name, entry in self.entries().items() if name != product}
-        write_json(self.path, {"format": 1, "run": run_name, "products": entries})
+        self._write(run_name, {name: entry for name, entry in self.entries().items() if name != product})
+
+    def _write(self, run_name: str, entries: dict[str, Entry]) -> None:
+        ordered = {name: asdict(entries[name]) for name in NOTEBOOK_OF if name in entries}
+        write_json(self.path, {"format": 1, "run": run_name, "products": ordered})
 
 
-# What a kill between the end of a stage and its manifest entry must not cost: the finished work is found again.
+# A kill between the end of a stage and its manifest entry must not cost the work: it is found again.
 #
-# Two files lie beside the work and are no part of the product: what was asked for, from the beginning, and, once every
-# file has been flushed, what the entry will say. They are removed after the entry has been added.
-
-REQUEST, FINISHED = ".request.json", ".finished.json"
+# Two notes lie beside the work: from the beginning what was asked for, and, once every file has been flushed, what the
+# entry will say. They are removed after the entry has been added.
 
 
 def begin(folder: Path, wanted: dict[str, Any]) -> None:
@@ -213,18 +210,13 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The facts of work that was finished for exactly that, with its files as they were; else None."""
+    """The facts of work that was finished for exactly that and whose files still have their sizes; else None."""
     found = _read(folder / FINISHED) if asked(folder, wanted) else None
     return found["facts"] if found is not None and found["sizes"] == _sizes(folder) else None
 
 
-def outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of the product's files."""
-    return {name: output for name, output in hash_folder(folder).items() if name not in (REQUEST, FINISHED)}
-
-
 def take_back(final: Path, temporary: Path) -> None:
-    """A folder that was renamed, and whose entry was never added, becomes work in progress again."""
+    """Make a folder that was renamed, but whose entry was never added, work in progress again."""
     if (final / REQUEST).is_file():
         shutil.rmtree(temporary, ignore_errors=True)
         final.rename(temporary)
@@ -237,8 +229,7 @@ def forget(folder: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_of(folder)}
-    return {name: size for name, size in found.items() if name not in (REQUEST, FINISHED)}
+    return {name: path.stat().st_size for name, path in files_of(folder).items()}
 
 
 def _read(path: Path) -> Any:
@@ -256,16 +247,18 @@ def store() -> Path:
     return files.runs_folder() / "_offline"
 
 
+def _record(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.json")
+
+
 def record_of(folder: Path) -> dict[str, Any]:
     """What was recorded when a stored folder was made: {"determined_by", "facts", "files"}."""
-    return read_json(folder.with_name(f"{folder.name}.json"))
+    return read_json(_record(folder))
 
 
 def whole(folder: Path) -> bool:
     """Whether a stored folder has its record and every file is as recorded (bytes and SHA-256)."""
-    if not folder.is_dir() or not folder.with_name(f"{folder.name}.json").is_file():
-        return False
-    return hash_folder(folder) == record_of(folder)["files"]
+    return folder.is_dir() and _record(folder).is_file() and hash_folder(folder) == record_of(folder)["files"]
 
 
 def ensure(
@@ -283,18 +276,17 @@ def ensure(
         place: folder that holds it; None = `store()`.
 
     Returns:
-        The folder. One process builds, others wait for it; a kill in between leaves nothing under the final name.
+        The folder. One process builds it, others wait; a kill in between leaves nothing under the final name.
     """
     place = files.writable(place or store())
     final = place / f"{kind}-{sha256_json(determined_by)[:16]}"
-    record = final.with_name(f"{final.name}.json")
     with FileLock(final.with_name(f".{final.name}.lock")):
         if whole(final):
             return final
         temporary = final.with_name(f".{final.name}.part")
         for old in (temporary, final):
             shutil.rmtree(old, ignore_errors=True)
-        record.unlink(missing_ok=True)
+        _record(final).unlink(missing_ok=True)
         temporary.mkdir()
         try:
             facts = build(temporary)
@@ -302,5 +294,5 @@ def ensure(
             temporary.replace(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        write_json(record, {"determined_by": determined_by, "facts": facts, "files": hash_folder(final)})
+        write_json(_record(final), {"determined_by": determined_by, "facts": facts, "files": hash_folder(final)})
     return final

@@ -1,4 +1,4 @@
-"""What a phone's page sends back: checked key by key, because anybody with the address can send it, and saved."""
+"""What a phone's page sends back: checked key by key, because anybody with the address can send it, then saved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,39 @@ MOST_BYTES = 256 << 10
 MOST_FILES = 500
 MOST_TEXT = 2000
 LARGEST = 10**9
-"""Of any number: seconds, tokens, tokens a second, nats."""
+"""Largest value of any number: seconds, tokens, tokens a second, nats."""
 _LIST = 5000
 _HASH = re.compile(r"[0-9a-f]{64}")
 _ODD = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode categories that no name of a device has: control characters, halves of surrogates, separators of lines."""
+"""Unicode categories that no device name contains: control characters, lone surrogates, line separators."""
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of the text behind them, in a table also that of other cells."""
+"""Characters that change the direction of the text after them, in a table even that of other cells."""
 
-_NUMBER, _COUNT = f"a number from 0 to {LARGEST}", f"a whole number from 0 to {LARGEST}"
-_MAYBE, _NUMBERS = f"{_NUMBER}, or null", f"a list of numbers from 0 to {LARGEST}"
-_TEXT, _FLAG = f"a text of at most {MOST_TEXT} characters, none of them for control", "true or false"
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _is_text(value: Any) -> bool:
+    return (
+        isinstance(value, str)
+        and len(value) <= MOST_TEXT
+        and not any(character in _TURNING or unicodedata.category(character) in _ODD for character in value)
+    )
+
+
+_COUNT, _MAYBE = f"a whole number from 0 to {LARGEST}", f"a number from 0 to {LARGEST}, or null"
+_NUMBERS, _FLAG = f"a list of numbers from 0 to {LARGEST}", "true or false"
+_TEXT = f"a text of at most {MOST_TEXT} characters, none of them for control"
+_FITS: dict[str, Callable[[Any], bool]] = {
+    _COUNT: lambda value: isinstance(value, int) and _is_number(value),
+    _MAYBE: lambda value: value is None or _is_number(value),  # null where a browser may not tell
+    _NUMBERS: lambda value: isinstance(value, list) and 0 < len(value) <= _LIST and all(map(_is_number, value)),
+    _FLAG: lambda value: isinstance(value, bool),
+    _TEXT: _is_text,
+}
+"""Kinds of values, in words, and what is of that kind."""
+
 SCHEMA: dict[str, dict[str, str]] = {
     "device": {"name": _TEXT, "browser": _TEXT, "user_agent": _TEXT, "cores": _MAYBE, "memory_gb": _MAYBE},
     "runtime": {"wllama": _TEXT, "threads": _COUNT, "isolated": _FLAG, "compat": _FLAG},
@@ -97,7 +119,7 @@ def save_result(folder: Path, result: Mapping[str, Any]) -> Path:
     """Write a checked result as <time>-<device>-<random>.json: results that arrive together are all kept.
 
     Raises:
-        InputError: the folder is full: nobody shall fill the disk with results.
+        InputError: the folder is full, so that nobody can fill the disk with results.
         OSError: the disk does not take it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,28 +132,9 @@ def save_result(folder: Path, result: Mapping[str, Any]) -> Path:
 
 
 def _checked(value: Any, kind: str, key: str) -> Any:
-    """The value, if it is of its kind; null only where a browser may not tell."""
-    if kind == _NUMBERS:
-        good = isinstance(value, list) and 0 < len(value) <= _LIST and all(_is_number(each) for each in value)
-    elif kind == _FLAG:
-        good = isinstance(value, bool)
-    elif kind == _TEXT:
-        good = isinstance(value, str) and len(value) <= MOST_TEXT and not any(_is_odd(each) for each in value)
-    elif kind == _COUNT:
-        good = isinstance(value, int) and _is_number(value)
-    else:
-        good = (value is None and kind == _MAYBE) or _is_number(value)
-    if not good:
+    if not _FITS[kind](value):
         raise _wrong(key, kind)
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
-
-
-def _is_odd(character: str) -> bool:
-    return character in _TURNING or unicodedata.category(character) in _ODD
 
 
 def _wrong(key: str, expected: str) -> InputError:

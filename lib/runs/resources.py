@@ -9,14 +9,15 @@ import statistics
 import sys
 import threading
 import time
-from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
 EVERY = 2.0
-"""Seconds between samples; a long training gets one a minute at last, so that the file stays small."""
+"""Seconds between samples; a long training comes down to one a minute, so that the file stays small."""
 
 CALM_AFTER, CALM = 900, 60.0
 """Samples after which the pause grows to CALM seconds."""
@@ -27,153 +28,146 @@ WHOLE = ("seconds", "cpu_percent", "rss_mib")
 """What every sample has."""
 
 
-class _Sampling(contextlib.AbstractContextManager):
-    """A thread that calls `sample` every few seconds while the block runs."""
+@contextlib.contextmanager
+def _sampling(look: Callable[[], float], pause: float) -> Iterator[None]:
+    """Call `look` in a thread while the block runs: first after `pause` seconds, then after as many as it returns."""
+    stop = threading.Event()
 
-    def __init__(self, every: float) -> None:
-        self.every = every
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name=type(self).__name__, daemon=True)
+    def watch() -> None:
+        seconds = pause
+        while not stop.wait(seconds):
+            seconds = look()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self.every):
-            self.sample()
-
-    @abstractmethod
-    def sample(self) -> None:
-        """Look once."""
+    thread = threading.Thread(target=watch, name=look.__qualname__, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
-class PeakMemory(_Sampling):
-    """Samples resident memory every 50 ms; `bytes` is the largest sum over this process and its children."""
-
-    def __init__(self, every: float = 0.05) -> None:
-        super().__init__(every)
-        self._own, self.bytes = psutil.Process(), 0
-
-    def __enter__(self) -> Self:
-        self.sample()
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self.sample()
-
-    def sample(self) -> None:
-        total = self._own.memory_info().rss
-        for child in _children(self._own):
-            with contextlib.suppress(psutil.Error):
-                total += child.memory_info().rss
-        self.bytes = max(self.bytes, total)
-
-
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    """All processes below one; none when they end while they are listed."""
+def _tree(own: psutil.Process) -> list[psutil.Process]:
+    """A process and all below it; the process alone when some end while they are listed."""
     with contextlib.suppress(psutil.Error):
-        return process.children(recursive=True)
-    return []
+        return [own, *own.children(recursive=True)]
+    return [own]
 
 
-class DevicePeak(contextlib.AbstractContextManager):
-    """`bytes`: the most that this process's tensors took on its NVIDIA GPU in the block, those there before included.
+@dataclass
+class Peak:
+    """The most that was in use at any moment of a block; known when the block ends."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def peak_memory(every: float = 0.05) -> Iterator[Peak]:
+    """Resident memory of this process and its children together, sampled every 50 ms."""
+    own, peak = psutil.Process(), Peak()
+
+    def look() -> float:
+        total = 0
+        for process in _tree(own):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        peak.bytes = max(peak.bytes, total)
+        return every
+
+    look()
+    try:
+        with _sampling(look, every):
+            yield peak
+    finally:
+        look()
+
+
+@contextlib.contextmanager
+def device_peak() -> Iterator[Peak]:
+    """What this process's tensors took on its NVIDIA GPU, those that were there before included.
 
     0 without one: what does not use torch has no tensors on it.
     """
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        torch = sys.modules.get("torch")
-        self._cuda: Any = torch.cuda if torch is not None and torch.cuda.is_available() else None
-
-    def __enter__(self) -> Self:
-        if self._cuda:
-            self._cuda.reset_peak_memory_stats()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._cuda:
-            self.bytes = self._cuda.max_memory_allocated()
+    torch, peak = sys.modules.get("torch"), Peak()
+    if torch is None or not torch.cuda.is_available():
+        yield peak
+        return
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield peak
+    finally:
+        peak.bytes = torch.cuda.max_memory_allocated()
 
 
-class ResourceSampler(_Sampling):
-    """Appends a JSON line every few seconds while the block runs, of this process and its children together.
+@contextlib.contextmanager
+def resources_recorded(path: Path, every: float = EVERY, gpus: int = 1) -> Iterator[None]:
+    """Append a JSON line to `path` every few seconds while the block runs: this process and its children together.
 
     A line holds: seconds since the first sample (a continued stage goes on counting), cpu_percent (100 = one core
-    busy), rss_mib (resident memory), and where there is an NVIDIA GPU gpu_percent (time in which it was busy) and
-    gpu_mib (its memory in use, by whomever).
+    busy), rss_mib (resident memory), and where there is an NVIDIA GPU gpu_percent (share of the time it was busy) and
+    gpu_mib (its memory in use, by any process).
 
     Args:
-        path: the file.
         every: seconds between samples.
         gpus: how many of the visible GPUs are in use.
     """
+    own, devices, earlier = psutil.Process(), _nvidia(gpus), read_samples(path)
+    known: dict[psutil.Process, psutil.Process] = {}
+    started, written = time.monotonic(), 0
+    last = started - every  # a stage that is over at once gets a sample all the same
 
-    def __init__(self, path: Path, every: float = EVERY, gpus: int = 1) -> None:
-        super().__init__(every)
-        self.path, self._gpus, self._written = path, _nvidia(gpus), 0
-        self._processes: dict[int, psutil.Process] = {}
-        before = read_samples(path)
-        self._before = before[-1]["seconds"] if before else 0.0
-
-    def __enter__(self) -> Self:
-        self._started = time.monotonic()
-        self._last = self._started - self.every  # a stage that is over at once gets a sample all the same
-        self._tree()  # psutil measures the processor between two calls
-        return super().__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        if time.monotonic() - self._last > self.every / 2:  # the use in a shorter time would say nothing
-            self.sample()
-
-    def sample(self) -> None:
-        cpu, rss = self._tree()
-        self._last, self._written = time.monotonic(), self._written + 1
-        if self._written == CALM_AFTER:
-            self.every = max(self.every, CALM)
-        seconds = self._before + self._last - self._started
-        sample = {"seconds": round(seconds, 1), "cpu_percent": round(cpu, 1), "rss_mib": round(rss / MIB, 1)}
-        line = json.dumps({**sample, **_gpu(self._gpus)}) + "\n"
-        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as stream:  # a full disk stops others
-            stream.write(line)
-
-    def _tree(self) -> tuple[float, int]:
-        """Processor use in percent of a core and resident bytes, of this process and all below it."""
-        own = self._processes.setdefault(0, psutil.Process())
-        self._processes = {0: own, **{child.pid: self._processes.get(child.pid, child) for child in _children(own)}}
+    def use() -> tuple[float, int]:
+        """Use of the processor since the last call (psutil remembers it in each object), and resident bytes."""
+        nonlocal known
+        known = {process: known.get(process, process) for process in _tree(own)}
         cpu, rss = 0.0, 0
-        for process in self._processes.values():
+        for process in known.values():
             with contextlib.suppress(psutil.Error):
                 cpu, rss = cpu + process.cpu_percent(None), rss + process.memory_info().rss
         return cpu, rss
+
+    def look() -> float:
+        nonlocal last, written
+        cpu, rss = use()
+        last, written = time.monotonic(), written + 1
+        seconds = last - started + (earlier[-1]["seconds"] if earlier else 0.0)
+        sample = {"seconds": round(seconds, 1), "cpu_percent": round(cpu, 1), "rss_mib": round(rss / MIB, 1)}
+        line = json.dumps({**sample, **_gpu(devices)}) + "\n"
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as stream:  # a full disk stops others
+            stream.write(line)
+        return every if written < CALM_AFTER else max(every, CALM)
+
+    use()
+    try:
+        with _sampling(look, every):
+            yield
+    finally:
+        if time.monotonic() - last > every / 2:  # the use in a shorter time would say nothing
+            look()
 
 
 def _nvidia(count: int) -> list[Any]:
     """Handles of the first GPUs that are visible, where NVIDIA's library is installed and a driver answers.
 
     Numbers in CUDA_VISIBLE_DEVICES count in CUDA's order, the fastest first, and those of NVIDIA's library by bus: they
-    are one order only under CUDA_DEVICE_ORDER=PCI_BUS_ID or with a single GPU. Otherwise torch, which has chosen by
-    then where it trains, is asked which one is meant.
+    are one order only under CUDA_DEVICE_ORDER=PCI_BUS_ID or with a single GPU. Otherwise torch, which by then has
+    chosen where it trains, is asked for the identifiers of its first GPUs.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if given is None else [name.strip() for name in given.split(",") if name.strip()]
-    if names == [] or (names and names[0] == "-1"):
+    if names is not None and names[:1] in ([], ["-1"]):
         return []
     try:
         import pynvml
 
         pynvml.nvmlInit()
         there = pynvml.nvmlDeviceGetCount()
-        if there > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and not _all_unique(names):
-            names = _unique_names(count)
+        numbered = names is None or any(name.isdigit() for name in names)
+        if numbered and there > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            import torch
+
+            seen = range(min(count, torch.cuda.device_count()))
+            names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in seen]
         names = [str(index) for index in range(there)] if names is None else names
         return [
             pynvml.nvmlDeviceGetHandleByIndex(int(name))
@@ -183,19 +177,6 @@ def _nvidia(count: int) -> list[Any]:
         ]
     except Exception:  # no library, no driver, or an error of its own kind: then there is nothing to see
         return []
-
-
-def _all_unique(names: list[str] | None) -> bool:
-    """Whether all are identifiers, which mean the same to everybody."""
-    return names is not None and not any(name.isdigit() for name in names)
-
-
-def _unique_names(count: int) -> list[str]:
-    """Identifiers of torch's first GPUs."""
-    import torch
-
-    found = range(min(count, torch.cuda.device_count()))
-    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in found]
 
 
 def _gpu(handles: list[Any]) -> dict[str, float]:
@@ -228,12 +209,8 @@ def read_samples(path: Path) -> list[dict[str, float]]:
 def summary(samples: list[dict[str, float]]) -> dict[str, float]:
     """Medians of processor and GPU use, largest memory; empty without samples."""
     found: dict[str, float] = {"samples": len(samples)} if samples else {}
-    for key, name, choose in (
-        ("cpu_percent", "cpu_percent_median", statistics.median),
-        ("rss_mib", "rss_mib_max", max),
-        ("gpu_percent", "gpu_percent_median", statistics.median),
-        ("gpu_mib", "gpu_mib_max", max),
-    ):
+    for key in ("cpu_percent", "rss_mib", "gpu_percent", "gpu_mib"):
+        name, choose = ("median", statistics.median) if key.endswith("_percent") else ("max", max)
         if values := [sample[key] for sample in samples if key in sample]:
-            found[name] = round(choose(values), 1)
+            found[f"{key}_{name}"] = round(choose(values), 1)
     return found

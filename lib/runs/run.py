@@ -7,24 +7,21 @@ that was killed between its end and its entry is not made again (`lib.runs.manif
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import difflib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from lib.errors import InputError
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
 from lib.runs.files import flush_to_disk
 from lib.runs.manifest import NOTEBOOK_OF, Entry, Manifest, damage
-from lib.runs.resources import PeakMemory
+from lib.runs.resources import peak_memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class ProductDraft:
 
     Attributes:
         folder: temporary folder; its content becomes the product.
-        resumed: True when the folder holds the remains of an interrupted try with the same parameters and inputs.
+        resumed: True when the folder holds the remains of an interrupted attempt with the same parameters and inputs.
         facts, metrics, notes: go to the manifest entry.
         device: where the work ran, e.g. "cpu" or "cuda:0 NVIDIA …".
     """
@@ -112,100 +109,47 @@ class Run:
             parameters: the settings the product depends on (JSON values); a change redoes the stage.
             inputs: products it is made from; a change of their files redoes the stage.
             force: redo even if nothing changed.
-            keep_partial: after an interruption keep the temporary folder, so that the next try with the same
-                parameters and inputs finds it (`draft.resumed`). For builders that resume safely.
+            keep_partial: after an interruption keep the temporary folder, so that the next attempt with the
+                same parameters and inputs finds it (`draft.resumed`). For builders that can resume safely.
 
         Raises:
             InputError: a missing input, an unwritable folder, or a second process working on this run.
         """
         files.writable(self.folder)
-        with self._lock():
+        busy = (
+            f"another process works on run {self.name!r}.",
+            "one at a time.",
+            "wait for it, or use another run_name.",
+        )
+        with files.locked(self.folder / ".lock", *busy):
             digests = {name: self.require(name).entry.digest for name in inputs}
             wanted = {"parameters": dict(parameters), "inputs": digests}
-            reason = self._reason(product, wanted, force)
-            if reason is None:
-                return self._unchanged(product)
-            temporary = self._remains(product)
+            final, former = self.folder / product, self.manifest.entries().get(product)
+            reason = "first time" if former is None else _reason(final, former, wanted, force)
+            if former is not None and reason is None:
+                _tidy(final)
+                text = f"{product}: already made on {former.finished} with these parameters; nothing to do."
+                return Product(final, former, False, text)
+            temporary = self.folder / f".{product}.part"  # may hold what an interrupted attempt left
+            if former is None:
+                runs_manifest.take_back(final, temporary)
             found = None if force else runs_manifest.finished(temporary, wanted)
             if found is not None:
                 reason = "an interrupted try had finished it"
             else:
-                found = self._make(temporary, build, wanted, keep_partial)
-            entry = Entry(product=product, outputs=runs_manifest.outputs(temporary), **wanted, **found)
-            self._publish(temporary, self.folder / product, entry)
+                found = _make(temporary, build, wanted, keep_partial)
+            entry = Entry(product=product, outputs=runs_manifest.hash_folder(temporary), **wanted, **found)
+            self._publish(temporary, final, entry)
             made = f"{product}: made in {entry.seconds:.0f} s, {entry.peak_memory_mib:.0f} MiB at most ({reason})."
-            return Product(self.folder / product, entry, True, made)
+            return Product(final, entry, True, made)
 
     def stamps(self) -> list[str]:
         """What every page of this run must say: sample data, offline base, fallbacks; in order, each once."""
         notes = [note for entry in self.manifest.entries().values() for note in entry.notes]
         return list(dict.fromkeys(notes))
 
-    def _reason(self, product: str, wanted: dict[str, Any], force: bool) -> str | None:
-        """Why the product has to be made, in words; None when it can be skipped."""
-        entry = self.manifest.entries().get(product)
-        if entry is None:
-            return "first time"
-        if force:
-            return "force: true"
-        keys = sorted(set(entry.parameters) | set(wanted["parameters"]))
-        changed = [k for k in keys if entry.parameters.get(k) != wanted["parameters"].get(k)]
-        if changed:
-            was = ", ".join(f"{k}: {entry.parameters.get(k)!r} → {wanted['parameters'].get(k)!r}" for k in changed)
-            return f"parameters changed: {was}"
-        stale = [name for name, digest in wanted["inputs"].items() if entry.inputs.get(name) != digest]
-        if stale:
-            return f"made from another {' and '.join(stale)}"
-        problem = damage(self.folder / product, entry)
-        return f"damaged: {problem}" if problem else None
-
-    def _unchanged(self, product: str) -> Product:
-        _tidy(self.folder / product)
-        entry = self.manifest.entries()[product]
-        text = f"{product}: already made on {entry.finished} with these parameters; nothing to do."
-        return Product(self.folder / product, entry, False, text)
-
-    def _remains(self, product: str) -> Path:
-        """The temporary folder of a product, with what an interrupted try left of it (it need not exist)."""
-        temporary = self.folder / f".{product}.part"
-        if product not in self.manifest.entries():
-            runs_manifest.take_back(self.folder / product, temporary)
-        return temporary
-
-    def _make(
-        self, temporary: Path, build: Callable[[ProductDraft], None], wanted: dict, keep_partial: bool
-    ) -> dict[str, Any]:
-        """Build into the temporary folder; returns what the manifest entry says beside files, parameters and inputs."""
-        resumed = keep_partial and runs_manifest.asked(temporary, wanted)
-        if not resumed:
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(exist_ok=True)
-        runs_manifest.begin(temporary, wanted)
-        draft = ProductDraft(folder=temporary, resumed=resumed)
-        started = time.monotonic()
-        try:
-            with PeakMemory() as memory:
-                build(draft)
-        except BaseException:
-            if not keep_partial:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        facts = {
-            "facts": draft.facts,
-            "metrics": draft.metrics,
-            "notes": draft.notes,
-            "finished": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - started, 2),
-            "peak_memory_mib": round(memory.bytes / 2**20, 1),
-            "device": draft.device,
-            "versions": runs_manifest.versions(),
-            "git": runs_manifest.commit(),
-        }
-        runs_manifest.finish(temporary, facts)
-        return facts
-
     def _publish(self, temporary: Path, final: Path, entry: Entry) -> None:
-        """Replace the old product: entry out, folder swapped, entry in; a kill in between leaves no half product."""
+        """Remove the old entry, swap the folders, add the new entry: no kill leaves half a product."""
         self.manifest.remove(self.name, entry.product)
         old = _old(final)
         shutil.rmtree(old, ignore_errors=True)
@@ -216,25 +160,54 @@ class Run:
         self.manifest.add(self.name, entry)
         _tidy(final)
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise InputError(
-                f"another process works on run {self.name!r}.",
-                "one at a time.",
-                "wait for it, or use another run_name.",
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+
+def _reason(final: Path, entry: Entry, wanted: dict[str, Any], force: bool) -> str | None:
+    """Why a product has to be made again, in words; None when it can be skipped."""
+    if force:
+        return "force: true"
+    before, now = entry.parameters, wanted["parameters"]
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        return f"parameters changed: {', '.join(f'{k}: {before.get(k)!r} → {now.get(k)!r}' for k in changed)}"
+    stale = [name for name, digest in wanted["inputs"].items() if entry.inputs.get(name) != digest]
+    if stale:
+        return f"made from another {' and '.join(stale)}"
+    problem = damage(final, entry)
+    return f"damaged: {problem}" if problem else None
+
+
+def _make(
+    temporary: Path, build: Callable[[ProductDraft], None], wanted: dict[str, Any], keep_partial: bool
+) -> dict[str, Any]:
+    """Build into the temporary folder; returns what the manifest entry says beside files, parameters and inputs."""
+    resumed = keep_partial and runs_manifest.asked(temporary, wanted)
+    if not resumed:
+        shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(exist_ok=True)
+    runs_manifest.begin(temporary, wanted)
+    draft = ProductDraft(folder=temporary, resumed=resumed)
+    started = time.monotonic()
+    try:
+        with peak_memory() as memory:
+            build(draft)
+    except BaseException:
+        if not keep_partial:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    facts = {
+        **{name: getattr(draft, name) for name in ("facts", "metrics", "notes", "device")},
+        "finished": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_mib": round(memory.bytes / 2**20, 1),
+        "versions": runs_manifest.versions(),
+        "git": runs_manifest.commit(),
+    }
+    runs_manifest.finish(temporary, facts)
+    return facts
 
 
 def _tidy(final: Path) -> None:
-    """Remove what is of no use once the entry is there."""
+    """Remove what is no longer needed once the entry is there."""
     runs_manifest.forget(final)
     shutil.rmtree(_old(final), ignore_errors=True)
 
@@ -252,7 +225,7 @@ def known_run(name: str) -> Run:
     """A run that has a manifest.
 
     Raises:
-        InputError: there is none of that name (those that there are, and the nearest, are named).
+        InputError: there is none of that name; the message lists those there are, and the nearest.
     """
     there = sorted(path.parent.name for path in files.runs_folder().glob("*/manifest.json"))
     if name not in there:

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.runs.resources import DevicePeak, ResourceSampler, read_samples, summary
+from lib.runs.resources import device_peak, read_samples, resources_recorded, summary
 
 
 def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:
     path = tmp_path / "resources.jsonl"
     busy = "import time\nblock = bytearray(200 << 20)\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
-    with ResourceSampler(path, every=0.1):
+    with resources_recorded(path, every=0.1):
         subprocess.run([sys.executable, "-c", busy], check=True)
     samples = read_samples(path)
     assert len(samples) >= 5 and all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(samples))
@@ -31,7 +31,7 @@ def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:
 def test_a_continued_stage_goes_on_counting_behind_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "resources.jsonl"
     path.write_text('{"seconds": 50.0, "cpu_percent": 100, "rss_mib": 10}\n3\n{}\n{"seconds": 5\n')
-    with ResourceSampler(path, every=0.05):
+    with resources_recorded(path, every=0.05):
         time.sleep(0.2)
     seconds = [sample["seconds"] for sample in read_samples(path)]
     assert seconds[0] == 50.0 and len(seconds) >= 2 and all(50 <= value < 60 for value in seconds)
@@ -72,7 +72,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_by_nvidias_library(four_gpus, tmp_path: Path, monkeypatch, visible, order, expected) -> None:
     for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    with ResourceSampler(tmp_path / "resources.jsonl", every=9, gpus=2):
+    with resources_recorded(tmp_path / "resources.jsonl", every=9, gpus=2):
         pass
     (sample,) = read_samples(tmp_path / "resources.jsonl")
     if expected:
@@ -91,7 +91,7 @@ def test_peak_of_the_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch, there: bo
         max_memory_allocated=lambda: peak[0],
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    with DevicePeak() as found:
+    with device_peak() as found:
         peak[0] += 5
     assert found.bytes == ((1 << 30) + 5 if there else 0)
 

@@ -98,7 +98,7 @@ def test_an_interrupted_stage_finds_its_remains_only_for_the_same_request(run: R
     assert seen == [(False, []), (False, []), (True, ["1.ckpt"])]
 
 
-@pytest.mark.parametrize("where", ["outputs", "remove", "add", "forget"])
+@pytest.mark.parametrize("where", ["hash_folder", "remove", "add", "forget"])
 def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """While the files are hashed, before and after the folder is renamed, behind the entry: never made twice."""
     run.produce("adapter", write("old"), {"seed": 0})
@@ -107,7 +107,7 @@ def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest if where in ("outputs", "forget") else Manifest, where, killed)
+        patch.setattr(manifest if where in ("hash_folder", "forget") else Manifest, where, killed)
         with pytest.raises(KeyboardInterrupt):
             run.produce("adapter", write("hours of work"), {"seed": 1}, keep_partial=True)
 

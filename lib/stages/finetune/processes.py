@@ -21,7 +21,7 @@ from lib.errors import InputError, Terminated
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs import child, machine
 from lib.runs.files import read_json, write_json
-from lib.runs.resources import PeakMemory
+from lib.runs.resources import peak_memory
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, Run
@@ -45,7 +45,7 @@ def train_in_processes(inputs: TrainingInputs) -> dict[str, Any]:
 
     size = inputs.settings.num_processes
     _require_devices(size)
-    with tempfile.TemporaryDirectory(prefix="workbook-training-") as name, PeakMemory() as peak:
+    with tempfile.TemporaryDirectory(prefix="workbook-training-") as name, peak_memory() as peak:
         argument = {
             "meeting": name,
             "stop_file": str(Path(name) / "stop"),

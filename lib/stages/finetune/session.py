@@ -23,7 +23,7 @@ from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import no_warnings, quiet
-from lib.runs.resources import DevicePeak, PeakMemory
+from lib.runs.resources import device_peak, peak_memory
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.batches import Collate, Example, examples
 from lib.stages.finetune.layout import choose_layout
@@ -92,7 +92,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     collate, layout = choose_layout(model, [*train, *validation], filler or 0)
     plan = _plan(model, settings, train + validation, inputs.in_4bit, getattr(collate, "prefix", 0))
     require_space(inputs.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
-    with PeakMemory() as peak, DevicePeak() as on_gpu:  # of the training alone: making the offline base needs more
+    with peak_memory() as peak, device_peak() as on_gpu:  # of the training alone: making the offline base needs more
         trainer, outcome = _run_trainer(inputs, model, train, validation, collate, layout)
     from lib.stages.finetune.trainer import from_every_process
 

@@ -15,7 +15,7 @@ from lib.models.weights import open_weights
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet
-from lib.runs.resources import ResourceSampler, read_samples, summary
+from lib.runs.resources import read_samples, resources_recorded, summary
 from lib.select.choice import BEST_OF, Best, best_of
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.processes import made_once, train_in_processes
@@ -138,7 +138,7 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) 
     in_4bit, base = _four_bits(settings, draft), base_of(run)
     inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, in_4bit, draw)
     messages = checkpoints.same_or_afresh(draft.folder, settings, in_4bit)
-    with ResourceSampler(draft.folder / RESOURCES, gpus=settings.num_processes):
+    with resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes):
         facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
     draft.notes += notes
     draft.device = facts.pop("device")
