@@ -122,7 +122,7 @@ def wilson(k: float, n: float, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: n < 1 or k outside 0..n.
     """
-    # A sum of fractions may miss its whole by a rounding.
+    # A sum of fractions may miss the whole by rounding.
     k = n if n < k <= n * (1 + 1e-9) else k
     if n < 1 - 1e-9 or not 0 <= k <= n:
         raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, not k={k}, n={n}")
@@ -139,8 +139,9 @@ def tango_statistic(
 ) -> np.float64 | np.ndarray:
     """Tango's score statistic for the hypothesis that the true difference of `paired_score_interval` is `delta`.
 
-    Continuity-adjusted as by Chang, Liu & Hou (2024, J. Appl. Stat. 51:139), and by Edwards for McNemar's test (which
-    it is for `delta` 0 and an adjustment of 1): the distance from the hypothesis is shortened by `adjustment` rows.
+    Continuity-adjusted as by Chang, Liu & Hou (2024, J. Appl. Stat. 51:139), and by Edwards for McNemar's test (with
+    which it agrees for `delta` 0 and an adjustment of 1): the distance from the hypothesis is shortened by
+    `adjustment` rows.
 
     Args:
         losses, gains: counts as of `paired_score_interval`, or arrays of many tables at once, broadcast.

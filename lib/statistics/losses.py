@@ -46,9 +46,9 @@ def limits(found: Interval) -> list[float] | None:
 def averaged_share(values: ArrayLike, groups: ArrayLike) -> Interval:
     """Share of right rows, each the mean of several tries in 0…1: Wilson's 95 % interval on the effective rows.
 
-    Effective are p (1 - p) / variance of the mean over groups, times (z / t)², at most n (Korn & Graubard 1998, Survey
-    Methodology 24:193). Unlike Student's interval it has a width where all rows are right, or all wrong; there copies
-    of a row count once. Infinite limits as in `weighted_mean` for fewer than `FEWEST` groups.
+    The effective rows are p (1 - p) / variance of the mean over groups, times (z / t)², at most n (Korn & Graubard
+    1998, Survey Methodology 24:193). Unlike Student's interval it has a width where all rows are right, or all wrong;
+    there copies of a row count once. Infinite limits as in `weighted_mean` for fewer than `FEWEST` groups.
     """
     mean, n = cluster_mean(values, groups), len(values)
     if mean.clusters < FEWEST:
@@ -203,7 +203,7 @@ def slope_through_origin(whole: np.ndarray, kept: np.ndarray, groups: ArrayLike,
     Liang & Zeger (1986) with whole groups and the factor groups / (groups - 1); Student's t with groups - 1 degrees.
 
     `whole` is taken as exact. Noise in `kept` alone does not move the slope; noise in `whole` of share s of Σ whole²
-    would draw it to 1 / (1 + s) of itself, noise that both share (they are changes from the same base) to
+    would pull it to 1 / (1 + s) of itself, noise that both share (they are changes from the same base) to
     (slope + s) / (1 + s): both by less than s. The caller measures s and refuses where it is not small.
 
     Args:

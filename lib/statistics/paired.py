@@ -1,4 +1,4 @@
-"""Two models on the same rows: exact McNemar, Holm's correction, equivalence; near-duplicates come and go together."""
+"""Two models on the same rows: exact McNemar, Holm's correction, equivalence; near-duplicates are kept together."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in result]
 
 
-# Paired differences of rows that are not independent: near-duplicates come and go together.
+# Paired differences of rows that are not independent: near-duplicates are kept together.
 
 _AT_ONCE = 200_000
-"""Numbers computed together: what fits into a cache is twice as fast."""
+"""Numbers computed at a time: what fits into a cache is twice as fast."""
 
 _PRIOR = 4.0
 """Weight of the bound in `design_effect`, in changed rows for each row of the bound. With 2 or 3 one more lost row may
-still narrow the interval: a random search over 60,000 sets of rows in groups found cases, with 4 none."""
+still narrow the interval: a random search over 60,000 sets of rows in groups found such cases, and none with 4."""
 
 
 def copies_effect(clusters: ArrayLike | None, n: int) -> float:
-    """The design effect of n rows if those of a cluster are copies, Σ size² / n: known before any result is."""
+    """The design effect of n rows if the rows of a cluster are copies, Σ size² / n: known before any result."""
     if clusters is None:
         return 1.0
     _, sizes = cluster_sums(np.zeros(n), clusters)
@@ -71,8 +71,8 @@ def design_effect(differences: ArrayLike, clusters: ArrayLike | None = None, pri
 
     The variance of the mean with whole clusters as units (with clusters / (clusters - 1)) over the one with rows as
     units, drawn towards `copies_effect` as if `_PRIOR` times that many changed rows had been seen that change as copies
-    do. So few changed rows, which show nothing of how rows of a cluster go together, leave the effect at that bound,
-    and one more does not make it jump. With a single cluster all rows are one.
+    do. So a few changed rows, which show nothing of how the rows of a cluster vary together, leave the effect near that
+    bound, and one more does not make it jump. A single cluster counts as one row.
 
     Args:
         prior: weight of the bound in changed rows; None = `_PRIOR` for each row of the bound.
@@ -114,8 +114,8 @@ def clustered_score_interval(
 def clustered_share(hits: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval:
     """Share of hits among rows in clusters: Wilson's interval on hits and rows divided by the design effect.
 
-    Like Wilson's it does not vanish where all rows are hits, or none is. The bound of the design effect weighs as one
-    row that misses: clusters may be whole documents, whose tokens are no copies.
+    Like Wilson's, it does not vanish where all rows are hits or none are. The bound of the design effect weighs as much
+    as one miss: clusters may be whole documents, whose tokens are not copies.
 
     Args:
         hits: (n,) 0 or 1, True or False.
@@ -127,12 +127,12 @@ def clustered_share(hits: ArrayLike, clusters: ArrayLike | None = None, confiden
 
 @dataclass(frozen=True)
 class ClusterMean:
-    """A mean whose independent units are clusters of rows; everything that Student's t says of it.
+    """A mean whose independent units are clusters of rows; everything that Student's t says about it.
 
     Attributes:
         mean: of the rows.
         error: its standard error from whole clusters; infinite with a single one, which shows no spread.
-        clusters: how many there are; one less are the degrees of freedom.
+        clusters: how many there are; the degrees of freedom are one less.
     """
 
     mean: float
@@ -149,7 +149,7 @@ class ClusterMean:
         return Interval(self.mean, self.mean - half, self.mean + half, confidence)
 
     def tail(self, distance: float) -> float:
-        """One-sided p-value of a mean that lies `distance` beyond a hypothesis; 0 or 1 where nothing scatters."""
+        """One-sided p-value of a mean that lies `distance` beyond a hypothesis; 0 or 1 where there is no spread."""
         if self.error == 0.0:
             return 0.0 if distance > 0 else 1.0
         return float(stdtr(self.clusters - 1, -distance / self.error))
@@ -217,7 +217,7 @@ def sign_flip_test(
 ) -> float:
     """Two-sided p-value that a mean paired difference is 0, by exchanging the two models cluster by cluster.
 
-    If both models are the same to a cluster, its difference could as well have the other sign. The share of sign
+    If the models do not differ, the difference of a cluster could as well have the other sign. The share of sign
     patterns with a sum at least as far from 0 is the p-value: exact where all patterns can be counted, else from
     `flips` random ones, (1 + hits) / (1 + flips). On right/wrong answers of single rows it is the exact McNemar test.
     The order of sums is that of their t-statistics, so with many clusters it also holds where differences are skewed.

@@ -1,4 +1,4 @@
-"""What a number of rows can show: exact power of the exact McNemar test."""
+"""What a given number of rows can show: exact power of the exact McNemar test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _critical(rows: int, alpha: float) -> np.ndarray:
 
 
 def power_mcnemar(n: int, discordant_share: float, difference: float, alpha: float = 0.05) -> float:
-    """Probability that exact McNemar (two-sided) finds an accuracy difference, over all tables that may come.
+    """Probability that exact McNemar (two-sided) finds an accuracy difference, over all tables that can occur.
 
     Args:
         n: rows.
@@ -56,8 +56,8 @@ def mde_exact(n: int, discordant_share: float, power: float = 0.8, alpha: float 
     """Smallest accuracy difference that exact McNemar finds with the given power, a fraction.
 
     A difference cannot be larger than the share of discordant rows: where more is needed, that many discordant rows are
-    assumed, all on one side. So few discordant rows never promise more than six of them can show. 1.0 where even a
-    difference on every row would not be found.
+    assumed, all on one side. So the result is never below what the fewest significant discordant rows
+    can show. 1.0 where even a difference on every row would not be found.
     """
     if n < 1 or not 0 <= discordant_share <= 1:
         raise ValueError(f"mde_exact needs n >= 1 and a share in 0..1, not {n} and {discordant_share}")
@@ -91,7 +91,7 @@ def rows_needed(discordant_share: float, difference: float, power: float = 0.8, 
 def power_inside(
     n: int, discordant_share: float, difference: float, margin: float, one_sided: bool = False, confidence: float = 0.95
 ) -> float:
-    """Probability that `paired_score_interval` of n rows lies inside ±margin, over all tables that may come.
+    """Probability that `paired_score_interval` of n rows lies inside ±margin, over all tables that can occur.
 
     Args:
         discordant_share: share of rows on which exactly one of the two models is right.
@@ -117,7 +117,7 @@ def power_inside(
 
 
 def _least(enough: Callable[[float], bool], low: float, high: float, step: float = 1) -> float:
-    """The least number that is enough, by halving from `low`, which is not, and `high`, which is; whole for step 1."""
+    """The least number that is enough, by bisection: `low` is not enough, `high` is; whole numbers for step 1."""
     while high - low > step:
         middle = (low + high) // 2 if step == 1 else (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)
@@ -125,13 +125,13 @@ def _least(enough: Callable[[float], bool], low: float, high: float, step: float
 
 
 def _likely(n: int, p: float) -> np.ndarray:
-    """Counts of n rows with probability p, all but one in a million of what may come."""
+    """Counts among n rows with probability p: all but one in a million of those that can occur."""
     reach = 5.5 * math.sqrt(n * p * (1 - p)) + 10
     return np.arange(max(0, math.floor(n * p - reach)), min(n, math.ceil(n * p + reach)) + 1)
 
 
 def _chances(n: int, losses: np.ndarray, gains: np.ndarray, p_loss: float, p_gain: float) -> np.ndarray:
-    """Multinomial probability of so many losses and gains, broadcast; 0 where they are more than the rows."""
+    """Multinomial probabilities of these losses and gains (broadcast); 0 where they are more than the rows."""
     same = np.maximum(n - losses - gains, 0)
     ways = gammaln(n + 1) - gammaln(losses + 1) - gammaln(gains + 1) - gammaln(same + 1)
     log = ways + xlogy(losses, p_loss) + xlogy(gains, p_gain) + xlog1py(same, -min(1.0, p_loss + p_gain))
@@ -143,7 +143,7 @@ def rows_for_inside(
 ) -> int:
     """Rows with which the interval of the difference lies inside the margin with the given power; see `power_inside`.
 
-    With few discordant rows the power is a saw over the rows: searched upwards in steps of a fifth, then by halving.
+    With few discordant rows the power zigzags as rows are added: searched upwards by a fifth, then by bisection.
 
     Raises:
         ValueError: a difference as large as the margin, which no number of rows shows to be inside.
@@ -154,7 +154,7 @@ def rows_for_inside(
     def enough(n: int) -> bool:
         return power_inside(n, discordant_share, difference, margin, one_sided) >= power
 
-    # from half of what the normal approximation says, or the lattice of a few rows, whichever is less
+    # start from half of what the normal approximation says, or the lattice of a few rows, whichever is less
     room = margin + difference if one_sided else margin - abs(difference)
     low = max(1, min(int(7.8 * discordant_share / room**2), int(3.8 / margin)) // 2)
     low, high = (1, 32) if enough(low) else (low, math.ceil(1.2 * low))

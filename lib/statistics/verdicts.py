@@ -72,7 +72,7 @@ def margin_test(
     return MarginTest(len(changes), mean.clusters, mean.interval(), p, p, mde)
 
 
-# From tests and intervals to the words a report may use; "no loss" is not one of them.
+# Accuracy, and the words that both endpoints allow.
 
 _ALPHA = 0.05
 
@@ -222,7 +222,7 @@ def compare(
 def in_words(entry: Mapping[str, Any]) -> str:
     """The verdict of an entry of comparison.json, with what decided it where that was not the accuracy.
 
-    Of an equivalent file it also tells where the difference is certain, though too small to matter.
+    For an equivalent file it also says when the difference is certain, though too small to matter.
     """
     words = str(entry["verdict"]) + (", by the margins" if entry.get("endpoint") == "margin" else "")
     if words.startswith("equivalent") and entry.get("mcnemar_p_holm", 1.0) < _ALPHA:
@@ -239,7 +239,7 @@ SAME_SIZE = 1.001
 
 
 def frontier(entries: Sequence[Mapping[str, Any]], loss: str = "kld_mean") -> list[str]:
-    """Types of which no other file is smaller (or as small) and loses less, the smallest first.
+    """Types of the files for which no other is as small and loses less, the smallest first.
 
     Args:
         entries: with type, bytes and the loss; the reference not among them.
