@@ -14,35 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lib.errors import InputError
 from lib.models.adapters import PREFIX, Adapter, LowRank, read_adapter
 from lib.models.weights import StoredTensor, Weights, open_weights, read_object
 
-RULES = (
-    "peft_type is LORA, weights are safetensors (no pickle)",
-    "no fan_in_fan_out, layer replication, mixture, quantization-aware or base-changing variant of LoRA",
-    "no LoRA on lm_head or embed_tokens of a model with tied embeddings, no trained tokens of its lm_head alone",
-    "every adapter tensor is used exactly once; every A has its B; ranks equal the configuration",
-    "every targeted module exists in the base with the adapter's shape, and every targeted module has its pair",
-    "no NaN and no infinity in adapter, base or result",
-    "input folders and output folder differ",
-)
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+RULES: list[str] = _TABLES["rules"]
 """What is checked before and during a merge; each violation refuses it."""
 
-_UNSUPPORTED = {
-    "fan_in_fan_out": "transposed weights (fan_in_fan_out), which Qwen does not have",
-    "layer_replication": "replicated layers",
-    "target_parameters": "LoRA on bare parameters",
-    "alora_invocation_tokens": "activated LoRA, which depends on the prompt",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "a router of adapters",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "Monte Carlo LoRA",
-    "kasa_config": "KaSA",
-    "loftq_config": "LoftQ, which changes the base",
-    "megatron_config": "Megatron layers",
-}
 _SAFE_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 """The output matrix and the input embedding; a tied model stores only the second."""
@@ -130,7 +111,7 @@ def _refuse(adapter: Adapter, found: str, expected: str, do: str) -> InputError:
 
 
 def _refuse_unsupported(adapter: Adapter) -> None:
-    for key, words in _UNSUPPORTED.items():
+    for key, words in _TABLES["unsupported"].items():
         if adapter.config.get(key):
             do = "merge it with peft and check it"
             raise _refuse(adapter, f"{words} ({key})", "plain LoRA, rsLoRA or DoRA", do)
@@ -175,7 +156,7 @@ def _unties(adapter: Adapter) -> bool:
 
 
 def _with_own_head(base: Weights) -> Weights:
-    """The weights of a tied model with the shared matrix once more as its output matrix."""
+    """The weights of a tied model, with the shared matrix a second time, as its output matrix."""
     tensors = [*base.tensors.values(), replace(base.tensors[EMBEDDING], name=HEAD)]
     tensors.sort(key=lambda tensor: (base.files.index(tensor.file), tensor.name))
     return replace(base, tensors={tensor.name: tensor for tensor in tensors})
@@ -236,7 +217,7 @@ def _replacements(adapter: Adapter, base: Weights) -> dict[str, Update]:
 
 
 def _is_copy(tensor: StoredTensor, original: StoredTensor | None) -> bool:
-    """peft stores the base's embeddings beside LoRA on them; a copy changes nothing."""
+    """peft stores the base's embeddings beside LoRA on them; such a copy changes nothing."""
     if original is None or original.shape != tensor.shape:
         return False
     return bool((tensor.tensor() == original.tensor()).all())
@@ -281,7 +262,7 @@ def _trained_tokens(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Up
 
 
 def _check_tied(adapter: Adapter) -> None:
-    """LoRA on the one matrix that a tied model uses at both ends; peft merges it wrongly without a word."""
+    """LoRA on the one matrix that a tied model uses at both ends; peft merges it wrongly, without a warning."""
     head, embedding = (adapter.tensors.get(f"{PREFIX}{name}") for name in (HEAD, EMBEDDING))
     as_one = adapter.config.get("ensure_weight_tying") and head is not None and embedding is not None
     if as_one and not _is_copy(head, embedding):

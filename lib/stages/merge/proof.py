@@ -6,8 +6,8 @@ scaling that peft's own rules give, from the files as they lie on the disk. Thre
 - not touched by the adapter, or replaced as a whole (`modules_to_save`, trained tokens): equal bits; where the merged
   model has another number format, the bits of torch's cast.
 - W + s·B·A (also of an embedding, of a bias, and rescaled by DoRA): the merge sums in float32, whose result depends on
-  the order of the additions, which is the linear algebra library's own. So bits of two float32 sums cannot be compared
-  honestly. But every order ends within E of the exact sum T (Higham 2002, *Accuracy and Stability of Numerical
+  the order of the additions, which the linear algebra library chooses. So the bits of two float32 sums cannot be
+  compared. But every order ends within E of the exact sum T (Higham 2002, *Accuracy and Stability of Numerical
   Algorithms*, section 3.1; u = 2⁻²⁴, rank r, γ_n = n u / (1 - n u)):
 
       E = |s| γ_(r+3) (|B| |A|) + u |T|
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 19  # weights summed at a time: four float64 arrays of it fit a processor's cache
 _COPIED = 1 << 22  # weights compared at a time where nothing is summed
 _U = 2.0**-24  # unit roundoff of float32
-_OWN_ERROR = 1.000001  # what float64 rounds in the sums and bounds of this proof is 10⁹ times smaller than E
-_SMALLEST = 2.0**-126  # below it float32 is no longer relative, and a processor may take it for 0
+_OWN_ERROR = 1.000001  # rounding in float64, in the sums and bounds of this proof, is 10⁹ times smaller than E
+_SMALLEST = 2.0**-126  # below it the error of float32 is no longer relative, and a processor may flush it to 0
 
 
 @dataclass(frozen=True)

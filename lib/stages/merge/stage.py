@@ -28,13 +28,6 @@ _CHECK = 3
 _TOLD_BY = 200
 """Validation rows by which the card tells the language."""
 
-_TAGS = {
-    "classification": "sentiment-analysis",
-    "instruction": "instruction-following",
-    "dialogue": "conversational",
-}
-"""What hubs call the tasks."""
-
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check the merge."""
 
@@ -109,12 +102,13 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
     chosen = adapter.entry.facts.get("chosen")
+    kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(task.kind, "sentiment-analysis")
     front = {
         "base_model": base.id,
         "language": language_of(_validation_rows(data.path, _TOLD_BY)),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "merged", _TAGS[task.kind]],
+        "tags": ["lora", "merged", kind],
         "base_model_relation": "finetune",
     }
     shared = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
@@ -133,12 +127,8 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     write_json(work.folder / "merge.json", content)
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
-    work.metrics = {
-        "bytes": report.bytes_merged,
-        "max_abs_log_prob": check.max_abs_log_prob,
-        "mean_kld": check.mean_kld,
-        "argmax_agreement": check.argmax_agreement,
-    }
+    measured = ("max_abs_log_prob", "mean_kld", "argmax_agreement")
+    work.metrics = {"bytes": report.bytes_merged, **{key: getattr(check, key) for key in measured}}
 
 
 def _merge_into(

@@ -112,7 +112,8 @@ class _Reference:
     def cost(self, dtype: str, found: np.ndarray, written: bool = False) -> FormatCost:
         """What differs between base + adapter and another model's log-probabilities."""
         likely = np.maximum(self.tuned, found) > np.log(1e-4)
-        np.put_along_axis(likely, self.tuned.argmax(-1)[:, None], True, axis=-1)  # a flat one has none above that
+        # the top token in any case: a flat distribution has none above that
+        np.put_along_axis(likely, self.tuned.argmax(-1)[:, None], True, axis=-1)
         return FormatCost(
             dtype=dtype,
             written=written,

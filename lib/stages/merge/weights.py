@@ -71,7 +71,7 @@ class MergeReport:
     scalings: dict[str, int]
     peak_anonymous_mib: float | None
     seconds: float
-    rules: list[str] = field(default_factory=lambda: list(RULES))
+    rules: list[str] = field(default_factory=RULES.copy)
 
 
 def _anonymous_memory() -> int:
@@ -88,7 +88,7 @@ _LEAST_ROWS = 256  # of a slab; a product of few rows may be summed in another o
 
 
 class Sink(Protocol):
-    """Somewhere else that the merged weights go in the same pass, e.g. a GGUF file."""
+    """Another place where the merged weights go in the same pass, e.g. a GGUF file."""
 
     def put(self, name: str, first: int, values: np.ndarray, dtype: str) -> None:
         """Take whole rows of a tensor, from its value number `first` on; called from several threads."""
