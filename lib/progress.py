@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,20 +79,15 @@ class Progress:
         if time.monotonic() - self.last >= self.every:
             self._say(note)
 
-    def _line(self, note: str) -> str:
-        elapsed = time.monotonic() - self.started
-        if not self.total:
-            return f"{self.what}: {self.done or '…'}" + (f" · {note}" if note else "")
-        left = ""
-        if self.already < self.done < self.total:
-            each = elapsed / (self.done - self.already)
-            left = f", about {_duration(each * (self.total - self.done))} left"
-        text = f"{self.what}: {self.done}/{self.total} ({100 * self.done / self.total:.0f} %{left})"
-        return text + (f" · {note}" if note else "")
-
     def _say(self, note: str = "") -> None:
         self.last = time.monotonic()
-        self._write(self._line(note))
+        line, left = f"{self.what}: {self.done or '…'}", ""
+        if self.total:
+            if self.already < self.done < self.total:
+                each = (self.last - self.started) / (self.done - self.already)
+                left = f", about {_duration(each * (self.total - self.done))} left"
+            line = f"{self.what}: {self.done}/{self.total} ({100 * self.done / self.total:.0f} %{left})"
+        self._write(line + (f" · {note}" if note else ""))
 
     def _write(self, line: str, final: bool = False) -> None:
         if self.file:
@@ -123,11 +118,9 @@ def say(line: str) -> None:
     Progress(line)._write(line, final=True)
 
 
-def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+def track(items: Collection[Item], what: str) -> Iterator[Item]:
     """Yield `items`, counting each as one unit of `what`."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
-    with Progress(what, total) as progress:
+    with Progress(what, len(items)) as progress:
         for item in items:
             yield item
             progress.advance()

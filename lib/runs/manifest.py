@@ -45,22 +45,15 @@ def versions() -> dict[str, str]:
 @functools.cache
 def commit() -> dict[str, Any]:
     """The project's git commit and whether the working tree differs from it."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            answer = subprocess.run(
-                ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return answer.stdout.strip()
-
-    head = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": head or "unknown", "dirty": bool(changed) if changed is not None else None}
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": None}
+    return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
 
 
-# manifest.json of a run: one entry a product, written last and atomically.
+# manifest.json of a run: one entry per product, written last and atomically.
 
 _PRODUCTS = {
     "01_data": ("data",),
@@ -112,12 +105,12 @@ class Entry:
         return sha256_json({name: output["sha256"] for name, output in self.outputs.items()})
 
 
-REQUEST, FINISHED = ".request.json", ".finished.json"
-"""Notes beside the work while it is made (see below); no part of the product."""
+NOTE = ".request.json"
+"""A note beside the work while it is made (see below); no part of the product."""
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Every file under `folder` but the notes, by its relative path, sorted.
+    """Every file under `folder` but the note, by its relative path, sorted.
 
     Raises:
         InputError: one is a symbolic link.
@@ -126,7 +119,7 @@ def files_of(folder: Path) -> dict[str, Path]:
     if links := [path for path in found if path.is_symlink()]:
         raise InputError(f"{links[0]} is a symbolic link.", "plain files in a product.", "copy the file instead.")
     named = {path.relative_to(folder).as_posix(): path for path in found}
-    return {name: path for name, path in named.items() if name not in (REQUEST, FINISHED)}
+    return {name: path for name, path in named.items() if name != NOTE}
 
 
 def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
@@ -177,22 +170,21 @@ class Manifest:
 
 # A kill between the end of a stage and its manifest entry must not cost the work: it is found again.
 #
-# Two notes lie beside the work: from the beginning what was asked for, and, once every file has been flushed, what the
-# entry will say. They are removed after the entry has been added.
+# A note lies beside the work: from the beginning what was asked for, and, once every file has been flushed, also what
+# the entry will say. It is removed after the entry has been added.
 
 
 def begin(folder: Path, wanted: dict[str, Any]) -> None:
     """Note what the work in `folder` is for (parameters and input digests)."""
-    (folder / FINISHED).unlink(missing_ok=True)
-    write_json(folder / REQUEST, wanted)
+    write_json(folder / NOTE, {"wanted": wanted})
 
 
 def asked(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether the work in `folder` was for exactly that."""
-    return _read(folder / REQUEST) == wanted
+    return _note(folder).get("wanted") == wanted
 
 
-def finish(folder: Path, facts: dict[str, Any]) -> None:
+def finish(folder: Path, wanted: dict[str, Any], facts: dict[str, Any]) -> None:
     """Flush every file, then note that all is done.
 
     Args:
@@ -206,45 +198,40 @@ def finish(folder: Path, facts: dict[str, Any]) -> None:
     if not sizes:
         raise RuntimeError(f"the stage wrote nothing into {folder}")
     settle(folder)
-    write_json(folder / FINISHED, {"sizes": sizes, "facts": facts})
+    write_json(folder / NOTE, {"wanted": wanted, "facts": facts, "sizes": sizes})
 
 
 def finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The facts of work that was finished for exactly that and whose files still have their sizes; else None."""
-    found = _read(folder / FINISHED) if asked(folder, wanted) else None
-    return found["facts"] if found is not None and found["sizes"] == _sizes(folder) else None
+    note = _note(folder)
+    same = note.get("wanted") == wanted and "sizes" in note and note["sizes"] == _sizes(folder)
+    return note["facts"] if same else None
 
 
 def take_back(final: Path, temporary: Path) -> None:
     """Make a folder that was renamed, but whose entry was never added, work in progress again."""
-    if (final / REQUEST).is_file():
+    if (final / NOTE).is_file():
         shutil.rmtree(temporary, ignore_errors=True)
         final.rename(temporary)
 
 
 def forget(folder: Path) -> None:
-    """Remove both notes: the entry is there."""
-    for name in (REQUEST, FINISHED):
-        (folder / name).unlink(missing_ok=True)
+    """Remove the note: the entry is there."""
+    (folder / NOTE).unlink(missing_ok=True)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {name: path.stat().st_size for name, path in files_of(folder).items()}
 
 
-def _read(path: Path) -> Any:
+def _note(folder: Path) -> dict[str, Any]:
     try:
-        return read_json(path) if path.is_file() else None
-    except InputError:
-        return None
+        return dict(read_json(folder / NOTE))
+    except (OSError, TypeError, ValueError):  # none, or one that a kill has cut
+        return {}
 
 
 # Folders made once and reused by every run: named by a key of everything that determines them.
-
-
-def store() -> Path:
-    """The folder of what runs share: runs/_offline/."""
-    return files.runs_folder() / "_offline"
 
 
 def _record(folder: Path) -> Path:
@@ -273,12 +260,12 @@ def ensure(
         kind: first part of the folder's name, e.g. "tokenizer".
         determined_by: everything the content depends on (JSON values); its hash is the key.
         build: writes files into an empty folder, returns facts for the record.
-        place: folder that holds it; None = `store()`.
+        place: folder that holds it; None = runs/_offline/.
 
     Returns:
         The folder. One process builds it, others wait; a kill in between leaves nothing under the final name.
     """
-    place = files.writable(place or store())
+    place = files.writable(place or files.runs_folder() / "_offline")
     final = place / f"{kind}-{sha256_json(determined_by)[:16]}"
     with FileLock(final.with_name(f".{final.name}.lock")):
         if whole(final):

@@ -62,9 +62,9 @@ class Peak:
 
 
 @contextlib.contextmanager
-def peak_memory(every: float = 0.05) -> Iterator[Peak]:
+def peak_memory() -> Iterator[Peak]:
     """Resident memory of this process and its children together, sampled every 50 ms."""
-    own, peak = psutil.Process(), Peak()
+    own, peak, pause = psutil.Process(), Peak(), 0.05
 
     def look() -> float:
         total = 0
@@ -72,11 +72,11 @@ def peak_memory(every: float = 0.05) -> Iterator[Peak]:
             with contextlib.suppress(psutil.Error):
                 total += process.memory_info().rss
         peak.bytes = max(peak.bytes, total)
-        return every
+        return pause
 
     look()
     try:
-        with _sampling(look, every):
+        with _sampling(look, pause):
             yield peak
     finally:
         look()

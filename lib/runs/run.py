@@ -202,7 +202,7 @@ def _make(
         "versions": runs_manifest.versions(),
         "git": runs_manifest.commit(),
     }
-    runs_manifest.finish(temporary, facts)
+    runs_manifest.finish(temporary, wanted, facts)
     return facts
 
 

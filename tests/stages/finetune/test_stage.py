@@ -120,7 +120,7 @@ def test_another_number_format_starts_afresh_and_says_so(runs, monkeypatch, chan
     run = runs("broken")
     record = run.folder / ".adapter.part" / "checkpoints" / finetune_checkpoints.ARITHMETIC_RECORD
     assert json.loads(record.read_text()) == {"dtype": "float32", "in_4bit": False, "device": "cpu"}
-    request = record.parents[1] / manifest.REQUEST
+    request = record.parents[1] / manifest.NOTE
     request.write_text(
         request.read_text().replace('"dtype": "float32"', f'"dtype": "{changes.get("dtype", "float32")}"')
     )
