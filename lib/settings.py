@@ -61,8 +61,7 @@ SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
 def _slug(value: str) -> str:
-    allowed = all(c.isalnum() or c in "._-" for c in value)
-    if not value or not allowed or not value[0].isalnum() or len(value) > 80:
+    if not re.fullmatch(r"[^\W_][\w.-]{0,79}", value):
         raise ValueError("expected letters, digits, '.', '_' or '-', starting with a letter or digit")
     return value
 
@@ -107,7 +106,7 @@ def _known_formats(value: list[str]) -> list[str]:
 
 
 def _each_known_once(value: list[str], known: Sequence[str], what: str, usual: Callable[[str], str]) -> list[str]:
-    """The names, if all are known and none stands twice; `usual` writes a name as the known ones are written."""
+    """The names, if all are known and none occurs twice; `usual` gives a name the case of the known ones."""
     for name in value:
         if name not in known:
             near = difflib.get_close_matches(usual(name), known, 1)

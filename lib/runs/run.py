@@ -116,12 +116,8 @@ class Run:
             InputError: a missing input, an unwritable folder, or a second process working on this run.
         """
         files.writable(self.folder)
-        busy = (
-            f"another process works on run {self.name!r}.",
-            "one at a time.",
-            "wait for it, or use another run_name.",
-        )
-        with files.locked(self.folder / ".lock", *busy):
+        busy = f"another process works on run {self.name!r}."
+        with files.locked(self.folder / ".lock", busy, "one at a time.", "wait for it, or use another run_name."):
             digests = {name: self.require(name).entry.digest for name in inputs}
             wanted = {"parameters": dict(parameters), "inputs": digests}
             final, former = self.folder / product, self.manifest.entries().get(product)

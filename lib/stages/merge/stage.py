@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 _CHECK = 3
-"""Raised when the check measures more, so that an older merge is measured again."""
+"""Counted up when the check measures more, so that an older merge is measured again."""
 
 _TOLD_BY = 200
-"""Validation rows by which the card tells the language."""
+"""Validation rows from which the language of the card is told."""
 
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check the merge."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,12 +45,17 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_adapter(base, **LoraConfig options) → folder of an adapter with every tensor random."""
+    """make_adapter(base, **LoraConfig options) → folder of an adapter with every tensor random; not to be changed."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    made: dict[str, Path] = {}
+
     def make(base: Path, dtype: str = "float32", **options: object) -> Path:
+        key = json.dumps([str(base), dtype, options], sort_keys=True)
+        if key in made:
+            return made[key]
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
         torch.manual_seed(5)
@@ -59,6 +65,7 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
         folder = tmp_path_factory.mktemp("adapter")
         model.to(getattr(torch, dtype)).save_pretrained(folder)
+        made[key] = folder
         return folder
 
     return make

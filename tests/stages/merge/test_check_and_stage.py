@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,15 @@ def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 PROMPTS = [[3 + (7 * i * k) % 400 for i in range(20)] for k in range(1, 7)]
 
 
-def test_right_merge_passes(merged: tuple[Path, str]) -> None:
+@pytest.fixture(scope="module")
+def right(merged: tuple[Path, str]) -> MergeCheck:
+    """The check of the right merge."""
     folder, dtype = merged
-    check = check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
+    return check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
+
+
+def test_right_merge_passes(right: MergeCheck) -> None:
+    check, dtype = right, right.dtype
     assert check.positions == 48
     assert check.max_abs_log_prob < (1e-4 if dtype == "float32" else 0.2)
     assert check.argmax_agreement > 0.9
@@ -51,7 +58,7 @@ def test_right_merge_passes(merged: tuple[Path, str]) -> None:
 def test_wrong_merge_is_refused(merged: tuple[Path, str], mistake: str, tmp_path: Path) -> None:
     """By the proof always, by its answers where the mistake is a large one."""
     folder, dtype = merged
-    merge_folders(folder / "base", folder / "adapter", tmp_path / "wrong")
+    shutil.copytree(folder / "merged", tmp_path / "wrong")
     path = tmp_path / "wrong" / "model.safetensors"
     right, base = load_file(path), load_file(folder / "base" / "model.safetensors")
     wrong = {name: tensor.clone() for name, tensor in right.items()}
@@ -79,13 +86,12 @@ def distributions(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([model(torch.tensor([ids])).logits[0, -8:].double().log_softmax(-1) for ids in PROMPTS])
 
 
-def test_costs_agree_with_plain_transformers(merged: tuple[Path, str]) -> None:
+def test_costs_agree_with_plain_transformers(merged: tuple[Path, str], right: MergeCheck) -> None:
     """Each format: peft's merge_and_unload of the float32 model, cast and widened again, its answers by torch."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, dtype = merged
-    check = check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
+    (folder, dtype), check = merged, right
     assert sorted(cost.dtype for cost in check.costs) == ["bfloat16", "float16", "float32"] and not check.left_out
     assert [cost.dtype for cost in check.costs if cost.written] == [dtype]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,8 +135,6 @@ def test_one_bit_of_a_copied_tensor(merged: tuple[Path, Path, Path]) -> None:
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0, 1.01])
 def test_wrong_scaling(merged: tuple[Path, Path, Path], factor: float, tmp_path: Path) -> None:
     """The adapter's configuration says another alpha than was merged with."""
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(merged[1], other)
     config = read_json(other / "adapter_config.json")
@@ -159,8 +158,6 @@ def test_scaling_is_pefts_own(make_base: Callable, make_adapter: Callable, tmp_p
 
 def test_swapped_a(merged: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """The A of one layer used for the same matrix of another."""
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(merged[1], other)
     path = other / "adapter_model.safetensors"
@@ -198,7 +195,7 @@ def test_rounded_twice(merged: tuple[Path, Path, Path], through: str) -> None:
 def test_what_rounding_leaves(merged: tuple[Path, Path, Path], make_adapter: Callable, tmp_path: Path) -> None:
     """Slope and set-back weights against NumPy in float64; an adapter of small numbers is mostly rounded away."""
     base, _, _ = merged
-    small = make_adapter(base)
+    small = Path(shutil.copytree(make_adapter(base), tmp_path / "adapter"))
     path = small / "adapter_model.safetensors"
     lora = {name: tensor * (0.004 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
     save_file(lora, path, metadata={"format": "pt"})
