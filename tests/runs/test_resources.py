@@ -16,7 +16,10 @@ from lib.runs.resources import device_peak, read_samples, resources_recorded, su
 
 def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:
     path = tmp_path / "resources.jsonl"
-    busy = "import time\nblock = bytearray(200 << 20)\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    busy = (
+        "import time\ntime.sleep(0.5)\nblock = bytearray(200 << 20)\n"  # samples without the block come first
+        "end = time.monotonic() + 1.0\nwhile time.monotonic() < end: pass"
+    )
     with resources_recorded(path, every=0.1):
         subprocess.run([sys.executable, "-c", busy], check=True)
     samples = read_samples(path)

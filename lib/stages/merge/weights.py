@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ from lib.models.weights import (
     convert,
     infinite,
     largest_magnitude,
+    open_weights,
     pack_header,
 )
 from lib.progress import Progress
@@ -97,33 +98,32 @@ class Sink(Protocol):
         """Whether all rows of this tensor are needed at once."""
 
 
-def planned_weights(base: Weights, folder: Path, dtype: str | None) -> tuple[Weights, dict[Path, bytes]]:
-    """The weights that `folder` will hold, and the header of each of its files.
+def prepare_weights(base: Weights, folder: Path, dtype: str | None) -> Weights:
+    """Make the files of the merged weights: their headers, the index, and zeros where the weights will be written.
 
     Args:
         dtype: as safetensors names it; None keeps the dtype of every tensor.
     """
-    tensors: dict[str, StoredTensor] = {}
-    headers = {}
+    total = 0
     for file in base.files:
-        path = folder / file.name
         mine = sorted((t for t in base.tensors.values() if t.file == file), key=lambda tensor: tensor.start)
         kinds = {t.name: dtype or t.dtype for t in mine}
         sizes = {t.name: (kinds[t.name], t.shape, t.size * NUMPY[kinds[t.name]]().itemsize) for t in mine}
-        headers[path] = pack_header(sizes, base.metadata[file.name])
-        end = len(headers[path])
-        for tensor in mine:
-            kind, _, nbytes = sizes[tensor.name]
-            start, end = end, end + nbytes
-            tensors[tensor.name] = replace(tensor, dtype=kind, file=path, start=start, end=end)
-    ordered = {name: tensors[name] for name in base.tensors}
-    return Weights(folder, tuple(headers), ordered, base.metadata), headers
+        header, nbytes = pack_header(sizes, base.metadata[file.name]), sum(size for _, _, size in sizes.values())
+        with (folder / file.name).open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + nbytes)
+        total += nbytes
+    if (base.folder / INDEX).is_file():
+        index = read_json(base.folder / INDEX)
+        index.setdefault("metadata", {})["total_size"] = total
+        index["weight_map"] = {name: tensor.file.name for name, tensor in sorted(base.tensors.items())}
+        write_json(folder / INDEX, index)
+    return open_weights(folder)
 
 
-def write_weights(
-    base: Weights, new: Weights, headers: dict[Path, bytes], updates: dict[str, Update], sink: Sink | None = None
-) -> int:
-    """Write all files of `new`, as `planned_weights` planned them; `sink` gets every tensor too.
+def write_weights(base: Weights, new: Weights, updates: dict[str, Update], sink: Sink | None = None) -> int:
+    """Write the weights of `new`, whose files `prepare_weights` made; `sink` gets every tensor too.
 
     Returns:
         The most anonymous memory that was seen after a slab of rows, in bytes.
@@ -135,9 +135,7 @@ def write_weights(
 
     most = 0
     with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("wb", buffering=0)) for path in new.files}
-        for path, file in files.items():
-            write_at(file.fileno(), headers[path], 0)
+        files = {path: stack.enter_context(path.open("r+b", buffering=0)) for path in new.files}
 
         def write(target: StoredTensor, rows: slice, first: int, count: int) -> int:
             """Merge some rows, and put them where they belong; returns how many tensors are finished by that."""
@@ -160,11 +158,6 @@ def write_weights(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         progress = stack.enter_context(Progress("merging tensors", len(new.tensors)))
         run_jobs(jobs, done, lambda: torch.set_num_threads(1))
-    if (base.folder / INDEX).is_file():
-        index = read_json(base.folder / INDEX)
-        index.setdefault("metadata", {})["total_size"] = new.nbytes
-        index["weight_map"] = {name: tensor.file.name for name, tensor in sorted(new.tensors.items())}
-        write_json(new.folder / INDEX, index)
     return most
 
 
@@ -229,7 +222,7 @@ TOKENIZER_FILES = (
 
 
 Also = Callable[[Path, Weights], contextlib.AbstractContextManager[Sink | None]]
-"""Gets the folder being made (all but its weights are there) and its planned weights; may add small files to it, and
+"""Gets the folder being made and its weights, which are still zeros; may add small files to it, and
 says where else the weights go."""
 
 
@@ -261,12 +254,12 @@ def merge_folders(
     plan = plan_merge(base, adapter)
     weights, memory = plan.base, _anonymous_memory()
     with new_folder(output) as folder:
-        new, headers = planned_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
+        new = prepare_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
         plan.adapter.require_finite()
         _copy_small_files(base, tokenizer or base, folder, plan.config, dtype)
         with also(folder, new) if also else contextlib.nullcontext() as sink:
-            most = write_weights(weights, new, headers, plan.updates, sink)
+            most = write_weights(weights, new, plan.updates, sink)
     changed = [weights.tensors[name] for name in plan.updates]
     kinds = {tensor.dtype for tensor in weights.tensors.values()}
     kind = TORCH[kinds.pop()] if len(kinds) == 1 else "mixed"
