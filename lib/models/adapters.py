@@ -28,7 +28,7 @@ def has_lora(names: Any) -> bool:
     return any(name.startswith(PREFIX) or ".lora_" in name for name in names)
 
 
-def contents(folder: Path) -> set[str]:
+def _contents(folder: Path) -> set[str]:
     """What the weights of a folder are: "model", "adapter", both, or nothing. Damaged files count as nothing."""
     found = set()
     for path in sorted(folder.glob("*.safetensors")):
@@ -43,7 +43,7 @@ def contents(folder: Path) -> set[str]:
 
 def folder_kind(folder: Path) -> Literal["model", "adapter", "unknown"]:
     """What a folder is: by its weights; where they cannot be read, by its configurations."""
-    found = contents(folder)
+    found = _contents(folder)
     if "model" in found:
         return "model"
     if "adapter" in found or adapter_config(folder).get("peft_type"):
@@ -81,11 +81,10 @@ def require_adapter(folder: Path) -> None:
     Raises:
         InputError: a full model, a pickle, or a folder without adapter.
     """
-    config = adapter_config(folder)
-    found = contents(folder)
+    config, found = adapter_config(folder), _contents(folder)
     if "adapter" in found and config:
         return
-    if "model" in found and "adapter" not in found:
+    if found == {"model"}:
         raise InputError(
             f"{folder} is a full model, not a LoRA adapter.",
             f"adapter_config.json and {WEIGHTS}.",
@@ -217,16 +216,12 @@ class AdapterShape:
         return asdict(self)
 
 
-def read_shape(folder: Path) -> AdapterShape:
+def shape_of(adapter: Adapter) -> AdapterShape:
     """What an adapter's configuration and headers say.
 
     Raises:
-        InputError: another kind of adapter, damaged, or without tensors.
+        InputError: it holds no low-rank pair.
     """
-    return _shape(read_adapter(folder))
-
-
-def _shape(adapter: Adapter) -> AdapterShape:
     config, pairs, tensors = adapter.config, adapter.pairs, adapter.tensors.values()
     if not pairs:
         raise InputError(f"{adapter.folder} holds no low-rank pair.", "a trained adapter.", "train or copy it again.")
@@ -251,7 +246,7 @@ def check_fit(folder: Path, base: Path) -> AdapterShape:
         InputError: a module that the base does not have, a wrong shape, half a pair, NaN or infinity.
     """
     adapter, weights = read_adapter(folder), open_weights(base)
-    shape = _shape(adapter)
+    shape = shape_of(adapter)
     if problem := _misfit(adapter, weights):
         raise InputError(
             f"the adapter {folder} does not fit the base model {base}: {problem}.",

@@ -1,4 +1,5 @@
-"""GGUF files looked at before native code opens them: header, keys, table of tensors; and the architectures in them."""
+"""GGUF files looked at before native code opens them: header, keys, table of tensors; the architectures in them, and
+their tensors turned back into numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import contextlib
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.weights import impostor
+from lib.models.weights import fill, impostor
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
     from lib.runs.run import Run
 
 MAGIC = b"GGUF"
@@ -79,7 +82,7 @@ def _instead(head: bytes) -> tuple[str, str]:
     if head[:2] == b"PK":
         return "is a ZIP archive or a PyTorch pickle", again
     if other := impostor(head):
-        return f"is {other.words}, not the file itself", other.do
+        return f"is {other[0]}, not the file itself", other[1]
     if head[8:9] == b"{":
         return "looks like a safetensors file", "convert the model first: workbook convert MODEL_DIR OUT.gguf"
     if head[:4] == MAGIC:
@@ -205,23 +208,16 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
             raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, no power of two")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
         data = -(-reader.at // alignment) * alignment
-        _check_places(reader, found, alignment)
+        # Every tensor must begin at the end of the one before it, padded, as ggml demands; a wrong place, type or shape
+        # would read other weights. Behind a type that the gguf library does not know nothing can be said.
+        place: int | None = 0
+        for tensor in found:
+            if place is not None and tensor.start != place:
+                where = f"at byte {tensor.start} of the data, where {place} is next"
+                raise reader.damaged(f"tensor {tensor.name[:80]!r} {where}")
+            size = tensor.nbytes
+            place = None if place is None or size is None else place + -(-size // alignment) * alignment
         return [replace(tensor, start=data + tensor.start) for tensor in found]
-
-
-def _check_places(reader: _Reader, found: list[TensorInfo], alignment: int) -> None:
-    """Every tensor begins at the end of the one before it, padded, as ggml demands; a wrong place, type or shape would
-    read other weights. Behind a type that the gguf library does not know nothing can be said."""
-    place = 0
-    for tensor in found:
-        if tensor.start != place:
-            raise reader.damaged(
-                f"tensor {tensor.name[:80]!r} at byte {tensor.start} of the data, where {place} is next"
-            )
-        size = tensor.nbytes
-        if size is None:
-            return
-        place += -(-size // alignment) * alignment
 
 
 def raw_metadata(path: Path | str) -> tuple[int, bytes]:
@@ -255,6 +251,16 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 """Class in config.json → architecture in GGUF."""
+
+NUMBERS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+}
+"""Key of config.json → key in GGUF, behind the architecture's name; in the official converter's order."""
 
 OWN_FOLDER = "give the model's own folder as base_model"
 """What to do about a file whose model or tokenizer cannot be rebuilt."""
@@ -293,11 +299,11 @@ ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 
-def tensor_names(architecture: str, blocks: int, tied: bool) -> dict[str, str]:
-    """Name in GGUF → name in transformers, of all tensors that a model must have."""
+def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
     names = {ours: theirs for ours, theirs in OUTSIDE.items() if not (tied and ours == "output.weight")}
     for block in range(blocks):
-        for ours, theirs in {**BLOCK, **EXTRA[architecture]}.items():
+        for ours, theirs in {**BLOCK, **EXTRA[architecture], **(more or {})}.items():
             names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
     return names
 
@@ -308,11 +314,9 @@ def rotary_heads(architecture: str, name: str, config: dict[str, Any]) -> int:
     Args:
         name: of the tensor in transformers.
     """
-    if architecture == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
-        return int(config["num_attention_heads"])
-    if architecture == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
-        return int(config["num_key_value_heads"])
-    return 0
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    module = name.split(".")[-2:][0]
+    return int(config[heads[module]]) if architecture == "llama" and module in heads else 0
 
 
 def pair_rows(values: np.ndarray, heads: int) -> np.ndarray:
@@ -358,14 +362,68 @@ def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
     frequencies = (1.0 / np.power(np.float32(rope.get("rope_theta", 10000.0)), exponents)).astype(np.float32)
     factor, low, high = (rope.get(key, default) for key, default in _LLAMA3)
     trained = rope.get("original_max_position_embeddings", 8192)
-    factors = []
-    for frequency in frequencies:
-        length = np.float32(2 * math.pi) / frequency
-        if length < trained / high:
-            factors.append(1.0)
-        elif length > trained / low:
-            factors.append(factor)
-        else:
-            smooth = (trained / length - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(factors, np.float32)
+    lengths = np.float32(2 * math.pi) / frequencies
+    with np.errstate(divide="ignore"):  # outside of its bounds the blend may be infinite; it is not taken there
+        smooth = (trained / lengths - low) / (high - low)
+        blended = 1 / ((1 - smooth) / factor + smooth)
+    stretched = np.where(lengths > trained / low, factor, blended)
+    return np.where(lengths < trained / high, 1.0, stretched).astype(np.float32)
+
+
+# Tensors turned back into float32.
+
+SLAB = 4 << 20
+"""Weights dequantized or converted at a time (16 MiB of float32)."""
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor of a model, as it is stored in a file.
+
+    Attributes:
+        name: in transformers; type: in the file; shape: rows first.
+        heads: attention heads whose rows llama.cpp has in another order; 0 = none.
+    """
+
+    name: str
+    file: Path
+    start: int
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    heads: int
+
+    @property
+    def size(self) -> int:
+        """Number of its weights."""
+        return math.prod(self.shape)
+
+    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 rows) of each part, dequantized by the gguf library and put into transformers' order."""
+        import gguf
+
+        rows, width = self.shape[0], math.prod(self.shape[1:])
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.type]
+        row_bytes = width * nbytes // block
+        whole = rows // self.heads if self.heads else 1
+        step = max(1, SLAB // (width * whole)) * whole
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            raw = read_bytes(self.file, self.start + first * row_bytes, count * row_bytes)
+            values = gguf.quants.dequantize(raw.reshape(count, row_bytes), self.type)
+            values = np.asarray(values, np.float32).reshape(count, *self.shape[1:])
+            yield first, unpair_rows(values, count // whole) if self.heads else values
+
+
+def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
+    """A part of a file.
+
+    Raises:
+        InputError: the file ends before, or cannot be read.
+    """
+    data = np.empty(count, np.uint8)
+    try:
+        if fill(data, path, start):
+            return data
+    except OSError as error:
+        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file") from None
+    raise unusable(path, "cut while it was read", "a complete file")

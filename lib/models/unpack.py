@@ -15,18 +15,93 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.gguf_file import unusable
-from lib.models.gguf_tokenizer import tokenizer_json
-from lib.models.unpack_configuration import transformers_config
-from lib.models.unpack_source import PackedTensor, Rescaling, Source
-from lib.models.weights import NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
-from lib.progress import Progress
+from lib.models.gguf_file import PackedTensor, head_size, unusable
+from lib.models.gguf_tokenizer import tokenizer_json, write_tokenizer
+from lib.models.unpack_source import Source, read_source, transformers_config
+from lib.models.weights import FLOAT16_MAX, NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
+from lib.progress import Progress, say
+from lib.runs import files, machine, manifest
+from lib.runs.files import read_json, remembered_sha256, write_json
 
 if TYPE_CHECKING:
     import torch
 
 
-FLOAT16_MAX = 65504.0
+# A way off the grid of a quantized file: the same function, computed by weights that lie between its steps.
+#
+# Weights that were dequantized lie on the grid of their type, and the same type rounds W + δ back to W: it undoes a
+# fine-tuning, and looks better than other types where nothing was trained. In a transformer some channels can be scaled
+# in one tensor and scaled back in the next, without changing what is computed:
+#
+#     RMSNorm(x)·γs, and the columns of q, k, v (or of gate and up) divided by s,
+#     rows of v (and its bias) times s, and the columns of o divided by s (a group of query heads shares one of v),
+#     rows of up (and its bias) times s, and the columns of down divided by s.
+#
+# Blocks of a quantized type run along a row, so dividing columns by different numbers takes every matrix of a layer off
+# the grid. The residual stream, and with it the embedding and the output matrix, stays as it is.
+
+SEED = 20261128
+RANGE = (0.8, 1.25)
+"""Smallest and largest scale; they are log-uniform between. Why these: docs/LOG.md."""
+
+
+_SCALED = {
+    "input_layernorm": ("attention", None),
+    "q_proj": (None, "attention"),
+    "k_proj": (None, "attention"),
+    "v_proj": ("value", "attention"),
+    "o_proj": (None, "output"),
+    "post_attention_layernorm": ("feed_forward", None),
+    "gate_proj": (None, "feed_forward"),
+    "up_proj": ("up", "feed_forward"),
+    "down_proj": (None, "up"),
+}
+"""Module → scales that its rows are multiplied with, and those that its columns are divided by."""
+
+
+class Rescaling:
+    """Scales of every layer of a model, drawn by `seed`."""
+
+    def __init__(self, config: dict[str, Any], seed: int = SEED, bounds: tuple[float, float] = RANGE) -> None:
+        self.config, self.seed, self.bounds = config, seed, bounds
+        self.layer, self.scales = -1, dict[str, np.ndarray]()
+
+    def apply(self, name: str, first: int, values: np.ndarray) -> np.ndarray:
+        """Rows of a tensor, scaled in float32.
+
+        Args:
+            name: of the tensor in transformers; first: number of the first row; values: float32 rows, or a vector.
+        """
+        if not name.startswith("model.layers."):
+            return values
+        _, _, layer, *rest = name.split(".")
+        rows, columns = self._of(int(layer), rest[-2], rest[-1])
+        if rows is not None:
+            part = rows[first : first + len(values)]
+            values = values * (part if values.ndim == 1 else part[:, None])
+        return values / columns if columns is not None else values
+
+    def _of(self, layer: int, module: str, kind: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What rows are multiplied with, and what columns are divided by."""
+        scales = self._layer(layer)
+        rows, columns = _SCALED.get(module, (None, None))
+        return scales[rows] if rows else None, scales[columns] if columns and kind == "weight" else None
+
+    def _layer(self, layer: int) -> dict[str, np.ndarray]:
+        if layer != self.layer:
+            config, head = self.config, head_size(self.config)
+            keys, width = config["num_key_value_heads"], config["hidden_size"]
+            random, (low, high) = np.random.default_rng([self.seed, layer]), np.log(self.bounds)
+            sizes = {"attention": width, "feed_forward": width, "value": keys * head, "up": config["intermediate_size"]}
+            scales = {k: np.exp(random.uniform(low, high, n)).astype(np.float32) for k, n in sizes.items()}
+            group = config["num_attention_heads"] // keys
+            scales["output"] = np.repeat(scales["value"].reshape(keys, head), group, axis=0).reshape(-1)
+            self.layer, self.scales = layer, scales
+        return self.scales
+
+
+# Weights in the dtype that was asked for.
+
 _LAST_OF_BFLOAT16 = float(np.array(0x7F7F8000, np.uint32).view(np.float32))  # from here on rounding gives infinity
 
 
@@ -66,14 +141,13 @@ def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling |
     width = np.dtype(NUMPY[kind]).itemsize
     with (folder / SINGLE).open("wb") as stream:
         stream.write(pack_header({t.name: (kind, t.shape, t.size * width) for t in source.tensors}, {}))
-        with Progress(f"unpacking {source.path.name} (million weights)", source.parameters // 10**6) as progress:
-            done = 0
+        what, million = f"unpacking {source.path.name} (million weights)", 10**6
+        with Progress(what, source.parameters // million, pieces=million) as progress:
             for tensor in source.tensors:
                 for _, values in scaled_slabs(tensor, scaling):
                     data = rounded(np.ascontiguousarray(values).reshape(-1), dtype, tensor.name, source)
                     stream.write(memoryview(data).cast("B"))
-                    before, done = done, done + values.size
-                    progress.advance(done // 10**6 - before // 10**6)
+                    progress.advance(values.size)
 
 
 # What rounding the unpacked weights costs, by dtype: KL divergence of the next token from the weights in float32.
@@ -101,75 +175,53 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     Raises:
         InputError: the model computes infinities or no numbers.
     """
-    from lib.runs.machine import available_memory
-
     need = 4 * source.parameters + (1 << 30)
-    if need > available_memory():
+    if need > machine.available_memory():
         return None, f"not measured: the weights in float32 need {need / 1e9:.1f} GB of memory"
     import torch
-
-    texts = _ids(source)
-    model = _empty_model(source)
-    with torch.inference_mode():
-        exact = _log_probs(model, source, "float32", None, texts)
-        if not torch.isfinite(exact).all():
-            found = "the model computes numbers that are not finite"
-            raise unusable(source.path, found, "weights that give probabilities")
-        found = {}
-        for kind in ("float16", "bfloat16", "float32"):
-            try:
-                other = exact if kind == "float32" and not scaling else _log_probs(model, source, kind, scaling, texts)
-            except TooLargeError:
-                continue
-            found[kind] = float((exact.exp() * (exact - other)).sum(-1).mean().clamp(min=0))
-    return found, f"mean KL divergence from float32, nats a token, over {len(exact)} positions of {len(texts)} texts"
-
-
-def _ids(source: Source) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source.metadata, source.path)))
-    return [ids for text in TEXTS if len(ids := tokenizer.encode(text).ids) > 1]
+    texts = [ids for text in TEXTS if len(ids := tokenizer.encode(text).ids) > 1]
+    exact = _log_probs(source, "float32", None, texts)
+    if not torch.isfinite(exact).all():
+        found = "the model computes numbers that are not finite"
+        raise unusable(source.path, found, "weights that give probabilities")
+    cost = {}
+    for kind in ("float16", "bfloat16", "float32"):
+        try:
+            other = exact if kind == "float32" and not scaling else _log_probs(source, kind, scaling, texts)
+        except TooLargeError:
+            continue
+        cost[kind] = float((exact.exp() * (exact - other)).sum(-1).mean().clamp(min=0))
+    return cost, f"mean KL divergence from float32, nats a token, over {len(exact)} positions of {len(texts)} texts"
 
 
-def _empty_model(source: Source) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lib.runs.machine import no_warnings, quiet
-
-    quiet()
-    config = transformers_config(source.config, source.path)
-    with no_warnings():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        model.to_empty(device="cpu")  # weights are put in place, tensor by tensor; only the frequencies are computed
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-        model.tie_weights()
-    return model.eval()
-
-
-def _log_probs(
-    model: Any, source: Source, dtype: str, scaling: Rescaling | None, texts: list[list[int]]
-) -> torch.Tensor:
+def _log_probs(source: Source, dtype: str, scaling: Rescaling | None, texts: list[list[int]]) -> torch.Tensor:
     """Log-probabilities of every next token, float32 (positions, vocabulary), with weights rounded to `dtype`."""
     import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    _fill(model, source, dtype, scaling)
-    logits = [model(torch.tensor([ids])).logits[0] for ids in texts]
-    return torch.cat(logits).log_softmax(-1)
-
-
-def _fill(model: Any, source: Source, dtype: str, scaling: Rescaling | None) -> None:
-    import torch
-
-    places = dict(model.named_parameters())
-    if odd := places.keys() ^ {tensor.name for tensor in source.tensors}:
-        raise RuntimeError(f"transformers has other tensors: {sorted(odd)[:3]}")
+    machine.quiet()
+    config, weights = transformers_config(source.config, source.path), {}
     for tensor in source.tensors:
+        weights[tensor.name] = torch.empty(tensor.shape)
         for first, values in scaled_slabs(tensor, scaling):
             data = widen(rounded(values, dtype, tensor.name, source), SAFETENSORS[dtype])
-            places[tensor.name].data[first : first + len(values)] = torch.from_numpy(np.ascontiguousarray(data))
+            weights[tensor.name][first : first + len(values)] = torch.from_numpy(np.ascontiguousarray(data))
+    with machine.no_warnings(), torch.inference_mode():
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,  # not copied
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        if odd := {*report["missing_keys"], *report["unexpected_keys"]}:
+            raise RuntimeError(f"transformers has other tensors: {sorted(odd)[:3]}")
+        logits = [model.eval()(torch.tensor([ids])).logits[0] for ids in texts]
+        return torch.cat(logits).log_softmax(-1)
 
 
 # The folder.
@@ -200,23 +252,16 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
     """
-    from lib.models.unpack_source import read_source
-    from lib.runs.files import new_folder
-
     source = read_source(path)  # outside of what is blamed on the output
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
-    with new_folder(folder) as temporary:
+    with files.new_folder(folder) as temporary:
         return unpack_into(source, temporary, dtype, off_grid)
 
 
 def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
     """As `unpack`, from a file that was looked at, into an empty folder that the caller made and will rename."""
-    from lib.models.gguf_tokenizer import write_tokenizer
-    from lib.models.unpack_source import RANGE, SEED, Rescaling
-    from lib.runs.files import remembered_sha256, require_space, write_json
-
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
     if off_grid and source.main_type in PLAIN:
@@ -226,7 +271,8 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
             "leave out --off-grid (gguf_off_grid: false).",
         )
     scaling = Rescaling(source.config) if off_grid else None
-    require_space(folder, source.parameters * (4 if dtype == "float32" else 2), f"the weights of {source.path.name}")
+    nbytes = source.parameters * (4 if dtype == "float32" else 2)
+    files.require_space(folder, nbytes, f"the weights of {source.path.name}")
     tries = ["float16", "bfloat16", "float32"] if dtype == "auto" else [dtype]
     for chosen in tries:
         try:
@@ -269,11 +315,6 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
     Raises:
         InputError: a file that cannot be unpacked.
     """
-    from lib.models.unpack_source import RANGE, SEED, read_source
-    from lib.progress import say
-    from lib.runs import files, manifest
-    from lib.runs.files import read_json, remembered_sha256
-
     key: dict[str, Any] = {"sha256": remembered_sha256(path), "dtype": dtype, "off_grid": off_grid}
     key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
     made = []

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from lib.errors import InputError
 from lib.models.loading import load_model
-from lib.models.unpack import unpack
-from lib.models.unpack_source import RANGE, Rescaling
+from lib.models.unpack import RANGE, Rescaling, unpack
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 

@@ -16,8 +16,10 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_file import (
     ARCHITECTURES,
+    NUMBERS,
     ROPE_FACTORS,
     ROPE_TYPES,
+    SLAB,
     head_size,
     pair_rows,
     rope_factors,
@@ -25,7 +27,7 @@ from lib.models.gguf_file import (
     rotary_heads,
     tensor_names,
 )
-from lib.models.weights import StoredTensor, Weights, convert, infinite, largest_magnitude, widen
+from lib.models.weights import FLOAT16_MAX, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
 from lib.runs.files import write_at
 
 if TYPE_CHECKING:
@@ -39,15 +41,6 @@ if TYPE_CHECKING:
 # The order and the types of the keys are those of the converter of llama.cpp (`conversion/base.py`,
 # set_gguf_parameters; `conversion/llama.py`), so that the files are equal byte for byte.
 
-_NUMBERS = {
-    "num_hidden_layers": "block_count",
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "head_count",
-    "num_key_value_heads": "head_count_kv",
-}
-"""Key of config.json → what the writer of the gguf library calls it, in the official order."""
 _YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}
 _YARN |= {"beta_fast": "beta_fast", "beta_slow": "beta_slow"}
 
@@ -95,7 +88,7 @@ def _plain_config(folder: Path) -> dict[str, Any] | None:
         name = ARCHITECTURES[config["architectures"][0]]
         rope, head = config.get("rope_parameters") or config, config.get("head_dim")
         whole = (
-            all(type(config[key]) is int and config[key] > 0 for key in (*_NUMBERS, "vocab_size"))
+            all(type(config[key]) is int and config[key] > 0 for key in (*NUMBERS, "vocab_size"))
             and type(config["tie_word_embeddings"]) is bool
             and type(config["rms_norm_eps"]) is float
             and type(rope["rope_theta"]) in (int, float)
@@ -145,8 +138,8 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
 def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
     """Add the hyperparameters to `writer`, in the official order."""
     config = model.config
-    for key, name in _NUMBERS.items():
-        getattr(writer, f"add_{name}")(config[key])
+    for name, key in NUMBERS.items():
+        writer.add_uint32(f"{model.name}.{key}", config[name])
     _write_rope(writer, rope_of(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim") is not None:
@@ -176,10 +169,6 @@ def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
 
 # The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone.
 
-SLAB = 4 << 20
-"""Weights converted at a time (16 MiB of float32)."""
-
-_F16_MAX = 65504.0
 _IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 
 
@@ -303,7 +292,7 @@ def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None
     where, path = (tensor.source.name, tensor.source.file) if tensor.source else (tensor.name, Path("config.json"))
     if not math.isfinite(largest):
         raise infinite(where, path)
-    limit = {"F16": _F16_MAX, "Q8_0": _F16_MAX * 127}.get(tensor.type.name, math.inf)
+    limit = {"F16": FLOAT16_MAX, "Q8_0": FLOAT16_MAX * 127}.get(tensor.type.name, math.inf)
     if largest > limit:
         raise InputError(
             f"a weight of size {largest:.6g} in {where} ({path}); {tensor.type.name} ends at {limit:.6g}.",
