@@ -1,10 +1,11 @@
-"""LoRA adapters as peft stores them: told apart from full models by content, read from their headers, fitted to a base.
+"""LoRA adapters as peft stores them: told from full models by content, read from headers, checked against a base.
 
-What a folder is, is said by what its files hold and never by their names.
+The content of the files decides what a folder is, never their names.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib.errors import InputError
-from lib.models.weights import StoredTensor, Weights, infinite, open_weights, read_file, read_object
+from lib.models.weights import StoredTensor, Weights, infinite, largest_magnitude, open_weights, read_file, read_object
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -42,7 +43,7 @@ def _contents(folder: Path) -> set[str]:
 
 
 def folder_kind(folder: Path) -> Literal["model", "adapter", "unknown"]:
-    """What a folder is: by its weights; where they cannot be read, by its configurations."""
+    """What a folder is, judged by its weights or, where those cannot be read, by its configuration files."""
     found = _contents(folder)
     if "model" in found:
         return "model"
@@ -52,7 +53,7 @@ def folder_kind(folder: Path) -> Literal["model", "adapter", "unknown"]:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder; empty when there is none, or none that can be read."""
+    """adapter_config.json of a folder; empty if it is missing or cannot be read."""
     try:
         return read_object(folder / "adapter_config.json")
     except InputError:
@@ -161,7 +162,7 @@ class Adapter:
             InputError: names the first tensor that holds one.
         """
         for name, tensor in self.tensors.items():
-            if not tensor.is_finite:
+            if not math.isfinite(largest_magnitude(tensor.read(), tensor.dtype)):
                 raise infinite(f"{name} of the adapter", self.folder)
 
 
@@ -240,7 +241,7 @@ def shape_of(adapter: Adapter) -> AdapterShape:
 
 
 def check_fit(folder: Path, base: Path) -> AdapterShape:
-    """The adapter's shape, when every tensor of it has its place in the base model and is a finite number.
+    """The adapter's shape, provided that every tensor has its place in the base model and is finite.
 
     Raises:
         InputError: a module that the base does not have, a wrong shape, half a pair, NaN or infinity.

@@ -1,5 +1,5 @@
-"""GGUF files looked at before native code opens them: header, keys, table of tensors; the architectures in them, and
-their tensors turned back into numbers."""
+"""GGUF files, read and checked before native code opens them: header, keys, table of tensors; the architectures in
+them; and their tensors dequantized."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from lib.errors import InputError
-from lib.models.weights import fill, impostor
+from lib.models.weights import Shaped, fill, impostor
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -27,7 +28,7 @@ _SMALLEST = 24  # magic, version, number of tensors, number of metadata entries
 
 
 def unusable(path: Path, found: str, expected: str, do: str = "make or download the file again") -> InputError:
-    """The error for a GGUF file that is damaged, or holds what nobody here can read."""
+    """The error for a GGUF file that is damaged, or holds something that this workbook cannot read."""
     return InputError(f"{path}: {found}.", f"{expected}.", f"{do}.")
 
 
@@ -71,7 +72,7 @@ def run_gguf(run: Run) -> Path:
 
 
 def _instead(head: bytes) -> tuple[str, str]:
-    """What a file is that does not start as a GGUF file does, and what to do about it."""
+    """What a file without the start of a GGUF file is instead, and what to do about it."""
     again = "make or download the file again"
     if not head:
         return "is empty", again
@@ -95,7 +96,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class _Reader:
-    """Bounds-checked reading: every length is compared with what is left of the file before anything is made of it."""
+    """Bounds-checked reading: every length is compared with what is left of the file before it is used."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
@@ -165,18 +166,13 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(Shaped):
     """One tensor of a GGUF file: its type's number, its shape (rows first, as in PyTorch), its first byte."""
 
     name: str
     type: int
     shape: tuple[int, ...]
     start: int
-
-    @property
-    def size(self) -> int:
-        """Number of its elements."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int | None:
@@ -191,7 +187,7 @@ class TensorInfo:
 
 
 def data_end(tensors: Sequence[TensorInfo]) -> int | None:
-    """Byte behind the last tensor of a file; None when a type is not known."""
+    """The first byte after the last tensor of a file; None when a type is unknown."""
     sizes = [tensor.nbytes for tensor in tensors]
     return max((t.start + n for t, n in zip(tensors, sizes, strict=True)), default=0) if None not in sizes else None
 
@@ -234,7 +230,7 @@ def raw_metadata(path: Path | str) -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
-    """A reader behind the magic and the version, and the number of tensors."""
+    """A reader placed behind magic, version and number of tensors, and that number."""
     path = check_gguf(path)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, path)
@@ -246,54 +242,24 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 
 # The architectures that are turned into GGUF and back: classes, names of tensors, rotary frequencies.
-#
-# Names and rules are those of llama.cpp (`gguf-py/gguf/tensor_mapping.py`, `conversion/llama.py`).
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+_TABLES = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
+_OF: dict[str, dict[str, Any]] = _TABLES["architectures"]
+
+ARCHITECTURES = {entry["class"]: name for name, entry in _OF.items()}
 """Class in config.json → architecture in GGUF."""
 
-NUMBERS = {
-    "num_hidden_layers": "block_count",
-    "max_position_embeddings": "context_length",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-}
+NUMBERS: dict[str, str] = _TABLES["numbers"]
 """Key of config.json → key in GGUF, behind the architecture's name; in the official converter's order."""
+
+ROPE_TYPES = {name: tuple(entry["rope_types"]) for name, entry in _OF.items()}
+"""Architecture → kinds of rope scaling that can be said in both formats."""
+
+BIASES = {name: {key: _TABLES["biases"][key] for key in entry["biases"]} for name, entry in _OF.items()}
+"""Architecture → keys of config.json → biases of every block that each stands for, in GGUF and in transformers."""
 
 OWN_FOLDER = "give the model's own folder as base_model"
 """What to do about a file whose model or tokenizer cannot be rebuilt."""
-
-ROPE_TYPES = {"qwen2": ("linear", "yarn"), "qwen3": ("linear", "yarn"), "llama": ("linear", "yarn", "llama3")}
-"""Architecture → kinds of rope scaling that can be said in both formats."""
-
-OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-"""Name in GGUF → name in transformers, of the tensors outside the blocks; the last one is absent in tied models."""
-
-BLOCK = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-"""The same of a block's tensors, behind `blk.N.` and `model.layers.N.`."""
-
-EXTRA: dict[str, dict[str, str]] = {
-    "qwen2": {f"attn_{p}.bias": f"self_attn.{p}_proj.bias" for p in "qkv"},
-    "qwen3": {f"attn_{p}_norm.weight": f"self_attn.{p}_norm.weight" for p in "qk"},
-    "llama": {},
-}
-"""Architecture → further tensors of every block."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
@@ -301,15 +267,16 @@ _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
-    names = {ours: theirs for ours, theirs in OUTSIDE.items() if not (tied and ours == "output.weight")}
+    names = {ours: theirs for ours, theirs in _TABLES["outside"].items() if not (tied and ours == "output.weight")}
+    in_block = {**_TABLES["block"], **_OF[architecture]["block"], **(more or {})}
     for block in range(blocks):
-        for ours, theirs in {**BLOCK, **EXTRA[architecture], **(more or {})}.items():
+        for ours, theirs in in_block.items():
             names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
     return names
 
 
 def rotary_heads(architecture: str, name: str, config: dict[str, Any]) -> int:
-    """Heads whose rows llama.cpp wants in another order: query and key of Llama; 0 for all other tensors.
+    """Number of heads whose rows llama.cpp orders differently: query and key of Llama; 0 for all other tensors.
 
     Args:
         name: of the tensor in transformers.
@@ -370,14 +337,14 @@ def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
     return np.where(lengths < trained / high, 1.0, stretched).astype(np.float32)
 
 
-# Tensors turned back into float32.
+# Tensors dequantized.
 
 SLAB = 4 << 20
 """Weights dequantized or converted at a time (16 MiB of float32)."""
 
 
 @dataclass(frozen=True)
-class PackedTensor:
+class PackedTensor(Shaped):
     """One tensor of a model, as it is stored in a file.
 
     Attributes:
@@ -391,11 +358,6 @@ class PackedTensor:
     type: GGMLQuantizationType
     shape: tuple[int, ...]
     heads: int
-
-    @property
-    def size(self) -> int:
-        """Number of its weights."""
-        return math.prod(self.shape)
 
     def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float32 rows) of each part, dequantized by the gguf library and put into transformers' order."""

@@ -1,6 +1,6 @@
 """The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
 
-And from token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
+Also: the bytes that each token id adds to a text, for showing an answer while it is written.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def refuse_unwritable(metadata: Mapping[str, Any], source: Path) -> None:
 
 
 def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
-    """Refuse chat templates that are no text, or whose names are no file names.
+    """Refuse chat templates that are not text, or whose names cannot be file names.
 
     Raises:
         InputError: says which key.
@@ -190,7 +190,7 @@ def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
 
 
 def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """tokenizer.json of the tokenizer that a GGUF file holds.
+    """The tokenizer of a GGUF file as tokenizer.json.
 
     Raises:
         InputError: no byte-level BPE whose rules are known, no tokens or merges, a token twice, or an end token that is
@@ -253,7 +253,7 @@ def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
 
 
 def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path) -> dict[str, Any]:
-    """Nothing is added, or the start token before every text."""
+    """A post-processor that adds nothing, or the start token before every text."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
         found = "a tokenizer that ends every text with the end token"
         raise unusable(source, found, "one of a chat model, whose template does that", OWN_FOLDER)
@@ -311,16 +311,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
             "ByteLevel (Qwen, Llama 3) or ByteFallback (Llama 2).",
             "choose another base_model, or set generated_rows: 0.",
         )
-    read = _from_bytes if "ByteLevel" in kinds else _from_piece
+    read = _from_characters if "ByteLevel" in kinds else _from_piece
     added = {number: content.encode() for content, number in tokenizer.get_added_vocab().items()}
     names = tokenizer.convert_ids_to_tokens(list(ids))  # none behind the vocabulary's end (padding rows of the model)
     return [added[i] if i in added else read(name or "") for i, name in zip(ids, names, strict=True)]
 
 
-def _from_bytes(name: str) -> bytes:
+def _from_characters(name: str) -> bytes:
     """A token of byte-level BPE."""
-    alphabet = byte_of_character()
-    return bytes(alphabet[character] for character in name)
+    return bytes(byte_of_character()[character] for character in name)
 
 
 def _from_piece(name: str) -> bytes:

@@ -19,7 +19,7 @@ _SHOWN_TOKENS = 30
 
 @dataclass
 class _Findings:
-    """What is said of a folder or file. With a problem it cannot be used; a note is only worth knowing.
+    """What was found out about a folder or file: a problem makes it unusable; a note is merely worth knowing.
 
     Attributes:
         render: whether the chat template is tried out, in a process of its own with little memory and time.
@@ -32,7 +32,7 @@ class _Findings:
     problems: list[str] = field(default_factory=list)
 
     def attempt(self, read: Callable[[], Any], otherwise: Any = None) -> Any:
-        """What `read` gives; `otherwise`, and a problem, when it refuses."""
+        """What `read` returns; if it refuses, `otherwise`, and the refusal becomes a problem."""
         try:
             return read()
         except InputError as error:
@@ -345,7 +345,7 @@ def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence
 
 
 def _as_base(path: Path) -> str:
-    """Whether the file can be a base model; the same is asked when it is unpacked."""
+    """Whether the file can be a base model, by the same check as before unpacking."""
     from lib.models.unpack_source import read_source
 
     try:

@@ -1,4 +1,4 @@
-"""Models, tokenizers and adapters loaded: only safetensors, never code."""
+"""Loading models, tokenizers and adapters: only from safetensors, never running code of a repository."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.adapters import require_adapter
 from lib.models.base_model import check_model_folder
 from lib.models.weights import infinite, open_weights, read_file
@@ -50,7 +50,7 @@ def count_weights(folder: Path) -> int:
 
 
 def affordable_dtype(folder: Path) -> str:
-    """Arithmetic for a check of a model folder: "float32" where its weights fit in memory so, else "bfloat16"."""
+    """Arithmetic for checking a model folder: "float32" if its weights fit into memory that way, else "bfloat16"."""
     return "float32" if open_weights(folder).parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
@@ -112,9 +112,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         with no_warnings():
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the tokenizer in {path} cannot be read ({reason}).", "a whole one.", "copy it again."
+            f"the tokenizer in {path} cannot be read ({one_line(error)}).", "a whole one.", "copy it again."
         ) from None
     if not tokenizer.chat_template:
         raise InputError(
@@ -169,7 +168,7 @@ def load_model(
 
 
 def _keep_trainable(model: Any) -> None:
-    """Keep 4-bit layers in the layout that has gradients.
+    """Keep 4-bit layers in the layout that supports gradients.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first forward pass in eval mode, for good, and the
     repacked product has no backward pass: training would fail after the first validation.
@@ -211,7 +210,7 @@ def _refuse_infinite(model: Any, path: Path) -> None:
 
 
 def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
-    """The model of folder `base` with a LoRA on top, whose tensors must be exactly those that it has places for."""
+    """The model of folder `base` with a LoRA on top, with exactly the tensors that the model has places for."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -221,9 +220,8 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         with no_warnings():
             model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"the adapter {adapter} does not fit the base model ({reason}).",
+            f"the adapter {adapter} does not fit the base model ({one_line(error, 300)}).",
             "an adapter of this base model.",
             "check base_model.",
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -75,7 +76,13 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
 
     recipe = recipe or TokenizerRecipe()
     raw = _train(texts, words, recipe)
-    _check_words(raw, words, recipe)
+    for word in words:
+        pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
+        count = len(raw.encode(word).ids)
+        if len(pieces) == 1 and len(word.encode()) <= recipe.longest_token and count != 1:
+            raise RuntimeError(
+                f"{word!r} takes {count} tokens of {recipe.vocabulary}; too many or too long words were given"
+            )
     whole = json.loads(raw.to_str())
     whole["decoder"] = {"type": "ByteLevel", **PLAIN_BYTES}  # written out as Qwen2's file has it; same effect
     state = whole["model"]
@@ -137,26 +144,11 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    raw.train_from_iterator(_stream(texts, words), trainer)
+    # every word so often that its pairs are merged before the vocabulary is used up
+    repeated = (f"{word}\n" * (1000 + len(texts)) for word in (*ROLES, *words))
+    raw.train_from_iterator(itertools.chain(texts, repeated), trainer)
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return raw
-
-
-def _stream(texts: list[str], words: list[str]) -> Iterator[str]:
-    """The texts, then every word so often that its pairs are merged before the vocabulary is used up."""
-    yield from texts
-    for word in (*ROLES, *words):
-        yield f"{word}\n" * (1000 + len(texts))
-
-
-def _check_words(raw: Tokenizer, words: list[str], recipe: TokenizerRecipe) -> None:
-    for word in words:
-        pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
-        ids = raw.encode(word).ids
-        if len(pieces) == 1 and len(word.encode()) <= recipe.longest_token and len(ids) != 1:
-            raise RuntimeError(
-                f"{word!r} takes {len(ids)} tokens of {recipe.vocabulary}; too many or too long words were given"
-            )
 
 
 # The offline base model: a small Qwen2 pre-trained as a causal language model on the run's own training texts.

@@ -1,10 +1,11 @@
 """A GGUF file as a model folder that `from_pretrained` loads: weights dequantized, configuration and tokenizer rebuilt.
 
-The folder holds `unpacked.json`, which says where it comes from, and of which type the weights were.
+The folder holds `unpacked.json`, which says where the weights come from and which type they had.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from lib.errors import InputError
 from lib.models.gguf_file import PackedTensor, head_size, unusable
@@ -62,9 +64,9 @@ _SCALED = {
 class Rescaling:
     """Scales of every layer of a model, drawn by `seed`."""
 
-    def __init__(self, config: dict[str, Any], seed: int = SEED, bounds: tuple[float, float] = RANGE) -> None:
-        self.config, self.seed, self.bounds = config, seed, bounds
-        self.layer, self.scales = -1, dict[str, np.ndarray]()
+    def __init__(self, config: dict[str, Any], seed: int = SEED) -> None:
+        self.config, self.seed = config, seed
+        self._scales = functools.lru_cache(maxsize=1)(self._draw)  # tensors come sorted by layer
 
     def apply(self, name: str, first: int, values: np.ndarray) -> np.ndarray:
         """Rows of a tensor, scaled in float32.
@@ -74,30 +76,23 @@ class Rescaling:
         """
         if not name.startswith("model.layers."):
             return values
-        _, _, layer, *rest = name.split(".")
-        rows, columns = self._of(int(layer), rest[-2], rest[-1])
-        if rows is not None:
-            part = rows[first : first + len(values)]
-            values = values * (part if values.ndim == 1 else part[:, None])
-        return values / columns if columns is not None else values
-
-    def _of(self, layer: int, module: str, kind: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """What rows are multiplied with, and what columns are divided by."""
-        scales = self._layer(layer)
+        _, _, layer, *_, module, kind = name.split(".")
         rows, columns = _SCALED.get(module, (None, None))
-        return scales[rows] if rows else None, scales[columns] if columns and kind == "weight" else None
+        scales = self._scales(int(layer))
+        if rows:
+            part = scales[rows][first : first + len(values)]
+            values = values * (part if values.ndim == 1 else part[:, None])
+        return values / scales[columns] if columns and kind == "weight" else values
 
-    def _layer(self, layer: int) -> dict[str, np.ndarray]:
-        if layer != self.layer:
-            config, head = self.config, head_size(self.config)
-            keys, width = config["num_key_value_heads"], config["hidden_size"]
-            random, (low, high) = np.random.default_rng([self.seed, layer]), np.log(self.bounds)
-            sizes = {"attention": width, "feed_forward": width, "value": keys * head, "up": config["intermediate_size"]}
-            scales = {k: np.exp(random.uniform(low, high, n)).astype(np.float32) for k, n in sizes.items()}
-            group = config["num_attention_heads"] // keys
-            scales["output"] = np.repeat(scales["value"].reshape(keys, head), group, axis=0).reshape(-1)
-            self.layer, self.scales = layer, scales
-        return self.scales
+    def _draw(self, layer: int) -> dict[str, np.ndarray]:
+        config, head = self.config, head_size(self.config)
+        keys, width = config["num_key_value_heads"], config["hidden_size"]
+        random, (low, high) = np.random.default_rng([self.seed, layer]), np.log(RANGE)
+        sizes = {"attention": width, "feed_forward": width, "value": keys * head, "up": config["intermediate_size"]}
+        scales = {k: np.exp(random.uniform(low, high, n)).astype(np.float32) for k, n in sizes.items()}
+        group = config["num_attention_heads"] // keys
+        scales["output"] = np.repeat(scales["value"].reshape(keys, head), group, axis=0).reshape(-1)
+        return scales
 
 
 # Weights in the dtype that was asked for.
@@ -109,25 +104,25 @@ class TooLargeError(Exception):
     """A weight that the asked dtype cannot hold: its tensor and its magnitude."""
 
 
-def rounded(values: np.ndarray, dtype: str, name: str, source: Source) -> np.ndarray:
-    """float32 values in `dtype` (bfloat16 as its bits), each rounded once, to nearest, ties to even.
+def rounded_slabs(
+    source: Source, tensor: PackedTensor, dtype: str, scaling: Rescaling | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of a tensor, rescaled if asked, in `dtype` (bfloat16 as its bits).
+
+    Each value is rounded once, to nearest, ties to even.
 
     Raises:
         InputError: NaN or infinity.
         TooLargeError: a value beyond the largest of the dtype.
     """
-    largest = largest_magnitude(values, "F32")
-    if not math.isfinite(largest):
-        raise unusable(source.path, f"NaN or infinity in tensor {name}", "finite weights")
-    if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
-        raise TooLargeError(f"tensor {name} holds a weight of size {largest:.6g}")
-    return convert(values, "F32", SAFETENSORS[dtype])
-
-
-def scaled_slabs(tensor: PackedTensor, scaling: Rescaling | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 rows) of a tensor, rescaled if asked."""
     for first, values in tensor.slabs():
-        yield first, scaling.apply(tensor.name, first, values) if scaling else values
+        values = np.ascontiguousarray(scaling.apply(tensor.name, first, values) if scaling else values)
+        largest = largest_magnitude(values, "F32")
+        if not math.isfinite(largest):
+            raise unusable(source.path, f"NaN or infinity in tensor {tensor.name}", "finite weights")
+        if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
+            raise TooLargeError(f"tensor {tensor.name} holds a weight of size {largest:.6g}")
+        yield first, convert(values, "F32", SAFETENSORS[dtype])
 
 
 def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling | None) -> None:
@@ -139,31 +134,20 @@ def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling |
     """
     kind = SAFETENSORS[dtype]
     width = np.dtype(NUMPY[kind]).itemsize
-    with (folder / SINGLE).open("wb") as stream:
+    what, million = f"unpacking {source.path.name} (million weights)", 10**6
+    progress = Progress(what, source.parameters // million, pieces=million)
+    with (folder / SINGLE).open("wb") as stream, progress:
         stream.write(pack_header({t.name: (kind, t.shape, t.size * width) for t in source.tensors}, {}))
-        what, million = f"unpacking {source.path.name} (million weights)", 10**6
-        with Progress(what, source.parameters // million, pieces=million) as progress:
-            for tensor in source.tensors:
-                for _, values in scaled_slabs(tensor, scaling):
-                    data = rounded(np.ascontiguousarray(values).reshape(-1), dtype, tensor.name, source)
-                    stream.write(memoryview(data).cast("B"))
-                    progress.advance(values.size)
+        for tensor in source.tensors:
+            for _, values in rounded_slabs(source, tensor, dtype, scaling):
+                stream.write(memoryview(values).cast("B"))
+                progress.advance(values.size)
 
 
 # What rounding the unpacked weights costs, by dtype: KL divergence of the next token from the weights in float32.
 
-TEXTS = (
-    "The capital of France is Paris, and the river that runs through it is the Seine.",
-    "A wonderfully acted drama that never quite finds its ending; still, I was moved.",
-    "In 1969 three astronauts flew 384,400 km to the Moon and came back after eight days.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    "酒店的位置很好，房间干净，服务员也很热情，下次还会再来。",
-    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils earlier, because",
-)
-"""Texts of several kinds; a figure of some two hundred positions, which shows the size of the cost, not its digits."""
 
-
-def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict[str, float] | None, str]:
+def cost_of(source: Source, scaling: Rescaling | None) -> tuple[dict[str, float] | None, str]:
     """Mean KL divergence, nats a token, of float16, bfloat16 and float32 from the file's weights in float32.
 
     The weights are those that are written (with their scales); float32 shows whether the scales change the function.
@@ -182,7 +166,8 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source.metadata, source.path)))
-    texts = [ids for text in TEXTS if len(ids := tokenizer.encode(text).ids) > 1]
+    samples = yaml.safe_load(Path(__file__).with_name("unpack_texts.yaml").read_text(encoding="utf-8"))
+    texts = [ids for text in samples if len(ids := tokenizer.encode(text).ids) > 1]
     exact = _log_probs(source, "float32", None, texts)
     if not torch.isfinite(exact).all():
         found = "the model computes numbers that are not finite"
@@ -206,9 +191,9 @@ def _log_probs(source: Source, dtype: str, scaling: Rescaling | None, texts: lis
     config, weights = transformers_config(source.config, source.path), {}
     for tensor in source.tensors:
         weights[tensor.name] = torch.empty(tensor.shape)
-        for first, values in scaled_slabs(tensor, scaling):
-            data = widen(rounded(values, dtype, tensor.name, source), SAFETENSORS[dtype])
-            weights[tensor.name][first : first + len(values)] = torch.from_numpy(np.ascontiguousarray(data))
+        for first, values in rounded_slabs(source, tensor, dtype, scaling):
+            rows = torch.from_numpy(widen(values, SAFETENSORS[dtype]))
+            weights[tensor.name][first : first + len(values)] = rows
     with machine.no_warnings(), torch.inference_mode():
         model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None,
@@ -247,7 +232,7 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
         What unpacked.json holds: {"source": file name, "sha256", "version" (of this unpacking), "types": {type:
         weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on
         the grid), "parameters", "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see
-        `cost.cost_of`, or null), "cost_note"}.
+        `cost_of`, or null), "cost_note"}.
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
@@ -261,7 +246,7 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
 
 
 def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
-    """As `unpack`, from a file that was looked at, into an empty folder that the caller made and will rename."""
+    """As `unpack`, from a file already checked, into an empty folder that the caller made and will rename."""
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
     if off_grid and source.main_type in PLAIN:
@@ -288,7 +273,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
     write_json(folder / "config.json", {**source.config, "torch_dtype": chosen})
     write_json(folder / "generation_config.json", source.generation)
     write_tokenizer(source.metadata, source.path, folder)
-    cost, note = cost_of(source, chosen, scaling)
+    cost, note = cost_of(source, scaling)
     record = {
         "source": source.path.name,
         "sha256": remembered_sha256(source.path),
@@ -332,7 +317,7 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
 
 
 def identity(record: Mapping[str, Any]) -> str:
-    """What tells a base from a GGUF file from all others: hash, version of the unpacking, dtype if asked, scales.
+    """What identifies a base that came out of a GGUF file: hash, version of the unpacking, dtype if asked for, scales.
 
     For example sha256:0123456789abcdef+v2+bfloat16+off-grid-20261128-0.8-1.25 (seed, smallest and largest scale).
     """
@@ -357,7 +342,7 @@ def asked_in(revision: str) -> dict[str, Any]:
 
 
 def without_dtype(revision: str) -> str:
-    """An `identity` but for the number format that was asked for: which weights, not how finely they are stored."""
+    """An `identity` without the number format that was asked for: which weights, not how finely they are stored."""
     return "+".join(part for part in revision.split("+") if part not in CHOICES)
 
 

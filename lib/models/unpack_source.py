@@ -1,5 +1,5 @@
-"""A GGUF file looked at before anything is unpacked: its model's configuration, and everything that can be refused
-without reading the weights."""
+"""A GGUF file examined before it is unpacked: its model's configuration, and everything that can be refused without
+reading the weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.errors import one_line
 from lib.models.gguf_file import (
     ARCHITECTURES,
+    BIASES,
     OWN_FOLDER,
     ROPE_FACTORS,
     ROPE_TYPES,
@@ -94,7 +96,7 @@ class Keys:
 
 
 def shortest(value: float) -> float:
-    """The float with the fewest decimal digits that is the same float32."""
+    """The float with the fewest decimal digits that rounds to the same float32."""
     return float(str(np.float32(value)))
 
 
@@ -253,8 +255,7 @@ def transformers_config(config: Mapping[str, Any], path: Path) -> PreTrainedConf
     try:
         return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
     except (ValueError, TypeError, KeyError, OverflowError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        found = f"keys that transformers does not take ({reason})"
+        found = f"keys that transformers does not take ({one_line(error)})"
         expected = f"a {config['model_type']} model that transformers knows"
         raise unusable(path, found, expected, OWN_FOLDER) from None
 
@@ -278,15 +279,6 @@ def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # The file as a whole.
-
-_BIASES = {
-    "attention_bias": {
-        f"attn_{p}.bias": f"self_attn.{q}_proj.bias" for p, q in zip(("q", "k", "v", "output"), "qkvo", strict=True)
-    },
-    "mlp_bias": {f"ffn_{p}.bias": f"mlp.{p}_proj.bias" for p in ("gate", "up", "down")},
-}
-"""Key of config.json → biases of every block that it stands for, in GGUF and in transformers."""
-_HAS_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",), "qwen2": ()}
 
 
 @dataclass(frozen=True)
@@ -318,7 +310,7 @@ class Source:
 
 
 def read_source(path: Path | str) -> Source:
-    """Everything of a GGUF file but its weights.
+    """Everything in a GGUF file except its weights.
 
     Raises:
         InputError: not a whole file; one part of several; an architecture, a tokenizer or a rope scaling that is not
@@ -363,8 +355,9 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
     blocks = keys.whole("block_count")
     if blocks > len(tensors):  # a damaged header must not make us list billions of names
         raise unusable(keys.path, f"{blocks} blocks, {len(tensors)} tensors", "all tensors")
-    biases = {key: f"blk.0.{next(iter(_BIASES[key]))}" in tensors for key in _HAS_BIASES[keys.architecture]}
-    more = {ours: theirs for key, has in biases.items() if has for ours, theirs in _BIASES[key].items()}
+    known = BIASES[keys.architecture]
+    biases = {key: f"blk.0.{next(iter(names))}" in tensors for key, names in known.items()}
+    more = {ours: theirs for key, has in biases.items() if has for ours, theirs in known[key].items()}
     return tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def infinite(what: str, where: Path) -> InputError:
     )
 
 
-# Files that are not what their names say.
+# Files that are not what their names promise.
 
 
 def impostor(head: bytes) -> tuple[str, str] | None:
@@ -132,8 +132,7 @@ def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{path} is damaged ({reason}).", "JSON.", "download or copy it again.") from None
+        raise InputError(f"{path} is damaged ({one_line(error, 80)}).", "JSON.", "download or copy it again.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no object.", f"{what}.", "download or copy it again.")
     return content
@@ -166,8 +165,19 @@ def fill(values: np.ndarray, path: Path, start: int) -> bool:
     return True
 
 
+class Shaped:
+    """Something with a shape, and hence a number of elements."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(Shaped):
     """One tensor on the disk: `dtype` as safetensors names it (BF16), bytes `start` to `end` of `file`."""
 
     name: str
@@ -199,11 +209,6 @@ class StoredTensor:
         self.require_floats()
         return torch.from_numpy(self.raw()).view(getattr(torch, TORCH[self.dtype])).reshape(self.shape)
 
-    @property
-    def size(self) -> int:
-        """Number of its elements."""
-        return math.prod(self.shape)
-
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
         """A copy of `count` elements from the `first`, one-dimensional, as `lib.models.weights` holds the dtype.
 
@@ -221,15 +226,6 @@ class StoredTensor:
         import torch
 
         return torch.from_numpy(self.read(first, count)).view(getattr(torch, TORCH[self.dtype]))
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every element is a finite number.
-
-        Raises:
-            InputError: as `read`.
-        """
-        return math.isfinite(largest_magnitude(self.read(), self.dtype))
 
     def require_floats(self) -> None:
         """Refuse integer and 8-bit tensors, which only quantized models have."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.gguf_file import data_end, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights
 from lib.progress import Progress
@@ -268,9 +268,8 @@ def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
     try:
         metadata = gguf.Metadata.load(None, folder, name, counts[0])
     except Exception as error:  # yaml's errors derive from Exception
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the model card or configuration in {folder} cannot be read ({reason}).",
+            f"the model card or configuration in {folder} cannot be read ({one_line(error)}).",
             "README.md with YAML front matter, JSON files.",
             "correct README.md or remove it.",
         ) from None
@@ -286,7 +285,7 @@ def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
 
 
 def load_check(path: Path, stop: threading.Event | None = None) -> str:
-    """What llama.cpp says to the file, in words.
+    """What llama.cpp says about the file, in words.
 
     Raises:
         InputError: it refuses the file.

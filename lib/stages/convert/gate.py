@@ -1,4 +1,4 @@
-"""The gate between conversion and quantization: a GGUF that does not answer as the merged model does stops the run.
+"""The gate between conversion and quantization: it stops the run if the GGUF does not answer as the merged model does.
 
 Three questions: does llama.cpp cut the run's texts into the same token ids; is the next-token distribution the same
 (KL divergence over whole prompts); does it choose the same labels? Keys and values are kept in float32 and flash

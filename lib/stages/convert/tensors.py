@@ -1,4 +1,4 @@
-"""What a model becomes in GGUF, and the file being written: keys, tensors converted in slabs, with NumPy alone."""
+"""What a model becomes in GGUF, and how the file is written: keys, and tensors converted in slabs with NumPy alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.gguf_file import (
     ARCHITECTURES,
     NUMBERS,
@@ -27,7 +27,7 @@ from lib.models.gguf_file import (
     rotary_heads,
     tensor_names,
 )
-from lib.models.weights import FLOAT16_MAX, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
+from lib.models.weights import FLOAT16_MAX, Shaped, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
 from lib.runs.files import write_at
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}
 _YARN |= {"beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+"""Key of rope_scaling → what the writer of the gguf library calls it behind rope_scaling_yarn."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,10 @@ def _full_config(folder: Path) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
     except Exception as error:  # transformers validates values with exceptions of many kinds
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{folder / 'config.json'} cannot be read ({reason}).", "the configuration of a model.", "check the folder."
+            f"{folder / 'config.json'} cannot be read ({one_line(error)}).",
+            "the configuration of a model.",
+            "check the folder.",
         ) from None
 
 
@@ -173,7 +175,7 @@ _IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
+class PlannedTensor(Shaped):
     """One tensor of the GGUF.
 
     Attributes:
@@ -195,10 +197,6 @@ class PlannedTensor:
     def row(self) -> int:
         """Values of a row; quantization blocks never cross one."""
         return self.shape[-1] if self.shape else 1
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
 
 def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[PlannedTensor]:

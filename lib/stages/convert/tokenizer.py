@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+import yaml
+
+from lib.errors import InputError, one_line
 from lib.models.gguf_tokenizer import QWEN2_PATTERN
 from lib.models.weights import read_object
 
@@ -22,12 +24,8 @@ if TYPE_CHECKING:
 # transformers nothing to change is read with the tokenizers library alone; the two ways are equal there, which tests
 # check.
 
-CHECK_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
-    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
-    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
-    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
+_TABLES = yaml.safe_load(Path(__file__).with_name("pre_tokenizers.yaml").read_text(encoding="utf-8"))
+CHECK_TEXT: str = _TABLES["check_text"]
 """The text whose token ids identify a pre-tokenizer in llama.cpp's converter."""
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -49,7 +47,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer as it works.
+    """What a tokenizer does.
 
     Attributes:
         vocabulary: id of every token, added ones included.
@@ -155,22 +153,14 @@ def _transformers(folder: Path) -> Tokenizer:
     except BaseException as error:  # a malformed tokenizer.json gives a bare Exception, or a panic of the Rust code
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the tokenizer in {folder} ({reason}).", "a fast tokenizer.", "save it again.") from None
+        raise InputError(
+            f"the tokenizer in {folder} ({one_line(error)}).", "a fast tokenizer.", "save it again."
+        ) from None
 
 
 # The tokenizer of a model folder as GGUF keys: tokens, types, merges, special tokens, chat template.
 #
 # Key order and rules are those of the converter of llama.cpp (`get_vocab_base`, `SpecialVocab`).
-
-KNOWN_CHECKS = {
-    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
-    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
-    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
-    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
-}
-"""SHA-256 over the ids of the check text → name of the pre-tokenizer in GGUF (llama.cpp, conversion/base.py)."""
 
 _GRANITE_ROWS = 49152
 
@@ -201,14 +191,14 @@ class Vocabulary:
 
 
 def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Name of the pre-tokenizer in GGUF, and how it was recognised; needs no network.
+    """Name of the pre-tokenizer in GGUF, and how it was recognised, without the network.
 
     Raises:
         InputError: neither the check text nor the structure is known.
     """
     digest = hashlib.sha256(str(tokenizer.check_ids).encode()).hexdigest()
-    if digest in KNOWN_CHECKS:
-        return KNOWN_CHECKS[digest], "the ids of llama.cpp's check text"
+    if digest in _TABLES["known"]:
+        return _TABLES["known"][digest], "the ids of llama.cpp's check text"
     if has_qwen2_structure(tokenizer.backend):
         return "qwen2", "the same normalizer, split pattern and byte-level BPE as Qwen2 (another vocabulary)"
     raise InputError(
@@ -231,8 +221,14 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
     stored, settings = (
         read_object(folder / name, "a fast tokenizer's files") for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    if architecture == "llama":
-        _refuse_sentencepiece(folder, stored)
+    model = stored.get("model", {})
+    pieces = (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE"
+    if architecture == "llama" and pieces:
+        raise InputError(
+            f"a SentencePiece tokenizer in {folder}.",
+            "byte-level BPE, as in Llama 3.",
+            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
+        )
     tokenizer = read_tokenizer(folder, stored, settings)
     highest = max(tokenizer.vocabulary.values())
     if highest >= vocab_size:
@@ -257,16 +253,6 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
         add_prefix_space=prefix if isinstance(prefix, bool) else None,
         chat_template=_chat_template(folder, settings),
     )
-
-
-def _refuse_sentencepiece(folder: Path, stored: dict[str, Any]) -> None:
-    model = stored.get("model", {})
-    if (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE":
-        raise InputError(
-            f"a SentencePiece tokenizer in {folder}.",
-            "byte-level BPE, as in Llama 3.",
-            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
-        )
 
 
 def _looks_special(token: str) -> bool:
