@@ -244,18 +244,18 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 # The architectures that are turned into GGUF and back: classes, names of tensors, rotary frequencies.
 
 _TABLES = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
-_OF: dict[str, dict[str, Any]] = _TABLES["architectures"]
+_KNOWN: dict[str, dict[str, Any]] = _TABLES["architectures"]
 
-ARCHITECTURES = {entry["class"]: name for name, entry in _OF.items()}
+ARCHITECTURES = {entry["class"]: name for name, entry in _KNOWN.items()}
 """Class in config.json → architecture in GGUF."""
 
 NUMBERS: dict[str, str] = _TABLES["numbers"]
 """Key of config.json → key in GGUF, behind the architecture's name; in the official converter's order."""
 
-ROPE_TYPES = {name: tuple(entry["rope_types"]) for name, entry in _OF.items()}
+ROPE_TYPES = {name: tuple(entry["rope_types"]) for name, entry in _KNOWN.items()}
 """Architecture → kinds of rope scaling that can be said in both formats."""
 
-BIASES = {name: {key: _TABLES["biases"][key] for key in entry["biases"]} for name, entry in _OF.items()}
+BIASES = {name: {key: _TABLES["biases"][key] for key in entry["biases"]} for name, entry in _KNOWN.items()}
 """Architecture → keys of config.json → biases of every block that each stands for, in GGUF and in transformers."""
 
 OWN_FOLDER = "give the model's own folder as base_model"
@@ -268,7 +268,7 @@ _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
     names = {ours: theirs for ours, theirs in _TABLES["outside"].items() if not (tied and ours == "output.weight")}
-    in_block = {**_TABLES["block"], **_OF[architecture]["block"], **(more or {})}
+    in_block = {**_TABLES["block"], **_KNOWN[architecture]["block"], **(more or {})}
     for block in range(blocks):
         for ours, theirs in in_block.items():
             names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
