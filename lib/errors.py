@@ -20,6 +20,11 @@ class InputError(ValueError):
         return (InputError, (self.found, self.expected, self.do))
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What a library's error says, on one line and not longer than `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 class Terminated(SystemExit):
     """The process was asked to end by SIGTERM: uncaught, it ends Python with exit code 143 and no traceback."""
 

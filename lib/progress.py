@@ -46,10 +46,14 @@ class Progress:
         total: number of units; None when unknown.
         every: seconds between messages (a terminal is refreshed more often).
         already: units that were done before.
+        pieces: how many things that `advance` counts make one unit (bytes a MiB).
     """
 
-    def __init__(self, what: str, total: int | None = None, every: float = 5.0, already: int = 0) -> None:
+    def __init__(
+        self, what: str, total: int | None = None, every: float = 5.0, already: int = 0, pieces: int = 1
+    ) -> None:
         self.what, self.total, self.done, self.already = what, total, already, already
+        self.pieces, self.counted = pieces, 0
         self.started = time.monotonic()
         self.last = 0.0
         self.file = os.environ.get(PROGRESS_FILE_VARIABLE)
@@ -73,9 +77,10 @@ class Progress:
         elif self.terminal:
             sys.stderr.write("\n")
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        """Count `units` more; `note` is shown behind the count (e.g. the loss)."""
-        self.done += units
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more; `note` is shown behind the count (e.g. the loss)."""
+        self.counted += count
+        self.done = self.already + self.counted // self.pieces
         if time.monotonic() - self.last >= self.every:
             self._say(note)
 

@@ -38,7 +38,7 @@ def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
 
 
 def _download(place: ModuleType, address: str, remote: Remote) -> Snapshot:
-    """From one address; whatever fails is told in a sentence."""
+    """Download from one address; every failure becomes a sentence for the user."""
     from huggingface_hub.errors import HfHubHTTPError
 
     host = address.partition("://")[2] or address
@@ -64,7 +64,7 @@ def _download(place: ModuleType, address: str, remote: Remote) -> Snapshot:
 
 
 def _unreachable(remote: Remote, reason: str) -> SourceError:
-    """The error for a source that is not in the cache and that the network does not give."""
+    """The error for a source that is neither in the cache nor reachable."""
     mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
     offline = " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
     last = ", or to offline" if remote.kind == "model" else ""

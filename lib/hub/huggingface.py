@@ -40,10 +40,12 @@ def folder_of(remote: Remote) -> Path:
 
 
 def cached(remote: Remote) -> Snapshot | None:
-    """The snapshot when it is whole in the cache.
+    """The snapshot, if the cache holds all of it.
 
     The hub's own client checks only sizes, so what it fetched is hashed here before its first use.
     """
+    from huggingface_hub._tree_cache import read_tree_cache
+
     place, commit = folder_of(remote), remote.revision
     if not COMMIT.fullmatch(commit):
         reference = place / "refs" / commit
@@ -51,20 +53,19 @@ def cached(remote: Remote) -> Snapshot | None:
     snapshot = place / "snapshots" / commit
     if not commit or not snapshot.is_dir():
         return None
-    listing = _read_listing(place, commit)
+    listing = read_tree_cache(str(place), commit)
     if listing is None:
         return Snapshot(snapshot, commit) if _looks_whole(remote, snapshot) else None
+    files = [RemoteFile(name, entry.size, entry.lfs_sha256, entry.blob_id) for name, entry in listing.items()]
     try:
-        chosen = choose(remote, listing)
+        differs = any(transport.difference(snapshot / file.path, file) for file in choose(remote, files))
     except SourceError:
         return None
-    if any(transport.difference(snapshot / file.path, file) for file in chosen):
-        return None
-    return Snapshot(snapshot, commit)
+    return None if differs else Snapshot(snapshot, commit)
 
 
 def _looks_whole(remote: Remote, snapshot: Path) -> bool:
-    """For a snapshot without listing (an older hub client's): weights and configuration, or data, are there."""
+    """Whether a snapshot without a listing (an older hub client's) has weights and configuration, or data."""
     names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
     if remote.is_data:
         return any(map(is_data, names))
@@ -78,34 +79,15 @@ def _looks_whole(remote: Remote, snapshot: Path) -> bool:
     return weights in names and names & {"config.json", "adapter_config.json"} != set()
 
 
-def _read_listing(place: Path, commit: str) -> list[RemoteFile] | None:
-    """All files of a commit as the hub's client (or this module) noted them."""
-    from huggingface_hub._tree_cache import read_tree_cache
-
-    listing = read_tree_cache(str(place), commit)
-    if listing is None:
-        return None
-    return [RemoteFile(name, entry.size, entry.lfs_sha256, entry.blob_id) for name, entry in listing.items()]
-
-
-def _write_listing(place: Path, commit: str, files: list[RemoteFile]) -> None:
-    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
-
-    entries = {
-        file.path: TreeCacheEntry(file.size or 0, file.git or "", file.sha256, file.size if file.sha256 else None)
-        for file in files
-    }
-    write_tree_cache(str(place), commit, entries)
-
-
 def download(address: str, remote: Remote) -> Snapshot:
-    """The snapshot, brought into the cache from one address.
+    """Download the snapshot into the cache from one address.
 
     Raises:
         UnreachableError, MissingError, HfHubHTTPError, MismatchError: see there. SourceError: nothing usable.
         InputError: no room on the disk.
     """
     from huggingface_hub import get_token
+    from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
     from huggingface_hub.file_download import _create_symlink
     from huggingface_hub.utils import build_hf_headers
 
@@ -122,7 +104,11 @@ def download(address: str, remote: Remote) -> Snapshot:
         for file, blob in blobs.items():
             (snapshot / file.path).parent.mkdir(parents=True, exist_ok=True)
             _create_symlink(str(blob), str(snapshot / file.path))
-        _write_listing(place, commit, files)
+        entries = {
+            file.path: TreeCacheEntry(file.size or 0, file.git or "", file.sha256, file.size if file.sha256 else None)
+            for file in files
+        }
+        write_tree_cache(str(place), commit, entries)
         if commit != remote.revision:
             write_text(place / "refs" / remote.revision, commit)
     return Snapshot(snapshot, commit)

@@ -8,6 +8,7 @@ which bytes were wrong.
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def folder_of(remote: Remote) -> Path:
 
 
 def cached(remote: Remote) -> Snapshot | None:
-    """A whole copy: the listing is written last, and every file has its listed size."""
+    """The copy in the cache, if it is whole: the listing is written last, and every file has its listed size."""
     place = folder_of(remote)
     if not (place / "listing.json").is_file():
         return None
@@ -54,7 +55,7 @@ def cached(remote: Remote) -> Snapshot | None:
 
 
 def download(address: str, remote: Remote) -> Snapshot:
-    """The folder with the files, brought there from ModelScope, and a hash over them.
+    """Download the files from ModelScope; their folder, and a hash over them.
 
     Raises:
         UnreachableError, MissingError, HfHubHTTPError, MismatchError: see there. SourceError: nothing usable.
@@ -90,15 +91,13 @@ def _list(client: httpx.Client, base: str, remote: Remote) -> list[RemoteFile]:
     options: dict[str, Any] = {"Revision": remote.revision, "Recursive": "true"}
     if not remote.is_data:
         return _files(_entries(client, f"{base}/files", options))
-    files: list[RemoteFile] = []
-    number = 1
-    while True:
-        page = {**options, "PageNumber": number, "PageSize": _PAGE}
-        entries = _entries(client, f"{base}/tree", page)
-        files += _files(entries)
-        if len(entries) < _PAGE:
-            return files
-        number += 1
+    listed: list[dict[str, Any]] = []
+    for number in itertools.count(1):
+        page = _entries(client, f"{base}/tree", options | {"PageNumber": number, "PageSize": _PAGE})
+        listed += page
+        if len(page) < _PAGE:
+            break
+    return _files(listed)
 
 
 def _entries(client: httpx.Client, url: str, options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ Kind = Literal["model", "adapter", "dataset"]
 
 
 class SourceError(InputError):
-    """A source that cannot be had: unreachable, missing, closed, or not what it says it is.
+    """A source that is not available: unreachable, missing, closed, or not what it claims to be.
 
     Only such an error makes the workbook try the next source that the parameter file lists.
 
@@ -69,7 +69,7 @@ class RemoteFile:
 
     @property
     def leaves_its_folder(self) -> bool:
-        """Whether the path would be written outside of the folder that it is put into."""
+        """Whether the path would lead out of the folder it is put into."""
         return self.path.startswith("/") or ".." in self.path.split("/")
 
 
@@ -95,12 +95,12 @@ class Remote:
 
     @property
     def repository_type(self) -> Literal["dataset", "model"]:
-        """What the hub calls its kind; its addresses and folders bear the plural."""
+        """What the hub calls its kind; addresses and folders use the plural."""
         return "dataset" if self.is_data else "model"
 
     @property
     def name(self) -> str:
-        """What finds it again, with its commit; ModelScope has no commits, so there the branch belongs to it."""
+        """What finds it again, with its commit; ModelScope has no commits, so the branch is part of the name."""
         if self.place == "hub":
             return self.id
         return f"{MODELSCOPE}{self.id}" + ("" if self.revision == "master" else f"@{self.revision}")
@@ -135,15 +135,14 @@ def parse(text: str, revision: str, kind: Kind) -> Remote:
     rest = text.removeprefix(MODELSCOPE)
     name, _, own = rest.partition("@")
     place: Literal["hub", "modelscope"] = "modelscope" if rest != text else "hub"
-    remote = Remote(place, name, own or revision, kind)
+    wanted = own or revision
+    remote = Remote(place, name, "master" if place == "modelscope" and wanted == "main" else wanted, kind)
     if not _ID.fullmatch(name) or ".." in name or (place == "modelscope" and "/" not in name):
         raise InputError(
             f"{remote.setting} {text!r}: no file or folder, and not an id.",
             "owner/name of the hub, modelscope:owner/name, or a local path.",
             f"correct {remote.setting}.",
         )
-    if place == "modelscope" and remote.revision == "main":
-        return Remote(place, name, "master", kind)
     return remote
 
 

@@ -1,4 +1,4 @@
-"""HTTP for downloads: retries with patience, resumed files, and bytes that are what the listing says.
+"""HTTP for downloads: patient retries, resumed files, and bytes that match the listing.
 
 huggingface_hub's own download starts a file again from nothing in the next process, retries no server error, obeys any
 `Retry-After`, and compares sizes alone; so the bytes are fetched here, for the hub and for ModelScope alike.
@@ -54,63 +54,59 @@ def open_client(headers: Mapping[str, str]) -> httpx.Client:
     )
 
 
-class _Patience:
-    """Counts the tries that brought nothing, and waits between them."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def wait(self, reason: str, asked: float | None = None, most: int = ATTEMPTS) -> None:
-        """Wait before the next try.
-
-        Raises:
-            UnreachableError: it was the last one, or the server asks for more time than `LONGEST_WAIT`.
-        """
-        self.failures += 1
-        if self.failures >= most:
-            raise UnreachableError(reason)
-        if asked is not None and asked > LONGEST_WAIT:
-            raise UnreachableError(f"{reason}; the server asks to wait {asked:.0f} s")
-        time.sleep(asked if asked is not None else FIRST_WAIT * 2 ** (self.failures - 1))
-
-    def after(self, error: Exception) -> None:
-        """Wait after a failed request; what more tries will not change is raised.
-
-        Raises:
-            HfHubHTTPError: a lasting refusal. UnreachableError: as `wait`; no web address, or a circle of redirects.
-        """
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError
-
-        if isinstance(error, HfHubHTTPError):
-            status, asked = error.response.status_code, error.response.headers.get("Retry-After", "")
-            if status not in _RETRIED:
-                raise error
-            self.wait(f"it answered {status}", float(asked) if asked.isdigit() else None)
-        elif isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
-            raise UnreachableError("an address must start with http:// or https://")
-        elif isinstance(error, httpx.TooManyRedirects):
-            raise UnreachableError("it redirects in a circle")
-        else:
-            connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            self.wait(type(error).__name__, most=ATTEMPTS_CONNECT if connect else ATTEMPTS)
+class _CutOffError(Exception):
+    """An answer that ended before the file did; another request brings the rest."""
 
 
-def patiently(request: Callable[[], T]) -> T:
-    """What a request for JSON gives, after as many tries as it takes.
+def _failure(error: Exception) -> tuple[str, float | None, int]:
+    """Why a request failed, the seconds that the server asks to wait, and how many tries that is worth.
 
     Raises:
-        UnreachableError: no answer, or no JSON (a proxy's page). HfHubHTTPError: a lasting refusal.
+        HfHubHTTPError: a lasting refusal. UnreachableError: no web address, or a circle of redirects.
     """
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
-    patience = _Patience()
+    if isinstance(error, _CutOffError):
+        return str(error), None, ATTEMPTS
+    if isinstance(error, HfHubHTTPError):
+        status, asked = error.response.status_code, error.response.headers.get("Retry-After", "")
+        if status not in _RETRIED:
+            raise error
+        return f"it answered {status}", float(asked) if asked.isdigit() else None, ATTEMPTS
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+        raise UnreachableError("an address must start with http:// or https://")
+    if isinstance(error, httpx.TooManyRedirects):
+        raise UnreachableError("it redirects in a circle")
+    connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+    return type(error).__name__, None, ATTEMPTS_CONNECT if connect else ATTEMPTS
+
+
+def patiently(request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: False) -> T:
+    """What a request gives, after as many tries as it takes.
+
+    Args:
+        got_bytes: whether the last try brought bytes, so that the tries are counted from the first again.
+
+    Raises:
+        UnreachableError: no answer, or no JSON (a proxy's page), or the server asks to wait longer than `LONGEST_WAIT`.
+        HfHubHTTPError: a lasting refusal.
+    """
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures = 0
     while True:
         try:
             return request()
-        except (httpx.RequestError, httpx.InvalidURL, HfHubHTTPError) as error:
-            patience.after(error)
+        except (httpx.RequestError, httpx.InvalidURL, HfHubHTTPError, _CutOffError) as error:
+            failures = 1 if got_bytes() else failures + 1
+            reason, asked, most = _failure(error)
+            if failures >= most:
+                raise UnreachableError(reason) from None
+            if asked is not None and asked > LONGEST_WAIT:
+                raise UnreachableError(f"{reason}; the server asks to wait {asked:.0f} s") from None
+            time.sleep(asked if asked is not None else FIRST_WAIT * 2 ** (failures - 1))
         except ValueError:
             raise UnreachableError("it answered with a page, not with JSON") from None
 
@@ -122,7 +118,7 @@ def fetch_files(
     address: Callable[[RemoteFile], str],
     variable: str,
 ) -> None:
-    """Bring every target to what the listing says; what is right already is not fetched again.
+    """Make every target match the listing; files that already do are not fetched again.
 
     Args:
         address: where a file is found.
@@ -175,53 +171,33 @@ def _size(path: Path) -> int:
 
 def _download(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress: Progress) -> None:
     """Fill `part` with the file at `url`, continuing what is there; once more from nothing if the bytes are wrong."""
+    had = 0
+
+    def append() -> None:
+        """Ask for all bytes that are missing."""
+        from huggingface_hub.utils import hf_raise_for_status
+
+        nonlocal had
+        had = _size(part)
+        if part.is_file() and had >= (file.size or 0):
+            return
+        with client.stream("GET", url, headers={"Range": f"bytes={had}-"} if had else {}) as response:
+            if response.status_code == 416:  # the rest that we asked for does not exist: begin again
+                part.unlink()
+                raise _CutOffError("it answered 416")
+            hf_raise_for_status(response)
+            continued = response.headers.get("Content-Range", "").startswith(f"bytes {had}-")
+            with part.open("ab" if response.status_code == 206 and continued else "wb") as stream:
+                for chunk in response.iter_bytes():
+                    stream.write(chunk)
+                    progress.advance(len(chunk))
+        if _size(part) < (file.size or 0):
+            raise _CutOffError("the connection ended early")
+
     for _ in range(2):
-        _fill(client, url, file, part, progress)
+        patiently(append, lambda: _size(part) > had)
         problem = difference(part, file)
         if problem is None:
             return
         part.unlink()
     raise MismatchError(f"{file.path} has {problem}")
-
-
-def _fill(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress: Progress) -> None:
-    """Bring `part` to its full size by as many requests as it takes."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
-    patience = _Patience()
-    while not part.is_file() or _size(part) < (file.size or 0):
-        have = _size(part)
-        try:
-            ended = _append(client, url, part, have, progress)
-        except (httpx.RequestError, httpx.InvalidURL, HfHubHTTPError) as error:
-            ended = error
-        if _size(part) > have:
-            patience.failures = 0
-        if isinstance(ended, Exception):
-            patience.after(ended)
-        elif file.size is None:
-            return
-        elif _size(part) < file.size:
-            patience.wait(ended)
-
-
-def _append(client: httpx.Client, url: str, part: Path, have: int, progress: Progress) -> str:
-    """One request for all bytes from `have` on; how it ended, in words.
-
-    Raises:
-        httpx.RequestError, HfHubHTTPError: the connection broke, or the server refused.
-    """
-    from huggingface_hub.utils import hf_raise_for_status
-
-    with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:
-        if response.status_code == 416:  # the rest that we asked for does not exist: begin again
-            part.unlink()
-            return "it answered 416"
-        hf_raise_for_status(response)
-        continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        with part.open("ab" if response.status_code == 206 and continued else "wb") as stream:
-            for chunk in response.iter_bytes():
-                stream.write(chunk)
-                progress.advance(len(chunk))
-    return "the connection ended early"

@@ -1,10 +1,11 @@
-"""LoRA adapters as peft stores them: told apart from full models by content, read from their headers, fitted to a base.
+"""LoRA adapters as peft stores them: told from full models by content, read from headers, checked against a base.
 
-What a folder is, is said by what its files hold and never by their names.
+The content of the files decides what a folder is, never their names.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib.errors import InputError
-from lib.models.weights import StoredTensor, Weights, infinite, open_weights, read_file, read_object
+from lib.models.weights import StoredTensor, Weights, infinite, largest_magnitude, open_weights, read_file, read_object
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -28,7 +29,7 @@ def has_lora(names: Any) -> bool:
     return any(name.startswith(PREFIX) or ".lora_" in name for name in names)
 
 
-def contents(folder: Path) -> set[str]:
+def _contents(folder: Path) -> set[str]:
     """What the weights of a folder are: "model", "adapter", both, or nothing. Damaged files count as nothing."""
     found = set()
     for path in sorted(folder.glob("*.safetensors")):
@@ -42,8 +43,8 @@ def contents(folder: Path) -> set[str]:
 
 
 def folder_kind(folder: Path) -> Literal["model", "adapter", "unknown"]:
-    """What a folder is: by its weights; where they cannot be read, by its configurations."""
-    found = contents(folder)
+    """What a folder is, judged by its weights or, where those cannot be read, by its configuration files."""
+    found = _contents(folder)
     if "model" in found:
         return "model"
     if "adapter" in found or adapter_config(folder).get("peft_type"):
@@ -52,7 +53,7 @@ def folder_kind(folder: Path) -> Literal["model", "adapter", "unknown"]:
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder; empty when there is none, or none that can be read."""
+    """adapter_config.json of a folder; empty if it is missing or cannot be read."""
     try:
         return read_object(folder / "adapter_config.json")
     except InputError:
@@ -81,11 +82,10 @@ def require_adapter(folder: Path) -> None:
     Raises:
         InputError: a full model, a pickle, or a folder without adapter.
     """
-    config = adapter_config(folder)
-    found = contents(folder)
+    config, found = adapter_config(folder), _contents(folder)
     if "adapter" in found and config:
         return
-    if "model" in found and "adapter" not in found:
+    if found == {"model"}:
         raise InputError(
             f"{folder} is a full model, not a LoRA adapter.",
             f"adapter_config.json and {WEIGHTS}.",
@@ -162,7 +162,7 @@ class Adapter:
             InputError: names the first tensor that holds one.
         """
         for name, tensor in self.tensors.items():
-            if not tensor.is_finite:
+            if not math.isfinite(largest_magnitude(tensor.read(), tensor.dtype)):
                 raise infinite(f"{name} of the adapter", self.folder)
 
 
@@ -217,16 +217,12 @@ class AdapterShape:
         return asdict(self)
 
 
-def read_shape(folder: Path) -> AdapterShape:
+def shape_of(adapter: Adapter) -> AdapterShape:
     """What an adapter's configuration and headers say.
 
     Raises:
-        InputError: another kind of adapter, damaged, or without tensors.
+        InputError: it holds no low-rank pair.
     """
-    return _shape(read_adapter(folder))
-
-
-def _shape(adapter: Adapter) -> AdapterShape:
     config, pairs, tensors = adapter.config, adapter.pairs, adapter.tensors.values()
     if not pairs:
         raise InputError(f"{adapter.folder} holds no low-rank pair.", "a trained adapter.", "train or copy it again.")
@@ -245,13 +241,13 @@ def _shape(adapter: Adapter) -> AdapterShape:
 
 
 def check_fit(folder: Path, base: Path) -> AdapterShape:
-    """The adapter's shape, when every tensor of it has its place in the base model and is a finite number.
+    """The adapter's shape, provided that every tensor has its place in the base model and is finite.
 
     Raises:
         InputError: a module that the base does not have, a wrong shape, half a pair, NaN or infinity.
     """
     adapter, weights = read_adapter(folder), open_weights(base)
-    shape = _shape(adapter)
+    shape = shape_of(adapter)
     if problem := _misfit(adapter, weights):
         raise InputError(
             f"the adapter {folder} does not fit the base model {base}: {problem}.",

@@ -1,4 +1,4 @@
-"""A run's base model and adapters found: local folders, the hub, ModelScope, and the fallbacks that are listed."""
+"""Finding a run's base model and adapter: in local folders, on the hub or ModelScope, or among the listed fallbacks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Base:
 def resolve_base(
     base_model: str, revision: str = "main", gguf_dtype: str = "auto", gguf_off_grid: bool = False
 ) -> Base:
-    """The folder of a base model: a local one, a GGUF file unpacked, or a hub model in (or downloaded to) the cache.
+    """The folder of a base model: a local one, an unpacked GGUF file, or a hub model (downloaded if need be).
 
     Args:
         gguf_dtype, gguf_off_grid: of a GGUF file, as `lib.models.unpack.unpack` takes them.
@@ -92,7 +92,7 @@ def how_to_get(path: Path) -> str:
 
 
 def refuse_without_template(base_model: str) -> None:
-    """Refuse a GGUF file as the base of a run that has no chat template that works, before it is unpacked.
+    """Refuse a GGUF file without a working chat template as the base of a run, before it is unpacked.
 
     Raises:
         InputError: no template, or one that cannot be rendered; or the file is damaged.
@@ -145,7 +145,7 @@ def choose_base(
     gguf_dtype: str = "auto",
     gguf_off_grid: bool = False,
 ) -> ChosenBase:
-    """The first source that can be had: base_model, then the listed fallbacks in order.
+    """The first available source: base_model, then the listed fallbacks in order.
 
     Args:
         fallbacks: the setting; entries without "base_model" are left out. "sha256" is compared, "revision" used.
@@ -193,7 +193,7 @@ def called(source: str) -> str:
 
 
 def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> SourceError:
-    """The first error, with what the fallbacks said."""
+    """The first error, followed by why the fallbacks failed."""
     first = failures[0]
     if len(failures) == 1:
         return first
@@ -215,7 +215,7 @@ def _check_weights(base: Base, wanted: str) -> None:
 
 @dataclass(frozen=True)
 class GivenAdapter:
-    """A LoRA adapter that somebody else trained: its folder, what the user called it, commit or hash."""
+    """A LoRA adapter that somebody else trained: its folder, the name the user gave, its commit or hash."""
 
     path: Path
     id: str

@@ -1,4 +1,5 @@
-"""GGUF files looked at before native code opens them: header, keys, table of tensors; and the architectures in them."""
+"""GGUF files, read and checked before native code opens them: header, keys, table of tensors; the architectures in
+them; and their tensors dequantized."""
 
 from __future__ import annotations
 
@@ -6,17 +7,20 @@ import contextlib
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from lib.errors import InputError
-from lib.models.weights import impostor
+from lib.models.weights import Shaped, fill, impostor
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
     from lib.runs.run import Run
 
 MAGIC = b"GGUF"
@@ -24,7 +28,7 @@ _SMALLEST = 24  # magic, version, number of tensors, number of metadata entries
 
 
 def unusable(path: Path, found: str, expected: str, do: str = "make or download the file again") -> InputError:
-    """The error for a GGUF file that is damaged, or holds what nobody here can read."""
+    """The error for a GGUF file that is damaged, or holds something that this workbook cannot read."""
     return InputError(f"{path}: {found}.", f"{expected}.", f"{do}.")
 
 
@@ -68,7 +72,7 @@ def run_gguf(run: Run) -> Path:
 
 
 def _instead(head: bytes) -> tuple[str, str]:
-    """What a file is that does not start as a GGUF file does, and what to do about it."""
+    """What a file without the start of a GGUF file is instead, and what to do about it."""
     again = "make or download the file again"
     if not head:
         return "is empty", again
@@ -79,7 +83,7 @@ def _instead(head: bytes) -> tuple[str, str]:
     if head[:2] == b"PK":
         return "is a ZIP archive or a PyTorch pickle", again
     if other := impostor(head):
-        return f"is {other.words}, not the file itself", other.do
+        return f"is {other[0]}, not the file itself", other[1]
     if head[8:9] == b"{":
         return "looks like a safetensors file", "convert the model first: workbook convert MODEL_DIR OUT.gguf"
     if head[:4] == MAGIC:
@@ -92,7 +96,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class _Reader:
-    """Bounds-checked reading: every length is compared with what is left of the file before anything is made of it."""
+    """Bounds-checked reading: every length is compared with what is left of the file before it is used."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
@@ -162,18 +166,13 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(Shaped):
     """One tensor of a GGUF file: its type's number, its shape (rows first, as in PyTorch), its first byte."""
 
     name: str
     type: int
     shape: tuple[int, ...]
     start: int
-
-    @property
-    def size(self) -> int:
-        """Number of its elements."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int | None:
@@ -188,7 +187,7 @@ class TensorInfo:
 
 
 def data_end(tensors: Sequence[TensorInfo]) -> int | None:
-    """Byte behind the last tensor of a file; None when a type is not known."""
+    """The first byte after the last tensor of a file; None when a type is unknown."""
     sizes = [tensor.nbytes for tensor in tensors]
     return max((t.start + n for t, n in zip(tensors, sizes, strict=True)), default=0) if None not in sizes else None
 
@@ -205,23 +204,16 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
             raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, no power of two")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
         data = -(-reader.at // alignment) * alignment
-        _check_places(reader, found, alignment)
+        # Every tensor must begin at the end of the one before it, padded, as ggml demands; a wrong place, type or shape
+        # would read other weights. Behind a type that the gguf library does not know nothing can be said.
+        place: int | None = 0
+        for tensor in found:
+            if place is not None and tensor.start != place:
+                where = f"at byte {tensor.start} of the data, where {place} is next"
+                raise reader.damaged(f"tensor {tensor.name[:80]!r} {where}")
+            size = tensor.nbytes
+            place = None if place is None or size is None else place + -(-size // alignment) * alignment
         return [replace(tensor, start=data + tensor.start) for tensor in found]
-
-
-def _check_places(reader: _Reader, found: list[TensorInfo], alignment: int) -> None:
-    """Every tensor begins at the end of the one before it, padded, as ggml demands; a wrong place, type or shape would
-    read other weights. Behind a type that the gguf library does not know nothing can be said."""
-    place = 0
-    for tensor in found:
-        if tensor.start != place:
-            raise reader.damaged(
-                f"tensor {tensor.name[:80]!r} at byte {tensor.start} of the data, where {place} is next"
-            )
-        size = tensor.nbytes
-        if size is None:
-            return
-        place += -(-size // alignment) * alignment
 
 
 def raw_metadata(path: Path | str) -> tuple[int, bytes]:
@@ -238,7 +230,7 @@ def raw_metadata(path: Path | str) -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
-    """A reader behind the magic and the version, and the number of tensors."""
+    """A reader placed behind magic, version and number of tensors, and that number."""
     path = check_gguf(path)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, path)
@@ -250,69 +242,48 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 
 # The architectures that are turned into GGUF and back: classes, names of tensors, rotary frequencies.
-#
-# Names and rules are those of llama.cpp (`gguf-py/gguf/tensor_mapping.py`, `conversion/llama.py`).
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+_TABLES = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
+_KNOWN: dict[str, dict[str, Any]] = _TABLES["architectures"]
+
+ARCHITECTURES = {entry["class"]: name for name, entry in _KNOWN.items()}
 """Class in config.json → architecture in GGUF."""
+
+NUMBERS: dict[str, str] = _TABLES["numbers"]
+"""Key of config.json → key in GGUF, behind the architecture's name; in the official converter's order."""
+
+ROPE_TYPES = {name: tuple(entry["rope_types"]) for name, entry in _KNOWN.items()}
+"""Architecture → kinds of rope scaling that can be said in both formats."""
+
+BIASES = {name: {key: _TABLES["biases"][key] for key in entry["biases"]} for name, entry in _KNOWN.items()}
+"""Architecture → keys of config.json → biases of every block that each stands for, in GGUF and in transformers."""
 
 OWN_FOLDER = "give the model's own folder as base_model"
 """What to do about a file whose model or tokenizer cannot be rebuilt."""
-
-ROPE_TYPES = {"qwen2": ("linear", "yarn"), "qwen3": ("linear", "yarn"), "llama": ("linear", "yarn", "llama3")}
-"""Architecture → kinds of rope scaling that can be said in both formats."""
-
-OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-"""Name in GGUF → name in transformers, of the tensors outside the blocks; the last one is absent in tied models."""
-
-BLOCK = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-"""The same of a block's tensors, behind `blk.N.` and `model.layers.N.`."""
-
-EXTRA: dict[str, dict[str, str]] = {
-    "qwen2": {f"attn_{p}.bias": f"self_attn.{p}_proj.bias" for p in "qkv"},
-    "qwen3": {f"attn_{p}_norm.weight": f"self_attn.{p}_norm.weight" for p in "qk"},
-    "llama": {},
-}
-"""Architecture → further tensors of every block."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 
-def tensor_names(architecture: str, blocks: int, tied: bool) -> dict[str, str]:
-    """Name in GGUF → name in transformers, of all tensors that a model must have."""
-    names = {ours: theirs for ours, theirs in OUTSIDE.items() if not (tied and ours == "output.weight")}
+def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
+    names = {ours: theirs for ours, theirs in _TABLES["outside"].items() if not (tied and ours == "output.weight")}
+    in_block = {**_TABLES["block"], **_KNOWN[architecture]["block"], **(more or {})}
     for block in range(blocks):
-        for ours, theirs in {**BLOCK, **EXTRA[architecture]}.items():
+        for ours, theirs in in_block.items():
             names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
     return names
 
 
 def rotary_heads(architecture: str, name: str, config: dict[str, Any]) -> int:
-    """Heads whose rows llama.cpp wants in another order: query and key of Llama; 0 for all other tensors.
+    """Number of heads whose rows llama.cpp orders differently: query and key of Llama; 0 for all other tensors.
 
     Args:
         name: of the tensor in transformers.
     """
-    if architecture == "llama" and name.endswith(("q_proj.weight", "q_proj.bias")):
-        return int(config["num_attention_heads"])
-    if architecture == "llama" and name.endswith(("k_proj.weight", "k_proj.bias")):
-        return int(config["num_key_value_heads"])
-    return 0
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    module = name.split(".")[-2:][0]
+    return int(config[heads[module]]) if architecture == "llama" and module in heads else 0
 
 
 def pair_rows(values: np.ndarray, heads: int) -> np.ndarray:
@@ -358,14 +329,63 @@ def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
     frequencies = (1.0 / np.power(np.float32(rope.get("rope_theta", 10000.0)), exponents)).astype(np.float32)
     factor, low, high = (rope.get(key, default) for key, default in _LLAMA3)
     trained = rope.get("original_max_position_embeddings", 8192)
-    factors = []
-    for frequency in frequencies:
-        length = np.float32(2 * math.pi) / frequency
-        if length < trained / high:
-            factors.append(1.0)
-        elif length > trained / low:
-            factors.append(factor)
-        else:
-            smooth = (trained / length - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(factors, np.float32)
+    lengths = np.float32(2 * math.pi) / frequencies
+    with np.errstate(divide="ignore"):  # outside of its bounds the blend may be infinite; it is not taken there
+        smooth = (trained / lengths - low) / (high - low)
+        blended = 1 / ((1 - smooth) / factor + smooth)
+    stretched = np.where(lengths > trained / low, factor, blended)
+    return np.where(lengths < trained / high, 1.0, stretched).astype(np.float32)
+
+
+# Tensors dequantized.
+
+SLAB = 4 << 20
+"""Weights dequantized or converted at a time (16 MiB of float32)."""
+
+
+@dataclass(frozen=True)
+class PackedTensor(Shaped):
+    """One tensor of a model, as it is stored in a file.
+
+    Attributes:
+        name: in transformers; type: in the file; shape: rows first.
+        heads: attention heads whose rows llama.cpp has in another order; 0 = none.
+    """
+
+    name: str
+    file: Path
+    start: int
+    type: GGMLQuantizationType
+    shape: tuple[int, ...]
+    heads: int
+
+    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float32 rows) of each part, dequantized by the gguf library and put into transformers' order."""
+        import gguf
+
+        rows, width = self.shape[0], math.prod(self.shape[1:])
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.type]
+        row_bytes = width * nbytes // block
+        whole = rows // self.heads if self.heads else 1
+        step = max(1, SLAB // (width * whole)) * whole
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            raw = read_bytes(self.file, self.start + first * row_bytes, count * row_bytes)
+            values = gguf.quants.dequantize(raw.reshape(count, row_bytes), self.type)
+            values = np.asarray(values, np.float32).reshape(count, *self.shape[1:])
+            yield first, unpair_rows(values, count // whole) if self.heads else values
+
+
+def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
+    """A part of a file.
+
+    Raises:
+        InputError: the file ends before, or cannot be read.
+    """
+    data = np.empty(count, np.uint8)
+    try:
+        if fill(data, path, start):
+            return data
+    except OSError as error:
+        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file") from None
+    raise unusable(path, "cut while it was read", "a complete file")

@@ -1,6 +1,6 @@
 """The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
 
-And from token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
+Also: the bytes that each token id adds to a text, for showing an answer while it is written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +77,9 @@ RULES = {
 # cut numbers into single digits.
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types of the format
-_ROLES = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "sep_token": "seperator_token_id",  # as the format spells it
-    "pad_token": "padding_token_id",
-    "cls_token": "cls_token_id",
-    "mask_token": "mask_token_id",
-}
+_ROLES = {f"{kind}_token": f"{kind}_token_id" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+_ROLES |= {"unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+_ROLES |= {"sep_token": "seperator_token_id"}  # as the format spells it
 _NAMED_TEMPLATE = "tokenizer.chat_template."
 _ALWAYS_QWEN2 = "qwen2"  # transformers reads every tokenizer of this model type with Qwen2's rules
 
@@ -107,11 +101,11 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    named = _named(metadata)
+    named, others = _special_tokens(metadata, stored)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(stored)),
         **named,
-        extra_special_tokens=_others(stored, named),
+        extra_special_tokens=others,
         chat_template=metadata["tokenizer.chat_template"],
         clean_up_tokenization_spaces=False,
     )
@@ -139,12 +133,12 @@ def write_tokenizer(metadata: Mapping[str, Any], source: Path, folder: Path) -> 
         InputError: as `tokenizer_from_gguf`, but a file without template is taken.
     """
     stored = tokenizer_json(metadata, source)
-    named = _named(metadata)
+    named, others = _special_tokens(metadata, stored)
     architecture = metadata.get("general.architecture")
     settings: dict[str, Any] = {
         "tokenizer_class": "Qwen2Tokenizer" if architecture == _ALWAYS_QWEN2 else "PreTrainedTokenizerFast",
         **{role: named.get(role) for role in _ROLES},
-        "additional_special_tokens": _others(stored, named),
+        "additional_special_tokens": others,
         "added_tokens_decoder": {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
             for token in stored["added_tokens"]
@@ -173,16 +167,15 @@ def refuse_unwritable(metadata: Mapping[str, Any], source: Path) -> None:
     """
     tokenizer_json(metadata, source)
     refuse_templates(metadata, source)
-    name, ours = metadata["tokenizer.ggml.pre"], RULES[_ALWAYS_QWEN2]
-    rules = RULES[name]
-    same = (rules.normalizer, rules.steps, rules.ignore_merges) == (ours.normalizer, ours.steps, ours.ignore_merges)
+    name = metadata["tokenizer.ggml.pre"]
+    same = replace(RULES[name], starts=False) == RULES[_ALWAYS_QWEN2]
     if metadata.get("general.architecture") == _ALWAYS_QWEN2 and not same:
         expected = "the rules 'qwen2', with which transformers reads the tokenizer of every qwen2 model"
         raise unusable(source, f"a qwen2 model with the tokenizer rules {name!r}", expected, OWN_FOLDER)
 
 
 def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
-    """Refuse chat templates that are no text, or whose names are no file names.
+    """Refuse chat templates that are not text, or whose names cannot be file names.
 
     Raises:
         InputError: says which key.
@@ -197,7 +190,7 @@ def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
 
 
 def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """tokenizer.json of the tokenizer that a GGUF file holds.
+    """The tokenizer of a GGUF file as tokenizer.json.
 
     Raises:
         InputError: no byte-level BPE whose rules are known, no tokens or merges, a token twice, or an end token that is
@@ -213,18 +206,24 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
         raise unusable(source, "token types that are no list", "a number for each token")
     if len(types) != len(tokens):
         raise unusable(source, f"{len(tokens)} tokens, {len(types)} token types", "a type for each")
+    switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     used = [i for i, kind in enumerate(types) if kind != _UNUSED]
     vocabulary = {tokens[i]: i for i in used}
     if len(vocabulary) != len(used):
         token, count = Counter(tokens[i] for i in used).most_common(1)[0]
         raise unusable(source, f"the token {token!r} {count} times", "each token once")
-    _require_parts(vocabulary, merges, source)
+    for merge in merges:  # the tokenizers library would say the same without the file's name
+        left, space, right = merge.partition(" ")
+        if not space or not {left, right, left + right} <= vocabulary.keys():
+            raise unusable(source, f"the merge {merge!r} of parts that are no tokens", "merges of its own tokens")
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added(i, tokens[i], types[i] == _CONTROL) for i in used if types[i] in (_CONTROL, _USER_DEFINED)
+            {"id": i, "content": tokens[i], **switches, "special": types[i] == _CONTROL}
+            for i in used
+            if types[i] in (_CONTROL, _USER_DEFINED)
         ],
         "normalizer": rules.normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(rules.steps)},
@@ -232,12 +231,8 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
         "decoder": PLAIN_BYTES,
         "model": {
             "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+            **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
             "ignore_merges": rules.ignore_merges,
             "vocab": vocabulary,
             "merges": [merge.split(" ", 1) for merge in merges],
@@ -257,16 +252,8 @@ def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
     return RULES[name]
 
 
-def _require_parts(vocabulary: Mapping[str, int], merges: list[str], source: Path) -> None:
-    """Refuse a merge whose parts or whole are no tokens; the tokenizers library would only say so without the file."""
-    for merge in merges:
-        left, space, right = merge.partition(" ")
-        if not space or not {left, right, left + right} <= vocabulary.keys():
-            raise unusable(source, f"the merge {merge!r} of parts that are no tokens", "merges of its own tokens")
-
-
 def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path) -> dict[str, Any]:
-    """Nothing is added, or the start token before every text."""
+    """A post-processor that adds nothing, or the start token before every text."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
         found = "a tokenizer that ends every text with the end token"
         raise unusable(source, found, "one of a chat model, whose template does that", OWN_FOLDER)
@@ -287,21 +274,13 @@ def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str]
     return {"type": "Sequence", "processors": [PLAIN_BYTES, template]}
 
 
-def _named(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Text of every special token that the file names."""
+def _special_tokens(metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Text of every special token that the file names, by its role; and control tokens without a role of their own."""
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {role: metadata.get(f"tokenizer.ggml.{key}") for role, key in _ROLES.items()}
-    return {role: tokens[i] for role, i in ids.items() if type(i) is int and 0 <= i < len(tokens)}
-
-
-def _others(stored: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
-    """Control tokens without a role of their own."""
-    return [t["content"] for t in stored["added_tokens"] if t["special"] and t["content"] not in named.values()]
-
-
-def _added(number: int, content: str, special: bool) -> dict[str, Any]:
-    switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": content, **switches, "special": special}
+    named = {role: tokens[i] for role, i in ids.items() if type(i) is int and 0 <= i < len(tokens)}
+    control = (token["content"] for token in stored["added_tokens"] if token["special"])
+    return named, [content for content in control if content not in named.values()]
 
 
 # From token ids to the bytes that each token adds to a text: what a display gets while an answer is written.
@@ -323,38 +302,27 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     Raises:
         InputError: a tokenizer that is neither byte-level BPE nor SentencePiece with bytes for unknown characters.
     """
-    kinds = _decoders(tokenizer)
-    added = {number: content for content, number in tokenizer.get_added_vocab().items()}
-    byte_level = "ByteLevel" in kinds
-    if not byte_level and "ByteFallback" not in kinds:
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    steps = {"decoders": []} if decoder is None else json.loads(decoder.__getstate__())
+    kinds = [step["type"] for step in steps.get("decoders", [steps])]
+    if not {"ByteLevel", "ByteFallback"} & set(kinds):
         raise InputError(
             f"a tokenizer that decodes by {', '.join(kinds) or 'nothing'}.",
             "ByteLevel (Qwen, Llama 3) or ByteFallback (Llama 2).",
             "choose another base_model, or set generated_rows: 0.",
         )
-    names = tokenizer.convert_ids_to_tokens(list(ids))
-    return [
-        added[number].encode() if number in added else _from_bytes(name) if byte_level else _from_piece(name)
-        for number, name in zip(ids, names, strict=True)
-    ]
+    read = _from_characters if "ByteLevel" in kinds else _from_piece
+    added = {number: content.encode() for content, number in tokenizer.get_added_vocab().items()}
+    names = tokenizer.convert_ids_to_tokens(list(ids))  # none behind the vocabulary's end (padding rows of the model)
+    return [added[i] if i in added else read(name or "") for i, name in zip(ids, names, strict=True)]
 
 
-def _from_bytes(name: str | None) -> bytes:
-    """A token of byte-level BPE; an id behind the vocabulary's end (padding rows of the model) adds nothing."""
-    alphabet = byte_of_character()
-    return bytes(alphabet[character] for character in name or "")
+def _from_characters(name: str) -> bytes:
+    """A token of byte-level BPE."""
+    return bytes(byte_of_character()[character] for character in name)
 
 
-def _from_piece(name: str | None) -> bytes:
+def _from_piece(name: str) -> bytes:
     """A token of SentencePiece."""
-    match = _BYTE.fullmatch(name or "")
-    return bytes([int(match[1], 16)]) if match else (name or "").replace("\u2581", " ").encode()
-
-
-def _decoders(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Kinds of the steps by which the tokenizer decodes."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if decoder is None:
-        return []
-    whole = json.loads(decoder.__getstate__())
-    return [step["type"] for step in whole.get("decoders", [whole])]
+    match = _BYTE.fullmatch(name)
+    return bytes([int(match[1], 16)]) if match else name.replace("\u2581", " ").encode()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.models.adapters import folder_kind, has_lora, read_shape
-from lib.models.gguf_file import TensorInfo, data_end, read_metadata, read_tensors
+from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
+from lib.models.gguf_file import NUMBERS, TensorInfo, data_end, read_metadata, read_tensors
 from lib.models.weights import Weights, impostor, open_weights, read_object, weight_map
 from lib.prompts.templates import describe_template
 
@@ -19,7 +19,7 @@ _SHOWN_TOKENS = 30
 
 @dataclass
 class _Findings:
-    """What is said of a folder or file. With a problem it cannot be used; a note is only worth knowing.
+    """What was found out about a folder or file: a problem makes it unusable; a note is merely worth knowing.
 
     Attributes:
         render: whether the chat template is tried out, in a process of its own with little memory and time.
@@ -32,7 +32,7 @@ class _Findings:
     problems: list[str] = field(default_factory=list)
 
     def attempt(self, read: Callable[[], Any], otherwise: Any = None) -> Any:
-        """What `read` gives; `otherwise`, and a problem, when it refuses."""
+        """What `read` returns; if it refuses, `otherwise`, and the refusal becomes a problem."""
         try:
             return read()
         except InputError as error:
@@ -95,14 +95,13 @@ def _look_at_files(found: _Findings) -> None:
     for path in sorted(p for p in found.path.iterdir() if p.is_file()):
         try:
             with path.open("rb") as stream:
-                other = impostor(stream.read(64))
+                words, do = impostor(stream.read(64)) or ("", "")
         except OSError as error:
             found.problems.append(f"{path.name} cannot be read ({error.strerror})")
             continue
-        words = other.words if other else ""
         page = words == "a web page" and path.suffix in (".json", ".safetensors", ".txt", ".model")
-        if other and (page or words == "a Git LFS pointer"):
-            found.problems.append(f"{path.name} is {words}, not the file itself: {other.do}")
+        if page or words == "a Git LFS pointer":
+            found.problems.append(f"{path.name} is {words}, not the file itself: {do}")
         elif path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             found.notes.append(f"{path.name} is a pickle, which can run any code: the workbook never reads it")
         elif path.suffix in (".incomplete", ".part"):
@@ -184,7 +183,7 @@ def _describe_adapter(found: _Findings) -> None:
         "alpha": config.get("lora_alpha"),
         "parameters": None,
     }
-    shape = found.attempt(lambda: read_shape(found.path)) if config else None
+    shape = found.attempt(lambda: shape_of(read_adapter(found.path))) if config else None
     if shape:
         if set(shape.ranks) != {shape.rank} and not config.get("rank_pattern"):
             found.problems.append(f"adapter_config.json says rank {shape.rank}, the tensors have {sorted(shape.ranks)}")
@@ -201,15 +200,15 @@ def _describe_adapter(found: _Findings) -> None:
         _describe_tokenizer(found)
 
 
-_IN_CONFIG = {
+_SIZES = {
     "layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "heads": "num_attention_heads",
     "key_value_heads": "num_key_value_heads",
     "feed_forward": "intermediate_size",
     "context": "max_position_embeddings",
-    "vocabulary_in_config": "vocab_size",
 }
+"""What is said of a model → its key in config.json."""
 
 
 def _integer(value: Any) -> int | None:
@@ -231,7 +230,8 @@ def _describe_model(found: _Findings) -> None:
     found.facts |= {
         "architecture": names[0] if named else config.get("model_type"),
         "model_type": config.get("model_type"),
-        **{name: _integer(config.get(key)) for name, key in _IN_CONFIG.items()},
+        **{name: _integer(config.get(key)) for name, key in _SIZES.items()},
+        "vocabulary_in_config": _integer(config.get("vocab_size")),
     }
     _describe_weights(found, config)
     _describe_tokenizer(found)
@@ -288,16 +288,6 @@ def _describe_weights(found: _Findings, config: Mapping[str, Any]) -> None:
     }
 
 
-_IN_GGUF = {
-    "layers": "block_count",
-    "hidden_size": "embedding_length",
-    "heads": "attention.head_count",
-    "key_value_heads": "attention.head_count_kv",
-    "feed_forward": "feed_forward_length",
-    "context": "context_length",
-}
-
-
 def _describe_gguf(found: _Findings) -> None:
     """Architecture, types of the tensors, vocabulary, template, and whether the file is whole."""
     read = found.attempt(lambda: (read_metadata(found.path), read_tensors(found.path)))
@@ -318,7 +308,7 @@ def _describe_gguf(found: _Findings) -> None:
         "architecture": architecture,
         "name": metadata.get("general.name"),
         "file_type": recipes.get(file_type) if isinstance(file_type, int) else None,
-        **{name: _integer(metadata.get(f"{architecture}.{key}")) for name, key in _IN_GGUF.items()},
+        **{name: _integer(metadata.get(f"{architecture}.{NUMBERS[key]}")) for name, key in _SIZES.items()},
         "parameters": sum(tensor.size for tensor in tensors),
         "tensors": len(tensors),
         "types": dict(counted.most_common()),
@@ -355,7 +345,7 @@ def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence
 
 
 def _as_base(path: Path) -> str:
-    """Whether the file can be a base model; the same is asked when it is unpacked."""
+    """Whether the file can be a base model, by the same check as before unpacking."""
     from lib.models.unpack_source import read_source
 
     try:

@@ -1,14 +1,16 @@
-"""Models, tokenizers and adapters loaded: only safetensors, never code."""
+"""Loading models, tokenizers and adapters: only from safetensors, never running code of a repository."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.adapters import require_adapter
 from lib.models.base_model import check_model_folder
 from lib.models.weights import infinite, open_weights, read_file
+from lib.runs import machine
 from lib.runs.files import read_json
 from lib.runs.machine import available_memory, no_warnings, quiet
 
@@ -48,7 +50,7 @@ def count_weights(folder: Path) -> int:
 
 
 def affordable_dtype(folder: Path) -> str:
-    """Arithmetic for a check of a model folder: "float32" where its weights fit in memory so, else "bfloat16"."""
+    """Arithmetic for checking a model folder: "float32" if its weights fit into memory that way, else "bfloat16"."""
     return "float32" if open_weights(folder).parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
@@ -61,25 +63,21 @@ def load_as_saved(folder: Path) -> PreTrainedModel:
     Raises:
         InputError: an unusable folder, a quantization whose package is absent, missing or superfluous tensors.
     """
-    from lib.runs.machine import has_module
-
     quiet()
     check_model_folder(folder)
     method = quantization_method(folder)
     needed = LIBRARIES.get(method, method) if method else None
-    if needed and not has_module(needed):
+    if needed and not machine.has_module(needed):
         raise InputError(
             f"{folder} is quantized by {method}, and {needed} is not installed.",
             f"the package {needed}.",
             f"pip install {needed.replace('_', '-')}, or leave this folder out.",
         )
-    _hush_casts()
-    from transformers import AutoModelForCausalLM
-
-    with no_warnings():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True, output_loading_info=True
-        )
+    # bitsandbytes logs a line at every 8-bit product: it computes the activations' INT8 from float16
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not logger.filters:
+        logger.addFilter(lambda record: not str(record.msg).startswith("MatMul8bitLt: inputs will be cast"))
+    model, report = _from_pretrained(folder)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report[kind])):
             raise InputError(
@@ -90,13 +88,13 @@ def load_as_saved(folder: Path) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def _hush_casts() -> None:
-    """Drop the line that bitsandbytes logs at every 8-bit product: it computes the activations' INT8 from float16."""
-    import logging
+def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says of tensors that are missing or superfluous."""
+    from transformers import AutoModelForCausalLM
 
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not logger.filters:
-        logger.addFilter(lambda record: not str(record.msg).startswith("MatMul8bitLt: inputs will be cast"))
+    options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    with no_warnings():
+        return AutoModelForCausalLM.from_pretrained(str(folder), **options)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -114,9 +112,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         with no_warnings():
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the tokenizer in {path} cannot be read ({reason}).", "a whole one.", "copy it again."
+            f"the tokenizer in {path} cannot be read ({one_line(error)}).", "a whole one.", "copy it again."
         ) from None
     if not tokenizer.chat_template:
         raise InputError(
@@ -148,25 +145,13 @@ def load_model(
     """
     quiet()
     import torch
-    from transformers import AutoModelForCausalLM
-
-    from lib.runs.machine import compute_dtype, torch_device
 
     check_model_folder(path)
-    device = device or torch_device()
-    options: dict[str, Any] = {"dtype": getattr(torch, compute_dtype(dtype)[0])}
+    device = device or machine.torch_device()
+    options: dict[str, Any] = {"dtype": getattr(torch, machine.compute_dtype(dtype)[0])}
     if load_in_4bit:
         options |= {"quantization_config": _nf4(options["dtype"]), "device_map": {"": device}}
-    with no_warnings():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            attn_implementation="sdpa",
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+    model, report = _from_pretrained(path, attn_implementation="sdpa", use_safetensors=True, **options)
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{path} lacks {len(missing)} tensors (first {missing[0]}).", "all tensors.", "download the folder again."
@@ -183,7 +168,7 @@ def load_model(
 
 
 def _keep_trainable(model: Any) -> None:
-    """Keep 4-bit layers in the layout that has gradients.
+    """Keep 4-bit layers in the layout that supports gradients.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a layer at its first forward pass in eval mode, for good, and the
     repacked product has no backward pass: training would fail after the first validation.
@@ -202,9 +187,7 @@ def _nf4(compute_dtype: Any) -> Any:
     """
     from transformers import BitsAndBytesConfig
 
-    from lib.runs.machine import bitsandbytes_problem
-
-    if problem := bitsandbytes_problem():
+    if problem := machine.bitsandbytes_problem():
         raise InputError(
             f"4-bit loading does not work here: {problem}.", "a working bitsandbytes.", "set load_in_4bit: false."
         )
@@ -227,7 +210,7 @@ def _refuse_infinite(model: Any, path: Path) -> None:
 
 
 def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
-    """The model of folder `base` with a LoRA on top, whose tensors must be exactly those that it has places for."""
+    """The model of folder `base` with a LoRA on top, with exactly the tensors that the model has places for."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict
 
@@ -237,9 +220,8 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
         with no_warnings():
             model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"the adapter {adapter} does not fit the base model ({reason}).",
+            f"the adapter {adapter} does not fit the base model ({one_line(error, 300)}).",
             "an adapter of this base model.",
             "check base_model.",
         ) from None

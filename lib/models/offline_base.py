@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from lib.prompts.conversations import render_conversation
 from lib.prompts.tasks import Task
 from lib.prompts.templates import ASSISTANT, SYSTEM, USER
 from lib.runs import manifest
-from lib.runs.files import require_space, sha256_file, sha256_json, write_text
+from lib.runs.files import render, require_space, sha256_file, sha256_json, write_text
 from lib.runs.machine import compute_dtype
 
 if TYPE_CHECKING:
@@ -38,19 +39,7 @@ whose time grows with the square of its length: 80,000 took over a minute."""
 
 ROLES = ("system", "user", "assistant")
 
-CHAT_TEMPLATE = """\
-{#- ChatML: each message is one turn, opened and closed once; no system turn is invented. -#}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}
-    {%- if not message['content'].endswith('<|im_end|>') %}
-        {{- '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("offline_chat_template.j2").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,13 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
 
     recipe = recipe or TokenizerRecipe()
     raw = _train(texts, words, recipe)
-    _check_words(raw, words, recipe)
+    for word in words:
+        pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
+        count = len(raw.encode(word).ids)
+        if len(pieces) == 1 and len(word.encode()) <= recipe.longest_token and count != 1:
+            raise RuntimeError(
+                f"{word!r} takes {count} tokens of {recipe.vocabulary}; too many or too long words were given"
+            )
     whole = json.loads(raw.to_str())
     whole["decoder"] = {"type": "ByteLevel", **PLAIN_BYTES}  # written out as Qwen2's file has it; same effect
     state = whole["model"]
@@ -149,26 +144,11 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    raw.train_from_iterator(_stream(texts, words), trainer)
+    # every word so often that its pairs are merged before the vocabulary is used up
+    repeated = (f"{word}\n" * (1000 + len(texts)) for word in (*ROLES, *words))
+    raw.train_from_iterator(itertools.chain(texts, repeated), trainer)
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return raw
-
-
-def _stream(texts: list[str], words: list[str]) -> Iterator[str]:
-    """The texts, then every word so often that its pairs are merged before the vocabulary is used up."""
-    yield from texts
-    for word in (*ROLES, *words):
-        yield f"{word}\n" * (1000 + len(texts))
-
-
-def _check_words(raw: Tokenizer, words: list[str], recipe: TokenizerRecipe) -> None:
-    for word in words:
-        pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
-        ids = raw.encode(word).ids
-        if len(pieces) == 1 and len(word.encode()) <= recipe.longest_token and len(ids) != 1:
-            raise RuntimeError(
-                f"{word!r} takes {len(ids)} tokens of {recipe.vocabulary}; too many or too long words were given"
-            )
 
 
 # The offline base model: a small Qwen2 pre-trained as a causal language model on the run's own training texts.
@@ -220,9 +200,10 @@ def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseR
         tokenizer_dir: the run's tokenizer (from `ensure_tokenizer`).
 
     Returns:
-        A standard model folder. `offline_card` says how it was made.
+        A standard model folder. Its record (`manifest.record_of`) says how it was made.
     """
-    recipe = recipe or _recipe(task)
+    if recipe is None:  # conversations are longer than single texts, and so are the windows for them
+        recipe = BaseRecipe() if task.label_names else BaseRecipe(window=512, batch=2)
     determined_by = {
         "texts": sha256_json(texts),
         "task": task.to_json(),
@@ -241,20 +222,6 @@ def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseR
     return manifest.ensure("base", determined_by, build)
 
 
-def _recipe(task: Task) -> BaseRecipe:
-    """The default; conversations are longer than single texts, and so are the windows for them."""
-    recipe = BaseRecipe()
-    if task.label_names:
-        return recipe
-    return replace(recipe, window=4 * recipe.window, batch=max(1, recipe.batch // 4))
-
-
-def offline_card(folder: Path) -> dict[str, Any]:
-    """How a stored offline base was made: parameters, tokens seen, last loss (nats a token), recipe, tokens/s."""
-    record = manifest.record_of(folder)
-    return {**record["facts"], "recipe": record["determined_by"]["recipe"]}
-
-
 def _build(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
@@ -269,7 +236,8 @@ def _build(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
     facts["parameters"] = sum(p.numel() for p in model.parameters())
-    write_text(folder / "README.md", _readme(facts, recipe))
+    card = render(Path(__file__).with_name("offline_base.md.j2"), facts=facts, recipe=recipe)
+    write_text(folder / "README.md", card)
     return facts
 
 
@@ -373,19 +341,3 @@ def _schedule(step: int, steps: int) -> float:
     warm = max(1, round(0.05 * steps))
     cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / warm) * cosine
-
-
-def _readme(facts: dict[str, Any], recipe: BaseRecipe) -> str:
-    return f"""---
-language: zh
-library_name: transformers
-pipeline_tag: text-generation
-tags: [qwen2, offline-base]
----
-# Offline base model
-
-A Qwen2 of {facts["parameters"]:,} parameters ({recipe.layers} layers, {recipe.hidden} wide), made by the quantization
-workbook on this machine: a causal language model pre-trained on {facts["tokens"]:,} tokens of the run's own training
-texts (last loss {facts["loss"]:.2f} nats a token). It has seen no label. It stands in for a real base model where
-there is no network: its results say nothing about Qwen.
-"""

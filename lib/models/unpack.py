@@ -1,10 +1,11 @@
 """A GGUF file as a model folder that `from_pretrained` loads: weights dequantized, configuration and tokenizer rebuilt.
 
-The folder holds `unpacked.json`, which says where it comes from, and of which type the weights were.
+The folder holds `unpacked.json`, which says where the weights come from and which type they had.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -13,20 +14,89 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from lib.errors import InputError
-from lib.models.gguf_file import unusable
-from lib.models.gguf_tokenizer import tokenizer_json
-from lib.models.unpack_configuration import transformers_config
-from lib.models.unpack_source import PackedTensor, Rescaling, Source
-from lib.models.weights import NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
-from lib.progress import Progress
+from lib.models.gguf_file import PackedTensor, head_size, unusable
+from lib.models.gguf_tokenizer import tokenizer_json, write_tokenizer
+from lib.models.unpack_source import Source, read_source, transformers_config
+from lib.models.weights import FLOAT16_MAX, NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
+from lib.progress import Progress, say
+from lib.runs import files, machine, manifest
+from lib.runs.files import read_json, remembered_sha256, write_json
 
 if TYPE_CHECKING:
     import torch
 
 
-FLOAT16_MAX = 65504.0
+# A way off the grid of a quantized file: the same function, computed by weights that lie between its steps.
+#
+# Weights that were dequantized lie on the grid of their type, and the same type rounds W + δ back to W: it undoes a
+# fine-tuning, and looks better than other types where nothing was trained. In a transformer some channels can be scaled
+# in one tensor and scaled back in the next, without changing what is computed:
+#
+#     RMSNorm(x)·γs, and the columns of q, k, v (or of gate and up) divided by s,
+#     rows of v (and its bias) times s, and the columns of o divided by s (a group of query heads shares one of v),
+#     rows of up (and its bias) times s, and the columns of down divided by s.
+#
+# Blocks of a quantized type run along a row, so dividing columns by different numbers takes every matrix of a layer off
+# the grid. The residual stream, and with it the embedding and the output matrix, stays as it is.
+
+SEED = 20261128
+RANGE = (0.8, 1.25)
+"""Smallest and largest scale; they are log-uniform between. Why these: docs/LOG.md."""
+
+
+_SCALED = {
+    "input_layernorm": ("attention", None),
+    "q_proj": (None, "attention"),
+    "k_proj": (None, "attention"),
+    "v_proj": ("value", "attention"),
+    "o_proj": (None, "output"),
+    "post_attention_layernorm": ("feed_forward", None),
+    "gate_proj": (None, "feed_forward"),
+    "up_proj": ("up", "feed_forward"),
+    "down_proj": (None, "up"),
+}
+"""Module → scales that its rows are multiplied with, and those that its columns are divided by."""
+
+
+class Rescaling:
+    """Scales of every layer of a model, drawn by `seed`."""
+
+    def __init__(self, config: dict[str, Any], seed: int = SEED) -> None:
+        self.config, self.seed = config, seed
+        self._scales = functools.lru_cache(maxsize=1)(self._draw)  # tensors come sorted by layer
+
+    def apply(self, name: str, first: int, values: np.ndarray) -> np.ndarray:
+        """Rows of a tensor, scaled in float32.
+
+        Args:
+            name: of the tensor in transformers; first: number of the first row; values: float32 rows, or a vector.
+        """
+        if not name.startswith("model.layers."):
+            return values
+        _, _, layer, *_, module, kind = name.split(".")
+        rows, columns = _SCALED.get(module, (None, None))
+        scales = self._scales(int(layer))
+        if rows:
+            part = scales[rows][first : first + len(values)]
+            values = values * (part if values.ndim == 1 else part[:, None])
+        return values / scales[columns] if columns and kind == "weight" else values
+
+    def _draw(self, layer: int) -> dict[str, np.ndarray]:
+        config, head = self.config, head_size(self.config)
+        keys, width = config["num_key_value_heads"], config["hidden_size"]
+        random, (low, high) = np.random.default_rng([self.seed, layer]), np.log(RANGE)
+        sizes = {"attention": width, "feed_forward": width, "value": keys * head, "up": config["intermediate_size"]}
+        scales = {k: np.exp(random.uniform(low, high, n)).astype(np.float32) for k, n in sizes.items()}
+        group = config["num_attention_heads"] // keys
+        scales["output"] = np.repeat(scales["value"].reshape(keys, head), group, axis=0).reshape(-1)
+        return scales
+
+
+# Weights in the dtype that was asked for.
+
 _LAST_OF_BFLOAT16 = float(np.array(0x7F7F8000, np.uint32).view(np.float32))  # from here on rounding gives infinity
 
 
@@ -34,25 +104,25 @@ class TooLargeError(Exception):
     """A weight that the asked dtype cannot hold: its tensor and its magnitude."""
 
 
-def rounded(values: np.ndarray, dtype: str, name: str, source: Source) -> np.ndarray:
-    """float32 values in `dtype` (bfloat16 as its bits), each rounded once, to nearest, ties to even.
+def rounded_slabs(
+    source: Source, tensor: PackedTensor, dtype: str, scaling: Rescaling | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of a tensor, rescaled if asked, in `dtype` (bfloat16 as its bits).
+
+    Each value is rounded once, to nearest, ties to even.
 
     Raises:
         InputError: NaN or infinity.
         TooLargeError: a value beyond the largest of the dtype.
     """
-    largest = largest_magnitude(values, "F32")
-    if not math.isfinite(largest):
-        raise unusable(source.path, f"NaN or infinity in tensor {name}", "finite weights")
-    if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
-        raise TooLargeError(f"tensor {name} holds a weight of size {largest:.6g}")
-    return convert(values, "F32", SAFETENSORS[dtype])
-
-
-def scaled_slabs(tensor: PackedTensor, scaling: Rescaling | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 rows) of a tensor, rescaled if asked."""
     for first, values in tensor.slabs():
-        yield first, scaling.apply(tensor.name, first, values) if scaling else values
+        values = np.ascontiguousarray(scaling.apply(tensor.name, first, values) if scaling else values)
+        largest = largest_magnitude(values, "F32")
+        if not math.isfinite(largest):
+            raise unusable(source.path, f"NaN or infinity in tensor {tensor.name}", "finite weights")
+        if (dtype == "float16" and largest > FLOAT16_MAX) or (dtype == "bfloat16" and largest >= _LAST_OF_BFLOAT16):
+            raise TooLargeError(f"tensor {tensor.name} holds a weight of size {largest:.6g}")
+        yield first, convert(values, "F32", SAFETENSORS[dtype])
 
 
 def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling | None) -> None:
@@ -64,32 +134,20 @@ def write_weights(source: Source, folder: Path, dtype: str, scaling: Rescaling |
     """
     kind = SAFETENSORS[dtype]
     width = np.dtype(NUMPY[kind]).itemsize
-    with (folder / SINGLE).open("wb") as stream:
+    what, million = f"unpacking {source.path.name} (million weights)", 10**6
+    progress = Progress(what, source.parameters // million, pieces=million)
+    with (folder / SINGLE).open("wb") as stream, progress:
         stream.write(pack_header({t.name: (kind, t.shape, t.size * width) for t in source.tensors}, {}))
-        with Progress(f"unpacking {source.path.name} (million weights)", source.parameters // 10**6) as progress:
-            done = 0
-            for tensor in source.tensors:
-                for _, values in scaled_slabs(tensor, scaling):
-                    data = rounded(np.ascontiguousarray(values).reshape(-1), dtype, tensor.name, source)
-                    stream.write(memoryview(data).cast("B"))
-                    before, done = done, done + values.size
-                    progress.advance(done // 10**6 - before // 10**6)
+        for tensor in source.tensors:
+            for _, values in rounded_slabs(source, tensor, dtype, scaling):
+                stream.write(memoryview(values).cast("B"))
+                progress.advance(values.size)
 
 
 # What rounding the unpacked weights costs, by dtype: KL divergence of the next token from the weights in float32.
 
-TEXTS = (
-    "The capital of France is Paris, and the river that runs through it is the Seine.",
-    "A wonderfully acted drama that never quite finds its ending; still, I was moved.",
-    "In 1969 three astronauts flew 384,400 km to the Moon and came back after eight days.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    "酒店的位置很好，房间干净，服务员也很热情，下次还会再来。",
-    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils earlier, because",
-)
-"""Texts of several kinds; a figure of some two hundred positions, which shows the size of the cost, not its digits."""
 
-
-def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict[str, float] | None, str]:
+def cost_of(source: Source, scaling: Rescaling | None) -> tuple[dict[str, float] | None, str]:
     """Mean KL divergence, nats a token, of float16, bfloat16 and float32 from the file's weights in float32.
 
     The weights are those that are written (with their scales); float32 shows whether the scales change the function.
@@ -101,75 +159,54 @@ def cost_of(source: Source, dtype: str, scaling: Rescaling | None) -> tuple[dict
     Raises:
         InputError: the model computes infinities or no numbers.
     """
-    from lib.runs.machine import available_memory
-
     need = 4 * source.parameters + (1 << 30)
-    if need > available_memory():
+    if need > machine.available_memory():
         return None, f"not measured: the weights in float32 need {need / 1e9:.1f} GB of memory"
     import torch
-
-    texts = _ids(source)
-    model = _empty_model(source)
-    with torch.inference_mode():
-        exact = _log_probs(model, source, "float32", None, texts)
-        if not torch.isfinite(exact).all():
-            found = "the model computes numbers that are not finite"
-            raise unusable(source.path, found, "weights that give probabilities")
-        found = {}
-        for kind in ("float16", "bfloat16", "float32"):
-            try:
-                other = exact if kind == "float32" and not scaling else _log_probs(model, source, kind, scaling, texts)
-            except TooLargeError:
-                continue
-            found[kind] = float((exact.exp() * (exact - other)).sum(-1).mean().clamp(min=0))
-    return found, f"mean KL divergence from float32, nats a token, over {len(exact)} positions of {len(texts)} texts"
-
-
-def _ids(source: Source) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source.metadata, source.path)))
-    return [ids for text in TEXTS if len(ids := tokenizer.encode(text).ids) > 1]
+    samples = yaml.safe_load(Path(__file__).with_name("unpack_texts.yaml").read_text(encoding="utf-8"))
+    texts = [ids for text in samples if len(ids := tokenizer.encode(text).ids) > 1]
+    exact = _log_probs(source, "float32", None, texts)
+    if not torch.isfinite(exact).all():
+        found = "the model computes numbers that are not finite"
+        raise unusable(source.path, found, "weights that give probabilities")
+    cost = {}
+    for kind in ("float16", "bfloat16", "float32"):
+        try:
+            other = exact if kind == "float32" and not scaling else _log_probs(source, kind, scaling, texts)
+        except TooLargeError:
+            continue
+        cost[kind] = float((exact.exp() * (exact - other)).sum(-1).mean().clamp(min=0))
+    return cost, f"mean KL divergence from float32, nats a token, over {len(exact)} positions of {len(texts)} texts"
 
 
-def _empty_model(source: Source) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from lib.runs.machine import no_warnings, quiet
-
-    quiet()
-    config = transformers_config(source.config, source.path)
-    with no_warnings():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        model.to_empty(device="cpu")  # weights are put in place, tensor by tensor; only the frequencies are computed
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-        model.tie_weights()
-    return model.eval()
-
-
-def _log_probs(
-    model: Any, source: Source, dtype: str, scaling: Rescaling | None, texts: list[list[int]]
-) -> torch.Tensor:
+def _log_probs(source: Source, dtype: str, scaling: Rescaling | None, texts: list[list[int]]) -> torch.Tensor:
     """Log-probabilities of every next token, float32 (positions, vocabulary), with weights rounded to `dtype`."""
     import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    _fill(model, source, dtype, scaling)
-    logits = [model(torch.tensor([ids])).logits[0] for ids in texts]
-    return torch.cat(logits).log_softmax(-1)
-
-
-def _fill(model: Any, source: Source, dtype: str, scaling: Rescaling | None) -> None:
-    import torch
-
-    places = dict(model.named_parameters())
-    if odd := places.keys() ^ {tensor.name for tensor in source.tensors}:
-        raise RuntimeError(f"transformers has other tensors: {sorted(odd)[:3]}")
+    machine.quiet()
+    config, weights = transformers_config(source.config, source.path), {}
     for tensor in source.tensors:
-        for first, values in scaled_slabs(tensor, scaling):
-            data = widen(rounded(values, dtype, tensor.name, source), SAFETENSORS[dtype])
-            places[tensor.name].data[first : first + len(values)] = torch.from_numpy(np.ascontiguousarray(data))
+        weights[tensor.name] = torch.empty(tensor.shape)
+        for first, values in rounded_slabs(source, tensor, dtype, scaling):
+            rows = torch.from_numpy(widen(values, SAFETENSORS[dtype]))
+            weights[tensor.name][first : first + len(values)] = rows
+    with machine.no_warnings(), torch.inference_mode():
+        model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,  # not copied
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        if odd := {*report["missing_keys"], *report["unexpected_keys"]}:
+            raise RuntimeError(f"transformers has other tensors: {sorted(odd)[:3]}")
+        logits = [model.eval()(torch.tensor([ids])).logits[0] for ids in texts]
+        return torch.cat(logits).log_softmax(-1)
 
 
 # The folder.
@@ -195,28 +232,21 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
         What unpacked.json holds: {"source": file name, "sha256", "version" (of this unpacking), "types": {type:
         weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on
         the grid), "parameters", "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see
-        `cost.cost_of`, or null), "cost_note"}.
+        `cost_of`, or null), "cost_note"}.
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
     """
-    from lib.models.unpack_source import read_source
-    from lib.runs.files import new_folder
-
     source = read_source(path)  # outside of what is blamed on the output
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
-    with new_folder(folder) as temporary:
+    with files.new_folder(folder) as temporary:
         return unpack_into(source, temporary, dtype, off_grid)
 
 
 def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
-    """As `unpack`, from a file that was looked at, into an empty folder that the caller made and will rename."""
-    from lib.models.gguf_tokenizer import write_tokenizer
-    from lib.models.unpack_source import RANGE, SEED, Rescaling
-    from lib.runs.files import remembered_sha256, require_space, write_json
-
+    """As `unpack`, from a file already checked, into an empty folder that the caller made and will rename."""
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
     if off_grid and source.main_type in PLAIN:
@@ -226,7 +256,8 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
             "leave out --off-grid (gguf_off_grid: false).",
         )
     scaling = Rescaling(source.config) if off_grid else None
-    require_space(folder, source.parameters * (4 if dtype == "float32" else 2), f"the weights of {source.path.name}")
+    nbytes = source.parameters * (4 if dtype == "float32" else 2)
+    files.require_space(folder, nbytes, f"the weights of {source.path.name}")
     tries = ["float16", "bfloat16", "float32"] if dtype == "auto" else [dtype]
     for chosen in tries:
         try:
@@ -242,7 +273,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
     write_json(folder / "config.json", {**source.config, "torch_dtype": chosen})
     write_json(folder / "generation_config.json", source.generation)
     write_tokenizer(source.metadata, source.path, folder)
-    cost, note = cost_of(source, chosen, scaling)
+    cost, note = cost_of(source, scaling)
     record = {
         "source": source.path.name,
         "sha256": remembered_sha256(source.path),
@@ -269,11 +300,6 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
     Raises:
         InputError: a file that cannot be unpacked.
     """
-    from lib.models.unpack_source import RANGE, SEED, read_source
-    from lib.progress import say
-    from lib.runs import files, manifest
-    from lib.runs.files import read_json, remembered_sha256
-
     key: dict[str, Any] = {"sha256": remembered_sha256(path), "dtype": dtype, "off_grid": off_grid}
     key |= {"version": VERSION} | ({"seed": SEED, "scales": list(RANGE)} if off_grid else {})
     made = []
@@ -291,7 +317,7 @@ def unpacked(path: Path, dtype: str = "auto", off_grid: bool = False) -> tuple[P
 
 
 def identity(record: Mapping[str, Any]) -> str:
-    """What tells a base from a GGUF file from all others: hash, version of the unpacking, dtype if asked, scales.
+    """What identifies a base that came out of a GGUF file: hash, version of the unpacking, dtype if asked for, scales.
 
     For example sha256:0123456789abcdef+v2+bfloat16+off-grid-20261128-0.8-1.25 (seed, smallest and largest scale).
     """
@@ -316,7 +342,7 @@ def asked_in(revision: str) -> dict[str, Any]:
 
 
 def without_dtype(revision: str) -> str:
-    """An `identity` but for the number format that was asked for: which weights, not how finely they are stored."""
+    """An `identity` without the number format that was asked for: which weights, not how finely they are stored."""
     return "+".join(part for part in revision.split("+") if part not in CHOICES)
 
 

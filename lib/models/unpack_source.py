@@ -1,103 +1,284 @@
-"""A GGUF file looked at before anything is unpacked: everything that can be refused without reading the weights."""
+"""A GGUF file examined before it is unpacked: its model's configuration, and everything that can be refused without
+reading the weights."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.errors import one_line
 from lib.models.gguf_file import (
     ARCHITECTURES,
+    BIASES,
     OWN_FOLDER,
     ROPE_FACTORS,
+    ROPE_TYPES,
+    PackedTensor,
     TensorInfo,
     data_end,
     head_size,
+    read_bytes,
     read_metadata,
     read_tensors,
+    rope_factors,
     rotary_heads,
     tensor_names,
-    unpair_rows,
     unusable,
 )
 from lib.models.gguf_tokenizer import refuse_unwritable
-from lib.models.unpack_configuration import Keys, config_of, generation_of
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
+    from transformers import PreTrainedConfig
 
 
-SLAB = 4 << 20
-"""Weights dequantized at a time (16 MiB of float32)."""
+# config.json and generation_config.json of a model folder, rebuilt from the keys of a GGUF file.
 
-_BIASES = {
-    "attention_bias": tuple(
-        (f"attn_{p}.bias", f"self_attn.{q}_proj.bias") for p, q in zip(("q", "k", "v", "output"), "qkvo", strict=True)
-    ),
-    "mlp_bias": tuple((f"ffn_{p}.bias", f"mlp.{p}_proj.bias") for p in ("gate", "up", "down")),
+_POSITIVE = math.ulp(0.0)
+_SAMPLING = {
+    "temp": ("temperature", 0, math.inf),
+    "top_k": ("top_k", 1, math.inf),
+    "top_p": ("top_p", _POSITIVE, 1),
+    "min_p": ("min_p", 0, 1),
+    "penalty_repeat": ("repetition_penalty", _POSITIVE, math.inf),
 }
-"""Key of config.json → biases of every block that it stands for, in GGUF and in transformers."""
-_HAS_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",), "qwen2": ()}
+"""Key behind general.sampling → name in transformers, least and largest that it takes; it does not take llama.cpp's
+words for "off" (top_k 0), which are its default."""
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
+_IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
 
-@dataclass(frozen=True)
-class PackedTensor:
-    """One tensor of the model.
+class Keys:
+    """The keys of a GGUF file, read with their types."""
 
-    Attributes:
-        name: in transformers; type: in the file; shape: rows first.
-        heads: attention heads whose rows llama.cpp has in another order; 0 = none.
+    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
+        self.metadata, self.path = metadata, path
+        self.architecture = str(metadata.get("general.architecture"))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key behind the architecture's name."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number.
+
+        Raises:
+            InputError: absent without a default, or another value.
+        """
+        value = self.get(key, default)
+        if type(value) is not int or value <= 0:
+            raise self._wrong(key, value, "a positive whole number")
+        return value
+
+    def real(self, key: str, default: float | None = None, least: float = 0.0, most: float = math.inf) -> float:
+        """A positive number between two bounds: the shortest decimal fraction that gives the file's float32.
+
+        Raises:
+            InputError: absent without a default, or another value; too large or too small for float32.
+        """
+        value = self.get(key, default)
+        known = type(value) in (int, float) and abs(value) < _MOST_FLOAT32
+        number = shortest(value) if known else 0.0
+        if not (known and number > 0 and least <= number <= most):
+            bounded = (least, most) != (0.0, math.inf)
+            raise self._wrong(key, value, f"a number from {least:g} to {most:g}" if bounded else "a positive number")
+        return number
+
+    def _wrong(self, key: str, value: Any, expected: str) -> Exception:
+        found = "no key" if value is None else f"{value!r} as"
+        return unusable(self.path, f"{found} {self.architecture}.{key}", expected)
+
+
+def shortest(value: float) -> float:
+    """The float with the fewest decimal digits that rounds to the same float32."""
+    return float(str(np.float32(value)))
+
+
+def _refuse_special(keys: Keys) -> None:
+    """Refuse what config.json of the three architectures cannot say: experts, partial rotation, windows, rope factors.
+
+    llama.cpp multiplies by attn_factor and yarn_attn_factor what transformers' attention_factor replaces; −1 is its
+    word for the default of yarn_ext_factor, and scale_linear its older one for the factor of linear scaling.
+
+    Raises:
+        InputError: says which key.
     """
-
-    name: str
-    file: Path
-    start: int
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]
-    heads: int
-
-    @property
-    def size(self) -> int:
-        """Number of its weights."""
-        return math.prod(self.shape)
-
-    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, float32 rows) of each part, dequantized by the gguf library and put into transformers' order."""
-        import gguf
-
-        rows, width = (self.shape[0], math.prod(self.shape[1:]))
-        block, nbytes = gguf.GGML_QUANT_SIZES[self.type]
-        row_bytes = width * nbytes // block
-        whole = rows // self.heads if self.heads else 1
-        step = max(1, SLAB // (width * whole)) * whole
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            raw = _read(self.file, self.start + first * row_bytes, count * row_bytes)
-            values = gguf.quants.dequantize(raw.reshape(count, row_bytes), self.type)
-            values = np.asarray(values, np.float32).reshape(count, *self.shape[1:])
-            yield first, unpair_rows(values, count // whole) if self.heads else values
+    metadata, name = keys.metadata, keys.architecture
+    key_length = keys.get("attention.key_length", keys.whole("embedding_length") // keys.whole("attention.head_count"))
+    plain = {
+        "general.type": (("model",), "a whole model"),
+        f"{name}.expert_count": ((0,), "a model without experts"),
+        f"{name}.attention.sliding_window": ((0,), "attention to all tokens"),
+        f"{name}.attention.causal": ((True,), "a causal language model"),
+        f"{name}.attention.value_length": ((key_length,), "keys and values of one length"),
+        f"{name}.rope.dimension_count": ((key_length,), "rotation of whole heads"),
+        f"{name}.attention.scale": ((0.0,), "attention scaled by the length of keys"),
+        f"{name}.pooling_type": ((0,), "a causal language model"),
+        f"{name}.rope.scale_linear": ((0, 1), "rope.scaling.factor in its place"),
+        f"{name}.rope.scaling.attn_factor": ((1,), "attention that rope scaling does not change"),
+        f"{name}.rope.scaling.yarn_attn_factor": ((1,), "the attention factor that follows from the scaling's factor"),
+        f"{name}.rope.scaling.yarn_ext_factor": ((1, -1), "all of YaRN's extrapolation"),
+        f"{name}.rope.scaling.yarn_log_multiplier": ((0,), "the attention factor that follows from the factor"),
+    }
+    for key, (values, expected) in plain.items():
+        if key in metadata and metadata[key] not in values:
+            raise unusable(keys.path, f"{key} {metadata[key]!r}", expected, OWN_FOLDER)
 
 
-def _read(path: Path, start: int, count: int) -> np.ndarray:
-    """Bytes of a file; unlike a memory map they leave no pages of it in this process's resident memory."""
-    data = np.empty(count, np.uint8)
-    view, got = memoryview(data), 0
+def config_of(keys: Keys, rows: int, tied: bool, biases: Mapping[str, bool], factors: np.ndarray | None) -> dict:
+    """config.json.
+
+    Args:
+        rows: of the token embedding.
+        tied: no output matrix of its own.
+        biases: "attention_bias" and "mlp_bias" of classes that have them.
+        factors: divisors of the rotary frequencies, of the tensor rope_freqs; None = not in the file.
+
+    Raises:
+        InputError: a key is absent or wrong, or a rope scaling that transformers cannot be told.
+    """
+    _refuse_special(keys)
+    name = keys.architecture
+    heads, width = keys.whole("attention.head_count"), keys.whole("embedding_length")
+    kv = keys.whole("attention.head_count_kv", heads)
+    config: dict[str, Any] = {
+        "architectures": [next(kind for kind, ours in ARCHITECTURES.items() if ours == name)],
+        "model_type": name,
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": keys.whole("feed_forward_length"),
+        "num_hidden_layers": keys.whole("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "hidden_act": "silu",
+        "max_position_embeddings": keys.whole("context_length"),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon", most=1.0),
+        "rope_theta": keys.real("rope.freq_base", 10000.0, least=1.0),
+        "rope_scaling": None,
+        "tie_word_embeddings": tied,
+        **biases,
+        **_special_ids(keys.metadata),
+    }
+    own_length = name != "qwen2" or keys.get("attention.key_length") is not None
+    if own_length:
+        config["head_dim"] = keys.whole("attention.key_length", width // heads)
+    divides = name == "llama" or not own_length  # transformers' LlamaConfig demands it
+    if heads % kv or (divides and width % heads) or head_size(config) % 2:
+        found = f"{heads} heads, {kv} of keys and values, {width} wide"
+        raise unusable(keys.path, found, "heads in equal groups, of an even length")
+    config["rope_scaling"] = _scaling(keys, config, factors)
+    return config
+
+
+def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of special tokens; those that the vocabulary has no token for (−1, also as 2**32 − 1) name none."""
+    found = {ours: metadata.get(f"tokenizer.ggml.{key}") for ours, key in _IDS.items()}
+    return {key: value for key, value in found.items() if _is_token(value, metadata)}
+
+
+def _is_token(value: Any, metadata: Mapping[str, Any]) -> bool:
+    return type(value) is int and 0 <= value < len(metadata["tokenizer.ggml.tokens"])
+
+
+def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:
+    """rope_scaling of config.json; None = the frequencies are as trained."""
+    kind, factor = keys.get("rope.scaling.type"), keys.get("rope.scaling.factor")
+    if kind is None and factor is not None:
+        kind = "linear"  # as llama.cpp takes it
+    stretched = kind not in (None, "none") and factor is not None
+    if factors is not None and not (factors == 1).all():
+        if stretched:
+            raise _unknown_rope(keys, f"both {kind} scaling and rope_freqs")
+        return _llama3(keys, config, factors)
+    if not stretched:
+        return None
+    if kind not in ROPE_TYPES[keys.architecture]:
+        raise _unknown_rope(keys, f"rope scaling {kind!r}")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.real("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
+        for name in ("beta_fast", "beta_slow"):
+            if keys.get(f"rope.scaling.yarn_{name}") is not None:
+                scaling[name] = keys.real(f"rope.scaling.yarn_{name}")
+    return scaling
+
+
+def _unknown_rope(keys: Keys, what: str) -> Exception:
+    return unusable(keys.path, what, f"none, or one of: {', '.join(ROPE_TYPES[keys.architecture])}", OWN_FOLDER)
+
+
+def _llama3(keys: Keys, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    """The parameters of rope type llama3 whose factors these are.
+
+    Wavelengths are divided by `factor`, left alone, or blended: 1/f = (1 − s)/factor + s with
+    s = (trained/wavelength − low)/(high − low), which is linear in 1/wavelength. Two blended factors give its slope
+    and offset; with low = 1, as in all Llama models, those are trained/(high − 1) and 1/(high − 1).
+
+    Raises:
+        InputError: no parameters give these factors.
+    """
+    size, theta = head_size(config), config["rope_theta"]
+    largest = shortest(float(factors.max()))
+    base = {"rope_type": "llama3", "factor": largest, "low_freq_factor": 1.0}
+    guesses = [base | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}]
+    blended = np.flatnonzero((factors > 1) & (factors < factors.max()))
+    if len(blended) >= 2:
+        frequency = theta ** (-2.0 * blended / size) / (2 * np.pi)
+        smooth = (1 / factors[blended].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
+        slope, offset = np.polyfit(frequency, smooth, 1)
+        if offset < 0:
+            high = round(1 - 1 / offset, 3)
+            trained = round(slope * (high - 1))
+            guesses.append(base | {"high_freq_factor": high, "original_max_position_embeddings": trained})
+    for guess in guesses:
+        again = rope_factors(config | {"rope_scaling": guess})
+        if again is not None and again.shape == factors.shape and np.allclose(again, factors, rtol=1e-5, atol=0):
+            return guess
+    raise _unknown_rope(keys, "factors of rotary frequencies (rope_freqs) that are not those of Llama 3")
+
+
+def transformers_config(config: Mapping[str, Any], path: Path) -> PreTrainedConfig:
+    """The configuration as transformers has it, without loading anything.
+
+    Raises:
+        InputError: transformers does not take it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(start)
-            while got < count:
-                read = stream.readinto(view[got:])
-                if not read:
-                    raise unusable(path, "cut while it was read", "a complete file")
-                got += read
-    except OSError as error:
-        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file") from None
-    return data
+        return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
+    except (ValueError, TypeError, KeyError, OverflowError, StrictDataclassError) as error:
+        found = f"keys that transformers does not take ({one_line(error)})"
+        expected = f"a {config['model_type']} model that transformers knows"
+        raise unusable(path, found, expected, OWN_FOLDER) from None
+
+
+def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json: tokens that end an answer, and the sampling that the file recommends."""
+    found: dict[str, Any] = _special_ids(metadata)
+    turn = metadata.get("tokenizer.ggml.eot_token_id")
+    if _is_token(turn, metadata) and "eos_token_id" in found and turn != found["eos_token_id"]:
+        found["eos_token_id"] = [found["eos_token_id"], turn]
+    for key, (name, least, most) in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}")
+        if type(value) in ((int,) if name == "top_k" else (int, float)) and least <= value <= min(most, _MOST_FLOAT32):
+            found[name] = shortest(value) if type(value) is float else value
+    if found.get("temperature", 1) <= 0:  # llama.cpp then takes the likeliest token; transformers refuses the number
+        del found["temperature"]
+        found["do_sample"] = False
+    elif any(name in found for name in ("temperature", "top_k", "top_p", "min_p")):
+        found["do_sample"] = True
+    return found
+
+
+# The file as a whole.
 
 
 @dataclass(frozen=True)
@@ -129,7 +310,7 @@ class Source:
 
 
 def read_source(path: Path | str) -> Source:
-    """Everything of a GGUF file but its weights.
+    """Everything in a GGUF file except its weights.
 
     Raises:
         InputError: not a whole file; one part of several; an architecture, a tokenizer or a rope scaling that is not
@@ -139,8 +320,8 @@ def read_source(path: Path | str) -> Source:
     metadata, found = read_metadata(path), read_tensors(path)
     parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
     if parts not in (0, 1):
-        found = f"one of {parts} parts of a split file"
-        raise unusable(path, found, "one whole file", "join them: llama-gguf-split --merge")
+        one = f"one of {parts} parts of a split file"
+        raise unusable(path, one, "one whole file", "join them: llama-gguf-split --merge")
     keys = Keys(metadata, path)
     if keys.architecture not in ARCHITECTURES.values():
         expected = f"one of: {', '.join(sorted(ARCHITECTURES.values()))}"
@@ -154,11 +335,14 @@ def read_source(path: Path | str) -> Source:
     embedding = tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding and embedding.shape else 0
     config = config_of(keys, rows, "output.weight" not in tensors, biases, factors)
-    _check_names(keys, tensors, names)
+    for kind, odd in (("lacks", sorted(names.keys() - tensors)), ("also has", sorted(tensors.keys() - names))):
+        if odd:
+            expected = f"the tensors of a {keys.architecture} model that transformers knows"
+            raise unusable(path, f"it {kind} {len(odd)} tensors (first {odd[0]})", expected, OWN_FOLDER)
     tokens = len(metadata["tokenizer.ggml.tokens"])
     if tokens > rows:
         raise unusable(path, f"{tokens} tokens, {rows} rows of embedding", "a row for every token")
-    packed = [_packed(keys, tensors[ours], theirs, config) for ours, theirs in names.items()]
+    packed = [_packed(path, tensors[ours], theirs, config) for ours, theirs in names.items()]
     packed.sort(key=lambda tensor: tensor.name)
     counts = Counter[str]()
     for tensor in packed:
@@ -171,21 +355,10 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
     blocks = keys.whole("block_count")
     if blocks > len(tensors):  # a damaged header must not make us list billions of names
         raise unusable(keys.path, f"{blocks} blocks, {len(tensors)} tensors", "all tensors")
-    names = tensor_names(keys.architecture, blocks, "output.weight" not in tensors)
-    biases = {}
-    for key in _HAS_BIASES[keys.architecture]:
-        biases[key] = f"blk.0.{_BIASES[key][0][0]}" in tensors
-        if biases[key]:
-            for block in range(blocks):
-                names |= {f"blk.{block}.{a}": f"model.layers.{block}.{b}" for a, b in _BIASES[key]}
-    return names, biases
-
-
-def _check_names(keys: Keys, tensors: dict[str, TensorInfo], names: dict[str, str]) -> None:
-    for kind, odd in (("lacks", sorted(names.keys() - tensors)), ("also has", sorted(tensors.keys() - names))):
-        if odd:
-            expected = f"the tensors of a {keys.architecture} model that transformers knows"
-            raise unusable(keys.path, f"it {kind} {len(odd)} tensors (first {odd[0]})", expected, OWN_FOLDER)
+    known = BIASES[keys.architecture]
+    biases = {key: f"blk.0.{next(iter(names))}" in tensors for key, names in known.items()}
+    more = {ours: theirs for key, has in biases.items() if has for ours, theirs in known[key].items()}
+    return tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
 
 
 def _shape(name: str, config: dict[str, Any]) -> tuple[int, ...]:
@@ -193,38 +366,33 @@ def _shape(name: str, config: dict[str, Any]) -> tuple[int, ...]:
     width, hidden, head = config["hidden_size"], config["intermediate_size"], head_size(config)
     queries, keys = (head * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
     shapes = {
-        "embed_tokens": (config["vocab_size"], width),
-        "lm_head": (config["vocab_size"], width),
+        **dict.fromkeys(("embed_tokens", "lm_head"), (config["vocab_size"], width)),
         "q_proj": (queries, width),
-        "k_proj": (keys, width),
-        "v_proj": (keys, width),
+        **dict.fromkeys(("k_proj", "v_proj"), (keys, width)),
         "o_proj": (width, queries),
-        "gate_proj": (hidden, width),
-        "up_proj": (hidden, width),
+        **dict.fromkeys(("gate_proj", "up_proj"), (hidden, width)),
         "down_proj": (width, hidden),
-        "q_norm": (head,),
-        "k_norm": (head,),
+        **dict.fromkeys(("q_norm", "k_norm"), (head,)),
     }
     module, kind = name.split(".")[-2:]
     shape = shapes.get(module, (width,))
     return shape[:1] if kind == "bias" else shape
 
 
-def _packed(keys: Keys, tensor: TensorInfo, name: str, config: dict[str, Any]) -> PackedTensor:
+def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -> PackedTensor:
     import gguf
 
     shape = _shape(name, config)
     if tensor.shape != shape:
         found = f"tensor {tensor.name} of shape {tensor.shape}"
-        raise unusable(keys.path, found, f"{shape}, as the file's keys say")
-    kind = _known_type(tensor, keys.path)
-    block, end, size = gguf.GGML_QUANT_SIZES[kind][0], data_end([tensor]) or 0, keys.path.stat().st_size
+        raise unusable(path, found, f"{shape}, as the file's keys say")
+    kind = _known_type(tensor, path)
+    block, end, size = gguf.GGML_QUANT_SIZES[kind][0], data_end([tensor]) or 0, path.stat().st_size
     row = shape[-1] if len(shape) > 1 else 1  # a vector is read in any number of its values
     if row % block or end > size:
         lack = f"ends at byte {end:,} of {size:,}" if end > size else f"has rows of {row}, blocks of {block}"
-        raise unusable(keys.path, f"tensor {tensor.name} {lack}", "a whole file")
-    heads = rotary_heads(keys.architecture, name, config)
-    return PackedTensor(name, keys.path, tensor.start, kind, shape, heads)
+        raise unusable(path, f"tensor {tensor.name} {lack}", "a whole file")
+    return PackedTensor(name, path, tensor.start, kind, shape, rotary_heads(config["model_type"], name, config))
 
 
 def _known_type(tensor: TensorInfo, path: Path) -> GGMLQuantizationType:
@@ -250,79 +418,7 @@ def _rope_factors(tensor: TensorInfo | None, path: Path) -> np.ndarray | None:
         raise unusable(path, found, "a float32 vector")
     if tensor.start + 4 * tensor.shape[0] > path.stat().st_size:
         raise unusable(path, f"{ROPE_FACTORS} lies behind its end", "a whole file")
-    values = _read(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)
+    values = read_bytes(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)
     if not np.isfinite(values).all() or (values < 1).any():
         raise unusable(path, f"{ROPE_FACTORS} below 1 or not finite", "factors")
     return values
-
-
-# A way off the grid of a quantized file: the same function, computed by weights that lie between its steps.
-#
-# Weights that were dequantized lie on the grid of their type, and the same type rounds W + δ back to W: it undoes a
-# fine-tuning, and looks better than other types where nothing was trained. In a transformer some channels can be scaled
-# in one tensor and scaled back in the next, without changing what is computed:
-#
-#     RMSNorm(x)·γs, and the columns of q, k, v (or of gate and up) divided by s,
-#     rows of v (and its bias) times s, and the columns of o divided by s (a group of query heads shares one of v),
-#     rows of up (and its bias) times s, and the columns of down divided by s.
-#
-# Blocks of a quantized type run along a row, so dividing columns by different numbers takes every matrix of a layer off
-# the grid. The residual stream, and with it the embedding and the output matrix, stays as it is.
-
-SEED = 20261128
-RANGE = (0.8, 1.25)
-"""Smallest and largest scale; they are log-uniform between. Why these: docs/LOG.md."""
-
-
-class Rescaling:
-    """Scales of every layer of a model, drawn by `seed`."""
-
-    def __init__(self, config: dict[str, Any], seed: int = SEED, bounds: tuple[float, float] = RANGE) -> None:
-        self.config, self.seed, self.bounds = config, seed, bounds
-        self.layer, self.scales = -1, dict[str, np.ndarray]()
-
-    def apply(self, name: str, first: int, values: np.ndarray) -> np.ndarray:
-        """Rows of a tensor, scaled in float32.
-
-        Args:
-            name: of the tensor in transformers; first: number of the first row; values: float32 rows, or a vector.
-        """
-        if not name.startswith("model.layers."):
-            return values
-        _, _, layer, *rest = name.split(".")
-        rows, columns = self._of(int(layer), rest[-2], rest[-1])
-        if rows is not None:
-            part = rows[first : first + len(values)]
-            values = values * (part if values.ndim == 1 else part[:, None])
-        return values / columns if columns is not None else values
-
-    def _of(self, layer: int, module: str, kind: str) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """What rows are multiplied with, and what columns are divided by."""
-        scales = self._layer(layer)
-        rows = {
-            "input_layernorm": "attention",
-            "post_attention_layernorm": "feed_forward",
-            "v_proj": "value",
-            "up_proj": "up",
-        }.get(module)
-        columns = {
-            **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention"),
-            **dict.fromkeys(("gate_proj", "up_proj"), "feed_forward"),
-            "o_proj": "output",
-            "down_proj": "up",
-        }.get(module)
-        return scales[rows] if rows else None, scales[columns] if columns and kind == "weight" else None
-
-    def _layer(self, layer: int) -> dict[str, np.ndarray]:
-        if layer != self.layer:
-            config, head = self.config, head_size(self.config)
-            keys, width = config["num_key_value_heads"], config["hidden_size"]
-            random = np.random.default_rng([self.seed, layer])
-            low, high = np.log(self.bounds)
-            sizes = {"attention": width, "feed_forward": width, "value": keys * head}
-            sizes["up"] = config["intermediate_size"]
-            scales = {k: np.exp(random.uniform(low, high, n)).astype(np.float32) for k, n in sizes.items()}
-            group = config["num_attention_heads"] // keys
-            scales["output"] = np.repeat(scales["value"].reshape(keys, head), group, axis=0).reshape(-1)
-            self.layer, self.scales = layer, scales
-        return self.scales

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,8 @@ _BITS: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
     "BF16": (np.uint16, 2**15 - 1, 0xFF << 7),
 }
 """dtype → unsigned type, all bits but the sign, bits of infinity; magnitudes are ordered as their bits are."""
+
+FLOAT16_MAX = 65504.0
 
 
 def largest_magnitude(values: np.ndarray, dtype: str) -> float:
@@ -89,25 +91,17 @@ def infinite(what: str, where: Path) -> InputError:
     )
 
 
-# Files that are not what their names say.
+# Files that are not what their names promise.
 
 
-@dataclass(frozen=True)
-class Impostor:
-    """What lies in place of a file, in words, and what to do about it."""
-
-    words: str
-    do: str
-
-
-def impostor(head: bytes) -> Impostor | None:
-    """What a file is instead of itself, by its first 64 bytes; None for one that is none of these."""
+def impostor(head: bytes) -> tuple[str, str] | None:
+    """What a file is instead of itself, by its first 64 bytes, and what to do; None for one that is none of these."""
     if head.startswith(b"version https://git-lfs"):
-        return Impostor("a Git LFS pointer", "run `git lfs pull` in its clone")
+        return "a Git LFS pointer", "run `git lfs pull` in its clone"
     if head.lstrip()[:1] == b"<":
-        return Impostor("a web page", "download the file itself again")
+        return "a web page", "download the file itself again"
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
-        return Impostor("a pickle", "save the weights as safetensors")
+        return "a pickle", "save the weights as safetensors"
     return None
 
 
@@ -120,7 +114,7 @@ def refuse_impostor(path: Path, expected: str) -> None:
     with path.open("rb") as stream:
         found = impostor(stream.read(64))
     if found:
-        raise InputError(f"{path} is {found.words}, not the file itself.", f"{expected}.", f"{found.do}.")
+        raise InputError(f"{path} is {found[0]}, not the file itself.", f"{expected}.", f"{found[1]}.")
 
 
 def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
@@ -138,8 +132,7 @@ def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{path} is damaged ({reason}).", "JSON.", "download or copy it again.") from None
+        raise InputError(f"{path} is damaged ({one_line(error, 80)}).", "JSON.", "download or copy it again.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no object.", f"{what}.", "download or copy it again.")
     return content
@@ -156,8 +149,35 @@ TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16
 SAFETENSORS = {name: kind for kind, name in TORCH.items()}
 
 
+def fill(values: np.ndarray, path: Path, start: int) -> bool:
+    """Read the bytes of an array from a file; False when the file ends before.
+
+    Unlike a memory map, this leaves no pages of the file in this process's resident memory.
+    """
+    view, got = memoryview(values).cast("B") if values.size else memoryview(b""), 0
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while got < len(view):
+            read = stream.readinto(view[got:])
+            if not read:
+                return False
+            got += read
+    return True
+
+
+class Shaped:
+    """Something with a shape, and hence a number of elements."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(Shaped):
     """One tensor on the disk: `dtype` as safetensors names it (BF16), bytes `start` to `end` of `file`."""
 
     name: str
@@ -189,30 +209,16 @@ class StoredTensor:
         self.require_floats()
         return torch.from_numpy(self.raw()).view(getattr(torch, TORCH[self.dtype])).reshape(self.shape)
 
-    @property
-    def size(self) -> int:
-        """Number of its elements."""
-        return math.prod(self.shape)
-
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
         """A copy of `count` elements from the `first`, one-dimensional, as `lib.models.weights` holds the dtype.
-
-        Unlike a memory map, it leaves no pages of the file in this process's resident memory.
 
         Raises:
             InputError: not a floating-point dtype, or the file was cut meanwhile.
         """
         self.require_floats()
         values = np.empty(self.size - first if count is None else count, NUMPY[self.dtype])
-        view = memoryview(values).cast("B") if values.size else memoryview(b"")
-        position, got = self.start + first * values.itemsize, 0
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(position)
-            while got < len(view):
-                read = stream.readinto(view[got:])
-                if not read:
-                    raise InputError(f"{self.file} was cut while it was read.", "a complete file.", "copy it again.")
-                got += read
+        if not fill(values, self.file, self.start + first * values.itemsize):
+            raise InputError(f"{self.file} was cut while it was read.", "a complete file.", "copy it again.")
         return values
 
     def read_tensor(self, first: int, count: int) -> torch.Tensor:
@@ -220,15 +226,6 @@ class StoredTensor:
         import torch
 
         return torch.from_numpy(self.read(first, count)).view(getattr(torch, TORCH[self.dtype]))
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every element is a finite number.
-
-        Raises:
-            InputError: as `read`.
-        """
-        return math.isfinite(largest_magnitude(self.read(), self.dtype))
 
     def require_floats(self) -> None:
         """Refuse integer and 8-bit tensors, which only quantized models have."""
@@ -260,13 +257,6 @@ class Weights:
         return sum(tensor.size for tensor in self.tensors.values())
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise InputError(f"{path} names a tensor twice in its header.", "each name once.", "download it again.")
-    return found
-
-
 def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Tensors (sorted by name) and metadata of one safetensors file.
 
@@ -274,6 +264,11 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         InputError: missing, a pointer or web page in its place, truncated, or a malformed header.
     """
     from safetensors import SafetensorError, safe_open
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise InputError(f"{path} names a tensor twice in its header.", "each name once.", "download it again.")
+        return dict(pairs)
 
     if not path.is_file():
         raise InputError(f"no file {path}.", "the weights as safetensors.", "copy or download the folder again.")
@@ -284,21 +279,18 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             text = stream.read(min(length, _MAX_HEADER)).decode("utf-8")
-        header = json.loads(text, object_pairs_hook=functools.partial(_no_duplicates, path=path))
+        header = json.loads(text, object_pairs_hook=each_once)
+    except InputError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"{path} is damaged ({error}).", "a complete safetensors file.", "copy or download it again."
         ) from None
     header.pop("__metadata__", None)
-    data = 8 + length
-    tensors = {
-        name: StoredTensor(
-            name, value["dtype"], tuple(value["shape"]), path, *(data + offset for offset in value["data_offsets"])
-        )
-        for name, value in sorted(header.items())
-    }
+    tensors = {}
+    for name, value in sorted(header.items()):
+        start, end = (8 + length + offset for offset in value["data_offsets"])
+        tensors[name] = StoredTensor(name, value["dtype"], tuple(value["shape"]), path, start, end)
     return tensors, metadata
 
 

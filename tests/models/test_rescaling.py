@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from lib.errors import InputError
 from lib.models.loading import load_model
-from lib.models.unpack import unpack
-from lib.models.unpack_source import RANGE, Rescaling
+from lib.models.unpack import RANGE, Rescaling, rounded_slabs, unpack
 from tests.models import packed
 from tests.models.real import SMOLLM2, needs_smollm2
 
@@ -86,7 +85,6 @@ def test_weights_without_a_grid_are_refused(packed_files: dict[str, Path], tmp_p
 
 @needs_smollm2
 def test_a_trained_models_layer_leaves_the_grid() -> None:
-    from lib.models.unpack import scaled_slabs
     from lib.models.unpack_source import read_source
 
     source = read_source(SMOLLM2)
@@ -94,5 +92,5 @@ def test_a_trained_models_layer_leaves_the_grid() -> None:
     for part in ("self_attn.o_proj", "mlp.up_proj"):
         tensor = tensors[f"model.layers.17.{part}.weight"]
         for scaling, share in ((None, 1.0), (Rescaling(source.config), 0.0)):
-            ((_, values),) = scaled_slabs(tensor, scaling)
-            assert reproduced(torch.from_numpy(values).half(), packed.Q.Q4_1) == share
+            ((_, values),) = rounded_slabs(source, tensor, "float16", scaling)
+            assert reproduced(torch.from_numpy(values), packed.Q.Q4_1) == share

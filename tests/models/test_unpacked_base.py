@@ -15,8 +15,8 @@ from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.models.base_model import choose_base, refuse_other_folder, refuse_other_weights, resolve_base, unpacking_of
 from lib.models.inspect import inspect
-from lib.models.unpack import VERSION
-from lib.models.unpack_source import RANGE, SEED, read_source
+from lib.models.unpack import RANGE, SEED, VERSION
+from lib.models.unpack_source import read_source
 from lib.report.merge_page import unpacked as card
 from lib.runs.files import sha256_file
 from lib.settings import Settings
@@ -54,7 +54,7 @@ def test_a_file_that_changes_while_it_is_unpacked(
         return read_source(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.models.unpack_source.read_source", late)
+        patch.setattr("lib.models.unpack.read_source", late)
         with pytest.raises(InputError, match="changed while it was read"):
             resolve_base(str(path))
     assert resolve_base(str(packed_files["llama"])).revision.startswith(

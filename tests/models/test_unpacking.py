@@ -20,8 +20,7 @@ from lib.models.gguf_file import read_tensors
 from lib.models.inspect import inspect
 from lib.models.loading import load_model, load_tokenizer
 from lib.models.unpack import asked_in, identity, is_identity, notes_of, plain_name, unpack
-from lib.models.unpack_configuration import Keys, config_of, generation_of, transformers_config
-from lib.models.unpack_source import read_source
+from lib.models.unpack_source import Keys, config_of, generation_of, read_source, transformers_config
 from lib.runs.files import sha256_file
 from lib.stages.convert import convert
 from tests.models import packed
@@ -385,7 +384,7 @@ def test_nothing_of_a_failure_gets_the_final_name(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lib.models.gguf_tokenizer.write_tokenizer", fail)
+    monkeypatch.setattr("lib.models.unpack.write_tokenizer", fail)
     with pytest.raises(InputError, match="No space left"):
         unpack(packed_files["llama"], tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -13,28 +13,26 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.gguf_file import data_end, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import atomic_path, read_json, require_space
 from lib.stages.convert.tensors import (
-    Architecture,
     GgufFile,
-    PlannedTensor,
     pack_header,
     padded,
     plan_tensors,
     read_architecture,
     write_parameters,
 )
-from lib.stages.convert.tokenizer import Vocabulary, read_vocabulary, write_vocabulary
+from lib.stages.convert.tokenizer import read_vocabulary, write_vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -153,15 +151,8 @@ def convert(model_dir: Path, output: Path, outtype: str = "f16", name: str | Non
     conversion = Conversion(model_dir, open_weights(Path(model_dir)), output, outtype, name)
     with conversion.open() as file:
         mebibytes = conversion.weights.nbytes >> 20
-        with Progress(f"converting to {outtype} (MiB)", mebibytes) as progress:
-            done = 0
-
-            def advance(nbytes: int) -> None:
-                nonlocal done
-                before, done = done, done + nbytes
-                progress.advance((done >> 20) - (before >> 20))
-
-            run_jobs(file.jobs(), advance)
+        with Progress(f"converting to {outtype} (MiB)", mebibytes, pieces=1 << 20) as progress:
+            run_jobs(file.jobs(), progress.advance)
     return conversion.report()
 
 
@@ -174,14 +165,11 @@ class Conversion:
     def __init__(self, model_dir: Path, weights: Weights, output: Path, outtype: str, name: str | None = None) -> None:
         self.started = time.monotonic()
         self.folder, self.output, self.weights, self.outtype = Path(model_dir), Path(output), weights, outtype
-        if outtype not in OUTTYPES:
-            raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
-        check_output(self.output, weights)
+        check_output(self.output, weights, outtype)
         self.model = read_architecture(self.folder)
         self.plan = plan_tensors(weights, self.model, outtype)
         self.vocabulary = read_vocabulary(self.folder, self.model.config["vocab_size"], self.model.name)
-        with _quiet():
-            self.header = _header(self.folder, self.model, self.plan, self.vocabulary, outtype, name)
+        self.header = self._header(name)
         self.loaded = "not tried"
         require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
 
@@ -192,22 +180,31 @@ class Conversion:
         Raises:
             InputError: the disk or llama.cpp refuses; nothing is left at `output` then.
         """
+        stop = threading.Event()
         try:
-            with atomic_path(self.output) as temporary:
+            with atomic_path(self.output) as temporary, ThreadPoolExecutor(1) as pool:
                 file = GgufFile(temporary, self.header, self.plan)
-                with _read_meanwhile(temporary, {t.name: t.type.name for t in self.plan}) as opened:
-                    try:
-                        file.put_own()
-                        yield file
-                    finally:
-                        file.close()
-                    self.loaded = opened.result()
+                read = pool.submit(self._read_back, temporary, stop)  # while the data is still being written
+                try:
+                    file.put_own()
+                    yield file
+                except BaseException:
+                    stop.set()
+                    raise
+                finally:
+                    file.close()
+                self.loaded = read.result()
         except OSError as error:
             raise InputError(
                 f"{self.output} cannot be written ({error.strerror}).",
                 "a folder with room that may be written.",
                 "choose one.",
             ) from None
+
+    def _read_back(self, path: Path, stop: threading.Event) -> str:
+        """Check the header, and ask llama.cpp for its opinion of it."""
+        verify(path, {tensor.name: tensor.type.name for tensor in self.plan})
+        return load_check(path, stop)
 
     def report(self) -> ConversionReport:
         """What was done, once `open` has ended."""
@@ -232,52 +229,35 @@ class Conversion:
             seconds=round(time.monotonic() - self.started, 2),
         )
 
+    def _header(self, name: str | None) -> bytes:
+        """Everything before the data of the tensors."""
+        import gguf
+        import numpy as np
 
-def check_output(output: Path, weights: Weights) -> None:
-    """Refuse an output that is no .gguf file, a folder, or one of the inputs."""
+        for logger in ("gguf", "metadata"):  # they would log every key
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
+        writer = gguf.GGUFWriter(path=None, arch=self.model.name)
+        for tensor in self.plan:
+            kind = np.dtype(np.float32)
+            writer.add_tensor_info(tensor.name, tensor.shape, kind, tensor.nbytes, raw_dtype=tensor.type)
+        writer.add_type(gguf.GGUFType.MODEL)
+        _write_metadata(writer, self.folder, name)
+        write_parameters(writer, self.model, gguf.LlamaFileType[OUTTYPES[self.outtype]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        write_vocabulary(writer, self.vocabulary)
+        return pack_header(writer)
+
+
+def check_output(output: Path, weights: Weights, outtype: str) -> None:
+    """Refuse an unknown type, and an output that is no .gguf file, a folder, or one of the inputs."""
+    if outtype not in OUTTYPES:
+        raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
     if output.suffix != ".gguf":
         raise InputError(f"{output} as the output.", "a name that ends in .gguf.", "rename the output.")
     if output.is_dir():
         raise InputError(f"{output} is a folder.", "a file name.", "choose another name.")
     if output.exists() and any(path.exists() and output.samefile(path) for path in weights.files):
         raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The gguf library logs every key; its loggers are silenced while it writes."""
-    loggers = [logging.getLogger(name) for name in ("gguf", "metadata")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _header(
-    folder: Path,
-    model: Architecture,
-    plan: list[PlannedTensor],
-    vocabulary: Vocabulary,
-    outtype: str,
-    name: str | None,
-) -> bytes:
-    """Everything before the data of the tensors."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path=None, arch=model.name)
-    for tensor in plan:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
-    writer.add_type(gguf.GGUFType.MODEL)
-    _write_metadata(writer, folder, name)
-    write_parameters(writer, model, gguf.LlamaFileType[OUTTYPES[outtype]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    write_vocabulary(writer, vocabulary)
-    return pack_header(writer)
 
 
 def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
@@ -288,9 +268,8 @@ def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
     try:
         metadata = gguf.Metadata.load(None, folder, name, counts[0])
     except Exception as error:  # yaml's errors derive from Exception
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the model card or configuration in {folder} cannot be read ({reason}).",
+            f"the model card or configuration in {folder} cannot be read ({one_line(error)}).",
             "README.md with YAML front matter, JSON files.",
             "correct README.md or remove it.",
         ) from None
@@ -305,25 +284,8 @@ def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
     metadata.set_gguf_meta_model(writer)
 
 
-@contextlib.contextmanager
-def _read_meanwhile(path: Path, types: dict[str, str]) -> Iterator[Future[str]]:
-    """The header read back, and llama.cpp's opinion of it, while the data is still being written."""
-    stop = threading.Event()
-
-    def read() -> str:
-        verify(path, types)
-        return load_check(path, stop)
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield pool.submit(read)
-        except BaseException:
-            stop.set()
-            raise
-
-
 def load_check(path: Path, stop: threading.Event | None = None) -> str:
-    """What llama.cpp says to the file, in words.
+    """What llama.cpp says about the file, in words.
 
     Raises:
         InputError: it refuses the file.

@@ -1,4 +1,4 @@
-"""The gate between conversion and quantization: a GGUF that does not answer as the merged model does stops the run.
+"""The gate between conversion and quantization: it stops the run if the GGUF does not answer as the merged model does.
 
 Three questions: does llama.cpp cut the run's texts into the same token ids; is the next-token distribution the same
 (KL divergence over whole prompts); does it choose the same labels? Keys and values are kept in float32 and flash
@@ -12,12 +12,13 @@ import gc
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
@@ -50,8 +51,9 @@ wrong tensor or a wrong rope costs a nat and more."""
 ROWS = 100
 """Rows whose labels are compared."""
 
-_F16, _Q8_0, _BF16 = 1, 8, 30  # enum ggml_type
-_ROUNDED = {_F16, _Q8_0, _BF16}
+_Q8_0 = 8
+_ROUNDED = {1, _Q8_0, 30}
+"""F16, Q8_0 and BF16 in ggml's enum ggml_type."""
 
 ANSWER_POSITIONS = 128
 """Most positions of a conversation that are compared: its first answer tokens."""
@@ -105,22 +107,7 @@ class GateReport:
         return asdict(self)
 
 
-HARD_STRINGS = (
-    "",
-    " ",
-    "\n",
-    "  \n\n \t x  ",
-    "酒店很干净，服务不错！！！",
-    "It's 12345 o'clock — we'LL see…",
-    "３６５天ＡＢＣ①②",
-    "👨‍👩‍👧‍👦 🇨🇳 ❤️",
-    "a\u00a0b\u3000c\u200bd",
-    "é à Ω ё 한글 ไทย العربية",
-    "<|im_start|>user\n你好<|im_end|>\n",
-    "\x00\x01\x7f",
-    "https://a.b/c?d=1&e=%20#f",
-    "==------``````''''\"\"\"\"",
-)
+HARD_STRINGS = tuple(yaml.safe_load(Path(__file__).with_name("hard_strings.yaml").read_text(encoding="utf-8")))
 """Texts on which tokenizers are known to differ; compared besides the run's own."""
 
 
@@ -170,7 +157,7 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
     Raises:
         InputError: the first text that differs, with both lists.
     """
-    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    texts, count = [unicodedata.normalize("NFC", text) for text in texts], 0
     for text, found in zip(texts, gguf_token_ids(path, texts), strict=True):
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != wanted:
@@ -181,7 +168,8 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
                 "the same token ids.",
                 "convert again with the tokenizer that the model was trained with.",
             )
-    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        count += len(wanted)
+    return count
 
 
 def compare_prompts(
@@ -261,23 +249,16 @@ def _label_facts(merged: np.ndarray | None, gguf: np.ndarray | None, arithmetic:
     }
 
 
-@dataclass
-class _Differences:
-    """What was found so far, position by position."""
+def _differences(p: np.ndarray, q: np.ndarray) -> Iterator[tuple[float, bool, float, float]]:
+    """KL divergence, same most probable token, largest |Δ log p| and range of p, position by position.
 
-    divergence: list[float] = field(default_factory=list)
-    same_top: list[bool] = field(default_factory=list)
-    largest: float = 0.0
-    range: float = 0.0
-
-    def add(self, p: np.ndarray, q: np.ndarray) -> None:
-        """Compare (positions, vocabulary) log-probabilities, row by row, because the arrays are large."""
-        for left, right in zip(p, q, strict=True):
-            left, right = normalised(left), normalised(right)
-            self.divergence.append(float(kl_divergence(left, right)))
-            self.largest = max(self.largest, float(np.abs(left - right).max()))
-            self.range = max(self.range, float(left.max() - left.min()))
-            self.same_top.append(bool(left.argmax() == right.argmax()))
+    Args:
+        p, q: log-probabilities (positions, vocabulary), compared row by row, because the arrays are large.
+    """
+    for left, right in zip(p, q, strict=True):
+        left, right = normalised(left), normalised(right)
+        same = left.argmax() == right.argmax()
+        yield float(kl_divergence(left, right)), same, np.abs(left - right).max(), left.max() - left.min()
 
 
 def _ask(
@@ -299,13 +280,17 @@ def _ask(
 
 def _compare_answers(
     model_dir: Path, path: Path, arithmetic: str, n_threads: int, n_ctx: int, asked: _Questions
-) -> tuple[_Differences, dict[str, Any]]:
-    """Both models on the same questions, one after the other in memory: a large vocabulary makes the values large."""
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Both models on the same questions, one after the other in memory: a large vocabulary makes the values large.
+
+    Returns:
+        What `_differences` gives, a column a position; what is said of the labels.
+    """
     from lib.models.loading import load_model
     from lib.scoring.llama_backend import LlamaCppBackend
     from lib.scoring.torch_backend import TransformersBackend
 
-    found = _Differences()
+    found: list[tuple[float, bool, float, float]] = []
     progress = Progress("comparing merged model and GGUF", 2 * (len(asked.prompts) + len(asked.windows)))
     with progress, tempfile.TemporaryDirectory(prefix="workbook-gate-") as name:
         folder = Path(name)
@@ -316,10 +301,10 @@ def _compare_answers(
         gguf = LlamaCppBackend(path, n_ctx, n_threads=n_threads, cache_type="f32", flash_attention=False)
 
         def compare(i: int, values: np.ndarray) -> None:
-            found.add(np.load(folder / f"{i}.npy", mmap_mode="r"), values)
+            found.extend(_differences(np.load(folder / f"{i}.npy", mmap_mode="r"), values))
 
         gguf_labels = _ask(gguf, asked, compare, progress)
-    return found, _label_facts(merged_labels, gguf_labels, arithmetic)
+    return np.array(list(zip(*found, strict=True))), _label_facts(merged_labels, gguf_labels, arithmetic)
 
 
 def gate(
@@ -351,6 +336,7 @@ def gate(
     prompts = compare_prompts(tokenizer, path, task, [*map(task.row_of, HARD_STRINGS), *rows])
     asked, arithmetic = _questions(tokenizer, task, rows), affordable_dtype(model_dir)
     found, labels = _compare_answers(model_dir, path, arithmetic, n_threads, task.max_seq_length, asked)
+    (mean_kld, same_top, *_), (max_kld, _, largest, widest) = found.mean(1).tolist(), found.max(1).tolist()
     types = {tensor.type for tensor in read_tensors(path)}
     exact = arithmetic == "float32" and not types & _ROUNDED
     report = GateReport(
@@ -358,15 +344,15 @@ def gate(
         tokens=tokens,
         prompts=prompts,
         windows=len(asked.windows),
-        positions=len(found.divergence),
-        mean_kld=float(np.mean(found.divergence)),
-        max_kld=max(found.divergence),
-        same_top=float(np.mean(found.same_top)),
+        positions=found.shape[1],
+        mean_kld=mean_kld,
+        max_kld=max_kld,
+        same_top=same_top,
         rows=len(asked.prompts),
         **labels,
-        max_log_prob_difference=found.largest,
-        log_prob_range=found.range,
-        exact_limit=EXACT * found.range if exact else None,
+        max_log_prob_difference=largest,
+        log_prob_range=widest,
+        exact_limit=EXACT * widest if exact else None,
         computed_in=arithmetic,
         limit_kld=limit_kld * (ALLOWANCE if arithmetic != "float32" or _Q8_0 in types else 1.0),
         limit_agreement=limit_agreement,
@@ -382,11 +368,9 @@ def _refuse(report: GateReport, path: Path) -> None:
     agreed = report.clear_agreement is None or report.clear_agreement >= report.limit_agreement
     if exact and report.mean_kld <= report.limit_kld and agreed:
         return
-    labels = (
-        ""
-        if report.clear_agreement is None
-        else f"{report.clear_agreement:.1%} equal labels over {report.clear_rows} rows that are no near ties, "
-    )
+    labels = ""
+    if report.clear_agreement is not None:
+        labels = f"{report.clear_agreement:.1%} equal labels over {report.clear_rows} rows that are no near ties, "
     raise InputError(
         f"{path.name} does not answer as the merged model: mean KL divergence {report.mean_kld:.3g} nats over "
         f"{report.positions} positions, {labels}"

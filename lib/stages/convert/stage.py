@@ -1,6 +1,4 @@
-"""Converting with the official script of a llama.cpp checkout: for models that this converter does not know.
-Stage 05: the merged model as one GGUF file, proven to answer as the merged model does.
-"""
+"""Stage 05: the merged model as one GGUF file, proven to answer as the merged model does."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from lib.models.unpack import plain_name
 from lib.models.weights import open_weights
 from lib.progress import Progress
 from lib.runs.files import atomic_path, read_json, read_jsonl, require_space, write_json
-from lib.stages.convert.convert import OUTTYPES, check_output, load_check
+from lib.stages.convert.convert import check_output, load_check
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, ProductDraft, Run
@@ -43,14 +41,12 @@ def convert_officially(model_dir: Path, output: Path, outtype: str, checkout: Pa
     """
     started = time.monotonic()
     model_dir, output, script = Path(model_dir), Path(output), Path(checkout) / SCRIPT
-    if outtype not in OUTTYPES:
-        raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
     if not script.is_file():
         raise InputError(
             f"no {SCRIPT} in {checkout}.", "a checkout of llama.cpp.", "give the folder that holds the script."
         )
     weights = open_weights(model_dir)
-    check_output(output, weights)
+    check_output(output, weights, outtype)
     require_space(output.parent, weights.parameters * (4 if outtype == "f32" else 2) + (64 << 20), output.name)
     with atomic_path(output) as temporary:
         _run(script, model_dir, temporary, outtype)
@@ -144,17 +140,9 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     name = model_name(str(merged.entry.facts.get("base_model", "model")), run.name)
     path = work.folder / f"{name}-{settings.outtype.upper()}.gguf"
     conversion = convert(merged.path, path, settings.outtype, name.replace("-", " "))
-    task = read_task(data.path)
-    rows = read_jsonl(data.path / "validation.jsonl")
-    report = gate(
-        merged.path,
-        path,
-        task,
-        rows,
-        settings.gate_max_kld,
-        settings.gate_min_label_agreement,
-        settings.n_threads,
-    )
+    task, rows = read_task(data.path), read_jsonl(data.path / "validation.jsonl")
+    limits = (settings.gate_max_kld, settings.gate_min_label_agreement)
+    report = gate(merged.path, path, task, rows, *limits, settings.n_threads)
     record = {**conversion.to_json(), "model": "merged", "output": path.name}
     write_json(work.folder / "conversion.json", record)
     write_json(work.folder / "gate.json", report.to_json())

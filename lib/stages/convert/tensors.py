@@ -1,4 +1,4 @@
-"""What a model becomes in GGUF, and the file being written: keys, tensors converted in slabs, with NumPy alone."""
+"""What a model becomes in GGUF, and how the file is written: keys, and tensors converted in slabs with NumPy alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.gguf_file import (
     ARCHITECTURES,
+    NUMBERS,
     ROPE_FACTORS,
     ROPE_TYPES,
+    SLAB,
     head_size,
     pair_rows,
     rope_factors,
@@ -25,7 +27,7 @@ from lib.models.gguf_file import (
     rotary_heads,
     tensor_names,
 )
-from lib.models.weights import StoredTensor, Weights, convert, infinite, largest_magnitude, widen
+from lib.models.weights import FLOAT16_MAX, Shaped, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
 from lib.runs.files import write_at
 
 if TYPE_CHECKING:
@@ -39,18 +41,21 @@ if TYPE_CHECKING:
 # The order and the types of the keys are those of the converter of llama.cpp (`conversion/base.py`,
 # set_gguf_parameters; `conversion/llama.py`), so that the files are equal byte for byte.
 
-_NUMBERS = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
-_NUMBERS += ("num_key_value_heads", "vocab_size")
-_MODEL_TYPES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama"}
+_YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}
+_YARN |= {"beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+"""Key of rope_scaling → what the writer of the gguf library calls it behind rope_scaling_yarn."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A convertible model: GGUF architecture, number of blocks and the values of config.json with its defaults."""
+    """A convertible model: GGUF architecture, and the values of config.json with its defaults."""
 
     name: str
-    blocks: int
     config: dict[str, Any]
+
+    @property
+    def blocks(self) -> int:
+        return int(self.config["num_hidden_layers"])
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -63,17 +68,15 @@ def read_architecture(folder: Path) -> Architecture:
     if not (folder / "config.json").is_file():
         raise InputError(f"no config.json in {folder}.", "a model folder.", "give the folder of the whole model.")
     config = _plain_config(folder) or _full_config(folder)
-    known = ", ".join(ARCHITECTURES)
-    classes = config.get("architectures") or ["none"]
-    if classes[0] not in ARCHITECTURES:
+    kind = (config.get("architectures") or ["none"])[0]
+    if kind not in ARCHITECTURES:
         raise InputError(
-            f"a {classes[0]} model in {folder}.",
-            f"one of: {known}.",
+            f"a {kind} model in {folder}.",
+            f"one of: {', '.join(ARCHITECTURES)}.",
             "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
         )
-    name = ARCHITECTURES[classes[0]]
-    _refuse_special(folder, config, name)
-    return Architecture(name, int(config["num_hidden_layers"]), config)
+    _refuse_special(folder, config, ROPE_TYPES[ARCHITECTURES[kind]])
+    return Architecture(ARCHITECTURES[kind], config)
 
 
 def _plain_config(folder: Path) -> dict[str, Any] | None:
@@ -84,12 +87,15 @@ def _plain_config(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = ARCHITECTURES[config["architectures"][0]]
-        whole = all(type(config[key]) is int and config[key] > 0 for key in _NUMBERS)
-        rope = config.get("rope_parameters") or config
-        whole &= type(config["tie_word_embeddings"]) is bool and type(config["rms_norm_eps"]) is float
-        whole &= type(rope["rope_theta"]) in (int, float) and config["model_type"] == _MODEL_TYPES[name]
-        head = config.get("head_dim")
-        whole &= type(head) is int or (head is None and name == "qwen2")
+        rope, head = config.get("rope_parameters") or config, config.get("head_dim")
+        whole = (
+            all(type(config[key]) is int and config[key] > 0 for key in (*NUMBERS, "vocab_size"))
+            and type(config["tie_word_embeddings"]) is bool
+            and type(config["rms_norm_eps"]) is float
+            and type(rope["rope_theta"]) in (int, float)
+            and config["model_type"] == name
+            and (type(head) is int or (head is None and name == "qwen2"))
+        )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError):
         return None
     return config if whole else None
@@ -101,34 +107,31 @@ def _full_config(folder: Path) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
     except Exception as error:  # transformers validates values with exceptions of many kinds
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{folder / 'config.json'} cannot be read ({reason}).", "the configuration of a model.", "check the folder."
+            f"{folder / 'config.json'} cannot be read ({one_line(error)}).",
+            "the configuration of a model.",
+            "check the folder.",
         ) from None
 
 
-def _refuse_special(folder: Path, config: dict[str, Any], name: str) -> None:
+def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str, ...]) -> None:
     if config.get("quantization_config"):
         raise InputError(
             f"quantized weights in {folder} (quantization_config).",
             "float32, float16 or bfloat16 weights.",
             "convert the original model; quantize the GGUF afterwards.",
         )
+    card, rope, place = folder / "README.md", rope_of(config), folder / "config.json"
+    kind, official = rope.get("rope_type"), "use llama.cpp's converter."
     if (folder / "modules.json").is_file() or config.get("is_causal") is False:
-        raise InputError(f"an embedding model in {folder}.", "a causal language model.", "use llama.cpp's converter.")
-    card = folder / "README.md"
+        raise InputError(f"an embedding model in {folder}.", "a causal language model.", official)
     if card.is_file() and "# qwen3-reranker" in card.read_text(encoding="utf-8", errors="replace").lower():
-        raise InputError(f"a reranker in {folder}.", "a causal language model.", "use llama.cpp's converter.")
-    rope = rope_of(config)
-    if rope.get("rope_type") not in (None, "default", *ROPE_TYPES[name]):
+        raise InputError(f"a reranker in {folder}.", "a causal language model.", official)
+    if kind not in (None, "default", *rope_types):
+        raise InputError(f"rope type {kind!r} in {place}.", f"default, {', '.join(rope_types)}.", official)
+    if kind == "yarn" and "original_max_position_embeddings" not in rope:
         raise InputError(
-            f"rope type {rope['rope_type']!r} in {folder / 'config.json'}.",
-            f"default, {', '.join(ROPE_TYPES[name])}.",
-            "use llama.cpp's converter.",
-        )
-    if rope.get("rope_type") == "yarn" and "original_max_position_embeddings" not in rope:
-        raise InputError(
-            f"YaRN without original_max_position_embeddings in {folder / 'config.json'}.",
+            f"YaRN without original_max_position_embeddings in {place}.",
             "the context length the model was trained with.",
             "add it to rope_scaling.",
         )
@@ -137,12 +140,8 @@ def _refuse_special(folder: Path, config: dict[str, Any], name: str) -> None:
 def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
     """Add the hyperparameters to `writer`, in the official order."""
     config = model.config
-    writer.add_block_count(model.blocks)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    for name, key in NUMBERS.items():
+        writer.add_uint32(f"{model.name}.{key}", config[name])
     _write_rope(writer, rope_of(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim") is not None:
@@ -157,36 +156,26 @@ def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) ->
 def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
     import gguf
 
-    factor = rope.get("factor")
-    if rope["rope_type"] in ("linear", "yarn") and factor is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    factor, kind = rope.get("factor"), rope["rope_type"]
+    if kind in ("linear", "yarn") and factor is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(factor)
-        if rope["rope_type"] == "yarn":
+        if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-            optional = (
-                ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-                ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-                ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-                ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-            )
-            for key, add in optional:
+            for key, name in _YARN.items():
                 if rope.get(key) is not None:
-                    add(rope[key])
+                    getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[key])
     if rope.get("rope_theta") is not None:
         writer.add_rope_freq_base(rope["rope_theta"])
 
 
 # The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone.
 
-SLAB = 4 << 20
-"""Weights converted at a time (16 MiB of float32)."""
-
-_F16_MAX = 65504.0
 _IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
+class PlannedTensor(Shaped):
     """One tensor of the GGUF.
 
     Attributes:
@@ -209,10 +198,6 @@ class PlannedTensor:
         """Values of a row; quantization blocks never cross one."""
         return self.shape[-1] if self.shape else 1
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
 
 def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[PlannedTensor]:
     """Name and type of every tensor, in the order of the official converter.
@@ -224,11 +209,9 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
     """
     import gguf
 
-    names = gguf.get_tensor_name_map(
-        {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[model.name], model.blocks
-    )
-    wanted = gguf.GGMLQuantizationType[outtype.upper()]
-    plan, factors, float32 = [], rope_factors(model.config), gguf.GGMLQuantizationType.F32
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.name.upper()], model.blocks)
+    wanted, float32 = gguf.GGMLQuantizationType[outtype.upper()], gguf.GGMLQuantizationType.F32
+    plan, factors = [], rope_factors(model.config)
     if factors is not None:
         plan.append(PlannedTensor(ROPE_FACTORS, float32, factors.shape, factors.nbytes, None, values=factors))
     for name, source in weights.tensors.items():
@@ -248,10 +231,8 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
             kind = gguf.GGMLQuantizationType.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = source.size // block * size
-        plan.append(
-            PlannedTensor(new, kind, source.shape or (1,), nbytes, source, rotary_heads(model.name, name, model.config))
-        )
+        nbytes, heads = source.size // block * size, rotary_heads(model.name, name, model.config)
+        plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, heads))
     _complete(plan, weights, model)
     return plan
 
@@ -276,11 +257,11 @@ def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) 
         )
 
 
-def slabs(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
+def _slabs(tensor: PlannedTensor, count: int) -> Iterator[tuple[int, int]]:
     """First value and number of values of each part that is converted alone: whole rows, or all of a re-paired one."""
-    step = tensor.size if tensor.heads else max(1, SLAB // max(1, tensor.row)) * tensor.row
-    for first in range(0, tensor.size, step):
-        yield first, min(step, tensor.size - first)
+    step = count if tensor.heads else max(1, SLAB // max(1, tensor.row)) * tensor.row
+    for first in range(0, count, max(1, step)):
+        yield first, min(step, count - first)
 
 
 def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
@@ -309,7 +290,7 @@ def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None
     where, path = (tensor.source.name, tensor.source.file) if tensor.source else (tensor.name, Path("config.json"))
     if not math.isfinite(largest):
         raise infinite(where, path)
-    limit = {"F16": _F16_MAX, "Q8_0": _F16_MAX * 127}.get(tensor.type.name, math.inf)
+    limit = {"F16": FLOAT16_MAX, "Q8_0": FLOAT16_MAX * 127}.get(tensor.type.name, math.inf)
     if largest > limit:
         raise InputError(
             f"a weight of size {largest:.6g} in {where} ({path}); {tensor.type.name} ends at {limit:.6g}.",
@@ -327,12 +308,11 @@ class GgufFile:
     """An open file of a planned size. Parts may be put from several threads."""
 
     def __init__(self, path: Path, header: bytes, plan: list[PlannedTensor]) -> None:
-        self._offsets: dict[str, int] = {}
+        self._plan, self._offsets = plan, dict[str, int]()
         end = padded(len(header))
         for tensor in plan:
             self._offsets[tensor.name] = end
             end += padded(tensor.nbytes)
-        self._plan = plan
         self._by_source = {tensor.source.name: tensor for tensor in plan if tensor.source is not None}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.ftruncate(self._file, end)  # the padding between tensors is the zeros of the hole
@@ -345,9 +325,8 @@ class GgufFile:
         """Write whole rows of the tensor that the model folder calls `name`, from its value number `first` on."""
         if (tensor := self._by_source.get(name)) is None:
             return
-        step = len(values) if tensor.heads else max(1, SLAB // tensor.row) * tensor.row
-        for start in range(0, len(values), step):
-            self._put(tensor, first + start, values[start : start + step], dtype)
+        for start, count in _slabs(tensor, len(values)):
+            self._put(tensor, first + start, values[start : start + count], dtype)
 
     def whole(self, name: str) -> bool:
         """Whether all rows of this tensor must be put at once."""
@@ -369,13 +348,12 @@ class GgufFile:
         """One job a slab: read it from the model folder, convert it, write it; each gives the bytes it read."""
         for tensor in self._plan:
             if tensor.source is not None:
-                for first, count in slabs(tensor):
-                    yield partial(self._copy, tensor, first, count)
+                for first, count in _slabs(tensor, tensor.size):
+                    yield partial(self._copy, tensor, tensor.source, first, count)
 
-    def _copy(self, tensor: PlannedTensor, first: int, count: int) -> int:
-        assert tensor.source is not None
-        values = tensor.source.read(first, count)
-        self._put(tensor, first, values, tensor.source.dtype)
+    def _copy(self, tensor: PlannedTensor, source: StoredTensor, first: int, count: int) -> int:
+        values = source.read(first, count)
+        self._put(tensor, first, values, source.dtype)
         return values.nbytes
 
 
@@ -403,17 +381,13 @@ def pack_header(writer: GGUFWriter) -> bytes:
             stream.write(struct.pack("<IIQ", value.type, gguf.GGUFValueType.STRING, len(items)))
             stream.write(b"".join(part for item in items for part in (len(item).to_bytes(8, "little"), item)))
         else:
-            stream.write(_value(writer, value))
+            stream.write(writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type))
     offset = 0
     for name, info in writer.tensors[0].items():
         shape = tuple(reversed(info.shape))
         stream.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, info.dtype, offset))
         offset += padded(info.nbytes)
     return stream.getvalue()
-
-
-def _value(writer: GGUFWriter, value: Any) -> bytes:
-    return writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
 
 
 def _string(text: str) -> bytes:

@@ -1,6 +1,4 @@
-"""What the tokenizer of a model folder does: its vocabulary, its added tokens, and the ids of llama.cpp's check text.
-The tokenizer of a model folder as GGUF keys: tokens, types, merges, special tokens, chat template.
-"""
+"""The tokenizer of a model folder: what it does, and the GGUF keys that say so."""
 
 from __future__ import annotations
 
@@ -10,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+import yaml
+
+from lib.errors import InputError, one_line
 from lib.models.gguf_tokenizer import QWEN2_PATTERN
 from lib.models.weights import read_object
 
@@ -24,17 +24,15 @@ if TYPE_CHECKING:
 # transformers nothing to change is read with the tokenizers library alone; the two ways are equal there, which tests
 # check.
 
-CHECK_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
-    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
-    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
-    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
+_TABLES = yaml.safe_load(Path(__file__).with_name("pre_tokenizers.yaml").read_text(encoding="utf-8"))
+CHECK_TEXT: str = _TABLES["check_text"]
 """The text whose token ids identify a pre-tokenizer in llama.cpp's converter."""
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "from_slow")
+_SWITCHES += ("clean_up_tokenization_spaces",)
+_OF_A_TOKEN = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer as it works.
+    """What a tokenizer does.
 
     Attributes:
         vocabulary: id of every token, added ones included.
@@ -100,27 +98,30 @@ def _is_plain(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
     try:
         added = {token["content"]: token for token in stored["added_tokens"]}
         declared = settings.get("added_tokens_decoder") or {}
-        names = [settings.get(key) for key in _NAMED]
+        names = [settings.get(f"{kind}_token") for kind in _SPECIAL]
         names += [name for key in _LISTS for name in settings.get(key) or []]
-        names = [name["content"] if isinstance(name, dict) else name for name in names if name is not None]
         ids = {int(i): token["content"] for i, token in declared.items()}
         return (
             settings.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
             and has_qwen2_structure(stored)
             and (stored.get("post_processor") or {"type": "ByteLevel"}).get("type") == "ByteLevel"
-            and not any(settings.get(key) for key in (*_SWITCHES, "clean_up_tokenization_spaces"))
+            and not any(settings.get(key) for key in _SWITCHES)
             and len(added) == len(stored["added_tokens"])
-            and all(name in added and added[name]["special"] for name in names)
+            and all(added[_content(name)]["special"] for name in names if name is not None)
             and (not ids or ids == {token["id"]: name for name, token in added.items()})
-            and all(_agrees(added[token["content"]], token) for token in declared.values())
+            and all(
+                bool(added[token["content"]].get(key)) == bool(token.get(key))
+                for token in declared.values()
+                for key in _OF_A_TOKEN
+            )
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
 
-def _agrees(stored: dict[str, Any], declared: dict[str, Any]) -> bool:
-    switches = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return all(bool(stored.get(key)) == bool(declared.get(key)) for key in switches)
+def _content(token: Any) -> Any:
+    """The text of a special token, which settings give alone or with its switches."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _plain(folder: Path, stored: dict[str, Any]) -> Tokenizer | None:
@@ -138,43 +139,30 @@ def _plain(folder: Path, stored: dict[str, Any]) -> Tokenizer | None:
 
 def _transformers(folder: Path) -> Tokenizer:
     try:
-        return _as_transformers_reads_it(folder)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        added = []
+        for number, token in tokenizer.added_tokens_decoder.items():
+            text = token.content
+            if not token.normalized:  # llama.cpp expects the text as it comes out of the tokenizer
+                text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+            added.append(AddedToken(number, token.content, token.special, text))
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        return Tokenizer(tokenizer.get_vocab(), added, tokenizer.encode(CHECK_TEXT), backend)
     except BaseException as error:  # a malformed tokenizer.json gives a bare Exception, or a panic of the Rust code
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the tokenizer in {folder} ({reason}).", "a fast tokenizer.", "save it again.") from None
-
-
-def _as_transformers_reads_it(folder: Path) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = []
-    for number, token in tokenizer.added_tokens_decoder.items():
-        text = token.content
-        if not token.normalized:  # llama.cpp expects the text as it comes out of the tokenizer
-            text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
-        added.append(AddedToken(number, token.content, token.special, text))
-    return Tokenizer(tokenizer.get_vocab(), added, tokenizer.encode(CHECK_TEXT), backend)
+        raise InputError(
+            f"the tokenizer in {folder} ({one_line(error)}).", "a fast tokenizer.", "save it again."
+        ) from None
 
 
 # The tokenizer of a model folder as GGUF keys: tokens, types, merges, special tokens, chat template.
 #
 # Key order and rules are those of the converter of llama.cpp (`get_vocab_base`, `SpecialVocab`).
 
-KNOWN_CHECKS = {
-    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
-    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
-    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
-    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
-}
-"""SHA-256 over the ids of the check text → name of the pre-tokenizer in GGUF (llama.cpp, conversion/base.py)."""
-
 _GRANITE_ROWS = 49152
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
@@ -187,7 +175,6 @@ class Vocabulary:
         pre: name of the pre-tokenizer; recognised: how it was found out, in words.
         merges: "left right", in order of rank.
         special: {"eos": id, …} in the order they are written; add: {"bos": False, …}.
-        never_bos: the official converter takes Llama models of this size for small Granite models.
         add_prefix_space: what Llama's tokenizer_config.json says of it; None = nothing.
         chat_template: Jinja text, a list of named ones, or None.
     """
@@ -201,18 +188,17 @@ class Vocabulary:
     add: dict[str, bool]
     add_prefix_space: bool | None
     chat_template: str | list[dict[str, str]] | None
-    never_bos: bool
 
 
 def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Name of the pre-tokenizer in GGUF, and how it was recognised; needs no network.
+    """Name of the pre-tokenizer in GGUF, and how it was recognised, without the network.
 
     Raises:
         InputError: neither the check text nor the structure is known.
     """
     digest = hashlib.sha256(str(tokenizer.check_ids).encode()).hexdigest()
-    if digest in KNOWN_CHECKS:
-        return KNOWN_CHECKS[digest], "the ids of llama.cpp's check text"
+    if digest in _TABLES["known"]:
+        return _TABLES["known"][digest], "the ids of llama.cpp's check text"
     if has_qwen2_structure(tokenizer.backend):
         return "qwen2", "the same normalizer, split pattern and byte-level BPE as Qwen2 (another vocabulary)"
     raise InputError(
@@ -235,8 +221,14 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
     stored, settings = (
         read_object(folder / name, "a fast tokenizer's files") for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    if architecture == "llama":
-        _refuse_sentencepiece(folder, stored)
+    model = stored.get("model", {})
+    pieces = (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE"
+    if architecture == "llama" and pieces:
+        raise InputError(
+            f"a SentencePiece tokenizer in {folder}.",
+            "byte-level BPE, as in Llama 3.",
+            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
+        )
     tokenizer = read_tokenizer(folder, stored, settings)
     highest = max(tokenizer.vocabulary.values())
     if highest >= vocab_size:
@@ -260,18 +252,7 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
         add=add,
         add_prefix_space=prefix if isinstance(prefix, bool) else None,
         chat_template=_chat_template(folder, settings),
-        never_bos=architecture == "llama" and vocab_size == _GRANITE_ROWS,
     )
-
-
-def _refuse_sentencepiece(folder: Path, stored: dict[str, Any]) -> None:
-    model = stored.get("model", {})
-    if (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE":
-        raise InputError(
-            f"a SentencePiece tokenizer in {folder}.",
-            "byte-level BPE, as in Llama 3.",
-            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
-        )
 
 
 def _looks_special(token: str) -> bool:
@@ -316,53 +297,36 @@ def special_tokens(
     Raises:
         InputError: a post-processor that adds tokens in a way GGUF cannot say.
     """
-    names = {f"{kind}_token": _content(settings.get(f"{kind}_token")) for kind in _SPECIAL}
-    names["bos_token"] = names["bos_token"] or names["cls_token"]
-    names["eos_token"] = names["eos_token"] or names["sep_token"]
+    names = {kind: _content(settings.get(f"{kind}_token")) for kind in _SPECIAL}
+    names["bos"] = names["bos"] or names["cls"]
+    names["eos"] = names["eos"] or names["sep"]
     add: dict[str, bool] = {}
-    post = stored.get("post_processor") or {"type": "Sequence", "processors": []}
+    post = stored.get("post_processor") or {"processors": []}
     for processor in post.get("processors", [post]):
         if processor.get("type") == "ByteLevel":
             add = {"bos": False, "eos": False, **add}
-        elif _adds_nothing(processor):
-            continue  # the official converter looks into no nested sequence, and this one says nothing
-        elif processor.get("type") == "TemplateProcessing":
-            _follow_template(processor, settings, names, add, folder)
-        else:
-            raise _unknown_processor(str(processor.get("type")), folder)
-    ids = {}
-    for added in reversed(stored.get("added_tokens", [])):  # reversed: of equal texts the first one counts
-        ids[added["content"]] = added["id"]
+        elif not _adds_nothing(processor):  # the official converter looks into no nested sequence
+            add |= _added_by_template(processor, settings, names, folder)
+    ids = {token["content"]: token["id"] for token in reversed(stored.get("added_tokens", []))}  # the first one counts
     found = {}
-    for kind in _SPECIAL:
-        value = settings.get(f"add_{kind}_token")
-        if isinstance(value, bool):
+    for kind, name in names.items():
+        if isinstance(value := settings.get(f"add_{kind}_token"), bool):
             add.setdefault(kind, value)
-        token = names[f"{kind}_token"]
-        if isinstance(token, str) and isinstance(ids.get(token), int):
-            found[kind] = ids[token]
-    for kind in _SPECIAL:
-        number = config.get(f"{kind}_token_id")
-        if kind not in found and isinstance(number, int) and not isinstance(number, bool):
-            found[kind] = number
+        if isinstance(name, str) and isinstance(ids.get(name), int):
+            found[kind] = ids[name]
+    for kind in names:
+        if type(number := config.get(f"{kind}_token_id")) is int:
+            found.setdefault(kind, number)
     return found, add
 
 
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _unknown_processor(kind: str, folder: Path) -> InputError:
-    return InputError(
-        f"post-processor {kind} in {folder / 'tokenizer.json'}.",
-        "none, ByteLevel, or a template that begins with the start token, as in Llama 3.",
-        "use the tokenizer of a causal Qwen or Llama model.",
+def _template_names(processor: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Special tokens around one text and around two; A and B stand for the texts."""
+    single, pair = (
+        [str((part.get("SpecialToken") or part.get("Sequence") or {}).get("id")) for part in processor.get(key, [])]
+        for key in ("single", "pair")
     )
-
-
-def _template_names(template: list[dict[str, Any]]) -> list[str]:
-    """Special tokens, and A and B for the texts between them."""
-    return [str((part.get("SpecialToken") or part.get("Sequence") or {}).get("id")) for part in template]
+    return single, pair
 
 
 def _adds_nothing(processor: dict[str, Any]) -> bool:
@@ -370,47 +334,49 @@ def _adds_nothing(processor: dict[str, Any]) -> bool:
     if processor.get("type") == "Sequence":
         return all(_adds_nothing(part) for part in processor.get("processors", []))
     if processor.get("type") == "TemplateProcessing":
-        single, pair = (_template_names(processor.get(key, [])) for key in ("single", "pair"))
-        return single == ["A"] and pair in ([], ["A", "B"])
+        return _template_names(processor) in ((["A"], []), (["A"], ["A", "B"]))
     return processor.get("type") == "ByteLevel"
 
 
-def _follow_template(
-    processor: dict[str, Any], settings: dict[str, Any], names: dict[str, Any], add: dict[str, bool], folder: Path
-) -> None:
-    """The one template that causal models use: `start text`, and for two texts `start text start text`."""
-    single, pair = (_template_names(processor.get(key, [])) for key in ("single", "pair"))
+def _added_by_template(
+    processor: dict[str, Any], settings: dict[str, Any], names: dict[str, Any], folder: Path
+) -> dict[str, bool]:
+    """The one template that causal models use: `start text`, and for two texts `start text start text`.
+
+    A start token that the settings do not name is put into `names`.
+    """
+    unknown = "" if processor.get("type") == "TemplateProcessing" else str(processor.get("type"))
+    single, pair = _template_names(processor)
     start = single[0] if len(single) == 2 and single[1] == "A" else None
-    usual = pair in ([], [start, "A", "B"], [start, "A", start, "B"])
-    if not start or start in (names["eos_token"], names["sep_token"]) or not usual:
-        raise _unknown_processor("TemplateProcessing of an unusual form", folder)
-    bos, cls = settings.get("bos_token") or settings.get("cls_token"), settings.get("cls_token")
-    if start not in (bos, cls):  # compared as written, as the official converter does
-        names["bos_token"] = names["bos_token"] or start
-        names["cls_token"] = names["cls_token"] or start
-        if start not in (names["bos_token"], names["cls_token"]):
-            raise _unknown_processor(f"TemplateProcessing with {start!r}, which is not the start token,", folder)
-    add["bos"] = True
-    if len(pair) == 4:  # start A start B: the second start is no separator
-        add["sep"] = False
+    usual = start and start not in (names["eos"], names["sep"])
+    if not unknown and not (usual and pair in ([], [start, "A", "B"], [start, "A", start, "B"])):
+        unknown = "TemplateProcessing of an unusual form"
+    written = (settings.get("bos_token") or settings.get("cls_token"), settings.get("cls_token"))
+    if not unknown and start not in written:  # compared as written, as the official converter does
+        names["bos"], names["cls"] = names["bos"] or start, names["cls"] or start
+        if start not in (names["bos"], names["cls"]):
+            unknown = f"TemplateProcessing with {start!r}, which is not the start token,"
+    if unknown:
+        raise InputError(
+            f"post-processor {unknown} in {folder / 'tokenizer.json'}.",
+            "none, ByteLevel, or a template that begins with the start token, as in Llama 3.",
+            "use the tokenizer of a causal Qwen or Llama model.",
+        )
+    # start A start B: the second start is no separator
+    return {"bos": True, "sep": False} if len(pair) == 4 else {"bos": True}
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
     template: Any = None
     if (folder / "chat_template.jinja").is_file():
-        template = _text(folder / "chat_template.jinja")
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         if more := list((folder / "additional_chat_templates").glob("*.jinja")):
             template = [{"name": "default", "template": template}]
-            template += [{"name": path.stem, "template": _text(path)} for path in more]
+            template += [{"name": path.stem, "template": path.read_text(encoding="utf-8")} for path in more]
     elif (folder / "chat_template.json").is_file():
         template = read_object(folder / "chat_template.json").get("chat_template")
     template = settings.get("chat_template", template)
     return template if isinstance(template, str | list) else None
-
-
-def _text(path: Path) -> str:
-    with path.open(encoding="utf-8") as stream:
-        return stream.read()
 
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
@@ -422,13 +388,12 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
-    for kind, number in vocabulary.special.items():
-        if handler := getattr(writer, f"add_{kind}_token_id", None):
-            handler(number)
-    for kind, value in vocabulary.add.items():
-        if handler := getattr(writer, f"add_add_{kind}_token", None):
+    said = {f"add_{kind}_token_id": number for kind, number in vocabulary.special.items()}
+    said |= {f"add_add_{kind}_token": value for kind, value in vocabulary.add.items()}
+    for name, value in said.items():
+        if handler := getattr(writer, name, None):
             handler(value)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-    if vocabulary.never_bos:
-        writer.add_add_bos_token(False)
+    if writer.arch == "llama" and len(vocabulary.tokens) == _GRANITE_ROWS:
+        writer.add_add_bos_token(False)  # the official converter takes Llama models of this size for small Granite ones

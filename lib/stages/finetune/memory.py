@@ -385,8 +385,7 @@ def _config(name: str) -> Any:
     folder = user_path(name)
     if folder.is_file() and folder.suffix.lower() == ".gguf":
         from lib.models.base_model import refuse_without_template
-        from lib.models.unpack_configuration import transformers_config
-        from lib.models.unpack_source import read_source
+        from lib.models.unpack_source import read_source, transformers_config
 
         refuse_without_template(str(folder))
         return transformers_config(read_source(folder).config, folder)

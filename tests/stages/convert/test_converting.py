@@ -532,6 +532,6 @@ def test_an_output_that_is_there_is_no_input_that_is_not_yet(tmp_path: Path) -> 
     from lib.stages.convert.convert import check_output
 
     (tmp_path / "out.gguf").write_bytes(b"old")
-    check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "not-yet.safetensors"]))
+    check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "not-yet.safetensors"]), "f16")
     with pytest.raises(InputError, match="is an input file"):
-        check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "out.gguf"]))
+        check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "out.gguf"]), "f16")

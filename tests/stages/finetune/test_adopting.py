@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
-from lib.models.adapters import check_fit, read_shape
+from lib.models.adapters import check_fit, read_adapter, shape_of
 from lib.report import finetune_page
 from lib.runs.files import read_json
 from lib.runs.run import Run
@@ -179,7 +179,7 @@ def test_the_public_adapter_fits_its_shape(shared_data: Path, tmp_path: Path) ->
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     adapter = shared_data / "qwen2.5-0.5b-lora-sft"
-    shape = read_shape(adapter)
+    shape = shape_of(read_adapter(adapter))
     assert (shape.rank, shape.alpha, shape.ranks, shape.modules) == (8, 32, {8: 48}, 48)
     assert shape.targets == ["q_proj", "v_proj"] and shape.base == "Qwen/Qwen2.5-0.5B"
     real = json.loads((shared_data / "qwen2.5-0.5b-instruct" / "config.json").read_text())
