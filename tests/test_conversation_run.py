@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_what_the_models_write_is_measured_and_prompts_are_answered(results: dic
 
 
 def test_every_gguf_file_writes_answers_to_the_same_rows(results: dict) -> None:
-    from lib.report import written_rows
+    from lib.report.compare_page import AnswerPage
 
     result, before = results["comparison"], results["evaluation"]
     assert list(result.written["same_text"]) == ["F16", "Q8_0"] and result.written["same_text"]["F16"] == 2
@@ -181,10 +182,11 @@ def test_every_gguf_file_writes_answers_to_the_same_rows(results: dict) -> None:
     assert [row["question"] for row in result.generated] == [row["question"] for row in before.generated]
     metrics = {entry["key"]: entry for entry in result.written["metrics"]}
     assert set(metrics["chrf"]["differences"]) == {"Q8_0"}
-    assert [line["type"] for line in written_rows.file_metrics(result)] == ["F16", "Q8_0"]
-    assert "2 test rows, at most 8 tokens" in written_rows.file_conditions(result)
-    assert [line["type"] for line in written_rows.file_differences(result)] == ["Q8_0"]
-    assert "- Q8_0: " in written_rows.file_reading(result)
+    page = AnswerPage(result)
+    values, differences = (re.findall(r"<tr><td>([^<]+)</td>", table.data) for table in page.beside())
+    assert values == ["F16", "Q8_0"] and differences == ["Q8_0"]
+    assert "2 test rows, at most 8 tokens" in page.beside()[0].data
+    assert page.disagreements()[0].data.startswith("- Q8_0: ")
 
 
 def test_the_gate_compares_answers_without_labels(results: dict) -> None:
@@ -261,13 +263,13 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
     wanted = token_log_probs(model, [e.ids for e in encoded], [e.spans for e in encoded])
     saved = AnswerScores.load(folder / "scores-merged.jsonl")
     np.testing.assert_allclose(saved.log_probs, [values.sum() for values in wanted], rtol=1e-4)
-    assert [row["step_name"] for row in steps_page.rows(result.steps)] == [step["name"] for step in result.steps]
-    assert "less than 1 %" in steps_page.caption(result.steps) and " → " in steps_page.steps_reading(result.steps).data
-    assert "<figcaption>" in steps_page.ladder(result.steps).data
+    ladder, table, reading = (shown.data for shown in steps_page.shown(result.steps, ""))
+    assert re.findall(r"<tr><td>([^<]+)</td>", table) == [step["name"] for step in result.steps]
+    assert "less than 1 %" in table and " → " in reading and "<figcaption>" in ladder
 
 
 def test_what_the_pages_show(results: dict) -> None:
-    from lib.report import compare_page, data_page, evaluate_page, merge_page
+    from lib.report import compare_page, data_page, evaluate_page, weights_page
 
     made, result = results["data"], results["evaluation"]
     shown = data_page.page_of(made)
@@ -292,7 +294,7 @@ def test_what_the_pages_show(results: dict) -> None:
     assert all(entry["type"] in compared.quality().data for entry in results["comparison"].others)
     parts = (compared.tests, compared.beside, compared.disagreements, compared.kept)
     assert all(shown.data for part in parts for shown in part() if shown)
-    assert "does not apply" in str(merge_page.gate(results["gguf"].gate))
+    assert "does not apply" in str(weights_page.gate(results["gguf"].gate))
 
 
 def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path: Path) -> None:

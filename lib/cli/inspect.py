@@ -59,7 +59,7 @@ def unpack(
     """Turn a GGUF file into a model folder: weights dequantized, configuration and tokenizer rebuilt."""
     from lib.models.unpack import notes_of
     from lib.models.unpack import unpack as write_folder
-    from lib.report.merge_page import unpacked
+    from lib.report.weights_page import unpacked
 
     record = write_folder(user_path(str(file)), folder, dtype, off_grid)
     lines = [str(folder), *notes_of(record)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 HATCHES = ("", "//", "..", "xx")
 
 
-def _axes(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
+def panels(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
+    """An empty figure in the common style, and its axes: one panel, or several beside one another."""
     import matplotlib.pyplot as plt
 
     use_style()
@@ -32,7 +33,7 @@ def _axes(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[An
 
 def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str]) -> HTML:
     """Rows of each label in each split, as grouped bars; `counts` is {split: [rows of label 0, 1, …]}."""
-    fig, ax = _axes(height=3.0)
+    fig, ax = panels(height=3.0)
     names, width = readable(label_names), 0.8 / len(label_names)
     places = np.arange(len(counts))
     for index, name in enumerate(names):
@@ -49,7 +50,7 @@ def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str
 
 def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
     """Tokens a row (prompt and answer) in each split, with the run's limit."""
-    fig, ax = _axes(height=3.0)
+    fig, ax = panels(height=3.0)
     longest = max(max(values) for values in lengths.values())
     bins = np.linspace(0, min(longest, 2 * limit), 60)
     for split, values in lengths.items():
@@ -66,21 +67,34 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
 
 def learning_curves(history: Sequence[Mapping[str, Any]], chosen_step: int) -> HTML:
     """Training and validation loss with the chosen checkpoint, and the learning rate, over updates."""
-    fig, (left, right) = _axes(9.0, 3.3, columns=2)
-    train = [(row["step"], row["loss"]) for row in history if row.get("loss") is not None]
-    valid = [(row["step"], row["eval_loss"]) for row in history if row.get("eval_loss") is not None]
-    rates = [(row["step"], row["learning_rate"]) for row in history if row.get("learning_rate") is not None]
-    left.plot(*zip(*train, strict=True), label="training", linewidth=1.0)
-    left.plot(*zip(*valid, strict=True), label="validation", marker="o", markersize=4)
+    fig, (left, right) = panels(9.0, 3.3, columns=2)
+    train, valid, rates = (series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
     best = dict(valid)[chosen_step]
-    left.plot([chosen_step], [best], "*", color=GREEN, markersize=15, label=f"chosen (step {chosen_step})")
-    left.set(xlabel="update (optimizer step)", ylabel="loss, nats a loss token", ylim=(0, None))
-    left.legend()
+    plot_losses(left, train, valid, (chosen_step, best))
     right.plot(*zip(*rates, strict=True))
     right.set(xlabel="update (optimizer step)", ylabel="learning rate", ylim=(0, None))
     losses = {"train": [loss for _, loss in train], "valid": [loss for _, loss in valid]}
     alt = sentence("charts.learning_alt", **losses, best=best, chosen=chosen_step)
     return figure(fig, sentence("charts.learning", steps=train[-1][0], best=best), alt)
+
+
+def series(history: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(update, value) of the lines of a history that have this key."""
+    return [(row["step"], row[key]) for row in history if row.get(key) is not None]
+
+
+Series = Sequence[tuple[int, float]]
+
+
+def plot_losses(ax: Axes, train: Series, valid: Series, chosen: tuple[int, float] | None = None) -> None:
+    """Training and validation loss over the updates; a star marks the chosen checkpoint."""
+    ax.plot(*zip(*train, strict=True), label="training", linewidth=1.0)
+    if valid:
+        ax.plot(*zip(*valid, strict=True), label="validation", marker="o", markersize=4)
+    if chosen:
+        ax.plot([chosen[0]], [chosen[1]], "*", color=GREEN, markersize=15, label=f"chosen (step {chosen[0]})")
+    ax.set(xlabel="update (optimizer step)", ylabel="loss, nats a loss token", ylim=(0, None))
+    ax.legend()
 
 
 def estimates(
@@ -92,7 +106,7 @@ def estimates(
         points: mappings with name, estimate, low, high (same unit as the axis; None = no interval) and n.
         reference: position of a vertical line; `band` shades ± that much around it (an equivalence margin).
     """
-    fig, ax = _axes(height=0.9 + 0.38 * len(points))
+    fig, ax = panels(height=0.9 + 0.38 * len(points))
     places = np.arange(len(points))[::-1]
     if reference is not None:
         ax.axvline(reference, color=GREY, linestyle="--", linewidth=1)
@@ -110,7 +124,7 @@ def estimates(
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:
     """Confusion matrices side by side: rows = true label, columns = predicted label, cells = number of rows."""
-    fig, axes = _axes(3.2 * len(matrices), 3.0, columns=len(matrices))
+    fig, axes = panels(3.2 * len(matrices), 3.0, columns=len(matrices))
     names = readable(label_names)
     for ax, (title, matrix) in zip(np.atleast_1d(axes), matrices.items(), strict=True):
         values = np.asarray(matrix)
@@ -130,7 +144,7 @@ def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequ
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], caption: str) -> HTML:
     """Confidence against accuracy; `bins` is {model: [{confidence, accuracy, low, high, n}, …]}."""
-    fig, ax = _axes(5.2, 3.8)
+    fig, ax = panels(5.2, 3.8)
     ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="perfectly calibrated")
     for (name, rows), marker, colour in zip(bins.items(), "osD^", (BLUE, ORANGE, GREEN, GREY), strict=False):
         kept = [row for row in rows if row["n"]]
@@ -146,21 +160,18 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], caption: str)
 
 def overlay_histogram(values: Mapping[str, Sequence[float]], axis: str, caption: str) -> HTML:
     """Distributions of one quantity as outlines, one for each name, over a common range (1st to 99th percentile)."""
-    fig, ax = _axes(height=3.0)
+    fig, ax = panels(height=3.0)
     every = np.concatenate([np.asarray(v, dtype=float) for v in values.values()])
     low, high = np.percentile(every, [0.5, 99.5])
     bins = np.linspace(low, high if high > low else low + 1, 50)
     for name, sample in values.items():
-        _outline(ax, np.clip(sample, bins[0], bins[-1]), bins, f"{name} (n = {len(sample):,})")
+        shown, label = np.clip(sample, bins[0], bins[-1]), f"{name} (n = {len(sample):,})"
+        ax.hist(shown, bins=bins, histtype="step", linewidth=1.5, label=label)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
     ax.set(xlabel=axis, ylabel="rows")
     ax.legend()
     medians = {name: float(np.median(sample)) for name, sample in values.items()}
     return figure(fig, caption, sentence("charts.overlay_alt", axis=axis, medians=medians))
-
-
-def _outline(ax: Axes, sample: np.ndarray, bins: np.ndarray, label: str) -> None:
-    ax.hist(sample, bins=bins, histtype="step", linewidth=1.5, label=label)
 
 
 # The figures of notebooks 06 and 07: where the bits of a file go, and what size buys.
@@ -170,7 +181,7 @@ TYPE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 
 def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     """Megabytes of each tensor type in each file, stacked; `files` is {file: {type: megabytes}}."""
-    fig, ax = _axes(height=0.9 + 0.38 * len(files))
+    fig, ax = panels(height=0.9 + 0.38 * len(files))
     kinds = list(dict.fromkeys(kind for types in files.values() for kind in types))
     places = np.arange(len(files))[::-1]
     left = np.zeros(len(files))
@@ -238,7 +249,7 @@ def _name(ax: Any, name: str, x: float, y: float, place: int) -> None:
 def _divergence(
     entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], places: Mapping[str, float], axis: str, caption: str
 ) -> HTML:
-    fig, ax = _axes(*_PANEL)
+    fig, ax = panels(*_PANEL)
     apart = [entry for entry in entries if entry["kld_mean"] > 0]
     for place, entry in enumerate(sorted(apart, key=lambda e: places[e["type"]])):
         x, y = places[entry["type"]], entry["kld_mean"]
@@ -255,7 +266,7 @@ def _divergence(
 
 def _estimate(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
     """The metric's point estimates, the largest file first."""
-    fig, ax = _axes(*_PANEL)
+    fig, ax = panels(*_PANEL)
     key = metric_in(entries).point
     largest_first = sorted(entries, key=lambda e: -e["bytes"])
     places = np.arange(len(entries))[::-1]
@@ -270,7 +281,7 @@ def _estimate(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], siz
 
 
 def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    fig, (left, right) = _axes(*_PANEL, columns=2)
+    fig, (left, right) = panels(*_PANEL, columns=2)
     places = np.arange(len(entries))[::-1]
     for place, entry in zip(places, entries, strict=True):
         (shape, colour), x = _mark(entry, frontier), entry["generation_tokens_per_second"]
@@ -294,7 +305,7 @@ def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1)
         shares: of rows on which exactly one of two files is right; a line each.
         margin_points: the equivalence margin, marked.
     """
-    fig, ax = _axes(height=3.2)
+    fig, ax = panels(height=3.2)
     top, alpha = max(4 * margin_points, 3.0), 0.05 / tests
     chances = []
     for share, colour, style in zip(shares, (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), strict=False):

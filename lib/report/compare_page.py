@@ -2,24 +2,28 @@
 
 Both have the same parts, so that a cell of the notebook need not know which of the two it shows: `detectable` (what the
 rows can show), `sizes` and `quality` (what size buys), `differences` and `tests` (did it get worse), `by_hand` (one
-test from the rows' own scores), `beside` (what the endpoint does not see) and `disagreements` (where the files differ).
+test from the rows' own scores), `beside` (what the endpoint does not see) and `disagreements` (where the files differ);
+`kept` (what is left of the fine-tuning) and what follows it do not depend on the kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report import charts, written_rows
-from lib.report.display import Row, Shown, say, table, tell
-from lib.report.retention_page import kept_chart, kept_mark, kept_reading
+from lib.report import charts
+from lib.report.display import Row, Shown, mark_names, rows_of, say, table, tell
+from lib.report.evaluate_page import metric_text, moved_metrics
 from lib.report.sentences import sentence
+from lib.report.weights_page import MARK
 from lib.scoring.metric import ACCURACY
+from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import Interval, limits_text
-from lib.statistics.losses import kept_words
+from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words
 from lib.statistics.power import power_mcnemar, rows_needed
 from lib.statistics.verdicts import in_words
 
@@ -36,14 +40,6 @@ Entry = Mapping[str, Any]
 def page_of(result: ComparisonResult) -> AccuracyPage | AnswerPage:
     """The page of a result."""
     return AccuracyPage(result) if result.metric is ACCURACY else AnswerPage(result)
-
-
-def _interval(entry: Entry, key: str, factor: float = 1.0) -> Interval | float | None:
-    """An estimate of an entry with its limits, multiplied by `factor`; None where it has none."""
-    if entry[key] is None:
-        return None
-    found = Interval.from_json(entry[key], entry[f"{key}_interval"])
-    return found.scaled(factor) if isinstance(found, Interval) else factor * found
 
 
 class _Page:
@@ -80,21 +76,12 @@ class _Page:
 
     def divergences(self) -> HTML:
         """KL divergence from the reference and perplexity of each file."""
-        rows = [
-            {
-                "type": e["type"],
-                "mean": e["kld_mean"],
-                "mean_error": 1.96 * e["kld_uncertainty"],
-                "document_interval": limits_text(e["kld_mean_interval"], ".2e"),
-                "median": e["kld_median"],
-                "p99": e["kld_p99"],
-                "largest": e["kld_max"],
-                "perplexity": e["ppl"],
-                "error": e["ppl_uncertainty"],
-                "ratio": e["ppl_ratio"],
-            }
-            for e in self.files
-        ]
+        rows = rows_of(
+            self.files,
+            "type mean=kld_mean mean_error=kld_uncertainty document_interval median=kld_median p99=kld_p99"
+            " largest=kld_max perplexity=ppl error=ppl_uncertainty ratio=ppl_ratio",
+            document_interval=lambda e: limits_text(e["kld_mean_interval"], ".2e"),
+        )
         window = self.result.conditions["window_tokens"]
         tokens = self.files[0]["n_tokens"]
         return table(rows, sentence("compare.divergences", reference=self.reference, tokens=tokens, window=window))
@@ -151,35 +138,26 @@ class AccuracyPage(_Page):
 
     def differences(self) -> HTML:
         """Paired difference in accuracy from the reference, in points."""
-        found = [_interval(e, "accuracy_difference", 100) for e in self.others]
+        points = [
+            _point(e, 100 * e["accuracy_difference"], _times(100, e["accuracy_difference_interval"]))
+            for e in self.others
+        ]
         axis, caption = f"accuracy minus that of {self.reference}, points", sentence("compare.accuracy_differences")
-        return charts.estimates(_points(self.others, found), axis, caption, reference=0.0, band=self.result.margin)
+        return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
     def tests(self) -> Shown:
         """The paired test of each file's accuracy, macro-F1, and what the leak-free rows alone say."""
-        tests = [
-            {
-                "type": e["type"],
-                "lost": e["mcnemar_b"],
-                "won": e["mcnemar_c"],
-                "p": e["mcnemar_p"],
-                "p_holm": e["mcnemar_p_holm"],
-                "p_tost": e["equivalence_p"],
-                "tost_holm": e["equivalence_p_holm"],
-                "mde_points": 100 * e["mde"],
-                "verdict": in_words(e),
-            }
-            for e in self.others
-        ]
-        beside = [
-            {
-                "type": e["type"],
-                "macro_f1_change": _interval(e, "macro_f1_difference"),
-                "leak_free_verdict": in_words(e["leak_free"]) if e["leak_free"] else None,
-                "leak_free_label_kld": e["leak_free"]["label_kld"] if e["leak_free"] else None,
-            }
-            for e in self.others
-        ]
+        tests = rows_of(
+            self.others,
+            "type lost=mcnemar_b won=mcnemar_c p=mcnemar_p p_holm=mcnemar_p_holm p_tost=equivalence_p"
+            " tost_holm=equivalence_p_holm mde_points=mde verdict",
+            verdict=in_words,
+        )
+        beside = rows_of(
+            self.others,
+            "type macro_f1_change=macro_f1_difference leak_free_verdict leak_free_label_kld=leak_free.label_kld",
+            leak_free_verdict=lambda e: in_words(e["leak_free"]) if e["leak_free"] else None,
+        )
         caption = sentence("compare.accuracy_tests", family=self.family, files=len(self.others))
         return table(tests, caption), table(beside, sentence("compare.accuracy_beside"))
 
@@ -195,17 +173,12 @@ class AccuracyPage(_Page):
 
     def beside(self) -> Shown:
         """The more powerful endpoint: margins of the right answers, tested and drawn."""
-        rows = [
-            {
-                "type": e["type"],
-                "margin_change": Interval.from_json(e["margin_change_mean"], e["margin_change_interval"]),
-                "p": e["margin_p"],
-                "p_holm": e["margin_p_holm"],
-                "mde_nats": e["margin_mde"],
-                "verdict_rests_on": e["endpoint"] or "neither",
-            }
-            for e in self.others
-        ]
+        rows = rows_of(
+            self.others,
+            "type margin_change p=margin_p p_holm=margin_p_holm mde_nats=margin_mde verdict_rests_on",
+            margin_change=lambda e: Interval.from_json(e["margin_change_mean"], e["margin_change_interval"]),
+            verdict_rests_on=lambda e: e["endpoint"] or "neither",
+        )
         smallest = min(self.others, key=lambda e: e["bytes"])["type"]
         names = dict.fromkeys([self.reference, self.others[0]["type"], smallest])
         margins = {name: self.result.scores(name).margins for name in names}
@@ -244,26 +217,20 @@ class AnswerPage(_Page):
 
     def differences(self) -> HTML:
         """Change of the answer perplexity, percent."""
-        found = [_change(e) for e in self.others]
+        points = []
+        for e in self.others:
+            limits = [None if limit is None else 100 * (limit - 1) for limit in e["answer_ratio_interval"]]
+            points.append(_point(e, 100 * (e["answer_ratio"] - 1), limits))
         axis, caption = f"answer perplexity against {self.reference}, %", sentence("compare.answer_differences")
-        return charts.estimates(_points(self.others, found), axis, caption, reference=0.0, band=self.result.margin)
+        return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
     def tests(self) -> Shown:
         """The paired test of each file's loss, and what the leak-free rows alone say."""
-        rows = [
-            {
-                "type": e["type"],
-                "loss_change": _interval(e, "loss_difference"),
-                "p": e["p"],
-                "p_holm": e["p_holm"],
-                "p_tost": e["equivalence_p"],
-                "tost_holm": e["equivalence_p_holm"],
-                "mde_nats": e["mde"],
-                "verdict": e["verdict"],
-                "leak_free_verdict": (e["leak_free"] or {}).get("verdict"),
-            }
-            for e in self.others
-        ]
+        rows = rows_of(
+            self.others,
+            "type loss_change=loss_difference p p_holm p_tost=equivalence_p tost_holm=equivalence_p_holm mde_nats=mde"
+            " verdict leak_free_verdict=leak_free.verdict",
+        )
         return (table(rows, sentence("compare.answer_tests", files=len(self.others), groups=self.files[0]["groups"])),)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
@@ -275,90 +242,92 @@ class AnswerPage(_Page):
 
     def beside(self) -> Shown:
         """What the files write: the checks of their answers, and the differences from the reference's."""
-        caption = sentence("compare.written_differences", reference=self.reference)
-        metrics = table(written_rows.file_metrics(self.result), written_rows.file_conditions(self.result))
-        return metrics, table(written_rows.file_differences(self.result), caption)
+        caption, written = sentence("compare.written_differences", reference=self.reference), self.result.written
+        if not written:
+            nothing = sentence("written.nothing")
+            return table([{"type": nothing}], nothing), table([{"type": nothing}], caption)
+        short = [entry for entry in written["metrics"] if entry["key"] in SHORT]
+        metrics, differences = [], []
+        for name, same in written["same_text"].items():
+            found = {SHORT[entry["key"]]: metric_text(entry, "models", name) for entry in short}
+            metrics.append({"type": name, "same text": same, **found})
+            if name != written["reference"]:
+                found = {SHORT[entry["key"]]: metric_text(entry, "differences", name) for entry in short}
+                differences.append({"type": name, **found})
+        terms = next((entry for entry in written["metrics"] if entry["key"] == "terms"), None)
+        return (
+            table(metrics, sentence("written.file_conditions", written=written, terms=terms)),
+            table(differences, caption),
+        )
 
     def disagreements(self) -> Shown:
         """Which files write differently from the reference."""
-        return (say(written_rows.file_reading(self.result)),)
+        written = self.result.written
+        if not written:
+            return (say(f"{sentence('written.nothing')}."),)
+        names = [name for name in written["same_text"] if name != written["reference"]]
+        moved = {name: moved_metrics(written["metrics"], name) for name in names}
+        return (tell("written.file_reading", written=written, moved=moved),)
 
 
-def _change(entry: Entry) -> Interval:
-    """Change of the answer perplexity against the reference's, percent."""
-    limits = [None if limit is None else 100 * (limit - 1) for limit in entry["answer_ratio_interval"]]
-    return Interval.from_json(100 * (entry["answer_ratio"] - 1), limits)
+SHORT = {
+    "intact": "characters intact ↑",
+    "terms": "terms kept ↑",
+    "think": "think complete ↑",
+    "chrf": "chrF ↑",
+    "stopped": "stopped ↑",
+    "repetition": "repeated ↓",
+}
+"""Metrics of written answers in the tables, and their headings."""
 
 
-def _points(files: Sequence[Entry], found: Sequence[Any]) -> list[Row]:
-    """Intervals for `charts.estimates`; an open limit is None."""
-    points = []
-    for entry, interval in zip(files, found, strict=True):
-        low, high = interval.to_json()
-        points.append({"name": entry["type"], "estimate": interval.estimate, "low": low, "high": high, "n": entry["n"]})
-    return points
+def _point(entry: Entry, estimate: float, limits: Sequence[float | None] | None) -> Row:
+    """A file for `charts.estimates`."""
+    low, high = limits or (None, None)
+    return {"name": entry["type"], "estimate": estimate, "low": low, "high": high, "n": entry["n"]}
 
 
-# Rows of tables: one row a file, keys of columns.yaml.
+def _times(factor: float, limits: Sequence[float | None]) -> list[float | None]:
+    return [None if limit is None else factor * limit for limit in limits]
 
 
-def _size(entry: Entry) -> Row:
-    return {"type": entry["type"], "size_mb": entry["bytes"] / 1e6, "bits": entry["bits_per_weight"]}
+# Rows of tables: one row a file.
 
 
 def accuracy_rows(files: Iterable[Entry]) -> list[Row]:
     """Size, quality and verdict of each file by labels."""
-    return [
-        {
-            **_size(e),
-            "accuracy": e["accuracy"],
-            "interval": limits_text(e["accuracy_interval"]),
-            "verdict": in_words(e),
-            "flips": e["flips"],
-            "kld": e["kld_mean"],
-            "label_kld": e["label_kld"],
-            "kept": kept_words(e),
-            "same_top": e["same_top"],
-            "ppl": e["ppl"],
-            "macro_f1": e["macro_f1"],
-        }
-        for e in files
-    ]
+    return rows_of(
+        files,
+        "type size_mb=bytes bits=bits_per_weight accuracy interval verdict flips kld=kld_mean label_kld kept same_top"
+        " ppl macro_f1",
+        interval=lambda e: limits_text(e["accuracy_interval"]),
+        verdict=in_words,
+        kept=kept_words,
+    )
 
 
 def answer_rows(files: Iterable[Entry]) -> list[Row]:
     """The same by the reference answers."""
-    return [
-        {
-            **_size(e),
-            "answer_ppl": e["answer_ppl"],
-            "interval": limits_text(e["answer_ppl_interval"]),
-            "change_percent": None if e["loss_difference"] is None else 100 * (e["answer_ratio"] - 1),
-            "verdict": e["verdict"],
-            "kld": e["kld_mean"],
-            "kept": kept_words(e),
-            "same_top": e["same_top"],
-        }
-        for e in files
-    ]
+    return rows_of(
+        files,
+        "type size_mb=bytes bits=bits_per_weight answer_ppl interval change_percent verdict kld=kld_mean kept same_top",
+        interval=lambda e: limits_text(e["answer_ppl_interval"]),
+        change_percent=lambda e: None if e["loss_difference"] is None else 100 * (e["answer_ratio"] - 1),
+        kept=kept_words,
+    )
 
 
 def speeds(files: Iterable[Entry]) -> list[Row]:
     """Load time and token rates with their range, time a row, and memory of each file."""
-    return [
-        {
-            "type": e["type"],
-            "load": e["load_seconds"],
-            "load_range": "{:.3g} – {:.3g}".format(*e["load_seconds_range"]),
-            "prompt_speed": e["prompt_tokens_per_second"],
-            "prompt_range": "{:,.0f} – {:,.0f}".format(*e["prompt_tokens_per_second_range"]),
-            "generation_speed": e["generation_tokens_per_second"],
-            "generation_range": "{:,.0f} – {:,.0f}".format(*e["generation_tokens_per_second_range"]),
-            "ms_a_row": 1000 * e["seconds_per_sample"],
-            "peak_memory": e["peak_memory_mib"],
-        }
-        for e in files
-    ]
+    return rows_of(
+        files,
+        "type load=load_seconds load_range prompt_speed=prompt_tokens_per_second prompt_range"
+        " generation_speed=generation_tokens_per_second generation_range ms_a_row=seconds_per_sample"
+        " peak_memory=peak_memory_mib",
+        load_range=lambda e: "{:.3g} – {:.3g}".format(*e["load_seconds_range"]),
+        prompt_range=lambda e: "{:,.0f} – {:,.0f}".format(*e["prompt_tokens_per_second_range"]),
+        generation_range=lambda e: "{:,.0f} – {:,.0f}".format(*e["generation_tokens_per_second_range"]),
+    )
 
 
 def speed_caption(files: Sequence[Entry], processor: str, threads: int) -> str:
@@ -422,3 +391,60 @@ def span(values: Iterable[float], form: str) -> str:
     ordered = sorted(values)
     low, high = (f"{limit:{form}}".replace("%", " %") for limit in (ordered[0], ordered[-1]))
     return low if low == high else f"{low} to {high}"
+
+
+# How much of what fine-tuning taught is left in each file's answers.
+
+_PAIRS = 3
+"""Pairs of files that are named."""
+
+
+def kept_mark(files: Sequence[Entry]) -> None:
+    """From now on tables mark the files with a sizable share of weights on the grid of the base's."""
+    mark_names([e["type"] for e in files if (e["source_grid"] or 0) >= GRID_SIZABLE], MARK)
+
+
+def _known(files: Sequence[Entry]) -> list[Entry]:
+    return [e for e in files if e["retention"] is not None and e["verdict"] != "reference"]
+
+
+def kept_chart(files: Sequence[Entry]) -> HTML | None:
+    """Retention of every file but the reference, the largest first; nothing where it is unknown."""
+    known = sorted(_known(files), key=lambda e: -e["bytes"])
+    if not known:
+        return None
+    named = [{**e, "type": f"{e['type']}, {e['bytes'] / 1e6:.1f} MB"} for e in known]
+    points = [_point(e, e["retention"], e["retention_interval"]) for e in named]
+    caption = sentence("compare.kept", n=known[0]["n"], little=KEEPS_LITTLE)
+    return charts.estimates(points, "kept of what fine-tuning changed in the answers", caption, reference=1.0)
+
+
+def kept_reading(files: Sequence[Entry], note: str) -> Markdown:
+    """What the rows say, which files keep little, and whether KL divergence on text shows it."""
+    known = _known(files)
+    words = {e["type"]: kept_words(e) for e in sorted(known, key=lambda e: e["retention"])}
+    poor = [name for name in words if keeps_little(next(e for e in known if e["type"] == name))]
+    order = _order(known)
+    return tell("compare.kept_reading", words=words, poor=poor, little=KEEPS_LITTLE, note=note, order=order)
+
+
+def _order(known: Sequence[Entry]) -> dict[str, Any] | None:
+    """How KL divergence on text orders the files, beside retention: rank correlation, and pairs surely in opposite
+    order; None for fewer than three files, or where one of the two tells none apart."""
+    values = [[e["kld_mean"] for e in known], [e["retention"] for e in known]]
+    if len(known) < 3 or any(len(set(column)) == 1 for column in values):
+        return None
+    from scipy.stats import spearmanr
+
+    pairs = [pair for e, other in combinations(known, 2) if (pair := _turned(e, other))]
+    pairs.sort(key=lambda pair: pair[0]["retention"] - pair[1]["retention"])
+    rank = -float(spearmanr(*values).statistic)
+    return {"files": len(known), "rank": rank, "pairs": len(pairs), "named": pairs[:_PAIRS]}
+
+
+def _turned(first: Entry, second: Entry) -> tuple[Entry, Entry] | None:
+    """The file that is surely nearer on text and the other, if it surely keeps less (both pairs of intervals apart)."""
+    near, far = sorted((first, second), key=lambda e: e["kld_mean"])
+    if near["kld_high"] >= far["kld_low"] or not (near["retention_interval"] and far["retention_interval"]):
+        return None
+    return (near, far) if near["retention_interval"][1] < far["retention_interval"][0] else None

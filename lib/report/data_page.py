@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
 from lib.report.display import Row, tell
-from lib.report.merge_page import unpacked
 from lib.report.sentences import sentence
+from lib.report.weights_page import unpacked
 from lib.runs import machine
 from lib.runs.files import free_space
 

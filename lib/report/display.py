@@ -17,7 +17,7 @@ import html
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from lib.statistics.intervals import Interval
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
     from lib.runs.run import Product, Run
 
@@ -130,13 +129,34 @@ class Column:
         heading: with unit and the direction that is better: "KL, nats ↓".
         explanation: one sentence for whoever hovers over the heading; may be empty.
         form: format specification of its numbers; empty for four significant digits.
+        times, per: what stored numbers are multiplied and divided by.
+        interval: whether the limits of a stored number KEY lie beside it, as KEY_interval.
         numeric: whether its cells are set to the right.
     """
 
     heading: str
     explanation: str = ""
     form: str = ""
+    times: float = 1
+    per: float = 1
+    interval: bool = False
     numeric: bool = False
+
+    def value(self, entry: Any, key: str) -> Any:
+        """The cell of an entry, which stores its number under `key`."""
+        value = _at(entry, key)
+        if value is not None and self.interval:
+            value = Interval.from_json(value, _at(entry, f"{key}_interval"))
+        if value is None or self.times == self.per == 1:
+            return value
+        return value.scaled(self.times) if isinstance(value, Interval) else self.times * value / self.per
+
+
+def _at(entry: Any, path: str) -> Any:
+    """What lies in an entry of a JSON file, or in an object: "answers.kld"; None where there is no such key."""
+    for name in path.split("."):
+        entry = (entry or {}).get(name) if isinstance(entry, Mapping | None) else getattr(entry, name)
+    return entry
 
 
 @functools.cache
@@ -149,8 +169,31 @@ def registry(language: str = LANGUAGE) -> dict[str, Column]:
         name, explanation = entry[language]
         unit = f", {entry['unit']}" if "unit" in entry else ""
         heading = f"{name}{unit}{_ARROWS.get(entry.get('better'), '')}"
-        columns[key] = Column(heading, explanation, entry.get("format", ""))
+        stored = {part: entry[part] for part in ("times", "per", "interval") if part in entry}
+        columns[key] = Column(heading, explanation, entry.get("format", ""), **stored)
     return {column.heading: column for column in columns.values()} | columns
+
+
+def row_of(entry: Any, columns: str, **computed: Callable[[Any], Any]) -> Row:
+    """One row of a table from an entry of a JSON file, or from an object.
+
+    >>> row_of({"type": "Q8_0", "bytes": 145_200_000}, "type size_mb=bytes error", error=lambda e: 0.1)
+    {'type': 'Q8_0', 'size_mb': 145.2, 'error': 0.1}
+
+    Args:
+        columns: keys of ``columns.yaml`` parted by blanks; COLUMN=KEY where the entry has another name for the value.
+        computed: what makes the cell of a column out of the entry.
+    """
+    row = {}
+    for column, _, key in (word.partition("=") for word in columns.split()):
+        found = registry().get(column, Column(column))
+        row[column] = computed[column](entry) if column in computed else found.value(entry, key or column)
+    return row
+
+
+def rows_of(entries: Iterable[Any], columns: str, **computed: Callable[[Any], Any]) -> list[Row]:
+    """`row_of` for every entry."""
+    return [row_of(entry, columns, **computed) for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -171,14 +214,7 @@ class Table:
         return [dict(zip(self.headings, row, strict=True)) for row in rows]
 
 
-def frame(rows: Iterable[Mapping[str, Any]]) -> DataFrame:
-    """Rows as a frame whose values stay what they are: None stays None, whole numbers stay whole."""
-    import pandas as pd
-
-    return pd.DataFrame(list(rows) or [{"rows": "none"}], dtype=object)
-
-
-def build(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str, str] | None = None) -> Table:
+def build(rows: Iterable[Row], caption: str, formats: Mapping[str, str] | None = None) -> Table:
     """The table of some rows, in the order in which their keys first occur.
 
     >>> build([{"type": "Q8_0", "size_mb": 145.2}, {"type": "Q2_K"}], "Files.").rows
@@ -188,14 +224,13 @@ def build(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
         rows: mappings from keys of ``columns.yaml``, or headings, to numbers, `Interval`s and text.
         formats: format specifications for columns that are not registered.
     """
-    found = frame(rows)
+    rows = list(rows) or [{"rows": "none"}]
     columns, cells = [], []
-    for key in found.columns:
-        column = registry().get(key) or Column(str(key))
-        written = [cell_text(value, (formats or {}).get(key, column.form)) for value in found[key]]
-        numeric = all(isinstance(v, (int, float, Interval, type(None))) for v in found[key])
+    for key in dict.fromkeys(key for row in rows for key in row):
+        column, values = registry().get(key, Column(key)), [row.get(key) for row in rows]
+        numeric = all(isinstance(value, (int, float, Interval, type(None))) for value in values)
         columns.append(replace(column, numeric=numeric))
-        cells.append(written)
+        cells.append([cell_text(value, (formats or {}).get(key, column.form)) for value in values])
     return Table(caption, columns, [list(row) for row in zip(*cells, strict=True)])
 
 
@@ -337,12 +372,12 @@ def stamps(run: Run) -> HTML:
 
 def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -> HTML:
     """Rows that hold reviews, as `table`; a text over `longest` characters is cut, which the dots say."""
-    short = [{key: _shortened(value, longest) for key, value in row.items()} for row in rows]
+
+    def shortened(value: Any) -> Any:
+        return f"{value[:longest]} …" if isinstance(value, str) and len(value) > longest else value
+
+    short = [{key: shortened(value) for key, value in row.items()} for row in rows]
     return _html(f'<div class="texts">{table(short, caption).data}</div>')
-
-
-def _shortened(value: Any, longest: int) -> Any:
-    return f"{value[:longest]} …" if isinstance(value, str) and len(value) > longest else value
 
 
 def tokens(pieces: Sequence[str], in_loss: Sequence[bool], caption: str) -> HTML:

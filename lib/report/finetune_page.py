@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lib.progress import shown_live
 from lib.report import charts
 from lib.report.display import card as card_of
-from lib.report.display import figure, table, tell, use_style
+from lib.report.display import figure, table, tell
 from lib.report.sentences import sentence
 from lib.runs.machine import physical_cores
 from lib.stages.finetune.session import LossPlot
@@ -85,19 +85,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def losses(rows: list[dict[str, Any]]) -> HTML | None:
     """Training and validation loss so far; None while there is nothing to draw."""
-    import matplotlib.pyplot as plt
-
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    valid = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    train, valid = charts.series(rows, "loss"), charts.series(rows, "eval_loss")
     if not train:
         return None
-    use_style()
-    fig, ax = plt.subplots(figsize=(7.0, 2.6), layout="constrained")
-    ax.plot(*zip(*train, strict=True), label="training", linewidth=1.0)
-    if valid:
-        ax.plot(*zip(*valid, strict=True), label="validation", marker="o", markersize=4)
-    ax.set(xlabel="update (optimizer step)", ylabel="loss, nats a loss token", ylim=(0, None))
-    ax.legend()
+    fig, ax = charts.panels(height=2.6)
+    charts.plot_losses(ax, train, valid)
     step, loss = train[-1]
     words = sentence("finetune.live", loss=loss, step=step, valid=valid[-1] if valid else None)
     return figure(fig, words, words)
@@ -111,10 +103,7 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
     """
     if len(samples) < ENOUGH:
         return tell("finetune.few_samples")
-    import matplotlib.pyplot as plt
-
-    use_style()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.0), layout="constrained")
+    fig, (left, right) = charts.panels(9.0, 3.0, columns=2)
     unit, size = ("minutes", 60) if samples[-1]["seconds"] > LONG else ("seconds", 1)
     times = [sample["seconds"] / size for sample in samples]
     left.plot(times, [sample["cpu_percent"] / 100 for sample in samples], label="processor, cores")

@@ -5,22 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lib.report.display import Shown, card, frame, table, tell
+from lib.report.display import Row, Shown, card, rows_of, table, tell
 from lib.report.sentences import sentence
-from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
     from lib.stages.export.stage import ExportsResult
     from lib.stages.quantize.calibration import ImportanceMatrix
-    from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult
+    from lib.stages.quantize.files import PlannedFile, QuantizeResult
     from lib.stages.quantize.held_out_kl import Comparison
 
-Row = dict[str, Any]
 Entry = Mapping[str, Any]
 """An object of a product's JSON file."""
 
@@ -39,23 +37,13 @@ def effect(found: Comparison | None) -> Shown:
     if found is None or not found.content["types"]:
         left_out = found.content["left_out"] if found else []
         return tell("quantize.no_effect", left_out=left_out), tell("quantize.no_effect_reading")
-    rows = [
-        {
-            "type": entry["type"],
-            "mb_with": entry["bytes"] / 1e6,
-            "mb_without": entry["bytes_without"] / 1e6,
-            "retyped": len(entry["retyped"]),
-            "kld_with": _interval(entry, "kld_with"),
-            "kld_without": _interval(entry, "kld_without"),
-            "with_minus_without": _interval(entry, "difference"),
-            "p_holm": entry["p_holm"],
-            "verdict_with": entry["verdict"],
-            "with_minus_without_at_answers": _interval(entry["answers"], "difference"),
-            "p_holm_at_answers": entry["answers"]["p_holm"],
-            "verdict_with_at_answers": entry["answers"]["verdict"],
-        }
-        for entry in found.content["types"]
-    ]
+    rows = rows_of(
+        found.content["types"],
+        "type mb_with=bytes mb_without=bytes_without retyped kld_with kld_without with_minus_without=difference p_holm"
+        " verdict_with=verdict with_minus_without_at_answers=answers.difference p_holm_at_answers=answers.p_holm"
+        " verdict_with_at_answers=answers.verdict",
+        retyped=lambda entry: len(entry["retyped"]),
+    )
     types = [{**entry, "changes": _retyped(entry["retyped"])} for entry in found.content["types"]]
     return (
         table(rows, sentence("quantize.effect_caption", content=found.content)),
@@ -69,10 +57,6 @@ def _retyped(tensors: Iterable[Mapping[str, str]]) -> list[Row]:
     for tensor in tensors:
         changes[tensor["with"], tensor["without"]].append(tensor["tensor"].removesuffix(".weight"))
     return [{"with": new, "without": old, "tensors": names} for (new, old), names in changes.items()]
-
-
-def _interval(entry: Entry, key: str) -> Interval | float:
-    return Interval.from_json(entry[key], entry[f"{key}_interval"])
 
 
 # The file under a size budget.
@@ -97,19 +81,22 @@ def chosen_types(mix: PlannedFile | None) -> Shown:
 
 def kinds_of_mix(tensors: Sequence[Entry]) -> list[Row]:
     """The tensors of a mixed file by kind, their types in the order of layers."""
-    found = frame(tensors).assign(
-        layer=[_layer(t["tensor"]) for t in tensors], kind=[_kind(t["tensor"]) for t in tensors]
-    )
+    kinds: dict[str, list[Entry]] = defaultdict(list)
+    for tensor in sorted(tensors, key=lambda t: _layer(t["tensor"])):
+        kinds[re.sub(r"^blk\.\d+\.", "", tensor["tensor"]).removesuffix(".weight")].append(tensor)
     rows = []
-    for kind, group in found.sort_values("layer", kind="stable").groupby("kind", sort=False):
+    for kind, group in kinds.items():
+        total = {
+            key: sum(t[key] for t in group) for key in ("bytes", "weights", "kld", "answer_kld") if key in group[0]
+        }
         losses = {"predicted_kld": "kld", "predicted_answer_kld": "answer_kld"}
         rows.append(
             {
                 "kind": kind,
-                "types": _counted(group["type"]),
-                "size_mb": round(group["bytes"].sum() / 1e6, 3),
-                "bits_per_weight": round(8 * group["bytes"].sum() / group["weights"].sum(), 2),
-                **{key: round(group[loss].sum(), 6) for key, loss in losses.items() if loss in group},
+                "types": _counted(t["type"] for t in group),
+                "size_mb": round(total["bytes"] / 1e6, 3),
+                "bits_per_weight": round(8 * total["bytes"] / total["weights"], 2),
+                **{key: round(total[loss], 6) for key, loss in losses.items() if loss in total},
             }
         )
     return rows
@@ -118,10 +105,6 @@ def kinds_of_mix(tensors: Sequence[Entry]) -> list[Row]:
 def _layer(name: str) -> int:
     match = re.match(r"blk\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
 
 
 def _counted(types: Iterable[str]) -> str:
@@ -144,7 +127,7 @@ def against_recipes(found: Comparison | None) -> Shown:
         larger=[e["type"] for e in better if e["bytes"] > mixed["bytes"]],
         worse=[e["type"] for e in types if e["verdict"] == "worse" and e["bytes"] <= mixed["bytes"]],
     )
-    return table(_beside_recipes(content, lambda entry: entry), caption), reading
+    return table(_beside_recipes(content, types), caption), reading
 
 
 def against_recipes_at_answers(found: Comparison | None) -> Shown:
@@ -152,24 +135,19 @@ def against_recipes_at_answers(found: Comparison | None) -> Shown:
     if found is None:
         return (tell("quantize.no_mixed_at_answers"),)
     content = found.content
+    at_answers = [{**entry, **entry["answers"]} for entry in content["types"]]
     counts = {"positions": content["answer_positions"], "rows": content["answer_rows"]}
     caption = sentence("quantize.answers_against_caption", mixed=content["mixed"], **counts)
-    return table(_beside_recipes(content, lambda entry: entry["answers"]), caption), _task_loss(content)
+    return table(_beside_recipes(content, at_answers), caption), _task_loss(content)
 
 
-def _beside_recipes(content: Entry, measured: Callable[[Entry], Entry]) -> list[Row]:
-    """Every recipe beside the mixed file; `measured`: where an entry holds what was found on one kind of tokens."""
-    return [
-        {
-            "recipe": entry["type"],
-            "relative_size": entry["bytes"] / content["mixed"]["bytes"],
-            "kld_of_recipe": _interval(measured(entry), "kld"),
-            "mixed_minus_recipe": _interval(measured(entry), "difference"),
-            "p_holm": measured(entry)["p_holm"],
-            "mixed_verdict": measured(entry)["verdict"],
-        }
-        for entry in content["types"]
-    ]
+def _beside_recipes(content: Entry, types: Iterable[Entry]) -> list[Row]:
+    """Every recipe beside the mixed file."""
+    return rows_of(
+        types,
+        "recipe=type relative_size kld_of_recipe=kld mixed_minus_recipe=difference p_holm mixed_verdict=verdict",
+        relative_size=lambda entry: entry["bytes"] / content["mixed"]["bytes"],
+    )
 
 
 def _task_loss(content: Entry) -> Markdown:
@@ -204,17 +182,13 @@ MOST_TENSORS = 12
 
 def predicted(plan: Iterable[Entry]) -> list[Row]:
     """What a dry run tells of a ladder (`lib.stages.quantize.stage.plan`)."""
-    return [
-        {
-            "type": p["type"],
-            "size_mb": p["bytes"] / 1e6,
-            "bits_per_weight": p["bits_per_weight"],
-            "fallbacks": len(p["fallbacks"]),
-            "set_by_hand": len(p["set_by_hand"]),
-            "tensor_types": ", ".join(part["type"] for part in p["histogram"]),
-        }
-        for p in plan
-    ]
+    return rows_of(
+        plan,
+        "type size_mb=bytes bits_per_weight fallbacks set_by_hand tensor_types",
+        fallbacks=lambda p: len(p["fallbacks"]),
+        set_by_hand=lambda p: len(p["set_by_hand"]),
+        tensor_types=lambda p: ", ".join(part["type"] for part in p["histogram"]),
+    )
 
 
 def planned(plan: Sequence[Entry]) -> Shown:
@@ -230,19 +204,13 @@ def sizes(result: QuantizeResult) -> Shown:
     """Predicted and measured sizes of a ladder below their source; how exact the dry run was."""
     source = result.source
     first = {"type": source["type"], "size_mb": source["bytes"] / 1e6, "predicted_mb": None, "share_of_source": 1.0}
-    rows = [
-        {
-            "type": f.type,
-            "size_mb": f.bytes / 1e6,
-            "predicted_mb": f.predicted_bytes / 1e6,
-            "share_of_source": f.bytes / source["bytes"],
-            "bits_per_weight": f.bits_per_weight,
-            "token_embedding": f.token_embedding_type,
-            "fell_back": len(f.fallbacks),
-            "seconds": f.seconds,
-        }
-        for f in result.files
-    ]
+    rows = rows_of(
+        result.files,
+        "type size_mb=bytes predicted_mb=predicted_bytes share_of_source bits_per_weight"
+        " token_embedding=token_embedding_type fell_back seconds",
+        share_of_source=lambda f: f.bytes / source["bytes"],
+        fell_back=lambda f: len(f.fallbacks),
+    )
     reading = tell(
         "quantize.sizes_reading",
         exact=sum(f.bytes == f.predicted_bytes for f in result.files),
@@ -262,7 +230,8 @@ def megabytes_by_type(result: QuantizeResult) -> dict[str, dict[str, float]]:
 
 def other_types(result: QuantizeResult) -> Shown:
     """Tensors stored in another type than the recipe wants, and those whose type the parameters set."""
-    fell, by_hand = (_tensors(result.files, lambda f: f.fallbacks), _tensors(result.files, lambda f: f.set_by_hand))
+    fell = [{"file": f.type, **entry} for f in result.files for entry in f.fallbacks]
+    by_hand = [{"file": f.type, **entry} for f in result.files for entry in f.set_by_hand]
     no_fallback = {"tensor": sentence("quantize.no_fallback"), "columns": None, "wanted": None, "type": None}
     none_set = {"tensor": sentence("quantize.none_by_hand"), "recipe": None, "type": None}
     caption = sentence("quantize.fallbacks_caption", count=len(fell), shown=MOST_TENSORS)
@@ -273,29 +242,16 @@ def other_types(result: QuantizeResult) -> Shown:
     )
 
 
-def _tensors(files: Iterable[QuantizationReport], listed: Callable[[QuantizationReport], list[Row]]) -> list[Row]:
-    return [{"file": f.type, **entry} for f in files for entry in listed(f)]
-
-
 # Export formats, and the end of the page.
 
 
 def exports(found: ExportsResult) -> Shown:
     """Size, cost and self-check of each format (one row saying so where there is none), and why others are absent."""
-    rows = [
-        {
-            "format": record["format"],
-            "what": record["title"],
-            "size_mb": record["bytes"] / 1e6,
-            "bits_per_weight": record["bits_per_weight"],
-            "group_size": record.get("group_size"),
-            "kld_from_merged": record["check"]["mean_kld"],
-            "same_top_of_merged": record["check"]["same_top"],
-            "seconds": record["seconds"],
-            "peak_memory": record["peak_memory_mib"],
-        }
-        for record in found.made
-    ]
+    rows = rows_of(
+        found.made,
+        "format what=title size_mb=bytes bits_per_weight group_size kld_from_merged=check.mean_kld"
+        " same_top_of_merged=check.same_top seconds peak_memory=peak_memory_mib",
+    )
     none = {"format": "none", "what": sentence("quantize.no_export")}
     return (
         table(rows or [none], sentence("quantize.exports_caption")),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.charts import _axes
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, table, tell
+from lib.report.charts import panels
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, rows_of, table, tell
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
 from lib.statistics.intervals import Interval
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 # The error ladder: which step from the adapter to the quantized file changed what.
 
-Steps = Sequence[Mapping[str, Any]]
+Entry = Mapping[str, Any]
+"""A step, or a file, of comparison.json or mix_effect.json."""
+Steps = Sequence[Entry]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class _Ladder:
         change: key of how far a step is from another, never negative: left, logarithmic.
         effect: key of what that means: right; of the step itself, or of the step against another (`paired`).
         change_axis, effect_axis: the same in words, with units.
-        row: from a step, and what it says against the step before and the first, to a row of the table.
+        columns: of the table, from what a step says of itself, of the step before and of the first.
     """
 
     change: str
@@ -42,48 +44,29 @@ class _Ladder:
     paired: bool
     change_axis: str
     effect_axis: str
-    row: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Row]
-
-
-def _label_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
-    return {
-        "step_name": step["name"],
-        "accuracy": step["accuracy"],
-        "step_kld": _found(before, "kld"),
-        "equal_labels": before.get("agreement"),
-        "step_points": _found(before, "accuracy_difference", 100),
-        "first_kld": _found(first, "kld"),
-        "first_equal_labels": first.get("agreement"),
-        "first_points": _found(first, "accuracy_difference", 100),
-    }
-
-
-def _answer_row(step: Mapping[str, Any], before: Mapping[str, Any], first: Mapping[str, Any]) -> Row:
-    return {
-        "step_name": step["name"],
-        "answer_ppl": step["perplexity"],
-        "step_loss": _found(before, "loss_difference"),
-        "step_moved": _found(before, "moved"),
-        "alike_rows": before.get("agreement"),
-        "first_loss": _found(first, "loss_difference"),
-        "first_moved": _found(first, "moved"),
-        "first_alike_rows": first.get("agreement"),
-    }
-
-
-def _found(entry: Mapping[str, Any], key: str, factor: float = 1.0) -> Interval | None:
-    return Interval.from_json(entry[key], entry[f"{key}_interval"]).scaled(factor) if entry else None
+    columns: str
 
 
 _LADDERS = {
-    "accuracy": _Ladder("kld", "accuracy", False, "KL divergence, nats a row (log above 10⁻⁶)", "accuracy", _label_row),
+    "accuracy": _Ladder(
+        "kld",
+        "accuracy",
+        False,
+        "KL divergence, nats a row (log above 10⁻⁶)",
+        "accuracy",
+        "step_name=name accuracy step_kld=before.kld equal_labels=before.agreement"
+        " step_points=before.accuracy_difference first_kld=first.kld first_equal_labels=first.agreement"
+        " first_points=first.accuracy_difference",
+    ),
     "answer_loss": _Ladder(
         "moved",
         "loss_difference",
         True,
         "|change| of a row's loss, nats a token (log above 10⁻⁶)",
         "change of the mean loss, nats a token",
-        _answer_row,
+        "step_name=name answer_ppl=perplexity step_loss=before.loss_difference step_moved=before.moved"
+        " alike_rows=before.agreement first_loss=first.loss_difference first_moved=first.moved"
+        " first_alike_rows=first.agreement",
     ),
 }
 """By metric."""
@@ -97,14 +80,17 @@ def shown(steps: Steps, note: str) -> Shown:
     """
     if not steps:
         return (tell("compare.no_ladder"),)
-    return ladder(steps), table(rows(steps), caption(steps)), steps_reading(steps, note)
+    metric, first = metric_in(steps).name, steps[0]
+    caption = sentence("compare.steps", metric=metric, tokens=first.get("tokens"), margin=first.get("margin_percent"))
+    rows = rows_of(steps, _LADDERS[metric].columns)
+    return ladder(steps), table(rows, caption), steps_reading(steps, note)
 
 
 def ladder(steps: Steps) -> HTML:
     """How far every step is from the one before and from the first, and what that means for the quality."""
     name = metric_in(steps).name
     kind = _LADDERS[name]
-    fig, (left, right) = _axes(9.5, 1.2 + 0.5 * len(steps), columns=2)
+    fig, (left, right) = panels(9.5, 1.2 + 0.5 * len(steps), columns=2)
     places = np.arange(len(steps))[::-1]
     for key, shift, colour, shape, words in (
         ("before", 0.12, BLUE, "o", "from the step before"),
@@ -132,26 +118,13 @@ def ladder(steps: Steps) -> HTML:
     return figure(fig, sentence("compare.ladder", n=steps[0]["n"], metric=name), alt)
 
 
-def _bars(axes: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
+def _bars(ax: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
     """Estimates with their intervals at some heights."""
     middle = np.array([entry[key] for _, entry in shown])
     limits = np.array([entry[f"{key}_interval"] for _, entry in shown], dtype=np.float64)
     limits = np.where(np.isfinite(limits), limits, middle[:, None])  # a limit that there is not draws no bar
     error = [middle - limits[:, 0], limits[:, 1] - middle]
-    axes.errorbar(middle, [height for height, _ in shown], xerr=error, capsize=3, linestyle="none", **style)
-
-
-def rows(steps: Steps) -> list[Row]:
-    """One row a step."""
-    row = _LADDERS[metric_in(steps).name].row
-    return [row(step, step["before"] or {}, step["first"] or {}) for step in steps]
-
-
-def caption(steps: Steps) -> str:
-    """Caption of the table."""
-    first = steps[0]
-    tokens, margin = first.get("tokens"), first.get("margin_percent")
-    return sentence("compare.steps", metric=metric_in(steps).name, tokens=tokens, margin=margin)
+    ax.errorbar(middle, [height for height, _ in shown], xerr=error, capsize=3, linestyle="none", **style)
 
 
 def steps_reading(steps: Steps, note: str = "") -> Markdown:
@@ -196,45 +169,31 @@ def phones(results: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, An
 
 def _phone(result: Mapping[str, Any]) -> Row:
     checks, rows, runtime = result["checks"], result["rows"], result["runtime"]
-    gap = rows["largest_gap_nats"]
+    rates = {kind: result[kind]["tokens_per_second"] for kind in ("prompt", "generation")}
     return {
         "type": result["type"],
         "device": result["device"]["name"],
         "runtime": f"{result['device']['browser']}, wllama {runtime['wllama']}{', slower build' * runtime['compat']}",
         "threads": runtime["threads"],
         "load, s": statistics.median(result["load"]["seconds"]),
-        "prompt, tokens/s": _spread(result["prompt"]["tokens_per_second"]),
-        "generation, tokens/s": _spread(result["generation"]["tokens_per_second"]),
+        **{f"{kind}, tokens/s": _range(statistics.median(speeds), speeds) for kind, speeds in rates.items()},
         "stored tokens": f"{checks['same_tokens']} of {checks['tokens']}",
         "stored labels": f"{rows['agree']} of {rows['n']}" if rows["n"] else None,
-        "margins differ by ≤, nats": gap,
+        "margins differ by ≤, nats": rows["largest_gap_nats"],
     }
 
 
 def _machine(entry: Mapping[str, Any], processor: str) -> Row:
-    return {
-        "type": entry["type"],
-        "device": f"this machine ({processor})",
-        "runtime": "llama-cpp-python",
-        "threads": None,
-        "load, s": entry["load_seconds"],
-        "prompt, tokens/s": _range(entry["prompt_tokens_per_second"], entry["prompt_tokens_per_second_range"]),
-        "generation, tokens/s": _range(
-            entry["generation_tokens_per_second"], entry["generation_tokens_per_second_range"]
-        ),
-        "stored tokens": None,
-        "stored labels": None,
-        "margins differ by ≤, nats": None,
+    rates = {
+        f"{kind}, tokens/s": _range(entry[f"{kind}_tokens_per_second"], entry[f"{kind}_tokens_per_second_range"])
+        for kind in ("prompt", "generation")
     }
-
-
-def _spread(values: Sequence[float]) -> str:
-    return _range(statistics.median(values), (min(values), max(values)))
+    own = {"type": entry["type"], "device": f"this machine ({processor})", "runtime": "llama-cpp-python"}
+    return {**own, "load, s": entry["load_seconds"], **rates}
 
 
 def _range(median: float, ends: Sequence[float]) -> str:
-    low, high = ends
-    return f"{median:,.1f} ({low:,.1f} – {high:,.1f})"
+    return f"{median:,.1f} ({min(ends):,.1f} – {max(ends):,.1f})"
 
 
 def phones_reading(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], run: str) -> Markdown:
@@ -265,14 +224,41 @@ class Forecast:
     interval: str = ""
     note: str = ""
 
+    @property
+    def counted(self) -> dict[str, Any]:
+        """What was measured, for captions."""
+        return {"tokens": self.tokens, "text": self.text, "interval": self.interval}
 
-def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
+
+def _points(
+    predicted: Mapping[str, float], found: Iterable[tuple[Entry, float, Sequence[float | None]]]
+) -> list[dict[str, Any]]:
+    """The points of files with a prediction; `found`: a file, what was measured of it, and the limits."""
+    points = [
+        {"type": e["type"], "bytes": e["bytes"], "predicted": predicted[e["file"]]}
+        | {"measured": measured, "low": low, "high": high}
+        for e, measured, (low, high) in found
+        if predicted.get(e["file"], 0.0) > 0
+    ]
+    return sorted(points, key=lambda point: point["predicted"])
+
+
+def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Entry]) -> Forecast:
     """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.stage.predictions`."""
-    known = [e for e in files if predicted.get(e["file"], 0.0) > 0]
-    points = [_point(e, predicted, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in known]
-    note = sentence("compare.bare_texts_note")
-    interval = "± 1.96 standard errors over tokens"
-    return Forecast(_sorted(points), files[0]["n_tokens"], "tokens of bare test texts", interval, note)
+    points = _points(predicted, ((e, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in files))
+    interval, note = "± 1.96 standard errors over tokens", sentence("compare.bare_texts_note")
+    return Forecast(points, files[0]["n_tokens"], "tokens of bare test texts", interval, note)
+
+
+def on_label_words(predicted: Mapping[str, float], files: Sequence[Entry]) -> Forecast:
+    """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
+    known = [e for e in files if e.get("label_kld_interval")]
+    points = _points(predicted, ((e, e["label_kld"], e["label_kld_interval"]) for e in known))
+    text, note = "test rows, on their answer words alone", sentence("compare.label_words_note")
+    return Forecast(points, files[0]["n"] if files else 0, text, "95 % intervals over rows", note)
+
+
+_OVER_ROWS = "95 % bootstrap intervals over rows"
 
 
 def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
@@ -280,10 +266,10 @@ def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
     if effect is None:
         return Forecast([])
     content = effect.content
-    known = [e for e in (content["mixed"], *content["types"]) if predicted.get(e["file"], 0.0) > 0]
-    points = [_point(e, predicted, e["kld"], e["kld_interval"]) for e in known]
+    files = (content["mixed"], *content["types"])
+    points = _points(predicted, ((e, e["kld"], e["kld_interval"]) for e in files))
     text = f"tokens of {content['rows']} held-out rows, written as for training"
-    return Forecast(_sorted(points), content["tokens"], text, "95 % bootstrap intervals over rows")
+    return Forecast(points, content["tokens"], text, _OVER_ROWS)
 
 
 def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
@@ -291,49 +277,23 @@ def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
     if effect is None:
         return Forecast([])
     content = effect.content
-    known = [e for e in (content["mixed"], *content["types"]) if predicted.get(e["file"], 0.0) > 0]
-    points = [_point(e, predicted, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in known]
+    files = (content["mixed"], *content["types"])
+    points = _points(predicted, ((e, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in files))
     text = f"tokens of the answers of {content['answer_rows']} held-out rows"
-    return Forecast(_sorted(points), content["answer_positions"], text, "95 % bootstrap intervals over rows")
-
-
-def on_label_words(predicted: Mapping[str, float], files: Sequence[Mapping[str, Any]]) -> Forecast:
-    """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
-    known = [e for e in files if predicted.get(e["file"], 0.0) > 0 and e.get("label_kld_interval")]
-    points = [_point(e, predicted, e["label_kld"], e["label_kld_interval"]) for e in known]
-    note = sentence("compare.label_words_note")
-    count = files[0]["n"] if files else 0
-    text = "test rows, on their answer words alone"
-    return Forecast(_sorted(points), count, text, "95 % intervals over rows", note)
-
-
-def _point(
-    entry: Mapping[str, Any], predicted: Mapping[str, float], measured: float, limits: Sequence[float | None]
-) -> dict[str, Any]:
-    values = {"predicted": predicted[entry["file"]], "measured": measured, "low": limits[0], "high": limits[1]}
-    return {"type": entry["type"], "bytes": entry["bytes"], **values}
-
-
-def _sorted(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(points, key=lambda point: point["predicted"])
+    return Forecast(points, content["answer_positions"], text, _OVER_ROWS)
 
 
 def forecast_table(forecast: Forecast) -> HTML | Markdown:
     """The table; a sentence where nothing was predicted."""
     if not forecast.points:
         return tell("compare.no_forecast")
-    rows = [
-        {
-            "type": p["type"],
-            "size_mb": p["bytes"] / 1e6,
-            "forecast_kld": p["predicted"],
-            "measured_kld": Interval.from_json(p["measured"], (p["low"], p["high"])),
-            "measured_over_predicted": p["measured"] / p["predicted"],
-        }
-        for p in forecast.points
-    ]
-    counted = {"tokens": forecast.tokens, "text": forecast.text, "interval": forecast.interval}
-    return table(rows, sentence("compare.forecast", **counted))
+    rows = rows_of(
+        forecast.points,
+        "type size_mb=bytes forecast_kld=predicted measured_kld measured_over_predicted",
+        measured_kld=lambda p: Interval.from_json(p["measured"], (p["low"], p["high"])),
+        measured_over_predicted=lambda p: p["measured"] / p["predicted"],
+    )
+    return table(rows, sentence("compare.forecast", **forecast.counted))
 
 
 def forecast_chart(forecast: Forecast) -> HTML | None:
@@ -341,15 +301,16 @@ def forecast_chart(forecast: Forecast) -> HTML | None:
     points = [p for p in forecast.points if p["measured"] > 0]
     if not points:
         return None
-    fig, ax = _axes(5.6, 4.0)
+    fig, ax = panels(5.6, 4.0)
     x, y = (np.array([p[key] for p in points]) for key in ("predicted", "measured"))
     ends = [0.7 * min(x.min(), y.min()), 1.4 * max(x.max(), y.max())]
     ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1, label="as predicted")
     for place, (point, at, value) in enumerate(zip(points, x, y, strict=True)):
         mixed = point["type"].startswith("MIX_")
         low, high = point["low"], point["high"]
-        whole = low is not None and high is not None
-        bars = [[value - max(low, 0.01 * value)], [high - value]] if whole else None  # a log scale has no place for 0
+        bars = None
+        if low is not None and high is not None:
+            bars = [[value - max(low, 0.01 * value)], [high - value]]  # a log scale has no place for 0
         ax.errorbar(at, value, yerr=bars, fmt="D" if mixed else "o", color=GREEN if mixed else BLUE, capsize=3)
         side = (7, -3) if place % 2 else (-7, -3)  # names at alternate sides, or neighbours would overlap
         ends_at = {"ha": "left" if place % 2 else "right", "fontsize": 8}
@@ -358,9 +319,8 @@ def forecast_chart(forecast: Forecast) -> HTML | None:
     ax.set(xscale="log", yscale="log", xlabel="predicted KL divergence, nats a token")
     ax.set_ylabel("measured KL divergence, nats a token")
     ax.legend()
-    counted = {"tokens": forecast.tokens, "text": forecast.text, "interval": forecast.interval}
     alt = sentence("compare.forecast_alt", points=forecast.points)
-    return figure(fig, sentence("compare.forecast_chart", **counted), alt)
+    return figure(fig, sentence("compare.forecast_chart", **forecast.counted), alt)
 
 
 def forecast_reading(forecast: Forecast) -> Markdown | None:

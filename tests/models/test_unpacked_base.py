@@ -17,7 +17,7 @@ from lib.models.base_model import choose_base, refuse_other_folder, refuse_other
 from lib.models.inspect import inspect
 from lib.models.unpack import RANGE, SEED, VERSION
 from lib.models.unpack_source import read_source
-from lib.report.merge_page import unpacked as card
+from lib.report.weights_page import unpacked as card
 from lib.runs.files import sha256_file
 from lib.settings import Settings
 from lib.stages.data.stage import base_parameters

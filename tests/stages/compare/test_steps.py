@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -80,12 +81,12 @@ def test_the_page_names_the_step_that_cost_most() -> None:
     entries = error_ladder(
         ACCURACY, [("adapter", scores(0.0)), ("merged", scores(0.01, 1)), ("Q2_K", scores(1.5, 2))], LABELS
     )
-    assert "merged → Q2_K" in steps_page.steps_reading(entries).data
-    table = steps_page.rows(entries)
-    assert [row["step_name"] for row in table] == ["adapter", "merged", "Q2_K"]
-    assert table[0]["step_kld"] is None and table[2]["step_kld"].estimate > 0
-    html = steps_page.ladder(entries).data
-    assert "<figcaption>" in html and "merged: " in html
+    ladder, table, reading = (shown.data for shown in steps_page.shown(entries, ""))
+    assert "merged → Q2_K" in reading
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in table.split("<tr>")[2:]]
+    assert [row[0] for row in rows] == ["adapter", "merged", "Q2_K"]
+    assert rows[0][2] == "–" and rows[2][2].startswith(f"{entries[2]['before']['kld']:.2g} [")
+    assert "<figcaption>" in ladder and "merged: " in ladder
 
 
 def answers(shift: float, noise: float, seed: int) -> AnswerScores:
@@ -140,12 +141,8 @@ def test_the_interval_is_that_of_whole_groups() -> None:
 def test_the_page_without_labels() -> None:
     chain = [("adapter", answers(0, 0, 0)), ("merged", answers(0, 0.001, 1)), ("Q2_K", answers(0.2, 0.05, 2))]
     entries = error_ladder(ANSWER_PERPLEXITY, chain, np.arange(100), 2.0, 0)
-    assert (
-        "merged → Q2_K" in steps_page.steps_reading(entries).data
-        and "within 2 %" in steps_page.steps_reading(entries).data
-    )
-    table = steps_page.rows(entries)
-    assert table[0]["step_loss"] is None and table[2]["step_loss"].estimate == pytest.approx(0.2, abs=0.02)
-    assert "less than 2 %" in steps_page.caption(entries) and "answer tokens" in steps_page.caption(entries)
-    html = steps_page.ladder(entries).data
-    assert "<figcaption>" in html and "mean loss" in html and "Q2_K: 0.2" in html
+    ladder, table, reading = (shown.data for shown in steps_page.shown(entries, ""))
+    assert "merged → Q2_K" in reading and "within 2 %" in reading
+    assert f"<td>{entries[2]['before']['loss_difference']:+.2g} [" in table.replace(' class="number"', "")
+    assert "less than 2 %" in table and "answer tokens" in table
+    assert "<figcaption>" in ladder and "mean loss" in ladder and "Q2_K: 0.2" in ladder

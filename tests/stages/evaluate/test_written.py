@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from IPython.display import HTML
 
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
 from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import ConversationTask
-from lib.report import display, written_rows
+from lib.report.evaluate_page import AnswerPage
 from lib.scoring.generation import Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
 from lib.scoring.journal import Keep
 from lib.scoring.text_metrics import summarise
@@ -139,8 +141,8 @@ def test_nothing_is_written_where_nothing_is_wanted(small: Tiny, tmp_path: Path)
         questions(small, tmp_path, terms=str(tmp_path / "absent.txt"))
 
 
-def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> SimpleNamespace:  # noqa: F811
-    """A result as the stage makes it, both models the same."""
+def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> AnswerPage:  # noqa: F811
+    """The page of a result as the stage makes it, both models the same."""
     asked = questions(small, tmp_path, task, generated_rows=wanted)
     found = answered(small, asked)
     answers, replies = found.answers, found.replies
@@ -154,40 +156,45 @@ def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> Si
         "terms": {"name": "terms.txt", "terms": 3},
         "decoding": {"rows": len(answers), "max_new_tokens": 12},
         "parts": {"all": part},
+        "turns_cut": 0,
     }
     prompts = prompts_json(asked, dict.fromkeys(own, replies), {"system_prompt": "你是助手。"})
-    return SimpleNamespace(content=content, generated=generated_rows(rows(6), asked, own), prompts=prompts)
+    generated = generated_rows(rows(6), asked, own)
+    return AnswerPage(SimpleNamespace(content=content, part=part, generated=generated, prompts=prompts))
+
+
+def cells(shown: HTML) -> list[list[str]]:
+    """The cells of all tables that are shown, row by row."""
+    lines = re.findall(r"<tr>(.*?)</tr>", shown.data, re.S)
+    return [found for line in lines if (found := re.findall(r"<td[^>]*>(.*?)</td>", line, re.S))]
 
 
 def test_what_the_page_shows(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
-    result = page(small, tmp_path, TASK, 4)
-    checks = written_rows.checks(result)
-    assert [line["check"] for line in checks] == [
+    shown = page(small, tmp_path, TASK, 4)
+    checks = cells(shown.errors())
+    assert [line[0] for line in checks] == [
         "character integrity",
         "term preservation",
         "think structure",
         "semantic coherence",
         "semantic coherence",
     ]
-    assert checks[0]["n"] == 4 and "without thinking" in checks[2]["measured by"]
-    assert checks[3]["base"].startswith("9.00 [8.00") and checks[4]["measured by"].startswith("chrF")
-    lines = {line["metric"]: line for line in written_rows.metrics(result)}
-    assert lines["stopped by itself ↑"]["difference"].startswith("+0.00 [-0.")
-    assert "signature" in written_rows.conditions(result) and "terms.txt, 3 terms" in written_rows.conditions(result)
-    assert "0 differ by more than chance" in written_rows.reading(result)
-    assert "Of 4 written answers: characters intact base" in written_rows.learned(result)
-    assert len(written_rows.prompts(result)) == 4 and "seed 42" in written_rows.prompts_caption(result)
-    assert [line["prompts"] for line in written_rows.latencies(result)] == [2, 2]
-    for shown in (checks, [*lines.values()], written_rows.prompts(result), written_rows.latencies(result)):
-        assert "<table>" in display.table(shown, "c").data
+    assert checks[0][2] == "4" and "without thinking" in checks[2][1]
+    assert checks[3][3].startswith("9.00 [8.00") and checks[4][1].startswith("chrF")
+    lines = {line[0]: line for line in cells(shown.error_table())}
+    assert lines["stopped by itself ↑"][4].startswith("+0.00 [-0.")
+    assert "signature" in shown.error_table().data and "terms.txt, 3 terms" in shown.error_table().data
+    assert "0 differ by more than chance" in shown.reading().data
+    assert "Of 4 written answers: characters intact base" in shown.learned().data
+    latencies = [line for line in cells(shown.prompts()) if line[0] in SHOWN.values()]
+    assert [line[1] for line in latencies] == ["2", "2"]
+    assert len(cells(shown.prompts())) == 2 + 4 and "seed 42" in shown.prompts().data
 
 
 def test_what_the_page_shows_of_thinking_and_of_nothing(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
-    result = page(small, tmp_path, THINKING, 3)
-    assert written_rows.checks(result)[2]["n"] == 3
-    assert "reasoning opened 0, closed 0" in written_rows.reading(result)
+    thinking = page(small, tmp_path, THINKING, 3)
+    assert cells(thinking.errors())[2][2] == "3" and "reasoning opened 0, closed 0" in thinking.reading().data
     nothing = page(small, tmp_path, TASK, 0)
-    assert "generated_rows is 0" in written_rows.checks(nothing)[0]["measured by"]
-    for shown in (written_rows.metrics, written_rows.prompts, written_rows.latencies):
-        assert "generated_rows is 0" in str(shown(nothing))
-    assert "generated_rows is 0" in written_rows.reading(nothing) and "is 0" in written_rows.learned(nothing)
+    assert "generated_rows is 0" in cells(nothing.errors())[0][1]
+    assert all("generated_rows is 0" in part().data for part in (nothing.error_table, nothing.reading, nothing.learned))
+    assert nothing.prompts().data.count("generated_rows is 0") == 2

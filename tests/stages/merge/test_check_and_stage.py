@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
 from lib.progress import PROGRESS_FILE_VARIABLE
-from lib.report import merge_page
+from lib.report import weights_page
 from lib.runs.run import Run
 from lib.scoring.perplexity import kl_divergence
 from lib.settings import Settings
@@ -128,7 +128,7 @@ def test_weights_beyond_float16_are_left_out(tmp_path: Path) -> None:
     merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     check = check_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", PROMPTS, "bfloat16")
     assert list(check.left_out) == ["float16"] and [cost.dtype for cost in check.costs] == ["bfloat16", "float32"]
-    assert "float16 was not measured: a weight is larger than 65,504." in merge_page.merge_reading(check)
+    assert "float16 was not measured: a weight is larger than 65,504." in weights_page.merge_reading(check)
     with pytest.raises(InputError, match="float16, which ends at 65,504"):
         merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype="float16")
 
@@ -139,7 +139,7 @@ def test_formats_that_memory_does_not_allow_are_named(merged: tuple[Path, str], 
     check = check_merge(folder / "base", folder / "adapter", folder / "merged", PROMPTS, dtype)
     assert check.computed_in == "bfloat16" and [cost.written for cost in check.costs] == [True]
     assert set(check.left_out) == {"float32", "float16", "bfloat16"} - {dtype}
-    assert "do not fit into memory" in merge_page.merge_reading(check)
+    assert "do not fit into memory" in weights_page.merge_reading(check)
 
 
 def test_a_model_with_large_logits_passes_where_fixed_limits_refused(tmp_path: Path) -> None:
@@ -194,13 +194,13 @@ def test_the_limit_on_both_sides(mean: float, effect: float, arithmetic: str, pa
 
 
 def test_the_page_recommends_a_far_better_format() -> None:
-    said = merge_page.merge_reading(checked(0.0028, 0.37, half=0.00007))
+    said = weights_page.merge_reading(checked(0.0028, 0.37, half=0.00007))
     assert "Rounding to bfloat16 costs 0.0028 nats, 0.76% of the 0.37 nats" in said
     assert "float16, in the same bytes, would cost 40 times less (7e-05 nats): **set `merge_dtype: float16`**." in said
-    assert "set `merge_dtype" not in merge_page.merge_reading(checked(0.0028, 0.37, half=0.0012))
-    assert "too little to matter" in merge_page.merge_reading(checked(0.00028, 0.37, half=0.00007))
-    assert "would cost 2.0 times more" in merge_page.merge_reading(checked(0.0028, 0.37, half=0.0056))
-    table = merge_page.costs(checked(0.0028, 0.37))
+    assert "set `merge_dtype" not in weights_page.merge_reading(checked(0.0028, 0.37, half=0.0012))
+    assert "too little to matter" in weights_page.merge_reading(checked(0.00028, 0.37, half=0.00007))
+    assert "would cost 2.0 times more" in weights_page.merge_reading(checked(0.0028, 0.37, half=0.0056))
+    table = weights_page.costs(checked(0.0028, 0.37))
     assert [row["number_format"].split(" ")[0] for row in table] == [
         "bfloat16",
         "float32",
@@ -233,7 +233,7 @@ def test_stage(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert result.report.tensors_changed == 6
     assert result.check.prompts == 12
     assert result.proof.tensors_summed == 6 and result.proof.dtype == "BF16"
-    assert f"All {result.report.parameters:,} weights were computed again" in merge_page.proof(result.proof)
+    assert f"All {result.report.parameters:,} weights were computed again" in weights_page.proof(result.proof)
     names = set(result.files)
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
     assert not [path for path in result.product.path.iterdir() if path.name not in names]
@@ -287,9 +287,9 @@ def test_stage_measures_both_merges_against_the_trained_model(nf4_run: Run) -> N
     assert trained.rows == 16 and trained.positions == 64 and trained.size_mb is None
     assert 0 < dequantized.kld[0] < 0.1 * original.kld[0]  # the trained weights but for the rounding of the sum
     assert result.nf4.closer == "dequantized" and result.nf4.difference[2] < 0
-    words = merge_page.nf4_reading(result)
+    words = weights_page.nf4_reading(result)
     assert "dequantized** base is closer" in words and "into the **original** base" in words
-    assert len(merge_page.nf4_merges(result.nf4)) == 3
+    assert len(weights_page.nf4_merges(result.nf4)) == 3
     assert merge(Settings(), nf4_run).nf4 == result.nf4
     assert not list(result.product.path.glob(".*"))
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
-from lib.report import merge_page
+from lib.report import weights_page
 from lib.runs.files import read_json, write_json
 from lib.stages.merge.proof import prove_merge
 from lib.stages.merge.weights import merge_folders
@@ -216,7 +216,7 @@ def test_what_rounding_leaves(merged: tuple[Path, Path, Path], make_adapter: Cal
     assert found["bfloat16"].kept == pytest.approx(kept / change, rel=1e-9)
     assert found["bfloat16"].set_back == back > 0.5 * found["bfloat16"].weights_summed
     assert found["bfloat16"].kept < 0.9 < found["float16"].kept
-    words = merge_page.survival(found["bfloat16"])
+    words = weights_page.survival(found["bfloat16"])
     assert f"leaves {kept / change:.1%} of the adapter's change" in words and "are the base's again" in words
 
 
