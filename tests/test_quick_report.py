@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lib.report.html import problems
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.settings import Settings
+from tests.support.pages import problems
 
 pytestmark = pytest.mark.report
 PROJECT = Path(__file__).resolve().parents[1]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import re
-import signal
 import sys
-import threading
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, missing_library
+from lib.errors import InputError, Terminated, missing_library, sigterm_raises
 from lib.runs.files import json_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -73,10 +71,6 @@ def tell(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 def _code_of(error: BaseException) -> int:
     """Tell the user what happened; the exit code for it."""
     if isinstance(error, ModuleNotFoundError):
@@ -114,10 +108,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **keywords: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
         try:
-            return command(*arguments, **keywords)
+            with sigterm_raises():
+                return command(*arguments, **keywords)
         except (typer.Exit, typer.Abort):
             raise
         except BaseException as error:

@@ -144,15 +144,15 @@ class Column:
 
     def value(self, entry: Any, key: str) -> Any:
         """The cell of an entry, which stores its number under `key`."""
-        value = _at(entry, key)
+        value = value_at(entry, key)
         if value is not None and self.interval:
-            value = Interval.from_json(value, _at(entry, f"{key}_interval"))
+            value = Interval.from_json(value, value_at(entry, f"{key}_interval"))
         if value is None or self.times == self.per == 1:
             return value
         return value.scaled(self.times) if isinstance(value, Interval) else self.times * value / self.per
 
 
-def _at(entry: Any, path: str) -> Any:
+def value_at(entry: Any, path: str) -> Any:
     """What lies in an entry of a JSON file, or in an object: "answers.kld"; None where there is no such key."""
     for name in path.split("."):
         entry = (entry or {}).get(name) if isinstance(entry, Mapping | None) else getattr(entry, name)
@@ -382,11 +382,4 @@ def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -
 
 def tokens(pieces: Sequence[str], in_loss: Sequence[bool], caption: str) -> HTML:
     """A tokenized example; the tokens that the loss is computed on are marked (and underlined, for print)."""
-    spans = []
-    for piece, learned in zip(pieces, in_loss, strict=True):
-        shown = html.escape(piece).replace("\n", "↵<br>")
-        spans.append(f'<mark class="loss"><u>{shown}</u></mark>' if learned else f'<span class="token">{shown}</span>')
-    text = "".join(spans)
-    return _html(
-        f'<figure class="tokens"><p lang="zh">{text}</p><figcaption>{html.escape(caption)}</figcaption></figure>'
-    )
+    return _html(markup("tokens", zip(pieces, in_loss, strict=True), caption))

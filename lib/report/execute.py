@@ -324,10 +324,6 @@ def _code_cells(notebook: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     return [(i, c) for i, c in enumerate(cells, 1) if c["cell_type"] == "code" and c["source"].strip()]
 
 
-def _error_of(cell: dict[str, Any]) -> dict[str, Any] | None:
-    return next((o for o in cell.get("outputs", []) if o["output_type"] == "error"), None)
-
-
 def _raised(number: int, error: dict[str, Any]) -> Failure:
     name, value = error["ename"], _plain(error["evalue"])
     if _REFUSED.match(value):
@@ -379,8 +375,9 @@ def judge(executed: Path, ended: Ended, timeout: float) -> Failure | None:
     if ended.exit_code == TERMINATED:
         return Failure(f"ended by SIGTERM in {where}; finished products are kept.", TERMINATED)
     for number, cell in cells:
-        if error := _error_of(cell):
-            return _raised(number, error)
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                return _raised(number, output)
     if ended.exit_code == DIED:
         return Failure(f"the kernel died ({_death(ended.log)}) in {where}.", 1, last_words)
     if ended.exit_code != OK:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.report.display import markup
-from lib.report.index import Stage, Summary, card, commit_words, fill, parameter_pairs, stylesheet, versions_of
+from lib.report.index import Stage, Summary, commit_words, fill, parameter_pairs, stylesheet, versions_of
 from lib.report.sentences import LANGUAGE, TEMPLATES, sentence
 from lib.runs.manifest import NOTEBOOK_OF
 
@@ -37,25 +37,20 @@ def duration(seconds: float) -> str:
 
 def _bottom(notebook: NotebookNode, name: str, summary: Summary) -> str:
     """How the page was made: time, parameters, products with their files, versions."""
-    papermill = notebook.metadata.get("papermill", {})
-    products = summary.products(name)
+    papermill, products = notebook.metadata.get("papermill", {}), []
+    entries = summary.products(name)
+    for product, entry in entries.items():
+        told = {"duration": duration(entry.seconds), "entry": entry, "commit": commit_words(entry.git)}
+        files = [(file, f"{o['bytes']:,} · {o['sha256'][:16]}") for file, o in entry.outputs.items()]
+        products.append({"name": product, "cost": sentence("index.product_cost", **told), "files": files})
     return fill(
         "bottom.html.j2",
         current=name,
         date=sentence("index.page_date", date=str(papermill.get("end_time", ""))[:16].replace("T", " ")),
         seconds=duration(float(papermill.get("duration") or 0.0)),
         parameters=parameter_pairs(papermill.get("parameters") or summary.parameters(name)),
-        products=[
-            {
-                "name": product,
-                "cost": sentence(
-                    "index.product_cost", duration=duration(e.seconds), entry=e, commit=commit_words(e.git)
-                ),
-                "files": [(file, f"{o['bytes']:,} · {o['sha256'][:16]}") for file, o in e.outputs.items()],
-            }
-            for product, e in products.items()
-        ],
-        versions=versions_of(products.values()),
+        products=products,
+        versions=versions_of(entries.values()),
     )
 
 
@@ -112,7 +107,7 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
     resources = {
         "title": f"{title} – run {summary.name}",
         "css": stylesheet(),
-        "top": fill("top.html.j2", stages=stages, current=name, card=card(summary), stamps=summary.stamps),
+        "top": fill("top.html.j2", stages=stages, current=name, run=summary),
         "bottom": _bottom(notebook, name, summary),
     }
     html, _ = _exporter().from_notebook_node(notebook, resources={"workbook": resources})
@@ -184,20 +179,3 @@ def _figures(page: BeautifulSoup) -> Iterator[str]:
     for drawing in page.find_all("svg"):
         if not drawing.get("aria-label") and drawing.get("aria-hidden") != "true" and not drawing.find("title"):
             yield "a figure without description"
-
-
-def problems(page: Path) -> list[str]:
-    """What is wrong with a page, as sentences that name it: traceback, stderr, missing glyph, figure without
-    description, network dependency, script, unresolved template, no language or title."""
-    return [f"{page.name} contains {what}" for what in problems_in(page.read_text(encoding="utf-8"))]
-
-
-def broken_links(folder: Path) -> list[str]:
-    """Relative links of the pages in `folder` that lead nowhere, as sentences."""
-    broken = []
-    for page in sorted(folder.glob("*.html")):
-        for href in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', page.read_text(encoding="utf-8")):
-            target = href.partition("#")[0]
-            if target and not re.match(r"[a-z]+:", target) and not (folder / target).exists():
-                broken.append(f"{page.name} links to {href}, which is not there")
-    return list(dict.fromkeys(broken))

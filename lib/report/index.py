@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.report.display import Table, build
+from lib.report.display import Table, build, row_of, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
 from lib.runs.files import read_json, write_text
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
-from lib.statistics.intervals import Interval, limits_text, wilson
+from lib.statistics.intervals import Interval, limits_text
 from lib.statistics.verdicts import in_words
 
 PAGES = len(set(NOTEBOOK_OF.values()))
@@ -142,44 +142,26 @@ def _json(path: Path) -> dict[str, Any]:
 def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str, Quality]]:
     """Qualities by model and subset of the rows: of the evaluation, before it of the linear floor alone."""
     if "evaluation" not in entries:
-        floor = _floor(folder)
-        return {"linear floor": {ALL: floor}} if floor else {}
+        floor = value_at(_json(folder / "data" / "floor.json"), "test.all")
+        return {"linear floor": {ALL: Quality(_value(floor, "accuracy"), floor["n"])}} if floor else {}
     evaluation, metrics = _json(folder / "evaluation" / "evaluation.json"), entries["evaluation"].metrics
     if parts := evaluation.get("parts"):
         return {
             name: {subset: Quality(_value(part[key], "perplexity"), part["n"]) for subset, part in parts.items()}
             for name, key in (("base", "base"), ("fine-tuned", "finetuned"))
         }
+    rows = {ALL: metrics.get("n"), LEAK_FREE: value_at(evaluation, "models.base.leak_free.n")}
     found: dict[str, dict[str, Quality]] = {}
     for name, key in (("linear floor", "linear_floor"), ("base", "base"), ("fine-tuned", "finetuned")):
         for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
             if f"accuracy_{key}{ending}" in metrics:
-                n = metrics.get("n") if subset == ALL else _rows(evaluation, subset)
-                found.setdefault(name, {})[subset] = Quality(_value(metrics, f"accuracy_{key}{ending}"), n)
+                quality = Quality(_value(metrics, f"accuracy_{key}{ending}"), rows[subset])
+                found.setdefault(name, {})[subset] = quality
     return found
-
-
-def _floor(folder: Path) -> Quality | None:
-    """The linear floor on the test rows, from the data product: all that is known before the evaluation."""
-    block = _json(folder / "data" / "floor.json").get("test") or {}
-    if "accuracy" not in block:
-        return None
-    n = block.get("n") or len(block.get("predictions", []))
-    if n and "accuracy_interval" not in block:
-        return Quality(wilson(round(block["accuracy"] * n), n), n)
-    return Quality(_value(block, "accuracy"), n or None)
 
 
 def _value(values: Mapping[str, Any], key: str) -> Interval | float:
     return Interval.from_json(values[key], values.get(f"{key}_interval"))
-
-
-def _rows(evaluation: Mapping[str, Any], subset: str) -> int | None:
-    """Number of rows of a subset, where evaluation.json gives it."""
-    try:
-        return int(evaluation["models"]["base"][subset]["n"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 # What page heads and both indexes share.
@@ -234,12 +216,6 @@ def versions_of(entries: Iterable[Entry]) -> list[tuple[str, str]]:
     return list(next((entry.versions for entry in reversed(list(entries))), manifest.versions()).items())
 
 
-def card(summary: Summary) -> list[tuple[str, str]]:
-    """The line under the navigation: run, date, model, data, commit."""
-    values = (summary.name, summary.date, summary.model, summary.data, summary.commit)
-    return list(zip(("Run", "Date", "Model", "Data", "Commit"), values, strict=True))
-
-
 # The overview of a run.
 
 
@@ -259,20 +235,15 @@ def _qualities_table(summary: Summary) -> Table:
 
 def _files_table(summary: Summary) -> Table:
     column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
-    rows = [
-        {
-            "type": f"{file['type']} ★" if file["recommended"] else file["type"],
-            "overview_mb": file["bytes"] / 1e6,
-            "bpw": file.get("bits_per_weight"),
-            column: _value(file, key) if key in file else None,
-            "overview_kld": file.get("kld_mean"),
-            "flips": file.get("flips"),
-            "perplexity": file.get("ppl"),
-            "tokens_per_second": file.get("generation_tokens_per_second"),
-            "verdict": in_words(file) if file.get("verdict") else None,
-        }
-        for file in summary.files
-    ]
+    quality = {column: lambda file: _value(file, key) if key in file else None}
+    rows = rows_of(
+        summary.files,
+        f"type overview_mb=bytes bpw=bits_per_weight {column} overview_kld=kld_mean flips perplexity=ppl"
+        " tokens_per_second=generation_tokens_per_second verdict",
+        type=lambda file: f"{file['type']} ★" if file["recommended"] else file["type"],
+        verdict=lambda file: in_words(file) if file.get("verdict") else None,
+        **quality,
+    )
     return build(rows, sentence("index.files_caption"))
 
 
@@ -280,8 +251,7 @@ def _cost_table(summary: Summary) -> Table:
     rows = [
         {
             "product": product,
-            "cost_seconds": entry.seconds,
-            "peak_memory": entry.peak_memory_mib,
+            **row_of(entry, "cost_seconds=seconds peak_memory=peak_memory_mib"),
             "disk_mb": sum(output["bytes"] for output in entry.outputs.values()) / 1e6,
             "device": entry.device,
             "finished": entry.finished[:16].replace("T", " "),
@@ -308,13 +278,10 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
     """
     text = fill(
         "run.html.j2",
-        name=summary.name,
+        run=summary,
         css=stylesheet(),
         stages=stages,
-        card=card(summary),
-        stamps=summary.stamps,
         state=state,
-        answer=summary.recommendation,
         qualities=_qualities_table(summary) if summary.qualities else None,
         files=_files_table(summary) if summary.files else None,
         reading=_reading(summary),
@@ -337,67 +304,45 @@ def fill(template: str, **values: Any) -> str:
 
 def run_table(content: Mapping[str, Any]) -> Table:
     """Every run's metric on the shared rows, validation loss, speed and sizes (model_analysis.json)."""
-    rows = [
-        {
-            "run": f"{run['run']} ★" if run["run"] == content["chosen"]["run"] else run["run"],
-            f"shared_{content['metric']}": Interval.from_json(run["metric"], run["interval"]),
-            "validation_loss": run["validation_loss"],
-            "train_seed": run["train_seed"],
-            "training_speed": run["samples_per_second"],
-            "adapter_mb": run["adapter_bytes"] / 1e6,
-            "recommended_file": sentence("index.recommended", file=run["file"]) if run["file"] else None,
-            "unlike_first": "; ".join(run["unlike_first"]) or None,
-        }
-        for run in content["runs"]
-    ]
+    metric = f"shared_{content['metric']}"
+    quality = {metric: lambda run: Interval.from_json(run["metric"], run["interval"])}
+    rows = rows_of(
+        content["runs"],
+        f"run {metric} validation_loss train_seed training_speed=samples_per_second adapter_mb=adapter_bytes"
+        " recommended_file unlike_first",
+        run=lambda run: f"{run['run']} ★" if run["run"] == content["chosen"]["run"] else run["run"],
+        recommended_file=lambda run: sentence("index.recommended", file=run["file"]) if run["file"] else None,
+        unlike_first=lambda run: "; ".join(run["unlike_first"]) or None,
+        **quality,
+    )
     return build(rows, sentence("index.shared_caption", made=content["made"][:16].replace("T", " ")))
 
 
 def recipe_table(content: Mapping[str, Any]) -> Table:
     """Every recipe's mean, the spread of its seeds, its paired difference to the leader."""
-    rows = []
-    for recipe in content["recipes"]:
-        follows = recipe["verdict"] != "leader"
-        rows.append(
-            {
-                "recipe_runs": recipe["runs"],
-                "seeds": recipe["n_seeds"],
-                "recipe_mean": recipe["mean"],
-                "seed_sd": recipe["seed_sd"],
-                "seed_range": limits_text(recipe["seed_range"], ".4f") if recipe["n_seeds"] > 1 else None,
-                "behind_leader": _value(recipe, "difference") if follows else None,
-                "p_holm": recipe["p_holm"] if follows else None,
-                "verdict": recipe["verdict"],
-            }
-        )
+
+    def follows(key: str) -> Callable[[Mapping[str, Any]], Any]:
+        """What only a recipe behind the leader has."""
+        return lambda recipe: None if recipe["verdict"] == "leader" else _value(recipe, key)
+
+    rows = rows_of(
+        content["recipes"],
+        "recipe_runs=runs seeds=n_seeds recipe_mean=mean seed_sd seed_range behind_leader p_holm verdict",
+        seed_range=lambda recipe: limits_text(recipe["seed_range"], ".4f") if recipe["n_seeds"] > 1 else None,
+        behind_leader=follows("difference"),
+        p_holm=follows("p_holm"),
+    )
     return build(rows, sentence("index.recipes_caption"))
 
 
 # The list of all runs.
 
 
-def _line(folder: Path, total: int) -> dict[str, Any]:
-    """A run in the list of all."""
+def _summary(name: str) -> Summary:
     try:
-        summary = summarise(open_run(folder.name))
+        return summarise(open_run(name))
     except (InputError, KeyError, TypeError):  # a manifest that another version wrote, or that is damaged
-        summary = Summary(folder.name, {}, [sentence("index.unreadable")])
-    unit = "" if summary.labelled else "PPL "
-    quality = {name: f"{unit}{found[ALL]}" for name, found in summary.qualities.items() if ALL in found}
-    made = len(list(folder.glob("[0-9][0-9]_*.html")))
-    remarks = [sentence("index.incomplete", made=made, total=total)] if made < total else []
-    return {
-        "name": folder.name,
-        "date": summary.date,
-        "model": summary.model,
-        "data": summary.data,
-        **{key: quality.get(name, "–") for key, name in _QUALITIES.items()},
-        "file": sentence("index.recommended", file=summary.recommended) if summary.recommended else "–",
-        "remarks": "; ".join(remarks + summary.stamps),
-    }
-
-
-_QUALITIES = {"floor": "linear floor", "base": "base", "finetuned": "fine-tuned"}
+        return Summary(name, {}, [sentence("index.unreadable")])
 
 
 def write_all_index(reports: Path, total: int = PAGES) -> Path:
@@ -407,17 +352,16 @@ def write_all_index(reports: Path, total: int = PAGES) -> Path:
         reports: the folder of all reports.
         total: pages of a complete report.
     """
-    runs = [_line(page.parent, total) for page in sorted(reports.glob("*/index.html"))]
-    runs.sort(key=lambda run: run["date"], reverse=True)
-    analysis, choice = read_analysis(reports), None
+    made = {page.parent.name: len(list(page.parent.glob("[0-9][0-9]_*.html"))) for page in reports.glob("*/index.html")}
+    runs = sorted(map(_summary, sorted(made)), key=lambda run: run.date, reverse=True)
+    analysis, choice = read_analysis(reports), {}
     if analysis:
         choice = {
-            "text": analysis["text"],
-            "rule": analysis["rule"],
             "stale": outdated(analysis),
             "tables": [run_table(analysis), recipe_table(analysis)],
             "left_out": sentence("index.left_out", rows=analysis["rows"]["left_out"]),
         }
     path = reports / "index.html"
-    write_text(path, fill("all.html.j2", css=stylesheet(), runs=runs, choice=choice))
+    text = fill("all.html.j2", css=stylesheet(), runs=runs, made=made, total=total, analysis=analysis, **choice)
+    write_text(path, text)
     return path

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,32 +15,36 @@ from pathlib import Path
 from typing import Any
 
 from lib import settings as lib_settings
-from lib.errors import InputError, Terminated
-from lib.report import execute, html, index, unchanged
+from lib.errors import InputError, Terminated, sigterm_raises
+from lib.report import execute, html, index
 from lib.report.html import duration
 from lib.report.index import Stage, summarise
 from lib.report.sentences import sentence
-from lib.runs.files import PROJECT, locked, reports_folder, require_space, writable, write_json, write_text
-from lib.runs.manifest import NOTEBOOK_OF
-from lib.runs.run import open_run
+from lib.runs.files import (
+    PROJECT,
+    locked,
+    read_json,
+    reports_folder,
+    require_space,
+    runs_folder,
+    sha256_file,
+    sha256_json,
+    user_path,
+    writable,
+    write_json,
+    write_text,
+)
+from lib.runs.manifest import NOTEBOOK_OF, versions
+from lib.runs.phone_results import FOLDER as PHONES
+from lib.runs.run import Run, open_run
 from lib.scoring.term_lists import SHIPPED_TERMS, read_prompts, read_terms
+from lib.select.choice import BEST_OF
 from lib.settings import Settings
 
-# Around a report: alone in its folder, SIGTERM as an exception, progress on the terminal.
+# Around a report: alone in its folder, progress on the terminal.
 
 DETAIL = "    "
 """How a line of progress inside a notebook begins."""
-
-
-def check_lists(settings: Settings) -> None:
-    """Refuse lists of terms and prompts that cannot be read before hours of training go by.
-
-    Raises:
-        InputError: no such list, or one that cannot be used.
-    """
-    if settings.task != "classification":
-        read_terms(settings.terms)
-        read_prompts(settings.prompts_file)
 
 
 @contextlib.contextmanager
@@ -52,23 +55,6 @@ def alone(folder: Path) -> Iterator[None]:
         for left in folder.glob(".work-*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
-
-
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into an exception while a report runs (in the main thread only, as Python demands)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def to_stderr(line: str) -> None:
@@ -102,13 +88,16 @@ class ReportError(RuntimeError):
 
     Attributes:
         stage: the notebook's stem.
+        failure: why it failed.
         exit_code: 2 for refused input, 143 when the kernel was ended by SIGTERM, 1 otherwise.
         detail: last lines of the traceback or log; empty for refused input.
         evidence: the partial notebook or page; None when nothing was written.
     """
 
-    def __init__(self, stage: str, failure: execute.Failure, evidence: Path | None) -> None:
-        self.stage, self.exit_code, self.detail, self.evidence = stage, failure.exit_code, failure.detail, evidence
+    evidence: Path | None = None
+
+    def __init__(self, stage: str, failure: execute.Failure) -> None:
+        self.stage, self.failure, self.exit_code, self.detail = stage, failure, failure.exit_code, failure.detail
         super().__init__(f"{stage}: {failure.sentence}")
 
 
@@ -123,28 +112,27 @@ class Report:
     seconds: float
 
 
-@dataclass
 class _Session:
     """One call of `run_report`: what is fixed while it lasts (titles are read once, before anything runs)."""
 
-    settings: lib_settings.Settings
-    folder: Path
-    notebooks: list[Path]
-    timeout: float
-    say: Say
+    def __init__(self, run: Run, notebooks: list[Path], timeout: float, say: Say) -> None:
+        self.run, self.notebooks, self.timeout, self.say = run, notebooks, timeout, say
+        self.folder = reports_folder() / run.name
+        self.titles = [index.read_stage(notebook) for notebook in notebooks]
 
-    def __post_init__(self) -> None:
-        self.titles = [index.read_stage(notebook) for notebook in self.notebooks]
+    def page(self, notebook: Path) -> Path:
+        """Where the page of a notebook is published, its executed copy beside it."""
+        return self.folder / f"{notebook.stem}.html"
 
-    @property
-    def run_name(self) -> str:
-        return self.settings.run_name
+    def head(self, notebook: Path) -> str:
+        """The notebook in a line of progress."""
+        return f"[{self.notebooks.index(notebook) + 1}/{len(self.notebooks)}] {notebook.stem}"
 
     def stages(self) -> list[Stage]:
         return [replace(stage, exists=(self.folder / f"{stage.name}.html").is_file()) for stage in self.titles]
 
     def write_indexes(self, state: str = "") -> Path:
-        overview = index.write_run_index(self.folder, summarise(open_run(self.run_name)), self.stages(), state)
+        overview = index.write_run_index(self.folder, summarise(self.run), self.stages(), state)
         index.write_all_index(self.folder.parent, len(self.notebooks))
         return overview
 
@@ -174,7 +162,7 @@ def _position(notebooks: list[Path], option: str, given: str | None, default: in
     raise InputError(f"{option} {given!r}.", f"one of {names}, or its number.", f"use e.g. {option} 04.")
 
 
-def _with_absolute_paths(settings: lib_settings.Settings) -> lib_settings.Settings:
+def _with_absolute_paths(settings: Settings) -> Settings:
     """Paths that exist from the current directory only, made absolute: notebooks run in the project's root."""
 
     def absolute(text: Any) -> Any:
@@ -241,7 +229,7 @@ def run_report(
         notebooks: folder of the notebooks (default: the project's).
         timeout: seconds that one notebook may take.
         say: called with every line of progress.
-        rerun: execute also the notebooks whose pages are unchanged (`lib.report.unchanged`).
+        rerun: execute also the notebooks whose pages are unchanged (`unchanged_page`).
 
     Raises:
         InputError: refused before anything ran.
@@ -249,129 +237,184 @@ def run_report(
         KeyboardInterrupt, Terminated: interrupted; the running notebook and all its children were ended.
     """
     settings = _with_absolute_paths(lib_settings.load(params_file, overrides))
-    check_lists(settings)
+    if settings.task != "classification":  # refuse lists that cannot be read before hours of training go by
+        read_terms(settings.terms)
+        read_prompts(settings.prompts_file)
     found = find_notebooks(notebooks or PROJECT / "notebooks")
     first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
     if last < first:
         raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
-    folder = reports_folder() / settings.run_name
-    session = _Session(settings, folder, found, timeout, say)
+    session = _Session(open_run(settings.run_name), found, timeout, say)
     values = settings.model_dump()
     parameters = {n: declared(n, values) for n in found[first : last + 1]}
-    require_space(writable(folder), 64 << 20, "the report")
+    require_space(writable(session.folder), 64 << 20, "the report")
     started = time.monotonic()
-    with alone(folder), sigterm_raises():
-        kept = 0 if rerun else _unchanged(session, first, last, parameters)
-        if doomed := [n for n in found[first + kept :] if (folder / f"{n.stem}.html").exists() or n in parameters]:
+    with alone(session.folder), sigterm_raises():
+        kept = [] if rerun else _unchanged(session, parameters)
+        to_make = [n for n in parameters if n not in kept]
+        if doomed := [n for n in found[first + len(kept) :] if session.page(n).exists() or n in to_make]:
             _remove_pages(session, doomed)
-        for position, notebook in enumerate(found[first + kept : last + 1], first + kept):
-            _stage(session, position, parameters[notebook])
+        for notebook in to_make:
+            _stage(session, notebook, parameters[notebook])
         _render_again(session)
         overview = session.write_indexes()
-    made = tuple(folder / f"{n.stem}.html" for n in found if (folder / f"{n.stem}.html").is_file())
-    return Report(settings.run_name, folder, overview, made, time.monotonic() - started)
+    made = tuple(page for page in map(session.page, found) if page.is_file())
+    return Report(settings.run_name, session.folder, overview, made, time.monotonic() - started)
 
 
-def _unchanged(session: _Session, first: int, last: int, parameters: dict[Path, dict[str, Any]]) -> int:
-    """How many pages from the first on stay as they are; behind one that is made anew, all are."""
-    for position in range(first, last + 1):
-        notebook = session.notebooks[position]
-        page = session.folder / f"{notebook.stem}.html"
-        if not unchanged.unchanged_page(page, notebook, parameters[notebook], open_run(session.run_name)):
-            return position - first
-        head = f"[{position + 1}/{len(session.notebooks)}] {notebook.stem}"
-        session.say(f"{head}: unchanged, no kernel started (--rerun starts it)")
-    return last + 1 - first
+def _unchanged(session: _Session, parameters: dict[Path, dict[str, Any]]) -> list[Path]:
+    """The first notebooks, whose pages stay as they are; behind one that is made anew, all are."""
+    kept = []
+    for notebook, given in parameters.items():
+        if not unchanged_page(session.page(notebook), notebook, given, session.run):
+            break
+        kept.append(notebook)
+        session.say(f"{session.head(notebook)}: unchanged, no kernel started (--rerun starts it)")
+    return kept
 
 
 def _remove_pages(session: _Session, notebooks: list[Path]) -> None:
     """Remove what an earlier report left of these notebooks; say in the overview that a report is being made."""
-    for notebook in notebooks:
-        page = session.folder / f"{notebook.stem}.html"
-        for path in (unchanged.record_of(page), page, page.with_suffix(".ipynb")):
+    for page in map(session.page, notebooks):
+        for path in (record_of(page), page, page.with_suffix(".ipynb")):
             path.unlink(missing_ok=True)
-    (session.folder / unchanged.RENDERED).unlink(missing_ok=True)
+    (session.folder / RENDERED).unlink(missing_ok=True)
     shutil.rmtree(session.folder / "partial", ignore_errors=True)
     session.write_indexes(sentence("index.being_made"))
 
 
-def _stage(session: _Session, position: int, parameters: dict[str, Any]) -> None:
-    """Execute and publish one notebook."""
-    notebook = session.notebooks[position]
-    head = f"[{position + 1}/{len(session.notebooks)}] {notebook.stem}"
-    session.say(head)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=session.folder) as name:
-            work = Path(name)
-            executed = work / notebook.name
-            try:
-                ended = execute.execute(
-                    notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"{DETAIL}{line}")
-                )
-                failure = execute.judge(executed, ended, session.timeout) or _without_product(session, notebook.stem)
-                if failure:
-                    raise ReportError(notebook.stem, failure, None)
-                _publish(session, executed, work)
-            except BaseException as error:
-                evidence = _keep(session.folder, [executed, work / f"{notebook.stem}.html"])
-                if isinstance(error, ReportError):
-                    error.evidence = evidence
-                raise
-    except BaseException as error:
-        session.write_indexes(_state(notebook.stem, error))
-        _render_again(session)
-        raise
-    page = session.folder / f"{notebook.stem}.html"
-    unchanged.remember_page(page, notebook, parameters, open_run(session.run_name))
-    session.say(f"{head}: done in {duration(ended.seconds)}")
+def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> None:
+    """Execute and publish one notebook; what there is of a failed one is moved to partial/."""
+    name, page = notebook.stem, session.page(notebook)
+    session.say(session.head(notebook))
+    with tempfile.TemporaryDirectory(prefix=".work-", dir=session.folder) as temporary:
+        work = Path(temporary)
+        executed, draft = work / notebook.name, work / page.name
+        try:
+            ended = execute.execute(
+                notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"{DETAIL}{line}")
+            )
+            if failure := execute.judge(executed, ended, session.timeout) or _without_product(session, name):
+                raise ReportError(name, failure)
+            # Rendered and checked before anything of it is put into the report.
+            stages = [replace(s, exists=s.exists or s.name == name) for s in session.stages()]
+            text = html.render(executed, summarise(session.run), stages)
+            draft.write_text(text, encoding="utf-8")
+            if problems := html.problems_in(text):
+                raise ReportError(name, execute.Failure(f"its page contains {', '.join(problems)}.", 1))
+            executed.replace(page.with_suffix(".ipynb"))
+            write_text(page, text)
+        except BaseException as error:
+            partial, why = session.folder / "partial", f"{type(error).__name__}."
+            made = [file for file in (executed, draft) if file.is_file()]
+            if made:
+                partial.mkdir(exist_ok=True)
+            kept = [file.replace(partial / file.name) for file in made]
+            if isinstance(error, ReportError):
+                why, error.evidence = error.failure.sentence, next(iter(kept), None)
+            interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
+            session.write_indexes(sentence("index.stopped", stage=name, why=why, interrupted=interrupted))
+            _render_again(session)
+            raise
+    remember_page(page, notebook, parameters, session.run)
+    session.say(f"{session.head(notebook)}: done in {duration(ended.seconds)}")
 
 
 def _without_product(session: _Session, stage: str) -> execute.Failure | None:
     """A stage that ran to its end without leaving its product is a failure too."""
     wanted = next((product for product, notebook in NOTEBOOK_OF.items() if notebook == stage), None)
-    if wanted is None or wanted in open_run(session.run_name).manifest.entries():
+    if wanted is None or wanted in session.run.manifest.entries():
         return None
     return execute.Failure(f"it ran to its end, but the product {wanted!r} is not in the manifest.", 1)
 
 
-def _state(stage: str, error: BaseException) -> str:
-    """What the overview says of a report that is not complete."""
-    why = str(error).removeprefix(f"{stage}: ") if isinstance(error, ReportError) else f"{type(error).__name__}."
-    interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
-    return sentence("index.stopped", stage=stage, why=why, interrupted=interrupted)
-
-
-def _keep(folder: Path, files: list[Path]) -> Path | None:
-    """Move what there is of a failed stage to partial/; returns the notebook there, or None."""
-    partial = folder / "partial"
-    kept = []
-    for file in files:
-        if file.is_file():
-            partial.mkdir(exist_ok=True)
-            kept.append(file.replace(partial / file.name))
-    return kept[0] if kept else None
-
-
-def _publish(session: _Session, executed: Path, work: Path) -> None:
-    """Render, check, and only then put page and executed notebook into the report."""
-    name = executed.stem
-    stages = [replace(s, exists=s.exists or s.name == name) for s in session.stages()]
-    text = html.render(executed, summarise(open_run(session.run_name)), stages)
-    if found := html.problems_in(text):
-        (work / f"{name}.html").write_text(text, encoding="utf-8")
-        raise ReportError(name, execute.Failure(f"its page contains {', '.join(found)}.", 1), None)
-    executed.replace(session.folder / executed.name)
-    write_text(session.folder / f"{name}.html", text)
-
-
 def _render_again(session: _Session) -> None:
     """Give every page the links and stamps that are known only now; nothing is executed."""
-    summary, stages = summarise(open_run(session.run_name)), session.stages()
-    state = unchanged.rendered_state(summary, stages)
-    if unchanged.is_rendered(session.folder, state):
+    summary, stages = summarise(session.run), session.stages()
+    state = {"library": _library(), "run": sha256_json([repr(summary), repr(stages)])}
+    if _read(session.folder / RENDERED) == state:
         return
     for stage in stages:
         executed = session.folder / f"{stage.name}.ipynb"
         if stage.exists and executed.is_file():
             write_text(session.folder / f"{stage.name}.html", html.render(executed, summary, stages))
-    write_json(session.folder / unchanged.RENDERED, state)
+    write_json(session.folder / RENDERED, state)
+
+
+# Whether a page still shows what its notebook would: then a report answers without starting a kernel for it.
+#
+# Beside a page lies a record of everything that it depends on. It is written last, so a page without one is made again.
+
+RENDERED = ".rendered.json"
+"""Beside the pages: what their links and stamps were made from."""
+
+
+def record_of(page: Path) -> Path:
+    """The file beside a page that says what it was made from."""
+    return page.with_name(f".{page.stem}.json")
+
+
+def page_state(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> dict[str, Any]:
+    """What a page depends on: its notebook, parameters, the library, packages, products up to its own, local files.
+
+    Files are known by size and time of their last change: reading a model of gigabytes would take longer than the rest.
+    """
+    products = {
+        name: entry.digest for name, entry in run.manifest.entries().items() if NOTEBOOK_OF[name][:2] <= page.stem[:2]
+    }
+    files = [run.folder / name for name in products] + [run.folder / PHONES, *_local_files(parameters)]
+    return {
+        "notebook": sha256_file(notebook),
+        "parameters": sha256_json(parameters),
+        "library": _library(),
+        "packages": versions(),
+        "products": products,
+        "files": sha256_json([list(_times(path)) for path in files]),
+        "executed": sha256_file(page.with_suffix(".ipynb")),
+    }
+
+
+def unchanged_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> bool:
+    """Whether the page is there and nothing that it depends on has changed since it was made."""
+    there = all(path.is_file() for path in (page, page.with_suffix(".ipynb")))
+    if parameters.get("force") or not there:
+        return False
+    return _read(record_of(page)) == page_state(page, notebook, parameters, run)
+
+
+def remember_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> None:
+    """Write the record of a page that has just been made."""
+    write_json(record_of(page), page_state(page, notebook, parameters, run))
+
+
+def _read(record: Path) -> Any:
+    try:
+        return read_json(record)
+    except (InputError, OSError):
+        return None
+
+
+@functools.cache
+def _library() -> str:
+    """Hash of the sources of lib: code, templates, data."""
+    files = sorted(path for path in (PROJECT / "lib").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sha256_json({path.relative_to(PROJECT).as_posix(): sha256_file(path) for path in files})
+
+
+def _local_files(parameters: dict[str, Any]) -> Iterator[Path]:
+    """Files and folders of the user's that parameters name; of runs to choose from their manifests."""
+    fallbacks = [value for entry in parameters.get("fallbacks", ()) for value in entry.values()]
+    for text in filter(lambda value: isinstance(value, str) and value, [*parameters.values(), *fallbacks]):
+        if text.startswith(BEST_OF):
+            names = text.removeprefix(BEST_OF).split(",")
+            yield from (runs_folder() / name.strip() / "manifest.json" for name in names)
+        elif len(text) < 4096 and "\n" not in text and (path := user_path(text)).exists():
+            yield path
+
+
+def _times(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes and time of the last change of a file, or of every file in a folder."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            found = file.stat()
+            yield file.name, found.st_size, found.st_mtime_ns

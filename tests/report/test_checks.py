@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.report.html import broken_links, problems, problems_in
+from lib.report.html import problems_in
+from tests.support.pages import broken_links, problems
 
 GOOD = (
     '<!DOCTYPE html><html lang="en"><head><title>t</title><style>p { color: #111; }</style></head><body><p>{}</p>'

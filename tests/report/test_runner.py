@@ -18,8 +18,8 @@ import pytest
 
 from lib.errors import InputError
 from lib.report import execute
-from lib.report.html import broken_links, problems
 from lib.report.runner import ReportError, alone, run_report
+from tests.support.pages import broken_links, problems
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children")
 
