@@ -97,13 +97,19 @@ def plot_losses(ax: Axes, train: Series, valid: Series, chosen: tuple[int, float
     ax.legend()
 
 
+def point(name: str, estimate: float, limits: Sequence[float | None] | None, n: int) -> dict[str, Any]:
+    """A line of `estimates`; open limits, or none, are None."""
+    low, high = limits or (None, None)
+    return {"name": name, "estimate": estimate, "low": low, "high": high, "n": n}
+
+
 def estimates(
     points: Sequence[Mapping[str, Any]], axis: str, caption: str, reference: float | None = None, band: float = 0.0
 ) -> HTML:
     """Estimates with intervals, one a line.
 
     Args:
-        points: mappings with name, estimate, low, high (same unit as the axis; None = no interval) and n.
+        points: see `point`; in the unit of the axis.
         reference: position of a vertical line; `band` shades ± that much around it (an equivalence margin).
     """
     fig, ax = panels(height=0.9 + 0.38 * len(points))
@@ -197,18 +203,13 @@ def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     return figure(fig, sentence("charts.tensor_types"), sentence("charts.tensor_types_alt", files=files))
 
 
-def _mark(entry: Mapping[str, Any], frontier: Sequence[str]) -> tuple[str, str]:
-    """Shape and colour of a file in `size_quality`."""
-    if entry.get("kind") == "folder":
-        return "^", GREEN
-    if entry["kld_mean"] == 0:
-        return "D", GREY
-    return ("o", BLUE) if entry["type"] in frontier else ("s", ORANGE)
-
-
 def _style(entry: Mapping[str, Any], frontier: Sequence[str]) -> dict[str, Any]:
-    """The same for a point with its interval."""
-    shape, colour = _mark(entry, frontier)
+    """Shape and colour of a file in `size_quality`."""
+    shape, colour = ("o", BLUE) if entry["type"] in frontier else ("s", ORANGE)
+    if entry["kld_mean"] == 0:
+        shape, colour = "D", GREY
+    if entry.get("kind") == "folder":
+        shape, colour = "^", GREEN
     return {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
 
 
@@ -284,10 +285,10 @@ def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[s
     fig, (left, right) = panels(*_PANEL, columns=2)
     places = np.arange(len(entries))[::-1]
     for place, entry in zip(places, entries, strict=True):
-        (shape, colour), x = _mark(entry, frontier), entry["generation_tokens_per_second"]
+        style, x = _style(entry, frontier), entry["generation_tokens_per_second"]
         low, high = entry["generation_tokens_per_second_range"]
-        left.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
-        right.plot(entry["peak_memory_mib"], place, shape, color=colour)
+        left.errorbar(x, place, xerr=[[x - low], [high - x]], **style)
+        right.plot(entry["peak_memory_mib"], place, style["fmt"], color=style["color"])
     left.set_yticks(places, [entry["type"] for entry in entries], fontsize=8)
     right.set_yticks(places, [""] * len(entries))
     fastest = max(entry["generation_tokens_per_second_range"][1] for entry in entries)

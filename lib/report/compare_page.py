@@ -138,10 +138,10 @@ class AccuracyPage(_Page):
 
     def differences(self) -> HTML:
         """Paired difference in accuracy from the reference, in points."""
-        points = [
-            _point(e, 100 * e["accuracy_difference"], _times(100, e["accuracy_difference_interval"]))
-            for e in self.others
-        ]
+        points = []
+        for e in self.others:
+            found = Interval.from_json(e["accuracy_difference"], e["accuracy_difference_interval"]).scaled(100)
+            points.append(charts.point(e["type"], found.estimate, found.to_json(), e["n"]))
         axis, caption = f"accuracy minus that of {self.reference}, points", sentence("compare.accuracy_differences")
         return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
@@ -201,9 +201,8 @@ class AnswerPage(_Page):
         words = tell(
             "compare.answer_power",
             n=self.n,
-            tokens=self.others[0]["answer_tokens"],
+            others=self.others,
             mdes=[100 * min(seen), 100 * max(seen)] if seen else None,
-            files=len(self.others),
             margin=self.result.margin,
             floor=self.result.conditions["unigram_ppl"],
         )
@@ -220,7 +219,7 @@ class AnswerPage(_Page):
         points = []
         for e in self.others:
             limits = [None if limit is None else 100 * (limit - 1) for limit in e["answer_ratio_interval"]]
-            points.append(_point(e, 100 * (e["answer_ratio"] - 1), limits))
+            points.append(charts.point(e["type"], 100 * (e["answer_ratio"] - 1), limits, e["n"]))
         axis, caption = f"answer perplexity against {self.reference}, %", sentence("compare.answer_differences")
         return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
@@ -279,16 +278,6 @@ SHORT = {
     "repetition": "repeated ↓",
 }
 """Metrics of written answers in the tables, and their headings."""
-
-
-def _point(entry: Entry, estimate: float, limits: Sequence[float | None] | None) -> Row:
-    """A file for `charts.estimates`."""
-    low, high = limits or (None, None)
-    return {"name": entry["type"], "estimate": estimate, "low": low, "high": high, "n": entry["n"]}
-
-
-def _times(factor: float, limits: Sequence[float | None]) -> list[float | None]:
-    return [None if limit is None else factor * limit for limit in limits]
 
 
 # Rows of tables: one row a file.
@@ -413,8 +402,10 @@ def kept_chart(files: Sequence[Entry]) -> HTML | None:
     known = sorted(_known(files), key=lambda e: -e["bytes"])
     if not known:
         return None
-    named = [{**e, "type": f"{e['type']}, {e['bytes'] / 1e6:.1f} MB"} for e in known]
-    points = [_point(e, e["retention"], e["retention_interval"]) for e in named]
+    points = []
+    for e in known:
+        name = f"{e['type']}, {e['bytes'] / 1e6:.1f} MB"
+        points.append(charts.point(name, e["retention"], e["retention_interval"], e["n"]))
     caption = sentence("compare.kept", n=known[0]["n"], little=KEEPS_LITTLE)
     return charts.estimates(points, "kept of what fine-tuning changed in the answers", caption, reference=1.0)
 

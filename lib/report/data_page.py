@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lib.report import charts, display
 from lib.report.display import Row, tell
@@ -47,7 +47,13 @@ def page_of(result: DataResult) -> LabelPage | ConversationPage:
 
 
 class DataPage:
-    """What both kinds of rows have in common."""
+    """What both kinds of rows have in common; the kinds name the captions in which they differ."""
+
+    copied: ClassVar[str]
+    """What is counted as copies."""
+    lengths_of: ClassVar[str]
+    """What the table of lengths shows."""
+    example_sentence: ClassVar[str]
 
     def __init__(self, result: DataResult) -> None:
         self.result, self.task, self.facts = result, result.task, result.product.entry.facts
@@ -105,6 +111,11 @@ class DataPage:
             traditional=sum(line["traditional"] + line["mixed"] for line in audit["scripts"]),
         )
 
+    def copies(self) -> HTML:
+        """Duplicates."""
+        caption = f"{self.copied} within each split and over all splits, as read."
+        return display.table(self.result.duplicates, caption)
+
     def overlaps(self) -> HTML:
         """Leaks between splits."""
         caption = "Rows of one split that are copies of another split's rows, as read."
@@ -119,17 +130,19 @@ class DataPage:
         """Tokens a row."""
         return charts.length_histogram(self.result.lengths, self.task.max_seq_length)
 
-    def _example(self, caption: str) -> HTML:
+    def example(self) -> HTML:
+        """One row as token pieces."""
         pieces = self.result.example["pieces"]
-        told = sentence(caption, example=self.result.example, prompt_hash=self.facts["prompt_hash"])
+        told = sentence(self.example_sentence, example=self.result.example, prompt_hash=self.facts["prompt_hash"])
         return display.tokens([piece["text"] for piece in pieces], [piece["loss"] for piece in pieces], told)
 
-    def _length_table(self, caption: str) -> HTML:
+    def length_table(self) -> HTML:
+        """Percentiles of the lengths."""
         rows = [
             {(f"{key[1:]} %" if key.startswith("p") else key): value for key, value in line.items()}
             for line in self.result.length_table
         ]
-        return display.table(rows, caption, {"truncated share": ".2%"})
+        return display.table(rows, f"Tokens a row: percentiles, {self.lengths_of}.", {"truncated share": ".2%"})
 
     def _totals(self) -> dict[str, int]:
         """For the conclusions: the longest row, rows that are cut, and the limit."""
@@ -144,16 +157,15 @@ class DataPage:
 class LabelPage(DataPage):
     """Texts with labels."""
 
+    copied = "Copies and conflicting labels"
+    lengths_of = "and rows whose text is cut at its end"
+    example_sentence = "data.label_example"
+
     def shape(self) -> HTML:
         """Rows of each label."""
         names = self.task.label_names
         counts = {line["split"]: [line[name] for name in names] for line in self.result.balance}
         return charts.label_balance(counts, names)
-
-    def copies(self) -> HTML:
-        """Duplicates."""
-        caption = "Copies and conflicting labels within each split and over all splits, as read."
-        return display.table(self.result.duplicates, caption)
 
     def leaks(self) -> Markdown:
         """How many test rows are leaked."""
@@ -165,26 +177,16 @@ class LabelPage(DataPage):
         caption = "Examples of texts that carry both labels: at best one of the two can be right."
         return display.texts(found, caption)
 
-    def length_table(self) -> HTML:
-        """Percentiles of the lengths."""
-        return self._length_table("Tokens a row: percentiles, and rows whose text is cut at its end.")
-
-    def example(self) -> HTML:
-        """One row as token pieces."""
-        return self._example("data.label_example")
-
     def floor(self) -> HTML:
         """The linear floor."""
         test = self.result.floor["test"]
         parts = {"all test rows": test["all"], "leak-free test rows": test["leak_free"]}
         parts |= {f"{name} patterns": report for name, report in (test["by_pattern"] or {}).items()}
-        points = []
-        for name, report in parts.items():
-            if report:
-                low, high = report["accuracy_interval"]
-                points.append(
-                    {"name": name, "estimate": report["accuracy"], "low": low, "high": high, "n": report["n"]}
-                )
+        points = [
+            charts.point(name, report["accuracy"], report["accuracy_interval"], report["n"])
+            for name, report in parts.items()
+            if report
+        ]
         caption = sentence("data.floor", model=self.result.floor["model"], trained_on=self.result.floor["trained_on"])
         return charts.estimates(points, "accuracy of the linear floor", caption)
 
@@ -199,14 +201,15 @@ class LabelPage(DataPage):
 class ConversationPage(DataPage):
     """Conversations."""
 
+    copied = "Copies of openings and of whole rows"
+    lengths_of = (
+        "rows that lose whole turns at their end, rows left out as too long, and answers that are learned or only read"
+    )
+    example_sentence = "data.answer_example"
+
     def shape(self) -> HTML:
         """Rows and turns."""
         return display.table(self.result.balance, "Rows and turns (without the system's) of each split.")
-
-    def copies(self) -> HTML:
-        """Duplicates."""
-        caption = "Copies of openings and of whole rows within each split and over all splits, as read."
-        return display.table(self.result.duplicates, caption)
 
     def leaks(self) -> Markdown:
         """How many test rows are leaked."""
@@ -217,17 +220,6 @@ class ConversationPage(DataPage):
         """There are none."""
         return tell("data.no_conflicts")
 
-    def length_table(self) -> HTML:
-        """Percentiles of the lengths."""
-        return self._length_table(
-            "Tokens a row: percentiles, rows that lose whole turns at their end, rows left out as too long, and "
-            "answers that are learned or only read."
-        )
-
-    def example(self) -> HTML:
-        """One row as token pieces."""
-        return self._example("data.answer_example")
-
     def floor(self) -> Markdown:
         """There is none."""
         return tell("data.no_floor")
@@ -235,14 +227,11 @@ class ConversationPage(DataPage):
     def learned(self) -> Markdown:
         """The conclusions."""
         shape = {line["split"]: line for line in self.result.balance}
-        learned, read = (
-            sum(line.get(key, 0) for line in self.result.length_table)
-            for key in ("answers learned", "answers only read")
-        )
-        thinking = self.task.thinking
-        return tell(
-            "data.answers_learned", shape=shape, thinking=thinking, learned=learned, read=read, **self._totals()
-        )
+        counts = {
+            name: sum(line.get(key, 0) for line in self.result.length_table)
+            for name, key in (("learned", "answers learned"), ("read", "answers only read"))
+        }
+        return tell("data.answers_learned", shape=shape, thinking=self.task.thinking, **counts, **self._totals())
 
 
 def text_findings(audit: Row) -> list[Row]:
@@ -254,9 +243,7 @@ def text_findings(audit: Row) -> list[Row]:
         {
             "what": line["what"],
             f"rows: {', '.join(splits)}": ", ".join(f"{line[name]:,}" for name in splits),
-            "characters": line["characters"],
-            "most frequent": line["most frequent"],
-            "example": line["example"],
+            **{key: line[key] for key in ("characters", "most frequent", "example")},
         }
         for line in audit["findings"]
     ]
@@ -266,8 +253,5 @@ def text_findings(audit: Row) -> list[Row]:
 def _rows_of(group: str, audit: Any) -> list[tuple[str, int]]:
     """The kinds of a group with their rows over all splits."""
     splits = [line["split"] for line in audit["scripts"]]
-    return [
-        (line["what"].split(" (")[0], sum(line[name] for name in splits))
-        for line in audit["findings"]
-        if line["group"] == group
-    ]
+    found = [line for line in audit["findings"] if line["group"] == group]
+    return [(line["what"].split(" (")[0], sum(line[name] for name in splits)) for line in found]

@@ -88,15 +88,7 @@ class AccuracyPage:
     def verdict(self) -> Markdown:
         """The verdicts in words."""
         base, floor = (self.result.comparisons[self.part][name] for name in (BASE, FLOOR))
-        return tell(
-            "evaluate.accuracy_verdict",
-            n=base.n,
-            part=self.part.replace("_", "-"),
-            base=base.verdict,
-            base_points=100 * base.difference.estimate,
-            floor=floor.verdict,
-            floor_points=100 * floor.difference.estimate,
-        )
+        return tell("evaluate.accuracy_verdict", part=self.part.replace("_", "-"), base=base, floor=floor)
 
     def errors(self) -> HTML:
         """Confusion matrices."""
@@ -115,7 +107,7 @@ class AccuracyPage:
     def reading(self) -> Markdown:
         """Which class is missed most."""
         missed = min(self.result.models[FINETUNED].reports[ALL].classes, key=lambda scores: scores.recall)
-        return tell("evaluate.missed", label=missed.name, recall=missed.recall, support=missed.support)
+        return tell("evaluate.missed", missed=missed)
 
     def examples(self) -> HTML:
         """The most confident mistakes."""
@@ -144,15 +136,8 @@ class AccuracyPage:
     def speed(self) -> Markdown:
         """Near ties, cut rows, time, and what was done otherwise than usual."""
         base, tuned = (self.result.scores[name] for name in (BASE, FINETUNED))
-        return tell(
-            "evaluate.near_ties",
-            base=base.near_ties,
-            tuned=tuned.near_ties,
-            n=len(tuned.ids),
-            cut=int(tuned.truncated.sum()),
-            seconds=_seconds(self.result),
-            notes=[(name, note) for name, note in self.result.scoring.items() if note],
-        )
+        told = {"seconds": _seconds(self.result), "notes": self.result.scoring}
+        return tell("evaluate.near_ties", base=base, tuned=tuned, cut=int(tuned.truncated.sum()), **told)
 
     def prompts(self) -> Markdown:
         """Nothing is written."""
@@ -196,9 +181,8 @@ class AnswerPage:
         """Perplexities with their intervals."""
         points = []
         for part, model, found, own in self._figures():
-            low, high = own["perplexity_interval"] or (None, None)
             name = f"{model}, {part.replace('_', '-')} rows"
-            points.append({"name": name, "estimate": own["perplexity"], "low": low, "high": high, "n": found["n"]})
+            points.append(charts.point(name, own["perplexity"], own["perplexity_interval"], found["n"]))
         caption = "Perplexity with 95 % intervals (Student's, over groups of alike rows)."
         return charts.estimates(points, "perplexity of the reference answers", caption)
 

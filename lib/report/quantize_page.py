@@ -261,23 +261,10 @@ def exports(found: ExportsResult) -> Shown:
 
 def compared(files: Iterable[Entry], formats: Iterable[Mapping[str, str]]) -> str:
     """What stands in the tables of 07 beside GGUF files, and what is not there."""
-    folders = [entry for entry in files if entry["kind"] == "folder"]
-    return sentence(
-        "quantize.compared",
-        folders=[entry["type"] for entry in folders],
-        devices=list(dict.fromkeys(entry["device"] for entry in folders)),
-        skipped_formats=list(formats),
-    )
+    return sentence("quantize.compared", files=files, skipped_formats=list(formats))
 
 
 def learned(result: QuantizeResult, exported: ExportsResult) -> Markdown:
     """The conclusions of the page."""
-    return tell(
-        "quantize.learned",
-        files=len(result.files),
-        seconds=sum(f.seconds for f in result.files),
-        at_once=result.product.entry.facts.get("at_once", 1),
-        fallbacks=sum(len(f.fallbacks) for f in result.files),
-        made=len(exported.made),
-        skipped_formats=len(exported.skipped),
-    )
+    at_once = result.product.entry.facts.get("at_once", 1)
+    return tell("quantize.learned", files=result.files, at_once=at_once, exported=exported)
