@@ -23,7 +23,7 @@ from lib.runs.files import PROJECT, home
 
 if TYPE_CHECKING:
     from lib.settings import Settings
-    from lib.stages.finetune.memory import Plan, Strategy
+    from lib.stages.finetune.memory import Strategy
 
 GIB = 2**30
 
@@ -69,47 +69,33 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
 
 def strategy_text(found: Strategy, settings: Settings) -> str:
     """The plans as a table, the recommended one with the settings it needs."""
-    gib = found.free / GIB
+    from lib.report.sentences import sentence
+    from lib.stages.finetune.memory import OFFLOAD
+
+    rows = []
+    for plan in found.plans:
+        sizes = plan.estimate.to_json()
+        parts = {part: f"{sizes[part] / GIB:.2f}" for part in PARTS}
+        fits = {"need": f"{plan.need / GIB:.2f}", "fits": "yes" if plan.fits else "no"}
+        rows.append({"plan": plan.name, **parts, **fits})
+    if found.chosen is None:
+        need = min(plan.need for plan in found.plans if plan.possible) / 0.9 / GIB
+        advice = sentence("doctor.no_plan", gib=need, offload=OFFLOAD)
+    else:
+        asked = settings.model_copy(update=found.chosen.changes)
+        values = {"devices": found.devices, "plan": found.chosen, "asked": asked}
+        advice = sentence("doctor.advice", **values, offload=OFFLOAD)
     lines = [
-        f"Strategy for {found.model}: {found.weights / 1e6:,.0f} M weights in {found.dtype}, "
-        f"rows of up to {found.tokens} tokens",
-        f"Device: {found.device}; {gib:.1f} GiB free"
-        + (f" on each of {found.devices} GPUs" if found.devices > 1 else ""),
+        sentence("doctor.model", found=found),
+        sentence("doctor.room", found=found, gib=found.free / GIB),
         "",
-        table([_row(plan) for plan in found.plans], ("plan", *PARTS, "need", "fits")),
+        table(rows, ("plan", *PARTS, "need", "fits")),
         "GiB. A trained weight takes 4 bytes in the adapter, 4 as gradient, 8 in AdamW; activations grow with rows ×",
         "tokens; a plan fits when its need is at most nine tenths of what is free.",
         "",
-        _advice(found, settings),
+        advice,
     ]
     return "\n".join(lines)
-
-
-def _row(plan: Plan) -> dict[str, str]:
-    sizes = plan.estimate.to_json()
-    parts = {part: f"{sizes[part] / GIB:.2f}" for part in PARTS}
-    return {"plan": plan.name, **parts, "need": f"{plan.need / GIB:.2f}", "fits": "yes" if plan.fits else "no"}
-
-
-def _advice(found: Strategy, settings: Settings) -> str:
-    from lib.stages.finetune.memory import OFFLOAD
-
-    if found.chosen is None:
-        return (
-            "Recommended: none of these fits. Take a smaller base_model or max_seq_length, or a device with "
-            f"{min(plan.need for plan in found.plans if plan.possible) / 0.9 / GIB:.1f} GiB free. {OFFLOAD}"
-        )
-    changes = found.chosen.changes
-    asked = settings.model_copy(update=changes)
-    kind = "QLoRA" if asked.load_in_4bit else "LoRA"
-    processes = asked.num_processes
-    way = f"data parallel on {processes} processes, one GPU each" if found.devices > 1 else f"{processes} processes"
-    way = way if processes > 1 else "a single process"
-    change = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
-    note = "" if found.devices > 1 else " Several processes on one device share its memory and its speed."
-    todo = f"Set {change}." if change else "Nothing needs to be changed."
-    way += "".join(found.chosen.name.partition(" (")[1:])  # an update of another size
-    return f"Recommended: {kind} in {way}. {todo}{note} {OFFLOAD}"
 
 
 # What this machine can run.
@@ -141,9 +127,30 @@ class Check:
 def examine() -> list[Check]:
     """All checks, in the order of importance."""
     python = Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
-    libraries = [_bitsandbytes(), _llama_cpp(), _library("llmcompressor", "gptq"), _library("torchao", "torchao-int8")]
-    tools = [_fonts(), _git(), _chromium(), _phone_page()]
-    return [python, _lock(), *_torch(), *libraries, *_room(), *tools, *_hub()]
+    return [python, _lock(), *_torch(), *_libraries(), *_room(), *_tools(), *_hub()]
+
+
+class _Pip(dict[str, str]):
+    """The command that installs a package of the lock in its version."""
+
+    def __missing__(self, name: str) -> str:
+        try:
+            return f"pip install {name}=={_locked()[name]}"
+        except (OSError, KeyError):  # without the project's files, or a lock of another time
+            return f"pip install {name}"
+
+
+def _lack(name: str, found: str, state: str = LACK, cure: str = "") -> Check:
+    """A check that found something wanting.
+
+    Args:
+        cure: its name in ``cures.yaml``, where it is not the check's.
+    """
+    import yaml
+
+    cures = yaml.safe_load(Path(__file__).with_name("cures.yaml").read_text(encoding="utf-8"))
+    told = cures[cure or name]
+    return Check(name, state, found, told["cure"].format(pip=_Pip()), told["touches"])
 
 
 def broken(found: Sequence[Check]) -> bool:
@@ -181,14 +188,6 @@ def _locked() -> dict[str, str]:
     return versions
 
 
-def _pip(name: str) -> str:
-    """The command that installs a package of the lock in its version."""
-    try:
-        return f"pip install {name}=={_locked()[name]}"
-    except (OSError, KeyError):  # without the project's files, or a lock of another time
-        return f"pip install {name}"
-
-
 def lock_differences() -> list[str]:
     """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
     found = []
@@ -212,8 +211,7 @@ def _lock() -> Check:
     if not different:
         return Check("Packages", OK, "exactly the lock (requirements.txt)")
     shown = ", ".join(different[:5]) + (", …" if len(different) > 5 else "")
-    cure = "pip install -r requirements.txt (make does it)."
-    return Check("Packages", LACK, f"{len(different)} differ from the lock: {shown}", cure, "all: numbers may differ")
+    return _lack("Packages", f"{len(different)} differ from the lock: {shown}")
 
 
 def _torch() -> list[Check]:
@@ -223,51 +221,41 @@ def _torch() -> list[Check]:
         kind = machine.torch_device()
     except Exception as error:  # a broken native library may raise anything
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return [Check("torch", BROKEN, found, f"{_pip('torch')} --force-reinstall", "all")]
-    gpu = Check("GPU", OK, machine.device_name())
-    if kind == "cpu":
-        cure = "none needed for the offline base; for Qwen, a GPU saves hours (README: GPU builds)."
-        gpu = Check("GPU", LACK, f"none: {machine.device_name()}", cure, "02, 03 (slower)")
-    dtype, reason = machine.compute_dtype()
-    bfloat16 = Check("bfloat16", OK, reason)
-    if dtype != "bfloat16":
-        cure = "none: float32 is used, with twice the memory."
-        bfloat16 = Check("bfloat16", LACK, reason, cure, "02, 03 (more memory)")
-    return [Check("torch", OK, torch.__version__), gpu, bfloat16]
+        return [_lack("torch", found, BROKEN)]
+    gpu, (dtype, reason) = machine.device_name(), machine.compute_dtype()
+    return [
+        Check("torch", OK, torch.__version__),
+        _lack("GPU", f"none: {gpu}") if kind == "cpu" else Check("GPU", OK, gpu),
+        Check("bfloat16", OK, reason) if dtype == "bfloat16" else _lack("bfloat16", reason),
+    ]
 
 
-def _bitsandbytes() -> Check:
+def _libraries() -> list[Check]:
     if problem := machine.bitsandbytes_problem():
-        cure = f"{_pip('bitsandbytes')}; without it load_in_4bit falls back to LoRA and the pages say so."
-        return Check("bitsandbytes", LACK, problem, cure, "02 with load_in_4bit: true; 06: int8, nf4")
-    return Check("bitsandbytes", OK, f"{metadata.version('bitsandbytes')}: a small NF4 product is right")
+        found = [_lack("bitsandbytes", problem)]
+    else:
+        words = f"{metadata.version('bitsandbytes')}: a small NF4 product is right"
+        found = [Check("bitsandbytes", OK, words)]
+    found.append(_llama_cpp())
+    for package in ("llmcompressor", "torchao"):  # each makes one export format
+        there = machine.has_module(package)
+        found.append(Check(package, OK, metadata.version(package)) if there else _lack(package, "not installed"))
+    return found
 
 
 def _llama_cpp() -> Check:
     """Imported, and tried on 8-bit weights: as some compilers make it, it does not survive them."""
-    name, touches = "llama-cpp-python", "05 (gate), 06, 07"
+    name = "llama-cpp-python"
     if problem := machine.llama_cpp_problem():
-        cure = f"install a C/C++ compiler, then {_pip(LLAMA)} (about 4 minutes on 2 cores)."
-        return Check(name, LACK, problem, cure, touches)
+        return _lack(name, problem)
     from lib.scoring.measure import llama_cpp_crash
 
     if crash := llama_cpp_crash():
-        flag = "-U__AMX_INT8__"
-        again = f"{_pip(LLAMA)} --force-reinstall --no-cache-dir --no-deps"
-        cure = f"compile it without the code for AMX: CFLAGS={flag} CXXFLAGS={flag} {again}"
-        return Check(name, BROKEN, crash, cure, touches)
+        return _lack(name, crash, BROKEN, "llama-cpp-python crashes")
     import llama_cpp
 
     gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
     return Check(name, OK, f"{metadata.version(name)}, {gpu}: survives a prompt on 8-bit weights")
-
-
-def _library(package: str, made: str) -> Check:
-    """A package that makes one export format."""
-    if machine.has_module(package):
-        return Check(package, OK, metadata.version(package))
-    cure = f"{_pip(package)}; without it {made} is skipped."
-    return Check(package, LACK, "not installed", cure, f"06 with export_formats: [{made}]")
 
 
 def _room() -> list[Check]:
@@ -275,51 +263,34 @@ def _room() -> list[Check]:
     available = machine.available_memory() / GIB
     memory = Check("Memory", OK, f"{available:.1f} GiB available")
     if available < MEMORY_GIB:
-        found = f"{memory.found}, {MEMORY_GIB:.0f} wanted by params/quick.yaml"
-        cure = "close programs; set gradient_checkpointing: true and smaller batches."
-        memory = Check("Memory", LACK, found, cure, "02, 03, 07")
+        memory = _lack("Memory", f"{memory.found}, {MEMORY_GIB:.0f} wanted by params/quick.yaml")
     folder = next(p for p in (home(), *home().parents) if p.exists())
     free = shutil.disk_usage(folder).free / 1e9
     disk = Check("Disk", OK, f"{free:.1f} GB free at {home()}")
     if free < DISK_GB:
-        cure = "free some space, or set WORKBOOK_HOME to a folder on another disk."
-        disk = Check("Disk", LACK, f"{disk.found}, {DISK_GB:.0f} wanted", cure, "all")
+        disk = _lack("Disk", f"{disk.found}, {DISK_GB:.0f} wanted")
     if os.access(folder, os.W_OK):
         return [memory, disk]
-    return [memory, disk, Check("Output folder", BROKEN, f"{folder} cannot be written", "set WORKBOOK_HOME.", "all")]
+    return [memory, disk, _lack("Output folder", f"{folder} cannot be written", BROKEN)]
 
 
-def _fonts() -> Check:
+def _tools() -> list[Check]:
+    """What figures, footers, screenshots and the phone page need."""
     from lib.report.display import cjk_font
-
-    if font := cjk_font():
-        return Check("Chinese font", OK, f"{font} (figures)")
-    cure = "apt install fonts-noto-cjk, dnf install google-noto-sans-cjk-fonts, or conda install font-ttf-noto-cjk."
-    return Check("Chinese font", LACK, "none: figures label in English", cure, "01, 03, 07 (figures)")
-
-
-def _git() -> Check:
-    if path := shutil.which("git"):
-        return Check("git", OK, path)
-    return Check("git", LACK, "absent", "install git; without it the pages cannot name the commit.", "all (footer)")
-
-
-def _chromium() -> Check:
-    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
-        return Check("Chromium", OK, browser)
-    touches = "no notebook: make screenshots, a test of the phone page"
-    return Check("Chromium", LACK, "absent", "apt install chromium, or dnf install chromium.", touches)
-
-
-def _phone_page() -> Check:
     from lib.stages.package.phone_page import library_lacks, library_version
 
-    missing = library_lacks()
-    if not missing:
-        return Check("wllama", OK, f"{library_version()} (phone page)")
-    npm = "" if shutil.which("npm") else "install Node.js with npm (apt install npm, or dnf install npm), then "
-    cure = f"{npm}make wllama (it needs a network, once)."
-    return Check("wllama", LACK, f"{missing[0]} is not in .cache/wllama", cure, "no notebook: workbook package --web")
+    font, git, missing = cjk_font(), shutil.which("git"), library_lacks()
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if missing:
+        words, cure = f"{missing[0]} is not in .cache/wllama", "wllama" if shutil.which("npm") else "wllama without npm"
+    return [
+        Check("Chinese font", OK, f"{font} (figures)")
+        if font
+        else _lack("Chinese font", "none: figures label in English"),
+        Check("git", OK, git) if git else _lack("git", "absent"),
+        Check("Chromium", OK, browser) if browser else _lack("Chromium", "absent"),
+        _lack("wllama", words, cure=cure) if missing else Check("wllama", OK, f"{library_version()} (phone page)"),
+    ]
 
 
 def _hub() -> list[Check]:
