@@ -327,8 +327,8 @@ def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
     with pytest.raises(InputError, match=r"--data for run .*rows without labels"):
         RowOptions("rows.csv", name).task()
     with pytest.raises(InputError, match="--label-names"):
-        RowOptions(None, name, given={"label_names": ["a", "b"]}).task()
-    assert RowOptions(None, name, given={"max_seq_length": 99}).task().max_seq_length == 99
+        RowOptions(None, name, label_names="a,b").task()
+    assert RowOptions(None, name, max_seq_length=99).task().max_seq_length == 99
 
 
 def test_llama_cpp_scores_the_same_answers(results: dict) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,8 +60,8 @@ def evaluate(
 
     if output is not None:
         _refuse_unwritable(output)
-    given = _given(label_names, system_prompt, user_prompt, max_seq_length)
-    wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
+    columns = (text_column, label_column)
+    wanted = RowOptions(data, run_name, max_samples, *columns, label_names, system_prompt, user_prompt, max_seq_length)
     task = wanted.task()
     rows, source = wanted.rows(task)
     result = evaluate_models(
@@ -82,8 +82,8 @@ def evaluate(
     )
     if output is not None:
         write_json(output, result)
-    columns = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
-    show(result, as_json, table(result["models"], columns))
+    shown = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
+    show(result, as_json, table(result["models"], shown))
 
 
 def compare(
@@ -119,8 +119,8 @@ def compare(
     from lib.stages.compare.speed import match_files
 
     phones = match_files(device or [], [reference, *others])
-    given = _given(label_names, system_prompt, user_prompt, max_seq_length)
-    wanted = RowOptions(data, run_name, max_samples, text_column, label_column, given)
+    columns = (text_column, label_column)
+    wanted = RowOptions(data, run_name, max_samples, *columns, label_names, system_prompt, user_prompt, max_seq_length)
     task = wanted.task()
     rows, source = wanted.rows(task)
     metric = metric_of(task)
@@ -148,33 +148,26 @@ def compare(
     show(result, as_json, text)
 
 
-def _given(
-    label_names: str | None, system_prompt: str | None, user_prompt: str | None, max_seq_length: int | None
-) -> dict[str, Any]:
-    """The task options that were given, as settings."""
-    values = {
-        "label_names": None if label_names is None else [name.strip() for name in label_names.split(",")],
-        "system_prompt": system_prompt,
-        "user_prompt": user_prompt,
-        "max_seq_length": max_seq_length,
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
 @dataclass(frozen=True)
 class RowOptions:
-    """Where the rows and the task come from, as the options say.
-
-    Attributes:
-        given: task settings that were given on the command line.
-    """
+    """Where the rows and the task come from, as the options say; None where an option was not given."""
 
     data: str | None
     run_name: str | None
     max_samples: int = 0
     text_column: str = ""
     label_column: str = ""
-    given: dict[str, Any] = field(default_factory=dict)
+    label_names: str | None = None
+    system_prompt: str | None = None
+    user_prompt: str | None = None
+    max_seq_length: int | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The task options that were given, as settings."""
+        values = {"label_names": None if self.label_names is None else [n.strip() for n in self.label_names.split(",")]}
+        values |= {key: getattr(self, key) for key in ("system_prompt", "user_prompt", "max_seq_length")}
+        return {key: value for key, value in values.items() if value is not None}
 
     def task(self) -> Task:
         """The task of --run, else of the defaults; options that were given replace its parts."""

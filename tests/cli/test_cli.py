@@ -167,11 +167,11 @@ def test_p_takes_key_and_value_as_papermill_does() -> None:
 
 
 def test_task_comes_from_the_options_and_the_defaults() -> None:
-    task = RowOptions(None, None, given={"label_names": ["坏", "好"], "max_seq_length": 64}).task()
+    task = RowOptions(None, None, label_names="坏, 好", max_seq_length=64).task()
     assert task.label_names == ("坏", "好") and task.max_seq_length == 64
     assert task.user_prompt == Settings().user_prompt
     with pytest.raises(InputError, match="label_names"):
-        RowOptions(None, None, given={"label_names": ["好", "好"]}).task()
+        RowOptions(None, None, label_names="好,好").task()
 
 
 def test_rows_are_drawn_the_same_every_time(tmp_path: Path) -> None:
