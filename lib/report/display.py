@@ -2,7 +2,7 @@
 
 A notebook's cell ends in one of these:
 
-    display.table(rows, caption)          rows by the keys of ``columns.yaml``
+    display.table(rows, caption)          rows by the keys of ``columns.yaml``; `rows_of` takes them from stored entries
     display.tell("page.sentence", n=12)   a sentence of ``templates/sentences`` (`lib.report.sentences`)
     display.card("page.card", record=r)   two columns from a template
     display.show(table, figure, words)    several below one another; None is left out
