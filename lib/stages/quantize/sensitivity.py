@@ -24,7 +24,6 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,26 +61,11 @@ the others goes to the answers, which are measured in both."""
 # The product.
 
 
-@dataclass(frozen=True)
-class MeasuredTexts:
-    """What gradients are of.
-
-    Attributes:
-        windows: token ids, all of one length; dataset: their name for headers; rows_sha256: hash of what they are of.
-        answers: rows whose answers are measured; None for a text that has none.
-    """
-
-    windows: list[list[int]]
-    dataset: str
-    rows_sha256: str
-    answers: AnswerRows | None = None
-
-
-def texts_of_run(data: Path, n_ctx: int, most: int, seed: int) -> tuple[MeasuredTexts, Windows]:
-    """The training rows of a product `data`: at most so many windows, and whole rows with their answers."""
-    chosen = calibration.training_windows(data, n_ctx, most, seed)
-    answers = calibration.training_answers(data, MOST_ANSWERS, MOST_TOKENS, seed)
-    return MeasuredTexts(chosen.windows, chosen.dataset, chosen.facts["rows_sha256"], answers), chosen
+def run_texts(data: Path, n_ctx: int, most: int, seed: int) -> tuple[Windows, AnswerRows]:
+    """What gradients are of in a run: training rows of a product `data`, at most so many windows, and whole rows with
+    their answers."""
+    answers = calibration.row_answers(data, "train", MOST_ANSWERS, MOST_TOKENS, seed)
+    return calibration.row_windows(data, "train", n_ctx, most, seed), answers
 
 
 def most_windows(answer_weight: float) -> int:
@@ -113,11 +97,11 @@ def measure_sensitivity(
         check()
         data, merged = run.require("data").path, run.require("merged").path
         most = min(settings.imatrix_chunks, most_windows(settings.answer_weight))
-        texts, chosen = texts_of_run(data, settings.n_ctx, most, settings.seed)
-        measured = measure_types(merged, source, texts, matrix, settings.seed, run.folder, settings.n_threads)
+        chosen, answers = run_texts(data, settings.n_ctx, most, settings.seed)
+        measured = measure_types(merged, source, chosen, answers, matrix, settings.seed, run.folder, settings.n_threads)
         write_json(work.folder / RECORD, {**chosen.facts, **measured})
         write_jsonl(work.folder / ROWS, chosen.used)
-        write_jsonl(work.folder / ANSWER_ROWS, texts.answers.used if texts.answers else [])
+        write_jsonl(work.folder / ANSWER_ROWS, answers.used)
         work.device = measured["device"]
         work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
         work.metrics |= {"positions": measured["positions"], "tensors": len(measured["tensors"])}
@@ -139,7 +123,8 @@ def measure_sensitivity(
 def measure_types(
     model: Path,
     source: Path,
-    texts: MeasuredTexts,
+    chosen: Windows,
+    answers: AnswerRows | None,
     matrix: Path | None,
     seed: int,
     scratch: Path,
@@ -149,6 +134,7 @@ def measure_types(
 
     Args:
         model: folder of 16- or 32-bit weights that transformers loads; source: the GGUF made from it.
+        chosen, answers: what gradients are of; None for a text that has no answers.
         matrix: importance matrix with which types are tried.
         seed: of the labels that are drawn.
         scratch: folder on a disk with room for the sensitivities, twice the size of the weights at 16 bits, with
@@ -164,19 +150,18 @@ def measure_types(
     """
     size = weight_bytes(model)
     dtype = _dtype(size)
-    require_space(scratch, (4 if texts.answers else 2) * size, "sensitivities of all weights")
-    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as name:
-        both = {"source": str(source.resolve()), "folder": str(Path(name).resolve())}
-        argument = {"model": str(model.resolve()), "windows": texts.windows, "dtype": dtype, "seed": seed}
-        argument |= {"rows": texts.answers.rows if texts.answers else [], **both}
+    require_space(scratch, (4 if answers else 2) * size, "sensitivities of all weights")
+    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as folder:
+        both = {"source": source, "folder": Path(folder)}
+        argument = {"model": model, "windows": chosen.windows, "dtype": dtype, "seed": seed, **both}
+        argument["rows"] = answers.rows if answers else []
         made = run_child("lib.stages.quantize.sensitivity:collect", argument, "measuring sensitivities")
-        argument = {"scales": made["scales"], "imatrix": None if matrix is None else str(matrix.resolve()), **both}
-        argument["n_threads"] = n_threads
+        argument = {"scales": made["scales"], "imatrix": matrix, "n_threads": n_threads, **both}
         tried = run_child("lib.stages.quantize.type_costs:measure", argument, "trying types")
     return {
         **{key: made[key] for key in ("positions", "seconds", "device")},
-        "answers": texts.answers.facts if texts.answers else None,
-        "rows_sha256": texts.rows_sha256,
+        "answers": answers.facts if answers else None,
+        "rows_sha256": chosen.facts["rows_sha256"],
         "dtype": dtype,
         "method": METHOD,
         "tensors": tried["tensors"],
@@ -259,20 +244,20 @@ def check_same(model: Any, source: Path) -> None:
     Raises:
         InputError: with the first such tensor.
     """
-    from lib.stages.quantize.llama_library import open_header, rows_of
+    from lib.stages.quantize.llama_library import read_header
 
-    with open_header(source) as header:
-        for name, weight in matrices(model).items():
-            tensor = header.tensors.get(name)
-            if tensor is None:  # an output matrix that only one of the two ties: its rows are those of the embedding
-                continue
-            sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, model.config, len(weight))]
-            rows, step = tensor["weights"] // tensor["shape"][0], -(-tensor["weights"] // _CHECKED)
-            found = rows_of(source, tensor, 0, rows, step).sum(axis=1, dtype=np.float64)
-            scale = float(np.abs(sums).max())
-            if rows != len(sums) or not np.allclose(found, sums[::step], rtol=_SAME, atol=_SAME * scale):
-                do = "convert the model again (05, or workbook convert), or name the one that the GGUF was made from."
-                raise InputError(f"{name} in {source.name} has other rows than in the model folder.", "equal rows.", do)
+    header = read_header(source)
+    for name, weight in matrices(model).items():
+        tensor = header.tensors.get(name)
+        if tensor is None:  # an output matrix that only one of the two ties: its rows are those of the embedding
+            continue
+        sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, model.config, len(weight))]
+        step = -(-tensor.weights // _CHECKED)
+        found = header.rows(name, step=step).sum(axis=1, dtype=np.float64)
+        scale = float(np.abs(sums).max())
+        if tensor.rows != len(sums) or not np.allclose(found, sums[::step], rtol=_SAME, atol=_SAME * scale):
+            do = "convert the model again (05, or workbook convert), or name the one that the GGUF was made from."
+            raise InputError(f"{name} in {source.name} has other rows than in the model folder.", "equal rows.", do)
 
 
 def information(model: Any, windows: list[list[int]], seed: int) -> Information:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +17,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.base_model import check_model_folder
 from lib.models.gguf_file import check_gguf, run_gguf
-from lib.models.loading import load_tokenizer, quantization_method
 from lib.runs.child import run_child
-from lib.runs.files import read_json, sha256_file, write_json
+from lib.runs.files import read_json, write_json
 from lib.runs.run import ProductDraft, Run
-from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
+from lib.scoring.texts import Text
 from lib.settings import mix_name
 from lib.stages.quantize import sensitivity
-from lib.stages.quantize.calibration import dataset_name, matrix_identity, run_options
+from lib.stages.quantize.calibration import (
+    AnswerRows,
+    Windows,
+    dataset_name,
+    matrix_identity,
+    require_whole_weights,
+    run_options,
+    text_windows,
+)
 from lib.stages.quantize.files import PlannedFile, predict_sizes
 from lib.stages.quantize.recipes import Options
-from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT, MeasuredTexts
+from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -150,14 +157,14 @@ def choose_types(
 
     weight, rows = answer_weight if found["answers"] else 0.0, found["tensors"]
     notes = _notes(budget, dataset, weight)
-    tensors = [[TypeCost(t["type"], t["bytes"], _weighed(t, weight)) for t in row["types"]] for row in rows]
-    types_of = {row["tensor"]: {t["type"]: t["bytes"] for t in row["types"]} for row in rows}
-    fixed = _fixed_bytes(open_source(source, Options(matrix, notes=notes)), types_of)
-    chosen = solve(tensors, budget, fixed)
-    types = {row["tensor"]: cost.type for row, cost in zip(rows, chosen, strict=True)}
+    fixed = _fixed_bytes(
+        open_source(source, Options(matrix, notes=notes)),
+        [{kind["type"]: kind["bytes"] for kind in row["types"]} for row in rows],
+    )
+    costs = [[TypeCost(kind["type"], kind["bytes"], _weighed(kind, weight)) for kind in row["types"]] for row in rows]
     parts = [
-        {"tensor": row["tensor"], "weights": row["weights"], **_entry(row, cost.type)}
-        for row, cost in zip(rows, chosen, strict=True)
+        {"tensor": row["tensor"], "weights": row["weights"], **row["types"][options.index(cost)]}
+        for row, options, cost in zip(rows, costs, solve(costs, budget, fixed), strict=True)
     ]
     record = {
         "method": METHOD,
@@ -166,29 +173,25 @@ def choose_types(
         "predicted_kld": sum(part[TEXT] for part in parts),
         "predicted_answer_kld": sum(part[AT_ANSWERS] for part in parts) if found["answers"] else None,
         **{key: found[key] for key in ("positions", "answers", "rows_sha256")},
-        "types": types,
+        "types": {part["tensor"]: part["type"] for part in parts},
         "tensors": parts,
     }
-    options = Options(matrix, tuple(f"^{re.escape(name)}$={kind}" for name, kind in types.items()), notes=notes)
-    recipe = _main_recipe(parts)
+    patterns = tuple(f"^{re.escape(name)}$={kind}" for name, kind in record["types"].items())
+    options = Options(matrix, patterns, notes=notes)
+    recipe, wanted = _main_recipe(parts), fixed + sum(part["bytes"] for part in parts)
     prediction = open_source(source, options).predict(recipe)
-    wanted = fixed + sum(cost.bytes for cost in chosen)
     if prediction["bytes"] != wanted:
         raise RuntimeError(
             f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
         )
     # no recipe was wanted that the file could depart from
-    prediction |= {"fallbacks": [], "set_by_hand": []}
-    return PlannedFile({**prediction, "type": mix_name(budget), "recipe": recipe, "mix": record}, options)
+    prediction |= {"type": mix_name(budget), "fallbacks": [], "set_by_hand": [], "recipe": recipe, "mix": record}
+    return PlannedFile(prediction, options)
 
 
 def _weighed(kind: dict[str, Any], weight: float) -> float:
     """The loss that is minimized; that of text alone to the last bit where the weight is 0."""
     return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
-
-
-def _entry(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    return next(entry for entry in row["types"] if entry["type"] == kind)
 
 
 def _notes(budget: int, dataset: str, answer_weight: float) -> tuple[tuple[str, str], ...]:
@@ -199,17 +202,17 @@ def _notes(budget: int, dataset: str, answer_weight: float) -> tuple[tuple[str, 
     return tuple((f"quantize.mix.{key}", value) for key, value in rows.items())
 
 
-def _fixed_bytes(source: Source, types: dict[str, dict[str, int]]) -> int:
-    """Bytes of the header, and of what is never quantized; `types`: see `type_costs.possible_types`."""
-    return source.predict("Q8_0")["bytes"] - sum(sizes["q8_0"] for sizes in types.values())
+def _fixed_bytes(source: Source, types: Iterable[dict[str, int]]) -> int:
+    """Bytes of the header, and of what is never quantized; `types`: {type: bytes} of every tensor that is."""
+    return source.predict("Q8_0")["bytes"] - sum(sizes["q8_0"] for sizes in types)
 
 
 def _main_recipe(parts: list[dict[str, Any]]) -> str:
     """The recipe of the type that most weights have."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for part in parts:
-        total[part["type"]] = total.get(part["type"], 0) + part["weights"]
-    most = max(total, key=lambda kind: total[kind])
+        total[part["type"]] += part["weights"]
+    ((most, _),) = total.most_common(1)
     return _RECIPES.get(most, most.upper())
 
 
@@ -222,8 +225,7 @@ def require_possible(budget: int, source: Path, matrix: Path | None, dataset: st
     Raises:
         InputError: with the smallest size.
     """
-    options = Options(matrix, notes=_notes(budget, dataset, answer_weight))
-    argument = {"source": str(source.resolve()), "options": options.to_json()}
+    argument = {"source": source, "options": Options(matrix, notes=_notes(budget, dataset, answer_weight))}
     answer = run_child("lib.stages.quantize.size_budget:least_in_child", argument, "predicting sizes")
     require_room(budget, answer["bytes"])
 
@@ -234,16 +236,16 @@ def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     from lib.stages.quantize.type_costs import possible_types
 
     source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
-    types = possible_types(source)
-    return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types.values())}
+    types = possible_types(source).values()
+    return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types)}
 
 
 def _choose(
     found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, weight: float
 ) -> PlannedFile:
     """`choose_types` by a child process."""
-    argument = {"found": found, "budget": budget, "source": str(source.resolve()), "dataset": dataset}
-    argument |= {"matrix": None if matrix is None else str(matrix.resolve()), "answer_weight": weight}
+    argument = {"found": found, "budget": budget, "source": source, "matrix": matrix, "dataset": dataset}
+    argument["answer_weight"] = weight
     answer = run_child("lib.stages.quantize.size_budget:choose_in_child", argument, "choosing types")
     return PlannedFile(answer["prediction"], Options.from_json(answer["options"]))
 
@@ -251,8 +253,7 @@ def _choose(
 def choose_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """ "options" and "prediction" of `choose_types`, whose arguments these are."""
     paths = {key: Path(argument[key]) if argument[key] else None for key in ("source", "matrix")}
-    mix = choose_types(**{**argument, **paths})
-    return {"options": mix.options.to_json(), "prediction": mix.prediction}
+    return vars(choose_types(**{**argument, **paths}))
 
 
 # The product `mix` of a run.
@@ -296,8 +297,7 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
         force=force,
     )
     content = read_json(product.path / MIX)
-    matrix_path = None if matrix is None else str(matrix)
-    return PlannedFile(content["prediction"], Options.from_json({**content["options"], "imatrix": matrix_path}))
+    return PlannedFile(content["prediction"], Options.from_json({**content["options"], "imatrix": matrix}))
 
 
 # Without a run: from a model folder and a text, or the rows of a run.
@@ -324,11 +324,6 @@ class Budget:
     data: Path | None = None
     answer_weight: float = 0.0
 
-    @property
-    def name(self) -> str:
-        """What stands in place of a type (MIX_300MB)."""
-        return mix_name(self.bytes)
-
 
 def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: Path, n_threads: int = 0) -> PlannedFile:
     """Choose types for a file of a size, as the stage does for a run.
@@ -344,52 +339,23 @@ def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: P
             that does not fill a window, too little memory or room.
     """
     check_gguf(source)
-    texts = _measured_texts(budget)
-    weight = budget.answer_weight if texts.answers else 0.0
-    require_possible(budget.bytes, source, matrix, texts.dataset, weight)
-    found = sensitivity.measure_types(budget.model, source, texts, matrix, SEED, scratch, n_threads)
-    return _choose(found, budget.bytes, source, matrix, texts.dataset, weight)
+    chosen, answers = _texts(budget)
+    weight = budget.answer_weight if answers else 0.0
+    require_possible(budget.bytes, source, matrix, chosen.dataset, weight)
+    found = sensitivity.measure_types(budget.model, source, chosen, answers, matrix, SEED, scratch, n_threads)
+    return _choose(found, budget.bytes, source, matrix, chosen.dataset, weight)
 
 
-def _measured_texts(budget: Budget) -> MeasuredTexts:
+def _texts(budget: Budget) -> tuple[Windows, AnswerRows | None]:
     """What gradients are of.
 
     Raises:
         InputError: no model folder, a folder that is no product `data`, too little text.
     """
-    if budget.data is not None:
-        require_whole_weights(budget.model)
-        if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
-            do = "name runs/RUN/data, or give a text by --text."
-            raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
-        most = sensitivity.most_windows(budget.answer_weight)
-        return sensitivity.texts_of_run(budget.data, budget.n_ctx, most, SEED)[0]
-    assert budget.text is not None and budget.file is not None
-    windows, digest = (
-        tokens_of(budget.model, budget.text).windows(budget.n_ctx, sensitivity.WINDOWS),
-        sha256_file(budget.file),
-    )
-    part = f"{len(windows)} windows of {budget.n_ctx} tokens"
-    return MeasuredTexts(windows, dataset_name(budget.file.name, part, digest), digest)
-
-
-def tokens_of(model: Path, text: Text) -> Tokens:
-    """A text in the ids of a model that can be computed with.
-
-    Raises:
-        InputError: no model folder, or one that is quantized.
-    """
-    require_whole_weights(model)
-    return tokenize_with_transformers(load_tokenizer(model), text)
-
-
-def require_whole_weights(model: Path) -> None:
-    """Refuse what gradients cannot be computed with.
-
-    Raises:
-        InputError: no model folder, or one that is quantized.
-    """
-    check_model_folder(model)
-    if method := quantization_method(model):
-        expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
-        raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
+    if budget.data is None:
+        return text_windows(budget.model, budget.text, budget.file, budget.n_ctx, sensitivity.WINDOWS), None
+    require_whole_weights(budget.model)
+    if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
+        do = "name runs/RUN/data, or give a text by --text."
+        raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
+    return sensitivity.run_texts(budget.data, budget.n_ctx, sensitivity.most_windows(budget.answer_weight), SEED)
