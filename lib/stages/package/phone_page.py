@@ -14,9 +14,8 @@ from lib.errors import InputError
 from lib.runs.child import run_child
 from lib.runs.files import PROJECT, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
+from lib.stages.package.documents import CHECKED_TOKENS, Turns, prompt_of
 from lib.stages.package.facts import Facts
-from lib.stages.package.gguf_parts import split_gguf
-from lib.stages.package.self_test import CHECKED_TOKENS, Turns, prompt_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -280,10 +279,45 @@ def _answered(
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     kept, source = fitting(rows, [len(own) + facts.most for own in ids], facts.n_ctx)
     request = {"prompts": [ids[i] for i in kept], "labels": [label["ids"] for label in info["labels"]], "most": 1}
-    request |= {"path": str(gguf.resolve()), "ends": [], "n_threads": n_threads}
-    answers = run_child("lib.stages.package.self_test:answer", request, f"asking {gguf.name} the phone's rows")[
-        "answers"
-    ]
-    return [
-        {"text": rows.texts[i], "labels": answer["labels"]} for i, answer in zip(kept, answers, strict=True)
-    ], source
+    request |= {"path": gguf, "ends": [], "n_threads": n_threads}
+    found = run_child("lib.stages.package.documents:answer", request, f"asking {gguf.name} the phone's rows")
+    answered = zip(kept, found["answers"], strict=True)
+    return [{"text": rows.texts[i], "labels": answer["labels"]} for i, answer in answered], source
+
+
+def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
+    """Write a file in parts, named and marked as llama.cpp's loader expects them: base-00001-of-00003.gguf.
+
+    Args:
+        limit: most bytes of tensors in a part; the metadata stand in the first one.
+
+    Returns:
+        The parts, in order.
+
+    Raises:
+        InputError: a single tensor is larger than a part.
+    """
+    from gguf import GGUFReader, GGUFWriter
+
+    reader = GGUFReader(path)
+    for tensor in reader.tensors:
+        if tensor.n_bytes > limit:
+            raise InputError(
+                f"tensor {tensor.name} of {path.name} has {tensor.n_bytes / 1e6:.0f} MB.",
+                f"at most {limit / 1e6:.0f} MB, which a part for a browser holds.",
+                "package a smaller quantization type with --type, or leave out --web.",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    writer = GGUFWriter(folder / path.name, fields.pop("general.architecture").contents(), split_max_size=limit)
+    writer.data_alignment = reader.alignment
+    for key, field in fields.items():
+        writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    parts = [Path(stream.name) for stream in writer.fout]
+    writer.close()
+    return parts
