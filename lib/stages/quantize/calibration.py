@@ -6,6 +6,7 @@ out; test rows for judging what was made.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.base_model import check_model_folder
+from lib.models.gguf_file import name_map
 from lib.models.loading import load_tokenizer, quantization_method, weight_bytes
 from lib.progress import Progress
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs import files
 from lib.runs.child import run_child
-from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
+from lib.runs.files import read_jsonl, sha256_json, write_jsonl
 from lib.runs.machine import available_memory
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.texts import Text, tokenize_with_transformers
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-HELD_OUT = ("validation", "test")
 Row = Mapping[str, Any]
 
 
@@ -168,7 +169,7 @@ def _rows(data: Path, split: str, seed: int) -> tuple[list[tuple[int, Row]], set
         order = draw.permutation(len(rows)).tolist()
         order.sort(key=lambda number: bool(rows[number].get("leaked", False)))
         return [(number, rows[number]) for number in order], set(), {}
-    held_out = [row for name in HELD_OUT for row in read_jsonl(data / f"{name}.jsonl")]
+    held_out = [row for name in ("validation", "test") for row in read_jsonl(data / f"{name}.jsonl")]
     texts, groups = {text_hash(row) for row in held_out}, {row["group"] for row in held_out if "group" in row}
     same = [text_hash(row) in texts for row in rows]
     near = [row.get("group") in groups and not equal for row, equal in zip(rows, same, strict=True)]
@@ -218,7 +219,7 @@ def require_whole_weights(model: Path) -> None:
 # The product `imatrix`: an importance matrix of the run's own training rows; or one of any text.
 
 AUTO, NONE = "auto", "none"
-FILE, RECORD, ROWS = "imatrix.gguf", "imatrix.json", "rows.jsonl"
+FILE, ROWS = "imatrix.gguf", "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -226,14 +227,17 @@ class ImportanceMatrix:
     """The importance matrix of a run.
 
     Attributes:
-        path: the file, which llama-quantize and llama-imatrix read.
         record: "dataset", "rows", "left_out" (training rows by reason), "held_out_rows", "shared_with_held_out" (0),
             "tokens", "windows", "window_tokens", "rows_sha256", "entries", "dtype", "device", "seconds".
     """
 
     product: Product
-    path: Path
     record: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file, which llama-quantize and llama-imatrix read."""
+        return self.product.path / FILE
 
 
 def importance_matrix(settings: Settings, run: Run, force: bool | None = None) -> ImportanceMatrix | None:
@@ -247,14 +251,10 @@ def importance_matrix(settings: Settings, run: Run, force: bool | None = None) -
     """
     if settings.imatrix != AUTO:
         return None
-    product = run.produce(
-        "imatrix",
-        lambda work: _build(settings, run, work),
-        parameters=settings.pick("n_ctx", "seed", "imatrix_chunks"),
-        inputs=("data", "merged"),
-        force=settings.force if force is None else force,
-    )
-    return ImportanceMatrix(product, product.path / FILE, read_json(product.path / RECORD))
+    parameters = settings.pick("n_ctx", "seed", "imatrix_chunks")
+    force = settings.force if force is None else force
+    made = run.produce_json("imatrix", lambda work: _build(settings, run, work), parameters, ("data", "merged"), force)
+    return ImportanceMatrix(*made)
 
 
 def run_options(settings: Settings, run: Run) -> Options:
@@ -279,17 +279,17 @@ def matrix_identity(matrix: Path | None) -> str | None:
     return None if matrix is None else f"{matrix.name} {files.sha256_file(matrix)}"
 
 
-def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft) -> dict[str, Any]:
     data, merged = run.require("data"), run.require("merged")
     chosen = row_windows(data.path, "train", settings.n_ctx, settings.imatrix_chunks, settings.seed)
     size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
     made = collect(merged.path, size, chosen, work.folder / FILE)
     record = {"dataset": chosen.dataset, **chosen.facts, "windows": len(chosen.windows), **made}
-    write_json(work.folder / RECORD, record)
     write_jsonl(work.folder / ROWS, chosen.used)
     work.device = made["device"]
     work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
     work.metrics |= {key: record[key] for key in ("rows", "tokens", "windows")}
+    return record
 
 
 def measure_imatrix(
@@ -379,7 +379,13 @@ def sums_of_squares(model: Any, windows: list[list[int]]) -> dict[str, np.ndarra
 
     layers = gguf_layers(model)
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
-    handles = [layer.register_forward_pre_hook(_adder(sums[name])) for name, layer in layers.items()]
+
+    def add(total: torch.Tensor, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Sums over one pass in float32, over all in float64."""
+        rows = inputs[0].detach().float().flatten(0, -2)
+        total.add_(rows.square().sum(dim=0).to("cpu", total.dtype))
+
+    handles = [layer.register_forward_pre_hook(functools.partial(add, sums[name])) for name, layer in layers.items()]
     body, step = model.get_decoder(), max(1, _TOKENS_AT_ONCE // len(windows[0]))
     try:
         with torch.inference_mode(), Progress("importance matrix, windows", len(windows)) as progress:
@@ -396,26 +402,14 @@ def sums_of_squares(model: Any, windows: list[list[int]]) -> dict[str, np.ndarra
     return {name: values.numpy() for name, values in sums.items()}
 
 
-def _adder(total: torch.Tensor) -> Any:
-    """A hook that adds the squares of a layer's input; sums over one pass in float32, over all in float64."""
-
-    def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0].detach().float().flatten(0, -2)
-        total.add_(rows.square().sum(dim=0).to("cpu", total.dtype))
-
-    return add
-
-
 def gguf_layers(model: Any) -> dict[str, Any]:
     """GGUF tensor name → linear layer, of all blocks.
 
     Raises:
         InputError: a linear layer in a block for which the package `gguf` knows no name.
     """
-    import gguf
     import torch
 
-    kinds = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     kind, body = model.config.model_type, model.get_decoder()
     prefix = next(f"{name}." for name, module in model.named_modules() if module is body)
     linear = {
@@ -423,7 +417,7 @@ def gguf_layers(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith(prefix)
     }
-    names = gguf.get_tensor_name_map(kinds[kind], model.config.num_hidden_layers) if kind in kinds else None
+    names = name_map(kind, model.config.num_hidden_layers)
     found = {name: names.get_name(f"{name}.weight", (".weight",)) if names else None for name in linear}
     if unknown := [name for name, new in found.items() if new is None]:
         raise InputError(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import name_map
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
 from lib.settings import NF4
@@ -125,14 +126,11 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     Raises:
         InputError: no 16- or 32-bit weights in the folder, or none that the GGUF has.
     """
-    import gguf
-
     architecture = source.values.get("general.architecture")
-    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-    if number is None:
+    names = name_map(architecture, source.values.get(f"{architecture}.block_count") or 0)
+    if names is None:
         what = f"{source.path.name} has architecture {architecture!r}."
         raise InputError(what, "one that gguf knows.", "convert it again.")
-    names = gguf.get_tensor_name_map(number, source.values.get(f"{architecture}.block_count") or 0)
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = values.get("num_attention_heads")
     config = SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
@@ -219,13 +217,15 @@ def measure_grid(argument: dict[str, Any]) -> dict[str, Any]:
     shares: dict[str, list[tuple[float, int]]] = {}
     distinct, blocks, source = [], 0, read_header(Path(argument["source"]))
     found, _ = base_matrices(Path(argument["base"]), source)
-    found = {name: stored for name, stored in found.items() if _moved(name, stored, source)} or found
-    with Progress("grid of the base's weights, tensors", len(found)) as progress:
-        for name, stored in found.items():
-            weights, total = stored.sample(), source.tensors[name].weights
+    samples = {name: stored.sample() for name, stored in found.items()}
+    moved = [name for name, base in samples.items() if _moved(source.rows(name, step=found[name].step), base)]
+    tried = moved or list(found)
+    with Progress("grid of the base's weights, tensors", len(tried)) as progress:
+        for name in tried:
+            weights, dtype, total = samples[name], found[name].dtype, source.tensors[name].weights
             if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
                 values = None if matrix is None else matrix.values.get(name)
-                for kind, share in _shares(weights, stored.dtype, values, counted).items():
+                for kind, share in _shares(weights, dtype, values, counted).items():
                     shares.setdefault(kind, []).append((share, total))
                 distinct.append((_distinct(weights)[counted].mean(), total))
                 blocks += int(counted.sum())
@@ -234,14 +234,12 @@ def measure_grid(argument: dict[str, Any]) -> dict[str, Any]:
         "types": {kind: _mean(pairs) for kind, pairs in shares.items()},
         "distinct": _mean(distinct) if distinct else None,
         "blocks": blocks,
-        "matrices": len(found),
+        "matrices": len(tried),
     }
 
 
-def _moved(name: str, stored: BaseMatrix, source: Header) -> bool:
+def _moved(tuned: np.ndarray, base: np.ndarray) -> bool:
     """Whether fine-tuning moved a matrix, by the rows that are tried."""
-    base = stored.sample()
-    tuned = source.rows(name, step=stored.step)
     return float(np.linalg.norm(tuned - base)) > LEAST_MOVE * float(np.linalg.norm(base))
 
 

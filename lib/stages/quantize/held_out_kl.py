@@ -19,7 +19,6 @@ import numpy as np
 
 from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
-from lib.runs.files import read_json, write_json
 from lib.runs.machine import available_memory, physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import IMATRIX_TYPES
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-SUMMARY, VALUES = "held_out_kld.json", "held_out_kld.npz"
+VALUES = "held_out_kld.npz"
 MOST_TOKENS = 2048
 """Most tokens of the windows, whatever `perplexity_tokens` allows: 07 measures more, and these files are many."""
 ANSWER_ROWS, ANSWER_TOKENS = 96, 8192
@@ -64,7 +63,6 @@ class HeldOutScores:
             answer position, nats; "text_rows", "answer_rows": the test row of each of them}.
     """
 
-    product: Product
     content: dict[str, Any]
     values: dict[str, np.ndarray]
 
@@ -122,7 +120,7 @@ def score_files(settings: Settings, run: Run, result: QuantizeResult, force: boo
     size, most, source = settings.n_ctx, _most_windows(settings), run_gguf(run)
     unaided = replace(run_options(settings, run), imatrix=None)
 
-    def build(work: ProductDraft) -> None:
+    def content(work: ProductDraft) -> dict[str, Any]:
         data = run.require("data").path
         chosen = row_windows(data, "test", size, most, settings.seed)
         answers = row_answers(data, "test", ANSWER_ROWS, ANSWER_TOKENS, settings.seed)
@@ -142,7 +140,8 @@ def score_files(settings: Settings, run: Run, result: QuantizeResult, force: boo
                 "output": work.folder / VALUES,
             }
             answer = run_child("lib.stages.quantize.held_out_kl:score_in_child", argument, "files on held-out rows")
-        content = {
+        work.metrics |= answer["means"]
+        return {
             "tokens": len(chosen.windows) * (size - size // 2 - 1),
             "rows": answer["rows"],
             "windows": len(chosen.windows),
@@ -151,24 +150,17 @@ def score_files(settings: Settings, run: Run, result: QuantizeResult, force: boo
             "answer_positions": answers.facts["positions"],
             "without": {f.type: {"bytes": f.bytes, "retyped": answer["retyped"][f.type]} for f in plain},
         }
-        write_json(work.folder / SUMMARY, content)
-        work.metrics |= answer["means"]
 
-    product = run.produce(
-        "held_out_kld",
-        build,
-        parameters={
-            **settings.pick("n_ctx", "seed"),
-            "windows": most,
-            "types": [file.type for file in wanted],
-            "without_matrix": without,
-            "answers": f"{ANSWER_ROWS} rows, {ANSWER_TOKENS} tokens",
-        },
-        inputs=("data", "gguf", "quantized"),
-        force=force,
-    )
+    parameters = {
+        **settings.pick("n_ctx", "seed"),
+        "windows": most,
+        "types": [file.type for file in wanted],
+        "without_matrix": without,
+        "answers": f"{ANSWER_ROWS} rows, {ANSWER_TOKENS} tokens",
+    }
+    product, found = run.produce_json("held_out_kld", content, parameters, ("data", "gguf", "quantized"), force)
     with np.load(product.path / VALUES) as values:
-        return HeldOutScores(product, read_json(product.path / SUMMARY), dict(values))
+        return HeldOutScores(found, dict(values))
 
 
 def _most_windows(settings: Settings) -> int:

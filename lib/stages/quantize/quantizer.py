@@ -80,14 +80,14 @@ def predict(argument: dict[str, Any]) -> dict[str, Any]:
 def describe(path: Path) -> dict[str, Any]:
     """What a GGUF file really holds, by its own header.
 
+    For the fallbacks the recipe is replayed by a dry run over the file itself: llama.cpp decides from names and
+    shapes, not from what the tensors are now.
+
     Returns:
         "file", "bytes", "type" (recipe by the header), "architecture", "name", "imatrix", "weights", "tensor_bytes",
         "bits_per_weight" (effective), "histogram" ({"type", "tensors", "weights", "bytes", "share"}, most weights
         first), "fallbacks" ({"tensor", "columns", "wanted", "type"}: rows that do not fill blocks of the wanted type),
         "token_embedding_type".
-
-    For the fallbacks the recipe is replayed by a dry run over the file itself: llama.cpp decides from names and
-    shapes, not from what the tensors are now.
     """
     header = read_header(path)
     facts = _facts(header)

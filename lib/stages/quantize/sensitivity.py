@@ -21,6 +21,7 @@ the mean square of Σ W·gradient.
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +31,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import pair_rows
 from lib.models.loading import weight_bytes
 from lib.progress import Progress
 from lib.runs.child import run_child
-from lib.runs.files import require_space, write_json, write_jsonl
+from lib.runs.files import require_space, write_jsonl
 from lib.runs.machine import available_memory, compute_dtype
-from lib.runs.run import Product, ProductDraft, Run
+from lib.runs.run import ProductDraft, Run
 from lib.stages.quantize import calibration
 from lib.stages.quantize.calibration import AnswerRows, Windows, gguf_layers, matrix_identity
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-RECORD, ROWS, ANSWER_ROWS = "sensitivity.json", "rows.jsonl", "answer_rows.jsonl"
+ROWS, ANSWER_ROWS = "rows.jsonl", "answer_rows.jsonl"
 TEXT, AT_ANSWERS = "kld", "answer_kld"
 """The two losses that are predicted of a type, as products name them: KL divergence in nats a token of text, and in
 nats a position that predicts a token of an answer."""
@@ -76,10 +78,10 @@ def most_windows(answer_weight: float) -> int:
 
 def measure_sensitivity(
     settings: Settings, run: Run, source: Path, matrix: Path | None, force: bool, check: Callable[[], None]
-) -> Product:
-    """Measure how much each weight matters and what every type would cost, or find it unchanged.
+) -> dict[str, Any]:
+    """Measure how much each weight matters and what every type would cost, or find it unchanged; the record of it.
 
-    Its record has "tensors" (see `lib.stages.quantize.type_costs.measure`), "positions", "rows", "left_out",
+    It has "tensors" (see `lib.stages.quantize.type_costs.measure`), "positions", "rows", "left_out",
     "held_out_rows", "shared_with_held_out" (0), "rows_sha256", "method", "dtype", "device", "seconds"; "answers":
     "rows", "positions", "tokens" and "rows_sha256" of the rows whose answers were measured.
 
@@ -93,31 +95,26 @@ def measure_sensitivity(
         InputError: products missing, too few training rows, an architecture that is not known, too little memory.
     """
 
-    def build(work: ProductDraft) -> None:
+    def content(work: ProductDraft) -> dict[str, Any]:
         check()
         data, merged = run.require("data").path, run.require("merged").path
         most = min(settings.imatrix_chunks, most_windows(settings.answer_weight))
         chosen, answers = run_texts(data, settings.n_ctx, most, settings.seed)
         measured = measure_types(merged, source, chosen, answers, matrix, settings.seed, run.folder, settings.n_threads)
-        write_json(work.folder / RECORD, {**chosen.facts, **measured})
         write_jsonl(work.folder / ROWS, chosen.used)
         write_jsonl(work.folder / ANSWER_ROWS, answers.used)
         work.device = measured["device"]
         work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
         work.metrics |= {"positions": measured["positions"], "tensors": len(measured["tensors"])}
+        return {**chosen.facts, **measured}
 
-    return run.produce(
-        "sensitivity",
-        build,
-        parameters={
-            **settings.pick("n_ctx", "seed", "imatrix_chunks"),
-            "imatrix": matrix_identity(matrix),
-            "windows": most_windows(settings.answer_weight),
-            "answers": f"{MOST_ANSWERS} rows, {MOST_TOKENS} tokens",
-        },
-        inputs=("data", "merged", "gguf"),
-        force=force,
-    )
+    parameters = {
+        **settings.pick("n_ctx", "seed", "imatrix_chunks"),
+        "imatrix": matrix_identity(matrix),
+        "windows": most_windows(settings.answer_weight),
+        "answers": f"{MOST_ANSWERS} rows, {MOST_TOKENS} tokens",
+    }
+    return run.produce_json("sensitivity", content, parameters, ("data", "merged", "gguf"), force)[1]
 
 
 def measure_types(
@@ -334,10 +331,19 @@ def _squared_gradients(model: Any) -> Iterator[Callable[[int], Information]]:
     weights = matrices(model)
     sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
     scales, handles = dict.fromkeys(weights, 0.0), []
+
+    def add(name: str, weight: torch.nn.Parameter) -> None:
+        if weight.grad is not None:
+            gradient = weight.grad.float()
+            moved = gradient.to(sums[name].device)
+            sums[name].addcmul_(moved, moved)
+            scales[name] += float(gradient.flatten().dot(weight.detach().float().flatten())) ** 2
+        weight.grad = None
+
     model.requires_grad_(False)
     for name, weight in weights.items():
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(_gradient_adder(name, sums[name], scales)))
+        handles.append(weight.register_post_accumulate_grad_hook(functools.partial(add, name)))
 
     def mean(positions: int) -> Information:
         found = {name: total.div_(positions).numpy() for name, total in sums.items()}
@@ -349,20 +355,6 @@ def _squared_gradients(model: Any) -> Iterator[Callable[[int], Information]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _gradient_adder(name: str, total: torch.Tensor, scales: dict[str, float]) -> Any:
-    """A hook that adds the squared gradient of a pass, and that of a common factor, and drops the gradient."""
-
-    def add(weight: torch.nn.Parameter) -> None:
-        if weight.grad is not None:
-            gradient = weight.grad.float()
-            moved = gradient.to(total.device)
-            total.addcmul_(moved, moved)
-            scales[name] += float(gradient.flatten().dot(weight.detach().float().flatten())) ** 2
-        weight.grad = None
-
-    return add
 
 
 def matrices(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -377,9 +369,7 @@ def matrices(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def row_order(name: str, config: Any, rows: int) -> np.ndarray:
     """The rows of a matrix in the order of GGUF: llama.cpp interleaves the halves of Llama's queries and keys."""
-    order = np.arange(rows)
     kinds = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = kinds.get(name.removesuffix(".weight").rpartition(".")[2])
-    if config.model_type not in ("llama", "mistral") or heads is None:
-        return order
-    return order.reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+    order = np.arange(rows)
+    return pair_rows(order, heads) if heads and config.model_type in ("llama", "mistral") else order

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf, run_gguf
 from lib.runs.child import run_child
-from lib.runs.files import read_json, write_json
 from lib.runs.run import ProductDraft, Run
 from lib.scoring.texts import Text
 from lib.settings import mix_name
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 MOST_MB, MOST_BITS = 1e6, 32.0
 """Bounds of a budget, as in the settings."""
-MIX = "mix.json"
 PREDICTED = ("predicted_kld", "predicted_answer_kld")
 SEED = 42
 """Of the labels that are drawn without a run."""
@@ -137,38 +135,57 @@ def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -
     return plain["header_bytes"] + int(bits_per_weight * plain["weights"] / 8)
 
 
-def choose_types(
-    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0
-) -> PlannedFile:
-    """The types with the least predicted KL divergence of a file of at most `budget` bytes: of text and answers
-    together, (1 - answer_weight) × nats a token + answer_weight × nats a position of an answer.
+@dataclass(frozen=True)
+class MixRequest:
+    """What types are chosen for.
+
+    Attributes:
+        budget: most bytes of the file; source: GGUF with F32, F16 or BF16 weights.
+        matrix: importance matrix.
+        dataset: what sensitivities were measured on, for the header.
+        answer_weight: what the loss at answers counts, 0 = text alone, 1 = answers alone.
+    """
+
+    budget: int
+    source: Path
+    matrix: Path | None
+    dataset: str
+    answer_weight: float = 0.0
+
+    def options(self, types: tuple[str, ...] = ()) -> Options:
+        """How such a file is made; its header tells of the choice."""
+        notes = {"method": METHOD, "budget_bytes": str(self.budget), "rows": self.dataset}
+        if self.answer_weight:
+            notes["answer_weight"] = f"{self.answer_weight:g}"
+        return Options(self.matrix, types, notes=tuple((f"quantize.mix.{key}", text) for key, text in notes.items()))
+
+
+def choose_types(found: dict[str, Any], request: MixRequest) -> PlannedFile:
+    """The types with the least predicted KL divergence of a file within the budget: of text and answers together,
+    (1 - answer_weight) × nats a token + answer_weight × nats a position of an answer.
 
     For child processes only: llama.cpp tells the size.
 
     Args:
-        found: record of the product `sensitivity`, or of `measure_types`.
-        dataset: what it was measured on, for the header.
-        answer_weight: 0 = text alone, 1 = answers alone; without answers in `found` it is 0.
+        found: record of the product `sensitivity`, or of `measure_types`; where it has no answers, the text decides.
 
     Raises:
         InputError: a budget below the smallest file of the types tried.
     """
     from lib.stages.quantize.quantizer import open_source
 
-    weight, rows = answer_weight if found["answers"] else 0.0, found["tensors"]
-    notes = _notes(budget, dataset, weight)
-    fixed = _fixed_bytes(
-        open_source(source, Options(matrix, notes=notes)),
-        [{kind["type"]: kind["bytes"] for kind in row["types"]} for row in rows],
-    )
+    request = request if found["answers"] else replace(request, answer_weight=0.0)
+    weight, rows = request.answer_weight, found["tensors"]
+    sizes = [{kind["type"]: kind["bytes"] for kind in row["types"]} for row in rows]
+    fixed = _fixed_bytes(open_source(request.source, request.options()), sizes)
     costs = [[TypeCost(kind["type"], kind["bytes"], _weighed(kind, weight)) for kind in row["types"]] for row in rows]
     parts = [
-        {"tensor": row["tensor"], "weights": row["weights"], **row["types"][options.index(cost)]}
-        for row, options, cost in zip(rows, costs, solve(costs, budget, fixed), strict=True)
+        {"tensor": row["tensor"], "weights": row["weights"], **row["types"][choices.index(cost)]}
+        for row, choices, cost in zip(rows, costs, solve(costs, request.budget, fixed), strict=True)
     ]
     record = {
         "method": METHOD,
-        "budget_bytes": budget,
+        "budget_bytes": request.budget,
         "answer_weight": weight,
         "predicted_kld": sum(part[TEXT] for part in parts),
         "predicted_answer_kld": sum(part[AT_ANSWERS] for part in parts) if found["answers"] else None,
@@ -177,29 +194,27 @@ def choose_types(
         "tensors": parts,
     }
     patterns = tuple(f"^{re.escape(name)}$={kind}" for name, kind in record["types"].items())
-    options = Options(matrix, patterns, notes=notes)
+    options = request.options(patterns)
     recipe, wanted = _main_recipe(parts), fixed + sum(part["bytes"] for part in parts)
-    prediction = open_source(source, options).predict(recipe)
+    prediction = open_source(request.source, options).predict(recipe)
     if prediction["bytes"] != wanted:
         raise RuntimeError(
             f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
         )
     # no recipe was wanted that the file could depart from
-    prediction |= {"type": mix_name(budget), "fallbacks": [], "set_by_hand": [], "recipe": recipe, "mix": record}
+    prediction |= {
+        "type": mix_name(request.budget),
+        "fallbacks": [],
+        "set_by_hand": [],
+        "recipe": recipe,
+        "mix": record,
+    }
     return PlannedFile(prediction, options)
 
 
 def _weighed(kind: dict[str, Any], weight: float) -> float:
     """The loss that is minimized; that of text alone to the last bit where the weight is 0."""
     return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
-
-
-def _notes(budget: int, dataset: str, answer_weight: float) -> tuple[tuple[str, str], ...]:
-    """What the file's header tells of the choice."""
-    rows = {"method": METHOD, "budget_bytes": str(budget), "rows": dataset}
-    if answer_weight:
-        rows["answer_weight"] = f"{answer_weight:g}"
-    return tuple((f"quantize.mix.{key}", value) for key, value in rows.items())
 
 
 def _fixed_bytes(source: Source, types: Iterable[dict[str, int]]) -> int:
@@ -219,15 +234,15 @@ def _main_recipe(parts: list[dict[str, Any]]) -> str:
 # Both in child processes: they need llama.cpp.
 
 
-def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0) -> None:
-    """Refuse, before anything is measured, a budget that no choice of types keeps; arguments as of `choose_types`.
+def require_possible(request: MixRequest) -> None:
+    """Refuse, before anything is measured, a budget that no choice of types keeps.
 
     Raises:
         InputError: with the smallest size.
     """
-    argument = {"source": source, "options": Options(matrix, notes=_notes(budget, dataset, answer_weight))}
+    argument = {"source": request.source, "options": request.options()}
     answer = run_child("lib.stages.quantize.size_budget:least_in_child", argument, "predicting sizes")
-    require_room(budget, answer["bytes"])
+    require_room(request.budget, answer["bytes"])
 
 
 def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -240,20 +255,18 @@ def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types)}
 
 
-def _choose(
-    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, weight: float
-) -> PlannedFile:
+def _choose(found: dict[str, Any], request: MixRequest) -> PlannedFile:
     """`choose_types` by a child process."""
-    argument = {"found": found, "budget": budget, "source": source, "matrix": matrix, "dataset": dataset}
-    argument["answer_weight"] = weight
+    argument = {"found": found, "request": request}
     answer = run_child("lib.stages.quantize.size_budget:choose_in_child", argument, "choosing types")
     return PlannedFile(answer["prediction"], Options.from_json(answer["options"]))
 
 
 def choose_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """ "options" and "prediction" of `choose_types`, whose arguments these are."""
-    paths = {key: Path(argument[key]) if argument[key] else None for key in ("source", "matrix")}
-    return vars(choose_types(**{**argument, **paths}))
+    asked = argument["request"]
+    paths = {key: Path(asked[key]) if asked[key] else None for key in ("source", "matrix")}
+    return vars(choose_types(argument["found"], MixRequest(**{**asked, **paths})))
 
 
 # The product `mix` of a run.
@@ -273,31 +286,24 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
     source, matrix = run_gguf(run), run_options(settings, run).imatrix
     force = settings.force if force is None else force
 
-    def budget() -> int:
-        return budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
+    def request(rows: int, digest: str) -> MixRequest:
+        budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
+        dataset = dataset_name("train.jsonl", f"{rows} rows", digest)
+        return MixRequest(budget, source, matrix, dataset, settings.answer_weight)
 
     def check() -> None:
-        dataset = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
-        require_possible(budget(), source, matrix, dataset, settings.answer_weight)
+        require_possible(request(10, "0" * 64))  # a name as long as the real one
 
-    def build(work: ProductDraft) -> None:
-        found = read_json(measured.path / sensitivity.RECORD)
-        dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
-        mix = _choose(found, budget(), source, matrix, dataset, settings.answer_weight)
-        options = {key: value for key, value in mix.options.to_json().items() if key != "imatrix"}
-        write_json(work.folder / MIX, {"options": options, "prediction": mix.prediction})
+    def content(work: ProductDraft) -> dict[str, Any]:
+        mix = _choose(found, request(found["rows"], found["rows_sha256"]))
         work.metrics |= {"bytes": mix.prediction["bytes"], **{key: mix.record[key] for key in PREDICTED}}
+        options = {key: value for key, value in mix.options.to_json().items() if key != "imatrix"}
+        return {"options": options, "prediction": mix.prediction}
 
-    measured = sensitivity.measure_sensitivity(settings, run, source, matrix, force, check)
-    product = run.produce(
-        "mix",
-        build,
-        parameters={**settings.pick(settings.size_budget, "answer_weight"), "imatrix": matrix_identity(matrix)},
-        inputs=("gguf", "sensitivity"),
-        force=force,
-    )
-    content = read_json(product.path / MIX)
-    return PlannedFile(content["prediction"], Options.from_json({**content["options"], "imatrix": matrix}))
+    found = sensitivity.measure_sensitivity(settings, run, source, matrix, force, check)
+    parameters = {**settings.pick(settings.size_budget, "answer_weight"), "imatrix": matrix_identity(matrix)}
+    _, solved = run.produce_json("mix", content, parameters, ("gguf", "sensitivity"), force)
+    return PlannedFile(solved["prediction"], Options.from_json({**solved["options"], "imatrix": matrix}))
 
 
 # Without a run: from a model folder and a text, or the rows of a run.
@@ -313,7 +319,7 @@ class Budget:
         text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from. A text
             has no answers, so it decides alone.
         data: in place of a text the folder of a run's product `data`, whose training rows have answers.
-        answer_weight: what the loss at answers counts (see `choose_types`).
+        answer_weight: what the loss at answers counts (see `MixRequest`).
     """
 
     bytes: int
@@ -340,10 +346,10 @@ def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: P
     """
     check_gguf(source)
     chosen, answers = _texts(budget)
-    weight = budget.answer_weight if answers else 0.0
-    require_possible(budget.bytes, source, matrix, chosen.dataset, weight)
+    request = MixRequest(budget.bytes, source, matrix, chosen.dataset, budget.answer_weight if answers else 0.0)
+    require_possible(request)
     found = sensitivity.measure_types(budget.model, source, chosen, answers, matrix, SEED, scratch, n_threads)
-    return _choose(found, budget.bytes, source, matrix, chosen.dataset, weight)
+    return _choose(found, request)
 
 
 def _texts(budget: Budget) -> tuple[Windows, AnswerRows | None]:

@@ -10,7 +10,7 @@ among themselves than in that ratio. For child processes only.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.runs.machine import physical_cores
 from lib.stages.quantize import llama_library, recipes
-from lib.stages.quantize.llama_library import Tensor
 from lib.stages.quantize.quantizer import Source, open_source, padded, planned_types
 from lib.stages.quantize.recipes import Options
 
@@ -64,7 +63,7 @@ def possible_types(source: Source) -> dict[str, dict[str, int]]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sensitivity:
     """How much each weight of a tensor matters for one of the losses.
 
@@ -81,38 +80,95 @@ class _Sensitivity:
     ratio: float = 1.0
 
 
-@dataclass(frozen=True)
 class _Trial:
     """A tensor to be tried: every `step`-th of its rows, and of these, for all types but the cheap one, the rows drawn.
 
+    Making one tries the cheap type, and draws the rows for the others.
+
+    Args:
+        folder, scales: as of `measure`.
+
     Attributes:
-        drawn: their numbers among the rows tried; stands: how many rows each of them stands for, float64. None = all.
+        drawn: numbers of the rows drawn among those tried; stands: how many rows each of them stands for, float64.
+            None = all.
         sensitivities: {loss: …}; cheap: {loss: of the cheap type}.
+
+    Raises:
+        InputError: no sensitivities of the tensor.
     """
 
-    name: str
-    tensor: Tensor
-    step: int
-    sensitivities: dict[str, _Sensitivity]
-    cheap: dict[str, float] = field(default_factory=dict)
-    drawn: np.ndarray | None = None
-    stands: np.ndarray | None = None
+    def __init__(self, source: Source, name: str, folder: Path, scales: dict[str, dict[str, float]]) -> None:
+        self.source, self.name, self.tensor = source, name, source.tensors[name]
+        self.step = -(-self.tensor.weights // _WEIGHTS)
+        self.rows_tried = self.rows_drawn = -(-self.tensor.rows // self.step)
+        self.drawn = self.stands = None
+        self.sensitivities: dict[str, _Sensitivity] = {}
+        for loss, factors in scales.items():
+            path, shape = folder / loss / f"{name}.npy", (self.tensor.rows, self.tensor.columns)
+            values = np.load(path, mmap_mode="r") if path.is_file() else None
+            if values is None or values.shape != shape:
+                found = f"no sensitivity of {name} ({shape[0]} × {shape[1]}) in the model folder."
+                expected = "a dense model of the Qwen2, Qwen3 or Llama family."
+                raise InputError(found, expected, "do without a size budget.")
+            part = float(values[:: self.step].sum(dtype=np.float64))
+            share = float(values.sum(dtype=np.float64)) / max(part, 1e-300)
+            self.sensitivities[loss] = _Sensitivity(path, factors.get(name, 0.0), share)
+        error, weights = self._error(_CHEAP)
+        self.cheap = self._losses(error, weights)
+        if self.rows_tried > 2 * _DRAWN:
+            self._draw(error)
 
-    @property
-    def rows_tried(self) -> int:
-        return -(-self.tensor.rows // self.step)
-
-    @property
-    def rows_drawn(self) -> int:
-        return self.rows_tried if self.drawn is None else len(self.drawn)
-
-    def of_rows(self, values: np.ndarray) -> np.ndarray:
-        """Of the values of the rows tried, those of the rows drawn."""
-        return values if self.drawn is None else values[self.drawn]
+    def _draw(self, error: np.ndarray) -> None:
+        """Draw the rows for the other types, by the error of the cheap one."""
+        by_row = {
+            loss: np.sum(self._rows(of) * error * error, axis=1, dtype=np.float64)
+            for loss, of in self.sensitivities.items()
+        }
+        self.drawn, self.stands = _draw(list(by_row.values()))
+        self.rows_drawn = len(self.drawn)
+        for loss, values in by_row.items():
+            of_drawn = np.sum(self.stands * values[self.drawn])
+            self.sensitivities[loss].ratio = float(values.sum() / of_drawn) if of_drawn > 0 else 1.0
 
     def seconds(self, kind: str) -> float:
         """Roughly, that trying a type takes: for the order."""
         return recipes.quantizing_seconds([{"type": kind, "weights": self.rows_drawn * self.tensor.columns}])
+
+    def losses(self, kind: str) -> dict[str, float]:
+        """KL divergences that the tensor in a type is predicted to cost; its rows are read again for every type, which
+        takes little time and spares the memory for all of them."""
+        return self._losses(*self._error(kind))
+
+    def _error(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """What a type changes of the rows that it is tried on, and these rows, float32, (rows, columns)."""
+        weights = self._drawn(self.source.header.rows(self.name, step=self.step))
+        error = llama_library.rounded(kind, weights, self.source.importance(self.name))
+        error -= weights
+        return error, weights
+
+    def _losses(self, error: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+        """½ (Σ F d² + F of the common factor × its square): by what share of themselves the weights shrink together."""
+        size = max(self._sum(weights * weights), 1e-300)
+        shrunk = self._sum(error * weights) / size
+        found = {}
+        for loss, of in self.sensitivities.items():
+            lost = self._sum(self._rows(of) * error * error) * of.ratio
+            found[loss] = 0.5 * (of.share * lost + of.scale * shrunk**2)
+        return found
+
+    def _rows(self, sensitivity: _Sensitivity) -> np.ndarray:
+        """The sensitivities of the rows that types are tried on."""
+        return self._drawn(np.load(sensitivity.path, mmap_mode="r")[:: self.step])
+
+    def _drawn(self, values: np.ndarray) -> np.ndarray:
+        """Of the rows tried, those drawn."""
+        return values if self.drawn is None else values[self.drawn]
+
+    def _sum(self, values: np.ndarray) -> float:
+        """Over all rows; each as many times as it stands for."""
+        if self.stands is None:
+            return float(np.sum(values, dtype=np.float64))
+        return float(np.sum(values, axis=1, dtype=np.float64) @ self.stands)
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
@@ -137,14 +193,14 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
         longest = sorted(possible, key=lambda name: -source.tensors[name].weights)
         trials: dict[str, _Trial] = {}
         with Progress(f"trying {_CHEAP}, tensors", len(longest)) as progress:
-            for trial in pool.map(lambda name: _prepare(source, name, folder, scales), longest):
+            for trial in pool.map(lambda name: _Trial(source, name, folder, scales), longest):
                 trials[trial.name] = trial
                 progress.advance(note=trial.name)
         jobs = [(trials[name], kind) for name, types in possible.items() for kind in types if kind != _CHEAP]
         jobs.sort(key=lambda job: -job[0].seconds(job[1]))
         losses = {(name, _CHEAP): trial.cheap for name, trial in trials.items()}
         with Progress("trying types, tensors × types", len(jobs)) as progress:
-            for (trial, kind), found in zip(jobs, pool.map(lambda job: _try(source, *job), jobs), strict=True):
+            for (trial, kind), found in zip(jobs, pool.map(lambda job: job[0].losses(job[1]), jobs), strict=True):
                 losses[trial.name, kind] = found
                 progress.advance(note=f"{trial.name} {kind}")
     return {
@@ -162,35 +218,6 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _prepare(source: Source, name: str, folder: Path, scales: dict[str, dict[str, float]]) -> _Trial:
-    """Try the cheap type, and draw rows for the others."""
-    tensor = source.tensors[name]
-    step, sensitivities = -(-tensor.weights // _WEIGHTS), {}
-    for loss, factors in scales.items():
-        path = folder / loss / f"{name}.npy"
-        values = np.load(path, mmap_mode="r") if path.is_file() else None
-        if values is None or values.shape != (tensor.rows, tensor.columns):
-            found = f"no sensitivity of {name} ({tensor.rows} × {tensor.columns}) in the model folder."
-            raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "do without a size budget.")
-        part = float(values[::step].sum(dtype=np.float64))
-        share = float(values.sum(dtype=np.float64)) / max(part, 1e-300)
-        sensitivities[loss] = _Sensitivity(path, factors.get(name, 0.0), share)
-    trial = _Trial(name, tensor, step, sensitivities)
-    error, weights = _error(source, trial, _CHEAP)
-    trial = replace(trial, cheap=_losses(trial, error, weights))
-    if trial.rows_tried <= 2 * _DRAWN:
-        return trial
-    by_row = {
-        loss: np.sum(_rows(trial, of) * error * error, axis=1, dtype=np.float64) for loss, of in sensitivities.items()
-    }
-    drawn, stands = _draw(list(by_row.values()))
-    for loss, values in by_row.items():
-        of_drawn = np.sum(stands * values[drawn])
-        ratio = float(values.sum() / of_drawn) if of_drawn > 0 else 1.0
-        sensitivities[loss] = replace(sensitivities[loss], ratio=ratio)
-    return replace(trial, drawn=drawn, stands=stands)
-
-
 def _draw(losses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows by their share in the losses, one at a random place of every stretch of equal share; and how many rows each
     of them stands for."""
@@ -201,40 +228,3 @@ def _draw(losses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     places = (np.arange(_DRAWN) + np.random.default_rng(0).random(_DRAWN)) / _DRAWN * ends[-1]
     rows, times = np.unique(np.minimum(np.searchsorted(ends, places), count - 1), return_counts=True)
     return rows, times / (_DRAWN * chance[rows])
-
-
-def _try(source: Source, trial: _Trial, kind: str) -> dict[str, float]:
-    """KL divergences that the tensor in a type is predicted to cost; its rows are read again for every type, which
-    takes little time and spares the memory for all of them."""
-    return _losses(trial, *_error(source, trial, kind))
-
-
-def _error(source: Source, trial: _Trial, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a type changes of the rows that it is tried on, and these rows, float32, (rows, columns)."""
-    weights = trial.of_rows(source.header.rows(trial.name, step=trial.step))
-    error = llama_library.rounded(kind, weights, source.importance(trial.name))
-    error -= weights
-    return error, weights
-
-
-def _losses(trial: _Trial, error: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """½ (Σ F d² + F of the common factor × its square): by what share of themselves the weights shrink together."""
-    size = max(_sum(weights * weights, trial.stands), 1e-300)
-    shrunk = _sum(error * weights, trial.stands) / size
-    found = {}
-    for loss, of in trial.sensitivities.items():
-        lost = _sum(_rows(trial, of) * error * error, trial.stands) * of.ratio
-        found[loss] = 0.5 * (of.share * lost + of.scale * shrunk**2)
-    return found
-
-
-def _rows(trial: _Trial, sensitivity: _Sensitivity) -> np.ndarray:
-    """The sensitivities of the rows that types are tried on."""
-    return trial.of_rows(np.load(sensitivity.path, mmap_mode="r")[:: trial.step])
-
-
-def _sum(values: np.ndarray, stands: np.ndarray | None) -> float:
-    """Over all rows; each as many times as it stands for."""
-    if stands is None:
-        return float(np.sum(values, dtype=np.float64))
-    return float(np.sum(values, axis=1, dtype=np.float64) @ stands)

@@ -21,7 +21,7 @@ from lib.runs.run import Run
 from lib.settings import Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
-from lib.stages.quantize.size_budget import TypeCost, choose_types, solve
+from lib.stages.quantize.size_budget import MixRequest, TypeCost, choose_types, solve
 from lib.stages.quantize.stage import mix_effect, plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
@@ -271,8 +271,8 @@ def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatc
     real = size_budget.run_child
 
     def counted(function: str, argument: dict[str, Any], what: str) -> Any:
-        if "answer_weight" in argument:
-            calls.append(argument["answer_weight"])
+        if "request" in argument:
+            calls.append(argument["request"].answer_weight)
         return real(function, argument, what)
 
     monkeypatch.setattr(size_budget, "run_child", counted)
@@ -290,13 +290,15 @@ def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatc
     }
     assert not held_out & {row["sha256"] for row in rows}
     source, budget = run.folder / "gguf" / "tiny-F32.gguf", made[0.5].record["budget_bytes"]
-    text, both, answers = (choose_types(record, budget, source, None, "rows", w).record for w in (0.0, 0.5, 1.0))
+    text, both, answers = (
+        choose_types(record, MixRequest(budget, source, None, "rows", w)).record for w in (0.0, 0.5, 1.0)
+    )
     assert text["predicted_kld"] <= both["predicted_kld"] <= answers["predicted_kld"]
     assert text["predicted_answer_kld"] >= both["predicted_answer_kld"] >= answers["predicted_answer_kld"]
     assert "quantize.mix.answer_weight" not in dict(made[0.0].options.notes)
     assert dict(made[0.5].options.notes)["quantize.mix.answer_weight"] == "0.5"
     plain = {**record, "answers": None}  # as of a text, which has none
-    alone = choose_types(plain, budget, source, None, "rows", 0.5)
+    alone = choose_types(plain, MixRequest(budget, source, None, "rows", 0.5))
     assert alone.record["types"] == text["types"] and alone.record["predicted_answer_kld"] is None
     assert alone.record["predicted_kld"] == text["predicted_kld"] and alone.record["answer_weight"] == 0
 

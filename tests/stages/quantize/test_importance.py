@@ -169,10 +169,10 @@ def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure` again; the steps that use the matrix take what it has made."""
     made: list[str] = []
 
-    def build(settings: Settings, run: Run, work: ProductDraft) -> None:
+    def build(settings: Settings, run: Run, work: ProductDraft) -> dict[str, Any]:
         made.append("once more")
         calibration.write_imatrix(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
-        write_json(work.folder / "imatrix.json", {})
+        return {}
 
     monkeypatch.setattr(calibration, "_build", build)
     forced = settings(force=True)
