@@ -11,10 +11,12 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from lib.prompts.conversations import escape
 from lib.prompts.tasks import Task
@@ -64,8 +66,6 @@ def card(facts: Facts, licence_files: Sequence[str] = ()) -> str:
 
 
 def _front_matter(facts: Facts) -> str:
-    import yaml
-
     values: dict[str, Any] = {
         "license": facts.licences["id"],
         **({"language": facts.languages} if facts.languages else {}),
@@ -222,42 +222,57 @@ other kernels of one processor move a label's log-probability by 0.31, its margi
 
 CHECKED_TOKENS = 24
 
-REVIEWS = (
-    "房间很干净，服务也好，下次还会来。",
-    "等了一个小时才上菜，味道很一般。",
-    "屏幕清楚，可是电池太不耐用了。",
-    "书的内容很好，就是送来的时候封面破了。",
-    "价格便宜，质量对得起这个价。",
-)
-QUESTIONS = (
-    "请介绍一下你自己。",
-    "怎样才能睡得好一些？",
-    "请用一句话说明什么是公钥加密。",
-    "明天要考试了，我很紧张，怎么办？",
-    "一加一等于几？为什么？",
-)
+_SENTENCES = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8"))
 
 
-def sentences_for(task: Task) -> tuple[str, ...]:
+def sentences_for(task: Task) -> list[str]:
     """The project's own sentences: a package holds no row of anybody's data."""
-    return REVIEWS if task.label_names else QUESTIONS
+    return _SENTENCES["reviews" if task.label_names else "questions"]
 
 
-def model_info(
-    facts: Facts, turns: Turns, tokenizer: PreTrainedTokenizerBase, gguf: Path, sha256: str, n_threads: int
-) -> dict[str, Any]:
-    """The content of model_info.json; the file is asked here, in a process of its own.
+@dataclass(frozen=True)
+class PackedModel:
+    """The packaged file, and how it is asked."""
+
+    facts: Facts
+    turns: Turns
+    tokenizer: PreTrainedTokenizerBase
+    gguf: Path
+    n_threads: int
+
+    def prompts(self, texts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+        """The prompts for texts, names of special tokens inside them made harmless; and their token ids."""
+        task, prompts = self.facts.task, []
+        for text in texts:
+            turns = {"system": task.system_prompt, "user": task.user_prompt.replace("{text}", text)}
+            harmless = [{"role": role, "content": escape(self.tokenizer, turn)} for role, turn in turns.items()]
+            prompts.append(self.turns.render(harmless))
+        return prompts, [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+
+    def answers(
+        self, ids: list[list[int]], labels: list[list[int]], most: int, ends: Sequence[int] = (), what: str = ""
+    ) -> list[dict[str, Any]]:
+        """What the file answers to prompts, in a process of its own; see `answer`.
+
+        Raises:
+            InputError: llama.cpp refuses the file or dies of it.
+        """
+        request = {"path": self.gguf, "prompts": ids, "labels": labels, "most": most, "ends": list(ends)}
+        request["n_threads"] = self.n_threads
+        return run_child("lib.stages.package.documents:answer", request, f"asking {self.gguf.name}{what}")["answers"]
+
+
+def model_info(packed: PackedModel, sha256: str) -> dict[str, Any]:
+    """The content of model_info.json.
 
     Raises:
-        InputError: llama.cpp refuses the file or dies of it.
+        InputError: as `PackedModel.answers`.
     """
-    task = facts.task
+    facts, task, tokenizer = packed.facts, packed.facts.task, packed.tokenizer
     texts, labels = sentences_for(task), task.answer_words(tokenizer)
-    prompts = [prompt_of(tokenizer, turns, task, text) for text in texts]
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    request = {"prompts": ids, "labels": labels, "most": min(CHECKED_TOKENS, facts.most), "n_threads": n_threads}
-    request |= {"path": gguf, "ends": sorted(end_ids(tokenizer))}
-    answers = run_child("lib.stages.package.documents:answer", request, f"asking {gguf.name}")["answers"]
+    prompts, ids = packed.prompts(texts)
+    ends, end_of_turn = end_ids(tokenizer), end_of_turn_id(tokenizer)
+    answers = packed.answers(ids, labels, min(CHECKED_TOKENS, facts.most), sorted(ends))
     checked = zip(texts, prompts, ids, answers, strict=True)
     return {
         "format": 1,
@@ -266,32 +281,19 @@ def model_info(
         "system": task.system_prompt,
         "user": task.user_prompt,
         "labels": [{"name": name, "ids": own} for name, own in zip(task.label_names, labels, strict=True)],
-        "turns": asdict(turns),
+        "turns": asdict(packed.turns),
         "special_tokens": list(tokenizer.all_special_tokens),
-        "stops": stops(tokenizer),
+        "stops": tokenizer.convert_ids_to_tokens([end_of_turn, *sorted(ends - {end_of_turn})]),
         "n_ctx": facts.n_ctx,
         "max_tokens": facts.most,
         "tolerance": TOLERANCE,
         "tolerance_share": TOLERANCE_SHARE,
-        "examples": list(texts[:3]),
+        "examples": texts[:3],
         "folders": [name for name in facts.tree if name != "gguf"],
         "checks": [
             {"text": text, "prompt": prompt, "prompt_ids": own, **answer} for text, prompt, own, answer in checked
         ],
     }
-
-
-def stops(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of the tokens that end an answer, the end of a turn first."""
-    first = end_of_turn_id(tokenizer)
-    ends = [first, *sorted(end_ids(tokenizer) - {first})]
-    return [tokenizer.convert_ids_to_tokens(number) for number in ends]
-
-
-def prompt_of(tokenizer: PreTrainedTokenizerBase, turns: Turns, task: Task, text: str) -> str:
-    """The prompt for one text, names of special tokens inside it made harmless."""
-    texts = {"system": task.system_prompt, "user": task.user_prompt.replace("{text}", text)}
-    return turns.render([{"role": role, "content": escape(tokenizer, text)} for role, text in texts.items()])
 
 
 # What the packaged file answers here: greedy tokens, their log-probabilities, label scores. For a child process.

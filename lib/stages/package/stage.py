@@ -29,7 +29,15 @@ from lib.runs.files import (
 )
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
-from lib.stages.package.documents import card, export_report, guide, model_info, modelfile, requirements
+from lib.stages.package.documents import (
+    PackedModel,
+    card,
+    export_report,
+    guide,
+    model_info,
+    modelfile,
+    requirements,
+)
 from lib.stages.package.facts import ChosenFile, choose_file, gather
 from lib.stages.package.phone_page import WebRequest, request_web, write_web
 
@@ -132,12 +140,13 @@ def _build(
     facts = replace(gather(run, chosen, task, comparison), tree=link_tree(run, formats, folder))
     link_or_copy(chosen.source, folder / facts.file)
     digest = sha256_file(folder / facts.file)
-    info = model_info(facts, turns, tokenizer, folder / facts.file, digest, n_threads)
+    packed = PackedModel(facts, turns, tokenizer, folder / facts.file, n_threads)
+    info = model_info(packed, digest)
     write_json(folder / INFO, info)
     text, notes = modelfile(facts, turns, info["stops"])
     write_text(folder / "Modelfile", text)
     if request:
-        facts = replace(facts, page_rows=write_web(request, facts, info, turns, tokenizer, folder, n_threads))
+        facts = replace(facts, page_rows=write_web(request, packed, info))
     licences = [path for name in ("LICENSE", "NOTICE") if (path := run.folder / "merged" / name).is_file()]
     for path in licences:  # of the base model, where it brought them
         shutil.copyfile(path, folder / path.name)
