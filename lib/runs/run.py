@@ -166,6 +166,13 @@ class Run:
         """What a product is asked for: its parameters, and the digests of the products that it is made from."""
         return {"parameters": dict(parameters), "inputs": {name: self.require(name).entry.digest for name in inputs}}
 
+    def earlier(self, draft: ProductDraft, product: str, *inputs: str) -> list[Path]:
+        """Folders with finished parts that a builder may take over: its own after an interruption, and the former
+        product's if it was made from the same `inputs`."""
+        former = self.manifest.entries().get(product)
+        same = former and all(former.inputs.get(name) == self.require(name).entry.digest for name in inputs)
+        return [*([draft.folder] if draft.resumed else []), *([self.folder / product] if same else [])]
+
     def stamps(self) -> list[str]:
         """What every page of this run must say: sample data, offline base, fallbacks; in order, each once."""
         notes = [note for entry in self.manifest.entries().values() for note in entry.notes]

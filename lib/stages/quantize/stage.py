@@ -125,13 +125,9 @@ def _finished(run: Run, work: ProductDraft, identity: dict[str, Any]) -> dict[st
 
     Each verifies by SHA-256 and was made with the same options by the same llama.cpp.
     """
-    folders = [work.folder] if work.resumed else []
-    former = run.manifest.entries().get("quantized")
-    if former is not None and former.inputs.get("gguf") == run.require("gguf").entry.digest:
-        folders.append(run.folder / "quantized")
     wanted = versions()["llama-cpp-python"], identity
     found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
+    for folder in run.earlier(work, "quantized", "gguf"):
         summary = read_json(folder / _SUMMARY) if (folder / _SUMMARY).is_file() else {"quantizer": None}
         for row in summary["files"] if (summary["quantizer"], summary.get("options", {})) == wanted else []:
             path, target = folder / row["file"], work.folder / row["file"]
