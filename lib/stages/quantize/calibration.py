@@ -140,11 +140,8 @@ def row_windows(data: Path, split: str, size: int, most: int, seed: int) -> Wind
 
 
 def row_answers(data: Path, split: str, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
-    """Whole rows for what is measured at their answers, in the order and under the rules of `row_windows`.
-
-    Args:
-        most_rows, most_tokens: bounds; one row is taken whatever its length.
-    """
+    """Whole rows for what is measured at their answers, in the order and under the rules of `row_windows`; one row is
+    taken whatever its length."""
     rows, held_out, _ = _rows(data, split, seed)
     task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
     chosen: list[dict[str, Any]] = []
@@ -205,11 +202,7 @@ def text_windows(model: Path, text: Text, file: Path, size: int, most: int) -> W
 
 
 def require_whole_weights(model: Path) -> None:
-    """Refuse what gradients cannot be computed with.
-
-    Raises:
-        InputError: no model folder, or one that is quantized.
-    """
+    """Refuse what gradients cannot be computed with: no model folder, or one that is quantized."""
     check_model_folder(model)
     if method := quantization_method(model):
         expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
@@ -303,13 +296,11 @@ def measure_imatrix(
         text: at most `chunks` windows of `n_ctx` tokens of it are used; `file`: where it was read from.
 
     Returns:
-        "file", "dataset" (its name in the file: the text's, how much of it, its SHA-256), "text_sha256", "rows"
-        (documents of which a token is used), "tokens", "windows", "window_tokens", "entries" (layers), "dtype",
-        "device", "seconds".
+        "file", "dataset" (its name in the file), "text_sha256", "rows" (documents of which a token is used), "tokens",
+        "windows", "window_tokens", "entries" (layers), "dtype", "device", "seconds".
 
     Raises:
-        InputError: a place that cannot be written, a folder that is no model or is quantized, a text that does not fill
-            a window, an architecture that is not known.
+        InputError: a place that cannot be written, no whole model, too short a text, an unknown architecture.
     """
     check_output(file, output)
     chosen = text_windows(model, text, file, n_ctx, chunks)
