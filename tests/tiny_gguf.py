@@ -9,6 +9,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from lib.stages.quantize.files import QuantizationReport, quantize_files
+from lib.stages.quantize.recipes import Options
+
 
 def byte_tokens() -> list[str]:
     """The 256 tokens of byte-level BPE, in the order of GPT-2's table."""
@@ -201,3 +204,10 @@ def write_shapes_of_qwen25_05b(path: Path) -> Path:
     with path.open("r+b") as stream:
         stream.truncate(path.stat().st_size + 32 * len(shapes) + 989_000_000)
     return path
+
+
+def quantize_file(
+    source: Path, output: Path, name: str, options: Options | None = None, n_threads: int = 0
+) -> QuantizationReport:
+    """One file of one type."""
+    return quantize_files(source, output, [name], options, n_threads)[0]

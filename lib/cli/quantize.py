@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +86,7 @@ def imatrix(
 ) -> None:
     """Measure which inputs of every layer are large on a text: what llama-imatrix measures, for --imatrix."""
     from lib.cli.perplexity import read_text
-    from lib.stages.quantize.stage import measure_imatrix
+    from lib.stages.quantize.calibration import measure_imatrix
 
     made = measure_imatrix(model_dir, output, read_text(text, text_column), user_path(str(text)), n_ctx, chunks)
     rows = "" if made["rows"] is None else f" of {made['rows']:,} rows"
@@ -159,6 +160,7 @@ def _make(
     source: Path, output: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
 ) -> list[dict[str, Any]]:
     """Write the files; their reports."""
+    from lib.settings import mix_name
     from lib.stages.quantize.files import make_files, plan_files
     from lib.stages.quantize.size_budget import mix_for_budget
 
@@ -169,12 +171,12 @@ def _make(
     if count > 1 and output.suffix == ".gguf" and not output.is_dir():
         do = "name a folder; the files in it get the source's name and their type."
         raise InputError(f"one file {output} for {count} types.", "a folder for several types.", do)
-    beside = [budget.name] if budget else []
+    beside = [mix_name(budget.bytes)] if budget else []
     planned = plan_files(source, output, types, options, beside)
     if budget:
         scratch = output.parent if output.suffix == ".gguf" and not output.is_dir() else output
         planned.append(mix_for_budget(source, budget, options.imatrix, scratch, n_threads))
-    return [report.to_json() for report in make_files(source, output, planned, n_threads)]
+    return [asdict(report) for report in make_files(source, output, planned, n_threads)]
 
 
 def _as_text(rows: list[dict[str, Any]]) -> str:

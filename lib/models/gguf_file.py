@@ -265,6 +265,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 
+def name_map(architecture: Any, blocks: int) -> Any:
+    """The package gguf's map from names of tensors in transformers to those in GGUF; None for an architecture that it
+    does not know."""
+    import gguf
+
+    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+    return None if number is None else gguf.get_tensor_name_map(number, blocks)
+
+
 def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
     names = {ours: theirs for ours, theirs in _TABLES["outside"].items() if not (tied and ours == "output.weight")}

@@ -46,7 +46,7 @@ def run_child(
 
     Args:
         function: "package.module:name" of a function that takes one dict and returns one dict, both JSON values.
-        argument: its argument.
+        argument: its argument; a path in it arrives as text, absolute, and a dataclass as a dict of its fields.
         what: the work in words, as in "quantizing to Q4_K_M"; used in progress and error messages.
         timeout: seconds after which the child is killed; None waits forever.
         stop: for several children at once, each waited for in a thread: when it is set, the child is killed.
@@ -63,13 +63,18 @@ def run_child(
     with tempfile.TemporaryDirectory(prefix="workbook-child-") as name:
         folder = Path(name)
         request = {"function": function, "argument": argument, "parent": os.getpid()}
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (folder / "request.json").write_text(json.dumps(request, default=_plain), encoding="utf-8")
         code = _start_and_wait(folder, what, timeout, stop, heard)
         result = folder / "result.json"
         if result.exists():
             return value_of(json.loads(result.read_text(encoding="utf-8")), what)
         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
     raise death(code, what, log)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has not: a path as text, a dataclass as a dict."""
+    return str(value.resolve()) if isinstance(value, Path) else vars(value)
 
 
 def answer(function: Callable[[dict[str, Any]], dict[str, Any]], argument: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +238,7 @@ def _main(folder: Path) -> None:
         return {**value, "peak_memory_mib": peak_memory_mib()}
 
     partial = folder / "result.json.part"
-    partial.write_text(json.dumps(answer(call, request["argument"])), encoding="utf-8")
+    partial.write_text(json.dumps(answer(call, request["argument"]), default=_plain), encoding="utf-8")
     partial.replace(folder / "result.json")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
-from lib.runs.files import flush_to_disk
+from lib.runs.files import flush_to_disk, read_json, write_json
 from lib.runs.manifest import NOTEBOOK_OF, Entry, Manifest, damage
 from lib.runs.resources import peak_memory
 
@@ -118,8 +118,7 @@ class Run:
         files.writable(self.folder)
         busy = f"another process works on run {self.name!r}."
         with files.locked(self.folder / ".lock", busy, "one at a time.", "wait for it, or use another run_name."):
-            digests = {name: self.require(name).entry.digest for name in inputs}
-            wanted = {"parameters": dict(parameters), "inputs": digests}
+            wanted = self._wanted(parameters, inputs)
             final, former = self.folder / product, self.manifest.entries().get(product)
             reason = "first time" if former is None else _reason(final, former, wanted, force)
             if former is not None and reason is None:
@@ -138,6 +137,41 @@ class Run:
             self._publish(temporary, final, entry)
             made = f"{product}: made in {entry.seconds:.0f} s, {entry.peak_memory_mib:.0f} MiB at most ({reason})."
             return Product(final, entry, True, made)
+
+    def produce_json(
+        self,
+        product: str,
+        content: Callable[[ProductDraft], dict[str, Any]],
+        parameters: Mapping[str, Any],
+        inputs: tuple[str, ...] = (),
+        force: bool = False,
+    ) -> tuple[Product, dict[str, Any]]:
+        """A product with the file <product>.json, and what stands in it; arguments as of `produce`."""
+        name = f"{product}.json"
+        made = self.produce(
+            product, lambda draft: write_json(draft.folder / name, content(draft)), parameters, inputs, force
+        )
+        return made, read_json(made.path / name)
+
+    def is_current(self, product: str, parameters: Mapping[str, Any], inputs: tuple[str, ...]) -> bool:
+        """Whether `produce` would find nothing to do.
+
+        Raises:
+            InputError: a missing input.
+        """
+        entry, wanted = self.manifest.entries().get(product), self._wanted(parameters, inputs)
+        return entry is not None and _reason(self.folder / product, entry, wanted, force=False) is None
+
+    def _wanted(self, parameters: Mapping[str, Any], inputs: tuple[str, ...]) -> dict[str, Any]:
+        """What a product is asked for: its parameters, and the digests of the products that it is made from."""
+        return {"parameters": dict(parameters), "inputs": {name: self.require(name).entry.digest for name in inputs}}
+
+    def earlier(self, draft: ProductDraft, product: str, *inputs: str) -> list[Path]:
+        """Folders with finished parts that a builder may take over: its own after an interruption, and the former
+        product's if it was made from the same `inputs`."""
+        former = self.manifest.entries().get(product)
+        same = former and all(former.inputs.get(name) == self.require(name).entry.digest for name in inputs)
+        return [*([draft.folder] if draft.resumed else []), *([self.folder / product] if same else [])]
 
     def stamps(self) -> list[str]:
         """What every page of this run must say: sample data, offline base, fallbacks; in order, each once."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ValidationInfo
 
 from lib.serve.listening import Application, Message, Receive, Send, names_loopback
 
@@ -55,8 +54,61 @@ class Limits:
     local: bool
 
 
-def _refused(code: str, text: str) -> PydanticCustomError:
-    return PydanticCustomError(code, "{text}", {"text": text})
+def _invalid(name: str | None, found: str, code: str | None = None) -> RefusedError:
+    return RefusedError(400, f"{name} {found}", code or f"invalid_{name}")
+
+
+def _not_here(value: Any, info: ValidationInfo) -> Any:
+    if value and not (value == 1 and info.field_name in ("n", "best_of")):
+        raise _invalid(info.field_name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
+    return value
+
+
+def _not_forced(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, dict):
+        found = "names a function; this server cannot force one, only 'auto' and 'none' are known"
+        raise _invalid(info.field_name, found, "unsupported_parameter")
+    return value
+
+
+def _without_schema(value: Any, info: ValidationInfo) -> Any:
+    """JSON without a schema, and free to end: what may not end when its grammar says so ends the server."""
+    if isinstance(value, dict) and value.get("schema") is not None:
+        found = "has a schema; this server knows 'json_object' without one, check the answer yourself"
+        raise _invalid("response_format", found, "unsupported_parameter")
+    if isinstance(value, dict) and value.get("type") == "json_object" and info.data["min_tokens"]:
+        raise _invalid("min_tokens", "does not go with response_format 'json_object'", "unsupported_parameter")
+    return value
+
+
+def _within_vocabulary(value: Any, info: ValidationInfo) -> Any:
+    """Ids of the vocabulary (with `logit_bias_type` "tokens" texts), and values that a logit can be added to."""
+    n_vocab, texts = info.context.n_vocab, info.data["logit_bias_type"] == "tokens"
+    for key, bias in value.items() if isinstance(value, dict) else ():
+        number = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else -1
+        if not texts and not 0 <= number < n_vocab:
+            raise _invalid("logit_bias", f"names {key!r}; expected token ids from 0 to {n_vocab - 1}")
+        if not isinstance(bias, (int, float)) or not abs(bias) <= LARGEST_BIAS:
+            found = f"of {key!r} is {bias!r}; expected a number from -{LARGEST_BIAS} to {LARGEST_BIAS}"
+            raise _invalid("logit_bias", found)
+    return value
+
+
+def _few(value: Any, info: ValidationInfo) -> Any:
+    most = info.context.max_tokens
+    if value is not None and (type(value) is not int or not 1 <= value <= most):
+        found = f"is {value!r}; expected a whole number from 1 to {most}"
+        raise _invalid(info.field_name, found, "invalid_max_tokens")
+    return value
+
+
+def _between(low: float, high: float) -> Callable[[Any, ValidationInfo], Any]:
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value is not None and (type(value) not in (int, float) or not low <= value <= high):
+            raise _invalid(info.field_name, f"is {value!r}; expected a number from {low} to {high}")
+        return value
+
+    return check
 
 
 class Asked(BaseModel):
@@ -65,99 +117,26 @@ class Asked(BaseModel):
     llama.cpp is in the server's process and ends it where a grammar cannot be read (a null pointer), and also where one
     can be read but leaves no token to choose from (`[z-a]`). So no grammar is made of a client's words; that of any
     JSON object is llama-cpp-python's own and always has a way on.
-    """
-
-    logprobs: Any = None
-    top_logprobs: Any = None
-    n: Any = None
-    best_of: Any = None
-    grammar: Any = None
-    tool_choice: Any = None
-    function_call: Any = None
-    min_tokens: Any = None
-    response_format: Any = None
-    temperature: float | None = Field(
-        None, ge=0, le=2, strict=True, allow_inf_nan=False, description="a number from 0 to 2"
-    )
-    repeat_penalty: float | None = Field(
-        None, ge=0.1, le=10, strict=True, allow_inf_nan=False, description="a number from 0.1 to 10"
-    )
-    logit_bias_type: Any = None
-    logit_bias: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-
-    @field_validator("logprobs", "top_logprobs", "n", "best_of", "grammar")
-    @classmethod
-    def _not_here(cls, value: Any, info: ValidationInfo) -> Any:
-        only = 1 if info.field_name in ("n", "best_of") else None
-        if value and value != only:
-            raise _refused("unsupported_parameter", f"{info.field_name} is {value!r}; this server has no such thing")
-        return value
-
-    @field_validator("tool_choice", "function_call")
-    @classmethod
-    def _not_forced(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, dict):
-            text = f"{info.field_name} names a function; this server cannot force one, only 'auto' and 'none' are known"
-            raise _refused("unsupported_parameter", text)
-        return value
-
-    @field_validator("response_format")
-    @classmethod
-    def _without_schema(cls, value: Any, info: ValidationInfo) -> Any:
-        """JSON without a schema, and free to end: what may not end when its grammar says so ends the server."""
-        if not isinstance(value, dict):
-            return value
-        if value.get("schema") is not None:
-            text = (
-                "response_format has a schema; this server knows 'json_object' without one, check the answer yourself"
-            )
-            raise _refused("unsupported_parameter", text)
-        if value.get("type") == "json_object" and info.data["min_tokens"]:
-            raise _refused("unsupported_parameter", "min_tokens does not go with response_format 'json_object'")
-        return value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _within_vocabulary(cls, value: Any, info: ValidationInfo) -> Any:
-        """Ids of the vocabulary (with `logit_bias_type` "tokens" texts), and values that a logit can be added to."""
-        n_vocab, texts = info.context.n_vocab, info.data["logit_bias_type"] == "tokens"
-        for key, bias in value.items() if isinstance(value, dict) else ():
-            number = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else -1
-            if not texts and not 0 <= number < n_vocab:
-                text = f"logit_bias names {key!r}; expected token ids from 0 to {n_vocab - 1}"
-                raise _refused("invalid_logit_bias", text)
-            if not isinstance(bias, (int, float)) or not abs(bias) <= LARGEST_BIAS:
-                text = f"logit_bias of {key!r} is {bias!r}; expected a number from -{LARGEST_BIAS} to {LARGEST_BIAS}"
-                raise _refused("invalid_logit_bias", text)
-        return value
-
-    @field_validator("max_tokens", "max_completion_tokens")
-    @classmethod
-    def _few(cls, value: Any, info: ValidationInfo) -> Any:
-        most = info.context.max_tokens
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            text = f"{info.field_name} is {value!r}; expected a whole number from 1 to {most}"
-            raise _refused("invalid_max_tokens", text)
-        return value
-
-
-def check_sampling(body: dict[str, Any], limits: Limits) -> Asked:
-    """Refuse what the sampler cannot do, or does not survive.
 
     Raises:
-        RefusedError: status 400.
+        RefusedError: status 400, for what the sampler cannot do, or does not survive.
     """
-    try:
-        return Asked.model_validate(body, context=limits)
-    except ValidationError as errors:
-        error = errors.errors()[0]
-    if "text" in error.get("ctx", {}):
-        raise RefusedError(400, error["msg"], error["type"])
-    (name,) = error["loc"]
-    text = f"{name} is {error['input']!r}; expected {Asked.model_fields[name].description}"
-    raise RefusedError(400, text, f"invalid_{name}")
+
+    logprobs: Annotated[Any, AfterValidator(_not_here)] = None
+    top_logprobs: Annotated[Any, AfterValidator(_not_here)] = None
+    n: Annotated[Any, AfterValidator(_not_here)] = None
+    best_of: Annotated[Any, AfterValidator(_not_here)] = None
+    grammar: Annotated[Any, AfterValidator(_not_here)] = None
+    tool_choice: Annotated[Any, AfterValidator(_not_forced)] = None
+    function_call: Annotated[Any, AfterValidator(_not_forced)] = None
+    min_tokens: Any = None
+    response_format: Annotated[Any, AfterValidator(_without_schema)] = None
+    temperature: Annotated[Any, AfterValidator(_between(0, 2))] = None
+    repeat_penalty: Annotated[Any, AfterValidator(_between(0.1, 10))] = None
+    logit_bias_type: Any = None
+    logit_bias: Annotated[Any, AfterValidator(_within_vocabulary)] = None
+    max_tokens: Annotated[Any, AfterValidator(_few)] = None
+    max_completion_tokens: Annotated[Any, AfterValidator(_few)] = None
 
 
 class LimitedApplication:
@@ -250,7 +229,7 @@ class LimitedApplication:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
         if not isinstance(body, dict):
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
-        asked = check_sampling(body, self._limits)
+        asked = Asked.model_validate(body, context=self._limits)
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])
         body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers

@@ -167,27 +167,24 @@ def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
 # GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
 
 BITS = 4
-GROUP = 128
-"""Weights that share a scale, as in llm-compressor's scheme W4A16."""
+GROUPS = (128, 64, 32, 16)
+"""Weights that share a scale, the most that fit: 128 in llm-compressor's scheme W4A16."""
 
-_SMALLEST_GROUP = 16
 _HEAD = "lm_head"
 
 
 def group_size(widths: set[int]) -> int:
-    """Largest group of at most `GROUP` weights (a power of two) that divides the rows of every layer.
+    """The largest of `GROUPS` that divides the rows of every layer.
 
     Raises:
         InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
     """
-    size = GROUP
-    while size >= _SMALLEST_GROUP:
+    for size in GROUPS:
         if all(width % size == 0 for width in widths):
             return size
-        size //= 2
-    odd = sorted(width for width in widths if width % _SMALLEST_GROUP)
+    odd = min(width for width in widths if width % GROUPS[-1])
     raise InputError(
-        f"linear layers with {odd[0]} inputs.", f"a multiple of {_SMALLEST_GROUP}.", "leave gptq out of export_formats."
+        f"linear layers with {odd} inputs.", f"a multiple of {GROUPS[-1]}.", "leave gptq out of export_formats."
     )
 
 

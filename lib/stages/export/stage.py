@@ -117,13 +117,12 @@ def export(settings: Settings, run: Run) -> ExportsResult:
 
 def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Format]) -> None:
     data, merged = run.require("data"), run.require("merged")
-    inputs = {"data": data.entry.digest, "merged": merged.entry.digest}
-    kept = {} if settings.force else finished(run, work, inputs)
+    kept = {} if settings.force else finished(run, work)
     missing = [wanted for wanted in formats if wanted.name not in kept]
     weights = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
     require_space(run.folder, weights * len(missing), f"{len(missing)} exported models")
     task = read_task(data.path)
-    argument = {"source": str(merged.path.resolve()), **(_token_ids(data.path, task) if missing else {})}
+    argument = {"source": merged.path, **(_token_ids(data.path, task) if missing else {})}
     entries, facts = run.manifest.entries(), merged.entry.facts
     base = f"`{facts['base_model']}` (revision `{facts['base_revision']}`)"
     card = {
@@ -159,10 +158,30 @@ def _kept_or_made(
             shutil.copytree(former, folder, copy_function=link_or_copy)
         return record
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
-    record = _make(wanted, folder, argument, f"exporting {wanted.name} {place}")
-    if "reason" in record:
+    request, what = {**argument, "format": wanted.name, "output": folder}, f"exporting {wanted.name} {place}"
+    try:
+        if (reason := wanted.problem()) is None:
+            answer = run_child("lib.stages.export.child:make", request, what)
+    except InputError as error:
+        reason = error.found
+    except RuntimeError as error:
+        if wanted.made_by is None:
+            raise
+        reason = f"{wanted.made_by} failed: {str(error).strip().splitlines()[-1][:300]}"
+    if reason is not None:
         shutil.rmtree(folder, ignore_errors=True)
-        return record
+        return {"format": wanted.name, "reason": reason}
+    record = {
+        "format": wanted.name,
+        "title": wanted.title,
+        "made_by": wanted.maker(),
+        "folder": wanted.name,
+        "bytes": answer.pop("weight_bytes"),
+        "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
+        **answer,
+        "peak_memory_mib": answer["memory_mib"],  # while it was made, not while it was checked
+    }
+    del record["memory_mib"]
     write_card(folder, wanted, record, **card)
     return {**record, "files": hash_folder(folder)}
 
@@ -180,49 +199,15 @@ def _token_ids(data: Path, task: Task) -> dict[str, Any]:
     }
 
 
-def _make(wanted: Format, folder: Path, argument: dict[str, Any], what: str) -> dict[str, Any]:
-    """The record of a format, or {"format", "reason"} where it is skipped."""
-    if problem := wanted.problem():
-        return {"format": wanted.name, "reason": problem}
-    request = {**argument, "format": wanted.name, "output": str(folder.resolve())}
-    try:
-        answer = run_child("lib.stages.export.child:make", request, what)
-    except InputError as error:
-        return {"format": wanted.name, "reason": error.found}
-    except RuntimeError as error:
-        if wanted.made_by is None:
-            raise
-        reason = f"{wanted.made_by} failed: {str(error).strip().splitlines()[-1][:300]}"
-        return {"format": wanted.name, "reason": reason}
-    return {
-        "format": wanted.name,
-        "title": wanted.title,
-        "made_by": wanted.maker(),
-        "folder": wanted.name,
-        "bytes": answer["weight_bytes"],
-        "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
-        "peak_memory_mib": answer["memory_mib"],
-        **{key: value for key, value in answer.items() if key not in ("weight_bytes", "memory_mib", "peak_memory_mib")},
-    }
-
-
 # Formats that need not be made again: those of the former product, and those of an interrupted try.
 
 Kept = dict[str, tuple[Path, dict[str, Any]]]
 
 
-def finished(run: Run, work: ProductDraft, inputs: dict[str, str]) -> Kept:
-    """{format: (folder, record)} of what was made from the same products by the same package and still verifies.
-
-    Args:
-        inputs: digests of the products that are exported now.
-    """
-    folders = [work.folder] if work.resumed else []
-    former = run.manifest.entries().get("exports")
-    if former is not None and former.inputs == inputs:
-        folders.append(run.folder / "exports")
+def finished(run: Run, work: ProductDraft) -> Kept:
+    """{format: (folder, record)} of what was made from the same products by the same package and still verifies."""
     found: Kept = {}
-    for folder in folders:
+    for folder in run.earlier(work, "exports", "data", "merged"):
         for record in read_json(folder / SUMMARY)["made"] if (folder / SUMMARY).is_file() else []:
             name, path = record["format"], folder / record["folder"]
             same = name in FORMATS and record["made_by"] == FORMATS[name].maker()

@@ -1,4 +1,5 @@
-"""What a package says of its file: model card, guide, Modelfile for Ollama, requirements, and a report for machines.
+"""What a package says of its file: model card, guide, Modelfile for Ollama, requirements, a report for machines, and
+what the file answered here, for the package's own test.
 
 The texts stand in templates/; here are the values in them.
 """
@@ -9,17 +10,28 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lib.prompts.templates import ROLES, Turns
+import yaml
+
+from lib.prompts.conversations import escape
+from lib.prompts.tasks import Task
+from lib.prompts.templates import ROLES, Turns, end_of_turn_id
+from lib.runs.child import run_child
 from lib.runs.files import render
+from lib.scoring.generation import end_ids, llama_feed, write
+from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.package.facts import Facts
-from lib.stages.package.self_test import TOLERANCE, TOLERANCE_SHARE, sentences_for
 from lib.statistics.losses import kept_words
 from lib.statistics.verdicts import in_words
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -28,13 +40,15 @@ _TRAINING = (
     *("lora_r", "lora_alpha", "load_in_4bit", "seed"),
 )
 """Settings that the card shows."""
+_LABELLED, _WRITTEN = {"accuracy": ".4f"}, {"answer_ppl": ".3f", "answer_ratio": ".4f"}
+"""What the card shows of the evaluation, with the form of the numbers."""
 
 
-def card(facts: Facts, contents: Mapping[str, str]) -> str:
+def card(facts: Facts, licence_files: Sequence[str] = ()) -> str:
     """README.md, the model card.
 
     Args:
-        contents: {file or folder of the package: what it is}.
+        licence_files: of the base model, beside the file.
     """
     types = Counter(facts.mix["types"].values()).most_common() if facts.mix else []
     return render(
@@ -43,15 +57,15 @@ def card(facts: Facts, contents: Mapping[str, str]) -> str:
         labelled=bool(facts.task.label_names),
         front=_front_matter(facts),
         tensors_by_type=", ".join(f"{kind} × {count}" for kind, count in types),
-        evaluation=_evaluation(facts),
+        measures=_LABELLED if facts.task.label_names else _WRITTEN,
+        kept=kept_words(facts.chosen.entry),
+        verdict=in_words(facts.chosen.entry),
         settings={key: facts.parameters[key] for key in _TRAINING if key in facts.parameters},
-        contents=contents,
+        licence_files=licence_files,
     )
 
 
 def _front_matter(facts: Facts) -> str:
-    import yaml
-
     values: dict[str, Any] = {
         "license": facts.licences["id"],
         **({"language": facts.languages} if facts.languages else {}),
@@ -62,28 +76,6 @@ def _front_matter(facts: Facts) -> str:
     if facts.base.count("/") == 1 and ":" not in facts.base and ":" not in facts.revision:  # a hub id, not a folder
         values |= {"base_model": facts.base, "base_model_relation": "quantized"}
     return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
-
-
-def _evaluation(facts: Facts) -> list[tuple[str, str, str]]:
-    """Name, value of the file, value of the reference."""
-    entry, reference = facts.chosen.entry, facts.chosen.reference
-    keys = {"accuracy": ".4f"} if facts.task.label_names else {"answer_ppl": ".3f", "answer_ratio": ".4f"}
-    rows = [(key, _interval(entry, key, form), _interval(reference, key, form)) for key, form in keys.items()]
-    free, free_reference = entry.get("leak_free"), reference.get("leak_free")
-    if free and free_reference and facts.task.label_names:
-        values = (_interval(part, "accuracy", ".4f") for part in (free, free_reference))
-        rows.append((f"accuracy, {free['n']:,} leak-free rows", *values))
-    rows.append(("mean KL divergence, nats", f"{entry['kld_mean']:.2g}", "0"))
-    if kept := kept_words(entry):
-        rows.append(("share kept of what fine-tuning changed", kept, "1"))
-    return [*rows, ("verdict", in_words(entry), "reference")]
-
-
-def _interval(entry: Mapping[str, Any], key: str, form: str) -> str:
-    value, interval = entry.get(key), entry.get(f"{key}_interval")
-    if value is None:
-        return "–"
-    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
 
 
 def export_report(facts: Facts, sha256: str, prompts: int) -> dict[str, Any]:
@@ -197,8 +189,6 @@ def modelfile(facts: Facts, turns: Turns, stops: Sequence[str]) -> tuple[str, li
 # alone (the server takes the system turn from each request), `--reasoning on|off` one of both, and of the texts only
 # that of `-p` has its escapes processed.
 
-ADDRESS = "http://127.0.0.1:8080"
-
 BANDWIDTHS = {
     f"{kind}-{transfers}": transfers * 1e6 * 8
     for kind, transfers in (("LPDDR4X", 4266), ("LPDDR5", 6400), ("LPDDR5X", 8533))
@@ -207,49 +197,148 @@ BANDWIDTHS = {
 
 
 def guide(facts: Facts) -> str:
-    """deployment_guide.md."""
+    """deployment_guide.md; its questions are one of the project's own sentences in the wording of the training."""
+    turn = facts.task.user_prompt.replace("{text}", sentences_for(facts.task)[0])
+    messages = [{"role": "system", "content": facts.task.system_prompt}, {"role": "user", "content": turn}]
+    request = {"messages": messages, "temperature": 0, "max_tokens": facts.most}
     return render(
         _TEMPLATES / "deployment_guide.md.j2",
         facts=facts,
         labelled=bool(facts.task.label_names),
         bandwidths=BANDWIDTHS,
-        address=ADDRESS,
-        chat_command=chat_command,
-        question_command=question_command,
-        request_command=request_command,
-        reasoning_option=reasoning_option,
+        quoted=shlex.quote,
+        turn=turn,
+        request=json.dumps(request, ensure_ascii=False),
         llama_version=metadata.version("llama_cpp_python"),
     )
 
 
-def example_turn(facts: Facts) -> str:
-    """A whole user turn: one of the project's own sentences in the wording of the training."""
-    return facts.task.user_prompt.replace("{text}", sentences_for(facts.task)[0])
+# model_info.json: how the packaged file is asked, and what it answered here to five prompts, for test_model.py.
+
+TOLERANCE, TOLERANCE_SHARE = 0.2, 0.1
+"""By how much log-probabilities and margins may differ on another processor: nats, and on top a share of the stored
+value. Kernels round the quantized products differently, and unlikely tokens feel it most: on SmolLM2-135M in Q4_0
+other kernels of one processor move a label's log-probability by 0.31, its margin by 0.33, likely tokens by 0.09."""
+
+CHECKED_TOKENS = 24
+
+_SENTENCES = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8"))
 
 
-def chat_command(program: str, path: str, facts: Facts) -> str:
-    """llama-cli as a chat that begins with the trained system turn."""
-    system = facts.task.system_prompt
-    options = f" \\\n  -sys {shlex.quote(system)}" if system else ""
-    return f"{program} -m {path} -c {facts.n_ctx} -n {facts.most} --temp 0{reasoning_option(facts)}{options}"
+def sentences_for(task: Task) -> list[str]:
+    """The project's own sentences: a package holds no row of anybody's data."""
+    return _SENTENCES["reviews" if task.label_names else "questions"]
 
 
-def question_command(program: str, path: str, facts: Facts) -> str:
-    """llama-cli with one question, answered once."""
-    turn = example_turn(facts)
-    raw = " --no-escape" if "\\" in turn else ""
-    return f"{chat_command(program, path, facts)} \\\n  -st{raw} -p {shlex.quote(turn)}"
+@dataclass(frozen=True)
+class PackedModel:
+    """The packaged file, and how it is asked."""
+
+    facts: Facts
+    turns: Turns
+    tokenizer: PreTrainedTokenizerBase
+    gguf: Path
+    n_threads: int
+
+    def prompts(self, texts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+        """The prompts for texts, names of special tokens inside them made harmless; and their token ids."""
+        task, prompts = self.facts.task, []
+        for text in texts:
+            turns = {"system": task.system_prompt, "user": task.user_prompt.replace("{text}", text)}
+            harmless = [{"role": role, "content": escape(self.tokenizer, turn)} for role, turn in turns.items()]
+            prompts.append(self.turns.render(harmless))
+        return prompts, [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+
+    def answers(
+        self, ids: list[list[int]], labels: list[list[int]], most: int, ends: Sequence[int] = (), what: str = ""
+    ) -> list[dict[str, Any]]:
+        """What the file answers to prompts, in a process of its own; see `answer`.
+
+        Raises:
+            InputError: llama.cpp refuses the file or dies of it.
+        """
+        request = {"path": self.gguf, "prompts": ids, "labels": labels, "most": most, "ends": list(ends)}
+        request["n_threads"] = self.n_threads
+        return run_child("lib.stages.package.documents:answer", request, f"asking {self.gguf.name}{what}")["answers"]
 
 
-def request_command(facts: Facts) -> str:
-    """The same question for a server."""
-    turns = (("system", facts.task.system_prompt), ("user", example_turn(facts)))
-    messages = [{"role": role, "content": content} for role, content in turns]
-    body = json.dumps({"messages": messages, "temperature": 0, "max_tokens": facts.most}, ensure_ascii=False)
-    head = f"curl {ADDRESS}/v1/chat/completions -H 'Content-Type: application/json'"
-    return f"{head} \\\n  -d {shlex.quote(body)}"
+def model_info(packed: PackedModel, sha256: str) -> dict[str, Any]:
+    """The content of model_info.json.
+
+    Raises:
+        InputError: as `PackedModel.answers`.
+    """
+    facts, task, tokenizer = packed.facts, packed.facts.task, packed.tokenizer
+    texts, labels = sentences_for(task), task.answer_words(tokenizer)
+    prompts, ids = packed.prompts(texts)
+    ends, end_of_turn = end_ids(tokenizer), end_of_turn_id(tokenizer)
+    answers = packed.answers(ids, labels, min(CHECKED_TOKENS, facts.most), sorted(ends))
+    checked = zip(texts, prompts, ids, answers, strict=True)
+    return {
+        "format": 1,
+        "file": facts.file,
+        "sha256": sha256,
+        "system": task.system_prompt,
+        "user": task.user_prompt,
+        "labels": [{"name": name, "ids": own} for name, own in zip(task.label_names, labels, strict=True)],
+        "turns": asdict(packed.turns),
+        "special_tokens": list(tokenizer.all_special_tokens),
+        "stops": tokenizer.convert_ids_to_tokens([end_of_turn, *sorted(ends - {end_of_turn})]),
+        "n_ctx": facts.n_ctx,
+        "max_tokens": facts.most,
+        "tolerance": TOLERANCE,
+        "tolerance_share": TOLERANCE_SHARE,
+        "examples": texts[:3],
+        "folders": [name for name in facts.tree if name != "gguf"],
+        "checks": [
+            {"text": text, "prompt": prompt, "prompt_ids": own, **answer} for text, prompt, own, answer in checked
+        ],
+    }
 
 
-def reasoning_option(facts: Facts) -> str:
-    """The option that makes the template write the prompt of the training, where the template has two."""
-    return f" --reasoning {'on' if facts.task.thinking else 'off'}" if facts.switches else ""
+# What the packaged file answers here: greedy tokens, their log-probabilities, label scores. For a child process.
+
+
+def answer(argument: dict[str, Any]) -> dict[str, Any]:
+    """Open a GGUF file and answer prompts.
+
+    Args:
+        argument: "path"; "prompts": token ids; "labels": token ids of the answer words, or []; "most": tokens of an
+            answer; "ends": ids that end it; "n_threads".
+
+    Returns:
+        "answers": for every prompt {"ids" (without the ending token), "log_probs" (of each id, nats), "labels"
+        (log-probability of each label)}.
+    """
+    prompts, labels = argument["prompts"], argument["labels"]
+    longest = max(map(len, prompts)) + max([argument["most"], *map(len, labels)]) + 1
+    options = {"n_ctx": longest, "n_threads": argument["n_threads"], "flash_attention": True}
+    with LlamaCppBackend(Path(argument["path"]), **options) as backend:
+        scores = [[_score(backend, ids, label) for label in labels] for ids in prompts]
+        answers = [_greedy(backend, ids, argument["most"], argument["ends"]) for ids in prompts]
+    return {"answers": [{**written, "labels": own} for written, own in zip(answers, scores, strict=True)]}
+
+
+def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]) -> float:
+    """Log-probability of a label, one sequence at a time as programs do: batches of many round otherwise."""
+    from scipy.special import log_softmax
+
+    feed, given, total = llama_feed(backend), list(prompt), 0.0
+    for token in label:
+        total += float(log_softmax(feed(given))[token])
+        given = [token]
+    return total
+
+
+def _greedy(backend: LlamaCppBackend, prompt: Sequence[int], most: int, ends: Sequence[int]) -> dict[str, Any]:
+    from scipy.special import log_softmax
+
+    feed, found = llama_feed(backend), []
+
+    def remember(ids: Sequence[int]) -> np.ndarray:
+        logits = feed(ids)
+        found.append(float(log_softmax(logits).max()))  # of the likeliest token, which greedy takes
+        return logits
+
+    written = write(remember, prompt, most, set(ends))
+    return {"ids": written.ids, "log_probs": found[: len(written.ids)]}

@@ -16,7 +16,6 @@ from lib.models.unpack import plain_name
 from lib.prompts.tasks import Task
 from lib.runs.files import read_json
 from lib.runs.run import Run
-from lib.stages.package.gguf_parts import tensor_sizes
 from lib.statistics.losses import retention_warning
 from lib.statistics.verdicts import in_words
 
@@ -272,6 +271,8 @@ def gather(run: Run, chosen: ChosenFile, task: Task, comparison: Mapping[str, An
 
 def _bytes_per_token(gguf: Path) -> int:
     """Bytes of weights that one token reads: all tensors, without the embedding where the output layer has its own."""
-    sizes = {tensor.name: size for tensor, size in tensor_sizes(gguf)}
+    tensors = sorted(read_tensors(gguf), key=lambda tensor: tensor.start)
+    ends = [*(tensor.start for tensor in tensors[1:]), gguf.stat().st_size]
+    sizes = {tensor.name: end - tensor.start for tensor, end in zip(tensors, ends, strict=True)}
     unread = sizes["token_embd.weight"] if "output.weight" in sizes else 0
     return sum(sizes.values()) - unread

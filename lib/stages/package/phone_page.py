@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.runs.child import run_child
 from lib.runs.files import PROJECT, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
-from lib.stages.package.facts import Facts
-from lib.stages.package.gguf_parts import split_gguf
-from lib.stages.package.self_test import CHECKED_TOKENS, Turns, prompt_of
+from lib.stages.package.documents import CHECKED_TOKENS, PackedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +124,7 @@ def fitting(rows: Rows, lengths: list[int], n_ctx: int) -> tuple[list[int], str]
 
 # web/ of the package: a page that runs the packaged file in a phone's browser, with rows to check itself by.
 
-FOLDER, LIBRARY = "web", "wllama"
+LIBRARY = "wllama"
 LARGEST_PART = 500_000_000
 """Bytes above which the file is split, with room to spare below the 512 MB from which browsers make trouble."""
 
@@ -196,59 +193,46 @@ def library_version() -> str:
     return str(read_json(_library() / _VERSION)["version"])
 
 
-def write_web(
-    request: WebRequest,
-    facts: Facts,
-    info: dict[str, Any],
-    turns: Turns,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    n_threads: int,
-) -> str:
-    """Write folder/web; returns where its rows come from and how many are left out, in words.
+def write_web(request: WebRequest, packed: PackedModel, info: dict[str, Any]) -> str:
+    """Write web/ beside the file; returns where its rows come from and how many are left out, in words.
 
     Args:
         info: content of model_info.json.
-        folder: of the package; the GGUF file lies in it.
 
     Raises:
         InputError: labels that split a character; rows of which none fits into the context.
     """
-    web = folder / FOLDER
+    facts, gguf, web = packed.facts, packed.gguf, packed.gguf.with_name("web")
     shutil.copytree(_PAGE, web)
     (web / LIBRARY).mkdir()
     for source, name in _FILES.items():
         shutil.copyfile(request.library / source, web / LIBRARY / name)
-    gguf = folder / facts.file
-    _require_whole_characters(tokenizer, info["labels"])
-    rows, source = _answered(request.rows, facts, info, turns, tokenizer, gguf, n_threads)
+    _require_whole_characters(packed.tokenizer, info["labels"])
+    rows, source = _answered(request.rows, packed, info)
     write_json(web / "rows.json", {"source": source, "rows": rows})
     parts = [gguf] if facts.bytes <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
-    write_json(web / "page.json", _page(request, facts, info["sha256"], gguf, parts))
-    return source
-
-
-def _page(request: WebRequest, facts: Facts, sha256: str, gguf: Path, parts: Sequence[Path]) -> dict[str, Any]:
-    """The content of page.json."""
-    return {
+    sizes = [path.stat().st_size for path in parts]
+    page = {
         "format": 1,
         "title": facts.title,
         "run": facts.run,
         "file": facts.file,
-        "bytes": sum(path.stat().st_size for path in parts),
-        "sha256": sha256,
+        "bytes": sum(sizes),
+        "sha256": info["sha256"],
         "parts": [
             {
                 "url": f"../{path.name}" if path == gguf else f"parts/{path.name}",
-                "bytes": path.stat().st_size,
-                "sha256": sha256 if path == gguf else sha256_file(path),
+                "bytes": size,
+                "sha256": info["sha256"] if path == gguf else sha256_file(path),
             }
-            for path in parts
+            for path, size in zip(parts, sizes, strict=True)
         ],
         "wllama": request.version,
         "checked_tokens": min(CHECKED_TOKENS, facts.most),
         "notes": facts.notes,
     }
+    write_json(web / "page.json", page)
+    return source
 
 
 def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequence[dict[str, Any]]) -> None:
@@ -262,28 +246,53 @@ def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequen
             )
 
 
-def _answered(
-    rows: Rows,
-    facts: Facts,
-    info: dict[str, Any],
-    turns: Turns,
-    tokenizer: PreTrainedTokenizerBase,
-    gguf: Path,
-    n_threads: int,
-) -> tuple[list[dict[str, Any]], str]:
+def _answered(rows: Rows, packed: PackedModel, info: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """The rows with the labels' log-probabilities here, those of model_info.json where there are no others; source."""
+    facts = packed.facts
     if not facts.task.label_names:
         return [], rows.source
     if not rows.texts:
         return [{"text": check["text"], "labels": check["labels"]} for check in info["checks"]], rows.source
-    prompts = [prompt_of(tokenizer, turns, facts.task, text) for text in rows.texts]
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    _, ids = packed.prompts(rows.texts)
     kept, source = fitting(rows, [len(own) + facts.most for own in ids], facts.n_ctx)
-    request = {"prompts": [ids[i] for i in kept], "labels": [label["ids"] for label in info["labels"]], "most": 1}
-    request |= {"path": str(gguf.resolve()), "ends": [], "n_threads": n_threads}
-    answers = run_child("lib.stages.package.self_test:answer", request, f"asking {gguf.name} the phone's rows")[
-        "answers"
-    ]
-    return [
-        {"text": rows.texts[i], "labels": answer["labels"]} for i, answer in zip(kept, answers, strict=True)
-    ], source
+    labels = [label["ids"] for label in info["labels"]]
+    found = packed.answers([ids[i] for i in kept], labels, 1, what=" the phone's rows")
+    return [{"text": rows.texts[i], "labels": answer["labels"]} for i, answer in zip(kept, found, strict=True)], source
+
+
+def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
+    """Write a file in parts, named and marked as llama.cpp's loader expects them: base-00001-of-00003.gguf.
+
+    Args:
+        limit: most bytes of tensors in a part; the metadata stand in the first one.
+
+    Returns:
+        The parts, in order.
+
+    Raises:
+        InputError: a single tensor is larger than a part.
+    """
+    from gguf import GGUFReader, GGUFWriter
+
+    reader = GGUFReader(path)
+    for tensor in reader.tensors:
+        if tensor.n_bytes > limit:
+            raise InputError(
+                f"tensor {tensor.name} of {path.name} has {tensor.n_bytes / 1e6:.0f} MB.",
+                f"at most {limit / 1e6:.0f} MB, which a part for a browser holds.",
+                "package a smaller quantization type with --type, or leave out --web.",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    writer = GGUFWriter(folder / path.name, fields.pop("general.architecture").contents(), split_max_size=limit)
+    writer.data_alignment = reader.alignment
+    for key, field in fields.items():
+        writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    parts = [Path(stream.name) for stream in writer.fout]
+    writer.close()
+    return parts

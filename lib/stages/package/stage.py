@@ -29,10 +29,17 @@ from lib.runs.files import (
 )
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
-from lib.stages.package.documents import card, export_report, guide, modelfile, requirements
-from lib.stages.package.facts import ChosenFile, Facts, choose_file, gather
-from lib.stages.package.phone_page import FOLDER, WebRequest, request_web, write_web
-from lib.stages.package.self_test import model_info
+from lib.stages.package.documents import (
+    PackedModel,
+    card,
+    export_report,
+    guide,
+    model_info,
+    modelfile,
+    requirements,
+)
+from lib.stages.package.facts import ChosenFile, choose_file, gather
+from lib.stages.package.phone_page import WebRequest, request_web, write_web
 
 FORMATS = ("merged_model", "fp16", "int8", "int4", "gguf")
 """Folders of the export tree."""
@@ -45,17 +52,6 @@ _SCRIPTS = Path(__file__).with_name("scripts")
 _FORMAT = 4
 """Raised when the package's content changes, so that an older one is made again."""
 _SECONDS = 900
-
-_CONTENTS = {
-    "Modelfile": "for Ollama: template, system turn, stops",
-    "deployment_guide.md": "phones, desktop, server",
-    "usage_examples.py": "chat, streaming, labels with scores; folders for transformers where present",
-    "test_model.py": "checks files, token ids, answers and margins; exit code 0 or 1",
-    "requirements.txt": "the versions with which it was tested",
-    INFO: "prompt, labels, and stored answers for test_model.py",
-    REPORT: "this card for machines",
-    SUMS: "SHA-256 of every other file",
-}
 
 
 @dataclass(frozen=True)
@@ -144,13 +140,19 @@ def _build(
     facts = replace(gather(run, chosen, task, comparison), tree=link_tree(run, formats, folder))
     link_or_copy(chosen.source, folder / facts.file)
     digest = sha256_file(folder / facts.file)
-    info = model_info(facts, turns, tokenizer, folder / facts.file, digest, n_threads)
+    packed = PackedModel(facts, turns, tokenizer, folder / facts.file, n_threads)
+    info = model_info(packed, digest)
     write_json(folder / INFO, info)
     text, notes = modelfile(facts, turns, info["stops"])
     write_text(folder / "Modelfile", text)
     if request:
-        facts = replace(facts, page_rows=write_web(request, facts, info, turns, tokenizer, folder, n_threads))
-    _write_documents(facts, folder, run.folder / "merged")
+        facts = replace(facts, page_rows=write_web(request, packed, info))
+    licences = [path for name in ("LICENSE", "NOTICE") if (path := run.folder / "merged" / name).is_file()]
+    for path in licences:  # of the base model, where it brought them
+        shutil.copyfile(path, folder / path.name)
+    write_text(folder / "README.md", card(facts, [path.name for path in licences]))
+    write_text(folder / "deployment_guide.md", guide(facts))
+    write_text(folder / "requirements.txt", requirements(facts))
     write_json(folder / REPORT, export_report(facts, digest, len(info["checks"])))
     for name in ("test_model.py", "usage_examples.py"):
         shutil.copyfile(_SCRIPTS / name, folder / name)
@@ -159,21 +161,6 @@ def _build(
     work.facts |= {"file": facts.file, "type": chosen.type, "standing": chosen.standing, "formats": list(formats)}
     work.metrics |= {"bytes": facts.bytes, "checks": len(info["checks"])}
     work.notes += notes
-
-
-def _write_documents(facts: Facts, folder: Path, merged: Path) -> None:
-    contents = {facts.file: f"the model, {facts.bytes / 1e6:.2f} MB", **_CONTENTS}
-    for name in ("LICENSE", "NOTICE"):  # of the base model, where it brought them
-        if (merged / name).is_file():
-            shutil.copyfile(merged / name, folder / name)
-            contents[name] = "of the base model"
-    contents |= {f"{name}/": what for name, what in facts.tree.items()}
-    if facts.page_rows:
-        page = "a page that runs the model in a phone's browser"
-        contents[f"{FOLDER}/"] = f"{page}; it checks itself by {facts.page_rows}"
-    write_text(folder / "README.md", card(facts, contents))
-    write_text(folder / "deployment_guide.md", guide(facts))
-    write_text(folder / "requirements.txt", requirements(facts))
 
 
 def _write_sums(folder: Path) -> None:

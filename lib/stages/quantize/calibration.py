@@ -6,23 +6,28 @@ out; test rows for judging what was made.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.loading import load_tokenizer
+from lib.models.base_model import check_model_folder
+from lib.models.gguf_file import name_map
+from lib.models.loading import load_tokenizer, quantization_method, weight_bytes
 from lib.progress import Progress
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs import files
 from lib.runs.child import run_child
-from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
+from lib.runs.files import read_jsonl, sha256_json, write_jsonl
 from lib.runs.machine import available_memory
 from lib.runs.run import Product, ProductDraft, Run
+from lib.scoring.texts import Text, tokenize_with_transformers
+from lib.stages.quantize.files import check_output
 from lib.stages.quantize.recipes import Options
 
 if TYPE_CHECKING:
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-HELD_OUT = ("validation", "test")
 Row = Mapping[str, Any]
 
 
@@ -45,25 +49,22 @@ def text_hash(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of rows.
+    """Windows of rows or of a text.
 
     Attributes:
         windows: token ids, each of the same length.
-        owners: for every token of the windows the number of its row in its split.
-        used: {"id", "sha256"} of every row of which a token is in a window, in the order of the tokens.
-        facts: of training rows, counts for the record: rows, left_out (by reason), held_out_rows, shared_with_held_out
-            (0), tokens, window_tokens, rows_sha256.
+        dataset: name for the header of files, see `dataset_name`.
+        facts: counts for the record: rows, tokens, window_tokens, rows_sha256; of training rows also left_out (by
+            reason), held_out_rows and shared_with_held_out (0).
+        owners: for every token of the windows the number of its row in its split; of rows alone.
+        used: {"id", "sha256"} of every row of which a token is in a window, in the order of the tokens; likewise.
     """
 
     windows: list[list[int]]
-    owners: list[int]
-    used: list[dict[str, str]]
+    dataset: str
     facts: dict[str, Any]
-
-    @property
-    def dataset(self) -> str:
-        """Name for the header of quantized files (which keep 127 bytes of it)."""
-        return dataset_name("train.jsonl", f"{self.facts['rows']} rows", self.facts["rows_sha256"])
+    owners: list[int] = field(default_factory=list)
+    used: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -97,103 +98,20 @@ def dataset_name(file: str, part: str, digest: str) -> str:
     return file.encode()[: 127 - len(rest)].decode("utf-8", "ignore") + rest
 
 
-def training_windows(data: Path, size: int, most: int, seed: int) -> Windows:
-    """Windows of `size` tokens from the training rows of a data product, in the order that `seed` draws.
+def row_windows(data: Path, split: str, size: int, most: int, seed: int) -> Windows:
+    """At most `most` windows of `size` tokens from rows of a data product, in the order that `seed` draws.
 
     Rows stand one behind the other as training sees them (prompt, answer, end of turn); what does not fill a window is
     dropped, as llama-imatrix does. A training row with the text of a validation or test row, or in the near-duplicate
-    group of one, is left out.
-
-    Raises:
-        InputError: the rows that are left do not fill one window.
-    """
-    rows, left_out, held_out = _training_rows(data, seed)
-    chosen = _windows(data, rows, size, most)
-    if not chosen.windows:
-        raise InputError(
-            f"{len(rows)} training rows (without {sum(left_out.values())} that resemble held-out ones) do not fill "
-            f"a window of {size} tokens.",
-            "more text for the importance matrix.",
-            "lower n_ctx, add training rows, or set imatrix: none.",
-        )
-    _require_disjoint(chosen.used, held_out)
-    facts = {
-        "rows": len(chosen.used),
-        "left_out": left_out,
-        "held_out_rows": len(held_out),
-        "shared_with_held_out": 0,
-        "tokens": len(chosen.windows) * size,
-        "window_tokens": size,
-        "rows_sha256": sha256_json([row["sha256"] for row in chosen.used]),
-    }
-    return Windows(chosen.windows, chosen.owners, chosen.used, facts)
-
-
-def training_answers(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
-    """Whole training rows for what is measured at their answers, in the order and under the rules of
-    `training_windows`.
+    group of one, is left out; of test rows those without a leak come first.
 
     Args:
-        most_rows, most_tokens: bounds; one row is taken whatever its length.
-    """
-    rows, _, held_out = _training_rows(data, seed)
-    chosen = _answers(data, rows, most_rows, most_tokens)
-    _require_disjoint(chosen.used, held_out)
-    return chosen
-
-
-def held_out_windows(data: Path, size: int, most: int, seed: int) -> Windows:
-    """Windows of test rows, leak-free ones first; as `training_windows`.
+        split: "train" or "test".
 
     Raises:
-        InputError: the test rows do not fill one window.
+        InputError: the rows do not fill one window.
     """
-    chosen = _windows(data, _test_rows(data, seed), size, most)
-    if not chosen.windows:
-        found = f"test rows of {chosen.facts['tokens']} tokens."
-        raise InputError(found, f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows.")
-    return chosen
-
-
-def held_out_answers(data: Path, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
-    """Whole test rows, in the order of `held_out_windows`; bounds as of `training_answers`."""
-    return _answers(data, _test_rows(data, seed), most_rows, most_tokens)
-
-
-NumberedRows = list[tuple[int, Row]]
-
-
-def _training_rows(data: Path, seed: int) -> tuple[NumberedRows, dict[str, int], list[Row]]:
-    """Training rows that neither equal nor nearly equal a held-out row, shuffled; how many were left out and why; and
-    the held-out rows."""
-    train = read_jsonl(data / "train.jsonl")
-    held_out = [row for split in HELD_OUT for row in read_jsonl(data / f"{split}.jsonl")]
-    texts, groups = {text_hash(row) for row in held_out}, {row["group"] for row in held_out if "group" in row}
-    same = [text_hash(row) in texts for row in train]
-    near = [row.get("group") in groups and not equal for row, equal in zip(train, same, strict=True)]
-    kept = [(number, row) for number, row in enumerate(train) if not same[number] and not near[number]]
-    order = np.random.default_rng(seed).permutation(len(kept)).tolist()
-    left_out = {"text of a held-out row": sum(same), "nearly the text of a held-out row": sum(near)}
-    return [kept[place] for place in order], left_out, held_out
-
-
-def _test_rows(data: Path, seed: int) -> NumberedRows:
-    rows = read_jsonl(data / "test.jsonl")
-    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-    return [(number, rows[number]) for number in sorted(order, key=lambda i: bool(rows[i].get("leaked", False)))]
-
-
-def _require_disjoint(used: Sequence[Mapping[str, str]], held_out: Sequence[Row]) -> None:
-    if shared := {row["sha256"] for row in used} & {text_hash(row) for row in held_out}:
-        raise RuntimeError(f"{len(shared)} held-out rows came among those that quantizing is measured on")
-
-
-def _fingerprint(row: Row) -> dict[str, str]:
-    return {"id": str(row["id"]), "sha256": text_hash(row)}
-
-
-def _windows(data: Path, rows: NumberedRows, size: int, most: int) -> Windows:
-    """At most `most` windows of rows one behind the other; "tokens" of the facts are those of the rows taken."""
+    rows, held_out, facts = _rows(data, split, seed)
     task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
     ids: list[int] = []
     owners: list[int] = []
@@ -203,12 +121,28 @@ def _windows(data: Path, rows: NumberedRows, size: int, most: int) -> Windows:
         ids += (own := task.encode(tokenizer, row).ids)
         owners += [number] * len(own)
     count = min(most, len(ids) // size)
+    if not count and split == "test":
+        found = f"test rows of {len(ids)} tokens."
+        raise InputError(found, f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows.")
+    if not count:
+        raise InputError(
+            f"{len(rows)} training rows (without {sum(facts['left_out'].values())} that resemble held-out ones) do not "
+            f"fill a window of {size} tokens.",
+            "more text for the importance matrix.",
+            "lower n_ctx, add training rows, or set imatrix: none.",
+        )
     owners, by_number = owners[: count * size], dict(rows)
-    used = [_fingerprint(by_number[number]) for number in dict.fromkeys(owners)]
-    return Windows([ids[i * size : (i + 1) * size] for i in range(count)], owners, used, {"tokens": len(ids)})
+    used = _fingerprints([by_number[number] for number in dict.fromkeys(owners)], held_out)
+    digest = sha256_json([row["sha256"] for row in used])
+    facts = {"rows": len(used), **facts, "tokens": count * size, "window_tokens": size, "rows_sha256": digest}
+    windows = [ids[i * size : (i + 1) * size] for i in range(count)]
+    return Windows(windows, dataset_name(f"{split}.jsonl", f"{len(used)} rows", digest), facts, owners, used)
 
 
-def _answers(data: Path, rows: NumberedRows, most_rows: int, most_tokens: int) -> AnswerRows:
+def row_answers(data: Path, split: str, most_rows: int, most_tokens: int, seed: int) -> AnswerRows:
+    """Whole rows for what is measured at their answers, in the order and under the rules of `row_windows`; one row is
+    taken whatever its length."""
+    rows, held_out, _ = _rows(data, split, seed)
     task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
     chosen: list[dict[str, Any]] = []
     used, tokens = [], 0
@@ -220,14 +154,65 @@ def _answers(data: Path, rows: NumberedRows, most_rows: int, most_tokens: int) -
             break
         targets = [ids[position + 1] for position in read]
         chosen.append({"ids": ids[: read[-1] + 1], "positions": read, "targets": targets, "row": number})
-        used.append(_fingerprint(row))
-    return AnswerRows(chosen, used)
+        used.append(row)
+    return AnswerRows(chosen, _fingerprints(used, held_out))
+
+
+def _rows(data: Path, split: str, seed: int) -> tuple[list[tuple[int, Row]], set[str], dict[str, Any]]:
+    """Rows of a split with their numbers in it, shuffled; the hashes that none of them may have; facts of training
+    rows: how many were left out because they equal or nearly equal a held-out row."""
+    rows, draw = read_jsonl(data / f"{split}.jsonl"), np.random.default_rng(seed)
+    if split == "test":
+        order = draw.permutation(len(rows)).tolist()
+        order.sort(key=lambda number: bool(rows[number].get("leaked", False)))
+        return [(number, rows[number]) for number in order], set(), {}
+    held_out = [row for name in ("validation", "test") for row in read_jsonl(data / f"{name}.jsonl")]
+    texts, groups = {text_hash(row) for row in held_out}, {row["group"] for row in held_out if "group" in row}
+    same = [text_hash(row) in texts for row in rows]
+    near = [row.get("group") in groups and not equal for row, equal in zip(rows, same, strict=True)]
+    kept = [(number, row) for number, row in enumerate(rows) if not same[number] and not near[number]]
+    left_out = {"text of a held-out row": sum(same), "nearly the text of a held-out row": sum(near)}
+    facts = {"left_out": left_out, "held_out_rows": len(held_out), "shared_with_held_out": 0}
+    return [kept[place] for place in draw.permutation(len(kept)).tolist()], texts, facts
+
+
+def _fingerprints(rows: Sequence[Row], held_out: set[str]) -> list[dict[str, str]]:
+    """ "id" and "sha256" of rows, of which none may be held out."""
+    if shared := held_out & {text_hash(row) for row in rows}:
+        raise RuntimeError(f"{len(shared)} held-out rows came among those that quantizing is measured on")
+    return [{"id": str(row["id"]), "sha256": text_hash(row)} for row in rows]
+
+
+def text_windows(model: Path, text: Text, file: Path, size: int, most: int) -> Windows:
+    """Windows of a text, in the ids of a model that can be computed with.
+
+    Args:
+        file: where the text was read from; "rows" of the facts are its documents, None where it has none.
+
+    Raises:
+        InputError: no model folder, one that is quantized, a text that does not fill a window.
+    """
+    require_whole_weights(model)
+    tokens = tokenize_with_transformers(load_tokenizer(model), text)
+    windows, digest = tokens.windows(size, most), files.sha256_file(file)
+    used = size * len(windows)
+    rows = None if tokens.documents is None else len(set(tokens.documents[:used].tolist()))
+    facts = {"rows": rows, "tokens": used, "window_tokens": size, "rows_sha256": digest}
+    return Windows(windows, dataset_name(file.name, f"{len(windows)} windows of {size} tokens", digest), facts)
+
+
+def require_whole_weights(model: Path) -> None:
+    """Refuse what gradients cannot be computed with: no model folder, or one that is quantized."""
+    check_model_folder(model)
+    if method := quantization_method(model):
+        expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
+        raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
 
 
 # The product `imatrix`: an importance matrix of the run's own training rows; or one of any text.
 
 AUTO, NONE = "auto", "none"
-FILE, RECORD, ROWS = "imatrix.gguf", "imatrix.json", "rows.jsonl"
+FILE, ROWS = "imatrix.gguf", "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -235,14 +220,17 @@ class ImportanceMatrix:
     """The importance matrix of a run.
 
     Attributes:
-        path: the file, which llama-quantize and llama-imatrix read.
         record: "dataset", "rows", "left_out" (training rows by reason), "held_out_rows", "shared_with_held_out" (0),
             "tokens", "windows", "window_tokens", "rows_sha256", "entries", "dtype", "device", "seconds".
     """
 
     product: Product
-    path: Path
     record: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file, which llama-quantize and llama-imatrix read."""
+        return self.product.path / FILE
 
 
 def importance_matrix(settings: Settings, run: Run, force: bool | None = None) -> ImportanceMatrix | None:
@@ -256,14 +244,10 @@ def importance_matrix(settings: Settings, run: Run, force: bool | None = None) -
     """
     if settings.imatrix != AUTO:
         return None
-    product = run.produce(
-        "imatrix",
-        lambda work: _build(settings, run, work),
-        parameters=settings.pick("n_ctx", "seed", "imatrix_chunks"),
-        inputs=("data", "merged"),
-        force=settings.force if force is None else force,
-    )
-    return ImportanceMatrix(product, product.path / FILE, read_json(product.path / RECORD))
+    parameters = settings.pick("n_ctx", "seed", "imatrix_chunks")
+    force = settings.force if force is None else force
+    made = run.produce_json("imatrix", lambda work: _build(settings, run, work), parameters, ("data", "merged"), force)
+    return ImportanceMatrix(*made)
 
 
 def run_options(settings: Settings, run: Run) -> Options:
@@ -288,20 +272,52 @@ def matrix_identity(matrix: Path | None) -> str | None:
     return None if matrix is None else f"{matrix.name} {files.sha256_file(matrix)}"
 
 
-def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
+def _build(settings: Settings, run: Run, work: ProductDraft) -> dict[str, Any]:
     data, merged = run.require("data"), run.require("merged")
-    chosen = training_windows(data.path, settings.n_ctx, settings.imatrix_chunks, settings.seed)
+    chosen = row_windows(data.path, "train", settings.n_ctx, settings.imatrix_chunks, settings.seed)
     size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
-    made = collect(merged.path, size, chosen.windows, work.folder / FILE, chosen.dataset)
+    made = collect(merged.path, size, chosen, work.folder / FILE)
     record = {"dataset": chosen.dataset, **chosen.facts, "windows": len(chosen.windows), **made}
-    write_json(work.folder / RECORD, record)
     write_jsonl(work.folder / ROWS, chosen.used)
     work.device = made["device"]
     work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
     work.metrics |= {key: record[key] for key in ("rows", "tokens", "windows")}
+    return record
 
 
-def collect(model: Path, size: int, windows: list[list[int]], output: Path, dataset: str) -> dict[str, Any]:
+def measure_imatrix(
+    model: Path, output: Path, text: Text, file: Path, n_ctx: int = 512, chunks: int = 64
+) -> dict[str, Any]:
+    """Make an importance matrix of a model folder on a text, as 06 does of training rows.
+
+    Args:
+        model: folder of 16- or 32-bit weights that transformers loads.
+        output: new GGUF file, which `workbook quantize --imatrix` and llama-quantize read; complete or absent.
+        text: at most `chunks` windows of `n_ctx` tokens of it are used; `file`: where it was read from.
+
+    Returns:
+        "file", "dataset" (its name in the file), "text_sha256", "rows" (documents of which a token is used), "tokens",
+        "windows", "window_tokens", "entries" (layers), "dtype", "device", "seconds".
+
+    Raises:
+        InputError: a place that cannot be written, no whole model, too short a text, an unknown architecture.
+    """
+    check_output(file, output)
+    chosen = text_windows(model, text, file, n_ctx, chunks)
+    made = collect(model, weight_bytes(model), chosen, output)
+    return {
+        "file": str(output),
+        "dataset": chosen.dataset,
+        "text_sha256": chosen.facts["rows_sha256"],
+        "rows": chosen.facts["rows"],
+        "tokens": chosen.facts["tokens"],
+        "windows": len(chosen.windows),
+        "window_tokens": n_ctx,
+        **{key: made[key] for key in ("dtype", "entries", "device", "seconds")},
+    }
+
+
+def collect(model: Path, size: int, chosen: Windows, output: Path) -> dict[str, Any]:
     """Write the matrix; "entries", "seconds", "device", "dtype" and "peak_memory_mib".
 
     Args:
@@ -309,8 +325,7 @@ def collect(model: Path, size: int, windows: list[list[int]], output: Path, data
             llama.cpp does.
     """
     dtype = "float32" if 4 * size < available_memory() else "bfloat16"
-    argument = {"model": str(model.resolve()), "windows": windows, "output": str(output.absolute())}
-    argument |= {"dataset": dataset, "dtype": dtype}
+    argument = {"model": model, "windows": chosen.windows, "output": output, "dataset": chosen.dataset, "dtype": dtype}
     function = "lib.stages.quantize.calibration:collect_in_child"
     return {**run_child(function, argument, "measuring the importance matrix"), "dtype": dtype}
 
@@ -355,7 +370,13 @@ def sums_of_squares(model: Any, windows: list[list[int]]) -> dict[str, np.ndarra
 
     layers = gguf_layers(model)
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
-    handles = [layer.register_forward_pre_hook(_adder(sums[name])) for name, layer in layers.items()]
+
+    def add(total: torch.Tensor, _: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Sums over one pass in float32, over all in float64."""
+        rows = inputs[0].detach().float().flatten(0, -2)
+        total.add_(rows.square().sum(dim=0).to("cpu", total.dtype))
+
+    handles = [layer.register_forward_pre_hook(functools.partial(add, sums[name])) for name, layer in layers.items()]
     body, step = model.get_decoder(), max(1, _TOKENS_AT_ONCE // len(windows[0]))
     try:
         with torch.inference_mode(), Progress("importance matrix, windows", len(windows)) as progress:
@@ -372,26 +393,14 @@ def sums_of_squares(model: Any, windows: list[list[int]]) -> dict[str, np.ndarra
     return {name: values.numpy() for name, values in sums.items()}
 
 
-def _adder(total: torch.Tensor) -> Any:
-    """A hook that adds the squares of a layer's input; sums over one pass in float32, over all in float64."""
-
-    def add(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows = inputs[0].detach().float().flatten(0, -2)
-        total.add_(rows.square().sum(dim=0).to("cpu", total.dtype))
-
-    return add
-
-
 def gguf_layers(model: Any) -> dict[str, Any]:
     """GGUF tensor name → linear layer, of all blocks.
 
     Raises:
         InputError: a linear layer in a block for which the package `gguf` knows no name.
     """
-    import gguf
     import torch
 
-    kinds = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     kind, body = model.config.model_type, model.get_decoder()
     prefix = next(f"{name}." for name, module in model.named_modules() if module is body)
     linear = {
@@ -399,7 +408,7 @@ def gguf_layers(model: Any) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.startswith(prefix)
     }
-    names = gguf.get_tensor_name_map(kinds[kind], model.config.num_hidden_layers) if kind in kinds else None
+    names = name_map(kind, model.config.num_hidden_layers)
     found = {name: names.get_name(f"{name}.weight", (".weight",)) if names else None for name in linear}
     if unknown := [name for name, new in found.items() if new is None]:
         raise InputError(

@@ -5,10 +5,9 @@ For child processes only.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,24 +16,18 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import name_map
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
 from lib.settings import NF4
-from lib.stages.quantize import llama_library
-from lib.stages.quantize.llama_library import Header, rows_of
+from lib.stages.quantize import llama_library, recipes
+from lib.stages.quantize.llama_library import Header, read_header
 from lib.stages.quantize.sensitivity import row_order
 from lib.stages.quantize.type_costs import PLAIN
 
 _NAME = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
 _AT_ONCE = 1 << 24
 """Weights of a tensor that are turned into float32 together; a quarter where more than two files are held."""
-
-
-@contextlib.contextmanager
-def _open_all(paths: Sequence[str]) -> Iterator[list[Header]]:
-    """The headers of several files."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(llama_library.open_header(Path(path))) for path in paths]
 
 
 def _stretches(rows: int, columns: int, weights: int) -> Iterator[tuple[int, int]]:
@@ -56,13 +49,11 @@ def _place(name: str) -> dict[str, Any]:
 
 def compare_with_source(argument: dict[str, Any]) -> dict[str, Any]:
     """Rows of `lib.stages.quantize.weights.TensorErrors.files` for "files" ({type: path}) against "source"."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    with (
-        _open_all([argument["source"], *argument["files"].values()]) as (source, *headers),
-        Progress("comparing files", len(headers)) as progress,
-    ):
-        for name, header in zip(argument["files"], headers, strict=True):
-            changed = [t for t in header.tensors if header.tensors[t]["type"] != source.tensors[t]["type"]]
+    source, found = read_header(Path(argument["source"])), {}
+    with Progress("comparing files", len(argument["files"])) as progress:
+        for name, path in argument["files"].items():
+            header = read_header(Path(path))
+            changed = [t for t, tensor in header.tensors.items() if tensor.type != source.tensors[t].type]
             found[name] = [_error(source, header, tensor) for tensor in changed]
             progress.advance(note=name)
     return {"files": found}
@@ -70,16 +61,15 @@ def compare_with_source(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _error(source: Header, other: Header, name: str) -> dict[str, Any]:
     tensor, error, size = other.tensors[name], 0.0, 0.0
-    columns = tensor["shape"][0]
-    for start, stop in _stretches(tensor["weights"] // columns, columns, _AT_ONCE):
-        wanted, got = (rows_of(header.path, header.tensors[name], start, stop) for header in (source, other))
+    for start, stop in _stretches(tensor.rows, tensor.columns, _AT_ONCE):
+        wanted, got = (header.rows(name, start, stop) for header in (source, other))
         error += float(np.sum((got - wanted) ** 2, dtype=np.float64))
         size += float(np.sum(wanted**2, dtype=np.float64))
     return {
         **_place(name),
-        "type": tensor["type"],
-        "weights": tensor["weights"],
-        "bits_per_weight": 8 * tensor["bytes"] / tensor["weights"],
+        "type": tensor.type,
+        "weights": tensor.weights,
+        "bits_per_weight": tensor.bits_per_weight,
         "relative_rmse": (error / size) ** 0.5 if size else 0.0,
     }
 
@@ -136,14 +126,11 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     Raises:
         InputError: no 16- or 32-bit weights in the folder, or none that the GGUF has.
     """
-    import gguf
-
-    architecture = source.text("general.architecture")
-    number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
-    if number is None:
+    architecture = source.values.get("general.architecture")
+    names = name_map(architecture, source.values.get(f"{architecture}.block_count") or 0)
+    if names is None:
         what = f"{source.path.name} has architecture {architecture!r}."
         raise InputError(what, "one that gguf knows.", "convert it again.")
-    names = gguf.get_tensor_name_map(number, source.number(f"{architecture}.block_count") or 0)
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = values.get("num_attention_heads")
     config = SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
@@ -154,9 +141,8 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
             stored[new] = tensor
     if "output.weight" not in stored and "token_embd.weight" in stored:
         stored["output.weight"] = stored["token_embd.weight"]
-    matrices = [name for name, tensor in source.tensors.items() if len(tensor["shape"]) > 1]
-    shapes = {name: list(tensor.shape[::-1]) for name, tensor in stored.items()}
-    fit = [name for name in matrices if shapes.get(name) == source.tensors[name]["shape"]]
+    matrices = [name for name, tensor in source.tensors.items() if len(tensor.shape) > 1]
+    fit = [name for name in matrices if name in stored and stored[name].shape[::-1] == source.tensors[name].shape]
     if not fit:
         found = f"none of the {len(matrices)} matrices of {source.path.name} is in the base {folder}."
         raise InputError(found, "the base that it was trained from.", "run 01 again with the right base_model.")
@@ -207,15 +193,7 @@ def _blocks(values: np.ndarray) -> np.ndarray:
 # written nowhere, so it is measured: the share of blocks of 32 that each type gives back.
 
 _NF4_BLOCK, _NF4_BITS = 64, 4.5
-_NF4_CODE = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023),
-        1.0,
-    ],
-    dtype=np.float32,
-)
+_NF4_CODE = np.array(recipes.TABLES["nf4"], dtype=np.float32)
 """Dettmers et al. (2023), arXiv:2305.14314, appendix E."""
 
 
@@ -237,32 +215,31 @@ def measure_grid(argument: dict[str, Any]) -> dict[str, Any]:
     """
     matrix = llama_library.read_imatrix(argument["imatrix"])
     shares: dict[str, list[tuple[float, int]]] = {}
-    distinct, blocks = [], 0
-    with llama_library.open_header(Path(argument["source"])) as source:
-        found, _ = base_matrices(Path(argument["base"]), source)
-        found = {name: stored for name, stored in found.items() if _moved(name, stored, source)} or found
-        with Progress("grid of the base's weights, tensors", len(found)) as progress:
-            for name, stored in found.items():
-                weights, total = stored.sample(), source.tensors[name]["weights"]
-                if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
-                    values = None if matrix is None else matrix.values.get(name)
-                    for kind, share in _shares(weights, stored.dtype, values, counted).items():
-                        shares.setdefault(kind, []).append((share, total))
-                    distinct.append((_distinct(weights)[counted].mean(), total))
-                    blocks += int(counted.sum())
-                progress.advance(note=name)
+    distinct, blocks, source = [], 0, read_header(Path(argument["source"]))
+    found, _ = base_matrices(Path(argument["base"]), source)
+    samples = {name: stored.sample() for name, stored in found.items()}
+    moved = [name for name, base in samples.items() if _moved(source.rows(name, step=found[name].step), base)]
+    tried = moved or list(found)
+    with Progress("grid of the base's weights, tensors", len(tried)) as progress:
+        for name in tried:
+            weights, dtype, total = samples[name], found[name].dtype, source.tensors[name].weights
+            if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
+                values = None if matrix is None else matrix.values.get(name)
+                for kind, share in _shares(weights, dtype, values, counted).items():
+                    shares.setdefault(kind, []).append((share, total))
+                distinct.append((_distinct(weights)[counted].mean(), total))
+                blocks += int(counted.sum())
+            progress.advance(note=name)
     return {
         "types": {kind: _mean(pairs) for kind, pairs in shares.items()},
         "distinct": _mean(distinct) if distinct else None,
         "blocks": blocks,
-        "matrices": len(found),
+        "matrices": len(tried),
     }
 
 
-def _moved(name: str, stored: BaseMatrix, source: Header) -> bool:
+def _moved(tuned: np.ndarray, base: np.ndarray) -> bool:
     """Whether fine-tuning moved a matrix, by the rows that are tried."""
-    base = stored.sample()
-    tuned = rows_of(source.path, source.tensors[name], 0, len(stored.order), stored.step)
     return float(np.linalg.norm(tuned - base)) > LEAST_MOVE * float(np.linalg.norm(base))
 
 
@@ -272,7 +249,7 @@ def _shares(weights: np.ndarray, dtype: str, values: np.ndarray | None, counted:
     columns, found = weights.shape[1], {}
     for kind in PLAIN:
         if columns % llama_library.block_size(kind) == 0:
-            rounded = llama_library.dequantize_rows(kind, llama_library.quantize_rows(kind, weights, values))
+            rounded = llama_library.rounded(kind, weights, values)
             bits = 8 * llama_library.row_bytes(kind, columns) / columns
             found[kind] = float(given_back(rounded, weights, dtype, bits)[counted].mean())
     if columns % _NF4_BLOCK == 0:
@@ -331,26 +308,29 @@ def compare_with_base(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: see `base_matrices`; a damaged file.
     """
+    source, squares = read_header(Path(argument["source"])), np.zeros(2)
+    headers = [read_header(Path(path)) for path in argument["files"].values()]
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in argument["files"]}
-    with _open_all([argument["source"], *argument["files"].values()]) as (source, *headers):
-        found, left_out = base_matrices(Path(argument["base"]), source)
-        squares = np.zeros(2)
-        with Progress("what is left of the fine-tuning, tensors", len(found)) as progress:
-            for name, stored in found.items():
-                own, sums = _sums(name, stored, source, headers)
-                squares += own
-                if own[0] > LEAST_MOVE**2 * own[1]:
-                    for rows, header, (kept, changed, returned) in zip(files.values(), headers, sums, strict=True):
-                        tensor = header.tensors[name]
-                        if tensor["type"] != source.tensors[name]["type"]:
-                            row = {**_place(name), "type": tensor["type"], "weights": tensor["weights"]}
-                            row |= {"square": float(own[0]), "kept": float(kept) / float(own[0])}
-                            rows.append({**row, "changed": int(changed), "returned": int(returned)})
-                progress.advance(note=name)
-        weights = {name: tensor["weights"] for name, tensor in source.tensors.items()}
-        inside = sum(weights[name] for name in found if _NAME.match(name))
-    moved = float(np.sqrt(squares[0] / squares[1]))
-    return {"files": files, "moved": moved, "in_blocks": inside / sum(weights.values()), "left_out": left_out}
+    found, left_out = base_matrices(Path(argument["base"]), source)
+    with Progress("what is left of the fine-tuning, tensors", len(found)) as progress:
+        for name, stored in found.items():
+            own, sums = _sums(name, stored, source, headers)
+            squares += own
+            if own[0] > LEAST_MOVE**2 * own[1]:
+                for rows, header, (kept, changed, returned) in zip(files.values(), headers, sums, strict=True):
+                    tensor = header.tensors[name]
+                    if tensor.type != source.tensors[name].type:
+                        row = {**_place(name), "type": tensor.type, "weights": tensor.weights}
+                        row |= {"square": float(own[0]), "kept": float(kept) / float(own[0])}
+                        rows.append({**row, "changed": int(changed), "returned": int(returned)})
+            progress.advance(note=name)
+    inside = sum(source.tensors[name].weights for name in found if _NAME.match(name))
+    return {
+        "files": files,
+        "moved": float(np.sqrt(squares[0] / squares[1])),
+        "in_blocks": inside / sum(tensor.weights for tensor in source.tensors.values()),
+        "left_out": left_out,
+    }
 
 
 def _sums(name: str, stored: BaseMatrix, source: Header, headers: list[Header]) -> tuple[np.ndarray, np.ndarray]:
@@ -358,18 +338,15 @@ def _sums(name: str, stored: BaseMatrix, source: Header, headers: list[Header]) 
     rows, columns = stored.stored.shape
     squares, sums = np.zeros(2), np.zeros((len(headers), 3))
     for start, stop in _stretches(rows, columns, _AT_ONCE // 4):
-        base = stored.rows(start, stop)
-        tuned = rows_of(source.path, source.tensors[name], start, stop)
+        base, tuned = stored.rows(start, stop), source.rows(name, start, stop)
         delta = tuned - base
         squares += _dot(delta, delta), _dot(base, base)
         if not delta.any():
             continue
         for of_file, header in zip(sums, headers, strict=True):
-            tensor = header.tensors[name]
-            made = rows_of(header.path, tensor, start, stop)
+            made, bits = header.rows(name, start, stop), header.tensors[name].bits_per_weight
             of_file[0] += _dot(made - base, delta)
             if columns % BLOCK == 0:
-                bits = 8 * tensor["bytes"] / tensor["weights"]
                 changed = ~given_back(tuned, base, _PLACES, bits)
                 of_file[1] += changed.sum()
                 of_file[2] += (changed & given_back(made, base, _PLACES, bits)).sum()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,6 @@ class QuantizationReport:
     set_by_hand: list[dict[str, Any]] = field(default_factory=list)
     mix: dict[str, Any] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class QuantizeResult:
@@ -77,7 +73,7 @@ class QuantizeResult:
 
     Attributes:
         product: the folder with one `<name>-<TYPE>.gguf` a type.
-        source: description of the file that was quantized (see `describe_gguf`).
+        source: description of the file that was quantized (see `lib.stages.quantize.quantizer.describe`).
         files: one report a type, in the order of the ladder; behind them the one made for a size budget.
     """
 
@@ -134,39 +130,16 @@ def predict_sizes(source: Path, types: Sequence[str], options: Options | None = 
 def survey(
     source: Path, types: Sequence[str], options: Options | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """`predict_sizes` of a source, and the source as `describe_gguf` describes it; both by one child process."""
+    """`predict_sizes`, and the source as `lib.stages.quantize.quantizer.describe` tells of it; by one child process."""
     for name in types:
         recipes.file_type(name)
     check_gguf(source)
-    _require_llama_cpp()
-    argument = {"source": str(source.resolve()), "types": list(types), "options": (options or Options()).to_json()}
-    answer = run_child("lib.stages.quantize.quantizer:predict", argument, "predicting sizes")
-    return answer["predictions"], answer["source"]
-
-
-def describe_gguf(path: Path) -> dict[str, Any]:
-    """What a GGUF file really holds, by its own header.
-
-    Returns:
-        "file", "bytes", "type" (recipe by the header), "architecture", "name", "imatrix", "weights", "tensor_bytes",
-        "bits_per_weight" (effective), "histogram" ({"type", "tensors", "weights", "bytes", "share"}, most weights
-        first), "fallbacks" ({"tensor", "columns", "wanted", "type"}: rows that do not fill blocks of the wanted type),
-        "token_embedding_type".
-
-    Raises:
-        InputError: not a GGUF file, damaged or truncated.
-    """
-    check_gguf(path)
-    _require_llama_cpp()
-    argument = {"path": str(path.resolve())}
-    answer = run_child("lib.stages.quantize.quantizer:describe", argument, f"reading {path.name}")
-    return {key: value for key, value in answer.items() if key != "peak_memory_mib"}
-
-
-def _require_llama_cpp() -> None:
     if problem := llama_cpp_problem():
         do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
         raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+    argument = {"source": source, "types": list(types), "options": options or Options()}
+    answer = run_child("lib.stages.quantize.quantizer:predict", argument, "predicting sizes")
+    return answer["predictions"], answer["source"]
 
 
 def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> None:
@@ -236,7 +209,10 @@ def _output_path(source: Path, output: Path, name: str) -> Path:
 def quantize_files(
     source: Path, output: Path, types: Sequence[str], options: Options | None = None, n_threads: int = 0
 ) -> list[QuantizationReport]:
-    """Quantize one GGUF file to several types; each file is complete or absent.
+    """Quantize one GGUF file to several types, byte for byte as llama-quantize does it.
+
+    Each is made in a child process as a temporary sibling, and loaded with every tensor checked before it is flushed
+    and renamed: a file is complete or absent.
 
     Args:
         output: see `plan_files`.
@@ -248,32 +224,12 @@ def quantize_files(
     return make_files(source, output, plan_files(source, output, types, options), n_threads)
 
 
-def quantize_file(
-    source: Path, output: Path, type_name: str, options: Options | None = None, n_threads: int = 0
-) -> QuantizationReport:
-    """Quantize one GGUF file with llama.cpp, byte for byte as llama-quantize does it; as `quantize_files`.
-
-    The work is done in a child process into a temporary sibling of `output`; the new file is loaded with every tensor
-    checked before it is flushed and renamed, so that `output` is either complete or absent.
-    """
-    check_output(source, output)
-    return quantize_files(source, output, [type_name], options, n_threads)[0]
-
-
-@dataclass(frozen=True)
-class Concurrency:
-    """How many files at once, and with how many threads each."""
-
-    files: int
-    threads: int
-
-    @classmethod
-    def choose(cls, count: int, n_threads: int = 0) -> Concurrency:
-        """As many of `count` files at once as threads (0 = physical cores) and free memory allow."""
-        threads = n_threads or physical_cores()
-        files = max(1, min(count, threads, available_memory() // _MEMORY_PER_CHILD))
-        spare = 0 if n_threads else 1  # keeps a core busy while another file is read, checked or written
-        return cls(files, min(threads, max(1, threads // files) + spare))
+def at_once(count: int, n_threads: int = 0) -> tuple[int, int]:
+    """How many of `count` files at once, and threads each: as threads (0 = physical cores) and free memory allow."""
+    threads = n_threads or physical_cores()
+    files = max(1, min(count, threads, available_memory() // _MEMORY_PER_CHILD))
+    spare = 0 if n_threads else 1  # keeps a core busy while another file is read, checked or written
+    return files, min(threads, max(1, threads // files) + spare)
 
 
 def make_files(
@@ -298,7 +254,7 @@ def make_files(
     paths = {file.type: _output_path(source, output, file.type) for file in planned}
     what = f"{len(planned)} quantized files" if len(planned) > 1 else paths[planned[0].type].name
     require_space(paths[planned[0].type].parent, sum(file.prediction["bytes"] for file in planned), what)
-    at_once, stop = Concurrency.choose(len(planned), n_threads), threading.Event()
+    (together, threads), stop = at_once(len(planned), n_threads), threading.Event()
     reports: dict[str, QuantizationReport] = {}
     running: dict[Future[QuantizationReport], str] = {}
     tensors: dict[str, str] = {}  # how far each running file is
@@ -310,7 +266,7 @@ def make_files(
         try:
             if stop.is_set():
                 raise StoppedError(file.type)
-            return quantize_planned(source, paths[file.type], file, at_once.threads, stop, heard)
+            return quantize_planned(source, paths[file.type], file, threads, stop, heard)
         except BaseException:
             stop.set()  # the others are given up with it
             raise
@@ -322,8 +278,8 @@ def make_files(
         del running[future]
         done(report)
 
-    several = f" ({at_once.files} at once)" if at_once.files > 1 else ""
-    pool = ThreadPoolExecutor(at_once.files, thread_name_prefix="quantizing")
+    several = f" ({together} at once)" if together > 1 else ""
+    pool = ThreadPoolExecutor(together, thread_name_prefix="quantizing")
     try:
         with Progress(f"quantizing, types{several}", len(planned)) as progress:
             for file in sorted(planned, key=lambda f: -recipes.quantizing_seconds(f.prediction["histogram"])):
@@ -351,15 +307,16 @@ def quantize_planned(
     heard: Callable[[str], None] | None = None,
 ) -> QuantizationReport:
     """One file of a checked source, whose size was predicted; `stop`, `heard`: see `run_child`."""
-    prediction, function = file.prediction, "lib.stages.quantize.quantizer:quantize"
+    prediction = file.prediction
     with atomic_path(output) as temporary:
         argument = {
-            "source": str(source.resolve()),
-            "output": str(temporary.absolute()),
+            "source": source,
+            "output": temporary,
             "type": prediction.get("recipe", file.type),
-            "options": file.options.to_json(),
+            "options": file.options,
             "n_threads": n_threads,
         }
+        function = "lib.stages.quantize.quantizer:quantize"
         answer = run_child(function, argument, f"quantizing to {file.type}", None, stop, heard)
         description = answer["description"]
         if description["bytes"] != prediction["bytes"]:

@@ -19,20 +19,18 @@ import numpy as np
 
 from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
-from lib.runs.files import read_json, write_json
 from lib.runs.machine import available_memory, physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import IMATRIX_TYPES
-from lib.stages.quantize.calibration import AUTO, held_out_answers, held_out_windows, run_options
+from lib.stages.quantize.calibration import AUTO, row_answers, row_windows, run_options
 from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files
-from lib.stages.quantize.recipes import UNQUANTIZED, Options
+from lib.stages.quantize.recipes import UNQUANTIZED
 
 if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-SUMMARY, VALUES = "held_out_kld.json", "held_out_kld.npz"
-IMATRIX_SUMMARY, MIX_SUMMARY = "imatrix_effect.json", "mix_effect.json"
+VALUES = "held_out_kld.npz"
 MOST_TOKENS = 2048
 """Most tokens of the windows, whatever `perplexity_tokens` allows: 07 measures more, and these files are many."""
 ANSWER_ROWS, ANSWER_TOKENS = 96, 8192
@@ -65,7 +63,6 @@ class HeldOutScores:
             answer position, nats; "text_rows", "answer_rows": the test row of each of them}.
     """
 
-    product: Product
     content: dict[str, Any]
     values: dict[str, np.ndarray]
 
@@ -120,67 +117,54 @@ def score_files(settings: Settings, run: Run, result: QuantizeResult, force: boo
     mixed, recipes = _mixed_and_recipes(result.files)
     if mixed and recipes:
         wanted = [file for file in result.files if file.type not in UNQUANTIZED]
+    size, most, source = settings.n_ctx, _most_windows(settings), run_gguf(run)
     unaided = replace(run_options(settings, run), imatrix=None)
-    product = run.produce(
-        "held_out_kld",
-        lambda work: _build_scores(settings, run, wanted, without, unaided, work),
-        parameters={
-            **settings.pick("n_ctx", "seed"),
-            "windows": _most_windows(settings),
-            "types": [file.type for file in wanted],
-            "without_matrix": without,
-            "answers": f"{ANSWER_ROWS} rows, {ANSWER_TOKENS} tokens",
-        },
-        inputs=("data", "gguf", "quantized"),
-        force=force,
-    )
+
+    def content(work: ProductDraft) -> dict[str, Any]:
+        data = run.require("data").path
+        chosen = row_windows(data, "test", size, most, settings.seed)
+        answers = row_answers(data, "test", ANSWER_ROWS, ANSWER_TOKENS, settings.seed)
+        with tempfile.TemporaryDirectory(prefix=".scored-", dir=run.folder) as name:
+            scratch = Path(name)
+            plain = quantize_files(source, scratch, without, unaided, settings.n_threads) if without else []
+            paths = {file.type: run.require("quantized").path / file.file for file in wanted}
+            argument = {
+                "reference": source,
+                "files": paths | {f"{file.type}{WITHOUT}": scratch / file.file for file in plain},
+                "pairs": {kind: [kind, f"{kind}{WITHOUT}"] for kind in without},
+                "windows": chosen.windows,
+                "text_rows": chosen.owners,
+                "answers": answers.rows,
+                "n_threads": settings.n_threads,
+                "scratch": scratch,
+                "output": work.folder / VALUES,
+            }
+            answer = run_child("lib.stages.quantize.held_out_kl:score_in_child", argument, "files on held-out rows")
+        work.metrics |= answer["means"]
+        return {
+            "tokens": len(chosen.windows) * (size - size // 2 - 1),
+            "rows": answer["rows"],
+            "windows": len(chosen.windows),
+            "window_tokens": size,
+            "answer_rows": len(answers.rows),
+            "answer_positions": answers.facts["positions"],
+            "without": {f.type: {"bytes": f.bytes, "retyped": answer["retyped"][f.type]} for f in plain},
+        }
+
+    parameters = {
+        **settings.pick("n_ctx", "seed"),
+        "windows": most,
+        "types": [file.type for file in wanted],
+        "without_matrix": without,
+        "answers": f"{ANSWER_ROWS} rows, {ANSWER_TOKENS} tokens",
+    }
+    product, found = run.produce_json("held_out_kld", content, parameters, ("data", "gguf", "quantized"), force)
     with np.load(product.path / VALUES) as values:
-        return HeldOutScores(product, read_json(product.path / SUMMARY), dict(values))
+        return HeldOutScores(found, dict(values))
 
 
 def _most_windows(settings: Settings) -> int:
     return max(1, min(settings.perplexity_tokens, MOST_TOKENS) // settings.n_ctx)
-
-
-def _build_scores(
-    settings: Settings,
-    run: Run,
-    wanted: list[QuantizationReport],
-    without: list[str],
-    unaided: Options,
-    work: ProductDraft,
-) -> None:
-    data, folder, source = run.require("data").path, run.require("quantized").path, run_gguf(run)
-    chosen = held_out_windows(data, settings.n_ctx, _most_windows(settings), settings.seed)
-    answers = held_out_answers(data, ANSWER_ROWS, ANSWER_TOKENS, settings.seed)
-    with tempfile.TemporaryDirectory(prefix=".scored-", dir=run.folder) as name:
-        plain = quantize_files(source, Path(name), without, unaided, settings.n_threads) if without else []
-        paths = {file.type: folder / file.file for file in wanted}
-        paths |= {f"{file.type}{WITHOUT}": Path(name) / file.file for file in plain}
-        argument = {
-            "reference": str(source.resolve()),
-            "files": {kind: str(path.resolve()) for kind, path in paths.items()},
-            "pairs": {kind: [kind, f"{kind}{WITHOUT}"] for kind in without},
-            "windows": chosen.windows,
-            "text_rows": chosen.owners,
-            "answers": answers.rows,
-            "n_threads": settings.n_threads,
-            "scratch": name,
-            "output": str((work.folder / VALUES).resolve()),
-        }
-        answer = run_child("lib.stages.quantize.held_out_kl:score_in_child", argument, "files on held-out rows")
-    size = settings.n_ctx
-    content = {
-        "tokens": len(chosen.windows) * (size - size // 2 - 1),
-        "rows": answer["rows"],
-        "windows": len(chosen.windows),
-        "window_tokens": size,
-        "answer_rows": len(answers.rows),
-        "answer_positions": answers.facts["positions"],
-        "without": {f.type: {"bytes": f.bytes, "retyped": answer["retyped"][f.type]} for f in plain},
-    }
-    write_json(work.folder / SUMMARY, content)
-    work.metrics |= answer["means"]
 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -244,11 +228,14 @@ def _at_once(sizes: list[int], threads: int, beside: int) -> int:
 
 def retyped(one: Path, other: Path) -> list[dict[str, str]]:
     """Tensors that two files of one model store in different types: "tensor", "with" (in `one`), "without"."""
-    from lib.stages.quantize.llama_library import open_header
+    from lib.stages.quantize.llama_library import read_header
 
-    with open_header(one) as first, open_header(other) as second:
-        types = {name: (tensor["type"], second.tensors[name]["type"]) for name, tensor in first.tensors.items()}
-    return [{"tensor": name, "with": a, "without": b} for name, (a, b) in types.items() if a != b]
+    first, second = read_header(one).tensors, read_header(other).tensors
+    return [
+        {"tensor": name, "with": tensor.type, "without": second[name].type}
+        for name, tensor in first.items()
+        if tensor.type != second[name].type
+    ]
 
 
 # What is compared.
@@ -299,25 +286,19 @@ def imatrix_effect(settings: Settings, run: Run, result: QuantizeResult) -> Comp
         return None
     scores = score_files(settings, run, result, settings.force) if chosen else None
 
-    def build(work: ProductDraft) -> None:
+    def content(work: ProductDraft) -> dict[str, Any]:
         types = []
         found = scores.compare([(file.type, f"{file.type}{WITHOUT}") for file in chosen]) if scores else []
         for file, (text, answers) in zip(chosen, found, strict=True):
             plain = scores.content["without"][file.type]
             sizes = {"type": file.type, "bytes": file.bytes, "bytes_without": plain["bytes"]}
             types.append({**sizes, **text, "answers": answers, "retyped": plain["retyped"]})
-        counts = scores.counts() if scores else {}
-        write_json(work.folder / IMATRIX_SUMMARY, {**counts, "types": types, "left_out": left_out})
         work.metrics |= {entry["type"]: entry["difference"] for entry in types}
+        return {**(scores.counts() if scores else {}), "types": types, "left_out": left_out}
 
-    product = run.produce(
-        "imatrix_effect",
-        build,
-        parameters={"types": [file.type for file in chosen], "left_out": left_out},
-        inputs=("held_out_kld",) if scores else ("quantized",),
-        force=settings.force,
-    )
-    return Comparison(product, read_json(product.path / IMATRIX_SUMMARY))
+    parameters = {"types": [file.type for file in chosen], "left_out": left_out}
+    inputs = ("held_out_kld",) if scores else ("quantized",)
+    return Comparison(*run.produce_json("imatrix_effect", content, parameters, inputs, settings.force))
 
 
 def mix_effect(settings: Settings, run: Run, result: QuantizeResult) -> Comparison | None:
@@ -337,25 +318,22 @@ def mix_effect(settings: Settings, run: Run, result: QuantizeResult) -> Comparis
     just_now = settings.imatrix == AUTO and compared_with_matrix(result.files)[0]
     scores = score_files(settings, run, result, force=settings.force and not just_now)
 
-    def build(work: ProductDraft) -> None:
-        found = scores.compare([(mixed.type, file.type) for file in recipes])
-        own = {**_one_of("with", found[0][0]), "answers": _one_of("with", found[0][1])}
-        types = [
-            {**_file(file), **_beside(text), "answers": _beside(answers)}
-            for file, (text, answers) in zip(recipes, found, strict=True)
-        ]
-        content = {**scores.counts(), "mixed": {**_file(mixed), **own}, "types": types}
-        write_json(work.folder / MIX_SUMMARY, content)
-        work.metrics |= {entry["type"]: entry["difference"] for entry in types}
+    def of(file: QuantizationReport, which: str, text: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
+        """One of the two files ("with" or "without") that `judge` compared; of a recipe also the comparison."""
+        keys = {"kld": f"kld_{which}", "kld_interval": f"kld_{which}_interval"}
+        if which == "without":
+            keys |= {key: key for key in ("difference", "difference_interval", "p", "p_holm", "verdict")}
+        on_text, at_answers = ({key: found[name] for key, name in keys.items()} for found in (text, answers))
+        return {"type": file.type, "file": file.file, "bytes": file.bytes, **on_text, "answers": at_answers}
 
-    product = run.produce(
-        "mix_effect",
-        build,
-        parameters={"types": [file.type for file in recipes]},
-        inputs=("held_out_kld",),
-        force=settings.force,
-    )
-    return Comparison(product, read_json(product.path / MIX_SUMMARY))
+    def content(work: ProductDraft) -> dict[str, Any]:
+        found = scores.compare([(mixed.type, file.type) for file in recipes])
+        types = [of(file, "without", *measured) for file, measured in zip(recipes, found, strict=True)]
+        work.metrics |= {entry["type"]: entry["difference"] for entry in types}
+        return {**scores.counts(), "mixed": of(mixed, "with", *found[0]), "types": types}
+
+    parameters = {"types": [file.type for file in recipes]}
+    return Comparison(*run.produce_json("mix_effect", content, parameters, ("held_out_kld",), settings.force))
 
 
 def _mixed_and_recipes(
@@ -364,18 +342,3 @@ def _mixed_and_recipes(
     """The file under a size budget, and the quantized others."""
     mixed = next((file for file in files if file.mix), None)
     return mixed, [file for file in files if not file.mix and file.type not in UNQUANTIZED]
-
-
-def _file(file: QuantizationReport) -> dict[str, Any]:
-    return {"type": file.type, "file": file.file, "bytes": file.bytes}
-
-
-def _one_of(which: str, found: dict[str, Any]) -> dict[str, Any]:
-    """One of the two files ("with" or "without") that `judge` compared."""
-    return {"kld": found[f"kld_{which}"], "kld_interval": found[f"kld_{which}_interval"]}
-
-
-def _beside(found: dict[str, Any]) -> dict[str, Any]:
-    """A recipe, and what `judge` found of the mixed file beside it."""
-    keys = ("difference", "difference_interval", "p", "p_holm", "verdict")
-    return {**_one_of("without", found), **{key: found[key] for key in keys}}

@@ -6,14 +6,13 @@ GGUF headers are read by llama.cpp's own, bounds-checked parser, which refuses a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import io
 import math
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
 _P, _I64, _CHARS, _TYPE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int
 _init = _function("gguf_init_from_file", _P, _CHARS, _InitParams)
 _free = _function("gguf_free", None, _P)
-_find_key = _function("gguf_find_key", _I64, _P, _CHARS)
+_n_kv = _function("gguf_get_n_kv", _I64, _P)
+_key = _function("gguf_get_key", _CHARS, _P, _I64)
 _kv_type = _function("gguf_get_kv_type", _TYPE, _P, _I64)
 _val_u32 = _function("gguf_get_val_u32", ctypes.c_uint32, _P, _I64)
 _val_str = _function("gguf_get_val_str", _CHARS, _P, _I64)
@@ -159,6 +159,11 @@ def dequantize_rows(type_name: str, stored: np.ndarray) -> np.ndarray:
     return made
 
 
+def rounded(type_name: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Rows of weights in a type and back; see `quantize_rows`."""
+    return dequantize_rows(type_name, quantize_rows(type_name, rows, importance))
+
+
 class Log:
     """Collects what llama.cpp logs; `errors` are its error lines, `on_line` hears every complete line."""
 
@@ -184,70 +189,70 @@ class Log:
         return "; ".join(dict.fromkeys(self.errors[-3:])) or "no reason logged"
 
 
-class Header:
-    """An open GGUF header.
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a GGUF file.
 
     Attributes:
-        path: the file.
-        tensors: {name: {"shape": columns first, "type", "bytes", "weights", "offset": from the file's start}}.
+        shape: columns first; type: as llama.cpp writes it ("q4_K").
+        bytes: without padding; offset: from the file's start.
     """
 
-    def __init__(self, path: Path, pointer: int) -> None:
-        self.path, self._pointer = path, pointer
-        start = _data_offset(pointer)
-        self.tensors: dict[str, dict[str, Any]] = {}
-        for i in range(_n_tensors(pointer)):
-            shape = [_tensor_ne(pointer, i)[k] for k in range(4)]
-            while len(shape) > 1 and shape[-1] == 1:
-                shape.pop()
-            self.tensors[_tensor_name(pointer, i).decode()] = {
-                "shape": shape,
-                "type": _type_name(_tensor_type(pointer, i)).decode(),
-                "bytes": _tensor_size(pointer, i),
-                "weights": math.prod(shape),
-                "offset": start + _tensor_offset(pointer, i),
-            }
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+    offset: int
 
-    def text(self, key: str) -> str | None:
-        """A string value; None when absent or of another type."""
-        i = _find_key(self._pointer, key.encode())
-        if i < 0 or _kv_type(self._pointer, i) != _STRING:
-            return None
-        return _val_str(self._pointer, i).decode("utf-8", "replace")
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
 
-    def number(self, key: str) -> int | None:
-        """An unsigned 32-bit value; None when absent or of another type."""
-        i = _find_key(self._pointer, key.encode())
-        return _val_u32(self._pointer, i) if i >= 0 and _kv_type(self._pointer, i) == _U32 else None
+    @property
+    def columns(self) -> int:
+        return self.shape[0]
 
-    def has(self, key: str) -> bool:
-        """Whether the header has that key."""
-        return _find_key(self._pointer, key.encode()) >= 0
+    @property
+    def rows(self) -> int:
+        """Those of all experts together."""
+        return self.weights // self.columns
 
-    def first_text(self, key: str) -> str | None:
-        """The first entry of an array of strings."""
-        i = _find_key(self._pointer, key.encode())
-        if i < 0 or _kv_type(self._pointer, i) != _ARRAY or _arr_type(self._pointer, i) != _STRING:
-            return None
-        return _arr_str(self._pointer, i, 0).decode("utf-8", "replace") if _arr_n(self._pointer, i) else None
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
 
-    def size_when_quantized(self, keys: dict[str, str | int]) -> int:
-        """Header bytes of this file after quantizing, with further keys added; changes only the copy in memory."""
-        for key, value in {
-            **keys,
-            "general.quantization_version": _QUANTIZATION_VERSION,
-            "general.file_type": 0,
-        }.items():
-            if isinstance(value, str):
-                _set_str(self._pointer, key.encode(), value.encode())
-            else:
-                _set_u32(self._pointer, key.encode(), value)
-        return _meta_size(self._pointer)
+    def as_type(self, name: str) -> Tensor:
+        """The same tensor in another type; its place in the file is not known then."""
+        return replace(self, type=name, bytes=self.rows * row_bytes(name, self.columns))
 
 
-@contextlib.contextmanager
-def open_header(path: Path) -> Iterator[Header]:
-    """Open a GGUF header with llama.cpp's parser.
+@dataclass(frozen=True)
+class Header:
+    """A GGUF header.
+
+    Attributes:
+        values: of every key: a text, an unsigned number of 32 bits, the first text of an array of texts; None for
+            values of other types.
+        size_when_quantized: its bytes after quantizing, see `read_header`.
+    """
+
+    path: Path
+    values: dict[str, str | int | None]
+    tensors: dict[str, Tensor]
+    size_when_quantized: int
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None, step: int = 1) -> np.ndarray:
+        """Every `step`-th row of a tensor, float32, (rows, columns); `start` and `stop` as in a slice."""
+        tensor = self.tensors[name]
+        shape = tensor.rows, tensor.bytes // tensor.rows
+        raw = np.ascontiguousarray(np.memmap(self.path, np.uint8, "r", tensor.offset, shape)[start:stop:step])
+        return raw.view("<f4") if tensor.type == "f32" else dequantize_rows(tensor.type, raw)
+
+
+def read_header(path: Path, added: Mapping[str, str | int] | None = None) -> Header:
+    """Read a GGUF header with llama.cpp's parser.
+
+    Args:
+        added: keys that quantizing adds beside its own, for the size of the header afterwards.
 
     Raises:
         InputError: the parser refuses the file, or tensors reach beyond its end.
@@ -257,29 +262,42 @@ def open_header(path: Path) -> Iterator[Header]:
     if not pointer:
         raise InputError(f"{path} is a damaged GGUF file ({log.reason}).", "a complete GGUF file.", "make it again.")
     try:
-        header = Header(path, pointer)
-        end = max((t["offset"] + t["bytes"] for t in header.tensors.values()), default=0)
-        size = path.stat().st_size
-        if end > size:
-            found = f"{path} has {size} bytes; its header describes {end}."
-            raise InputError(found, "a complete file.", "copy, download or make it again.")
-        yield header
+        values = {_key(pointer, i).decode("utf-8", "replace"): _value(pointer, i) for i in range(_n_kv(pointer))}
+        tensors = dict(_tensor(pointer, i) for i in range(_n_tensors(pointer)))
+        changed = {**(added or {}), "general.quantization_version": _QUANTIZATION_VERSION, "general.file_type": 0}
+        for key, value in changed.items():  # in memory alone
+            if isinstance(value, str):
+                _set_str(pointer, key.encode(), value.encode())
+            else:
+                _set_u32(pointer, key.encode(), value)
+        header = Header(path, values, tensors, _meta_size(pointer))
     finally:
         _free(pointer)
+    end, size = max((t.offset + t.bytes for t in tensors.values()), default=0), path.stat().st_size
+    if end > size:
+        found = f"{path} has {size} bytes; its header describes {end}."
+        raise InputError(found, "a complete file.", "copy, download or make it again.")
+    return header
 
 
-def rows_of(path: Path, tensor: dict[str, Any], start: int, stop: int, step: int = 1) -> np.ndarray:
-    """Every `step`-th row of a tensor, float32, (rows, columns).
+def _value(pointer: int, i: int) -> str | int | None:
+    kind = _kv_type(pointer, i)
+    if kind == _U32:
+        return _val_u32(pointer, i)
+    if kind == _STRING:
+        return _val_str(pointer, i).decode("utf-8", "replace")
+    if kind == _ARRAY and _arr_type(pointer, i) == _STRING and _arr_n(pointer, i):
+        return _arr_str(pointer, i, 0).decode("utf-8", "replace")
+    return None
 
-    Args:
-        path: the GGUF file.
-        tensor: an entry of `lib.stages.quantize.llama_library.Header.tensors`.
-        start, stop: as in a slice.
-    """
-    rows = tensor["weights"] // tensor["shape"][0]
-    row = tensor["bytes"] // rows
-    raw = np.ascontiguousarray(np.memmap(path, np.uint8, "r", tensor["offset"], (rows, row))[start:stop:step])
-    return raw.view("<f4") if tensor["type"] == "f32" else dequantize_rows(tensor["type"], raw)
+
+def _tensor(pointer: int, i: int) -> tuple[str, Tensor]:
+    shape = _tensor_ne(pointer, i)[:4]
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    kind, size = _type_name(_tensor_type(pointer, i)).decode(), _tensor_size(pointer, i)
+    offset = _data_offset(pointer) + _tensor_offset(pointer, i)
+    return _tensor_name(pointer, i).decode(), Tensor(tuple(shape), kind, size, offset)
 
 
 # Importance matrices: the mean square of every input of every linear layer over a calibration text.
@@ -343,33 +361,33 @@ def read_imatrix(path: Path | str | None) -> Imatrix | None:
 
 
 def _read_gguf(path: Path) -> Imatrix:
-    with open_header(path) as header:
-        if header.text("general.type") != "imatrix":
-            raise _damaged(path, f"its general.type is {header.text('general.type')!r}, not 'imatrix'")
-        names = [name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS)]
-        if not names:
-            raise _damaged(path, "it holds no sums")
-        result = Imatrix(path.name, {}, header.first_text("imatrix.datasets"))
-        result.chunks = header.number("imatrix.chunk_count") or 0
-        for name in sorted(names):
-            if name + _COUNTS not in header.tensors:
-                raise _damaged(path, f"{name} has sums but no counts")
-            sums, counts = _floats(path, header, name + _SUMS), np.round(_floats(path, header, name + _COUNTS))
-            if not np.isfinite(counts).all() or (counts < 0).any():
-                raise _damaged(path, f"{name} has counts that are no numbers of tokens")
-            if counts.size == 0 or sums.size % counts.size:
-                raise _damaged(path, f"{name} has {sums.size} sums for {counts.size} counts")
-            sums, counts = sums.reshape(counts.size, -1), counts[:, None]
-            means = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
-            result.values[name] = np.ascontiguousarray(means.reshape(-1), dtype=np.float32)
+    header = read_header(path)
+    kind, chunks = header.values.get("general.type"), header.values.get("imatrix.chunk_count")
+    if kind != "imatrix":
+        raise _damaged(path, f"its general.type is {kind!r}, not 'imatrix'")
+    names = sorted(name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS))
+    if not names:
+        raise _damaged(path, "it holds no sums")
+    result = Imatrix(path.name, {}, header.values.get("imatrix.datasets"), chunks if isinstance(chunks, int) else 0)
+    for name in names:
+        if name + _COUNTS not in header.tensors:
+            raise _damaged(path, f"{name} has sums but no counts")
+        sums, counts = _floats(header, name + _SUMS), np.round(_floats(header, name + _COUNTS))
+        if not np.isfinite(counts).all() or (counts < 0).any():
+            raise _damaged(path, f"{name} has counts that are no numbers of tokens")
+        if counts.size == 0 or sums.size % counts.size:
+            raise _damaged(path, f"{name} has {sums.size} sums for {counts.size} counts")
+        sums, counts = sums.reshape(counts.size, -1), counts[:, None]
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+        result.values[name] = np.ascontiguousarray(means.reshape(-1), dtype=np.float32)
     return result
 
 
-def _floats(path: Path, header: Header, name: str) -> np.ndarray:
+def _floats(header: Header, name: str) -> np.ndarray:
     tensor = header.tensors[name]
-    if tensor["type"] != "f32":
-        raise _damaged(path, f"{name} is {tensor['type']}, not f32")
-    return np.fromfile(path, "<f4", tensor["weights"], offset=tensor["offset"])
+    if tensor.type != "f32":
+        raise _damaged(header.path, f"{name} is {tensor.type}, not f32")
+    return np.fromfile(header.path, "<f4", tensor.weights, offset=tensor.offset)
 
 
 def _read_legacy(path: Path) -> Imatrix:

@@ -19,7 +19,7 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.stages.quantize import llama_library, recipes
-from lib.stages.quantize.llama_library import Imatrix, Log
+from lib.stages.quantize.llama_library import Header, Imatrix, Log, Tensor, read_header
 from lib.stages.quantize.recipes import Options, tensor_type
 
 _BUFFER = 256 << 20
@@ -32,7 +32,7 @@ _OVERRIDE_LINE = re.compile(r"(\S+) +- applying manual override: q8_0 -> q4_0$")
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _OUTPUT = "output.weight"
 
-Tensors = dict[str, dict[str, Any]]
+Tensors = dict[str, Tensor]
 
 
 # What child processes are asked for.
@@ -42,10 +42,10 @@ def quantize(argument: dict[str, Any]) -> dict[str, Any]:
     """Quantize `source` to `output` by the recipe `type`; then load the result with every tensor checked.
 
     Returns:
-        {"seconds", "memory_mib" of quantizing alone, "description": see `lib.stages.quantize.files.describe_gguf`}.
+        {"seconds", "memory_mib" of quantizing alone, "description": see `describe`}.
     """
-    output, recipe, options = Path(argument["output"]), argument["type"], Options.from_json(argument["options"])
-    source = open_source(Path(argument["source"]), options)
+    output, recipe = Path(argument["output"]), argument["type"]
+    source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
     if source.matrix:
         source.check_coverage(planned_types(source.dry_run(recipe)))
     started = time.monotonic()
@@ -57,11 +57,11 @@ def quantize(argument: dict[str, Any]) -> dict[str, Any]:
                 progress.advance()
 
         log = Log(count)
-        _llama_quantize(source.path, output, recipe, options, source.matrix, log, nthread=argument["n_threads"])
+        _llama_quantize(source.path, output, recipe, source.options, source.matrix, log, nthread=argument["n_threads"])
     seconds, memory = time.monotonic() - started, peak_memory_mib()
     _check_loads(output)
-    facts, tensors = _read(output)
-    description = {**facts, "fallbacks": find_fallbacks(recipe, tensors, log, options)}
+    made = read_header(output)
+    description = {**_facts(made), "fallbacks": find_fallbacks(recipe, made.tensors, log, source.options)}
     return {"seconds": seconds, "memory_mib": memory, "description": description}
 
 
@@ -74,21 +74,27 @@ def predict(argument: dict[str, Any]) -> dict[str, Any]:
     source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
     source.check_options()
     predictions = [source.predict(recipe) for recipe in argument["types"]]
-    return {"predictions": predictions, "source": describe({"path": argument["source"]})}
+    return {"predictions": predictions, "source": describe(source.path)}
 
 
-def describe(argument: dict[str, Any]) -> dict[str, Any]:
-    """What is in a GGUF file: see `lib.stages.quantize.files.describe_gguf`.
+def describe(path: Path) -> dict[str, Any]:
+    """What a GGUF file really holds, by its own header.
 
     For the fallbacks the recipe is replayed by a dry run over the file itself: llama.cpp decides from names and
     shapes, not from what the tensors are now.
+
+    Returns:
+        "file", "bytes", "type" (recipe by the header), "architecture", "name", "imatrix", "weights", "tensor_bytes",
+        "bits_per_weight" (effective), "histogram" ({"type", "tensors", "weights", "bytes", "share"}, most weights
+        first), "fallbacks" ({"tensor", "columns", "wanted", "type"}: rows that do not fill blocks of the wanted type),
+        "token_embedding_type".
     """
-    path = Path(argument["path"])
-    facts, tensors = _read(path)
+    header = read_header(path)
+    facts = _facts(header)
     recipe = facts["type"]
     if recipe == "unknown" or recipe in recipes.UNQUANTIZED:
         return {**facts, "fallbacks": []}
-    return {**facts, "fallbacks": find_fallbacks(recipe, tensors, _dry_run(path, recipe), Options())}
+    return {**facts, "fallbacks": find_fallbacks(recipe, header.tensors, _dry_run(path, recipe), Options())}
 
 
 def _check_loads(path: Path) -> None:
@@ -104,31 +110,30 @@ def _check_loads(path: Path) -> None:
     llama_cpp.llama_model_free(model)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """The description of a file without its fallbacks, and its tensors."""
-    with llama_library.open_header(path) as header:
-        tensors = header.tensors
-        facts = {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "type": recipes.name_of(header.number("general.file_type")),
-            "architecture": header.text("general.architecture") or "unknown",
-            "name": header.text("general.name") or "",
-            "imatrix": header.text("quantize.imatrix.file"),
-        }
-    embedding = tensors.get(_EMBEDDINGS[0])
-    return {**facts, **_totals(tensors), "token_embedding_type": embedding["type"] if embedding else None}, tensors
+def _facts(header: Header) -> dict[str, Any]:
+    """The description of a file without its fallbacks."""
+    embedding = header.tensors.get(_EMBEDDINGS[0])
+    return {
+        "file": header.path.name,
+        "bytes": header.path.stat().st_size,
+        "type": recipes.name_of(header.values.get("general.file_type")),
+        "architecture": header.values.get("general.architecture") or "unknown",
+        "name": header.values.get("general.name") or "",
+        "imatrix": header.values.get("quantize.imatrix.file"),
+        **_totals(header.tensors),
+        "token_embedding_type": embedding.type if embedding else None,
+    }
 
 
 def _totals(tensors: Tensors) -> dict[str, Any]:
     """Weights, bytes, bits per weight; and by tensor type tensors, weights, bytes and share, most weights first."""
-    weights, size = (sum(t[key] for t in tensors.values()) for key in ("weights", "bytes"))
+    weights, size = sum(t.weights for t in tensors.values()), sum(t.bytes for t in tensors.values())
     parts: dict[str, dict[str, Any]] = {}
     for tensor in tensors.values():
-        part = parts.setdefault(tensor["type"], {"type": tensor["type"], "tensors": 0, "weights": 0, "bytes": 0})
+        part = parts.setdefault(tensor.type, {"type": tensor.type, "tensors": 0, "weights": 0, "bytes": 0})
         part["tensors"] += 1
-        part["weights"] += tensor["weights"]
-        part["bytes"] += tensor["bytes"]
+        part["weights"] += tensor.weights
+        part["bytes"] += tensor.bytes
     ordered = sorted(parts.values(), key=lambda part: (-part["weights"], part["type"]))
     return {
         "weights": weights,
@@ -150,17 +155,43 @@ def _llama_quantize(
         InputError: llama.cpp refused; with the reason that it logged.
     """
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = recipes.file_type(recipe)
-    params.max_buf_size = _BUFFER
+    params.ftype, params.max_buf_size = recipes.file_type(recipe), _BUFFER
     for name, value in fields.items():
         setattr(params, name, value)
-    keep_alive = [_attach_matrix(params, matrix), _attach_types(params, options)]
-    keep_alive.append(_attach_keys(params, {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}))
+    for name in ("output_tensor_type", "token_embedding_type"):
+        if asked := getattr(options, name):
+            setattr(params, name, llama_library.type_number(tensor_type(asked)))
+    # each array ends with an empty entry; it lives as long as its name here, until llama.cpp has returned
+    if matrix:
+        params.imatrix = data = _array(llama_cpp.llama_model_imatrix_data, matrix.values)
+        for slot, (name, values) in zip(data, matrix.values.items(), strict=False):
+            slot.name, slot.size = name.encode(), values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if patterns := options.patterns():
+        params.tt_overrides = types = _array(llama_cpp.llama_model_tensor_override, patterns)
+        for slot, (pattern, name) in zip(types, patterns, strict=False):
+            slot.pattern, slot.type = pattern.encode(), llama_library.type_number(tensor_type(name))
+    if keys := _header_keys(options, matrix):
+        params.kv_overrides = overrides = _array(llama_cpp.llama_model_kv_override, keys)
+        for slot, (key, value) in zip(overrides, keys.items(), strict=False):
+            slot.key = key.encode()
+            if isinstance(value, str):
+                slot.tag, slot.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+            else:
+                slot.tag, slot.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
-    del keep_alive
     if code != 0:
         do = "check the source file and the disk; for IQ types give an importance matrix."
         raise InputError(f"llama.cpp cannot quantize {source} to {recipe}: {log.reason}.", "a usable source.", do)
+
+
+def _array(struct: Any, entries: Any) -> Any:
+    return (struct * (len(entries) + 1))()
+
+
+def _header_keys(options: Options, matrix: Imatrix | None) -> dict[str, str | int]:
+    """What the header says beside what llama.cpp writes by itself."""
+    return {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}
 
 
 def _dry_run(source: Path, recipe: str, options: Options | None = None, matrix: Imatrix | None = None) -> Log:
@@ -168,53 +199,6 @@ def _dry_run(source: Path, recipe: str, options: Options | None = None, matrix: 
     log, output = Log(), source.with_suffix(".dry")
     _llama_quantize(source, output, recipe, options or Options(), matrix, log, nthread=1, dry_run=True)
     return log
-
-
-def _attach_types(params: Any, options: Options) -> Any:
-    """Put types of single tensors into the parameters; returns what must stay alive."""
-    if options.output_tensor_type:
-        params.output_tensor_type = llama_library.type_number(tensor_type(options.output_tensor_type))
-    if options.token_embedding_type:
-        params.token_embedding_type = llama_library.type_number(tensor_type(options.token_embedding_type))
-    patterns = options.patterns()
-    if not patterns:
-        return None
-    overrides = (llama_cpp.llama_model_tensor_override * (len(patterns) + 1))()
-    for slot, (pattern, name) in zip(overrides, patterns, strict=False):
-        slot.pattern = pattern.encode()
-        slot.type = llama_library.type_number(tensor_type(name))
-    params.tt_overrides = overrides
-    return overrides
-
-
-def _attach_matrix(params: Any, matrix: Imatrix | None) -> Any:
-    """Put the importance matrix into the parameters; returns what must stay alive."""
-    if matrix is None:
-        return None
-    data = (llama_cpp.llama_model_imatrix_data * (len(matrix.values) + 1))()
-    for slot, (name, values) in zip(data, matrix.values.items(), strict=False):
-        slot.name = name.encode()
-        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        slot.size = values.size
-    params.imatrix = data
-    return data
-
-
-def _attach_keys(params: Any, keys: dict[str, str | int]) -> Any:
-    """Put further keys of the header into the parameters; returns what must stay alive."""
-    if not keys:
-        return None
-    overrides = (llama_cpp.llama_model_kv_override * (len(keys) + 1))()
-    for slot, (key, value) in zip(overrides, keys.items(), strict=False):
-        slot.key = key.encode()
-        if isinstance(value, str):
-            slot.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-            slot.value.val_str = value.encode()
-        else:
-            slot.tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
-            slot.value.val_i64 = value
-    params.kv_overrides = overrides
-    return overrides
 
 
 def planned_types(log: Log) -> dict[str, str]:
@@ -229,15 +213,15 @@ def find_fallbacks(recipe: str, tensors: Tensors, log: Log, options: Options) ->
     """Tensors with a substitute type because their rows do not fill a block of the type that is wanted."""
     matches = [match for line in log.lines if (match := _FALLBACK_LINE.match(line))]
     rows = [{"tensor": m[1], "columns": int(m[2]), "wanted": m[4], "type": m[5]} for m in matches]
-    logged = [row for row in rows if tensors[row["tensor"]]["type"] == row["type"]]
+    logged = [row for row in rows if tensors[row["tensor"]].type == row["type"]]
     head = _head(tensors)
     by_hand = options.output_tensor_type or (head != _OUTPUT and options.token_embedding_type)
     named = any(f"{head} " in line and "applying manual override" in line for line in log.lines)
     if by_hand or named or any(row["tensor"] == head for row in logged):
         return logged
     # llama.cpp moves the output matrix (or the embedding tied to it) to Q8_0 without a warning
-    silent = head in tensors and tensors[head]["type"] == "q8_0" and recipes.uses_super_blocks(recipe)
-    if not silent or (columns := tensors[head]["shape"][0]) % recipes.SUPER_BLOCK == 0:
+    silent = head in tensors and tensors[head].type == "q8_0" and recipes.uses_super_blocks(recipe)
+    if not silent or (columns := tensors[head].columns) % recipes.SUPER_BLOCK == 0:
         return logged
     return [{"tensor": head, "columns": columns, "wanted": recipes.output_type(recipe), "type": "q8_0"}, *logged]
 
@@ -249,18 +233,23 @@ def _head(tensors: Tensors) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """A model that may be quantized, and by what.
+    """A model that may be quantized, and by what: `matrix` is the importance matrix of the options."""
 
-    Attributes:
-        header_bytes: of the header after quantizing.
-        matrix: importance matrix of the options.
-    """
-
-    path: Path
-    tensors: Tensors
-    header_bytes: int
+    header: Header
     options: Options
     matrix: Imatrix | None
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.header.tensors
+
+    def importance(self, name: str) -> Any:
+        """The matrix's values of a tensor; None without."""
+        return self.matrix.values.get(name) if self.matrix else None
 
     def dry_run(self, recipe: str, options: Options | None = None) -> Log:
         """What llama.cpp would do by these options, or by others; its log tells.
@@ -285,26 +274,22 @@ class Source:
         usual = self._as_planned(self.dry_run(recipe, Options())) if self.options.any_types() else tensors
         return {
             "type": recipe,
-            "header_bytes": self.header_bytes,
-            "bytes": self.header_bytes + sum(padded(tensor["bytes"]) for tensor in tensors.values()),
+            "header_bytes": self.header.size_when_quantized,
+            "bytes": self.header.size_when_quantized + sum(padded(tensor.bytes) for tensor in tensors.values()),
             **_totals(tensors),
             "fallbacks": fallbacks,
             "set_by_hand": [
-                {"tensor": name, "recipe": usual[name]["type"], "type": tensor["type"]}
+                {"tensor": name, "recipe": usual[name].type, "type": tensor.type}
                 for name, tensor in tensors.items()
-                if tensor["type"] != usual[name]["type"]
+                if tensor.type != usual[name].type
             ],
             "needs_imatrix": any("will require an imatrix" in line for line in log.lines),
         }
 
     def _as_planned(self, log: Log) -> Tensors:
         """The tensors as they would be after quantizing."""
-        planned = {name: dict(tensor) for name, tensor in self.tensors.items()}
-        for name, new_type in planned_types(log).items():
-            tensor = planned[name]
-            rows = tensor["weights"] // tensor["shape"][0]
-            tensor |= {"bytes": rows * llama_library.row_bytes(new_type, tensor["shape"][0]), "type": new_type}
-        return planned
+        changed = {name: self.tensors[name].as_type(kind) for name, kind in planned_types(log).items()}
+        return {**self.tensors, **changed}
 
     def check_options(self) -> None:
         """Refuse options that cannot fit this model, whatever the recipe.
@@ -339,7 +324,7 @@ class Source:
         for name, asked in {**wanted, _OUTPUT: self.options.output_tensor_type}.items():
             if not asked or name not in self.tensors:
                 continue
-            kind, columns = tensor_type(asked), self.tensors[name]["shape"][0]
+            kind, columns = tensor_type(asked), self.tensors[name].columns
             if columns % llama_library.block_size(kind):
                 raise InputError(
                     f"{name} has rows of {columns} weights, which do not fill blocks of {kind}.",
@@ -353,23 +338,22 @@ class Source:
             do = f"leave out {recipe}, or tensor_types."
             raise InputError(f"tensor_types with {recipe}.", "a quantized type: llama.cpp ignores them for others.", do)
         asked, head = self.options.output_tensor_type, _head(self.tensors)
-        if not asked or tensors[head]["type"] == tensor_type(asked) or any(row["tensor"] == head for row in fallbacks):
+        if not asked or tensors[head].type == tensor_type(asked) or any(row["tensor"] == head for row in fallbacks):
             return
         raise InputError(
-            f"output_tensor_type {asked} has no effect: {head} becomes {tensors[head]['type']}.",
+            f"output_tensor_type {asked} has no effect: {head} becomes {tensors[head].type}.",
             "an output matrix of its own, or a tied one that no other option sets.",
             "remove output_tensor_type, or set token_embedding_type alone.",
         )
 
     def _check_importance_of_embeddings(self, tensors: Tensors) -> None:
         """Refuse types that need importance values for a tensor without them: llama.cpp aborts its process there."""
-        covered = self.matrix.values if self.matrix else {}
         for name in (*_EMBEDDINGS, _OUTPUT):
-            if name in covered or name not in tensors or tensors[name]["type"] == self.tensors[name]["type"]:
+            if name not in tensors or tensors[name].type == self.tensors[name].type:
                 continue
-            if llama_library.requires_imatrix(tensors[name]["type"]):
+            if self.importance(name) is None and llama_library.requires_imatrix(tensors[name].type):
                 raise InputError(
-                    f"{name} as {tensors[name]['type']} without importance values for it.",
+                    f"{name} as {tensors[name].type} without importance values for it.",
                     "an importance matrix that covers it (llama-imatrix --process-output for the output matrix).",
                     "choose another type for it, e.g. q4_0 or q8_0.",
                 )
@@ -384,10 +368,10 @@ class Source:
             InputError: with the first tensor that lacks values.
         """
         for name in names if self.matrix else ():
-            values = self.matrix.values.get(name)
+            values = self.importance(name)
             if values is None and not name.startswith("blk."):
                 continue
-            shape, have = self.tensors[name]["shape"], 0 if values is None else values.size
+            shape, have = self.tensors[name].shape, 0 if values is None else values.size
             needed = shape[0] * (shape[2] if len(shape) > 2 else 1)
             if have != needed:
                 found = f"the importance matrix {self.matrix.file} has {have} values for {name}."
@@ -407,18 +391,17 @@ def open_source(path: Path, options: Options) -> Source:
         InputError: a part of a split model, an importance matrix, or a file that is quantized already.
     """
     matrix = llama_library.read_imatrix(options.imatrix)
-    with llama_library.open_header(path) as header:
-        if (header.number("split.count") or 0) > 1 or header.has("split.no"):
-            do = "join the parts first: llama-gguf-split --merge."
-            raise InputError(f"{path} is one part of a split model.", "a model in one file.", do)
-        if header.text("general.type") == "imatrix":
-            raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")
-        if quantized := sorted({t["type"] for t in header.tensors.values()} - recipes.SOURCE_TENSOR_TYPES):
-            name = recipes.name_of(header.number("general.file_type"))
-            raise InputError(
-                f"{path} is already quantized ({name}: {', '.join(quantized)}).",
-                "F16, BF16 or F32 weights: quantizing twice adds the errors.",
-                "start from the F16 file (outtype: f16 in the parameters).",
-            )
-        keys = {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}
-        return Source(path, header.tensors, header.size_when_quantized(keys), options, matrix)
+    header = read_header(path, _header_keys(options, matrix))
+    if "split.no" in header.values:
+        do = "join the parts first: llama-gguf-split --merge."
+        raise InputError(f"{path} is one part of a split model.", "a model in one file.", do)
+    if header.values.get("general.type") == "imatrix":
+        raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")
+    if quantized := sorted({t.type for t in header.tensors.values()} - recipes.SOURCE_TENSOR_TYPES):
+        name = recipes.name_of(header.values.get("general.file_type"))
+        raise InputError(
+            f"{path} is already quantized ({name}: {', '.join(quantized)}).",
+            "F16, BF16 or F32 weights: quantizing twice adds the errors.",
+            "start from the F16 file (outtype: f16 in the parameters).",
+        )
+    return Source(header, options, matrix)

@@ -17,9 +17,9 @@ import yaml
 from lib.errors import InputError
 from lib.settings import TENSOR_TYPES
 
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
-FILE_TYPES: dict[str, int] = _TABLES["file_types"]
+FILE_TYPES: dict[str, int] = TABLES["file_types"]
 """Every recipe that llama.cpp (as pinned) can write, with its `general.file_type`."""
 
 SOURCE_TENSOR_TYPES = frozenset({"f32", "f16", "bf16"})
@@ -37,7 +37,7 @@ _NANOSECONDS_ANY = 4.0
 
 def quantizing_seconds(histogram: Sequence[dict[str, Any]]) -> float:
     """Roughly what one thread needs for a file with that histogram: good enough to begin with the longest."""
-    times = _TABLES["nanoseconds"]
+    times = TABLES["nanoseconds"]
     return sum(row["weights"] * (times[row["type"]] + _NANOSECONDS_ANY) for row in histogram) * 1e-9
 
 
@@ -56,7 +56,7 @@ def uses_super_blocks(name: str) -> bool:
 
 def output_type(name: str) -> str:
     """The tensor type in which a recipe of super-blocks stores the output matrix where its rows fill them."""
-    return "q5_K" if name in _TABLES["output_as_q5_K"] else "q6_K"
+    return "q5_K" if name in TABLES["output_as_q5_K"] else "q6_K"
 
 
 def file_type(name: str) -> int:
@@ -137,14 +137,14 @@ class Options:
         return bool(self.tensor_types or self.output_tensor_type or self.token_embedding_type)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with an absolute path, for a child process."""
+        """As plain JSON values, with an absolute path."""
         matrix = None if self.imatrix is None else str(self.imatrix.resolve())
-        lists = {"tensor_types": list(self.tensor_types), "notes": [list(note) for note in self.notes]}
-        return {**vars(self), **lists, "imatrix": matrix}
+        notes = [list(note) for note in self.notes]
+        return {**vars(self), "tensor_types": list(self.tensor_types), "notes": notes, "imatrix": matrix}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Options:
         """The reverse of `to_json`."""
         matrix = None if values["imatrix"] is None else Path(values["imatrix"])
-        lists = {"tensor_types": tuple(values["tensor_types"]), "notes": tuple(map(tuple, values["notes"]))}
-        return cls(**{**values, **lists, "imatrix": matrix})
+        notes = tuple(map(tuple, values["notes"]))
+        return cls(**{**values, "tensor_types": tuple(values["tensor_types"]), "notes": notes, "imatrix": matrix})

@@ -21,22 +21,23 @@ the mean square of Σ W·gradient.
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import pair_rows
 from lib.models.loading import weight_bytes
 from lib.progress import Progress
 from lib.runs.child import run_child
-from lib.runs.files import require_space, write_json, write_jsonl
+from lib.runs.files import require_space, write_jsonl
 from lib.runs.machine import available_memory, compute_dtype
-from lib.runs.run import Product, ProductDraft, Run
+from lib.runs.run import ProductDraft, Run
 from lib.stages.quantize import calibration
 from lib.stages.quantize.calibration import AnswerRows, Windows, gguf_layers, matrix_identity
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-RECORD, ROWS, ANSWER_ROWS = "sensitivity.json", "rows.jsonl", "answer_rows.jsonl"
+ROWS, ANSWER_ROWS = "rows.jsonl", "answer_rows.jsonl"
 TEXT, AT_ANSWERS = "kld", "answer_kld"
 """The two losses that are predicted of a type, as products name them: KL divergence in nats a token of text, and in
 nats a position that predicts a token of an answer."""
@@ -62,26 +63,11 @@ the others goes to the answers, which are measured in both."""
 # The product.
 
 
-@dataclass(frozen=True)
-class MeasuredTexts:
-    """What gradients are of.
-
-    Attributes:
-        windows: token ids, all of one length; dataset: their name for headers; rows_sha256: hash of what they are of.
-        answers: rows whose answers are measured; None for a text that has none.
-    """
-
-    windows: list[list[int]]
-    dataset: str
-    rows_sha256: str
-    answers: AnswerRows | None = None
-
-
-def texts_of_run(data: Path, n_ctx: int, most: int, seed: int) -> tuple[MeasuredTexts, Windows]:
-    """The training rows of a product `data`: at most so many windows, and whole rows with their answers."""
-    chosen = calibration.training_windows(data, n_ctx, most, seed)
-    answers = calibration.training_answers(data, MOST_ANSWERS, MOST_TOKENS, seed)
-    return MeasuredTexts(chosen.windows, chosen.dataset, chosen.facts["rows_sha256"], answers), chosen
+def run_texts(data: Path, n_ctx: int, most: int, seed: int) -> tuple[Windows, AnswerRows]:
+    """What gradients are of in a run: training rows of a product `data`, at most so many windows, and whole rows with
+    their answers."""
+    answers = calibration.row_answers(data, "train", MOST_ANSWERS, MOST_TOKENS, seed)
+    return calibration.row_windows(data, "train", n_ctx, most, seed), answers
 
 
 def most_windows(answer_weight: float) -> int:
@@ -92,10 +78,10 @@ def most_windows(answer_weight: float) -> int:
 
 def measure_sensitivity(
     settings: Settings, run: Run, source: Path, matrix: Path | None, force: bool, check: Callable[[], None]
-) -> Product:
-    """Measure how much each weight matters and what every type would cost, or find it unchanged.
+) -> dict[str, Any]:
+    """Measure how much each weight matters and what every type would cost, or find it unchanged; the record of it.
 
-    Its record has "tensors" (see `lib.stages.quantize.type_costs.measure`), "positions", "rows", "left_out",
+    It has "tensors" (see `lib.stages.quantize.type_costs.measure`), "positions", "rows", "left_out",
     "held_out_rows", "shared_with_held_out" (0), "rows_sha256", "method", "dtype", "device", "seconds"; "answers":
     "rows", "positions", "tokens" and "rows_sha256" of the rows whose answers were measured.
 
@@ -109,37 +95,33 @@ def measure_sensitivity(
         InputError: products missing, too few training rows, an architecture that is not known, too little memory.
     """
 
-    def build(work: ProductDraft) -> None:
+    def content(work: ProductDraft) -> dict[str, Any]:
         check()
         data, merged = run.require("data").path, run.require("merged").path
         most = min(settings.imatrix_chunks, most_windows(settings.answer_weight))
-        texts, chosen = texts_of_run(data, settings.n_ctx, most, settings.seed)
-        measured = measure_types(merged, source, texts, matrix, settings.seed, run.folder, settings.n_threads)
-        write_json(work.folder / RECORD, {**chosen.facts, **measured})
+        chosen, answers = run_texts(data, settings.n_ctx, most, settings.seed)
+        measured = measure_types(merged, source, chosen, answers, matrix, settings.seed, run.folder, settings.n_threads)
         write_jsonl(work.folder / ROWS, chosen.used)
-        write_jsonl(work.folder / ANSWER_ROWS, texts.answers.used if texts.answers else [])
+        write_jsonl(work.folder / ANSWER_ROWS, answers.used)
         work.device = measured["device"]
         work.facts |= {"dataset": chosen.dataset, "shared_with_held_out": chosen.facts["shared_with_held_out"]}
         work.metrics |= {"positions": measured["positions"], "tensors": len(measured["tensors"])}
+        return {**chosen.facts, **measured}
 
-    return run.produce(
-        "sensitivity",
-        build,
-        parameters={
-            **settings.pick("n_ctx", "seed", "imatrix_chunks"),
-            "imatrix": matrix_identity(matrix),
-            "windows": most_windows(settings.answer_weight),
-            "answers": f"{MOST_ANSWERS} rows, {MOST_TOKENS} tokens",
-        },
-        inputs=("data", "merged", "gguf"),
-        force=force,
-    )
+    parameters = {
+        **settings.pick("n_ctx", "seed", "imatrix_chunks"),
+        "imatrix": matrix_identity(matrix),
+        "windows": most_windows(settings.answer_weight),
+        "answers": f"{MOST_ANSWERS} rows, {MOST_TOKENS} tokens",
+    }
+    return run.produce_json("sensitivity", content, parameters, ("data", "merged", "gguf"), force)[1]
 
 
 def measure_types(
     model: Path,
     source: Path,
-    texts: MeasuredTexts,
+    chosen: Windows,
+    answers: AnswerRows | None,
     matrix: Path | None,
     seed: int,
     scratch: Path,
@@ -149,6 +131,7 @@ def measure_types(
 
     Args:
         model: folder of 16- or 32-bit weights that transformers loads; source: the GGUF made from it.
+        chosen, answers: what gradients are of; None for a text that has no answers.
         matrix: importance matrix with which types are tried.
         seed: of the labels that are drawn.
         scratch: folder on a disk with room for the sensitivities, twice the size of the weights at 16 bits, with
@@ -164,19 +147,18 @@ def measure_types(
     """
     size = weight_bytes(model)
     dtype = _dtype(size)
-    require_space(scratch, (4 if texts.answers else 2) * size, "sensitivities of all weights")
-    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as name:
-        both = {"source": str(source.resolve()), "folder": str(Path(name).resolve())}
-        argument = {"model": str(model.resolve()), "windows": texts.windows, "dtype": dtype, "seed": seed}
-        argument |= {"rows": texts.answers.rows if texts.answers else [], **both}
+    require_space(scratch, (4 if answers else 2) * size, "sensitivities of all weights")
+    with tempfile.TemporaryDirectory(prefix=".sensitivity-", dir=scratch) as folder:
+        both = {"source": source, "folder": Path(folder)}
+        argument = {"model": model, "windows": chosen.windows, "dtype": dtype, "seed": seed, **both}
+        argument["rows"] = answers.rows if answers else []
         made = run_child("lib.stages.quantize.sensitivity:collect", argument, "measuring sensitivities")
-        argument = {"scales": made["scales"], "imatrix": None if matrix is None else str(matrix.resolve()), **both}
-        argument["n_threads"] = n_threads
+        argument = {"scales": made["scales"], "imatrix": matrix, "n_threads": n_threads, **both}
         tried = run_child("lib.stages.quantize.type_costs:measure", argument, "trying types")
     return {
         **{key: made[key] for key in ("positions", "seconds", "device")},
-        "answers": texts.answers.facts if texts.answers else None,
-        "rows_sha256": texts.rows_sha256,
+        "answers": answers.facts if answers else None,
+        "rows_sha256": chosen.facts["rows_sha256"],
         "dtype": dtype,
         "method": METHOD,
         "tensors": tried["tensors"],
@@ -259,20 +241,20 @@ def check_same(model: Any, source: Path) -> None:
     Raises:
         InputError: with the first such tensor.
     """
-    from lib.stages.quantize.llama_library import open_header, rows_of
+    from lib.stages.quantize.llama_library import read_header
 
-    with open_header(source) as header:
-        for name, weight in matrices(model).items():
-            tensor = header.tensors.get(name)
-            if tensor is None:  # an output matrix that only one of the two ties: its rows are those of the embedding
-                continue
-            sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, model.config, len(weight))]
-            rows, step = tensor["weights"] // tensor["shape"][0], -(-tensor["weights"] // _CHECKED)
-            found = rows_of(source, tensor, 0, rows, step).sum(axis=1, dtype=np.float64)
-            scale = float(np.abs(sums).max())
-            if rows != len(sums) or not np.allclose(found, sums[::step], rtol=_SAME, atol=_SAME * scale):
-                do = "convert the model again (05, or workbook convert), or name the one that the GGUF was made from."
-                raise InputError(f"{name} in {source.name} has other rows than in the model folder.", "equal rows.", do)
+    header = read_header(source)
+    for name, weight in matrices(model).items():
+        tensor = header.tensors.get(name)
+        if tensor is None:  # an output matrix that only one of the two ties: its rows are those of the embedding
+            continue
+        sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, model.config, len(weight))]
+        step = -(-tensor.weights // _CHECKED)
+        found = header.rows(name, step=step).sum(axis=1, dtype=np.float64)
+        scale = float(np.abs(sums).max())
+        if tensor.rows != len(sums) or not np.allclose(found, sums[::step], rtol=_SAME, atol=_SAME * scale):
+            do = "convert the model again (05, or workbook convert), or name the one that the GGUF was made from."
+            raise InputError(f"{name} in {source.name} has other rows than in the model folder.", "equal rows.", do)
 
 
 def information(model: Any, windows: list[list[int]], seed: int) -> Information:
@@ -349,10 +331,19 @@ def _squared_gradients(model: Any) -> Iterator[Callable[[int], Information]]:
     weights = matrices(model)
     sums = {name: torch.zeros(weight.shape, dtype=torch.float32) for name, weight in weights.items()}
     scales, handles = dict.fromkeys(weights, 0.0), []
+
+    def add(name: str, weight: torch.nn.Parameter) -> None:
+        if weight.grad is not None:
+            gradient = weight.grad.float()
+            moved = gradient.to(sums[name].device)
+            sums[name].addcmul_(moved, moved)
+            scales[name] += float(gradient.flatten().dot(weight.detach().float().flatten())) ** 2
+        weight.grad = None
+
     model.requires_grad_(False)
     for name, weight in weights.items():
         weight.requires_grad_(True)
-        handles.append(weight.register_post_accumulate_grad_hook(_gradient_adder(name, sums[name], scales)))
+        handles.append(weight.register_post_accumulate_grad_hook(functools.partial(add, name)))
 
     def mean(positions: int) -> Information:
         found = {name: total.div_(positions).numpy() for name, total in sums.items()}
@@ -364,20 +355,6 @@ def _squared_gradients(model: Any) -> Iterator[Callable[[int], Information]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _gradient_adder(name: str, total: torch.Tensor, scales: dict[str, float]) -> Any:
-    """A hook that adds the squared gradient of a pass, and that of a common factor, and drops the gradient."""
-
-    def add(weight: torch.nn.Parameter) -> None:
-        if weight.grad is not None:
-            gradient = weight.grad.float()
-            moved = gradient.to(total.device)
-            total.addcmul_(moved, moved)
-            scales[name] += float(gradient.flatten().dot(weight.detach().float().flatten())) ** 2
-        weight.grad = None
-
-    return add
 
 
 def matrices(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -392,9 +369,7 @@ def matrices(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def row_order(name: str, config: Any, rows: int) -> np.ndarray:
     """The rows of a matrix in the order of GGUF: llama.cpp interleaves the halves of Llama's queries and keys."""
-    order = np.arange(rows)
     kinds = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = kinds.get(name.removesuffix(".weight").rpartition(".")[2])
-    if config.model_type not in ("llama", "mistral") or heads is None:
-        return order
-    return order.reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+    order = np.arange(rows)
+    return pair_rows(order, heads) if heads and config.model_type in ("llama", "mistral") else order

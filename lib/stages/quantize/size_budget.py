@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.base_model import check_model_folder
 from lib.models.gguf_file import check_gguf, run_gguf
-from lib.models.loading import load_tokenizer, quantization_method
 from lib.runs.child import run_child
-from lib.runs.files import read_json, sha256_file, write_json
 from lib.runs.run import ProductDraft, Run
-from lib.scoring.texts import Text, Tokens, tokenize_with_transformers
+from lib.scoring.texts import Text
 from lib.settings import mix_name
 from lib.stages.quantize import sensitivity
-from lib.stages.quantize.calibration import dataset_name, matrix_identity, run_options
+from lib.stages.quantize.calibration import (
+    AnswerRows,
+    Windows,
+    dataset_name,
+    matrix_identity,
+    require_whole_weights,
+    run_options,
+    text_windows,
+)
 from lib.stages.quantize.files import PlannedFile, predict_sizes
 from lib.stages.quantize.recipes import Options
-from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT, MeasuredTexts
+from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
 
 MOST_MB, MOST_BITS = 1e6, 32.0
 """Bounds of a budget, as in the settings."""
-MIX = "mix.json"
 PREDICTED = ("predicted_kld", "predicted_answer_kld")
 SEED = 42
 """Of the labels that are drawn without a run."""
@@ -130,56 +135,81 @@ def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -
     return plain["header_bytes"] + int(bits_per_weight * plain["weights"] / 8)
 
 
-def choose_types(
-    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0
-) -> PlannedFile:
-    """The types with the least predicted KL divergence of a file of at most `budget` bytes: of text and answers
-    together, (1 - answer_weight) × nats a token + answer_weight × nats a position of an answer.
+@dataclass(frozen=True)
+class MixRequest:
+    """What types are chosen for.
+
+    Attributes:
+        budget: most bytes of the file; source: GGUF with F32, F16 or BF16 weights.
+        matrix: importance matrix.
+        dataset: what sensitivities were measured on, for the header.
+        answer_weight: what the loss at answers counts, 0 = text alone, 1 = answers alone.
+    """
+
+    budget: int
+    source: Path
+    matrix: Path | None
+    dataset: str
+    answer_weight: float = 0.0
+
+    def options(self, types: tuple[str, ...] = ()) -> Options:
+        """How such a file is made; its header tells of the choice."""
+        notes = {"method": METHOD, "budget_bytes": str(self.budget), "rows": self.dataset}
+        if self.answer_weight:
+            notes["answer_weight"] = f"{self.answer_weight:g}"
+        return Options(self.matrix, types, notes=tuple((f"quantize.mix.{key}", text) for key, text in notes.items()))
+
+
+def choose_types(found: dict[str, Any], request: MixRequest) -> PlannedFile:
+    """The types with the least predicted KL divergence of a file within the budget: of text and answers together,
+    (1 - answer_weight) × nats a token + answer_weight × nats a position of an answer.
 
     For child processes only: llama.cpp tells the size.
 
     Args:
-        found: record of the product `sensitivity`, or of `measure_types`.
-        dataset: what it was measured on, for the header.
-        answer_weight: 0 = text alone, 1 = answers alone; without answers in `found` it is 0.
+        found: record of the product `sensitivity`, or of `measure_types`; where it has no answers, the text decides.
 
     Raises:
         InputError: a budget below the smallest file of the types tried.
     """
     from lib.stages.quantize.quantizer import open_source
 
-    weight, rows = answer_weight if found["answers"] else 0.0, found["tensors"]
-    notes = _notes(budget, dataset, weight)
-    tensors = [[TypeCost(t["type"], t["bytes"], _weighed(t, weight)) for t in row["types"]] for row in rows]
-    types_of = {row["tensor"]: {t["type"]: t["bytes"] for t in row["types"]} for row in rows}
-    fixed = _fixed_bytes(open_source(source, Options(matrix, notes=notes)), types_of)
-    chosen = solve(tensors, budget, fixed)
-    types = {row["tensor"]: cost.type for row, cost in zip(rows, chosen, strict=True)}
+    request = request if found["answers"] else replace(request, answer_weight=0.0)
+    weight, rows = request.answer_weight, found["tensors"]
+    sizes = [{kind["type"]: kind["bytes"] for kind in row["types"]} for row in rows]
+    fixed = _fixed_bytes(open_source(request.source, request.options()), sizes)
+    costs = [[TypeCost(kind["type"], kind["bytes"], _weighed(kind, weight)) for kind in row["types"]] for row in rows]
     parts = [
-        {"tensor": row["tensor"], "weights": row["weights"], **_entry(row, cost.type)}
-        for row, cost in zip(rows, chosen, strict=True)
+        {"tensor": row["tensor"], "weights": row["weights"], **row["types"][choices.index(cost)]}
+        for row, choices, cost in zip(rows, costs, solve(costs, request.budget, fixed), strict=True)
     ]
     record = {
         "method": METHOD,
-        "budget_bytes": budget,
+        "budget_bytes": request.budget,
         "answer_weight": weight,
         "predicted_kld": sum(part[TEXT] for part in parts),
         "predicted_answer_kld": sum(part[AT_ANSWERS] for part in parts) if found["answers"] else None,
         **{key: found[key] for key in ("positions", "answers", "rows_sha256")},
-        "types": types,
+        "types": {part["tensor"]: part["type"] for part in parts},
         "tensors": parts,
     }
-    options = Options(matrix, tuple(f"^{re.escape(name)}$={kind}" for name, kind in types.items()), notes=notes)
-    recipe = _main_recipe(parts)
-    prediction = open_source(source, options).predict(recipe)
-    wanted = fixed + sum(cost.bytes for cost in chosen)
+    patterns = tuple(f"^{re.escape(name)}$={kind}" for name, kind in record["types"].items())
+    options = request.options(patterns)
+    recipe, wanted = _main_recipe(parts), fixed + sum(part["bytes"] for part in parts)
+    prediction = open_source(request.source, options).predict(recipe)
     if prediction["bytes"] != wanted:
         raise RuntimeError(
             f"the dry run of llama.cpp gives {prediction['bytes']} bytes; the types chosen give {wanted}"
         )
     # no recipe was wanted that the file could depart from
-    prediction |= {"fallbacks": [], "set_by_hand": []}
-    return PlannedFile({**prediction, "type": mix_name(budget), "recipe": recipe, "mix": record}, options)
+    prediction |= {
+        "type": mix_name(request.budget),
+        "fallbacks": [],
+        "set_by_hand": [],
+        "recipe": recipe,
+        "mix": record,
+    }
+    return PlannedFile(prediction, options)
 
 
 def _weighed(kind: dict[str, Any], weight: float) -> float:
@@ -187,45 +217,32 @@ def _weighed(kind: dict[str, Any], weight: float) -> float:
     return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
 
 
-def _entry(row: dict[str, Any], kind: str) -> dict[str, Any]:
-    return next(entry for entry in row["types"] if entry["type"] == kind)
-
-
-def _notes(budget: int, dataset: str, answer_weight: float) -> tuple[tuple[str, str], ...]:
-    """What the file's header tells of the choice."""
-    rows = {"method": METHOD, "budget_bytes": str(budget), "rows": dataset}
-    if answer_weight:
-        rows["answer_weight"] = f"{answer_weight:g}"
-    return tuple((f"quantize.mix.{key}", value) for key, value in rows.items())
-
-
-def _fixed_bytes(source: Source, types: dict[str, dict[str, int]]) -> int:
-    """Bytes of the header, and of what is never quantized; `types`: see `type_costs.possible_types`."""
-    return source.predict("Q8_0")["bytes"] - sum(sizes["q8_0"] for sizes in types.values())
+def _fixed_bytes(source: Source, types: Iterable[dict[str, int]]) -> int:
+    """Bytes of the header, and of what is never quantized; `types`: {type: bytes} of every tensor that is."""
+    return source.predict("Q8_0")["bytes"] - sum(sizes["q8_0"] for sizes in types)
 
 
 def _main_recipe(parts: list[dict[str, Any]]) -> str:
     """The recipe of the type that most weights have."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for part in parts:
-        total[part["type"]] = total.get(part["type"], 0) + part["weights"]
-    most = max(total, key=lambda kind: total[kind])
+        total[part["type"]] += part["weights"]
+    ((most, _),) = total.most_common(1)
     return _RECIPES.get(most, most.upper())
 
 
 # Both in child processes: they need llama.cpp.
 
 
-def require_possible(budget: int, source: Path, matrix: Path | None, dataset: str, answer_weight: float = 0.0) -> None:
-    """Refuse, before anything is measured, a budget that no choice of types keeps; arguments as of `choose_types`.
+def require_possible(request: MixRequest) -> None:
+    """Refuse, before anything is measured, a budget that no choice of types keeps.
 
     Raises:
         InputError: with the smallest size.
     """
-    options = Options(matrix, notes=_notes(budget, dataset, answer_weight))
-    argument = {"source": str(source.resolve()), "options": options.to_json()}
+    argument = {"source": request.source, "options": request.options()}
     answer = run_child("lib.stages.quantize.size_budget:least_in_child", argument, "predicting sizes")
-    require_room(budget, answer["bytes"])
+    require_room(request.budget, answer["bytes"])
 
 
 def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -234,25 +251,22 @@ def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     from lib.stages.quantize.type_costs import possible_types
 
     source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
-    types = possible_types(source)
-    return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types.values())}
+    types = possible_types(source).values()
+    return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types)}
 
 
-def _choose(
-    found: dict[str, Any], budget: int, source: Path, matrix: Path | None, dataset: str, weight: float
-) -> PlannedFile:
+def _choose(found: dict[str, Any], request: MixRequest) -> PlannedFile:
     """`choose_types` by a child process."""
-    argument = {"found": found, "budget": budget, "source": str(source.resolve()), "dataset": dataset}
-    argument |= {"matrix": None if matrix is None else str(matrix.resolve()), "answer_weight": weight}
+    argument = {"found": found, "request": request}
     answer = run_child("lib.stages.quantize.size_budget:choose_in_child", argument, "choosing types")
     return PlannedFile(answer["prediction"], Options.from_json(answer["options"]))
 
 
 def choose_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """ "options" and "prediction" of `choose_types`, whose arguments these are."""
-    paths = {key: Path(argument[key]) if argument[key] else None for key in ("source", "matrix")}
-    mix = choose_types(**{**argument, **paths})
-    return {"options": mix.options.to_json(), "prediction": mix.prediction}
+    asked = argument["request"]
+    paths = {key: Path(asked[key]) if asked[key] else None for key in ("source", "matrix")}
+    return vars(choose_types(argument["found"], MixRequest(**{**asked, **paths})))
 
 
 # The product `mix` of a run.
@@ -272,32 +286,24 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
     source, matrix = run_gguf(run), run_options(settings, run).imatrix
     force = settings.force if force is None else force
 
-    def budget() -> int:
-        return budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
+    def request(rows: int, digest: str) -> MixRequest:
+        budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
+        dataset = dataset_name("train.jsonl", f"{rows} rows", digest)
+        return MixRequest(budget, source, matrix, dataset, settings.answer_weight)
 
     def check() -> None:
-        dataset = dataset_name("train.jsonl", "10 rows", "0" * 64)  # as long as the real one
-        require_possible(budget(), source, matrix, dataset, settings.answer_weight)
+        require_possible(request(10, "0" * 64))  # a name as long as the real one
 
-    def build(work: ProductDraft) -> None:
-        found = read_json(measured.path / sensitivity.RECORD)
-        dataset = dataset_name("train.jsonl", f"{found['rows']} rows", found["rows_sha256"])
-        mix = _choose(found, budget(), source, matrix, dataset, settings.answer_weight)
-        options = {key: value for key, value in mix.options.to_json().items() if key != "imatrix"}
-        write_json(work.folder / MIX, {"options": options, "prediction": mix.prediction})
+    def content(work: ProductDraft) -> dict[str, Any]:
+        mix = _choose(found, request(found["rows"], found["rows_sha256"]))
         work.metrics |= {"bytes": mix.prediction["bytes"], **{key: mix.record[key] for key in PREDICTED}}
+        options = {key: value for key, value in mix.options.to_json().items() if key != "imatrix"}
+        return {"options": options, "prediction": mix.prediction}
 
-    measured = sensitivity.measure_sensitivity(settings, run, source, matrix, force, check)
-    product = run.produce(
-        "mix",
-        build,
-        parameters={**settings.pick(settings.size_budget, "answer_weight"), "imatrix": matrix_identity(matrix)},
-        inputs=("gguf", "sensitivity"),
-        force=force,
-    )
-    content = read_json(product.path / MIX)
-    matrix_path = None if matrix is None else str(matrix)
-    return PlannedFile(content["prediction"], Options.from_json({**content["options"], "imatrix": matrix_path}))
+    found = sensitivity.measure_sensitivity(settings, run, source, matrix, force, check)
+    parameters = {**settings.pick(settings.size_budget, "answer_weight"), "imatrix": matrix_identity(matrix)}
+    _, solved = run.produce_json("mix", content, parameters, ("gguf", "sensitivity"), force)
+    return PlannedFile(solved["prediction"], Options.from_json({**solved["options"], "imatrix": matrix}))
 
 
 # Without a run: from a model folder and a text, or the rows of a run.
@@ -313,7 +319,7 @@ class Budget:
         text: what the gradients are of, at most 16 windows of `n_ctx` tokens; `file`: where it was read from. A text
             has no answers, so it decides alone.
         data: in place of a text the folder of a run's product `data`, whose training rows have answers.
-        answer_weight: what the loss at answers counts (see `choose_types`).
+        answer_weight: what the loss at answers counts (see `MixRequest`).
     """
 
     bytes: int
@@ -323,11 +329,6 @@ class Budget:
     n_ctx: int = 512
     data: Path | None = None
     answer_weight: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """What stands in place of a type (MIX_300MB)."""
-        return mix_name(self.bytes)
 
 
 def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: Path, n_threads: int = 0) -> PlannedFile:
@@ -344,52 +345,23 @@ def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: P
             that does not fill a window, too little memory or room.
     """
     check_gguf(source)
-    texts = _measured_texts(budget)
-    weight = budget.answer_weight if texts.answers else 0.0
-    require_possible(budget.bytes, source, matrix, texts.dataset, weight)
-    found = sensitivity.measure_types(budget.model, source, texts, matrix, SEED, scratch, n_threads)
-    return _choose(found, budget.bytes, source, matrix, texts.dataset, weight)
+    chosen, answers = _texts(budget)
+    request = MixRequest(budget.bytes, source, matrix, chosen.dataset, budget.answer_weight if answers else 0.0)
+    require_possible(request)
+    found = sensitivity.measure_types(budget.model, source, chosen, answers, matrix, SEED, scratch, n_threads)
+    return _choose(found, request)
 
 
-def _measured_texts(budget: Budget) -> MeasuredTexts:
+def _texts(budget: Budget) -> tuple[Windows, AnswerRows | None]:
     """What gradients are of.
 
     Raises:
         InputError: no model folder, a folder that is no product `data`, too little text.
     """
-    if budget.data is not None:
-        require_whole_weights(budget.model)
-        if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
-            do = "name runs/RUN/data, or give a text by --text."
-            raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
-        most = sensitivity.most_windows(budget.answer_weight)
-        return sensitivity.texts_of_run(budget.data, budget.n_ctx, most, SEED)[0]
-    assert budget.text is not None and budget.file is not None
-    windows, digest = (
-        tokens_of(budget.model, budget.text).windows(budget.n_ctx, sensitivity.WINDOWS),
-        sha256_file(budget.file),
-    )
-    part = f"{len(windows)} windows of {budget.n_ctx} tokens"
-    return MeasuredTexts(windows, dataset_name(budget.file.name, part, digest), digest)
-
-
-def tokens_of(model: Path, text: Text) -> Tokens:
-    """A text in the ids of a model that can be computed with.
-
-    Raises:
-        InputError: no model folder, or one that is quantized.
-    """
-    require_whole_weights(model)
-    return tokenize_with_transformers(load_tokenizer(model), text)
-
-
-def require_whole_weights(model: Path) -> None:
-    """Refuse what gradients cannot be computed with.
-
-    Raises:
-        InputError: no model folder, or one that is quantized.
-    """
-    check_model_folder(model)
-    if method := quantization_method(model):
-        expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
-        raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
+    if budget.data is None:
+        return text_windows(budget.model, budget.text, budget.file, budget.n_ctx, sensitivity.WINDOWS), None
+    require_whole_weights(budget.model)
+    if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
+        do = "name runs/RUN/data, or give a text by --text."
+        raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
+    return sensitivity.run_texts(budget.data, budget.n_ctx, sensitivity.most_windows(budget.answer_weight), SEED)

@@ -10,7 +10,7 @@ among themselves than in that ratio. For child processes only.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,17 @@ def possible_types(source: Source) -> dict[str, dict[str, int]]:
     source.check_coverage(names)
     found = {}
     for name in names:
-        columns, rows = _shape(source.tensors[name])
-        types = PLAIN + (WITH_MATRIX if source.matrix is not None and name in source.matrix.values else ())
-        fitting = [kind for kind in types if columns % llama_library.block_size(kind) == 0]
+        tensor, types = source.tensors[name], PLAIN + (() if source.importance(name) is None else WITH_MATRIX)
+        fitting = [kind for kind in types if tensor.columns % llama_library.block_size(kind) == 0]
         if fitting:
-            found[name] = {kind: padded(rows * llama_library.row_bytes(kind, columns)) for kind in fitting}
+            found[name] = {kind: padded(tensor.as_type(kind).bytes) for kind in fitting}
     if not found:
         what = f"no tensor of {source.path.name} has rows that fill blocks of 32 weights."
         raise InputError(what, "a model that can be quantized.", "do without a size budget.")
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sensitivity:
     """How much each weight of a tensor matters for one of the losses.
 
@@ -80,41 +79,96 @@ class _Sensitivity:
     share: float
     ratio: float = 1.0
 
-    def rows(self, tensor: _Tensor) -> np.ndarray:
-        """The sensitivities of the rows that types are tried on."""
-        tried = np.load(self.path, mmap_mode="r")[:: tensor.step]
-        return tried if tensor.drawn is None else tried[tensor.drawn]
 
-
-@dataclass(frozen=True)
-class _Tensor:
+class _Trial:
     """A tensor to be tried: every `step`-th of its rows, and of these, for all types but the cheap one, the rows drawn.
 
+    Making one tries the cheap type, and draws the rows for the others.
+
+    Args:
+        folder, scales: as of `measure`.
+
     Attributes:
-        drawn: their numbers among the rows tried; stands: how many rows each of them stands for, float64. None = all.
+        drawn: numbers of the rows drawn among those tried; stands: how many rows each of them stands for, float64.
+            None = all.
         sensitivities: {loss: …}; cheap: {loss: of the cheap type}.
+
+    Raises:
+        InputError: no sensitivities of the tensor.
     """
 
-    name: str
-    rows: int
-    columns: int
-    step: int
-    sensitivities: dict[str, _Sensitivity]
-    cheap: dict[str, float]
-    drawn: np.ndarray | None = None
-    stands: np.ndarray | None = None
+    def __init__(self, source: Source, name: str, folder: Path, scales: dict[str, dict[str, float]]) -> None:
+        self.source, self.name, self.tensor = source, name, source.tensors[name]
+        self.step = -(-self.tensor.weights // _WEIGHTS)
+        self.rows_tried = self.rows_drawn = -(-self.tensor.rows // self.step)
+        self.drawn = self.stands = None
+        self.sensitivities: dict[str, _Sensitivity] = {}
+        for loss, factors in scales.items():
+            path, shape = folder / loss / f"{name}.npy", (self.tensor.rows, self.tensor.columns)
+            values = np.load(path, mmap_mode="r") if path.is_file() else None
+            if values is None or values.shape != shape:
+                found = f"no sensitivity of {name} ({shape[0]} × {shape[1]}) in the model folder."
+                expected = "a dense model of the Qwen2, Qwen3 or Llama family."
+                raise InputError(found, expected, "do without a size budget.")
+            part = float(values[:: self.step].sum(dtype=np.float64))
+            share = float(values.sum(dtype=np.float64)) / max(part, 1e-300)
+            self.sensitivities[loss] = _Sensitivity(path, factors.get(name, 0.0), share)
+        error, weights = self._error(_CHEAP)
+        self.cheap = self._losses(error, weights)
+        if self.rows_tried > 2 * _DRAWN:
+            self._draw(error)
 
-    @property
-    def rows_tried(self) -> int:
-        return -(-self.rows // self.step)
-
-    @property
-    def rows_drawn(self) -> int:
-        return self.rows_tried if self.drawn is None else len(self.drawn)
+    def _draw(self, error: np.ndarray) -> None:
+        """Draw the rows for the other types, by the error of the cheap one."""
+        by_row = {
+            loss: np.sum(self._rows(of) * error * error, axis=1, dtype=np.float64)
+            for loss, of in self.sensitivities.items()
+        }
+        self.drawn, self.stands = _draw(list(by_row.values()))
+        self.rows_drawn = len(self.drawn)
+        for loss, values in by_row.items():
+            of_drawn = np.sum(self.stands * values[self.drawn])
+            self.sensitivities[loss].ratio = float(values.sum() / of_drawn) if of_drawn > 0 else 1.0
 
     def seconds(self, kind: str) -> float:
         """Roughly, that trying a type takes: for the order."""
-        return recipes.quantizing_seconds([{"type": kind, "weights": self.rows_drawn * self.columns}])
+        return recipes.quantizing_seconds([{"type": kind, "weights": self.rows_drawn * self.tensor.columns}])
+
+    def losses(self, kind: str) -> dict[str, float]:
+        """KL divergences that the tensor in a type is predicted to cost; its rows are read again for every type, which
+        takes little time and spares the memory for all of them."""
+        return self._losses(*self._error(kind))
+
+    def _error(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """What a type changes of the rows that it is tried on, and these rows, float32, (rows, columns)."""
+        weights = self._drawn(self.source.header.rows(self.name, step=self.step))
+        error = llama_library.rounded(kind, weights, self.source.importance(self.name))
+        error -= weights
+        return error, weights
+
+    def _losses(self, error: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+        """½ (Σ F d² + F of the common factor × its square): by what share of themselves the weights shrink together."""
+        size = max(self._sum(weights * weights), 1e-300)
+        shrunk = self._sum(error * weights) / size
+        found = {}
+        for loss, of in self.sensitivities.items():
+            lost = self._sum(self._rows(of) * error * error) * of.ratio
+            found[loss] = 0.5 * (of.share * lost + of.scale * shrunk**2)
+        return found
+
+    def _rows(self, sensitivity: _Sensitivity) -> np.ndarray:
+        """The sensitivities of the rows that types are tried on."""
+        return self._drawn(np.load(sensitivity.path, mmap_mode="r")[:: self.step])
+
+    def _drawn(self, values: np.ndarray) -> np.ndarray:
+        """Of the rows tried, those drawn."""
+        return values if self.drawn is None else values[self.drawn]
+
+    def _sum(self, values: np.ndarray) -> float:
+        """Over all rows; each as many times as it stands for."""
+        if self.stands is None:
+            return float(np.sum(values, dtype=np.float64))
+        return float(np.sum(values, axis=1, dtype=np.float64) @ self.stands)
 
 
 def measure(argument: dict[str, Any]) -> dict[str, Any]:
@@ -133,67 +187,35 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a tensor without sensitivities, an importance matrix of another model.
     """
-    matrix = Path(argument["imatrix"]) if argument["imatrix"] else None
-    source = open_source(Path(argument["source"]), Options(matrix))
+    source = open_source(Path(argument["source"]), Options(Path(argument["imatrix"]) if argument["imatrix"] else None))
     possible, folder, scales = possible_types(source), Path(argument["folder"]), argument["scales"]
     with ThreadPoolExecutor(argument["n_threads"] or physical_cores()) as pool:
-        longest = sorted(possible, key=lambda name: -source.tensors[name]["weights"])
-        tensors = {}
+        longest = sorted(possible, key=lambda name: -source.tensors[name].weights)
+        trials: dict[str, _Trial] = {}
         with Progress(f"trying {_CHEAP}, tensors", len(longest)) as progress:
-            for tensor in pool.map(lambda name: _prepare(source, name, folder, scales), longest):
-                tensors[tensor.name] = tensor
-                progress.advance(note=tensor.name)
-        jobs = [(tensors[name], kind) for name, types in possible.items() for kind in types if kind != _CHEAP]
+            for trial in pool.map(lambda name: _Trial(source, name, folder, scales), longest):
+                trials[trial.name] = trial
+                progress.advance(note=trial.name)
+        jobs = [(trials[name], kind) for name, types in possible.items() for kind in types if kind != _CHEAP]
         jobs.sort(key=lambda job: -job[0].seconds(job[1]))
-        losses = {(tensor.name, _CHEAP): tensor.cheap for tensor in tensors.values()}
+        losses = {(name, _CHEAP): trial.cheap for name, trial in trials.items()}
         with Progress("trying types, tensors × types", len(jobs)) as progress:
-            for (tensor, kind), found in zip(jobs, pool.map(lambda job: _try(source, *job), jobs), strict=True):
-                losses[tensor.name, kind] = found
-                progress.advance(note=f"{tensor.name} {kind}")
+            for (trial, kind), found in zip(jobs, pool.map(lambda job: job[0].losses(job[1]), jobs), strict=True):
+                losses[trial.name, kind] = found
+                progress.advance(note=f"{trial.name} {kind}")
     return {
         "tensors": [
             {
                 "tensor": name,
-                "weights": tensors[name].rows * tensors[name].columns,
-                "rows": tensors[name].rows,
-                "rows_tried": tensors[name].rows_tried,
-                "rows_drawn": tensors[name].rows_drawn,
+                "weights": trials[name].tensor.weights,
+                "rows": trials[name].tensor.rows,
+                "rows_tried": trials[name].rows_tried,
+                "rows_drawn": trials[name].rows_drawn,
                 "types": [{"type": kind, "bytes": size, **losses[name, kind]} for kind, size in types.items()],
             }
             for name, types in possible.items()
         ]
     }
-
-
-def _prepare(source: Source, name: str, folder: Path, scales: dict[str, dict[str, float]]) -> _Tensor:
-    """Try the cheap type, and draw rows for the others."""
-    columns, rows = _shape(source.tensors[name])
-    step = -(-source.tensors[name]["weights"] // _WEIGHTS)
-    sensitivities = {}
-    for loss, factors in scales.items():
-        path = folder / loss / f"{name}.npy"
-        values = np.load(path, mmap_mode="r") if path.is_file() else None
-        if values is None or values.shape != (rows, columns):
-            found = f"no sensitivity of {name} ({rows} × {columns}) in the model folder."
-            raise InputError(found, "a dense model of the Qwen2, Qwen3 or Llama family.", "do without a size budget.")
-        part = float(values[::step].sum(dtype=np.float64))
-        share = float(values.sum(dtype=np.float64)) / max(part, 1e-300)
-        sensitivities[loss] = _Sensitivity(path, factors.get(name, 0.0), share)
-    tensor = _Tensor(name, rows, columns, step, sensitivities, {})
-    error, weights = _error(source, tensor, _CHEAP)
-    tensor = replace(tensor, cheap=_losses(tensor, error, weights))
-    if tensor.rows_tried <= 2 * _DRAWN:
-        return tensor
-    by_row = {
-        loss: np.sum(of.rows(tensor) * error * error, axis=1, dtype=np.float64) for loss, of in sensitivities.items()
-    }
-    drawn, stands = _draw(list(by_row.values()))
-    with_ratios = {}
-    for loss, values in by_row.items():
-        of_drawn = np.sum(stands * values[drawn])
-        ratio = float(values.sum() / of_drawn) if of_drawn > 0 else 1.0
-        with_ratios[loss] = replace(sensitivities[loss], ratio=ratio)
-    return replace(tensor, sensitivities=with_ratios, drawn=drawn, stands=stands)
 
 
 def _draw(losses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -206,43 +228,3 @@ def _draw(losses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     places = (np.arange(_DRAWN) + np.random.default_rng(0).random(_DRAWN)) / _DRAWN * ends[-1]
     rows, times = np.unique(np.minimum(np.searchsorted(ends, places), count - 1), return_counts=True)
     return rows, times / (_DRAWN * chance[rows])
-
-
-def _try(source: Source, tensor: _Tensor, kind: str) -> dict[str, float]:
-    """KL divergences that the tensor in a type is predicted to cost; its rows are read again for every type, which
-    takes little time and spares the memory for all of them."""
-    return _losses(tensor, *_error(source, tensor, kind))
-
-
-def _error(source: Source, tensor: _Tensor, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a type changes of the rows that it is tried on, and these rows, float32, (rows, columns)."""
-    weights = llama_library.rows_of(source.path, source.tensors[tensor.name], 0, tensor.rows, tensor.step)
-    if tensor.drawn is not None:
-        weights = weights[tensor.drawn]
-    importance = None if source.matrix is None else source.matrix.values.get(tensor.name)
-    error = llama_library.dequantize_rows(kind, llama_library.quantize_rows(kind, weights, importance))
-    error -= weights
-    return error, weights
-
-
-def _losses(tensor: _Tensor, error: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """½ (Σ F d² + F of the common factor × its square): by what share of themselves the weights shrink together."""
-    size = max(_sum(weights * weights, tensor.stands), 1e-300)
-    shrunk = _sum(error * weights, tensor.stands) / size
-    found = {}
-    for loss, of in tensor.sensitivities.items():
-        lost = _sum(of.rows(tensor) * error * error, tensor.stands) * of.ratio
-        found[loss] = 0.5 * (of.share * lost + of.scale * shrunk**2)
-    return found
-
-
-def _sum(values: np.ndarray, stands: np.ndarray | None) -> float:
-    """Over all rows; each as many times as it stands for."""
-    if stands is None:
-        return float(np.sum(values, dtype=np.float64))
-    return float(np.sum(values, axis=1, dtype=np.float64) @ stands)
-
-
-def _shape(tensor: dict[str, Any]) -> tuple[int, int]:
-    """Columns and rows, those of all experts together."""
-    return tensor["shape"][0], tensor["weights"] // tensor["shape"][0]

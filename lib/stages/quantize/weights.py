@@ -6,8 +6,9 @@ What the answers keep is measured in 07.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,19 +16,17 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
-from lib.runs.files import read_json, write_json
+from lib.runs.files import read_json
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import GRID_SIZABLE, NF4
 from lib.stages.quantize.calibration import AUTO, matrix_identity, run_options
 from lib.stages.quantize.files import QuantizeResult
-from lib.stages.quantize.sensitivity import RECORD as SENSITIVITY
 from lib.stages.quantize.sensitivity import TEXT
 
 if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-ERRORS, GRID, KEPT = "tensor_errors.json", "source_grid.json", "retention.json"
 GRID_SHARE = 0.2
 """Share of blocks that a type gives back from which the weights count as lying on its grid. Generic ones give 0; a type
 that shares a few blocks by chance of their form (q5_0 of a symmetric block of q4_1) gives some hundredths."""
@@ -70,27 +69,22 @@ def tensor_errors(settings: Settings, run: Run, result: QuantizeResult) -> Tenso
         InputError: a damaged file.
     """
 
-    def build(work: ProductDraft) -> None:
-        argument = {"source": str(run_gguf(run).resolve()), "files": _paths(result)}
+    def content(work: ProductDraft) -> dict[str, Any]:
+        argument = {"source": run_gguf(run), "files": _paths(result)}
         function = "lib.stages.quantize.compare_weights:compare_with_source"
         files = run_child(function, argument, "errors of single tensors")["files"]
-        write_json(work.folder / ERRORS, {"files": files})
         worst = {name: max(row["relative_rmse"] for row in rows) for name, rows in files.items() if rows}
         work.metrics |= {name: round(value, 5) for name, value in worst.items()}
+        return {"files": files}
 
-    product = run.produce(
-        "tensor_errors",
-        build,
-        parameters={"types": [file.type for file in result.files]},
-        inputs=("gguf", "quantized"),
-        force=settings.force,
-    )
-    return TensorErrors(product, read_json(product.path / ERRORS)["files"])
+    parameters = {"types": [file.type for file in result.files]}
+    product, found = run.produce_json("tensor_errors", content, parameters, ("gguf", "quantized"), settings.force)
+    return TensorErrors(product, found["files"])
 
 
-def _paths(result: QuantizeResult) -> dict[str, str]:
+def _paths(result: QuantizeResult) -> dict[str, Path]:
     """{type: path} of the ladder's files."""
-    return {file.type: str((result.product.path / file.file).resolve()) for file in result.files}
+    return {file.type: result.product.path / file.file for file in result.files}
 
 
 def predictions(run: Run, loss: str = TEXT) -> dict[str, float]:
@@ -114,10 +108,10 @@ def predictions(run: Run, loss: str = TEXT) -> dict[str, float]:
     if not same or errors.entry.inputs["quantized"] != quantized.entry.digest:
         found = f"run {run.name!r} holds sensitivities or errors of other files than those in quantized/."
         raise InputError(found, "products of one run of 06.", "run notebooks/06_quantize.ipynb again.")
-    tensors = read_json(measured.path / SENSITIVITY)["tensors"]
+    tensors = read_json(measured.path / "sensitivity.json")["tensors"]
     losses = {(t["tensor"], kind["type"]): kind.get(loss) for t in tensors for kind in t["types"]}
     tried = {t["tensor"] for t in tensors}  # the others are in F16 in every file
-    types = read_json(errors.path / ERRORS)["files"]
+    types = read_json(errors.path / "tensor_errors.json")["files"]
     found = {}
     for row in read_json(quantized.path / "quantized.json")["files"]:
         parts = [losses.get((t["tensor"], t["type"])) for t in types[row["type"]] if t["tensor"] in tried]
@@ -223,28 +217,23 @@ def source_grid(settings: Settings, run: Run, force: bool | None = None) -> Sour
     if reason := _rounded_start(run):
         return SourceGrid(None, reason=reason)
 
-    def build(work: ProductDraft) -> None:
-        argument = {"base": _base(run), "source": str(source.resolve())}
-        argument["imatrix"] = None if matrix is None else str(matrix.resolve())
+    def measure(work: ProductDraft, base: Path) -> dict[str, Any]:
         function = "lib.stages.quantize.compare_weights:measure_grid"
-        answer = run_child(function, argument, "grid of the base's weights")
-        found = {key: value for key, value in answer.items() if key != "peak_memory_mib"}
-        write_json(work.folder / GRID, found)
+        argument = {"base": base, "source": source, "imatrix": matrix}
+        found = run_child(function, argument, "grid of the base's weights")
+        del found["peak_memory_mib"]
         grid = _grid(None, found)
         work.notes += [words] if (words := stamp(grid)) else []
         work.metrics |= {kind: round(share, 4) for kind, share in grid.types.items()}
+        return found
 
+    inputs = ("data", "gguf", *(["imatrix"] if settings.imatrix == AUTO else []))
+    parameters = {"imatrix": matrix_identity(matrix)}
+    force = settings.force if force is None else force
     try:
-        product = run.produce(
-            "source_grid",
-            build,
-            parameters={"base": _revision(run), "imatrix": matrix_identity(matrix)},
-            inputs=("data", "gguf", *(["imatrix"] if settings.imatrix == AUTO else [])),
-            force=settings.force if force is None else force,
-        )
+        return _grid(*_measured_on_base(run, "source_grid", measure, parameters, inputs, force))
     except _NoBaseError as error:
         return SourceGrid(None, reason=str(error))
-    return _grid(product, read_json(product.path / GRID))
 
 
 def _grid(product: Product | None, content: dict[str, Any]) -> SourceGrid:
@@ -261,53 +250,53 @@ def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention
     if grid.product is None:
         return Retention(None, reason=grid.reason)
 
-    def build(work: ProductDraft) -> None:
-        argument = {"base": _base(run), "source": str(run_gguf(run).resolve()), "files": _paths(result)}
+    def measure(work: ProductDraft, base: Path) -> dict[str, Any]:
+        argument = {"base": base, "source": run_gguf(run), "files": _paths(result)}
         function = "lib.stages.quantize.compare_weights:compare_with_base"
-        answer = run_child(function, argument, "what is left of the fine-tuning")
-        found = {key: value for key, value in answer.items() if key != "peak_memory_mib"}
+        found = run_child(function, argument, "what is left of the fine-tuning")
+        del found["peak_memory_mib"]
         shares = {file.file: grid.share(file.histogram) for file in result.files}
         shares |= {NF4: found["in_blocks"]} if NF4 in grid.types else {}
-        write_json(work.folder / KEPT, {"source_grid": shares, **found})
         kept = Retention(None, found["files"])
         work.metrics |= {name: kept.kept(name) for name in kept.files}
+        return {"source_grid": shares, **found}
 
+    inputs, parameters = ("data", "gguf", "quantized", "source_grid"), {"types": [file.type for file in result.files]}
     try:
-        product = run.produce(
-            "retention",
-            build,
-            parameters={"base": _revision(run), "types": [file.type for file in result.files]},
-            inputs=("data", "gguf", "quantized", "source_grid"),
-            force=settings.force,
-        )
+        product, found = _measured_on_base(run, "retention", measure, parameters, inputs, settings.force)
     except _NoBaseError as error:
         return Retention(None, reason=str(error))
-    content = read_json(product.path / KEPT)
-    left_out = tuple(content["left_out"])
-    return Retention(product, content["files"], content["moved"], left_out, content["source_grid"])
+    return Retention(product, found["files"], found["moved"], tuple(found["left_out"]), found["source_grid"])
 
 
 class _NoBaseError(Exception):
     """The base cannot be had; its text says why."""
 
 
-def _base(run: Run) -> str:
-    """Folder of the run's base, resolved (and hashed) only when something is measured.
+def _measured_on_base(
+    run: Run,
+    product: str,
+    measure: Callable[[ProductDraft, Path], dict[str, Any]],
+    parameters: dict[str, Any],
+    inputs: tuple[str, ...],
+    force: bool,
+) -> tuple[Product, dict[str, Any]]:
+    """What is measured on the run's base, which is resolved (and hashed) only when something is measured.
 
     Raises:
         _NoBaseError: see there.
     """
     from lib.models.base_model import base_of
 
-    try:
-        return str(base_of(run).path.resolve())
-    except InputError as error:
-        raise _NoBaseError(f"The base model cannot be had now: {error.found}") from error
+    def content(work: ProductDraft) -> dict[str, Any]:
+        try:
+            base = base_of(run).path
+        except InputError as error:
+            raise _NoBaseError(f"The base model cannot be had now: {error.found}") from error
+        return measure(work, base)
 
-
-def _revision(run: Run) -> str | None:
-    """The base's, as 01 recorded it."""
-    return run.require("data").entry.facts.get("base_revision")
+    revision = run.require("data").entry.facts.get("base_revision")  # as 01 recorded it
+    return run.produce_json(product, content, {"base": revision, **parameters}, inputs, force)
 
 
 def _rounded_start(run: Run) -> str:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from lib.prompts.tasks import ClassificationTask
-from lib.stages.quantize.files import quantize_file
 from tests import tiny_gguf
 
 WORDS = "房间 很 不 干净 服务 好 差 早餐 位置 方便 但是 虽然 ， 。 一般 贵".split()  # noqa: SIM905
@@ -52,7 +51,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
     files = [folder / f"m-{kind}.gguf" for kind in ("Q8_0", "Q2_K")]
     for path in files:
         kind = path.stem.removeprefix("m-")
-        quantize_file(reference, path, kind, n_threads=1)
+        tiny_gguf.quantize_file(reference, path, kind, n_threads=1)
     copy = Path(shutil.copyfile(reference, folder / "copy.gguf"))
     task = ClassificationTask(LABELS, "你是助手。", "评价：{text}", 192)
     return Ladder(reference, copy, *files, folder / "tokenizer", tokenizer_from_gguf(reference), task, rows)

@@ -10,8 +10,7 @@ from gguf import GGUFReader
 from lib.report.compare_page import ceilings as shown
 from lib.stages.compare.speed import MEMORIES, ceilings, read_bytes
 from lib.stages.convert.convert import convert
-from lib.stages.quantize.files import quantize_file
-from tests import tiny_run
+from tests import tiny_gguf, tiny_run
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -19,7 +18,7 @@ def test_every_weight_once_but_one_row_of_a_separate_embedding(tied: bool, tmp_p
     base = tmp_path / "base"
     tiny_run.make_base(base, tied=tied)
     convert(base, tmp_path / "m.gguf", "f16")
-    quantize_file(tmp_path / "m.gguf", tmp_path / "q.gguf", "Q8_0")
+    tiny_gguf.quantize_file(tmp_path / "m.gguf", tmp_path / "q.gguf", "Q8_0")
     for path in (tmp_path / "m.gguf", tmp_path / "q.gguf"):
         tensors = {t.name: t for t in GGUFReader(path).tensors}
         total = sum(int(t.n_bytes) for t in tensors.values())

@@ -19,8 +19,7 @@ from lib.stages.compare.recommend import recommend
 from lib.stages.convert.convert import convert
 from lib.stages.evaluate import standalone
 from lib.stages.evaluate.standalone import evaluate_models
-from lib.stages.quantize.files import quantize_file
-from tests import tiny_run
+from tests import tiny_gguf, tiny_run
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children")
 
@@ -34,7 +33,7 @@ def compared(
     """comparison.json, its folder, and the reference file."""
     folder = tmp_path_factory.mktemp("compared")
     convert(base, folder / "m-F16.gguf", "f16")
-    quantize_file(folder / "m-F16.gguf", folder / "m-Q8_0.gguf", "Q8_0")
+    tiny_gguf.quantize_file(folder / "m-F16.gguf", folder / "m-Q8_0.gguf", "Q8_0")
     others = [folder / "m-Q8_0.gguf", exported("bf16")[0], exported("nf4")[0]]
     reference = folder / "m-F16.gguf"
     asked = Comparison(reference, others, ROWS, tiny_run.TASK, folder / "out", n_ctx=128, n_threads=1, merged=base)

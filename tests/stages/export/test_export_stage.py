@@ -52,11 +52,11 @@ def test_made_skipped_and_made_when_the_library_comes(run: Run, monkeypatch: pyt
 
     tried: list[str] = []
 
-    def refuses(wanted: export_stage.Format, *_: object) -> dict:
-        tried.append(wanted.name)
-        return {"format": wanted.name, "reason": "not made here"}
+    def refuses(function: str, argument: dict, what: str) -> dict:
+        tried.append(argument["format"])
+        raise InputError("not made here.", "another place.", "go there.")
 
-    monkeypatch.setattr(export_stage, "_make", refuses)
+    monkeypatch.setattr(export_stage, "run_child", refuses)
     fewer = export(settings("gptq"), run)  # taken over
     assert fewer.made == (gptq,) and fewer.product.entry.facts["reused"] == ["gptq"] and tried == []
     assert [path.name for path in fewer.product.path.iterdir() if path.is_dir()] == ["gptq"]

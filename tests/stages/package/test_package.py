@@ -224,7 +224,7 @@ def test_results_are_never_kept_in_what_is_served(
 
 def test_a_failing_check_publishes_nothing(runs: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = runs("talk")
-    monkeypatch.setattr("lib.stages.package.self_test.TOLERANCE", -1.0)
+    monkeypatch.setattr("lib.stages.package.documents.TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match="own test_model"):
         package(run, "Q8_0", n_threads=1)
     assert not list(run.folder.glob("*package*")) and not list(run.folder.glob("*.zip"))

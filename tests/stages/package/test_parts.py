@@ -236,7 +236,7 @@ def test_what_chose_the_types() -> None:
     mix |= {"budget_bytes": 120_000, "types": {"a": "Q4_K", "b": "Q8_0", "c": "Q4_K"}}
 
     def told(**more: Any) -> str:
-        return card(facts(tiny_run.TASK, mix={**mix, **more}), {})
+        return card(facts(tiny_run.TASK, mix={**mix, **more}))
 
     assert "sensitivity on training text chose for it (Q4_K × 2, Q8_0 × 1)." in told()
     assert "divergence of 0.011 nats a token of text and 0.25 nats at a token of an answer." in told()

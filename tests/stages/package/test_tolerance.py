@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lib.stages.package.self_test import TOLERANCE, TOLERANCE_SHARE
+from lib.stages.package.documents import TOLERANCE, TOLERANCE_SHARE
 
 INFO: dict[str, Any] = {
     "tolerance": TOLERANCE,

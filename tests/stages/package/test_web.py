@@ -15,7 +15,6 @@ from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.runs.files import read_json, write_jsonl
 from lib.runs.run import Run
-from lib.stages.package.gguf_parts import split_gguf
 from lib.stages.package.phone_page import (
     _FILES,
     Rows,
@@ -24,6 +23,7 @@ from lib.stages.package.phone_page import (
     fitting,
     read_rows,
     request_web,
+    split_gguf,
 )
 from lib.stages.package.stage import PackageResult, package
 from tests.stages.compare.conftest import Ladder

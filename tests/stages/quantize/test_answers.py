@@ -21,7 +21,7 @@ from lib.runs.run import Run
 from lib.settings import Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
-from lib.stages.quantize.size_budget import TypeCost, choose_types, solve
+from lib.stages.quantize.size_budget import MixRequest, TypeCost, choose_types, solve
 from lib.stages.quantize.stage import mix_effect, plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
@@ -216,10 +216,10 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
     from lib.models.loading import load_tokenizer
 
     data = run.folder / "data"
-    chosen = calibration.training_answers(data, 6, 10_000, 42)
+    chosen = calibration.row_answers(data, "train", 6, 10_000, 42)
     rows, tokenizer = {r["id"]: r for r in read_jsonl(data / "train.jsonl")}, load_tokenizer(data / "tokenizer")
     assert len(chosen.rows) == len(chosen.used) == chosen.facts["rows"] == 6
-    windows = calibration.training_windows(data, 64, 4, 42)
+    windows = calibration.row_windows(data, "train", 64, 4, 42)
     assert chosen.used[:3] == windows.used[:3], "the same order"
     for row, used in zip(chosen.rows, chosen.used, strict=True):
         answer = tokenizer(tiny_run.LABELS[rows[used["id"]]["label"]], add_special_tokens=False)["input_ids"]
@@ -227,9 +227,9 @@ def test_answer_rows_are_training_rows_at_the_positions_of_the_loss(run: Run) ->
         assert row["positions"][-1] == len(row["ids"]) - 1, "nothing is run that nothing is read from"
         assert (row["ids"] + row["targets"][-1:])[-len(row["targets"]) :] == row["targets"]
     tokens = sum(len(row["ids"]) for row in chosen.rows[:3])
-    assert len(calibration.training_answers(data, 6, tokens, 42).rows) == 3
-    assert len(calibration.training_answers(data, 6, 1, 42).rows) == 1
-    test = calibration.held_out_answers(data, 5, 10_000, 42)
+    assert len(calibration.row_answers(data, "train", 6, tokens, 42).rows) == 3
+    assert len(calibration.row_answers(data, "train", 6, 1, 42).rows) == 1
+    test = calibration.row_answers(data, "test", 5, 10_000, 42)
     ids = [row["id"] for row in read_jsonl(data / "test.jsonl")]
     assert [used["id"] for used in test.used] == [ids[row["row"]] for row in test.rows]
 
@@ -251,7 +251,7 @@ def test_conversations_have_answers_too(base: Path, tmp_path: Path) -> None:
     splits["test"] = [conversation(20, "房间7怎么样？")]
     for name, rows in splits.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    chosen = calibration.training_answers(tmp_path, 100, 10_000, 42)
+    chosen = calibration.row_answers(tmp_path, "train", 100, 10_000, 42)
     assert len(chosen.rows) == 8 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
     for row, used in zip(chosen.rows, chosen.used, strict=True):
@@ -271,8 +271,8 @@ def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatc
     real = size_budget.run_child
 
     def counted(function: str, argument: dict[str, Any], what: str) -> Any:
-        if "answer_weight" in argument:
-            calls.append(argument["answer_weight"])
+        if "request" in argument:
+            calls.append(argument["request"].answer_weight)
         return real(function, argument, what)
 
     monkeypatch.setattr(size_budget, "run_child", counted)
@@ -290,13 +290,15 @@ def test_the_weight_decides_and_is_told(run: Run, monkeypatch: pytest.MonkeyPatc
     }
     assert not held_out & {row["sha256"] for row in rows}
     source, budget = run.folder / "gguf" / "tiny-F32.gguf", made[0.5].record["budget_bytes"]
-    text, both, answers = (choose_types(record, budget, source, None, "rows", w).record for w in (0.0, 0.5, 1.0))
+    text, both, answers = (
+        choose_types(record, MixRequest(budget, source, None, "rows", w)).record for w in (0.0, 0.5, 1.0)
+    )
     assert text["predicted_kld"] <= both["predicted_kld"] <= answers["predicted_kld"]
     assert text["predicted_answer_kld"] >= both["predicted_answer_kld"] >= answers["predicted_answer_kld"]
     assert "quantize.mix.answer_weight" not in dict(made[0.0].options.notes)
     assert dict(made[0.5].options.notes)["quantize.mix.answer_weight"] == "0.5"
     plain = {**record, "answers": None}  # as of a text, which has none
-    alone = choose_types(plain, budget, source, None, "rows", 0.5)
+    alone = choose_types(plain, MixRequest(budget, source, None, "rows", 0.5))
     assert alone.record["types"] == text["types"] and alone.record["predicted_answer_kld"] is None
     assert alone.record["predicted_kld"] == text["predicted_kld"] and alone.record["answer_weight"] == 0
 
@@ -310,7 +312,7 @@ def test_files_are_scored_once_and_at_answers(run: Run) -> None:
     result = quantize(asked, run)
     content = mix_effect(asked, run, result).content
     assert content["answer_rows"] == 16 and content["answer_positions"] >= 32
-    rows = calibration.held_out_answers(run.folder / "data", 128, 8192, 42).rows
+    rows = calibration.row_answers(run.folder / "data", "test", 128, 8192, 42).rows
     files = {file.type: result.product.path / file.file for file in result.files}
     with (
         closing(LlamaCppBackend(run.folder / "gguf" / "tiny-F32.gguf", 128, 1, 0)) as reference,

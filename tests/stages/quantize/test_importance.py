@@ -23,7 +23,7 @@ from lib.settings import TENSOR_TYPES, Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
 from lib.stages.quantize.calibration import importance_matrix, run_options
-from lib.stages.quantize.files import QuantizeResult, predict_sizes, quantize_file
+from lib.stages.quantize.files import QuantizeResult, predict_sizes
 from lib.stages.quantize.held_out_kl import Comparison, compared_with_matrix, judge, retyped
 from lib.stages.quantize.llama_library import read_imatrix
 from lib.stages.quantize.recipes import Options
@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_llama_cpp(run: Run) -> None:
     from tests.stages.quantize.llama_inputs import sums_of_squares
 
     made = importance_matrix(settings(), run)
-    chosen = calibration.training_windows(run.folder / "data", 64, Settings().imatrix_chunks, 42)
+    chosen = calibration.row_windows(run.folder / "data", "train", 64, Settings().imatrix_chunks, 42)
     sums, counts = sums_of_squares(run.folder / "gguf" / "tiny-F32.gguf", chosen.windows)
     ours = read_imatrix(made.path)
     assert set(ours.values) == set(sums) == {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}
@@ -104,7 +104,7 @@ def test_held_out_rows_are_left_out_and_that_is_recorded(run: Run) -> None:
         work.facts |= run.manifest.entries()["data"].facts
 
     run.produce("data", build, {"changed": 1})
-    made = calibration.training_windows(data, 64, 1000, 42)
+    made = calibration.row_windows(data, "train", 64, 1000, 42)
     used = made.used
     assert made.facts["left_out"] == {"text of a held-out row": 1, "nearly the text of a held-out row": 1}
     assert not {"train-00003", "train-00007"} & {row["id"] for row in used} and len(used) >= 20
@@ -122,7 +122,7 @@ def test_windows_are_rows_as_training_sees_them(run: Run) -> None:
     from lib.models.loading import load_tokenizer
 
     data = run.folder / "data"
-    few, many = (calibration.training_windows(data, 64, most, 42) for most in (2, 1000))
+    few, many = (calibration.row_windows(data, "train", 64, most, 42) for most in (2, 1000))
     assert few.windows == many.windows[:2] and all(len(window) == 64 for window in many.windows)
     assert len(few.used) < len(many.used) and few.used == many.used[: len(few.used)]
     tokenizer, rows = load_tokenizer(data / "tokenizer"), {r["id"]: r for r in read_jsonl(data / "train.jsonl")}
@@ -136,9 +136,9 @@ def test_windows_are_rows_as_training_sees_them(run: Run) -> None:
         same = len(wanted) if whole else 60
         assert ids[:same] == wanted[:same]
         ids = ids[min(len(wanted), task.max_seq_length) :]
-    assert calibration.training_windows(data, 64, 2, 43).windows != few.windows
+    assert calibration.row_windows(data, "train", 64, 2, 43).windows != few.windows
     with pytest.raises(InputError, match="do not fill a window of 32768 tokens"):
-        calibration.training_windows(data, 32768, 2, 42)
+        calibration.row_windows(data, "train", 32768, 2, 42)
 
 
 def test_the_ladder_is_made_with_it_and_says_so(run: Run) -> None:
@@ -169,10 +169,10 @@ def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure` again; the steps that use the matrix take what it has made."""
     made: list[str] = []
 
-    def build(settings: Settings, run: Run, work: ProductDraft) -> None:
+    def build(settings: Settings, run: Run, work: ProductDraft) -> dict[str, Any]:
         made.append("once more")
         calibration.write_imatrix(work.folder / "imatrix.gguf", {"blk.0.attn_q.weight": np.ones(64)}, 64, "text", 64)
-        write_json(work.folder / "imatrix.json", {})
+        return {}
 
     monkeypatch.setattr(calibration, "_build", build)
     forced = settings(force=True)
@@ -210,9 +210,12 @@ def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None
     assert [entry["type"] for entry in found["types"]] == ["Q4_K_M", "Q4_0"], "Q8_0 uses no matrix"
     assert found["windows"] == 8 and found["tokens"] == 8 * 31 and 2 <= found["rows"] <= 16
     entry = found["types"][1]
-    plain, folder = quantize_file(run.folder / "gguf" / "tiny-F32.gguf", run.folder / "plain.gguf", "Q4_0"), run.folder
+    plain, folder = (
+        tiny_gguf.quantize_file(run.folder / "gguf" / "tiny-F32.gguf", run.folder / "plain.gguf", "Q4_0"),
+        run.folder,
+    )
     assert plain.bytes == entry["bytes_without"] and plain.imatrix is None
-    windows = calibration.held_out_windows(folder / "data", 64, 8, 42).windows
+    windows = calibration.row_windows(folder / "data", "test", 64, 8, 42).windows
     table = kl_between(folder / "gguf" / "tiny-F32.gguf", folder / "plain.gguf", windows)
     assert entry["kld_without"] == pytest.approx(table.mean, rel=1e-6)
     table = kl_between(folder / "gguf" / "tiny-F32.gguf", result.product.path / result.files[2].file, windows)
@@ -254,7 +257,7 @@ def test_tensors_of_other_types_are_named(tmp_path: Path) -> None:
     values = {n: np.ones(v.shape[1]) for n, v in names.items() if n.startswith("blk.") and v.ndim == 2}
     calibration.write_imatrix(tmp_path / "a.imatrix", values, 64, "text", 64)
     one, other = (
-        quantize_file(source, tmp_path / f"{name}.gguf", "Q4_0", Options(matrix))
+        tiny_gguf.quantize_file(source, tmp_path / f"{name}.gguf", "Q4_0", Options(matrix))
         for name, matrix in (("with", tmp_path / "a.imatrix"), ("without", None))
     )
     found = retyped(tmp_path / "with.gguf", tmp_path / "without.gguf")
@@ -296,7 +299,7 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
     for i, row in enumerate(rows):
         row["leaked"] = i not in (3, 8)
     (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    chosen = calibration.held_out_windows(data, 64, 4, 42)
+    chosen = calibration.row_windows(data, "test", 64, 4, 42)
     windows, owners = chosen.windows, chosen.owners
     ids = [token for window in windows for token in window]
     assert len(ids) == len(owners) == 256 and set(owners[:100]) <= {3, 8} < set(owners)
@@ -305,7 +308,7 @@ def test_held_out_windows_are_test_rows_leak_free_first(run: Run, tmp_path: Path
         mine = [token for token, of in zip(ids, owners, strict=True) if of == owner]
         assert mine == task.encode(tokenizer, rows[owner]).ids[: len(mine)]
     with pytest.raises(InputError, match="test rows of"):
-        calibration.held_out_windows(data, 32768, 4, 42)
+        calibration.row_windows(data, "test", 32768, 4, 42)
 
 
 def test_conversations_too(tmp_path: Path) -> None:
@@ -327,7 +330,7 @@ def test_conversations_too(tmp_path: Path) -> None:
     }
     for name, rows in splits.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    chosen = calibration.training_windows(tmp_path, 64, 1000, 42)
+    chosen = calibration.row_windows(tmp_path, "train", 64, 1000, 42)
     assert chosen.facts["left_out"]["text of a held-out row"] == 1 and "r7" not in {row["id"] for row in chosen.used}
     tokenizer, by_id = load_tokenizer(tmp_path / "tokenizer"), {row["id"]: row for row in splits["train"]}
     wanted = [token for used in chosen.used for token in task.encode(tokenizer, by_id[used["id"]]).ids]

@@ -18,11 +18,10 @@ from lib.runs.child import StoppedError
 from lib.runs.files import sha256_file
 from lib.stages.quantize import files
 from lib.stages.quantize.files import (
-    Concurrency,
     PlannedFile,
+    at_once,
     make_files,
     predict_sizes,
-    quantize_file,
     quantize_files,
 )
 from lib.stages.quantize.recipes import Options
@@ -43,23 +42,23 @@ def planned(source: Path, *types: str) -> list[PlannedFile]:
 @pytest.mark.parametrize(
     ("count", "n_threads", "cores", "gib", "wanted"),
     [
-        (7, 0, 2, 8, Concurrency(2, 2)),
-        (7, 2, 16, 8, Concurrency(2, 1)),
-        (7, 0, 16, 64, Concurrency(7, 3)),
-        (1, 0, 8, 64, Concurrency(1, 8)),
-        (7, 0, 1, 64, Concurrency(1, 1)),
-        (7, 0, 8, 1, Concurrency(2, 5)),
-        (7, 0, 8, 0, Concurrency(1, 8)),
-        (7, 1, 8, 64, Concurrency(1, 1)),
-        (7, 3, 2, 64, Concurrency(3, 1)),
+        (7, 0, 2, 8, (2, 2)),
+        (7, 2, 16, 8, (2, 1)),
+        (7, 0, 16, 64, (7, 3)),
+        (1, 0, 8, 64, (1, 8)),
+        (7, 0, 1, 64, (1, 1)),
+        (7, 0, 8, 1, (2, 5)),
+        (7, 0, 8, 0, (1, 8)),
+        (7, 1, 8, 64, (1, 1)),
+        (7, 3, 2, 64, (3, 1)),
     ],
 )
 def test_as_many_at_once_as_threads_and_memory_allow(
-    count: int, n_threads: int, cores: int, gib: int, wanted: Concurrency, monkeypatch: pytest.MonkeyPatch
+    count: int, n_threads: int, cores: int, gib: int, wanted: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "physical_cores", lambda: cores)
     monkeypatch.setattr(files, "available_memory", lambda: gib << 30)
-    assert Concurrency.choose(count, n_threads) == wanted
+    assert at_once(count, n_threads) == wanted
 
 
 def test_files_of_a_ladder_equal_single_ones(
@@ -71,7 +70,7 @@ def test_files_of_a_ladder_equal_single_ones(
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(r.file for r in reports)
     assert "quantizing, types (3 at once): 3 done" in capsys.readouterr().err
     alone = tmp_path / "alone.gguf"
-    quantize_file(source, alone, "Q4_K_M", n_threads=1)
+    tiny_gguf.quantize_file(source, alone, "Q4_K_M", n_threads=1)
     assert sha256_file(alone) == sha256_file(tmp_path / "many" / "tiny-Q4_K_M.gguf")
 
 

@@ -26,7 +26,7 @@ from lib.stages.quantize import calibration, files, held_out_kl, sensitivity, si
 from lib.stages.quantize import stage as quantize_stage
 from lib.stages.quantize.files import PlannedFile
 from lib.stages.quantize.recipes import Options
-from lib.stages.quantize.size_budget import TypeCost, choose_types, solve
+from lib.stages.quantize.size_budget import MixRequest, TypeCost, choose_types, solve
 from lib.stages.quantize.stage import plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
@@ -301,28 +301,27 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
     found = type_costs.measure(asked)["tensors"]
     assert {row["tensor"] for row in found} == {name for name in matrices if "ffn_down" not in name}
     least = size_budget.least_in_child({"source": str(source), "options": Options().to_json()})["bytes"]
-    threads, done, loss = [], [], type_costs._try
+    threads, done, losses = [], [], type_costs._Trial.losses
 
     class Pool(ThreadPoolExecutor):
         def __init__(self, n: int) -> None:
             threads.append(n)
             super().__init__(1)
 
-    def noted(source: Any, tensor: Any, kind: str) -> dict[str, float]:
-        done.append(tensor.seconds(kind))
-        return loss(source, tensor, kind)
+    def noted(trial: Any, kind: str) -> dict[str, float]:
+        done.append(trial.seconds(kind))
+        return losses(trial, kind)
 
     monkeypatch.setattr(type_costs, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(type_costs, "_try", noted)
+    monkeypatch.setattr(type_costs._Trial, "losses", noted)
     assert type_costs.measure({**asked, "n_threads": 3})["tensors"] == found and threads == [3]
     assert done == sorted(done, reverse=True) and done[0] > 2 * done[-1], "the longest first"
     record = {"tensors": found, "positions": 1, "answers": None, "rows_sha256": ""}
-    made = choose_types(
-        record, source.stat().st_size // 4, source, None, "rows"
-    )  # raises if bytes are not as predicted
+    request = MixRequest(source.stat().st_size // 4, source, None, "rows")
+    made = choose_types(record, request)  # raises if bytes are not as predicted
     assert "f16" in {part["type"] for part in made.prediction["histogram"]}
     with pytest.raises(InputError, match="the smallest file of the types tried"):
-        choose_types(record, least - 100, source, None, "rows")
+        choose_types(record, MixRequest(least - 100, source, None, "rows"))
     none = tiny_gguf.tensors(48, 1, 1, 259, 100, 24)
     source = tiny_gguf.write(tmp_path / "none-F16.gguf", layers=1, weights=none)
     with pytest.raises(InputError, match=r"no tensor of none-F16\.gguf has rows that fill blocks"):

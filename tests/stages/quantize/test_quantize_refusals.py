@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.runs.files import sha256_file
 from lib.stages.quantize import calibration, files, llama_library, quantizer, recipes, size_budget, type_costs
-from lib.stages.quantize.files import describe_gguf, predict_sizes, quantize_file
+from lib.stages.quantize.files import predict_sizes
 from lib.stages.quantize.recipes import Options
 from tests import tiny_gguf
 
@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_report_of_one_file(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "空 格" / "tiny-Q4_K_M.gguf"
-    report = quantize_file(source, output, "Q4_K_M")
+    report = tiny_gguf.quantize_file(source, output, "Q4_K_M")
     assert report.bytes == report.predicted_bytes == output.stat().st_size
     assert report.type == "Q4_K_M" and report.file == output.name and report.token_embedding_type == "q6_K"
     assert sum(row["bytes"] for row in report.histogram) == report.tensor_bytes
@@ -33,16 +33,16 @@ def test_report_of_one_file(source: Path, tmp_path: Path) -> None:
     assert [row["type"] for row in report.histogram] == ["q4_K", "q6_K", "f32"]
     assert report.peak_memory_mib > 10 and report.seconds > 0
     assert [p.name for p in output.parent.iterdir()] == [output.name]
-    description = describe_gguf(output)
+    description = quantizer.describe(output)
     assert description["type"] == "Q4_K_M" and description["bits_per_weight"] == report.bits_per_weight
     with pytest.raises(InputError, match=r"already quantized .Q4_K_M.*outtype: f16"):
-        quantize_file(output, tmp_path / "again.gguf", "Q2_K")
+        tiny_gguf.quantize_file(output, tmp_path / "again.gguf", "Q2_K")
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "q4_k_m", "Q9_0", "", "NVFP4"])
 def test_unknown_type(source: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="unknown quantization type"):
-        quantize_file(source, tmp_path / "out.gguf", name)
+        tiny_gguf.quantize_file(source, tmp_path / "out.gguf", name)
 
 
 def test_close_match_of_an_unknown_type() -> None:
@@ -57,7 +57,7 @@ def test_output_that_is_the_source(source: Path, tmp_path: Path) -> None:
     soft.symlink_to(source)
     for output in (source, hard, soft, source.parent / "." / source.name):
         with pytest.raises(InputError, match=r"the source file itself|symbolic link"):
-            quantize_file(source, output, "Q8_0")
+            tiny_gguf.quantize_file(source, output, "Q8_0")
     assert sha256_file(source) == before
 
 
@@ -76,7 +76,7 @@ def test_source_that_is_no_gguf(tmp_path: Path, content: bytes, words: str) -> N
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(InputError, match=words):
-        quantize_file(path, tmp_path / "out.gguf", "Q8_0")
+        tiny_gguf.quantize_file(path, tmp_path / "out.gguf", "Q8_0")
     assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 
 
@@ -84,14 +84,14 @@ def test_missing_source_and_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         predict_sizes(tmp_path / "none.gguf", ["Q8_0"])
     with pytest.raises(InputError, match="is a folder"):
-        describe_gguf(tmp_path)
+        predict_sizes(tmp_path, ["Q8_0"])
 
 
 def test_truncated_source(source: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(source.read_bytes()[:-4096])
     with pytest.raises(InputError, match="header describes"):
-        quantize_file(cut, tmp_path / "out.gguf", "Q8_0")
+        tiny_gguf.quantize_file(cut, tmp_path / "out.gguf", "Q8_0")
 
 
 def test_source_with_nan_leaves_nothing(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_source_with_nan_leaves_nothing(tmp_path: Path) -> None:
     weights["blk.1.ffn_up.weight"][3, 7] = np.nan
     source = tiny_gguf.write(tmp_path / "nan-F16.gguf", weights=weights)
     with pytest.raises(InputError, match="cannot quantize"):
-        quantize_file(source, tmp_path / "out.gguf", "Q8_0")
+        tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "Q8_0")
     assert [p.name for p in tmp_path.iterdir()] == ["nan-F16.gguf"]
 
 
@@ -107,13 +107,13 @@ def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monk
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="MB free"):
-        quantize_file(source, tmp_path / "out.gguf", "Q8_0")
+        tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "Q8_0")
     assert not list(tmp_path.iterdir())
 
 
 def test_importance_matrix_is_needed(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="IQ2_XXS without an importance matrix"):
-        quantize_file(source, tmp_path / "out.gguf", "IQ2_XXS")
+        tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "IQ2_XXS")
 
 
 def test_importance_matrix_of_another_model(source: Path, tmp_path: Path) -> None:
@@ -246,13 +246,13 @@ def test_options_that_do_not_fit(case: str, tmp_path: Path) -> None:
     width, name, options, words = REFUSED_OPTIONS[case]
     source = tiny_gguf.write(tmp_path / "tiny-F16.gguf", width=width, layers=1)
     with pytest.raises(InputError, match=words):
-        quantize_file(source, tmp_path / "out.gguf", name, Options(**options))
+        tiny_gguf.quantize_file(source, tmp_path / "out.gguf", name, Options(**options))
     assert [p.name for p in tmp_path.iterdir()] == ["tiny-F16.gguf"]
 
 
 def test_what_options_changed_is_reported(source: Path, tmp_path: Path) -> None:
     options = Options(tensor_types=(r"blk\.0\.attn_v=Q8_0",), token_embedding_type="q5_0")
-    report = quantize_file(source, tmp_path / "out.gguf", "Q4_0", options)
+    report = tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "Q4_0", options)
     assert sorted(report.set_by_hand, key=lambda row: row["tensor"]) == [
         {"tensor": "blk.0.attn_v.weight", "recipe": "q4_0", "type": "q8_0"},
         {"tensor": "token_embd.weight", "recipe": "q6_K", "type": "q5_0"},

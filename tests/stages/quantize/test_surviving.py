@@ -17,7 +17,6 @@ from lib.report.display import mark_names
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
-from lib.stages.quantize.files import quantize_file
 from lib.stages.quantize.stage import plan, quantize, retention, source_grid
 from lib.stages.quantize.weights import Retention, SourceGrid, stamp
 from tests import tiny_gguf
@@ -85,7 +84,7 @@ def test_shares_are_those_of_a_direct_computation(base_weights: dict, tmp_path: 
     folder = write_base(tmp_path / "base", base_weights, model_type)
     files = {kind: tmp_path / f"{kind}.gguf" for kind in ("Q8_0", "Q4_K_M", "Q4_1")}
     for kind, path in files.items():
-        quantize_file(source, path, kind, n_threads=1)
+        tiny_gguf.quantize_file(source, path, kind, n_threads=1)
     argument = {"base": str(folder), "source": str(source), "files": {k: str(v) for k, v in files.items()}}
     found = compare_weights.compare_with_base(argument)
     assert found["left_out"] == []
