@@ -13,14 +13,11 @@ from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
 from lib.stages.data.near_duplicates import audit
-from lib.stages.data.text_files import SURROGATE
+from lib.stages.data.reading import SURROGATE, Rows, Table
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lib.prompts.conversations import Encoded
     from lib.settings import Settings
-    from lib.stages.data.reading import Table
 
 
 TEXT_COLUMNS = (
@@ -151,7 +148,7 @@ def _refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str],
 
 
 def clean_split(
-    table: Dataset,
+    table: Rows,
     where: str,
     text_column: str,
     label_column: str,
@@ -168,16 +165,16 @@ def clean_split(
     Raises:
         InputError: a column is missing, a label is not among those named.
     """
-    text_name = find_column(table.column_names, text_column, TEXT_COLUMNS, "text")
-    label_name = find_column(table.column_names, label_column, LABEL_COLUMNS, "label")
+    names = list(table[0])
+    text_name = find_column(names, text_column, TEXT_COLUMNS, "text")
+    label_name = find_column(names, label_column, LABEL_COLUMNS, "label")
     read = label_reader(label_names)
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     rows: list[Row] = []
-    extra = [name for name in table.column_names if name in keep]
-    columns = table.select_columns([text_name, label_name, *extra]).to_dict()
-    for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
-        text, label = _filled_text(raw, counts), read(value)
+    for index, cells in enumerate(table):
+        text, value = _filled_text(cells[text_name], counts), cells[label_name]
+        label = read(value)
         if text is None:
             continue
         if value is None or (isinstance(value, str) and not value.strip()):
@@ -185,7 +182,9 @@ def clean_split(
         elif label is None:
             unknown[str(value).strip()[:40]] += 1
         else:
-            rows.append(Row(index, text, label, extra={name: plain(columns[name][index]) for name in extra}))
+            rows.append(
+                Row(index, text, label, extra={name: plain(cell) for name, cell in cells.items() if name in keep})
+            )
     _refuse_labels(unknown, len(table), label_names, where)
     if unknown:
         counts["dropped: label not understood"] += sum(unknown.values())
@@ -249,13 +248,13 @@ def safe_text(raw: Any, counts: Counter[str]) -> str:
     return text
 
 
-def unlabelled(table: Dataset, label_column: str) -> bool:
+def unlabelled(table: Rows, label_column: str) -> bool:
     """True for a split whose labels are absent or all -1, as hub data sets mark a test split without labels."""
     try:
-        name = find_column(table.column_names, label_column, LABEL_COLUMNS, "label")
+        name = find_column(list(table[0]), label_column, LABEL_COLUMNS, "label")
     except InputError:
         return True
-    return all(value in (-1, None, "-1", "") for value in table.unique(name))
+    return all(row[name] in (-1, None, "-1", "") for row in table)
 
 
 def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) -> None:
@@ -304,7 +303,7 @@ class LabelledRows:
             notes.append("the data has no test split with labels: its validation split is the test split of this run")
         return notes
 
-    def clean(self, table: Dataset, where: str) -> tuple[list[Row], Counter[str]]:
+    def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         """See `clean_split`."""
         return clean_split(table, where, self.settings.text_column, self.settings.label_column, self.names)
 

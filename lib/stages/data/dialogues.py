@@ -17,11 +17,9 @@ from lib.stages.data.cleaning import DamagedError, Row, Splits, plain, safe_text
 from lib.stages.data.near_duplicates import audit, joined, normalise
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lib.prompts.conversations import Encoded
     from lib.settings import Settings
-    from lib.stages.data.reading import Table
+    from lib.stages.data.reading import Rows, Table
 
 
 # Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
@@ -154,7 +152,7 @@ SHARED = 5
 """Different inputs from which on an instruction is the task of a file, not a question."""
 
 
-def clean_conversations(table: Dataset, where: str, task: Task) -> tuple[list[Row], Counter[str]]:
+def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row], Counter[str]]:
     """Rows with an explicit system turn, in the table's order, and why the others were left out.
 
     Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
@@ -164,7 +162,7 @@ def clean_conversations(table: Dataset, where: str, task: Task) -> tuple[list[Ro
     Raises:
         InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
     """
-    form, columns = find_form(table.column_names, where)
+    form, columns = find_form(list(table[0]), where)
     counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
     rows: list[Row] = []
@@ -302,7 +300,7 @@ class Conversations:
         missing = table.test_from_validation()
         return ["the data has no test split: its validation split is the test split of this run"] if missing else []
 
-    def clean(self, table: Dataset, where: str) -> tuple[list[Row], Counter[str]]:
+    def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         """See `clean_conversations`."""
         return clean_conversations(table, where, self.task)
 

@@ -22,7 +22,7 @@ def corpus() -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def splits():
-    return {name: clean_split(table, name, "", "", NAMES)[0] for name, table in sample.sample_tables().items()}
+    return {name: clean_split(table, name, "", "", NAMES)[0] for name, table in sample.reviews().items()}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_audit_finds_the_faults_and_nothing_else(found):
 
 
 def test_empty_rows_are_dropped():
-    _, counts = clean_split(sample.sample_tables()["train"], "train", "", "", NAMES)
+    _, counts = clean_split(sample.reviews()["train"], "train", "", "", NAMES)
     assert counts == {"dropped: empty text": sample.FAULTS["empty train rows"]}
 
 
