@@ -329,13 +329,7 @@ class LabelledRows:
 
     def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
         """Compare the texts; set each row's `group` and `leaked`. Tables of "duplicates", "overlaps" and examples."""
-        found = audit(splits)
-        return {
-            "duplicates": found.with_total,
-            "overlaps": found.across,
-            "leaked_examples": found.leaked_examples,
-            "conflict_examples": found.conflict_examples,
-        }
+        return audit(splits)
 
     def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
         """Rows of each label, one line of a table."""

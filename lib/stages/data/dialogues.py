@@ -341,11 +341,11 @@ class Conversations:
         groups = joined([row.group for row in rows], [row.group for row in copies])
         for row, copy, group in zip(rows, copies, groups, strict=True):
             row.group, row.leaked = group, row.leaked or copy.leaked
-        named = {"opening": opening, "whole row": whole}
+        tables = {"opening": opening, "whole row": whole}
         return {
-            "duplicates": _compared({what: found.with_total for what, found in named.items()}, "conflicting"),
-            "overlaps": _compared({what: found.across for what, found in named.items()}, "label agrees"),
-            "leaked_examples": [_without(line, "label") for line in opening.leaked_examples],
+            "duplicates": _compared(tables, "duplicates", "conflicting"),
+            "overlaps": _compared(tables, "overlaps", "label agrees"),
+            "leaked_examples": [_without(line, "label") for line in opening["leaked_examples"]],
             "conflict_examples": [],
         }
 
@@ -388,6 +388,6 @@ def _without(line: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {key: value for key, value in line.items() if part not in key}
 
 
-def _compared(tables: Mapping[str, Sequence[Mapping[str, Any]]], without: str) -> list[dict[str, Any]]:
-    """Tables of what was compared as one."""
-    return [{"compared": what, **_without(line, without)} for what, lines in tables.items() for line in lines]
+def _compared(tables: Mapping[str, Mapping[str, Any]], name: str, without: str) -> list[dict[str, Any]]:
+    """Tables of one name, of whatever was compared, as one."""
+    return [{"compared": what, **_without(line, without)} for what, found in tables.items() for line in found[name]]

@@ -73,19 +73,18 @@ def _pairs(
         close: from the sizes of the two sets, and from those and what they have in common, whether they are.
     """
     from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import CountVectorizer
 
     if len(texts) < 2:
         return np.empty((0, 2), dtype=np.int64)
-    indices, starts, width = _grams(texts)
-    n, sizes = len(texts), np.diff(starts)
+    grams = CountVectorizer(analyzer=_grams, binary=True, dtype=np.int32).fit_transform(texts)
+    indices, starts, n, sizes = grams.indices, grams.indptr, len(texts), np.diff(grams.indptr)
     row = np.repeat(np.arange(n), sizes)
     rare_first = np.lexsort((indices, np.bincount(indices)[indices], row))
     place = np.arange(len(indices)) - starts[:-1][row]
     prefix = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
     kept = place < prefix[row]
-    ones = np.ones(len(indices), dtype=np.int32)
-    prefixes = csr_matrix((ones[: kept.sum()], (row[kept], indices[rare_first[kept]])), shape=(n, width))
-    grams = csr_matrix((ones, indices, starts), shape=(n, width))
+    prefixes = csr_matrix((grams.data[: kept.sum()], (row[kept], indices[rare_first[kept]])), shape=grams.shape)
     transposed, found = (grams if whole else prefixes).T.tocsr(), []
     with Progress(what, n) as progress:
         for start in range(0, n, _AT_ONCE):
@@ -110,16 +109,8 @@ def _verified(i: np.ndarray, j: np.ndarray, grams: Any, sizes: np.ndarray, close
     return np.concatenate(similar)
 
 
-def _grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Each text's set of gram numbers: concatenated, where each text starts, and how many grams there are."""
-    vocabulary: dict[str, int] = {}
-    indices: list[int] = []
-    starts = [0]
-    for text in texts:
-        grams = dict.fromkeys(text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1)))
-        indices.extend(sorted(vocabulary.setdefault(gram, len(vocabulary)) for gram in grams))
-        starts.append(len(indices))
-    return np.array(indices, dtype=np.int64), np.array(starts, dtype=np.int64), len(vocabulary)
+def _grams(text: str) -> list[str]:
+    return [text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1))]
 
 
 # Which rows are copies of which: verbatim, after normalisation, and nearly; within splits and across them.
@@ -144,7 +135,6 @@ class Duplicates:
     """Copies among all rows of all splits.
 
     Attributes:
-        keys: normalised text of each row, splits one behind the other.
         near: pairs (i, j), i < j, of indices into `unique` that are near-duplicates.
         contained: further such pairs, one of which contains the other; none where that was not asked for.
         unique: distinct normalised texts, in order of first appearance.
@@ -153,7 +143,6 @@ class Duplicates:
         unique_of: (rows,) index into `unique`.
     """
 
-    keys: list[str]
     unique: list[str]
     near: np.ndarray
     contained: np.ndarray
@@ -167,15 +156,14 @@ def find_duplicates(texts: Sequence[str], contained: bool = False) -> Duplicates
     Args:
         contained: whether a text that another one contains counts too.
     """
-    keys = [normalise(text) for text in texts]
     number: dict[str, int] = {}
-    unique_of = np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
+    unique_of = np.array([number.setdefault(normalise(text), len(number)) for text in texts], dtype=np.int64)
     unique = list(number)
     near = near_pairs(unique)
     inside = _without(contained_pairs(unique), near) if contained else np.empty((0, 2), dtype=np.int64)
     component = _components(np.concatenate([near, inside]), len(unique))
     groups = np.array(_by_appearance(component[unique_of]), dtype=np.int64)
-    return Duplicates(keys, unique, near, inside, unique_of, groups)
+    return Duplicates(unique, near, inside, unique_of, groups)
 
 
 def joined(first: Sequence[int], second: Sequence[int]) -> list[int]:
@@ -207,130 +195,90 @@ def _without(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.array([pair for pair in pairs.tolist() if tuple(pair) not in seen], dtype=np.int64).reshape(-1, 2)
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What the comparison says about the splits; lists of plain dicts, ready to be a table.
-
-    Attributes:
-        within: per split: rows, distinct texts, surplus copies, copies after normalisation, near pairs, conflicts.
-        across: per pair of splits: rows of the one that are verbatim, normalised or near copies of the other.
-        leaked_examples, conflict_examples: as text.
-        total: the same counts over all rows.
-    """
-
-    within: list[dict]
-    across: list[dict]
-    leaked_examples: list[dict]
-    conflict_examples: list[dict]
-    total: dict
-
-    @property
-    def with_total(self) -> list[dict]:
-        """`within`, and where there are several splits a line of all of them."""
-        return [*self.within, *([{"split": "all splits", **self.total}] if len(self.within) > 1 else [])]
-
-
-def audit(splits: Mapping[str, list[Row]], examples: int = 6, contained: bool = False) -> Audit:
+def audit(splits: Mapping[str, list[Row]], examples: int = 6, contained: bool = False) -> dict[str, list[dict]]:
     """Compare all rows, set each row's `group` and `leaked`, and count.
 
     `leaked`: a validation or test row that is a verbatim, normalised or near copy of a train row.
 
     Args:
         contained: whether a text that another one contains counts as its copy (in columns of its own).
+
+    Returns:
+        Lists of plain dicts, ready to be tables. "duplicates": per split, and over all where there are several, rows,
+        distinct texts, surplus copies, copies after normalisation, near pairs, conflicts; "overlaps": per pair of
+        splits, rows of the one that are verbatim, normalised or near copies of the other; "leaked_examples" and
+        "conflict_examples": as text.
     """
+    import pandas as pd
+
     rows = [row for split in splits.values() for row in split]
-    duplicates = find_duplicates([row.text for row in rows], contained)
-    for row, group in zip(rows, duplicates.groups.tolist(), strict=True):
-        row.group, row.leaked = group, False
-    ends = np.cumsum([len(split) for split in splits.values()])
-    place = {name: np.arange(end - len(splits[name]), end) for name, end in zip(splits, ends, strict=True)}
-    near, inside = _neighbours(duplicates.near), _neighbours(duplicates.contained) if contained else None
-    across, leaked = [], []
-    for name, base in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        if name in splits and base in splits:
-            counts, pairs = _overlap(rows, duplicates, place[name], place[base], near, inside)
-            across.append({"rows of": name, "also in": base, "rows": len(splits[name]), **counts})
-            if base == "train":
-                for i in pairs:
-                    rows[i].leaked = True
-                leaked += [_leak(rows, i, j, name) for i, j in pairs.items() if name == "test" or "test" not in splits]
-    whole = np.arange(len(rows))
-    within = [{"split": name, **_counts(rows, duplicates, place[name], contained)} for name in splits]
-    total = _counts(rows, duplicates, whole, contained)
-    shown = sorted(leaked, key=lambda leak: (leak["verbatim"], len(leak["text"])))[:examples]
-    conflicts = _conflicts(rows, duplicates, whole)
-    return Audit(within, across, shown, conflicts[:examples], total)
-
-
-def _neighbours(pairs: np.ndarray) -> dict[int, set[int]]:
-    found: dict[int, set[int]] = {}
-    for a, b in pairs.tolist():
-        found.setdefault(a, set()).add(b)
-        found.setdefault(b, set()).add(a)
-    return found
-
-
-def _counts(rows: list[Row], duplicates: Duplicates, place: np.ndarray, contained: bool) -> dict[str, int]:
-    texts = [rows[i].text for i in place]
-    present = np.zeros(len(duplicates.unique), dtype=bool)
-    present[duplicates.unique_of[place]] = True
-    labels: dict[str, set[int]] = {}
-    for i in place:
-        labels.setdefault(rows[i].text, set()).add(rows[i].label)
-    near, inside = (
-        int(np.sum(present[pairs[:, 0]] & present[pairs[:, 1]])) for pairs in (duplicates.near, duplicates.contained)
+    found = find_duplicates([row.text for row in rows], contained)
+    table = pd.DataFrame(
+        {
+            "split": [name for name, split in splits.items() for _ in split],
+            "text": pd.Series([row.text for row in rows], dtype=object),
+            "label": [row.label for row in rows],
+            "unique": found.unique_of,
+            "group": found.groups,
+        }
     )
+    for row, group in zip(rows, found.groups.tolist(), strict=True):
+        row.group, row.leaked = group, False
+    parts = {name: table[table.split == name] for name in splits}
+    duplicates = [{"split": name, **_counts(part, found, contained)} for name, part in parts.items()]
+    if len(splits) > 1:
+        duplicates.append({"split": "all splits", **_counts(table, found, contained)})
+    overlaps, leaked = [], []
+    for name, base in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        if name not in splits or base not in splits:
+            continue
+        copied, counts = _copies(parts[name], parts[base], found, contained)
+        agree = sum(rows[i].label == rows[j].label for i, j in copied.items())
+        overlaps.append({"rows of": name, "also in": base, "rows": len(splits[name]), **counts, "label agrees": agree})
+        if base == "train":
+            for i in copied:
+                rows[i].leaked = True
+            leaked += [_leak(rows, i, j, name) for i, j in copied.items() if name == "test" or "test" not in splits]
+    leaked.sort(key=lambda leak: (leak["verbatim"], len(leak["text"])))
     return {
-        "rows": len(place),
-        "distinct texts": len(labels),
-        "surplus verbatim copies": len(texts) - len(labels),
-        "surplus copies after normalisation": len(texts) - int(present.sum()),
-        "near-duplicate pairs": near,
-        **({"pairs of which one contains the other": inside} if contained else {}),
-        "duplicate clusters": len(np.unique(duplicates.groups[place])),
-        "texts with conflicting labels": sum(len(found) > 1 for found in labels.values()),
-        "texts with conflicting labels after normalisation": len(_conflicts(rows, duplicates, place)),
+        "duplicates": duplicates,
+        "overlaps": overlaps,
+        "leaked_examples": leaked[:examples],
+        "conflict_examples": _conflicts(table)[:examples],
     }
 
 
-def _overlap(
-    rows: list[Row],
-    duplicates: Duplicates,
-    place: np.ndarray,
-    base: np.ndarray,
-    near: dict[int, set[int]],
-    inside: dict[int, set[int]] | None,
-) -> tuple[dict[str, int], dict[int, int]]:
-    """Counts of copies of `base` rows in `place`, and for each such row the base row it copies.
+def _counts(part: Any, found: Duplicates, contained: bool) -> dict[str, int]:
+    """What the rows `part` of the table of all rows have in common."""
+    by_text, by_normal = (part.groupby(column).label.nunique() for column in ("text", "unique"))
+    near, inside = (int(np.isin(pairs, part.unique).all(axis=1).sum()) for pairs in (found.near, found.contained))
+    return {
+        "rows": len(part),
+        "distinct texts": len(by_text),
+        "surplus verbatim copies": len(part) - len(by_text),
+        "surplus copies after normalisation": len(part) - len(by_normal),
+        "near-duplicate pairs": near,
+        **({"pairs of which one contains the other": inside} if contained else {}),
+        "duplicate clusters": part.group.nunique(),
+        "texts with conflicting labels": int((by_text > 1).sum()),
+        "texts with conflicting labels after normalisation": int((by_normal > 1).sum()),
+    }
 
-    Args:
-        near, inside: neighbours of each distinct text; `inside` is None where containment does not count.
-    """
-    first_verbatim: dict[str, int] = {}
-    first_normal: dict[int, int] = {}
-    for j in base.tolist():
-        first_verbatim.setdefault(rows[j].text, j)
-        first_normal.setdefault(int(duplicates.unique_of[j]), j)
-    verbatim = normal = within = 0
-    pairs: dict[int, int] = {}
-    for i in place.tolist():
-        u = int(duplicates.unique_of[i])
-        close = sorted(first_normal[v] for v in near.get(u, ()) if v in first_normal)
-        whole = sorted(first_normal[v] for v in (inside or {}).get(u, ()) if v in first_normal)
-        if rows[i].text in first_verbatim:
-            verbatim += 1
-            pairs[i] = first_verbatim[rows[i].text]
-        elif u in first_normal:
-            pairs[i] = first_normal[u]
-        elif close:
-            pairs[i] = close[0]
-        elif whole:
-            pairs[i], within = whole[0], within + 1
-        normal += u in first_normal
-    agree = sum(rows[i].label == rows[j].label for i, j in pairs.items())
-    counts = {"verbatim": verbatim, "after normalisation": normal, "or near-duplicate": len(pairs) - within}
-    counts |= {} if inside is None else {"or one contains the other": len(pairs)}
-    return {**counts, "label agrees": agree}, pairs
+
+def _copies(part: Any, base: Any, found: Duplicates, contained: bool) -> tuple[dict[int, int], dict[str, int]]:
+    """For each row of `part` that is a copy the row of `base` it copies, and how many are, from way to way."""
+    import pandas as pd
+
+    same_text, same = (dict(zip(base[column][::-1], base.index[::-1], strict=True)) for column in ("text", "unique"))
+    ways = {"verbatim": part.text.map(same_text), "after normalisation": part["unique"].map(same)}
+    pairs = {"or near-duplicate": found.near} | ({"or one contains the other": found.contained} if contained else {})
+    for way, edges in pairs.items():
+        both = pd.DataFrame(np.concatenate([edges, edges[:, ::-1]]), columns=["one", "other"])
+        nearest = both.other.map(same).groupby(both.one).min()  # the first of the base's rows
+        ways[way] = part["unique"].map(nearest)
+    table = pd.DataFrame(ways, dtype=float)
+    copied = table.bfill(axis=1)["verbatim"].dropna().astype(int).to_dict()
+    return copied, table.ffill(axis=1).notna().sum().to_dict()
 
 
 def _leak(rows: list[Row], i: int, j: int, split: str) -> dict:
@@ -339,19 +287,15 @@ def _leak(rows: list[Row], i: int, j: int, split: str) -> dict:
     return {**pair, **twin, "verbatim": rows[i].text == rows[j].text}
 
 
-def _conflicts(rows: list[Row], duplicates: Duplicates, place: np.ndarray) -> list[dict]:
+def _conflicts(table: Any) -> list[dict]:
     """Normalised texts that bear more than one label."""
-    seen: dict[int, dict[int, int]] = {}
-    text: dict[int, str] = {}
-    for i in place.tolist():
-        u = int(duplicates.unique_of[i])
-        text.setdefault(u, rows[i].text)
-        counts = seen.setdefault(u, {})
-        counts[rows[i].label] = counts.get(rows[i].label, 0) + 1
+    conflicting = table[table.groupby("unique").label.transform("nunique") > 1]
     return [
-        {"text": text[u], "rows by label": {str(k): v for k, v in sorted(counts.items())}}
-        for u, counts in seen.items()
-        if len(counts) > 1
+        {
+            "text": same.text.iloc[0],
+            "rows by label": {str(label): int(count) for label, count in same.groupby("label").size().items()},
+        }
+        for _, same in conflicting.groupby("unique", sort=False)
     ]
 
 

@@ -63,12 +63,12 @@ def test_the_audit_finds_the_faults_and_nothing_else(found):
     normal = verbatim + faults["train rows copied into test, other punctuation"]
     near = normal + faults["train rows copied into test, two characters added"]
     conflicts = faults["train rows copied within train with the other label"]
-    leak = next(line for line in found.across if line["rows of"] == "test" and line["also in"] == "train")
+    leak = next(line for line in found["overlaps"] if line["rows of"] == "test" and line["also in"] == "train")
     assert (leak["verbatim"], leak["after normalisation"], leak["or near-duplicate"]) == (verbatim, normal, near)
-    train = found.within[0]
+    train = found["duplicates"][0]
     assert train["surplus verbatim copies"] == faults["train rows copied within train"] + conflicts
     assert train["texts with conflicting labels"] == conflicts
-    assert found.total["distinct texts"] - found.total["duplicate clusters"] == near - verbatim
+    assert found["duplicates"][-1]["distinct texts"] - found["duplicates"][-1]["duplicate clusters"] == near - verbatim
 
 
 def test_empty_rows_are_dropped():
