@@ -74,7 +74,7 @@ def run_child(
     raise death(code, what, log)
 
 
-def answer(function: Callable[[dict[str, Any]], dict[str, Any]], argument: dict[str, Any]) -> dict[str, Any]:
+def answer(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
     """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
     try:
         return {"value": function(argument)}

@@ -13,13 +13,12 @@ import numpy as np
 from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, Message, is_blank, split_thinking, with_thinking
-from lib.stages.data.cleaning import DamagedError, Row, Splits, plain, safe_text, text_of
+from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, plain, safe_text, text_of, usable_rows
 from lib.stages.data.near_duplicates import audit, joined, normalise
 
 if TYPE_CHECKING:
     from lib.prompts.conversations import Encoded
-    from lib.settings import Settings
-    from lib.stages.data.reading import Rows, Table
+    from lib.stages.data.reading import Rows
 
 
 # Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
@@ -163,25 +162,20 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
         InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
     """
     form, columns = find_form(list(table[0]), where)
-    counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
-    rows: list[Row] = []
     requests: list[tuple[str, str]] = []
-    for index, cells in enumerate(table):
-        raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
-        try:
-            turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
-            messages = _messages(turns, task, changed, unknown)
-        except DamagedError as reason:
-            counts[f"dropped: {reason}"] += 1
-            continue
-        counts += changed
+
+    def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
+        raw = {folded: cells[name] for folded, name in columns.items()}
+        turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
+        messages = _messages(turns, task, changed, unknown)
         opening = next(message["content"] for message in messages if message["role"] == USER)
         given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
         extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
-        rows.append(Row(index, opening, extra=extra, messages=messages))
-        if form == "alpaca":
-            requests.append(request_of(raw))
+        requests.append(request_of(raw) if form == "alpaca" else ("", ""))
+        return Row(index, opening, extra=extra, messages=messages)
+
+    rows, counts = usable_rows(table, row_of)
     _refuse(unknown, counts, len(table), where, task)
     _set_shared(rows, requests)
     return rows, counts
@@ -192,7 +186,7 @@ def _set_shared(rows: Sequence[Row], requests: Sequence[tuple[str, str]]) -> Non
     inputs: dict[str, set[str]] = {}
     for instruction, given in requests:
         inputs.setdefault(normalise(instruction), set()).add(normalise(given))
-    for row, (instruction, given) in zip(rows, requests, strict=False):  # no requests where they are not Alpaca's
+    for row, (instruction, given) in zip(rows, requests, strict=True):
         if given and len(inputs[normalise(instruction)]) >= SHARED and row.text == f"{instruction}\n{given}":
             row.text, row.shared = given, instruction
 
@@ -280,42 +274,27 @@ def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str
     return made
 
 
-class Conversations:
-    """What the stage does with conversations; see `lib.stages.data.cleaning.LabelledRows`."""
+class Conversations(RowsOfTask):
+    """Rows of turns whose answers are free text."""
 
     keys = (
         *("task", "thinking", "dataset", "split", "system_prompt", "base_model", "revision"),
         *("max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
     )
     fewest = 5
-    """Groups of rows that a split 8 : 1 : 1 needs, so that each part gets one; so few can tell nothing."""
     cluster = "group"
     rule = "group (openings or texts nearly the same, or opening within opening), seed {seed}; copies dropped first"
 
-    def __init__(self, settings: Settings, task: Task) -> None:
-        self.task = task
-
-    def usable(self, table: Table) -> list[str]:
-        """A validation split stands in for a test split that is missing; the note that says so."""
-        missing = table.test_from_validation()
-        return ["the data has no test split: its validation split is the test split of this run"] if missing else []
-
     def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
-        """See `clean_conversations`."""
         return clean_conversations(table, where, self.task)
 
     def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse data without usable rows."""
         if not any(splits.values()):
             reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
             found = f"no usable conversation ({reasons})."
             raise InputError(found, "rows with a question and an answer.", "correct them.")
 
-    def require_each(self, splits: Splits) -> None:
-        """Empty splits are refused when their rows have been measured."""
-
     def refuse_few(self, rows: Sequence[Row]) -> None:
-        """Refuse rows that make too few groups, with what the largest one has in common."""
         groups = Counter(row.group for row in rows)
         if len(groups) < self.fewest:
             [(largest, size)] = groups.most_common(1)
@@ -329,11 +308,7 @@ class Conversations:
             )
 
     def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
-        """Compare openings, and whole rows; set each row's `group` (alike in either) and `leaked`.
-
-        Returns:
-            "duplicates", "overlaps" (each with the column "compared") and examples, ready to be tables.
-        """
+        """Openings and whole rows are compared; rows alike in either are a group. Tables say what was "compared"."""
         rows = [row for split in splits.values() for row in split]
         shadows = {name: [Row(row.index, row.compared) for row in split] for name, split in splits.items()}
         whole, opening = audit(shadows), audit(splits, contained=True)
@@ -350,7 +325,6 @@ class Conversations:
         }
 
     def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
-        """What the rows of a split hold, one line of a table."""
         turns = [len(texts_of(row.content)) for row in rows]
         return {
             "split": split,
@@ -366,7 +340,6 @@ class Conversations:
         return row.whole if system == self.task.system_prompt else f"{system}\n{row.whole}"
 
     def length_columns(self, counts: Counter[str]) -> dict[str, int]:
-        """What is cut, left out, learned and only read."""
         return {
             "turns cut": counts["cut"],
             "rows too long": counts["too long"],
@@ -375,12 +348,7 @@ class Conversations:
         }
 
     def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
-        """What is said of the worked example."""
         return {"turns": 2 * (len(encoded.answers) + encoded.unlearned)}
-
-    def floor(self, splits: Splits) -> dict[str, Any]:
-        """None: a linear model on character counts cannot write an answer."""
-        return {}
 
 
 def _without(line: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
+from lib.prompts.conversations import Encoded
 from lib.stages.finetune.batches import (
     IGNORED,
     Collate,
     Collator,
-    Example,
     PackedCollator,
     packed_inputs,
-    restore_attention,
     shared_prefix,
     unpackable,
     use_packed_attention,
@@ -127,7 +126,7 @@ is a quarter of a nat (0.5 %, set on random weights, left the packed layout out 
 sizes are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, exact in every format."""
 
 
-def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Collate, str]:
+def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Collate, str]:
     """The collator for these rows, and in words what it does (and why, where it could not be the packed one).
 
     The packed layout is taken where the configuration allows it and it proves right on the shortest and the longest
@@ -155,23 +154,23 @@ def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Col
     return padded, f"padded to the longest of like length ({problem})"
 
 
-def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: list[Example]) -> str | None:
+def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: list[Encoded]) -> str | None:
     """Switch the model to the packed layout; or say why not, with the model as it was."""
     inner = causal_model(model)
-    expected = _mean_loss(model, _on_device(model, padded(sample)))
+    expected = _mean_loss(model, padded(sample))
     problem, before = use_packed_attention(inner)
     if problem is not None:
         return problem
-    if not _close(model, _mean_loss(model, _on_device(model, packed(sample))), expected):
+    if not _close(model, _mean_loss(model, packed(sample)), expected):
         problem = "its loss differs from the model's own"
     elif _sees_neighbours(model, packed, sample):
         problem = "its rows see one another"
     if problem is not None:
-        restore_attention(inner, before)
+        inner.set_attn_implementation(before)
     return problem
 
 
-def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Example]) -> bool:
+def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Encoded]) -> bool:
     """Whether the second row's loss changes with the first row's own tokens.
 
     Both batches have one shape, so without a leak even bfloat16 computes the same numbers: this finds a state that
@@ -179,10 +178,7 @@ def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Example]) 
     """
     first, second = sample
     other = [*first.ids[: packed.prefix], *[packed.pad_id] * (len(first) - packed.prefix)]
-    losses = [
-        _mean_loss(model, _on_device(model, packed([Example(ids, first.prompt_length, ()), second])))
-        for ids in (first.ids, other)
-    ]
+    losses = [_mean_loss(model, packed([Encoded(ids, []), second])) for ids in (first.ids, other)]
     return abs(losses[0] - losses[1]) > LEAK * (1 + abs(losses[0]))
 
 
@@ -206,7 +202,7 @@ def _on_device(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
-    total, count = answer_loss(model, batch)
+    total, count = answer_loss(model, _on_device(model, batch))
     return total.item() / count
 
 
