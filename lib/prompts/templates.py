@@ -37,21 +37,16 @@ def is_blank(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Block:
-    """A reasoning block. Each attribute but the last implies the one before.
+    """A reasoning block.
 
     Attributes:
-        opened: the answer begins with an opening tag.
-        closed: the next tag is the one that closes it.
-        filled: there is text between the two.
-        answered: there is text behind it.
+        parts: whether the answer begins with an opening tag, the next tag closes it, there is text between the two,
+            and behind it. Each implies the one before.
         complete: all of that, and no further tag.
         answer: what stands behind the block; nothing where the block was opened and not closed.
     """
 
-    opened: bool
-    closed: bool
-    filled: bool
-    answered: bool
+    parts: list[bool]
     complete: bool
     answer: str
 
@@ -60,15 +55,11 @@ def read_block(text: str) -> Block:
     """Read the block that an answer begins with; without an opening tag the whole text is the answer."""
     tags = list(TAG.finditer(text))
     opened = bool(tags) and not tags[0][1] and is_blank(text[: tags[0].start()])
-    if not opened:
-        return Block(False, False, False, False, False, text.strip())
-    closed = len(tags) > 1 and bool(tags[1][1]) and tags[0][2].lower() == tags[1][2].lower()
-    if not closed:
-        return Block(True, False, False, False, False, "")
-    answer = text[tags[1].end() :].strip()
-    filled = not is_blank(text[tags[0].end() : tags[1].start()])
+    closed = opened and len(tags) > 1 and bool(tags[1][1]) and tags[0][2].lower() == tags[1][2].lower()
+    filled = closed and not is_blank(text[tags[0].end() : tags[1].start()])
+    answer = (text[tags[1].end() :] if closed else "" if opened else text).strip()
     answered = filled and not is_blank(answer)
-    return Block(True, True, filled, answered, answered and len(tags) == 2, answer)
+    return Block([opened, closed, filled, answered], answered and len(tags) == 2, answer)
 
 
 # Reasoning in an answer: the tags around it, taking it apart, putting it together in the base model's own form.

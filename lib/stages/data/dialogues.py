@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter, ne
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -220,18 +222,14 @@ def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message
 
     They stay apart where a turn names a speaker inside: its text holds what somebody else said (SMILE has such rows).
     """
-    joined: list[Message] = []
-    mixed = any(_NAMED.search(message["content"]) for message in messages)
-    for message in messages:
-        if joined and joined[-1]["role"] == message["role"] != SYSTEM and not mixed:
-            joined[-1] = {**message, "content": f"{joined[-1]['content']}\n{message['content']}"}
-            changed["changed: turns of one speaker in succession joined"] += 1
-        else:
-            joined.append(message)
-    if joined and joined[0]["role"] == ASSISTANT:
+    if not any(_NAMED.search(message["content"]) for message in messages):
+        speakers = [(role, list(said)) for role, said in itertools.groupby(messages, key=itemgetter("role"))]
+        changed["changed: turns of one speaker in succession joined"] += len(messages) - len(speakers)
+        messages = [{"role": role, "content": "\n".join(m["content"] for m in said)} for role, said in speakers]
+    if messages and messages[0]["role"] == ASSISTANT:
         changed["changed: the assistant's greeting before the first question removed"] += 1
-        joined.pop(0)
-    return joined
+        messages = messages[1:]
+    return list(messages)
 
 
 def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[str]) -> None:
@@ -262,15 +260,13 @@ def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, 
 
 def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
     """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
-    made: list[Message] = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] == ASSISTANT:
-            content = with_thinking(tokenizer, *split_thinking(content))
-        changed["changed: thinking brought into the base model's form (tags, white space)"] += (
-            content != message["content"]
-        )
-        made.append({**message, "content": content})
+    made = [
+        {**message, "content": with_thinking(tokenizer, *split_thinking(message["content"]))}
+        if message["role"] == ASSISTANT
+        else message
+        for message in messages
+    ]
+    changed["changed: thinking brought into the base model's form (tags, white space)"] += sum(map(ne, made, messages))
     return made
 
 

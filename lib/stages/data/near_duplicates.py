@@ -156,22 +156,24 @@ def find_duplicates(texts: Sequence[str], contained: bool = False) -> Duplicates
     Args:
         contained: whether a text that another one contains counts too.
     """
-    number: dict[str, int] = {}
-    unique_of = np.array([number.setdefault(normalise(text), len(number)) for text in texts], dtype=np.int64)
-    unique = list(number)
+    import pandas as pd
+
+    unique_of, distinct = pd.factorize(np.array([normalise(text) for text in texts], dtype=object))
+    unique = distinct.tolist()
     near = near_pairs(unique)
     inside = _without(contained_pairs(unique), near) if contained else np.empty((0, 2), dtype=np.int64)
     component = _components(np.concatenate([near, inside]), len(unique))
-    groups = np.array(_by_appearance(component[unique_of]), dtype=np.int64)
-    return Duplicates(unique, near, inside, unique_of, groups)
+    return Duplicates(unique, near, inside, unique_of, pd.factorize(component[unique_of])[0])
 
 
 def joined(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """Number of each row's group when rows that are alike in either of two groupings belong together."""
+    import pandas as pd
+
     one = np.array(first, dtype=np.int64)
     two = np.array(second, dtype=np.int64) + max(first, default=0) + 1
     component = _components(np.stack([one, two], axis=1), int(two.max(initial=-1)) + 1)
-    return _by_appearance(component[one])
+    return pd.factorize(component[one])[0].tolist()
 
 
 def _components(pairs: np.ndarray, count: int) -> np.ndarray:
@@ -181,12 +183,6 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
 
     edges = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return connected_components(edges, directed=False)[1]
-
-
-def _by_appearance(numbers: np.ndarray) -> list[int]:
-    """The same numbers, counted from 0 in the order of their first appearance."""
-    first: dict[int, int] = {}
-    return [first.setdefault(number, len(first)) for number in numbers.tolist()]
 
 
 def _without(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
