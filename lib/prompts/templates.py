@@ -94,17 +94,16 @@ def split_thinking(content: str) -> tuple[str, str]:
         raise ValueError("thinking not opened" if tags[0][1] else "thinking not closed")
     if len(tags) > 2 or tags[0][1] or not tags[1][1] or tags[0][2].lower() != tags[1][2].lower():
         raise ValueError("thinking nested, repeated or crossed")
-    before, reasoning, answer = (
-        content[: tags[0].start()].strip(),
-        content[tags[0].end() : tags[1].start()].strip(),
-        content[tags[1].end() :].strip(),
-    )
-    if not is_blank(before):
-        raise ValueError("text before the thinking")
-    if is_blank(reasoning):
-        raise ValueError("empty thinking")
-    if is_blank(answer):
-        raise ValueError("no answer after the thinking")
+    places = (content[: tags[0].start()], content[tags[0].end() : tags[1].start()], content[tags[1].end() :])
+    before, reasoning, answer = map(str.strip, places)
+    faults = {
+        "text before the thinking": not is_blank(before),
+        "empty thinking": is_blank(reasoning),
+        "no answer after the thinking": is_blank(answer),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(fault)
     return reasoning, answer
 
 

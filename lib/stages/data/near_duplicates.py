@@ -37,9 +37,7 @@ def near_pairs(texts: Sequence[str], threshold: float = THRESHOLD) -> np.ndarray
     A text shorter than three characters is its own only gram.
     """
 
-    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray | None) -> np.ndarray:
-        if common is None:
-            return np.minimum(one, two) >= threshold * np.maximum(one, two) - 1e-9
+    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
         return common >= threshold * (one + two - common) - 1e-9
 
     return _pairs(texts, threshold, False, close, "near-duplicate audit")
@@ -52,9 +50,9 @@ def contained_pairs(texts: Sequence[str], threshold: float = CONTAINED) -> np.nd
     """
     fewest = SHORTEST - GRAM + 1
 
-    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray | None) -> np.ndarray:
+    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
         smaller = np.minimum(one, two)
-        return smaller >= fewest if common is None else common >= threshold * smaller - 1e-9
+        return (smaller >= fewest) & (common >= threshold * smaller - 1e-9)
 
     return _pairs(texts, threshold, True, close, "containment audit")
 
@@ -63,14 +61,14 @@ def _pairs(
     texts: Sequence[str],
     threshold: float,
     whole: bool,
-    close: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray],
+    close: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     what: str,
 ) -> np.ndarray:
     """Pairs of texts that are close.
 
     Args:
         whole: compare the rarest grams of a text with all grams of the other one, not with its rarest ones.
-        close: from the sizes of the two sets, and from those and what they have in common, whether they are.
+        close: whether they are, by the sizes of the two sets and of what they have in common.
     """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
@@ -91,7 +89,7 @@ def _pairs(
             candidates = (prefixes[start : start + _AT_ONCE] @ transposed).tocoo()
             i, j = candidates.row + start, candidates.col
             ordered = (i < j) if not whole else (sizes[i] < sizes[j]) | ((sizes[i] == sizes[j]) & (i < j))
-            fits = ordered & close(sizes[i], sizes[j], None)
+            fits = ordered & close(sizes[i], sizes[j], np.minimum(sizes[i], sizes[j]))  # at most that much in common
             found.append(_verified(i[fits].astype(np.int64), j[fits].astype(np.int64), grams, sizes, close))
             progress.advance(min(_AT_ONCE, n - start))
     pairs = np.sort(np.concatenate(found), axis=1)
@@ -117,6 +115,9 @@ def _grams(text: str) -> list[str]:
 #
 # Two texts are near-duplicates when the Jaccard similarity of their sets of character 3-grams (after normalisation) is
 # at least 0.8. Of openings a text also counts that another one contains (`lib.stages.data.near_duplicates`).
+
+EXAMPLES = 6
+"""Most leaked rows, and most texts with several labels, that are shown."""
 
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -191,7 +192,7 @@ def _without(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.array([pair for pair in pairs.tolist() if tuple(pair) not in seen], dtype=np.int64).reshape(-1, 2)
 
 
-def audit(splits: Mapping[str, list[Row]], examples: int = 6, contained: bool = False) -> dict[str, list[dict]]:
+def audit(splits: Mapping[str, list[Row]], contained: bool = False) -> dict[str, list[dict]]:
     """Compare all rows, set each row's `group` and `leaked`, and count.
 
     `leaked`: a validation or test row that is a verbatim, normalised or near copy of a train row.
@@ -239,8 +240,8 @@ def audit(splits: Mapping[str, list[Row]], examples: int = 6, contained: bool = 
     return {
         "duplicates": duplicates,
         "overlaps": overlaps,
-        "leaked_examples": leaked[:examples],
-        "conflict_examples": _conflicts(table)[:examples],
+        "leaked_examples": leaked[:EXAMPLES],
+        "conflict_examples": _conflicts(table)[:EXAMPLES],
     }
 
 

@@ -221,7 +221,7 @@ def read_file(path: Path, changes: Counter[str]) -> Rows:
             rows = _json_rows(path, text, changes) if kind == "json" else _csv_rows(path, text, kind)
     except InputError:
         raise
-    except (ValueError, OSError, NotImplementedError) as error:  # pandas' and pyarrow's errors are of these classes
+    except (ValueError, OSError, NotImplementedError, RecursionError) as error:  # those of json, pandas and pyarrow
         reason = " ".join(str(error).split())[:200]
         expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
         raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None

@@ -168,7 +168,11 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
     used = found if rule == GIVEN else kind.audit(splits)
     kind.require_each(splits)
-    splits = limit(splits, settings)
+    most = {"train": settings.max_train_rows}
+    splits = {
+        name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
+        for name, rows in splits.items()
+    }
     chosen_base = choose_base(
         settings.base_model, settings.revision, settings.fallbacks, settings.gguf_dtype, settings.gguf_off_grid
     )
@@ -248,15 +252,6 @@ def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str
     kind.refuse_few(kept)
     rule = f"8 : 1 : 1 by {kind.rule.format(seed=settings.seed)}"
     return near_duplicates.split_by_cluster(kept, settings.seed), rule, dropped
-
-
-def limit(splits: Splits, settings: Settings) -> Splits:
-    """At most `max_train_rows` and `max_eval_rows` rows."""
-    most = {"train": settings.max_train_rows}
-    return {
-        name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
-        for name, rows in splits.items()
-    }
 
 
 def _left(task: Task, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:

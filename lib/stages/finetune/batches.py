@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as attend
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lib.prompts.conversations import Encoded
-
-if TYPE_CHECKING:
-    import torch
-
 
 # Rows as token ids, grouped by length, padded to the longest of their batch.
 
@@ -24,7 +25,7 @@ LENGTH_STEP = 16
 for every length of its own took 2.0 GB after 80 updates of the offline base, and takes 1.0 GB so, at the same speed."""
 
 
-Collate = Callable[[Sequence[Encoded]], "dict[str, torch.Tensor]"]
+Collate = Callable[[Sequence[Encoded]], dict[str, torch.Tensor]]
 """From rows to the tensors of one forward pass."""
 
 
@@ -36,8 +37,6 @@ class Collator:
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels: int64 (rows, longest rounded up); row_tokens: int64 (), no padding."""
-        import torch
-
         longest = max(len(example) for example in batch)
         shape = (len(batch), -(-longest // LENGTH_STEP) * LENGTH_STEP)
         ids = torch.full(shape, self.pad_id)
@@ -170,8 +169,6 @@ class PackedCollator:
             scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix; −1 for the filling.
             row_tokens: int64 (), tokens of all rows, the prefix counted once a row.
         """
-        import torch
-
         prefix, widest = self.prefix, max(len(e) for e in batch) - self.prefix
         used = prefix + sum(len(e) - prefix for e in batch)
         total = filled_length(used)
@@ -221,9 +218,6 @@ def packed_attention(
     Returns:
         (1, N, heads, width), and no weights.
     """
-    from torch.nn.functional import scaled_dot_product_attention as attend
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-
     if gather is None or scatter is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -254,53 +248,41 @@ def packed_attention(
 
 def _unpack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
     """(1, heads, N, width) to (rows, heads, widest, width): every row's own tokens."""
-    from torch.nn.functional import pad
-
     back = pad(scatter, (states.shape[2] - len(scatter), 0), value=-1)  # the prefix is no row's own
-    return _move()(states[0].transpose(0, 1), gather.flatten(), back).unflatten(0, gather.shape).transpose(1, 2)
+    return _Move.apply(states[0].transpose(0, 1), gather.flatten(), back).unflatten(0, gather.shape).transpose(1, 2)
 
 
 def _pack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor, prefix: int) -> torch.Tensor:
     """(rows, widest, heads, width) to (1, N − P, heads, width): the reverse of `_unpack`."""
-    return _move()(states.flatten(0, 1), scatter, gather.flatten() - prefix)[None]
+    return _Move.apply(states.flatten(0, 1), scatter, gather.flatten() - prefix)[None]
 
 
-@functools.cache
-def _move() -> Any:
-    """An autograd function: its gradient is the way back, where torch would add up in bfloat16.
+class _Move(torch.autograd.Function):
+    """Takes the states at the places `there`; `back` is where each of them went, negative for nowhere.
 
-    That is exact because an empty place has no gradient: no token of a row sees it, and nobody reads what it sees.
+    Its gradient is the way back, where torch would add up in bfloat16. That is exact because an empty place has no
+    gradient: no token of a row sees it, and nobody reads what it sees.
     """
-    import torch
 
-    class Move(torch.autograd.Function):
-        """Takes the states at the places `there`; `back` is where each of them went, negative for nowhere."""
+    @staticmethod
+    def forward(context: Any, states: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(back)
+        return states.index_select(0, there.clamp(min=0))
 
-        @staticmethod
-        def forward(context: Any, states: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-            context.save_for_backward(back)
-            return states.index_select(0, there.clamp(min=0))
-
-        @staticmethod
-        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            (back,) = context.saved_tensors
-            gradient = upstream.index_select(0, back.clamp(min=0))
-            gradient[back < 0] = 0
-            return gradient, None, None
-
-    return Move.apply
+    @staticmethod
+    def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = context.saved_tensors
+        gradient = upstream.index_select(0, back.clamp(min=0))
+        gradient[back < 0] = 0
+        return gradient, None, None
 
 
 def _join(first: torch.Tensor, second: torch.Tensor, axis: int = 2) -> torch.Tensor:
-    import torch
-
     return torch.cat([first, second], axis) if first.shape[axis] else second
 
 
 def packed_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Keyword arguments of the decoder for a packed batch."""
-    import torch
-
     widest, total = batch["gather"].shape[1], batch["input_ids"].shape[1]
     prefix = total - len(batch["scatter"])
     mask = torch.ones((widest, prefix + widest), dtype=torch.bool, device=batch["input_ids"].device).tril(prefix)
@@ -335,9 +317,6 @@ def use_packed_attention(model: Any) -> tuple[str | None, str]:
     Returns:
         None, or why transformers cannot (then it is unchanged); and the name of the attention it had.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     config = model.config.get_text_config()
     before = config._attn_implementation
     AttentionInterface.register(ATTENTION, packed_attention)

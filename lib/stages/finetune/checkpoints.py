@@ -114,10 +114,10 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return min(judged, key=lambda c: (c.eval_loss, c.step)) if judged else None
 
 
-def prune(folder: Path, newest: int = 2) -> None:
-    """Keep the `newest` verified checkpoints and the best one; remove the others and the damaged."""
+def prune(folder: Path) -> None:
+    """Keep the two newest verified checkpoints and the best one; remove the others and the damaged."""
     good, _ = find(folder)
-    keep = {c.path for c in (*good[-newest:], best(good)) if c}
+    keep = {c.path for c in (*good[-2:], best(good)) if c}
     for path in filter(Path.is_dir, folder.glob("checkpoint-*")):
         if path not in keep:
             shutil.rmtree(path)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lib.errors import InputError
 from lib.prompts.conversations import Encoded
@@ -19,18 +20,12 @@ from lib.stages.finetune.batches import (
     unpackable,
     use_packed_attention,
 )
-
-if TYPE_CHECKING:
-    import torch
-
+from lib.stages.finetune.memory import HEAD_ROWS
 
 # Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
 #
 # A classification prompt has two or three loss positions among a hundred: running the output layer at those alone gives
 # the same loss and gradients as `model(labels=…)` and saves the [rows, length, vocabulary] tensor (PERFORMANCE §5.1).
-
-HEAD_ROWS = 256
-"""Positions whose logits exist at one time: 156 MB in float32 for a vocabulary of 151,936."""
 
 
 def causal_model(model: Any) -> Any:
@@ -60,50 +55,40 @@ def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.T
         hidden: (positions, width), the last hidden states.
         targets: int64 (positions,).
     """
-    import torch
-
     frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
     if frozen and len(hidden) > HEAD_ROWS:
-        return _frozen_head()(hidden, head.weight, targets)
+        return _FrozenHead.apply(hidden, head.weight, targets)
     return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-@functools.cache
-def _frozen_head() -> Any:
-    import torch
+class _FrozenHead(torch.autograd.Function):
+    """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk."""
 
-    class FrozenHead(torch.autograd.Function):
-        """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk."""
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), HEAD_ROWS):
+                part = slice(start, start + HEAD_ROWS)
+                logits = (hidden[part].to(weight.dtype) @ weight.T).float()
+                true = targets[part, None]
+                loss += (logits.logsumexp(1) - logits.gather(1, true)[:, 0]).sum()
+                if gradient is not None:
+                    logits = logits.softmax(1)
+                    logits.scatter_add_(1, true, torch.full_like(true, -1, dtype=logits.dtype))
+                    gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+        context.save_for_backward(gradient)
+        return loss
 
-        @staticmethod
-        def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            loss = torch.zeros((), device=hidden.device)
-            gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
-            with torch.autocast(hidden.device.type, enabled=False):
-                for start in range(0, len(hidden), HEAD_ROWS):
-                    part = slice(start, start + HEAD_ROWS)
-                    logits = (hidden[part].to(weight.dtype) @ weight.T).float()
-                    true = targets[part, None]
-                    loss += (logits.logsumexp(1) - logits.gather(1, true)[:, 0]).sum()
-                    if gradient is not None:
-                        logits = logits.softmax(1)
-                        logits.scatter_add_(1, true, torch.full_like(true, -1, dtype=logits.dtype))
-                        gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
-            context.save_for_backward(gradient)
-            return loss
-
-        @staticmethod
-        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            (gradient,) = context.saved_tensors
-            return gradient * upstream.to(gradient.dtype), None, None
-
-    return FrozenHead.apply
+    @staticmethod
+    def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
 
 
 def autocast(model: Any) -> contextlib.AbstractContextManager:
     """bfloat16 products where the base is bfloat16 (the adapter's float32 weights are rounded for the product)."""
-    import torch
-
     low = model.get_input_embeddings().weight.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16) if low else contextlib.nullcontext()
 
@@ -185,8 +170,6 @@ def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Encoded]) 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """The model without dropout and gradients, and back."""
-    import torch
-
     training = model.training
     model.eval()
     try:
@@ -234,7 +217,5 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
 
 def _close(model: Any, found: float, expected: float) -> bool:
-    import torch
-
     low = causal_model(model).get_input_embeddings().weight.dtype != torch.float32
     return abs(found - expected) <= (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))

@@ -16,7 +16,6 @@ from lib.runs import machine
 from lib.runs.files import user_path
 from lib.runs.machine import no_warnings, quiet
 from lib.settings import OFFLINE_BASE
-from lib.stages.finetune.layout import HEAD_ROWS
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -59,6 +58,9 @@ def with_adapter(model: Any, settings: Settings) -> Any:
 
 
 # Memory a training needs, estimated before it starts, and what to change when it is too much.
+
+HEAD_ROWS = 256
+"""Positions whose logits exist at one time (`layout.head_loss`): 156 MB in float32 for a vocabulary of 151,936."""
 
 NF4_BITS = 4.127
 """Bits a weight in NF4 with double quantization: 4 + 8/64 + 32/(64·256) (QLoRA, Dettmers et al. 2023, §3)."""

@@ -26,12 +26,11 @@ from lib.runs.files import read_json, read_jsonl, require_space, write_json, wri
 from lib.runs.machine import no_warnings, quiet
 from lib.runs.resources import DevicePeak, PeakMemory
 from lib.stages.finetune import checkpoints, memory
-from lib.stages.finetune.batches import Collate
-from lib.stages.finetune.layout import choose_layout
 from lib.stages.finetune.memory import with_adapter
 
 if TYPE_CHECKING:
     from lib.settings import Settings
+    from lib.stages.finetune.batches import Collate
 
 
 class LossPlot(contextlib.AbstractContextManager):
@@ -83,6 +82,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
         torch.OutOfMemoryError: the device has no room for a micro-batch.
     """
     quiet()
+    from lib.stages.finetune.layout import choose_layout
+
     settings = inputs.settings
     task, tokenizer = read_task(inputs.data), load_tokenizer(inputs.data / "tokenizer")
     train, validation = (_rows(inputs.data, task, tokenizer, name) for name in ("train", "validation"))

@@ -117,7 +117,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> Finet
         InputError: no data product, an unusable base model, no room in memory or on the disk, unknown target_modules.
     """
     if settings.adapter:
-        return FinetuneResult.read(adopt(settings, run, settings.force))
+        return FinetuneResult.read(adopt(settings, run))
 
     def make() -> Product:
         return run.produce(
@@ -197,7 +197,7 @@ def _is_zero(adapter: Path) -> bool:
 # An adapter that somebody else trained, or another run.
 
 
-def adopt(settings: Settings, run: Run, force: bool = False) -> Product:
+def adopt(settings: Settings, run: Run) -> Product:
     """The product `adapter` by the setting `adapter`: a folder, an id, or `best-of:RUN,RUN,…`, chosen now.
 
     Raises:
@@ -211,7 +211,7 @@ def adopt(settings: Settings, run: Run, force: bool = False) -> Product:
         lambda draft: _adopt(given, run, draft, best),
         parameters={"adapter": given.id, "adapter_revision": given.revision},
         inputs=("data",),
-        force=force,
+        force=settings.force,
     )
 
 
