@@ -331,19 +331,18 @@ def describe_template(template: str, render: bool) -> dict[str, Any]:
         "own_system_turn": None,
         "problem": None,
     }
-    if not render:
-        return found
-    try:
-        answer = run_child(
-            "lib.prompts.templates:try_out",
-            {"template": template},
-            "trying the chat template",
-            timeout=SECONDS,
-            heard=lambda _: None,
-        )
-    except InputError as error:
-        return {**found, "problem": f"the chat template cannot be rendered: {error.found}"}
-    return {**found, "own_system_turn": answer.get("own_system_turn"), "problem": answer.get("problem")}
+    if render:
+        try:
+            found |= run_child(
+                "lib.prompts.templates:try_out",
+                {"template": template},
+                "trying the chat template",
+                timeout=SECONDS,
+                heard=lambda _: None,
+            )
+        except InputError as error:
+            found["problem"] = f"the chat template cannot be rendered: {error.found}"
+    return found
 
 
 def try_out(argument: dict[str, Any]) -> dict[str, Any]:
@@ -354,10 +353,13 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda _: "2026-01-01"
     try:
         text = environment.from_string(argument["template"]).render(
@@ -369,9 +371,3 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     if _USER not in text:
         return {"problem": "the chat template leaves the user's words out"}
     return {"own_system_turn": "system" in text.partition(_USER)[0]}
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

@@ -69,7 +69,7 @@ def turns_of(raw: Mapping[str, Any], form: str) -> list[Turn]:
     elif form == "dialogue":
         turns = [_spoken(line) for line in _lines(raw["dialogue"])]
     else:
-        turns = [_message(message, form) for message in _list(raw[form], form)]
+        turns = [_message(message, form) for message in _list(raw[form], f"{form} that are no list")]
     system = text_of(raw.get("system"))
     own = bool(turns) and turns[0][0].strip().lower() == "system"
     return [("system", system), *turns] if system.strip() and not own else turns
@@ -80,17 +80,17 @@ def request_of(raw: Mapping[str, Any]) -> tuple[str, str]:
     return text_of(raw["instruction"]).strip(), text_of(raw.get("input")).strip()
 
 
-def _list(cell: Any, name: str) -> list[Any]:
+def _list(cell: Any, damage: str) -> list[Any]:
     """A cell that should be a list; nothing for an empty one."""
     if isinstance(cell, str) and cell.strip():
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError:
-            raise DamagedError(f"{name} that are no list") from None
+            raise DamagedError(damage) from None
+    if cell is None or cell == "":
+        return []
     if not isinstance(cell, list | tuple):
-        if cell is None or cell == "":
-            return []
-        raise DamagedError(f"{name} that are no list")
+        raise DamagedError(damage)
     return list(cell)
 
 
@@ -112,7 +112,7 @@ def _lines(cell: Any) -> list[Any]:
     """The turns of a dialogue: a list of texts, also as JSON, or the lines of one text."""
     if isinstance(cell, str) and not cell.lstrip().startswith("["):
         return [line for line in cell.splitlines() if line.strip()]
-    return _list(cell, "dialogue")
+    return _list(cell, "dialogue that are no list")
 
 
 def _spoken(line: Any) -> Turn:
@@ -126,12 +126,10 @@ def _spoken(line: Any) -> Turn:
 
 def _history(cell: Any) -> list[Turn]:
     """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
-    try:
-        pairs = _list(cell, "history")
-    except DamagedError:
-        pairs = [[]]
+    damage = "history that is no list of [question, answer]"
+    pairs = _list(cell, damage)
     if any(not isinstance(p, list) or len(p) != 2 or not all(isinstance(text, str) for text in p) for p in pairs):
-        raise DamagedError("history that is no list of [question, answer]")
+        raise DamagedError(damage)
     return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
 
 

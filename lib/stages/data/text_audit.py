@@ -64,7 +64,7 @@ def _encoded(character: str, codec: str) -> bytes:
         return b""
 
 
-def scripts_of_rows(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def scripts_of_rows(rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """How many rows are written in which script.
 
     Args:
@@ -73,19 +73,12 @@ def scripts_of_rows(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     Returns:
         {"rows", one count for each of SCRIPTS, "share of traditional forms" (None where no form was found)}.
     """
-    found = dict.fromkeys(SCRIPTS, 0)
-    for simplified, traditional in rows:
-        share = traditional / (simplified + traditional) if simplified + traditional else None
-        if share is None:
-            found["neither"] += 1
-        else:
-            found["simplified" if share < MIXED else "traditional" if share > 1 - MIXED else "mixed"] += 1
+    shares = [traditional / (simplified + traditional) for simplified, traditional in rows if simplified + traditional]
+    simplified, traditional = sum(share < MIXED for share in shares), sum(share > 1 - MIXED for share in shares)
+    counts = (simplified, traditional, len(shares) - simplified - traditional, len(rows) - len(shares))
     forms = sum(map(sum, rows))
-    return {
-        "rows": len(rows),
-        **found,
-        "share of traditional forms": sum(row[1] for row in rows) / forms if forms else None,
-    }
+    share = sum(traditional for _, traditional in rows) / forms if forms else None
+    return {"rows": len(rows), **dict(zip(SCRIPTS, counts, strict=True)), "share of traditional forms": share}
 
 
 # What the characters of the rows are: what NFKC would change, what nobody sees, which script, what is damaged.
