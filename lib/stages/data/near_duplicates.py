@@ -303,20 +303,14 @@ SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 def drop_copies(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
     """Rows without texts that bear two labels and without surplus copies (after normalisation; the first stays)."""
-    keys = [normalise(row.whole) for row in rows]
-    labels: dict[str, set[int]] = {}
-    for row, key in zip(rows, keys, strict=True):
-        labels.setdefault(key, set()).add(row.label)
-    kept, counts, seen = [], Counter[str](), set()
-    for row, key in zip(rows, keys, strict=True):
-        if len(labels[key]) > 1:
-            counts["dropped: text with conflicting labels"] += 1
-        elif key in seen:
-            counts["dropped: copy of an earlier row"] += 1
-        else:
-            seen.add(key)
-            kept.append(row)
-    return kept, counts
+    import pandas as pd
+
+    keys = pd.Series([normalise(row.whole) for row in rows], dtype=object)
+    conflicting = pd.Series([row.label for row in rows]).groupby(keys).transform("nunique") > 1
+    copies = keys.duplicated() & ~conflicting
+    counts = Counter({"dropped: text with conflicting labels": int(conflicting.sum())})
+    counts["dropped: copy of an earlier row"] = int(copies.sum())
+    return [row for row, gone in zip(rows, conflicting | copies, strict=True) if not gone], +counts
 
 
 def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float] | None = None) -> dict[str, list[Row]]:

@@ -254,14 +254,17 @@ def _check_content(path: Path, head: bytes) -> None:
 def _readable(path: Path, raw: bytes, kind: str, changes: Counter[str]) -> str:
     """The text of a file with LF alone. A CR ends a line only where the file has no LF; else it is a space."""
     text = utf8(path, raw)
-    replacements = [("byte-order mark", "\ufeff", "", 1), ("NUL characters", "\0", "", -1)]
-    replacements += [("CRLF line ends", "\r\n", "\n", -1)]
+    if text.startswith("\ufeff"):
+        changes["byte-order mark"] += 1
+        text = text[1:]
     ends_lines = "\n" not in text and kind != "json"
-    replacements += [("CR line ends", "\r", "\n", -1) if ends_lines else ("stray CR characters", "\r", " ", -1)]
-    for what, old, new, most in replacements:
-        found = text.count(old) if most < 0 else int(text.startswith(old))
-        changes[what] += found
-        text = text.replace(old, new, most) if found else text
+    for what, old, new in (
+        ("NUL characters", "\0", ""),
+        ("CRLF line ends", "\r\n", "\n"),
+        ("CR line ends", "\r", "\n") if ends_lines else ("stray CR characters", "\r", " "),
+    ):
+        changes[what] += text.count(old)
+        text = text.replace(old, new)
     if not text.strip():
         raise _empty(path)
     return text
