@@ -282,9 +282,8 @@ def _csv_rows(path: Path, text: str, kind: str) -> Rows:
             "a first line with one distinct name a column.",
             "add or correct the header line.",
         )
+    # where every row has one field more than the header, pandas takes the first ones for the names of the rows
     table = pd.read_csv(io.StringIO(text), dtype=object, na_filter=False, **form)
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes a column without a name for names of the rows
-        raise ValueError("rows with more fields than the header")
     return table.to_dict("records")
 
 
