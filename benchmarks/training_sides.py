@@ -23,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lib.models.loading import load_model
-from lib.stages.finetune.batches import IGNORED, Example, GroupedOrder
+from lib.prompts.conversations import Encoded
+from lib.stages.finetune.batches import IGNORED, GroupedOrder
 
 
 class Clock(TrainerCallback):
@@ -118,7 +119,7 @@ def our_trainer(model: Any, job: dict[str, Any], pad_id: int, folder: Path) -> T
     from lib.stages.finetune.layout import choose_layout
     from lib.stages.finetune.trainer import AnswerTrainer
 
-    rows = [Example(row["ids"], row["prompt"]) for row in job["rows"]]
+    rows = [Encoded(row["ids"], [(row["prompt"], len(row["ids"]))]) for row in job["rows"]]
     collate, words = choose_layout(model, rows, pad_id)
     print(words, file=sys.stderr)
     arguments = TrainingArguments(**common(job, folder), remove_unused_columns=False)

@@ -74,9 +74,9 @@ def _rows(path: Path, text_column: str) -> list[str]:
     from lib.stages.data.reading import read_table
 
     table = next(iter(read_table(str(path)).splits.values()))
-    name = find_column(table.column_names, text_column, TEXT_COLUMNS, "text")
+    name = find_column(list(table[0]), text_column, TEXT_COLUMNS, "text")
     try:
-        return [safe_text(value, Counter()) for value in table[name]]
+        return [safe_text(value, Counter()) for value in (row[name] for row in table)]
     except DamagedError as reason:
         raise InputError(f"{path}, column {name!r}: {reason}.", "text.", "correct the file.") from None
 

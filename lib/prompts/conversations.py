@@ -53,6 +53,9 @@ class Encoded:
     text_cut: bool = False
     whole_length: int = 0
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     @property
     def loss(self) -> list[int]:
         """Positions that the loss counts: all of the spans."""

@@ -1,8 +1,8 @@
 """What a model is asked: a task turns a row into messages, a prompt and token ids, and says which of them are learned.
 
-There are two tasks behind one interface. `ClassificationTask` puts the text of a row ({"text", "label"}) into a prompt
-and has one of a few words for an answer; `ConversationTask` takes rows of turns ({"messages"}) whose answers are free
-text. A stage asks the task and need not know which of the two it is.
+There are two tasks. `ConversationTask` takes rows of turns ({"messages"}) whose answers are free text; for
+`ClassificationTask` the text of a row ({"text", "label"}) is put into a prompt and the answer is one of a few words. A
+stage asks the task and need not know which of the two it is.
 
 A prompt is made here alone, for training, scoring and every backend: rendered by the tokenizer's own chat template with
 an explicit system turn, tokenized once, and only token ids are passed on. llama.cpp does not apply NFC as the Hugging
@@ -12,8 +12,8 @@ Face tokenizer does, so text must never be tokenized a second time.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,8 +42,8 @@ Row = Mapping[str, Any]
 """{"text", "label"} or {"messages"}, with "id" and whatever else belongs to it."""
 
 
-class Task(ABC):
-    """What a model is asked.
+class Task:
+    """What a model is asked; as it stands here, of rows of turns. `ClassificationTask` says what is different there.
 
     Attributes:
         kind: the value of the setting `task`.
@@ -61,41 +61,49 @@ class Task(ABC):
     label_names: tuple[str, ...]
     thinking: bool
 
-    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """The content of task.json."""
+        value = asdict(self)
+        return {"task": value.pop("kind"), **value}
 
-    @abstractmethod
     def row_of(self, text: str) -> dict[str, Any]:
         """A row that asks `text` and whose answer is not known."""
+        turns = ((SYSTEM, self.system_prompt), (USER, text), (ASSISTANT, ""))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
-    @abstractmethod
     def messages(self, row: Row) -> list[Message]:
         """The turns of a row as they are, system turn first."""
+        return list(row["messages"])
 
-    @abstractmethod
     def question(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Message]:
         """The turns up to the last question, with special tokens made harmless."""
+        return safe_messages(tokenizer, up_to_last_question(row["messages"]))
 
-    @abstractmethod
     def rendered(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
         """A row as the chat template writes it: a prompt without its label, or a whole conversation."""
+        return render_conversation(tokenizer, row["messages"], self.thinking)[0]
 
-    @abstractmethod
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
-        """Token ids of a row, cut to `max_seq_length`, and which of them are learned.
+        """Token ids of a row, cut to `max_seq_length` (whole turns from the end), and which of them are learned.
 
         Raises:
             InputError: too few tokens for the shortest possible row, or a chat template that does not fit.
         """
+        return encode_conversation(tokenizer, row["messages"], self.max_seq_length, self.thinking)
 
-    @abstractmethod
     def probe_ids(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
         """Token ids behind the last of which the model answers: a prompt, or all up to an answer's last token."""
+        encoded = self.encode(tokenizer, row)
+        return encoded.ids[: encoded.spans[-1][1] - 1]
 
-    @abstractmethod
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """SHA-256 of a fixed row, rendered and tokenized: equal hash, equal prompting."""
+        last = with_thinking(tokenizer, "想一想" if self.thinking else "", "没有了。")
+        texts = ("系统", "测试 test 123 😀", "好的。", "还有？", last)
+        roles = (SYSTEM, USER, ASSISTANT, USER, ASSISTANT)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        encoded = encode_conversation(tokenizer, messages, None, self.thinking)
+        return sha256_json({"ids": encoded.ids, "spans": encoded.spans, "system": self.system_prompt})
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
         """The text that asks for the (last) answer of a row, ending where the answer starts."""
@@ -133,29 +141,25 @@ class ClassificationTask(Task):
     thinking = False
 
     def to_json(self) -> dict[str, Any]:
-        """See `Task.to_json`."""
         return {**asdict(self), "label_names": list(self.label_names)}
 
     def row_of(self, text: str) -> dict[str, Any]:
-        """See `Task.row_of`."""
         return {"text": text}
 
     def messages(self, row: Row) -> list[Message]:
-        """See `Task.messages`; the label, where the row has one, is the last turn."""
+        """The label, where the row has one, is the last turn."""
         label = row.get("label")
         answer = [] if label is None else [{"role": ASSISTANT, "content": self.label_names[label]}]
         return [*self._asked(row["text"]), *answer]
 
     def question(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Message]:
-        """See `Task.question`."""
         return self._asked(escape(tokenizer, row["text"]))
 
     def rendered(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
-        """See `Task.rendered`."""
         return self.prompt(tokenizer, row)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
-        """See `Task.encode`; the text is cut from its end where prompt and longest answer exceed the limit."""
+        """The text is cut from its end where prompt and longest answer exceed the limit."""
         prompt, whole = self._prompt_ids(tokenizer, row["text"])
         if row.get("label") is None:
             return Encoded(prompt, [], whole_length=whole, text_cut=whole > len(prompt))
@@ -165,11 +169,9 @@ class ClassificationTask(Task):
         return Encoded(ids, spans, (0,), whole_length=whole + len(answer), text_cut=whole > len(prompt))
 
     def probe_ids(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-        """See `Task.probe_ids`."""
         return self._prompt_ids(tokenizer, row["text"])[0]
 
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """See `Task.fingerprint`."""
         rendered = self.prompt(tokenizer, {"text": "测试 test 123 😀"})
         labels = self.answer_words(tokenizer)
         return sha256_json({"text": rendered, "ids": _ids(tokenizer, rendered), "labels": labels})
@@ -217,51 +219,6 @@ class ConversationTask(Task):
     user_prompt = "{text}"
     label_names = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """See `Task.to_json`."""
-        value = asdict(self)
-        return {"task": value.pop("kind"), **value}
-
-    def row_of(self, text: str) -> dict[str, Any]:
-        """See `Task.row_of`."""
-        turns = ((SYSTEM, self.system_prompt), (USER, text), (ASSISTANT, ""))
-        return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-    def messages(self, row: Row) -> list[Message]:
-        """See `Task.messages`."""
-        return list(row["messages"])
-
-    def question(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Message]:
-        """See `Task.question`."""
-        return safe_messages(tokenizer, up_to_last_question(row["messages"]))
-
-    def rendered(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
-        """See `Task.rendered`."""
-        return render_conversation(tokenizer, row["messages"], self.thinking)[0]
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
-        """See `Task.encode`; whole turns are cut from the end."""
-        return encode_conversation(tokenizer, row["messages"], self.max_seq_length, self.thinking)
-
-    def probe_ids(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-        """See `Task.probe_ids`."""
-        encoded = self.encode(tokenizer, row)
-        return encoded.ids[: encoded.spans[-1][1] - 1]
-
-    def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """See `Task.fingerprint`."""
-        last = with_thinking(tokenizer, "想一想" if self.thinking else "", "没有了。")
-        turns = (
-            (SYSTEM, "系统"),
-            (USER, "测试 test 123 😀"),
-            (ASSISTANT, "好的。"),
-            (USER, "还有？"),
-            (ASSISTANT, last),
-        )
-        messages = [{"role": role, "content": text} for role, text in turns]
-        encoded = encode_conversation(tokenizer, messages, None, self.thinking)
-        return sha256_json({"ids": encoded.ids, "spans": encoded.spans, "system": self.system_prompt})
-
 
 def task_of(settings: Settings) -> Task:
     """The task that the settings describe."""
@@ -297,14 +254,13 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, label_names: tuple[str, ...]) -
             f"write {spaced[0].strip()!r}.",
         )
     answers = [_ids(tokenizer, name) for name in label_names]
-    for i, first in enumerate(answers):
-        for j, second in enumerate(answers):
-            if i != j and second[: len(first)] == first:
-                raise InputError(
-                    f"label_names {label_names[i]!r} and {label_names[j]!r} begin with the same tokens.",
-                    "answer words of which none starts another.",
-                    "choose other label_names, e.g. 负面 and 正面.",
-                )
+    for (name, first), (other, second) in itertools.permutations(zip(label_names, answers, strict=True), 2):
+        if second[: len(first)] == first:
+            raise InputError(
+                f"label_names {name!r} and {other!r} begin with the same tokens.",
+                "answer words of which none starts another.",
+                "choose other label_names, e.g. 负面 and 正面.",
+            )
     return answers
 
 

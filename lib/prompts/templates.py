@@ -37,21 +37,16 @@ def is_blank(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Block:
-    """A reasoning block. Each attribute but the last implies the one before.
+    """A reasoning block.
 
     Attributes:
-        opened: the answer begins with an opening tag.
-        closed: the next tag is the one that closes it.
-        filled: there is text between the two.
-        answered: there is text behind it.
+        parts: whether the answer begins with an opening tag, the next tag closes it, there is text between the two,
+            and behind it. Each implies the one before.
         complete: all of that, and no further tag.
         answer: what stands behind the block; nothing where the block was opened and not closed.
     """
 
-    opened: bool
-    closed: bool
-    filled: bool
-    answered: bool
+    parts: list[bool]
     complete: bool
     answer: str
 
@@ -60,15 +55,11 @@ def read_block(text: str) -> Block:
     """Read the block that an answer begins with; without an opening tag the whole text is the answer."""
     tags = list(TAG.finditer(text))
     opened = bool(tags) and not tags[0][1] and is_blank(text[: tags[0].start()])
-    if not opened:
-        return Block(False, False, False, False, False, text.strip())
-    closed = len(tags) > 1 and bool(tags[1][1]) and tags[0][2].lower() == tags[1][2].lower()
-    if not closed:
-        return Block(True, False, False, False, False, "")
-    answer = text[tags[1].end() :].strip()
-    filled = not is_blank(text[tags[0].end() : tags[1].start()])
+    closed = opened and len(tags) > 1 and bool(tags[1][1]) and tags[0][2].lower() == tags[1][2].lower()
+    filled = closed and not is_blank(text[tags[0].end() : tags[1].start()])
+    answer = (text[tags[1].end() :] if closed else "" if opened else text).strip()
     answered = filled and not is_blank(answer)
-    return Block(True, True, filled, answered, answered and len(tags) == 2, answer)
+    return Block([opened, closed, filled, answered], answered and len(tags) == 2, answer)
 
 
 # Reasoning in an answer: the tags around it, taking it apart, putting it together in the base model's own form.
@@ -103,17 +94,16 @@ def split_thinking(content: str) -> tuple[str, str]:
         raise ValueError("thinking not opened" if tags[0][1] else "thinking not closed")
     if len(tags) > 2 or tags[0][1] or not tags[1][1] or tags[0][2].lower() != tags[1][2].lower():
         raise ValueError("thinking nested, repeated or crossed")
-    before, reasoning, answer = (
-        content[: tags[0].start()].strip(),
-        content[tags[0].end() : tags[1].start()].strip(),
-        content[tags[1].end() :].strip(),
-    )
-    if not is_blank(before):
-        raise ValueError("text before the thinking")
-    if is_blank(reasoning):
-        raise ValueError("empty thinking")
-    if is_blank(answer):
-        raise ValueError("no answer after the thinking")
+    places = (content[: tags[0].start()], content[tags[0].end() : tags[1].start()], content[tags[1].end() :])
+    before, reasoning, answer = map(str.strip, places)
+    faults = {
+        "text before the thinking": not is_blank(before),
+        "empty thinking": is_blank(reasoning),
+        "no answer after the thinking": is_blank(answer),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(fault)
     return reasoning, answer
 
 
@@ -341,19 +331,18 @@ def describe_template(template: str, render: bool) -> dict[str, Any]:
         "own_system_turn": None,
         "problem": None,
     }
-    if not render:
-        return found
-    try:
-        answer = run_child(
-            "lib.prompts.templates:try_out",
-            {"template": template},
-            "trying the chat template",
-            timeout=SECONDS,
-            heard=lambda _: None,
-        )
-    except InputError as error:
-        return {**found, "problem": f"the chat template cannot be rendered: {error.found}"}
-    return {**found, "own_system_turn": answer.get("own_system_turn"), "problem": answer.get("problem")}
+    if render:
+        try:
+            found |= run_child(
+                "lib.prompts.templates:try_out",
+                {"template": template},
+                "trying the chat template",
+                timeout=SECONDS,
+                heard=lambda _: None,
+            )
+        except InputError as error:
+            found["problem"] = f"the chat template cannot be rendered: {error.found}"
+    return found
 
 
 def try_out(argument: dict[str, Any]) -> dict[str, Any]:
@@ -364,10 +353,13 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda _: "2026-01-01"
     try:
         text = environment.from_string(argument["template"]).render(
@@ -379,9 +371,3 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     if _USER not in text:
         return {"problem": "the chat template leaves the user's words out"}
     return {"own_system_turn": "system" in text.partition(_USER)[0]}
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

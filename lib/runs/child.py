@@ -77,7 +77,7 @@ def _plain(value: Any) -> Any:
     return str(value.resolve()) if isinstance(value, Path) else vars(value)
 
 
-def answer(function: Callable[[dict[str, Any]], dict[str, Any]], argument: dict[str, Any]) -> dict[str, Any]:
+def answer(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
     """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
     try:
         return {"value": function(argument)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.prompts.templates import Block, read_block
+from lib.prompts.templates import read_block
 from lib.scoring.term_lists import TermList, fold
 from lib.statistics.intervals import Interval
 from lib.statistics.paired import clustered_mean, clustered_score_interval, clustered_share
@@ -232,7 +232,7 @@ def measure(answer: Answered, question: str, reference: str, terms: TermList | N
         "loop": longest_loop(text),
         "problem": answer.stream.problem,
         "split": answer.stream.split,
-        "think_parts": _parts(block) if thinking else None,
+        "think_parts": block.parts if thinking else None,
     }
 
 
@@ -241,10 +241,6 @@ def _terms(terms: TermList | None, said: str, wanted: Mapping[str, str]) -> dict
         return dict.fromkeys(wanted)
     found, kept = {key: terms.found(text) for key, text in wanted.items()}, terms.held(said)
     return {key: [len(asked & kept), len(asked)] for key, asked in found.items()}
-
-
-def _parts(block: Block) -> list[bool]:
-    return [block.opened, block.closed, block.filled, block.answered]
 
 
 # Measured answers of several models to the same questions: estimates with intervals, and paired differences.

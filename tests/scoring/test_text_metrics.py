@@ -180,7 +180,7 @@ def test_a_complete_block_is_one_that_training_would_accept(text: str) -> None:
     else:
         assert block.complete == bool(reasoning)
         assert block.answer == answer
-    steps = [block.opened, block.closed, block.filled, block.answered, block.complete]
+    steps = [*block.parts, block.complete]
     assert steps == sorted(steps, reverse=True)
 
 

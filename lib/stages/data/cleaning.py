@@ -13,14 +13,11 @@ from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
 from lib.stages.data.near_duplicates import audit
-from lib.stages.data.text_files import SURROGATE
+from lib.stages.data.reading import SURROGATE, Rows, Table
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lib.prompts.conversations import Encoded
     from lib.settings import Settings
-    from lib.stages.data.reading import Table
 
 
 TEXT_COLUMNS = (
@@ -151,7 +148,7 @@ def _refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str],
 
 
 def clean_split(
-    table: Dataset,
+    table: Rows,
     where: str,
     text_column: str,
     label_column: str,
@@ -168,41 +165,43 @@ def clean_split(
     Raises:
         InputError: a column is missing, a label is not among those named.
     """
-    text_name = find_column(table.column_names, text_column, TEXT_COLUMNS, "text")
-    label_name = find_column(table.column_names, label_column, LABEL_COLUMNS, "label")
+    names = list(table[0])
+    text_name = find_column(names, text_column, TEXT_COLUMNS, "text")
+    label_name = find_column(names, label_column, LABEL_COLUMNS, "label")
     read = label_reader(label_names)
-    counts: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
-    rows: list[Row] = []
-    extra = [name for name in table.column_names if name in keep]
-    columns = table.select_columns([text_name, label_name, *extra]).to_dict()
-    for index, (raw, value) in enumerate(zip(columns[text_name], columns[label_name], strict=True)):
-        text, label = _filled_text(raw, counts), read(value)
-        if text is None:
-            continue
+
+    def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
+        text, value = safe_text(cells[text_name], changed), cells[label_name]
+        if not text.strip():
+            raise DamagedError("empty text")
         if value is None or (isinstance(value, str) and not value.strip()):
-            counts["dropped: no label"] += 1
-        elif label is None:
+            raise DamagedError("no label")
+        label = read(value)
+        if label is None:
             unknown[str(value).strip()[:40]] += 1
-        else:
-            rows.append(Row(index, text, label, extra={name: plain(columns[name][index]) for name in extra}))
+            raise DamagedError("label not understood")
+        return Row(index, text, label, extra={name: plain(cell) for name, cell in cells.items() if name in keep})
+
+    found = usable_rows(table, row_of)
     _refuse_labels(unknown, len(table), label_names, where)
-    if unknown:
-        counts["dropped: label not understood"] += sum(unknown.values())
+    return found
+
+
+def usable_rows(
+    table: Rows, row_of: Callable[[int, Mapping[str, Any], Counter[str]], Row]
+) -> tuple[list[Row], Counter[str]]:
+    """The rows that `row_of` makes of a table's cells; how often it changed one, and why it refused the others."""
+    rows: list[Row] = []
+    counts: Counter[str] = Counter()
+    for index, cells in enumerate(table):
+        changed: Counter[str] = Counter()
+        try:
+            rows.append(row_of(index, cells, changed))
+        except DamagedError as reason:
+            changed = Counter({f"dropped: {reason}": 1})
+        counts += changed
     return rows, counts
-
-
-def _filled_text(raw: Any, counts: Counter[str]) -> str | None:
-    """The text of a cell; None for one without, which is counted."""
-    try:
-        text = safe_text(raw, counts)
-    except DamagedError as reason:
-        counts[f"dropped: {reason}"] += 1
-        return None
-    if not text.strip():
-        counts["dropped: empty text"] += 1
-        return None
-    return text
 
 
 def text_of(raw: Any) -> str:
@@ -249,13 +248,13 @@ def safe_text(raw: Any, counts: Counter[str]) -> str:
     return text
 
 
-def unlabelled(table: Dataset, label_column: str) -> bool:
+def unlabelled(table: Rows, label_column: str) -> bool:
     """True for a split whose labels are absent or all -1, as hub data sets mark a test split without labels."""
     try:
-        name = find_column(table.column_names, label_column, LABEL_COLUMNS, "label")
+        name = find_column(list(table[0]), label_column, LABEL_COLUMNS, "label")
     except InputError:
         return True
-    return all(value in (-1, None, "-1", "") for value in table.unique(name))
+    return all(row[name] in (-1, None, "-1", "") for row in table)
 
 
 def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) -> None:
@@ -273,52 +272,79 @@ def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) 
         )
 
 
-class LabelledRows:
-    """What the stage does with rows that have labels; `lib.stages.data.dialogues.Conversations` does it for others.
+class RowsOfTask:
+    """What the stage does with the rows of a task: what labelled texts and conversations have in common.
+
+    Each of the two adds `clean` (the usable rows of a split, and what was changed and dropped), `require_any` and
+    `refuse_few` (refuse data without usable rows, or with too few to be divided), `shape` (what a split holds, as a
+    line of a table) and `example` (what is said of the worked example).
 
     Attributes:
         keys: settings that the product depends on.
+        fewest: distinct rows a label, or groups of rows, that a split 8 : 1 : 1 needs.
         cluster: what whole rows are divided by, in words. rule: the rest of the rule by which they are divided.
     """
+
+    def __init__(self, settings: Settings, task: Task) -> None:
+        self.settings, self.task, self.names = settings, task, task.label_names
+
+    def usable(self, table: Table) -> list[str]:
+        """A validation split stands in for a test split that is missing; the note that says so."""
+        labels = " with labels" if self.names else ""
+        note = f"the data has no test split{labels}: its validation split is the test split of this run"
+        return [note] if table.test_from_validation() else []
+
+    def require_each(self, splits: Splits) -> None:
+        """Refuse splits that cannot teach or test anything; empty ones when their rows have been measured."""
+
+    def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
+        """Compare the rows and set each one's `group` and `leaked`; see `near_duplicates.audit`."""
+        return audit(splits)
+
+    def audited(self, row: Row) -> str:
+        """The characters that are looked at."""
+        return row.whole
+
+    def length_columns(self, counts: Counter[str]) -> dict[str, int]:
+        """What a table of lengths says beside them."""
+        return {}
+
+    def floor(self, splits: Splits) -> dict[str, Any]:
+        """What a linear model reaches; nothing where there are no labels, for it cannot write an answer."""
+        return {}
+
+
+class LabelledRows(RowsOfTask):
+    """Texts with a label each."""
 
     keys = (
         *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
         *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
     )
     fewest = 10
-    """Distinct rows a label that a split 8 : 1 : 1 needs."""
     cluster = "duplicate cluster"
     rule = "duplicate cluster, seed {seed}; copies and conflicting texts dropped first"
 
-    def __init__(self, settings: Settings, task: Task) -> None:
-        self.settings, self.names = settings, task.label_names
-
     def usable(self, table: Table) -> list[str]:
-        """Leave out splits without labels; a labelled validation split stands in for a test split. Says what it did."""
+        """Splits without labels are left out, too."""
         notes = []
         for name in ("validation", "test"):
             if name in table.splits and unlabelled(table.splits[name], self.settings.label_column):
                 del table.splits[name]
                 notes.append(f"the {name} split of the data has no labels and was left out")
-        if table.test_from_validation():
-            notes.append("the data has no test split with labels: its validation split is the test split of this run")
-        return notes
+        return notes + super().usable(table)
 
-    def clean(self, table: Dataset, where: str) -> tuple[list[Row], Counter[str]]:
-        """See `clean_split`."""
+    def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         return clean_split(table, where, self.settings.text_column, self.settings.label_column, self.names)
 
     def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse data without usable rows, or with one label alone."""
         require_labels([row for rows in splits.values() for row in rows], self.names, "the data set")
 
     def require_each(self, splits: Splits) -> None:
-        """Refuse splits that cannot teach or test anything."""
         for name in ("train", "validation", "test"):
             require_labels(splits[name], self.names, name)
 
     def refuse_few(self, rows: Sequence[Row]) -> None:
-        """Refuse rows that are too few to be divided."""
         counts = Counter(row.label for row in rows)
         if min(counts.values(), default=0) < self.fewest:
             shown = ", ".join(f"{name!r}: {counts[label]}" for label, name in enumerate(self.names))
@@ -328,35 +354,15 @@ class LabelledRows:
                 "add rows, or give a folder with train, validation and test files.",
             )
 
-    def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
-        """Compare the texts; set each row's `group` and `leaked`. Tables of "duplicates", "overlaps" and examples."""
-        found = audit(splits)
-        return {
-            "duplicates": found.with_total,
-            "overlaps": found.across,
-            "leaked_examples": found.leaked_examples,
-            "conflict_examples": found.conflict_examples,
-        }
-
     def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
         """Rows of each label, one line of a table."""
         counts = Counter(row.label for row in rows)
         return {"split": split, **{name: counts[number] for number, name in enumerate(self.names)}}
 
-    def audited(self, row: Row) -> str:
-        """The characters that are looked at."""
-        return row.text
-
-    def length_columns(self, counts: Counter[str]) -> dict[str, int]:
-        """Nothing beside the lengths."""
-        return {}
-
     def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
-        """What is said of the worked example."""
         return {"label": self.names[row.label], "answer_words": note}
 
     def floor(self, splits: Splits) -> dict[str, Any]:
-        """See `lib.stages.data.baseline.linear_floor`."""
         from lib.stages.data.baseline import linear_floor
 
         return linear_floor(splits, self.names, self.settings.seed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter, ne
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +15,12 @@ import numpy as np
 from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, Message, is_blank, split_thinking, with_thinking
-from lib.stages.data.cleaning import DamagedError, Row, Splits, plain, safe_text, text_of
+from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, plain, safe_text, text_of, usable_rows
 from lib.stages.data.near_duplicates import audit, joined, normalise
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from lib.prompts.conversations import Encoded
-    from lib.settings import Settings
-    from lib.stages.data.reading import Table
+    from lib.stages.data.reading import Rows
 
 
 # Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
@@ -70,7 +69,7 @@ def turns_of(raw: Mapping[str, Any], form: str) -> list[Turn]:
     elif form == "dialogue":
         turns = [_spoken(line) for line in _lines(raw["dialogue"])]
     else:
-        turns = [_message(message, form) for message in _list(raw[form], form)]
+        turns = [_message(message, form) for message in _list(raw[form], f"{form} that are no list")]
     system = text_of(raw.get("system"))
     own = bool(turns) and turns[0][0].strip().lower() == "system"
     return [("system", system), *turns] if system.strip() and not own else turns
@@ -81,17 +80,17 @@ def request_of(raw: Mapping[str, Any]) -> tuple[str, str]:
     return text_of(raw["instruction"]).strip(), text_of(raw.get("input")).strip()
 
 
-def _list(cell: Any, name: str) -> list[Any]:
+def _list(cell: Any, damage: str) -> list[Any]:
     """A cell that should be a list; nothing for an empty one."""
     if isinstance(cell, str) and cell.strip():
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError:
-            raise DamagedError(f"{name} that are no list") from None
+            raise DamagedError(damage) from None
+    if cell is None or cell == "":
+        return []
     if not isinstance(cell, list | tuple):
-        if cell is None or cell == "":
-            return []
-        raise DamagedError(f"{name} that are no list")
+        raise DamagedError(damage)
     return list(cell)
 
 
@@ -113,7 +112,7 @@ def _lines(cell: Any) -> list[Any]:
     """The turns of a dialogue: a list of texts, also as JSON, or the lines of one text."""
     if isinstance(cell, str) and not cell.lstrip().startswith("["):
         return [line for line in cell.splitlines() if line.strip()]
-    return _list(cell, "dialogue")
+    return _list(cell, "dialogue that are no list")
 
 
 def _spoken(line: Any) -> Turn:
@@ -127,12 +126,10 @@ def _spoken(line: Any) -> Turn:
 
 def _history(cell: Any) -> list[Turn]:
     """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
-    try:
-        pairs = _list(cell, "history")
-    except DamagedError:
-        pairs = [[]]
+    damage = "history that is no list of [question, answer]"
+    pairs = _list(cell, damage)
     if any(not isinstance(p, list) or len(p) != 2 or not all(isinstance(text, str) for text in p) for p in pairs):
-        raise DamagedError("history that is no list of [question, answer]")
+        raise DamagedError(damage)
     return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
 
 
@@ -154,7 +151,7 @@ SHARED = 5
 """Different inputs from which on an instruction is the task of a file, not a question."""
 
 
-def clean_conversations(table: Dataset, where: str, task: Task) -> tuple[list[Row], Counter[str]]:
+def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row], Counter[str]]:
     """Rows with an explicit system turn, in the table's order, and why the others were left out.
 
     Read are Alpaca columns (instruction, input, output, system; history as earlier turns), `messages` ({role,
@@ -164,26 +161,21 @@ def clean_conversations(table: Dataset, where: str, task: Task) -> tuple[list[Ro
     Raises:
         InputError: no such column; roles that are not known; thinking in the answers and `thinking: false`.
     """
-    form, columns = find_form(table.column_names, where)
-    counts: Counter[str] = Counter()
+    form, columns = find_form(list(table[0]), where)
     unknown: Counter[str] = Counter()
-    rows: list[Row] = []
     requests: list[tuple[str, str]] = []
-    for index, cells in enumerate(table):
-        raw, changed = {folded: cells[name] for folded, name in columns.items()}, Counter[str]()
-        try:
-            turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
-            messages = _messages(turns, task, changed, unknown)
-        except DamagedError as reason:
-            counts[f"dropped: {reason}"] += 1
-            continue
-        counts += changed
+
+    def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
+        raw = {folded: cells[name] for folded, name in columns.items()}
+        turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
+        messages = _messages(turns, task, changed, unknown)
         opening = next(message["content"] for message in messages if message["role"] == USER)
         given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
         extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
-        rows.append(Row(index, opening, extra=extra, messages=messages))
-        if form == "alpaca":
-            requests.append(request_of(raw))
+        requests.append(request_of(raw) if form == "alpaca" else ("", ""))
+        return Row(index, opening, extra=extra, messages=messages)
+
+    rows, counts = usable_rows(table, row_of)
     _refuse(unknown, counts, len(table), where, task)
     _set_shared(rows, requests)
     return rows, counts
@@ -194,7 +186,7 @@ def _set_shared(rows: Sequence[Row], requests: Sequence[tuple[str, str]]) -> Non
     inputs: dict[str, set[str]] = {}
     for instruction, given in requests:
         inputs.setdefault(normalise(instruction), set()).add(normalise(given))
-    for row, (instruction, given) in zip(rows, requests, strict=False):  # no requests where they are not Alpaca's
+    for row, (instruction, given) in zip(rows, requests, strict=True):
         if given and len(inputs[normalise(instruction)]) >= SHARED and row.text == f"{instruction}\n{given}":
             row.text, row.shared = given, instruction
 
@@ -228,18 +220,14 @@ def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message
 
     They stay apart where a turn names a speaker inside: its text holds what somebody else said (SMILE has such rows).
     """
-    joined: list[Message] = []
-    mixed = any(_NAMED.search(message["content"]) for message in messages)
-    for message in messages:
-        if joined and joined[-1]["role"] == message["role"] != SYSTEM and not mixed:
-            joined[-1] = {**message, "content": f"{joined[-1]['content']}\n{message['content']}"}
-            changed["changed: turns of one speaker in succession joined"] += 1
-        else:
-            joined.append(message)
-    if joined and joined[0]["role"] == ASSISTANT:
+    if not any(_NAMED.search(message["content"]) for message in messages):
+        speakers = [(role, list(said)) for role, said in itertools.groupby(messages, key=itemgetter("role"))]
+        changed["changed: turns of one speaker in succession joined"] += len(messages) - len(speakers)
+        messages = [{"role": role, "content": "\n".join(m["content"] for m in said)} for role, said in speakers]
+    if messages and messages[0]["role"] == ASSISTANT:
         changed["changed: the assistant's greeting before the first question removed"] += 1
-        joined.pop(0)
-    return joined
+        messages = messages[1:]
+    return list(messages)
 
 
 def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[str]) -> None:
@@ -270,54 +258,37 @@ def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, 
 
 def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
     """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
-    made: list[Message] = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] == ASSISTANT:
-            content = with_thinking(tokenizer, *split_thinking(content))
-        changed["changed: thinking brought into the base model's form (tags, white space)"] += (
-            content != message["content"]
-        )
-        made.append({**message, "content": content})
+    made = [
+        {**message, "content": with_thinking(tokenizer, *split_thinking(message["content"]))}
+        if message["role"] == ASSISTANT
+        else message
+        for message in messages
+    ]
+    changed["changed: thinking brought into the base model's form (tags, white space)"] += sum(map(ne, made, messages))
     return made
 
 
-class Conversations:
-    """What the stage does with conversations; see `lib.stages.data.cleaning.LabelledRows`."""
+class Conversations(RowsOfTask):
+    """Rows of turns whose answers are free text."""
 
     keys = (
         *("task", "thinking", "dataset", "split", "system_prompt", "base_model", "revision"),
         *("max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
     )
     fewest = 5
-    """Groups of rows that a split 8 : 1 : 1 needs, so that each part gets one; so few can tell nothing."""
     cluster = "group"
     rule = "group (openings or texts nearly the same, or opening within opening), seed {seed}; copies dropped first"
 
-    def __init__(self, settings: Settings, task: Task) -> None:
-        self.task = task
-
-    def usable(self, table: Table) -> list[str]:
-        """A validation split stands in for a test split that is missing; the note that says so."""
-        missing = table.test_from_validation()
-        return ["the data has no test split: its validation split is the test split of this run"] if missing else []
-
-    def clean(self, table: Dataset, where: str) -> tuple[list[Row], Counter[str]]:
-        """See `clean_conversations`."""
+    def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         return clean_conversations(table, where, self.task)
 
     def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse data without usable rows."""
         if not any(splits.values()):
             reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
             found = f"no usable conversation ({reasons})."
             raise InputError(found, "rows with a question and an answer.", "correct them.")
 
-    def require_each(self, splits: Splits) -> None:
-        """Empty splits are refused when their rows have been measured."""
-
     def refuse_few(self, rows: Sequence[Row]) -> None:
-        """Refuse rows that make too few groups, with what the largest one has in common."""
         groups = Counter(row.group for row in rows)
         if len(groups) < self.fewest:
             [(largest, size)] = groups.most_common(1)
@@ -331,11 +302,7 @@ class Conversations:
             )
 
     def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
-        """Compare openings, and whole rows; set each row's `group` (alike in either) and `leaked`.
-
-        Returns:
-            "duplicates", "overlaps" (each with the column "compared") and examples, ready to be tables.
-        """
+        """Openings and whole rows are compared; rows alike in either are a group. Tables say what was "compared"."""
         rows = [row for split in splits.values() for row in split]
         shadows = {name: [Row(row.index, row.compared) for row in split] for name, split in splits.items()}
         whole, opening = audit(shadows), audit(splits, contained=True)
@@ -343,16 +310,15 @@ class Conversations:
         groups = joined([row.group for row in rows], [row.group for row in copies])
         for row, copy, group in zip(rows, copies, groups, strict=True):
             row.group, row.leaked = group, row.leaked or copy.leaked
-        named = {"opening": opening, "whole row": whole}
+        tables = {"opening": opening, "whole row": whole}
         return {
-            "duplicates": _compared({what: found.with_total for what, found in named.items()}, "conflicting"),
-            "overlaps": _compared({what: found.across for what, found in named.items()}, "label agrees"),
-            "leaked_examples": [_without(line, "label") for line in opening.leaked_examples],
+            "duplicates": _compared(tables, "duplicates", "conflicting"),
+            "overlaps": _compared(tables, "overlaps", "label agrees"),
+            "leaked_examples": [_without(line, "label") for line in opening["leaked_examples"]],
             "conflict_examples": [],
         }
 
     def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
-        """What the rows of a split hold, one line of a table."""
         turns = [len(texts_of(row.content)) for row in rows]
         return {
             "split": split,
@@ -368,7 +334,6 @@ class Conversations:
         return row.whole if system == self.task.system_prompt else f"{system}\n{row.whole}"
 
     def length_columns(self, counts: Counter[str]) -> dict[str, int]:
-        """What is cut, left out, learned and only read."""
         return {
             "turns cut": counts["cut"],
             "rows too long": counts["too long"],
@@ -377,12 +342,7 @@ class Conversations:
         }
 
     def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
-        """What is said of the worked example."""
         return {"turns": 2 * (len(encoded.answers) + encoded.unlearned)}
-
-    def floor(self, splits: Splits) -> dict[str, Any]:
-        """None: a linear model on character counts cannot write an answer."""
-        return {}
 
 
 def _without(line: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -390,6 +350,6 @@ def _without(line: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {key: value for key, value in line.items() if part not in key}
 
 
-def _compared(tables: Mapping[str, Sequence[Mapping[str, Any]]], without: str) -> list[dict[str, Any]]:
-    """Tables of what was compared as one."""
-    return [{"compared": what, **_without(line, without)} for what, lines in tables.items() for line in lines]
+def _compared(tables: Mapping[str, Mapping[str, Any]], name: str, without: str) -> list[dict[str, Any]]:
+    """Tables of one name, of whatever was compared, as one."""
+    return [{"compared": what, **_without(line, without)} for what, found in tables.items() for line in found[name]]

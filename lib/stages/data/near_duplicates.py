@@ -37,9 +37,7 @@ def near_pairs(texts: Sequence[str], threshold: float = THRESHOLD) -> np.ndarray
     A text shorter than three characters is its own only gram.
     """
 
-    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray | None) -> np.ndarray:
-        if common is None:
-            return np.minimum(one, two) >= threshold * np.maximum(one, two) - 1e-9
+    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
         return common >= threshold * (one + two - common) - 1e-9
 
     return _pairs(texts, threshold, False, close, "near-duplicate audit")
@@ -52,9 +50,9 @@ def contained_pairs(texts: Sequence[str], threshold: float = CONTAINED) -> np.nd
     """
     fewest = SHORTEST - GRAM + 1
 
-    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray | None) -> np.ndarray:
+    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
         smaller = np.minimum(one, two)
-        return smaller >= fewest if common is None else common >= threshold * smaller - 1e-9
+        return (smaller >= fewest) & (common >= threshold * smaller - 1e-9)
 
     return _pairs(texts, threshold, True, close, "containment audit")
 
@@ -63,36 +61,35 @@ def _pairs(
     texts: Sequence[str],
     threshold: float,
     whole: bool,
-    close: Callable[[np.ndarray, np.ndarray, np.ndarray | None], np.ndarray],
+    close: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     what: str,
 ) -> np.ndarray:
     """Pairs of texts that are close.
 
     Args:
         whole: compare the rarest grams of a text with all grams of the other one, not with its rarest ones.
-        close: from the sizes of the two sets, and from those and what they have in common, whether they are.
+        close: whether they are, by the sizes of the two sets and of what they have in common.
     """
     from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import CountVectorizer
 
     if len(texts) < 2:
         return np.empty((0, 2), dtype=np.int64)
-    indices, starts, width = _grams(texts)
-    n, sizes = len(texts), np.diff(starts)
+    grams = CountVectorizer(analyzer=_grams, binary=True, dtype=np.int32).fit_transform(texts)
+    indices, starts, n, sizes = grams.indices, grams.indptr, len(texts), np.diff(grams.indptr)
     row = np.repeat(np.arange(n), sizes)
     rare_first = np.lexsort((indices, np.bincount(indices)[indices], row))
     place = np.arange(len(indices)) - starts[:-1][row]
     prefix = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
     kept = place < prefix[row]
-    ones = np.ones(len(indices), dtype=np.int32)
-    prefixes = csr_matrix((ones[: kept.sum()], (row[kept], indices[rare_first[kept]])), shape=(n, width))
-    grams = csr_matrix((ones, indices, starts), shape=(n, width))
+    prefixes = csr_matrix((grams.data[: kept.sum()], (row[kept], indices[rare_first[kept]])), shape=grams.shape)
     transposed, found = (grams if whole else prefixes).T.tocsr(), []
     with Progress(what, n) as progress:
         for start in range(0, n, _AT_ONCE):
             candidates = (prefixes[start : start + _AT_ONCE] @ transposed).tocoo()
             i, j = candidates.row + start, candidates.col
             ordered = (i < j) if not whole else (sizes[i] < sizes[j]) | ((sizes[i] == sizes[j]) & (i < j))
-            fits = ordered & close(sizes[i], sizes[j], None)
+            fits = ordered & close(sizes[i], sizes[j], np.minimum(sizes[i], sizes[j]))  # at most that much in common
             found.append(_verified(i[fits].astype(np.int64), j[fits].astype(np.int64), grams, sizes, close))
             progress.advance(min(_AT_ONCE, n - start))
     pairs = np.sort(np.concatenate(found), axis=1)
@@ -110,22 +107,17 @@ def _verified(i: np.ndarray, j: np.ndarray, grams: Any, sizes: np.ndarray, close
     return np.concatenate(similar)
 
 
-def _grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Each text's set of gram numbers: concatenated, where each text starts, and how many grams there are."""
-    vocabulary: dict[str, int] = {}
-    indices: list[int] = []
-    starts = [0]
-    for text in texts:
-        grams = dict.fromkeys(text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1)))
-        indices.extend(sorted(vocabulary.setdefault(gram, len(vocabulary)) for gram in grams))
-        starts.append(len(indices))
-    return np.array(indices, dtype=np.int64), np.array(starts, dtype=np.int64), len(vocabulary)
+def _grams(text: str) -> list[str]:
+    return [text[i : i + GRAM] for i in range(max(1, len(text) - GRAM + 1))]
 
 
 # Which rows are copies of which: verbatim, after normalisation, and nearly; within splits and across them.
 #
 # Two texts are near-duplicates when the Jaccard similarity of their sets of character 3-grams (after normalisation) is
 # at least 0.8. Of openings a text also counts that another one contains (`lib.stages.data.near_duplicates`).
+
+EXAMPLES = 6
+"""Most leaked rows, and most texts with several labels, that are shown."""
 
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -144,7 +136,6 @@ class Duplicates:
     """Copies among all rows of all splits.
 
     Attributes:
-        keys: normalised text of each row, splits one behind the other.
         near: pairs (i, j), i < j, of indices into `unique` that are near-duplicates.
         contained: further such pairs, one of which contains the other; none where that was not asked for.
         unique: distinct normalised texts, in order of first appearance.
@@ -153,7 +144,6 @@ class Duplicates:
         unique_of: (rows,) index into `unique`.
     """
 
-    keys: list[str]
     unique: list[str]
     near: np.ndarray
     contained: np.ndarray
@@ -167,23 +157,24 @@ def find_duplicates(texts: Sequence[str], contained: bool = False) -> Duplicates
     Args:
         contained: whether a text that another one contains counts too.
     """
-    keys = [normalise(text) for text in texts]
-    number: dict[str, int] = {}
-    unique_of = np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
-    unique = list(number)
+    import pandas as pd
+
+    unique_of, distinct = pd.factorize(np.array([normalise(text) for text in texts], dtype=object))
+    unique = distinct.tolist()
     near = near_pairs(unique)
     inside = _without(contained_pairs(unique), near) if contained else np.empty((0, 2), dtype=np.int64)
     component = _components(np.concatenate([near, inside]), len(unique))
-    groups = np.array(_by_appearance(component[unique_of]), dtype=np.int64)
-    return Duplicates(keys, unique, near, inside, unique_of, groups)
+    return Duplicates(unique, near, inside, unique_of, pd.factorize(component[unique_of])[0])
 
 
 def joined(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """Number of each row's group when rows that are alike in either of two groupings belong together."""
+    import pandas as pd
+
     one = np.array(first, dtype=np.int64)
     two = np.array(second, dtype=np.int64) + max(first, default=0) + 1
     component = _components(np.stack([one, two], axis=1), int(two.max(initial=-1)) + 1)
-    return _by_appearance(component[one])
+    return pd.factorize(component[one])[0].tolist()
 
 
 def _components(pairs: np.ndarray, count: int) -> np.ndarray:
@@ -195,142 +186,96 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
     return connected_components(edges, directed=False)[1]
 
 
-def _by_appearance(numbers: np.ndarray) -> list[int]:
-    """The same numbers, counted from 0 in the order of their first appearance."""
-    first: dict[int, int] = {}
-    return [first.setdefault(number, len(first)) for number in numbers.tolist()]
-
-
 def _without(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
     """The pairs that are not among the known ones."""
     seen = set(map(tuple, known.tolist()))
     return np.array([pair for pair in pairs.tolist() if tuple(pair) not in seen], dtype=np.int64).reshape(-1, 2)
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What the comparison says about the splits; lists of plain dicts, ready to be a table.
-
-    Attributes:
-        within: per split: rows, distinct texts, surplus copies, copies after normalisation, near pairs, conflicts.
-        across: per pair of splits: rows of the one that are verbatim, normalised or near copies of the other.
-        leaked_examples, conflict_examples: as text.
-        total: the same counts over all rows.
-    """
-
-    within: list[dict]
-    across: list[dict]
-    leaked_examples: list[dict]
-    conflict_examples: list[dict]
-    total: dict
-
-    @property
-    def with_total(self) -> list[dict]:
-        """`within`, and where there are several splits a line of all of them."""
-        return [*self.within, *([{"split": "all splits", **self.total}] if len(self.within) > 1 else [])]
-
-
-def audit(splits: Mapping[str, list[Row]], examples: int = 6, contained: bool = False) -> Audit:
+def audit(splits: Mapping[str, list[Row]], contained: bool = False) -> dict[str, list[dict]]:
     """Compare all rows, set each row's `group` and `leaked`, and count.
 
     `leaked`: a validation or test row that is a verbatim, normalised or near copy of a train row.
 
     Args:
         contained: whether a text that another one contains counts as its copy (in columns of its own).
+
+    Returns:
+        Lists of plain dicts, ready to be tables. "duplicates": per split, and over all where there are several, rows,
+        distinct texts, surplus copies, copies after normalisation, near pairs, conflicts; "overlaps": per pair of
+        splits, rows of the one that are verbatim, normalised or near copies of the other; "leaked_examples" and
+        "conflict_examples": as text.
     """
+    import pandas as pd
+
     rows = [row for split in splits.values() for row in split]
-    duplicates = find_duplicates([row.text for row in rows], contained)
-    for row, group in zip(rows, duplicates.groups.tolist(), strict=True):
-        row.group, row.leaked = group, False
-    ends = np.cumsum([len(split) for split in splits.values()])
-    place = {name: np.arange(end - len(splits[name]), end) for name, end in zip(splits, ends, strict=True)}
-    near, inside = _neighbours(duplicates.near), _neighbours(duplicates.contained) if contained else None
-    across, leaked = [], []
-    for name, base in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        if name in splits and base in splits:
-            counts, pairs = _overlap(rows, duplicates, place[name], place[base], near, inside)
-            across.append({"rows of": name, "also in": base, "rows": len(splits[name]), **counts})
-            if base == "train":
-                for i in pairs:
-                    rows[i].leaked = True
-                leaked += [_leak(rows, i, j, name) for i, j in pairs.items() if name == "test" or "test" not in splits]
-    whole = np.arange(len(rows))
-    within = [{"split": name, **_counts(rows, duplicates, place[name], contained)} for name in splits]
-    total = _counts(rows, duplicates, whole, contained)
-    shown = sorted(leaked, key=lambda leak: (leak["verbatim"], len(leak["text"])))[:examples]
-    conflicts = _conflicts(rows, duplicates, whole)
-    return Audit(within, across, shown, conflicts[:examples], total)
-
-
-def _neighbours(pairs: np.ndarray) -> dict[int, set[int]]:
-    found: dict[int, set[int]] = {}
-    for a, b in pairs.tolist():
-        found.setdefault(a, set()).add(b)
-        found.setdefault(b, set()).add(a)
-    return found
-
-
-def _counts(rows: list[Row], duplicates: Duplicates, place: np.ndarray, contained: bool) -> dict[str, int]:
-    texts = [rows[i].text for i in place]
-    present = np.zeros(len(duplicates.unique), dtype=bool)
-    present[duplicates.unique_of[place]] = True
-    labels: dict[str, set[int]] = {}
-    for i in place:
-        labels.setdefault(rows[i].text, set()).add(rows[i].label)
-    near, inside = (
-        int(np.sum(present[pairs[:, 0]] & present[pairs[:, 1]])) for pairs in (duplicates.near, duplicates.contained)
+    found = find_duplicates([row.text for row in rows], contained)
+    table = pd.DataFrame(
+        {
+            "split": [name for name, split in splits.items() for _ in split],
+            "text": pd.Series([row.text for row in rows], dtype=object),
+            "label": [row.label for row in rows],
+            "unique": found.unique_of,
+            "group": found.groups,
+        }
     )
+    for row, group in zip(rows, found.groups.tolist(), strict=True):
+        row.group, row.leaked = group, False
+    parts = {name: table[table.split == name] for name in splits}
+    duplicates = [{"split": name, **_counts(part, found, contained)} for name, part in parts.items()]
+    if len(splits) > 1:
+        duplicates.append({"split": "all splits", **_counts(table, found, contained)})
+    overlaps, leaked = [], []
+    for name, base in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        if name not in splits or base not in splits:
+            continue
+        copied, counts = _copies(parts[name], parts[base], found, contained)
+        agree = sum(rows[i].label == rows[j].label for i, j in copied.items())
+        overlaps.append({"rows of": name, "also in": base, "rows": len(splits[name]), **counts, "label agrees": agree})
+        if base == "train":
+            for i in copied:
+                rows[i].leaked = True
+            leaked += [_leak(rows, i, j, name) for i, j in copied.items() if name == "test" or "test" not in splits]
+    leaked.sort(key=lambda leak: (leak["verbatim"], len(leak["text"])))
     return {
-        "rows": len(place),
-        "distinct texts": len(labels),
-        "surplus verbatim copies": len(texts) - len(labels),
-        "surplus copies after normalisation": len(texts) - int(present.sum()),
-        "near-duplicate pairs": near,
-        **({"pairs of which one contains the other": inside} if contained else {}),
-        "duplicate clusters": len(np.unique(duplicates.groups[place])),
-        "texts with conflicting labels": sum(len(found) > 1 for found in labels.values()),
-        "texts with conflicting labels after normalisation": len(_conflicts(rows, duplicates, place)),
+        "duplicates": duplicates,
+        "overlaps": overlaps,
+        "leaked_examples": leaked[:EXAMPLES],
+        "conflict_examples": _conflicts(table)[:EXAMPLES],
     }
 
 
-def _overlap(
-    rows: list[Row],
-    duplicates: Duplicates,
-    place: np.ndarray,
-    base: np.ndarray,
-    near: dict[int, set[int]],
-    inside: dict[int, set[int]] | None,
-) -> tuple[dict[str, int], dict[int, int]]:
-    """Counts of copies of `base` rows in `place`, and for each such row the base row it copies.
+def _counts(part: Any, found: Duplicates, contained: bool) -> dict[str, int]:
+    """What the rows `part` of the table of all rows have in common."""
+    by_text, by_normal = (part.groupby(column).label.nunique() for column in ("text", "unique"))
+    near, inside = (int(np.isin(pairs, part.unique).all(axis=1).sum()) for pairs in (found.near, found.contained))
+    return {
+        "rows": len(part),
+        "distinct texts": len(by_text),
+        "surplus verbatim copies": len(part) - len(by_text),
+        "surplus copies after normalisation": len(part) - len(by_normal),
+        "near-duplicate pairs": near,
+        **({"pairs of which one contains the other": inside} if contained else {}),
+        "duplicate clusters": part.group.nunique(),
+        "texts with conflicting labels": int((by_text > 1).sum()),
+        "texts with conflicting labels after normalisation": int((by_normal > 1).sum()),
+    }
 
-    Args:
-        near, inside: neighbours of each distinct text; `inside` is None where containment does not count.
-    """
-    first_verbatim: dict[str, int] = {}
-    first_normal: dict[int, int] = {}
-    for j in base.tolist():
-        first_verbatim.setdefault(rows[j].text, j)
-        first_normal.setdefault(int(duplicates.unique_of[j]), j)
-    verbatim = normal = within = 0
-    pairs: dict[int, int] = {}
-    for i in place.tolist():
-        u = int(duplicates.unique_of[i])
-        close = sorted(first_normal[v] for v in near.get(u, ()) if v in first_normal)
-        whole = sorted(first_normal[v] for v in (inside or {}).get(u, ()) if v in first_normal)
-        if rows[i].text in first_verbatim:
-            verbatim += 1
-            pairs[i] = first_verbatim[rows[i].text]
-        elif u in first_normal:
-            pairs[i] = first_normal[u]
-        elif close:
-            pairs[i] = close[0]
-        elif whole:
-            pairs[i], within = whole[0], within + 1
-        normal += u in first_normal
-    agree = sum(rows[i].label == rows[j].label for i, j in pairs.items())
-    counts = {"verbatim": verbatim, "after normalisation": normal, "or near-duplicate": len(pairs) - within}
-    counts |= {} if inside is None else {"or one contains the other": len(pairs)}
-    return {**counts, "label agrees": agree}, pairs
+
+def _copies(part: Any, base: Any, found: Duplicates, contained: bool) -> tuple[dict[int, int], dict[str, int]]:
+    """For each row of `part` that is a copy the row of `base` it copies, and how many are, from way to way."""
+    import pandas as pd
+
+    same_text, same = (dict(zip(base[column][::-1], base.index[::-1], strict=True)) for column in ("text", "unique"))
+    ways = {"verbatim": part.text.map(same_text), "after normalisation": part["unique"].map(same)}
+    pairs = {"or near-duplicate": found.near} | ({"or one contains the other": found.contained} if contained else {})
+    for way, edges in pairs.items():
+        both = pd.DataFrame(np.concatenate([edges, edges[:, ::-1]]), columns=["one", "other"])
+        nearest = both.other.map(same).groupby(both.one).min()  # the first of the base's rows
+        ways[way] = part["unique"].map(nearest)
+    table = pd.DataFrame(ways, dtype=float)
+    copied = table.bfill(axis=1)["verbatim"].dropna().astype(int).to_dict()
+    return copied, table.ffill(axis=1).notna().sum().to_dict()
 
 
 def _leak(rows: list[Row], i: int, j: int, split: str) -> dict:
@@ -339,19 +284,15 @@ def _leak(rows: list[Row], i: int, j: int, split: str) -> dict:
     return {**pair, **twin, "verbatim": rows[i].text == rows[j].text}
 
 
-def _conflicts(rows: list[Row], duplicates: Duplicates, place: np.ndarray) -> list[dict]:
+def _conflicts(table: Any) -> list[dict]:
     """Normalised texts that bear more than one label."""
-    seen: dict[int, dict[int, int]] = {}
-    text: dict[int, str] = {}
-    for i in place.tolist():
-        u = int(duplicates.unique_of[i])
-        text.setdefault(u, rows[i].text)
-        counts = seen.setdefault(u, {})
-        counts[rows[i].label] = counts.get(rows[i].label, 0) + 1
+    conflicting = table[table.groupby("unique").label.transform("nunique") > 1]
     return [
-        {"text": text[u], "rows by label": {str(k): v for k, v in sorted(counts.items())}}
-        for u, counts in seen.items()
-        if len(counts) > 1
+        {
+            "text": same.text.iloc[0],
+            "rows by label": {str(label): int(count) for label, count in same.groupby("label").size().items()},
+        }
+        for _, same in conflicting.groupby("unique", sort=False)
     ]
 
 
@@ -362,20 +303,14 @@ SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 def drop_copies(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
     """Rows without texts that bear two labels and without surplus copies (after normalisation; the first stays)."""
-    keys = [normalise(row.whole) for row in rows]
-    labels: dict[str, set[int]] = {}
-    for row, key in zip(rows, keys, strict=True):
-        labels.setdefault(key, set()).add(row.label)
-    kept, counts, seen = [], Counter[str](), set()
-    for row, key in zip(rows, keys, strict=True):
-        if len(labels[key]) > 1:
-            counts["dropped: text with conflicting labels"] += 1
-        elif key in seen:
-            counts["dropped: copy of an earlier row"] += 1
-        else:
-            seen.add(key)
-            kept.append(row)
-    return kept, counts
+    import pandas as pd
+
+    keys = pd.Series([normalise(row.whole) for row in rows], dtype=object)
+    conflicting = pd.Series([row.label for row in rows]).groupby(keys).transform("nunique") > 1
+    copies = keys.duplicated() & ~conflicting
+    counts = Counter({"dropped: text with conflicting labels": int(conflicting.sum())})
+    counts["dropped: copy of an earlier row"] = int(copies.sum())
+    return [row for row, gone in zip(rows, conflicting | copies, strict=True) if not gone], +counts
 
 
 def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float] | None = None) -> dict[str, list[Row]]:

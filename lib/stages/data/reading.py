@@ -1,19 +1,20 @@
-"""The rows that a run takes: tables from files, folders and hubs, through the `datasets` library.
+"""The rows that a run takes: from files, folders and hubs.
 
 Data sets of the hub and of ModelScope are plain files, read like local ones; scripts are never run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
+import io
+import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -21,23 +22,12 @@ from lib.errors import InputError
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
 from lib.models.base_model import called, fallback_note, none_left
-from lib.runs.files import runs_folder, sha256_file, sha256_json, user_path
+from lib.runs.files import sha256_file, sha256_json, user_path, utf8
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-from lib.stages.data.text_files import (
-    FORMATS,
-    Known,
-    bad_json_line,
-    data_files,
-    file_fingerprint,
-    json_rows,
-    readable_copy,
-    recognize,
-)
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+Rows = list[dict[str, Any]]
+"""A table: its rows, every one with all columns."""
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = {
@@ -45,6 +35,32 @@ SPLIT_OF_NAME = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set known by its content.
+
+    Attributes:
+        name: its own name. rows, columns: of the table as published. sha256: of the file as published.
+        stamp: what every page of a run on it must say.
+    """
+
+    name: str
+    rows: int
+    columns: frozenset[str]
+    sha256: str
+    stamp: str
+
+
+HOTELS = Known(
+    "ChnSentiCorp_htl_all",
+    7766,
+    frozenset(("label", "review")),
+    "1d414b9c65caf3a836abdb4efded621968502ad3338e1a9d885ae131c86083f0",
+    "the rows are ChnSentiCorp_htl_all (7,766 hotel reviews), not ChnSentiCorp: not comparable with results on it",
+)
+"""Shares its name with ChnSentiCorp (9,600 / 1,200 / 1,200 reviews of hotels, laptops and books) and 3,094 texts."""
 
 
 @dataclass
@@ -57,13 +73,16 @@ class Table:
         changes: what had to be changed to read the files, counted.
         revision: commit of a hub data set, hash of a ModelScope one; empty for files.
         hashes: SHA-256 of the files that were read, by name.
+        asked: as written in the parameter file. notes: what every page must say about the choice (`choose_data`).
     """
 
-    splits: dict[str, Dataset]
+    splits: dict[str, Rows]
     source: str
     changes: Counter[str] = field(default_factory=Counter)
     revision: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
+    asked: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -85,78 +104,48 @@ class Table:
     @property
     def known(self) -> Known | None:
         """The data set that these rows are, where it is one that is easily taken for another."""
-        columns = next(iter(self.splits.values())).column_names if self.splits else ()
-        return recognize(self.rows, columns, self.hashes.values())
-
-
-@contextlib.contextmanager
-def quiet_datasets() -> Iterator[Any]:
-    """The `datasets` module without its progress bars and chatter, which would land in the report pages."""
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-
-    bars = datasets.are_progress_bars_disabled()
-    levels = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    try:
-        yield datasets
-    finally:
-        datasets.logging.set_verbosity(levels[0])
-        hub_logging.set_verbosity(levels[1])
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def cache_folder() -> Path:
-    """Where `datasets` keeps the tables it has read: runs/_cache."""
-    return runs_folder() / "_cache"
-
-
-def local_path(source: str) -> Path | None:
-    """The file or folder a source names; None when it can only be a hub id.
-
-    Raises:
-        InputError: it is written like a path and nothing is there.
-    """
-    path = user_path(source)
-    if path.exists():
-        return path
-    if looks_like_path(source) or Path(source).suffix.lower() in FORMATS:
-        raise SourceError(
-            f"dataset: no file or folder {path}.",
-            "a file (csv, tsv, json, jsonl, parquet), a folder with train, validation and test files, or a hub id.",
-            "correct dataset; a relative path is looked for in the current folder, then in the project.",
-            "no file or folder there",
-        )
-    return None
+        columns = {name.strip().lower() for name in next(iter(self.splits.values()))[0]}
+        same = self.rows == HOTELS.rows and columns == HOTELS.columns
+        return HOTELS if same or HOTELS.sha256 in self.hashes.values() else None
 
 
 def read_table(source: str, revision: str = "main") -> Table:
     """Read a file, a folder or a hub data set; values stay as they are, only the bytes are made readable.
 
     Raises:
-        InputError: nothing there, nothing readable, or the hub cannot give it.
+        SourceError: nothing there, or the hub cannot give it.
+        InputError: nothing readable, or files that do not say which split they are.
     """
-    path = local_path(source)
-    changes: Counter[str] = Counter()
-    commit = ""
-    if path is None:
-        files, words, commit = fetch_files(source, revision)
-    elif path.is_file():
+    path, commit = user_path(source), ""
+    if path.is_file():
         files, words = {"all": [path]}, f"file {path.name}"
+    elif path.exists():
+        files, words = _split_folder(path), f"folder {path.name}"
+    elif looks_like_path(source) or path.suffix.lower() in FORMATS:
+        raise SourceError(
+            f"dataset: no file or folder {path}.",
+            "a file (csv, tsv, json, jsonl, parquet), a folder with train, validation and test files, or a hub id.",
+            "correct dataset; a relative path is looked for in the current folder, then in the project.",
+            "no file or folder there",
+        )
     else:
-        files, words = _split_files(path), f"folder {path.name}"
-    splits = {name: _read_files(paths, changes) for name, paths in files.items()}
+        remote = sources.parse(source, revision, "dataset")
+        found = fetching.fetch(source, revision, "dataset")
+        where, commit = "hub" if remote.place == "hub" else "ModelScope", found.revision
+        files, words = (
+            _split_repository(found.path, remote.words),
+            f"{where} data set {remote.id}, revision {commit[:23]}",
+        )
+    changes: Counter[str] = Counter()
+    splits = {name: [row for part in paths for row in read_file(part, changes)] for name, paths in files.items()}
     hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
-    table = Table(splits, words, changes, commit, hashes)
+    table = Table(splits, words, +changes, commit, hashes)
     if table.known:
         table.source = f"{table.known.name}, {words}"
     return table
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
+def _split_folder(folder: Path) -> dict[str, list[Path]]:
     """Data files of a folder by split; shards (train-00000-of-00002) belong together."""
     files = data_files(folder)
     if not files:
@@ -164,136 +153,200 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
         raise InputError(
             f"{folder} holds {have}.", "files train, validation, test (csv, tsv, json, jsonl or parquet).", "add them."
         )
-    found: dict[str, list[Path]] = {}
-    for path in files:
-        stem = path.stem.lower()
-        name = SPLIT_OF_NAME.get(stem) or SPLIT_OF_NAME.get(re.sub(r"-\d+-of-\d+$", "", stem))
-        if name:
-            found.setdefault(name, []).append(path)
-    if not found and len(files) == 1:
-        return {"all": files}
-    for name, paths in found.items():
-        if len(paths) > 1 and any(not re.search(r"-\d+-of-\d+$", p.stem) for p in paths):
-            names = ", ".join(p.name for p in paths)
-            raise InputError(f"{folder} holds {names} for {name}.", "one file a split.", "remove the others.")
-    if "train" not in found:
-        names = ", ".join(p.name for p in files[:8])
+    found = _by_split([path.name for path in files], lambda name: SPLIT_OF_NAME.get(_stem(name)))
+    for split, names in found.items():
+        if split != "all" and len(names) > 1 and any(_stem(name) == Path(name).stem.lower() for name in names):
+            raise InputError(
+                f"{folder} holds {', '.join(names)} for {split}.", "one file a split.", "remove the others."
+            )
+    if not found.keys() & {"train", "all"}:
+        names = ", ".join(path.name for path in files[:8])
         raise InputError(f"{folder} holds {names}.", "a file train.csv (tsv, json, jsonl, parquet).", "rename it.")
-    return {name: found[name] for name in SPLITS if name in found}
+    return {split: [folder / name for name in found[split]] for split in (*SPLITS, "all") if split in found}
 
 
-def _read_files(paths: list[Path], changes: Counter[str]) -> Dataset:
-    tables = [_read_file(path, changes) for path in paths]
-    if len(tables) == 1:
-        return tables[0]
-    with quiet_datasets() as datasets:
-        return datasets.concatenate_datasets(tables)
+def _by_split(names: list[str], split_of: Callable[[str], str | None]) -> dict[str, list[str]]:
+    """The names of files by the split that each says; a single one that says none holds all rows."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if split := split_of(name):
+            found.setdefault(split, []).append(name)
+    return found or ({"all": names} if len(names) == 1 else {})
 
 
-def _read_file(path: Path, changes: Counter[str]) -> Dataset:
-    """One file as a `datasets` table, cached under its content's hash."""
-    kind = FORMATS.get(path.suffix.lower())
+def _stem(name: str) -> str:
+    """A file's name in small letters, without its suffix and the number of a shard."""
+    return re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", Path(name).stem.lower())
+
+
+# One file: from its bytes to text that every parser reads alike, with everything changed on the way counted, to rows.
+
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""Suffix of a data file -> how it is read. TSV is unquoted."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and SHA-256 of the data files in it (hidden files left out)."""
+    if path.is_dir():
+        return sha256_json({file.name: sha256_file(file) for file in data_files(path)})
+    return sha256_file(path)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of a folder that the workbook can read, by name."""
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in files if p.suffix.lower() in FORMATS)
+
+
+def read_file(path: Path, changes: Counter[str]) -> Rows:
+    """The rows of one file; values stay as they are, only the bytes are made readable.
+
+    Removed and counted: a byte-order mark, NUL characters, CR, lone surrogates (JSON escapes).
+
+    Raises:
+        InputError: another format, empty, a Git LFS pointer, a web page, not UTF-8, or not well-formed.
+    """
+    kind, raw = FORMATS.get(path.suffix.lower()), path.read_bytes()
     if kind is None:
         raise InputError(f"{path} ends in {path.suffix!r}.", f"one of {', '.join(FORMATS)}.", "convert or rename it.")
-    cache = cache_folder()
-    readable, changed = readable_copy(path, cache)
-    changes.update(changed)
-    options = _csv_options(path, readable, kind) if kind in ("csv", "tsv") else {}
-    builder = "csv" if kind == "tsv" else kind
-    with quiet_datasets() as datasets:
-        try:
-            # each content has a cache folder of its own, so a changed file can never be served from the cache
-            table = datasets.load_dataset(
-                builder,
-                data_files=str(readable),
-                split="train",
-                cache_dir=str(cache / file_fingerprint(readable)[:16]),
-                **options,
-            )
-        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-            if "corresponds to no data" in str(error):
-                raise _no_rows(path) from None
-            if kind == "json" and (line := bad_json_line(readable)):
-                raise InputError(
-                    f"{path}, line {line[0]} is not JSON ({line[1]}).",
-                    "a list of objects, or one object a line.",
-                    "correct that line.",
-                ) from None
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
-            expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
-            raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
-    if not len(table):
-        raise _no_rows(path)
-    return _dates_as_written(table, readable) if kind == "json" else table
+    _check_content(path, raw[:4096])
+    try:
+        if kind == "parquet":
+            rows = _parquet_rows(path, raw)
+        else:
+            text = _readable(path, raw, kind, changes)
+            rows = _json_rows(path, text, changes) if kind == "json" else _csv_rows(path, text, kind)
+    except InputError:
+        raise
+    except (ValueError, OSError, NotImplementedError, RecursionError) as error:  # those of json, pandas and pyarrow
+        reason = " ".join(str(error).split())[:200]
+        expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
+        raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
+    if not rows:
+        raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
+    return rows
 
 
-def _dates_as_written(table: Dataset, path: Path) -> Dataset:
-    """A JSON table with the columns that the reader took for dates as they stand in the file."""
-    import pyarrow
-
-    schema = table.data.schema
-    dated = [name for name in table.column_names if "timestamp" in str(schema.field(name).type)]
-    if not dated:
-        return table
-    rows = json_rows(path)
-    with quiet_datasets() as datasets:
-        read = datasets.Dataset(pyarrow.table({name: [row.get(name) for row in rows] for name in dated}))
-        return datasets.concatenate_datasets([table.remove_columns(dated), read], axis=1)
+def _empty(path: Path) -> InputError:
+    return InputError(f"{path} is empty.", "a file with rows.", "fetch or export it again.")
 
 
-def _no_rows(path: Path) -> InputError:
-    return InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
+def _check_content(path: Path, head: bytes) -> None:
+    """Refuse what is not data: an empty file, a Git LFS pointer, an HTML page, another encoding of Unicode."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        raise _empty(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the data.", "the file itself.", "run `git lfs pull` where it came from."
+        )
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise InputError(
+            f"{path} is a web page, not data.", "the file itself.", "download it again with the site's raw-file link."
+        )
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path} is UTF-16.", "UTF-8.", "save it again as UTF-8.")
 
 
-def _csv_options(path: Path, readable: Path, kind: str) -> dict[str, Any]:
-    """Options of the csv reader: every value stays text ("null" and "007" are reviews, not numbers)."""
-    import datasets
+def _readable(path: Path, raw: bytes, kind: str, changes: Counter[str]) -> str:
+    """The text of a file with LF alone. A CR ends a line only where the file has no LF; else it is a space."""
+    text = utf8(path, raw)
+    if text.startswith("\ufeff"):
+        changes["byte-order mark"] += 1
+        text = text[1:]
+    ends_lines = "\n" not in text and kind != "json"
+    for what, old, new in (
+        ("NUL characters", "\0", ""),
+        ("CRLF line ends", "\r\n", "\n"),
+        ("CR line ends", "\r", "\n") if ends_lines else ("stray CR characters", "\r", " "),
+    ):
+        changes[what] += text.count(old)
+        text = text.replace(old, new)
+    if not text.strip():
+        raise _empty(path)
+    return text
+
+
+def _csv_rows(path: Path, text: str, kind: str) -> Rows:
+    """Every value stays text ("null" and "007" are reviews, not numbers)."""
+    import pandas as pd
 
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"delimiter": ","}
-    with readable.open(encoding="utf-8", newline="") as stream:
-        header = next(csv.reader(stream, **form))
+    header = next(csv.reader(io.StringIO(text), **form))
     if len(set(header)) != len(header) or not all(name.strip() for name in header):
         raise InputError(
             f"{path} begins with {', '.join(map(repr, header))[:200]}.",
             "a first line with one distinct name a column.",
             "add or correct the header line.",
         )
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {**form, "features": features, "keep_default_na": False, "na_filter": False}
+    # where every row has one field more than the header, pandas takes the first ones for the names of the rows
+    table = pd.read_csv(io.StringIO(text), dtype=object, na_filter=False, **form)
+    return table.to_dict("records")
+
+
+def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
+    """The objects of a JSON file: a list, or one a line; every one with all keys."""
+    whole = text.lstrip().startswith("[")
+    rows: Rows = []
+    for number, part in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
+                "a list of objects, or one object a line.",
+                "correct that line.",
+            ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not every row is an object")
+    if _SURROGATE_ESCAPE.search(text):
+        rows = _without_surrogates(rows, changes)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [columns | row for row in rows]
+
+
+def _without_surrogates(value: Any, changes: Counter[str]) -> Any:
+    """A JSON value without lone surrogates, which no UTF-8 file and no tokenizer can hold."""
+    if isinstance(value, str):
+        text, count = SURROGATE.subn("", value)
+        changes["lone surrogates"] += count
+        return text
+    if isinstance(value, list):
+        return [_without_surrogates(item, changes) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key, changes): _without_surrogates(item, changes) for key, item in value.items()}
+    return value
+
+
+def _parquet_rows(path: Path, raw: bytes) -> Rows:
+    if raw[:4] != b"PAR1" or raw[-4:] != b"PAR1":
+        raise InputError(f"{path} does not start and end as Parquet does.", "a whole Parquet file.", "fetch it again.")
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
 
 
 # Data sets of the hub and of ModelScope: plain files, read like local ones. Scripts are never run.
 
-_SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")
 _ONE = "download it and set dataset to the file or folder you mean."
 
 
-def fetch_files(source: str, revision: str) -> tuple[dict[str, list[Path]], str, str]:
-    """Files by split, a description of the source, and its commit (or hash).
-
-    Raises:
-        InputError: it cannot be had, or its files do not say which split they are.
-    """
-    remote = sources.parse(source, revision, "dataset")
-    found = fetching.fetch(source, revision, "dataset")
-    where = "hub" if remote.place == "hub" else "ModelScope"
-    words = f"{where} data set {remote.id}, revision {found.revision[:23]}"
-    return split_files(found.path, remote.words), words, found.revision
-
-
-def split_files(folder: Path, words: str) -> dict[str, list[Path]]:
-    """Data files of a repository by split: as its card says, else by the names of files and folders.
-
-    Raises:
-        InputError: several tables, or files whose split cannot be told.
-    """
+def _split_repository(folder: Path, words: str) -> dict[str, list[Path]]:
+    """Data files of a repository by split: as its card says, else by the names of files and folders."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     paths = {name: path for name, path in paths.items() if is_data(name)}
     found = _by_card(folder / "README.md", sorted(paths), words)
     if found is None:
-        found = _by_name(sorted(paths), words)
+        found = _by_split(sorted(paths), _split_of)
+        if not found.keys() & {"train", "all"}:
+            raise InputError(f"{words} holds {', '.join(sorted(paths)[:8])}.", "a file of the split train.", _ONE)
     for split, names in found.items():
-        _one_table(split, names, words)
+        if len({re.sub(r"\d+(-[0-9a-f]{8,})?", "#", name) for name in names}) > 1:  # not the parts of one table
+            have = f"{', '.join(names[:4])} for {split}"
+            raise InputError(f"{words} has several tables: {have}.", "one table with its splits.", _ONE)
     return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
 
 
@@ -333,22 +386,10 @@ def _entries(value: Any) -> list[dict[str, Any]]:
     return [{"path": [entry for entry in listed if isinstance(entry, str)]}]
 
 
-def _by_name(names: list[str], words: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        if split := _split_of(name):
-            found.setdefault(split, []).append(name)
-    if not found and len(names) == 1:
-        return {"all": names}
-    if "train" not in found:
-        raise InputError(f"{words} holds {', '.join(names[:8])}.", "a file of the split train.", _ONE)
-    return found
-
-
 def _split_of(name: str) -> str | None:
     """The split that a file's name says, or the nearest folder's that says one."""
     *folders, file = name.lower().split("/")
-    stem = _SHARD.sub("", file.rpartition(".")[0])
+    stem = _stem(file)
     for part in (stem, *reversed(folders)):
         if part in SPLIT_OF_NAME:
             return SPLIT_OF_NAME[part]
@@ -356,27 +397,10 @@ def _split_of(name: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _one_table(split: str, names: list[str], words: str) -> None:
-    """Refuse files of one split that are not the parts of one table."""
-    forms = {re.sub(r"\d+(-[0-9a-f]{8,})?", "#", name) for name in names}
-    if len(forms) > 1:
-        have = f"{', '.join(names[:4])} for {split}"
-        raise InputError(f"{words} has several tables: {have}.", "one table with its splits.", _ONE)
-
-
 # The data set asked for, or the first listed fallback that can be had.
 
 
-@dataclass(frozen=True)
-class ChosenData:
-    """Attributes: source as written in the parameter file; the table; what every page must say about it."""
-
-    source: str
-    table: Table
-    notes: tuple[str, ...]
-
-
-def choose_data(settings: Settings) -> ChosenData:
+def choose_data(settings: Settings) -> Table:
     """Read `dataset`; where it cannot be had, the `fallbacks` in order, each checked as it is listed.
 
     Raises:
@@ -396,7 +420,8 @@ def choose_data(settings: Settings) -> ChosenData:
             _check_listed(table, entry)
         name = f"{table.known.name} ({called(source)})" if table.known else source
         stamp = (table.known.stamp,) if table.known else ()
-        return ChosenData(source, table, (*fallback_note("data set", settings.dataset, name, failures), *stamp))
+        notes = (*fallback_note("data set", settings.dataset, name, failures), *stamp)
+        return replace(table, asked=source, notes=notes)
     raise none_left(failures, [str(entry["dataset"]) for entry in listed])
 
 
@@ -410,7 +435,7 @@ def _read_chosen(source: str, revision: str, settings: Settings) -> Table:
             "give two names, or set dataset to your own data.",
         )
     words = f"the embedded sample corpus, grammar version {sample.VERSION}"
-    return Table(sample.sample_tables(), words)
+    return Table(sample.reviews(), words)
 
 
 def _check_listed(table: Table, entry: Mapping[str, Any]) -> None:

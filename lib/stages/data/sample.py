@@ -17,12 +17,9 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 VERSION = 1
 SIZES = {"train": 3000, "validation": 400, "test": 600}
@@ -201,10 +198,3 @@ def _add_faults(splits: dict[str, list[dict[str, Any]]], rng: random.Random) -> 
     )
     for count, (target, change) in zip(FAULTS.values(), changes, strict=True):
         target += [change(next(chosen)) for _ in range(count)]
-
-
-def sample_tables() -> dict[str, Dataset]:
-    """The sample corpus as `datasets` tables: train, validation, test."""
-    from datasets import Dataset
-
-    return {name: Dataset.from_list(rows) for name, rows in reviews().items()}

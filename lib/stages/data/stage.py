@@ -24,9 +24,8 @@ from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
 from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
 from lib.stages.data.dialogues import Conversations, in_tags_of
-from lib.stages.data.reading import SPLITS, ChosenData, Table, choose_data, read_table
+from lib.stages.data.reading import SPLITS, Table, choose_data, file_fingerprint, read_table
 from lib.stages.data.text_audit import audit_texts
-from lib.stages.data.text_files import file_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +144,7 @@ def rows_from_file(
     table = read_table(str(source))
     name = "test" if "test" in table.splits else next(iter(table.splits))
     ours = {"id", "leaked", "group"}
-    keep = ours | {"pattern"} if ours <= set(table.splits[name].column_names) else ()
+    keep = (*ours, "pattern") if ours <= table.splits[name][0].keys() else ()
     rows, counts = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
     if not rows:
         raise InputError(f"{source}: no usable row.", "rows with a text and a label.", "correct the file.")
@@ -161,15 +160,19 @@ def rows_from_file(
 
 
 def _build(settings: Settings, work: ProductDraft) -> None:
-    task, kind, chosen = task_of(settings), _kind(settings), choose_data(settings)
-    notes = kind.usable(chosen.table)
-    splits, flow, changes = _clean(chosen.table, kind)
+    task, kind, table = task_of(settings), _kind(settings), choose_data(settings)
+    notes = kind.usable(table)
+    splits, flow, changes = _clean(table, kind)
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings)
     flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
     used = found if rule == GIVEN else kind.audit(splits)
     kind.require_each(splits)
-    splits = limit(splits, settings)
+    most = {"train": settings.max_train_rows}
+    splits = {
+        name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
+        for name, rows in splits.items()
+    }
     chosen_base = choose_base(
         settings.base_model, settings.revision, settings.fallbacks, settings.gguf_dtype, settings.gguf_off_grid
     )
@@ -180,10 +183,10 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     splits, lengths, length_table = token_lengths(tokenizer, task, kind, splits)
     flow += _left(task, before, splits)
     shown = {
-        "source": chosen.table.source,
+        "source": table.source,
         "split_rule": rule,
         "flow": flow,
-        "changes": dict(changes + chosen.table.changes),
+        "changes": dict(changes + table.changes),
         **found,
         "overlaps_used": used["overlaps"],
         "balance": [kind.shape(name, rows) for name, rows in splits.items()],
@@ -205,7 +208,7 @@ def _build(settings: Settings, work: ProductDraft) -> None:
         work.metrics["floor_accuracy_leak_free"] = clean["accuracy"] if clean else None
     else:
         work.facts["task"] = task.kind
-    _record_sources(work, chosen, chosen_base, base, splits)
+    _record_sources(work, table, chosen_base, base, splits)
     work.facts["prompt_hash"] = task.fingerprint(tokenizer)
     work.notes += notes
 
@@ -249,15 +252,6 @@ def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str
     kind.refuse_few(kept)
     rule = f"8 : 1 : 1 by {kind.rule.format(seed=settings.seed)}"
     return near_duplicates.split_by_cluster(kept, settings.seed), rule, dropped
-
-
-def limit(splits: Splits, settings: Settings) -> Splits:
-    """At most `max_train_rows` and `max_eval_rows` rows."""
-    most = {"train": settings.max_train_rows}
-    return {
-        name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
-        for name, rows in splits.items()
-    }
 
 
 def _left(task: Task, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
@@ -313,18 +307,18 @@ def put_tokenizer(
 
 
 def _record_sources(
-    work: ProductDraft, data: ChosenData, chosen: ChosenBase, base: Mapping[str, Any], splits: Splits
+    work: ProductDraft, table: Table, chosen: ChosenBase, base: Mapping[str, Any], splits: Splits
 ) -> None:
     """What the manifest and every page say of where the rows and the base model came from."""
     if chosen.base is not None and chosen.base.unpacked is not None:  # other weights must make another product
         write_json(work.folder / UNPACKED, dict(chosen.base.unpacked))
-    table, from_sample = data.table, data.source == SAMPLE_DATASET
+    from_sample = table.asked == SAMPLE_DATASET
     stamp = STAMPS.get((base["offline_base"], from_sample))
-    work.notes += [*([stamp] if stamp else []), *chosen.notes, *data.notes]
+    work.notes += [*([stamp] if stamp else []), *chosen.notes, *table.notes]
     work.facts |= {
         "source": table.source,
         "sample_data": from_sample,
-        "dataset": {"source": data.source, "revision": table.revision, "rows": table.rows, "sha256": table.hashes},
+        "dataset": {"source": table.asked, "revision": table.revision, "rows": table.rows, "sha256": table.hashes},
         **base,
         "rows": {name: len(rows) for name, rows in splits.items()},
     }

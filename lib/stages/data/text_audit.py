@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import html.entities
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from lib.prompts.templates import FILLERS
 
@@ -31,6 +33,7 @@ _COMMON_GB = (b"\xb0\xa1", b"\xd7\xf9")
 """First and last character of GB 2312's common part."""
 
 
+@functools.cache
 def script_of(character: str) -> int:
     """SIMPLIFIED, TRADITIONAL, or 0."""
     if not is_ideograph(character):
@@ -41,6 +44,7 @@ def script_of(character: str) -> int:
     return TRADITIONAL if taiwan and not mainland and taiwan <= _COMMON else 0
 
 
+@functools.cache
 def is_rare(character: str) -> bool:
     """Whether an ideograph is common in neither script."""
     mainland, taiwan = _encoded(character, "gb2312"), _encoded(character, "big5")
@@ -60,7 +64,7 @@ def _encoded(character: str, codec: str) -> bytes:
         return b""
 
 
-def scripts_of_rows(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def scripts_of_rows(rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """How many rows are written in which script.
 
     Args:
@@ -69,28 +73,17 @@ def scripts_of_rows(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
     Returns:
         {"rows", one count for each of SCRIPTS, "share of traditional forms" (None where no form was found)}.
     """
-    found = dict.fromkeys(SCRIPTS, 0)
-    for simplified, traditional in rows:
-        share = traditional / (simplified + traditional) if simplified + traditional else None
-        if share is None:
-            found["neither"] += 1
-        else:
-            found["simplified" if share < MIXED else "traditional" if share > 1 - MIXED else "mixed"] += 1
+    shares = [traditional / (simplified + traditional) for simplified, traditional in rows if simplified + traditional]
+    simplified, traditional = sum(share < MIXED for share in shares), sum(share > 1 - MIXED for share in shares)
+    counts = (simplified, traditional, len(shares) - simplified - traditional, len(rows) - len(shares))
     forms = sum(map(sum, rows))
-    return {
-        "rows": len(rows),
-        **found,
-        "share of traditional forms": sum(row[1] for row in rows) / forms if forms else None,
-    }
+    share = sum(traditional for _, traditional in rows) / forms if forms else None
+    return {"rows": len(rows), **dict(zip(SCRIPTS, counts, strict=True)), "share of traditional forms": share}
 
 
 # What the characters of the rows are: what NFKC would change, what nobody sees, which script, what is damaged.
 #
-# Counted, never changed. Every character has at most one kind; a table over the code points that occur makes the count
-# a look-up in arrays.
-
-_AT_ONCE = 4_000_000
-"""Most characters looked up at once: 16 MB of code points."""
+# Counted, never changed. Every character has at most one kind, looked up once for each character that occurs.
 
 PUNCTUATION = "ordinary Chinese punctuation that NFKC would make ASCII (，！？：（）…)"
 KINDS = (
@@ -145,6 +138,7 @@ _TAG = re.compile(
 )
 
 
+@functools.cache
 def kind_of(character: str) -> int:
     """Place in KINDS + 1; 0 for a character that has nothing to report."""
     if character == "\ufffd":
@@ -193,23 +187,22 @@ def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         "scripts": one line a split, {"split", "rows", simplified, traditional, mixed, neither, "share of traditional
         forms"}.
     """
-    findings = [_line(what, splits) for what in (*KINDS, *DAMAGE, RARE)]
+    findings = [Finding(what, dict.fromkeys(splits, 0)) for what in (*KINDS, *DAMAGE, RARE)]
     changed = beyond = 0
     scripts = []
     for name, texts in splits.items():
-        own = [[0, 0] for _ in texts]
-        for start, block in _blocks(texts):
-            _count_kinds(block, name, findings, own, start)
-        for text in texts:
-            _count_damage(text, name, findings)
+        forms = [_count_row(text, name, findings) for text in texts]
+        for character, count in sorted(Counter(itertools.chain.from_iterable(texts)).items()):
+            if kind := kind_of(character):
+                findings[kind - 1].seen[character] += count
         changed += sum(not unicodedata.is_normalized("NFKC", text) for text in texts)
         beyond += sum(not unicodedata.is_normalized("NFKC", _PLAIN.sub("", text)) for text in texts)
-        scripts.append({"split": name, **scripts_of_rows(own)})
+        scripts.append({"split": name, **scripts_of_rows(forms)})
     return {
         "rows": sum(map(len, splits.values())),
         "changed_by_nfkc": changed,
         "changed_beyond_punctuation": beyond,
-        "findings": [_finished(line) for line in findings if line["characters"]],
+        "findings": [finding.to_json() for finding in findings if finding.seen],
         "scripts": scripts,
     }
 
@@ -217,79 +210,57 @@ def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 _PLAIN = re.compile("[…‥\u3000\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uffe0-\uffe6]")
 
 
-def _line(what: str, splits: Mapping[str, Any]) -> dict[str, Any]:
-    place = KINDS.index(what) if what in KINDS else len(KINDS)
-    group = "nfkc" if place < 9 else "invisible" if place < 12 else "unusual" if place < 15 else "damage"
-    return {"what": what, "group": group, **dict.fromkeys(splits, 0), "characters": 0, "seen": {}, "example": ""}
+@dataclass
+class Finding:
+    """What was found of one kind.
+
+    Attributes:
+        rows: with it, by split. seen: characters or places found, and how often. example: of the first row with it.
+    """
+
+    what: str
+    rows: dict[str, int]
+    seen: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+
+    def add_row(self, split: str, text: str, start: int, stop: int) -> None:
+        """Count a row that has it from `start` to `stop`."""
+        self.rows[split] += 1
+        self.example = self.example or _around(text, start, stop)
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of the table, with the most frequent characters in words."""
+        place = KINDS.index(self.what) if self.what in KINDS else len(KINDS)
+        group = "nfkc" if place < 9 else "invisible" if place < 12 else "unusual" if place < 15 else "damage"
+        top = (f"{''.join(map(visible, text[:20]))} ×{count:,}" for text, count in self.seen.most_common(5))
+        characters = sum(len(text) * count for text, count in self.seen.items())
+        line = {"what": self.what, "group": group, **self.rows, "characters": characters}
+        return {**line, "most frequent": " ".join(top), "example": self.example}
 
 
-def _blocks(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Rows in blocks of about `_AT_ONCE` characters, each with the number of its first row."""
-    start, size = 0, 0
-    for i, text in enumerate(texts):
-        size += len(text)
-        if size >= _AT_ONCE:
-            yield start, list(texts[start : i + 1])
-            start, size = i + 1, 0
-    if start < len(texts):
-        yield start, list(texts[start:])
-
-
-def _count_kinds(
-    block: Sequence[str], split: str, findings: list[dict[str, Any]], scripts: list[list[int]], start: int
-) -> None:
-    """Add a block's characters to the findings, and its simplified and traditional forms to each row's counts."""
-    codes = np.frombuffer("".join(block).encode("utf-32-le", "surrogatepass"), np.uint32)
-    rows = np.repeat(np.arange(len(block)), [len(text) for text in block])
-    distinct, places, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    characters = [chr(code) for code in distinct.tolist()]
-    kinds = np.array([kind_of(character) for character in characters], dtype=np.uint8)
-    forms = np.array([script_of(character) for character in characters], dtype=np.uint8)
-    for form in (1, 2):
-        found = np.bincount(rows[(forms == form)[places]], minlength=len(block))
-        for row, count in zip(scripts[start : start + len(block)], found.tolist(), strict=True):
-            row[form - 1] = count
-    _count_rare(block, characters, places, rows, split, findings[-1])
-    for kind in np.unique(kinds[kinds > 0]).tolist():
-        line, hits = findings[kind - 1], np.flatnonzero((kinds == kind)[places])
-        line[split] += len(np.unique(rows[hits]))
-        line["characters"] += len(hits)
-        for place in np.flatnonzero(kinds == kind).tolist():
-            line["seen"][characters[place]] = line["seen"].get(characters[place], 0) + int(counts[place])
-        if not line["example"]:
-            first = int(hits[0])
-            before = first - int(np.searchsorted(rows, rows[first]))
-            line["example"] = _around(block[rows[first]], before, before + 1)
-
-
-def _count_rare(
-    block: Sequence[str], characters: list[str], places: np.ndarray, rows: np.ndarray, split: str, line: dict[str, Any]
-) -> None:
-    """Add the rows of a block whose different ideographs are rare to a suspicious degree."""
-    written = np.array([is_ideograph(character) for character in characters], dtype=bool)
-    rare = np.array([w and is_rare(c) for w, c in zip(written, characters, strict=True)], dtype=bool)
-    pairs = np.unique(rows * len(characters) + places)  # a word that is said ten times counts once
-    owners, kinds = np.divmod(pairs, len(characters))
-    all_of, rare_of = (np.bincount(owners[mask[kinds]], minlength=len(block)) for mask in (written, rare))
-    for row in np.flatnonzero((all_of >= FEWEST) & (rare_of >= RARE_SHARE * all_of)).tolist():
-        line[split] += 1
-        for character in filter(is_ideograph, block[row]):
-            if is_rare(character):
-                line["characters"] += 1
-                line["seen"][character] = line["seen"].get(character, 0) + 1
-        line["example"] = line["example"] or _around(block[row], 0, 24)
-
-
-def _count_damage(text: str, split: str, findings: list[dict[str, Any]]) -> None:
-    """Add what patterns find in a row."""
-    for place, matches in enumerate(_damage(text), len(KINDS)):
+def _count_row(text: str, split: str, findings: Sequence[Finding]) -> tuple[int, int]:
+    """Add what a row holds to the findings, without the characters by kind; its (simplified, traditional) forms."""
+    counts = Counter(text)
+    first: dict[int, str] = {}
+    for character in counts:  # in the order of their first appearance
+        if kind := kind_of(character):
+            first.setdefault(kind, character)
+    for kind, character in first.items():
+        start = text.index(character)
+        findings[kind - 1].add_row(split, text, start, start + 1)
+    written = [character for character in counts if is_ideograph(character)]
+    rare = [character for character in written if is_rare(character)]  # a word that is said ten times counts once
+    if len(written) >= FEWEST and len(rare) >= RARE_SHARE * len(written):
+        findings[-1].add_row(split, text, 0, 24)
+        findings[-1].seen.update({character: counts[character] for character in rare})
+    for finding, matches in zip(findings[len(KINDS) :], _damage(text), strict=False):
         if matches:
-            line = findings[place]
-            line[split] += 1
-            line["characters"] += sum(match.end() - match.start() for match in matches)
-            for match in matches:
-                line["seen"][match[0]] = line["seen"].get(match[0], 0) + 1
-            line["example"] = line["example"] or _around(text, *matches[0].span())
+            finding.add_row(split, text, *matches[0].span())
+            finding.seen.update(match[0] for match in matches)
+    forms: Counter[int] = Counter()
+    for character in written:
+        forms[script_of(character)] += counts[character]
+    return forms[SIMPLIFIED], forms[TRADITIONAL]
 
 
 def _damage(text: str) -> list[list[re.Match[str]]]:
@@ -334,11 +305,3 @@ def visible(character: str) -> str:
     """The character, or its code point in angle brackets when a page would not show it."""
     hidden = kind_of(character) in (4, 10, 11, 12, 13, 14, 15)
     return f"⟨U+{ord(character):04X}⟩" if hidden else character
-
-
-def _finished(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with its most frequent characters in words."""
-    top = sorted(line["seen"].items(), key=lambda item: -item[1])[:5]
-    words = " ".join(f"{''.join(map(visible, text[:20]))} ×{count:,}" for text, count in top)
-    kept = {key: value for key, value in line.items() if key not in ("seen", "example")}
-    return {**kept, "most frequent": words, "example": line["example"]}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import pad
+from torch.nn.functional import scaled_dot_product_attention as attend
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from lib.progress import track
-from lib.prompts.tasks import Task
-
-if TYPE_CHECKING:
-    import torch
-
+from lib.prompts.conversations import Encoded
 
 # Rows as token ids, grouped by length, padded to the longest of their batch.
 
@@ -26,42 +25,8 @@ LENGTH_STEP = 16
 for every length of its own took 2.0 GB after 80 updates of the offline base, and takes 1.0 GB so, at the same speed."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids of one row, and where the loss is computed.
-
-    Attributes:
-        ids: prompt, then the answer word and the end of turn; or a whole conversation.
-        prompt_length: tokens in front of the first answer.
-        spans: (first, behind the last) position of every answer; None for one answer up to the end.
-    """
-
-    ids: list[int]
-    prompt_length: int
-    spans: tuple[tuple[int, int], ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def answers(self) -> tuple[tuple[int, int], ...]:
-        """The spans that the loss counts."""
-        return self.spans if self.spans is not None else ((self.prompt_length, len(self.ids)),)
-
-    @property
-    def loss_tokens(self) -> int:
-        """Number of positions that the loss counts."""
-        return sum(stop - start for start, stop in self.answers)
-
-
-Collate = Callable[[Sequence[Example]], "dict[str, torch.Tensor]"]
+Collate = Callable[[Sequence[Encoded]], dict[str, torch.Tensor]]
 """From rows to the tensors of one forward pass."""
-
-
-def examples(rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any, what: str) -> list[Example]:
-    """Encode rows as the task says."""
-    encoded = [task.encode(tokenizer, row) for row in track(rows, f"tokenizing {what} rows")]
-    return [Example(one.ids, one.spans[0][0], tuple(one.spans)) for one in encoded]
 
 
 class Collator:
@@ -70,10 +35,8 @@ class Collator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels: int64 (rows, longest rounded up); row_tokens: int64 (), no padding."""
-        import torch
-
         longest = max(len(example) for example in batch)
         shape = (len(batch), -(-longest // LENGTH_STEP) * LENGTH_STEP)
         ids = torch.full(shape, self.pad_id)
@@ -83,7 +46,7 @@ class Collator:
             row = torch.tensor(example.ids)
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-            for start, stop in example.answers:
+            for start, stop in example.spans:
                 labels[i, start:stop] = row[start:stop]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, "row_tokens": mask.sum()}
 
@@ -173,7 +136,7 @@ def filled_length(used: int) -> int:
     return -(-used // step) * step
 
 
-def shared_prefix(examples: Sequence[Example]) -> int:
+def shared_prefix(examples: Sequence[Encoded]) -> int:
     """Number of leading tokens that all rows have in common, in front of the last prompt token of every row.
 
     The position that predicts a row's first answer token must stay the row's own.
@@ -181,7 +144,7 @@ def shared_prefix(examples: Sequence[Example]) -> int:
     if not examples:
         return 0
     first, last = min(e.ids for e in examples), max(e.ids for e in examples)  # the two that differ the earliest
-    limit = min(e.prompt_length for e in examples) - 1
+    limit = min(e.spans[0][0] for e in examples) - 1
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return max(0, min(common, limit))
 
@@ -197,32 +160,30 @@ class PackedCollator:
     def __init__(self, pad_id: int, prefix: int) -> None:
         self.pad_id, self.prefix = pad_id, prefix
 
-    def __call__(self, batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """One sequence of N tokens for B rows, whose longest has S tokens behind the prefix of P tokens.
 
         Returns:
             input_ids, position_ids, labels: int64 (1, N).
-            gather: int64 (B, S), position in the sequence of each row's tokens (an empty place repeats the last one).
+            gather: int64 (B, S), position in the sequence of each row's tokens; −1 for an empty place.
             scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix; −1 for the filling.
             row_tokens: int64 (), tokens of all rows, the prefix counted once a row.
         """
-        import torch
-
         prefix, widest = self.prefix, max(len(e) for e in batch) - self.prefix
         used = prefix + sum(len(e) - prefix for e in batch)
         total = filled_length(used)
         ids, labels = torch.full((1, total), self.pad_id), torch.full((1, total), IGNORED)
         positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.full((total - prefix,), -1)
-        gather = torch.empty((len(batch), widest), dtype=torch.int64)
+        gather = torch.full((len(batch), widest), -1)
         ids[0, :prefix], positions[0, :prefix] = torch.tensor(batch[0].ids[:prefix]), torch.arange(prefix)
         at = prefix
         for i, example in enumerate(batch):
             row = torch.tensor(example.ids)
             own = len(row) - prefix
             ids[0, at : at + own], positions[0, at : at + own] = row[prefix:], torch.arange(prefix, len(row))
-            for start, stop in example.answers:
+            for start, stop in example.spans:
                 labels[0, at + start - prefix : at + stop - prefix] = row[start:stop]
-            gather[i] = at + torch.arange(widest).clamp(max=own - 1)
+            gather[i, :own] = at + torch.arange(own)
             scatter[at - prefix : at - prefix + own] = i * widest + torch.arange(own)
             at += own
         return {
@@ -257,9 +218,6 @@ def packed_attention(
     Returns:
         (1, N, heads, width), and no weights.
     """
-    from torch.nn.functional import scaled_dot_product_attention as attend
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-
     if gather is None or scatter is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -274,7 +232,7 @@ def packed_attention(
 
     own = _unpack(query, gather, scatter)
     behind = attend(own, seen(key), seen(value), attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-    behind = _pack(behind.transpose(1, 2), gather, scatter)
+    behind = _pack(behind.transpose(1, 2), gather, scatter, prefix)
     if not prefix:
         return behind, None
     front = attend(
@@ -290,66 +248,41 @@ def packed_attention(
 
 def _unpack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
     """(1, heads, N, width) to (rows, heads, widest, width): every row's own tokens."""
-    flat = _functions()[0](states[0].transpose(0, 1), gather, scatter)
-    return flat.unflatten(0, gather.shape).transpose(1, 2)
+    back = pad(scatter, (states.shape[2] - len(scatter), 0), value=-1)  # the prefix is no row's own
+    return _Move.apply(states[0].transpose(0, 1), gather.flatten(), back).unflatten(0, gather.shape).transpose(1, 2)
 
 
-def _pack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
+def _pack(states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor, prefix: int) -> torch.Tensor:
     """(rows, widest, heads, width) to (1, N − P, heads, width): the reverse of `_unpack`."""
-    return _functions()[1](states.flatten(0, 1), gather, scatter)[None]
+    return _Move.apply(states.flatten(0, 1), scatter, gather.flatten() - prefix)[None]
 
 
-@functools.cache
-def _functions() -> tuple[Any, Any]:
-    """Both ways as autograd functions: each one's gradient is the other way, where torch would add up in bfloat16.
+class _Move(torch.autograd.Function):
+    """Takes the states at the places `there`; `back` is where each of them went, negative for nowhere.
 
-    That is exact because an empty place has no gradient: no token of a row sees it, and nobody reads what it sees.
+    Its gradient is the way back, where torch would add up in bfloat16. That is exact because an empty place has no
+    gradient: no token of a row sees it, and nobody reads what it sees.
     """
-    import torch
 
-    class Unpack(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-            context.save_for_backward(gather, scatter)
-            return states.index_select(0, gather.reshape(-1))
+    @staticmethod
+    def forward(context: Any, states: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(back)
+        return states.index_select(0, there.clamp(min=0))
 
-        @staticmethod
-        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            gather, scatter = context.saved_tensors
-            back = upstream.index_select(0, scatter.clamp(min=0))
-            back[scatter < 0] = 0
-            prefix = int(gather[0, 0])
-            return torch.cat([back.new_zeros(prefix, *back.shape[1:]), back]), None, None
-
-    class Pack(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, states: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-            context.save_for_backward(gather, scatter)
-            return states.index_select(0, scatter.clamp(min=0))
-
-        @staticmethod
-        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            gather, _ = context.saved_tensors
-            places = gather.reshape(-1) - gather[0, 0]
-            back = upstream.index_select(0, places)
-            repeated = torch.zeros_like(gather, dtype=torch.bool)
-            repeated[:, 1:] = gather[:, 1:] == gather[:, :-1]
-            back[repeated.reshape(-1)] = 0
-            return back, None, None
-
-    return Unpack.apply, Pack.apply
+    @staticmethod
+    def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = context.saved_tensors
+        gradient = upstream.index_select(0, back.clamp(min=0))
+        gradient[back < 0] = 0
+        return gradient, None, None
 
 
 def _join(first: torch.Tensor, second: torch.Tensor, axis: int = 2) -> torch.Tensor:
-    import torch
-
     return torch.cat([first, second], axis) if first.shape[axis] else second
 
 
 def packed_inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Keyword arguments of the decoder for a packed batch."""
-    import torch
-
     widest, total = batch["gather"].shape[1], batch["input_ids"].shape[1]
     prefix = total - len(batch["scatter"])
     mask = torch.ones((widest, prefix + widest), dtype=torch.bool, device=batch["input_ids"].device).tril(prefix)
@@ -384,9 +317,6 @@ def use_packed_attention(model: Any) -> tuple[str | None, str]:
     Returns:
         None, or why transformers cannot (then it is unchanged); and the name of the attention it had.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     config = model.config.get_text_config()
     before = config._attn_implementation
     AttentionInterface.register(ATTENTION, packed_attention)
@@ -399,8 +329,3 @@ def use_packed_attention(model: Any) -> tuple[str | None, str]:
         model.set_attn_implementation(before)
         return "its attention function cannot be changed", before
     return None, before
-
-
-def restore_attention(model: Any, name: str) -> None:
-    """Back to the attention that `use_packed_attention` found."""
-    model.set_attn_implementation(name)

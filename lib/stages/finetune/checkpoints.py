@@ -79,7 +79,7 @@ def _record(path: Path) -> dict[str, Any]:
     return found
 
 
-def problem(path: Path) -> str | None:
+def _problem(path: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, in words; None when every file is as recorded."""
     if not (path / RECORD).is_file():
         return f"{path.name} is incomplete (no {RECORD})"
@@ -87,8 +87,7 @@ def problem(path: Path) -> str | None:
         recorded = _record(path)["files"]
     except InputError:
         return f"{path.name} is damaged ({RECORD})"
-    found = hash_folder(path)
-    found.pop(RECORD, None)
+    found = {name: facts for name, facts in hash_folder(path).items() if name != RECORD}
     damaged = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
     return f"{path.name} is damaged ({damaged[0]})" if damaged else None
 
@@ -97,7 +96,7 @@ def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     """All verified checkpoints of a training, oldest first, and what is wrong with the others."""
     good, problems = [], []
     for path in sorted(filter(Path.is_dir, folder.glob("checkpoint-*")), key=_step):
-        if wrong := problem(path):
+        if wrong := _problem(path):
             problems.append(wrong)
         else:
             good.append(Checkpoint(_step(path), path, _record(path)["eval_loss"]))
@@ -115,12 +114,10 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return min(judged, key=lambda c: (c.eval_loss, c.step)) if judged else None
 
 
-def prune(folder: Path, newest: int = 2) -> None:
-    """Keep the `newest` verified checkpoints and the best one; remove the others and the damaged."""
+def prune(folder: Path) -> None:
+    """Keep the two newest verified checkpoints and the best one; remove the others and the damaged."""
     good, _ = find(folder)
-    keep = {c.path for c in good[-newest:]}
-    if chosen := best(good):
-        keep.add(chosen.path)
+    keep = {c.path for c in (*good[-2:], best(good)) if c}
     for path in filter(Path.is_dir, folder.glob("checkpoint-*")):
         if path not in keep:
             shutil.rmtree(path)

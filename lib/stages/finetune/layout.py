@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lib.errors import InputError
+from lib.prompts.conversations import Encoded
 from lib.stages.finetune.batches import (
     IGNORED,
     Collate,
     Collator,
-    Example,
     PackedCollator,
     packed_inputs,
-    restore_attention,
     shared_prefix,
     unpackable,
     use_packed_attention,
 )
-
-if TYPE_CHECKING:
-    import torch
-
+from lib.stages.finetune.memory import HEAD_ROWS
 
 # Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
 #
 # A classification prompt has two or three loss positions among a hundred: running the output layer at those alone gives
 # the same loss and gradients as `model(labels=…)` and saves the [rows, length, vocabulary] tensor (PERFORMANCE §5.1).
-
-HEAD_ROWS = 256
-"""Positions whose logits exist at one time: 156 MB in float32 for a vocabulary of 151,936."""
 
 
 def causal_model(model: Any) -> Any:
@@ -61,50 +55,40 @@ def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.T
         hidden: (positions, width), the last hidden states.
         targets: int64 (positions,).
     """
-    import torch
-
     frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
     if frozen and len(hidden) > HEAD_ROWS:
-        return _frozen_head()(hidden, head.weight, targets)
+        return _FrozenHead.apply(hidden, head.weight, targets)
     return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-@functools.cache
-def _frozen_head() -> Any:
-    import torch
+class _FrozenHead(torch.autograd.Function):
+    """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk."""
 
-    class FrozenHead(torch.autograd.Function):
-        """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk."""
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), HEAD_ROWS):
+                part = slice(start, start + HEAD_ROWS)
+                logits = (hidden[part].to(weight.dtype) @ weight.T).float()
+                true = targets[part, None]
+                loss += (logits.logsumexp(1) - logits.gather(1, true)[:, 0]).sum()
+                if gradient is not None:
+                    logits = logits.softmax(1)
+                    logits.scatter_add_(1, true, torch.full_like(true, -1, dtype=logits.dtype))
+                    gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+        context.save_for_backward(gradient)
+        return loss
 
-        @staticmethod
-        def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            loss = torch.zeros((), device=hidden.device)
-            gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
-            with torch.autocast(hidden.device.type, enabled=False):
-                for start in range(0, len(hidden), HEAD_ROWS):
-                    part = slice(start, start + HEAD_ROWS)
-                    logits = (hidden[part].to(weight.dtype) @ weight.T).float()
-                    true = targets[part, None]
-                    loss += (logits.logsumexp(1) - logits.gather(1, true)[:, 0]).sum()
-                    if gradient is not None:
-                        logits = logits.softmax(1)
-                        logits.scatter_add_(1, true, torch.full_like(true, -1, dtype=logits.dtype))
-                        gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
-            context.save_for_backward(gradient)
-            return loss
-
-        @staticmethod
-        def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-            (gradient,) = context.saved_tensors
-            return gradient * upstream.to(gradient.dtype), None, None
-
-    return FrozenHead.apply
+    @staticmethod
+    def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = context.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
 
 
 def autocast(model: Any) -> contextlib.AbstractContextManager:
     """bfloat16 products where the base is bfloat16 (the adapter's float32 weights are rounded for the product)."""
-    import torch
-
     low = model.get_input_embeddings().weight.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16) if low else contextlib.nullcontext()
 
@@ -127,7 +111,7 @@ is a quarter of a nat (0.5 %, set on random weights, left the packed layout out 
 sizes are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, exact in every format."""
 
 
-def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Collate, str]:
+def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Collate, str]:
     """The collator for these rows, and in words what it does (and why, where it could not be the packed one).
 
     The packed layout is taken where the configuration allows it and it proves right on the shortest and the longest
@@ -155,23 +139,23 @@ def choose_layout(model: Any, rows: Sequence[Example], pad_id: int) -> tuple[Col
     return padded, f"padded to the longest of like length ({problem})"
 
 
-def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: list[Example]) -> str | None:
+def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: list[Encoded]) -> str | None:
     """Switch the model to the packed layout; or say why not, with the model as it was."""
     inner = causal_model(model)
-    expected = _mean_loss(model, _on_device(model, padded(sample)))
+    expected = _mean_loss(model, padded(sample))
     problem, before = use_packed_attention(inner)
     if problem is not None:
         return problem
-    if not _close(model, _mean_loss(model, _on_device(model, packed(sample))), expected):
+    if not _close(model, _mean_loss(model, packed(sample)), expected):
         problem = "its loss differs from the model's own"
     elif _sees_neighbours(model, packed, sample):
         problem = "its rows see one another"
     if problem is not None:
-        restore_attention(inner, before)
+        inner.set_attn_implementation(before)
     return problem
 
 
-def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Example]) -> bool:
+def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Encoded]) -> bool:
     """Whether the second row's loss changes with the first row's own tokens.
 
     Both batches have one shape, so without a leak even bfloat16 computes the same numbers: this finds a state that
@@ -179,18 +163,13 @@ def _sees_neighbours(model: Any, packed: PackedCollator, sample: list[Example]) 
     """
     first, second = sample
     other = [*first.ids[: packed.prefix], *[packed.pad_id] * (len(first) - packed.prefix)]
-    losses = [
-        _mean_loss(model, _on_device(model, packed([Example(ids, first.prompt_length, ()), second])))
-        for ids in (first.ids, other)
-    ]
+    losses = [_mean_loss(model, packed([Encoded(ids, []), second])) for ids in (first.ids, other)]
     return abs(losses[0] - losses[1]) > LEAK * (1 + abs(losses[0]))
 
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """The model without dropout and gradients, and back."""
-    import torch
-
     training = model.training
     model.eval()
     try:
@@ -206,7 +185,7 @@ def _on_device(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
-    total, count = answer_loss(model, batch)
+    total, count = answer_loss(model, _on_device(model, batch))
     return total.item() / count
 
 
@@ -238,7 +217,5 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
 
 def _close(model: Any, found: float, expected: float) -> bool:
-    import torch
-
     low = causal_model(model).get_input_embeddings().weight.dtype != torch.float32
     return abs(found - expected) <= (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))

@@ -16,7 +16,6 @@ from lib.runs import machine
 from lib.runs.files import user_path
 from lib.runs.machine import no_warnings, quiet
 from lib.settings import OFFLINE_BASE
-from lib.stages.finetune.layout import HEAD_ROWS
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -59,6 +58,9 @@ def with_adapter(model: Any, settings: Settings) -> Any:
 
 
 # Memory a training needs, estimated before it starts, and what to change when it is too much.
+
+HEAD_ROWS = 256
+"""Positions whose logits exist at one time (`layout.head_loss`): 156 MB in float32 for a vocabulary of 151,936."""
 
 NF4_BITS = 4.127
 """Bits a weight in NF4 with double quantization: 4 + 8/64 + 32/(64·256) (QLoRA, Dettmers et al. 2023, §3)."""
@@ -172,31 +174,21 @@ def shape_of(model: Any, settings: Settings, length: int, answer: int, in_4bit: 
 
 def _logical_parameters(model: Any) -> int:
     """Number of weights, packed 4-bit ones counted as two a byte."""
-    total = 0
-    for parameter in model.parameters():
-        packed = getattr(parameter, "quant_state", None)
-        total += packed.shape.numel() if packed is not None else parameter.numel()
-    return total
+    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in model.parameters())
 
 
 def advice(need: int, available: int, settings: Settings, can_4bit: bool) -> list[str]:
     """What to change, the cheapest first, when `need` bytes exceed nine tenths of `available`; else nothing."""
-    if need <= 0.9 * available:
-        return []
-    steps = []
     rows = settings.per_device_train_batch_size
-    if rows > 1:
-        more = settings.gradient_accumulation_steps * rows
-        steps.append(f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {more} (the same updates)")
-    if settings.lora_r > 4:
-        steps.append("lora_r: 4")
-    if not settings.load_in_4bit and can_4bit:
-        steps.append("load_in_4bit: true (and dtype: auto)")
-    if settings.max_seq_length > 128:
-        steps.append("max_seq_length: 128 (notebook 01 shows the share of texts cut)")
-    if not settings.gradient_checkpointing:
-        steps.append("gradient_checkpointing: true (about 30 % slower)")
-    return steps
+    more = rows * settings.gradient_accumulation_steps
+    steps = {
+        f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {more} (the same updates)": rows > 1,
+        "lora_r: 4": settings.lora_r > 4,
+        "load_in_4bit: true (and dtype: auto)": can_4bit and not settings.load_in_4bit,
+        "max_seq_length: 128 (notebook 01 shows the share of texts cut)": settings.max_seq_length > 128,
+        "gradient_checkpointing: true (about 30 % slower)": not settings.gradient_checkpointing,
+    }
+    return [step for step, helps in steps.items() if helps] if need > 0.9 * available else []
 
 
 def refuse_impossible(need: int, total: int, steps: list[str]) -> None:
@@ -241,9 +233,6 @@ class Plan:
     possible: bool
     fits: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "estimate": self.estimate.to_json()}
-
 
 @dataclass(frozen=True)
 class Strategy:
@@ -261,11 +250,11 @@ class Strategy:
 
     def to_json(self) -> dict[str, Any]:
         """For machines; sizes in bytes."""
-        plain = {
-            key: getattr(self, key) for key in ("model", "weights", "tokens", "device", "devices", "free", "dtype")
-        }
-        chosen = self.chosen.name if self.chosen else None
-        return {**plain, "plans": [plan.to_json() for plan in self.plans], "recommended": chosen, "offload": OFFLOAD}
+        found = dataclasses.asdict(self)
+        for made, plan in zip(found["plans"], self.plans, strict=True):
+            made["estimate"]["total"] = plan.estimate.total
+        del found["chosen"]
+        return {**found, "recommended": self.chosen.name if self.chosen else None, "offload": OFFLOAD}
 
 
 def recommend(settings: Settings, source: str | None = None) -> Strategy:
@@ -287,7 +276,8 @@ def recommend(settings: Settings, source: str | None = None) -> Strategy:
     plans = []
     for words, changes in _ways(settings, kind, devices):
         asked = settings.model_copy(update=changes)
-        estimated = estimate(_shape(adapted, asked), process)
+        answer = ANSWER_TOKENS if asked.task == "classification" else asked.max_seq_length
+        estimated = estimate(shape_of(adapted, asked, asked.max_seq_length, answer, asked.load_in_4bit), process)
         need = estimated.total * (asked.num_processes if kind == "cpu" else 1)
         possible = kind == "cpu" or asked.num_processes <= devices
         plans.append(Plan(words, changes, estimated, need, possible, possible and need <= MOST * free))
@@ -343,10 +333,8 @@ def _divided(settings: Settings, processes: int) -> tuple[str, dict[str, Any]]:
 def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
     """What to change, the least harmful first: first what leaves the updates as they are, then 4 bits."""
     rows, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    small: dict[str, Any] = {}
-    if rows > 1:
-        small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * passes}
-    plans = [("one row a forward pass", small)] if small else []
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows * passes} if rows > 1 else {}
+    plans: list[tuple[str, dict[str, Any]]] = [("one row a forward pass", small)] if small else []
     again = {**small, "gradient_checkpointing": True}
     if not settings.gradient_checkpointing:
         plans.append(("gradient checkpointing", again))
@@ -356,12 +344,6 @@ def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
             plans.append(("QLoRA", {**small, **four}))
         plans.append(("QLoRA with gradient checkpointing", {**again, **four}))
     return plans
-
-
-def _shape(model: Any, settings: Settings) -> Shape:
-    """Sizes of a plan; `model` has the adapter, which is the same in all plans, and no weights."""
-    answer = ANSWER_TOKENS if settings.task == "classification" else settings.max_seq_length
-    return shape_of(model, settings, settings.max_seq_length, answer, settings.load_in_4bit)
 
 
 def _skeleton(name: str, dtype: str) -> Any:

@@ -1,7 +1,8 @@
 """Several processes that train one adapter together: started by torchrun's agent, joined by transformers' Trainer.
 
 The agent runs in a child process of its own (`lib.runs.child`): it keeps signals from this process, and the processes
-that train die with it. Results and errors come back as files, a request to stop goes there as one.
+that train die with it. The inputs go there as a pickle, results and errors come back as JSON, and a request to stop is
+a file.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import os
+import pickle
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 GRACE = 5
 """Seconds that the other processes get to end by themselves when one has failed."""
 
+INPUTS, STOP, ANSWER = "inputs.pickle", "stop", "answer-{rank}.json"
+"""Files in the folder where the processes meet: what to train, the request to stop, what each one answers."""
+
 
 def train_in_processes(inputs: TrainingInputs) -> dict[str, Any]:
     """Train with `num_processes` processes on this machine; as `lib.stages.finetune.session.train` otherwise.
@@ -41,29 +46,23 @@ def train_in_processes(inputs: TrainingInputs) -> dict[str, Any]:
     """
     import torch
 
+    from lib.stages.finetune.session import LossPlot
     from lib.stages.finetune.trainer import LIVE, stop_by_signal
 
     size = inputs.settings.num_processes
     _require_devices(size)
     with tempfile.TemporaryDirectory(prefix="workbook-training-") as name, peak_memory() as peak:
-        argument = {
-            "meeting": name,
-            "stop_file": str(Path(name) / "stop"),
-            "size": size,
-            "settings": inputs.settings.model_dump(),
-            "data": str(inputs.data.absolute()),
-            "base": {**asdict(inputs.base), "path": str(inputs.base.path.absolute())},
-            "folder": str(inputs.folder.absolute()),
-            "in_4bit": inputs.in_4bit,
-        }
+        meeting, stop_file = Path(name), Path(name) / STOP
+        (meeting / INPUTS).write_bytes(pickle.dumps(replace(inputs, draw=LossPlot, stop_file=stop_file)))
         words = f"training in {size} processes"
-        stop_file, plot = Path(argument["stop_file"]), inputs.draw(inputs.folder / LIVE)
+        plot = inputs.draw(inputs.folder / LIVE)
         with stop_by_signal(stop_file.touch), Progress(words) as progress, plot:
 
             def heard(line: str) -> None:
                 progress.advance(0, line)
                 plot.update()
 
+            argument = {"meeting": name, "size": size}
             found = child.run_child("lib.stages.finetune.processes:launch", argument, words, heard=heard)
             if "out_of_memory" in found and not stop_file.exists():
                 raise torch.OutOfMemoryError(found["out_of_memory"])
@@ -101,7 +100,8 @@ def launch(argument: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    size = argument["size"]
+    size, meeting = argument["size"], Path(argument["meeting"])
+    inputs = pickle.loads((meeting / INPUTS).read_bytes())  # written by the parent a moment ago
     for number in (signal.SIGTERM, signal.SIGINT):  # a batch system signals all; those that train stop by themselves
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.physical_cores() // size)))
@@ -120,15 +120,11 @@ def launch(argument: dict[str, Any]) -> dict[str, Any]:
     )
     failed = None
     try:
-        elastic_launch(config, train_share)({**argument, "parent": os.getpid()})
+        elastic_launch(config, train_share)(meeting, inputs, os.getpid())
     except ChildFailedError as error:
         failed = error
-    answers = {rank: read_json(path) for rank in range(size) if (path := _answer(argument, rank)).is_file()}
-    return _together(answers, failed, size)
-
-
-def _answer(argument: dict[str, Any], rank: int) -> Path:
-    return Path(argument["meeting"]) / f"answer-{rank}.json"
+    files = {rank: meeting / ANSWER.format(rank=rank) for rank in range(size)}
+    return _together({rank: read_json(file) for rank, file in files.items() if file.is_file()}, failed, size)
 
 
 def _together(answers: dict[int, dict[str, Any]], failed: Any, size: int) -> dict[str, Any]:
@@ -147,39 +143,28 @@ def _together(answers: dict[int, dict[str, Any]], failed: Any, size: int) -> dic
     raise child.death(first.exitcode, what, "")
 
 
-def train_share(argument: dict[str, Any]) -> None:
+def train_share(meeting: Path, inputs: TrainingInputs, parent: int) -> None:
     """What each process does; torchrun has put its place among them into its environment."""
-    child.die_with_parent(argument["parent"])
+    child.die_with_parent(parent)
     for number, usual in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, usual)
     rank = int(os.environ["RANK"])
     if rank:
         os.environ[PROGRESS_FILE_VARIABLE] = os.devnull
-    answer = child.answer(_train, argument)
-    write_json(_answer(argument, rank), answer)
+    answer = child.answer(_train, inputs)
+    write_json(meeting / ANSWER.format(rank=rank), answer)
     if "value" not in answer or "out_of_memory" in answer["value"]:
         sys.exit(1)  # torchrun ends the others
 
 
-def _train(argument: dict[str, Any]) -> dict[str, Any]:
+def _train(inputs: TrainingInputs) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from lib.models.base_model import Base
-    from lib.settings import Settings
-    from lib.stages.finetune.session import TrainingInputs, train
+    from lib.stages.finetune.session import train
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    base = Base(**{**argument["base"], "path": Path(argument["base"]["path"])})
-    inputs = TrainingInputs(
-        settings=Settings(**argument["settings"]),
-        data=Path(argument["data"]),
-        base=base,
-        folder=Path(argument["folder"]),
-        in_4bit=argument["in_4bit"],
-        stop_file=Path(argument["stop_file"]),
-    )
     try:
         found: dict[str, Any] = {"facts": train(inputs)}
     except torch.OutOfMemoryError as error:

@@ -18,19 +18,19 @@ import psutil
 from lib.errors import InputError
 from lib.models.base_model import Base
 from lib.models.loading import load_model, load_tokenizer
-from lib.progress import Progress
+from lib.progress import Progress, track
+from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import no_warnings, quiet
 from lib.runs.resources import device_peak, peak_memory
 from lib.stages.finetune import checkpoints, memory
-from lib.stages.finetune.batches import Collate, Example, examples
-from lib.stages.finetune.layout import choose_layout
 from lib.stages.finetune.memory import with_adapter
 
 if TYPE_CHECKING:
     from lib.settings import Settings
+    from lib.stages.finetune.batches import Collate
 
 
 class LossPlot(contextlib.AbstractContextManager):
@@ -82,6 +82,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
         torch.OutOfMemoryError: the device has no room for a micro-batch.
     """
     quiet()
+    from lib.stages.finetune.layout import choose_layout
+
     settings = inputs.settings
     task, tokenizer = read_task(inputs.data), load_tokenizer(inputs.data / "tokenizer")
     train, validation = (_rows(inputs.data, task, tokenizer, name) for name in ("train", "validation"))
@@ -115,12 +117,13 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Example]:
+def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:
     what = {"train": "training"}.get(name, name)
-    rows = examples(read_jsonl(data / f"{name}.jsonl"), task, tokenizer, what)
-    if not rows:
+    rows = track(read_jsonl(data / f"{name}.jsonl"), f"tokenizing {what} rows")
+    encoded = [task.encode(tokenizer, row) for row in rows]
+    if not encoded:
         raise InputError(f"the data product holds no {what} row.", "at least one.", "run 01_data with more rows.")
-    return rows
+    return encoded
 
 
 def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any:
@@ -133,9 +136,9 @@ def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any
     return with_adapter(model, settings)
 
 
-def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, prefix: int) -> dict[str, Any]:
+def _plan(model: Any, settings: Settings, rows: list[Encoded], in_4bit: bool, prefix: int) -> dict[str, Any]:
     """Sizes, the memory estimate and the advice; refuses what cannot fit."""
-    answer = max(row.loss_tokens for row in rows)
+    answer = max(len(row.loss) for row in rows)
     shape = memory.shape_of(model, settings, max(map(len, rows)), answer, in_4bit, prefix)
     estimate = memory.estimate(shape)
     if machine.torch_device() == "cuda":
@@ -163,8 +166,8 @@ def _plan(model: Any, settings: Settings, rows: list[Example], in_4bit: bool, pr
 def _run_trainer(
     inputs: TrainingInputs,
     model: Any,
-    train: list[Example],
-    validation: list[Example],
+    train: list[Encoded],
+    validation: list[Encoded],
     collate: Collate,
     layout: str,
 ) -> tuple[Any, dict[str, Any]]:

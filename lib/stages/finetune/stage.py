@@ -13,7 +13,7 @@ from lib.models.adapters import AdapterShape, adapter_config, check_fit
 from lib.models.base_model import Base, GivenAdapter, base_of, called, refuse_other_weights, resolve_adapter
 from lib.models.weights import open_weights
 from lib.runs import machine
-from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl, write_text
+from lib.runs.files import read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet
 from lib.runs.resources import read_samples, resources_recorded, summary
 from lib.select.choice import BEST_OF, Best, best_of
@@ -117,7 +117,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> Finet
         InputError: no data product, an unusable base model, no room in memory or on the disk, unknown target_modules.
     """
     if settings.adapter:
-        return FinetuneResult.read(adopt(settings, run, settings.force))
+        return FinetuneResult.read(adopt(settings, run))
 
     def make() -> Product:
         return run.produce(
@@ -145,7 +145,9 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) 
     facts["messages"] = [*messages, *facts["messages"]]
     chosen = draft.folder / "checkpoints" / f"checkpoint-{facts['chosen_step']}"
     loss = read_json(chosen / checkpoints.RECORD)["eval_loss"]
-    _write_adapter(chosen, draft, base, facts, _card(base, facts, loss))
+    named = json.dumps(base.id, ensure_ascii=False)
+    card = render(Path(__file__).with_name("trained.md.j2"), base=base, base_json=named, facts=facts, loss=loss)
+    _write_adapter(chosen, draft, base, facts, card)
     if _is_zero(draft.folder / "adapter_model.safetensors"):
         draft.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
     kept = ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from", "micro_batch")
@@ -192,26 +194,10 @@ def _is_zero(adapter: Path) -> bool:
     return not any(tensor.any() for name, tensor in load_file(adapter).items() if ".lora_B." in name)
 
 
-def _card(base: Base, facts: dict[str, Any], loss: float) -> str:
-    return f"""---
-base_model: {json.dumps(base.id, ensure_ascii=False)}
-library_name: "peft"
-pipeline_tag: "text-generation"
-tags: ["lora"]
----
-# Adapter: {facts["method"]}
-
-Trained on the answer tokens of {facts["train_rows"]} rows over base model {base.id} (revision {base.revision}).
-This is the state after update {facts["chosen_step"]} of {facts["steps"]}, which had the lowest validation loss
-({loss:.4f} nats an answer token on {facts["validation_rows"]} rows). {facts["trainable"]:,} of {facts["total"]:,}
-weights were trained.
-"""
-
-
 # An adapter that somebody else trained, or another run.
 
 
-def adopt(settings: Settings, run: Run, force: bool = False) -> Product:
+def adopt(settings: Settings, run: Run) -> Product:
     """The product `adapter` by the setting `adapter`: a folder, an id, or `best-of:RUN,RUN,…`, chosen now.
 
     Raises:
@@ -225,7 +211,7 @@ def adopt(settings: Settings, run: Run, force: bool = False) -> Product:
         lambda draft: _adopt(given, run, draft, best),
         parameters={"adapter": given.id, "adapter_revision": given.revision},
         inputs=("data",),
-        force=force,
+        force=settings.force,
     )
 
 
@@ -256,7 +242,7 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
         **{key: {} for key in ("estimate", "memory", "micro_batch")},
         **{key: [] for key in ("advice", "messages")},
     }
-    card = _adopted_card(given, base, shape) + (f"\n{best.analysis.text}\n" if best else "")
+    card = render(Path(__file__).with_name("adopted.md.j2"), given=given, base=base, shape=shape, best=best)
     _write_adapter(given.path, draft, base, facts, card)
     write_jsonl(draft.folder / "history.jsonl", [])
     draft.facts |= {"method": method, "adopted": source, **sizes}
@@ -304,13 +290,3 @@ def _chosen_notes(best: Best) -> list[str]:
 def _last(name: str) -> str:
     """The last part of an id or path, without a revision."""
     return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
-
-
-def _adopted_card(given: GivenAdapter, base: Base, shape: AdapterShape) -> str:
-    return f"""# Adapter adopted from {given.id}
-
-Not trained by the workbook: copied from {given.id} (revision {given.revision}) after a check that every tensor has its
-place in base model {base.id} (revision {base.revision}). {shape.variant} of rank {shape.rank}, alpha {shape.alpha}, on
-{shape.modules} modules ({", ".join(shape.targets)}), {shape.parameters:,} weights. What it was trained on is not known
-here; its own licence applies.
-"""

@@ -30,8 +30,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from lib.errors import Terminated
 from lib.progress import Progress
+from lib.prompts.conversations import Encoded
 from lib.stages.finetune import checkpoints
-from lib.stages.finetune.batches import Collate, Example, GroupedOrder, MicroBatches
+from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
 
 PATIENCE = 7 * 24 * 3600
@@ -59,8 +60,8 @@ class AnswerTrainer(Trainer):
         self,
         model: Any,
         arguments: TrainingArguments,
-        train: list[Example],
-        validation: list[Example],
+        train: list[Encoded],
+        validation: list[Encoded],
         collate: Collate,
     ) -> None:
         passes = arguments.gradient_accumulation_steps * arguments.world_size
@@ -85,7 +86,7 @@ class AnswerTrainer(Trainer):
         )
         return DataLoader(self.train_dataset, batch_sampler=own, collate_fn=self._collate_share)
 
-    def _collate_share(self, share: list[Example]) -> dict[str, torch.Tensor]:
+    def _collate_share(self, share: list[Encoded]) -> dict[str, torch.Tensor]:
         """A batch; of a share without rows one that stands for none, so that its process takes part in the sums."""
         if share:
             return self.collate(share)

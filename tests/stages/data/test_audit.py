@@ -58,9 +58,12 @@ def test_a_post_with_and_without_its_body_is_one_group():
     assert not any(row.leaked for row in test) and train[0].group != test[0].group
     found = audit({"train": train, "test": test}, contained=True)
     assert [row.leaked for row in test] == [True, False] and train[0].group == test[0].group
-    (line,) = found.across
+    (line,) = found["overlaps"]
     assert (line["or near-duplicate"], line["or one contains the other"]) == (0, 1)
-    assert found.total["pairs of which one contains the other"] == 1 and found.leaked_examples[0]["train row"] == 0
+    assert (
+        found["duplicates"][-1]["pairs of which one contains the other"] == 1
+        and found["leaked_examples"][0]["train row"] == 0
+    )
 
 
 @settings(deadline=None)
@@ -92,19 +95,19 @@ def test_audit_counts_and_flags():
     assert [row.leaked for row in test] == [True, True, True, False]
     assert not any(row.leaked for row in train)
     assert [row.group for row in train + test] == [0, 0, 1, 1, 2, 0, 1, 2, 3]
-    within = result.within[0]
+    within = result["duplicates"][0]
     assert (within["surplus verbatim copies"], within["surplus copies after normalisation"]) == (1, 2)
     assert within["texts with conflicting labels"] == 0
     assert within["texts with conflicting labels after normalisation"] == 1
-    assert result.across == [
+    assert result["overlaps"] == [
         {
             "rows of": "test", "also in": "train", "rows": 4,
             "verbatim": 1, "after normalisation": 2, "or near-duplicate": 3, "label agrees": 2,
         }
     ]  # fmt: skip
-    assert result.total["near-duplicate pairs"] == 1
-    assert result.conflict_examples == [{"text": "难吃。", "rows by label": {"0": 2, "1": 1}}]
-    near = next(example for example in result.leaked_examples if example["text"] == long + "哈")
+    assert result["duplicates"][-1]["near-duplicate pairs"] == 1
+    assert result["conflict_examples"] == [{"text": "难吃。", "rows by label": {"0": 2, "1": 1}}]
+    near = next(example for example in result["leaked_examples"] if example["text"] == long + "哈")
     assert near["train text"] == long and near["label"] == 0 and near["train label"] == 1
 
 

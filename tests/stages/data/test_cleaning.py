@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,8 +13,7 @@ NAMES = ["负面", "正面"]
 
 
 def clean(rows: list[dict], names: list[str] = NAMES, **columns: str):
-    table = Dataset.from_list(rows)
-    return clean_split(table, "train", columns.get("text", ""), columns.get("label", ""), names)
+    return clean_split(rows, "train", columns.get("text", ""), columns.get("label", ""), names)
 
 
 def labels(values: list, names: list[str] = NAMES) -> list[int]:
@@ -68,9 +66,9 @@ def test_columns_are_found_or_named():
 
 
 def test_unlabelled_splits():
-    assert unlabelled(Dataset.from_dict({"text": ["a"]}), "")
-    assert unlabelled(Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}), "")
-    assert not unlabelled(Dataset.from_dict({"text": ["a", "b"], "label": [-1, 0]}), "")
+    assert unlabelled([{"text": "a"}], "")
+    assert unlabelled([{"text": "a", "label": -1}, {"text": "b", "label": -1}], "")
+    assert not unlabelled([{"text": "a", "label": -1}, {"text": "b", "label": 0}], "")
 
 
 def test_one_label_only_is_refused():

@@ -24,16 +24,14 @@ TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "�
 READ = [{"role": "system", "content": SYSTEM}, *TURNS]
 
 
-class Table(list):
-    """Rows with what `clean_conversations` asks of a data set; values of any kind."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.column_names = list({name: 0 for row in rows for name in row})
-        super().__init__({**dict.fromkeys(self.column_names), **row} for row in rows)
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that all have all columns, as every reader gives them; values of any kind."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [columns | row for row in rows]
 
 
 def read(*rows: dict[str, Any], task: ConversationTask = TASK) -> tuple[list[list[Message]], dict[str, int]]:
-    made, counts = clean_conversations(Table(rows), "x", task)  # type: ignore[arg-type]
+    made, counts = clean_conversations(table(rows), "x", task)
     return [row.messages for row in made], dict(counts)
 
 
@@ -92,7 +90,7 @@ def test_kept_values_can_be_written_as_json(home: Path) -> None:
     when = datetime.datetime(2024, 1, 2)
     base = {"instruction": "问", "output": "答"}
     rows = [{**base, "topic": when, "difficulty": float("nan")}, {**base, "topic": None, "difficulty": 3}]
-    made, _ = clean_conversations(Table(rows), "x", TASK)  # type: ignore[arg-type]
+    made, _ = clean_conversations(table(rows), "x", TASK)
     assert [row.extra for row in made] == [{"topic": str(when)}, {"difficulty": 3}]
     json.dumps([row.to_json("train") for row in made], allow_nan=False)
 
@@ -142,7 +140,7 @@ def test_one_row_of_another_kind_in_a_file(home: Path) -> None:
 
 
 def test_a_labelled_text_that_is_a_list_is_no_text() -> None:
-    from datasets import Dataset
-
-    table = Dataset.from_list([{"text": ["a"], "label": 0}])
-    assert clean_split(table, "x", "", "", ["a", "b"]) == ([], {"dropped: content that is no text": 1})
+    assert clean_split([{"text": ["a"], "label": 0}], "x", "", "", ["a", "b"]) == (
+        [],
+        {"dropped: content that is no text": 1},
+    )

@@ -10,9 +10,8 @@ import pytest
 from lib.errors import InputError
 from lib.runs.run import open_run
 from lib.settings import check
-from lib.stages.data.reading import choose_data, read_table
+from lib.stages.data.reading import HOTELS, choose_data, read_table
 from lib.stages.data.stage import prepare
-from lib.stages.data.text_files import HOTELS
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 
@@ -32,7 +31,7 @@ def served(hub: Hub) -> Hub:  # noqa: F811
 @pytest.mark.parametrize("name", ["org/reviews", "modelscope:org/reviews"])
 def test_plain_files_are_read_as_text(served: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = read_table(name)
-    assert {split: rows["text"][:] for split, rows in table.splits.items()} == {
+    assert {split: [row["text"] for row in rows] for split, rows in table.splits.items()} == {
         "train": ["好", "坏"],
         "validation": ["行"],
     }
@@ -119,7 +118,7 @@ def test_a_data_fallback_is_checked_by_rows_and_hash(served: Hub, tmp_path: Path
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     entry = {"dataset": str(file), "rows": 3, "sha256": sha256}
     chosen = choose_data(settings(dataset="org/gone", fallbacks=[{"dataset": "./none.csv"}, entry]))
-    assert chosen.source == str(file) and chosen.table.rows == 3
+    assert chosen.asked == str(file) and chosen.rows == 3
     assert chosen.notes == (
         "fallback: data set org/gone could not be had (is not there, or private); file own.csv was used instead of it",
     )

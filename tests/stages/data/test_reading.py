@@ -9,8 +9,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.stages.data.cleaning import clean_split
-from lib.stages.data.reading import read_table
-from lib.stages.data.text_files import file_fingerprint
+from lib.stages.data.reading import file_fingerprint, read_table
 
 NAMES = ["负面", "正面"]
 ROWS = [{"text": '他说"好"，真的', "label": 1}, {"text": "null", "label": 0}, {"text": "很差, 退货", "label": 0}]
@@ -64,7 +63,13 @@ def test_dates_stay_as_they_are_written(home: Path, tmp_path: Path, kind: str):
     rows = [{"a": i, "text": f"2024-02-0{i}", "turns": [{"said": f"2024-01-01T10:00:0{i}"}]} for i in range(1, 4)]
     path = tmp_path / f"a.{kind}"
     path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert [dict(row) for row in read_table(str(path)).splits["all"]] == rows
+    assert read_table(str(path)).splits["all"] == rows
+
+
+def test_numbers_of_rows_without_a_name_in_the_header_are_passed_over(home: Path, tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("label,text\n0,1,好\n1,0,差\n", encoding="utf-8")
+    assert rows_of(path) == [("好", 1), ("差", 0)]
 
 
 def test_tsv_is_unquoted(home: Path, tmp_path: Path):
@@ -153,6 +158,7 @@ BAD = {
     "broken.jsonl": (b'{"text": "a", "label": 1}\n{"text": \n', "line 2 is not JSON"),
     "cut.parquet": (b"PAR1 and no more", "start and end as Parquet"),
     "too_many.csv": (b"label,text\n1,a\n1,a,b,c\n", "cannot be read"),
+    "no_objects.json": (b"[1, 2]", "cannot be read"),
     "twice.csv": (b"text,text\na,b\n", "distinct name"),
     "table.xlsx": (b"PK", r"ends in '\.xlsx'"),
 }

@@ -31,16 +31,16 @@ def found(splits):
 # The numbers of the data's PROVENANCE.md (counted there independently).
 def test_rows_copies_and_conflicts(splits, found):
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 9600, "validation": 1200, "test": 1200}
-    train = found.within[0]
+    train = found["duplicates"][0]
     assert train["surplus verbatim copies"] == 1351
     assert train["texts with conflicting labels"] == 24
     assert train["texts with conflicting labels after normalisation"] == 25
-    assert found.total["texts with conflicting labels after normalisation"] == 37
-    assert found.total["rows"] - found.total["surplus copies after normalisation"] == 9881
+    assert found["duplicates"][-1]["texts with conflicting labels after normalisation"] == 37
+    assert found["duplicates"][-1]["rows"] - found["duplicates"][-1]["surplus copies after normalisation"] == 9881
 
 
 def test_leaks(splits, found):
-    validation, test, between = found.across
+    validation, test, between = found["overlaps"]
     assert (test["verbatim"], test["after normalisation"], test["or near-duplicate"]) == (331, 335, 337)
     assert (validation["verbatim"], between["verbatim"]) == (338, 40)
     assert sum(row.leaked for row in splits["test"]) == 337

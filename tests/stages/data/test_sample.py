@@ -22,7 +22,7 @@ def corpus() -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def splits():
-    return {name: clean_split(table, name, "", "", NAMES)[0] for name, table in sample.sample_tables().items()}
+    return {name: clean_split(table, name, "", "", NAMES)[0] for name, table in sample.reviews().items()}
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +63,16 @@ def test_the_audit_finds_the_faults_and_nothing_else(found):
     normal = verbatim + faults["train rows copied into test, other punctuation"]
     near = normal + faults["train rows copied into test, two characters added"]
     conflicts = faults["train rows copied within train with the other label"]
-    leak = next(line for line in found.across if line["rows of"] == "test" and line["also in"] == "train")
+    leak = next(line for line in found["overlaps"] if line["rows of"] == "test" and line["also in"] == "train")
     assert (leak["verbatim"], leak["after normalisation"], leak["or near-duplicate"]) == (verbatim, normal, near)
-    train = found.within[0]
+    train = found["duplicates"][0]
     assert train["surplus verbatim copies"] == faults["train rows copied within train"] + conflicts
     assert train["texts with conflicting labels"] == conflicts
-    assert found.total["distinct texts"] - found.total["duplicate clusters"] == near - verbatim
+    assert found["duplicates"][-1]["distinct texts"] - found["duplicates"][-1]["duplicate clusters"] == near - verbatim
 
 
 def test_empty_rows_are_dropped():
-    _, counts = clean_split(sample.sample_tables()["train"], "train", "", "", NAMES)
+    _, counts = clean_split(sample.reviews()["train"], "train", "", "", NAMES)
     assert counts == {"dropped: empty text": sample.FAULTS["empty train rows"]}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib.models import offline_base
+from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import ClassificationTask
 from lib.runs.files import HOME_VARIABLE, write_json, write_jsonl
 from lib.runs.run import Run, open_run
@@ -58,6 +59,11 @@ def make_data(run: Run, train: int = 60, validation: int = 20) -> None:
         work.facts |= {"base_model": "offline", "base_revision": "", "offline_base": True}
 
     run.produce("data", build, {})
+
+
+def encoded(ids: list[int], prompt: int) -> Encoded:
+    """A row whose one answer stands behind so many tokens."""
+    return Encoded(ids, [(prompt, len(ids))])
 
 
 def tiny_settings(**changes) -> Settings:

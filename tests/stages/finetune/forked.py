@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from lib.runs import machine
 from lib.runs.run import open_run
 from lib.settings import Settings
 from lib.stages.finetune import processes
+from lib.stages.finetune.session import TrainingInputs
 from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.trainer import AnswerTrainer
 from tests.stages.finetune.conftest import TINY, make_data, tiny_settings
@@ -135,9 +135,7 @@ def team(home: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        argument = {"settings": settings.model_dump(), "data": str(run.folder / "data"), "folder": str(folder)}
-        argument |= {"stop_file": str(folder / "stop"), "in_4bit": False}
-        argument |= {"base": {**dataclasses.asdict(base), "path": str(base.path)}}
+        inputs = TrainingInputs(settings, run.folder / "data", base, folder, False, stop_file=folder / "stop")
 
         def member(rank: int) -> dict[str, Any]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -151,7 +149,7 @@ def team(home: Path) -> None:
                     return step(self, *arguments, **options)
 
                 AnswerTrainer.training_step = stopping
-            return processes._train(argument)
+            return processes._train(inputs)
 
         def all_ranks() -> dict[str, Any]:  # the parent of the second rank is the first one's process
             reading, writing = os.pipe()

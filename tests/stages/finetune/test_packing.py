@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
+from lib.prompts.conversations import Encoded
 from lib.stages.finetune import layout as finetune_layout
 from lib.stages.finetune.batches import (
     IGNORED,
     Collator,
-    Example,
     PackedCollator,
     filled_length,
     shared_prefix,
@@ -20,13 +20,14 @@ from lib.stages.finetune.batches import (
 )
 from lib.stages.finetune.batches import PACKED_LENGTH_STEP as LENGTH_STEP
 from lib.stages.finetune.layout import answer_loss, choose_layout, head_loss
+from tests.stages.finetune.conftest import encoded
 
 PREFIX = [7, 3, 9, 9, 4, 60, 2]
 
 
-def rows(*tails: list[int]) -> list[Example]:
+def rows(*tails: list[int]) -> list[Encoded]:
     """Rows of PREFIX, a text and an answer of two tokens."""
-    return [Example([*PREFIX, *tail], len(PREFIX) + len(tail) - 2) for tail in tails]
+    return [encoded([*PREFIX, *tail], len(PREFIX) + len(tail) - 2) for tail in tails]
 
 
 ROWS = rows([1, 2, 3, 4], [5] * 20, list(range(9)), [8, 1, 8])
@@ -52,14 +53,14 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def plain(model, batch: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
+def plain(model, batch: list[Encoded]) -> tuple[float, dict[str, torch.Tensor]]:
     """The model's own loss over a padded batch, before its attention is changed, and its gradients."""
     inputs = Collator(0)(batch)
     loss = model(**{key: inputs[key] for key in ("input_ids", "attention_mask", "labels")}).loss
     return loss.item(), gradients(model, loss)
 
 
-def packed(model, batch: list[Example], prefix: int) -> tuple[float, dict[str, torch.Tensor]]:
+def packed(model, batch: list[Encoded], prefix: int) -> tuple[float, dict[str, torch.Tensor]]:
     total, count = answer_loss(model, PackedCollator(0, prefix)(batch))
     return total.item() / count, gradients(model, total / count)
 
@@ -94,7 +95,7 @@ def test_bfloat16_agrees_as_closely_as_bfloat16_can() -> None:
 
 
 def test_several_answers_in_a_row_and_gradient_checkpointing() -> None:
-    talk = Example([*PREFIX, *range(20)], len(PREFIX) + 3, ((10, 13), (18, 27)))
+    talk = Encoded([*PREFIX, *range(20)], [(10, 13), (18, 27)])
     model = tuned()
     expected = plain(model, [*ROWS, talk])
     use_packed_attention(model.get_base_model())
@@ -121,7 +122,7 @@ def test_a_row_sees_nothing_of_its_neighbours() -> None:
     use_packed_attention(model.get_base_model())
     collate = PackedCollator(0, len(PREFIX))
 
-    def first_two(batch: list[Example]) -> float:
+    def first_two(batch: list[Encoded]) -> float:
         inputs = collate(batch)
         start = len(PREFIX) + sum(len(e) - len(PREFIX) for e in batch[:2])
         inputs["labels"][0, start:] = IGNORED
@@ -153,7 +154,7 @@ def test_sequences_have_few_lengths() -> None:
 def test_prefix_ends_before_the_last_prompt_token() -> None:
     assert shared_prefix(ROWS[:3]) == len(PREFIX)
     assert shared_prefix(rows([1, 2, 3, 4], [1, 2, 5, 6])) == len(PREFIX) + 1  # the token behind it predicts 3 or 5
-    assert shared_prefix([Example([1, 2], 1), Example([1, 3], 1)]) == 0
+    assert shared_prefix([encoded([1, 2], 1), encoded([1, 3], 1)]) == 0
     assert shared_prefix([]) == 0
 
 

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
+from lib.prompts.conversations import Encoded
 from lib.runs.files import read_json, write_json
 from lib.stages.finetune import checkpoints, memory
-from lib.stages.finetune.batches import IGNORED, Collator, Example, GroupedOrder
+from lib.stages.finetune.batches import IGNORED, Collator, GroupedOrder
 from lib.stages.finetune.layout import answer_loss
 from lib.stages.finetune.trainer import rate
-from tests.stages.finetune.conftest import tiny_settings
+from tests.stages.finetune.conftest import encoded, tiny_settings
 
-BATCH = [Example([5, 6, 7, 8, 9], 3), Example([5, 6, 7], 1), Example(list(range(10, 22)), 10)]
+BATCH = [encoded([5, 6, 7, 8, 9], 3), encoded([5, 6, 7], 1), encoded(list(range(10, 22)), 10)]
 INPUTS = ("input_ids", "attention_mask", "labels")
 
 
@@ -63,11 +64,11 @@ def test_loss_and_gradients_equal_those_of_the_model_itself(model) -> None:
 
 def test_every_answer_of_a_conversation_counts(model) -> None:
     """Two answers in one row: the loss of the model itself over labels made by hand, no turn between counted."""
-    talk = Example(list(range(3, 23)), 4, ((4, 7), (12, 18)))
+    talk = Encoded(list(range(3, 23)), [(4, 7), (12, 18)])
     batch = Collator(0)([talk, BATCH[0]])
     wanted = [i for i in range(20) if 4 <= i < 7 or 12 <= i < 18]
     assert torch.nonzero(batch["labels"][0] != IGNORED).flatten().tolist() == wanted
-    assert batch["labels"][0, wanted].tolist() == [talk.ids[i] for i in wanted] and talk.loss_tokens == 9
+    assert batch["labels"][0, wanted].tolist() == [talk.ids[i] for i in wanted] and len(talk.loss) == 9
     total, count = answer_loss(model, batch)
     plain = model(**{key: batch[key][:, :20] for key in INPUTS}).loss
     assert count == 9 + 2

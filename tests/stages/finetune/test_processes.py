@@ -59,7 +59,7 @@ from pathlib import Path
 from lib.stages.finetune import processes
 train = processes._train
 
-def train_until_the_accident(argument):
+def train_until_the_accident(inputs):
     from lib.stages.finetune.trainer import AnswerTrainer
     Path(__file__).with_name(f"pid-{os.getpid()}").touch()
     step = AnswerTrainer.training_step
@@ -72,7 +72,7 @@ def train_until_the_accident(argument):
         return step(self, *arguments, **options)
 
     AnswerTrainer.training_step = failing
-    return train(argument)
+    return train(inputs)
 
 processes._train = train_until_the_accident
 """
@@ -206,9 +206,10 @@ def test_a_signal_reaches_every_process(tmp_path: Path, monkeypatch: pytest.Monk
     def run_child(function: str, argument: dict, what: str, **_: Any) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 30
-        while not Path(argument["stop_file"]).exists() and time.monotonic() < deadline:
+        stop = Path(argument["meeting"]) / processes.STOP
+        while not stop.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        return {"stopped": Path(argument["stop_file"]).exists()}
+        return {"stopped": stop.exists()}
 
     monkeypatch.setattr("lib.runs.child.run_child", run_child)
     with pytest.raises(Terminated) as ended:
