@@ -12,7 +12,7 @@ from lib.errors import InputError
 from lib.runs.files import user_path, utf8
 
 if TYPE_CHECKING:
-    from lib.scoring.texts import Text
+    from lib.scoring.measure import Text
 
 _ROWS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 """Suffixes of files with one document a row; any other file is plain text."""
@@ -49,7 +49,7 @@ def read_text(path: Path, text_column: str = "") -> Text:
     Raises:
         InputError: no file, not UTF-8, no text in it, or no column with a text.
     """
-    from lib.scoring.texts import Text
+    from lib.scoring.measure import Text
 
     given, path = path, user_path(str(path))
     if not path.is_file():

@@ -29,14 +29,14 @@ def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
     """Compare runs and write model_analysis.json into a folder (default: reports/, whose index then shows it)."""
     from lib.report.index import write_all_index
     from lib.runs.files import reports_folder, writable
-    from lib.select.choice import select
+    from lib.select.choice import select, write_analysis
 
     analysis = select(names)
     folder = writable(output or reports_folder())
-    path = analysis.write(folder)
+    path = write_analysis(analysis, folder)
     if output is None:
         write_all_index(folder)
-    return {**analysis.content, "file": str(path)}
+    return {**analysis, "file": str(path)}
 
 
 def pick(

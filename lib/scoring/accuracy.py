@@ -30,7 +30,24 @@ _RESAMPLES = 2000
 
 
 class Accuracy:
-    """Share of rows whose likeliest answer word is the label's; beside it the margin of the right answer."""
+    """Share of rows whose likeliest answer word is the label's; beside it the margin of the right answer.
+
+    What is said here of each attribute and method of a metric holds for `lib.scoring.metric.AnswerPerplexity` too.
+
+    Attributes:
+        name: in JSON files.
+        words: of the point estimate, as in "… 0.9 on 200 rows".
+        best_words: what the best of several estimates is called.
+        loss_unit: of `loss` and of the margin.
+        point: key of the point estimate in an entry; its interval has the key with "_interval" behind it.
+        shown: keys of an entry that a short table shows, beside size, KL divergence and verdict.
+        in_manifest: the same in the manifest.
+        margin_setting: the setting with the equivalence margin. margin_condition: the same in comparison.json.
+        endpoints: how many tests of a candidate Holm corrects together.
+        tells_rows: whether a recommendation says how many rows would decide about an undecided file.
+        least_move: root mean square of a row's change by fine-tuning below which no share of it is told, nats: what
+            rounding alone moves. move_unit: the unit in words.
+    """
 
     name = "accuracy"
     words, best_words = "accuracy", "highest accuracy"
@@ -42,8 +59,11 @@ class Accuracy:
     least_move, move_unit = NEAR_TIE, "nats of log-odds"
 
     def own(self, scores: Scores, groups: np.ndarray, seed: int) -> dict[str, Any]:
-        """n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, and
-        copies_effect (design effect if near-duplicates were copies)."""
+        """The point estimate with its interval, and what stands beside it.
+
+        n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, and
+        copies_effect (design effect if near-duplicates were copies).
+        """
         n = len(scores.ids)
         share = wilson(int(scores.correct.sum()), n)
         f1, interval = f1_interval(scores, groups, seed)
@@ -60,13 +80,22 @@ class Accuracy:
     def compare(
         self, reference: Scores, others: Mapping[str, Scores], groups: np.ndarray, margin: float, seed: int
     ) -> dict[str, dict[str, Any]]:
-        """Beside `own`: macro_f1_difference and its interval (BCa, paired), label_kld (mean KL divergence of the answer
-        words from the reference's, nats a row) and its interval, flips and flip_share (labels that differ from the
-        reference's), mcnemar_b (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm (over `others`
-        and both endpoints), accuracy_difference and its interval, equivalence_p (TOST within the margin),
-        equivalence_p_holm (over `others`), design_effect, margin_change_mean (of the right answer's log-odds, nats),
-        margin_change_interval, margin_p, margin_p_holm, margin_mde (nats), mde (fraction), verdict, and endpoint
-        ("accuracy" or "margin": which of them decided, None where neither did)."""
+        """Several models with a reference on one set of rows, Holm-corrected over the models.
+
+        Args:
+            others: scores by name, the reference not among them.
+            margin: what counts as equivalent, in `loss_unit`.
+
+        Returns:
+            by name, and for "" (the reference itself): what `own` gives, "verdict", and of all but the reference the
+            metric's tests: macro_f1_difference and its interval (BCa, paired), label_kld (mean KL divergence of the
+            answer words from the reference's, nats a row) and its interval, flips and flip_share (labels that differ
+            from the reference's), mcnemar_b (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm
+            (over `others` and both endpoints), accuracy_difference and its interval, equivalence_p (TOST within the
+            margin), equivalence_p_holm (over `others`), design_effect, margin_change_mean (of the right answer's
+            log-odds, nats), margin_change_interval, margin_p, margin_p_holm, margin_mde (nats), mde (fraction),
+            verdict, and endpoint ("accuracy" or "margin": which of them decided, None where neither did).
+        """
         before = right_margins(reference)
         changes = {name: right_margins(scores) - before for name, scores in others.items()}
         correct = {name: scores.correct for name, scores in others.items()}
@@ -74,15 +103,15 @@ class Accuracy:
         same = {"flips": 0, "flip_share": 0.0, "label_kld": 0.0, "macro_f1_difference": 0.0}
         found = {"": {**self.own(reference, groups, seed), **same, "verdict": "reference"}}
         for name, scores in others.items():
-            kld = clustered_mean(label_divergence(reference, scores), groups).to_json()
+            divergence = label_divergence(reference, scores)
             f1, f1_limits = f1_difference(scores, reference, groups, seed)
             flips, test = int((scores.predictions != reference.predictions).sum()), tests[name]
             found[name] = {
                 **self.own(scores, groups, seed),
                 "flips": flips,
                 "flip_share": flips / len(scores.ids),
-                "label_kld": float(label_divergence(reference, scores).mean()),
-                "label_kld_interval": [None if limit is None else max(0.0, limit) for limit in kld],
+                "label_kld": float(divergence.mean()),
+                "label_kld_interval": _above_zero(clustered_mean(divergence, groups)),
                 "macro_f1_difference": f1,
                 "macro_f1_difference_interval": f1_limits,
                 "mcnemar_b": test.losses,
@@ -98,7 +127,7 @@ class Accuracy:
                 "margin_change_interval": test.margin.change.to_json(),
                 "margin_p": test.margin.p,
                 "margin_p_holm": test.margin.p_adjusted,
-                "margin_mde": test.margin.to_json()["mde"],
+                "margin_mde": test.margin.mde if math.isfinite(test.margin.mde) else None,
                 "mde": test.mde,
                 "verdict": test.verdict,
                 "endpoint": test.endpoint,
@@ -106,34 +135,50 @@ class Accuracy:
         return found
 
     def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float:
-        """Share of the commonest label among the rows."""
+        """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known.
+
+        Here the share of the commonest label among the rows.
+
+        Args:
+            train: file of the training rows.
+        """
         return float(np.bincount([row["label"] for row in rows]).max() / len(rows))
 
     def entry_floor(self, floor: float | None) -> dict[str, Any]:
+        """What every entry says of the floor."""
         return {"majority_share": floor}
 
     def conditions(self, margin: float, floor: float | None) -> dict[str, Any]:
+        """What the conditions of a comparison say of margin and floor."""
         return {self.margin_condition: margin}
 
     def learned(self, reference: Entry, floor: float | None) -> bool:
-        """Near copies among the rows are counted once."""
+        """Whether a reference is clearly better than the floor; if not, equal quality says nothing about a file.
+
+        Near copies among the rows are counted once.
+        """
         effect = reference["copies_effect"]
         low = wilson(reference["accuracy"] * reference["n"] / effect, reference["n"] / effect).low
         return floor is None or low > floor
 
     def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
-        """A zero has no sign."""
+        """How much worse than the reference, in `loss_unit` (positive = worse), with its interval; no -0.0."""
         low, high = (
             None if limit is None else -100 * limit + 0.0 for limit in entry["accuracy_difference_interval"][::-1]
         )
         return -100 * entry["accuracy_difference"] + 0.0, low, high
 
     def distance(self, entry: Entry) -> float:
-        """Rows on which exactly one of the two is right."""
+        """How far a file is from the reference, to find the nearest of several that are undecided.
+
+        Here the rows on which exactly one of the two is right.
+        """
         return entry["mcnemar_b"] + entry["mcnemar_c"]
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
-        """Rows with which the interval of the accuracy difference would lie inside the margin in 80 % of tests.
+        """Rows that would decide about an undecided entry, if what was seen of it is the truth.
+
+        With so many the interval of the accuracy difference would lie inside the margin in 80 % of tests.
 
         The share of rows on which exactly one of the two is right (none seen is taken as one) and the difference are
         taken as the true ones, the design effect as that of the new rows too. The number is of the interval that is
@@ -154,58 +199,79 @@ class Accuracy:
         return max(math.ceil(rows * entry["design_effect"]), n + 1)
 
     def row_values(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-        """Right (1) or wrong (0)."""
+        """(n,) value of each row, whose weighted mean is the estimate (of perplexity: its logarithm), and weights.
+
+        Here right (1) or wrong (0).
+        """
         return scores.correct.astype(np.float64), np.ones(len(scores.ids))
 
     def best(self, estimates: Sequence[float]) -> int:
+        """Place of the best of several estimates of `row_values`; the first of equals."""
         return int(np.argmax(estimates))
 
     def mean(self, values: np.ndarray, rows: RowGroups, tries: int = 1) -> Interval:
-        """Wilson's interval; of several tries on the effective rows."""
+        """The mean of `row_values`, each the mean of several tries, with its 95 % interval (infinite: none).
+
+        Here Wilson's; of several tries on the effective rows.
+        """
         if tries == 1 and rows.enough:
             return wilson(int(values.sum()), len(values))
         return averaged_share(values, rows.groups)
 
     def difference(self, change: np.ndarray, rows: RowGroups, confidence: float, tries: int = 1) -> Interval:
-        """The score interval where rows are right or wrong; means of several tries have Student's."""
+        """The mean of a paired difference of `row_values`; `tries`: the larger number behind either of the two.
+
+        It has the score interval where rows are right or wrong; means of several tries have Student's.
+        """
         if rows.enough and (tries == 1 or not change.any()):
             return clustered_score_interval(np.rint(change).astype(np.int64), rows.groups, confidence)
         return weighted_mean(change, rows.weights, rows.groups, confidence)
 
     def p_value(self, change: np.ndarray, rows: RowGroups, seed: int) -> float:
-        """Sign flips of whole groups."""
+        """Two-sided p of "no difference" of two models' `row_values`: sign flips of whole groups."""
         return sign_flip_test(change, rows.groups, seed)
 
     def vectors(self, scores: Scores) -> np.ndarray:
-        """Log-probabilities of the answer words less their mean: for two labels half the log-odds of one over the
-        other, whichever is right."""
+        """What a model says of each row, nats, (n, d): the coordinates in which fine-tuning moves a row.
+
+        Here log-probabilities of the answer words less their mean: for two labels half the log-odds of one over the
+        other, whichever is right.
+        """
         return scores.log_probs - scores.log_probs.mean(axis=1, keepdims=True)
 
     def movement(self, change: np.ndarray) -> float:
-        """From k centred values to the root mean square over pairs of labels."""
+        """Root mean square of a change of `vectors`, in `move_unit`; here over pairs of labels."""
         return float(np.mean(np.sum(change**2, axis=1))) ** 0.5 * (2 / (change.shape[1] - 1)) ** 0.5
 
     def step(self, scores: Scores, groups: np.ndarray, margin: float) -> dict[str, Any]:
-        """Accuracy with Wilson's interval."""
+        """A step of the error ladder on its own: accuracy with Wilson's interval."""
         share = wilson(int(scores.correct.sum()), len(scores.ids))
         return {"accuracy": share.estimate, "accuracy_interval": share.to_json()}
 
     def step_change(
         self, before: Scores, scores: Scores, groups: np.ndarray, margin: float, seed: int
     ) -> dict[str, Any]:
-        """KL divergence over the answer words (nats a row, clusters together), equal labels (Wilson, rows divided by
-        the design effect) and the difference in accuracy, each with its interval."""
+        """A step of the error ladder against an earlier one.
+
+        KL divergence over the answer words (nats a row, clusters together), equal labels (Wilson, rows divided by
+        the design effect) and the difference in accuracy, each with its interval.
+        """
         kld = clustered_mean(label_divergence(before, scores), groups)
         same = clustered_share(scores.predictions == before.predictions, groups)
         change = clustered_score_interval(scores.correct.astype(np.int64) - before.correct, groups)
         return {
             "kld": kld.estimate,
-            "kld_interval": [None if limit is None else max(0.0, limit) for limit in kld.to_json()],
+            "kld_interval": _above_zero(kld),
             "agreement": same.estimate,
             "agreement_interval": same.to_json(),
             "accuracy_difference": change.estimate,
             "accuracy_difference_interval": change.to_json(),
         }
+
+
+def _above_zero(divergence: Interval) -> list[float | None]:
+    """Limits of a divergence, which cannot be negative."""
+    return [None if limit is None else max(0.0, limit) for limit in divergence.to_json()]
 
 
 def right_margins(scores: Scores) -> np.ndarray:
@@ -232,10 +298,9 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
 
 def f1_interval(scores: Scores, groups: np.ndarray, seed: int) -> tuple[float, list[float]]:
     """Macro-F1 and its 95 % percentile bootstrap interval; whole groups are drawn."""
-    by_group = _cells(scores, groups)
-    values = _macro_f1s(_drawn(by_group, seed), scores)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(_macro_f1s(by_group.sum(axis=0), scores)), [float(low), float(high)]
+    by_group = _confusion(scores, groups)
+    low, high = np.quantile(macro_f1(_drawn(by_group, seed)), [0.025, 0.975])
+    return float(macro_f1(by_group.sum(axis=0))), [float(low), float(high)]
 
 
 def f1_difference(scores: Scores, reference: Scores, groups: np.ndarray, seed: int) -> tuple[float, list[float] | None]:
@@ -246,10 +311,9 @@ def f1_difference(scores: Scores, reference: Scores, groups: np.ndarray, seed: i
     """
 
     def change(counts: np.ndarray) -> np.ndarray:
-        own, before = np.split(counts, 2, axis=-1)
-        return _macro_f1s(own, scores) - _macro_f1s(before, scores)
+        return macro_f1(counts[..., 0, :, :]) - macro_f1(counts[..., 1, :, :])
 
-    by_group = np.concatenate([_cells(scores, groups), _cells(reference, groups)], axis=1)
+    by_group = np.stack([_confusion(scores, groups), _confusion(reference, groups)], axis=1)
     total, values = by_group.sum(axis=0), change(_drawn(by_group, seed))
     estimate = float(change(total))
     if np.ptp(values) == 0:
@@ -257,21 +321,17 @@ def f1_difference(scores: Scores, reference: Scores, groups: np.ndarray, seed: i
     return estimate, list(bca_limits(values, estimate, change(total - by_group)))
 
 
-def _cells(scores: Scores, groups: np.ndarray) -> np.ndarray:
-    """Confusion counts of each group, (groups, labels · labels)."""
+def _confusion(scores: Scores, groups: np.ndarray) -> np.ndarray:
+    """Confusion counts of each group, (groups, true, predicted)."""
     n_labels = scores.log_probs.shape[1]
     _, group = np.unique(groups, return_inverse=True)
-    by_group = np.zeros((group.max() + 1, n_labels * n_labels))
-    np.add.at(by_group, (group, scores.labels * n_labels + scores.predictions), 1)
+    by_group = np.zeros((group.max() + 1, n_labels, n_labels))
+    np.add.at(by_group, (group, scores.labels, scores.predictions), 1)
     return by_group
 
 
 def _drawn(by_group: np.ndarray, seed: int) -> np.ndarray:
-    """Summed counts of resampled groups, (resamples, counts)."""
-    kinds, times = np.unique(by_group, axis=0, return_counts=True)
-    return np.random.default_rng(seed).multinomial(len(by_group), times / len(by_group), size=_RESAMPLES) @ kinds
-
-
-def _macro_f1s(counts: np.ndarray, scores: Scores) -> np.ndarray:
-    n_labels = scores.log_probs.shape[1]
-    return macro_f1(counts.reshape(*counts.shape[:-1], n_labels, n_labels))
+    """Summed counts of resampled groups, (resamples, …)."""
+    kinds, times = np.unique(by_group.reshape(len(by_group), -1), axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(by_group), times / len(by_group), size=_RESAMPLES) @ kinds
+    return drawn.reshape(_RESAMPLES, *by_group.shape[1:])

@@ -7,57 +7,17 @@ but the last. Answers that share those inputs share the forward pass, so single-
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
 
 if TYPE_CHECKING:
-    from lib.progress import Progress
-    from lib.scoring.journal import Journal
-
-
-class Backend(Protocol):
-    """A loaded model that gives log-probabilities. Batches that stand in a journal are taken from it.
-
-    Attributes:
-        name: what is being run, in words.
-        device: where, in words.
-        vocab_size: number of logits a position.
-        settings: what beside the model changes the rounding of the numbers, JSON values.
-    """
-
-    name: str
-    device: str
-    vocab_size: int
-    settings: dict[str, Any]
-
-    def label_log_probs(
-        self,
-        prompts: Sequence[list[int]],
-        answers: list[list[int]],
-        progress: Progress | None = None,
-        journal: Journal | None = None,
-    ) -> np.ndarray:
-        """log p(answer | prompt), nats, float64, shape (prompts, answers)."""
-        ...
-
-    def read_log_probs(
-        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
-    ) -> list[np.ndarray]:
-        """What every job reads, nats, float64, one vector a job; each is run whole, so shortest first is cheapest."""
-        ...
-
-    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
-        """Log-softmax of the next token after each position of `ids` from `first` on, float32, (T - first, V)."""
-        ...
-
-    def close(self) -> None:
-        """Free the model's memory; the backend cannot be used afterwards."""
-        ...
+    from lib.scoring.journal import Work
 
 
 @dataclass(frozen=True)
@@ -75,6 +35,75 @@ class Job:
     ids: list[int]
     start: int
     reads: tuple[tuple[int, int, int], ...]
+
+
+Run = Callable[[Sequence[Job]], list[np.ndarray]]
+"""Computes one batch: the read log-probabilities of each job."""
+
+
+class Backend(ABC):
+    """A loaded model that gives log-probabilities. Batches that stand in a journal are taken from it.
+
+    Attributes:
+        name: what is being run, in words.
+        device: where, in words.
+        vocab_size: number of logits a position.
+        n_ctx: most tokens of a sequence; None = any.
+        most_answer: most tokens of an answer; None = any.
+        note: what was done otherwise than usual, in words; empty when nothing was.
+        settings: what beside the model changes the rounding of the numbers, JSON values.
+    """
+
+    name: str
+    device: str
+    vocab_size: int
+    n_ctx: int | None = None
+    most_answer: int | None = None
+    note = ""
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V)."""
+
+    @abstractmethod
+    def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
+        """The same as log-softmax."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model's memory; the backend cannot be used afterwards."""
+
+    @abstractmethod
+    def _plan(self, jobs: Sequence[Job], alike: bool) -> tuple[Iterable[Sequence[Job]], Run]:
+        """Jobs in order (shortest first) cut into batches, and what gives the reads of each job of a batch.
+
+        Args:
+            alike: prompts that begin alike, so that their beginning is computed once; else whole conversations.
+        """
+
+    def label_log_probs(
+        self, prompts: Sequence[list[int]], answers: list[list[int]], work: Work | None = None
+    ) -> np.ndarray:
+        """log p(answer | prompt), nats, float64, shape (prompts, answers)."""
+        jobs = make_jobs(prompts, answers)
+        self.check_ids([job.ids for job in jobs])
+        check_ids(answers, self.vocab_size, self.most_answer, self.name)
+        values = _run_batches(*self._plan(jobs, alike=True), len(prompts) / len(jobs), work)
+        total = np.zeros((len(prompts), len(answers)), dtype=np.float64)
+        for job, read in zip(jobs, values, strict=True):
+            for (answer, _, _), value in zip(job.reads, read, strict=True):
+                total[job.prompt, answer] += float(value)
+        return total
+
+    def read_log_probs(self, jobs: Sequence[Job], work: Work | None = None) -> list[np.ndarray]:
+        """What every job reads, nats, float64, one vector a job; each is run whole, so shortest first is cheapest."""
+        self.check_ids([job.ids for job in jobs])
+        return _run_batches(*self._plan(jobs, alike=False), 1.0, work)
+
+    def check_ids(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Refuse what the model cannot read."""
+        check_ids(sequences, self.vocab_size, self.n_ctx, self.name)
 
 
 def make_jobs(prompts: Sequence[list[int]], answers: list[list[int]]) -> list[Job]:
@@ -100,6 +129,22 @@ def common_prefix(jobs: Sequence[Job]) -> list[int]:
     return first[: min(same, most)]
 
 
+def grouped(jobs: Sequence[Job], full: Callable[[list[Job], Job], bool]) -> Iterator[list[Job]]:
+    """Jobs in order, cut into batches.
+
+    Args:
+        full: whether a batch has no room for the next job; a batch always takes its first.
+    """
+    batch: list[Job] = []
+    for job in jobs:
+        if batch and full(batch, job):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
 def cut(widths: Sequence[int], most: int, overhead: float) -> list[int]:
     """Sizes of the batches of least cost when sequences, shortest first, are padded to the longest of their batch.
 
@@ -121,43 +166,26 @@ def cut(widths: Sequence[int], most: int, overhead: float) -> list[int]:
     return sizes[::-1]
 
 
-def run_batches(
-    batches: Iterable[Sequence[Job]],
-    run: Callable[[Sequence[Job]], list[np.ndarray]],
-    share: float,
-    progress: Progress | None = None,
-    journal: Journal | None = None,
-) -> list[np.ndarray]:
+def _run_batches(batches: Iterable[Sequence[Job]], run: Run, share: float, work: Work | None) -> list[np.ndarray]:
     """The read log-probabilities of every job, batch by batch; those in the journal are not computed again.
 
     Args:
-        run: computes one batch.
         share: prompts a job, for the progress: less than 1 where a prompt takes several sequences.
     """
     values: list[np.ndarray] = []
     for batch in batches:
-        if journal is None:
+        if work is None:
             values += run(batch)
-        else:
-            lists = functools.partial(_as_lists, run, batch)
-            found = journal.take(len(values), [job.prompt for job in batch], lists)
-            values += [np.array(value, dtype=np.float64) for value in found]
-        if progress is not None and (more := round(share * len(values)) - progress.done) > 0:
-            progress.advance(more)
+            continue
+        found = work.take(len(values), [job.prompt for job in batch], functools.partial(_as_lists, run, batch))
+        values += [np.array(value, dtype=np.float64) for value in found]
+        if (more := round(share * len(values)) - work.progress.done) > 0:
+            work.progress.advance(more)
     return values
 
 
-def _as_lists(run: Callable[[Sequence[Job]], list[np.ndarray]], batch: Sequence[Job]) -> list[list[float]]:
+def _as_lists(run: Run, batch: Sequence[Job]) -> list[list[float]]:
     return [value.tolist() for value in run(batch)]
-
-
-def add_up(jobs: Sequence[Job], values: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Sum of the read log-probabilities for each prompt and answer; `values` holds one number for each read."""
-    total = np.zeros(shape, dtype=np.float64)
-    for job, read in zip(jobs, values, strict=True):
-        for (answer, _, _), value in zip(job.reads, read, strict=True):
-            total[job.prompt, answer] += float(value)
-    return total
 
 
 def check_ids(sequences: Sequence[Sequence[int]], vocab_size: int, longest: int | None, name: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,20 +13,19 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
 from lib.prompts.conversations import Encoded
-from lib.prompts.tasks import Task
+from lib.prompts.tasks import Task, spread
 from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, think_tags
-from lib.scoring.backend import check_ids
+from lib.scoring.backend import Backend, check_ids
 from lib.scoring.journal import Keep, keeping
-from lib.scoring.term_lists import TermList
-from lib.scoring.text_metrics import Answered, measure, read_stream
+from lib.scoring.term_lists import TermList, read_terms
+from lib.scoring.text_metrics import chrf_signature, measure, read_stream, summarise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.scoring.llama_backend import LlamaContext
+    from lib.scoring.llama_backend import LlamaCppBackend
+    from lib.settings import Settings
 
-
-# Answers written token by token, greedily or drawn with a fixed seed, by the same code for both backends.
 
 Feed = Callable[[Sequence[int]], np.ndarray]
 """Takes further token ids of one text and gives the logits behind the last, (V,)."""
@@ -39,10 +38,6 @@ class Sampling:
     temperature: float = 0.7
     top_p: float = 0.8
     seed: int = 42
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -138,7 +133,7 @@ def torch_feed(model: Any) -> Feed:
     return feed
 
 
-def llama_feed(backend: LlamaContext) -> Feed:
+def llama_feed(backend: LlamaCppBackend) -> Feed:
     """A new text for a GGUF file; whatever its context held is forgotten.
 
     The context must have room for prompt and answer (`n_ctx`).
@@ -198,70 +193,118 @@ def _opening(tokenizer: Any, ids: Sequence[int]) -> str:
     return f"{tag}\n" if end.rstrip().endswith(tag) else ""
 
 
-def told(tokenizer: Any, asked: Asked, written: Written, terms: TermList | None, thinking: bool) -> dict[str, Any]:
-    """An answer as text, and measured.
-
-    Args:
-        terms, thinking: see `lib.scoring.text_metrics.measure`.
-
-    Returns:
-        {"text", "tokens", "ended", "first_token_seconds", "seconds", "tokens_per_second", "measured"}; "measured" is
-        the row of `measure`, without what needs a reference where there is none.
-    """
+def _told(tokenizer: Any, asked: Asked, written: Written, terms: TermList | None, thinking: bool) -> dict[str, Any]:
+    """An answer as text, and measured; without what needs a reference where there is none."""
     stream = read_stream(token_bytes(tokenizer, written.ids))
-    measured = measure(Answered(stream, written.ended, asked.opening), asked.question, asked.reference, terms, thinking)
+    measured = measure(stream, written.ended, asked.question, asked.reference, terms, thinking, asked.opening)
     if not asked.reference:
         measured |= dict.fromkeys(("chrf", "rouge_l", "terms"))
     return {
         "text": (asked.opening + stream.text).strip(),
         "tokens": written.steps,
-        "ended": written.ended,
-        "first_token_seconds": written.first_token_seconds,
-        "seconds": written.seconds,
-        "tokens_per_second": written.tokens_per_second,
+        **{key: getattr(written, key) for key in ("ended", "first_token_seconds", "seconds", "tokens_per_second")},
         "measured": measured,
     }
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How answers are written.
+class Questions:
+    """What every model is asked, and how its answers are measured.
 
     Attributes:
+        tokenizer, terms, thinking: of the run.
+        rows: the test rows that are answered; none with `generated_rows: 0`.
+        asked: those rows; prompts: further prompts, rendered; sources: these as their file has them.
         most: tokens at which an answer is cut.
-        ends: ids that end it.
-        sampling: None = greedy.
-        keep: a file that gets every answer as it comes; answers that are in it are not written again.
-        settings: of the backend, for `keep`.
+        sampling: of the second answer to a prompt.
     """
 
+    tokenizer: Any
+    terms: TermList | None
+    thinking: bool
+    rows: list[dict[str, Any]]
+    asked: list[Asked]
+    sources: Sequence[dict[str, str]]
+    prompts: list[Asked]
     most: int
-    ends: Collection[int]
-    sampling: Sampling | None = None
-    keep: Keep | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    sampling: Sampling
 
-    def to_json(self) -> dict[str, Any]:
-        """What decides the answers beside the model."""
-        return {"most": self.most, "ends": sorted(self.ends), "sampling": self.sampling and self.sampling.to_json()}
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        tokenizer: Any,
+        task: Task,
+        rows: Sequence[Mapping[str, Any]],
+        sources: Sequence[dict[str, str]] = (),
+    ) -> Questions:
+        """As the settings want it.
+
+        Raises:
+            InputError: no such list of terms.
+        """
+        chosen = [dict(row) for row in spread(rows, settings.generated_rows)] if settings.generated_rows > 0 else []
+        return cls(
+            tokenizer=tokenizer,
+            terms=read_terms(settings.terms),
+            thinking=task.thinking,
+            rows=chosen,
+            asked=[ask_row(tokenizer, row, task.encode(tokenizer, row)) for row in chosen],
+            sources=sources,
+            prompts=[ask_prompt(tokenizer, task, source) for source in sources],
+            most=settings.max_new_tokens,
+            sampling=Sampling(seed=settings.seed),
+        )
+
+    def told(self, asked: Sequence[Asked], written: Sequence[Written]) -> list[dict[str, Any]]:
+        """Answers as text, and measured.
+
+        Returns:
+            {"text", "tokens", "ended", "first_token_seconds", "seconds", "tokens_per_second", "measured"} of each;
+            "measured" is the row of `lib.scoring.text_metrics.measure`.
+        """
+        rest = (self.terms, self.thinking)
+        return [_told(self.tokenizer, one, answer, *rest) for one, answer in zip(asked, written, strict=True)]
+
+    def conditions(self) -> dict[str, Any]:
+        """How the rows are answered and measured, for JSON: "decoding", "chrf", "terms"."""
+        return {
+            "decoding": {"method": "greedy", "max_new_tokens": self.most, "rows": len(self.rows)},
+            "chrf": chrf_signature(),
+            "terms": self.terms and {"name": self.terms.name, "terms": len(self.terms)},
+        }
+
+    def summarise(self, answers: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> list[dict[str, Any]]:
+        """`lib.scoring.text_metrics.summarise` of every model's answers to the rows."""
+        measured = {name: [answer["measured"] for answer in given] for name, given in answers.items()}
+        groups = [row.get("group", place) for place, row in enumerate(self.rows)]
+        return summarise(measured, groups, reference) if groups else []
 
 
 def write_all(
-    start: Callable[[], Feed], asked: Sequence[Asked], how: Writing, what: str, name: str
+    start: Callable[[], Feed],
+    prompts: Sequence[list[int]],
+    most: int,
+    ends: Collection[int],
+    backend: Backend,
+    keep: Keep | None,
+    what: str = "answers",
+    sampling: Sampling | None = None,
 ) -> tuple[list[Written], str]:
-    """Answers to all prompts, one after another, and what of them an interrupted try had written, in words.
+    """Answers to all prompts, one after another, and what of them an interrupted run had written, in words.
 
     Args:
         start: gives the feed of a new text (`torch_feed`, `llama_feed`).
-        what: "answers" or another word for them.
-        name: who writes, in words.
+        most, ends, sampling: as of `write`.
+        keep: a file that gets every answer as it comes; answers that are in it are not written again.
+        what: another word for the answers.
     """
-    prompts, answers = [one.ids for one in asked], []
-    names = [str(place) for place in range(len(asked))]
-    unit, question = f"{what} already written", how.to_json()
-    with keeping(how.keep, f"{what} of {name}", unit, names, prompts, how.settings, writing=question) as work:
+    names, answers = [str(place) for place in range(len(prompts))], []
+    words, unit = f"{what} of {backend.name}", f"{what} already written"
+    question = {"most": most, "ends": sorted(ends), "sampling": sampling and asdict(sampling)}
+    with keeping(keep, words, unit, names, prompts, backend.settings, writing=question) as work:
         for place, ids in enumerate(prompts):
-            answer = functools.partial(write, start(), ids, how.most, how.ends, how.sampling)
+            answer = functools.partial(write, start(), ids, most, ends, sampling)
             (made,) = work.take(place, [place], lambda answer=answer: [asdict(answer())])
             answers.append(Written(**made))
             work.progress.advance()

@@ -1,7 +1,7 @@
 """Scores and answers that are kept as they come: one JSON line each behind a header, so that killed work continues.
 
 The header says what was asked of which model (hashes) and how; another header means another question, and the file
-begins anew. Batches are always of the same composition, so only whole batches are taken from an earlier try, and what
+begins anew. Batches are always of the same composition, so only whole batches are taken from an earlier run, and what
 follows is computed exactly as if there had been no interruption.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Keep:
 
 
 class Journal:
-    """An append-only file of what a model made of prompts, one line a sequence; use as a context manager.
+    """An append-only file of what a model made of prompts, one line a sequence; close it.
 
     Args:
         path: the file; it is continued, or begun.
@@ -50,8 +50,7 @@ class Journal:
         unit: what it holds, in words as in "rows already scored".
 
     Attributes:
-        note: how the file was found, in words; empty for a new one.
-        restarted: whether something was there that belongs to another question.
+        note: why what was there could not be used, in words; empty where nothing was.
 
     Raises:
         InputError: another process writes this file.
@@ -59,9 +58,8 @@ class Journal:
 
     def __init__(self, path: Path, header: dict[str, Any], names: Sequence[str], unit: str = SCORED) -> None:
         self.path, self.names, self.unit = path, names, unit
-        self.note, self.restarted = "", False
+        self.note = ""
         self._lines: list[dict[str, Any]] = []
-        self._ends: list[int] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -74,24 +72,21 @@ class Journal:
     def _continue(self, header: dict[str, Any]) -> None:
         """Read what is there and cut it off at the first damaged line; begin anew under another header."""
         *lines, _ = self.path.read_bytes().split(b"\n")  # what stands behind the last line break was cut off
-        end = len(lines[0]) + 1 if lines else 0
-        found = _parsed(lines[0]) if lines else None
+        found = _parsed(lines[0]) if lines else {}
+        self._ends = [len(lines[0]) + 1 if lines else 0]  # of the header, then of each line, bytes
         if found != header:
-            self.restarted = found is not None
             self.note = "begun anew: what was kept is of " + _difference(found, header) if found else ""
             os.ftruncate(self._file, 0)
             os.write(self._file, _line(header))
-            self._start = len(_line(header))
+            self._ends = [len(_line(header))]
             return
-        self._start = end
         for line in lines[1:]:
             value = _parsed(line)
-            if value is None or value.get("sequence") != len(self._lines) or not _complete(value):
+            if value.get("sequence") != len(self._lines) or not _complete(value):
                 break
-            end += len(line) + 1
             self._lines.append(value)
-            self._ends.append(end)
-        os.ftruncate(self._file, end)
+            self._ends.append(self._ends[-1] + len(line) + 1)
+        os.ftruncate(self._file, self._ends[-1])
 
     def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
         """JSON values of the sequences from number `first` on, one for each of `places` (numbers of their prompts).
@@ -102,20 +97,21 @@ class Journal:
             return [line["value"] for line in self._lines[first : first + len(places)]]
         started = time.perf_counter()
         values = compute()
-        self._add(first, places, values, time.perf_counter() - started)
+        cost = {"seconds": (time.perf_counter() - started) / len(places), "peak_memory_mib": peak_memory_mib()}
+        del self._lines[first:], self._ends[first + 1 :]  # a batch that is there in part
+        os.ftruncate(self._file, self._ends[-1])
+        self._add(
+            {"sequence": number, "row": self.names[place], "value": value, **cost}
+            for number, (place, value) in enumerate(zip(places, values, strict=True), start=first)
+        )
         return values
 
-    def _add(self, first: int, places: Sequence[int], values: Sequence[Any], seconds: float) -> None:
-        del self._lines[first:], self._ends[first:]
-        os.ftruncate(self._file, self._ends[-1] if self._ends else self._start)
-        peak, text = peak_memory_mib(), b""
-        end = os.fstat(self._file).st_size
-        for number, (place, value) in enumerate(zip(places, values, strict=True), start=first):
-            line = {"sequence": number, "row": self.names[place], "value": value}
-            line |= {"seconds": seconds / len(places), "peak_memory_mib": peak}
+    def _add(self, lines: Iterable[dict[str, Any]]) -> None:
+        text = b""
+        for line in lines:
             text += _line(line)
             self._lines.append(line)
-            self._ends.append(end + len(text))
+            self._ends.append(self._ends[-1] + len(_line(line)))
         os.write(self._file, text)
 
     @property
@@ -125,7 +121,7 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Time of all that is there, also of earlier tries."""
+        """Time of all that is there, that of earlier runs included."""
         return float(sum(line["seconds"] for line in self._lines))
 
     def describe(self) -> str:
@@ -133,50 +129,28 @@ class Journal:
         return f"{self.rows} {self.unit}" if self.rows else self.note
 
     def close(self) -> None:
-        """Give the file free."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-
-def open_journal(
-    keep: Keep, unit: str, names: Sequence[str], prompts: Sequence[list[int]], settings: dict[str, Any], **asked: Any
-) -> Journal:
-    """The journal of one model on some prompts.
-
-    Args:
-        names: the prompts' ids, in their order.
-        settings: of the backend.
-        asked: what is asked of every prompt, JSON values: "labels", "spans" or "writing".
-    """
-    header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
-    return Journal(keep.path, {**header, **asked, "settings": settings}, names, unit)
+        """Let go of the file."""
+        os.close(self._file)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Work in progress.
+class Work:
+    """Work on prompts in progress.
 
     Attributes:
         journal: where it is kept; None where it is not.
-        found: what of it an interrupted try had done, in words; empty for nothing.
+        found: what an interrupted run had already done of it, in words; empty for nothing.
     """
 
-    journal: Journal | None
     progress: Progress
-    found: str
-    _before: float
-    _started: float
+    journal: Journal | None = None
+    found: str = ""
+    _before: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
 
     @property
     def seconds(self) -> float:
-        """Time of all tries together."""
+        """Time of this run and the earlier ones together."""
         return self._before + time.perf_counter() - self._started
 
     def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
@@ -191,24 +165,30 @@ def keeping(
     unit: str,
     names: Sequence[str],
     prompts: Sequence[list[int]],
-    settings: dict[str, Any] | None = None,
+    settings: dict[str, Any],
     **asked: Any,
-) -> Iterator[Kept]:
+) -> Iterator[Work]:
     """Work on prompts with a progress line that says what was found done.
 
     Args:
         keep: the file that gets the work as it comes; None = it is not kept.
         what: the work in words.
-        unit, names, prompts, settings, asked: as for `open_journal`.
+        unit: of the work, as of `Journal`.
+        names: the prompts' ids, in their order.
+        settings: of the backend.
+        asked: what is asked of every prompt, JSON values: "labels", "spans" or "writing".
     """
     with contextlib.ExitStack() as stack:
-        journal, found, already, seconds = None, "", 0, 0.0
-        if keep is not None:
-            journal = stack.enter_context(open_journal(keep, unit, names, prompts, settings or {}, **asked))
-            found, already, seconds = journal.describe(), journal.rows, journal.seconds
+        if keep is None:
+            yield Work(stack.enter_context(Progress(what, len(prompts))))
+            return
+        header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
+        journal = Journal(keep.path, {**header, **asked, "settings": settings}, names, unit)
+        stack.callback(journal.close)
+        found = journal.describe()
         words = f"{what} ({found})" if found else what
-        progress = stack.enter_context(Progress(words, len(prompts), already=already))
-        yield Kept(journal, progress, found, seconds, time.perf_counter())
+        progress = stack.enter_context(Progress(words, len(prompts), already=journal.rows))
+        yield Work(progress, journal, found, journal.seconds)
 
 
 def found_done(found: Mapping[str, Iterable[str]]) -> dict[str, str]:
@@ -240,12 +220,13 @@ def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; empty where it is none."""
     try:
         value = json.loads(line)
-    except (ValueError, UnicodeDecodeError):
-        return None
-    return value if isinstance(value, dict) else None
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _complete(line: dict[str, Any]) -> bool:
@@ -254,9 +235,19 @@ def _complete(line: dict[str, Any]) -> bool:
     return numbers and isinstance(line.get("row"), str) and isinstance(line.get("value"), (list, dict))
 
 
+_PARTS = {
+    "model": "another model",
+    "rows": "other rows",
+    "prompts": "other prompts",
+    "labels": "other labels",
+    "spans": "other answers",
+    "writing": "another way of writing",
+    "settings": "other settings",
+    "format": "another version",
+}
+"""Parts of a header, in words where another one stands there."""
+
+
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Which parts of two headers differ, in words."""
-    names = {"model": "another model", "rows": "other rows", "prompts": "other prompts", "labels": "other labels"}
-    names |= {"spans": "other answers", "writing": "another way of writing"}
-    names |= {"settings": "other settings", "format": "another version"}
-    return ", ".join(text for key, text in names.items() if found.get(key) != wanted.get(key)) or "another file"
+    return ", ".join(text for key, text in _PARTS.items() if found.get(key) != wanted.get(key)) or "another file"

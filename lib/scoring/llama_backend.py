@@ -6,23 +6,18 @@ import collections
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.runs.machine import llama_cpp_problem, physical_cores
-from lib.scoring.backend import Job, add_up, check_ids, common_prefix, make_jobs, run_batches
-
-if TYPE_CHECKING:
-    from lib.progress import Progress
-    from lib.scoring.journal import Journal
-
+from lib.scoring.backend import Backend, Job, Run, common_prefix, grouped
 
 # llama.cpp's log: silenced, its last error lines kept for error messages, every line passed to one listener.
 #
@@ -99,8 +94,54 @@ OUTPUTS = 128
 _CACHE_TYPES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
 
 
-class LlamaContext:
+_TOKENS_ON_CPU = 256
+"""Tokens of several sequences that a CPU takes at once. The keys of all of them are looked at for every token, and the
+products of matrices gain nothing from more: 8 sequences of 100 tokens cost 8 % more than 256 tokens at a time."""
+
+
+def open_model(path: Path, n_gpu_layers: int) -> Any:
+    """llama.cpp's handle of a GGUF file.
+
+    Raises:
+        InputError: llama.cpp refuses it (with its reason).
+    """
+    api = llama()
+    forget_errors()
+    parameters = api.llama_model_default_params()
+    parameters.n_gpu_layers = n_gpu_layers
+    model = api.llama_model_load_from_file(str(path).encode("utf-8"), parameters)
+    if not model:
+        raise InputError(
+            f"llama.cpp cannot load {path}: {last_error() or 'no reason given'}.",
+            "a complete model of a kind that llama.cpp knows.",
+            "make or download the file again.",
+        )
+    return model
+
+
+def open_context(model: Any, path: Path, tokens: int, do: str, **values: Any) -> Any:
+    """llama.cpp's handle of a context for so many tokens.
+
+    Args:
+        do: what to do where there is no room for it.
+        values: other parameters of the context.
+    """
+    api = llama()
+    parameters = api.llama_context_default_params()
+    for key, value in {"n_ctx": tokens, "n_batch": tokens, "no_perf": True, **values}.items():
+        setattr(parameters, key, value)
+    forget_errors()
+    context = api.llama_init_from_model(model, parameters)
+    if not context:
+        found = f"llama.cpp cannot open {path} with {tokens} tokens: {last_error() or 'no reason given'}."
+        raise InputError(found, "enough memory for the context.", do)
+    return context
+
+
+class LlamaCppBackend(Backend):
     """A GGUF file opened by llama.cpp; use as a context manager, or close it.
+
+    It scores several prompts a batch, their common beginning computed once.
 
     Args:
         path: the file.
@@ -115,6 +156,8 @@ class LlamaContext:
         InputError: not a GGUF file, or one that llama.cpp refuses (with its reason).
     """
 
+    most_answer = OUTPUTS
+
     def __init__(
         self,
         path: Path | str,
@@ -127,55 +170,31 @@ class LlamaContext:
     ) -> None:
         self._model = self._context = self._batch = None
         self.path = check_gguf(path)
-        self._api = llama()
+        self._api = api = llama()
         self.name = self.path.name
-        self.n_ctx, self.n_outputs, self.n_gpu_layers = n_ctx, max(n_outputs, OUTPUTS), n_gpu_layers
+        self.n_ctx, self.n_batch, self.n_outputs = n_ctx, max(2048, n_ctx), max(n_outputs, OUTPUTS)
+        self.n_threads, self.n_gpu_layers = n_threads or physical_cores(), n_gpu_layers
         self.cache_type, self.flash_attention = cache_type, flash_attention
-        self.n_threads = n_threads or physical_cores()
-        self._open_model(n_gpu_layers)
-        self._open_context(n_gpu_layers, cache_type, flash_attention)
-        on_gpu = n_gpu_layers != 0 and self._api.llama_supports_gpu_offload()
+        self._most_tokens = self.n_batch if n_gpu_layers else _TOKENS_ON_CPU
+        self._beginning: list[int] | None = None
+        self._model = open_model(self.path, n_gpu_layers)
+        self._vocab = api.llama_model_get_vocab(self._model)
+        self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
+        on_gpu = n_gpu_layers != 0 and api.llama_supports_gpu_offload()
         self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
-
-    def _open_model(self, n_gpu_layers: int) -> None:
-        forget_errors()
-        parameters = self._api.llama_model_default_params()
-        parameters.n_gpu_layers = n_gpu_layers
-        self._model = self._api.llama_model_load_from_file(str(self.path).encode("utf-8"), parameters)
-        if not self._model:
-            reason = last_error() or "no reason given"
-            raise InputError(
-                f"llama.cpp cannot load {self.path}: {reason}.",
-                "a complete model of a kind that llama.cpp knows.",
-                "make or download the file again.",
-            )
-        self._vocab = self._api.llama_model_get_vocab(self._model)
-        self.vocab_size = self._api.llama_vocab_n_tokens(self._vocab)
-
-    def _open_context(self, n_gpu_layers: int, cache_type: str, flash_attention: bool | None) -> None:
-        api = self._api
-        parameters = api.llama_context_default_params()
-        self.n_batch = max(2048, self.n_ctx)
-        parameters.n_ctx = parameters.n_batch = self.n_batch
-        parameters.n_seq_max = SEQUENCES
-        parameters.kv_unified = True
-        parameters.n_outputs_max = self.n_outputs
-        parameters.n_threads = parameters.n_threads_batch = self.n_threads
-        parameters.type_k = parameters.type_v = getattr(api, _CACHE_TYPES[cache_type])
-        parameters.offload_kqv = n_gpu_layers != 0
-        parameters.no_perf = True
+        cache = getattr(api, _CACHE_TYPES[cache_type])
+        values = {"n_seq_max": SEQUENCES, "kv_unified": True, "n_outputs_max": self.n_outputs}
+        values |= {"n_threads": self.n_threads, "n_threads_batch": self.n_threads, "offload_kqv": n_gpu_layers != 0}
+        values |= {"type_k": cache, "type_v": cache}
         if flash_attention is not None:
             choice = "ENABLED" if flash_attention else "DISABLED"
-            parameters.flash_attn_type = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{choice}")
-        forget_errors()
-        self._context = api.llama_init_from_model(self._model, parameters)
-        if not self._context:
+            values["flash_attn_type"] = getattr(api, f"LLAMA_FLASH_ATTN_TYPE_{choice}")
+        do = "use a smaller context or a smaller model."
+        try:
+            self._context = open_context(self._model, self.path, self.n_batch, do, **values)
+        except InputError:
             self.close()
-            raise InputError(
-                f"llama.cpp cannot open {self.path} with {self.n_batch} tokens: {last_error() or 'no reason given'}.",
-                "enough memory for the context.",
-                "use a smaller context or a smaller model.",
-            )
+            raise
         self._memory = api.llama_get_memory(self._context)
         self._batch = api.llama_batch_init(self.n_batch, 0, SEQUENCES)
 
@@ -254,24 +273,6 @@ class LlamaContext:
     def __del__(self) -> None:
         self.close()
 
-
-# Scoring GGUF files with llama.cpp, several prompts a batch and their common beginning computed once.
-
-_TOKENS_ON_CPU = 256
-"""Tokens of several sequences that a CPU takes at once. The keys of all of them are looked at for every token, and the
-products of matrices gain nothing from more: 8 sequences of 100 tokens cost 8 % more than 256 tokens at a time."""
-
-
-class LlamaCppBackend(LlamaContext):
-    """Scores with a GGUF file; opened like a `LlamaContext`, scores as `lib.scoring.backend.Backend` says."""
-
-    note = ""
-    """What was done otherwise than usual: nothing."""
-
-    @property
-    def _most_tokens(self) -> int:
-        return self.n_batch if self.n_gpu_layers else _TOKENS_ON_CPU
-
     @property
     def settings(self) -> dict[str, Any]:
         """See `lib.scoring.backend.Backend`."""
@@ -280,50 +281,29 @@ class LlamaCppBackend(LlamaContext):
         more = {"sequences": SEQUENCES, "tokens": self._most_tokens, "llama_cpp_python": version}
         return {**{key: getattr(self, key) for key in keys}, **more}
 
-    def label_log_probs(
-        self,
-        prompts: Sequence[list[int]],
-        answers: list[list[int]],
-        progress: Progress | None = None,
-        journal: Journal | None = None,
-    ) -> np.ndarray:
-        """See `lib.scoring.backend.Backend`."""
-        jobs = make_jobs(prompts, answers)
-        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
-        check_ids(answers, self.vocab_size, OUTPUTS, self.name)
-        prefix, shared = common_prefix(jobs), False
+    def _plan(self, jobs: Sequence[Job], alike: bool) -> tuple[Iterable[Sequence[Job]], Run]:
+        """See `lib.scoring.backend.Backend`; conversations run one after another."""
+        if not alike:
+            return ([job] for job in jobs), self._run_alone
+        shared = self._share(jobs)
+        return self._groups(jobs, shared), functools.partial(self._run, shared=shared)
 
-        def run(group: Sequence[Job]) -> list[np.ndarray]:
-            nonlocal shared
-            if not shared:  # not before a batch needs it: all of them may stand in the journal
-                self._share(prefix)
-                shared = True
-            return self._run(group, len(prefix))
+    def _share(self, jobs: Sequence[Job]) -> int:
+        """Length of what all jobs begin with; it is not computed before a batch needs it, for all of them may stand in
+        the journal."""
+        self._beginning = common_prefix(jobs)
+        return len(self._beginning)
 
-        groups = self._groups(jobs, len(prefix))
-        values = run_batches(groups, run, len(prompts) / len(jobs), progress, journal)
-        return add_up(jobs, values, (len(prompts), len(answers)))
-
-    def _groups(self, jobs: list[Job], shared: int) -> Iterator[list[Job]]:
+    def _groups(self, jobs: Sequence[Job], shared: int) -> Iterator[list[Job]]:
         """Jobs in order, cut into batches that respect every limit of the context; a long job is a batch alone."""
-        group: list[Job] = []
-        tokens, outputs, most = 0, 0, min(self._most_tokens, self.n_batch - shared)
-        for job in jobs:
-            more, wanted = len(job.ids) - shared, len(job.ids) - job.start
-            full = len(group) == SEQUENCES or tokens + more > most or outputs + wanted > OUTPUTS
-            if group and full:
-                yield group
-                group, tokens, outputs = [], 0, 0
-            group.append(job)
-            tokens, outputs = tokens + more, outputs + wanted
-        if group:
-            yield group
+        most = min(self._most_tokens, self.n_batch - shared)
 
-    def _share(self, prefix: list[int]) -> None:
-        """Compute the common beginning once, for all sequences."""
-        self.clear()
-        everyone = range(SEQUENCES)
-        self.decode([(token, position, everyone, False) for position, token in enumerate(prefix)])
+        def full(group: list[Job], job: Job) -> bool:
+            tokens = sum(len(one.ids) - shared for one in (*group, job))
+            outputs = sum(len(one.ids) - one.start for one in (*group, job))
+            return len(group) == SEQUENCES or tokens > most or outputs > OUTPUTS
+
+        return grouped(jobs, full)
 
     def _decoded(self, group: Sequence[Job], shared: int) -> Iterator[tuple[Job, int]]:
         """Run one batch, with logits where its jobs read; the cache holds only the shared beginning afterwards.
@@ -331,6 +311,10 @@ class LlamaCppBackend(LlamaContext):
         Yields:
             every job, and the place in the batch at which its position 0 would stand.
         """
+        if self._beginning is not None:  # computed once, for all sequences
+            self.clear()
+            self.decode([(token, place, range(SEQUENCES), False) for place, token in enumerate(self._beginning)])
+            self._beginning = None
         read = [{position for _, position, _ in job.reads} for job in group]
         tokens = [
             (token, position, (s,), position in read[s])
@@ -354,30 +338,20 @@ class LlamaCppBackend(LlamaContext):
             values.append(np.array([logits[p][token] - totals[p] for _, p, token in job.reads]))
         return values
 
-    def read_log_probs(
-        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
-    ) -> list[np.ndarray]:
-        """See `lib.scoring.backend.Backend`; one sequence after another."""
-        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
-        return run_batches(([job] for job in jobs), self._run_alone, 1.0, progress, journal)
-
     def _run_alone(self, batch: Sequence[Job]) -> list[np.ndarray]:
         """One sequence: first what needs no logits, then pieces of as many positions as llama.cpp keeps."""
         (job,) = batch
-        wanted: dict[int, list[int]] = {}
-        for number, (_, place, _) in enumerate(job.reads):
-            wanted.setdefault(place, []).append(number)
+        wanted = {place for _, place, _ in job.reads}
         self.clear()
         self.decode([(token, place, (0,), False) for place, token in enumerate(job.ids[: job.start])])
         values = np.empty(len(job.reads))
         for start in range(job.start, len(job.ids), OUTPUTS):
-            part = list(enumerate(job.ids[start : start + OUTPUTS], start))
-            self.decode([(token, place, (0,), place in wanted) for place, token in part])
-            for i, (place, _) in enumerate(part):
-                if place in wanted:
-                    logits = self.logits(i)
-                    tokens = [job.reads[number][2] for number in wanted[place]]
-                    values[wanted[place]] = logits[tokens] - _log_sum_exp(logits)
+            part = range(start, min(start + OUTPUTS, len(job.ids)))
+            self.decode([(job.ids[place], place, (0,), place in wanted) for place in part])
+            for number, (_, place, token) in enumerate(job.reads):
+                if place in part:
+                    logits = self.logits(place - start)
+                    values[number] = logits[token] - _log_sum_exp(logits)
         return [values]
 
     def read_logits(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, np.ndarray]]:
@@ -385,11 +359,10 @@ class LlamaCppBackend(LlamaContext):
 
         Several jobs a batch; their common beginning is computed once. A job may read at most `n_outputs` positions.
         """
-        check_ids([job.ids for job in jobs], self.vocab_size, self.n_ctx, self.name)
-        prefix = common_prefix(jobs)
-        self._share(prefix)
-        for group in self._groups(list(jobs), len(prefix)):
-            for job, first in self._decoded(group, len(prefix)):
+        self.check_ids([job.ids for job in jobs])
+        shared = self._share(jobs)
+        for group in self._groups(jobs, shared):
+            for job, first in self._decoded(group, shared):
                 logits = np.empty((len(job.reads), self.vocab_size), dtype=np.float32)
                 for number, (_, position, _) in enumerate(job.reads):
                     logits[number] = self.logits(first + position)
@@ -400,7 +373,7 @@ class LlamaCppBackend(LlamaContext):
 
         In one batch where `n_outputs` allows it, as llama-perplexity has it: the size of a batch changes the rounding.
         """
-        check_ids([ids], self.vocab_size, self.n_ctx, self.name)
+        self.check_ids([ids])
         self.clear()
         result = np.empty((len(ids) - first, self.vocab_size), dtype=np.float32)
         edges = [0, len(ids)]

@@ -6,6 +6,7 @@ token that the loss of training counts. Both are scored on the same token ids by
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,7 @@ from lib.statistics.losses import limits, weighted_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.progress import Progress
-    from lib.scoring.journal import Journal
+    from lib.scoring.journal import Work
 
 Span = Sequence[int]
 
@@ -55,8 +55,8 @@ class RowScores:
     seconds: float
     found: str
 
-    FIELDS: ClassVar[dict[str, tuple[str, type]]]
-    """Array -> its key in the file, and its type."""
+    COLUMNS: ClassVar[dict[str, tuple[str, type | None]]]
+    """What is saved of every row beside id and seconds: key -> attribute, and its type where it is read back."""
 
     @property
     def seconds_per_sample(self) -> float:
@@ -65,21 +65,15 @@ class RowScores:
 
     def subset(self, mask: np.ndarray) -> Self:
         """The rows of a boolean mask."""
-        ids = [name for name, kept in zip(self.ids, mask, strict=True) if kept]
-        arrays = {name: getattr(self, name)[mask] for name in self.FIELDS}
+        ids = list(itertools.compress(self.ids, mask))
+        arrays = {name: getattr(self, name)[mask] for name, kind in self.COLUMNS.values() if kind}
         return replace(self, ids=ids, seconds=self.seconds * float(mask.mean()), found="", **arrays)  # type: ignore[type-var]
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """What is saved of every row beside its id and its seconds."""
-        return {key: getattr(self, name) for name, (key, _) in self.FIELDS.items()}
 
     def save(self, path: Path) -> None:
         """Write one JSON object a row, atomically; floats in full precision."""
-        columns = {"id": self.ids, **{key: values.tolist() for key, values in self.columns().items()}}
-        rows = zip(*columns.values(), strict=True)
-        write_jsonl(
-            path, [{**dict(zip(columns, row, strict=True)), "seconds": self.seconds_per_sample} for row in rows]
-        )
+        columns = {"id": self.ids, **{key: getattr(self, name).tolist() for key, (name, _) in self.COLUMNS.items()}}
+        columns["seconds"] = [self.seconds_per_sample] * len(self.ids)
+        write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -89,7 +83,8 @@ class RowScores:
     @classmethod
     def of_lines(cls, lines: Sequence[Mapping[str, Any]]) -> Self:
         """From the lines of a file."""
-        arrays = {name: np.array([line[key] for line in lines], dtype=kind) for name, (key, kind) in cls.FIELDS.items()}
+        read = {key: (name, kind) for key, (name, kind) in cls.COLUMNS.items() if kind}
+        arrays = {name: np.array([line[key] for line in lines], dtype=kind) for key, (name, kind) in read.items()}
         seconds = float(sum(line["seconds"] for line in lines))
         return cls(ids=[line["id"] for line in lines], seconds=seconds, **arrays)  # type: ignore[call-arg]
 
@@ -112,9 +107,11 @@ class Scores(RowScores):
     seconds: float
     found: str = ""
 
-    FIELDS: ClassVar = {
-        "labels": ("label", np.int64),
+    COLUMNS: ClassVar = {
+        "label": ("labels", np.int64),
+        "prediction": ("predictions", None),
         "log_probs": ("log_probs", np.float64),
+        "margin": ("margins", None),
         "truncated": ("truncated", np.bool_),
     }
 
@@ -143,24 +140,9 @@ class Scores(RowScores):
         return self.predictions == self.labels
 
     @property
-    def accuracy(self) -> float:
-        """Share of correct rows."""
-        return float(self.correct.mean())
-
-    @property
     def near_ties(self) -> int:
         """Rows whose margin is smaller than `NEAR_TIE`: their prediction hangs on rounding."""
         return int((np.abs(self.margins) < NEAR_TIE).sum())
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """See `RowScores.columns`."""
-        return {
-            "label": self.labels,
-            "prediction": self.predictions,
-            "log_probs": self.log_probs,
-            "margin": self.margins,
-            "truncated": self.truncated,
-        }
 
 
 @dataclass(frozen=True)
@@ -179,34 +161,23 @@ class AnswerScores(RowScores):
     seconds: float
     found: str = ""
 
-    FIELDS: ClassVar = {"log_probs": ("log_prob", np.float64), "tokens": ("tokens", np.int64)}
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy, nats a token of the answers."""
-        return float(-self.log_probs.sum() / self.tokens.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the loss."""
-        return float(np.exp(self.loss))
+    COLUMNS: ClassVar = {"log_prob": ("log_probs", np.float64), "tokens": ("tokens", np.int64)}
 
     @property
     def row_losses(self) -> np.ndarray:
         """Mean cross-entropy of each row, nats a token, (n,)."""
         return -self.log_probs / self.tokens
 
-    def interval(self, groups: np.ndarray) -> Interval:
-        """The loss with Student's interval over groups of rows; no loss is below 0."""
-        found = weighted_mean(self.row_losses, self.tokens, groups)
-        return found if limits(found) is None else Interval(found.estimate, max(0.0, found.low), found.high)
-
     def figures(self, groups: np.ndarray) -> dict[str, Any]:
-        """Loss and perplexity, JSON values: "loss", "loss_interval", "perplexity", "perplexity_interval".
+        """Loss (nats a token) and perplexity, JSON values: "loss", "loss_interval", "perplexity",
+        "perplexity_interval".
 
-        The intervals are None where there are too few groups to tell one from (`lib.statistics.losses`).
+        The intervals are Student's over groups of rows, and None where there are too few groups to tell one from
+        (`lib.statistics.losses`). No loss is below 0.
         """
-        loss = self.interval(groups)
+        loss = weighted_mean(self.row_losses, self.tokens, groups)
+        if limits(loss) is not None:
+            loss = Interval(loss.estimate, max(0.0, loss.low), loss.high)
         return {
             "loss": loss.estimate,
             "loss_interval": limits(loss),
@@ -228,6 +199,54 @@ def exponentials(logarithms: list[float] | None) -> list[float] | None:
     ]
 
 
+@dataclass(frozen=True)
+class RowIds:
+    """Rows as token ids, in the order in which they are scored: by id, so that the batches (shortest first, then by id)
+    hold the same rows whatever the rows' own order.
+
+    Attributes:
+        order: places of the rows.
+        names: their ids.
+        prompts: token ids of the prompts; of whole conversations where there are no answer words.
+        spans: (first, behind the last) position of every answer in them, which is never the first token; none where
+            there are answer words.
+        answers: token ids of the answer words; none where the answers stand in the rows.
+        truncated: whether each row was cut, in the rows' own order.
+    """
+
+    order: list[int]
+    names: list[str]
+    prompts: list[list[int]]
+    spans: list[list[tuple[int, int]]]
+    answers: list[list[int]]
+    truncated: list[bool]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], encoded: Sequence[Encoded], words: list[list[int]]) -> Self:
+        """Of rows as a task encodes them, and its answer words."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+        return cls(
+            order=order,
+            names=[str(rows[i]["id"]) for i in order],
+            prompts=[encoded[i].prompt_ids if words else encoded[i].ids for i in order],
+            spans=[] if words else [encoded[i].spans for i in order],
+            answers=words,
+            truncated=[one.truncated for one in encoded],
+        )
+
+    def scores(
+        self, rows: Sequence[Mapping[str, Any]], log_probs: np.ndarray, seconds: float, found: str
+    ) -> Scores | AnswerScores:
+        """What `score_ids` gave, in the rows' own order."""
+        back, ids = np.argsort(self.order), [row["id"] for row in rows]
+        if self.answers:
+            labels = np.array([row["label"] for row in rows], dtype=np.int64)
+            truncated = np.array(self.truncated, dtype=bool)
+            return Scores(ids, labels, log_probs[back], truncated, seconds, found)
+        tokens = np.array([sum(stop - start for start, stop in spans) for spans in self.spans], dtype=np.int64)
+        return AnswerScores(ids, log_probs[back, 0], tokens[back], seconds, found)
+
+
 def score_rows(
     backend: Backend,
     tokenizer: PreTrainedTokenizerBase,
@@ -239,9 +258,6 @@ def score_rows(
 ) -> Scores | AnswerScores:
     """Score rows of a task with any backend.
 
-    They are scored in the order of their ids, so that the batches (shortest first, then by id) hold the same rows
-    whatever the rows' order.
-
     Args:
         what: the work in words for the progress line, as in "scoring test rows with the base model".
         keep: a file that gets every batch as it comes; batches that are in it are not computed again.
@@ -251,90 +267,53 @@ def score_rows(
         InputError: no rows, or a model whose log-probabilities are not numbers.
     """
     encoded = encoded or [task.encode(tokenizer, row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    back = np.argsort(order)
-    ids, names = [row["id"] for row in rows], [rows[i]["id"] for i in order]
-    words = task.answer_words(tokenizer)
-    if not words:
-        whole, spans = [encoded[i].ids for i in order], [encoded[i].spans for i in order]
-        scores = score_answers(backend, names, whole, spans, what, keep)
-        return replace(scores, ids=ids, log_probs=scores.log_probs[back], tokens=scores.tokens[back])
-    prompts = [encoded[i].prompt_ids for i in order]
-    values, seconds, found = kept_log_probs(backend, names, prompts, words, what, keep)
-    _refuse_broken(backend, names, values)
-    labels = np.array([row["label"] for row in rows], dtype=np.int64)
-    truncated = np.array([one.truncated for one in encoded], dtype=bool)
-    return Scores(ids, labels, values[back], truncated, seconds, found)
+    ids = RowIds.of(rows, encoded, task.answer_words(tokenizer))
+    values, seconds, found = score_ids(backend, ids, what, keep)
+    _refuse_broken(backend, ids.names, values)
+    return ids.scores(rows, values, seconds, found)
 
 
 def _refuse_broken(backend: Backend, names: Sequence[str], values: np.ndarray) -> None:
-    """Refuse log-probabilities, (n,) or (n, words), that are not numbers."""
-    broken = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    """Refuse log-probabilities of rows, (rows, words), that are not numbers."""
+    broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if broken.size:
+        first = values[broken[0]].tolist()
         raise InputError(
-            f"{backend.name} gives {values[broken[0]].tolist()} for row {names[broken[0]]} "
+            f"{backend.name} gives {first if len(first) > 1 else first[0]} for row {names[broken[0]]} "
             f"({broken.size} of {len(names)} rows are not numbers).",
             "finite log-probabilities.",
             "check the model's weights for NaN or infinity, and do not compute in float16.",
         )
 
 
-def _refuse_none(rows: Sequence[Any]) -> None:
-    if not rows:
-        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+def score_ids(backend: Backend, rows: RowIds, what: str, keep: Keep | None = None) -> tuple[np.ndarray, float, str]:
+    """Score rows that are token ids already; arguments as of `score_rows`.
 
-
-def kept_log_probs(
-    backend: Backend,
-    names: Sequence[str],
-    prompts: Sequence[list[int]],
-    answers: list[list[int]],
-    what: str,
-    keep: Keep | None = None,
-) -> tuple[np.ndarray, float, str]:
-    """log p(answer | prompt), (prompts, answers), the seconds of all tries together, and what was found done."""
-    _refuse_none(prompts)
-    with keeping(keep, what, SCORED, names, prompts, backend.settings, labels=answers) as work:
-        values = backend.label_log_probs(prompts, answers, work.progress, work.journal)
-        return values, work.seconds, work.found
-
-
-def score_answers(
-    backend: Backend,
-    names: Sequence[str],
-    rows: Sequence[list[int]],
-    spans: Sequence[Sequence[Span]],
-    what: str,
-    keep: Keep | None = None,
-) -> AnswerScores:
-    """Score the answers of rows that are token ids already.
-
-    Args:
-        names: the rows' ids.
-        rows: token ids of the whole conversations.
-        spans: (first, behind the last) position of every answer of each row; the first token of a row cannot be in one.
-        what, keep: see `score_rows`.
+    Returns:
+        log p of each answer word, (rows, words), or of all answers of a row together, (rows, 1); the seconds of all
+        runs together; what was found done, in words.
 
     Raises:
-        InputError: no rows, ids that the model has not, or log-probabilities that are not numbers.
+        InputError: no rows, ids that the model has not, or log-probabilities of answers that are not numbers.
     """
-    _refuse_none(rows)
-    places = sha256_json([[list(span) for span in row] for row in spans])
-    with keeping(keep, what, SCORED, names, rows, backend.settings, spans=places) as work:
-        values = token_log_probs(backend, rows, spans, work.progress, work.journal)
+    if not rows.prompts:
+        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+    asked: dict[str, Any] = {"labels": rows.answers}
+    if not rows.answers:
+        asked = {"spans": sha256_json([[list(span) for span in row] for row in rows.spans])}
+    with keeping(keep, what, SCORED, rows.names, rows.prompts, backend.settings, **asked) as work:
+        if rows.answers:
+            values = backend.label_log_probs(rows.prompts, rows.answers, work)
+        else:
+            values = np.array([[read.sum()] for read in token_log_probs(backend, rows.prompts, rows.spans, work)])
         seconds = work.seconds
-    sums = np.array([value.sum() for value in values])
-    _refuse_broken(backend, names, sums)
-    tokens = np.array([len(value) for value in values], dtype=np.int64)
-    return AnswerScores(list(names), sums, tokens, seconds, work.found)
+    if not rows.answers:
+        _refuse_broken(backend, rows.names, values)
+    return values, seconds, work.found
 
 
 def token_log_probs(
-    backend: Backend,
-    rows: Sequence[list[int]],
-    spans: Sequence[Sequence[Span]],
-    progress: Progress | None = None,
-    journal: Journal | None = None,
+    backend: Backend, rows: Sequence[list[int]], spans: Sequence[Sequence[Span]], work: Work | None = None
 ) -> list[np.ndarray]:
     """log p of every token inside the spans, given all tokens before it; one vector a row, float64."""
     jobs = []
@@ -345,6 +324,6 @@ def token_log_probs(
     jobs.sort(key=lambda job: len(job.ids))
     check_ids(rows, backend.vocab_size, None, backend.name)
     found: list[np.ndarray] = [np.empty(0)] * len(jobs)
-    for job, values in zip(jobs, backend.read_log_probs(jobs, progress, journal), strict=True):
+    for job, values in zip(jobs, backend.read_log_probs(jobs, work), strict=True):
         found[job.prompt] = values
     return found

@@ -1,15 +1,16 @@
-"""Perplexity and KL divergence of any model on any text: what `workbook perplexity` does, in a process of its own.
-Does llama.cpp, as it was compiled here, survive a prompt on 8-bit weights? Tried in a process of its own.
-"""
+"""Perplexity and KL divergence of any model on any text: what `workbook perplexity` does, in a process of its own."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+import unicodedata
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,12 +18,108 @@ from lib.errors import InputError
 from lib.runs.child import run_child
 from lib.runs.files import user_path
 from lib.scoring.backend import Backend
-from lib.scoring.perplexity import KlTable, Positions, perplexity_of, table_of
-from lib.scoring.texts import Text, Tokens, tokenize_with_llama, tokenize_with_transformers
-from lib.statistics.intervals import Interval
+from lib.scoring.perplexity import Positions, positions, scored_tokens, table_of
 from lib.statistics.paired import clustered_bootstrap_t, clustered_share
 
-# Perplexity and KL divergence of any model on any text: what `workbook perplexity` does, in a process of its own.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lib.scoring.llama_backend import LlamaCppBackend
+
+# A text as documents, and to which document every token belongs.
+
+_BLANK_LINE = re.compile(r"(?:[ \t]*\r?\n){2,}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to be judged on.
+
+    Attributes:
+        content: the whole text.
+        starts: where each document begins in it, characters, ascending; the first is 0.
+    """
+
+    content: str
+    starts: Sequence[int]
+
+    @classmethod
+    def of_file(cls, content: str) -> Text:
+        """Documents end at blank lines. One newline at the end is dropped, as llama.cpp's tools do."""
+        content = content.removesuffix("\n")
+        ends = [match.end() for match in _BLANK_LINE.finditer(content)]
+        return cls(content, (0, *(end for end in ends if end < len(content))))
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[str]) -> Text:
+        """One document a row, with a blank line between two."""
+        rows = [row for row in rows if row.strip()]
+        lengths = [len(row) + 2 for row in rows]
+        return cls("\n\n".join(rows), tuple(int(n) for n in np.cumsum([0, *lengths[:-1]])))
+
+    def documents_at(self, offsets: np.ndarray, unit: str) -> np.ndarray:
+        """Index of the document at each offset, counted in "characters" or (UTF-8) "bytes"."""
+        starts = np.array(self.starts)
+        if unit == "bytes":
+            pieces = [self.content[a:b] for a, b in zip((0, *self.starts), self.starts, strict=False)]
+            starts = np.cumsum([len(piece.encode("utf-8")) for piece in pieces])
+        return np.searchsorted(starts, offsets, side="right") - 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenized text.
+
+    Attributes:
+        ids: token ids, with the begin token in front where the model wants one.
+        documents: (tokens,) index of the document in which each token begins; None where the tokens do not spell the
+            text (a tokenizer that changes it), so that nobody can tell.
+        begin: the token that takes the first place of every window; None where the model wants none.
+    """
+
+    ids: list[int]
+    documents: np.ndarray | None
+    begin: int | None
+
+    def windows(self, n_ctx: int, chunks: int) -> list[list[int]]:
+        """Windows of `n_ctx` tokens, at most `chunks` of them (0 = all), cut as llama-perplexity cuts them.
+
+        Raises:
+            InputError: the text is shorter than one window.
+        """
+        count = len(self.ids) // n_ctx
+        if count < 1:
+            smaller = f", or --n-ctx {len(self.ids) // 2} or less" if len(self.ids) >= 32 else ""
+            raise InputError(
+                f"a text of {len(self.ids)} tokens.",
+                f"at least one window of {n_ctx} tokens (--n-ctx).",
+                f"give a longer text{smaller}.",
+            )
+        count = min(count, chunks) if chunks else count
+        cut = [self.ids[i * n_ctx : (i + 1) * n_ctx] for i in range(count)]
+        return cut if self.begin is None else [[self.begin, *window[1:]] for window in cut]
+
+
+def tokenize_with_llama(backend: LlamaCppBackend, text: Text) -> Tokens:
+    """Ids as llama-perplexity makes them."""
+    ids, begin = backend.tokenize(text.content), backend.begin_token
+    pieces = [backend.piece(token) for token in ids]
+    spelt = b"".join(pieces) == text.content.encode("utf-8")
+    offsets = np.cumsum([0, *map(len, pieces)])[:-1]
+    return Tokens(ids, text.documents_at(offsets, "bytes") if spelt else None, begin)
+
+
+def tokenize_with_transformers(tokenizer: PreTrainedTokenizerBase, text: Text) -> Tokens:
+    """Ids by a model folder's own tokenizer; names of special tokens are plain text, as for llama-perplexity."""
+    options = {"add_special_tokens": True, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(text.content, return_offsets_mapping=True, **options)
+    ids = encoded["input_ids"]
+    begin = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+    offsets = np.array([start for start, _ in encoded["offset_mapping"]])
+    return Tokens(ids, text.documents_at(offsets, "characters"), begin)
+
+
+# What `workbook perplexity` does.
 
 FEWEST_DOCUMENTS = 30
 """With fewer documents in the scored text, an interval over them covers too rarely to be shown (docs/LOG.md)."""
@@ -61,16 +158,9 @@ def measure_text(
     for path in filter(None, (model, reference)):
         if not user_path(path).exists():
             raise InputError(f"no file or folder {path}.", "a .gguf file or a model folder.", "correct the path.")
-    argument = {
-        "model": str(user_path(model)),
-        "reference": str(user_path(reference)) if reference else None,
-        "content": text.content,
-        "starts": list(text.starts),
-        "n_ctx": n_ctx,
-        "chunks": chunks,
-        "n_threads": n_threads,
-        "n_gpu_layers": n_gpu_layers,
-    }
+    paths = {"model": str(user_path(model)), "reference": str(user_path(reference)) if reference else None}
+    argument = {"text": asdict(text), "n_ctx": n_ctx, "chunks": chunks, **paths}
+    argument |= {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
     answer = run_child("lib.scoring.measure:measure_in_child", argument, f"perplexity of {Path(model).name}")
     return {"model": str(model), "reference": reference, **answer}
 
@@ -79,9 +169,7 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Open the models, make the ids once, score window by window; nothing is kept on the disk."""
     # Threads of llama.cpp that wait must sleep; read when its OpenMP library is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from lib.scoring.perplexity import positions
-
-    text, n_ctx = Text(argument["content"], tuple(argument["starts"])), argument["n_ctx"]
+    text, n_ctx = Text(**argument["text"]), argument["n_ctx"]
     with ExitStack() as stack:
         paths = [Path(argument[key]) for key in ("reference", "model") if argument[key]]
         opened = [_open(path, argument) for path in paths]
@@ -92,8 +180,8 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         base = opened[0][0] if len(opened) == 2 else None
         found = positions(base, opened[-1][0], windows, f"perplexity of {paths[-1].name}")
         device = opened[-1][0].device
-    documents = tokens.scored_documents(n_ctx, len(windows))
-    return {"n_ctx": n_ctx, "n_windows": len(windows), **summarize(found, documents, len(windows)), "device": device}
+    documents = None if tokens.documents is None else scored_tokens(tokens.documents, windows)
+    return {"n_ctx": n_ctx, "n_windows": len(windows), **summarize(found, documents), "device": device}
 
 
 def _open(path: Path, argument: dict[str, Any]) -> tuple[Backend, Any]:
@@ -128,8 +216,6 @@ def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) 
     gguf = [i for i, (_, tokenizer) in enumerate(opened) if tokenizer is None]
     chosen = gguf[0] if gguf else 0
     if len(opened) == 2:
-        import unicodedata
-
         # llama.cpp does not compose characters (NFC) and Qwen's tokenizers do: compare on what is composed.
         sample = Text(unicodedata.normalize("NFC", text.content[:_SAMPLE]), (0,))
         if make(0, sample).ids != make(1, sample).ids:
@@ -141,60 +227,29 @@ def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) 
     return make(chosen, text)
 
 
-def summarize(found: Positions, documents: np.ndarray | None, n_windows: int) -> dict[str, Any]:
-    """All numbers of `measure_text` from the scored positions and each one's document."""
-    alone = perplexity_of(found, n_windows)
-    n_documents = None if documents is None else len(np.unique(documents))
-    result: dict[str, Any] = {
-        "n_tokens": alone.n_tokens,
-        "n_documents": n_documents,
-        "ppl": alone.ppl,
-        "ppl_uncertainty": alone.uncertainty,
-    }
-    result |= _table_keys(table_of(found) if found.kl is not None else None)
-    result |= _intervals(found, documents if n_documents and n_documents >= FEWEST_DOCUMENTS else None)
-    result["note"] = _note(n_documents)
-    return result
+_NAMES = tuple(table_of(Positions(*np.zeros((4, 1)))))
+"""Keys of a table; without a reference those that need one are null."""
 
 
-def _table_keys(table: KlTable | None) -> dict[str, Any]:
-    """The KL table under the command's names; without a reference the same names with null."""
-    names = {
-        "kld_mean": "mean",
-        "kld_uncertainty": "uncertainty",
-        **{f"kld_{q}": q for q in ("min", "p001", "p01", "p05", "p10", "median", "p90", "p95", "p99", "p999", "max")},
-        **{f"{key}{end}": f"{key}{end}" for key in ("mean_dp", "rms_dp", "same_top") for end in ("", "_uncertainty")},
-    }
-    ratios = ("ppl_reference", "ppl_ratio", "ln_ppl_ratio", "ppl_difference")
-    names |= {f"{key}{end}": f"{key}{end}" for key in ratios for end in ("", "_uncertainty")}
-    names |= {"ppl_correlation": "correlation"}
-    shown = ("min", "p001", "p01", "p05", "p10", "p25", "median", "p75", "p90", "p95", "p99", "p999", "max")
-    if table is None:
-        return dict.fromkeys((*names, *(f"dp_{q}" for q in shown)))
-    values = asdict(table)
-    # The tool sums in 32 bits when it compares and in 64 when it does not; so is the perplexity here.
-    own = {"ppl": table.ppl, "ppl_uncertainty": table.ppl_uncertainty}
-    return {**own, **{key: values[name] for key, name in names.items()}, **{f"dp_{q}": table.dp[q] for q in shown}}
+def summarize(found: Positions, documents: np.ndarray | None) -> dict[str, Any]:
+    """All numbers of `measure_text` from the scored positions and each one's document.
 
-
-def _intervals(found: Positions, documents: np.ndarray | None) -> dict[str, list[float] | None]:
-    """95 % intervals over whole documents: drawn ones, and Wilson's for the share of equal tokens.
-
-    A share that misses in few documents has no interval by drawing: most draws hold no miss at all.
+    Intervals are 95 % ones over whole documents: drawn ones, and Wilson's for the share of equal tokens. A share that
+    misses in few documents has no interval by drawing: most draws hold no miss at all.
     """
-    keys = ("ppl_interval", "kld_mean_interval", "ln_ppl_ratio_interval", "same_top_interval")
-    if documents is None:
-        return dict.fromkeys(keys)
-
-    def drawn(values: np.ndarray) -> Interval:
-        return clustered_bootstrap_t(values, documents, SEED)
-
-    loss = drawn(-found.log_p)
-    ppl = [float(np.exp(loss.low)), float(np.exp(loss.high))]
-    if found.kl is None:
-        return {**dict.fromkeys(keys), "ppl_interval": ppl}
-    drawn_too = (drawn(values).to_json() for values in (found.kl, found.log_p_reference - found.log_p))
-    return dict(zip(keys, (ppl, *drawn_too, clustered_share(found.same, documents).to_json()), strict=True))
+    n_documents = None if documents is None else len(np.unique(documents))
+    result: dict[str, Any] = {**dict.fromkeys(_NAMES), **table_of(found), "n_documents": n_documents}
+    names = ("ppl_interval", "kld_mean_interval", "ln_ppl_ratio_interval", "same_top_interval")
+    result |= {**dict.fromkeys(names), "note": _note(n_documents)}
+    if n_documents and n_documents >= FEWEST_DOCUMENTS:
+        loss = clustered_bootstrap_t(-found.log_p, documents, SEED)
+        result["ppl_interval"] = [float(np.exp(loss.low)), float(np.exp(loss.high))]
+        if found.kl is not None:
+            ratio = clustered_bootstrap_t(found.log_p_reference - found.log_p, documents, SEED)
+            result["kld_mean_interval"] = clustered_bootstrap_t(found.kl, documents, SEED).to_json()
+            result["ln_ppl_ratio_interval"] = ratio.to_json()
+            result["same_top_interval"] = clustered_share(found.same, documents).to_json()
+    return result
 
 
 def _note(n_documents: int | None) -> str:
@@ -241,7 +296,6 @@ def try_prompt(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _write_model(path: Path) -> None:
     """One layer of Llama with every weight 1/64 or 0, no vocabulary."""
-    import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 

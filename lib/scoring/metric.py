@@ -1,29 +1,30 @@
 """What depends on the task of a run: the metric. Accuracy over answer words, or perplexity of reference answers.
 
 A metric knows the point estimate of one model's scores, the paired comparison of several models with a reference on the
-same rows, how many rows would decide, and what a change is called. Stages, pages and commands ask it and do not ask
-whether rows have labels. Entries are those of comparison.json.
+same rows, how many rows would decide, and what a change is called (`Accuracy` says what each method is for). Stages,
+pages and commands ask it and do not ask whether rows have labels. Entries are those of comparison.json.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.runs.files import read_jsonl
 from lib.scoring.accuracy import Accuracy
-from lib.scoring.answer_perplexity import AnswerPerplexity
 from lib.scoring.log_probabilities import AnswerScores, Scores
-from lib.statistics.intervals import Interval
-from lib.statistics.losses import FEWEST
+from lib.statistics.intervals import Interval, paired_bootstrap
+from lib.statistics.losses import FEWEST, cluster_test, compare_losses, limits, weighted_mean
+from lib.statistics.paired import clustered_share
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
 
-AnyScores = Scores | AnswerScores
 Entry = Row = Mapping[str, Any]
 
 REFERENCE_VERDICT = "reference"
@@ -56,106 +57,160 @@ class RowGroups:
         return cls(groups, np.array([not row["leaked"] for row in rows]) if audited else None)
 
 
-class Metric(Protocol):
-    """Point estimate, paired comparison, power and words of one kind of task.
+class AnswerPerplexity:
+    """How likely the reference answers are: exp of their mean cross-entropy a token.
 
-    Attributes:
-        name: in JSON files.
-        words: of the point estimate, as in "… 0.9 on 200 rows".
-        best_words: what the best of several estimates is called.
-        loss_unit: of `loss` and of the margin.
-        point: key of the point estimate in an entry; its interval has the key with "_interval" behind it.
-        shown: keys of an entry that a short table shows, beside size, KL divergence and verdict.
-        in_manifest: the same in the manifest.
-        margin_setting: the setting with the equivalence margin. margin_condition: the same in comparison.json.
-        endpoints: how many tests of a candidate Holm corrects together.
-        tells_rows: whether a recommendation says how many rows would decide about an undecided file.
-        least_move: root mean square of a row's change by fine-tuning below which no share of it is told, nats: what
-            rounding alone moves. move_unit: the unit in words.
+    Attributes and methods are for what `lib.scoring.accuracy.Accuracy` says.
     """
 
-    name: ClassVar[str]
-    words: ClassVar[str]
-    best_words: ClassVar[str]
-    loss_unit: ClassVar[str]
-    point: ClassVar[str]
-    shown: ClassVar[tuple[str, ...]]
-    in_manifest: ClassVar[tuple[str, ...]]
-    margin_setting: ClassVar[str]
-    margin_condition: ClassVar[str]
-    endpoints: ClassVar[int]
-    tells_rows: ClassVar[bool]
-    least_move: ClassVar[float]
-    move_unit: ClassVar[str]
+    name = "answer_loss"
+    words, best_words = "loss of the answers (nats a token)", "lowest loss"
+    loss_unit = "% of answer perplexity"
+    point = "answer_ppl"
+    shown = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
+    in_manifest = ("answer_ppl", "answer_ratio")
+    margin_setting, margin_condition = "perplexity_margin", "perplexity_margin_percent"
+    endpoints, tells_rows = 1, False
+    least_move, move_unit = 0.01, "nats a token of the answers"
+
+    def own(self, scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
+        """n, groups, answer_tokens, answer_loss (nats a token), answer_ppl and answer_ppl_interval."""
+        figures = scores.figures(groups)
+        return {
+            "n": len(scores.ids),
+            "groups": len(np.unique(groups)),
+            "answer_tokens": int(scores.tokens.sum()),
+            "answer_loss": figures["loss"],
+            "answer_ppl": figures["perplexity"],
+            "answer_ppl_interval": figures["perplexity_interval"],
+        }
 
     def compare(
-        self, reference: Any, others: Mapping[str, Any], groups: np.ndarray, margin: float, seed: int
+        self, reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
     ) -> dict[str, dict[str, Any]]:
-        """Several models with a reference on one set of rows, Holm-corrected over the models.
-
-        Args:
-            others: scores by name, the reference not among them.
-            margin: what counts as equivalent, in `loss_unit`.
-
-        Returns:
-            by name, and for "" (the reference itself): what `own` gives, "verdict", and of all but the reference the
-            metric's tests.
-        """
-
-    def own(self, scores: Any, groups: np.ndarray, seed: int) -> dict[str, Any]:
-        """The point estimate with its interval, and what stands beside it."""
+        """Beside `own`: answer_ratio (of the perplexities, to the reference) and its interval, loss_difference and its
+        interval, p, p_holm (over `others`), equivalence_p (two one-sided t-tests within the margin),
+        equivalence_p_holm, mde (nats a token) and verdict."""
+        losses = {name: scores.row_losses for name, scores in others.items()}
+        tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin)
+        found = {"": {**self.own(reference, groups, seed), "answer_ratio": 1.0, "verdict": "reference"}}
+        for name, test in tests.items():
+            found[name] = {
+                **self.own(others[name], groups, seed),
+                "answer_ratio": test.ratio.estimate,
+                "answer_ratio_interval": test.ratio.to_json(),
+                "loss_difference": test.difference.estimate,
+                "loss_difference_interval": test.difference.to_json(),
+                "p": test.p,
+                "p_holm": test.p_adjusted,
+                "equivalence_p": test.equivalence_p,
+                "equivalence_p_holm": test.equivalence_p_adjusted,
+                "mde": test.mde if math.isfinite(test.mde) else None,
+                "verdict": test.verdict,
+            }
+        return found
 
     def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
-        """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known.
+        """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one
+        smoothed); None without training rows."""
+        if train is None:
+            return None
 
-        Args:
-            train: file of the training rows.
-        """
+        def answer_tokens(of: Sequence[Row]) -> np.ndarray:
+            return np.array([token for row in of for token in task.encode(tokenizer, row).loss_ids])
+
+        counts = np.ones(len(tokenizer))
+        np.add.at(counts, answer_tokens(read_jsonl(train)), 1)
+        log_p = np.log(counts / counts.sum())
+        return float(np.exp(-log_p[answer_tokens(rows)].mean()))
 
     def entry_floor(self, floor: float | None) -> dict[str, Any]:
-        """What every entry says of the floor."""
+        return {}
 
     def conditions(self, margin: float, floor: float | None) -> dict[str, Any]:
-        """What the conditions of a comparison say of margin and floor."""
+        return {self.margin_condition: margin, "unigram_ppl": floor}
 
     def learned(self, reference: Entry, floor: float | None) -> bool:
-        """Whether a reference is clearly better than the floor; if not, equal quality says nothing about a file."""
+        """Without an interval (too few groups) it is clear of nothing."""
+        interval = reference["answer_ppl_interval"]
+        return floor is None or (interval is not None and interval[1] < floor)
 
     def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
-        """How much worse than the reference, with its interval, in `loss_unit` (positive = worse)."""
+        low, high = (None if limit is None else 100 * (limit - 1) for limit in entry["answer_ratio_interval"])
+        return 100 * (entry["answer_ratio"] - 1), low, high
 
     def distance(self, entry: Entry) -> float:
-        """How far a file is from the reference, to find the nearest of several that are undecided."""
+        """KL divergence on text."""
+        return entry["kld_mean"]
 
     def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
-        """Rows that would decide about an undecided entry, if what was seen of it is the truth; None: no number."""
+        """Rows with which the interval of the perplexity ratio would reach no further than the margin.
 
-    def row_values(self, scores: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) value of each row, whose weighted mean is the estimate (of perplexity: its logarithm), and weights."""
+        Its half-width on the log scale shrinks with the square root of the rows: n · (half-width / room)², room being
+        what is left between the ratio that was seen and the margin. With that many rows it does so in one test of two.
+
+        Returns:
+            None when the ratio seen is as large as the margin, or there is no interval.
+        """
+        seen, high = entry["loss_difference"], entry["loss_difference_interval"][1]
+        room = math.log1p(margin / 100) - seen
+        if high is None or room <= 0:
+            return None
+        return max(math.ceil(entry["n"] * ((high - seen) / room) ** 2), entry["n"] + 1)
+
+    def row_values(self, scores: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
+        """Loss, nats a token, and tokens of the answers."""
+        return scores.row_losses, scores.tokens.astype(np.float64)
 
     def best(self, estimates: Sequence[float]) -> int:
-        """Place of the best of several estimates of `row_values`; the first of equals."""
+        return int(np.argmin(estimates))
 
     def mean(self, values: np.ndarray, rows: RowGroups, tries: int = 1) -> Interval:
-        """The mean of `row_values`, each the mean of several tries, with its 95 % interval (infinite: none)."""
+        return weighted_mean(values, rows.weights, rows.groups)
 
     def difference(self, change: np.ndarray, rows: RowGroups, confidence: float, tries: int = 1) -> Interval:
-        """The mean of a paired difference of `row_values`; `tries`: the larger number behind either of the two."""
+        return weighted_mean(change, rows.weights, rows.groups, confidence)
 
     def p_value(self, change: np.ndarray, rows: RowGroups, seed: int) -> float:
-        """Two-sided p of "no difference" of two models' `row_values`."""
+        """A t-test over groups; 1 where they show no spread to test against."""
+        if limits(weighted_mean(change, rows.weights, rows.groups)) is None:
+            return 1.0
+        return cluster_test(change, rows.weights, rows.groups)[0]
 
-    def vectors(self, scores: Any) -> np.ndarray:
-        """What a model says of each row, nats, (n, d): the coordinates in which fine-tuning moves a row."""
+    def vectors(self, scores: AnswerScores) -> np.ndarray:
+        """Log-likelihood of the answers a token."""
+        return -scores.row_losses[:, None]
 
     def movement(self, change: np.ndarray) -> float:
-        """Root mean square of a change of `vectors`, in `move_unit`."""
+        return float(np.mean(np.sum(change**2, axis=1))) ** 0.5
 
-    def step(self, scores: Any, groups: np.ndarray, margin: float) -> dict[str, Any]:
-        """A step of the error ladder on its own."""
+    def step(self, scores: AnswerScores, groups: np.ndarray, margin: float) -> dict[str, Any]:
+        """Loss and perplexity of the answers, each with its interval."""
+        return {"margin_percent": margin, "tokens": int(scores.tokens.sum()), **scores.figures(groups)}
 
-    def step_change(self, before: Any, scores: Any, groups: np.ndarray, margin: float, seed: int) -> dict[str, Any]:
-        """A step of the error ladder against an earlier one."""
+    def step_change(
+        self, before: AnswerScores, scores: AnswerScores, groups: np.ndarray, margin: float, seed: int
+    ) -> dict[str, Any]:
+        """The difference in loss (nats a token, paired bootstrap over clusters), what moved (mean absolute change of a
+        row's loss: what cancels in the difference does not cancel here) and the rows whose perplexity changed by less
+        than the margin, each with its interval."""
+        change = scores.row_losses - before.row_losses
+        difference = paired_bootstrap(change, groups, seed, weights=scores.tokens)
+        moved = paired_bootstrap(np.abs(change), groups, seed, weights=scores.tokens)
+        same = clustered_share(np.abs(change) < math.log1p(margin / 100), groups)
+        return {
+            "loss_difference": difference.estimate,
+            "loss_difference_interval": difference.to_json(),
+            "moved": moved.estimate,
+            "moved_interval": moved.to_json(),
+            "agreement": same.estimate,
+            "agreement_interval": same.to_json(),
+        }
+
+
+Metric = Accuracy | AnswerPerplexity
+AnyScores = Scores | AnswerScores
+ACCURACY, ANSWER_PERPLEXITY = Accuracy(), AnswerPerplexity()
 
 
 def compare(
@@ -179,10 +234,6 @@ def compare(
 def _with_none(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     nothing = dict.fromkeys(key for entry in found.values() for key in entry)
     return {name: {**nothing, **entry} for name, entry in found.items()}
-
-
-ACCURACY: Metric = Accuracy()
-ANSWER_PERPLEXITY: Metric = AnswerPerplexity()
 
 
 def metric_of(task: Task) -> Metric:

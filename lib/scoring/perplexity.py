@@ -1,20 +1,22 @@
-"""The numbers that llama-perplexity prints, from one value a scored position.
-Perplexity and KL divergence on a text, by the definitions of llama-perplexity (llama.cpp, tools/perplexity).
-"""
+"""Perplexity and KL divergence by the definitions of llama-perplexity (llama.cpp, tools/perplexity), on a text and at
+answers: one value a scored position, and the numbers that the tool prints of them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.runs.files import require_space
-from lib.scoring.backend import Backend
+from lib.scoring.backend import Backend, Job
+
+if TYPE_CHECKING:
+    from lib.scoring.llama_backend import LlamaCppBackend
 
 # The numbers that llama-perplexity prints, from one value a scored position.
 #
@@ -38,67 +40,6 @@ class Positions:
     same: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood; uncertainty: one standard error of it, by the delta method."""
-
-    ppl: float
-    uncertainty: float
-    n_tokens: int
-    n_windows: int
-
-
-@dataclass(frozen=True)
-class KlTable:
-    """A model against the reference on the same tokens; every `…_uncertainty` is one standard error.
-
-    Attributes:
-        n_tokens: positions compared.
-        mean, uncertainty, median, min, p001, p01, p05, p10, p90, p95, p99, p999, max: KL(reference ‖ model) a
-            position, nats; p001 and p999 are the 0.1 % and 99.9 % percentiles.
-        mean_dp, rms_dp: mean and root mean square of p_model - p_reference of the true token, fractions.
-        dp: percentiles of the same, fractions: min, p001, p01, p05, p10, p25, median, p75, p90, p95, p99, p999, max.
-        same_top: share of positions where both have the same likeliest token.
-        ppl, ppl_reference: perplexities.
-        ppl_ratio, ln_ppl_ratio, ppl_difference: model over reference, its logarithm, model minus reference; the
-            standard errors count their covariance.
-        correlation: of the two log-perplexities; 0 where one of them has no variance.
-    """
-
-    n_tokens: int
-    mean: float
-    uncertainty: float
-    median: float
-    min: float
-    p001: float
-    p01: float
-    p05: float
-    p10: float
-    p90: float
-    p95: float
-    p99: float
-    p999: float
-    max: float
-    mean_dp: float
-    mean_dp_uncertainty: float
-    rms_dp: float
-    rms_dp_uncertainty: float
-    dp: dict[str, float]
-    same_top: float
-    same_top_uncertainty: float
-    ppl: float
-    ppl_uncertainty: float
-    ppl_reference: float
-    ppl_reference_uncertainty: float
-    ppl_ratio: float
-    ppl_ratio_uncertainty: float
-    ln_ppl_ratio: float
-    ln_ppl_ratio_uncertainty: float
-    ppl_difference: float
-    ppl_difference_uncertainty: float
-    correlation: float
-
-
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p ‖ q) of each row of two arrays of log-probabilities (…, vocabulary), nats, summed in float64."""
     wide = p.astype(np.float64)
@@ -115,35 +56,45 @@ def normalised(log_probs: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
-def perplexity_of(positions: Positions, n_windows: int) -> Perplexity:
-    """Perplexity of the positions' true tokens."""
-    mean, error = mean_and_error(-positions.log_p)
-    return Perplexity(float(np.exp(mean)), float(np.exp(mean) * error), len(positions.log_p), n_windows)
+def table_of(positions: Positions) -> dict[str, float]:
+    """What the tool prints, under the names of `workbook perplexity`; every `…_uncertainty` is one standard error.
 
-
-def table_of(positions: Positions) -> KlTable:
-    """The whole table; the positions must have a reference."""
+    Returns:
+        n_tokens, ppl and ppl_uncertainty (exp of the mean negative log-likelihood; its error by the delta method). With
+        a reference also kld_mean, kld_uncertainty and kld_min to kld_max: KL(reference ‖ model) a position, nats, and
+        its percentiles (p001 and p999 are 0.1 % and 99.9 %); mean_dp, rms_dp and dp_min to dp_max: mean, root mean
+        square and percentiles of p_model - p_reference of the true token, fractions; same_top: share of positions where
+        both have the same likeliest token; ppl_reference, ppl_ratio, ln_ppl_ratio, ppl_difference (model over
+        reference, its logarithm, model minus reference; the errors count their covariance); ppl_correlation of the two
+        log-perplexities (0 where one of them has no variance).
+    """
     n = len(positions.log_p)
+    if positions.kl is None:
+        loss, error = mean_and_error(-positions.log_p)
+        return {"n_tokens": n, "ppl": float(np.exp(loss)), "ppl_uncertainty": float(np.exp(loss) * error)}
+    # The tool sums in 32 bits when it compares and in 64 when it does not; so is the perplexity here.
     mine, base = positions.log_p.astype(np.float32), positions.log_p_reference.astype(np.float32)
     dp = np.exp(positions.log_p).astype(np.float32) - np.exp(positions.log_p_reference).astype(np.float32)
     mean, error = mean_and_error(positions.kl)
     mean_dp, dp_error = mean_and_error(dp)
     square, square_error = mean_and_error(np.square(dp).astype(np.float64))
     rms, top = float(np.sqrt(square)), float(positions.same.mean())
-    return KlTable(
-        n_tokens=n,
-        mean=mean,
-        uncertainty=error,
-        **percentiles(positions.kl, (0.001, 0.01, 0.05, 0.1, 0.9, 0.95, 0.99, 0.999)),
-        mean_dp=mean_dp,
-        mean_dp_uncertainty=dp_error,
-        rms_dp=rms,
-        rms_dp_uncertainty=0.5 / rms * square_error if rms else 0.0,
-        dp=percentiles(dp, (0.001, 0.01, 0.05, 0.1, 0.25, 0.75, 0.9, 0.95, 0.99, 0.999)),
-        same_top=top,
-        same_top_uncertainty=float(np.sqrt(top * (1 - top) / max(1, n - 1))),
+    fractions = (0.001, 0.01, 0.05, 0.1, 0.9, 0.95, 0.99, 0.999)
+    kld, changes = percentiles(positions.kl, fractions), percentiles(dp, (*fractions, 0.25, 0.75))
+    return {
+        "n_tokens": n,
+        "kld_mean": mean,
+        "kld_uncertainty": error,
+        **{f"kld_{name}": value for name, value in kld.items()},
+        "mean_dp": mean_dp,
+        "mean_dp_uncertainty": dp_error,
+        "rms_dp": rms,
+        "rms_dp_uncertainty": 0.5 / rms * square_error if rms else 0.0,
+        **{f"dp_{name}": value for name, value in changes.items()},
+        "same_top": top,
+        "same_top_uncertainty": float(np.sqrt(top * (1 - top) / max(1, n - 1))),
         **_perplexities(mine, base),
-    )
+    }
 
 
 def _perplexities(mine: np.ndarray, base: np.ndarray) -> dict[str, float]:
@@ -155,19 +106,15 @@ def _perplexities(mine: np.ndarray, base: np.ndarray) -> dict[str, float]:
     ratio_error = float(np.sqrt(max(0.0, error**2 + base_error**2 - 2 * covariance)))
     ppl, base_ppl, ratio = (float(np.exp(x)) for x in (loss, base_loss, loss - base_loss))
     spread = (ppl * error) ** 2 + (base_ppl * base_error) ** 2 - 2 * ppl * base_ppl * covariance
-    return {
-        "ppl": ppl,
-        "ppl_uncertainty": ppl * error,
-        "ppl_reference": base_ppl,
-        "ppl_reference_uncertainty": base_ppl * base_error,
-        "ppl_ratio": ratio,
-        "ppl_ratio_uncertainty": ratio * ratio_error,
-        "ln_ppl_ratio": loss - base_loss,
-        "ln_ppl_ratio_uncertainty": ratio_error,
-        "ppl_difference": ppl - base_ppl,
-        "ppl_difference_uncertainty": float(np.sqrt(max(0.0, spread))),
-        "correlation": covariance / (error * base_error) if error and base_error else 0.0,
+    numbers = {
+        "ppl": (ppl, ppl * error),
+        "ppl_reference": (base_ppl, base_ppl * base_error),
+        "ppl_ratio": (ratio, ratio * ratio_error),
+        "ln_ppl_ratio": (loss - base_loss, ratio_error),
+        "ppl_difference": (ppl - base_ppl, float(np.sqrt(max(0.0, spread)))),
     }
+    found = {f"{name}{end}": pair[i] for name, pair in numbers.items() for i, end in enumerate(("", "_uncertainty"))}
+    return {**found, "ppl_correlation": covariance / (error * base_error) if error and base_error else 0.0}
 
 
 def percentiles(values: np.ndarray, fractions: tuple[float, ...]) -> dict[str, float]:
@@ -180,14 +127,9 @@ def percentiles(values: np.ndarray, fractions: tuple[float, ...]) -> dict[str, f
         below = int(place)
         part = place - np.float32(below)
         value = (np.float32(1) - part) * ordered[below] + part * ordered[min(below + 1, last)]
-        result[_name(fraction)] = float(value)
+        digits = f"{fraction:.3f}"[2:]
+        result["p" + (digits[:2] if digits.endswith("0") else digits)] = float(value)
     return result
-
-
-def _name(fraction: float) -> str:
-    """0.9 → p90, 0.999 → p999, 0.001 → p001."""
-    digits = f"{fraction:.3f}"[2:]
-    return "p" + (digits[:2] if digits.endswith("0") else digits)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -209,47 +151,50 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 _RANGE = 16.0  # nats below a position's maximum that are kept
 _STEPS = 65535
 
+_TOGETHER = 128
+"""Positions whose distributions are compared together: a long answer's whole vocabularies would fill gigabytes."""
+
 
 class Reference:
-    """The reference's log-probabilities for some windows, kept in a file; the same for every model compared with it.
+    """The reference's log-probabilities at some positions, kept in a file; the same for every model compared with it.
 
     Use as a context manager: the file is removed at the end.
 
     Args:
-        path: the file: steps (uint16), then step size and lowest value of each position (float32).
-        shape: windows, positions a window, vocabulary.
+        path: the file: steps (uint16) of each position, then step size and lowest value of each (float32).
         write: make the file; else it is read as another process made it.
-
-    Raises:
-        InputError: the file is of another shape.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], write: bool = True) -> None:
-        self.path, scales = path, (*shape[:2], 2)
-        steps = 2 * math.prod(shape)
-        if not write and path.stat().st_size != steps + 4 * math.prod(scales):
-            raise InputError(
-                f"a reference whose file is not one of {shape[2]} tokens and {shape[0]} windows.",
-                "files with one vocabulary.",
-                "compare files that were made from one model.",
-            )
-        self._steps = np.memmap(path, np.uint16, "w+" if write else "r", shape=shape)
-        self._scale = np.memmap(path, np.float32, "r+" if write else "r", offset=steps, shape=scales)
-        self._log_p: list[np.ndarray] = []
+    def __init__(self, path: Path, n_positions: int, vocab_size: int, write: bool = True) -> None:
+        self.path, steps = path, 2 * n_positions * vocab_size
+        self._steps = np.memmap(path, np.uint16, "w+" if write else "r", shape=(n_positions, vocab_size))
+        self._scale = np.memmap(path, np.float32, "r+" if write else "r", offset=steps, shape=(n_positions, 2))
+        self._log_p = np.empty(0)
 
-    def put(self, window: int, logits: np.ndarray, targets: np.ndarray) -> None:
-        """Keep one window's (positions, V) logits as rounded log-probabilities; `targets`: the tokens that came."""
-        self._steps[window], self._scale[window] = _round(logits)
-        self._log_p.append(_of_tokens(logits, targets))
+    def put(self, logits: np.ndarray, targets: np.ndarray) -> None:
+        """Keep the logits of further positions, (positions, V), rounded; `targets`: the tokens that came."""
+        place = slice(len(self._log_p), len(self._log_p) + len(targets))
+        self._steps[place], self._scale[place] = _round(logits)
+        self._log_p = np.append(self._log_p, _of_tokens(logits, targets))
 
-    def get(self, window: int) -> np.ndarray:
-        """One window's log-probabilities, rounded, float32, (positions, V)."""
-        return _unround(self._steps[window], self._scale[window])
+    def compare(self, first: int, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """`_compare` of a model's logits with what is kept of the positions from `first` on.
+
+        Raises:
+            InputError: the model has another vocabulary.
+        """
+        parts = []
+        for start in range(0, len(targets), _TOGETHER):
+            part = slice(start, start + _TOGETHER)
+            place = slice(first + start, first + min(start + _TOGETHER, len(targets)))
+            base = _unround(self._steps[place], self._scale[place])
+            parts.append(_compare(base, logits[part], targets[part]))
+        return np.concatenate(parts, axis=1)
 
     @property
-    def perplexity(self) -> Perplexity:
-        """Of the model whose logits were put, before they were rounded."""
-        return perplexity_of(Positions(np.concatenate(self._log_p)), len(self._log_p))
+    def perplexity(self) -> dict[str, float]:
+        """`table_of` the model whose logits were put, before they were rounded."""
+        return table_of(Positions(self._log_p))
 
     def __enter__(self) -> Reference:
         return self
@@ -265,11 +210,14 @@ def open_reference(path: Path, windows: Sequence[list[int]], vocab_size: int) ->
     Raises:
         InputError: it was made of a model with another vocabulary, or of other windows.
     """
-    return Reference(path, _shape(windows, vocab_size), write=False)
-
-
-def _shape(windows: Sequence[list[int]], vocab_size: int) -> tuple[int, int, int]:
-    return len(windows), len(windows[0]) - 1 - len(windows[0]) // 2, vocab_size
+    n_positions = sum(len(_targets(window)) for window in windows)
+    if path.stat().st_size != 2 * n_positions * (vocab_size + 4):
+        raise InputError(
+            f"a reference whose file is not one of {vocab_size} tokens and {len(windows)} windows.",
+            "files with one vocabulary.",
+            "compare files that were made from one model.",
+        )
+    return Reference(path, n_positions, vocab_size, write=False)
 
 
 def text_windows(ids: Sequence[int], n_ctx: int, max_tokens: int) -> list[list[int]]:
@@ -288,6 +236,12 @@ def text_windows(ids: Sequence[int], n_ctx: int, max_tokens: int) -> list[list[i
     return [list(ids[i * n_ctx : (i + 1) * n_ctx]) for i in range(count)]
 
 
+def scored_tokens(values: np.ndarray, windows: Sequence[list[int]]) -> np.ndarray:
+    """Of one value a token of the text those of the scored positions' tokens, in the order of `positions`."""
+    size = len(windows[0])
+    return values[: size * len(windows)].reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
+
+
 def store_reference(backend: Backend, windows: Sequence[list[int]], path: Path, what: str) -> Reference:
     """Compute and keep the reference's log-probabilities.
 
@@ -295,31 +249,14 @@ def store_reference(backend: Backend, windows: Sequence[list[int]], path: Path, 
         path: a file to make, 2 bytes a position and vocabulary entry.
         what: the work in words for the progress line.
     """
-    shape = _shape(windows, backend.vocab_size)
-    require_space(path.parent, 2 * math.prod(shape), "the reference's log-probabilities")
-    reference = Reference(path, shape)
+    n_positions = sum(len(_targets(window)) for window in windows)
+    require_space(path.parent, 2 * n_positions * backend.vocab_size, "the reference's log-probabilities")
+    reference = Reference(path, n_positions, backend.vocab_size)
     with Progress(what, len(windows)) as progress:
-        for i, window in enumerate(windows):
-            reference.put(i, _logits(backend, window), _targets(window))
+        for window in windows:
+            reference.put(_logits(backend, window), _targets(window))
             progress.advance()
     return reference
-
-
-def perplexity(backend: Backend, windows: Sequence[list[int]], what: str = "perplexity") -> Perplexity:
-    """Perplexity of a model on the windows of a text."""
-    return perplexity_of(positions(None, backend, windows, what), len(windows))
-
-
-def kl_table(
-    reference: Backend | Reference, other: Backend, windows: Sequence[list[int]], what: str = "KL divergence"
-) -> KlTable:
-    """Compare a model's next-token distributions with the reference's.
-
-    Args:
-        reference: `store_reference` of the same windows, or a second open model.
-        other: the model to judge.
-    """
-    return table_of(positions(reference, other, windows, what))
 
 
 def positions(
@@ -328,7 +265,8 @@ def positions(
     """One value a scored position, (windows × positions a window,), window after window.
 
     Args:
-        reference, other: as for `kl_table`; None = the model alone.
+        reference: `store_reference` of the same windows, or a second open model; None = `other` alone.
+        other: the model to judge.
         what: the work in words for the progress line.
 
     Raises:
@@ -340,16 +278,75 @@ def positions(
             mine, targets = _logits(other, window), _targets(window)
             if reference is None:
                 columns.append(_of_tokens(mine, targets)[None])
+            elif isinstance(reference, Reference):
+                columns.append(reference.compare(i * len(targets), mine, targets))
             else:
-                base = _reference_window(reference, i, window)
-                _check_vocabulary(base, mine)
-                columns.append(_compare(base, mine, targets))
+                columns.append(_compare(_unround(*_round(_logits(reference, window))), mine, targets))
             progress.advance()
     return Positions(*np.concatenate(columns, axis=1))
 
 
+# The same where answers of rows are predicted, so that both divergences can stand side by side.
+
+
+def answer_jobs(rows: Sequence[Mapping[str, Any]]) -> list[Job]:
+    """What to run and read of rows with "ids", "positions" (that predict an answer's tokens) and "targets" (these)."""
+    return [
+        Job(
+            number,
+            row["ids"],
+            row["positions"][0],
+            tuple((0, *read) for read in zip(row["positions"], row["targets"], strict=True)),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def store_answers(backend: LlamaCppBackend, jobs: Sequence[Job], path: Path, what: str) -> Reference:
+    """As `store_reference`, at all reads, one after another."""
+    n_reads = sum(len(job.reads) for job in jobs)
+    require_space(path.parent, 2 * n_reads * backend.vocab_size, "the reference's log-probabilities at answers")
+    kept = Reference(path, n_reads, backend.vocab_size)
+    for logits, targets in _answer_logits(backend, jobs, what):
+        kept.put(logits, targets)
+    return kept
+
+
+def answer_divergences(kept: Reference, backend: LlamaCppBackend, jobs: Sequence[Job], what: str) -> np.ndarray:
+    """KL(reference ‖ model) at all reads, nats, float64, (reads,).
+
+    Raises:
+        InputError: another vocabulary than the reference's.
+    """
+    found = np.empty(0)
+    for logits, targets in _answer_logits(backend, jobs, what):
+        found = np.append(found, kept.compare(len(found), logits, targets)[2])
+    return found
+
+
+def _answer_logits(backend: LlamaCppBackend, jobs: Sequence[Job], what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Logits of a job's reads, and the tokens that came, job after job."""
+    with Progress(what, len(jobs)) as progress:
+        for job, logits in backend.read_logits(jobs):
+            yield logits, np.array([token for _, _, token in job.reads])
+            progress.advance()
+
+
+# How distributions are compared, every step in the tool's own precision.
+
+
 def _compare(base: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The four rows of `Positions` for one window, (4, positions), every step in 32 bits as the tool has it."""
+    """The four rows of `Positions` for some positions, (4, positions), every step in 32 bits as the tool has it.
+
+    Args:
+        base: the reference's log-probabilities, rounded; logits: the model's; targets: the tokens that came.
+    """
+    if base.shape != logits.shape:
+        raise InputError(
+            f"a reference of {base.shape[1]} tokens and a model of {logits.shape[1]}.",
+            "models with one vocabulary.",
+            "compare files made from the same model.",
+        )
     rows = np.arange(len(targets))
     top, total = _normalizer(logits)
     end = top + total.astype(np.float32)
@@ -360,22 +357,6 @@ def _compare(base: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.nd
     return np.stack([logits[rows, targets] - end, base[rows, targets], terms.sum(axis=1, dtype=np.float64), same])
 
 
-def _check_vocabulary(base: np.ndarray, mine: np.ndarray) -> None:
-    if base.shape != mine.shape:
-        raise InputError(
-            f"a reference of {base.shape[1]} tokens and a model of {mine.shape[1]}.",
-            "models with one vocabulary.",
-            "compare files made from the same model.",
-        )
-
-
-def _reference_window(reference: Backend | Reference, index: int, window: list[int]) -> np.ndarray:
-    """The reference's rounded log-probabilities for one window, float32, (positions, V)."""
-    if isinstance(reference, Reference):
-        return reference.get(index)
-    return _unround(*_round(_logits(reference, window)))
-
-
 def _targets(window: list[int]) -> np.ndarray:
     """The tokens that the scored positions of a window predict, (positions,)."""
     return np.array(window[len(window) // 2 + 1 :])
@@ -384,10 +365,9 @@ def _targets(window: list[int]) -> np.ndarray:
 def _logits(backend: Backend, window: list[int]) -> np.ndarray:
     """Logits of the scored positions of a window, float32, (positions, V), up to a constant a position.
 
-    Raw ones where the backend has them: subtracting the normalizer first would cost the last digits.
+    Raw ones: subtracting the normalizer first would cost the last digits.
     """
-    read = getattr(backend, "window_logits", backend.window_log_probs)
-    logits = read(window, len(window) // 2)[:-1]
+    logits = backend.window_logits(window, len(window) // 2)[:-1]
     if not np.isfinite(logits).all():
         raise InputError(
             f"{backend.name} gives log-probabilities that are not numbers.",

@@ -7,13 +7,14 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from lib.prompts.templates import read_block
 from lib.scoring.term_lists import TermList, fold
-from lib.statistics.intervals import Interval
 from lib.statistics.paired import clustered_mean, clustered_score_interval, clustered_share
 
 # How much of a reference text a text shares: ROUGE-L over characters, and what it repeats of itself.
@@ -98,11 +99,6 @@ class Stream:
     problem: str
     split: int
 
-    @property
-    def intact(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problem
-
 
 def read_stream(pieces: Iterable[bytes]) -> Stream:
     """Read an answer as a display does: an incremental UTF-8 decoder, piece by piece, flushed at the end.
@@ -151,46 +147,9 @@ class Metric:
     most: float | None = 1.0
 
 
-METRICS = (
-    Metric(
-        "chrf", "chrF ↑", MEAN, "overlap of character 1- to 6-grams with the reference, 0 to 100 (sacrebleu)", 100.0
-    ),
-    Metric("rouge_l", "ROUGE-L ↑", MEAN, "F1 of the longest common subsequence of characters (Latin: words), 0 to 1"),
-    Metric(
-        "terms",
-        "terms of the reference ↑",
-        RATIO,
-        "share of the reference's listed terms that it holds, also in longer ones",
-    ),
-    Metric("question_terms", "terms of the question ↑", RATIO, "share of the question's listed terms that it holds"),
-    Metric("think", "think block complete ↑", SHARE, "one block: opened, closed, filled, and an answer behind it"),
-    Metric("stopped", "stopped by itself ↑", SHARE, "ended its turn within the limit of tokens"),
-    Metric("intact", "characters intact ↑", SHARE, "streamed token by token: UTF-8 to the last byte, no U+FFFD"),
-    Metric("empty", "empty ↓", SHARE, "no answer, or nothing but reasoning"),
-    Metric("repetition", "repeated 4-grams ↓", MEAN, "share of its character 4-grams that stood in it before"),
-    Metric(
-        "loop",
-        "longest loop, characters ↓",
-        MEAN,
-        "longest stretch of one unit said three times or more in a row",
-        None,
-    ),
+METRICS = tuple(
+    Metric(**row) for row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 )
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A generated answer as any backend gives it.
-
-    Attributes:
-        stream: the text as it arrived, without the end-of-turn token.
-        ended: whether it closed its turn; False: cut at the limit.
-        opening: what the prompt itself ended with of the answer: the tag that opens the reasoning, or "".
-    """
-
-    stream: Stream
-    ended: bool
-    opening: str = ""
 
 
 @functools.cache
@@ -206,7 +165,15 @@ def chrf_signature() -> str:
     return str(_chrf().get_signature())
 
 
-def measure(answer: Answered, question: str, reference: str, terms: TermList | None, thinking: bool) -> dict[str, Any]:
+def measure(
+    stream: Stream,
+    ended: bool,
+    question: str,
+    reference: str,
+    terms: TermList | None,
+    thinking: bool,
+    opening: str = "",
+) -> dict[str, Any]:
     """The row of one answer: a value for every metric's key, None where it does not apply.
 
     Where the task is to think, chrF, ROUGE-L, terms and `empty` look at what stands behind the reasoning, in the answer
@@ -214,10 +181,13 @@ def measure(answer: Answered, question: str, reference: str, terms: TermList | N
     (opened, closed, filled, answered).
 
     Args:
+        stream: the text as it arrived, without the end-of-turn token.
+        ended: whether the answer closed its turn; False: cut at the limit.
         terms: list of the domain; None = not measured.
         thinking: whether answers are to begin with reasoning.
+        opening: what the prompt itself ended with of the answer: the tag that opens the reasoning, or "".
     """
-    text = answer.opening + answer.stream.text
+    text = opening + stream.text
     block = read_block(text)
     said, wanted = (block.answer, read_block(reference).answer) if thinking else (text.strip(), reference.strip())
     return {
@@ -225,13 +195,13 @@ def measure(answer: Answered, question: str, reference: str, terms: TermList | N
         "rouge_l": rouge_l(said, wanted),
         **_terms(terms, said, {"terms": wanted, "question_terms": question}),
         "think": block.complete if thinking else None,
-        "stopped": answer.ended,
-        "intact": answer.stream.intact,
+        "stopped": ended,
+        "intact": not stream.problem,
         "empty": not said,
         "repetition": repeated_share(text),
         "loop": longest_loop(text),
-        "problem": answer.stream.problem,
-        "split": answer.stream.split,
+        "problem": stream.problem,
+        "split": stream.split,
         "think_parts": block.parts if thinking else None,
     }
 
@@ -310,25 +280,32 @@ def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
-    estimate = float(np.average(values, weights=weights))
-    if len(np.unique(groups)) < FEWEST:
-        return _without(estimate)
+    if len(np.unique(groups)) < FEWEST or (metric.kind == MEAN and not np.ptp(values)):
+        return _shown(float(np.average(values, weights=weights)))
     if metric.kind == MEAN:
-        return _bounded(clustered_mean(values, groups), metric) if np.ptp(values) else _without(estimate)
+        found = clustered_mean(values, groups)
+        high = found.high if metric.most is None else min(metric.most, found.high)
+        return _shown(found.estimate, [max(0.0, found.low), high])  # within the values that the metric can have
     single, owners = _term_shares(values * weights, groups, weights) if metric.kind == RATIO else (values, groups)
-    return _shown(clustered_share(single, owners))
+    found = clustered_share(single, owners)
+    return _shown(found.estimate, found.to_json())
 
 
 def _difference(metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     count = len(np.unique(groups))
     if count < FEWEST:
-        return _without(float(np.average(change, weights=weights)))
+        return _shown(float(np.average(change, weights=weights)))
+    if metric.kind == MEAN and not np.ptp(change):
+        return _shown(float(change[0]))
     if metric.kind == SHARE:
-        return _shown(clustered_score_interval(change, groups))
-    if metric.kind == RATIO:
-        single, owners = _term_shares(change * weights, groups, weights)
-        return _shown(clustered_mean(single, owners) if change.any() else clustered_score_interval(np.zeros(count)))
-    return _shown(clustered_mean(change, groups)) if np.ptp(change) else _without(float(change[0]))
+        found = clustered_score_interval(change, groups)
+    elif metric.kind == MEAN:
+        found = clustered_mean(change, groups)
+    elif change.any():
+        found = clustered_mean(*_term_shares(change * weights, groups, weights))
+    else:
+        found = clustered_score_interval(np.zeros(count))
+    return _shown(found.estimate, found.to_json())
 
 
 def _term_shares(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -340,15 +317,5 @@ def _term_shares(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> t
     return np.concatenate(single), np.repeat(groups, np.round(weights).astype(int))
 
 
-def _bounded(found: Interval, metric: Metric) -> dict[str, Any]:
-    """Within the values that the metric can have."""
-    high = found.high if metric.most is None else min(metric.most, found.high)
-    return {"estimate": found.estimate, "interval": [max(0.0, found.low), high]}
-
-
-def _without(estimate: float) -> dict[str, Any]:
-    return {"estimate": estimate, "interval": None}
-
-
-def _shown(found: Interval) -> dict[str, Any]:
-    return {"estimate": found.estimate, "interval": found.to_json()}
+def _shown(estimate: float, interval: Sequence[float | None] | None = None) -> dict[str, Any]:
+    return {"estimate": estimate, "interval": interval}

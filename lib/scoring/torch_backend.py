@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,10 @@ import torch
 
 from lib.errors import InputError
 from lib.runs.machine import return_freed_memory
-from lib.scoring.backend import Job, add_up, check_ids, common_prefix, cut, make_jobs, run_batches
+from lib.scoring.backend import Backend, Job, Run, common_prefix, cut, grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lib.progress import Progress
-    from lib.scoring.journal import Journal
 
 
 # The tokens that all prompts begin with, computed once: their keys and values stand before every batch.
@@ -126,13 +124,12 @@ _PASS_ELSEWHERE = 4096
 """What a forward pass costs beside its tokens (reading the weights, small products), in tokens, by kind of device."""
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """Scores a causal language model of transformers that is already loaded, in evaluation mode.
 
-    What all prompts begin with is computed once (`lib.scoring.torch_backend`). The rest is padded on the right: a
-    causal model
-    cannot see what comes later, so padding changes nothing and no mask is needed. The vocabulary projection runs only
-    at the positions that are read.
+    What all prompts begin with is computed once. The rest is padded on the right: a causal model cannot see what
+    comes later, so padding changes nothing and no mask is needed. The vocabulary projection runs only at the positions
+    that are read.
 
     Args:
         model: a causal language model, possibly wrapped by peft, whose logits are head(decoder(ids)).
@@ -170,11 +167,6 @@ class TransformersBackend:
             raise InputError(f"a {kind} that changes its logits behind the head.", "Qwen2, Qwen3.", "use such a model.")
 
     @property
-    def note(self) -> str:
-        """What was done otherwise than usual, in words; empty when nothing was."""
-        return self._prefix.note
-
-    @property
     def settings(self) -> dict[str, Any]:
         """See `lib.scoring.backend.Backend`."""
         return {
@@ -187,40 +179,18 @@ class TransformersBackend:
             **{name: metadata.version(name) for name in ("torch", "transformers")},
         }
 
-    def label_log_probs(
-        self,
-        prompts: Sequence[list[int]],
-        answers: list[list[int]],
-        progress: Progress | None = None,
-        journal: Journal | None = None,
-    ) -> np.ndarray:
-        """See `lib.scoring.backend.Backend`."""
-        jobs = make_jobs(prompts, answers)
-        check_ids([job.ids for job in jobs], self.vocab_size, None, self.name)
-        check_ids(answers, self.vocab_size, None, self.name)
+    def _plan(self, jobs: Sequence[Job], alike: bool) -> tuple[Iterable[Sequence[Job]], Run]:
+        """See `lib.scoring.backend.Backend`; long conversations make small batches."""
+        if not alike:
+            return grouped(jobs, self._full), self._run
         several = self._share_prefix and len(jobs) > 1
         shared = self._prefix.share(common_prefix(jobs), self._device) if several else 0
-        batches, share = self._batches(jobs, shared), len(prompts) / len(jobs)
-        values = run_batches(batches, lambda batch: self._run(batch, shared), share, progress, journal)
-        return add_up(jobs, values, (len(prompts), len(answers)))
+        self.note = self._prefix.note
+        return self._batches(jobs, shared), functools.partial(self._run, shared=shared)
 
-    def read_log_probs(
-        self, jobs: Sequence[Job], progress: Progress | None = None, journal: Journal | None = None
-    ) -> list[np.ndarray]:
-        """See `lib.scoring.backend.Backend`; long sequences make small batches."""
-        check_ids([job.ids for job in jobs], self.vocab_size, None, self.name)
-        return run_batches(self._by_tokens(jobs), self._run, 1.0, progress, journal)
-
-    def _by_tokens(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Jobs in order, cut into batches of at most `_TOKENS` tokens; a longer job is a batch alone."""
-        batch: list[Job] = []
-        for job in jobs:
-            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * len(job.ids) > _TOKENS):
-                yield batch
-                batch = []
-            batch.append(job)
-        if batch:
-            yield batch
+    def _full(self, batch: Sequence[Job], job: Job) -> bool:
+        """Whether a batch of whole conversations has no room for another, longer one."""
+        return len(batch) == self.batch_size or (len(batch) + 1) * len(job.ids) > _TOKENS
 
     def _batches(self, jobs: Sequence[Job], shared: int) -> list[Sequence[Job]]:
         """Jobs in order (shortest first), cut where padding would cost more than another forward pass."""
@@ -270,7 +240,7 @@ class TransformersBackend:
     @torch.inference_mode()
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
         """Raw logits of the next token after each position of `ids` from `first` on, float32, (T - first, V)."""
-        check_ids([ids], self.vocab_size, None, self.name)
+        self.check_ids([ids])
         hidden = self._hidden([ids])[0, first:]
         result = np.empty((len(hidden), self.vocab_size), dtype=np.float32)
         for i in range(0, len(hidden), _HEAD_ROWS):

@@ -100,22 +100,18 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
                 "runs of one task.",
                 "compare runs with the same task (and the same label_names).",
             )
-    _refuse_repetitions(found)
-    return found
-
-
-def _refuse_repetitions(runs: Sequence[Candidate]) -> None:
-    """Two trainings of one recipe with one seed are one piece of evidence: no spread of seeds can be seen in them."""
-    first: dict[tuple[str, Any], Candidate] = {}
-    for run in runs:
+    # two trainings of one recipe with one seed are one piece of evidence: no spread of seeds can be seen in them
+    alike: dict[tuple[str, Any], Candidate] = {}
+    for run in found:
         seed = run.facts["train_seed"]
-        same = first.setdefault((run.recipe, seed), run)
+        same = alike.setdefault((run.recipe, seed), run)
         if same is not run:
             raise InputError(
                 f"runs {same.name!r} and {run.name!r} have the same data, training parameters and train_seed ({seed}).",
                 "runs that differ in their recipe or in the seed of training.",
                 f"leave one of the two out, or train run {run.name!r} with another train_seed.",
             )
+    return found
 
 
 def _words(task: Task) -> str:
@@ -144,10 +140,12 @@ def read_candidate(run: Run) -> Candidate:
             f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."
         )
     values, weights = metric_of(task).row_values(scores)
-    used = {split: read_jsonl(data.path / f"{split}.jsonl") for split in _USED}
+    used = {split: read_jsonl(data.path / f"{split}.jsonl") for split in ("train", "validation")}
     validation = [row_key(row) for row in used["validation"]]
     tokenizer = {n: o["sha256"] for n, o in data.entry.outputs.items() if n.startswith("tokenizer/")}
     parameters = {key: value for key, value in adapter.entry.parameters.items() if key != "seed"}
+    # an adopted adapter has no seed to be a sibling by: its run stands alone
+    adopted = run.name if "adopted" in adapter.entry.facts else None
     return Candidate(
         name=run.name,
         task=task,
@@ -158,18 +156,10 @@ def read_candidate(run: Run) -> Candidate:
         groups=np.array([row["group"] for row in rows]),
         values=values,
         weights=weights,
-        recipe=sha256_json({"parameters": parameters, "data": data.entry.digest, "name": _adopted(run, adapter)}),
+        recipe=sha256_json({"parameters": parameters, "data": data.entry.digest, "name": adopted}),
         validation=sha256_json({"task": task.to_json(), "tokenizer": tokenizer, "rows": validation}),
         facts=_facts(run, data, adapter, evaluation),
     )
-
-
-_USED = ("train", "validation")
-
-
-def _adopted(run: Run, adapter: Product) -> str | None:
-    """An adopted adapter has no seed to be a sibling by: its run stands alone."""
-    return run.name if "adopted" in adapter.entry.facts else None
 
 
 def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> dict[str, Any]:
@@ -252,7 +242,10 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
     free = unseen - flagged
     wanted = free or unseen
     keys = [key for key in first.keys if key in wanted]
-    places = {run.name: _places(run, keys) for run in runs}
+    places = {}
+    for run in runs:
+        where = {key: place for place, key in enumerate(run.keys)}
+        places[run.name] = np.array([where[key] for key in keys], dtype=np.int64)
     for run in runs[1:]:
         if not np.array_equal(run.weights[places[run.name]], first.weights[places[first.name]]):
             raise InputError(
@@ -268,11 +261,6 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
     at = places[first.name]
     rows = RowGroups(first.groups[at], weights=first.weights[at])
     return Ground(keys, places, rows, bool(free), left_out)
-
-
-def _places(run: Candidate, keys: Sequence[str]) -> np.ndarray:
-    where = {key: place for place, key in enumerate(run.keys)}
-    return np.array([where[key] for key in keys], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -317,58 +305,25 @@ def make_unit(runs: Sequence[Candidate], ground: Ground) -> Unit:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A unit against the leader.
-
-    Attributes:
-        interval: of the metric's difference (unit minus leader), simultaneous over all pairs, with the seeds' spread.
-        p, p_holm: two-sided p-value; after Holm over all pairs.
-        behind: True when the rows show that it is not as good as the leader.
-    """
-
-    interval: Interval
-    p: float
-    p_holm: float
-    behind: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values; no interval (too few groups) is None."""
-        return {
-            "difference": self.interval.estimate,
-            "difference_interval": limits(self.interval),
-            "confidence": self.interval.confidence,
-            "p": self.p,
-            "p_holm": self.p_holm,
-            "verdict": "worse" if self.behind else "cannot tell",
-        }
-
-
-@dataclass(frozen=True)
 class Ranking:
-    """Units in the order of their names, the one with the best estimate, and every other one against it.
+    """Units in the order in which they were named, and every one against the one with the best estimate.
 
     Attributes:
         leader: place of the best estimate; the first of equals.
-        differences: place -> difference to the leader, of every unit but the leader.
+        entries: what `Unit.to_json` says of each, and "verdict": "leader", "worse" (the rows show that it is not as
+            good as the leader) or "cannot tell". Of all but the leader also "difference" (unit minus leader),
+            "difference_interval" (simultaneous over all pairs, with the seeds' spread; None: too few groups),
+            "confidence", "p" (two-sided) and "p_holm" (over all pairs).
     """
 
     units: list[Unit]
     leader: int
-    differences: dict[int, Difference]
+    entries: list[dict[str, Any]]
 
     @property
     def not_behind(self) -> list[int]:
         """Places that are the leader's or not shown to be worse."""
-        places = range(len(self.units))
-        return [place for place in places if place == self.leader or not self.differences[place].behind]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """One entry a unit, with its verdict."""
-        leads = {"verdict": "leader"}
-        return [
-            {**unit.to_json(), **(leads if place == self.leader else self.differences[place].to_json())}
-            for place, unit in enumerate(self.units)
-        ]
+        return [place for place, entry in enumerate(self.entries) if entry["verdict"] != "worse"]
 
 
 def rank(units: list[Unit], ground: Ground, metric: Metric, seed: int) -> Ranking:
@@ -380,17 +335,26 @@ def rank(units: list[Unit], ground: Ground, metric: Metric, seed: int) -> Rankin
     pairs = list(itertools.combinations(range(len(units)), 2))
     p_values = [metric.p_value(units[i].values - units[j].values, ground.rows, seed) for i, j in pairs]
     adjusted = dict(zip(pairs, zip(p_values, holm(p_values), strict=True), strict=True))
-    found = {}
+    entries = []
     for place, unit in enumerate(units):
         if place == leader:
+            entries.append({**unit.to_json(), "verdict": "leader"})
             continue
         p, p_holm = adjusted[min(place, leader), max(place, leader)]
         tries = max(len(unit.names), len(units[leader].names))
         change = unit.values - units[leader].values
         rows = metric.difference(change, ground.rows, 1 - ALPHA / len(pairs), tries)
         interval = _widened(rows, unit, units[leader])
-        found[place] = Difference(interval, p, p_holm, p_holm < ALPHA and interval.excludes_zero())
-    return Ranking(units, leader, found)
+        tests = {
+            "difference": interval.estimate,
+            "difference_interval": limits(interval),
+            "confidence": interval.confidence,
+            "p": p,
+            "p_holm": p_holm,
+            "verdict": "worse" if p_holm < ALPHA and interval.excludes_zero() else "cannot tell",
+        }
+        entries.append({**unit.to_json(), **tests})
+    return Ranking(units, leader, entries)
 
 
 def _widened(rows: Interval, *units: Unit) -> Interval:

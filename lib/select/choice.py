@@ -6,7 +6,7 @@ The rule itself, and the answer as a paragraph, are written in templates/choice.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,86 +32,59 @@ from lib.statistics.losses import limits
 
 # Applying the rule.
 
-
-def _bytes_of_file(run: Candidate) -> float | None:
-    return (run.facts["file"] or {}).get("bytes")
-
-
-def _seconds_a_row(run: Candidate) -> float | None:
-    speed = run.facts["samples_per_second"]
-    return 1 / speed if speed else None
-
-
-_SIZES: tuple[tuple[str, Callable[[Candidate], float | None], float], ...] = (
-    ("the smallest recommended GGUF file", _bytes_of_file, 0.01),
-    ("the base with the fewest weights", lambda run: run.facts["weights"], 0.01),
-    ("the smallest adapter", lambda run: run.facts["adapter_bytes"], 0.01),
+_SIZES = (
+    ("the smallest recommended GGUF file", 0.01, lambda facts: (facts["file"] or {}).get("bytes")),
+    ("the base with the fewest weights", 0.01, lambda facts: facts["weights"]),
+    ("the smallest adapter", 0.01, lambda facts: facts["adapter_bytes"]),
 )
-"""What breaks a tie: in words, of a run (smaller is better; None = not known), share within which two are equal."""
-_SPEED = ("the fastest training", _seconds_a_row, 0.10)
+"""What breaks a tie: in words, share within which two are equal, of a run's facts (smaller is better, None unknown)."""
+_SPEED = ("the fastest training", 0.10, lambda facts: 1 / speed if (speed := facts["samples_per_second"]) else None)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The place of the taken one, and the reasons in the order in which they decided."""
-
-    place: int
-    reasons: tuple[str, ...]
-
-
-def choose(ranking: Ranking, runs: Mapping[str, Candidate], speeds: bool) -> Choice:
-    """Apply the rule to recipes.
+def choose(ranking: Ranking, runs: Mapping[str, Candidate], speeds: bool) -> tuple[Unit, list[str]]:
+    """Apply the rule to recipes: the one taken, and the reasons in the order in which they decided.
 
     Args:
         speeds: whether the training speeds were measured on one device.
     """
-    units, leader, left = ranking.units, ranking.leader, ranking.not_behind
-    name = _name(units[leader])
-    if len(units) == 1:
-        return Choice(0, (f"{name} {'is' if len(units[0].names) == 1 else 'are seeds of'} the only recipe",))
+    leader, left = ranking.units[ranking.leader], [ranking.units[place] for place in ranking.not_behind]
+    name = _name(leader)
+    if len(ranking.units) == 1:
+        return leader, [f"{name} {'is' if len(leader.names) == 1 else 'are seeds of'} the only recipe"]
     if left == [leader]:
-        return Choice(leader, (f"{name} has the best estimate, and the intervals show every other one to be worse",))
-    tied = ", ".join(_name(units[place]) for place in left)
+        return leader, [f"{name} has the best estimate, and the intervals show every other one to be worse"]
+    tied = ", ".join(map(_name, left))
     reasons = [f"{name} has the best estimate, but the rows cannot tell {tied} apart"]
-    for words, cost, tolerance in (*_SIZES, *([_SPEED] if speeds else [])):
-        costs = {place: _mean([cost(runs[name]) for name in units[place].names]) for place in left}
-        kept = _cheapest(costs, tolerance)
+    for words, tolerance, cost in (*_SIZES, *([_SPEED] if speeds else [])):
+        costs = [[cost(runs[name].facts) for name in unit.names] for unit in left]
+        if any(None in own for own in costs):
+            continue
+        means = [sum(own) / len(own) for own in costs]
+        kept = [unit for unit, mean in zip(left, means, strict=True) if mean <= min(means) * (1 + tolerance)]
         if len(kept) < len(left):
-            names = " and ".join(_name(units[place]) for place in kept)
+            names = " and ".join(map(_name, kept))
             reasons.append(f"{names} {'has' if len(kept) == 1 else 'have'} {words}")
             left = kept
         if len(left) == 1:
-            return Choice(left[0], tuple(reasons))
-    reasons.append(f"{', '.join(_name(units[place]) for place in left)} cost the same: the first named is taken")
-    return Choice(left[0], tuple(reasons))
+            return left[0], reasons
+    reasons.append(f"{', '.join(map(_name, left))} cost the same: the first named is taken")
+    return left[0], reasons
 
 
-def choose_seed(ranking: Ranking, metric: Metric) -> Choice:
+def choose_seed(ranking: Ranking, metric: Metric) -> tuple[Unit, list[str]]:
     """Apply the rule's last step to the seeds of one recipe."""
     units, place = ranking.units, ranking.not_behind[0]
     if len(units) == 1:
-        return Choice(0, ())
+        return units[0], []
     words = f"of its {len(units)} seeds {_name(units[place])} is the first that is not shown to be worse than another"
     if place != ranking.leader:
         best = _name(units[ranking.leader])
         words += f" (the {metric.best_words} is that of {best}, by luck as far as the rows tell)"
-    return Choice(place, (words,))
+    return units[place], [words]
 
 
 def _name(unit: Unit) -> str:
     return unit.names[0] if len(unit.names) == 1 else f"{{{', '.join(unit.names)}}}"
-
-
-def _cheapest(costs: Mapping[int, float | None], tolerance: float) -> list[int]:
-    """Places within the tolerance of the cheapest; all of them where the cost of one is not known."""
-    known = [cost for cost in costs.values() if cost is not None]
-    if len(known) < len(costs):
-        return list(costs)
-    return [place for place, cost in costs.items() if cost <= min(known) * (1 + tolerance)]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values else sum(values) / len(values)
 
 
 # The choice among runs as one document: model_analysis.json.
@@ -125,35 +98,12 @@ SEED = 42
 """Of the sign flips: the same runs always give the same answer."""
 
 
-@dataclass(frozen=True)
-class Analysis:
-    """What `select` found.
-
-    Attributes:
-        content: model_analysis.json: "task", "metric", "rule", "rows", "speed", "recipes", "runs", "chosen", "text".
-    """
-
-    content: dict[str, Any]
-
-    @property
-    def chosen(self) -> str:
-        """Name of the run that is taken."""
-        return str(self.content["chosen"]["run"])
-
-    @property
-    def text(self) -> str:
-        """The answer as a paragraph."""
-        return str(self.content["text"])
-
-    def write(self, folder: Path) -> Path:
-        """Write model_analysis.json into `folder`."""
-        path = folder / FILE
-        write_json(path, self.content)
-        return path
-
-
-def select(names: Sequence[str]) -> Analysis:
+def select(names: Sequence[str]) -> dict[str, Any]:
     """Compare runs and take one by the rule in templates/choice.j2.
+
+    Returns:
+        model_analysis.json: "task", "metric", "rule", "rows", "speed", "recipes", "runs", "chosen" (with "run", the
+        name of the one that is taken), "text" (the answer as a paragraph).
 
     Raises:
         InputError: see `read_candidates` and `shared_ground`.
@@ -164,69 +114,50 @@ def select(names: Sequence[str]) -> Analysis:
     recipes: dict[str, list[Candidate]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    recipe_ranking = rank([make_unit(members, ground) for members in recipes.values()], ground, metric, SEED)
+    ranking = rank([make_unit(members, ground) for members in recipes.values()], ground, metric, SEED)
     by_name = {run.name: run for run in runs}
-    choice = choose(recipe_ranking, by_name, speeds=len(devices) == 1)
-    taken = recipe_ranking.units[choice.place]
-    seed_ranking = rank([make_unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
-    seed = choose_seed(seed_ranking, metric)
+    taken, reasons = choose(ranking, by_name, speeds=len(devices) == 1)
+    seeds = rank([make_unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
+    seed, more = choose_seed(seeds, metric)
     content = {
         "format": FORMAT,
         "made": dt.datetime.now().astimezone().isoformat(timespec="seconds"),
         "task": runs[0].task.kind,
         "metric": metric.name,
         "rule": _written("rule"),
-        "rows": _rows(ground),
-        "speed": {"comparable": len(devices) == 1, "devices": devices},
-        "recipes": recipe_ranking.to_json(),
-        "runs": [_run(run, runs[0], ground) for run in runs],
-        "chosen": {
-            "run": seed_ranking.units[seed.place].names[0],
-            "recipe": list(taken.names),
-            "reasons": [*choice.reasons, *seed.reasons],
+        "rows": {
+            "n": len(ground.keys),
+            "groups": len(set(ground.rows.groups.tolist())),
+            "leak_free": ground.leak_free,
+            "left_out": ground.left_out,
+            "sha256": sha256_json(sorted(ground.keys)),
         },
+        "speed": {"comparable": len(devices) == 1, "devices": devices},
+        "recipes": ranking.entries,
+        "runs": [_run(run, runs[0], ground) for run in runs],
+        "chosen": {"run": seed.names[0], "recipe": list(taken.names), "reasons": [*reasons, *more]},
     }
-    return Analysis({**content, "text": _text(content, metric)})
-
-
-def _rows(ground: Ground) -> dict[str, Any]:
-    return {
-        "n": len(ground.keys),
-        "groups": len(set(ground.rows.groups.tolist())),
-        "leak_free": ground.leak_free,
-        "left_out": ground.left_out,
-        "sha256": sha256_json(sorted(ground.keys)),
-    }
+    entry = next(one for one in content["runs"] if one["run"] == seed.names[0])
+    recipe = next(one for one in content["recipes"] if seed.names[0] in one["runs"])
+    return {**content, "text": _written("answer", words=metric.words, entry=entry, recipe=recipe, **content)}
 
 
 def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
     """A run's row: metric on the shared rows, cost, and in which respects it is not like the first one."""
     unit = make_unit([run], ground)
-    unlike = [
-        words
-        for words, same in (
-            ("other prompt", run.facts["prompt_hash"] == first.facts["prompt_hash"]),
-            ("other base model", run.facts["base"] == first.facts["base"]),
-            ("other data product", run.facts["digests"]["data"] == first.facts["digests"]["data"]),
-            ("validation loss not comparable", run.validation == first.validation),
-        )
-        if not same
-    ]
+    like = {
+        "other prompt": run.facts["prompt_hash"] == first.facts["prompt_hash"],
+        "other base model": run.facts["base"] == first.facts["base"],
+        "other data product": run.facts["digests"]["data"] == first.facts["digests"]["data"],
+        "validation loss not comparable": run.validation == first.validation,
+    }
     return {
         "run": run.name,
         "metric": unit.interval.estimate,
         "interval": limits(unit.interval),
         **run.facts,
-        "unlike_first": unlike,
+        "unlike_first": [words for words, same in like.items() if not same],
     }
-
-
-def _text(content: dict[str, Any], metric: Metric) -> str:
-    """The answer as a paragraph."""
-    run = content["chosen"]["run"]
-    entry = next(one for one in content["runs"] if one["run"] == run)
-    recipe = next(one for one in content["recipes"] if run in one["runs"])
-    return _written("answer", words=metric.words, entry=entry, recipe=recipe, **content)
 
 
 def _written(asked: str, **values: Any) -> str:
@@ -247,6 +178,12 @@ def outdated(content: dict[str, Any]) -> list[str]:
     return stale
 
 
+def write_analysis(content: dict[str, Any], folder: Path) -> Path:
+    """Write model_analysis.json into `folder`."""
+    write_json(folder / FILE, content)
+    return folder / FILE
+
+
 def read_analysis(folder: Path) -> dict[str, Any] | None:
     """The analysis that was last written into `folder`; None when there is none, or none that can be read."""
     try:
@@ -261,13 +198,13 @@ class Best:
     """What `best-of:RUN,RUN,…` stands for.
 
     Attributes:
-        given: the adapter. analysis: what chose it.
+        given: the adapter. analysis: what chose it (see `select`).
         run: name of the run it comes from. method: how it was trained there ("LoRA", "QLoRA").
         test_rows_seen: test rows of the run that takes it which the chosen run has trained on or chosen by.
     """
 
     given: GivenAdapter
-    analysis: Analysis
+    analysis: dict[str, Any]
     run: str
     method: str
     test_rows_seen: int
@@ -290,7 +227,7 @@ def best_of(adapter: str, run: Run) -> Best:
             "set another run_name.",
         )
     analysis = select(names)
-    chosen = open_run(analysis.chosen)
+    chosen = open_run(analysis["chosen"]["run"])
     product, own, other = chosen.require("adapter"), run.require("data"), chosen.require("data")
     for key, words in (("prompt_hash", "prompt"), ("base_revision", "base model")):
         if own.entry.facts.get(key) != other.entry.facts.get(key):

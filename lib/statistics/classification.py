@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lib.statistics.intervals import Interval, wilson
-
-if TYPE_CHECKING:
-    import evaluate
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,8 @@ class ClassificationReport:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of the command line's result: n, accuracy, accuracy_interval, macro_f1, per_class, confusion."""
-        per_class = {scores["name"]: scores for scores in map(asdict, self.classes)}
-        for scores in per_class.values():
-            del scores["name"]
+        keys = ("precision", "recall", "f1", "support")
+        per_class = {one.name: {key: getattr(one, key) for key in keys} for one in self.classes}
         return {
             "n": self.n,
             "accuracy": self.accuracy.estimate,
@@ -73,51 +68,17 @@ def classification_report(
         raise ValueError(f"need two equally long, non-empty vectors, not {true.shape} and {predicted.shape}")
     if min(true.min(), predicted.min()) < 0 or max(true.max(), predicted.max()) >= len(label_names):
         raise ValueError(f"label numbers must lie in 0..{len(label_names) - 1}")
-    metric = metric_class()(keep_in_memory=True)  # no cache file, no lock
-    values = metric.compute(predictions=predicted.tolist(), references=true.tolist(), n_classes=len(label_names))
-    columns = zip(label_names, *(values[key] for key in ("precision", "recall", "f1", "support")), strict=True)
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    numbers = range(len(label_names))
+    scores = precision_recall_fscore_support(true, predicted, labels=numbers, zero_division=0.0)
     return ClassificationReport(
         n=len(true),
         accuracy=wilson(int((true == predicted).sum()), len(true)),
-        macro_f1=values["macro_f1"],
-        classes=tuple(ClassScores(*row) for row in columns),
-        confusion=tuple(tuple(row) for row in values["confusion"]),
+        macro_f1=float(scores[2].mean()),
+        classes=tuple(map(ClassScores, label_names, *(values.tolist() for values in scores))),
+        confusion=tuple(map(tuple, confusion_matrix(true, predicted, labels=numbers).tolist())),
     )
-
-
-@functools.cache
-def metric_class() -> type[evaluate.Metric]:
-    """A local `evaluate` module on top of scikit-learn (`evaluate.load` needs the network): accuracy, macro-F1,
-    confusion matrix, and precision, recall, F1 and support of each class. Defined late: `evaluate` imports slowly."""
-    import datasets
-    import evaluate
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-    class ClassificationMetric(evaluate.Metric):
-        def _info(self) -> evaluate.MetricInfo:
-            numbers = datasets.Value("int64")
-            return evaluate.MetricInfo(
-                description="Accuracy, macro-F1, per-class precision, recall and F1, confusion matrix.",
-                citation="",
-                inputs_description="predictions and references: class numbers; n_classes: how many classes there are.",
-                features=datasets.Features({"predictions": numbers, "references": numbers}),
-            )
-
-        def _compute(self, predictions: list[int], references: list[int], n_classes: int) -> dict[str, Any]:
-            labels = list(range(n_classes))
-            matrix = confusion_matrix(references, predictions, labels=labels)
-            scores = precision_recall_fscore_support(references, predictions, labels=labels, zero_division=0.0)
-            return {
-                "accuracy": float(matrix.trace() / matrix.sum()),
-                "macro_f1": float(scores[2].mean()),
-                "confusion": matrix.tolist(),
-                **{
-                    key: part.tolist()
-                    for key, part in zip(("precision", "recall", "f1", "support"), scores, strict=True)
-                },
-            }
-
-    return ClassificationMetric
 
 
 @dataclass(frozen=True)
@@ -140,15 +101,11 @@ class Calibration:
     bins: tuple[Bin, ...]
 
 
-def confidences(log_probs: np.ndarray) -> np.ndarray:
-    """Probability of the predicted label among the labels: (n, labels) log-probabilities -> (n,)."""
-    values = np.asarray(log_probs, dtype=np.float64)
-    shifted = np.exp(values - values.max(axis=1, keepdims=True))
-    return 1.0 / shifted.sum(axis=1)
+_BINS = 10
 
 
-def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> Calibration:
-    """Reliability of the predicted label's probability, in equally wide bins over 0..1; 1.0 belongs to the last.
+def calibration(confidence: ArrayLike, correct: ArrayLike) -> Calibration:
+    """Reliability of the predicted label's probability, in ten equally wide bins over 0..1; 1.0 belongs to the last.
 
     Args:
         confidence: (n,) probability given to the predicted label.
@@ -157,12 +114,12 @@ def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 10) -> Ca
     p, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if p.shape != right.shape or p.ndim != 1 or not len(p) or p.min() < 0 or p.max() > 1:
         raise ValueError("calibration needs two equally long vectors, the first of probabilities")
-    index = np.minimum((p * bins).astype(int), bins - 1)
-    counts = np.bincount(index, minlength=bins)
+    index = np.minimum((p * _BINS).astype(int), _BINS - 1)
+    counts = np.bincount(index, minlength=_BINS)
     with np.errstate(invalid="ignore"):
-        mean_p = np.bincount(index, p, bins) / counts
-        mean_right = np.bincount(index, right, bins) / counts
+        mean_p = np.bincount(index, p, _BINS) / counts
+        mean_right = np.bincount(index, right, _BINS) / counts
     gap = np.where(counts > 0, np.abs(mean_right - mean_p), 0.0)
     columns = zip(counts.tolist(), mean_p.tolist(), mean_right.tolist(), strict=True)
-    made = tuple(Bin(i / bins, (i + 1) / bins, *row) for i, row in enumerate(columns))
+    made = tuple(Bin(i / _BINS, (i + 1) / _BINS, *row) for i, row in enumerate(columns))
     return Calibration(len(p), float(np.sum(gap * counts) / len(p)), made)

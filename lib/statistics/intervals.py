@@ -66,8 +66,6 @@ class Interval:
 
 IN_BRACKETS = "[{},\u00a0{}]"
 """How limits are written on a page: no line may end between the two."""
-PLAIN_BRACKETS = "[{}, {}]"
-"""The same for terminals and files, where a reader may search for it."""
 IN_WORDS = "{} to {}"
 """The same inside a sentence."""
 
@@ -84,7 +82,7 @@ def limits_text(
         limits: low and high as in a JSON file; None, or an infinite number, for an open one.
         form: format specification of both numbers.
         factor: both are multiplied by it, e.g. 100 for percent.
-        pattern: `IN_BRACKETS`, `PLAIN_BRACKETS` or `IN_WORDS`.
+        pattern: `IN_BRACKETS` or `IN_WORDS`.
     """
     if limits is None or any(limit is None or not math.isfinite(limit) for limit in limits):
         return None
@@ -225,16 +223,18 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: 
     return means
 
 
-def bca_limits(
-    values: np.ndarray, estimate: float, left_out: np.ndarray, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Bias-corrected and accelerated limits of a bootstrap (Efron 1987).
+TAILS = np.array([(1 - 0.95) / 2, (1 + 0.95) / 2])
+"""Probabilities of the limits of 95 %, in this rounding: order statistics hang on the last bit."""
+
+
+def bca_limits(values: np.ndarray, estimate: float, left_out: np.ndarray) -> tuple[float, float]:
+    """Bias-corrected and accelerated 95 % limits of a bootstrap (Efron 1987).
 
     Args:
         values: the number in every resample. estimate: in the rows themselves.
         left_out: the number without each cluster in turn (jackknife), for the acceleration.
     """
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    tails = TAILS
     below = np.mean(values < estimate) + np.mean(values == estimate) / 2
     spread = left_out.mean() - left_out
     scale = 6 * np.sum(spread**2) ** 1.5
@@ -251,11 +251,10 @@ def paired_bootstrap(
     clusters: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 10_000,
-    confidence: float = 0.95,
     method: Literal["percentile", "bca"] = "percentile",
     weights: ArrayLike | None = None,
 ) -> Interval:
-    """Bootstrap interval of a mean paired difference; whole clusters are drawn, so near-duplicates count once.
+    """95 % bootstrap interval of a mean paired difference; whole clusters are drawn, so near-duplicates count once.
 
     Args:
         differences: (n,) candidate minus reference, one a row.
@@ -267,5 +266,5 @@ def paired_bootstrap(
     means, estimate = _resampled_means(sums, sizes, resamples, seed), float(sums.sum() / sizes.sum())
     if method == "bca" and len(sums) > 1:
         left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
-        return Interval(estimate, *bca_limits(means, estimate, left_out, confidence), confidence)
-    return Interval(estimate, *np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist(), confidence)
+        return Interval(estimate, *bca_limits(means, estimate, left_out))
+    return Interval(estimate, *np.quantile(means, TAILS).tolist())

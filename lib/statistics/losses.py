@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lib.statistics.intervals import Interval, estimate_text, normal_quantile, wilson
-from lib.statistics.paired import ClusterMean, cluster_mean, copies_effect, holm
+from lib.statistics.paired import cluster_mean, copies_effect, holm
 
 # A mean of rows that weigh differently, as a loss over tokens does: Student's interval over groups of alike rows.
 
@@ -72,7 +72,6 @@ class LossComparison:
     """A candidate against the reference on the same answers.
 
     Attributes:
-        n, groups, tokens: rows, groups of rows that are alike, tokens of the answers.
         difference: candidate's loss minus the reference's, nats a token, with Student's interval over groups
             (linearized ratio estimator); its exponential is the ratio of the perplexities.
         p: two-sided t-test of the difference over groups. p_adjusted: after Holm.
@@ -82,16 +81,13 @@ class LossComparison:
         equivalence_p: two one-sided t-tests against the margin, the larger p-value. equivalence_p_adjusted: after Holm.
     """
 
-    n: int
-    groups: int
-    tokens: int
     difference: Interval
     p: float
     p_adjusted: float
     mde: float
     verdict: str
-    equivalence_p: float = 1.0
-    equivalence_p_adjusted: float = 1.0
+    equivalence_p: float
+    equivalence_p_adjusted: float
 
     @property
     def ratio(self) -> Interval:
@@ -138,11 +134,7 @@ def cluster_test(
     Returns:
         (1.0, inf) where fewer than three groups leave nothing to test; (1.0, 0.0) for differences that are all zero.
     """
-    return _test(cluster_mean(differences, groups, tokens), alpha)
-
-
-def _test(mean: ClusterMean, alpha: float) -> tuple[float, float]:
-    """p and minimum detectable effect of a mean difference; see `cluster_test`."""
+    mean = cluster_mean(differences, groups, tokens)
     if mean.clusters < FEWEST:
         return 1.0, math.inf
     p = 1.0 if mean.mean == 0 else min(1.0, 2 * mean.tail(abs(mean.mean)))
@@ -165,27 +157,17 @@ def compare_losses(
         groups: (n,) group of each row.
     """
     margin, alpha = math.log1p(margin_percent / 100), 0.05 / max(1, len(candidates))
-    means = [cluster_mean(losses - reference, groups, tokens) for losses in candidates.values()]
-    tests = [_test(mean, alpha) for mean in means]
+    changes = [losses - reference for losses in candidates.values()]
+    means = [cluster_mean(change, groups, tokens) for change in changes]
+    tests = [cluster_test(change, tokens, groups, alpha) for change in changes]
     # two one-sided tests against the margin, the larger p-value
     unequal = [1.0 if mean.clusters < FEWEST else mean.tail(margin - abs(mean.mean)) for mean in means]
-    adjusted = holm([p for p, _ in tests]), holm(unequal)
     found = {}
-    for name, mean, (p, mde), apart, p_holm, apart_holm in zip(
-        candidates, means, tests, unequal, *adjusted, strict=True
-    ):
-        found[name] = LossComparison(
-            n=len(reference),
-            groups=mean.clusters,
-            tokens=int(tokens.sum()),
-            difference=mean.interval(),
-            p=p,
-            p_adjusted=p_holm,
-            mde=mde,
-            verdict=loss_verdict(mean.interval(), p_holm, margin_percent, mde, groups=mean.clusters),
-            equivalence_p=apart,
-            equivalence_p_adjusted=apart_holm,
-        )
+    columns = (candidates, means, tests, holm([p for p, _ in tests]), unequal, holm(unequal))
+    for name, mean, (p, mde), p_holm, *equivalence in zip(*columns, strict=True):
+        difference = mean.interval()
+        words = loss_verdict(difference, p_holm, margin_percent, mde, groups=mean.clusters)
+        found[name] = LossComparison(difference, p, p_holm, mde, words, *equivalence)
     return found
 
 
@@ -195,7 +177,7 @@ KEEPS_LITTLE = 0.9
 """Retention below which a file is named in warnings: losing a tenth of the training is more than rounding noise."""
 
 
-def slope_through_origin(whole: np.ndarray, kept: np.ndarray, groups: ArrayLike, confidence: float = 0.95) -> Interval:
+def slope_through_origin(whole: np.ndarray, kept: np.ndarray, groups: ArrayLike) -> Interval:
     """The b that fits kept = b · whole best, Σ⟨whole, kept⟩ / Σ⟨whole, whole⟩ over rows, with an interval.
 
     It is a ratio of two sums over rows, a mean of the rows' own slopes weighted by ⟨whole, whole⟩, so its standard
@@ -225,7 +207,7 @@ def slope_through_origin(whole: np.ndarray, kept: np.ndarray, groups: ArrayLike,
     if not moved.any():
         raise ValueError("nothing moved: no slope")
     own = np.sum(x * y, axis=1)[moved] / size[moved]
-    return weighted_mean(own, size[moved], np.asarray(groups)[moved], confidence)
+    return weighted_mean(own, size[moved], np.asarray(groups)[moved])
 
 
 def kept_words(entry: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, ndtr, stdtr, stdtrit
 
-from lib.statistics.intervals import Interval, cluster_sums, paired_score_interval, tango_statistic, wilson
+from lib.statistics.intervals import TAILS, Interval, cluster_sums, paired_score_interval, tango_statistic, wilson
 
 
 class McNemar(NamedTuple):
@@ -111,8 +111,8 @@ def clustered_score_interval(
     return paired_score_interval(losses / effect, gains / effect, n / effect, confidence)
 
 
-def clustered_share(hits: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval:
-    """Share of hits among rows in clusters: Wilson's interval on hits and rows divided by the design effect.
+def clustered_share(hits: ArrayLike, clusters: ArrayLike | None = None) -> Interval:
+    """Share of hits among rows in clusters: Wilson's 95 % interval on hits and rows divided by the design effect.
 
     Like Wilson's, it does not vanish where all rows are hits or none are. The bound of the design effect weighs as much
     as one miss: clusters may be whole documents, whose tokens are not copies.
@@ -122,7 +122,7 @@ def clustered_share(hits: ArrayLike, clusters: ArrayLike | None = None, confiden
     """
     values = np.asarray(hits, dtype=np.float64)
     effect = design_effect(values, clusters, prior=1.0)
-    return wilson(float(values.sum()) / effect, len(values) / effect, confidence)
+    return wilson(float(values.sum()) / effect, len(values) / effect)
 
 
 @dataclass(frozen=True)
@@ -170,24 +170,18 @@ def cluster_mean(values: ArrayLike, clusters: ArrayLike | None = None, weights: 
     return ClusterMean(mean, float(error), count)
 
 
-def clustered_mean(
-    values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95, weights: ArrayLike | None = None
-) -> Interval:
-    """Mean of rows in clusters with Student's interval; arguments as of `cluster_mean`.
+def clustered_mean(values: ArrayLike, clusters: ArrayLike | None = None) -> Interval:
+    """Mean of rows in clusters with Student's 95 % interval.
 
     On differences with many small and a few large values it covers where the bootstrap does not (docs/LOG.md).
     """
-    return cluster_mean(values, clusters, weights).interval(confidence)
+    return cluster_mean(values, clusters).interval()
 
 
 def clustered_bootstrap_t(
-    values: ArrayLike,
-    clusters: ArrayLike | None = None,
-    seed: int = 0,
-    resamples: int = 2_000,
-    confidence: float = 0.95,
+    values: ArrayLike, clusters: ArrayLike | None = None, seed: int = 0, resamples: int = 2_000
 ) -> Interval:
-    """Mean of rows in clusters with a studentized bootstrap interval (bootstrap-t): whole clusters are drawn.
+    """Mean of rows in clusters with a studentized 95 % bootstrap interval (bootstrap-t): whole clusters are drawn.
 
     For few clusters of unequal size, where percentiles cover too rarely and Student's interval misses the skew
     (docs/LOG.md).
@@ -205,11 +199,11 @@ def clustered_bootstrap_t(
         far = np.where(distance == 0, 0.0, np.copysign(np.inf, distance))
         ratios.append(np.divide(distance, errors, out=far, where=errors > 0))
     t = np.concatenate(ratios)
-    low, high = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
+    low, high = np.quantile(t, TAILS, method="inverted_cdf")
     error = np.sqrt(np.sum((sums - mean * sizes) ** 2)) / sizes.sum()
     if error == 0:
-        return Interval(mean, mean, mean, confidence)
-    return Interval(mean, float(mean - high * error), float(mean - low * error), confidence)
+        return Interval(mean, mean, mean)
+    return Interval(mean, float(mean - high * error), float(mean - low * error))
 
 
 def sign_flip_test(

@@ -11,6 +11,9 @@ from scipy.special import bdtr, gammaln, ndtr, xlog1py, xlogy
 
 from lib.statistics.intervals import normal_quantile, tango_statistic
 
+POWER = 0.8
+"""Share of tests that are to find what is there."""
+
 _COUNTED = 2_000.0
 """Expected discordant rows up to which every table is counted; with more the normal approximation is as good."""
 
@@ -52,8 +55,8 @@ def power_mcnemar(n: int, discordant_share: float, difference: float, alpha: flo
     return float(np.sum(chance * np.where(limit < 0, 0.0, found)))
 
 
-def mde_exact(n: int, discordant_share: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest accuracy difference that exact McNemar finds with the given power, a fraction.
+def mde_exact(n: int, discordant_share: float, alpha: float = 0.05) -> float:
+    """Smallest accuracy difference that exact McNemar finds with 80 % power, a fraction.
 
     A difference cannot be larger than the share of discordant rows: where more is needed, that many discordant rows are
     assumed, all on one side. So the result is never below what the fewest significant discordant rows
@@ -63,15 +66,15 @@ def mde_exact(n: int, discordant_share: float, power: float = 0.8, alpha: float 
         raise ValueError(f"mde_exact needs n >= 1 and a share in 0..1, not {n} and {discordant_share}")
 
     def enough(difference: float) -> bool:
-        return power_mcnemar(n, max(discordant_share, difference), difference, alpha) >= power
+        return power_mcnemar(n, max(discordant_share, difference), difference, alpha) >= POWER
 
     if not enough(1.0):
         return 1.0
     return _least(enough, 0.0, 1.0, 1e-6)
 
 
-def rows_needed(discordant_share: float, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Fewest rows with which exact McNemar finds the difference with the given power.
+def rows_needed(discordant_share: float, difference: float, alpha: float = 0.05) -> int:
+    """Fewest rows with which exact McNemar finds the difference with 80 % power.
 
     Raises:
         ValueError: no difference to find, or one larger than the share of discordant rows.
@@ -80,7 +83,7 @@ def rows_needed(discordant_share: float, difference: float, power: float = 0.8, 
         raise ValueError(f"need 0 < |difference| <= share <= 1, not {difference} and {discordant_share}")
 
     def enough(n: int) -> bool:
-        return power_mcnemar(n, discordant_share, difference, alpha) >= power
+        return power_mcnemar(n, discordant_share, difference, alpha) >= POWER
 
     low, high = 0, 8
     while not enough(high):
@@ -88,9 +91,7 @@ def rows_needed(discordant_share: float, difference: float, power: float = 0.8, 
     return _least(enough, low, high)
 
 
-def power_inside(
-    n: int, discordant_share: float, difference: float, margin: float, one_sided: bool = False, confidence: float = 0.95
-) -> float:
+def power_inside(n: int, discordant_share: float, difference: float, margin: float, one_sided: bool = False) -> float:
     """Probability that `paired_score_interval` of n rows lies inside ±margin, over all tables that can occur.
 
     Args:
@@ -103,7 +104,7 @@ def power_inside(
     """
     if n < 1 or not abs(difference) <= discordant_share <= 1 or not 0 < margin < 1:
         raise ValueError(f"need n >= 1, |difference| <= share <= 1 and a margin, not {n}, {difference}, {margin}")
-    z = normal_quantile(confidence)
+    z = normal_quantile(0.95)
     if n * discordant_share > _COUNTED:
         error = math.sqrt((discordant_share - difference**2) / n)
         above, below = ndtr((margin + difference) / error - z), ndtr((margin - difference) / error - z)
@@ -138,10 +139,8 @@ def _chances(n: int, losses: np.ndarray, gains: np.ndarray, p_loss: float, p_gai
     return np.where(losses + gains <= n, np.exp(log), 0.0)
 
 
-def rows_for_inside(
-    discordant_share: float, difference: float, margin: float, one_sided: bool = False, power: float = 0.8
-) -> int:
-    """Rows with which the interval of the difference lies inside the margin with the given power; see `power_inside`.
+def rows_for_inside(discordant_share: float, difference: float, margin: float, one_sided: bool = False) -> int:
+    """Rows with which the interval of the difference lies inside the margin with 80 % power; see `power_inside`.
 
     With few discordant rows the power zigzags as rows are added: searched upwards by a fifth, then by bisection.
 
@@ -152,7 +151,7 @@ def rows_for_inside(
         raise ValueError(f"{difference} is not inside a margin of {margin}")
 
     def enough(n: int) -> bool:
-        return power_inside(n, discordant_share, difference, margin, one_sided) >= power
+        return power_inside(n, discordant_share, difference, margin, one_sided) >= POWER
 
     # start from half of what the normal approximation says, or the lattice of a few rows, whichever is less
     room = margin + difference if one_sided else margin - abs(difference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,23 +34,15 @@ class MarginTest:
     """Mean change of the right answer's margin, candidate minus reference, nats.
 
     Attributes:
-        n, clusters: rows, and groups of near-duplicates among them.
         change: mean with its 95 % interval (Student's, from whole clusters).
         p: sign-flip test of the mean, whole clusters exchanged. p_adjusted: after Holm, where several are tested.
         mde: smallest mean change that would be found with 80 % power at this spread, nats, by a test at `alpha`.
     """
 
-    n: int
-    clusters: int
     change: Interval
     p: float
     p_adjusted: float
     mde: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; the change as its mean and [low, high]; None for what is not finite."""
-        value = {**asdict(self), "mde": self.mde if math.isfinite(self.mde) else None}
-        return {**value, "change": self.change.estimate, "change_interval": self.change.to_json()}
 
 
 def margin_test(
@@ -69,7 +60,7 @@ def margin_test(
     """
     mean, p = cluster_mean(changes, clusters), sign_flip_test(changes, clusters, seed)
     mde = float(ndtri(1 - alpha / 2) + ndtri(0.8)) * mean.error
-    return MarginTest(len(changes), mean.clusters, mean.interval(), p, p, mde)
+    return MarginTest(mean.interval(), p, p, mde)
 
 
 # Accuracy, and the words that both endpoints allow.
@@ -106,8 +97,8 @@ class PairedComparison:
     p_adjusted: float
     mde: float
     verdict: str
-    design_effect: float = 1.0
-    equivalence_p: float = 1.0
+    design_effect: float
+    equivalence_p: float
     margin: MarginTest | None = None
     equivalence_p_adjusted: float = 1.0
 
@@ -121,12 +112,8 @@ class PairedComparison:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; the interval as [low, high]."""
-        value = asdict(self)
-        value["difference"] = self.difference.estimate
-        value["difference_interval"] = self.difference.to_json()
-        value["margin"] = self.margin.to_json() if self.margin else None
-        value["endpoint"] = self.endpoint
-        return value
+        difference = {"difference": self.difference.estimate, "difference_interval": self.difference.to_json()}
+        return {**asdict(self), **difference, "endpoint": self.endpoint}
 
 
 def verdict(
@@ -197,10 +184,7 @@ def compare_all(
         words = verdict(difference, p_adjusted, margin_points, mde, margin)
         equal = equivalence_paired(losses / effect, gains / effect, n / effect, margin_points / 100)
         found[name] = PairedComparison(
-            *(n, losses, gains, difference, p, p_adjusted, mde, words),
-            design_effect=effect,
-            equivalence_p=equal,
-            margin=margin,
+            *(n, losses, gains, difference, p, p_adjusted, mde, words, effect, equal), margin=margin
         )
     equal = holm([one.equivalence_p for one in found.values()])
     return {name: replace(one, equivalence_p_adjusted=p) for (name, one), p in zip(found.items(), equal, strict=True)}

@@ -13,7 +13,7 @@ import pytest
 
 from lib.report import sentences
 from lib.report.sentences import joined, sentence
-from lib.statistics.intervals import IN_WORDS, PLAIN_BRACKETS, Interval, estimate_text, limits_text
+from lib.statistics.intervals import IN_WORDS, Interval, estimate_text, limits_text
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDER = sentences.TEMPLATES / "sentences" / "en"
@@ -115,7 +115,6 @@ def test_filters() -> None:
 
 
 def test_one_formatter_of_intervals() -> None:
-    assert limits_text([0.85, 0.93], ".1f", 100, PLAIN_BRACKETS) == "[85.0, 93.0]"
     assert limits_text([-1.0, 2.0], "+.1f", pattern=IN_WORDS) == "-1.0 to +2.0"
     assert limits_text(None) is limits_text([None, 1.0]) is limits_text([0.0, float("inf")]) is None
     assert estimate_text(0.9, [0.85, 0.93], ".2f") == f"{Interval(0.9, 0.85, 0.93):.2f}" == "0.90 [0.85,\u00a00.93]"

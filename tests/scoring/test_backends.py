@@ -9,6 +9,7 @@ import torch
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.scoring.backend import make_jobs
+from lib.scoring.journal import Work
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny
@@ -153,7 +154,7 @@ def test_progress_counts_prompts(small, capsys):
     with LlamaCppBackend(small.gguf, **EXACT) as backend:
         for which in (backend, TransformersBackend(small.model, 3)):
             progress = Progress("scoring", 10)
-            which.label_log_probs(prompts, ANSWERS["several"], progress)
+            which.label_log_probs(prompts, ANSWERS["several"], Work(progress))
             assert progress.done == 10
 
 

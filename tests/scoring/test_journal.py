@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ folder, kind, path, task = sys.argv[1:]
 torch.set_num_threads(1)
 torch_backend._PASS["cpu"], llama_backend._TOKENS_ON_CPU = 4096, 2048
 def slowly(run):
-    return lambda *a: (time.sleep(0.15), run(*a))[1]
+    return lambda *a, **k: (time.sleep(0.15), run(*a, **k))[1]
 TransformersBackend._run = slowly(TransformersBackend._run)
 LlamaCppBackend._run = slowly(LlamaCppBackend._run)
 backend = (
@@ -215,7 +216,7 @@ def test_two_processes_do_not_write_one_file(small, tmp_path):
     from lib.scoring.journal import Journal
 
     with (
-        Journal(tmp_path / "scores", {"model": "m"}, []),
+        closing(Journal(tmp_path / "scores", {"model": "m"}, [])),
         pytest.raises(InputError, match="another process writes"),
     ):
         Journal(tmp_path / "scores", {"model": "m"}, [])
@@ -223,25 +224,24 @@ def test_two_processes_do_not_write_one_file(small, tmp_path):
 
 def test_several_sequences_a_prompt(small, tmp_path, counted, monkeypatch):
     """Answer words of several tokens: rows count once, and an interruption between their sequences changes nothing."""
-    from lib.progress import Progress
-    from lib.scoring.journal import SCORED, open_journal
+    from lib.scoring.journal import SCORED, keeping
 
     prompts, answers = [[7, *range(i, i + 9)] for i in range(1, 12)], [[300], [301, 17, 40], [302, 9, 5]]
     backend = open_backend(small)
     expected = backend.label_log_probs(prompts, answers)
-    asked = (Keep(tmp_path / "s", "m"), SCORED, [str(i) for i in range(11)], prompts, backend.settings)
-    with open_journal(*asked, labels=answers) as journal:
-        backend.label_log_probs(prompts, answers, None, journal)
-        assert journal.rows == 11
+    names = [str(i) for i in range(11)]
+    asked = (Keep(tmp_path / "s", "m"), "scoring", SCORED, names, prompts, backend.settings)
+    with keeping(*asked, labels=answers) as work:
+        backend.label_log_probs(prompts, answers, work)
+        assert work.journal.rows == 11
     kept = (tmp_path / "s").read_bytes().split(b"\n")
     assert len(kept) == 1 + 22 + 1
     (tmp_path / "s").write_bytes(b"\n".join(kept[:10]) + b"\n")
-    with open_journal(*asked, labels=answers) as journal:
-        assert journal.rows == 5
-        progress = Progress("scoring", 11, already=journal.rows)
-        found = backend.label_log_probs(prompts, answers, progress, journal)
+    with keeping(*asked, labels=answers) as work:
+        assert work.journal.rows == 5
+        found = backend.label_log_probs(prompts, answers, work)
     np.testing.assert_array_equal(found, expected)
-    assert progress.done == 11
+    assert work.progress.done == 11
 
 
 def test_hash_of_a_model(tmp_path):

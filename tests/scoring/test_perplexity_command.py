@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,8 @@ import pytest
 
 from lib.cli import perplexity
 from lib.errors import InputError
-from lib.scoring.measure import FEWEST_DOCUMENTS, measure_in_child, summarize
+from lib.scoring.measure import FEWEST_DOCUMENTS, Text, measure_in_child, summarize, tokenize_with_transformers
 from lib.scoring.perplexity import Positions, percentiles
-from lib.scoring.texts import Text, tokenize_with_transformers
 from tests.scoring import tiny
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -171,7 +171,7 @@ def test_a_folder_beside_its_file(small):
     """The same weights in transformers and in llama.cpp: the same ids, documents and numbers."""
     text = Text.of_rows(tiny.texts(150))
     small.model.save_pretrained(small.folder)
-    shared = {"content": text.content, "starts": list(text.starts), "n_ctx": 64, "chunks": 0, "n_threads": 1}
+    shared = {"text": asdict(text), "n_ctx": 64, "chunks": 0, "n_threads": 1}
     shared["n_gpu_layers"] = 0
     gguf, folder = str(small.gguf), str(small.folder)
     file = measure_in_child({"model": gguf, "reference": None, **shared})
@@ -191,7 +191,13 @@ def test_special_tokens_are_plain_text(small):
 
 
 def test_different_tokenizers_are_refused(small, files: Path):
-    shared = {"content": "房间很好" * 60, "starts": [0], "n_ctx": 64, "chunks": 1, "n_threads": 1, "n_gpu_layers": 0}
+    shared = {
+        "text": {"content": "房间很好" * 60, "starts": [0]},
+        "n_ctx": 64,
+        "chunks": 1,
+        "n_threads": 1,
+        "n_gpu_layers": 0,
+    }
     with pytest.raises(InputError, match="different tokens of this text"):
         measure_in_child({"model": str(small.gguf), "reference": str(files / "a.gguf"), **shared})
 
@@ -200,10 +206,10 @@ def test_documents_widen_the_interval():
     """Tokens of one document that go up and down together count as one."""
     documents = np.repeat(np.arange(40), 50)
     together = np.random.default_rng(0).normal(3, 1, 40)[documents]
-    found = summarize(Positions(-together), documents, 8)
+    found = summarize(Positions(-together), documents)
     low, high = found["ppl_interval"]
     assert np.log(high / low) > 4 * 1.96 * found["ppl_uncertainty"] / found["ppl"]
-    assert summarize(Positions(-together), None, 8)["note"].startswith("the tokens do not spell")
+    assert summarize(Positions(-together), None)["note"].startswith("the tokens do not spell")
 
 
 def test_percentiles_are_numpys():
@@ -222,7 +228,7 @@ def test_a_begin_token_takes_the_first_place_of_every_window(files: Path, tmp_pa
     monkeypatch.setattr(gguf.GGUFWriter, "add_add_bos_token", lambda writer, _: plain(writer, True))
     tiny.golden_pair(tmp_path / "a.gguf", tmp_path / "b.gguf")
     text = Text.of_file(golden_text())
-    shared = {"content": text.content, "starts": list(text.starts), "n_ctx": 128, "chunks": 0, "n_threads": 1}
+    shared = {"text": asdict(text), "n_ctx": 128, "chunks": 0, "n_threads": 1}
     paths = {"model": str(tmp_path / "b.gguf"), "reference": str(tmp_path / "a.gguf")}
     found = measure_in_child({**paths, **shared, "n_gpu_layers": 0})
     assert found["ppl"] == pytest.approx(457.190124, rel=3e-6) and found["n_documents"] == 36

@@ -22,7 +22,7 @@ class Fixed:
     def __init__(self, values):
         self.values = np.array(values)
 
-    def label_log_probs(self, prompts, answers, progress=None, journal=None):
+    def label_log_probs(self, prompts, answers, work=None):
         return self.values
 
     def window_log_probs(self, ids, first=0):
@@ -56,7 +56,7 @@ def test_numbers_of_scores():
     )
     assert scores.predictions.tolist() == [0, 1, 0]
     assert scores.correct.tolist() == [True, True, False]
-    assert scores.accuracy == pytest.approx(2 / 3)
+    assert scores.correct.mean() == pytest.approx(2 / 3)
     assert scores.margins == pytest.approx(np.log([1 / 3, 1.05, 0.5]))
     assert scores.near_ties == 1
     assert scores.probabilities[0] == pytest.approx([0.75, 0.25])

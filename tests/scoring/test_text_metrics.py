@@ -19,7 +19,6 @@ from lib.scoring.text_metrics import (
     BROKEN,
     UNFINISHED,
     WRITTEN,
-    Answered,
     chrf_signature,
     common_length,
     longest_loop,
@@ -54,7 +53,7 @@ def test_a_stream_that_cuts_characters_is_intact_and_one_that_loses_bytes_is_not
         ends = [len(b"".join(pieces[: i + 1])) for i in range(len(pieces))]
         inside = sum(raw[end : end + 1] and 0x80 <= raw[end] < 0xC0 for end in ends if end < len(raw))
         assert (found.text, found.problem, found.split) == (text, "", inside)
-    assert read_stream([]).intact
+    assert not read_stream([]).problem
     assert read_stream(["好".encode()[:2]]).problem == UNFINISHED
     assert read_stream(["好".encode()[:2], b"a"]).problem == BROKEN
     assert read_stream([b"\xff", "好".encode()]).text == "\ufffd好"
@@ -185,17 +184,16 @@ def test_a_complete_block_is_one_that_training_would_accept(text: str) -> None:
 
 
 def measured(text: str, reference: str = "好的，先休息。", thinking: bool = False, **given: object) -> dict:
-    answer = Answered(read_stream([text.encode()]), bool(given.pop("ended", True)), str(given.pop("opening", "")))
-    return measure(answer, "我很焦虑，失眠。", reference, read_terms("counselling"), thinking)
+    stream, rest = read_stream([text.encode()]), ("我很焦虑，失眠。", reference, read_terms("counselling"), thinking)
+    return measure(stream, bool(given.pop("ended", True)), *rest, opening=str(given.pop("opening", "")))
 
 
 def test_an_answer_keeps_a_term_that_stands_inside_a_longer_one() -> None:
-    answer = Answered(read_stream(["密钥管理很重要".encode()]), True)
-    row = measure(answer, "什么是密钥管理？", "密钥要保密。", read_terms("cryptography"), False)
+    stream = read_stream(["密钥管理很重要".encode()])
+    row = measure(stream, True, "什么是密钥管理？", "密钥要保密。", read_terms("cryptography"), False)
     assert row["terms"] == [1, 1] and row["question_terms"] == [1, 1]
-    row = measure(
-        Answered(read_stream(["密钥要保密".encode()]), True), "", "密钥管理", read_terms("cryptography"), False
-    )
+    stream = read_stream(["密钥要保密".encode()])
+    row = measure(stream, True, "", "密钥管理", read_terms("cryptography"), False)
     assert row["terms"] == [0, 1], "the longer term is not kept by a part of it"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
+
+from lib.scoring.perplexity import positions, table_of
 
 LABELS = ("负面", "正面")
 WORDS = [
@@ -150,3 +153,13 @@ def golden_pair(first: Path, second: Path) -> list[int]:
     tiny_gguf.write(first, weights=weights, outtype="f32")
     tiny_gguf.write(second, weights=near, outtype="f32")
     return [(i * i * 7 + i * 13 + (i >> 3) * 5) % 256 for i in range(520)]
+
+
+def kl_table(reference: Any, other: Any, windows: list[list[int]]) -> dict[str, float]:
+    """The numbers of a model beside another open one, or beside what is kept of it."""
+    return table_of(positions(reference, other, windows, "KL divergence"))
+
+
+def perplexity(backend: Any, windows: list[list[int]]) -> dict[str, float]:
+    """The numbers of a model alone."""
+    return table_of(positions(None, backend, windows, "perplexity"))

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from lib.cli.report import seed_overrides
 from lib.errors import InputError
 from lib.report.index import recipe_table, run_table, write_all_index
-from lib.select.choice import outdated, read_analysis, select
+from lib.select.choice import outdated, read_analysis, select, write_analysis
 from lib.settings import Settings
 from lib.statistics.intervals import paired_score_interval
 from tests.select.conftest import TALK, Make, right, test_rows
@@ -27,7 +27,7 @@ def of(content: dict, key: str, name: str) -> dict:
 def test_the_better_run_is_taken_however_large_and_slow(make: Make) -> None:
     make("small", right(200, range(60)), rank=8, adapter_bytes=100, seconds=10)
     make("good", right(200, range(10)), rank=64, adapter_bytes=9000, seconds=900)
-    content = select(["small", "good"]).content
+    content = select(["small", "good"])
     assert content["chosen"]["run"] == "good" and content["metric"] == "accuracy"
     behind = of(content, "recipes", "small")
     assert behind["verdict"] == "worse" and behind["difference"] == pytest.approx(-0.25)
@@ -40,7 +40,7 @@ def test_the_better_run_is_taken_however_large_and_slow(make: Make) -> None:
 def test_a_difference_that_the_rows_cannot_show_goes_to_the_smaller_file(make: Make) -> None:
     make("leading", right(200, range(10)), rank=64, file=5_000_000, adapter_bytes=100)
     make("smaller", right(200, range(8, 20)), rank=8, file=4_000_000, adapter_bytes=900)
-    content = select(["leading", "smaller"]).content
+    content = select(["leading", "smaller"])
     assert of(content, "recipes", "smaller")["verdict"] == "cannot tell"
     assert content["chosen"]["run"] == "smaller" and "smallest recommended GGUF" in content["text"]
     assert of(content, "recipes", "leading")["verdict"] == "leader", "its estimate is higher all the same"
@@ -52,9 +52,9 @@ def test_then_the_adapter_then_speed_then_the_order_in_which_they_were_named(mak
     make("b", values, rank=2, adapter_bytes=1005, seconds=80)
     make("c", values, rank=3, adapter_bytes=1009, seconds=78)
     make("d", values, rank=4, adapter_bytes=1500, seconds=1)
-    content = select(["a", "c", "b", "d"]).content
+    content = select(["a", "c", "b", "d"])
     assert content["chosen"]["run"] == "c", "d is larger, a is slower, b is as fast but named later"
-    assert select(["b", "a", "c"]).chosen == "b"
+    assert select(["b", "a", "c"])["chosen"]["run"] == "b"
     assert [reason.split(" have ")[-1] for reason in content["chosen"]["reasons"][1:3]] == [
         "the smallest adapter",
         "the fastest training",
@@ -64,7 +64,7 @@ def test_then_the_adapter_then_speed_then_the_order_in_which_they_were_named(mak
 def test_speeds_of_different_devices_do_not_decide(make: Make) -> None:
     make("cpu", right(50), rank=1, seconds=100)
     make("gpu", right(50), rank=2, seconds=1, device="cuda:0")
-    content = select(["cpu", "gpu"]).content
+    content = select(["cpu", "gpu"])
     assert content["chosen"]["run"] == "cpu" and content["speed"] == {"comparable": False, "devices": ["cpu", "cuda:0"]}
 
 
@@ -72,7 +72,7 @@ def test_seeds_of_one_recipe_count_together_and_the_luckiest_is_not_taken(make: 
     for seed, wrong in ((42, range(20)), (43, range(16)), (44, range(24))):
         make(f"r-s{seed}", right(200, wrong), seed=seed)
     make("other", right(200, range(100)), rank=64)
-    content = select(["r-s42", "r-s43", "r-s44", "other"]).content
+    content = select(["r-s42", "r-s43", "r-s44", "other"])
     recipe = of(content, "recipes", "r-s42")
     means = [0.9, 0.92, 0.88]
     assert recipe["runs"] == ["r-s42", "r-s43", "r-s44"] and recipe["n_seeds"] == 3
@@ -86,7 +86,7 @@ def test_a_wide_spread_of_seeds_widens_the_interval(make: Make) -> None:
     for seed, wrong in ((1, range(0)), (2, range(150)), (3, range(90))):
         make(f"shaky-{seed}", right(300, wrong), seed=seed)
     make("steady", right(300, range(200, 260)), rank=64)
-    content = select(["shaky-1", "shaky-2", "shaky-3", "steady"]).content
+    content = select(["shaky-1", "shaky-2", "shaky-3", "steady"])
     behind = next(r for r in content["recipes"] if r["verdict"] != "leader")
     low, high = behind["difference_interval"]
     assert behind["verdict"] == "cannot tell" and low < -0.4 and high > 0.4
@@ -95,7 +95,7 @@ def test_a_wide_spread_of_seeds_widens_the_interval(make: Make) -> None:
 def test_a_seed_that_failed_is_not_taken(make: Make) -> None:
     make("r-1", right(100, range(70)), seed=1)
     make("r-2", right(100, range(5)), seed=2)
-    assert select(["r-1", "r-2"]).chosen == "r-2"
+    assert select(["r-1", "r-2"])["chosen"]["run"] == "r-2"
 
 
 def test_only_rows_that_all_hold_and_none_has_trained_on(make: Make) -> None:
@@ -105,7 +105,7 @@ def test_only_rows_that_all_hold_and_none_has_trained_on(make: Make) -> None:
     flagged = [{**row, "leaked": i == 3} for i, row in enumerate(rows)]
     make("one", right(65), rows=[*flagged, *seen], rank=1)
     make("two", right(45, range(10)), rows=[*moved, *seen], rank=2)
-    content = select(["one", "two"]).content
+    content = select(["one", "two"])
     assert content["rows"]["n"] == 40 and content["rows"]["leak_free"]
     assert content["rows"]["left_out"] == {
         "not in every run": 20,
@@ -120,7 +120,7 @@ def test_flagged_rows_are_left_out(make: Make) -> None:
     rows = [{**row, "leaked": i < 15} for i, row in enumerate(test_rows(50))]
     make("one", right(50, range(15, 20)), rows=rows, rank=1)
     make("two", right(50, range(10)), rows=rows, rank=2)
-    content = select(["one", "two"]).content
+    content = select(["one", "two"])
     assert content["rows"]["n"] == 35 and content["rows"]["left_out"]["flagged by a leak audit"] == 15
     assert of(content, "runs", "two")["metric"] == 1.0
 
@@ -130,7 +130,7 @@ def test_losses_of_answers(make: Make) -> None:
     difficulty = draw.uniform(1, 4, 150)
     make("high", (difficulty + draw.normal(0.2, 0.1, 150)).tolist(), task=TALK, rank=1, adapter_bytes=10)
     make("low", difficulty.tolist(), task=TALK, rank=2)
-    content = select(["high", "low"]).content
+    content = select(["high", "low"])
     behind = of(content, "recipes", "high")
     assert content["metric"] == "answer_loss" and content["chosen"]["run"] == "low" and behind["verdict"] == "worse"
     assert 0.15 < behind["difference_interval"][0] < behind["difference"] < behind["difference_interval"][1] < 0.25
@@ -141,7 +141,7 @@ def test_tiny_difference_of_losses_does_not_decide(make: Make) -> None:
     difficulty = draw.uniform(1, 4, 100)
     make("large", difficulty.tolist(), task=TALK, rank=1, adapter_bytes=5000)
     make("small", (difficulty + draw.normal(1e-5, 0.05, 100)).tolist(), task=TALK, rank=2, adapter_bytes=50)
-    assert select(["large", "small"]).chosen == "small"
+    assert select(["large", "small"])["chosen"]["run"] == "small"
 
 
 def test_no_interval_is_told_where_there_is_none(make: Make, tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_no_interval_is_told_where_there_is_none(make: Make, tmp_path: Path) -> 
         make(f"b{talk}", values, rows=rows, seed=2, **task)
         make(f"c{talk}", worse, rows=rows, rank=4, **task)
         analysis = select([f"a{talk}", f"b{talk}", f"c{talk}"])
-        assert [r["interval"] for r in analysis.content["recipes"] + analysis.content["runs"]] == [None] * 5
-        assert of(analysis.content, "recipes", f"c{talk}")["difference_interval"] is None
-        assert of(analysis.content, "recipes", f"c{talk}")["verdict"] == "cannot tell"
-        assert "no interval: too few groups of rows" in analysis.text
-        json.dumps(analysis.content, allow_nan=False)
-        for shown in (run_table(analysis.content), recipe_table(analysis.content)):
+        assert [r["interval"] for r in analysis["recipes"] + analysis["runs"]] == [None] * 5
+        assert of(analysis, "recipes", f"c{talk}")["difference_interval"] is None
+        assert of(analysis, "recipes", f"c{talk}")["verdict"] == "cannot tell"
+        assert "no interval: too few groups of rows" in analysis["text"]
+        json.dumps(analysis, allow_nan=False)
+        for shown in (run_table(analysis), recipe_table(analysis)):
             assert "nan" not in str(shown.rows) and "inf" not in str(shown.rows)
 
 
@@ -168,7 +168,7 @@ def test_intervals_of_recipes_that_are_all_right_have_a_width(make: Make) -> Non
     for seed in (1, 2):
         make(f"all-{seed}", right(50), seed=seed)
         make(f"too-{seed}", right(50), seed=seed, rank=4)
-    content = select(["all-1", "all-2", "too-1", "too-2"]).content
+    content = select(["all-1", "all-2", "too-1", "too-2"])
     single = of(content, "runs", "all-1")["interval"]
     assert of(content, "recipes", "all-1")["interval"] == pytest.approx(single) and single[0] < 0.95
     low, high = of(content, "recipes", "too-1")["difference_interval"]
@@ -216,12 +216,12 @@ def test_written_shown_in_the_index_and_marked_when_outdated(make: Make, home: P
     analysis, reports = select(["one", "two"]), home / "reports"
     reports.mkdir()
     assert "Which run?" not in write_all_index(reports).read_text(encoding="utf-8")
-    path = analysis.write(reports)
-    assert json.loads(path.read_text(encoding="utf-8")) == read_analysis(reports) == analysis.content
+    path = write_analysis(analysis, reports)
+    assert json.loads(path.read_text(encoding="utf-8")) == read_analysis(reports) == analysis
     text = write_all_index(reports).read_text(encoding="utf-8")
     assert "Which run?" in text and "one ★" in text and "never decides" in text and "outdated" not in text
     make("two", right(60), rank=3, seed=43)
-    assert outdated(analysis.content) == ["two"]
+    assert outdated(analysis) == ["two"]
     assert "outdated: two" in write_all_index(reports).read_text(encoding="utf-8")
     path.write_text('{"format": 0}', encoding="utf-8")
     assert read_analysis(reports) is None

@@ -143,8 +143,7 @@ def test_sign_flips_see_a_shift_and_no_change():
 def test_one_cluster_shows_no_spread():
     alone = paired.clustered_mean([1.0, 2.0], [0, 0])
     assert (alone.estimate, alone.low, alone.high) == (1.5, -math.inf, math.inf) and alone.to_json() == [None, None]
-    margins = statistics_verdicts.margin_test([1.0, 2.0], [0, 0])
-    assert margins.mde == math.inf and margins.to_json()["mde"] is None
+    assert statistics_verdicts.margin_test([1.0, 2.0], [0, 0]).mde == math.inf
 
 
 def test_bootstrap_t_is_skewed_as_the_values_are():
@@ -317,10 +316,9 @@ def test_margins_against_scipy():
     found = statistics_verdicts.margin_test(values, seed=1)
     theirs = scipy.stats.ttest_1samp(values, 0)
     assert found.change.to_json() == pytest.approx(list(theirs.confidence_interval()))
-    assert found.p == pytest.approx(theirs.pvalue, abs=0.01) and (found.n, found.clusters) == (200, 200)
+    assert found.p == pytest.approx(theirs.pvalue, abs=0.01)
     assert found.mde == pytest.approx(2.8016 * values.std(ddof=1) / math.sqrt(200), rel=1e-4)
     assert statistics_verdicts.margin_test(np.zeros(30)).p == 1.0
-    assert list(found.to_json()) == ["n", "clusters", "change", "p", "p_adjusted", "mde", "change_interval"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +332,7 @@ def test_margins_against_scipy():
     ],
 )
 def test_margins_decide_what_accuracy_leaves_open(difference: float, change: float, p: float, words: str):
-    margin = MarginTest(500, 500, Interval(change, change - 0.1, change + 0.1), p, p, 0.1)
+    margin = MarginTest(Interval(change, change - 0.1, change + 0.1), p, p, 0.1)
     open_question = Interval(difference, difference - 0.02, difference + 0.02)
     assert statistics_verdicts.verdict(open_question, 0.5, 1.0, 0.012, margin=margin) == words
     narrow = Interval(difference, difference - 0.005, difference + 0.005)

@@ -16,6 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from lib.scoring.log_probabilities import Scores
 from lib.statistics import classification, intervals, paired, verdicts
 from lib.statistics.intervals import Interval, tango_statistic
 
@@ -179,16 +180,6 @@ def test_macro_f1_counts_absent_classes_as_zero(pairs: list[tuple[int, int]]):
     assert sum(map(sum, report.confusion)) == len(pairs)
 
 
-def test_the_metric_is_a_local_evaluate_module():
-    import evaluate
-
-    metric = classification.metric_class()(keep_in_memory=True)
-    assert isinstance(metric, evaluate.EvaluationModule)
-    metric.add_batch(predictions=[1, 0], references=[1, 1])
-    metric.add_batch(predictions=[0], references=[0])
-    assert metric.compute(n_classes=2)["accuracy"] == pytest.approx(2 / 3)
-
-
 def test_report_refuses_foreign_labels():
     with pytest.raises(ValueError, match=r"0\.\.1"):
         classification.classification_report([0, 2], [0, 1], ["a", "b"])
@@ -213,9 +204,12 @@ def test_a_calibrated_model_has_small_ece():
 
 
 def test_confidences_are_softmax_over_labels():
-    log_probs = np.log([[0.1, 0.3], [0.02, 0.02]])
-    assert classification.confidences(log_probs) == pytest.approx([0.75, 0.5])
-    assert classification.confidences(np.array([[-2000.0, -1000.0]])) == pytest.approx([1.0])
+    def confidence(log_probs: np.ndarray) -> np.ndarray:
+        rows = np.zeros(len(log_probs), dtype=int)
+        return Scores([], rows, log_probs, rows, 1.0).probabilities.max(axis=1)
+
+    assert confidence(np.log([[0.1, 0.3], [0.02, 0.02]])) == pytest.approx([0.75, 0.5])
+    assert confidence(np.array([[-2000.0, -1000.0]])) == pytest.approx([1.0])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""The error ladder: what each step from the trained adapter to the quantized file changed, from scores that exist.
-Do two backends choose the same label, and where not: only on rows that were nearly undecided, or also elsewhere?
-"""
+"""From scores that exist: what each step from the adapter to the quantized file changed (the error ladder), and whether
+two backends choose the same labels."""
 
 from __future__ import annotations
 
@@ -46,14 +45,14 @@ def step_file(files: Sequence[Mapping[str, Any]], recommendation: Mapping[str, A
 
 def steps_of(
     run: Run, folder: Path, content: Mapping[str, Any], metric: Metric, rows: RowGroups
-) -> tuple[tuple[dict[str, Any], ...], str]:
+) -> tuple[list[dict[str, Any]], str]:
     """The error ladder from the scores of 03 and of a comparison, and why a step of 03 is left out.
 
     Args:
         folder, content: of the comparison; without "steps" there is no ladder.
     """
     if "steps" not in content:
-        return (), ""
+        return [], ""
     asked, reference = content["steps"], content["reference"]
     name = asked["file"]
     files = [(asked["merged"], MERGED_SCORES)]
@@ -74,7 +73,7 @@ def steps_of(
             note = "03 scored other rows, so the adapter is left out."
     conditions = content["conditions"]
     margin = conditions[metric.margin_condition]
-    return tuple(error_ladder(metric, steps, rows.groups, margin, conditions["seed"])), note
+    return error_ladder(metric, steps, rows.groups, margin, conditions["seed"]), note
 
 
 def error_ladder(
@@ -100,10 +99,8 @@ def error_ladder(
         if scores.ids != steps[0][1].ids:
             raise ValueError(f"{name} has scores of other rows")
         entry = {"name": name, "n": len(scores.ids), **metric.step(scores, groups, margin)}
-        entry |= {"before": None, "first": None}
-        if place:
-            for key, (_, earlier) in (("before", steps[place - 1]), ("first", steps[0])):
-                entry[key] = metric.step_change(earlier, scores, groups, margin, seed)
+        for key, earlier in (("before", place - 1), ("first", 0)):
+            entry[key] = metric.step_change(steps[earlier][1], scores, groups, margin, seed) if place else None
         entries.append(entry)
     return entries
 
@@ -129,22 +126,19 @@ def by_margin(first: Scores, second: Scores) -> list[dict[str, Any]]:
         raise ValueError("scores of different rows")
     sure = np.abs(first.margins)
     same = first.predictions == second.predictions
-    bins = []
-    for low, high in zip(EDGES, (*EDGES[1:], None), strict=True):
-        inside = (sure >= low) & (sure < (np.inf if high is None else high))
-        bins.append({"low": low, "high": high, "all": False, **_agreement(same[inside])})
-    return [*bins, {"low": 0.0, "high": None, "all": True, **_agreement(same)}]
-
-
-def _agreement(same: np.ndarray) -> dict[str, Any]:
-    n, agree = len(same), int(same.sum())
-    interval = wilson(agree, n) if n else None
-    return {
-        "n": n,
-        "agree": agree,
-        "share": interval.estimate if interval else None,
-        "interval": interval.to_json() if interval else None,
-    }
+    parts = [
+        (low, high, False, (sure >= low) & (sure < (np.inf if high is None else high)))
+        for low, high in zip(EDGES, (*EDGES[1:], None), strict=True)
+    ]
+    found = []
+    for low, high, whole, mask in [*parts, (0.0, None, True, np.ones(len(same), dtype=bool))]:
+        n, agree = int(mask.sum()), int(same[mask].sum())
+        entry = {"low": low, "high": high, "all": whole, "n": n, "agree": agree, "share": None, "interval": None}
+        if n:
+            interval = wilson(agree, n)
+            entry |= {"share": interval.estimate, "interval": interval.to_json()}
+        found.append(entry)
+    return found
 
 
 def agreements(scores: Mapping[str, Scores], merged: tuple[str, Scores] | None) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.progress import say
@@ -129,7 +131,7 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
         "recommendation": recommend(metric, files, asked.margin, floor, len(entries) - 1),
-        "agreement": agreements(scores, merged) if encoded.answers else None,
+        "agreement": agreements(scores, merged) if encoded.rows.answers else None,
         "notes": [*encoded.notes, *(f"{one.name}: {note}" for one in measured if (note := one.answer.get("note")))],
         "found_done": found_done({name: [score.found] for name, score in scores.items()}),
     }
@@ -189,7 +191,8 @@ class Processes:
         ]
 
     def _saved(self, answer: Mapping[str, Any], file: str) -> AnyScores:
-        scores = self.encoded.scores(self.asked.rows, answer)
+        log_probs = np.array(answer["log_probs"], dtype=np.float64)
+        scores = self.encoded.rows.scores(self.asked.rows, log_probs, answer["score_seconds"], answer["found"])
         scores.save(self.asked.output / file)
         return scores
 
@@ -291,7 +294,6 @@ def _entries(
     scores = {one.name: one.scores for one in others}
     judged = compare(metric, reference.scores, scores, groups, asked.margin, asked.seed)
     judged[reference.name] = judged.pop("")
-    reference_ppl = reference.answer["perplexity"]["ppl"]
     return [
         {
             "type": one.name,
@@ -302,7 +304,7 @@ def _entries(
             "bits_per_weight": 8 * one.answer["tensor_bytes"] / one.answer["weights"],
             **judged[one.name],
             **metric.entry_floor(floor),
-            **_text_quality(one.answer, reference_ppl),
+            **_text_quality(one.answer["text"], reference.answer["text"]["ppl"]),
             **{key: one.answer[key] for key in _SPEED_KEYS},
             "seconds_per_sample": one.answer["score_seconds"] / len(asked.rows),
             "peak_memory_mib": one.answer["memory_mib"],
@@ -312,29 +314,26 @@ def _entries(
     ]
 
 
-def _text_quality(answer: Mapping[str, Any], reference_ppl: float) -> dict[str, Any]:
-    """KL divergence and perplexity; the reference's divergence from itself is 0 by definition.
+_OWN_TEXT = {
+    **dict.fromkeys(("kld_mean", "kld_uncertainty", "kld_low", "kld_high", "kld_median", "kld_p99", "kld_max"), 0.0),
+    "kld_mean_interval": None,
+    "same_top": 1.0,
+    "ppl_ratio": 1.0,
+}
+"""How far the reference is from itself, by definition."""
 
-    The ratio is taken to the reference's own perplexity: the one in a KlTable is of its rounded log-probabilities,
-    which end 16 nats below the likeliest token.
+
+def _text_quality(text: Mapping[str, Any], reference_ppl: float) -> dict[str, Any]:
+    """KL divergence and perplexity on the held-out text.
+
+    The ratio is taken to the reference's own perplexity: the one in a table is of its rounded log-probabilities, which
+    end 16 nats below the likeliest token.
     """
-    table = answer["divergence"]
-    if table is None:
-        own = answer["perplexity"]
-        zero = dict.fromkeys(("kld_mean", "kld_uncertainty", "kld_low", "kld_high", "kld_median"), 0.0)
-        zero |= {"kld_mean_interval": None, "kld_p99": 0.0, "kld_max": 0.0, "same_top": 1.0, "ppl_ratio": 1.0}
-        return {**zero, "n_tokens": own["n_tokens"], "ppl": own["ppl"], "ppl_uncertainty": own["uncertainty"]}
-    half = 1.96 * table["uncertainty"]
-    return {
-        "kld_mean": table["mean"],
-        "kld_uncertainty": table["uncertainty"],
-        "kld_low": max(table["mean"] - half, 0.0),
-        "kld_high": table["mean"] + half,
-        "kld_mean_interval": answer["kld_mean_interval"],
-        **{f"kld_{key}": table[key] for key in ("median", "p99", "max")},
-        **{key: table[key] for key in ("same_top", "n_tokens", "ppl", "ppl_uncertainty")},
-        "ppl_ratio": table["ppl"] / reference_ppl,
-    }
+    own = {**_OWN_TEXT, **{key: text[key] for key in (*_OWN_TEXT, "n_tokens", "ppl", "ppl_uncertainty") if key in text}}
+    if "kld_mean" not in text:
+        return own
+    mean, half = text["kld_mean"], 1.96 * text["kld_uncertainty"]
+    return {**own, "kld_low": max(mean - half, 0.0), "kld_high": mean + half, "ppl_ratio": text["ppl"] / reference_ppl}
 
 
 # What cannot be compared is refused before any work.

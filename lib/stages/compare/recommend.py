@@ -17,13 +17,6 @@ from lib.statistics.verdicts import in_words
 
 SURVIVES = 0.025
 """Level of a corrected p of "not equivalent": the verdict's 95 % interval is two one-sided tests at this level."""
-PICK_RULE = (
-    "Of the GGUF files no larger than the limit take the smallest whose loss is shown to be at most the one "
-    "allowed: the whole 95 % interval of the paired difference from the reference lies on the allowed side; where the "
-    "leak-free rows judge it worse, theirs too. The reference itself counts as without loss. A file is refuted when "
-    "its whole interval lies beyond, and open when the limit is inside. Each file is asked alone, without correction "
-    "for their number."
-)
 
 
 def _written(template: str, **values: Any) -> str:
@@ -31,11 +24,6 @@ def _written(template: str, **values: Any) -> str:
     text = render(Path(__file__).with_name("templates") / template, **values)
     parts = (re.sub("[ \n]+", " ", part).strip() for part in re.split("\n{2,}", text))
     return "\n\n".join(part for part in parts if part)
-
-
-def rule_of(metric: Metric) -> str:
-    """The rule by which a file is recommended, in words."""
-    return _written("rule.j2", metric=metric)
 
 
 def worse_on(entry: Entry) -> str | None:
@@ -99,7 +87,7 @@ def recommend(
         in_words=in_words,
     )
     return {
-        "rule": rule_of(metric),
+        "rule": _written("rule.j2", metric=metric),
         "type": chosen and chosen["type"],
         "reason": reason,
         "rows_needed": needed,
@@ -127,12 +115,9 @@ def _smaller_open(
 ) -> list[tuple[Entry, int | None]]:
     """Files below the chosen one of which it is open whether they are as good, and the rows that would tell."""
     below = [e for e in files if metric.tells_rows and e["bytes"] < chosen["bytes"]]
-    undecided = [e for e in below if e["verdict"].startswith("cannot") or _better_by_margins(e)]
+    by_margins = [e["verdict"] == "better" and e["endpoint"] != "accuracy" for e in below]
+    undecided = [e for e, only in zip(below, by_margins, strict=True) if only or e["verdict"].startswith("cannot")]
     return [(e, metric.rows_needed(e, margin)) for e in undecided]
-
-
-def _better_by_margins(entry: Entry) -> bool:
-    return entry["verdict"] == "better" and entry["endpoint"] != "accuracy"
 
 
 # By limits that the user names, from a finished comparison.
@@ -172,7 +157,8 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         chosen, reason = shown[0], "shown"
     else:
         open_files = [c for c in fitting if c["evidence"] == "open"]
-        near = min(open_files, key=_reach, default=None)
+        reach = {c["type"]: math.inf if c["interval"][1] is None else c["interval"][1] for c in open_files}
+        near = min(open_files, key=lambda c: reach[c["type"]], default=None)
         reason = "open" if near else "refuted"
         if near and not near["leak_free"] and near["loss"] < max_loss:
             needed = metric.rows_needed(_entry(files, near["type"]), max_loss, one_sided=True)
@@ -191,7 +177,7 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         rows_needed=needed,
     )
     return {
-        "rule": PICK_RULE,
+        "rule": _written("pick_rule.j2"),
         "limits": {"max_mb": max_mb, "max_loss": max_loss, "unit": metric.loss_unit},
         "type": chosen and chosen["type"],
         "file": chosen and chosen["file"],
@@ -226,12 +212,6 @@ def _candidate(entry: Entry, metric: Metric, max_mb: float | None, max_loss: flo
         "evidence": evidence,
         "leak_free": free,
     }
-
-
-def _reach(candidate: Mapping[str, Any]) -> float:
-    """How far an open file's interval reaches."""
-    high = candidate["interval"][1]
-    return math.inf if high is None else high
 
 
 def _over(megabytes: float, max_mb: float | None) -> str:

@@ -70,19 +70,22 @@ def base_scores(run: Run) -> BaseScores:
     return BaseScores(load_scores(folder / BASE_SCORES), load_scores(folder / TUNED_SCORES) if same else None, "")
 
 
+_STALE = (
+    ("evaluation", "adapter", "03 was not run again after the training"),
+    ("merged", "adapter", "04 was not run again after the training"),
+    ("gguf", "merged", "05 was not run again after 04"),
+)
+"""Product, what it was made from, and in words that it was made from another one."""
+
+
 def other_model(run: Run) -> str:
     """Why the fine-tuned model's scores of 03 are not those of the adapter in the run's GGUF; empty where they are."""
     entries = run.manifest.entries()
     if "evaluation" not in entries or "adapter" not in entries:
         return "03 was not run, so the adapter is left out."
-    adapter = entries["adapter"].digest
-    if entries["evaluation"].inputs.get("adapter") != adapter:
-        return "03 was not run again after the training, so the adapter is left out."
-    merged = entries.get("merged")
-    if merged and merged.inputs.get("adapter") != adapter:
-        return "04 was not run again after the training, so the adapter is left out."
-    if merged and "gguf" in entries and entries["gguf"].inputs.get("merged") != merged.digest:
-        return "05 was not run again after 04, so the adapter is left out."
+    for product, source, words in _STALE:
+        if {product, source} <= set(entries) and entries[product].inputs.get(source) != entries[source].digest:
+            return f"{words}, so the adapter is left out."
     try:
         found = run.require("evaluation").path / TUNED_SCORES
     except InputError as error:

@@ -1,7 +1,4 @@
-"""How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only.
-The most tokens a second that a memory can feed: arithmetic, not a measurement and not a forecast.
-What real phones measured of the compared files: results that `workbook serve --phone` took in, or that were sent.
-"""
+"""How fast a GGUF file is: here, at most in a phone's memory, and on the real phones that measured it."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from lib.models.gguf_file import read_tensors
 from lib.runs.files import sha256_file
 from lib.runs.phone_results import FOLDER, read_result
 from lib.runs.run import Run
-from lib.scoring.llama_backend import forget_errors, last_error, llama
+from lib.scoring.llama_backend import last_error, llama, open_context, open_model
 
 # How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only.
 
@@ -49,7 +46,7 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
     ids = list(prompt[:PROMPT_TOKENS])
     read_once(path)
     place = (path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
-    loads = repeat_loads(lambda: _load_once(*place))
+    loads = repeat(lambda: _load_once(*place), *LOADS)
     with _opened(*place) as (model, context):
         vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         facts = {
@@ -85,9 +82,11 @@ def read_once(path: Path) -> None:
 @contextlib.contextmanager
 def _opened(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Iterator[tuple[Any, Any]]:
     """A model and a context for so many tokens."""
-    model = _load(path, n_gpu_layers)
+    model = open_model(path, n_gpu_layers)
     try:
-        context = _context(model, path, tokens, n_threads, n_gpu_layers)
+        size, threads = max(256, tokens), {"n_threads": n_threads, "n_threads_batch": n_threads}
+        values = {"n_ctx": size, "n_batch": size, "offload_kqv": n_gpu_layers != 0, **threads}
+        context = open_context(model, path, tokens, "use a smaller model.", **values)
         try:
             yield model, context
         finally:
@@ -101,32 +100,6 @@ def _load_once(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> fl
     started = time.perf_counter()
     with _opened(path, tokens, n_threads, n_gpu_layers):
         return time.perf_counter() - started
-
-
-def _load(path: Path, n_gpu_layers: int) -> Any:
-    api = llama()
-    forget_errors()
-    parameters = api.llama_model_default_params()
-    parameters.n_gpu_layers = n_gpu_layers
-    model = api.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        found = f"llama.cpp cannot load {path}: {last_error() or 'no reason given'}."
-        raise InputError(found, "a complete model of a kind that llama.cpp knows.", "make or download the file again.")
-    return model
-
-
-def _context(model: Any, path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Any:
-    api = llama()
-    parameters = api.llama_context_default_params()
-    parameters.n_ctx = parameters.n_batch = max(256, tokens)
-    parameters.n_threads = parameters.n_threads_batch = n_threads
-    parameters.offload_kqv = n_gpu_layers != 0
-    parameters.no_perf = True
-    context = api.llama_init_from_model(model, parameters)
-    if not context:
-        found = f"llama.cpp cannot open {path} with {tokens} tokens: {last_error() or 'no reason given'}."
-        raise InputError(found, "enough memory for the context.", "use a smaller model.")
-    return context
 
 
 def _number(model: Any, key: str) -> int | None:
@@ -174,11 +147,6 @@ def repeat(
     while len(times) < fewest or (sum(times) < seconds and len(times) < most):
         times.append(run())
     return times
-
-
-def repeat_loads(load: Callable[[], float]) -> list[float]:
-    """`repeat` for loading, of which a run may take long."""
-    return repeat(load, *LOADS)
 
 
 def load_facts(times: list[float]) -> dict[str, Any]:
@@ -237,15 +205,12 @@ MEMORIES = (
 
 def read_bytes(path: Path, tensor_bytes: int) -> int:
     """Bytes of a GGUF file that writing one token reads: every weight, of a separate token embedding one row."""
-    import gguf
-
     tensors = {tensor.name: tensor for tensor in read_tensors(path)}
     if "output.weight" not in tensors:  # the embedding is the output matrix too
         return tensor_bytes
     table = tensors["token_embd.weight"]
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(table.type)]
-    rows, columns = table.shape
-    return tensor_bytes - (rows - 1) * (columns // block * size)
+    rows = table.shape[0]
+    return tensor_bytes - table.nbytes // rows * (rows - 1)
 
 
 def ceilings(files: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

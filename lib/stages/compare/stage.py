@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,19 @@ class ComparisonResult:
     product: Product
     metric: Metric
     reference: str
-    files: tuple[dict[str, Any], ...]
-    frontier: tuple[str, ...]
+    files: list[dict[str, Any]]
+    frontier: list[str]
     recommendation: dict[str, Any]
     conditions: dict[str, Any]
     data: dict[str, Any]
-    notes: tuple[str, ...]
-    skipped: tuple[dict[str, str], ...]
-    agreement: tuple[dict[str, Any], ...] = ()
-    steps: tuple[dict[str, Any], ...] = ()
-    steps_note: str = ""
-    written: dict[str, Any] = field(default_factory=dict)
-    generated: tuple[dict[str, Any], ...] = ()
-    retention_note: str = ""
+    notes: list[str]
+    retention_note: str
+    skipped: list[dict[str, str]]
+    agreement: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    steps_note: str
+    written: dict[str, Any]
+    generated: list[dict[str, Any]]
 
     def entry(self, type_name: str) -> dict[str, Any]:
         """The entry of one type."""
@@ -107,23 +107,17 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     content = _read(run, product.path, metric, rows)
     steps, steps_note = steps_of(run, product.path, content, metric, rows)
     wrote = (product.path / WRITTEN).is_file()
+    kept = ("reference", "files", "frontier", "recommendation", "conditions", "data", "notes", "retention_note")
     return ComparisonResult(
         product=product,
         metric=metric,
-        reference=content["reference"],
-        files=tuple(content["files"]),
-        frontier=tuple(content["frontier"]),
-        recommendation=content["recommendation"],
-        conditions=content["conditions"],
-        data=content["data"],
-        notes=tuple(content["notes"]),
-        skipped=tuple(_exports(run)["skipped"]),
-        agreement=tuple(content.get("agreement") or ()),
+        **{key: content[key] for key in kept},
+        skipped=_exports(run)["skipped"],
+        agreement=content.get("agreement") or [],
         steps=steps,
         steps_note=steps_note,
         written=read_json(product.path / WRITTEN) if wrote else {},
-        generated=tuple(read_jsonl(product.path / ROWS)) if wrote else (),
-        retention_note=content["retention_note"],
+        generated=read_jsonl(product.path / ROWS) if wrote else [],
     )
 
 
@@ -134,17 +128,13 @@ def _read(run: Run, folder: Path, metric: Metric, rows: RowGroups) -> dict[str, 
     return with_retention(content, retentions(metric, scores, base_scores(run), rows.groups), _grid(run))
 
 
-def _has_grid(run: Run) -> bool:
-    """Whether 06 has told, of these files, what lies on the grid of the base's weights."""
+def _grid(run: Run) -> dict[str, float]:
+    """By file name, share of the weights in types on the grid of the base's weights; empty where 06 has not told, of
+    these files."""
     entries = run.manifest.entries()
     if not {"retention", "quantized"} <= set(entries) or not (run.folder / "retention").is_dir():
-        return False
-    return entries["retention"].inputs.get("quantized") == entries["quantized"].digest
-
-
-def _grid(run: Run) -> dict[str, float]:
-    """By file name, share of the weights in types on that grid; empty where 06 has not told."""
-    if not _has_grid(run):
+        return {}
+    if entries["retention"].inputs.get("quantized") != entries["quantized"].digest:
         return {}
     return read_json(run.require("retention").path / "retention.json")["source_grid"]
 

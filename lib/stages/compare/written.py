@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.prompts.tasks import spread
 from lib.runs.files import write_json, write_jsonl
 from lib.runs.machine import physical_cores
-from lib.scoring.generation import Asked, Writing, Written, ask_row, end_ids, llama_feed, told, write_all
+from lib.scoring.generation import Questions, Written, end_ids, llama_feed, write_all
 from lib.scoring.journal import found_done
-from lib.scoring.term_lists import TermList, read_terms
-from lib.scoring.text_metrics import chrf_signature, summarise
+from lib.scoring.term_lists import read_terms
 from lib.stages.compare.child import WAIT_POLICY, keep_of
 from lib.stages.compare.files import Comparison, run_kept
 
@@ -56,11 +56,9 @@ def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settin
     task, tokenizer = asked.task, asked.tokenizer
     if task.label_names or not settings.generated_rows:
         return {}
-    terms = read_terms(settings.terms)
-    rows = spread(asked.rows, settings.generated_rows)
-    questions = [ask_row(tokenizer, dict(row), task.encode(tokenizer, row)) for row in rows]
+    questions = Questions.of(settings, tokenizer, task, asked.rows)
     argument = {
-        "asked": [one.ids for one in questions],
+        "prompts": [one.ids for one in questions.asked],
         "ends": sorted(end_ids(tokenizer)),
         "most": settings.max_new_tokens,
         "n_threads": settings.n_threads or physical_cores(),
@@ -71,48 +69,24 @@ def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settin
         for name, path in files.items()
     }
     answers = {
-        name: [
-            told(tokenizer, one, Written(**written), terms, task.thinking)
-            for one, written in zip(questions, own["written"], strict=True)
-        ]
+        name: questions.told(questions.asked, [Written(**written) for written in own["written"]])
         for name, own in made.items()
     }
-    groups = [row.get("group", place) for place, row in enumerate(rows)]
-    write_json(asked.output / WRITTEN, _measured(answers, groups, settings, terms))
-    write_jsonl(asked.output / ROWS, _readable(rows, questions, answers))
+    reference = next(iter(answers))
+    texts = {name: [answer["text"] for answer in given] for name, given in answers.items()}
+    content = {
+        "reference": reference,
+        **questions.conditions(),
+        "same_text": {name: sum(map(operator.eq, own, texts[reference])) for name, own in texts.items()},
+        "metrics": questions.summarise(answers, reference),
+    }
+    write_json(asked.output / WRITTEN, content)
+    write_jsonl(asked.output / ROWS, _readable(questions, answers))
     return found_done({name: [own["found"]] for name, own in made.items()})
 
 
-def _measured(
-    answers: Mapping[str, Sequence[Mapping[str, Any]]],
-    groups: Sequence[int],
-    settings: Settings,
-    terms: TermList | None,
-) -> dict[str, Any]:
-    """The content of written.json; the first of `answers` is the reference."""
-    reference = next(iter(answers))
-    measured = {name: [answer["measured"] for answer in given] for name, given in answers.items()}
-    return {
-        "reference": reference,
-        "decoding": {"method": "greedy", "max_new_tokens": settings.max_new_tokens, "rows": len(groups)},
-        "chrf": chrf_signature(),
-        "terms": terms and {"name": terms.name, "terms": len(terms)},
-        "same_text": _same_text(answers, reference),
-        "metrics": summarise(measured, groups, reference),
-    }
-
-
-def _same_text(answers: Mapping[str, Sequence[Mapping[str, Any]]], reference: str) -> dict[str, int]:
-    """How many answers of each file are the reference's to the letter."""
-    return {
-        name: sum(one["text"] == other["text"] for one, other in zip(given, answers[reference], strict=True))
-        for name, given in answers.items()
-    }
-
-
-def _readable(
-    rows: Sequence[Mapping[str, Any]], asked: Sequence[Asked], answers: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[dict[str, Any]]:
+def _readable(questions: Questions, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Question, reference and every file's answer of each row."""
     return [
         {
             "id": row["id"],
@@ -123,7 +97,7 @@ def _readable(
                 for name, given in answers.items()
             },
         }
-        for place, (row, one) in enumerate(zip(rows, asked, strict=True))
+        for place, (row, one) in enumerate(zip(questions.rows, questions.asked, strict=True))
     ]
 
 
@@ -131,8 +105,8 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
     """Answers of one file, in a process of its own.
 
     Args:
-        argument: "path", "asked" (token ids of every prompt), "ends", "most", "n_threads", "n_gpu_layers", "keep" (file
-            for the answers as they come).
+        argument: "path", "prompts" (token ids of each), "ends", "most", "n_threads", "n_gpu_layers", "keep" (file for
+            the answers as they come).
 
     Returns:
         {"written": fields of a Written, one a prompt; "found": what of them was there, in words}.
@@ -140,10 +114,10 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
     from lib.scoring.llama_backend import LlamaCppBackend
 
-    asked = [Asked(ids, "", "", "") for ids in argument["asked"]]
-    context = max(len(one.ids) for one in asked) + argument["most"]
+    prompts, most = argument["prompts"], argument["most"]
+    context = max(map(len, prompts)) + most
     path = Path(argument["path"])
     with LlamaCppBackend(path, context, argument["n_threads"], argument["n_gpu_layers"]) as backend:
-        how = Writing(argument["most"], argument["ends"], keep=keep_of(argument), settings=backend.settings)
-        written, found = write_all(lambda: llama_feed(backend), asked, how, "answers", path.name)
+        start, keep = functools.partial(llama_feed, backend), keep_of(argument)
+        written, found = write_all(start, prompts, most, argument["ends"], backend, keep)
     return {"written": [asdict(one) for one in written], "found": found}

@@ -156,7 +156,7 @@ def evaluate_scores(
         name: classification.classification_report(scores.labels[mask], scores.predictions[mask], label_names)
         for name, mask in masks.items()
     }
-    confidence = classification.confidences(scores.log_probs)
+    confidence = scores.probabilities.max(axis=1)
     wrong = np.flatnonzero(~scores.correct)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES_SHOWN]
     mistakes = tuple(
@@ -268,18 +268,11 @@ class LabelEvaluation(EvaluationResult):
 
     def accuracies(self, subset: str = ALL) -> list[dict[str, Any]]:
         """Name, estimate, low, high and n of every model and the floor, for a figure or a table."""
-        reports = {SHOWN[name]: model.reports.get(subset) for name, model in self.models.items()}
-        reports[FLOOR] = self.floor.get(subset)
+        reports = {SHOWN[name]: model.reports for name, model in self.models.items()} | {FLOOR: self.floor}
+        found = {name: own[subset] for name, own in reports.items() if subset in own}
         return [
-            {
-                "name": name,
-                "estimate": r.accuracy.estimate,
-                "low": r.accuracy.low,
-                "high": r.accuracy.high,
-                "n": r.n,
-            }
-            for name, r in reports.items()
-            if r is not None
+            {"name": name, "estimate": r.accuracy.estimate, "low": r.accuracy.low, "high": r.accuracy.high, "n": r.n}
+            for name, r in found.items()
         ]
 
     def to_json(self) -> dict[str, Any]:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.prompts.conversations import Encoded
-from lib.prompts.tasks import Task, read_task, spread
+from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
-from lib.scoring.generation import Asked, Sampling, Writing, ask_prompt, ask_row, end_ids, told, torch_feed, write_all
+from lib.scoring.generation import Asked, Questions, Sampling, end_ids, torch_feed, write_all
 from lib.scoring.journal import Keep, found_done
 from lib.scoring.log_probabilities import score_rows
-from lib.scoring.term_lists import TermList, read_prompts, read_terms
-from lib.scoring.text_metrics import chrf_signature, summarise
+from lib.scoring.term_lists import read_prompts
 from lib.stages.evaluate.results import (
     BASE,
     FINETUNED,
@@ -134,7 +132,10 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     models = candidates(run, dtype)
     work.device = device_name()
     encoded = [task.encode(tokenizer, row) for row in rows]
-    questions = Questions.of(settings, tokenizer, task, rows, encoded) if kind.writes else None
+    questions = None
+    if kind.writes:
+        sources = read_prompts(settings.prompts_file) if settings.generated_rows > 0 else ()
+        questions = Questions.of(settings, tokenizer, task, rows, sources)
     notes: dict[str, str] = {}
     found: dict[str, list[str]] = {}
     wrote: dict[str, Replies] = {}
@@ -151,7 +152,7 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     known: dict[str, Any] = {"titles": {model.name: model.title(kind.alone) for model in models}, "scoring": notes}
     if questions is not None:
         conditions = {"system_prompt": task.system_prompt, "device": work.device, "dtype": dtype}
-        known |= _save_written(work.folder, rows, questions, wrote, conditions)
+        known |= _save_written(work.folder, questions, wrote, conditions)
         known["turns_cut"] = sum(one.turns_cut for one in encoded)
     result = kind.read(None, work.folder, data.path, settings, known)
     write_json(work.folder / SUMMARY, result.to_json())
@@ -176,65 +177,11 @@ GREEDY, SAMPLED = "greedy", "sampled"
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What every model is asked.
-
-    Attributes:
-        tokenizer, terms, thinking: of the run.
-        chosen: numbers of the test rows that are answered.
-        asked: those rows.
-        prompts: the prompts behind them, rendered; sources: as the file has them. Both empty where nothing is written
-            (generated_rows: 0).
-        most: tokens at which an answer is cut.
-        sampling: of the second answer to a prompt.
-    """
-
-    tokenizer: Any
-    terms: TermList | None
-    thinking: bool
-    chosen: list[int]
-    asked: list[Asked]
-    prompts: list[Asked]
-    sources: list[dict[str, str]]
-    most: int
-    sampling: Sampling
-
-    @classmethod
-    def of(
-        cls,
-        settings: Settings,
-        tokenizer: Any,
-        task: Task,
-        rows: Sequence[dict[str, Any]],
-        encoded: Sequence[Encoded],
-    ) -> Questions:
-        """As the settings want it.
-
-        Raises:
-            InputError: no such list of terms or prompts.
-        """
-        writes = settings.generated_rows > 0
-        chosen = spread(range(len(rows)), settings.generated_rows) if writes else []
-        sources = read_prompts(settings.prompts_file) if writes else []
-        return cls(
-            tokenizer=tokenizer,
-            terms=read_terms(settings.terms),
-            thinking=task.thinking,
-            chosen=chosen,
-            asked=[ask_row(tokenizer, rows[i], encoded[i]) for i in chosen],
-            prompts=[ask_prompt(tokenizer, task, source) for source in sources],
-            sources=sources,
-            most=settings.max_new_tokens,
-            sampling=Sampling(seed=settings.seed),
-        )
-
-
-@dataclass(frozen=True)
 class Replies:
     """What one model wrote.
 
     Attributes:
-        answers: greedy, to the rows (see `told`).
+        answers: greedy, to the rows (see `Questions.told`).
         replies: {"greedy", "sampled"} to each prompt.
         found: what an interrupted run had already written of them, in words.
     """
@@ -253,11 +200,10 @@ def write_with(backend: TransformersBackend, questions: Questions, keep: Keep | 
     model, ends, found = backend.model, end_ids(questions.tokenizer), []
 
     def ask(asked: Sequence[Asked], what: str, drawn: Sampling | None = None) -> list[dict[str, Any]]:
-        plan = Writing(questions.most, ends, drawn, keep and keep.part(what.replace(" ", "-")), backend.settings)
-        written, done = write_all(lambda: torch_feed(model), asked, plan, what, backend.name)
+        own, prompts = keep and keep.part(what.replace(" ", "-")), [one.ids for one in asked]
+        written, done = write_all(lambda: torch_feed(model), prompts, questions.most, ends, backend, own, what, drawn)
         found.append(done)
-        rest = (questions.terms, questions.thinking)
-        return [told(questions.tokenizer, one, made, *rest) for one, made in zip(asked, written, strict=True)]
+        return questions.told(asked, written)
 
     answers = ask(questions.asked, "answers")
     for prompt in questions.prompts[:1]:
@@ -267,18 +213,15 @@ def write_with(backend: TransformersBackend, questions: Questions, keep: Keep | 
     return Replies(answers, replies, found)
 
 
-def generated_rows(
-    rows: Sequence[dict[str, Any]], questions: Questions, answers: Mapping[str, Sequence[dict[str, Any]]]
-) -> list[dict[str, Any]]:
+def generated_rows(questions: Questions, answers: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Question, reference and every model's answer to the chosen rows, one mapping a row."""
     made = []
-    for place, (number, asked) in enumerate(zip(questions.chosen, questions.asked, strict=True)):
+    for place, (row, asked) in enumerate(zip(questions.rows, questions.asked, strict=True)):
         given = {name: own[place] for name, own in answers.items()}
-        row = {"id": rows[number]["id"], "group": rows[number]["group"]}
-        row |= {"question": asked.question, "reference": asked.reference}
-        row |= {name: answer["text"] for name, answer in given.items()}
+        line = {"id": row["id"], "group": row["group"], "question": asked.question, "reference": asked.reference}
+        line |= {name: answer["text"] for name, answer in given.items()}
         keys = ("ended", "tokens", "measured")
-        made.append(row | {key: {name: answer[key] for name, answer in given.items()} for key in keys})
+        made.append(line | {key: {name: answer[key] for name, answer in given.items()} for key in keys})
     return made
 
 
@@ -289,12 +232,12 @@ def prompts_json(
 
     Returns:
         `conditions`, "decoding" (of "greedy" and "sampled"), "latency" (what the seconds are), "prompts": {"prompt",
-        "reference", "answers": {model: {"greedy", "sampled"}}}, each answer as `told` gives it.
+        "reference", "answers": {model: {"greedy", "sampled"}}}, each answer as `Questions.told` gives it.
     """
     most = {"max_new_tokens": questions.most}
     return {
         **conditions,
-        "decoding": {GREEDY: most, SAMPLED: {**most, **questions.sampling.to_json()}},
+        "decoding": {GREEDY: most, SAMPLED: {**most, **asdict(questions.sampling)}},
         "latency": "first_token_seconds: reading the prompt, to the first token; tokens_per_second: the later tokens; "
         "one prompt at a time, the first one read once before to warm up",
         "prompts": [
@@ -305,22 +248,11 @@ def prompts_json(
 
 
 def _save_written(
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    questions: Questions,
-    wrote: Mapping[str, Replies],
-    conditions: dict[str, Any],
+    folder: Path, questions: Questions, wrote: Mapping[str, Replies], conditions: dict[str, Any]
 ) -> dict[str, Any]:
     """Save what the models wrote, for reading; what evaluation.json says of it in numbers."""
     answers = {SHOWN[name]: own.answers for name, own in wrote.items()}
     replies = {SHOWN[name]: own.replies for name, own in wrote.items()}
-    write_jsonl(folder / GENERATED, generated_rows(rows, questions, answers))
+    write_jsonl(folder / GENERATED, generated_rows(questions, answers))
     write_json(folder / PROMPTS_FILE, prompts_json(questions, replies, conditions))
-    measured = {name: [answer["measured"] for answer in own] for name, own in answers.items()}
-    groups = [rows[i]["group"] for i in questions.chosen]
-    return {
-        "decoding": {"method": "greedy", "max_new_tokens": questions.most, "rows": len(groups)},
-        "answers": summarise(measured, groups, SHOWN[BASE]) if groups else [],
-        "chrf": chrf_signature(),
-        "terms": questions.terms and {"name": questions.terms.name, "terms": len(questions.terms)},
-    }
+    return {**questions.conditions(), "answers": questions.summarise(answers, SHOWN[BASE])}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lib.progress import say
 from lib.prompts.tasks import Task, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import run_child
-from lib.runs.files import read_json, read_jsonl, sha256_json, user_path, write_jsonl
+from lib.runs.files import read_jsonl, sha256_json, user_path, write_jsonl
 from lib.scoring.journal import Keep, journal_path, kept_peak_memory_mib, model_hash
 from lib.scoring.log_probabilities import load_scores, score_rows
 from lib.stages.evaluate.results import result_of
@@ -48,15 +47,9 @@ def check_models(models: Sequence[str | Path], base_model: str | None, revision:
 
 def _check_whole(path: Path) -> None:
     """Refuse a file that ends before its tensors do."""
-    import gguf
-
     tensors, size = read_tensors(path), path.stat().st_size
     for tensor in tensors:
-        try:
-            block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
-        except (ValueError, KeyError):
-            continue  # a newer type: llama.cpp will say whether it knows it
-        need = tensor.start + math.prod(tensor.shape) // block * width
+        need = tensor.start + (tensor.nbytes or 0)  # None of a newer type: llama.cpp will say whether it knows it
         if need > size:
             raise InputError(
                 f"{path} has {size:,} bytes; tensor {tensor.name} ends at byte {need:,}.",
@@ -66,21 +59,24 @@ def _check_whole(path: Path) -> None:
 
 
 def _check_adapter(folder: Path, base_model: str | None, revision: str) -> None:
-    from lib.models.adapters import adapter_config, require_adapter
+    from lib.models.adapters import require_adapter
     from lib.models.base_model import unpacking_of
 
     require_adapter(folder)
-    base = base_of_adapter(base_model or adapter_config(folder).get("base_model_name_or_path"), folder)
+    base = base_of_adapter(folder, base_model)
     own = folder if (folder / "tokenizer.json").is_file() else None
     _check_full(base, revision, own, unpacking_of(folder))
 
 
-def base_of_adapter(name: str | None, folder: Path) -> str:
+def base_of_adapter(folder: Path, base_model: str | None) -> str:
     """The name of an adapter's base model.
 
     Raises:
         InputError: neither the option nor adapter_config.json names it.
     """
+    from lib.models.adapters import adapter_config
+
+    name = base_model or adapter_config(folder).get("base_model_name_or_path")
     if not name:
         raise InputError(f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model.")
     return name
@@ -134,7 +130,9 @@ def evaluate_models(
     keep: Path | None = None,
     tokenizer: Path | None = None,
 ) -> dict[str, Any]:
-    """Quality and cost of each model on the same rows.
+    """Quality and cost of each model on the same rows, each in a process of its own.
+
+    All models are looked at before the first is loaded, so that a wrong name does not cost the work on the others.
 
     Args:
         models: hub ids, folders (a full model, or an adapter), or .gguf files.
@@ -157,8 +155,8 @@ def evaluate_models(
         "bits_per_character" (for models with other tokenizers) and "turns_cut".
 
     Raises:
-        InputError: no rows, a model that cannot be loaded or run, or whose tokenizer needs more than
-            `max_seq_length` for a first exchange.
+        InputError: no rows, a model that cannot be loaded or run (what was scored is in `keep`, which is said), or
+            whose tokenizer needs more than `max_seq_length` for a first exchange.
     """
     if not rows:
         raise InputError("no rows to evaluate on.", "at least one row.", "check --data or --run, and --max-samples.")
@@ -173,31 +171,8 @@ def evaluate_models(
         "n_gpu_layers": n_gpu_layers,
         "tokenizer": str(tokenizer) if tokenizer else None,
     }
-    kind = result_of(task)
-    results = [
-        {"model": model, **kind.of_model(load_scores(path), rows, task, answer.pop("facts")), **answer}
-        for model, path, answer in each_in_a_child(models, rows, shared, keep)
-    ]
-    return {"data": {**(data or {}), "n": len(rows), **kind.asked(task)}, "models": results}
-
-
-def each_in_a_child(
-    models: Sequence[str | Path], rows: Sequence[Mapping[str, Any]], shared: Mapping[str, Any], keep: Path | None
-) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """Score the rows with every model in a process of its own; `keep` is removed when all of them are done.
-
-    All models are looked at before the first is loaded, so that a wrong name does not cost the work on the others.
-
-    Args:
-        shared: what every process gets; see `evaluate_models`.
-
-    Yields:
-        the model, the file of its scores, and what else is known of it, with "peak_memory_mib".
-
-    Raises:
-        InputError: a model that cannot be had, loaded or run; what was scored is in `keep`, which is said.
-    """
-    check_models(models, shared["base_model"], shared["revision"])
+    kind, results = result_of(task), []
+    check_models(models, base_model, revision)
     with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
         folder = Path(name)
         write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
@@ -211,12 +186,14 @@ def each_in_a_child(
                 if keep is not None and keep.is_dir():
                     say(f"what was scored so far is kept in {keep}; the same command goes on from there")
                 raise
-            answer["peak_memory_mib"] = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
             if found := answer.pop("found"):
                 say(f"{model}: {found}")
-            yield str(model), scores, answer
+            own = kind.of_model(load_scores(scores), rows, task, answer.pop("facts"))
+            peak = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
+            results.append({"model": str(model), **own, **answer, "peak_memory_mib": peak})
     if keep is not None:
         shutil.rmtree(keep)
+    return {"data": {**(data or {}), "n": len(rows), **kind.asked(task)}, "models": results}
 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -280,8 +257,7 @@ def _open_transformers(argument: dict[str, Any]) -> tuple[Any, Any, list[Path]]:
     name = argument["model"]
     if (folder / "adapter_config.json").is_file():
         adapter = folder
-        own_base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        name = base_of_adapter(argument["base_model"] or own_base, folder)
+        name = base_of_adapter(folder, argument["base_model"])
     base = resolve_base(name, argument["revision"], **(unpacking_of(adapter) if adapter else {}))
     if adapter is not None:
         refuse_other_folder(adapter, base.path)

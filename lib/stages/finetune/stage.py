@@ -16,7 +16,7 @@ from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet
 from lib.runs.resources import read_samples, resources_recorded, summary
-from lib.select.choice import BEST_OF, Best, best_of
+from lib.select.choice import BEST_OF, Best, best_of, write_analysis
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import DrawLosses, LossPlot, TrainingInputs, train, until_it_fits
@@ -247,8 +247,8 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
     write_jsonl(draft.folder / "history.jsonl", [])
     draft.facts |= {"method": method, "adopted": source, **sizes}
     if best:
-        best.analysis.write(draft.folder)
-        draft.facts["chosen"] = {"run": best.run, "test_rows_seen": best.test_rows_seen, "text": best.analysis.text}
+        write_analysis(best.analysis, draft.folder)
+        draft.facts["chosen"] = {"run": best.run, "test_rows_seen": best.test_rows_seen, "text": best.analysis["text"]}
 
 
 def trained_as(folder: Path) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from lib.runs.child import run_child
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
 from lib.runs.machine import available_memory
 from lib.runs.run import Product, ProductDraft, Run
-from lib.scoring.texts import Text, tokenize_with_transformers
+from lib.scoring.measure import Text, tokenize_with_transformers
 from lib.stages.quantize.files import check_output
 from lib.stages.quantize.recipes import Options
 

@@ -175,9 +175,15 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     Returns:
         "rows" (with a scored token of text), "retyped" (of "pairs"), "means" ({type: mean over the text}).
     """
-    from lib.scoring.answer_kl import answer_divergences, answer_jobs, store_answers
     from lib.scoring.llama_backend import LlamaCppBackend
-    from lib.scoring.perplexity import positions, store_reference
+    from lib.scoring.perplexity import (
+        answer_divergences,
+        answer_jobs,
+        positions,
+        scored_tokens,
+        store_answers,
+        store_reference,
+    )
 
     files: dict[str, Path] = {kind: Path(path) for kind, path in argument["files"].items()}
     windows, jobs, scratch = argument["windows"], answer_jobs(argument["answers"]), Path(argument["scratch"])
@@ -204,7 +210,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     with text, answers, ThreadPoolExecutor(at_once) as pool:
         for kind, found in zip(files, pool.map(scored, files), strict=True):
             values[f"text/{kind}"], values[f"answers/{kind}"] = found
-    rows = np.array(argument["text_rows"]).reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
+    rows = scored_tokens(np.array(argument["text_rows"]), windows)
     owners = [argument["answers"][job.prompt]["row"] for job in jobs for _ in job.reads]
     np.savez(argument["output"], text_rows=rows, answer_rows=np.array(owners), **values)
     return {

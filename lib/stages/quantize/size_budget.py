@@ -20,7 +20,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import check_gguf, run_gguf
 from lib.runs.child import run_child
 from lib.runs.run import ProductDraft, Run
-from lib.scoring.texts import Text
+from lib.scoring.measure import Text
 from lib.settings import mix_name
 from lib.stages.quantize import sensitivity
 from lib.stages.quantize.calibration import (

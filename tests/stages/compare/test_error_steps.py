@@ -104,10 +104,10 @@ def test_32_bits_are_scored_where_they_are_new_and_fit(tmp_path: Path, monkeypat
 
     def child(function: str, path: Path, argument: dict, *_: object) -> dict:
         asked.append(argument["way"])
-        return {"dtype": "float32"}
+        return {"dtype": "float32", "log_probs": [], "score_seconds": 0.0, "found": ""}
 
     monkeypatch.setattr(files, "run_kept", child)
-    encoded = SimpleNamespace(argument=lambda *_: {}, scores=lambda rows, answer: scores(0))
+    encoded = SimpleNamespace(argument=lambda *_: {}, rows=SimpleNamespace(scores=lambda *_: scores(0)))
     comparison = Comparison(tmp_path, [], [], None, tmp_path, merged=tmp_path, n_threads=1)
     merged_float32 = files.Processes(comparison, encoded).merged_float32
     assert merged_float32(files.merged_name("float32")) == (None, []) and not asked

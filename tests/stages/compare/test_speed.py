@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lib.report.compare_page import speed_caption, speeds
-from lib.stages.compare.speed import LOADS, load_facts, rate, repeat, repeat_loads
+from lib.stages.compare.speed import LOADS, load_facts, rate, repeat
 
 
 def clock(times: list[float]) -> Callable[[], float]:
@@ -29,7 +29,7 @@ def test_slow_runs_are_repeated_less(each: float, runs: int) -> None:
 def test_loads_are_few() -> None:
     fewest, most, seconds = LOADS
     assert 3 <= fewest < most
-    assert len(repeat_loads(clock([seconds]))) == fewest and len(repeat_loads(clock([seconds / 100]))) == most
+    assert [len(repeat(clock([each]), *LOADS)) for each in (seconds, seconds / 100)] == [fewest, most]
 
 
 def test_what_is_made_of_the_times() -> None:

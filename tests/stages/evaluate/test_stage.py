@@ -37,7 +37,7 @@ def test_product(run, small, labels):
     tuned = result.models[FINETUNED].scores
     assert np.abs(tuned.log_probs - direct.log_probs).max() > 0.1
     assert list(result.floor) == ["all", "leak_free", "seen_pattern", "unseen_pattern"]
-    assert result.models[BASE].reports["all"].accuracy.estimate == direct.accuracy
+    assert result.models[BASE].reports["all"].accuracy.estimate == direct.correct.mean()
     assert result.models[BASE].reports["leak_free"].n == 39
     assert result.models[BASE].reports["unseen_pattern"].n == 14
     assert result.floor["all"].accuracy.estimate == 0.75
@@ -48,7 +48,7 @@ def test_product(run, small, labels):
     assert comparison.losses == int((~tuned.correct & floor).sum())
     assert set(result.comparisons) == {"all", "leak_free"} and set(result.comparisons["all"]) == {BASE, FLOOR}
     metrics = result.product.entry.metrics
-    assert metrics["accuracy_finetuned"] == tuned.accuracy and metrics["accuracy_linear_floor"] == 0.75
+    assert metrics["accuracy_finetuned"] == tuned.correct.mean() and metrics["accuracy_linear_floor"] == 0.75
     assert metrics["n"] == 40
     assert result.product.entry.facts["dtype"] == "float32"
 
@@ -92,7 +92,7 @@ def test_any_model(small, tmp_path, kind, monkeypatch):
     assert answer["data"] == {"source": "here", "n": 40, "labels": ["负面", "正面"]}
     (entry,) = answer["models"]
     assert entry["model"] == str(model)
-    assert entry["n"] == 40 and entry["accuracy"] == direct.accuracy
+    assert entry["n"] == 40 and entry["accuracy"] == direct.correct.mean()
     assert entry["leak_free"]["n"] == 39
     assert np.sum(entry["confusion"]) == 40 and set(entry["per_class"]) == {"负面", "正面"}
     low, high = entry["accuracy_interval"]

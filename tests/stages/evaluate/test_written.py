@@ -16,13 +16,14 @@ from lib.models.gguf_tokenizer import token_bytes
 from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import ConversationTask
 from lib.report.evaluate_page import AnswerPage
-from lib.scoring.generation import Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
+from lib.scoring.generation import Questions, Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
 from lib.scoring.journal import Keep
+from lib.scoring.term_lists import read_prompts
 from lib.scoring.text_metrics import summarise
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings
 from lib.stages.evaluate.results import BASE, FINETUNED, SHOWN
-from lib.stages.evaluate.stage import Questions, Replies, generated_rows, prompts_json, write_with
+from lib.stages.evaluate.stage import Replies, generated_rows, prompts_json, write_with
 from tests.scoring.conftest import (
     Tiny,
     small,  # noqa: F401
@@ -40,8 +41,8 @@ def questions(small: Tiny, tmp_path: Path, task: ConversationTask = TASK, **valu
     prompts.write_text("房间好吗？\n早餐呢？\t很好。", encoding="utf-8")
     given = {"generated_rows": 4, "max_new_tokens": 12, "terms": str(terms), "prompts_file": str(prompts), **values}
     data = rows(6, task.thinking)
-    encoded = [task.encode(small.tokenizer, row) for row in data]
-    return Questions.of(Settings(**given), small.tokenizer, task, data, encoded)
+    sources = read_prompts(str(prompts)) if given["generated_rows"] else ()
+    return Questions.of(Settings(**given), small.tokenizer, task, data, sources)
 
 
 def answered(small: Tiny, asked: Questions, keep: Keep | None = None) -> Replies:  # noqa: F811
@@ -62,7 +63,7 @@ def test_rows_and_prompts_are_answered_measured_and_kept(small: Tiny, tmp_path: 
         assert answer["text"] == small.tokenizer.decode(ids, skip_special_tokens=False).strip()
         assert answer["tokens"] <= 12 and answer["measured"]["stopped"] == answer["ended"]
         assert answer["first_token_seconds"] <= answer["seconds"]
-    kept = generated_rows(rows(6), asked, {"base": first[0], "fine-tuned": first[0]})
+    kept = generated_rows(asked, {"base": first[0], "fine-tuned": first[0]})
     assert [row["id"] for row in kept] == ["test-00000", "test-00001", "test-00002", "test-00003"]
     assert kept[0]["reference"] == rows(6)[0]["messages"][-1]["content"]
     content = prompts_json(asked, {"base": first[1], "fine-tuned": first[1]}, {"device": "cpu"})
@@ -159,7 +160,7 @@ def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> An
         "turns_cut": 0,
     }
     prompts = prompts_json(asked, dict.fromkeys(own, replies), {"system_prompt": "你是助手。"})
-    generated = generated_rows(rows(6), asked, own)
+    generated = generated_rows(asked, own)
     return AnswerPage(SimpleNamespace(content=content, part=part, generated=generated, prompts=prompts))
 
 
