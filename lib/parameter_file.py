@@ -1,0 +1,176 @@
+"""The text of a parameter file: YAML without its traps, so that nothing in it means something else than it says.
+
+A parameter file is flat: keys with single values, lists of them, or (fallbacks) lists of mappings. What YAML allows
+beyond that and reads otherwise than it looks is refused with the line: a key that stands twice (the last would win),
+anchors and aliases (a few lines can stand for 10^9 values), numbers in base 8 and 60, words such as `no` where a text
+is meant, and a `#` that cuts a text off.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+import yaml
+
+from lib.errors import InputError
+
+LARGEST = 1 << 20
+"""Bytes: a parameter file is a page of text."""
+DEEPEST = 4
+"""Levels of brackets and indents; `fallbacks` has three."""
+MOST_DIGITS = 18
+"""Of a number: more are no parameter, and Python refuses to print very long ones."""
+
+_TAG = "tag:yaml.org,2002:"
+_WORDS_OF_YAML = {"bool": "true or false", "null": "nothing at all", "timestamp": "a date"}
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+def parse(text: str, where: str, texts: Collection[str] = ()) -> dict[str, Any]:
+    """The mapping that a parameter file holds.
+
+    Args:
+        where: the file, for messages. texts: keys whose values are texts (or lists of texts), whatever they look like.
+
+    Raises:
+        InputError: not flat YAML, or something that YAML reads otherwise than it looks, with the line.
+    """
+    if len(text) > LARGEST:
+        raise InputError(f"{where} has {len(text):,} characters.", "a parameter file: a page.", "check the path.")
+    file = _File(text, where)
+    value = file.value(file.root(), texts) if text.strip() else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where} holds a {type(value).__name__}.", "lines `key: value`.", "see params/quick.yaml.")
+    return value
+
+
+def parse_value(text: str, key: str, is_text: bool = False) -> Any:
+    """The value that ``-p KEY TEXT`` gives: as in a file.
+
+    Raises:
+        InputError: as `parse`.
+    """
+    file = _File(text, f"-p {key}")
+    return file.value(file.root(), {key} if is_text else (), key)
+
+
+class _File:
+    """One text and where it comes from; nodes become values with every refusal naming the line."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.text, self.where, self.lines = text, where, text.splitlines()
+
+    def root(self) -> yaml.Node | None:
+        """The nodes of the text, after anchors and depth were looked at: composing them may never end."""
+        depth = 0
+        try:
+            for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
+                if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                    self.refuse(event, f"the anchor or alias {event.anchor!r}", "each value written out.", "write it.")
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > DEEPEST:
+                    self.refuse(event, "values deep inside each other", "lines `key: value`.", "see params/quick.yaml.")
+            return yaml.compose(self.text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.where} is not YAML ({reason}).", "flat YAML.", "correct that line.") from None
+
+    def value(self, node: yaml.Node | None, texts: Collection[str] = (), key: str = "") -> Any:
+        """What a node means."""
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, texts)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, texts, key) for item in node.value]
+        return None if node is None else self._scalar(node, key, key in texts)
+
+    def _mapping(self, node: yaml.MappingNode, texts: Collection[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for name, value in node.value:
+            if not isinstance(name, yaml.ScalarNode) or name.tag == f"{_TAG}merge":
+                self.refuse(name, "a key that is no word", "lines `key: value`.", "see params/quick.yaml.")
+            line = name.start_mark.line + 1
+            if name.value in found:
+                self.refuse(
+                    name,
+                    f"{name.value} twice (lines {lines[name.value]} and {line})",
+                    "every key once: the last would win silently.",
+                    "delete one of the two lines.",
+                )
+            found[name.value], lines[name.value] = self.value(value, texts, name.value), line
+        return found
+
+    def _scalar(self, node: yaml.ScalarNode, key: str, is_text: bool) -> Any:
+        """A single value; an unquoted one is what it looks like, or refused."""
+        kind, written = node.tag.removeprefix(_TAG), node.value
+        if node.style is not None or kind == "str":
+            self._whole(node, written)
+            return _number(written) if node.style is None and not is_text and _FLOAT.fullmatch(written) else written
+        if is_text:
+            if kind in _WORDS_OF_YAML and written:
+                means = _WORDS_OF_YAML[kind]
+                self.refuse(
+                    node, f"{key}: {written}, which YAML reads as {means}", "a text.", "put it in quotation marks."
+                )
+            return "" if not written else self._text_of_number(node, key, written)
+        makers: dict[str, Callable[[], Any]] = {
+            "bool": lambda: written.lower() in ("yes", "true", "on"),
+            "null": lambda: None,
+            "int": lambda: self._whole_number(node, key, written),
+            "float": lambda: self._number(node, key, written),
+        }
+        if kind not in makers:
+            self.refuse(node, f"{key}: {written} ({kind})", "a word, a number or a list.", "put it in quotation marks.")
+        return makers[kind]()
+
+    def _whole(self, node: yaml.ScalarNode, written: str) -> None:
+        """Refuse an unquoted text that a # cuts off: `判断 #情感`. A comment has a space behind its #."""
+        rest = self.lines[node.end_mark.line][node.end_mark.column :] if node.style is None and self.lines else ""
+        if cut := re.match(r"\s+(#\S.*)", rest):
+            self.refuse(
+                node,
+                f"{written[:60]!r} and, behind it, {cut[1][:60]!r}, which YAML takes for a comment",
+                "a text in quotation marks where it holds a #, or a comment that begins with `# `.",
+                "put the whole text in quotation marks.",
+            )
+
+    def _text_of_number(self, node: yaml.ScalarNode, key: str, written: str) -> str:
+        """A number where a text is meant: as written."""
+        if len(written) > 4 * MOST_DIGITS:
+            self.refuse(node, f"{key}: a number of {len(written):,} digits", "a text.", "put it in quotation marks.")
+        return written
+
+    def _whole_number(self, node: yaml.ScalarNode, key: str, written: str) -> int:
+        if not _DECIMAL.fullmatch(written) or len(written) > MOST_DIGITS:
+            shown = written if len(written) <= 40 else f"{written[:40]}… ({len(written):,} characters)"
+            means = f"which YAML reads as {_meaning(written)}" if len(written) <= 40 else "no number of a parameter"
+            self.refuse(node, f"{key}: {shown}, {means}", "a decimal number without leading zeros.", "write it so.")
+        return int(written.replace("_", ""))
+
+    def _number(self, node: yaml.ScalarNode, key: str, written: str) -> float:
+        if not _FLOAT.fullmatch(written) or len(written) > 40:
+            self.refuse(node, f"{key}: {written[:40]}", "a decimal number.", "write it so.")
+        return _number(written)
+
+    def refuse(self, place: yaml.Node | yaml.Event, found: str, expected: str, do: str) -> NoReturn:
+        """Raise with the line of a node."""
+        raise InputError(f"{self.where}, line {place.start_mark.line + 1}: {found}.", expected, do)
+
+
+def _number(written: str) -> float:
+    """A float; YAML 1.1 takes 1e-3 for a text, which nobody means."""
+    number = float(re.sub(r"^([-+]?)\.(?=[a-zA-Z])", r"\1", written.replace("_", "")))
+    return number if not math.isnan(number) else math.nan
+
+
+def _meaning(written: str) -> str:
+    try:
+        return str(yaml.safe_load(written))
+    except (yaml.YAMLError, ValueError):
+        return "something else"

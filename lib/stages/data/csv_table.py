@@ -1,0 +1,171 @@
+"""A CSV or TSV file as columns of text, without guessing: every record is checked against the header.
+
+What spreadsheets, pandas and R write is read: an index column with or without a name, a comma at the end of every
+line, semicolons or tabs between cells, cells over several lines. Each of them is counted. What a reader could only
+guess at is refused with its line: records of another length, a quotation mark that is never closed (the records behind
+it would become one text), marks escaped by a backslash.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.errors import InputError
+
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar", "，": "full-width comma"}
+"""What may stand between the cells of a .csv file. The last one is refused: it stands in texts, too."""
+
+FEW_VALUES = 50
+"""A column of at most so many values is one of labels, names or scores: a line inside a text seldom holds one."""
+
+Record = tuple[int, list[str]]
+"""Number of the line on which a record begins, and its cells."""
+
+
+@dataclass
+class CsvTable:
+    """Attributes: columns by name, as text; what the file had beside plain records, counted."""
+
+    columns: dict[str, list[str]]
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+def read_csv(path: Path, text: str, tabs: bool = False) -> CsvTable:
+    """The columns of a file.
+
+    Args:
+        path: for messages. text: its content, lines ended by LF. tabs: cells between tabs, marks are plain characters.
+
+    Raises:
+        InputError: no header, records that do not have its cells, quotation marks that do not close; with the line.
+    """
+    notes: Counter[str] = Counter()
+    separator = "\t" if tabs else _separator(path, text.partition("\n")[0], notes)
+    records = _records(path, text, separator, quoted=not tabs)
+    header = next(records, (1, []))[1]
+    rows = list(records)
+    header = _fitted(path, header, rows, notes)
+    if not tabs:
+        _refuse_swallowed(path, text, header, rows, separator, notes)
+    columns = {name: [cells[i] for _, cells in rows] for i, name in enumerate(header) if name}
+    return CsvTable(columns, notes)
+
+
+def _separator(path: Path, first: str, notes: Counter[str]) -> str:
+    """What stands between the names of the header."""
+    if "," in first:
+        return ","
+    found = next((mark for mark in SEPARATORS if mark in first), ",")
+    if found == "，":
+        raise InputError(
+            f"{path} begins with {first[:80]!r}, which has full-width commas between its names.",
+            "commas (,) between cells.",
+            "replace them in the header and between the cells, or export the file again.",
+        )
+    if found != ",":
+        notes[f"cells separated by a {SEPARATORS[found]}"] += 1
+    return found
+
+
+def _records(path: Path, text: str, separator: str, quoted: bool) -> Iterator[Record]:
+    """Records with the line on which each begins; blank lines are none."""
+    form = {"strict": True} if quoted else {"quoting": csv.QUOTE_NONE}
+    limit = csv.field_size_limit(max(len(text) + 1, 1 << 17))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, **form)
+    begin = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield begin, cells
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        if "unexpected end of data" in str(error):
+            found = f"{path}, line {begin}: a quotation mark opens here that is never closed."
+        else:
+            found = f"{path}, line {reader.line_num}: a quotation mark that neither ends its cell nor is doubled"
+            found += f" (the cell began with one in line {begin})." if begin < reader.line_num else "."
+        raise InputError(
+            found,
+            'cells with a comma, a line end or a quotation mark in marks, and marks inside doubled: "He said ""no"".".',
+            "correct that line; for marks written \\\" read the file with pandas.read_csv(…, escapechar='\\\\') and "
+            "write it again with to_csv(…, index=False).",
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _fitted(path: Path, header: list[str], rows: Sequence[Record], notes: Counter[str]) -> list[str]:
+    """The header with one name for every cell ("" = a column that is left out); records of another length refused."""
+    count = len(header)
+    surplus = {len(cells) - count for _, cells in rows}
+    if surplus == {1} and all(not cells[-1] for _, cells in rows):
+        notes["empty cells at the ends of lines left out"] += len(rows)
+        header = [*header, ""]
+    elif surplus == {1} and _numbered([cells[0] for _, cells in rows]):
+        notes["index columns without a name left out"] += 1
+        header = ["", *header]
+    elif odd := next(((line, len(cells)) for line, cells in rows if len(cells) != count), None):
+        raise InputError(
+            f"{path}, line {odd[0]} has {_cells(odd[1])}, the header {count}.",
+            "as many cells in every line as names in the header.",
+            "put a text that holds a separator in quotation marks, or correct that line.",
+        )
+    elif count > 1 and not header[-1].strip() and all(not cells[-1] for _, cells in rows):
+        notes["empty cells at the ends of lines left out"] += len(rows)
+        header = [*header[:-1], ""]
+    elif count > 1 and not header[0].strip() and _numbered([cells[0] for _, cells in rows]):
+        notes["index columns without a name left out"] += 1
+        header = ["", *header[1:]]
+    named = [name for i, name in enumerate(header) if name or 0 < i < len(header) - 1]
+    if len(set(named)) != len(named) or not all(name.strip() for name in named) or not named:
+        raise InputError(
+            f"{path} begins with {', '.join(map(repr, header))[:200]}.",
+            "a first line with one distinct name a column.",
+            "add or correct the header line.",
+        )
+    return header
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"
+
+
+def _numbered(cells: Sequence[str]) -> bool:
+    """Whether cells are the numbers that pandas or R gives to rows."""
+    return bool(cells) and all(cell.isascii() and cell.isdigit() for cell in cells) and len(set(cells)) == len(cells)
+
+
+def _refuse_swallowed(
+    path: Path, text: str, header: list[str], rows: Sequence[Record], separator: str, notes: Counter[str]
+) -> None:
+    """Count records over several lines; refuse one that holds whole records, as an unclosed mark makes it.
+
+    A line inside a record is taken for a record when it has as many cells and, in every column of few values, one of
+    the values that records of one line have there.
+    """
+    several = [(line, cells) for line, cells in rows if any("\n" in cell for cell in cells)]
+    if not several:
+        return
+    alone = [cells for _, cells in rows if not any("\n" in cell for cell in cells)]
+    values = [{cells[i] for cells in alone} for i in range(len(header))]
+    few = [i for i, seen in enumerate(values) if 0 < len(seen) <= min(FEW_VALUES, len(alone) // 2)]
+    lines = text.split("\n")
+    for line, cells in several:
+        end = line + sum(cell.count("\n") for cell in cells)
+        for number in range(line + 1, end + 1):
+            inner = next(csv.reader([lines[number - 1]], delimiter=separator), [])
+            if few and len(inner) == len(header) and all(inner[i] in values[i] for i in few):
+                raise InputError(
+                    f"{path}: the text that begins in line {line} with a quotation mark ends in line {end}, and line "
+                    f"{number} looks like a record of its own.",
+                    "a closing mark at the end of every text that begins with one.",
+                    f'close the mark in line {line}, or write a mark that belongs to the text as """.',
+                )
+    longest, cells = max(several, key=lambda record: sum(cell.count("\n") for cell in record[1]))
+    last = longest + sum(cell.count("\n") for cell in cells)
+    notes[f"records over several lines (the longest: lines {longest} to {last})"] += len(several)

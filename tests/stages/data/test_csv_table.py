@@ -1,0 +1,90 @@
+"""CSV and TSV files: what spreadsheets, pandas and R write is read and counted; what would be a guess is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.errors import InputError
+from lib.stages.data.csv_table import read_csv
+
+FILE = Path("reviews.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "note"),
+    [
+        ("text,label\na,1\nb,0\n", {"text": ["a", "b"], "label": ["1", "0"]}, ""),
+        ("text,label\na,1,\nb,0,\n", {"text": ["a", "b"], "label": ["1", "0"]}, "empty cells at the ends of lines"),
+        ("text,label,\na,1,\nb,0,\n", {"text": ["a", "b"], "label": ["1", "0"]}, "empty cells at the ends of lines"),
+        (",text,label\n0,a,1\n1,b,0\n", {"text": ["a", "b"], "label": ["1", "0"]}, "index columns without a name"),
+        ("text,label\n7,a,1\n9,b,0\n", {"text": ["a", "b"], "label": ["1", "0"]}, "index columns without a name"),
+        ("text;label\na,b;1\n", {"text": ["a,b"], "label": ["1"]}, "cells separated by a semicolon"),
+        ("text\tlabel\na,b\t1\n", {"text": ["a,b"], "label": ["1"]}, "cells separated by a tab"),
+        ('text,label\n"a\nb, c",1\nd,0\n', {"text": ["a\nb, c", "d"], "label": ["1", "0"]}, "lines 2 to 3"),
+        ('text,label\n"say ""no""",1\n', {"text": ['say "no"'], "label": ["1"]}, ""),
+        ("text,label\n\nnull,007\n\n", {"text": ["null"], "label": ["007"]}, ""),
+    ],
+)
+def test_what_programs_write_is_read(text: str, columns: dict[str, list[str]], note: str) -> None:
+    table = read_csv(FILE, text)
+    assert table.columns == columns
+    assert [note in line for line in table.notes] == ([True] if note else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("text,label\na,1\nb\n", "line 3 has 1 cell, the header 2"),
+        ("text,label\na,1\nb,0,no,yes\n", "line 3 has 4 cells, the header 2"),
+        ("text,label\na,1,\nb,0\n", "line 2 has 3 cells, the header 2"),
+        ("text,label\nx,a,1\nx,b,0\n", "line 2 has 3 cells, the header 2"),  # a column that is no index
+        ('text,label\na,1\n"b,0\nc,1\n', "line 3: a quotation mark opens here that is never closed"),
+        ('text,label\n"a\\"b",1\n', "line 2: a quotation mark that neither ends its cell nor is doubled"),
+        ('text,label\n"good" room,1\n', "line 2: a quotation mark that neither ends its cell nor is doubled"),
+        ('text,label\n"a,1\nb,0\nc "d",1\n', "(the cell began with one in line 2)"),
+        ("text，label\na，1\n", "full-width commas"),
+        ("a,,b\n1,2,3\n", "one distinct name a column"),
+        ("text,text\na,b\n", "one distinct name a column"),
+        (",text,label\nx,a,1\nx,b,0\n", "one distinct name a column"),
+    ],
+)
+def test_what_would_be_a_guess_is_refused_with_its_line(text: str, said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        read_csv(FILE, text)
+    assert said in str(refused.value)
+
+
+def test_a_mark_without_its_partner_does_not_swallow_the_rows_behind_it() -> None:
+    rows = [f"the room no. {i},{i % 2}" for i in range(60)]
+    rows[20], rows[40] = '"' + rows[20], 'late again",1'
+    with pytest.raises(InputError, match=r"begins in line 22 with a quotation mark ends in line 42, and line 23 looks"):
+        read_csv(FILE, "text,label\n" + "\n".join(rows) + "\n")
+
+
+def test_marks_of_tab_separated_files_are_plain_characters() -> None:
+    assert read_csv(FILE, 'text\tlabel\n"a\t1\nb"\t0\n', tabs=True).columns == {
+        "text": ['"a', 'b"'],
+        "label": ["1", "0"],
+    }
+
+
+_CELL = st.text(st.characters(exclude_categories=("Cs", "Cc"), include_characters="\n"), min_size=1)
+
+
+@given(st.lists(st.tuples(_CELL, st.integers(0, 3)), min_size=1), st.booleans())
+def test_what_pandas_writes_is_read_as_pandas_has_it(rows: list[tuple[str, int]], index: bool) -> None:
+    frame = pd.DataFrame(rows, columns=["text", "label"]).astype(str)
+    buffer = io.StringIO()
+    frame.to_csv(buffer, index=index, lineterminator="\n")
+    try:
+        table = read_csv(FILE, buffer.getvalue())
+    except InputError as error:  # a text may look like a swallowed record, and is then refused, never changed
+        assert "looks like a record of its own" in str(error)
+    else:
+        assert table.columns == {name: frame[name].tolist() for name in frame.columns}
