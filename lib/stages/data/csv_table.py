@@ -49,11 +49,10 @@ def read_csv(path: Path, text: str, tabs: bool = False) -> CsvTable:
     records = _records(path, text, separator, quoted=not tabs)
     header = next(records, (1, []))[1]
     rows = list(records)
-    header = _fitted(path, header, rows, notes)
+    places = _positions(path, header, rows, notes)
     if not tabs:
-        _refuse_swallowed(path, text, header, rows, separator, notes)
-    columns = {name: [cells[i] for _, cells in rows] for i, name in enumerate(header) if name}
-    return CsvTable(columns, notes)
+        _refuse_swallowed(path, text, rows, separator, notes)
+    return CsvTable({name: [cells[i] for _, cells in rows] for name, i in places.items()}, +notes)
 
 
 def _separator(path: Path, first: str, notes: Counter[str]) -> str:
@@ -99,50 +98,50 @@ def _records(path: Path, text: str, separator: str, quoted: bool) -> Iterator[Re
         csv.field_size_limit(limit)
 
 
-def _fitted(path: Path, header: list[str], rows: Sequence[Record], notes: Counter[str]) -> list[str]:
-    """The header with one name for every cell ("" = a column that is left out); records of another length refused."""
+def _positions(path: Path, header: list[str], rows: Sequence[Record], notes: Counter[str]) -> dict[str, int]:
+    """Where the cells of each name stand; records of another length are refused."""
     count = len(header)
     surplus = {len(cells) - count for _, cells in rows}
-    if surplus == {1} and all(not cells[-1] for _, cells in rows):
-        notes["empty cells at the ends of lines left out"] += len(rows)
-        header = [*header, ""]
-    elif surplus == {1} and _numbered([cells[0] for _, cells in rows]):
-        notes["index columns without a name left out"] += 1
-        header = ["", *header]
+    first = last = 0
+    if surplus == {1} and _empty(rows):
+        last = 1
+    elif surplus == {1} and _numbered(rows):
+        header, first = ["", *header], 1
     elif odd := next(((line, len(cells)) for line, cells in rows if len(cells) != count), None):
         raise InputError(
-            f"{path}, line {odd[0]} has {_cells(odd[1])}, the header {count}.",
+            f"{path}, line {odd[0]} has {odd[1]} cell{'' if odd[1] == 1 else 's'}, the header {count}.",
             "as many cells in every line as names in the header.",
             "put a text that holds a separator in quotation marks, or correct that line.",
         )
-    elif count > 1 and not header[-1].strip() and all(not cells[-1] for _, cells in rows):
-        notes["empty cells at the ends of lines left out"] += len(rows)
-        header = [*header[:-1], ""]
-    elif count > 1 and not header[0].strip() and _numbered([cells[0] for _, cells in rows]):
-        notes["index columns without a name left out"] += 1
-        header = ["", *header[1:]]
-    named = [name for i, name in enumerate(header) if name or 0 < i < len(header) - 1]
-    if len(set(named)) != len(named) or not all(name.strip() for name in named) or not named:
+    elif count > 1 and not header[-1].strip() and _empty(rows):
+        header, last = header[:-1], 1
+    elif count > 1 and not header[0].strip() and _numbered(rows):
+        first = 1
+    names = header[first:]
+    if len(set(names)) != len(names) or not names or not all(name.strip() for name in names):
         raise InputError(
             f"{path} begins with {', '.join(map(repr, header))[:200]}.",
             "a first line with one distinct name a column.",
             "add or correct the header line.",
         )
-    return header
+    if last:
+        notes["empty cells at the ends of lines left out"] += len(rows)
+    notes["index columns without a name left out"] += first
+    return {name: i for i, name in enumerate(header) if i >= first}
 
 
-def _cells(count: int) -> str:
-    return f"{count} cell{'' if count == 1 else 's'}"
+def _empty(rows: Sequence[Record]) -> bool:
+    """Whether every record ends with an empty cell, as behind a separator at the end of the line."""
+    return all(not cells[-1] for _, cells in rows)
 
 
-def _numbered(cells: Sequence[str]) -> bool:
-    """Whether cells are the numbers that pandas or R gives to rows."""
-    return bool(cells) and all(cell.isascii() and cell.isdigit() for cell in cells) and len(set(cells)) == len(cells)
+def _numbered(rows: Sequence[Record]) -> bool:
+    """Whether records begin with the numbers that pandas or R gives to rows."""
+    numbers = [cells[0] for _, cells in rows]
+    return bool(rows) and len(set(numbers)) == len(rows) and all(n.isascii() and n.isdigit() for n in numbers)
 
 
-def _refuse_swallowed(
-    path: Path, text: str, header: list[str], rows: Sequence[Record], separator: str, notes: Counter[str]
-) -> None:
+def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: str, notes: Counter[str]) -> None:
     """Count records over several lines; refuse one that holds whole records, as an unclosed mark makes it.
 
     A line inside a record is taken for a record when it has as many cells and, in every column of few values, one of
@@ -152,14 +151,14 @@ def _refuse_swallowed(
     if not several:
         return
     alone = [cells for _, cells in rows if not any("\n" in cell for cell in cells)]
-    values = [{cells[i] for cells in alone} for i in range(len(header))]
+    values = [{cells[i] for cells in alone} for i in range(len(rows[0][1]))]
     few = [i for i, seen in enumerate(values) if 0 < len(seen) <= min(FEW_VALUES, len(alone) // 2)]
     lines = text.split("\n")
     for line, cells in several:
         end = line + sum(cell.count("\n") for cell in cells)
         for number in range(line + 1, end + 1):
             inner = next(csv.reader([lines[number - 1]], delimiter=separator), [])
-            if few and len(inner) == len(header) and all(inner[i] in values[i] for i in few):
+            if few and len(inner) == len(values) and all(inner[i] in values[i] for i in few):
                 raise InputError(
                     f"{path}: the text that begins in line {line} with a quotation mark ends in line {end}, and line "
                     f"{number} looks like a record of its own.",
