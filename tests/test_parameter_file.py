@@ -57,8 +57,7 @@ def test_aliases_are_refused_before_they_are_followed() -> None:
 
 def test_numbers_and_texts_mean_what_they_look_like() -> None:
     text = (
-        "learning_rate: 1e-3\nrun_name: 2024\nlabel_names: [1, 2]\nforce: yes\n"
-    text += "system_prompt: 你是助手。 # a comment\n"
+        "learning_rate: 1e-3\nrun_name: 2024\nlabel_names: [1, 2]\nforce: yes\nsystem_prompt: 你是助手。 # a comment\n"
     )
     assert parse(text, "f.yaml", TEXTS) == {
         "learning_rate": 0.001,
