@@ -1,0 +1,155 @@
+"""JSON files in the layouts that programs write by default, as a list of objects; other shapes are refused by name.
+
+A list of objects, and one object a line, need nothing. pandas writes five other layouts (`to_json(orient=…)`),
+`datasets` columns of lists, exports wrap the list in one more object, and some programs write one indented object
+behind another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+
+Rows = list[dict[str, Any]]
+
+EXPECTED = "a list of objects, or one object a line, each a row."
+
+
+def other_layout(path: Path, text: str) -> tuple[Rows, str] | None:
+    """The rows of a file that is neither a list of objects nor one object a line, and its layout in words.
+
+    Returns None for those two, for a single object that is a row, and for what is not JSON at all: readers of rows say
+    where the fault is.
+
+    Raises:
+        InputError: JSON, but not rows; with the shape that was found and how to turn it.
+    """
+    if _is_plain(text):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return _one_behind_another(text)
+    if isinstance(value, list):
+        return _list(path, value)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a single {_kind(value)}.", EXPECTED, "check the file.")
+    for read in (_split, _table, _columns_or_index, _lists):
+        if found := read(path, value):
+            return found
+    return _wrapped(path, value)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether the first object stands on a line of its own with others below, or in a list."""
+    start = text.lstrip()
+    if start.startswith("["):
+        return start[1:].lstrip().startswith("{")
+    first, _, rest = start.partition("\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def _one_behind_another(text: str) -> tuple[Rows, str] | None:
+    """Indented objects without commas or brackets around them."""
+    decoder, rows, place = json.JSONDecoder(), [], 0
+    try:
+        while place < len(text):
+            value, place = decoder.raw_decode(text, place)
+            rows.append(value)
+            place += len(text[place:]) - len(text[place:].lstrip(" \t\n\r,"))
+    except (ValueError, RecursionError):
+        return None
+    return (rows, "objects over several lines, one behind another") if all(isinstance(r, dict) for r in rows) else None
+
+
+def _list(path: Path, value: list[Any]) -> None:
+    """Refuse a list of anything but objects; an empty one is left to the reader, who says that there are no rows."""
+    if odd := next((item for item in value if not isinstance(item, dict)), None):
+        example = 'json.dump([dict(zip(["text", "label"], row)) for row in json.load(open(FILE))], open(NEW, "w"))'
+        do = f"name the columns, e.g. {example}" if isinstance(odd, list) else "make an object of every row"
+        raise InputError(f"{path} holds a list of {_kind(odd)}s.", EXPECTED, f"{do}.")
+
+
+def _split(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+    """pandas' orient="split": names of the columns once, rows as lists."""
+    names, rows = value.get("columns"), value.get("data")
+    if not isinstance(names, list) or not isinstance(rows, list) or not value.keys() <= {"columns", "data", "index"}:
+        return None
+    if any(not isinstance(row, list) or len(row) != len(names) for row in rows):
+        raise InputError(f"{path} has columns and rows of different lengths.", EXPECTED, "export it again.")
+    return [dict(zip(map(str, names), row, strict=True)) for row in rows], 'pandas\' orient="split"'
+
+
+def _table(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+    """pandas' orient="table": a schema, whose index column is no data, and rows as objects."""
+    schema, rows = value.get("schema"), value.get("data")
+    if not isinstance(schema, dict) or not _objects(rows):
+        return None
+    index = schema.get("primaryKey") or []
+    index = [index] if isinstance(index, str) else index
+    return [{k: v for k, v in row.items() if k not in index} for row in rows], 'pandas\' orient="table"'
+
+
+def _columns_or_index(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+    """pandas' orient="columns" (its default) and "index": objects of objects, the rows' numbers inside or outside."""
+    parts = list(value.values())
+    if not parts or not all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
+        return None
+    if _numbers(value) and not _numbers(parts[0]):
+        return parts, 'pandas\' orient="index"'
+    if _numbers(parts[0]) and not _numbers(value):
+        return [{name: cells[key] for name, cells in value.items()} for key in parts[0]], 'pandas\' orient="columns"'
+    return None
+
+
+def _lists(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+    """Columns as lists of one length, as `datasets` gives them; a row of two lists of turns is a row."""
+    cells = list(value.values())
+    if len(cells) < 2 or not all(isinstance(c, list) and len(c) == len(cells[0]) for c in cells):
+        return None
+    if any(isinstance(item, (dict, list)) for column in cells for item in column):
+        return None
+    return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)], "columns as lists"
+
+
+def _wrapped(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+    """One list of objects under a key, with single values around it; an object that is itself a row is none."""
+    lists = {key: part for key, part in value.items() if _objects(part)}
+    if not lists or _turns(lists):
+        return None
+    if len(lists) == 1 and not any(isinstance(part, dict) for part in value.values()):
+        key, rows = next(iter(lists.items()))
+        return rows, f"rows under the key {key!r}"
+    names = ", ".join(f"{key!r} ({len(part):,})" for key, part in lists.items())
+    key = next(iter(lists))
+    raise InputError(
+        f"{path} is one object with lists of objects under {names}.",
+        EXPECTED,
+        f'write each into a file of its own: json.dump(json.load(open("{path.name}"))[{key!r}], '
+        f'open("{key}.json", "w")); files train, validation and test in one folder are splits.',
+    )
+
+
+def _turns(lists: Mapping[str, list[Any]]) -> bool:
+    """Whether the lists are the turns of one conversation."""
+    return any({"role", "content"} <= part[0].keys() or {"from", "value"} <= part[0].keys() for part in lists.values())
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _numbers(keys: Mapping[str, Any]) -> bool:
+    return all(key.isascii() and key.isdigit() for key in keys)
+
+
+def _kind(value: Any) -> str:
+    names: dict[type, str] = {list: "list", dict: "object", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "number")

@@ -1,0 +1,78 @@
+"""JSON layouts: what pandas, datasets and exports write gives the same rows; other shapes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from lib.errors import InputError
+from lib.stages.data.json_layouts import other_layout
+
+FILE = Path("rows.json")
+ROWS = [{"text": f"第{i}间房", "label": i % 2} for i in range(12)]
+FRAME = pd.DataFrame(ROWS)
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_every_layout_of_pandas_is_read(orient: Any, indent: int | None) -> None:
+    found = other_layout(FILE, FRAME.to_json(orient=orient, indent=indent, force_ascii=False))
+    assert found is not None and found[0] == ROWS and orient in found[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FRAME.to_json(orient="records", force_ascii=False),
+        FRAME.to_json(orient="records", lines=True, force_ascii=False),
+        json.dumps(ROWS, indent=2),
+        json.dumps(ROWS[0]),
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        json.dumps({"conversations": [{"from": "human", "value": "a"}], "tools": []}),
+        json.dumps({"dialogue": ["a", "b"], "topic": ["x"]}),
+        "[]",
+        '{"text": "a", "label": 1',
+        "no json",
+    ],
+)
+def test_rows_need_nothing_and_faults_are_left_to_the_reader(text: str) -> None:
+    assert other_layout(FILE, text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps({"text": [r["text"] for r in ROWS], "label": [r["label"] for r in ROWS]}), "columns as lists"),
+        (json.dumps({"keywords": "demo", "example": ROWS}, indent=1), "rows under the key 'example'"),
+        (json.dumps({"data": ROWS, "total": 12}), "rows under the key 'data'"),
+        ("\n".join(json.dumps(row, indent=2) for row in ROWS), "one behind another"),
+    ],
+)
+def test_layouts_of_other_programs(text: str, words: str) -> None:
+    found = other_layout(FILE, text)
+    assert found is not None and found[0] == ROWS and words in found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[1, 2]]", "a list of lists"),
+        ('["a", "b"]', "a list of texts"),
+        ("3", "a single number"),
+        ('"a"', "a single text"),
+        (json.dumps({"train": ROWS, "test": ROWS[:3]}), "lists of objects under 'train' (12), 'test' (3)"),
+        (json.dumps({"columns": ["a", "b"], "data": [[1]]}), "columns and rows of different lengths"),
+        ("[" * 100_000, None),
+    ],
+)
+def test_other_shapes_are_named(text: str, said: str | None) -> None:
+    if said is None:  # not JSON that Python can read: left to the reader of rows
+        assert other_layout(FILE, text) is None
+        return
+    with pytest.raises(InputError) as refused:
+        other_layout(FILE, text)
+    assert said in str(refused.value)
