@@ -170,13 +170,13 @@ def _checked(schema: type[_Schema], path: Path, config: dict[str, Any]) -> Any:
         return schema.model_validate(config)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = [
-            str(part)
-            for part in first["loc"]
-            if not str(part).startswith(("list[", "dict[", "function-", "str", "int"))
-        ]
+        value, name = config, ""
+        for part in first["loc"]:  # keys and indices, and between them names of the schema's types
+            if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+                value, name = value[part], f"{name}.{part}" if name else str(part)
+        name = name or str(first["loc"][0])
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        raise _odd(path, ".".join(place[:2]), first["input"], message) from None
+        raise _odd(path, name, value if name in config or "." in name else None, message) from None
     except RecursionError:
         raise InputError(f"{path} is nested too deep.", "a flat object.", "download it again.") from None
 
