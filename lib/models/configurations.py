@@ -175,6 +175,10 @@ def _checked(schema: type[_Schema], path: Path, config: dict[str, Any]) -> Any:
             if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
                 value, name = value[part], f"{name}.{part}" if name else str(part)
         name = name or str(first["loc"][0])
+        if first["type"] == "missing":
+            raise InputError(
+                f"{path} has no {name}.", "the configuration of a LoRA adapter.", "copy it again."
+            ) from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         raise _odd(path, name, value if name in config or "." in name else None, message) from None
     except RecursionError:
