@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lib import parameter_file
 from lib.errors import InputError
 
 # Names of the formats that a model can be stored in. No library is needed to know them.
@@ -380,14 +380,10 @@ def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
         known = ", ".join(near) if near else "params/quick.yaml of a clone"
         raise InputError(f"no file {path}.", "a parameter file (flat YAML).", f"use one of: {known}.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is not YAML ({reason}).", "flat YAML in UTF-8.", "correct that line.") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}.", "lines `key: value`.", "see params/quick.yaml.")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text ({error}).", "flat YAML in UTF-8.", "save it again as UTF-8.") from None
+    values = parameter_file.parse(text, str(path), _texts())
     return check({**values, **(overrides or {})}, str(path), overrides or ())
 
 
@@ -408,7 +404,11 @@ def _yaml_value(value: Any) -> str:
 
 
 def parse_override(key: str, text: str) -> Any:
-    """The value of ``-p KEY TEXT``: YAML, except that a number in exponent form needs no dot."""
+    """The value of ``-p KEY TEXT``: as in a parameter file; a text needs no marks, and a list no brackets.
+
+    Raises:
+        InputError: something that YAML reads otherwise than it looks.
+    """
     kind = Settings.model_fields[key].annotation if key in Settings.model_fields else None
     if kind is str:
         return text
@@ -419,10 +419,13 @@ def parse_override(key: str, text: str) -> Any:
             return text
     if kind == list[str] and not text.lstrip().startswith("["):
         return [part.strip() for part in text.split(",")]
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return parameter_file.parse_value(text, key, key in _texts())
+
+
+def _texts() -> set[str]:
+    """Keys whose values are texts or lists of texts, whatever they look like; also those inside `fallbacks`."""
+    kinds = (str, list[str])
+    return {key for key, field in Settings.model_fields.items() if field.annotation in kinds} | {"sha256"}
 
 
 def from_notebook(namespace: dict[str, Any]) -> Settings:

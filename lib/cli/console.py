@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import sys
@@ -108,6 +109,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **keywords: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no en dash, a path that is not UTF-8
+                stream.reconfigure(errors="backslashreplace")
         try:
             with sigterm_raises():
                 return command(*arguments, **keywords)

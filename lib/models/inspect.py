@@ -70,7 +70,7 @@ def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
     Raises:
         InputError: nothing there.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     found = _Findings(path, render)
     head: dict[str, Any] = {"path": str(path)}
     if path.is_file():

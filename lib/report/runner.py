@@ -166,9 +166,9 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     """Paths that exist from the current directory only, made absolute: notebooks run in the project's root."""
 
     def absolute(text: Any) -> Any:
-        path = Path(str(text)).expanduser()
+        path = Path(str(text))
         only_here = text and not path.is_absolute() and path.exists() and not (PROJECT / path).exists()
-        return str(path.resolve()) if only_here else text
+        return str(user_path(str(text))) if only_here or str(text).startswith("~") else text
 
     found: dict[str, Any] = {key: absolute(getattr(settings, key)) for key in PATHS}
     found["terms"] = settings.terms if settings.terms in SHIPPED_TERMS else found["terms"]

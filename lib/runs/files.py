@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +42,10 @@ def reports_folder() -> Path:
 
 def user_path(text: str) -> Path:
     """A path the user wrote: absolute, or found from the current directory, or from the project's root."""
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # ~somebody, of whom this machine has not heard
+        raise InputError(f"no path {text}.", "an existing path.", "check the name behind ~.") from None
     if path.is_absolute() or path.exists():
         return path.resolve()
     return (PROJECT / path).resolve()
@@ -118,19 +123,56 @@ def settle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(final: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; renamed to `final` when the block succeeds, removed when it does not."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.part")
-    temporary.unlink(missing_ok=True)
-    try:
+def atomic_path(final: Path, alone: bool = False) -> Iterator[Path]:
+    """A path of this process's own to write to; renamed to `final` when the block succeeds, removed when it does not.
+
+    Args:
+        alone: refuse while another process writes `final`, as long work should. Of short writes the last one wins.
+
+    Raises:
+        InputError: `alone`, and another process is writing.
+    """
+    with _beside(final, alone) as temporary:
         yield temporary
         flush_to_disk(temporary)
         readable_by_group(temporary)
         temporary.replace(final)
         flush_to_disk(final.parent)
+
+
+@contextlib.contextmanager
+def _beside(output: Path, alone: bool) -> Iterator[Path]:
+    """A path of the same name in a hidden folder of this process's own beside `output`, gone at the end.
+
+    What a process left that was killed is removed: nobody holds its lock any more.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not remove_abandoned(output.parent, output.name) and alone:
+        found = f"another command is writing {output}."
+        raise InputError(found, "one command an output.", "wait for it, or choose another name.")
+    home = Path(tempfile.mkdtemp(prefix=f".{output.name[:80]}.", suffix=".part", dir=output.parent))
+    lock = FileLock(home / ".lock")
+    try:
+        with lock:
+            yield home / output.name  # a converter names the model after its file or folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> bool:
+    """Remove what killed processes left of outputs called `name`; False when a process is writing one now."""
+    free = True
+    pattern = name if name == "*" else glob.escape(name[:80])
+    for home in folder.glob(f".{pattern}.*.part"):
+        lock = FileLock(home / ".lock", timeout=0)
+        try:
+            with lock:
+                shutil.rmtree(home, ignore_errors=True)
+        except Timeout:
+            free = False
+        except OSError:  # removed by its own process a moment ago
+            continue
+    return free
 
 
 @contextlib.contextmanager
@@ -154,28 +196,20 @@ def locked(path: Path, found: str, expected: str, do: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder of the same name in a temporary sibling; it becomes `output` when the block succeeds.
+    """A new folder of the same name elsewhere; it becomes `output` when the block succeeds.
 
     Raises:
         InputError: the disk refuses what is written there, or another process is writing it.
     """
-    temporary = output.with_name(f".{output.name}.part")
-    folder = temporary / output.name  # a converter names the model after its folder
-    busy = (f"another command is writing {output}.", "one command a folder.", "wait for it, or choose another folder.")
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        with locked(temporary / ".lock", *busy):
-            try:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                yield folder
-                settle(folder)
-                if output.is_dir():
-                    output.rmdir()
-                folder.rename(output)
-                flush_to_disk(output.parent)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with _beside(output, alone=True) as folder:
+            folder.mkdir()
+            yield folder
+            settle(folder)
+            if output.is_dir():
+                output.rmdir()
+            folder.rename(output)
+            flush_to_disk(output.parent)
     except OSError as error:
         found = f"{output} cannot be written ({error.strerror})."
         raise InputError(found, "a folder with room that may be written.", "choose one.") from None
@@ -215,7 +249,7 @@ def read_json(path: Path) -> Any:
     """Read JSON; a damaged file raises an InputError that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets in brackets
         raise InputError(f"{path} is damaged ({error}).", "JSON.", "delete it and run its step again.") from None
 
 

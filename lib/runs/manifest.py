@@ -105,6 +105,18 @@ class Entry:
         return sha256_json({name: output["sha256"] for name, output in self.outputs.items()})
 
 
+FORMAT = 1
+"""Of manifest.json."""
+
+
+@functools.cache
+def _entries() -> Any:
+    """What reads the products of a manifest: every key of an entry with a value of its kind, and no other key."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(dict[str, Entry])
+
+
 NOTE = ".request.json"
 """A note beside the work while it is made (see below); no part of the product."""
 
@@ -149,11 +161,26 @@ class Manifest:
         self.path = path
 
     def entries(self) -> dict[str, Entry]:
-        """All entries, by product."""
+        """All entries, by product.
+
+        Raises:
+            InputError: the file is damaged, or of another version.
+        """
         if not self.path.exists():
             return {}
         content = read_json(self.path)
-        return {name: Entry(**entry) for name, entry in content["products"].items()}
+        try:
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise ValueError(f"no manifest of format {FORMAT}")
+            return _entries().validate_python(content.get("products"), extra="forbid")
+        except ValueError as error:
+            first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+            reason = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")[:200]
+            raise InputError(
+                f"{self.path} is of another version or damaged ({reason}).",
+                "the manifest that this version of the workbook writes.",
+                "use the version that made the run, or delete the folder of the run and make it again.",
+            ) from None
 
     def add(self, run_name: str, entry: Entry) -> None:
         """Add or replace one entry."""
@@ -165,7 +192,7 @@ class Manifest:
 
     def _write(self, run_name: str, entries: dict[str, Entry]) -> None:
         ordered = {name: asdict(entries[name]) for name in NOTEBOOK_OF if name in entries}
-        write_json(self.path, {"format": 1, "run": run_name, "products": ordered})
+        write_json(self.path, {"format": FORMAT, "run": run_name, "products": ordered})
 
 
 # A kill between the end of a stage and its manifest entry must not cost the work: it is found again.

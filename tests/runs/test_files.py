@@ -41,8 +41,8 @@ def test_one_folder_is_written_by_one_command_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another command is writing"), new_folder(tmp_path / "out"):
             pytest.fail("two at once")
     assert (tmp_path / "out/a").read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["out"]
-    (tmp_path / ".new.part/new").mkdir(parents=True)
-    (tmp_path / ".new.part/new/left").write_text("by a process that was killed")
+    (tmp_path / ".new.x1.part/new").mkdir(parents=True)
+    (tmp_path / ".new.x1.part/new/left").write_text("by a process that was killed")
     with new_folder(tmp_path / "new") as folder:
         assert not any(folder.iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "out"]

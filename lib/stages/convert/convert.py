@@ -182,7 +182,7 @@ class Conversion:
         """
         stop = threading.Event()
         try:
-            with atomic_path(self.output) as temporary, ThreadPoolExecutor(1) as pool:
+            with atomic_path(self.output, alone=True) as temporary, ThreadPoolExecutor(1) as pool:
                 file = GgufFile(temporary, self.header, self.plan)
                 read = pool.submit(self._read_back, temporary, stop)  # while the data is still being written
                 try:

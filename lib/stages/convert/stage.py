@@ -48,7 +48,7 @@ def convert_officially(model_dir: Path, output: Path, outtype: str, checkout: Pa
     weights = open_weights(model_dir)
     check_output(output, weights, outtype)
     require_space(output.parent, weights.parameters * (4 if outtype == "f32" else 2) + (64 << 20), output.name)
-    with atomic_path(output) as temporary:
+    with atomic_path(output, alone=True) as temporary:
         _run(script, model_dir, temporary, outtype)
         loaded = load_check(temporary)
     metadata = read_metadata(output)

@@ -290,7 +290,7 @@ def write_zip(folder: Path, names: Iterable[str], target: Path, root: str) -> Pa
     total = sum(path.stat().st_size for path in paths)
     require_space(target.parent, total, target.name)
     with (
-        atomic_path(target) as temporary,
+        atomic_path(target, alone=True) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
         Progress(f"packing {target.name}, MB", max(1, round(total / 1e6))) as progress,
     ):

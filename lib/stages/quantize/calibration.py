@@ -427,7 +427,7 @@ def write_imatrix(path: Path, sums: dict[str, np.ndarray], count: int, dataset: 
         def add_architecture(self) -> None:
             """An importance matrix has none."""
 
-    with files.atomic_path(path) as temporary:
+    with files.atomic_path(path, alone=True) as temporary:
         writer = Writer(temporary, "")
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [dataset])

@@ -308,7 +308,7 @@ def quantize_planned(
 ) -> QuantizationReport:
     """One file of a checked source, whose size was predicted; `stop`, `heard`: see `run_child`."""
     prediction = file.prediction
-    with atomic_path(output) as temporary:
+    with atomic_path(output, alone=True) as temporary:
         argument = {
             "source": source,
             "output": temporary,

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lib.models.gguf_file import run_gguf
-from lib.runs.files import link_or_copy, read_json, sha256_file, write_json
+from lib.runs.files import link_or_copy, read_json, remove_abandoned, sha256_file, write_json
 from lib.runs.manifest import versions
 from lib.runs.run import ProductDraft, Run
 from lib.stages.quantize import files
@@ -87,8 +87,7 @@ def _identity(options: Options) -> dict[str, Any]:
 
 def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: Run, work: ProductDraft) -> None:
     source, identity = run_gguf(run), _identity(options)
-    for stray in work.folder.glob(".*.part"):
-        stray.unlink()
+    remove_abandoned(work.folder)
     predicted, description = files.survey(source, settings.ladder, options)
     files.require_matrix(predicted, options)
     planned = [PlannedFile(found, options) for found in predicted] + ([mix] if mix else [])

@@ -1,0 +1,60 @@
+"""Two processes on one output: what stands at the end is whole, and is of one of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lib.errors import InputError
+from lib.runs.files import atomic_path, remove_abandoned
+
+
+def _half(final: Path, begun: multiprocessing.Event, alone: bool) -> None:
+    with atomic_path(final, alone) as temporary:
+        temporary.write_text('{"half": "B')
+        begun.set()
+        signal.pause()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_writer_that_is_killed_takes_nothing_from_another(tmp_path: Path, alone: bool) -> None:
+    final, context = tmp_path / "two[1].json", multiprocessing.get_context("fork")
+    begun = context.Event()
+    with atomic_path(final) as temporary:
+        temporary.write_text('{"whole": "A"}')
+        other = context.Process(target=_half, args=(final, begun, False))
+        other.start()
+        assert begun.wait(30)
+    assert final.read_text() == '{"whole": "A"}'
+    if alone:
+        with pytest.raises(InputError, match="another command is writing"), atomic_path(final, alone=True):
+            pytest.fail("two at once")
+    os.kill(other.pid or 0, signal.SIGKILL)
+    other.join()
+    assert final.read_text() == '{"whole": "A"}'
+    with atomic_path(final, alone=True) as temporary:  # what the killed one left is gone
+        temporary.write_text("C")
+    assert [path.name for path in tmp_path.iterdir()] == [final.name] and final.read_text() == "C"
+
+
+def test_a_writer_that_fails_leaves_the_former_file(tmp_path: Path) -> None:
+    final = tmp_path / "a.json"
+    final.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(final) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert final.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    for name in (".a.gguf.x1.part", ".b.json.x2.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    assert remove_abandoned(tmp_path, "a.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == [".b.json.x2.part"]
+    assert remove_abandoned(tmp_path)
+    assert not list(tmp_path.iterdir())
