@@ -39,7 +39,8 @@ class Encoded:
         ids: of the whole row, or of its prompt where it has no answer.
         spans: (first, behind the last) position of every learned answer, its end-of-turn token included.
         answers: which of the row's answers each span is, counted from 0.
-        unlearned: answers that are only read, because the template writes them otherwise than it asks for them.
+        unlearned: answers that are only read: the template writes them otherwise than it asks for them, or the data
+            marks them as not to be learned (`learn` of the turn is false).
         turns_cut: turns left out at the end to respect `max_seq_length`.
         text_cut: whether the end of a single text was cut for the same reason.
         whole_length: tokens of the row before anything was cut.
@@ -188,6 +189,14 @@ def _encode(
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if not any(learned):
         raise refusal(tokenizer, thinking)
+    wanted = [message.get("learn", True) for message in messages if message["role"] == ASSISTANT]
+    learned = [learns and wants for learns, wants in zip(learned, wanted, strict=True)]
+    if not any(learned):
+        raise ExchangeTooLongError(
+            "a conversation whose answers that are to be learned do not fit, or are not asked for by the template.",
+            "an answer to learn within max_seq_length.",
+            "raise max_seq_length.",
+        )
     found, at = [], 0
     for start, stop in spans:
         while offsets[at][1] <= start:

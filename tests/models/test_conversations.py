@@ -252,3 +252,17 @@ def test_the_hash_tells_tasks_apart(tokenizers: dict) -> None:
     tokenizer = tokenizers["qwen3-0.6b"]
     assert plain.fingerprint(tokenizer) != other.fingerprint(tokenizer)
     assert plain.fingerprint(tokenizer) != plain.fingerprint(tokenizers["offline"])
+
+
+def test_an_answer_that_is_not_to_be_learned_is_only_read(tokenizers: dict) -> None:
+    tokenizer = tokenizers["offline"]
+    messages: list = [{"role": "system", "content": "s"}]
+    for question, answer in (("你好", "不用管它"), ("累", "休息吧"), ("好", "再见")):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    whole = encode_conversation(tokenizer, messages, 512, False)
+    messages[2]["learn"] = False
+    encoded = encode_conversation(tokenizer, messages, 512, False)
+    assert encoded.ids == whole.ids and encoded.spans == whole.spans[1:] and encoded.answers == (1, 2)
+    assert encoded.unlearned == 1 and "不用管它" not in decoded(tokenizer, encoded.loss_ids)
+    with pytest.raises(ExchangeTooLongError, match="to be learned"):  # only the first exchange fits
+        encode_conversation(tokenizer, messages, whole.spans[0][1] + 1, False)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
+from lib.stages.data.data_files import SURROGATE, Rows
 from lib.stages.data.near_duplicates import audit
-from lib.stages.data.reading import SURROGATE, Rows, Table
+from lib.stages.data.reading import Table
 
 if TYPE_CHECKING:
     from lib.prompts.conversations import Encoded
@@ -22,9 +23,22 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = (
     *("text", "text_a", "sentence", "review", "content", "comment", "review_body", "reviewtext", "input", "query"),
-    *("文本", "评论", "内容", "句子"),
+    *("文本", "评论", "内容", "句子", "question", "题目", "问题"),
 )
-LABEL_COLUMNS = ("label", "labels", "sentiment", "polarity", "class", "category", "target", "output", "标签", "情感")
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "sentiment",
+    "polarity",
+    "class",
+    "category",
+    "target",
+    "output",
+    "标签",
+    "情感",
+    "answer",
+    "答案",
+)
 NEGATIVE = frozenset(("negative", "neg", "负面", "消极", "负向", "差评", "负", "贬义"))
 POSITIVE = frozenset(("positive", "pos", "正面", "积极", "正向", "好评", "正", "褒义"))
 
@@ -170,11 +184,21 @@ def clean_split(
     label_name = find_column(names, label_column, LABEL_COLUMNS, "label")
     read = label_reader(label_names)
     unknown: Counter[str] = Counter()
+    options = _option_columns(names, label_names)
+    unused = [name for name in names if name not in (text_name, label_name, *options, *keep)]
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
         text, value = safe_text(cells[text_name], changed), cells[label_name]
         if not text.strip():
             raise DamagedError("empty text")
+        if choices := _choices(cells, options):
+            text = "\n".join(
+                [text.rstrip(), *(f"{letter}. {safe_text(choice, changed)}" for letter, choice in choices)]
+            )
+            changed["changed: options joined to their question, one a line"] += 1
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+            changed["changed: label out of a list of one"] += 1
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DamagedError("no label")
         label = read(value)
@@ -183,9 +207,47 @@ def clean_split(
             raise DamagedError("label not understood")
         return Row(index, text, label, extra={name: plain(cell) for name, cell in cells.items() if name in keep})
 
-    found = usable_rows(table, row_of)
+    rows, counts = usable_rows(table, row_of)
     _refuse_labels(unknown, len(table), label_names, where)
-    return found
+    return rows, counts + not_used(unused, len(table))
+
+
+OPTIONS = ("options", "choices", "选项")
+"""Columns with the options of a question, by letter or in order."""
+
+
+def _option_columns(names: Sequence[str], label_names: Sequence[str]) -> list[str]:
+    """The columns of a question's options, where the labels are letters: one with all, or one for each letter."""
+    if any(len(name) != 1 or not name.isascii() or not name.isupper() for name in label_names):
+        return []
+    letters = [name for name in label_names if name in names]
+    return [name for name in names if name.strip().lower() in OPTIONS] or (letters if len(letters) > 1 else [])
+
+
+def _choices(cells: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[str, Any]]:
+    """The options of a question with their letters.
+
+    Raises:
+        DamagedError: options that are neither a list nor texts by letter.
+    """
+    if len(columns) != 1:
+        return [(name, cells[name]) for name in columns if cells[name] not in (None, "")]
+    given = cells[columns[0]]
+    if isinstance(given, str) and given.lstrip().startswith(("[", "{")):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise DamagedError("options that cannot be read") from None
+    if isinstance(given, Mapping):
+        return [(str(letter), choice) for letter, choice in given.items() if choice is not None]
+    if isinstance(given, list):
+        return [(chr(ord("A") + i), choice) for i, choice in enumerate(given[:26])]
+    raise DamagedError("options that are neither a list nor named by letters")
+
+
+def not_used(names: Sequence[str], rows: int) -> Counter[str]:
+    """What is said of columns that the run does not use."""
+    return Counter({f"not used: the column {str(name)[:60]!r}": rows for name in names})
 
 
 def usable_rows(

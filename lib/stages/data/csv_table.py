@@ -1,4 +1,4 @@
-"""A CSV or TSV file as columns of text, without guessing: every record is checked against the header.
+"""A CSV or TSV file as rows of texts, without guessing: every record is checked against the header.
 
 What spreadsheets, pandas and R write is read: an index column with or without a name, a comma at the end of every
 line, semicolons or tabs between cells, cells over several lines. Each of them is counted. What a reader could only
@@ -12,7 +12,6 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import InputError
@@ -27,24 +26,16 @@ Record = tuple[int, list[str]]
 """Number of the line on which a record begins, and its cells."""
 
 
-@dataclass
-class CsvTable:
-    """Attributes: columns by name, as text; what the file had beside plain records, counted."""
-
-    columns: dict[str, list[str]]
-    notes: Counter[str] = field(default_factory=Counter)
-
-
-def read_csv(path: Path, text: str, tabs: bool = False) -> CsvTable:
-    """The columns of a file.
+def read_csv(path: Path, text: str, notes: Counter[str], tabs: bool = False) -> list[dict[str, str]]:
+    """The rows of a file; every value stays text ("null" and "007" are reviews, not numbers).
 
     Args:
         path: for messages. text: its content, lines ended by LF. tabs: cells between tabs, marks are plain characters.
+        notes: gets what the file had beside plain records, counted.
 
     Raises:
         InputError: no header, records that do not have its cells, quotation marks that do not close; with the line.
     """
-    notes: Counter[str] = Counter()
     separator = "\t" if tabs else _separator(path, text.partition("\n")[0], notes)
     records = _records(path, text, separator, quoted=not tabs)
     header = next(records, (1, []))[1]
@@ -52,7 +43,7 @@ def read_csv(path: Path, text: str, tabs: bool = False) -> CsvTable:
     places = _positions(path, header, rows, notes)
     if not tabs:
         _refuse_swallowed(path, text, rows, separator, notes)
-    return CsvTable({name: [cells[i] for _, cells in rows] for name, i in places.items()}, +notes)
+    return [{name: cells[i] for name, i in places.items()} for _, cells in rows]
 
 
 def _separator(path: Path, first: str, notes: Counter[str]) -> str:

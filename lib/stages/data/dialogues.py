@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter, ne
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,28 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
-from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, Message, is_blank, split_thinking, with_thinking
-from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, plain, safe_text, text_of, usable_rows
+from lib.prompts.templates import (
+    ASSISTANT,
+    SYSTEM,
+    TAG,
+    USER,
+    Message,
+    is_blank,
+    split_thinking,
+    think_tags,
+    with_thinking,
+)
+from lib.stages.data.cleaning import (
+    DamagedError,
+    Row,
+    RowsOfTask,
+    Splits,
+    not_used,
+    plain,
+    safe_text,
+    text_of,
+    usable_rows,
+)
 from lib.stages.data.near_duplicates import audit, joined, normalise
 
 if TYPE_CHECKING:
@@ -25,8 +46,28 @@ if TYPE_CHECKING:
 
 # Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
 
-Turn = tuple[str, str]
-"""(speaker as written, text)."""
+
+@dataclass
+class Turn:
+    """One turn as the file has it: speaker as written, text, and whether the file says that it is to be learned."""
+
+    role: str
+    text: Any
+    learn: bool = True
+
+
+LEARN = frozenset(("loss", "weight", "train", "trainable", "training", "loss_weight", "learn"))
+"""Keys of a turn by which data sets say whether it is learned; with 0 or false it stays in the context alone."""
+IGNORE = frozenset(("mask", "masked"))
+"""The same the other way round."""
+MASKS = ("loss_mask", "weights", "train_mask")
+"""Columns with one such value for every turn, or for every answer."""
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+"""Keys of a turn, or columns beside an output, that hold the reasoning apart: DeepSeek and Qwen; vLLM and OpenRouter;
+Ollama; others."""
+ALPACA = ("instruction", "input", "output", "history", *REASONING)
+CALLS = ("tool_calls", "function_call")
+_OF_A_TURN = frozenset(("role", "content", "from", "value", *LEARN, *IGNORE, *REASONING, *CALLS))
 
 FORMS = {
     "messages": ("messages",),
@@ -57,22 +98,67 @@ def find_form(columns: Sequence[str], where: str) -> tuple[str, dict[str, str]]:
     )
 
 
-def turns_of(raw: Mapping[str, Any], form: str) -> list[Turn]:
+def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Turn]:
     """The turns of a row (columns by folded name); a cell of text may hold JSON, as in CSV files.
+
+    Args:
+        unused: gets the keys of turns that say something the workbook does not use.
 
     Raises:
         DamagedError: a cell of another kind.
     """
     if form == "alpaca":
         asked = "\n".join(part for part in request_of(raw) if part)
-        turns = [*_history(raw.get("history")), ("user", asked), ("assistant", text_of(raw["output"]))]
+        answer = _with_reasoning(text_of(raw["output"]), raw)
+        turns = [*_history(raw.get("history")), Turn("user", asked), Turn("assistant", answer)]
     elif form == "dialogue":
         turns = [_spoken(line) for line in _lines(raw["dialogue"])]
     else:
-        turns = [_message(message, form) for message in _list(raw[form], f"{form} that are no list")]
+        turns = [_message(message, form, unused) for message in _list(raw[form], f"{form} that are no list")]
+    _mask(turns, raw)
     system = text_of(raw.get("system"))
-    own = bool(turns) and turns[0][0].strip().lower() == "system"
-    return [("system", system), *turns] if system.strip() and not own else turns
+    own = bool(turns) and turns[0].role.strip().lower() == "system"
+    return [Turn("system", system), *turns] if system.strip() and not own else turns
+
+
+def _mask(turns: Sequence[Turn], raw: Mapping[str, Any]) -> None:
+    """Take a list beside the turns that says which of them are learned, and `mask_history`: the last answer alone."""
+    answers = [turn for turn in turns if ROLES.get(turn.role.strip().lower()) == ASSISTANT]
+    for name in MASKS:
+        if raw.get(name) in (None, "", []):
+            continue
+        values = _list(raw[name], f"{name} that is no list")
+        masked = {len(turns): turns, len(answers): answers}.get(len(values))
+        if masked is None:
+            raise DamagedError(f"{name} with another number of values than turns")
+        for turn, value in zip(masked, values, strict=True):
+            turn.learn = turn.learn and _learned(value, name)
+    if raw.get("mask_history") is not None and _learned(raw["mask_history"], "mask_history"):
+        for turn in answers[:-1]:
+            turn.learn = False
+
+
+def _learned(value: Any, key: str) -> bool:
+    """What a value of `LEARN` says.
+
+    Raises:
+        DamagedError: anything but yes or no: half an answer cannot be learned.
+    """
+    said = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
+    if (known := said.get(str(value).strip().lower())) is None:
+        raise DamagedError(f"a turn with {key} {str(value)[:20]!r} (known are 0 and 1, true and false)")
+    return known
+
+
+def _with_reasoning(text: str, holder: Mapping[str, Any]) -> str:
+    """An answer with the reasoning that its file keeps under a key of its own; tags in the answer itself win."""
+    for name in REASONING:
+        found = holder.get(name)
+        if isinstance(found, list):  # OpenRouter's details, Anthropic's blocks
+            found = "\n".join(str(part.get("text", "")) for part in found if isinstance(part, Mapping))
+        if isinstance(found, str) and not is_blank(found) and not TAG.search(text):
+            return f"<think>\n{found}\n</think>\n\n{text}"
+    return text
 
 
 def request_of(raw: Mapping[str, Any]) -> tuple[str, str]:
@@ -94,18 +180,21 @@ def _list(cell: Any, damage: str) -> list[Any]:
     return list(cell)
 
 
-def _message(message: Any, form: str) -> Turn:
-    """A turn {role, content} or {from, value}; `reasoning_content` is its reasoning where the content has none."""
+def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
+    """A turn {role, content} or {from, value}, with its reasoning and with whether it is to be learned."""
     if not isinstance(message, Mapping):
         raise DamagedError(f"{form} that are no list of turns with a role")
     role, text = (
         message.get(other) if message.get(name) is None else message[name]
         for name, other in (("role", "from"), ("content", "value"))
     )
-    content, reasoning = text_of(text), message.get("reasoning_content")
-    if isinstance(reasoning, str) and not is_blank(reasoning) and not TAG.search(content):
-        content = f"<think>\n{reasoning}\n</think>\n\n{content}"
-    return str(role), content
+    said = {key: value for key, value in message.items() if value not in (None, "", [], {})}
+    if any(key in said for key in CALLS):
+        raise DamagedError("a turn that calls a tool")
+    learn = all(_learned(said[key], key) for key in said.keys() & LEARN)
+    learn = learn and not any(_learned(said[key], key) for key in said.keys() & IGNORE)
+    unused.update(said.keys() - _OF_A_TURN)
+    return Turn(str(role), _with_reasoning(text_of(text), message), learn)
 
 
 def _lines(cell: Any) -> list[Any]:
@@ -121,7 +210,7 @@ def _spoken(line: Any) -> Turn:
     found = _SPEAKER.match(line or "")
     if not found:
         raise DamagedError("a turn without its speaker")
-    return found[1], line[found.end() :]
+    return Turn(found[1], line[found.end() :])
 
 
 def _history(cell: Any) -> list[Turn]:
@@ -130,7 +219,7 @@ def _history(cell: Any) -> list[Turn]:
     pairs = _list(cell, damage)
     if any(not isinstance(p, list) or len(p) != 2 or not all(isinstance(text, str) for text in p) for p in pairs):
         raise DamagedError(damage)
-    return [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    return [turn for question, answer in pairs for turn in (Turn("user", question), Turn("assistant", answer))]
 
 
 # From a table to conversations: roles checked, thinking validated, everything dropped counted.
@@ -167,8 +256,12 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
         raw = {folded: cells[name] for folded, name in columns.items()}
-        turns = [(role, safe_text(text, changed).strip()) for role, text in turns_of(raw, form)]
+        unused: Counter[str] = Counter()
+        turns = turns_of(raw, form, unused)
+        for turn in turns:
+            turn.text = safe_text(turn.text, changed).strip()
         messages = _messages(turns, task, changed, unknown)
+        changed.update({f"not used: the key {str(key)[:40]!r} of turns": count for key, count in unused.items()})
         opening = next(message["content"] for message in messages if message["role"] == USER)
         given = {name: raw[name] for name in KEPT if raw.get(name) is not None}
         extra = {name: plain(value) for name, value in given.items() if value == value}  # NaN is no value
@@ -178,7 +271,8 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
     rows, counts = usable_rows(table, row_of)
     _refuse(unknown, counts, len(table), where, task)
     _set_shared(rows, requests)
-    return rows, counts
+    used = {*FORMS[form], *KEPT, *MASKS, "system", "mask_history", *(ALPACA if form == "alpaca" else ())}
+    return rows, counts + not_used([name for folded, name in columns.items() if folded not in used], len(table))
 
 
 def _set_shared(rows: Sequence[Row], requests: Sequence[tuple[str, str]]) -> None:
@@ -191,15 +285,20 @@ def _set_shared(rows: Sequence[Row], requests: Sequence[tuple[str, str]]) -> Non
             row.text, row.shared = given, instruction
 
 
-def _messages(
-    turns: Sequence[tuple[str, str]], task: Task, changed: Counter[str], unknown: Counter[str]
-) -> list[Message]:
-    """Turns with our roles, the system turn explicit, ending on an answer; its parts are checked."""
-    odd = [role for role, _ in turns if role.strip().lower() not in ROLES]
+def _messages(turns: Sequence[Turn], task: Task, changed: Counter[str], unknown: Counter[str]) -> list[Message]:
+    """Turns with our roles, the system turn explicit, ending on an answer; its parts are checked.
+
+    An answer that the file marks as not to be learned has the key `learn`, false.
+    """
+    odd = [turn.role for turn in turns if turn.role.strip().lower() not in ROLES]
     if odd:
         unknown[odd[0]] += 1
         raise DamagedError("a role that is not known")
-    messages = [{"role": ROLES[role.strip().lower()], "content": text} for role, text in turns]
+    messages: list[Message] = []
+    for turn in turns:
+        role = ROLES[turn.role.strip().lower()]
+        marked = {} if turn.learn or role != ASSISTANT else {"learn": False}
+        messages.append({"role": role, "content": turn.text, **marked})
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == SYSTEM else task.system_prompt
     if any(is_blank(message["content"]) for message in messages):
         raise DamagedError("an empty turn")
@@ -211,6 +310,10 @@ def _messages(
     if len(messages) % 2:
         messages.pop()
         changed["changed: last turn without an answer removed"] += 1
+    unlearned = sum("learn" in message for message in messages)
+    if 2 * unlearned == len(messages):
+        raise DamagedError("every answer marked as not to be learned")
+    changed["answers marked as not to be learned: in the context, not in the loss"] += unlearned
     _check_thinking(messages, task, changed)
     return [{"role": SYSTEM, "content": system}, *messages]
 
@@ -223,11 +326,17 @@ def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message
     if not any(_NAMED.search(message["content"]) for message in messages):
         speakers = [(role, list(said)) for role, said in itertools.groupby(messages, key=itemgetter("role"))]
         changed["changed: turns of one speaker in succession joined"] += len(messages) - len(speakers)
-        messages = [{"role": role, "content": "\n".join(m["content"] for m in said)} for role, said in speakers]
+        messages = [_joined(role, said) for role, said in speakers]
     if messages and messages[0]["role"] == ASSISTANT:
         changed["changed: the assistant's greeting before the first question removed"] += 1
         messages = messages[1:]
     return list(messages)
+
+
+def _joined(role: str, said: Sequence[Message]) -> Message:
+    """Turns of one speaker as one, which is learned when all of them are."""
+    learn = {} if all("learn" not in message for message in said) else {"learn": False}
+    return {"role": role, "content": "\n".join(message["content"] for message in said), **learn}
 
 
 def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[str]) -> None:
@@ -247,7 +356,8 @@ def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, 
     """What is not a slip of single rows stops the run."""
     if thinking := counts.pop("thinking", 0):
         raise InputError(
-            f"{where}: {thinking} answers with <think>, <thinking> or reasoning_content, and thinking: false.",
+            f"{where}: {thinking} answers with reasoning (in tags, or under a key such as reasoning_content), and "
+            "thinking: false.",
             "the setting that says what the answers hold.",
             "set thinking: true, or remove the reasoning.",
         )
@@ -261,10 +371,18 @@ def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str
     made = [
         {**message, "content": with_thinking(tokenizer, *split_thinking(message["content"]))}
         if message["role"] == ASSISTANT
-        else message
+        else dict(message)
         for message in messages
     ]
     changed["changed: thinking brought into the base model's form (tags, white space)"] += sum(map(ne, made, messages))
+    tags = think_tags(tokenizer)
+    for message in made:
+        if message["role"] != ASSISTANT:  # a system turn that asks for <thinking> where answers have <think>
+            named = TAG.sub(lambda found: tags["/" in found[0]], message["content"])
+            changed["changed: tags that a turn asks for, named as the base model writes them"] += (
+                named != message["content"]
+            )
+            message["content"] = named
     return made
 
 

@@ -5,12 +5,9 @@ Data sets of the hub and of ModelScope are plain files, read like local ones; sc
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,12 +19,10 @@ from lib.errors import InputError
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
 from lib.models.base_model import called, fallback_note, none_left
-from lib.runs.files import sha256_file, sha256_json, user_path, utf8
+from lib.runs.files import sha256_file, sha256_json, user_path
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-
-Rows = list[dict[str, Any]]
-"""A table: its rows, every one with all columns."""
+from lib.stages.data.data_files import FORMATS, Rows, data_files, named_classes, read_file
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = {
@@ -117,6 +112,7 @@ def read_table(source: str, revision: str = "main") -> Table:
         InputError: nothing readable, or files that do not say which split they are.
     """
     path, commit = user_path(source), ""
+    classes = _card_classes(path) if path.is_dir() else {}
     if path.is_file():
         files, words = {"all": [path]}, f"file {path.name}"
     elif path.exists():
@@ -131,18 +127,39 @@ def read_table(source: str, revision: str = "main") -> Table:
     else:
         remote = sources.parse(source, revision, "dataset")
         found = fetching.fetch(source, revision, "dataset")
+        classes = _card_classes(found.path)
         where, commit = "hub" if remote.place == "hub" else "ModelScope", found.revision
         files, words = (
             _split_repository(found.path, remote.words),
             f"{where} data set {remote.id}, revision {commit[:23]}",
         )
     changes: Counter[str] = Counter()
-    splits = {name: [row for part in paths for row in read_file(part, changes)] for name, paths in files.items()}
+    splits = {name: _read_files(paths, changes) for name, paths in files.items()}
+    for rows in splits.values():
+        named_classes(rows, classes, changes)
     hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
     table = Table(splits, words, +changes, commit, hashes)
     if table.known:
         table.source = f"{table.known.name}, {words}"
     return table
+
+
+def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
+    """The rows of several files that are parts of one table.
+
+    Raises:
+        InputError: they have different columns.
+    """
+    parts = [read_file(path, changes) for path in paths]
+    for path, rows in zip(paths, parts, strict=True):
+        if rows[0].keys() != parts[0][0].keys():
+            columns, others = (", ".join(names)[:200] for names in (parts[0][0], rows[0]))
+            raise InputError(
+                f"{paths[0].name} has the columns {columns}; {path.name} has {others}.",
+                "files of one folder that are parts of one table, or splits named train, validation and test.",
+                "set dataset to one of the files, or give all of them the same columns.",
+            )
+    return [row for rows in parts for row in rows]
 
 
 def _split_folder(folder: Path) -> dict[str, list[Path]]:
@@ -159,6 +176,8 @@ def _split_folder(folder: Path) -> dict[str, list[Path]]:
             raise InputError(
                 f"{folder} holds {', '.join(names)} for {split}.", "one file a split.", "remove the others."
             )
+    if not found and len({path.suffix.lower() for path in files}) == 1:  # no splits: parts of one table
+        return {"all": files}
     if not found.keys() & {"train", "all"}:
         names = ", ".join(path.name for path in files[:8])
         raise InputError(f"{folder} holds {names}.", "a file train.csv (tsv, json, jsonl, parquet).", "rename it.")
@@ -179,156 +198,6 @@ def _stem(name: str) -> str:
     return re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", Path(name).stem.lower())
 
 
-# One file: from its bytes to text that every parser reads alike, with everything changed on the way counted, to rows.
-
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""Suffix of a data file -> how it is read. TSV is unquoted."""
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file; of a folder, over the names and SHA-256 of the data files in it (hidden files left out)."""
-    if path.is_dir():
-        return sha256_json({file.name: sha256_file(file) for file in data_files(path)})
-    return sha256_file(path)
-
-
-def data_files(folder: Path) -> list[Path]:
-    """The files of a folder that the workbook can read, by name."""
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in FORMATS)
-
-
-def read_file(path: Path, changes: Counter[str]) -> Rows:
-    """The rows of one file; values stay as they are, only the bytes are made readable.
-
-    Removed and counted: a byte-order mark, NUL characters, CR, lone surrogates (JSON escapes).
-
-    Raises:
-        InputError: another format, empty, a Git LFS pointer, a web page, not UTF-8, or not well-formed.
-    """
-    kind, raw = FORMATS.get(path.suffix.lower()), path.read_bytes()
-    if kind is None:
-        raise InputError(f"{path} ends in {path.suffix!r}.", f"one of {', '.join(FORMATS)}.", "convert or rename it.")
-    _check_content(path, raw[:4096])
-    try:
-        if kind == "parquet":
-            rows = _parquet_rows(path, raw)
-        else:
-            text = _readable(path, raw, kind, changes)
-            rows = _json_rows(path, text, changes) if kind == "json" else _csv_rows(path, text, kind)
-    except InputError:
-        raise
-    except (ValueError, OSError, NotImplementedError, RecursionError) as error:  # those of json, pandas and pyarrow
-        reason = " ".join(str(error).split())[:200]
-        expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
-        raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
-    if not rows:
-        raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
-    return rows
-
-
-def _empty(path: Path) -> InputError:
-    return InputError(f"{path} is empty.", "a file with rows.", "fetch or export it again.")
-
-
-def _check_content(path: Path, head: bytes) -> None:
-    """Refuse what is not data: an empty file, a Git LFS pointer, an HTML page, another encoding of Unicode."""
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not start:
-        raise _empty(path)
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path} is a Git LFS pointer, not the data.", "the file itself.", "run `git lfs pull` where it came from."
-        )
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise InputError(
-            f"{path} is a web page, not data.", "the file itself.", "download it again with the site's raw-file link."
-        )
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path} is UTF-16.", "UTF-8.", "save it again as UTF-8.")
-
-
-def _readable(path: Path, raw: bytes, kind: str, changes: Counter[str]) -> str:
-    """The text of a file with LF alone. A CR ends a line only where the file has no LF; else it is a space."""
-    text = utf8(path, raw)
-    if text.startswith("\ufeff"):
-        changes["byte-order mark"] += 1
-        text = text[1:]
-    ends_lines = "\n" not in text and kind != "json"
-    for what, old, new in (
-        ("NUL characters", "\0", ""),
-        ("CRLF line ends", "\r\n", "\n"),
-        ("CR line ends", "\r", "\n") if ends_lines else ("stray CR characters", "\r", " "),
-    ):
-        changes[what] += text.count(old)
-        text = text.replace(old, new)
-    if not text.strip():
-        raise _empty(path)
-    return text
-
-
-def _csv_rows(path: Path, text: str, kind: str) -> Rows:
-    """Every value stays text ("null" and "007" are reviews, not numbers)."""
-    import pandas as pd
-
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"delimiter": ","}
-    header = next(csv.reader(io.StringIO(text), **form))
-    if len(set(header)) != len(header) or not all(name.strip() for name in header):
-        raise InputError(
-            f"{path} begins with {', '.join(map(repr, header))[:200]}.",
-            "a first line with one distinct name a column.",
-            "add or correct the header line.",
-        )
-    # where every row has one field more than the header, pandas takes the first ones for the names of the rows
-    table = pd.read_csv(io.StringIO(text), dtype=object, na_filter=False, **form)
-    return table.to_dict("records")
-
-
-def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
-    """The objects of a JSON file: a list, or one a line; every one with all keys."""
-    whole = text.lstrip().startswith("[")
-    rows: Rows = []
-    for number, part in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
-                "a list of objects, or one object a line.",
-                "correct that line.",
-            ) from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not every row is an object")
-    if _SURROGATE_ESCAPE.search(text):
-        rows = _without_surrogates(rows, changes)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return [columns | row for row in rows]
-
-
-def _without_surrogates(value: Any, changes: Counter[str]) -> Any:
-    """A JSON value without lone surrogates, which no UTF-8 file and no tokenizer can hold."""
-    if isinstance(value, str):
-        text, count = SURROGATE.subn("", value)
-        changes["lone surrogates"] += count
-        return text
-    if isinstance(value, list):
-        return [_without_surrogates(item, changes) for item in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(key, changes): _without_surrogates(item, changes) for key, item in value.items()}
-    return value
-
-
-def _parquet_rows(path: Path, raw: bytes) -> Rows:
-    if raw[:4] != b"PAR1" or raw[-4:] != b"PAR1":
-        raise InputError(f"{path} does not start and end as Parquet does.", "a whole Parquet file.", "fetch it again.")
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
-
-
 # Data sets of the hub and of ModelScope: plain files, read like local ones. Scripts are never run.
 
 _ONE = "download it and set dataset to the file or folder you mean."
@@ -338,7 +207,7 @@ def _split_repository(folder: Path, words: str) -> dict[str, list[Path]]:
     """Data files of a repository by split: as its card says, else by the names of files and folders."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     paths = {name: path for name, path in paths.items() if is_data(name)}
-    found = _by_card(folder / "README.md", sorted(paths), words)
+    found = _by_card(_card(folder), sorted(paths), words)
     if found is None:
         found = _by_split(sorted(paths), _split_of)
         if not found.keys() & {"train", "all"}:
@@ -350,16 +219,40 @@ def _split_repository(folder: Path, words: str) -> dict[str, list[Path]]:
     return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
 
 
-def _by_card(card: Path, names: list[str], words: str) -> dict[str, list[str]] | None:
-    """As `configs` in the head of README.md says; None when it says nothing."""
+def _card(folder: Path) -> dict[str, Any]:
+    """The head of a repository's README.md; empty where there is none, or none that can be read."""
+    card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.S)
     try:
-        content = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
-        content = None
-    configs = content.get("configs") if isinstance(content, dict) else None
-    configs = [c for c in configs or [] if isinstance(c, dict) and c.get("data_files")]
+        if head is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1])):
+            return {}  # aliases of aliases stand for more than any memory holds
+        content = yaml.safe_load(head[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _card_classes(folder: Path) -> dict[str, list[str]]:
+    """Names of classes by column, as the card of a data set lists them under `dataset_info`."""
+    info = _card(folder).get("dataset_info")
+    found: dict[str, list[str]] = {}
+    for config in info if isinstance(info, list) else [info]:
+        features = config.get("features") if isinstance(config, dict) else None
+        for feature in features if isinstance(features, list) else []:
+            dtype = feature.get("dtype") if isinstance(feature, dict) else None
+            names = dtype.get("class_label", {}).get("names") if isinstance(dtype, dict) else None
+            if isinstance(names, dict):
+                names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdigit() else 0)]
+            if isinstance(names, list):
+                found[str(feature.get("name"))] = [str(name) for name in names]
+    return found
+
+
+def _by_card(card: dict[str, Any], names: list[str], words: str) -> dict[str, list[str]] | None:
+    """As `configs` of a card says; None when it says nothing."""
+    configs = card.get("configs")
+    configs = [c for c in configs if isinstance(c, dict) and c.get("data_files")] if isinstance(configs, list) else []
     if not configs:
         return None
     chosen = [c for c in configs if c.get("default") or c.get("config_name") == "default"] or configs

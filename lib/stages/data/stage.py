@@ -23,8 +23,9 @@ from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
 from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
+from lib.stages.data.data_files import file_fingerprint
 from lib.stages.data.dialogues import Conversations, in_tags_of
-from lib.stages.data.reading import SPLITS, Table, choose_data, file_fingerprint, read_table
+from lib.stages.data.reading import SPLITS, Table, choose_data, read_table
 from lib.stages.data.text_audit import audit_texts
 
 if TYPE_CHECKING:
@@ -163,16 +164,22 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     task, kind, table = task_of(settings), _kind(settings), choose_data(settings)
     notes = kind.usable(table)
     splits, flow, changes = _clean(table, kind)
+    notes += _much_dropped(flow)
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings)
     flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
     used = found if rule == GIVEN else kind.audit(splits)
     kind.require_each(splits)
+    before = {name: len(rows) for name, rows in splits.items()}
     most = {"train": settings.max_train_rows}
     splits = {
         name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
         for name, rows in splits.items()
     }
+    for name, rows in splits.items():
+        if len(rows) < before[name]:
+            key = "max_train_rows" if name == "train" else "max_eval_rows"
+            flow.append({"step": f"left out: over {key}", "split": name, "rows": before[name] - len(rows)})
     chosen_base = choose_base(
         settings.base_model, settings.revision, settings.fallbacks, settings.gguf_dtype, settings.gguf_off_grid
     )
@@ -228,6 +235,24 @@ def _clean(table: Table, kind: Kind) -> tuple[Splits, list[dict[str, Any]], Coun
                 changes[reason] += count
     kind.require_any(splits, flow)
     return splits, flow, changes
+
+
+MUCH_DROPPED = 0.1
+"""Share of a split's rows from which on every page says that they were left out."""
+
+
+def _much_dropped(flow: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What every page must say of splits that lost many rows when they were read."""
+    notes = []
+    for read in [line for line in flow if line["step"] == "read"]:
+        lost = [line for line in flow if line["split"] == read["split"] and line["step"].startswith("dropped")]
+        total = sum(line["rows"] for line in lost)
+        if total > MUCH_DROPPED * read["rows"]:
+            most = max(lost, key=lambda line: line["rows"])
+            where = "" if read["split"] == "all" else f" of {read['split']}"
+            share = f"{total:,} of {read['rows']:,} rows{where} were left out when the data was read"
+            notes.append(f"{share}, {most['rows']:,} of them {most['step'].replace('dropped: ', 'for: ')}")
+    return notes
 
 
 GIVEN = "given: kept as it came, leaked rows flagged"

@@ -9,7 +9,8 @@ import pytest
 
 from lib.errors import InputError
 from lib.stages.data.cleaning import clean_split
-from lib.stages.data.reading import file_fingerprint, read_table
+from lib.stages.data.data_files import file_fingerprint
+from lib.stages.data.reading import read_table
 
 NAMES = ["负面", "正面"]
 ROWS = [{"text": '他说"好"，真的', "label": 1}, {"text": "null", "label": 0}, {"text": "很差, 退货", "label": 0}]
@@ -64,12 +65,6 @@ def test_dates_stay_as_they_are_written(home: Path, tmp_path: Path, kind: str):
     path = tmp_path / f"a.{kind}"
     path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert read_table(str(path)).splits["all"] == rows
-
-
-def test_numbers_of_rows_without_a_name_in_the_header_are_passed_over(home: Path, tmp_path: Path):
-    path = tmp_path / "a.csv"
-    path.write_text("label,text\n0,1,好\n1,0,差\n", encoding="utf-8")
-    assert rows_of(path) == [("好", 1), ("差", 0)]
 
 
 def test_tsv_is_unquoted(home: Path, tmp_path: Path):
@@ -157,10 +152,12 @@ BAD = {
     "broken.json": (b'[{"text": "a", "label": 1}', "line 1 is not JSON"),
     "broken.jsonl": (b'{"text": "a", "label": 1}\n{"text": \n', "line 2 is not JSON"),
     "cut.parquet": (b"PAR1 and no more", "start and end as Parquet"),
-    "too_many.csv": (b"label,text\n1,a\n1,a,b,c\n", "cannot be read"),
-    "no_objects.json": (b"[1, 2]", "cannot be read"),
+    "too_many.csv": (b"label,text\n1,a\n1,a,b,c\n", "line 3 has 4 cells, the header 2"),
+    "one_more.csv": (b"label,text\n1,a,b\n1,a,b\n", "line 2 has 3 cells, the header 2"),
+    "no_objects.json": (b"[1, 2]", "a list of numbers"),
     "twice.csv": (b"text,text\na,b\n", "distinct name"),
-    "table.xlsx": (b"PK", r"ends in '\.xlsx'"),
+    "table.ods": (b"PK", r"ends in '\.ods'"),
+    "table.xlsx": (b"PK", "openpyxl is not installed|no XLSX workbook"),
 }
 
 

@@ -1,0 +1,205 @@
+"""The rows of one data file: from its bytes to text that every parser reads alike, what changed counted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.runs.files import sha256_file, sha256_json, utf8
+from lib.stages.data.csv_table import read_csv
+from lib.stages.data.json_layouts import other_layout
+
+Rows = list[dict[str, Any]]
+"""Cells by column; every row has all columns."""
+
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".json": "json", ".jsonl": "json"}
+FORMATS |= {".parquet": "parquet", ".xlsx": "xlsx"}
+"""Suffix of a data file -> how it is read. TSV is unquoted; XLSX needs openpyxl."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and SHA-256 of the data files in it (hidden files left out)."""
+    if path.is_dir():
+        return sha256_json({file.name: sha256_file(file) for file in data_files(path)})
+    return sha256_file(path)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of a folder that the workbook can read, by name."""
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in files if p.suffix.lower() in FORMATS)
+
+
+def read_file(path: Path, changes: Counter[str]) -> Rows:
+    """The rows of one file; values stay as they are, only the bytes are made readable.
+
+    Removed and counted: a byte-order mark, NUL characters, CR, lone surrogates (JSON escapes).
+
+    Raises:
+        InputError: another format, empty, a Git LFS pointer, a web page, not UTF-8, or not well-formed.
+    """
+    kind, raw = FORMATS.get(path.suffix.lower()), path.read_bytes()
+    if kind is None:
+        raise InputError(f"{path} ends in {path.suffix!r}.", f"one of {', '.join(FORMATS)}.", "convert or rename it.")
+    _check_content(path, raw[:4096])
+    try:
+        if kind in ("parquet", "xlsx"):
+            rows = (_parquet_rows if kind == "parquet" else _sheet_rows)(path, raw, changes)
+        else:
+            text = _readable(path, raw, kind, changes)
+            rows = _json_rows(path, text, changes) if kind == "json" else read_csv(path, text, changes, kind == "tsv")
+    except InputError:
+        raise
+    except (ValueError, OSError, NotImplementedError, RecursionError) as error:  # those of json, pandas and pyarrow
+        reason = " ".join(str(error).split())[:200]
+        expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
+        raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
+    if not rows:
+        raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
+    return rows
+
+
+def _empty(path: Path) -> InputError:
+    return InputError(f"{path} is empty.", "a file with rows.", "fetch or export it again.")
+
+
+def _check_content(path: Path, head: bytes) -> None:
+    """Refuse what is not data: an empty file, a Git LFS pointer, an HTML page, another encoding of Unicode."""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        raise _empty(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the data.", "the file itself.", "run `git lfs pull` where it came from."
+        )
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise InputError(
+            f"{path} is a web page, not data.", "the file itself.", "download it again with the site's raw-file link."
+        )
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path} is UTF-16.", "UTF-8.", "save it again as UTF-8.")
+
+
+def _readable(path: Path, raw: bytes, kind: str, changes: Counter[str]) -> str:
+    """The text of a file with LF alone. A CR ends a line only where the file has no LF; else it is a space."""
+    text = utf8(path, raw)
+    replacements = [("byte-order mark", "\ufeff", "", 1), ("NUL characters", "\0", "", -1)]
+    replacements += [("CRLF line ends", "\r\n", "\n", -1)]
+    ends_lines = "\n" not in text and kind != "json"
+    replacements += [("CR line ends", "\r", "\n", -1) if ends_lines else ("stray CR characters", "\r", " ", -1)]
+    for what, old, new, most in replacements:
+        found = text.count(old) if most < 0 else int(text.startswith(old))
+        changes[what] += found
+        text = text.replace(old, new, most) if found else text
+    if not text.strip():
+        raise _empty(path)
+    return text
+
+
+def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
+    """The objects of a JSON file: a list, or one a line; every one with all keys."""
+    if found := other_layout(path, text):
+        rows, words = found
+        changes[f"rows read from another layout: {words}"] += len(rows)
+        return _alike(rows, text, changes)
+    whole = text.lstrip().startswith("[")
+    rows = []
+    for number, part in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
+                "a list of objects, or one object a line.",
+                "correct that line.",
+            ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not every row is an object")
+    return _alike(rows, text, changes)
+
+
+def _alike(rows: Rows, text: str, changes: Counter[str]) -> Rows:
+    """Rows of a JSON text without lone surrogates, every one with all keys."""
+    if _SURROGATE_ESCAPE.search(text):
+        rows = _without_surrogates(rows, changes)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [columns | row for row in rows]
+
+
+def _without_surrogates(value: Any, changes: Counter[str]) -> Any:
+    """A JSON value without lone surrogates, which no UTF-8 file and no tokenizer can hold."""
+    if isinstance(value, str):
+        text, count = SURROGATE.subn("", value)
+        changes["lone surrogates"] += count
+        return text
+    if isinstance(value, list):
+        return [_without_surrogates(item, changes) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key, changes): _without_surrogates(item, changes) for key, item in value.items()}
+    return value
+
+
+def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
+    if raw[:4] != b"PAR1" or raw[-4:] != b"PAR1":
+        raise InputError(f"{path} does not start and end as Parquet does.", "a whole Parquet file.", "fetch it again.")
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
+    metadata = table.schema.metadata or {}
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    index = [name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)]  # of pandas
+    rows: Rows = table.drop_columns(index).to_pylist()
+    named = {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and kind.get("names")}
+    return named_classes(rows, named, changes)
+
+
+def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
+    """The rows of the first sheet of a workbook: values as they are computed, no formulas, a header in its first row."""
+    try:
+        import openpyxl
+    except ModuleNotFoundError:
+        raise InputError(
+            f"{path} is an XLSX file, and openpyxl is not installed.",
+            "openpyxl, or a CSV file.",
+            "pip install openpyxl, or save the sheet as CSV UTF-8.",
+        ) from None
+    try:
+        book = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True)
+        sheets = [[list(row) for row in sheet.iter_rows(values_only=True)] for sheet in book.worksheets]
+    except Exception as error:  # openpyxl has no error of its own for what is no workbook
+        raise ValueError(f"no XLSX workbook: {error}") from None
+    filled = [[row for row in sheet if any(cell is not None for cell in row)] for sheet in sheets]
+    if not filled or len(filled[0]) < 2:
+        raise _empty(path)
+    if others := sum(len(sheet) > 1 for sheet in filled[1:]):
+        changes["not used: sheets behind the first one"] += others
+    header = ["" if name is None else str(name) for name in filled[0][0]]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *filled[0][1:]])
+    return read_csv(path, text.getvalue(), changes)
+
+
+def named_classes(rows: Rows, names: Mapping[str, Sequence[str]], changes: Counter[str]) -> Rows:
+    """Rows with the names of classes in place of their numbers: what 0 means is said by the file, not by us.
+
+    Args:
+        names: of the classes, by column, in the order of their numbers, as `datasets` keeps them.
+    """
+    for column, words in names.items():
+        for row in rows:
+            value = row.get(column)
+            number = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else -1
+            if 0 <= number < len(words):
+                row[column] = str(words[number])
+                changes[f"numbers of {column} read by the names that the file gives them"] += 1
+    return rows

@@ -1,0 +1,207 @@
+"""Shapes of data sets: what a file says is used, counted or refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib.errors import InputError
+from lib.prompts.tasks import task_of
+from lib.settings import Settings
+from lib.stages.data.cleaning import clean_split
+from lib.stages.data.dialogues import clean_conversations
+from lib.stages.data.reading import read_table
+from lib.stages.data.stage import _much_dropped
+
+LETTERS = ["A", "B", "C", "D"]
+REVIEWS = [{"text": f"第{i}间房", "label": i % 2} for i in range(6)]
+
+
+def _rows(path: Path, label_names: list[str]) -> tuple[list[tuple[str, int]], Counter[str]]:
+    table = read_table(str(path))
+    rows, counts = clean_split(table.splits["all"], "all", "", "", label_names)
+    return [(row.text, row.label) for row in rows], counts + table.changes
+
+
+def _parquet(path: Path, names: list[str] | None) -> Path:
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
+    pq.write_table(pa.Table.from_pylist(REVIEWS).replace_schema_metadata(metadata), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "zero"),
+    [
+        (None, 0),
+        (["negative", "positive"], 0),
+        (["positive", "negative"], 1),
+        (["pos", "neg"], 1),
+        (["好评", "差评"], 1),
+    ],
+)
+def test_classes_of_a_file_are_read_by_their_names(tmp_path: Path, names: list[str] | None, zero: int) -> None:
+    rows, counts = _rows(_parquet(tmp_path / "r.parquet", names), ["负面", "正面"])
+    assert [label for _, label in rows] == [zero if i % 2 == 0 else 1 - zero for i in range(6)]
+    assert counts["numbers of label read by the names that the file gives them"] == (6 if names else 0)
+
+
+def test_classes_that_are_not_named_in_label_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="labels 'angry'"):
+        _rows(_parquet(tmp_path / "r.parquet", ["angry", "happy"]), ["负面", "正面"])
+
+
+def test_classes_of_a_card_are_read_by_their_names(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: label\n    dtype:\n      class_label:\n        names:\n"
+        "          '0': positive\n          '1': negative\n---\n"
+    )
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in REVIEWS))
+    table = read_table(str(tmp_path))
+    rows, _ = clean_split(table.splits["train"], "train", "", "", ["负面", "正面"])
+    assert [row.label for row in rows] == [1, 0] * 3
+
+
+def test_an_index_of_pandas_in_a_parquet_file_is_no_column(tmp_path: Path) -> None:
+    frame = pa.Table.from_pylist(REVIEWS).to_pandas()
+    frame.index = range(10, 16)
+    frame.iloc[::-1].to_parquet(tmp_path / "r.parquet")
+    assert read_table(str(tmp_path / "r.parquet")).splits["all"][0].keys() == {"text", "label"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"options": {"A": "甲", "B": "乙"}},
+        {"options": ["甲", "乙"]},
+        {"choices": '["甲", "乙"]'},
+        {"A": "甲", "B": "乙"},
+    ],
+)
+def test_options_are_joined_to_their_question(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps([{"question": "题", **options, "answer": ["B"], "year": 2001}]))
+    rows, counts = _rows(path, LETTERS)
+    assert rows == [("题\nA. 甲\nB. 乙", 1)]
+    assert counts["changed: options joined to their question, one a line"] == 1
+    assert counts["changed: label out of a list of one"] == 1 and counts["not used: the column 'year'"] == 1
+
+
+def test_labels_that_are_lists_of_several_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps([{"text": "题", "label": ["A", "B"]}] * 5))
+    with pytest.raises(InputError, match="labels "):
+        _rows(tmp_path / "q.json", LETTERS)
+
+
+def test_other_placeholders_of_a_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\{A\} would reach the model as it is"):
+        Settings(user_prompt="{text}\nA. {A}\nB. {B}")
+    assert Settings(user_prompt='Answer as {"label": 1}.\n{text}').user_prompt.endswith("{text}")
+
+
+def test_files_of_one_folder_are_one_table_or_refused(tmp_path: Path) -> None:
+    for name, part in (("a", REVIEWS[:4]), ("b", REVIEWS[4:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    assert read_table(str(tmp_path)).splits["all"] == REVIEWS
+    (tmp_path / "c.json").write_text(json.dumps([{"question": "q"}]))
+    with pytest.raises(InputError, match="json has question"):
+        read_table(str(tmp_path))
+
+
+# Conversations.
+
+
+def _conversations(rows: list[dict[str, Any]], thinking: bool = False) -> tuple[list[list[Any]], Counter[str]]:
+    """Roles with their marks, and what was counted."""
+    task = task_of(Settings(task="dialogue", dataset="x.json", system_prompt="s", thinking=thinking))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    found, counts = clean_conversations([columns | row for row in rows], "all", task)
+    return [[message.get("learn", True) for message in row.messages[2::2]] for row in found], counts
+
+
+def _two(first: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1] |= first or {}
+    return {"messages": messages, **columns}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(_two({key: value}) for key in ("loss", "weight", "train", "trainable") for value in (False, 0, 0.0, "false")),
+        _two({"mask": True}),
+        _two(loss_mask=[0, 0, 0, 1]),
+        _two(loss_mask=[0, 1]),
+        _two(mask_history=True),
+    ],
+)
+def test_turns_marked_as_not_to_be_learned(row: dict[str, Any]) -> None:
+    learned, counts = _conversations([row])
+    assert learned == [[False, True]]
+    assert counts["answers marked as not to be learned: in the context, not in the loss"] == 1
+
+
+def test_marks_that_say_yes_or_nothing_change_nothing() -> None:
+    rows = [_two({"weight": 1}), _two({"loss": True}), _two({"loss": None}), _two(loss_mask=None), _two({"mask": 0})]
+    learned, counts = _conversations(rows)
+    assert learned == [[True, True]] * 5 and not +counts
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (_two({"weight": 0.5}), "weight '0.5'"),
+        (_two(loss_mask=[1, 0, 1]), "another number of values than turns"),
+        (_two(loss_mask=[0, 0]), "every answer marked as not to be learned"),
+        (_two({"tool_calls": [{"name": "f"}]}), "a turn that calls a tool"),
+    ],
+)
+def test_marks_that_cannot_be_followed_drop_the_row(row: dict[str, Any], why: str) -> None:
+    learned, counts = _conversations([row, _two()])
+    assert learned == [[True, True]] and any(why in reason for reason in counts)
+
+
+def test_keys_and_columns_that_are_not_used_are_counted() -> None:
+    _, counts = _conversations([_two({"name": "Li"}, source="web"), _two()])
+    assert counts["not used: the key 'name' of turns"] == 1 and counts["not used: the column 'source'"] == 2
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
+def test_reasoning_under_any_key_is_seen(key: str) -> None:
+    said: Any = [{"type": "reasoning.text", "text": "hm"}] if key == "reasoning" else "hm"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: said}]}
+    with pytest.raises(InputError, match="1 answers with reasoning"):
+        _conversations([row])
+    assert _conversations([row], thinking=True)[0] == [[True]]
+    alpaca = {"instruction": "a", "output": "b", key: said}
+    with pytest.raises(InputError, match="1 answers with reasoning"):
+        _conversations([alpaca])
+
+
+def test_many_dropped_rows_are_said_on_every_page() -> None:
+    flow = [
+        {"step": "read", "split": "train", "rows": 100},
+        {"step": "dropped: no thinking in the last answer", "split": "train", "rows": 85},
+        {"step": "read", "split": "test", "rows": 100},
+        {"step": "dropped: empty text", "split": "test", "rows": 10},
+    ]
+    [note] = _much_dropped(flow)
+    assert note.startswith("85 of 100 rows of train were left out") and "85 of them for: no thinking" in note
+
+
+def test_the_first_sheet_of_a_workbook_is_read(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed")
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["好, 很好", 1], [None, None], ['差 "', 0]):
+        book.active.append(row)
+    book.create_sheet("notes").append(["a"])
+    book.save(tmp_path / "t.xlsx")
+    rows, _ = _rows(tmp_path / "t.xlsx", ["负面", "正面"])
+    assert rows == [("好, 很好", 1), ('差 "', 0)]
