@@ -94,6 +94,11 @@ def _known_fallbacks(value: list[dict[str, str | int]]) -> list[dict[str, str | 
 def _one_text(value: str) -> str:
     if value.count("{text}") != 1:
         raise ValueError("expected exactly one {text}")
+    if other := re.search(r"\{(?!text\})[^\W\d]\w*\}", value):
+        raise ValueError(
+            f"{other[0]} would reach the model as it is: only {{text}} is filled in. Options of a question (columns A, "
+            "B, …, or options) are joined to its text by themselves"
+        )
     return value
 
 

@@ -164,7 +164,7 @@ def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
 
 
 def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
-    """The rows of the first sheet of a workbook: values as they are computed, no formulas, a header in its first row."""
+    """The rows of the first sheet of a workbook: values in place of formulas, names in its first row."""
     try:
         import openpyxl
     except ModuleNotFoundError:
