@@ -1,13 +1,11 @@
-"""From a table to conversations: forms known, roles checked, thinking validated, everything dropped counted."""
+"""From a table to conversations: roles checked, thinking validated, everything dropped counted."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import itemgetter, ne
 from typing import TYPE_CHECKING, Any
 
@@ -34,202 +32,15 @@ from lib.stages.data.cleaning import (
     not_used,
     plain,
     safe_text,
-    text_of,
     usable_rows,
 )
 from lib.stages.data.near_duplicates import audit, joined, normalise
+from lib.stages.data.turns import ALPACA, FORMS, MASKS, ROLES, Turn, find_form, request_of, turns_of
 
 if TYPE_CHECKING:
     from lib.prompts.conversations import Encoded
     from lib.stages.data.reading import Rows
 
-
-# Where conversations come from: the forms of a table that are known, and the turns of one of its rows.
-
-
-@dataclass
-class Turn:
-    """One turn as the file has it: speaker as written, text, and whether the file says that it is to be learned."""
-
-    role: str
-    text: Any
-    learn: bool = True
-
-
-LEARN = frozenset(("loss", "weight", "train", "trainable", "training", "loss_weight", "learn"))
-"""Keys of a turn by which data sets say whether it is learned; with 0 or false it stays in the context alone."""
-IGNORE = frozenset(("mask", "masked"))
-"""The same the other way round."""
-MASKS = ("loss_mask", "weights", "train_mask")
-"""Columns with one such value for every turn, or for every answer."""
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
-"""Keys of a turn, or columns beside an output, that hold the reasoning apart: DeepSeek and Qwen; vLLM and OpenRouter;
-Ollama; others."""
-ALPACA = ("instruction", "input", "output", "history", *REASONING)
-CALLS = ("tool_calls", "function_call")
-_OF_A_TURN = frozenset(("role", "content", "from", "value", *LEARN, *IGNORE, *REASONING, *CALLS))
-
-FORMS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "dialogue": ("dialogue",),
-    "alpaca": ("instruction", "output"),
-}
-"""The columns that tell a form; the first form that a table has is taken."""
-
-_SPEAKER = re.compile(r"\s*([^：:\s]{1,12})[：:]")
-
-
-def find_form(columns: Sequence[str], where: str) -> tuple[str, dict[str, str]]:
-    """The form of a table, and its columns by folded name (capitals do not matter; a name in small letters wins).
-
-    Raises:
-        InputError: none of the forms.
-    """
-    names = {name.strip().lower(): name for name in columns} | {name: name for name in columns if name.islower()}
-    for form, needed in FORMS.items():
-        if names.keys() >= set(needed):
-            return form, names
-    raise InputError(
-        f"{where}: the columns {', '.join(map(repr, columns))[:300]}.",
-        "messages ({role, content}), conversations ({from, value}), dialogue (lines that begin with their speaker), or "
-        "instruction and output.",
-        "rename the columns, or set task: classification for labelled texts.",
-    )
-
-
-def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Turn]:
-    """The turns of a row (columns by folded name); a cell of text may hold JSON, as in CSV files.
-
-    Args:
-        unused: gets the keys of turns that say something the workbook does not use.
-
-    Raises:
-        DamagedError: a cell of another kind.
-    """
-    if form == "alpaca":
-        asked = "\n".join(part for part in request_of(raw) if part)
-        answer = _with_reasoning(text_of(raw["output"]), raw)
-        turns = [*_history(raw.get("history")), Turn("user", asked), Turn("assistant", answer)]
-    elif form == "dialogue":
-        turns = [_spoken(line) for line in _lines(raw["dialogue"])]
-    else:
-        turns = [_message(message, form, unused) for message in _list(raw[form], f"{form} that are no list")]
-    _mask(turns, raw)
-    system = text_of(raw.get("system"))
-    own = bool(turns) and turns[0].role.strip().lower() == "system"
-    return [Turn("system", system), *turns] if system.strip() and not own else turns
-
-
-def _mask(turns: Sequence[Turn], raw: Mapping[str, Any]) -> None:
-    """Take a list beside the turns that says which of them are learned, and `mask_history`: the last answer alone."""
-    answers = [turn for turn in turns if ROLES.get(turn.role.strip().lower()) == ASSISTANT]
-    for name in MASKS:
-        if raw.get(name) in (None, "", []):
-            continue
-        values = _list(raw[name], f"{name} that is no list")
-        masked = {len(turns): turns, len(answers): answers}.get(len(values))
-        if masked is None:
-            raise DamagedError(f"{name} with another number of values than turns")
-        for turn, value in zip(masked, values, strict=True):
-            turn.learn = turn.learn and _learned(value, name)
-    if raw.get("mask_history") is not None and _learned(raw["mask_history"], "mask_history"):
-        for turn in answers[:-1]:
-            turn.learn = False
-
-
-def _learned(value: Any, key: str) -> bool:
-    """What a value of `LEARN` says.
-
-    Raises:
-        DamagedError: anything but yes or no: half an answer cannot be learned.
-    """
-    said = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
-    if (known := said.get(str(value).strip().lower())) is None:
-        raise DamagedError(f"a turn with {key} {str(value)[:20]!r} (known are 0 and 1, true and false)")
-    return known
-
-
-def _with_reasoning(text: str, holder: Mapping[str, Any]) -> str:
-    """An answer with the reasoning that its file keeps under a key of its own; tags in the answer itself win."""
-    for name in REASONING:
-        found = holder.get(name)
-        if isinstance(found, list):  # OpenRouter's details, Anthropic's blocks
-            found = "\n".join(str(part.get("text", "")) for part in found if isinstance(part, Mapping))
-        if isinstance(found, str) and not is_blank(found) and not TAG.search(text):
-            return f"<think>\n{found}\n</think>\n\n{text}"
-    return text
-
-
-def request_of(raw: Mapping[str, Any]) -> tuple[str, str]:
-    """Instruction and input of an Alpaca row."""
-    return text_of(raw["instruction"]).strip(), text_of(raw.get("input")).strip()
-
-
-def _list(cell: Any, damage: str) -> list[Any]:
-    """A cell that should be a list; nothing for an empty one."""
-    if isinstance(cell, str) and cell.strip():
-        try:
-            cell = json.loads(cell)
-        except json.JSONDecodeError:
-            raise DamagedError(damage) from None
-    if cell is None or cell == "":
-        return []
-    if not isinstance(cell, list | tuple):
-        raise DamagedError(damage)
-    return list(cell)
-
-
-def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
-    """A turn {role, content} or {from, value}, with its reasoning and with whether it is to be learned."""
-    if not isinstance(message, Mapping):
-        raise DamagedError(f"{form} that are no list of turns with a role")
-    role, text = (
-        message.get(other) if message.get(name) is None else message[name]
-        for name, other in (("role", "from"), ("content", "value"))
-    )
-    said = {key: value for key, value in message.items() if value not in (None, "", [], {})}
-    if any(key in said for key in CALLS):
-        raise DamagedError("a turn that calls a tool")
-    learn = all(_learned(said[key], key) for key in said.keys() & LEARN)
-    learn = learn and not any(_learned(said[key], key) for key in said.keys() & IGNORE)
-    unused.update(said.keys() - _OF_A_TURN)
-    return Turn(str(role), _with_reasoning(text_of(text), message), learn)
-
-
-def _lines(cell: Any) -> list[Any]:
-    """The turns of a dialogue: a list of texts, also as JSON, or the lines of one text."""
-    if isinstance(cell, str) and not cell.lstrip().startswith("["):
-        return [line for line in cell.splitlines() if line.strip()]
-    return _list(cell, "dialogue that are no list")
-
-
-def _spoken(line: Any) -> Turn:
-    if line is not None and not isinstance(line, str):
-        raise DamagedError("dialogue with turns that are no text")
-    found = _SPEAKER.match(line or "")
-    if not found:
-        raise DamagedError("a turn without its speaker")
-    return Turn(found[1], line[found.end() :])
-
-
-def _history(cell: Any) -> list[Turn]:
-    """The earlier turns of an Alpaca row: a list of [question, answer]; empty or absent = none."""
-    damage = "history that is no list of [question, answer]"
-    pairs = _list(cell, damage)
-    if any(not isinstance(p, list) or len(p) != 2 or not all(isinstance(text, str) for text in p) for p in pairs):
-        raise DamagedError(damage)
-    return [turn for question, answer in pairs for turn in (Turn("user", question), Turn("assistant", answer))]
-
-
-# From a table to conversations: roles checked, thinking validated, everything dropped counted.
-
-ROLES = {
-    **dict.fromkeys(("system",), SYSTEM),
-    **dict.fromkeys(("user", "human", "client", "求助者", "来访者"), USER),
-    **dict.fromkeys(("assistant", "gpt", "counselor", "支持者", "心理咨询师"), ASSISTANT),
-}
-"""Names of the speakers in messages, SMILE and CPsyCoun files, and what they are called here."""
 
 _NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
 
