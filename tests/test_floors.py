@@ -13,7 +13,19 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("errors", "progress", "settings", "runs", "statistics", "hub", "prompts", "models", "scoring", "select"),
+    *(
+        "errors",
+        "progress",
+        "parameter_file",
+        "settings",
+        "runs",
+        "statistics",
+        "hub",
+        "prompts",
+        "models",
+        "scoring",
+        "select",
+    ),
     *("stages", "serve", "report", "cli"),
 )
 """Rooms from the ground up. `select` stands below the stages: it only reads what they made, and a training may begin
