@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(HOME_VARIABLE, str(home))
-        patch.setattr(offline_base, "BaseRecipe", lambda: TINY)
+        patch.setattr(offline_base, "BaseRecipe", lambda **changes: replace(TINY, **changes))
         values = {**SHARED, "run_name": request.param}
         if request.param == "thinking":
             source = thinking_rows(home / "sums.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("prepared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(HOME_VARIABLE, str(home))
-        patch.setattr(offline_base, "BaseRecipe", lambda: TINY)
+        patch.setattr(offline_base, "BaseRecipe", lambda **changes: replace(TINY, **changes))
         make_data(open_run("fresh"))
         for name in ("straight", "broken"):
             shutil.copytree(home / "runs" / "fresh", home / "runs" / name)
@@ -103,7 +104,7 @@ def runs(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Runs of a private copy of `prepared`, by name."""
     shutil.copytree(prepared, tmp_path / "home", symlinks=True)
     monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
-    monkeypatch.setattr(offline_base, "BaseRecipe", lambda: TINY)
+    monkeypatch.setattr(offline_base, "BaseRecipe", lambda **changes: replace(TINY, **changes))
     return open_run
 
 
