@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
-from lib.progress import track
+from lib.progress import Progress
 from lib.scoring.log_probabilities import Scores
 from lib.scoring.metric import ACCURACY, RowGroups, compare
 
@@ -154,7 +154,11 @@ def pages(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]
     changed: list[np.ndarray] = []
     for n, loss in [(n, loss) for loss in (0.0, MARGIN_POINTS / 100) for n in ROWS]:
         truths = {name: truth(share, loss) for name, share in LADDER.items()}
-        seen = [observed(entries, truths) for entries in track(_drawn(n, truths, times, rng), f"{n} rows", times)]
+        seen = []
+        with Progress(f"{n} rows", times) as progress:
+            for entries in _drawn(n, truths, times, rng):
+                seen.append(observed(entries, truths))
+                progress.advance()
         whole = {name: np.array([one[name] for one in seen]) for name in seen[0]}
         if loss:
             tables["pages_at_the_margin"].append({"rows": n, **_equivalent(whole)})
