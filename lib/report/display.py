@@ -75,16 +75,24 @@ def _add_new_fonts() -> int:
     return added
 
 
+LONGEST_NAME = 24
+"""Characters of a label's name in a figure."""
+
+
 def readable(names: Sequence[str]) -> list[str]:
-    """Names as a figure can show them: unchanged, or 'label 0', 'label 1', … where no Chinese font is installed."""
-    if cjk_font() or all(name.isascii() for name in names):
-        return list(names)
-    return [f"label {index}" for index in range(len(names))]
+    """Names as a figure can show them, or 'label 0', 'label 1', … where no Chinese font is installed.
+
+    A long name is cut, a line end is a space, and a dollar sign is escaped: two of them would be mathematics.
+    """
+    if not cjk_font() and not all(name.isascii() for name in names):
+        return [f"label {index}" for index in range(len(names))]
+    lines = [" ".join(name.split()) for name in names]
+    return [(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…").replace("$", r"\$") for name in lines]
 
 
 def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
     """(what a figure shows, name) where names had to be replaced; none where they stand as they are."""
-    shown = readable(names)
+    shown = [name.replace(r"\$", "$") for name in readable(names)]
     return [] if shown == list(names) else list(zip(shown, names, strict=True))
 
 
@@ -345,6 +353,14 @@ def show(*parts: HTML | Markdown | None) -> None:
             display(part)
 
 
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
+
+
+def as_written(text: str) -> str:
+    """A text of a user's (a parameter, a file's name) inside Markdown: shown as it is, never markup or a link."""
+    return html.escape(_MARKDOWN.sub(r"\\\1", text), quote=False)
+
+
 def say(text: str) -> Markdown:
     """A paragraph whose numbers were computed (Markdown)."""
     from IPython.display import Markdown
@@ -362,7 +378,7 @@ def made(product: Product) -> Markdown:
     left: dict[str, list[str]] = defaultdict(list)
     for name, words in product.entry.facts.get("found_done", {}).items():
         left[words].append(name)
-    return tell("display.made", message=product.message, left=left)
+    return tell("display.made", message=as_written(product.message), left=left)
 
 
 def stamps(run: Run) -> HTML:

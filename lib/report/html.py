@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,11 +56,30 @@ def _bottom(notebook: NotebookNode, name: str, summary: Summary) -> str:
 
 
 def _prepare(notebook: NotebookNode) -> NotebookNode:
-    """Drop the parameters cell that papermill overrode: it is not true for this run."""
+    """Drop the parameters cell that papermill overrode (it is not true for this run); fold warnings of libraries."""
     tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
     if any("injected-parameters" in t for t in tags):
         notebook.cells = [c for c, t in zip(notebook.cells, tags, strict=True) if "parameters" not in t]
+    for cell in notebook.cells:
+        cell["outputs"] = [_folded(output) for output in cell.get("outputs", [])] if "outputs" in cell else []
+        if cell.cell_type != "code":
+            del cell["outputs"]
     return notebook
+
+
+_WARNING = re.compile(r"^\S.*:\d+: \w*Warning: ", re.M)
+
+
+def _folded(output: NotebookNode) -> NotebookNode:
+    """Warnings that a library wrote to stderr, as a note that can be opened; they are no fault of the page."""
+    from nbformat import v4
+
+    text = output.get("text", "") if output.get("name") == "stderr" else ""
+    if not _WARNING.match(text):
+        return output
+    title = sentence("display.warnings")
+    html = f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
+    return v4.new_output("display_data", {"text/html": html})
 
 
 def _link(match: re.Match[str], there: set[str]) -> str:
@@ -114,6 +134,7 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
     head, separator, rest = html.partition('<main id="content">')
     body, end, foot = rest.partition("</main>")
     there = {s.name for s in stages if s.exists}
+    body = harmless(body)
     body = _STAGE_LINK.sub(lambda m: _link(m, there), body)
     if name == NOTEBOOK_OF["comparison"] and summary.recommendation:
         body = body.replace("</h1>", f"</h1>\n{markup('answer', summary.recommendation)}", 1)
@@ -123,12 +144,8 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
 
 # What must not be on a published page; used by the report runner before publishing and by the tests.
 
-_TEXT = {
-    "a traceback": re.compile(r"Traceback \(most recent call last\)"),
-    "a missing glyph": re.compile(r"missing from (?:current )?font|\bGlyph \d+"),
-    "a bare figure object": re.compile(r"<Figure size \d+"),
-    "a bare object": re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>|<bound method|<function \w+ at 0x"),
-}
+_BARE = re.compile(r"\s*<(Figure size \d+|[\w.]+ object at 0x[0-9a-f]+|bound method |function \w+ at 0x).*>\s*", re.S)
+"""The whole text of an output that shows an object in place of what it holds. Words of rows are never looked at."""
 _TEMPLATE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}", re.S)
 _CSS_URL = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.I)
 _NETWORK = re.compile(r"^\s*(?:https?:)?//", re.I)
@@ -149,7 +166,10 @@ def problems_in(text: str) -> list[str]:
     found += [] if page.select_one("title") and page.select_one("title").get_text(strip=True) else ["no title"]
     for hidden in page.select("style, script, details pre"):  # folded code may speak of anything
         hidden.decompose()
-    found += [what for what, pattern in _TEXT.items() if pattern.search(page.get_text())]
+    plain = page.select('[data-mime-type="text/plain"]')
+    found += ["a bare object" for output in plain if _BARE.fullmatch(output.get_text())]
+    for output in page.select(".output"):  # what a cell shows may hold any word of a row
+        output.decompose()
     if any(_TEMPLATE.search(line) and not line.find_parent(_VERBATIM) for line in page.find_all(string=True)):
         found.append("an unresolved template")
     return list(dict.fromkeys(found))
@@ -167,8 +187,40 @@ def _resources(page: BeautifulSoup) -> Iterator[str]:
                 yield f"a dependency on the file {address[:80]!r}"
         if tag.name == "script" and tag.get("type", "text/javascript") != "application/json":
             yield "a script"
+        if tag.name in _ACTIVE or any(_is_live(key, value) for key, value in tag.attrs.items()):
+            yield "live markup"
         if _CSS_URL.search(tag.get("style", "") + (tag.get_text() if tag.name == "style" else "")):
             yield "a network dependency"
+
+
+_ACTIVE = ("iframe", "object", "embed", "form", "base", "applet", "frame")
+_LIVE = re.compile(
+    rf"<\s*(?:script|{'|'.join(_ACTIVE)})\b|<img[^>]+src=[\"']?(?!data:)|[\s/\"']on\w+\s*=|script\s*:|data:text/html",
+    re.I,
+)
+
+
+def _is_live(key: str, value: object) -> bool:
+    """Whether an attribute does something: a handler of events, or a link that is code."""
+    code = re.sub(r"[\s\x00-\x1f]", "", str(value)).lower()
+    return key.lower().startswith("on") or (key in ("href", "src", "action") and code.startswith(_CODE))
+
+
+_CODE = ("javascript:", "vbscript:", "data:text/html")
+
+
+def harmless(html: str) -> str:
+    """HTML of outputs and narrative without markup that does something: text of users may hold any."""
+    if not _LIVE.search(html):
+        return html
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(html, "html.parser")
+    for tag in page.find_all(True):
+        foreign = tag.name == "img" and not str(tag.get("src", "")).startswith("data:")
+        if foreign or tag.name in ("script", *_ACTIVE) or any(_is_live(*pair) for pair in tag.attrs.items()):
+            tag.replace_with(str(tag))  # shown as it was written
+    return str(page)
 
 
 def _figures(page: BeautifulSoup) -> Iterator[str]:

@@ -13,21 +13,20 @@ GOOD = (
     '<!DOCTYPE html><html lang="en"><head><title>t</title><style>p { color: #111; }</style></head><body><p>{}</p>'
     '<img src="data:image/png;base64,AA==" alt="a line that falls"><a href="https://example.org/">elsewhere</a>'
     '<pre>{{ chat_template }}</pre><svg aria-label="a curve"><path d="M0 0"/></svg>'
+    "<table><tr><td>Traceback (most recent call last) of a row</td></tr></table>"
     "<details><pre>Traceback (most recent call last) in a comment of folded code</pre></details></body></html>"
 )
 
 FAULTS = {
-    "a traceback": "<pre>Traceback (most recent call last):\n  x</pre>",
     "text on stderr": '<div data-mime-type="application/vnd.jupyter.stderr"><pre>careful</pre></div>',
     "an error output": '<div data-mime-type="application/vnd.jupyter.error"><pre>E</pre></div>',
-    "a missing glyph": "<pre>Glyph 36127 (\\N{CJK}) missing from font(s) DejaVu Sans.</pre>",
     "a figure without description": '<img src="data:image/png;base64,AA==" alt=" ">',
     "a network dependency": '<img alt="a" src="https://example.org/a.png">',
     "a script": "<script>fetch('/')</script>",
     "a dependency on the file 'plot.png'": '<img alt="a" src="plot.png">',
     "an unresolved template": "<p>accuracy {{ value }}</p>",
-    "a bare figure object": "<pre>&lt;Figure size 640x480 with 1 Axes&gt;</pre>",
-    "a bare object": "<pre>&lt;lib.runs.run.Product object at 0x7f12&gt;</pre>",
+    "live markup": '<a href="javascript:alert(1)">x</a>',
+    "a bare object": "<pre data-mime-type='text/plain'>&lt;lib.runs.run.Product object at 0x7f12&gt;</pre>",
 }
 
 

@@ -1,0 +1,114 @@
+"""A user's words never break a page, and never become markup on one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from nbformat import v4
+
+from lib.hub.fetching import fetch
+from lib.hub.sources import SourceError
+from lib.report import charts, display
+from lib.report.html import harmless, problems_in, render
+from lib.report.index import summarise
+from lib.runs.run import open_run
+
+WORDS = (
+    "Traceback (most recent call last): KeyError",
+    "<Figure size 700x360 with 1 Axes>",
+    "<lib.models.Model object at 0x7f>",
+    "Glyph 20320 missing from font",
+    "{{ text }} {% if %}",
+)
+EVIL = (
+    "<b onmouseover=alert(6)>x</b>",
+    "[y](javascript:alert(8))",
+    "<img src=x onerror=alert(1)>",
+    "<script>alert(1)</script>",
+    "<svg onload=alert(2)></svg>",
+    "<iframe src=//a></iframe>",
+    "<a href=' java\tscript:alert(3)'>z</a>",
+    "`code` **bold** _x_ | $a$",
+)
+
+
+@pytest.fixture
+def page(home: Path):
+    """A page of one cell with these outputs."""
+
+    def made(*outputs: nbformat.NotebookNode) -> str:
+        cell = v4.new_code_cell("# a cell", outputs=list(outputs))
+        notebook = v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), cell], metadata={"papermill": {}})
+        path = home / "01_data.ipynb"
+        nbformat.write(notebook, path)
+        return render(path, summarise(open_run("x")), [])
+
+    return made
+
+
+def _shown(text: str) -> nbformat.NotebookNode:
+    return v4.new_output("display_data", {"text/html": display.table([{"text": text}], "caption").data})
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_words_of_rows_are_no_fault_of_a_page(page, words: str) -> None:
+    assert problems_in(page(_shown(words), v4.new_output("stream", name="stdout", text=words))) == []
+
+
+def test_faults_are_found_by_the_kind_of_output(page) -> None:
+    error = v4.new_output("error", ename="KeyError", evalue="a", traceback=["KeyError: a"])
+    assert problems_in(page(error)) == ["an error output"]
+    assert problems_in(page(v4.new_output("stream", name="stderr", text="no warning"))) == ["text on stderr"]
+    bare = v4.new_output("execute_result", {"text/plain": "<Figure size 700x360 with 1 Axes>"}, execution_count=1)
+    assert problems_in(page(bare)) == ["a bare object"]
+
+
+def test_a_warning_of_a_library_never_costs_a_run(page) -> None:
+    text = "/lib/matplotlib/x.py:12: UserWarning: constrained_layout not applied\n  plt.show()\n"
+    html = page(v4.new_output("stream", name="stderr", text=text))
+    assert problems_in(html) == [] and "constrained_layout not applied" in html
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_markup_of_parameters_and_rows_does_nothing(page, text: str) -> None:
+    written = v4.new_output("display_data", {"text/markdown": display.as_written(text)})
+    raw = v4.new_output("display_data", {"text/markdown": text, "text/plain": text})
+    html = page(written, _shown(text), raw)
+    assert problems_in(html) == [] and "Content-Security-Policy" in html
+    main = BeautifulSoup(html, "html.parser").select_one("main").get_text()
+    assert main.count(" ".join(text.split())) >= 2 or "\t" in text  # as it was written, in the sentence and the table
+
+
+@pytest.mark.parametrize("text", [text for text in EVIL if "<" in text])
+def test_live_markup_is_refused_by_the_check(text: str) -> None:
+    assert problems_in(f"<html lang=en><title>t</title><body>{text}") != []
+    assert harmless("<p>plain &amp; simple</p>") == "<p>plain &amp; simple</p>"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cheap", "a_$x^$"],
+        ["$5-$10", r"\frac{1}{2} $\alpha$"],
+        ["negative feelings about the stay " * 4, "positive feelings\nabout the stay"],
+        ["🙂🙃", "مرحبا"],
+    ],
+)
+def test_any_label_can_be_drawn(names: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="Glyph")
+        charts.label_balance({"train": [3, 4]}, names)
+
+
+def test_a_password_in_an_address_is_never_said(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:PASSWORDxyz@127.0.0.1:9")
+    monkeypatch.setattr("lib.hub.huggingface.HUB", "http://user:PASSWORDxyz@127.0.0.1:9", raising=True)
+    with pytest.raises(SourceError) as refused:
+        fetch("Qwen/Qwen3-0.6B", "main", "model")
+    assert "PASSWORDxyz" not in str(refused.value) and "127.0.0.1:9" in str(refused.value)
