@@ -9,8 +9,8 @@ from lib.report.html import problems_in
 
 
 def problems(page: Path) -> list[str]:
-    """What is wrong with a page, as sentences that name it: error output, stderr, bare object, live markup, figure without
-    description, network dependency, script, unresolved template, no language or title."""
+    """What is wrong with a page, as sentences that name it: error output, stderr, bare object, live markup, figure
+    without description, network dependency, script, unresolved template, no language or title."""
     return [f"{page.name} contains {what}" for what in problems_in(page.read_text(encoding="utf-8"))]
 
 
