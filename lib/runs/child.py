@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,9 @@ from lib.runs.files import PROJECT
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 4000
 _PR_SET_PDEATHSIG = 1
+
+_REASON = re.compile(r"GGML_(ASSERT|ABORT)|fatal error", re.IGNORECASE)
+"""Of a line in which llama.cpp says why it aborts."""
 
 
 class StoppedError(Exception):
@@ -153,7 +157,8 @@ def _last_line(path: Path) -> str:
 def death(code: int, what: str, log: str) -> InputError:
     """The error for a child that ended without an answer."""
     how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    last = [line.strip() for line in log.splitlines() if line.strip()][-3:]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    last = [line for line in lines if _REASON.search(line)] or lines[-3:]
     said = f" Its last words: {' | '.join(last)}" if last else ""
     if code == -signal.SIGKILL:
         do = "free memory or use a smaller model: the system kills a process that asks for more memory than there is."
