@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError, missing_library
+from lib.errors import InputError, missing_library, not_utf8
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs.files import PROJECT
 
@@ -85,9 +85,11 @@ def answer(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str
     """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
     try:
         return {"value": function(argument)}
-    except (InputError, ModuleNotFoundError) as error:
+    except (InputError, ModuleNotFoundError, UnicodeEncodeError) as error:
         if isinstance(error, ModuleNotFoundError):
             error = missing_library(error.name or str(error))
+        if isinstance(error, UnicodeEncodeError):
+            error = not_utf8(error)
         return {"input_error": [error.found, error.expected, error.do]}
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
