@@ -5,6 +5,7 @@ PARAMS ?= params/quick.yaml
 RUN ?= quick
 RUNS ?= 5
 WORKERS ?= 2
+MINUTES ?= 20
 WLLAMA := @wllama/wllama@3.8.1 @wllama/wllama-compat@3.8.1 playwright-core@1.65.1
 THREADS = $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) > 1 ? $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) : 1 )))
 ACTIVE := $(shell sh scripts/active.sh)
@@ -18,7 +19,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test test-slow lab doctor params bench screenshots smollm2 wllama clean
+.PHONY: help report test test-slow fuzz lab doctor params bench screenshots smollm2 wllama clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +37,9 @@ test: $(ready) ## lint, unit tests, and the quick report with its checks; prints
 
 test-slow: $(ready) ## every profile from 01 to 06 at its model's real configuration, cut to two layers (tens of minutes)
 	@$(python) -m pytest -m slow
+
+fuzz: $(ready) ## broken files of every kind for MINUTES=20; prints each find with its seed (ARGS="gguf table")
+	@$(python) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 lab: $(ready) ## open the notebooks in JupyterLab
 	@$(python) -m jupyterlab notebooks

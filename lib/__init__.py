@@ -18,6 +18,9 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 # other from running: training the offline base with two threads was measured 27 times slower than with this setting.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# llama.cpp ends at once where it aborts: its call of a debugger took a minute, and buried the reason.
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+
 # What libraries say as soon as transformers or peft looks at them: GPU kernels that torchao cannot load, Enums that it
 # registers, an optional kernel of bitsandbytes for single rows. Other messages of these loggers are kept.
 for _name, _start in (

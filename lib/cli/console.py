@@ -9,11 +9,12 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, missing_library, sigterm_raises
+from lib.errors import InputError, Terminated, missing_library, not_utf8, sigterm_raises
 from lib.runs.files import json_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -72,10 +73,31 @@ def tell(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+def _check_paths(value: Any, any_name: bool) -> None:
+    """Raise InputError for a path that no command can use, before any work.
+
+    That is a device, which may have no end and would be replaced by an output; and, but for `any_name`, a name that is
+    not UTF-8: llama.cpp and tokenizers open no other.
+    """
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_paths(part, any_name)
+    if isinstance(value, Path) and value.exists() and not value.is_file() and not value.is_dir():
+        expected = "a file or a folder, no device, socket or pipe."
+        raise InputError(f"{value} is neither a file nor a folder.", expected, "write to a file, or read from one.")
+    if isinstance(value, (str, Path)) and not any_name:
+        try:
+            str(value.absolute() if isinstance(value, Path) else value).encode()
+        except UnicodeEncodeError as error:
+            raise not_utf8(error) from None
+
+
 def _code_of(error: BaseException) -> int:
     """Tell the user what happened; the exit code for it."""
     if isinstance(error, ModuleNotFoundError):
         error = missing_library(error.name or str(error))
+    if isinstance(error, UnicodeEncodeError):
+        error = not_utf8(error)
     if isinstance(error, InputError):
         tell(str(error))
         return REFUSED
@@ -114,6 +136,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                 stream.reconfigure(errors="backslashreplace")
         try:
             with sigterm_raises():
+                _check_paths([*arguments, *keywords.values()], any_name=command.__name__ == "inspect")
                 return command(*arguments, **keywords)
         except (typer.Exit, typer.Abort):
             raise

@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError, missing_library
+from lib.errors import InputError, missing_library, not_utf8
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs.files import PROJECT
 
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 4000
 _PR_SET_PDEATHSIG = 1
+
+_REASON = re.compile(r"GGML_(ASSERT|ABORT)|fatal error", re.IGNORECASE)
+"""Of a line in which llama.cpp says why it aborts."""
 
 
 class StoppedError(Exception):
@@ -81,9 +85,11 @@ def answer(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str
     """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
     try:
         return {"value": function(argument)}
-    except (InputError, ModuleNotFoundError) as error:
+    except (InputError, ModuleNotFoundError, UnicodeEncodeError) as error:
         if isinstance(error, ModuleNotFoundError):
             error = missing_library(error.name or str(error))
+        if isinstance(error, UnicodeEncodeError):
+            error = not_utf8(error)
         return {"input_error": [error.found, error.expected, error.do]}
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
@@ -153,7 +159,8 @@ def _last_line(path: Path) -> str:
 def death(code: int, what: str, log: str) -> InputError:
     """The error for a child that ended without an answer."""
     how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    last = [line.strip() for line in log.splitlines() if line.strip()][-3:]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    last = [line for line in lines if _REASON.search(line)] or lines[-3:]
     said = f" Its last words: {' | '.join(last)}" if last else ""
     if code == -signal.SIGKILL:
         do = "free memory or use a smaller model: the system kills a process that asks for more memory than there is."

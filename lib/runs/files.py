@@ -62,7 +62,7 @@ def writable(folder: Path) -> Path:
         raise InputError(
             f"{folder} cannot be written ({error.strerror}).",
             "a folder this user may write to.",
-            f"correct its permissions, or set {HOME_VARIABLE}.",
+            f"name another folder, correct its permissions, or set {HOME_VARIABLE}.",
         ) from None
     return folder
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationInfo
 
+from lib.serve.generation import WORK, Work
 from lib.serve.listening import Application, Message, Receive, Send, names_loopback
 
 if TYPE_CHECKING:
@@ -18,6 +21,15 @@ CHAT, COMPLETION, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/model
 
 LARGEST_BIAS = 1000
 """Of `logit_bias`, either way: far above any difference of logits, far below what a 32-bit float holds."""
+
+NOT_HERE = ("logprobs", "top_logprobs", "n", "best_of", "suffix", "grammar")
+"""Members that this server refuses, unless they ask for nothing."""
+
+WAITING = 64
+"""Requests that are answered or wait for it; one more is refused."""
+
+DATA = ("logit_bias", "parameters", "schema")
+"""Members of a request whose own members are data of the client: null says something in them."""
 
 _DRAINED = 64 << 20
 """Bytes of a refused body that are still read, so that the client gets to see the answer."""
@@ -94,6 +106,15 @@ def _within_vocabulary(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _whole(low: int, high: int) -> Callable[[Any, ValidationInfo], Any]:
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if value is not None and (type(value) is not int or not low <= value <= high):
+            raise _invalid(info.field_name, f"is {value!r}; expected a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
 def _few(value: Any, info: ValidationInfo) -> Any:
     most = info.context.max_tokens
     if value is not None and (type(value) is not int or not 1 <= value <= most):
@@ -126,10 +147,13 @@ class Asked(BaseModel):
     top_logprobs: Annotated[Any, AfterValidator(_not_here)] = None
     n: Annotated[Any, AfterValidator(_not_here)] = None
     best_of: Annotated[Any, AfterValidator(_not_here)] = None
+    suffix: Annotated[Any, AfterValidator(_not_here)] = None
     grammar: Annotated[Any, AfterValidator(_not_here)] = None
     tool_choice: Annotated[Any, AfterValidator(_not_forced)] = None
     function_call: Annotated[Any, AfterValidator(_not_forced)] = None
-    min_tokens: Any = None
+    min_tokens: Annotated[Any, AfterValidator(_whole(0, 2**31 - 1))] = None
+    top_k: Annotated[Any, AfterValidator(_whole(0, 2**31 - 1))] = None
+    seed: Annotated[Any, AfterValidator(_whole(-(2**63), 2**63 - 1))] = None
     response_format: Annotated[Any, AfterValidator(_without_schema)] = None
     temperature: Annotated[Any, AfterValidator(_between(0, 2))] = None
     repeat_penalty: Annotated[Any, AfterValidator(_between(0.1, 10))] = None
@@ -149,6 +173,7 @@ class LimitedApplication:
 
     def __init__(self, inner: Application, limits: Limits, count: Callable[[str, dict[str, Any]], int]) -> None:
         self._inner, self._limits, self._count = inner, limits, count
+        self._asked: set[Work] = set()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -173,7 +198,49 @@ class LimitedApplication:
         encoded = json.dumps(body).encode("utf-8")
         scope = {**scope, "headers": list(scope["headers"])}
         MutableHeaders(scope=scope)["content-length"] = str(len(encoded))
-        await self._inner(scope, _replay(encoded, receive), send)
+        await self._work(Work(body["max_tokens"]), scope, encoded, receive, send)
+
+    async def _work(self, work: Work, scope: dict[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        """The inner server's answer; nothing is done any more for a client that has gone."""
+        from starlette.responses import JSONResponse
+
+        begun, last, left = False, None, asyncio.Event()
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._end(work)
+            left.set()
+
+        async def sent(message: Message) -> None:
+            nonlocal begun, last
+            begun = True
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                last = message  # a stream ends before the inner server says that its work has failed
+            else:
+                await send(message)
+
+        WORK.set(work)
+        self._asked.add(work)
+        watcher = asyncio.create_task(watch())
+        try:
+            await self._inner(scope, _replay(body, left), sent)
+            if last:
+                await send(last)
+        except Exception as error:
+            status, said = failure(error.exceptions[0] if isinstance(error, ExceptionGroup) else error)
+            if begun:  # a stream
+                text = f"data: {json.dumps({'error': said})}\n\n".encode()
+                await send({"type": "http.response.body", "body": text, "more_body": False})
+            else:
+                await JSONResponse({"error": said}, status)(scope, receive, send)
+        finally:
+            self._end(work)
+            watcher.cancel()
+
+    def _end(self, work: Work) -> None:
+        work.gone.set()
+        self._asked.discard(work)
 
     def _check_host(self, request: Request) -> None:
         hosts = request.headers.getlist("host")
@@ -224,35 +291,65 @@ class LimitedApplication:
         from starlette.concurrency import run_in_threadpool
 
         try:
-            body = json.loads(raw)
+            body = without_nulls(json.loads(raw, parse_constant=_no_number))
+            json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
         if not isinstance(body, dict):
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
+        if len(self._asked) >= WAITING:
+            raise RefusedError(503, f"{WAITING} requests are waiting already; ask again later", "overloaded")
         asked = Asked.model_validate(body, context=self._limits)
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])
         body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers
-        body.pop("max_completion_tokens", None)
+        for name in ("max_completion_tokens", *NOT_HERE):
+            body.pop(name, None)
         body["max_tokens"] = asked.max_completion_tokens or asked.max_tokens or self._limits.max_tokens
         try:
             tokens = await run_in_threadpool(self._count, path, body)
         except ValueError as error:
             raise RefusedError(400, str(error), "invalid_messages") from None
+        for message in body.get("messages", ()) if path == CHAT else ():  # the inner server knows parts of some roles
+            message["content"] = text_of(message.get("content", ""))
         if tokens >= self._limits.n_ctx:
             text = f"the prompt has {tokens} tokens; the context holds {self._limits.n_ctx} with the answer"
             raise RefusedError(400, text, "context_length_exceeded")
         return body
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A channel that gives the checked body first, and then what the client does."""
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON value without its null members: in the protocol they say no more than absent ones."""
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: part for key, part in value.items() if part is not None}
+    return {key: part if key in DATA else without_nulls(part) for key, part in kept.items()}
+
+
+def text_of(content: Any) -> str | None:
+    """A message's text; of several parts, as clients may send them, one after the other; None where one is no text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "".join(texts) if parts and len(texts) == len(parts) else None
+
+
+def _replay(body: bytes, left: asyncio.Event) -> Receive:
+    """A channel that gives the checked body first, and the end of the connection when the client has left."""
     given = False
 
     async def again() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            await left.wait()
+            return {"type": "http.disconnect"}
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
@@ -262,3 +359,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 def error_body(message: str, code: str | None, kind: str = "invalid_request_error") -> dict[str, Any]:
     """An error as the OpenAI protocol writes it."""
     return {"message": message, "type": kind, "param": None, "code": code}
+
+
+def failure(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and error of the protocol for what the inner server raised; no traceback for what a client sent.
+
+    What a machine has too little of, and what llama.cpp says of its own work, is no fault of the client.
+    """
+    if isinstance(error, (RuntimeError, MemoryError, OSError)) and not isinstance(error, RecursionError):
+        print(f"The server failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 500, error_body("internal error", None, "internal_server_error")
+    return 400, error_body(str(error) or type(error).__name__, "invalid_request")

@@ -19,9 +19,10 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 """An ASGI application."""
 
-_WAITING = 64
 _BACKLOG = 2048
 _GRACE_SECONDS = 5
+HEADER_SECONDS, BODY_SECONDS = 10, 30
+"""How long a client may take to say what it wants; also, to take the rest of an answer when it has been made."""
 
 
 def is_loopback(host: str) -> bool:
@@ -72,11 +73,59 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def make_server(application: Application, ready: Callable[[], None], **options: Any) -> uvicorn.Server:
+def _protocol(buffer: int) -> type:
+    """uvicorn's protocol, with an end to connections that do not ask or do not read.
+
+    Args:
+        buffer: bytes of an answer that are kept for a client that is slow to read before the answer waits for it.
+    """
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    seconds = {h11.IDLE: HEADER_SECONDS, h11.SEND_BODY: BODY_SECONDS}
+
+    class Protocol(H11Protocol):
+        phase, deadline = None, None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.set_write_buffer_limits(high=buffer)
+            self._watch()
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            self._watch()
+
+        def _watch(self) -> None:
+            """Begin the time of another part of a request."""
+            if self.conn.their_state is self.phase:
+                return
+            self.phase = self.conn.their_state
+            if self.deadline:
+                self.deadline.cancel()
+            end = seconds.get(self.phase)
+            self.deadline = end and self.loop.call_later(end, self.transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.deadline:
+                self.deadline.cancel()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self.loop.call_later(BODY_SECONDS, self.transport.abort)
+
+    return Protocol
+
+
+def make_server(
+    application: Application, ready: Callable[[], None], buffer: int = 1 << 16, **options: Any
+) -> uvicorn.Server:
     """A server whose `run(sockets=[…])` answers until a signal; requests that run get a few seconds to end.
 
     Args:
         ready: called when it answers.
+        buffer: see `_protocol`.
         options: more settings of `uvicorn.Config`.
     """
     import uvicorn
@@ -88,9 +137,8 @@ def make_server(application: Application, ready: Callable[[], None], **options: 
 
     config = uvicorn.Config(
         application,
-        http="h11",
+        http=_protocol(buffer),
         access_log=False,
-        limit_concurrency=_WAITING,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         lifespan="off",
         server_header=False,

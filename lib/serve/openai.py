@@ -13,7 +13,8 @@ from typing import Any
 from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
-from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body
+from lib.serve.generation import bound
+from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
 from lib.serve.listening import Application, in_address, is_loopback, listen, make_server
 
 _CONTROL = 3
@@ -21,15 +22,6 @@ _CONTROL = 3
 
 
 ROLES = ("system", "user", "assistant", "tool")
-
-
-def _text(content: Any) -> str | None:
-    """A message's text; of several parts, as clients may send them, one after the other; None where one is no text."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
-    return "".join(texts) if parts and len(texts) == len(parts) else None
 
 
 def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
@@ -59,14 +51,23 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
 
     def harmless(message: Any) -> dict[str, Any]:
-        content = _text(message["content"]) if isinstance(message, Mapping) and "content" in message else None
+        role = message.get("role") if isinstance(message, Mapping) else None
+        content = text_of(message.get("content", "" if role == "assistant" else None)) if role else None
         if content is None:
             raise ValueError("each of messages must be an object with role and content, both texts")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"no role {message.get('role')!r}; there are {', '.join(ROLES)}")
-        for token in control:
-            content = content.replace(token, token[:1] + " " + token[1:])
-        return {**message, "content": content}
+        if role not in ROLES:
+            raise ValueError(f"no role {role!r}; there are {', '.join(ROLES)}")
+        return defused({**message, "content": content})
+
+    def defused(value: Any) -> Any:
+        """Texts inside tool calls, too."""
+        if isinstance(value, Mapping):
+            return {key: defused(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [defused(part) for part in value]
+        for token in control if isinstance(value, str) else ():
+            value = value.replace(token, token[:1] + " " + token[1:])
+        return value
 
     switch = f"{{%- set enable_thinking = {str(thinking).lower()} -%}}"
     return Formatter(switch + template, eos_token=end, bos_token=begin, stop_token_ids=[end_id])
@@ -74,6 +75,8 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
 
 NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 BODY_BYTES = 1 << 20
+_ANSWER_BYTES = 64 << 20
+"""More than any answer: the model never waits for a client to read."""
 _CONTEXT = 4096
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -166,6 +169,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     application.user_middleware = [m for m in application.user_middleware if m.cls is not CORSMiddleware]
     server.RouteErrorHandler.error_message_wrapper = _explained
     llm = server._llama_proxy()
+    bound(llm)
     formatter = _formatter(llm, metadata, options.thinking)
     llm.chat_handler = formatter.to_chat_handler()
     made, most = int(path.stat().st_mtime), min(options.max_tokens, n_ctx)
@@ -196,7 +200,7 @@ def _counter(llm: Any, formatter: Any) -> Callable[[str, dict[str, Any]], int]:
         if path != CHAT:
             prompt = body.get("prompt", "")
             texts = prompt if isinstance(prompt, list) else [prompt]
-            if len(texts) > 1 or not all(isinstance(text, str) for text in texts):
+            if len(texts) != 1 or not all(isinstance(text, str) and text for text in texts):
                 raise ValueError("prompt must be one text")
             return sum(len(llm.tokenize(text.encode("utf-8"), special=True)) for text in texts) + 1
         messages = body.get("messages")
@@ -215,10 +219,7 @@ def _explained(self: Any, error: Exception, body: Any = None) -> tuple[int, dict
     if isinstance(error, RequestValidationError):
         found = error.errors()[0]
         return 400, error_body(f"{'.'.join(map(str, found['loc']))}: {found['msg']}", "invalid_request")
-    if isinstance(error, (ValueError, AssertionError, TypeError, KeyError)):
-        return 400, error_body(str(error) or type(error).__name__, "invalid_request")
-    print(f"The server failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return 500, error_body("internal error", None, "internal_server_error")
+    return failure(error)
 
 
 def _run(
@@ -237,7 +238,7 @@ def _run(
         tell(f"{path.name} is served at {address} (end with Ctrl-C).")
 
     try:
-        make_server(application, ready, log_level="error").run(sockets=[listening])
+        make_server(application, ready, _ANSWER_BYTES, log_level="error").run(sockets=[listening])
     finally:
         if server.llama_inner_lock.locked():  # a thread is still inside llama.cpp: freeing the model would crash it
             sys.stdout.flush()

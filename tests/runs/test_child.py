@@ -39,6 +39,12 @@ def die(argument: dict) -> dict:
     return {}
 
 
+def abort_and_chatter(argument: dict) -> dict:
+    print("ggml.c:7: GGML_ASSERT(n > 0) failed", *["libc.so.6(+0x1)"] * 9, sep="\n", flush=True)
+    assert os.environ["GGML_NO_BACKTRACE"] == "1"
+    os.abort()
+
+
 def sleep(argument: dict) -> dict:
     Path(argument["pid_file"]).write_text(str(os.getpid()))
     time.sleep(60)
@@ -153,3 +159,8 @@ def test_newest_line_of_progress_is_heard(monkeypatch, tmp_path):
     run_child(f"{HERE}:slow_count", {}, "counting", heard=heard.append)
     assert any("counting: 1/2" in line for line in heard)
     assert not (tmp_path / "all.txt").exists()
+
+
+def test_the_reason_of_an_abort_is_shown() -> None:
+    with pytest.raises(InputError, match=r"SIGABRT\. Its last words: ggml\.c:7: GGML_ASSERT\(n > 0\) failed"):
+        run_child(f"{HERE}:abort_and_chatter", {}, "aborting")

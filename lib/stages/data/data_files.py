@@ -31,6 +31,9 @@ def file_fingerprint(path: Path) -> str:
     """SHA-256 of a file; of a folder, over the names and SHA-256 of the data files in it (hidden files left out)."""
     if path.is_dir():
         return sha256_json({file.name: sha256_file(file) for file in data_files(path)})
+    if not path.is_file():  # a pipe waits, and a device may have no end
+        found = f"dataset: {path} is neither a file nor a folder."
+        raise InputError(found, "a file or a folder.", "save the rows as a file and name it.")
     return sha256_file(path)
 
 

@@ -115,7 +115,7 @@ def read_table(source: str, revision: str = "main") -> Table:
     classes = _card_classes(path) if path.is_dir() else {}
     if path.is_file():
         files, words = {"all": [path]}, f"file {path.name}"
-    elif path.exists():
+    elif path.is_dir():
         files, words = _split_folder(path), f"folder {path.name}"
     elif looks_like_path(source) or path.suffix.lower() in FORMATS:
         raise SourceError(
