@@ -29,6 +29,9 @@ def merge(
         Path | None, typer.Option(help="also convert, in the same pass over the weights", metavar="OUT.gguf")
     ] = None,
     outtype: Annotated[str, typer.Option(help="of the GGUF: f16, bf16, f32 or q8_0")] = "f16",
+    tokenizer: Annotated[
+        str, typer.Option(help="where the adapter's own tokenizer or template differs: adapter or base")
+    ] = "adapter",
     as_json: Json = False,
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
@@ -37,6 +40,8 @@ def merge(
     from lib.stages.merge.stage import write_lineage
     from lib.stages.merge.weights import merge_folders
 
+    if tokenizer not in ("adapter", "base"):
+        raise InputError(f"--tokenizer {tokenizer!r}.", "adapter or base.", "choose one of them.")
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
     if Path(base_model).is_dir():
         base = Path(base_model)
@@ -64,7 +69,7 @@ def merge(
         with conversions[0].open() as file:
             yield file
 
-    report = asdict(merge_folders(base, given, output_dir, dtype, also=also))
+    report = asdict(merge_folders(base, given, output_dir, dtype, tokenizer, also))
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
     text = f"{output_dir}\n{_lines(report, *plain)}"
     for conversion in conversions:
