@@ -50,6 +50,25 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
+Id = Annotated[int, BeforeValidator(_exact), Field(ge=-1, le=MOST)]
+"""Of a token; -1 is none."""
+
+
+class Rope(_Schema):
+    """Keys of rope_scaling and rope_parameters."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    attention_factor: Scale | None = None
+    beta_fast: Scale | None = None
+    beta_slow: Scale | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+
+
 class Configuration(_Schema):
     """Keys of config.json; null and absent are the same."""
 
@@ -65,8 +84,11 @@ class Configuration(_Schema):
     max_position_embeddings: Size | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    bos_token_id: Id | list[Id] | None = None
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: Id | None = None
     hidden_act: Literal[ACTIVATIONS] | None = None
     layer_types: list[str] | None = None
     sliding_window: Annotated[int, BeforeValidator(_exact), Field(ge=0, le=MOST)] | None = None

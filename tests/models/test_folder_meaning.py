@@ -202,6 +202,9 @@ SIZES = {
     "hidden_act": ("xyz", ["silu"]),
     "model_type": (["qwen2"], {"a": 1}),
     "attn_implementation": ("someone/evil",),
+    "eos_token_id": (10**12, "x", [1, "x"]),
+    "rope_scaling": ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10**12}, [1], "linear"),
+    "rope_parameters": ({"rope_type": "linear", "factor": 0}, {"rope_theta": -1.0, "rope_type": "default"}),
     "transformers_weights": ("other.safetensors",),
 }
 

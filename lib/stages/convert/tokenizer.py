@@ -316,7 +316,7 @@ def special_tokens(
         if isinstance(name, str) and isinstance(ids.get(name), int):
             found[kind] = ids[name]
     for kind in names:
-        if type(number := config.get(f"{kind}_token_id")) is int:
+        if type(number := config.get(f"{kind}_token_id")) is int and 0 <= number < 2**31:
             found.setdefault(kind, number)
     return found, add
 
