@@ -37,6 +37,7 @@ def merge(
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
     from lib.models.adapters import refuse_adapter, require_adapter
     from lib.models.base_model import refuse_other_folder, resolve_adapter, resolve_base, unpacking_of
+    from lib.models.tokenizer_files import differences
     from lib.stages.merge.stage import write_lineage
     from lib.stages.merge.weights import merge_folders
 
@@ -72,6 +73,9 @@ def merge(
     report = asdict(merge_folders(base, given, output_dir, dtype, tokenizer, also))
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
     text = f"{output_dir}\n{_lines(report, *plain)}"
+    if tokenizer == "adapter" and (own := differences(given, base)):
+        report["tokenizer"] = list(own)
+        text += "\ntaken from the adapter: " + "; ".join(own.values())
     for conversion in conversions:
         report["gguf"] = {**conversion.report().to_json(), "model": str(output_dir)}
         text += f"\n{gguf}\n{_lines(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"

@@ -209,7 +209,7 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
             "one file, as save_pretrained() of peft writes it.",
             "load that checkpoint in the program that trained it, and save the adapter with save_pretrained().",
         )
-    if empty := next((name for name, tensor in tensors.items() if not tensor.size), None):
+    if empty := next((name for name, tensor in tensors.items() if tensor.shape == (0,)), None):
         raise InputError(
             f"{folder}: {empty} is empty, as one process of a sharded training (DeepSpeed, FSDP) leaves it.",
             "whole tensors.",

@@ -330,7 +330,7 @@ def _checked(schema: type[_Schema], path: Path, config: dict[str, Any]) -> Any:
             raise InputError(
                 f"{path} has no {name}.", "the configuration of a LoRA adapter.", "copy it again."
             ) from None
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
         raise _odd(path, name, value if name in config or "." in name else None, message) from None
     except RecursionError:
         raise InputError(f"{path} is nested too deep.", "a flat object.", "download it again.") from None
