@@ -29,14 +29,20 @@ def merge(
         Path | None, typer.Option(help="also convert, in the same pass over the weights", metavar="OUT.gguf")
     ] = None,
     outtype: Annotated[str, typer.Option(help="of the GGUF: f16, bf16, f32 or q8_0")] = "f16",
+    tokenizer: Annotated[
+        str, typer.Option(help="where the adapter's own tokenizer or template differs: adapter or base")
+    ] = "adapter",
     as_json: Json = False,
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
     from lib.models.adapters import refuse_adapter, require_adapter
     from lib.models.base_model import refuse_other_folder, resolve_adapter, resolve_base, unpacking_of
+    from lib.models.tokenizer_files import differences
     from lib.stages.merge.stage import write_lineage
     from lib.stages.merge.weights import merge_folders
 
+    if tokenizer not in ("adapter", "base"):
+        raise InputError(f"--tokenizer {tokenizer!r}.", "adapter or base.", "choose one of them.")
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
     if Path(base_model).is_dir():
         base = Path(base_model)
@@ -64,9 +70,12 @@ def merge(
         with conversions[0].open() as file:
             yield file
 
-    report = asdict(merge_folders(base, given, output_dir, dtype, also=also))
+    report = asdict(merge_folders(base, given, output_dir, dtype, tokenizer, also))
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
     text = f"{output_dir}\n{_lines(report, *plain)}"
+    if tokenizer == "adapter" and (own := differences(given, base)):
+        report["tokenizer"] = list(own)
+        text += "\ntaken from the adapter: " + "; ".join(own.values())
     for conversion in conversions:
         report["gguf"] = {**conversion.report().to_json(), "model": str(output_dir)}
         text += f"\n{gguf}\n{_lines(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lib.errors import InputError
+from lib.models.configurations import read_adapter_configuration, refuse_other_task
 from lib.models.weights import StoredTensor, Weights, infinite, largest_magnitude, open_weights, read_file, read_object
 
 WEIGHTS = "adapter_model.safetensors"
@@ -22,11 +24,32 @@ _LOW_RANK = re.compile(
     r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<role>A|B(?P<bias>\.bias)?|magnitude_vector)(\.weight)?"
 )
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+_WRAPPED = re.compile(
+    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module)\."
+)
+"""What torch.compile, DDP, FSDP, checkpointing, FairScale and Lightning put into the names of a state_dict()."""
+_NAMED = re.compile(
+    r"(\.lora_(?:embedding_)?[AB]|\.lora_magnitude_vector|\.trainable_tokens_delta|\.modules_to_save)"
+    r"\.(?!(?:weight|bias)$)([^.]+)"
+)
+"""A role and the adapter's name, which save_pretrained() takes out."""
+_FOREIGN = {
+    r"[._]lora[._](down|up)\b": ("lora_down and lora_up, of trainers of image models", "save it with peft"),
+    r"\.lora_[ab](\.weight)?$": (
+        "lora_a and lora_b, of MLX, torchtune or llama.cpp",
+        "fuse it into its base with the program that trained it, and give that model as base_model",
+    ),
+    r"(^|[._])(hada_w|lokr_w)": ("LoHa or LoKr", "use a LoRA adapter"),
+    r"\.adapter\.linear_(in|out)\.": ("NeMo or Megatron", "convert it to peft's format"),
+}
+"""Names of tensors → who writes them, and what to do."""
 
 
 def has_lora(names: Any) -> bool:
     """Whether tensor names are those of an adapter (peft's prefix, or a low-rank pair)."""
-    return any(name.startswith(PREFIX) or ".lora_" in name for name in names)
+    return any(
+        PREFIX in name or ".lora_" in name or any(re.search(pattern, name) for pattern in _FOREIGN) for name in names
+    )
 
 
 def _contents(folder: Path) -> set[str]:
@@ -139,7 +162,7 @@ class Adapter:
     """An adapter folder: its configuration and its tensors.
 
     Attributes:
-        tensors: by the names in the file.
+        tensors: by peft's names, which are those in the file where peft wrote it.
         pairs: low-rank pairs by module of the base.
         tokens: trained rows of embeddings, by module. whole: other tensors, by the base's name for what they replace.
     """
@@ -166,20 +189,90 @@ class Adapter:
                 raise infinite(f"{name} of the adapter", self.folder)
 
 
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of an adapter's folder by the names in the file, if peft can have written them.
+
+    Raises:
+        InputError: no such file, names of another program, or the rest of a sharded training.
+    """
+    path = folder / WEIGHTS
+    others = sorted(other.name for other in folder.glob("*.safetensors"))
+    tensors, _ = read_file(path if path.is_file() or not others else folder / others[0])
+    for pattern, (whose, do) in _FOREIGN.items():
+        if name := next((name for name in tensors if re.search(pattern, name)), None):
+            raise InputError(
+                f"{folder} is an adapter with other names than peft's: {whose} ({name}).", "peft's LoRA.", f"{do}."
+            )
+    if not path.is_file() and others:
+        raise InputError(
+            f"{folder} has no {WEIGHTS}, but {', '.join(others[:4])}.",
+            "one file, as save_pretrained() of peft writes it.",
+            "load that checkpoint in the program that trained it, and save the adapter with save_pretrained().",
+        )
+    if empty := next((name for name, tensor in tensors.items() if tensor.shape == (0,)), None):
+        raise InputError(
+            f"{folder}: {empty} is empty, as one process of a sharded training (DeepSpeed, FSDP) leaves it.",
+            "whole tensors.",
+            "gather them first (zero_to_fp32.py, accelerate merge-weights), then save them with save_pretrained().",
+        )
+    return tensors
+
+
+def _by_peft_names(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors by the names that save_pretrained() gives them, whoever saved them.
+
+    Raises:
+        InputError: the tensors of several adapters, or one name for two tensors.
+    """
+    found: dict[str, StoredTensor] = {}
+    adapters: set[str] = set()
+    twice: set[str] = set()
+    for name, tensor in stored.items():
+        plain = _WRAPPED.sub("", name)
+        adapters |= {match[2] for match in _NAMED.finditer(plain)}
+        plain = _NAMED.sub(r"\1", plain).replace(".modules_to_save.", ".")
+        if ".original_module." in plain:
+            continue  # the base's own, of which modules_to_save is the trained copy
+        plain = PREFIX + plain.rpartition(PREFIX)[2]
+        if plain in found:
+            twice |= {found[plain].name, name}
+        found[plain] = tensor
+    if names := adapters if len(adapters) > 1 else twice:
+        raise InputError(
+            f"{folder} holds the tensors of several adapters in one file ({', '.join(sorted(names)[:4])}).",
+            "one adapter.",
+            "save the one that is meant: model.save_pretrained(DIR, selected_adapters=[NAME]).",
+        )
+    return dict(sorted(found.items()))
+
+
+def copy_weights(adapter: Adapter, path: Path) -> None:
+    """Write the adapter's tensors to `path` by peft's names; as it is where it has them."""
+    if all(name == tensor.name for name, tensor in adapter.tensors.items()):
+        shutil.copyfile(adapter.folder / WEIGHTS, path)
+        return
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.tensor().contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def read_adapter(folder: Path) -> Adapter:
     """adapter_config.json and the header of adapter_model.safetensors.
 
     Raises:
         InputError: missing or damaged files, a pickle, or another kind of adapter.
     """
-    config = read_object(folder / "adapter_config.json", "a peft adapter folder")
     _refuse_pickle(folder)
-    if str(config.get("peft_type", "")).upper() != "LORA":
+    stored = _stored(folder)
+    config = read_adapter_configuration(folder)
+    if config.get("peft_type") is None:
         raise InputError(f"{folder}: peft_type {config.get('peft_type')!r}.", "LORA.", "use a LoRA adapter.")
-    tensors, _ = read_file(folder / WEIGHTS)
+    tensors = _by_peft_names(folder, stored)
     adapter = Adapter(folder, config, tensors, {}, {}, {})
-    for name, tensor in tensors.items():
-        inner = name.removeprefix(PREFIX)
+    inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    refuse_other_task(folder, inside, task=str(config.get("task_type") or ""))
+    for inner, tensor in inside.items():
         if match := _TOKENS.fullmatch(inner):
             adapter.tokens[match[1]] = tensor
         elif match := _LOW_RANK.fullmatch(inner):

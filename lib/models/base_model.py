@@ -12,9 +12,10 @@ from lib.hub import fetching
 from lib.hub import sources as hub_sources
 from lib.hub.sources import SourceError
 from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
+from lib.models.configurations import check_language_model, read_configuration
 from lib.models.gguf_file import read_metadata
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
-from lib.models.weights import open_weights, read_object
+from lib.models.weights import open_weights
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs.files import read_json, read_jsonl, remembered_sha256, sha256_json, user_path
 from lib.settings import OFFLINE_BASE
@@ -285,7 +286,7 @@ def check_model_folder(path: Path) -> None:
     if not path.is_dir():
         raise InputError(f"no folder {path}.", "a model folder.", "check the path.")
     refuse_adapter(path)
-    config = read_object(path / "config.json")
+    config = read_configuration(path)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -296,7 +297,7 @@ def check_model_folder(path: Path) -> None:
             "a causal language model that transformers knows, e.g. qwen2 or qwen3.",
             "use another base_model.",
         )
-    open_weights(path)
+    check_language_model(path, config)
 
 
 # Which weights an adapter was trained on, as its files say: the same GGUF file can be unpacked in several ways.

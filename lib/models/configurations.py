@@ -9,12 +9,14 @@ import functools
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lib.errors import InputError
+from lib.models.weights import Shaped, Weights, open_weights, read_object
 
 MOST = 2**31 - 1
 """Of any size: llama.cpp and GGUF keep them in 32 bits."""
@@ -48,6 +50,25 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
+Id = Annotated[int, BeforeValidator(_exact), Field(ge=-1, le=MOST)]
+"""Of a token; -1 is none."""
+
+
+class Rope(_Schema):
+    """Keys of rope_scaling and rope_parameters."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    attention_factor: Scale | None = None
+    beta_fast: Scale | None = None
+    beta_slow: Scale | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+
+
 class Configuration(_Schema):
     """Keys of config.json; null and absent are the same."""
 
@@ -63,13 +84,18 @@ class Configuration(_Schema):
     max_position_embeddings: Size | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    bos_token_id: Id | list[Id] | None = None
+    eos_token_id: Id | list[Id] | None = None
+    pad_token_id: Id | None = None
     hidden_act: Literal[ACTIVATIONS] | None = None
     layer_types: list[str] | None = None
     sliding_window: Annotated[int, BeforeValidator(_exact), Field(ge=0, le=MOST)] | None = None
     tie_word_embeddings: bool | None = None
     quantization_config: dict[str, Any] | None = None
+    transformers_weights: Literal["model.safetensors", "model.safetensors.index.json"] | None = None
+    """Another file than every other program reads."""
     dtype: str | None = None
     torch_dtype: str | None = None
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
@@ -100,6 +126,28 @@ class AdapterConfiguration(_Schema):
     use_dora: bool | None = None
     lora_bias: bool | None = None
     init_lora_weights: bool | str | None = None
+
+
+def read_configuration(folder: Path, what: str = "a model folder") -> dict[str, Any]:
+    """config.json of a model folder, checked.
+
+    Raises:
+        InputError: as `read_object` and `check_configuration`.
+    """
+    return check_configuration(folder / "config.json", read_object(folder / "config.json", what))
+
+
+def read_adapter_configuration(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter's folder, checked.
+
+    Raises:
+        InputError: as `read_object` and `check_adapter_configuration`; or it is no LoRA.
+    """
+    path = folder / "adapter_config.json"
+    config = read_object(path, "a peft adapter folder")
+    if (kind := config.get("peft_type")) is not None and str(kind).upper() != "LORA":
+        raise InputError(f"{folder}: peft_type {kind!r}.", "LORA.", "use a LoRA adapter.")
+    return check_adapter_configuration(path, config)
 
 
 def check_configuration(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +181,109 @@ def check_adapter_configuration(path: Path, config: dict[str, Any]) -> dict[str,
     return config
 
 
+_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head", "dense_head")
+"""Last layers of models that do not answer in words."""
+_OTHER_CLASS = re.compile(
+    r"For(SequenceClassification|TokenClassification|QuestionAnswering|RewardModel|MultipleChoice|MaskedLM"
+    r"|NextSentencePrediction|FeatureExtraction|TextEncoding|SequenceRegression|ProcessReward)$|RewardModel$"
+)
+OTHER_TASKS = {
+    "SEQ_CLS": "a classifier",
+    "TOKEN_CLS": "a classifier of single tokens",
+    "QUESTION_ANS": "a model that marks answers in a text",
+    "FEATURE_EXTRACTION": "an embedding model",
+    "SEQ_2_SEQ_LM": "an encoder with a decoder",
+}
+"""task_type of peft that no causal language model has → what it trains."""
+_IN_WORDS = "a causal language model, which answers in words (GGUF has no such head)."
+_TRAIN_HERE = (
+    "train a language model with task: classification here (its answers are the labels), or use it in transformers."
+)
+
+
+def head_of(names: Mapping[str, Shaped]) -> str | None:
+    """The head of a classifier among tensors (by the base's names), in words; None where there is none."""
+    for name, tensor in names.items():
+        module, _, last = name.rpartition(".")
+        if module.split(".")[0] in _HEADS and last == "weight" and len(tensor.shape) == 2:
+            return f"head `{module}` with {tensor.shape[0]:,} outputs"
+    return None
+
+
+def refuse_other_task(
+    folder: Path, tensors: Mapping[str, Shaped], classes: Iterable[str] = (), task: str | None = None
+) -> None:
+    """Refuse a model or adapter that does not answer in words.
+
+    Args:
+        tensors: by the base's names. classes: `architectures` of a model.
+        task: task_type of an adapter; None = a model.
+
+    Raises:
+        InputError: says what it is.
+    """
+    what = OTHER_TASKS.get((task or "").upper())
+    signs = [f"task_type {task}"] if what else [name for name in classes if _OTHER_CLASS.search(name)][:1]
+    signs += [head] if (head := head_of(tensors)) else []
+    if signs:
+        whose = "" if task is None else "an adapter of "
+        found = f"{folder} is {whose}{what or 'a classifier or scorer'} ({', '.join(signs)})."
+        raise InputError(found, _IN_WORDS, _TRAIN_HERE)
+
+
+_SHAPES = {
+    "model.embed_tokens.weight": ("vocab_size", "hidden_size"),
+    "lm_head.weight": ("vocab_size", "hidden_size"),
+    "model.norm.weight": ("hidden_size",),
+    "mlp.gate_proj.weight": ("intermediate_size", "hidden_size"),
+    "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
+    "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
+    "input_layernorm.weight": ("hidden_size",),
+}
+"""Tensor → the keys of config.json that its shape repeats."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
+    """Compare config.json with the tensors, before anything is built from its sizes.
+
+    Raises:
+        InputError: other layers, or a tensor of another shape than a key says.
+    """
+    path, layers = weights.folder / "config.json", config.get("num_hidden_layers")
+    seen = {int(match[1]) for name in weights.tensors if (match := _LAYER.fullmatch(name))}
+    more = config.get("num_nextn_predict_layers") or 0  # layers that guess further tokens stand behind the others
+    if layers and seen and not set(range(layers)) <= seen <= set(range(layers + more)):
+        raise InputError(
+            f"{path} says {layers} layers, the weights have {len(seen)} (num_hidden_layers).",
+            "a config.json that belongs to these weights, and every layer.",
+            "download the folder again.",
+        )
+    if config.get("quantization_config"):
+        return  # packed: other shapes
+    for name, tensor in weights.tensors.items():
+        match = _LAYER.fullmatch(name)
+        for key, size in zip(_SHAPES.get(match[2] if match else name, ()), tensor.shape, strict=False):
+            if config.get(key) and config[key] != size:
+                raise InputError(
+                    f"{path}: {key} is {config[key]}, and {name} has the shape {tensor.shape}.",
+                    "a config.json that belongs to these weights.",
+                    "download the folder again, or correct that key.",
+                )
+
+
+def check_language_model(folder: Path, config: Mapping[str, Any]) -> Weights:
+    """The weights of a causal language model whose (checked) config.json belongs to them.
+
+    Raises:
+        InputError: no or damaged weights, a classifier, or sizes that differ.
+    """
+    weights = open_weights(folder)
+    refuse_other_task(folder, weights.tensors, config.get("architectures") or ())
+    check_sizes(weights, config)
+    return weights
+
+
 _TRIAL = """
 import re, sys
 pattern = re.compile(sys.argv[1])
@@ -161,7 +312,7 @@ def check_pattern(path: Path, key: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise _odd(path, key, pattern, f"a regular expression ({error})") from None
-    if "(" in pattern and len(re.findall(r"[*+{]", pattern)) > 1 and not _ends(pattern):
+    if "(" in pattern and re.search(r"[*+{]", pattern) and not _ends(pattern):
         raise _odd(path, key, pattern, "a regular expression that ends on names of modules")
 
 
@@ -179,7 +330,7 @@ def _checked(schema: type[_Schema], path: Path, config: dict[str, Any]) -> Any:
             raise InputError(
                 f"{path} has no {name}.", "the configuration of a LoRA adapter.", "copy it again."
             ) from None
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
         raise _odd(path, name, value if name in config or "." in name else None, message) from None
     except RecursionError:
         raise InputError(f"{path} is nested too deep.", "a flat object.", "download it again.") from None

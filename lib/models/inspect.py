@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.models import tokenizer_files
 from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
+from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
 from lib.models.gguf_file import NUMBERS, TensorInfo, data_end, read_metadata, read_tensors
-from lib.models.weights import Weights, impostor, open_weights, read_object, weight_map
+from lib.models.weights import Weights, impostor, open_weights, read_object
 from lib.prompts.templates import describe_template
 
 _SHOWN_TOKENS = 30
@@ -112,52 +114,17 @@ def _look_at_files(found: _Findings) -> None:
 
 def _describe_tokenizer(found: _Findings) -> None:
     """Vocabulary and template from the JSON files, without the tokenizer library."""
-    config = found.read_object("tokenizer_config.json")
-    vocabulary, added = _vocabulary(found, config)
+    settings = found.read_object("tokenizer_config.json")
+    vocabulary, added = tokenizer_files.vocabulary(found.read_object)
+    templates = found.attempt(lambda: tokenizer_files.chat_templates(found.path, settings), {})
+    found.notes += found.attempt(lambda: tokenizer_files.doubles(found.path, settings), [])
     found.facts |= {
         "vocabulary": len({*vocabulary, *added}) if vocabulary else None,
         "added_tokens": sorted(added, key=lambda name: added[name])[:_SHOWN_TOKENS],
         "added_token_count": len(added),
         "largest_id": max([*vocabulary.values(), *added.values()], default=None),
-        "template": found.template(_template_text(found, config)),
+        "template": found.template(templates.get("default")),
     }
-
-
-def _vocabulary(found: _Findings, config: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    """Ordinary and added tokens with their ids."""
-    tokenizer = found.read_object("tokenizer.json")
-    model = tokenizer.get("model")
-    plain = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(plain, list):  # a unigram model lists (token, score)
-        plain = {str(entry[0]): i for i, entry in enumerate(plain) if isinstance(entry, list) and entry}
-    listed = tokenizer.get("added_tokens")
-    if not isinstance(plain, dict):
-        plain = found.read_object("vocab.json")
-        decoder = config.get("added_tokens_decoder")
-        entries = decoder.items() if isinstance(decoder, dict) else ()
-        listed = [{"id": int(i), **e} for i, e in entries if isinstance(e, dict) and str(i).isdigit()]
-    vocabulary = {name: i for name, i in plain.items() if type(i) is int}
-    added = {
-        entry["content"]: entry["id"]
-        for entry in (listed if isinstance(listed, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
-    }
-    return vocabulary, added
-
-
-def _template_text(found: _Findings, config: Mapping[str, Any]) -> Any:
-    """The chat template: its own file, or in tokenizer_config.json (of several the one called default)."""
-    own = found.path / "chat_template.jinja"
-    if own.is_file():
-        try:
-            return own.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            found.problems.append("chat_template.jinja is not UTF-8")
-            return None
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        value = {e.get("name"): e.get("template") for e in value if isinstance(e, dict)}.get("default")
-    return value
 
 
 _VARIANTS = {
@@ -196,8 +163,22 @@ def _describe_adapter(found: _Findings) -> None:
         if value := config.get(key):
             names = ", ".join(map(str, value)) if isinstance(value, (list, dict)) else value
             found.notes.append(f"{words} {names} ({key})")
-    if (found.path / "tokenizer.json").is_file() or (found.path / "tokenizer_config.json").is_file():
+    if any((found.path / name).is_file() for name in _TOKENIZER):
         _describe_tokenizer(found)
+        _compare_with_base(found)
+
+
+_TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def _compare_with_base(found: _Findings) -> None:
+    """Whether an adapter's own tokenizer and template are the base's, where that lies on this disk."""
+    base = Path(str(found.facts["base_model"] or ""))
+    if found.facts["base_model"] and base.is_dir():
+        for words in found.attempt(lambda: tokenizer_files.differences(found.path, base), {}).values():
+            found.notes.append(f"{words}: `workbook merge` takes the adapter's (--tokenizer)")
+    else:
+        found.notes.append("a tokenizer or template of its own: where it differs from the base's, merging takes it")
 
 
 _SIZES = {
@@ -221,6 +202,7 @@ def _describe_model(found: _Findings) -> None:
     if not (found.path / "config.json").is_file():
         found.problems.append("no config.json")
     config = found.read_object("config.json")
+    sound = found.attempt(lambda: check_configuration(found.path / "config.json", config), {})
     if config and not isinstance(config.get("model_type"), str):
         found.problems.append("config.json names no model_type")
     if config.get("auto_map"):
@@ -233,7 +215,7 @@ def _describe_model(found: _Findings) -> None:
         **{name: _integer(config.get(key)) for name, key in _SIZES.items()},
         "vocabulary_in_config": _integer(config.get("vocab_size")),
     }
-    _describe_weights(found, config)
+    _describe_weights(found, config, sound)
     _describe_tokenizer(found)
     if not any((found.path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         found.problems.append("no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
@@ -251,14 +233,10 @@ def _describe_model(found: _Findings) -> None:
         found.notes.append(f"already quantized ({method}): take the original to train")
 
 
-def _describe_weights(found: _Findings, config: Mapping[str, Any]) -> None:
-    """Parameters, dtypes, tying and shards, from the headers."""
+def _describe_weights(found: _Findings, config: Mapping[str, Any], sound: Mapping[str, Any]) -> None:
+    """Parameters, dtypes, tying and shards, from the headers; `sound`: the configuration if its values are."""
     said = config.get("tie_word_embeddings")
     found.facts |= {"parameters": None, "dtype": None, "tied": said if isinstance(said, bool) else None}
-    listed = found.attempt(lambda: weight_map(found.path)) or {}
-    if missing := sorted({name for name in listed.values() if not (found.path / name).is_file()}):
-        found.problems.append(f"{len(missing)} of the index's files are missing: {', '.join(missing[:4])}")
-        return
     weights: Weights | None = found.attempt(lambda: open_weights(found.path))
     if weights is None:
         return
@@ -269,10 +247,8 @@ def _describe_weights(found: _Findings, config: Mapping[str, Any]) -> None:
         dtypes[tensor.dtype] += tensor.size
     if len(dtypes) > 1:
         found.notes.append("several number formats: " + ", ".join(f"{k} {v:,}" for k, v in dtypes.most_common()))
-    blocks = (name.split(".")[2] for name in weights.tensors if name.startswith("model.layers."))
-    seen, layers = {int(block) for block in blocks if block.isdigit()}, found.facts["layers"]
-    if layers and seen and seen != set(range(layers)):
-        found.problems.append(f"config.json says {layers} layers, the weights have {len(seen)}")
+    found.attempt(lambda: refuse_other_task(found.path, weights.tensors, sound.get("architectures") or ()))
+    found.attempt(lambda: check_sizes(weights, sound))
     own = "lm_head.weight" in weights.tensors  # input and output share one matrix where it is absent
     if said is False and not own:
         found.problems.append(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, one_line
-from lib.models.adapters import require_adapter
+from lib.models.adapters import copy_weights, read_adapter, require_adapter
 from lib.models.base_model import check_model_folder
-from lib.models.weights import infinite, open_weights, read_file
+from lib.models.configurations import read_configuration
+from lib.models.weights import infinite, open_weights
 from lib.runs import machine
-from lib.runs.files import read_json
 from lib.runs.machine import available_memory, no_warnings, quiet
 
 if TYPE_CHECKING:
@@ -27,8 +29,7 @@ def quantization_method(folder: Path) -> str | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    config = read_json(path).get("quantization_config") or {}
-    return config.get("quant_method")
+    return (read_configuration(folder).get("quantization_config") or {}).get("quant_method")
 
 
 def weight_bytes(folder: Path) -> int:
@@ -215,10 +216,12 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
     from peft.utils import get_peft_model_state_dict
 
     require_adapter(adapter)
-    tensors, _ = read_file(adapter / "adapter_model.safetensors")
+    found = read_adapter(adapter)
     try:
-        with no_warnings():
-            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, use_safetensors=True)
+        with no_warnings(), tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(adapter / "adapter_config.json", Path(folder, "adapter_config.json"))
+            copy_weights(found, Path(folder, "adapter_model.safetensors"))
+            model = PeftModel.from_pretrained(model, folder, is_trainable=False, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"the adapter {adapter} does not fit the base model ({one_line(error, 300)}).",
@@ -229,7 +232,7 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
     # .gguf file has no config.json. What was loaded is here.
     model.peft_config["default"].base_model_name_or_path = str(base)
     places = set(get_peft_model_state_dict(model))
-    if odd := sorted(places ^ set(tensors)):
+    if odd := sorted(places ^ set(found.tensors)):
         raise InputError(
             f"the adapter {adapter} and its configuration disagree on {len(odd)} tensors (first {odd[0]}).",
             "a tensor for each place.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +283,7 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         header = json.loads(text, object_pairs_hook=each_once)
     except InputError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged ({error}).", "a complete safetensors file.", "copy or download it again."
         ) from None
@@ -310,14 +311,28 @@ def pack_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
 def weight_map(folder: Path) -> dict[str, str] | None:
-    """Name of every tensor → file that holds it, by the index of a folder; None for a folder without index.
+    """Name of every tensor → shard that holds it, by the index of a folder; None where one file holds all of them.
+
+    The order of transformers: beside a whole `SINGLE` an index counts for nothing, whether its shards are there or not.
 
     Raises:
-        InputError: damaged, empty, or names of other folders.
+        InputError: damaged, empty, names of other folders, missing shards, or shards without their index.
     """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return None
     if not index.is_file():
+        if shards := sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)):
+            shown, total = ", ".join(shards[:4]) + (", …" if len(shards) > 4 else ""), int(shards[0][-17:-12])
+            raise InputError(
+                f"{folder} holds {len(shards)} of {total} shards ({shown}), but no {INDEX}.",
+                "all shards and their index.",
+                f"download {INDEX} and what is missing into that folder.",
+            )
         return None
     try:
         found = {str(name): str(file) for name, file in read_object(index)["weight_map"].items()}
@@ -328,11 +343,18 @@ def weight_map(folder: Path) -> dict[str, str] | None:
         raise InputError(
             f"{index} names {bad or 'no files'}.", "files of the same folder.", "download the folder again."
         )
+    if missing := sorted({name for name in found.values() if not (folder / name).is_file()}):
+        shown = ", ".join(missing[:4])
+        raise InputError(
+            f"{len(missing)} of the index's files are missing: {shown} ({folder}).",
+            "every shard that the index names.",
+            "download those files, or the folder again.",
+        )
     return found
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights of a model folder: one model.safetensors, or the shards of its index.
+    """The weights of a model folder: one model.safetensors, else the shards of its index (`weight_map`).
 
     Raises:
         InputError: no folder, no safetensors weights, a damaged or missing shard, or an index that does not fit.

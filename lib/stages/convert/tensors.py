@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, one_line
+from lib.models.configurations import check_sizes, read_configuration, refuse_other_task
 from lib.models.gguf_file import (
     ARCHITECTURES,
     NUMBERS,
@@ -65,10 +65,10 @@ def read_architecture(folder: Path) -> Architecture:
         InputError: no config, an unsupported class, quantized weights, a rope type or a folder kind that the converter
             does not know.
     """
-    if not (folder / "config.json").is_file():
-        raise InputError(f"no config.json in {folder}.", "a model folder.", "give the folder of the whole model.")
-    config = _plain_config(folder) or _full_config(folder)
+    stored = read_configuration(folder)
+    config = _plain_config(stored) or _full_config(folder)
     kind = (config.get("architectures") or ["none"])[0]
+    refuse_other_task(folder, {}, [kind])
     if kind not in ARCHITECTURES:
         raise InputError(
             f"a {kind} model in {folder}.",
@@ -79,13 +79,12 @@ def read_architecture(folder: Path) -> Architecture:
     return Architecture(ARCHITECTURES[kind], config)
 
 
-def _plain_config(folder: Path) -> dict[str, Any] | None:
+def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """config.json as it is, when it leaves nothing that matters to a default; None when transformers must fill it in.
 
     Importing transformers takes longer than converting a small model.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = ARCHITECTURES[config["architectures"][0]]
         rope, head = config.get("rope_parameters") or config, config.get("head_dim")
         whole = (
@@ -96,7 +95,7 @@ def _plain_config(folder: Path) -> dict[str, Any] | None:
             and config["model_type"] == name
             and (type(head) is int or (head is None and name == "qwen2"))
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError):
+    except (KeyError, IndexError, TypeError, AttributeError):
         return None
     return config if whole else None
 
@@ -209,6 +208,9 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
     """
     import gguf
 
+    if not model.config.get("quantization_config"):
+        refuse_other_task(weights.folder, weights.tensors)
+        check_sizes(weights, model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.name.upper()], model.blocks)
     wanted, float32 = gguf.GGMLQuantizationType[outtype.upper()], gguf.GGMLQuantizationType.F32
     plan, factors = [], rope_factors(model.config)

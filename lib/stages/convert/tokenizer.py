@@ -12,6 +12,7 @@ import yaml
 
 from lib.errors import InputError, one_line
 from lib.models.gguf_tokenizer import QWEN2_PATTERN
+from lib.models.tokenizer_files import chat_templates
 from lib.models.weights import read_object
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def special_tokens(
         if isinstance(name, str) and isinstance(ids.get(name), int):
             found[kind] = ids[name]
     for kind in names:
-        if type(number := config.get(f"{kind}_token_id")) is int:
+        if type(number := config.get(f"{kind}_token_id")) is int and 0 <= number < 2**31:
             found.setdefault(kind, number)
     return found, add
 
@@ -367,16 +368,10 @@ def _added_by_template(
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    template: Any = None
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        if more := list((folder / "additional_chat_templates").glob("*.jinja")):
-            template = [{"name": "default", "template": template}]
-            template += [{"name": path.stem, "template": path.read_text(encoding="utf-8")} for path in more]
-    elif (folder / "chat_template.json").is_file():
-        template = read_object(folder / "chat_template.json").get("chat_template")
-    template = settings.get("chat_template", template)
-    return template if isinstance(template, str | list) else None
+    found = chat_templates(folder, settings)
+    if set(found) <= {"default"}:
+        return found.get("default")
+    return [{"name": name, "template": text} for name, text in found.items()]
 
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:

@@ -74,9 +74,9 @@ def base_of_adapter(folder: Path, base_model: str | None) -> str:
     Raises:
         InputError: neither the option nor adapter_config.json names it.
     """
-    from lib.models.adapters import adapter_config
+    from lib.models.configurations import read_adapter_configuration
 
-    name = base_model or adapter_config(folder).get("base_model_name_or_path")
+    name = base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
     if not name:
         raise InputError(f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model.")
     return name

@@ -12,6 +12,7 @@ import psutil
 
 from lib.errors import InputError
 from lib.models.base_model import how_to_get
+from lib.models.configurations import read_configuration, refuse_other_task
 from lib.runs import machine
 from lib.runs.files import user_path
 from lib.runs.machine import no_warnings, quiet
@@ -380,6 +381,7 @@ def _config(name: str) -> Any:
             "a model folder, or a model that notebook 01 has downloaded before.",
             "give the model's folder: workbook doctor PARAMS --model FOLDER.",
         )
+    refuse_other_task(file.parent, {}, read_configuration(file.parent).get("architectures") or ())
     try:
         return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:

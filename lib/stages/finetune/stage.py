@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.models.adapters import AdapterShape, adapter_config, check_fit
+from lib.errors import InputError
+from lib.models.adapters import AdapterShape, adapter_config, check_fit, copy_weights, read_adapter
 from lib.models.base_model import Base, GivenAdapter, base_of, called, refuse_other_weights, resolve_adapter
+from lib.models.tokenizer_files import differences
 from lib.models.weights import open_weights
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
@@ -167,7 +168,7 @@ def _four_bits(settings: Settings, draft: ProductDraft) -> bool:
 
 def _write_adapter(source: Path, draft: ProductDraft, base: Base, facts: dict[str, Any], card: str) -> None:
     """The files that every adapter has: weights, configuration, facts for the page, card."""
-    shutil.copyfile(source / "adapter_model.safetensors", draft.folder / "adapter_model.safetensors")
+    copy_weights(read_adapter(source), draft.folder / "adapter_model.safetensors")
     write_config(draft.folder, adapter_config(source), base)
     given = {"id": base.id, "revision": base.revision, "offline": base.offline}
     write_json(draft.folder / "training.json", {**facts, "base": given})
@@ -219,7 +220,14 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
     """Check and copy; `best`: how it was chosen among runs, None for one that was simply given."""
     base = base_of(run)
     refuse_other_weights(given.path, base)
-    shape = check_fit(given.path, base.path)
+    shape, own = check_fit(given.path, base.path), differences(given.path, run.require("data").path / "tokenizer")
+    if "vocabulary" in own:
+        raise InputError(
+            f"the adapter {given.path}: {own['vocabulary']}.",
+            "the tokens of the base, which the rows of this run were cut into.",
+            "merge it first (workbook merge keeps its tokens), and give the merged folder as base_model.",
+        )
+    draft.notes += [f"{words}: this run asks by the base's, not as the adapter was trained" for words in own.values()]
     method, trained_on = (best.method, f"as run {best.run} says") if best else trained_as(given.path)
     if method == "QLoRA" and (problem := machine.bitsandbytes_problem()):
         draft.notes.append(

@@ -18,7 +18,8 @@ import yaml
 
 from lib.errors import InputError
 from lib.models.adapters import PREFIX, Adapter, LowRank, read_adapter
-from lib.models.weights import StoredTensor, Weights, open_weights, read_object
+from lib.models.configurations import check_language_model, read_configuration
+from lib.models.weights import StoredTensor, Weights
 
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 RULES: list[str] = _TABLES["rules"]
@@ -87,15 +88,16 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
     Raises:
         InputError: anything that `RULES` forbids and that headers can show; or a quantized base.
     """
-    weights, adapter = open_weights(base), read_adapter(folder)
+    adapter = read_adapter(folder)
     _refuse_unsupported(adapter)
-    config = read_object(base / "config.json", "the folder of the whole base model")
+    config = read_configuration(base, "the folder of the whole base model")
     if config.get("quantization_config"):
         raise InputError(
             f"{base} is quantized (quantization_config).",
             "the original 16-bit or 32-bit base.",
             "merge into the model that was quantized; merging into 4 bits would round the adapter away.",
         )
+    weights = check_language_model(base, config)
     tied = bool(config.get("tie_word_embeddings"))
     if tied and _unties(adapter):
         weights, config, tied = _with_own_head(weights), config | {"tie_word_embeddings": False}, False

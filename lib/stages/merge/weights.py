@@ -16,16 +16,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import psutil
 
 from lib.errors import InputError
+from lib.models.tokenizer_files import TEMPLATES, chat_templates, differences, reader, vocabulary
 from lib.models.weights import (
     INDEX,
     NUMPY,
     SAFETENSORS,
+    SINGLE,
     TORCH,
     StoredTensor,
     Weights,
@@ -34,11 +36,12 @@ from lib.models.weights import (
     largest_magnitude,
     open_weights,
     pack_header,
+    read_object,
 )
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import new_folder, read_json, require_space, write_at, write_json
-from lib.stages.merge.adapter import RULES, Update, plan_merge, slabs
+from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge, slabs
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +117,10 @@ def prepare_weights(base: Weights, folder: Path, dtype: str | None) -> Weights:
             stream.write(header)
             stream.truncate(len(header) + nbytes)
         total += nbytes
-    if (base.folder / INDEX).is_file():
+    if [path.name for path in base.files] != [SINGLE]:
         index = read_json(base.folder / INDEX)
-        index.setdefault("metadata", {})["total_size"] = total
+        kept = index.get("metadata")
+        index["metadata"] = {**(kept if isinstance(kept, dict) else {}), "total_size": total}
         index["weight_map"] = {name: tensor.file.name for name, tensor in sorted(base.tensors.items())}
         write_json(folder / INDEX, index)
     return open_weights(folder)
@@ -231,14 +235,15 @@ def merge_folders(
     adapter: Path,
     output: Path,
     dtype: str | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Path | Literal["adapter", "base"] = "adapter",
     also: Also | None = None,
 ) -> MergeReport:
     """Write the model `base` with the adapter merged into it as the new folder `output`.
 
     Args:
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every tensor of the base.
-        tokenizer: folder whose tokenizer files are copied; None = those of the base.
+        tokenizer: folder whose tokenizer files are copied; "base" = those of the base; "adapter" = the vocabulary and
+            the template of the adapter's folder where it has them, because it was trained with them.
         also: further files, or a second product made of the weights in the same pass; when it fails, nothing is
             published.
 
@@ -253,11 +258,17 @@ def merge_folders(
     _check_output(base, adapter, output)
     plan = plan_merge(base, adapter)
     weights, memory = plan.base, _anonymous_memory()
+    brought = differences(adapter, base) if tokenizer == "adapter" else {}
+    if "vocabulary" in brought:
+        _check_rows(adapter, weights)
     with new_folder(output) as folder:
         new = prepare_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
         plan.adapter.require_finite()
-        _copy_small_files(base, tokenizer or base, folder, plan.config, dtype)
+        words = adapter if "vocabulary" in brought else base if isinstance(tokenizer, str) else tokenizer
+        _copy_small_files(base, words, folder, plan.config, dtype)
+        if brought:
+            _keep_template(adapter if "template" in brought else base, folder)
         with also(folder, new) if also else contextlib.nullcontext() as sink:
             most = write_weights(weights, new, plan.updates, sink)
     changed = [weights.tensors[name] for name in plan.updates]
@@ -292,10 +303,33 @@ def _check_output(base: Path, adapter: Path, output: Path) -> None:
         raise InputError(f"{output} already exists.", "a new or empty folder.", "remove it or choose another name.")
 
 
+def _check_rows(tokenizer: Path, weights: Weights) -> None:
+    """Every token of an adapter's own vocabulary needs a row of the embedding."""
+    largest = max((i for part in vocabulary(reader(tokenizer)) for i in part.values()), default=-1)
+    rows = weights.tensors[EMBEDDING].shape[0] if EMBEDDING in weights.tensors else largest + 1
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer in {tokenizer} has a token {largest:,}, and the base has {rows:,} rows of embedding.",
+            "a row for every token.",
+            "give the base whose embedding was resized for the training, or --tokenizer base to leave its tokens out.",
+        )
+
+
+def _keep_template(source: Path, folder: Path) -> None:
+    """The chat template of `source` in place of those that were copied."""
+    templates = chat_templates(source, reader(source)("tokenizer_config.json"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    for name, text in templates.items():
+        path = folder / ("chat_template.jinja" if name == "default" else f"{TEMPLATES}/{Path(name).name}.jinja")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    if config == read_json(base / "config.json"):
+    if config == read_object(base / "config.json"):
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
         write_json(folder / "config.json", config)
@@ -303,6 +337,6 @@ def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[st
         for name in names:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    more = tokenizer / "additional_chat_templates"
+    more = tokenizer / TEMPLATES
     if more.is_dir():
         shutil.copytree(more, folder / more.name)

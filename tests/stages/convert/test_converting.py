@@ -258,7 +258,7 @@ def test_llama_cpp_refusal_reaches_the_user(copy: Path, tmp_path: Path) -> None:
 
     if problem := llama_cpp_problem():
         pytest.skip(problem)
-    reconfigure(copy, num_attention_heads=3)
+    reconfigure(copy, num_attention_heads=8)
     refused(copy, tmp_path, "llama.cpp refuses|the process for")
 
 
@@ -291,11 +291,11 @@ def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> N
         ({"architectures": None}, "a none model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
-        ({"num_hidden_layers": 3}, r"lacks 12 tensors of a qwen2 model \(first blk.2"),
-        ({"num_hidden_layers": 1}, "which qwen2 does not have"),
+        ({"num_hidden_layers": 3}, "says 3 layers, the weights have 2"),
+        ({"num_hidden_layers": 1}, "says 1 layers, the weights have 2"),
         ({"tie_word_embeddings": False}, r"lacks 1 tensors .*output.weight"),
-        ({"vocab_size": 301}, "300 rows of embedding, vocab_size 301"),
-        ({"vocab_size": 200}, "300 rows of embedding"),
+        ({"vocab_size": 301}, "vocab_size is 301, .* shape .300, 64"),
+        ({"vocab_size": 200}, "vocab_size is 200"),
     ],
 )
 def test_configuration(changes: dict, match: str, copy: Path, tmp_path: Path) -> None:

@@ -189,3 +189,45 @@ def test_the_public_adapter_fits_its_shape(shared_data: Path, tmp_path: Path) ->
     assert check_fit(adapter, tmp_path / "base24") == shape
     with pytest.raises(InputError, match=r"changes model\.layers\.\d+\..*, which the base does not have"):
         check_fit(adapter, tmp_path / "base2")
+
+
+def with_tokenizer(run: Run, folder: Path) -> dict:
+    """The run's tokenizer laid beside an adapter; its tokenizer.json."""
+    for path in (run.require("data").path / "tokenizer").iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    return json.loads((folder / "tokenizer.json").read_text())
+
+
+def test_a_template_of_its_own_is_stamped(runs: Callable[[str], Run], foreign: Path) -> None:
+    run = runs("fresh")
+    with_tokenizer(run, foreign)
+    (foreign / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
+    result = finetune(tiny_settings(adapter=str(foreign)), run)
+    assert any("its chat template is not the base's" in note for note in result.notes)
+
+
+def test_the_same_tokenizer_is_no_difference(runs: Callable[[str], Run], foreign: Path) -> None:
+    run = runs("fresh")
+    with_tokenizer(run, foreign)
+    assert not any(
+        "tokens" in note or "template" in note for note in finetune(tiny_settings(adapter=str(foreign)), run).notes
+    )
+
+
+def test_tokens_of_its_own_are_refused(runs: Callable[[str], Run], foreign: Path) -> None:
+    run = runs("fresh")
+    content = with_tokenizer(run, foreign)
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 10**6, "content": "<情感>"})
+    (foreign / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"other tokens than the base's \(1: <情感>(?s:.)*workbook merge"):
+        finetune(tiny_settings(adapter=str(foreign)), run)
+
+
+def test_names_of_a_state_dict_are_adopted_as_peft_writes_them(runs: Callable[[str], Run], foreign: Path) -> None:
+    path = foreign / "adapter_model.safetensors"
+    original = load_file(path)
+    save_file({f"module.{name.replace('.weight', '.default.weight')}": original[name] for name in original}, path)
+    product = finetune(tiny_settings(adapter=str(foreign)), runs("fresh")).product
+    adopted = load_file(product.path / path.name)
+    assert adopted.keys() == original.keys() and all(torch.equal(adopted[name], original[name]) for name in original)

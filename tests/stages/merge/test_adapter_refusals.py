@@ -188,7 +188,7 @@ def test_index_and_shards_disagree(make_base: Callable, adapter: Path, tmp_path:
     index.write_text(json.dumps(content))
     refused(base, adapter, "index and shards disagree")
     next(iter(base.glob("model-00002*"))).unlink()
-    refused(base, adapter, "no file")
+    refused(base, adapter, "1 of the index's files are missing")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""Tokenizer and chat template of a folder, as its files say: by transformers' order for what may stand there twice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.errors import InputError
+from lib.models.weights import INDEX, SINGLE, read_object
+
+Read = Callable[[str], dict[str, Any]]
+"""File name → its JSON object; empty where there is no such file."""
+
+TEMPLATES = "additional_chat_templates"
+
+
+def reader(folder: Path) -> Read:
+    """Reads the JSON objects of a folder."""
+    return lambda name: read_object(folder / name) if (folder / name).is_file() else {}
+
+
+def vocabulary(read: Read) -> tuple[dict[str, int], dict[str, int]]:
+    """Ordinary and added tokens with their ids.
+
+    Ordinary ones are those of tokenizer.json, else of vocab.json; added ones are those of tokenizer_config.json where
+    it lists any, else of tokenizer.json.
+    """
+    tokenizer, settings = read("tokenizer.json"), read("tokenizer_config.json")
+    model, decoder = tokenizer.get("model"), settings.get("added_tokens_decoder")
+    plain = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(plain, list):  # a unigram model lists (token, score)
+        plain = {str(entry[0]): i for i, entry in enumerate(plain) if isinstance(entry, list) and entry}
+    if not isinstance(plain, dict):
+        plain = read("vocab.json")
+    listed = _listed(decoder) or _listed(tokenizer.get("added_tokens"))
+    return {name: i for name, i in plain.items() if type(i) is int}, listed
+
+
+def _listed(tokens: Any) -> dict[str, int]:
+    """Content → id of added tokens: a list of objects, or objects by their id."""
+    if isinstance(tokens, dict):
+        tokens = [
+            {**e, "id": int(i)} for i, e in tokens.items() if isinstance(e, dict) and re.fullmatch("[0-9]{1,9}", i)
+        ]
+    return {
+        entry["content"]: entry["id"]
+        for entry in (tokens if isinstance(tokens, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str) and type(entry.get("id")) is int
+    }
+
+
+def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name → chat template: the .jinja files; where there are none, tokenizer_config.json.
+
+    A chat_template.json is read by processors of images and sound alone, never by a tokenizer.
+
+    Args:
+        settings: tokenizer_config.json.
+
+    Raises:
+        InputError: a file that is not UTF-8.
+    """
+    files = {path.name.removesuffix(".jinja"): path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files = {"default": folder / "chat_template.jinja"} | files
+    found: Any = {name: _text(path) for name, path in files.items()} or settings.get("chat_template")
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    elif not isinstance(found, dict):
+        found = {"default": found}
+    return {str(name): text for name, text in found.items() if isinstance(text, str) and text}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path} is not UTF-8.", "a chat template.", "download it again.") from None
+
+
+def brings_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def differences(folder: Path, base: Path) -> dict[str, str]:
+    """What an adapter's folder brings otherwise than its base's tokenizer has it: "vocabulary", "template" → in words.
+
+    Args:
+        base: a folder with the base's tokenizer.
+    """
+    own, theirs, found = reader(folder), reader(base), {}
+    if brings_tokenizer(folder):
+        mine, its = ({**plain, **added} for plain, added in (vocabulary(own), vocabulary(theirs)))
+        if odd := sorted(name for name in mine.keys() | its.keys() if mine.get(name) != its.get(name)):
+            shown = ", ".join(odd[:4]) + (", …" if len(odd) > 4 else "")
+            found["vocabulary"] = f"its tokenizer has other tokens than the base's ({len(odd):,}: {shown})"
+    mine, its = (
+        chat_templates(path, read("tokenizer_config.json")).get("default")
+        for path, read in ((folder, own), (base, theirs))
+    )
+    if mine and _plain(mine) != _plain(its or ""):
+        found["template"] = "its chat template is not the base's"
+    return found
+
+
+def _plain(template: str) -> str:
+    """A template without the marks of what is learned, which change nothing that it writes."""
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template).strip()
+
+
+def doubles(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What stands in a folder twice, and which of both is read."""
+    found, written = [], settings.get("chat_template")
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        found.append(f"both {SINGLE} and {INDEX}: the one file is read, the index and its shards count for nothing")
+    own_file = folder / "chat_template.jinja"
+    if written and own_file.is_file():
+        if written != _text(own_file):
+            found.append(
+                "chat_template.jinja and another template in tokenizer_config.json: chat_template.jinja is read"
+            )
+    elif not written and (folder / "chat_template.json").is_file() and not own_file.is_file():
+        found.append("chat_template.json is read for images and sound only: the tokenizer has no template by it")
+    own = _listed(reader(folder)("tokenizer.json").get("added_tokens"))
+    if (wanted := _listed(settings.get("added_tokens_decoder"))) and own and own != wanted:
+        found.append("tokenizer.json and tokenizer_config.json list other added tokens: tokenizer_config.json is read")
+    if all((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        plain = vocabulary(reader(folder))[0]
+        listed = read_object(folder / "vocab.json")
+        if any(plain.get(name) != i for name, i in listed.items()):
+            found.append("tokenizer.json and vocab.json have other tokens: tokenizer.json is read")
+    return found

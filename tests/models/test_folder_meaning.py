@@ -1,0 +1,271 @@
+"""What a folder is: one meaning for everything that can stand there twice, equal to transformers'; heads, sizes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lib.errors import InputError
+from lib.models.base_model import check_model_folder
+from lib.models.inspect import inspect
+from lib.models.tokenizer_files import chat_templates, reader, vocabulary
+from lib.models.weights import INDEX, SINGLE, open_weights, read_object
+from lib.prompts.templates import describe_template
+from lib.stages.convert.convert import convert
+from tests.stages.convert.convertible import write_model
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("meaning") / "model")
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def shards(folder: Path, factor: float = 1.0, index: bool = True, keep: int = 2) -> None:
+    """Two shards of the folder's weights times a factor."""
+    tensors = {name: tensor * factor for name, tensor in load_file(folder / SINGLE).items()}
+    names = sorted(tensors)
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, part in list(parts.items())[:keep]:
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    if index:
+        listed = {name: file for file, part in parts.items() for name in part}
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+
+
+def q_proj(folder: Path) -> np.ndarray:
+    return open_weights(folder).tensors[NAME].tensor().float().numpy()
+
+
+def as_transformers(folder: Path) -> np.ndarray:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()[NAME].detach().float().numpy()
+
+
+def old_shards(folder: Path) -> None:
+    shards(folder, 0.5)
+
+
+def stale_index(folder: Path) -> None:
+    shards(folder, keep=0)
+
+
+def foreign_index(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {"other": "model-00001-of-00009.safetensors"}}')
+
+
+def shards_alone(folder: Path) -> None:
+    shards(folder, 0.5)
+    (folder / SINGLE).unlink()
+
+
+@pytest.mark.parametrize("change", [old_shards, stale_index, foreign_index, shards_alone])
+def test_weights_that_stand_twice_are_those_of_transformers(change: Callable[[Path], Any], model: Path) -> None:
+    change(model)
+    assert np.array_equal(q_proj(model), as_transformers(model))
+    check_model_folder(model)
+    report = inspect(model, render=False)
+    assert not report["problems"]
+    assert any(f"both {SINGLE} and {INDEX}" in note for note in report["notes"]) == (change is not shards_alone)
+
+
+def test_old_shards_do_not_reach_the_gguf(model: Path, tmp_path: Path, no_load: None) -> None:
+    convert(model, tmp_path / "one.gguf")
+    old_shards(model)
+    convert(model, tmp_path / "two.gguf")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+@pytest.fixture
+def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion without opening the result by llama.cpp."""
+    monkeypatch.setattr("lib.stages.convert.convert.load_check", lambda path, stop: "not tried")
+
+
+@pytest.mark.parametrize(
+    ("keep", "index", "words"),
+    [(2, False, "2 of 2 shards"), (1, False, "1 of 2 shards"), (1, True, "missing: model-00002-of-00002.safetensors")],
+)
+def test_shards_are_named_for_what_they_are(keep: int, index: bool, words: str, model: Path) -> None:
+    shards(model, index=index, keep=keep)
+    (model / SINGLE).unlink()
+    assert any(words in problem for problem in inspect(model, render=False)["problems"])
+    with pytest.raises(InputError, match=words) as raised:
+        open_weights(model)
+    assert "pickle" not in str(raised.value)
+
+
+def settings(folder: Path, **changes: Any) -> None:
+    content = read_object(folder / "tokenizer_config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**content, **changes}))
+
+
+def by_id(tokens: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in tokens}
+
+
+def two_templates(folder: Path) -> None:
+    settings(folder, chat_template="IN THE CONFIGURATION")
+
+
+def named_templates(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    settings(folder, chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}])
+
+
+def template_for_processors(folder: Path) -> None:
+    (folder / "chat_template.json").write_text('{"chat_template": "OF A PROCESSOR"}')
+
+
+def more_templates(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("R")
+    two_templates(folder)
+
+
+@pytest.mark.parametrize("change", [two_templates, named_templates, template_for_processors, more_templates])
+def test_templates_that_stand_twice_are_those_of_transformers(
+    change: Callable[[Path], Any], model: Path, tmp_path: Path, no_load: None
+) -> None:
+    from transformers import AutoTokenizer
+
+    from lib.models.gguf_file import read_metadata
+
+    change(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = chat_templates(model, read_object(model / "tokenizer_config.json"))
+    assert found["default"] == tokenizer.get_chat_template()
+    convert(model, tmp_path / "m.gguf")
+    assert read_metadata(tmp_path / "m.gguf")["tokenizer.chat_template"] == tokenizer.get_chat_template()
+
+
+def test_a_template_of_processors_alone_is_none(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    (model / "chat_template.jinja").rename(model / "chat_template.json")
+    (model / "chat_template.json").write_text('{"chat_template": "X"}')
+    assert AutoTokenizer.from_pretrained(model).chat_template is None
+    report = inspect(model, render=False)
+    assert report["template"] is None and any("images and sound" in note for note in report["notes"])
+
+
+def test_vocabularies_that_stand_twice_are_those_of_transformers(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    plain, added = vocabulary(reader(model))
+    (model / "vocab.json").write_text(json.dumps({token: len(plain) - 1 - i for token, i in plain.items()}))
+    (model / "merges.txt").write_text("#version: 0.2\nh e\n")
+    assert {**plain, **added} == AutoTokenizer.from_pretrained(model).get_vocab()
+    assert vocabulary(reader(model)) == (plain, added)
+    assert any("tokenizer.json is read" in note for note in inspect(model, render=False)["notes"])
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_added_tokens_that_stand_twice_are_those_of_transformers(kind: str, model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    content = read_object(model / "tokenizer.json")
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 268, "content": "<in one file only>"})
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    settings(model, tokenizer_class=kind)
+    plain, added = vocabulary(reader(model))
+    assert {**plain, **added} == AutoTokenizer.from_pretrained(model).get_vocab()
+    assert any("list other added tokens" in note for note in inspect(model, render=False)["notes"])
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    content = read_object(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+SIZES = {
+    "num_hidden_layers": (1, 3, 9_999, 10**9, 0, "2", [2], 10**21),
+    "hidden_size": (128, 10**9, -1, True, 64.0),
+    "intermediate_size": (95, 10**12, {}),
+    "vocab_size": (299, 301, "x"),
+    "max_position_embeddings": (10**15,),
+    "num_attention_heads": (0, 7),
+    "hidden_act": ("xyz", ["silu"]),
+    "model_type": (["qwen2"], {"a": 1}),
+    "attn_implementation": ("someone/evil",),
+    "eos_token_id": (10**12, "x", [1, "x"]),
+    "rope_scaling": ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10**12}, [1], "linear"),
+    "rope_parameters": ({"rope_type": "linear", "factor": 0}, {"rope_theta": -1.0, "rope_type": "default"}),
+    "transformers_weights": ("other.safetensors",),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in SIZES.items() for value in values])
+def test_sizes_are_compared_before_anything_is_built(key: str, value: Any, model: Path, tmp_path: Path) -> None:
+    text = json.dumps({**read_object(model / "config.json"), key: "HERE"})
+    shown = json.dumps(value) if not isinstance(value, int) or value < 10**20 else "9" * 5_000
+    (model / "config.json").write_text(text.replace('"HERE"', shown))
+    assert inspect(model, render=False)["problems"]
+    for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf")):
+        with pytest.raises(InputError, match=rf"{key}|config.json is damaged"):
+            read(model)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 50_000, b'{"a": "\xff"}', b"\x00" * 9, b"NaN", b""])
+def test_damaged_json(content: bytes, model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_bytes(content)
+    for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf")):
+        with pytest.raises(InputError, match=r"is damaged|holds no object"):
+            read(model)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["Qwen2ForSequenceClassification", "Qwen2ForTokenClassification", "LlamaForQuestionAnswering", "QwenRewardModel"],
+)
+def test_a_classifier_is_said_to_be_one(kind: str, model: Path, tmp_path: Path) -> None:
+    configured(model, architectures=[kind])
+    assert any(kind in problem for problem in inspect(model, render=False)["problems"])
+    for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf")):
+        with pytest.raises(InputError, match=f"classifier or scorer .{kind}(?s:.)*task: classification"):
+            read(model)
+
+
+@pytest.mark.parametrize("head", ["score", "classifier", "v_head.summary"])
+def test_a_head_that_does_not_speak(head: str, model: Path, tmp_path: Path) -> None:
+    import torch
+
+    save_file({**load_file(model / SINGLE), f"{head}.weight": torch.ones(2, 64)}, model / SINGLE, {"format": "pt"})
+    assert any(f"head `{head}` with 2 outputs" in problem for problem in inspect(model, render=False)["problems"])
+    with pytest.raises(InputError, match="with 2 outputs"):
+        convert(model, tmp_path / "m.gguf")
+
+
+def test_more_tokens_than_rows_are_a_problem(model: Path, tmp_path: Path) -> None:
+    content = read_object(model / "tokenizer.json")
+    first = content["added_tokens"][0]
+    content["added_tokens"] += [{**first, "id": i, "content": f"<new{i}>"} for i in range(268, 301)]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    settings(model, added_tokens_decoder=by_id(content["added_tokens"]))
+    assert any("largest id is 300" in problem for problem in inspect(model, render=False)["problems"])
+    with pytest.raises(InputError, match="embedding has 300 rows"):
+        convert(model, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "tags", [("{% generation %}", "{% endgeneration %}"), ("{%- generation -%}", "{%- endgeneration -%}"), ("", "")]
+)
+def test_marks_of_what_is_learned_render(tags: tuple[str, str]) -> None:
+    turn = "{{ m.role }}: " + tags[0] + "{% set said = m.content %}{{ said }}" + tags[1] + "\n"
+    found = describe_template("{% for m in messages %}" + turn + "{% endfor %}", True)
+    assert found["problem"] is None and found["own_system_turn"] is False

@@ -1,0 +1,230 @@
+"""What an adapter's folder can hold beside peft's own: other makers' names, other tasks, a tokenizer of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.errors import InputError
+from lib.models.adapters import PREFIX, check_fit
+from lib.models.inspect import inspect
+from lib.models.loading import load_model, load_tokenizer
+from lib.models.weights import read_object
+from lib.stages.merge.weights import merge_folders
+from tests.stages.convert.convertible import write_model
+
+FILE = "adapter_model.safetensors"
+NEW = "<情感>"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("folders") / "base")
+
+
+@pytest.fixture
+def adapter(base: Path, make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(make_adapter(base, task_type="CAUSAL_LM"), tmp_path / "adapter"))
+
+
+def rename(adapter: Path, change: Callable[[str], str]) -> None:
+    save_file({change(k): v for k, v in load_file(adapter / FILE).items()}, adapter / FILE, {"format": "pt"})
+
+
+def add(adapter: Path, **tensors: torch.Tensor) -> None:
+    save_file({**load_file(adapter / FILE), **tensors}, adapter / FILE, {"format": "pt"})
+
+
+def reconfigure(adapter: Path, **changes: Any) -> None:
+    content = read_object(adapter / "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps({**content, **changes}))
+
+
+def named(name: str) -> Callable[[str], str]:
+    return lambda tensor: re.sub(r"(lora_[AB])\.", rf"\1.{name}.", tensor)
+
+
+DECORATED = {
+    "the adapter's name": named("default"),
+    "another name": named("default_0"),
+    "torch.compile": lambda name: name.replace(PREFIX, f"{PREFIX}_orig_mod."),
+    "torch.compile outside": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "DDP of a compiled one, with name": lambda name: f"module._orig_mod.{named('x')(name)}",
+    "FSDP": lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module."),
+    "checkpointing": lambda name: name.replace("layers.1.", "layers.1._checkpoint_wrapped_module."),
+    "Lightning": lambda name: f"model.{name}",
+    "no prefix": lambda name: name.removeprefix(PREFIX),
+}
+
+
+@pytest.mark.parametrize("kind", DECORATED)
+def test_known_decorations_are_read(kind: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge_folders(base, adapter, tmp_path / "right")
+    wanted = load_model(base, "float32", adapter=adapter, device="cpu").state_dict()
+    rename(adapter, DECORATED[kind])
+    assert not inspect(adapter)["problems"]
+    assert check_fit(adapter, base).modules == 6
+    merge_folders(base, adapter, tmp_path / "merged")
+    name = "model.safetensors"
+    assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "right" / name).read_bytes()
+    found = load_model(base, "float32", adapter=adapter, device="cpu").state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def refused(base: Path, adapter: Path, words: str, tmp_path: Path) -> None:
+    assert re.search(words, "\n".join(inspect(adapter)["problems"])), inspect(adapter)
+    for use in (lambda: merge_folders(base, adapter, tmp_path / "m"), lambda: check_fit(adapter, base)):
+        with pytest.raises(InputError, match=words):
+            use()
+    assert not (tmp_path / "m").exists()
+
+
+def two_adapters(adapter: Path) -> None:
+    pairs = load_file(adapter / FILE)
+    both = {named(kind)(name): tensor.clone() for kind in ("first", "second") for name, tensor in pairs.items()}
+    save_file(both, adapter / FILE, {"format": "pt"})
+
+
+def wrapped_and_plain(adapter: Path) -> None:
+    add(adapter, **{f"module.{name}": tensor.clone() for name, tensor in load_file(adapter / FILE).items()})
+
+
+def kohya(adapter: Path) -> None:
+    rename(adapter, lambda name: name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"))
+
+
+def diffusers(adapter: Path) -> None:
+    rename(adapter, lambda name: name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"))
+
+
+def mlx(adapter: Path) -> None:
+    rename(adapter, lambda n: n.removeprefix(PREFIX).replace(".weight", "").replace("_A", "_a").replace("_B", "_b"))
+    (adapter / FILE).rename(adapter / "adapters.safetensors")
+    (adapter / "adapter_config.json").write_text('{"fine_tune_type": "lora", "num_layers": 2}')
+
+
+def other_file(adapter: Path) -> None:
+    (adapter / FILE).rename(adapter / "model-adapter.safetensors")
+
+
+def one_process(adapter: Path) -> None:
+    empty = {name: torch.empty(0) for name in load_file(adapter / FILE)}
+    save_file(empty, adapter / FILE, {"format": "pt"})
+
+
+OTHERS = {
+    two_adapters: "several adapters in one file .first, second",
+    wrapped_and_plain: "several adapters in one file",
+    kohya: "lora_down and lora_up",
+    diffusers: "lora_down and lora_up",
+    mlx: "lora_a and lora_b, of MLX",
+    other_file: "no adapter_model.safetensors, but model-adapter.safetensors",
+    one_process: "sharded training",
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_other_makers_are_named(change: Callable[[Path], None], base: Path, adapter: Path, tmp_path: Path) -> None:
+    change(adapter)
+    refused(base, adapter, OTHERS[change], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "words"),
+    [
+        ("SEQ_CLS", "score", "an adapter of a classifier .task_type SEQ_CLS, head `score` with 2 outputs"),
+        ("TOKEN_CLS", "classifier", "single tokens .task_type TOKEN_CLS, head `classifier` with 2 outputs"),
+        ("QUESTION_ANS", None, "marks answers in a text .task_type QUESTION_ANS"),
+        ("FEATURE_EXTRACTION", None, "an embedding model"),
+        (None, "score", "a classifier or scorer .head `score` with 2 outputs"),
+        ("CAUSAL_LM", "v_head.summary", "a classifier or scorer"),
+    ],
+)
+def test_other_tasks(task: str | None, head: str | None, words: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    reconfigure(adapter, task_type=task, modules_to_save=[head] if head else None)
+    if head:
+        add(adapter, **{f"{PREFIX}{head}.weight": torch.ones(2, 64)})
+    refused(base, adapter, words, tmp_path)
+
+
+VALUES = [
+    *({"lora_alpha": value} for value in (None, "8", True, [8], 10**9)),
+    *({"r": value} for value in (None, 0, "4", True, -1, 4.0)),
+    *({"rank_pattern": {"q_proj": value}} for value in (0, "4", -2, None)),
+    *({"alpha_pattern": {"q_proj": value}} for value in (None, "x")),
+    *({"rank_pattern": {pattern: 4}} for pattern in ("(", "(a+)+$", "(a|aa)+$")),
+    *({"target_modules": value} for value in ("(", 3, {"q_proj": 1})),
+    {"init_lora_weights": {"a": 1}},
+    {"base_model_name_or_path": ["a"]},
+    {"modules_to_save": "lm_head"},
+]
+
+
+@pytest.mark.parametrize("changes", VALUES, ids=str)
+def test_values_of_no_kind(changes: dict[str, Any], base: Path, adapter: Path, tmp_path: Path) -> None:
+    reconfigure(adapter, **changes)
+    refused(base, adapter, next(iter(changes)), tmp_path)
+
+
+def own_tokenizer(adapter: Path, base: Path, tokens: int = 1) -> None:
+    content = read_object(base / "tokenizer.json")
+    first = content["added_tokens"][0]
+    content["added_tokens"] += [{**first, "id": 268 + i, "content": NEW if i == 0 else f"<{i}>"} for i in range(tokens)]
+    (adapter / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    decoder = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in content["added_tokens"]}
+    settings = read_object(base / "tokenizer_config.json") | {"added_tokens_decoder": decoder}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False))
+
+
+def own_template(adapter: Path, text: str = "[{{ messages[0].content }}]") -> None:
+    (adapter / "chat_template.jinja").write_text(text)
+
+
+def answers(folder: Path) -> tuple[int, str]:
+    """Tokens of the new word, and the template."""
+    tokenizer = load_tokenizer(folder)
+    return len(tokenizer(NEW)["input_ids"]), tokenizer.chat_template
+
+
+def test_tokens_of_the_adapter_are_taken(base: Path, adapter: Path, tmp_path: Path) -> None:
+    template, pieces = answers(base)[1], answers(base)[0]
+    reconfigure(adapter, base_model_name_or_path=str(base))
+    own_tokenizer(adapter, base)
+    assert any(f"1: {NEW}" in note for note in inspect(adapter)["notes"])
+    merge_folders(base, adapter, tmp_path / "a")
+    assert answers(tmp_path / "a") == (1, template)
+    own_template(adapter)
+    merge_folders(base, adapter, tmp_path / "b")
+    assert answers(tmp_path / "b") == (1, "[{{ messages[0].content }}]")
+    merge_folders(base, adapter, tmp_path / "c", tokenizer="base")
+    assert answers(tmp_path / "c") == (pieces, template)
+
+
+def test_a_template_alone_is_taken(base: Path, adapter: Path, tmp_path: Path) -> None:
+    own_template(adapter)
+    merge_folders(base, adapter, tmp_path / "m")
+    assert answers(tmp_path / "m") == (answers(base)[0], "[{{ messages[0].content }}]")
+
+
+def test_marks_of_training_are_no_other_template(base: Path, adapter: Path, tmp_path: Path) -> None:
+    original = (base / "chat_template.jinja").read_text()
+    own_template(adapter, original.replace("{{ m", "{% generation %}{{ m").replace("}}", "}}{% endgeneration %}"))
+    merge_folders(base, adapter, tmp_path / "m")
+    assert (tmp_path / "m/chat_template.jinja").read_text() == original
+
+
+def test_tokens_beyond_the_rows_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    own_tokenizer(adapter, base, 33)
+    with pytest.raises(InputError, match=r"token 300, and the base has 300 rows(?s:.)*--tokenizer base"):
+        merge_folders(base, adapter, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    merge_folders(base, adapter, tmp_path / "m", tokenizer="base")
