@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lib.errors import InputError
 from lib.report.display import Table, build, row_of, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
@@ -352,6 +354,12 @@ def write_all_index(reports: Path, total: int = PAGES) -> Path:
         reports: the folder of all reports.
         total: pages of a complete report.
     """
+    reports.mkdir(parents=True, exist_ok=True)
+    with FileLock(reports / ".index.lock"):  # a report that ends meanwhile must not be missing from the list
+        return _write_all(reports, total)
+
+
+def _write_all(reports: Path, total: int) -> Path:
     made = {page.parent.name: len(list(page.parent.glob("[0-9][0-9]_*.html"))) for page in reports.glob("*/index.html")}
     runs = sorted(map(_summary, sorted(made)), key=lambda run: run.date, reverse=True)
     analysis, choice = read_analysis(reports), {}
