@@ -146,6 +146,8 @@ def _beside(output: Path, alone: bool) -> Iterator[Path]:
 
     What a process left that was killed is removed: nobody holds its lock any more.
     """
+    if output.exists() and not output.is_file() and not output.is_dir():  # root would replace /dev/null by a file
+        raise InputError(f"{output} is no file.", "a file that can be replaced.", "choose another name.")
     output.parent.mkdir(parents=True, exist_ok=True)
     if not remove_abandoned(output.parent, output.name) and alone:
         found = f"another command is writing {output}."

@@ -58,3 +58,10 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".b.json.x2.part"]
     assert remove_abandoned(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no file"), atomic_path(tmp_path / "pipe"):
+        pytest.fail("written")
+    assert (tmp_path / "pipe").is_fifo()
