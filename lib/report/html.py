@@ -195,7 +195,7 @@ def _resources(page: BeautifulSoup) -> Iterator[str]:
 
 _ACTIVE = ("iframe", "object", "embed", "form", "base", "applet", "frame")
 _LIVE = re.compile(
-    rf"<\s*(?:script|{'|'.join(_ACTIVE)})\b|<img[^>]+src=[\"']?(?!data:)|[\s/\"']on\w+\s*=|script\s*:|data:text/html",
+    rf"<\s*(?:script|{'|'.join(_ACTIVE)})\b|<img[^>]+src=[\"']?(?!data:)|[\s/\"']on\w+\s*=|script\s*:|href=[\"']?\s*data:|data:text",
     re.I,
 )
 
@@ -203,10 +203,10 @@ _LIVE = re.compile(
 def _is_live(key: str, value: object) -> bool:
     """Whether an attribute does something: a handler of events, or a link that is code."""
     code = re.sub(r"[\s\x00-\x1f]", "", str(value)).lower()
-    return key.lower().startswith("on") or (key in ("href", "src", "action") and code.startswith(_CODE))
-
-
-_CODE = ("javascript:", "vbscript:", "data:text/html")
+    link = key in ("href", "xlink:href", "action", "formaction") and code.startswith(
+        ("javascript:", "vbscript:", "data:")
+    )
+    return link or key.lower().startswith("on") or (key == "src" and code.startswith(("javascript:", "data:text")))
 
 
 def harmless(html: str) -> str:

@@ -32,6 +32,7 @@ EVIL = (
     "<svg onload=alert(2)></svg>",
     "<iframe src=//a></iframe>",
     "<a href=' java\tscript:alert(3)'>z</a>",
+    '<a href="data:image/svg+xml,x">d</a>',
     "`code` **bold** _x_ | $a$",
 )
 
