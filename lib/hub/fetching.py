@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import ModuleType
-from urllib.parse import urlsplit
 
 from lib.errors import InputError
 from lib.hub import huggingface, modelscope
@@ -42,8 +41,8 @@ def _download(place: ModuleType, address: str, remote: Remote) -> Snapshot:
     """Download from one address; every failure becomes a sentence for the user."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    parts = urlsplit(address if "://" in address else f"//{address}")  # a name and a password may stand before the host
-    host = f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+    host = address.partition("://")[2] or address
+    host = host.partition("/")[0].rpartition("@")[2]  # a name and a password may stand before the host
     try:
         return place.download(address, remote)
     except UnreachableError as error:

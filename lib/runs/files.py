@@ -166,6 +166,9 @@ def remove_abandoned(folder: Path, name: str = "*") -> bool:
     free = True
     pattern = name if name == "*" else glob.escape(name[:80])
     for home in folder.glob(f".{pattern}.*.part"):
+        if not home.is_dir():  # of a version that wrote beside the output itself
+            home.unlink(missing_ok=True)
+            continue
         lock = FileLock(home / ".lock", timeout=0)
         try:
             with lock:

@@ -112,7 +112,9 @@ def test_interrupted_ladder_continues(run: Run, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         quantize(settings("Q8_0", "Q4_0"), run)
     assert "quantized" not in run.manifest.entries() and not (run.folder / "quantized").exists()
-    (run.folder / ".quantized.part" / ".tiny-Q4_0.gguf.part").write_bytes(bytes(100))
+    left = run.folder / ".quantized.part" / ".tiny-Q4_0.gguf.x1.part"
+    left.mkdir()
+    (left / "tiny-Q4_0.gguf").write_bytes(bytes(100))
     monkeypatch.setattr(files, "quantize_planned", real)
     result = quantize(settings("Q8_0", "Q4_0"), run)
     assert result.product.entry.facts["reused"] == ["Q8_0"]
