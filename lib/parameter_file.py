@@ -8,7 +8,6 @@ is meant, and a `#` that cuts a text off.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
@@ -110,7 +109,7 @@ class _File:
         """A single value; an unquoted one is what it looks like, or refused."""
         kind, written = node.tag.removeprefix(_TAG), node.value
         if node.style is not None or kind == "str":
-            self._whole(node, written)
+            self._refuse_cut(node, written)
             return _number(written) if node.style is None and not is_text and _FLOAT.fullmatch(written) else written
         if is_text:
             if kind in _WORDS_OF_YAML and written:
@@ -129,7 +128,7 @@ class _File:
             self.refuse(node, f"{key}: {written} ({kind})", "a word, a number or a list.", "put it in quotation marks.")
         return makers[kind]()
 
-    def _whole(self, node: yaml.ScalarNode, written: str) -> None:
+    def _refuse_cut(self, node: yaml.ScalarNode, written: str) -> None:
         """Refuse an unquoted text that a # cuts off: `判断 #情感`. A comment has a space behind its #."""
         rest = self.lines[node.end_mark.line][node.end_mark.column :] if node.style is None and self.lines else ""
         if cut := re.match(r"\s+(#\S.*)", rest):
@@ -165,8 +164,7 @@ class _File:
 
 def _number(written: str) -> float:
     """A float; YAML 1.1 takes 1e-3 for a text, which nobody means."""
-    number = float(re.sub(r"^([-+]?)\.(?=[a-zA-Z])", r"\1", written.replace("_", "")))
-    return number if not math.isnan(number) else math.nan
+    return float(re.sub(r"^([-+]?)\.(?=[a-zA-Z])", r"\1", written.replace("_", "")))
 
 
 def _meaning(written: str) -> str:

@@ -61,9 +61,8 @@ def _prepare(notebook: NotebookNode) -> NotebookNode:
     if any("injected-parameters" in t for t in tags):
         notebook.cells = [c for c, t in zip(notebook.cells, tags, strict=True) if "parameters" not in t]
     for cell in notebook.cells:
-        cell["outputs"] = [_folded(output) for output in cell.get("outputs", [])] if "outputs" in cell else []
-        if cell.cell_type != "code":
-            del cell["outputs"]
+        if cell.cell_type == "code":
+            cell.outputs = [_folded(output) for output in cell.outputs]
     return notebook
 
 
