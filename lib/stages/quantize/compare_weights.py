@@ -5,7 +5,6 @@ For child processes only.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.configurations import read_configuration
 from lib.models.gguf_file import name_map
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
@@ -131,7 +131,7 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     if names is None:
         what = f"{source.path.name} has architecture {architecture!r}."
         raise InputError(what, "one that gguf knows.", "convert it again.")
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = read_configuration(folder)
     heads = values.get("num_attention_heads")
     config = SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
     stored = {}
