@@ -39,10 +39,10 @@ def weight_bytes(folder: Path) -> int:
 
 def count_weights(folder: Path) -> int:
     """Number of weights of the unquantized architecture, tied ones once; nothing is allocated."""
+    quiet()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    quiet()
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

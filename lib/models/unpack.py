@@ -184,10 +184,10 @@ def cost_of(source: Source, scaling: Rescaling | None) -> tuple[dict[str, float]
 
 def _log_probs(source: Source, dtype: str, scaling: Rescaling | None, texts: list[list[int]]) -> torch.Tensor:
     """Log-probabilities of every next token, float32 (positions, vocabulary), with weights rounded to `dtype`."""
+    machine.quiet()
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    machine.quiet()
     config, weights = transformers_config(source.config, source.path), {}
     for tensor in source.tensors:
         weights[tensor.name] = torch.empty(tensor.shape)

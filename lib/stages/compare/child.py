@@ -228,12 +228,12 @@ def _load(path: Path, way: str, argument: Mapping[str, Any]) -> PreTrainedModel:
         return load_as_saved(path)
     if way == MERGED_FLOAT32:
         return load_model(path, dtype="float32", device="cpu")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from lib.runs.machine import no_warnings, quiet
 
     quiet()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     options["config"] = AutoConfig.from_pretrained(argument["config"], trust_remote_code=False)
     with no_warnings():
