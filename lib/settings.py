@@ -8,10 +8,12 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+import yaml
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from lib import parameter_file
 from lib.errors import InputError
@@ -102,14 +104,6 @@ def _one_text(value: str) -> str:
     return value
 
 
-def _known_types(value: list[str]) -> list[str]:
-    return _each_known_once(value, (*QUANTIZATION_TYPES, *IMATRIX_TYPES), "quantization type", str.upper)
-
-
-def _known_formats(value: list[str]) -> list[str]:
-    return _each_known_once(value, EXPORT_FORMATS, "export format", str.lower)
-
-
 def _each_known_once(value: list[str], known: Sequence[str], what: str, usual: Callable[[str], str]) -> list[str]:
     """The names, if all are known and none occurs twice; `usual` gives a name the case of the known ones."""
     for name in value:
@@ -136,147 +130,40 @@ def _tensor_type(value: str) -> str:
     return value
 
 
-class Settings(BaseModel):
-    """All parameters of a run. The text under each key is its documentation, in parameter files, help and docs."""
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "run_name": _slug,
+    "label_names": _distinct_labels,
+    "user_prompt": _one_text,
+    "fallbacks": _known_fallbacks,
+    "ladder": partial(
+        _each_known_once, known=(*QUANTIZATION_TYPES, *IMATRIX_TYPES), what="quantization type", usual=str.upper
+    ),
+    "tensor_types": _regex_and_type,
+    "output_tensor_type": _tensor_type,
+    "token_embedding_type": _tensor_type,
+    "export_formats": partial(_each_known_once, known=EXPORT_FORMATS, what="export format", usual=str.lower),
+}
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, validate_default=True, use_attribute_docstrings=True
-    )
 
-    run_name: Annotated[str, AfterValidator(_slug)] = "quick"
-    """name of the run: folder under runs/ and reports/"""
-    force: bool = False
-    """redo the stage even if it is finished and unchanged"""
-    seed: int = Field(42, ge=0, le=2**31 - 1)
-    """seed of splits, resampling and, by default, training"""
+def _field(key: str, default: Any, meaning: str, one_of: Sequence[str] = (), **limits: float) -> tuple[Any, Any]:
+    """Type and limits of a key of settings.yaml."""
+    kind: Any = Literal[tuple(one_of)] if one_of else type(default)
+    if kind is list:
+        kind = list[dict[str, str | int]] if key == "fallbacks" else list[str]
+    checked = Annotated[kind, AfterValidator(_CHECKS[key])] if key in _CHECKS else kind
+    return checked, Field(default, description=meaning, **limits)
 
-    task: Literal["classification", "instruction", "dialogue"] = "classification"
-    """rows with labels, questions with answers, or conversations"""
-    thinking: bool = False
-    """answers begin with reasoning in <think> or <thinking> tags"""
-    dataset: str = Field(SAMPLE_DATASET, min_length=1)
-    """'sample', file, folder, hub id, modelscope:id"""
-    text_column: str = ""
-    """column with the text; empty = find it"""
-    label_column: str = ""
-    """column with the label; empty = find it"""
-    label_names: Annotated[list[str], AfterValidator(_distinct_labels)] = Field(["负面", "正面"], min_length=2)
-    """answer words for label 0, 1, …"""
-    split: Literal["auto", "given", "cluster"] = "auto"
-    """given = keep the files' split, cluster = 8:1:1 by duplicate cluster, auto = given if any"""
-    system_prompt: str = SENTIMENT_PROMPT
-    """system turn, always explicit"""
-    user_prompt: Annotated[str, AfterValidator(_one_text)] = (
-        "判断下面这段评论的情感倾向，只回答负面或正面。\n评论：{text}"
-    )
-    """user turn; {text} is the row's text"""
-    base_model: str = Field(OFFLINE_BASE, min_length=1)
-    """'offline', folder, .gguf file, id, modelscope:id"""
-    revision: str = Field("main", min_length=1)
-    """commit, branch or tag of an id; id@revision for one alone"""
-    gguf_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """of weights unpacked from a .gguf base_model; auto = float16 where they fit"""
-    gguf_off_grid: bool = False
-    """rescale channels of a .gguf base_model, same function, so that it leaves its type's grid"""
-    fallbacks: Annotated[list[dict[str, str | int]], AfterValidator(_known_fallbacks)] = []
-    """sources tried in order when base_model or dataset cannot be had: {base_model: …}, {dataset: …}"""
-    max_seq_length: int = Field(192, ge=32, le=32768)
-    """tokens of prompt and answer together"""
-    max_train_rows: int = Field(0, ge=0)
-    """training rows used; 0 = all"""
-    max_eval_rows: int = Field(0, ge=0)
-    """validation rows and test rows used, each; 0 = all"""
 
-    adapter: str = ""
-    """LoRA adapter to adopt: folder, id, or best-of:RUN,RUN,…; empty = train"""
-    train_seed: int = Field(-1, ge=-1, le=2**31 - 1)
-    """seed of adapter, dropout and row order; -1 = seed"""
-    load_in_4bit: bool = False
-    """QLoRA: frozen base in NF4 with double quantization (bitsandbytes)"""
-    lora_r: int = Field(16, ge=1, le=512)
-    """rank of the adapter"""
-    lora_alpha: int = Field(32, ge=1)
-    """scale of the adapter; the update is multiplied by alpha / r"""
-    lora_dropout: float = Field(0.05, ge=0.0, lt=1.0)
-    """dropout on the adapter's input"""
-    target_modules: str = Field("all-linear", min_length=1)
-    """'all-linear' or names joined by commas"""
-    learning_rate: float = Field(1.0e-3, gt=0.0, le=1.0)
-    """peak value; linear warm-up, cosine decay"""
-    num_train_epochs: float = Field(4.0, gt=0.0, le=1000.0)
-    """passes over the training rows"""
-    per_device_train_batch_size: int = Field(16, ge=1)
-    """rows a forward pass"""
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    """forward passes an update"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto = bfloat16 where it is fast"""
-    gradient_checkpointing: bool = False
-    """recompute activations: less memory, about 30 % slower"""
-    num_processes: int = Field(1, ge=1, le=64)
-    """processes that train together, on one GPU each"""
-    save_steps: int = Field(100, ge=1)
-    """updates between checkpoints (and validation losses)"""
+_TABLE: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
+)
+_Keys: Any = create_model("_Keys", **{key: _field(key, **entry) for key, entry in _TABLE.items()})
 
-    per_device_eval_batch_size: int = Field(32, ge=1)
-    """rows scored together"""
 
-    generated_rows: int = Field(5, ge=0, le=1000)
-    """test rows without labels answered in full; 0 = none"""
-    max_new_tokens: int = Field(128, ge=1, le=8192)
-    """most tokens of such an answer"""
-    terms: str = ""
-    """terms looked for in answers: cryptography, counselling, a file; empty = none"""
-    prompts_file: str = ""
-    """prompts answered beside the test rows; empty = five for counselling"""
+class Settings(_Keys):
+    """All parameters of a run: the keys of settings.yaml."""
 
-    merge_base: Literal["original", "dequantized"] = "original"
-    """weights a QLoRA adapter is merged into: the 16-bit ones, or NF4 turned back"""
-    merge_dtype: Literal["base", "float16", "bfloat16", "float32"] = "base"
-    """number format of the merged weights; base = that of the base model, tensor by tensor"""
-
-    outtype: Literal["f16", "bf16", "f32", "q8_0"] = "f16"
-    """type of the converted GGUF"""
-    gate_max_kld: float = Field(1.0e-3, gt=0.0)
-    """largest mean KL divergence, nats, merged vs GGUF (times 10: q8_0 or bfloat16)"""
-    gate_min_label_agreement: float = Field(0.99, ge=0.0, le=1.0)
-    """smallest share of equal labels, of rows that are no near ties"""
-
-    ladder: Annotated[list[str], AfterValidator(_known_types)] = Field(
-        ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K"], min_length=1
-    )
-    """quantization types, best first"""
-    imatrix: str = "none"
-    """auto = of the run's training rows, none, or a file of llama-imatrix"""
-    imatrix_chunks: int = Field(64, ge=1)
-    """most windows of n_ctx training tokens for imatrix: auto"""
-    size_budget_mb: float = Field(0.0, ge=0.0, le=1e6)
-    """one more file of at most so many MB (10^6 bytes), types by measurement; 0 = off"""
-    size_budget_bpw: float = Field(0.0, ge=0.0, le=32.0)
-    """the same budget in bits per weight, in place of size_budget_mb; 0 = off"""
-    answer_weight: float = Field(0.5, ge=0.0, le=1.0)
-    """what the loss at answers counts where a budget chooses types: 0 = text alone, 1 = answers alone"""
-    tensor_types: Annotated[list[str], AfterValidator(_regex_and_type)] = []
-    """REGEX=TYPE for single tensors, as llama-quantize --tensor-type"""
-    output_tensor_type: Annotated[str, AfterValidator(_tensor_type)] = ""
-    """type of the output matrix; empty = as the recipe"""
-    token_embedding_type: Annotated[str, AfterValidator(_tensor_type)] = ""
-    """type of the token embedding; empty = as the recipe"""
-    export_formats: Annotated[list[str], AfterValidator(_known_formats)] = ["int8", "nf4", "gptq"]
-    """further formats of the merged model, for transformers: fp16, bf16, int8, nf4, gptq, torchao-int8; [] = none"""
-    n_threads: int = Field(0, ge=0)
-    """CPU threads of llama.cpp; 0 = physical cores"""
-    n_gpu_layers: int = Field(0, ge=-1)
-    """layers on the GPU in llama.cpp; -1 = all"""
-    n_ctx: int = Field(512, ge=64, le=32768)
-    """tokens a window of the perplexity text"""
-    perplexity_tokens: int = Field(8192, ge=512)
-    """most tokens of held-out text for perplexity"""
-    equivalence_margin: float = Field(1.0, gt=0.0, le=50.0)
-    """accuracy points that count as equivalent"""
-
-    perplexity_margin: float = Field(1.0, gt=0.0, le=100.0)
-    """percent of answer perplexity that counts as equivalent (no labels)"""
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
