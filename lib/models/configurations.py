@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from lib.errors import InputError
 from lib.models.weights import Shaped, Weights, open_weights, read_object
@@ -46,86 +46,67 @@ Positive = Annotated[float, BeforeValidator(_exact), Field(gt=0, le=1e30, allow_
 Scale = Annotated[float, BeforeValidator(_exact), Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
 Id = Annotated[int, BeforeValidator(_exact), Field(ge=-1, le=MOST)]
 """Of a token; -1 is none."""
 
 
-class Rope(_Schema):
-    """Keys of rope_scaling and rope_parameters."""
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: Positive | None = None
-    factor: Positive | None = None
-    attention_factor: Scale | None = None
-    beta_fast: Scale | None = None
-    beta_slow: Scale | None = None
-    low_freq_factor: Positive | None = None
-    high_freq_factor: Positive | None = None
-    original_max_position_embeddings: Size | None = None
+def _schema(name: str, kinds: Mapping[Any, str], **needed: Any) -> type[BaseModel]:
+    """A schema whose keys may be absent or null, by what their values must be; further keys are kept as they are."""
+    keys = {key: (kind | None, None) for kind, names in kinds.items() for key in names.split()}
+    return create_model(name, __config__=ConfigDict(extra="allow", strict=True), **keys, **needed)
 
 
-class Configuration(_Schema):
-    """Keys of config.json; null and absent are the same."""
+Rope = _schema(
+    "Rope",
+    {
+        str: "rope_type type",
+        Positive: "rope_theta factor low_freq_factor high_freq_factor",
+        Scale: "attention_factor beta_fast beta_slow",
+        Size: "original_max_position_embeddings",
+    },
+)
+"""Keys of rope_scaling and rope_parameters."""
 
-    model_type: str | None = None
-    architectures: list[str] | None = None
-    hidden_size: Size | None = None
-    intermediate_size: Size | None = None
-    num_hidden_layers: Layers | None = None
-    num_attention_heads: Size | None = None
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    vocab_size: Size | None = None
-    max_position_embeddings: Size | None = None
-    rms_norm_eps: Positive | None = None
-    rope_theta: Positive | None = None
-    rope_scaling: Rope | None = None
-    rope_parameters: Rope | None = None
-    bos_token_id: Id | list[Id] | None = None
-    eos_token_id: Id | list[Id] | None = None
-    pad_token_id: Id | None = None
-    hidden_act: Literal[ACTIVATIONS] | None = None
-    layer_types: list[str] | None = None
-    sliding_window: Annotated[int, BeforeValidator(_exact), Field(ge=0, le=MOST)] | None = None
-    tie_word_embeddings: bool | None = None
-    quantization_config: dict[str, Any] | None = None
-    transformers_weights: Literal["model.safetensors", "model.safetensors.index.json"] | None = None
-    """Another file than every other program reads."""
-    dtype: str | None = None
-    torch_dtype: str | None = None
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
-    """A name with a slash is code from a hub."""
+Configuration = _schema(
+    "Configuration",
+    {
+        str: "model_type dtype torch_dtype",
+        list[str]: "architectures layer_types",
+        Size: "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size "
+        "max_position_embeddings",
+        Layers: "num_hidden_layers",
+        Positive: "rms_norm_eps rope_theta",
+        Rope: "rope_scaling rope_parameters",
+        Id | list[Id]: "bos_token_id eos_token_id",
+        Id: "pad_token_id",
+        Literal[ACTIVATIONS]: "hidden_act",
+        Annotated[int, BeforeValidator(_exact), Field(ge=0, le=MOST)]: "sliding_window",
+        bool: "tie_word_embeddings",
+        dict[str, Any]: "quantization_config",
+        Literal["model.safetensors", "model.safetensors.index.json"]: "transformers_weights",  # what others read, too
+        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]: "attn_implementation",  # a/b: a hub's code
+    },
+)
+"""Keys of config.json."""
 
-
-class AdapterConfiguration(_Schema):
-    """Keys of adapter_config.json that a LoRA adapter is merged or loaded by."""
-
-    peft_type: str | None = None
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    r: Size
-    lora_alpha: Scale = 8
-    rank_pattern: dict[str, Size] | None = None
-    alpha_pattern: dict[str, Scale] | None = None
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    target_parameters: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    bias: Literal["none", "all", "lora_only"] | None = None
-    fan_in_fan_out: bool | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    lora_bias: bool | None = None
-    init_lora_weights: bool | str | None = None
+AdapterConfiguration = _schema(
+    "AdapterConfiguration",
+    {
+        str: "peft_type task_type base_model_name_or_path revision",
+        dict[str, Size]: "rank_pattern",
+        dict[str, Scale]: "alpha_pattern",
+        str | list[str]: "target_modules exclude_modules layers_pattern",
+        list[str]: "modules_to_save target_parameters",
+        list[int] | dict[str, list[int]]: "trainable_token_indices",
+        int | list[int]: "layers_to_transform",
+        Literal["none", "all", "lora_only"]: "bias",
+        bool: "fan_in_fan_out use_rslora use_dora lora_bias",
+        bool | str: "init_lora_weights",
+    },
+    r=(Size, ...),
+    lora_alpha=(Scale, 8),
+)
+"""Keys of adapter_config.json that a LoRA adapter is merged or loaded by."""
 
 
 def read_configuration(folder: Path, what: str = "a model folder") -> dict[str, Any]:
@@ -316,7 +297,7 @@ def check_pattern(path: Path, key: str, pattern: str) -> None:
         raise _odd(path, key, pattern, "a regular expression that ends on names of modules")
 
 
-def _checked(schema: type[_Schema], path: Path, config: dict[str, Any]) -> Any:
+def _checked(schema: type[BaseModel], path: Path, config: dict[str, Any]) -> Any:
     try:
         return schema.model_validate(config)
     except ValidationError as error:
