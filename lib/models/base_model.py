@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lib.errors import InputError
 from lib.hub import fetching
@@ -15,13 +15,14 @@ from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.gguf_file import read_metadata
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
-from lib.models.weights import open_weights
+from lib.models.weights import Weights, open_weights
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs.files import read_json, read_jsonl, remembered_sha256, sha256_json, user_path
 from lib.settings import OFFLINE_BASE
 
 if TYPE_CHECKING:
     from lib.runs.run import Run
+    from lib.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def resolve_base(
     """
     local = user_path(base_model)
     if local.is_dir():
-        check_model_folder(local)
-        return Base(local, base_model, _fingerprint(local), False)
+        files = [local / "config.json", *check_model_folder(local).files]
+        hashes = {path.name: remembered_sha256(path) for path in files}
+        return Base(local, base_model, f"sha256:{sha256_json(hashes)[:16]}", False)
     if local.is_file() and local.suffix.lower() == ".gguf":
         folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
         return Base(folder, base_model, identity(record), False, record)
@@ -124,59 +126,64 @@ def refuse_bad_template(path: Path) -> None:
         raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
 
 
-@dataclass(frozen=True)
-class ChosenBase:
-    """The base model that a run takes.
-
-    Attributes:
-        source: what it is called: "offline", a folder, or an id.
-        base: its folder; None for the offline base, which is made from the run's rows.
-        notes: what every page must say: that it is a fallback, and why; that it comes out of a GGUF file.
-    """
-
-    source: str
-    base: Base | None
-    notes: tuple[str, ...] = ()
-
-
-def choose_base(
-    base_model: str,
-    revision: str,
-    fallbacks: Sequence[Mapping[str, Any]] = (),
-    gguf_dtype: str = "auto",
-    gguf_off_grid: bool = False,
-) -> ChosenBase:
+def choose_base(settings: Settings) -> tuple[Base | None, tuple[str, ...]]:
     """The first available source: base_model, then the listed fallbacks in order.
 
-    Args:
-        fallbacks: the setting; entries without "base_model" are left out. "sha256" is compared, "revision" used.
-        gguf_dtype, gguf_off_grid: how a GGUF file among them is unpacked.
+    Of a fallback "sha256" is compared and "revision" used.
+
+    Returns:
+        The base model, None for the offline one, which is made from the run's rows; and what every page must say: that
+        it is a fallback, and why; that it comes out of a GGUF file.
 
     Raises:
         InputError: none can be had; or the first that can be had is not usable, or not the one that was listed.
     """
-    listed = [{"base_model": base_model, "revision": revision}, *(f for f in fallbacks if "base_model" in f)]
+
+    def get(source: str, revision: str) -> Base | None:
+        refuse_without_template(source)
+        gguf = settings.pick("gguf_dtype", "gguf_off_grid")
+        return None if source == OFFLINE_BASE else resolve_base(source, revision, **gguf)
+
+    entry, base, failures = first_available("base_model", settings, get)
+    if base is not None and "sha256" in entry:
+        _check_weights(base, str(entry["sha256"]))
+    if settings.gguf_off_grid and not failures and (base is None or base.unpacked is None):
+        raise InputError(
+            f"gguf_off_grid: true, and base_model {settings.base_model}, which is no GGUF file.",
+            "gguf_off_grid: false, or a .gguf file as base_model.",
+            "correct one of them.",
+        )
+    notes = fallback_note("base model", settings.base_model, entry["base_model"], failures)
+    return base, (*notes, *(base.notes if base else ()))
+
+
+Found = TypeVar("Found")
+
+
+def first_available(
+    key: str, settings: Settings, get: Callable[[str, str], Found]
+) -> tuple[Mapping[str, Any], Found, list[SourceError]]:
+    """The first source that can be had: its entry, what it is, and why those before it could not be had.
+
+    Args:
+        key: "base_model" or "dataset": the setting, and what entries of `fallbacks` are looked at.
+        get: what a source of a revision is.
+
+    Raises:
+        SourceError: the first one's, followed by why the fallbacks failed.
+    """
+    listed: list[Mapping[str, Any]] = [settings.pick(key, "revision"), *(f for f in settings.fallbacks if key in f)]
     failures: list[SourceError] = []
     for entry in listed:
-        source = str(entry["base_model"])
         try:
-            asked = str(entry.get("revision", "main"))
-            refuse_without_template(source)
-            base = None if source == OFFLINE_BASE else resolve_base(source, asked, gguf_dtype, gguf_off_grid)
+            return entry, get(entry[key], entry.get("revision", "main")), failures
         except SourceError as error:
             failures.append(error)
-            continue
-        if base is not None and "sha256" in entry:
-            _check_weights(base, str(entry["sha256"]))
-        if gguf_off_grid and not failures and (base is None or base.unpacked is None):
-            raise InputError(
-                f"gguf_off_grid: true, and base_model {source}, which is no GGUF file.",
-                "gguf_off_grid: false, or a .gguf file as base_model.",
-                "correct one of them.",
-            )
-        notes = fallback_note("base model", base_model, source, failures)
-        return ChosenBase(base.id if base else source, base, (*notes, *(base.notes if base else ())))
-    raise none_left(failures, [str(entry["base_model"]) for entry in listed])
+    first, *others = failures
+    if not others:
+        raise first
+    words = "; ".join(f"{entry[key]} {error.why}" for entry, error in zip(listed[1:], others, strict=True))
+    raise SourceError(f"{first.found} Fallbacks failed too: {words}.", first.expected, first.do, first.why)
 
 
 def fallback_note(what: str, asked: str, used: str, failures: Sequence[SourceError]) -> tuple[str, ...]:
@@ -191,15 +198,6 @@ def called(source: str) -> str:
     """A source as pages call it: ids as they are, local files and folders by their last name."""
     path = user_path(source)
     return f"{'folder' if path.is_dir() else 'file'} {path.name}" if path.exists() else source
-
-
-def none_left(failures: Sequence[SourceError], sources: Sequence[str]) -> SourceError:
-    """The first error, followed by why the fallbacks failed."""
-    first = failures[0]
-    if len(failures) == 1:
-        return first
-    others = "; ".join(f"{s} {e.why}" for s, e in zip(sources[1:], failures[1:], strict=True))
-    return SourceError(f"{first.found} Fallbacks failed too: {others}.", first.expected, first.do, first.why)
 
 
 def _check_weights(base: Base, wanted: str) -> None:
@@ -223,7 +221,7 @@ class GivenAdapter:
     revision: str
 
 
-def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
+def resolve_adapter(adapter: str) -> GivenAdapter:
     """The folder of an adapter: a local one, or a hub or ModelScope repository.
 
     Raises:
@@ -243,7 +241,7 @@ def resolve_adapter(adapter: str, revision: str = "main") -> GivenAdapter:
             "correct adapter.",
             f"{kind} there",
         )
-    found = fetching.fetch(adapter, revision, "adapter")
+    found = fetching.fetch(adapter, "main", "adapter")
     require_adapter(found.path)
     return GivenAdapter(found.path, adapter, found.revision)
 
@@ -270,14 +268,8 @@ def base_of(run: Run) -> Base:
     return base
 
 
-def _fingerprint(folder: Path) -> str:
-    """Hash of the configuration and the weights of a model folder."""
-    files = [folder / "config.json", *open_weights(folder).files]
-    return "sha256:" + sha256_json({path.name: remembered_sha256(path) for path in files})[:16]
-
-
-def check_model_folder(path: Path) -> None:
-    """Refuse a folder that is not a complete causal language model in safetensors, before anything is loaded.
+def check_model_folder(path: Path) -> Weights:
+    """The weights of a complete causal language model in safetensors; any other folder is refused before it is loaded.
 
     Raises:
         InputError: no config.json, an unknown model type (code of the folder is never run), no weights, pickled
@@ -297,7 +289,7 @@ def check_model_folder(path: Path) -> None:
             "a causal language model that transformers knows, e.g. qwen2 or qwen3.",
             "use another base_model.",
         )
-    check_language_model(path, config)
+    return check_language_model(path, config)
 
 
 # Which weights an adapter was trained on, as its files say: the same GGUF file can be unpacked in several ways.

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.models.base_model import choose_base, resolve_adapter, resolve_base
+from lib.models.base_model import Base, choose_base, resolve_adapter, resolve_base
+from lib.settings import Settings
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 
@@ -110,45 +111,49 @@ def test_what_is_no_adapter(here: Path, tmp_path: Path) -> None:
         resolve_adapter(str(adapter))
 
 
+def choose(base_model: str, fallbacks: list[dict] | tuple = ()) -> tuple[Base | None, tuple[str, ...]]:
+    return choose_base(Settings(base_model=base_model, fallbacks=list(fallbacks)))
+
+
 def test_fallbacks_are_taken_in_order_and_said(served: Hub, here: Path) -> None:
-    chosen = choose_base("org/model", "main", [{"base_model": "offline"}])
-    assert chosen.source == "org/model" and chosen.notes == ()
+    base, notes = choose("org/model", [{"base_model": "offline"}])
+    assert base is not None and base.id == "org/model" and notes == ()
     local = str(here / "model")
-    chosen = choose_base("org/gone", "main", [{"dataset": "x/y"}, {"base_model": "./none"}, {"base_model": local}])
-    assert chosen.source == local and chosen.base is not None and chosen.base.path == here / "model"
-    assert chosen.notes == (
+    base, notes = choose("org/gone", [{"dataset": "x/y"}, {"base_model": "./none"}, {"base_model": local}])
+    assert base is not None and base.id == local and base.path == here / "model"
+    assert notes == (
         "fallback: base model org/gone could not be had (is not there, or private); "
         "folder model was used instead of it",
     )
     served.faults.page = True
-    chosen = choose_base("org/other", "main", [{"base_model": "offline"}])
-    assert chosen.base is None and chosen.source == "offline" and "could not be had" in chosen.notes[0]
+    base, notes = choose("org/other", [{"base_model": "offline"}])
+    assert base is None and "could not be had" in notes[0]
 
 
 def test_without_a_list_there_is_no_fallback(served: Hub) -> None:
     with pytest.raises(InputError, match="is not there, or private"):
-        choose_base("org/gone", "main", [{"dataset": "sample"}])
+        choose("org/gone", [{"dataset": "sample"}])
 
 
 def test_all_fallbacks_failing_are_named(served: Hub) -> None:
     fallbacks = [{"base_model": "modelscope:org/gone"}, {"base_model": "./none"}]
     with pytest.raises(InputError, match=r"Fallbacks failed too: modelscope:org/gone is not there, .* no folder"):
-        choose_base("org/gone", "main", fallbacks)
+        choose("org/gone", fallbacks)
 
 
 def test_a_fallback_is_checked_by_its_hash(served: Hub, here: Path) -> None:
     local = str(here / "model")
     right = hashlib.sha256((here / "model" / "model.safetensors").read_bytes()).hexdigest()
-    assert choose_base("org/gone", "main", [{"base_model": local, "sha256": right}]).source == local
+    assert choose("org/gone", [{"base_model": local, "sha256": right}])[0].id == local
     with pytest.raises(InputError, match=f"SHA-256 {right}.*as the parameter file lists it"):
-        choose_base("org/gone", "main", [{"base_model": local, "sha256": "0" * 64}])
+        choose("org/gone", [{"base_model": local, "sha256": "0" * 64}])
 
 
 def test_a_present_but_damaged_base_is_no_reason_for_a_fallback(served: Hub, here: Path) -> None:
     path = here / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError, match="damaged"):
-        choose_base(str(here / "model"), "main", [{"base_model": "offline"}])
+        choose(str(here / "model"), [{"base_model": "offline"}])
 
 
 def test_the_command_line_tells_them_apart(here: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_template_that_cannot_be_rendered(
     source = packed_files["qwen2"].parent / "qwen2-f32.gguf"
     path = packed.repack(source, home / "bad.gguf", more={"tokenizer.chat_template": template})
     for ask in (
-        lambda: choose_base(str(path), "main"),
+        lambda: choose_base(Settings(base_model=str(path))),
         lambda: _config(str(path)),
         lambda: check_models([path], None, "main"),
     ):
@@ -121,18 +121,19 @@ def test_other_dtype_or_grid_is_another_base(packed_files: dict[str, Path], home
 
 def test_settings_that_do_not_fit_are_refused(packed_files: dict[str, Path], home: Path) -> None:
     with pytest.raises(InputError, match="base_model offline, which is no GGUF file"):
-        choose_base("offline", "main", gguf_off_grid=True)
+        choose_base(Settings(gguf_off_grid=True))
     with pytest.raises(InputError, match=r"no file .*gone\.gguf"):
         resolve_base("gone.gguf")
     with pytest.raises(InputError, match="make smollm2"):
         resolve_base(".cache/smollm2/gone.gguf")
     with pytest.raises(InputError, match=r"no file .*gone\.gguf.*make smollm2"):
         _config(".cache/smollm2/gone.gguf")
-    chosen = choose_base("gone.gguf", "main", [{"base_model": "offline"}], gguf_off_grid=True)
-    assert chosen.base is None and "gone.gguf could not be had" in chosen.notes[0]
+    gone = Settings(base_model="gone.gguf", fallbacks=[{"base_model": "offline"}], gguf_off_grid=True)
+    base, notes = choose_base(gone)
+    assert base is None and "gone.gguf could not be had" in notes[0]
     with pytest.raises(InputError, match=r"fallback .* SHA-256"):
         fallback = {"base_model": str(packed_files["llama"]), "sha256": "0" * 64}
-        choose_base("gone.gguf", "main", [fallback])
+        choose_base(Settings(base_model="gone.gguf", fallbacks=[fallback]))
 
 
 def test_inspect_asks_what_unpacking_asks(packed_files: dict[str, Path], tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_file_without_template_is_no_base_of_a_run(packed_files: dict[str, Pat
     )
     assert "no base_model, workbook unpack only: no chat template" in inspect(path, False)["notes"]
     settings = Settings(run_name="x", base_model=str(path))
-    for ask in (lambda: choose_base(str(path), "main"), lambda: base_parameters(settings)):
+    for ask in (lambda: choose_base(Settings(base_model=str(path))), lambda: base_parameters(settings)):
         with pytest.raises(InputError, match=r"plain\.gguf has no chat template"):
             ask()
     assert not (home / ".cache").exists()

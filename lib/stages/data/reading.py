@@ -18,7 +18,7 @@ import yaml
 from lib.errors import InputError
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
-from lib.models.base_model import called, fallback_note, none_left
+from lib.models.base_model import called, fallback_note, first_available
 from lib.runs.files import sha256_file, sha256_json, user_path
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
@@ -299,23 +299,16 @@ def choose_data(settings: Settings) -> Table:
     Raises:
         InputError: none can be had; or the first that can be had is unreadable or not the one that was listed.
     """
-    listed: list[Mapping[str, Any]] = [{"dataset": settings.dataset, "revision": settings.revision}]
-    listed += [entry for entry in settings.fallbacks if "dataset" in entry]
-    failures: list[SourceError] = []
-    for entry in listed:
-        source = str(entry["dataset"])
-        try:
-            table = _read_chosen(source, str(entry.get("revision", "main")), settings)
-        except SourceError as error:
-            failures.append(error)
-            continue
-        if failures:
-            _check_listed(table, entry)
-        name = f"{table.known.name} ({called(source)})" if table.known else source
-        stamp = (table.known.stamp,) if table.known else ()
-        notes = (*fallback_note("data set", settings.dataset, name, failures), *stamp)
-        return replace(table, asked=source, notes=notes)
-    raise none_left(failures, [str(entry["dataset"]) for entry in listed])
+    entry, table, failures = first_available(
+        "dataset", settings, lambda source, revision: _read_chosen(source, revision, settings)
+    )
+    if failures:
+        _check_listed(table, entry)
+    source = entry["dataset"]
+    name = f"{table.known.name} ({called(source)})" if table.known else source
+    stamp = (table.known.stamp,) if table.known else ()
+    notes = (*fallback_note("data set", settings.dataset, name, failures), *stamp)
+    return replace(table, asked=source, notes=notes)
 
 
 def _read_chosen(source: str, revision: str, settings: Settings) -> Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.base_model import ChosenBase, choose_base, refuse_without_template, resolve_base
+from lib.models.base_model import Base, choose_base, refuse_without_template, resolve_base
 from lib.models.unpack import RECORD as UNPACKED
 from lib.progress import Progress
 from lib.prompts.conversations import ExchangeTooLongError
@@ -180,10 +180,8 @@ def _build(settings: Settings, work: ProductDraft) -> None:
         if len(rows) < before[name]:
             key = "max_train_rows" if name == "train" else "max_eval_rows"
             flow.append({"step": f"left out: over {key}", "split": name, "rows": before[name] - len(rows)})
-    chosen_base = choose_base(
-        settings.base_model, settings.revision, settings.fallbacks, settings.gguf_dtype, settings.gguf_off_grid
-    )
-    tokenizer, base = put_tokenizer(chosen_base, task, splits["train"], work.folder / "tokenizer")
+    base, base_notes = choose_base(settings)
+    tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
     for row in itertools.chain.from_iterable(splits.values()):
         row.messages = in_tags_of(tokenizer, row.messages, changes)
     before = {name: len(rows) for name, rows in splits.items()}
@@ -215,7 +213,9 @@ def _build(settings: Settings, work: ProductDraft) -> None:
         work.metrics["floor_accuracy_leak_free"] = clean["accuracy"] if clean else None
     else:
         work.facts["task"] = task.kind
-    _record_sources(work, table, chosen_base, base, splits)
+    if base is not None and base.unpacked is not None:  # other weights must make another product
+        write_json(work.folder / UNPACKED, dict(base.unpacked))
+    _record_sources(work, table, base_facts, base_notes, splits)
     work.facts["prompt_hash"] = task.fingerprint(tokenizer)
     work.notes += notes
 
@@ -298,7 +298,7 @@ def _left(task: Task, before: Mapping[str, int], splits: Splits) -> list[dict[st
 def base_parameters(settings: Settings) -> dict[str, Any]:
     """What the product depends on, beside the name of the base model: the hash of a local one, how it is unpacked."""
     path = user_path(settings.base_model)
-    gguf = {"gguf_dtype": settings.gguf_dtype, "gguf_off_grid": settings.gguf_off_grid}
+    gguf = settings.pick("gguf_dtype", "gguf_off_grid")
     listed = [str(entry.get("base_model", "")) for entry in settings.fallbacks]
     asked = settings.gguf_off_grid or any(name.lower().endswith(".gguf") for name in listed)
     if settings.base_model == OFFLINE_BASE or not path.exists():
@@ -309,7 +309,7 @@ def base_parameters(settings: Settings) -> dict[str, Any]:
 
 
 def put_tokenizer(
-    chosen: ChosenBase, task: Task, rows: Sequence[Row], folder: Path
+    base: Base | None, task: Task, rows: Sequence[Row], folder: Path
 ) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
     """Put the run's tokenizer into `folder`; also the facts about the base model.
 
@@ -317,8 +317,8 @@ def put_tokenizer(
     """
     from lib.models import loading
 
-    facts = {"base_model": chosen.source, "offline_base": chosen.base is None}
-    if chosen.base is None:
+    facts = {"base_model": base.id if base else OFFLINE_BASE, "offline_base": base is None}
+    if base is None:
         from lib.models.offline_base import ensure_tokenizer
 
         words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
@@ -326,20 +326,18 @@ def put_tokenizer(
         made = ensure_tokenizer(texts, [word for word in words if word.strip()])
         shutil.copytree(made, folder)
         return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
-    tokenizer = loading.load_tokenizer(chosen.base.path)
+    tokenizer = loading.load_tokenizer(base.path)
     tokenizer.save_pretrained(folder)
-    return tokenizer, facts | {"base_revision": chosen.base.revision, **chosen.base.facts}
+    return tokenizer, facts | {"base_revision": base.revision, **base.facts}
 
 
 def _record_sources(
-    work: ProductDraft, table: Table, chosen: ChosenBase, base: Mapping[str, Any], splits: Splits
+    work: ProductDraft, table: Table, base: Mapping[str, Any], base_notes: Sequence[str], splits: Splits
 ) -> None:
     """What the manifest and every page say of where the rows and the base model came from."""
-    if chosen.base is not None and chosen.base.unpacked is not None:  # other weights must make another product
-        write_json(work.folder / UNPACKED, dict(chosen.base.unpacked))
     from_sample = table.asked == SAMPLE_DATASET
     stamp = STAMPS.get((base["offline_base"], from_sample))
-    work.notes += [*([stamp] if stamp else []), *chosen.notes, *table.notes]
+    work.notes += [*([stamp] if stamp else []), *base_notes, *table.notes]
     work.facts |= {
         "source": table.source,
         "sample_data": from_sample,
