@@ -74,8 +74,7 @@ def strategy_text(found: Strategy, settings: Settings) -> str:
 
     rows = []
     for plan in found.plans:
-        sizes = plan.estimate.to_json()
-        parts = {part: f"{sizes[part] / GIB:.2f}" for part in PARTS}
+        parts = {part: f"{plan.estimate[part] / GIB:.2f}" for part in PARTS}
         fits = {"need": f"{plan.need / GIB:.2f}", "fits": "yes" if plan.fits else "no"}
         rows.append({"plan": plan.name, **parts, **fits})
     if found.chosen is None:

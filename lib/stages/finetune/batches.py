@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lib.errors import one_line
 from lib.prompts.conversations import Encoded
 
 # Rows as token ids, grouped by length, padded to the longest of their batch.
@@ -99,18 +100,13 @@ class MicroBatches:
         self.order, self.rows, self.process, self.processes = order, rows, process, processes
 
     def __len__(self) -> int:
-        updates, rest = divmod(len(self.order), self.order.rows_per_update)
-        whole = updates * (self.order.rows_per_update // self.processes // self.rows)
-        return whole + (len(self._cut(list(range(rest)))) if rest else 0)
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[list[int]]:
         order, size = list(self.order), self.order.rows_per_update
-        for start in range(0, len(order), size):
-            yield from self._cut(order[start : start + size])
-
-    def _cut(self, update: list[int]) -> list[list[int]]:
-        share = update[self.process :: self.processes]
-        return [share[start : start + self.rows] for start in range(0, len(share), self.rows)] or [[]]
+        for update in range(0, len(order), size):
+            share = order[update : update + size][self.process :: self.processes]
+            yield from [share[start : start + self.rows] for start in range(0, len(share), self.rows)] or [[]]
 
 
 # A micro-batch as one sequence: the prompt prefix that all rows share, once, then the rest of every row behind it.
@@ -324,7 +320,7 @@ def use_packed_attention(model: Any) -> tuple[str | None, str]:
     try:
         model.set_attn_implementation(ATTENTION)
     except (ValueError, AttributeError) as error:
-        return f"transformers: {' '.join(str(error).split())[:120]}", before
+        return f"transformers: {one_line(error, 120)}", before
     if config._attn_implementation != ATTENTION:
         model.set_attn_implementation(before)
         return "its attention function cannot be changed", before

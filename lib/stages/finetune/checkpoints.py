@@ -12,15 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError
 from lib.runs import machine
 from lib.runs.files import flush_to_disk, read_json, settle, sha256_json, write_json
 from lib.runs.manifest import hash_folder
-
-if TYPE_CHECKING:
-    from lib.settings import Settings
+from lib.settings import Settings
 
 ARITHMETIC_RECORD = "arithmetic.json"
 """Beside the checkpoints."""
@@ -159,7 +157,10 @@ def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]
     """
     now = {"dtype": machine.compute_dtype(settings.dtype)[0], "in_4bit": in_4bit, "device": machine.torch_device()}
     record, checkpoints = folder / "checkpoints" / ARITHMETIC_RECORD, any(folder.glob("checkpoints/checkpoint-*"))
-    before = _arithmetic(record)
+    before = None
+    with contextlib.suppress(InputError, OSError):  # nothing was recorded, or nothing that can be read
+        found = read_json(record)
+        before = found if isinstance(found, dict) and found.keys() == now.keys() else None
     if before == now:
         return []
     messages = []
@@ -174,15 +175,6 @@ def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]
         messages = [words] if checkpoints else []
     write_json(record, now)
     return messages
-
-
-def _arithmetic(record: Path) -> dict[str, object] | None:
-    """What was recorded; None where nothing was, or nothing that can be read."""
-    with contextlib.suppress(InputError, OSError):
-        found = read_json(record)
-        if isinstance(found, dict) and found.keys() == {"dtype", "in_4bit", "device"}:
-            return found
-    return None
 
 
 def _words(arithmetic: dict[str, object] | None) -> str:

@@ -6,21 +6,17 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.models.base_model import how_to_get
 from lib.models.configurations import read_configuration, refuse_other_task
 from lib.runs import machine
 from lib.runs.files import user_path
 from lib.runs.machine import no_warnings, quiet
-from lib.settings import OFFLINE_BASE
-
-if TYPE_CHECKING:
-    from lib.settings import Settings
-
+from lib.settings import OFFLINE_BASE, Settings
 
 # Which layers get an adapter: the check of target_modules, for a training and for the advice before it.
 
@@ -67,57 +63,21 @@ NF4_BITS = 4.127
 """Bits a weight in NF4 with double quantization: 4 + 8/64 + 32/(64·256) (QLoRA, Dettmers et al. 2023, §3)."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the estimate depends on. Sizes in numbers of weights, lengths in tokens.
-
-    Attributes:
-        length: of the longest row; prefix: tokens at its beginning that a micro-batch computes once for all rows.
-        answer: loss tokens of the row that has most.
-    """
-
-    linear: int
-    other: int
-    adapter: int
-    layers: int
-    hidden: int
-    intermediate: int
-    key_value: int
-    vocabulary: int
-    rows: int
-    length: int
-    answer: int
-    weight_bytes: float
-    in_4bit: bool
-    checkpointing: bool
-    dropout: bool
-    prefix: int = 0
+def weights_of(model: Any) -> tuple[int, int, int]:
+    """Numbers of weights of a PeftModel: in linear layers, in the embedding and the output layer, in the adapter."""
+    inner = model.get_base_model()
+    embedding = inner.get_input_embeddings().weight
+    other = embedding.numel() * (1 if inner.get_output_embeddings().weight is embedding else 2)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # packed 4-bit weights are two a byte
+    everything = sum((getattr(p, "quant_state", None) or p).shape.numel() for p in model.parameters())
+    return everything - adapter - other, other, adapter
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes by purpose. `process` is what Python and its libraries take already (0 on a GPU)."""
-
-    process: int
-    weights: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(dataclasses.astuple(self))
-
-    def to_json(self) -> dict[str, int]:
-        """By purpose, with the total."""
-        return {**dataclasses.asdict(self), "total": self.total}
-
-
-def estimate(shape: Shape, process: int = 0) -> Estimate:
-    """Bytes for LoRA training.
+def estimate(
+    model: Any, settings: Settings, length: int, answer: int, in_4bit: bool, prefix: int = 0
+) -> dict[str, int]:
+    """Bytes by purpose for LoRA training; `process` is what Python and its libraries take already (0 on a GPU).
 
     Weights: their stored size (NF4 for linear layers in 4 bits). Adapter, gradients, AdamW: 4, 4 and 8 bytes a
     trainable weight. Activations: the tensors that autograd keeps for a Qwen2 layer, a token: about 16 × hidden,
@@ -125,57 +85,30 @@ def estimate(shape: Shape, process: int = 0) -> Estimate:
     and 2 norms in float32. With gradient checkpointing one hidden state a layer and the whole of one layer.
     Logits: loss positions (HEAD_ROWS at a time) × vocabulary × 12 bytes: float32 values, log-probabilities and
     gradient; in bfloat16 values and gradient once more in that format, but the float32 values are freed first.
+
+    Args:
+        length: tokens of the longest row. answer: loss tokens of the row that has most.
+        prefix: tokens at the rows' beginning that a micro-batch computes once for all of them.
     """
-    s = shape.weight_bytes
-    weights = shape.linear * (NF4_BITS / 8 if shape.in_4bit else s) + shape.other * s
-    inputs = 5 * shape.hidden + shape.intermediate + shape.key_value if shape.dropout else 0
-    layer = s * (16 * shape.hidden + 6 * shape.key_value + 6 * shape.intermediate + 1.5 * inputs) + 16 * shape.hidden
-    tokens = shape.prefix + shape.rows * (shape.length - shape.prefix)
-    kept = shape.layers * s * shape.hidden + layer if shape.checkpointing else shape.layers * layer
-    return Estimate(
-        process=process,
-        weights=round(weights),
-        adapter=4 * shape.adapter,
-        gradients=4 * shape.adapter,
-        optimizer=8 * shape.adapter,
-        activations=round(tokens * kept),
-        logits=round(min(shape.rows * shape.answer, HEAD_ROWS) * shape.vocabulary * 12),
-    )
-
-
-def shape_of(model: Any, settings: Settings, length: int, answer: int, in_4bit: bool, prefix: int = 0) -> Shape:
-    """The shape of this training: `length` tokens in the longest row, `answer` loss tokens a row."""
-    inner = model.get_base_model()
-    config = inner.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    embedding = inner.get_input_embeddings().weight
-    tied = inner.get_output_embeddings().weight is embedding
-    other = embedding.numel() * (1 if tied else 2)
-    everything = _logical_parameters(model) - adapter
-    return Shape(
-        linear=everything - other,
-        other=other,
-        adapter=adapter,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        key_value=head * config.num_key_value_heads,
-        vocabulary=config.vocab_size,
-        rows=settings.per_device_train_batch_size,
-        length=length,
-        answer=answer,
-        weight_bytes=embedding.element_size(),
-        in_4bit=in_4bit,
-        checkpointing=settings.gradient_checkpointing,
-        dropout=settings.lora_dropout > 0,
-        prefix=prefix,
-    )
-
-
-def _logical_parameters(model: Any) -> int:
-    """Number of weights, packed 4-bit ones counted as two a byte."""
-    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in model.parameters())
+    config = model.get_base_model().config.get_text_config()
+    linear, other, adapter = weights_of(model)
+    s, hidden, intermediate = model.get_input_embeddings().weight.itemsize, config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    key_value, layers = head * config.num_key_value_heads, config.num_hidden_layers
+    inputs = 5 * hidden + intermediate + key_value if settings.lora_dropout > 0 else 0
+    layer = s * (16 * hidden + 6 * key_value + 6 * intermediate + 1.5 * inputs) + 16 * hidden
+    rows = settings.per_device_train_batch_size
+    tokens = prefix + rows * (length - prefix)
+    kept = layers * s * hidden + layer if settings.gradient_checkpointing else layers * layer
+    return {
+        "process": 0,
+        "weights": round(linear * (NF4_BITS / 8 if in_4bit else s) + other * s),
+        "adapter": 4 * adapter,
+        "gradients": 4 * adapter,
+        "optimizer": 8 * adapter,
+        "activations": round(tokens * kept),
+        "logits": round(min(rows * answer, HEAD_ROWS) * config.vocab_size * 12),
+    }
 
 
 def advice(need: int, available: int, settings: Settings, can_4bit: bool) -> list[str]:
@@ -229,7 +162,7 @@ class Plan:
 
     name: str
     changes: dict[str, Any]
-    estimate: Estimate
+    estimate: dict[str, int]
     need: int
     possible: bool
     fits: bool
@@ -237,7 +170,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Strategy:
-    """All plans in the order of preference, and the first that fits (None: none does)."""
+    """All plans in the order of preference."""
 
     model: str
     weights: int
@@ -247,15 +180,16 @@ class Strategy:
     free: int
     dtype: str
     plans: tuple[Plan, ...]
-    chosen: Plan | None
+
+    @property
+    def chosen(self) -> Plan | None:
+        """The first that fits; None where none does."""
+        return next((plan for plan in self.plans if plan.fits), None)
 
     def to_json(self) -> dict[str, Any]:
         """For machines; sizes in bytes."""
-        found = dataclasses.asdict(self)
-        for made, plan in zip(found["plans"], self.plans, strict=True):
-            made["estimate"]["total"] = plan.estimate.total
-        del found["chosen"]
-        return {**found, "recommended": self.chosen.name if self.chosen else None, "offload": OFFLOAD}
+        recommended = self.chosen.name if self.chosen else None
+        return {**dataclasses.asdict(self), "recommended": recommended, "offload": OFFLOAD}
 
 
 def recommend(settings: Settings, source: str | None = None) -> Strategy:
@@ -278,14 +212,12 @@ def recommend(settings: Settings, source: str | None = None) -> Strategy:
     for words, changes in _ways(settings, kind, devices):
         asked = settings.model_copy(update=changes)
         answer = ANSWER_TOKENS if asked.task == "classification" else asked.max_seq_length
-        estimated = estimate(shape_of(adapted, asked, asked.max_seq_length, answer, asked.load_in_4bit), process)
-        need = estimated.total * (asked.num_processes if kind == "cpu" else 1)
+        parts = estimate(adapted, asked, asked.max_seq_length, answer, asked.load_in_4bit) | {"process": process}
+        total = sum(parts.values())
+        need = total * (asked.num_processes if kind == "cpu" else 1)
         possible = kind == "cpu" or asked.num_processes <= devices
-        plans.append(Plan(words, changes, estimated, need, possible, possible and need <= MOST * free))
-    chosen = next((plan for plan in plans if plan.fits), None)
-    return Strategy(
-        name, weights, settings.max_seq_length, machine.device_name(), devices, free, dtype, tuple(plans), chosen
-    )
+        plans.append(Plan(words, changes, {**parts, "total": total}, need, possible, possible and need <= MOST * free))
+    return Strategy(name, weights, settings.max_seq_length, machine.device_name(), devices, free, dtype, tuple(plans))
 
 
 def _machine() -> tuple[str, int, int]:
@@ -385,8 +317,9 @@ def _config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} cannot be used ({reason}).", "a causal language model.", "check the model.") from None
+        raise InputError(
+            f"{file} cannot be used ({one_line(error)}).", "a causal language model.", "check the model."
+        ) from None
 
 
 def _cached(name: str) -> Path | None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -139,8 +140,7 @@ def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any
 def _plan(model: Any, settings: Settings, rows: list[Encoded], in_4bit: bool, prefix: int) -> dict[str, Any]:
     """Sizes, the memory estimate and the advice; refuses what cannot fit."""
     answer = max(len(row.loss) for row in rows)
-    shape = memory.shape_of(model, settings, max(map(len, rows)), answer, in_4bit, prefix)
-    estimate = memory.estimate(shape)
+    estimate = memory.estimate(model, settings, max(map(len, rows)), answer, in_4bit, prefix)
     if machine.torch_device() == "cuda":
         import torch
 
@@ -148,28 +148,25 @@ def _plan(model: Any, settings: Settings, rows: list[Encoded], in_4bit: bool, pr
         free, processes = free + torch.cuda.memory_allocated(), 1  # a GPU each
     else:
         total, process = machine.total_memory(), psutil.Process().memory_info().rss
-        estimate = replace(estimate, process=max(0, process - estimate.weights))
+        estimate["process"] = max(0, process - estimate["weights"])
         free = machine.available_memory() + process
         processes = settings.num_processes if machine.torch_device() == "cpu" else 1
-    advice = memory.advice(estimate.total * processes, free, settings, machine.bitsandbytes_problem() is None)
-    memory.refuse_impossible(estimate.total * processes, total, advice)
+    need = sum(estimate.values())
+    advice = memory.advice(need * processes, free, settings, machine.bitsandbytes_problem() is None)
+    memory.refuse_impossible(need * processes, total, advice)
+    sizes = memory.weights_of(model)
     return {
-        "trainable": shape.adapter,
-        "total": shape.linear + shape.other + shape.adapter,
+        "trainable": sizes[-1],
+        "total": sum(sizes),
         "layers": sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")),
-        "estimate": estimate.to_json(),
+        "estimate": {**estimate, "total": need},
         "memory": {"available": free, "total": total},
         "advice": advice,
     }
 
 
 def _run_trainer(
-    inputs: TrainingInputs,
-    model: Any,
-    train: list[Encoded],
-    validation: list[Encoded],
-    collate: Collate,
-    layout: str,
+    inputs: TrainingInputs, model: Any, train: list[Encoded], validation: list[Encoded], collate: Collate, layout: str
 ) -> tuple[Any, dict[str, Any]]:
     """Run the Trainer to its end, from the newest verified checkpoint if there is one; what came of it."""
     from lib.stages.finetune import trainer as trainers
@@ -214,12 +211,13 @@ def _run_trainer(
         return trainer, {}
     shutil.rmtree(folder / checkpoints.STAGED, ignore_errors=True)
     (inputs.folder / trainers.LIVE).unlink(missing_ok=True)
-    chosen = _choose(trainer.state.log_history, folder)
+    history = trainer.state.log_history
+    chosen = _choose(history, folder)
     watch.write(f"chosen: step {chosen.step}, validation loss {chosen.eval_loss:.4f}")
     return trainer, {
         "chosen_step": chosen.step,
         "steps": steps,
-        "throughput": round(watch.throughput, 1),
+        "throughput": statistics.median(row["tokens_per_second"] for row in history if "loss" in row),
         "resumed_from": start.step if start else None,
         "messages": messages,
         "seconds": round(time.monotonic() - began, 2),

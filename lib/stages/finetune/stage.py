@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError
 from lib.models.adapters import AdapterShape, adapter_config, check_fit, copy_weights, read_adapter
@@ -17,14 +17,12 @@ from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet
 from lib.runs.resources import read_samples, resources_recorded, summary
+from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
+from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import DrawLosses, LossPlot, TrainingInputs, train, until_it_fits
-
-if TYPE_CHECKING:
-    from lib.runs.run import Product, ProductDraft, Run
-    from lib.settings import Settings
 
 RESOURCES = "resources.jsonl"
 
@@ -238,7 +236,7 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
     source = {"id": given.id, "revision": given.revision}
     sizes = {"trainable": shape.parameters, "total": open_weights(base.path).parameters + shape.parameters}
     facts = {
-        "adopted": {**source, **shape.to_json(), "trained_on": trained_on},
+        "adopted": {**source, **asdict(shape), "trained_on": trained_on},
         "method": f"{shape.variant} r={shape.rank}, alpha={shape.alpha} on {shape.modules} linear layers",
         **sizes,
         "dtype": shape.dtype,

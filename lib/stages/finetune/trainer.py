@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,8 +67,7 @@ class AnswerTrainer(Trainer):
         rows_per_update = arguments.per_device_train_batch_size * passes
         self.order = GroupedOrder([len(example) for example in train], rows_per_update, arguments.seed)
         self.validation, self.collate = validation, collate
-        self.step_tokens, self.interval_tokens, self.interval_started = 0, 0, time.monotonic()
-        self.eval_seconds = 0.0
+        self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         self.stop_is_asked: Callable[[], bool] = bool
         super().__init__(
             model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate
@@ -107,7 +105,7 @@ class AnswerTrainer(Trainer):
     ) -> Any:
         """Loss of one forward pass divided by the loss tokens of the whole update, so accumulation changes nothing."""
         total, count = self._forward(model, inputs)
-        self.step_tokens += int(inputs["row_tokens"])
+        self.interval_tokens += int(inputs["row_tokens"])
         loss = total / (count if num_items_in_batch is None else num_items_in_batch)
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # gradients and logged losses are means over the processes
@@ -131,13 +129,6 @@ class AnswerTrainer(Trainer):
             return model()
         finally:
             self.model.forward = original
-
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        """One pass; behind an update's last one, tokens are counted over all processes."""
-        loss = super().training_step(*arguments, **options)
-        if self.args.world_size > 1 and self.accelerator.sync_gradients:
-            self.step_tokens = int(from_every_process(self.step_tokens).sum())
-        return loss
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [weights for weights in self.model.parameters() if weights.requires_grad]
@@ -212,7 +203,8 @@ class AnswerTrainer(Trainer):
         """Keep a row of the history, with the throughput since the last one."""
         if "loss" in logs:
             seconds = time.monotonic() - self.interval_started - self.eval_seconds
-            logs["tokens_per_second"] = round(self.interval_tokens / max(seconds, 1e-9), 1)
+            tokens = from_every_process(self.interval_tokens).sum().item()
+            logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
             self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         super().log(logs, None)
 
@@ -300,9 +292,6 @@ def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) 
     return arguments
 
 
-WARM_STEPS = 5
-"""Updates not counted for the throughput (first allocations and caches)."""
-
 LIVE = "losses.jsonl.live"
 """Beside training.log while a training runs: the rows of the history so far."""
 
@@ -311,7 +300,7 @@ INSISTENCE = 3.0
 
 
 class Watch(TrainerCallback):
-    """Progress, training.log, throughput, the epoch of the row order, and a clean stop.
+    """Progress, training.log, the epoch of the row order, and a clean stop.
 
     Args:
         folder: of training.log.
@@ -335,8 +324,7 @@ class Watch(TrainerCallback):
         self.writes = trainer.args.should_save  # of several processes the first one
         trainer.stop_is_asked = self.stop_is_asked
         self.start: checkpoints.Checkpoint | None = None
-        self.rates: list[float] = []
-        self.note, self.stopped, self.started = "", False, 0.0
+        self.note, self.stopped = "", False
 
     def write(self, line: str) -> None:
         """Append a line with a time stamp to training.log."""
@@ -358,7 +346,8 @@ class Watch(TrainerCallback):
         self.trainer.interval_started = time.monotonic()
         if self.writes:
             (self.folder / LIVE).unlink(missing_ok=True)
-        if self.start and self.start.eval_loss is not None and not _has_loss(state.log_history, self.start.step):
+        measured = {row["step"] for row in state.log_history if "eval_loss" in row}
+        if self.start and self.start.eval_loss is not None and self.start.step not in measured:
             row = {"eval_loss": self.start.eval_loss, "epoch": state.epoch, "step": self.start.step}
             state.log_history.append(row)  # it was measured after this state was saved
         self._show(state.log_history)
@@ -367,12 +356,7 @@ class Watch(TrainerCallback):
         order = self.trainer.order
         order.epoch = state.global_step // math.ceil(len(order) / order.rows_per_update)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started, self.trainer.step_tokens = time.monotonic(), 0
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.rates.append(self.trainer.step_tokens / max(time.monotonic() - self.started, 1e-9))
-        self.trainer.interval_tokens += self.trainer.step_tokens
         if control.should_save:
             control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
         if self.stop_is_asked():
@@ -399,16 +383,6 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.write(f"step {state.global_step} checkpoint saved")
-
-    @property
-    def throughput(self) -> float:
-        """Median non-padding tokens a second over the updates after the first few."""
-        rates = self.rates[WARM_STEPS:] or self.rates
-        return statistics.median(rates) if rates else 0.0
-
-
-def _has_loss(history: list[dict[str, Any]], step: int) -> bool:
-    return any("eval_loss" in row and row["step"] == step for row in history)
 
 
 @contextlib.contextmanager

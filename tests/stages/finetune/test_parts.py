@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
@@ -142,31 +140,25 @@ def test_damage_is_named(tmp_path) -> None:
     assert len(checkpoints.find(tmp_path)[1]) == 3
 
 
-SHAPE = memory.Shape(
-    linear=358_000_000,
-    other=136_000_000,
-    adapter=8_800_000,
-    layers=24,
-    hidden=896,
-    intermediate=4864,
-    key_value=128,
-    vocabulary=151936,
-    rows=4,
-    length=128,
-    answer=3,
-    weight_bytes=2,
-    in_4bit=False,
-    checkpointing=False,
-    dropout=False,
-)
+def estimated(process: int = 0, length: int = 128, answer: int = 3, dtype=torch.bfloat16, shape=(), **changes) -> int:
+    """Bytes for a training of the shape of Qwen2.5-0.5B; nothing is allocated."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    half_billion = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+    half_billion |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(**half_billion | dict(shape))).to(dtype).requires_grad_(False)
+    chosen = {"lora_r": 16, "lora_dropout": 0.0, "per_device_train_batch_size": 4, "load_in_4bit": False}
+    settings = tiny_settings(**chosen | changes)
+    parts = memory.estimate(memory.with_adapter(model, settings), settings, length, answer, settings.load_in_4bit)
+    return sum(parts.values()) + process
 
 
 def test_memory_estimate_of_a_measured_training() -> None:
     # Measured (PERFORMANCE §5.1, Qwen2.5-0.5B shape, LoRA r16, 4 × 128 tokens, bf16): 2776 MB resident at most, of
     # which about 500 MB are Python and its libraries; float32 weights: 4749 MB.
-    assert memory.estimate(SHAPE, process=500_000_000).total == pytest.approx(2776e6, rel=0.25)
-    double = dataclasses.replace(SHAPE, weight_bytes=4)
-    assert memory.estimate(double, process=500_000_000).total == pytest.approx(4749e6, rel=0.25)
+    assert estimated(500_000_000) == pytest.approx(2776e6, rel=0.25)
+    assert estimated(500_000_000, dtype=torch.float32) == pytest.approx(4749e6, rel=0.25)
 
 
 def test_memory_estimate_of_measured_dialogues() -> None:
@@ -174,34 +166,20 @@ def test_memory_estimate_of_measured_dialogues() -> None:
 
     (4,037 MiB when the logits of all loss positions existed at one time.)
     """
-    shape = dataclasses.replace(
-        SHAPE,
-        linear=25_700_000,
-        other=155_582_464,
-        adapter=315_392,
-        layers=2,
-        hidden=1024,
-        intermediate=2816,
-        key_value=1024,
-        vocabulary=151_936,
-        rows=2,
-        length=940,
-        answer=706,
-        weight_bytes=2,
-        in_4bit=False,
-        checkpointing=False,
-        dropout=True,
-    )
-    assert memory.estimate(shape, process=581 << 20).total == pytest.approx(2060 << 20, rel=0.15)
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16}
+    shape["num_key_value_heads"] = 16
+    training = {"lora_r": 8, "lora_dropout": 0.05, "per_device_train_batch_size": 2}
+    found = estimated(581 << 20, 940, 706, shape=shape, **training)
+    assert found == pytest.approx(2060 << 20, rel=0.15)
 
 
 def test_memory_estimate_falls_with_each_advice() -> None:
-    base = memory.estimate(SHAPE).total
-    assert memory.estimate(dataclasses.replace(SHAPE, rows=1)).total < base
-    assert memory.estimate(dataclasses.replace(SHAPE, adapter=2_200_000)).total < base
-    assert memory.estimate(dataclasses.replace(SHAPE, in_4bit=True)).total < base
-    assert memory.estimate(dataclasses.replace(SHAPE, length=64)).total < base
-    assert memory.estimate(dataclasses.replace(SHAPE, checkpointing=True)).total < base
+    base = estimated()
+    assert estimated(per_device_train_batch_size=1) < base
+    assert estimated(lora_r=4) < base
+    assert estimated(load_in_4bit=True) < base
+    assert estimated(length=64) < base
+    assert estimated(gradient_checkpointing=True) < base
 
 
 def test_advice_comes_in_order_and_only_when_needed() -> None:
