@@ -70,11 +70,11 @@ def read_text(path: Path, text_column: str = "") -> Text:
 def _rows(path: Path, text_column: str) -> list[str]:
     from collections import Counter
 
-    from lib.stages.data.cleaning import TEXT_COLUMNS, DamagedError, find_column, safe_text
+    from lib.stages.data.cleaning import DamagedError, find_column, safe_text
     from lib.stages.data.reading import read_table
 
     table = next(iter(read_table(str(path)).splits.values()))
-    name = find_column(list(table[0]), text_column, TEXT_COLUMNS, "text")
+    name = find_column(list(table[0]), text_column, "text")
     try:
         return [safe_text(value, Counter()) for value in (row[name] for row in table)]
     except DamagedError as reason:

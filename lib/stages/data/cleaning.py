@@ -7,40 +7,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError
+from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
-from lib.stages.data.data_files import SURROGATE, Rows
+from lib.settings import Settings
+from lib.stages.data.data_files import NAMES, SURROGATE, Rows
 from lib.stages.data.near_duplicates import audit
 from lib.stages.data.reading import Table
 
-if TYPE_CHECKING:
-    from lib.prompts.conversations import Encoded
-    from lib.settings import Settings
-
-
-TEXT_COLUMNS = (
-    *("text", "text_a", "sentence", "review", "content", "comment", "review_body", "reviewtext", "input", "query"),
-    *("文本", "评论", "内容", "句子", "question", "题目", "问题"),
-)
-LABEL_COLUMNS = (
-    "label",
-    "labels",
-    "sentiment",
-    "polarity",
-    "class",
-    "category",
-    "target",
-    "output",
-    "标签",
-    "情感",
-    "answer",
-    "答案",
-)
-NEGATIVE = frozenset(("negative", "neg", "负面", "消极", "负向", "差评", "负", "贬义"))
-POSITIVE = frozenset(("positive", "pos", "正面", "积极", "正向", "好评", "正", "褒义"))
+NEGATIVE, POSITIVE = NAMES["negative"], NAMES["positive"]
 
 
 class DamagedError(ValueError):
@@ -94,7 +72,7 @@ class Row:
 Splits = dict[str, list[Row]]
 
 
-def find_column(names: Sequence[str], wanted: str, known: Sequence[str], what: str) -> str:
+def find_column(names: Sequence[str], wanted: str, what: str) -> str:
     """The given column, or the first known name that the table has (upper and lower case alike).
 
     Raises:
@@ -106,7 +84,7 @@ def find_column(names: Sequence[str], wanted: str, known: Sequence[str], what: s
                 f"the columns {', '.join(names)}.", f"{what}_column {wanted!r} among them.", f"correct {what}_column."
             )
         return wanted
-    by_lower = {name.strip().lower(): name for name in names}
+    by_lower, known = {name.strip().lower(): name for name in names}, NAMES[f"{what}_columns"]
     for name in known:
         if name in by_lower:
             return by_lower[name]
@@ -180,8 +158,8 @@ def clean_split(
         InputError: a column is missing, a label is not among those named.
     """
     names = list(table[0])
-    text_name = find_column(names, text_column, TEXT_COLUMNS, "text")
-    label_name = find_column(names, label_column, LABEL_COLUMNS, "label")
+    text_name = find_column(names, text_column, "text")
+    label_name = find_column(names, label_column, "label")
     read = label_reader(label_names)
     unknown: Counter[str] = Counter()
     options = _option_columns(names, label_names)
@@ -212,16 +190,14 @@ def clean_split(
     return rows, counts + not_used(unused, len(table))
 
 
-OPTIONS = ("options", "choices", "选项")
-"""Columns with the options of a question, by letter or in order."""
-
-
 def _option_columns(names: Sequence[str], label_names: Sequence[str]) -> list[str]:
     """The columns of a question's options, where the labels are letters: one with all, or one for each letter."""
     if any(len(name) != 1 or not name.isascii() or not name.isupper() for name in label_names):
         return []
     letters = [name for name in label_names if name in names]
-    return [name for name in names if name.strip().lower() in OPTIONS] or (letters if len(letters) > 1 else [])
+    return [name for name in names if name.strip().lower() in NAMES["option_columns"]] or (
+        letters if len(letters) > 1 else []
+    )
 
 
 def _choices(cells: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[str, Any]]:
@@ -313,7 +289,7 @@ def safe_text(raw: Any, counts: Counter[str]) -> str:
 def unlabelled(table: Rows, label_column: str) -> bool:
     """True for a split whose labels are absent or all -1, as hub data sets mark a test split without labels."""
     try:
-        name = find_column(list(table[0]), label_column, LABEL_COLUMNS, "label")
+        name = find_column(list(table[0]), label_column, "label")
     except InputError:
         return True
     return all(row[name] in (-1, None, "-1", "") for row in table)
@@ -352,9 +328,11 @@ class RowsOfTask:
 
     def usable(self, table: Table) -> list[str]:
         """A validation split stands in for a test split that is missing; the note that says so."""
+        if "test" in table.splits or "validation" not in table.splits:
+            return []
+        table.splits["test"] = table.splits.pop("validation")
         labels = " with labels" if self.names else ""
-        note = f"the data has no test split{labels}: its validation split is the test split of this run"
-        return [note] if table.test_from_validation() else []
+        return [f"the data has no test split{labels}: its validation split is the test split of this run"]
 
     def require_each(self, splits: Splits) -> None:
         """Refuse splits that cannot teach or test anything; empty ones when their rows have been measured."""

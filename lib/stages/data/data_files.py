@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+import yaml
+
+from lib.errors import InputError, one_line
 from lib.runs.files import sha256_file, sha256_json, utf8
 from lib.stages.data.csv_table import read_csv
 from lib.stages.data.json_layouts import other_layout
@@ -23,8 +25,12 @@ FORMATS = {".csv": "csv", ".tsv": "tsv", ".txt": "tsv", ".json": "json", ".jsonl
 FORMATS |= {".parquet": "parquet", ".xlsx": "xlsx"}
 """Suffix of a data file -> how it is read. TSV is unquoted; XLSX needs openpyxl."""
 
+NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+"""What is understood, by kind: see names.yaml."""
+
 SURROGATE = re.compile("[\ud800-\udfff]")
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_ESCAPE = re.compile(r"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
+"""In JSON: a backslash, a surrogate pair, or (group 1) half of one, which no UTF-8 file and no tokenizer can hold."""
 
 
 def file_fingerprint(path: Path) -> str:
@@ -64,9 +70,8 @@ def read_file(path: Path, changes: Counter[str]) -> Rows:
     except InputError:
         raise
     except (ValueError, OSError, NotImplementedError, RecursionError) as error:  # those of json, pandas and pyarrow
-        reason = " ".join(str(error).split())[:200]
         expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
-        raise InputError(f"{path} cannot be read ({reason}).", expected, "correct the file.") from None
+        raise InputError(f"{path} cannot be read ({one_line(error)}).", expected, "correct the file.") from None
     if not rows:
         raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
     return rows
@@ -111,45 +116,31 @@ def _readable(path: Path, raw: bytes, kind: str, changes: Counter[str]) -> str:
 
 def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
     """The objects of a JSON file: a list, or one a line; every one with all keys."""
+
+    def without_halves(escape: re.Match[str]) -> str:
+        changes["lone surrogates"] += escape[1] is not None
+        return "" if escape[1] else escape[0]
+
+    text = _ESCAPE.sub(without_halves, text)
+    rows: Rows = []
     if found := other_layout(path, text):
         rows, words = found
         changes[f"rows read from another layout: {words}"] += len(rows)
-        return _alike(rows, text, changes)
-    whole = text.lstrip().startswith("[")
-    rows = []
-    for number, part in enumerate([text] if whole else text.split("\n"), 1):
-        try:
-            rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
-                "a list of objects, or one object a line.",
-                "correct that line.",
-            ) from None
+    else:
+        whole = text.lstrip().startswith("[")
+        for number, part in enumerate([text] if whole else text.split("\n"), 1):
+            try:
+                rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
+                    "a list of objects, or one object a line.",
+                    "correct that line.",
+                ) from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
-    return _alike(rows, text, changes)
-
-
-def _alike(rows: Rows, text: str, changes: Counter[str]) -> Rows:
-    """Rows of a JSON text without lone surrogates, every one with all keys."""
-    if _SURROGATE_ESCAPE.search(text):
-        rows = _without_surrogates(rows, changes)
     columns = dict.fromkeys(name for row in rows for name in row)
     return [columns | row for row in rows]
-
-
-def _without_surrogates(value: Any, changes: Counter[str]) -> Any:
-    """A JSON value without lone surrogates, which no UTF-8 file and no tokenizer can hold."""
-    if isinstance(value, str):
-        text, count = SURROGATE.subn("", value)
-        changes["lone surrogates"] += count
-        return text
-    if isinstance(value, list):
-        return [_without_surrogates(item, changes) for item in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(key, changes): _without_surrogates(item, changes) for key, item in value.items()}
-    return value
 
 
 def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
@@ -190,6 +181,11 @@ def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *filled[0][1:]])
     return read_csv(path, text.getvalue(), changes)
+
+
+def by_name(kind: str) -> dict[str, str]:
+    """Every name of a kind of NAMES -> what it stands for."""
+    return {name: meaning for meaning, names in NAMES[kind].items() for name in names}
 
 
 def named_classes(rows: Rows, names: Mapping[str, Sequence[str]], changes: Counter[str]) -> Rows:

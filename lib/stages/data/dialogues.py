@@ -7,11 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import itemgetter, ne
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError
+from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import (
     ASSISTANT,
@@ -24,23 +25,10 @@ from lib.prompts.templates import (
     think_tags,
     with_thinking,
 )
-from lib.stages.data.cleaning import (
-    DamagedError,
-    Row,
-    RowsOfTask,
-    Splits,
-    not_used,
-    plain,
-    safe_text,
-    usable_rows,
-)
+from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, not_used, plain, safe_text, usable_rows
+from lib.stages.data.data_files import Rows
 from lib.stages.data.near_duplicates import audit, joined, normalise
 from lib.stages.data.turns import ALPACA, FORMS, MASKS, ROLES, Turn, find_form, request_of, turns_of
-
-if TYPE_CHECKING:
-    from lib.prompts.conversations import Encoded
-    from lib.stages.data.reading import Rows
-
 
 _NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,47 +31,21 @@ GRAM = 3
 _AT_ONCE = 1000
 
 
-def near_pairs(texts: Sequence[str], threshold: float = THRESHOLD) -> np.ndarray:
-    """(pairs, 2) indices i < j of distinct texts whose 3-gram sets have a Jaccard similarity of at least `threshold`.
+def close_pairs(texts: Sequence[str], contained: bool = False, threshold: float = THRESHOLD) -> np.ndarray:
+    """(pairs, 2) indices i < j of distinct texts that are close.
 
-    A text shorter than three characters is its own only gram.
-    """
-
-    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
-        return common >= threshold * (one + two - common) - 1e-9
-
-    return _pairs(texts, threshold, False, close, "near-duplicate audit")
-
-
-def contained_pairs(texts: Sequence[str], threshold: float = CONTAINED) -> np.ndarray:
-    """(pairs, 2) indices i < j of distinct texts of which the larger one holds the share `threshold` of the other.
-
-    The smaller one has at least SHORTEST characters, and as many different grams as they can make.
-    """
-    fewest = SHORTEST - GRAM + 1
-
-    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
-        smaller = np.minimum(one, two)
-        return (smaller >= fewest) & (common >= threshold * smaller - 1e-9)
-
-    return _pairs(texts, threshold, True, close, "containment audit")
-
-
-def _pairs(
-    texts: Sequence[str],
-    threshold: float,
-    whole: bool,
-    close: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
-    what: str,
-) -> np.ndarray:
-    """Pairs of texts that are close.
-
-    Args:
-        whole: compare the rarest grams of a text with all grams of the other one, not with its rarest ones.
-        close: whether they are, by the sizes of the two sets and of what they have in common.
+    That is: the Jaccard similarity of their 3-gram sets is at least `threshold`; with `contained` the larger one holds
+    the share `threshold` of the other's, which has at least SHORTEST characters, and as many different grams as they
+    can make. A text shorter than three characters is its own only gram.
     """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import CountVectorizer
+
+    def close(one: np.ndarray, two: np.ndarray, common: np.ndarray) -> np.ndarray:
+        """Whether sets of these sizes are, that have so much in common."""
+        smaller = np.minimum(one, two)
+        whole = smaller if contained else one + two - common
+        return (common >= threshold * whole - 1e-9) & (not contained or smaller > SHORTEST - GRAM)
 
     if len(texts) < 2:
         return np.empty((0, 2), dtype=np.int64)
@@ -83,12 +57,13 @@ def _pairs(
     prefix = sizes - np.ceil(threshold * sizes - 1e-9).astype(np.int64) + 1
     kept = place < prefix[row]
     prefixes = csr_matrix((grams.data[: kept.sum()], (row[kept], indices[rare_first[kept]])), shape=grams.shape)
-    transposed, found = (grams if whole else prefixes).T.tocsr(), []
-    with Progress(what, n) as progress:
+    # the rarest grams of a text are compared with the other's rarest ones, or with all of a text that may contain it
+    transposed, found = (grams if contained else prefixes).T.tocsr(), []
+    with Progress("containment audit" if contained else "near-duplicate audit", n) as progress:
         for start in range(0, n, _AT_ONCE):
             candidates = (prefixes[start : start + _AT_ONCE] @ transposed).tocoo()
             i, j = candidates.row + start, candidates.col
-            ordered = (i < j) if not whole else (sizes[i] < sizes[j]) | ((sizes[i] == sizes[j]) & (i < j))
+            ordered = (i < j) if not contained else (sizes[i] < sizes[j]) | ((sizes[i] == sizes[j]) & (i < j))
             fits = ordered & close(sizes[i], sizes[j], np.minimum(sizes[i], sizes[j]))  # at most that much in common
             found.append(_verified(i[fits].astype(np.int64), j[fits].astype(np.int64), grams, sizes, close))
             progress.advance(min(_AT_ONCE, n - start))
@@ -161,8 +136,10 @@ def find_duplicates(texts: Sequence[str], contained: bool = False) -> Duplicates
 
     unique_of, distinct = pd.factorize(np.array([normalise(text) for text in texts], dtype=object))
     unique = distinct.tolist()
-    near = near_pairs(unique)
-    inside = _without(contained_pairs(unique), near) if contained else np.empty((0, 2), dtype=np.int64)
+    near = close_pairs(unique)
+    known = set(map(tuple, near.tolist()))
+    inside = close_pairs(unique, True, CONTAINED).tolist() if contained else []
+    inside = np.array([pair for pair in inside if tuple(pair) not in known], dtype=np.int64).reshape(-1, 2)
     component = _components(np.concatenate([near, inside]), len(unique))
     return Duplicates(unique, near, inside, unique_of, pd.factorize(component[unique_of])[0])
 
@@ -184,12 +161,6 @@ def _components(pairs: np.ndarray, count: int) -> np.ndarray:
 
     edges = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return connected_components(edges, directed=False)[1]
-
-
-def _without(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The pairs that are not among the known ones."""
-    seen = set(map(tuple, known.tolist()))
-    return np.array([pair for pair in pairs.tolist() if tuple(pair) not in seen], dtype=np.int64).reshape(-1, 2)
 
 
 def audit(splits: Mapping[str, list[Row]], contained: bool = False) -> dict[str, list[dict]]:

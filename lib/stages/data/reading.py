@@ -22,40 +22,16 @@ from lib.models.base_model import called, fallback_note, first_available
 from lib.runs.files import sha256_file, sha256_json, user_path
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-from lib.stages.data.data_files import FORMATS, Rows, data_files, named_classes, read_file
+from lib.stages.data.data_files import FORMATS, Rows, by_name, data_files, named_classes, read_file
 
 SPLITS = ("train", "validation", "test")
-SPLIT_OF_NAME = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+SPLIT_OF_NAME = by_name("splits")
 
-
-@dataclass(frozen=True)
-class Known:
-    """A data set known by its content.
-
-    Attributes:
-        name: its own name. rows, columns: of the table as published. sha256: of the file as published.
-        stamp: what every page of a run on it must say.
-    """
-
-    name: str
-    rows: int
-    columns: frozenset[str]
-    sha256: str
-    stamp: str
-
-
-HOTELS = Known(
-    "ChnSentiCorp_htl_all",
-    7766,
-    frozenset(("label", "review")),
-    "1d414b9c65caf3a836abdb4efded621968502ad3338e1a9d885ae131c86083f0",
-    "the rows are ChnSentiCorp_htl_all (7,766 hotel reviews), not ChnSentiCorp: not comparable with results on it",
-)
+HOTELS = "ChnSentiCorp_htl_all"
 """Shares its name with ChnSentiCorp (9,600 / 1,200 / 1,200 reviews of hotels, laptops and books) and 3,094 texts."""
+HOTELS_STAMP = f"the rows are {HOTELS} (7,766 hotel reviews), not ChnSentiCorp: not comparable with results on it"
+HOTELS_SHA256 = "1d414b9c65caf3a836abdb4efded621968502ad3338e1a9d885ae131c86083f0"
+"""Of the file as published."""
 
 
 @dataclass
@@ -89,19 +65,11 @@ class Table:
         """SHA-256 of the one file, or a hash over the names and hashes of several."""
         return next(iter(self.hashes.values())) if len(self.hashes) == 1 else sha256_json(self.hashes)
 
-    def test_from_validation(self) -> bool:
-        """Let the validation split stand in for a test split that is missing; whether it did."""
-        if "test" in self.splits or "validation" not in self.splits:
-            return False
-        self.splits["test"] = self.splits.pop("validation")
-        return True
-
     @property
-    def known(self) -> Known | None:
-        """The data set that these rows are, where it is one that is easily taken for another."""
+    def is_hotels(self) -> bool:
+        """Whether these rows are HOTELS, by the file or by size and columns, whatever they are called."""
         columns = {name.strip().lower() for name in next(iter(self.splits.values()))[0]}
-        same = self.rows == HOTELS.rows and columns == HOTELS.columns
-        return HOTELS if same or HOTELS.sha256 in self.hashes.values() else None
+        return (self.rows == 7766 and columns == {"label", "review"}) or HOTELS_SHA256 in self.hashes.values()
 
 
 def read_table(source: str, revision: str = "main") -> Table:
@@ -139,8 +107,8 @@ def read_table(source: str, revision: str = "main") -> Table:
         named_classes(rows, classes, changes)
     hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
     table = Table(splits, words, +changes, commit, hashes)
-    if table.known:
-        table.source = f"{table.known.name}, {words}"
+    if table.is_hotels:
+        table.source = f"{HOTELS}, {words}"
     return table
 
 
@@ -305,8 +273,8 @@ def choose_data(settings: Settings) -> Table:
     if failures:
         _check_listed(table, entry)
     source = entry["dataset"]
-    name = f"{table.known.name} ({called(source)})" if table.known else source
-    stamp = (table.known.stamp,) if table.known else ()
+    name = f"{HOTELS} ({called(source)})" if table.is_hotels else source
+    stamp = (HOTELS_STAMP,) if table.is_hotels else ()
     notes = (*fallback_note("data set", settings.dataset, name, failures), *stamp)
     return replace(table, asked=source, notes=notes)
 

@@ -163,23 +163,17 @@ def rows_from_file(
 def _build(settings: Settings, work: ProductDraft) -> None:
     task, kind, table = task_of(settings), _kind(settings), choose_data(settings)
     notes = kind.usable(table)
-    splits, flow, changes = _clean(table, kind)
-    notes += _much_dropped(flow)
+    splits, flow, changes = _clean(table, kind, notes)
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings)
     flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
     used = found if rule == GIVEN else kind.audit(splits)
     kind.require_each(splits)
-    before = {name: len(rows) for name, rows in splits.items()}
-    most = {"train": settings.max_train_rows}
-    splits = {
-        name: near_duplicates.subsample(rows, most.get(name, settings.max_eval_rows), settings.seed)
-        for name, rows in splits.items()
-    }
     for name, rows in splits.items():
-        if len(rows) < before[name]:
-            key = "max_train_rows" if name == "train" else "max_eval_rows"
-            flow.append({"step": f"left out: over {key}", "split": name, "rows": before[name] - len(rows)})
+        key = "max_train_rows" if name == "train" else "max_eval_rows"
+        splits[name] = near_duplicates.subsample(rows, getattr(settings, key), settings.seed)
+        if over := len(rows) - len(splits[name]):
+            flow.append({"step": f"left out: over {key}", "split": name, "rows": over})
     base, base_notes = choose_base(settings)
     tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
     for row in itertools.chain.from_iterable(splits.values()):
@@ -220,39 +214,32 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     work.notes += notes
 
 
-def _clean(table: Table, kind: Kind) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
-    """The rows of every split, how many were read and dropped, and what was altered in the others."""
+MUCH_DROPPED = 0.1
+"""Share of a split's rows from which on every page says that they were left out."""
+
+
+def _clean(table: Table, kind: Kind, notes: list[str]) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
+    """The rows of every split, how many were read and dropped, and what was altered in the others.
+
+    Args:
+        notes: gets what every page must say of splits that lost many rows.
+    """
     splits: Splits = {}
     flow: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
     for name in [name for name in (*SPLITS, "all") if name in table.splits]:
         splits[name], counts = kind.clean(table.splits[name], name)
-        flow.append({"step": "read", "split": name, "rows": len(table.splits[name])})
-        for reason, count in counts.items():
-            if reason.startswith("dropped"):
-                flow.append({"step": reason, "split": name, "rows": count})
-            else:
-                changes[reason] += count
+        lost = {reason: count for reason, count in counts.items() if reason.startswith("dropped")}
+        changes += counts - Counter(lost)
+        steps = {"read": len(table.splits[name]), **lost}
+        flow += [{"step": step, "split": name, "rows": count} for step, count in steps.items()]
+        if (total := sum(lost.values())) > MUCH_DROPPED * steps["read"]:
+            most = max(lost, key=lost.__getitem__)
+            where = "" if name == "all" else f" of {name}"
+            share = f"{total:,} of {steps['read']:,} rows{where} were left out when the data was read"
+            notes.append(f"{share}, {lost[most]:,} of them {most.replace('dropped: ', 'for: ')}")
     kind.require_any(splits, flow)
     return splits, flow, changes
-
-
-MUCH_DROPPED = 0.1
-"""Share of a split's rows from which on every page says that they were left out."""
-
-
-def _much_dropped(flow: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What every page must say of splits that lost many rows when they were read."""
-    notes = []
-    for read in [line for line in flow if line["step"] == "read"]:
-        lost = [line for line in flow if line["split"] == read["split"] and line["step"].startswith("dropped")]
-        total = sum(line["rows"] for line in lost)
-        if total > MUCH_DROPPED * read["rows"]:
-            most = max(lost, key=lambda line: line["rows"])
-            where = "" if read["split"] == "all" else f" of {read['split']}"
-            share = f"{total:,} of {read['rows']:,} rows{where} were left out when the data was read"
-            notes.append(f"{share}, {most['rows']:,} of them {most['step'].replace('dropped: ', 'for: ')}")
-    return notes
 
 
 GIVEN = "given: kept as it came, leaked rows flagged"

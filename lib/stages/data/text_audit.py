@@ -10,7 +10,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lib.prompts.templates import FILLERS
 
@@ -85,32 +88,8 @@ def scripts_of_rows(rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
 #
 # Counted, never changed. Every character has at most one kind, looked up once for each character that occurs.
 
-PUNCTUATION = "ordinary Chinese punctuation that NFKC would make ASCII (，！？：（）…)"
-KINDS = (
-    PUNCTUATION,
-    "full-width letters and digits (Ａ１)",
-    "half-width forms (ｱ､)",
-    "spaces that are no plain space (U+00A0, U+3000)",
-    "circled, squared, bracketed (①㎏㈱)",
-    "ligatures and letters like them (ﬁ Ⅳ ℃)",
-    "superscripts, subscripts, fractions (² ½)",
-    "radicals and compatibility ideographs that look like common ones (⼈ \uf90a)",
-    "other characters that NFKC would change",
-    "zero-width characters, soft hyphens, fillers and U+2028",
-    "marks that turn the direction of writing",
-    "control characters",
-    "private use and unassigned",
-    "variation selectors (emoji)",
-    "combining marks",
-    "U+FFFD, a character lost before",
-)
-RARE = "14 % or more of the different characters rare: read in a wrong encoding?"
-DAMAGE = (
-    "UTF-8 read as Latin (ä½ å¥½)",
-    "UTF-8 and GBK confused (锟斤拷)",
-    "HTML entities (&nbsp;)",
-    "HTML tags (<br>)",
-)
+KINDS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+"""What is looked for, by name: see text_audit.yaml."""
 
 RARE_SHARE, FEWEST = 0.14, 10
 """A text of at least FEWEST different ideographs is suspect from this share of rare ones on. In 19,766 reviews the five
@@ -120,12 +99,8 @@ _SEEN = frozenset("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\
 """Format characters (Cf) that are written: Arabic, Syriac and Kaithi number and verse signs."""
 
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_BY_TAG = {
-    "<narrow>": 2,
-    "<noBreak>": 3,
-    **dict.fromkeys(("<circle>", "<square>"), 4),
-    **dict.fromkeys(("<super>", "<sub>", "<fraction>"), 6),
-}
+_BY_TAG = {"<narrow>": "half_width", "<noBreak>": "space", "<circle>": "circled", "<square>": "circled"}
+_BY_TAG |= dict.fromkeys(("<super>", "<sub>", "<fraction>"), "raised")
 _LATIN_RUN = re.compile("[\u0080-\u00ff\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]{3,}")
 _GBK = re.compile("锟斤拷|烫烫烫|屯屯屯")
 _ENTITY = re.compile(
@@ -139,43 +114,41 @@ _TAG = re.compile(
 
 
 @functools.cache
-def kind_of(character: str) -> int:
-    """Place in KINDS + 1; 0 for a character that has nothing to report."""
-    if character == "\ufffd":
-        return 16
-    if character in _BIDI:
-        return 11
+def kind_of(character: str) -> str:
+    """Name in KINDS; empty for a character that has nothing to report."""
     category = unicodedata.category(character)
+    if character == "\ufffd":
+        return "lost"
+    if character in _BIDI:
+        return "direction"
     if character in FILLERS or (category in ("Cf", "Zl", "Zp") and character not in _SEEN):
-        return 10
+        return "zero_width"
     if category == "Cc":
-        return 0 if character in "\n\t\r" else 12
+        return "" if character in "\n\t\r" else "control"
     if category in ("Co", "Cn"):
-        return 13
+        return "private"
     if "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef":
-        return 14
+        return "selector"
     if unicodedata.normalize("NFKC", character) != character:
-        return 1 + _kind_of_change(character, category)
-    return 15 if category == "Mn" else 0
+        return _kind_of_change(character, category)
+    return "combining" if category == "Mn" else ""
 
 
-def _kind_of_change(character: str, category: str) -> int:
-    """Place in KINDS of a character that NFKC changes."""
+def _kind_of_change(character: str, category: str) -> str:
+    """Name in KINDS of a character that NFKC changes."""
     tag = unicodedata.decomposition(character).split(" ")[0]
     if category == "Zs":
-        return 3
+        return "space"
     if tag == "<wide>":
-        return 1 if character.isalnum() else 0
+        return "full_width" if character.isalnum() else "punctuation"
     if character in "…‥":
-        return 0
+        return "punctuation"
     if "\u2e80" <= character <= "\u2fdf" or "\uf900" <= character <= "\ufaff" or character >= "\U0002f800":
-        return 7
-    if tag in _BY_TAG:
-        return _BY_TAG[tag]
+        return "radical"
     if tag == "<compat>":
         bracketed = "\u2474" <= character <= "\u249b" or "\u3200" <= character <= "\u33ff"
-        return 4 if bracketed else 5
-    return 8
+        return "circled" if bracketed else "ligature"
+    return _BY_TAG.get(tag, "changed")
 
 
 def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -187,14 +160,14 @@ def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         "scripts": one line a split, {"split", "rows", simplified, traditional, mixed, neither, "share of traditional
         forms"}.
     """
-    findings = [Finding(what, dict.fromkeys(splits, 0)) for what in (*KINDS, *DAMAGE, RARE)]
+    findings = {name: Finding(name, dict.fromkeys(splits, 0)) for name in KINDS}
     changed = beyond = 0
     scripts = []
     for name, texts in splits.items():
         forms = [_count_row(text, name, findings) for text in texts]
         for character, count in sorted(Counter(itertools.chain.from_iterable(texts)).items()):
             if kind := kind_of(character):
-                findings[kind - 1].seen[character] += count
+                findings[kind].seen[character] += count
         changed += sum(not unicodedata.is_normalized("NFKC", text) for text in texts)
         beyond += sum(not unicodedata.is_normalized("NFKC", _PLAIN.sub("", text)) for text in texts)
         scripts.append({"split": name, **scripts_of_rows(forms)})
@@ -202,7 +175,7 @@ def audit_texts(splits: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         "rows": sum(map(len, splits.values())),
         "changed_by_nfkc": changed,
         "changed_beyond_punctuation": beyond,
-        "findings": [finding.to_json() for finding in findings if finding.seen],
+        "findings": [finding.to_json() for finding in findings.values() if finding.seen],
         "scripts": scripts,
     }
 
@@ -212,13 +185,13 @@ _PLAIN = re.compile("[…‥\u3000\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-
 
 @dataclass
 class Finding:
-    """What was found of one kind.
+    """What was found of one of KINDS.
 
     Attributes:
         rows: with it, by split. seen: characters or places found, and how often. example: of the first row with it.
     """
 
-    what: str
+    name: str
     rows: dict[str, int]
     seen: Counter[str] = field(default_factory=Counter)
     example: str = ""
@@ -226,59 +199,57 @@ class Finding:
     def add_row(self, split: str, text: str, start: int, stop: int) -> None:
         """Count a row that has it from `start` to `stop`."""
         self.rows[split] += 1
-        self.example = self.example or _around(text, start, stop)
+        around = text[max(0, start - 8) : stop + 8].replace("\n", " ")
+        self.example = self.example or "".join(map(visible, around))
 
     def to_json(self) -> dict[str, Any]:
         """The line of the table, with the most frequent characters in words."""
-        place = KINDS.index(self.what) if self.what in KINDS else len(KINDS)
-        group = "nfkc" if place < 9 else "invisible" if place < 12 else "unusual" if place < 15 else "damage"
         top = (f"{''.join(map(visible, text[:20]))} ×{count:,}" for text, count in self.seen.most_common(5))
         characters = sum(len(text) * count for text, count in self.seen.items())
-        line = {"what": self.what, "group": group, **self.rows, "characters": characters}
+        kind = KINDS[self.name]
+        line = {"what": kind["what"], "group": kind["group"], **self.rows, "characters": characters}
         return {**line, "most frequent": " ".join(top), "example": self.example}
 
 
-def _count_row(text: str, split: str, findings: Sequence[Finding]) -> tuple[int, int]:
+def _count_row(text: str, split: str, findings: Mapping[str, Finding]) -> tuple[int, int]:
     """Add what a row holds to the findings, without the characters by kind; its (simplified, traditional) forms."""
     counts = Counter(text)
-    first: dict[int, str] = {}
+    first: dict[str, str] = {}
     for character in counts:  # in the order of their first appearance
         if kind := kind_of(character):
             first.setdefault(kind, character)
     for kind, character in first.items():
         start = text.index(character)
-        findings[kind - 1].add_row(split, text, start, start + 1)
+        findings[kind].add_row(split, text, start, start + 1)
     written = [character for character in counts if is_ideograph(character)]
     rare = [character for character in written if is_rare(character)]  # a word that is said ten times counts once
     if len(written) >= FEWEST and len(rare) >= RARE_SHARE * len(written):
-        findings[-1].add_row(split, text, 0, 24)
-        findings[-1].seen.update({character: counts[character] for character in rare})
-    for finding, matches in zip(findings[len(KINDS) :], _damage(text), strict=False):
+        findings["rare"].add_row(split, text, 0, 24)
+        findings["rare"].seen.update({character: counts[character] for character in rare})
+    for kind, matches in _damage(text).items():
         if matches:
-            finding.add_row(split, text, *matches[0].span())
-            finding.seen.update(match[0] for match in matches)
+            findings[kind].add_row(split, text, *matches[0].span())
+            findings[kind].seen.update(match[0] for match in matches)
     forms: Counter[int] = Counter()
     for character in written:
         forms[script_of(character)] += counts[character]
     return forms[SIMPLIFIED], forms[TRADITIONAL]
 
 
-def _damage(text: str) -> list[list[re.Match[str]]]:
-    """Matches for each of DAMAGE."""
-    marked, tagged = "&" in text or "＆" in text, "<" in text
-    return [
-        [] if text.isascii() else [match for match in _LATIN_RUN.finditer(text) if _was_utf8(match[0])],
-        list(_GBK.finditer(text)),
-        list(filter(_is_entity, _ENTITY.finditer(text))) if marked else [],
-        list(_TAG.finditer(text)) if tagged else [],
-    ]
+def _damage(text: str) -> dict[str, list[re.Match[str]]]:
+    """Where a text is damaged, by name in KINDS."""
+    return {
+        "latin": [] if text.isascii() else [match for match in _LATIN_RUN.finditer(text) if _was_utf8(match[0])],
+        "gbk": list(_GBK.finditer(text)),
+        "entity": list(filter(_is_entity, _ENTITY.finditer(text))) if "&" in text or "＆" in text else [],
+        "tag": list(_TAG.finditer(text)) if "<" in text else [],
+    }
 
 
 def _is_entity(match: re.Match[str]) -> bool:
     """Whether HTML knows the entity, as it is written: not every name may lack its semicolon."""
-    if match[1] is None:
-        return True
-    return match[1] + ";" * (match[0][-1] in ";；") in html.entities.html5 or match[1] in html.entities.html5
+    name = match[1]
+    return name is None or not {name, name + ";" * (match[0][-1] in ";；")}.isdisjoint(html.entities.html5)
 
 
 def _was_utf8(run: str) -> bool:
@@ -295,13 +266,7 @@ def _was_utf8(run: str) -> bool:
         return False
 
 
-def _around(text: str, start: int, stop: int, width: int = 8) -> str:
-    """The place with its surroundings, what cannot be seen as its code point."""
-    shown = text[max(0, start - width) : stop + width].replace("\n", " ")
-    return "".join(visible(character) for character in shown)
-
-
 def visible(character: str) -> str:
     """The character, or its code point in angle brackets when a page would not show it."""
-    hidden = kind_of(character) in (4, 10, 11, 12, 13, 14, 15)
+    hidden = KINDS.get(kind_of(character), {}).get("hidden")
     return f"⟨U+{ord(character):04X}⟩" if hidden else character

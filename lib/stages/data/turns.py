@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import InputError
-from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, USER, is_blank
+from lib.prompts.templates import ASSISTANT, TAG, is_blank
 from lib.stages.data.cleaning import DamagedError, text_of
+from lib.stages.data.data_files import NAMES, by_name
 
-ROLES = {
-    **dict.fromkeys(("system",), SYSTEM),
-    **dict.fromkeys(("user", "human", "client", "求助者", "来访者"), USER),
-    **dict.fromkeys(("assistant", "gpt", "counselor", "支持者", "心理咨询师"), ASSISTANT),
-}
-"""Names of the speakers in messages, SMILE and CPsyCoun files, and what they are called here."""
+ROLES, FORMS = by_name("roles"), NAMES["forms"]
 
 
 @dataclass
@@ -42,14 +38,6 @@ Ollama; others."""
 ALPACA = ("instruction", "input", "output", "history", *REASONING)
 CALLS = ("tool_calls", "function_call")
 _OF_A_TURN = frozenset(("role", "content", "from", "value", *LEARN, *IGNORE, *REASONING, *CALLS))
-
-FORMS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "dialogue": ("dialogue",),
-    "alpaca": ("instruction", "output"),
-}
-"""The columns that tell a form; the first form that a table has is taken."""
 
 _SPEAKER = re.compile(r"\s*([^：:\s]{1,12})[：:]")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.stages.data.cleaning import Row
-from lib.stages.data.near_duplicates import CONTAINED, audit, contained_pairs, find_duplicates, near_pairs, normalise
+from lib.stages.data.near_duplicates import CONTAINED, audit, close_pairs, find_duplicates, normalise
 
 TEXTS = st.lists(st.text("好差吃房间", min_size=1, max_size=14), min_size=0, max_size=25, unique=True)
 
@@ -29,7 +29,7 @@ def brute_force(texts: list[str], threshold: float) -> set[tuple[int, int]]:
 @settings(deadline=None)
 @given(TEXTS, st.sampled_from([0.3, 0.5, 0.8, 1.0]))
 def test_near_pairs_are_exact(texts: list[str], threshold: float):
-    assert {tuple(pair) for pair in near_pairs(texts, threshold).tolist()} == brute_force(texts, threshold)
+    assert {tuple(pair) for pair in close_pairs(texts, threshold=threshold).tolist()} == brute_force(texts, threshold)
 
 
 @settings(deadline=None)
@@ -45,7 +45,7 @@ def test_contained_pairs_are_exact(texts: list[str], data: st.DataObject):
             smaller = min(len(grams(a)), len(grams(texts[j])))
             if smaller >= 10 and len(grams(a) & grams(texts[j])) >= CONTAINED * smaller - 1e-9:
                 expected.add((i, j))
-    assert {tuple(pair) for pair in contained_pairs(texts).tolist()} == expected
+    assert {tuple(pair) for pair in close_pairs(texts, True, CONTAINED).tolist()} == expected
 
 
 def test_a_post_with_and_without_its_body_is_one_group():
@@ -123,4 +123,4 @@ def test_many_alike_texts_stay_fast():
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("好差吃房间早餐"), 40)) for _ in range(300)]
     texts += [text[:-1] + "新" for text in texts]
-    assert len(near_pairs(texts)) == 300
+    assert len(close_pairs(texts)) == 300

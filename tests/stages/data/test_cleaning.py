@@ -56,13 +56,13 @@ def test_empty_texts_and_labels_are_counted():
 
 
 def test_columns_are_found_or_named():
-    assert find_column(["qid", "label", "text_a"], "", ("text", "text_a"), "text") == "text_a"
-    assert find_column(["Review "], "", ("review",), "text") == "Review "
-    assert find_column(["x", "y"], "y", ("text",), "text") == "y"
+    assert find_column(["qid", "label", "text_a"], "", "text") == "text_a"
+    assert find_column(["Review "], "", "text") == "Review "
+    assert find_column(["x", "y"], "y", "text") == "y"
     with pytest.raises(InputError, match="'x', 'y'"):
-        find_column(["x", "y"], "", ("text",), "text")
+        find_column(["x", "y"], "", "text")
     with pytest.raises(InputError, match="text_column 'z'"):
-        find_column(["x", "y"], "z", ("text",), "text")
+        find_column(["x", "y"], "z", "text")
 
 
 def test_unlabelled_splits():

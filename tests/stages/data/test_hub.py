@@ -10,7 +10,7 @@ import pytest
 from lib.errors import InputError
 from lib.runs.run import open_run
 from lib.settings import check
-from lib.stages.data.reading import HOTELS, choose_data, read_table
+from lib.stages.data.reading import HOTELS_SHA256, HOTELS_STAMP, choose_data, read_table
 from lib.stages.data.stage import prepare
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
@@ -185,17 +185,17 @@ def test_the_hotel_set_never_passes_for_chnsenticorp(hub: Hub, shared_data: Path
     original = shared_data / "chnsenticorp_htl_all" / "ChnSentiCorp_htl_all.csv"
     hub.add("datasets", "lost/ChnSentiCorp", {"train.csv": original.read_bytes()})
     table = read_table("lost/ChnSentiCorp")
-    assert table.known is HOTELS and table.source.startswith("ChnSentiCorp_htl_all, hub data set")
+    assert table.is_hotels and table.source.startswith("ChnSentiCorp_htl_all, hub data set")
     renamed = tmp_path / "ChnSentiCorp" / "train.csv"
     renamed.parent.mkdir()
     renamed.write_bytes(original.read_bytes().replace(b"\r\n", b"\n") + b"\n")  # other bytes, same rows
-    assert hashlib.sha256(renamed.read_bytes()).hexdigest() != HOTELS.sha256
+    assert hashlib.sha256(renamed.read_bytes()).hexdigest() != HOTELS_SHA256
     chosen = choose_data(settings(dataset=str(renamed.parent)))
-    assert chosen.notes == (HOTELS.stamp,)
-    entry = {"dataset": str(original.parent), "rows": 7766, "sha256": HOTELS.sha256}
+    assert chosen.notes == (HOTELS_STAMP,)
+    entry = {"dataset": str(original.parent), "rows": 7766, "sha256": HOTELS_SHA256}
     chosen = choose_data(settings(dataset="gone/ChnSentiCorp", fallbacks=[entry]))
-    assert "ChnSentiCorp_htl_all" in chosen.notes[0] and chosen.notes[1] == HOTELS.stamp
-    assert read_table(str(shared_data / "chnsenticorp")).known is None
+    assert "ChnSentiCorp_htl_all" in chosen.notes[0] and chosen.notes[1] == HOTELS_STAMP
+    assert not read_table(str(shared_data / "chnsenticorp")).is_hotels
 
 
 @pytest.mark.parametrize("place", ["", "modelscope:"])

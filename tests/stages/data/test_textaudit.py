@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.stages.data.text_audit import (
-    DAMAGE,
     KINDS,
-    RARE,
     SIMPLIFIED,
     TRADITIONAL,
     audit_texts,
@@ -19,6 +17,8 @@ from lib.stages.data.text_audit import (
     kind_of,
     script_of,
 )
+
+LATIN, GBK, ENTITY, TAG, RARE = (KINDS[name]["what"] for name in ("latin", "gbk", "entity", "tag", "rare"))
 
 
 def found(*texts: str) -> dict[str, dict]:
@@ -36,9 +36,9 @@ def found(*texts: str) -> dict[str, dict]:
     ],
 )
 def test_every_kind(character: str, kind: int) -> None:
-    assert kind_of(character) == kind + 1
+    assert kind_of(character) == list(KINDS)[kind]
     (line,) = found(f"前{character}后").values()
-    assert line["what"] == KINDS[kind] and (line["train"], line["characters"]) == (1, 1)
+    assert line["what"] == KINDS[kind_of(character)]["what"] and (line["train"], line["characters"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_every_kind(character: str, kind: int) -> None:
 )
 def test_entities_are_those_of_html(text: str, entities: int) -> None:
     lines = found(f"{text}。")
-    assert lines.get(DAMAGE[2], {"train": 0})["train"] == entities
+    assert lines.get(ENTITY, {"train": 0})["train"] == entities
 
 
 def test_written_format_characters_are_no_hidden_ones() -> None:
-    assert [kind_of(c) for c in "\u0600\u06dd"] == [0, 0]
+    assert [kind_of(c) for c in "\u0600\u06dd"] == ["", ""]
 
 
 def test_what_nfkc_changes_has_a_kind_and_plain_text_none() -> None:
@@ -89,16 +89,16 @@ def test_text_read_as_latin_is_recognized_by_reading_it_back(codec: str) -> None
         except UnicodeDecodeError:  # five bytes are no character of Windows-1252
             continue
         seen += 1
-        assert found(broken)[DAMAGE[0]]["train"] == 1
+        assert found(broken)[LATIN]["train"] == 1
     assert seen >= 20
-    assert DAMAGE[0] not in found("café à la carte, naïve, “quoted” – ½ ± °C, ééé")
+    assert LATIN not in found("café à la carte, naïve, “quoted” – ½ ± °C, ééé")
 
 
 def test_html_and_lost_characters() -> None:
     lines = found("a&nbsp;b &amp c &#21306; &unknown;", "x<br/>y <p class='a'>z</p> <think>1<2>0</think>", "锟斤拷")
-    assert lines[DAMAGE[2]]["characters"] == len("&nbsp;") + len("&amp") + len("&#21306;")
-    assert lines[DAMAGE[3]]["most frequent"].count("×1") == 3
-    assert lines[DAMAGE[1]]["train"] == 1
+    assert lines[ENTITY]["characters"] == len("&nbsp;") + len("&amp") + len("&#21306;")
+    assert lines[TAG]["most frequent"].count("×1") == 3
+    assert lines[GBK]["train"] == 1
 
 
 def test_a_text_in_a_wrong_encoding_consists_of_rare_characters() -> None:
@@ -133,4 +133,4 @@ def test_reviews_as_they_are(shared_data: Path) -> None:
 
     with (shared_data / "chnsenticorp_htl_all" / "ChnSentiCorp_htl_all.csv").open(encoding="utf-8-sig") as file:
         lines = found(*[row["review"] for row in csv.DictReader(file)])
-    assert lines[RARE]["train"] == 4 and lines[DAMAGE[2]]["train"] == 3
+    assert lines[RARE]["train"] == 4 and lines[ENTITY]["train"] == 3
