@@ -9,12 +9,12 @@ is meant, and a `#` that cuts a text off.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import yaml
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 
 LARGEST = 1 << 20
 """Bytes: a parameter file is a page of text."""
@@ -77,8 +77,9 @@ class _File:
                     self.refuse(event, "values deep inside each other", "lines `key: value`.", "see params/quick.yaml.")
             return yaml.compose(self.text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.where} is not YAML ({reason}).", "flat YAML.", "correct that line.") from None
+            raise InputError(
+                f"{self.where} is not YAML ({one_line(error)}).", "flat YAML.", "correct that line."
+            ) from None
 
     def value(self, node: yaml.Node | None, texts: Collection[str] = (), key: str = "") -> Any:
         """What a node means."""
@@ -117,16 +118,20 @@ class _File:
                 self.refuse(
                     node, f"{key}: {written}, which YAML reads as {means}", "a text.", "put it in quotation marks."
                 )
-            return "" if not written else self._text_of_number(node, key, written)
-        makers: dict[str, Callable[[], Any]] = {
-            "bool": lambda: written.lower() in ("yes", "true", "on"),
-            "null": lambda: None,
-            "int": lambda: self._whole_number(node, key, written),
-            "float": lambda: self._number(node, key, written),
-        }
-        if kind not in makers:
+            if len(written) > 4 * MOST_DIGITS:
+                self.refuse(
+                    node, f"{key}: a number of {len(written):,} digits", "a text.", "put it in quotation marks."
+                )
+            return written
+        if kind == "int":
+            return self._whole_number(node, key, written)
+        if kind == "float":
+            if not _FLOAT.fullmatch(written) or len(written) > 40:
+                self.refuse(node, f"{key}: {written[:40]}", "a decimal number.", "write it so.")
+            return _number(written)
+        if kind not in ("bool", "null"):
             self.refuse(node, f"{key}: {written} ({kind})", "a word, a number or a list.", "put it in quotation marks.")
-        return makers[kind]()
+        return written.lower() in ("yes", "true", "on") if kind == "bool" else None
 
     def _refuse_cut(self, node: yaml.ScalarNode, written: str) -> None:
         """Refuse an unquoted text that a # cuts off: `判断 #情感`. A comment has a space behind its #."""
@@ -139,23 +144,12 @@ class _File:
                 "put the whole text in quotation marks.",
             )
 
-    def _text_of_number(self, node: yaml.ScalarNode, key: str, written: str) -> str:
-        """A number where a text is meant: as written."""
-        if len(written) > 4 * MOST_DIGITS:
-            self.refuse(node, f"{key}: a number of {len(written):,} digits", "a text.", "put it in quotation marks.")
-        return written
-
     def _whole_number(self, node: yaml.ScalarNode, key: str, written: str) -> int:
         if not _DECIMAL.fullmatch(written) or len(written) > MOST_DIGITS:
             shown = written if len(written) <= 40 else f"{written[:40]}… ({len(written):,} characters)"
             means = f"which YAML reads as {_meaning(written)}" if len(written) <= 40 else "no number of a parameter"
             self.refuse(node, f"{key}: {shown}, {means}", "a decimal number without leading zeros.", "write it so.")
         return int(written.replace("_", ""))
-
-    def _number(self, node: yaml.ScalarNode, key: str, written: str) -> float:
-        if not _FLOAT.fullmatch(written) or len(written) > 40:
-            self.refuse(node, f"{key}: {written[:40]}", "a decimal number.", "write it so.")
-        return _number(written)
 
     def refuse(self, place: yaml.Node | yaml.Event, found: str, expected: str, do: str) -> NoReturn:
         """Raise with the line of a node."""

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -266,8 +266,6 @@ def read_adapter(folder: Path) -> Adapter:
     _refuse_pickle(folder)
     stored = _stored(folder)
     config = read_adapter_configuration(folder)
-    if config.get("peft_type") is None:
-        raise InputError(f"{folder}: peft_type {config.get('peft_type')!r}.", "LORA.", "use a LoRA adapter.")
     tensors = _by_peft_names(folder, stored)
     adapter = Adapter(folder, config, tensors, {}, {}, {})
     inside = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -305,9 +303,6 @@ class AdapterShape:
     parameters: int
     dtype: str
     base: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def shape_of(adapter: Adapter) -> AdapterShape:

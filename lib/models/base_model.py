@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lib.errors import InputError
 from lib.hub import fetching
@@ -18,11 +18,8 @@ from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of,
 from lib.models.weights import Weights, open_weights
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs.files import read_json, read_jsonl, remembered_sha256, sha256_json, user_path
-from lib.settings import OFFLINE_BASE
-
-if TYPE_CHECKING:
-    from lib.runs.run import Run
-    from lib.settings import Settings
+from lib.runs.run import Run
+from lib.settings import OFFLINE_BASE, Settings
 
 
 @dataclass(frozen=True)

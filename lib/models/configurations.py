@@ -126,7 +126,7 @@ def read_adapter_configuration(folder: Path) -> dict[str, Any]:
     """
     path = folder / "adapter_config.json"
     config = read_object(path, "a peft adapter folder")
-    if (kind := config.get("peft_type")) is not None and str(kind).upper() != "LORA":
+    if str(kind := config.get("peft_type")).upper() != "LORA":
         raise InputError(f"{folder}: peft_type {kind!r}.", "LORA.", "use a LoRA adapter.")
     return check_adapter_configuration(path, config)
 

@@ -126,11 +126,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    path: Path,
-    dtype: str = "auto",
-    load_in_4bit: bool = False,
-    adapter: Path | None = None,
-    device: str | None = None,
+    path: Path, dtype: str = "auto", load_in_4bit: bool = False, adapter: Path | None = None, device: str | None = None
 ) -> PreTrainedModel:
     """A model in eval mode with SDPA attention, on `device`.
 

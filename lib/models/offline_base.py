@@ -153,10 +153,10 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
 
 # The offline base model: a small Qwen2 pre-trained as a causal language model on the run's own training texts.
 #
-# It never sees a label. Some texts are framed as ChatML turns, so that the frame is not alien to it: half of those let
-# the assistant continue a text that the user began, half are the task's own prompt answered with a label name drawn at
-# random, which makes the answer words likely and their order meaningless. Where there are no labels it sees single
-# turns, and pairs of turns drawn at random as question and answer: never a conversation.
+# It never sees a label. Some texts are framed as ChatML turns, so that the frame is not alien to it: as the task's own
+# prompt answered with a label name drawn at random, which makes the answer words likely and their order meaningless.
+# Where there are no labels it sees single turns, and pairs of turns drawn at random as question and answer: never a
+# conversation.
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class BaseRecipe:
 
     Attributes:
         layers, hidden, intermediate, heads, kv_heads: the shape; widths are multiples of 256 for K-quants.
-        continued, framed: shares of texts shown as a continued turn, and as the task's prompt with a random answer.
+        framed: share of texts shown as the task's prompt with a random answer.
         window, batch: tokens a window and windows an update.
         passes: times every text is seen; `min_tokens` and `max_tokens` bound the whole.
         learning_rate: peak; 5 % linear warm-up, cosine to 5 %.
@@ -178,7 +178,6 @@ class BaseRecipe:
     intermediate: int = 768
     heads: int = 4
     kv_heads: int = 2
-    continued: float = 0.0
     framed: float = 0.3
     window: int = 128
     batch: int = 8
@@ -285,10 +284,6 @@ def documents(texts: list[str], task: Task, tokenizer: PreTrainedTokenizerBase, 
                 yield render_conversation(tokenizer, messages, False)[0] + END_OF_TEXT
             elif draw < recipe.framed:
                 yield f"{task.prompt(tokenizer, {'text': text})}{answer}{END_OF_TURN}\n{END_OF_TEXT}"
-            elif draw < recipe.framed + recipe.continued:
-                half = len(text) // 2
-                opened = f"{START_OF_TURN}user\n{text[:half]}{END_OF_TURN}\n{START_OF_TURN}assistant\n"
-                yield f"{opened}{text[half:]}{END_OF_TURN}\n{END_OF_TEXT}"
             else:
                 yield f"{text}{END_OF_TEXT}"
 

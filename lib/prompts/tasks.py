@@ -113,8 +113,7 @@ class Task:
         """Token ids of each answer word as it follows the prompt; none where answers are free text.
 
         Raises:
-            InputError: a word with white space around it; or one answer's ids begin with another's, so their
-                probabilities could not be compared.
+            InputError: one answer's ids begin with another's, so their probabilities could not be compared.
         """
         return word_ids(tokenizer, self.label_names)
 
@@ -247,12 +246,6 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @functools.lru_cache(maxsize=8)
 def word_ids(tokenizer: PreTrainedTokenizerBase, label_names: tuple[str, ...]) -> list[list[int]]:
     """See `Task.answer_words`; do not change the lists."""
-    if spaced := [name for name in label_names if name != name.strip()]:
-        raise InputError(
-            f"label_names holds {spaced[0]!r}.",
-            "words without leading or trailing white space: the answer follows the prompt directly.",
-            f"write {spaced[0].strip()!r}.",
-        )
     answers = [_ids(tokenizer, name) for name in label_names]
     for (name, first), (other, second) in itertools.permutations(zip(label_names, answers, strict=True), 2):
         if second[: len(first)] == first:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lib.errors import InputError
+from lib.errors import InputError, one_line
 from lib.runs.child import run_child
 
 if TYPE_CHECKING:
@@ -379,8 +379,7 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
             messages=[{"role": "user", "content": _USER}], add_generation_prompt=True, bos_token="", eos_token=""
         )
     except (jinja2.TemplateError, MemoryError, RecursionError, OverflowError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return {"problem": f"the chat template cannot be rendered: {reason}"}
+        return {"problem": f"the chat template cannot be rendered: {one_line(error, 120) or type(error).__name__}"}
     if _USER not in text:
         return {"problem": "the chat template leaves the user's words out"}
     return {"own_system_turn": "system" in text.partition(_USER)[0]}

@@ -89,21 +89,13 @@ def limits_text(
     return pattern.format(*(format(factor * limit, form) for limit in limits))
 
 
-def estimate_text(
-    estimate: float,
-    limits: Sequence[float | None] | None,
-    form: str = ".3f",
-    factor: float = 1.0,
-    pattern: str = IN_BRACKETS,
-) -> str:
+def estimate_text(estimate: float, limits: Sequence[float | None] | None, form: str = ".3f") -> str:
     """An estimate with limits as `limits_text` writes them: "0.90 [0.85, 0.93]"; alone where `limits` is None.
 
     Open limits (three rows bound nothing) are said: "0.90 (no interval)".
     """
-    alone = format(factor * estimate, form)
-    if limits is None:
-        return alone
-    return f"{alone} {limits_text(limits, form, factor, pattern) or '(no interval)'}"
+    alone = format(estimate, form)
+    return alone if limits is None else f"{alone} {limits_text(limits, form) or '(no interval)'}"
 
 
 def normal_quantile(confidence: float) -> float:
