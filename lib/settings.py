@@ -20,30 +20,17 @@ from lib.errors import InputError
 
 # Names of the formats that a model can be stored in. No library is needed to know them.
 
-QUANTIZATION_TYPES: tuple[str, ...] = (
-    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
-    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "MXFP4_MOE"),
-    *("TQ2_0", "TQ1_0", "Q2_0", "Q1_0"),
-)
-"""Types of llama.cpp that quantize without an importance matrix, best first."""
 
-IMATRIX_TYPES: tuple[str, ...] = (
-    *("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
-)
-"""Types of llama.cpp that need an importance matrix, best first."""
+def _table(name: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
-TENSOR_TYPES: tuple[str, ...] = (
-    *("f32", "f16", "bf16", "q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0", "q3_K", "q2_K"),
-    *("iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
-    *("mxfp4", "nvfp4", "tq2_0", "tq1_0", "q2_0", "q1_0"),
-)
-"""Types that one tensor can have (a type such as Q4_K_M is a recipe that mixes them), as llama.cpp writes them."""
 
-EXPORT_FORMATS: tuple[str, ...] = ("fp16", "bf16", "int8", "nf4", "gptq", "torchao-int8")
-"""Formats other than GGUF: see lib.stages.export.stage."""
+_FORMATS = _table("formats.yaml")
+QUANTIZATION_TYPES, IMATRIX_TYPES = tuple(_FORMATS["quantization"]), tuple(_FORMATS["imatrix"])
+TENSOR_TYPES, EXPORT_FORMATS = tuple(_FORMATS["tensor"]), tuple(_FORMATS["export"])
 
 NF4 = "nf4"
-"""The one of them that rounds the matrices of the layers to 16 values a block (Dettmers et al. 2023)."""
+"""The export format that rounds the matrices of the layers to 16 values a block (Dettmers et al. 2023)."""
 
 
 def mix_name(budget: int) -> str:
@@ -154,10 +141,7 @@ def _field(key: str, default: Any, meaning: str, one_of: Sequence[str] = (), **l
     return checked, Field(default, description=meaning, **limits)
 
 
-_TABLE: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
-)
-_Keys: Any = create_model("_Keys", **{key: _field(key, **entry) for key, entry in _TABLE.items()})
+_Keys: Any = create_model("_Keys", **{key: _field(key, **entry) for key, entry in _table("settings.yaml").items()})
 
 
 class Settings(_Keys):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,6 @@ from lib.runs.files import PROJECT, home
 
 if TYPE_CHECKING:
     from lib.settings import Settings
-    from lib.stages.finetune.memory import Strategy
 
 GIB = 2**30
 
@@ -64,29 +63,29 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
     found = recommend(settings, model)
-    show(found.to_json(), as_json, strategy_text(found, settings))
+    show(found, as_json, strategy_text(found, settings))
 
 
-def strategy_text(found: Strategy, settings: Settings) -> str:
+def strategy_text(found: dict[str, Any], settings: Settings) -> str:
     """The plans as a table, the recommended one with the settings it needs."""
     from lib.report.sentences import sentence
-    from lib.stages.finetune.memory import OFFLOAD
 
     rows = []
-    for plan in found.plans:
-        parts = {part: f"{plan.estimate[part] / GIB:.2f}" for part in PARTS}
-        fits = {"need": f"{plan.need / GIB:.2f}", "fits": "yes" if plan.fits else "no"}
-        rows.append({"plan": plan.name, **parts, **fits})
-    if found.chosen is None:
-        need = min(plan.need for plan in found.plans if plan.possible) / 0.9 / GIB
-        advice = sentence("doctor.no_plan", gib=need, offload=OFFLOAD)
+    for plan in found["plans"]:
+        parts = {part: f"{plan['estimate'][part] / GIB:.2f}" for part in PARTS}
+        fits = {"need": f"{plan['need'] / GIB:.2f}", "fits": "yes" if plan["fits"] else "no"}
+        rows.append({"plan": plan["name"], **parts, **fits})
+    chosen = next((plan for plan in found["plans"] if plan["fits"]), None)
+    if chosen is None:
+        need = min(plan["need"] for plan in found["plans"] if plan["possible"]) / 0.9 / GIB
+        advice = sentence("doctor.no_plan", gib=need, offload=found["offload"])
     else:
-        asked = settings.model_copy(update=found.chosen.changes)
-        values = {"devices": found.devices, "plan": found.chosen, "asked": asked}
-        advice = sentence("doctor.advice", **values, offload=OFFLOAD)
+        asked = settings.model_copy(update=chosen["changes"])
+        values = {"devices": found["devices"], "plan": chosen, "asked": asked}
+        advice = sentence("doctor.advice", **values, offload=found["offload"])
     lines = [
         sentence("doctor.model", found=found),
-        sentence("doctor.room", found=found, gib=found.free / GIB),
+        sentence("doctor.room", found=found, gib=found["free"] / GIB),
         "",
         table(rows, ("plan", *PARTS, "need", "fits")),
         "GiB. A trained weight takes 4 bytes in the adapter, 4 as gradient, 8 in AdamW; activations grow with rows ×",

@@ -54,13 +54,6 @@ class Task:
         max_seq_length: most tokens of a row.
     """
 
-    kind: str
-    system_prompt: str
-    max_seq_length: int
-    user_prompt: str
-    label_names: tuple[str, ...]
-    thinking: bool
-
     def to_json(self) -> dict[str, Any]:
         """The content of task.json."""
         value = asdict(self)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,53 +147,17 @@ OFFLOAD = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One way to train.
-
-    Attributes:
-        name: in words. changes: the settings that differ from those asked for.
-        estimate: bytes by purpose of one process; need: bytes on one device, of all processes that share it.
-        possible: whether this machine can start so many processes.
-        fits: whether the need is at most MOST of what is free, too.
-    """
-
-    name: str
-    changes: dict[str, Any]
-    estimate: dict[str, int]
-    need: int
-    possible: bool
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """All plans in the order of preference."""
-
-    model: str
-    weights: int
-    tokens: int
-    device: str
-    devices: int
-    free: int
-    dtype: str
-    plans: tuple[Plan, ...]
-
-    @property
-    def chosen(self) -> Plan | None:
-        """The first that fits; None where none does."""
-        return next((plan for plan in self.plans if plan.fits), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """For machines; sizes in bytes."""
-        recommended = self.chosen.name if self.chosen else None
-        return {**dataclasses.asdict(self), "recommended": recommended, "offload": OFFLOAD}
-
-
-def recommend(settings: Settings, source: str | None = None) -> Strategy:
+def recommend(settings: Settings, source: str | None = None) -> dict[str, Any]:
     """Estimate every plan for `base_model` (or the model folder `source`) and choose the first that fits.
 
     Rows are reckoned as long as `max_seq_length`, and answers of conversations too: real rows need less.
+
+    Returns:
+        As JSON, sizes in bytes: "model", its "weights", "tokens" of a row, "device" and how many "devices", "free" on
+        one, "dtype", "plans", the name of the "recommended" one (None: none fits), "offload" in words. Of a plan
+        "name", "changes" (the settings that differ from those asked for), "estimate" of one process by purpose, "need"
+        on one device, of all processes that share it; "possible": whether this machine can start so many processes;
+        "fits": whether the need is at most MOST of what is free, too.
 
     Raises:
         InputError: the model's configuration is not on this machine (nothing is downloaded).
@@ -208,16 +170,30 @@ def recommend(settings: Settings, source: str | None = None) -> Strategy:
     weights = sum(parameter.numel() for parameter in base_model.parameters())
     adapted = with_adapter(copy.deepcopy(base_model).requires_grad_(False), settings)
     process = psutil.Process().memory_info().rss if kind == "cpu" else 0
-    plans = []
+    plans: list[dict[str, Any]] = []
     for words, changes in _ways(settings, kind, devices):
         asked = settings.model_copy(update=changes)
         answer = ANSWER_TOKENS if asked.task == "classification" else asked.max_seq_length
         parts = estimate(adapted, asked, asked.max_seq_length, answer, asked.load_in_4bit) | {"process": process}
-        total = sum(parts.values())
-        need = total * (asked.num_processes if kind == "cpu" else 1)
+        parts["total"] = sum(parts.values())
+        need = parts["total"] * (asked.num_processes if kind == "cpu" else 1)
         possible = kind == "cpu" or asked.num_processes <= devices
-        plans.append(Plan(words, changes, {**parts, "total": total}, need, possible, possible and need <= MOST * free))
-    return Strategy(name, weights, settings.max_seq_length, machine.device_name(), devices, free, dtype, tuple(plans))
+        fits = possible and need <= MOST * free
+        plans.append(
+            {"name": words, "changes": changes, "estimate": parts, "need": need, "possible": possible, "fits": fits}
+        )
+    return {
+        "model": name,
+        "weights": weights,
+        "tokens": settings.max_seq_length,
+        "device": machine.device_name(),
+        "devices": devices,
+        "free": free,
+        "dtype": dtype,
+        "plans": plans,
+        "recommended": next((plan["name"] for plan in plans if plan["fits"]), None),
+        "offload": OFFLOAD,
+    }
 
 
 def _machine() -> tuple[str, int, int]:

@@ -58,27 +58,32 @@ def settings(**changes):
     return tiny_settings(**{"dtype": "bfloat16", "lora_r": 16, "per_device_train_batch_size": 4, **changes})
 
 
+def chosen(found: dict) -> dict | None:
+    """The plan that is recommended."""
+    return next((plan for plan in found["plans"] if plan["name"] == found["recommended"]), None)
+
+
 def test_sizes_are_those_of_the_shape(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 100, "cuda")
     found = finetune_memory.recommend(settings(max_seq_length=128, lora_dropout=0.0), model)
-    assert found.weights == 494_032_768  # of the published model
+    assert found["weights"] == 494_032_768  # of the published model
     # r × (inputs + outputs) of q, k, v, o, gate, up, down, 24 times
     adapter = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
-    plan = found.plans[0]
-    parts = plan.estimate
+    plan = found["plans"][0]
+    parts = plan["estimate"]
     assert parts["adapter"] == parts["gradients"] == 4 * adapter == parts["optimizer"] / 2
-    assert parts["weights"] == 2 * found.weights and parts["process"] == 0
+    assert parts["weights"] == 2 * found["weights"] and parts["process"] == 0
     assert parts["logits"] == 4 * finetune_memory.ANSWER_TOKENS * 151936 * 12
     # bytes a token that a layer keeps: 16 × hidden, 6 × key/value and intermediate in 16 bits, two norms in float32
     assert parts["activations"] == 4 * 128 * 24 * (2 * (16 * 896 + 6 * 128 + 6 * 4864) + 16 * 896)
-    assert found.chosen is plan and plan.changes == {}
+    assert chosen(found) is plan and plan["changes"] == {}
 
 
 def test_the_least_change_that_fits(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = settings(max_seq_length=512, per_device_train_batch_size=8)
     machine(monkeypatch, 1000, "cuda")
-    needs = [plan.need / GIB for plan in finetune_memory.recommend(asked, model).plans]
-    names = [plan.name for plan in finetune_memory.recommend(asked, model).plans]
+    needs = [plan["need"] / GIB for plan in finetune_memory.recommend(asked, model)["plans"]]
+    names = [plan["name"] for plan in finetune_memory.recommend(asked, model)["plans"]]
     assert names == [
         *("as the parameter file says", "one row a forward pass", "gradient checkpointing", "QLoRA"),
         "QLoRA with gradient checkpointing",
@@ -86,22 +91,22 @@ def test_the_least_change_that_fits(model: str, monkeypatch: pytest.MonkeyPatch)
     assert needs[0] > needs[1] > needs[2] > needs[4]
     for index in (0, 1, 2, 4):
         machine(monkeypatch, needs[index] / 0.9 + 0.001, "cuda")
-        assert finetune_memory.recommend(asked, model).chosen.name == names[index]
+        assert chosen(finetune_memory.recommend(asked, model))["name"] == names[index]
     machine(monkeypatch, needs[1] / 0.9 + 0.001, "cuda")
-    changes = finetune_memory.recommend(asked, model).chosen.changes
+    changes = chosen(finetune_memory.recommend(asked, model))["changes"]
     assert changes == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}  # the same updates
     machine(monkeypatch, 0.1, "cuda")
     none = finetune_memory.recommend(asked, model)
-    assert none.chosen is None and "none of these fits" in doctor.strategy_text(none, asked)
+    assert chosen(none) is None and "none of these fits" in doctor.strategy_text(none, asked)
 
 
 def test_several_gpus_train_together_with_the_same_updates(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 80, "cuda", devices=2)
     found = finetune_memory.recommend(settings(gradient_accumulation_steps=4), small)
-    assert found.chosen.changes == {"num_processes": 2, "gradient_accumulation_steps": 2}
-    assert found.chosen.need == found.plans[1].need  # on each
+    assert chosen(found)["changes"] == {"num_processes": 2, "gradient_accumulation_steps": 2}
+    assert chosen(found)["need"] == found["plans"][1]["need"]  # on each
     assert "data parallel on 2 processes" in doctor.strategy_text(found, settings())
-    assert finetune_memory.recommend(settings(), small).chosen.changes == {
+    assert chosen(finetune_memory.recommend(settings(), small))["changes"] == {
         "num_processes": 2,
         "per_device_train_batch_size": 2,
     }
@@ -109,22 +114,22 @@ def test_several_gpus_train_together_with_the_same_updates(small: str, monkeypat
     assert "an update of 6 rows, not 3" in doctor.strategy_text(finetune_memory.recommend(odd, small), odd)
     machine(monkeypatch, 80, "cuda")
     found = finetune_memory.recommend(settings(num_processes=2), small)  # a GPU too few
-    assert not found.plans[0].fits and found.chosen.name == "a single process"
-    assert found.chosen.changes == {"num_processes": 1, "gradient_accumulation_steps": 2}
+    assert not found["plans"][0]["fits"] and chosen(found)["name"] == "a single process"
+    assert chosen(found)["changes"] == {"num_processes": 1, "gradient_accumulation_steps": 2}
 
 
 def test_processes_on_a_processor_share_its_memory(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = settings(num_processes=2)
     machine(monkeypatch, 80)
     found = finetune_memory.recommend(asked, small)
-    assert found.chosen is found.plans[0] and found.chosen.need == 2 * found.chosen.estimate["total"]
+    assert chosen(found) is found["plans"][0] and chosen(found)["need"] == 2 * chosen(found)["estimate"]["total"]
     assert "LoRA in 2 processes. Nothing needs to be changed." in doctor.strategy_text(found, asked)
-    machine(monkeypatch, 0.6 * found.chosen.need / 0.9 / GIB)
+    machine(monkeypatch, 0.6 * chosen(found)["need"] / 0.9 / GIB)
     found = finetune_memory.recommend(asked, small)
-    assert found.chosen.changes == {"num_processes": 1, "gradient_accumulation_steps": 2}
-    assert all(plan.need == plan.estimate["total"] for plan in found.plans[1:])
+    assert chosen(found)["changes"] == {"num_processes": 1, "gradient_accumulation_steps": 2}
+    assert all(plan["need"] == plan["estimate"]["total"] for plan in found["plans"][1:])
     machine(monkeypatch, 80, "mps")
-    assert finetune_memory.recommend(asked, small).chosen.name == "a single process"
+    assert chosen(finetune_memory.recommend(asked, small))["name"] == "a single process"
 
 
 @pytest.mark.parametrize("targets", ["foo", "lm_head"])
