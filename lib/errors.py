@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -49,20 +49,26 @@ class Terminated(SystemExit):
 
 
 @contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into `Terminated` (in the main thread only, as Python demands)."""
+def on_signals(handle: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    """Let `handle` answer these signals (in the main thread only, as Python demands)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sigterm_raises() -> contextlib.AbstractContextManager[None]:
+    """Turn SIGTERM into `Terminated`."""
 
     def stop(*_: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return on_signals(stop, signal.SIGTERM)
 
 
 EXTRAS = {

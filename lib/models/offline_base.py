@@ -317,8 +317,10 @@ def _pretrain(model: Qwen2ForCausalLM, data: torch.Tensor, recipe: BaseRecipe) -
     model.train()
     with Progress("pre-training the offline base model (updates)", len(batches)) as progress:
         for step, batch in enumerate(batches):
+            warm = min(1.0, (step + 1) / max(1, round(0.05 * len(batches))))
+            cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _schedule(step, len(batches))
+                group["lr"] = recipe.learning_rate * (warm * cosine)
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
                 logits = model(batch).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
@@ -330,9 +332,3 @@ def _pretrain(model: Qwen2ForCausalLM, data: torch.Tensor, recipe: BaseRecipe) -
             progress.advance(note=f"loss {losses[-1]:.2f}")
     last = losses[-max(1, len(losses) // 10) :]
     return {"tokens": data.numel(), "updates": len(batches), "loss": round(sum(last) / len(last), 4)}
-
-
-def _schedule(step: int, steps: int) -> float:
-    warm = max(1, round(0.05 * steps))
-    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / warm) * cosine

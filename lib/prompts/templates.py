@@ -96,14 +96,12 @@ def split_thinking(content: str) -> tuple[str, str]:
         raise ValueError("thinking nested, repeated or crossed")
     places = (content[: tags[0].start()], content[tags[0].end() : tags[1].start()], content[tags[1].end() :])
     before, reasoning, answer = map(str.strip, places)
-    faults = {
-        "text before the thinking": not is_blank(before),
-        "empty thinking": is_blank(reasoning),
-        "no answer after the thinking": is_blank(answer),
-    }
-    for fault, found in faults.items():
-        if found:
-            raise ValueError(fault)
+    if not is_blank(before):
+        raise ValueError("text before the thinking")
+    if is_blank(reasoning):
+        raise ValueError("empty thinking")
+    if is_blank(answer):
+        raise ValueError("no answer after the thinking")
     return reasoning, answer
 
 

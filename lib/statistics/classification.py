@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,7 @@ class ClassificationReport:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of the command line's result: n, accuracy, accuracy_interval, macro_f1, per_class, confusion."""
-        keys = ("precision", "recall", "f1", "support")
-        per_class = {one.name: {key: getattr(one, key) for key in keys} for one in self.classes}
+        per_class = {scores.pop("name"): scores for scores in map(asdict, self.classes)}
         return {
             "n": self.n,
             "accuracy": self.accuracy.estimate,

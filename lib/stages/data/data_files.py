@@ -29,7 +29,8 @@ NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").re
 """What is understood, by kind: see names.yaml."""
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPE = re.compile(r"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
+_HALF = r"\\u[dD][%s][0-9a-fA-F]{2}"
+_ESCAPE = re.compile(rf"\\\\|{_HALF % '89abAB'}{_HALF % 'c-fC-F'}|({_HALF % '89a-fA-F'})")
 """In JSON: a backslash, a surrogate pair, or (group 1) half of one, which no UTF-8 file and no tokenizer can hold."""
 
 

@@ -184,17 +184,13 @@ def _add_faults(splits: dict[str, list[dict[str, Any]]], rng: random.Random) -> 
     """Copies, contradictions and empty rows, as `FAULTS` counts them, each of another train row."""
     train, test = splits["train"], splits["test"]
     chosen = iter(rng.sample(train, sum(FAULTS.values())))
-
-    def with_text(row: dict[str, Any], text: str) -> dict[str, Any]:
-        return {**row, "text": text}
-
     changes: tuple[tuple[list, Callable[[dict[str, Any]], dict[str, Any]]], ...] = (
         (test, dict),
-        (test, lambda row: with_text(row, row["text"].replace("，", " ") + "！")),
-        (test, lambda row: with_text(row, row["text"] + "哈哈")),
+        (test, lambda row: {**row, "text": row["text"].replace("，", " ") + "！"}),
+        (test, lambda row: {**row, "text": row["text"] + "哈哈"}),
         (train, dict),
         (train, lambda row: {**row, "label": 1 - row["label"]}),
-        (train, lambda row: with_text(row, "  ")),
+        (train, lambda row: {**row, "text": "  "}),
     )
     for count, (target, change) in zip(FAULTS.values(), changes, strict=True):
         target += [change(next(chosen)) for _ in range(count)]

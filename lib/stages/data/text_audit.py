@@ -41,7 +41,7 @@ def script_of(character: str) -> int:
     """SIMPLIFIED, TRADITIONAL, or 0."""
     if not is_ideograph(character):
         return 0
-    mainland, taiwan = _encoded(character, "gb2312"), _encoded(character, "big5")
+    mainland, taiwan = character.encode("gb2312", "ignore"), character.encode("big5", "ignore")
     if mainland and not taiwan:
         return SIMPLIFIED
     return TRADITIONAL if taiwan and not mainland and taiwan <= _COMMON else 0
@@ -50,7 +50,7 @@ def script_of(character: str) -> int:
 @functools.cache
 def is_rare(character: str) -> bool:
     """Whether an ideograph is common in neither script."""
-    mainland, taiwan = _encoded(character, "gb2312"), _encoded(character, "big5")
+    mainland, taiwan = character.encode("gb2312", "ignore"), character.encode("big5", "ignore")
     first, last = _COMMON_GB
     return not (first <= mainland <= last or (taiwan and taiwan <= _COMMON))
 
@@ -58,13 +58,6 @@ def is_rare(character: str) -> bool:
 def is_ideograph(character: str) -> bool:
     """Whether it stands in the block of the common Chinese characters."""
     return "\u4e00" <= character <= "\u9fff"
-
-
-def _encoded(character: str, codec: str) -> bytes:
-    try:
-        return character.encode(codec)
-    except UnicodeEncodeError:
-        return b""
 
 
 def scripts_of_rows(rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -254,15 +247,10 @@ def _is_entity(match: re.Match[str]) -> bool:
 
 def _was_utf8(run: str) -> bool:
     """Whether letters are the bytes of UTF-8 text that was read as Latin-1 or Windows-1252."""
-    raw = bytearray()
-    for character in run:
-        try:
-            raw += character.encode("latin-1" if character <= "\u00ff" else "cp1252")
-        except UnicodeEncodeError:
-            return False
     try:
+        raw = b"".join(character.encode("latin-1" if character <= "\u00ff" else "cp1252") for character in run)
         return bool(raw.decode("utf-8"))
-    except UnicodeDecodeError:
+    except UnicodeError:
         return False
 
 

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lib.errors import Terminated
+from lib.errors import Terminated, on_signals
 from lib.progress import Progress
 from lib.prompts.conversations import Encoded
 from lib.stages.finetune import checkpoints
@@ -396,9 +395,6 @@ def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
         Terminated: it was SIGTERM; uncaught, the process ends with exit code 143.
         KeyboardInterrupt: it was Ctrl-C.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: dict[int, float] = {}
 
     def stop(number: int, frame: Any) -> None:
@@ -407,15 +403,12 @@ def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
         came.setdefault(number, time.monotonic())
         ask()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        with on_signals(stop, signal.SIGTERM, signal.SIGINT):
+            yield
     except torch.OutOfMemoryError:  # whoever asked to stop does not want the next try
         if not came:
             raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if signal.SIGTERM in came:
         raise Terminated("stopped by SIGTERM with a checkpoint; run it again to continue")
     if came:
