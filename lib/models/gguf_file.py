@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from lib.errors import InputError
-from lib.models.weights import Shaped, fill, impostor
+from lib.models.weights import Shaped, impostor
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -216,18 +216,6 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
         return [replace(tensor, start=data + tensor.start) for tensor in found]
 
 
-def raw_metadata(path: Path | str) -> tuple[int, bytes]:
-    """The number of key-value pairs of a GGUF file, and their bytes as they stand in it.
-
-    Raises:
-        InputError: not a GGUF file, or a damaged header.
-    """
-    with _open(path) as (reader, _):
-        start = reader.at + 8
-        reader.metadata()
-        return int.from_bytes(reader.data[start - 8 : start], "little"), reader.data[start : reader.at]
-
-
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
     """A reader placed behind magic, version and number of tensors, and that number."""
@@ -324,6 +312,15 @@ def head_size(config: dict[str, Any]) -> int:
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
+def shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:
+    """The shape that a tensor must have, rows first; by its name in transformers."""
+    head, (module, kind) = head_size(config), name.split(".")[-2:]
+    sizes = {**config, "head": head, "queries": head * config["num_attention_heads"]}
+    sizes["keys"] = head * config["num_key_value_heads"]
+    shape = tuple(sizes[key] for key in _TABLES["shapes"].get(module, ["hidden_size"]))
+    return shape[:1] if kind == "bias" else shape
+
+
 def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
     """Divisors of the rotary frequencies of Llama 3.1 and later (rope type llama3), float32; None for other models.
 
@@ -391,10 +388,10 @@ def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
     Raises:
         InputError: the file ends before, or cannot be read.
     """
-    data = np.empty(count, np.uint8)
     try:
-        if fill(data, path, start):
-            return data
+        data = np.fromfile(path, np.uint8, count, offset=start)
     except OSError as error:
         raise unusable(path, f"cannot be read ({error.strerror})", "a readable file") from None
-    raise unusable(path, "cut while it was read", "a complete file")
+    if len(data) < count:
+        raise unusable(path, "cut while it was read", "a complete file")
+    return data

@@ -5,14 +5,14 @@ Also: the bytes that each token id adds to a text, for showing an answer while i
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from lib.errors import InputError
 from lib.models.gguf_file import OWN_FOLDER, read_metadata, unusable
@@ -22,53 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# How byte-level BPE tokenizers cut a text before merging, by the names that GGUF has for it.
-#
-# The oracle is llama.cpp (`src/llama-vocab.cpp`): its expressions, in the words of the tokenizers library.
-
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RULES: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("tokenizer_rules.yaml").read_text(encoding="utf-8")
 )
-LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
-PLAIN_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a tokenizer works before and beside its merges, in the layout of tokenizer.json.
-
-    Attributes:
-        normalizer: None = the text stays as it is.
-        steps: of the pre-tokenizer, one after the other.
-        ignore_merges: a piece that is a token of its own is not taken apart.
-        starts: whether a start token is put before every text when the file does not say it.
-    """
-
-    normalizer: dict[str, Any] | None
-    steps: tuple[dict[str, Any], ...]
-    ignore_merges: bool = False
-    starts: bool = False
-
-
-def _by_pattern(pattern: str) -> tuple[dict[str, Any], ...]:
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return split, PLAIN_BYTES
-
-
-_SINGLE_DIGITS = (
-    {"type": "Digits", "individual_digits": True},
-    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-)
-"""Each digit alone, then GPT-2's expression, which ByteLevel holds."""
-
-RULES = {
-    "qwen2": Rules({"type": "NFC"}, _by_pattern(QWEN2_PATTERN)),
-    "deepseek-r1-qwen": Rules({"type": "NFC"}, _by_pattern(QWEN2_PATTERN)),
-    "llama-bpe": Rules(None, _by_pattern(LLAMA3_PATTERN), ignore_merges=True, starts=True),
-    "smollm": Rules(None, _SINGLE_DIGITS),
-}
-"""Name of the pre-tokenizer in GGUF → rules. Qwen2's bring a text into NFC first, which llama.cpp leaves out."""
+"""Name of the pre-tokenizer in GGUF → how a tokenizer works before and beside its merges, as the file explains."""
+PLAIN_BYTES = RULES["qwen2"]["steps"][-1]
 
 
 # The tokenizer inside a .gguf file as a Hugging Face tokenizer: loaded, or as the files of a model folder.
@@ -168,7 +126,7 @@ def refuse_unwritable(metadata: Mapping[str, Any], source: Path) -> None:
     tokenizer_json(metadata, source)
     refuse_templates(metadata, source)
     name = metadata["tokenizer.ggml.pre"]
-    same = replace(RULES[name], starts=False) == RULES[_ALWAYS_QWEN2]
+    same = {**RULES[name], "starts": False} == RULES[_ALWAYS_QWEN2]
     if metadata.get("general.architecture") == _ALWAYS_QWEN2 and not same:
         expected = "the rules 'qwen2', with which transformers reads the tokenizer of every qwen2 model"
         raise unusable(source, f"a qwen2 model with the tokenizer rules {name!r}", expected, OWN_FOLDER)
@@ -225,22 +183,22 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
             for i in used
             if types[i] in (_CONTROL, _USER_DEFINED)
         ],
-        "normalizer": rules.normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(rules.steps)},
-        "post_processor": _post_processor(metadata, rules, tokens, source),
+        "normalizer": rules["normalizer"],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": rules["steps"]},
+        "post_processor": _post_processor(metadata, rules["starts"], tokens, source),
         "decoder": PLAIN_BYTES,
         "model": {
             "type": "BPE",
             **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
             **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
-            "ignore_merges": rules.ignore_merges,
+            "ignore_merges": rules["ignore_merges"],
             "vocab": vocabulary,
             "merges": [merge.split(" ", 1) for merge in merges],
         },
     }
 
 
-def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
+def _rules(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
     kind, name = (metadata.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
     if kind != "gpt2" or not isinstance(name, str) or name not in RULES:
         expected = f"kind 'gpt2' (byte-level BPE) with rules {', '.join(map(repr, RULES))}"
@@ -252,12 +210,12 @@ def _rules(metadata: Mapping[str, Any], source: Path) -> Rules:
     return RULES[name]
 
 
-def _post_processor(metadata: Mapping[str, Any], rules: Rules, tokens: list[str], source: Path) -> dict[str, Any]:
+def _post_processor(metadata: Mapping[str, Any], starts: bool, tokens: list[str], source: Path) -> dict[str, Any]:
     """A post-processor that adds nothing, or the start token before every text."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
         found = "a tokenizer that ends every text with the end token"
         raise unusable(source, found, "one of a chat model, whose template does that", OWN_FOLDER)
-    if not metadata.get("tokenizer.ggml.add_bos_token", rules.starts):
+    if not metadata.get("tokenizer.ggml.add_bos_token", starts):
         return PLAIN_BYTES
     number = metadata.get("tokenizer.ggml.bos_token_id")
     if type(number) is not int or not 0 <= number < len(tokens):
@@ -288,20 +246,14 @@ def _special_tokens(metadata: Mapping[str, Any], stored: Mapping[str, Any]) -> t
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-@functools.cache
-def byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others from U+0100 on, in order."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in plain]
-    return {**{chr(byte): byte for byte in plain}, **{chr(0x100 + i): byte for i, byte in enumerate(others)}}
-
-
 def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes]:
     """The bytes of each token; together they are the decoded text.
 
     Raises:
         InputError: a tokenizer that is neither byte-level BPE nor SentencePiece with bytes for unknown characters.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     steps = {"decoders": []} if decoder is None else json.loads(decoder.__getstate__())
     kinds = [step["type"] for step in steps.get("decoders", [steps])]
@@ -311,18 +263,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
             "ByteLevel (Qwen, Llama 3) or ByteFallback (Llama 2).",
             "choose another base_model, or set generated_rows: 0.",
         )
-    read = _from_characters if "ByteLevel" in kinds else _from_piece
+    by_character = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
+
+    def read(name: str) -> bytes:
+        if "ByteLevel" in kinds:
+            return bytes(by_character[character] for character in name)
+        match = _BYTE.fullmatch(name)
+        return bytes([int(match[1], 16)]) if match else name.replace("\u2581", " ").encode()
+
     added = {number: content.encode() for content, number in tokenizer.get_added_vocab().items()}
     names = tokenizer.convert_ids_to_tokens(list(ids))  # none behind the vocabulary's end (padding rows of the model)
     return [added[i] if i in added else read(name or "") for i, name in zip(ids, names, strict=True)]
-
-
-def _from_characters(name: str) -> bytes:
-    """A token of byte-level BPE."""
-    return bytes(byte_of_character()[character] for character in name)
-
-
-def _from_piece(name: str) -> bytes:
-    """A token of SentencePiece."""
-    match = _BYTE.fullmatch(name)
-    return bytes([int(match[1], 16)]) if match else name.replace("\u2581", " ").encode()

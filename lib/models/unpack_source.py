@@ -28,6 +28,7 @@ from lib.models.gguf_file import (
     read_tensors,
     rope_factors,
     rotary_heads,
+    shape_of,
     tensor_names,
     unusable,
 )
@@ -361,28 +362,10 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
     return tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
 
 
-def _shape(name: str, config: dict[str, Any]) -> tuple[int, ...]:
-    """The shape that a tensor must have, rows first; by its name in transformers."""
-    width, hidden, head = config["hidden_size"], config["intermediate_size"], head_size(config)
-    queries, keys = (head * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
-    shapes = {
-        **dict.fromkeys(("embed_tokens", "lm_head"), (config["vocab_size"], width)),
-        "q_proj": (queries, width),
-        **dict.fromkeys(("k_proj", "v_proj"), (keys, width)),
-        "o_proj": (width, queries),
-        **dict.fromkeys(("gate_proj", "up_proj"), (hidden, width)),
-        "down_proj": (width, hidden),
-        **dict.fromkeys(("q_norm", "k_norm"), (head,)),
-    }
-    module, kind = name.split(".")[-2:]
-    shape = shapes.get(module, (width,))
-    return shape[:1] if kind == "bias" else shape
-
-
 def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -> PackedTensor:
     import gguf
 
-    shape = _shape(name, config)
+    shape = shape_of(name, config)
     if tensor.shape != shape:
         found = f"tensor {tensor.name} of shape {tensor.shape}"
         raise unusable(path, found, f"{shape}, as the file's keys say")

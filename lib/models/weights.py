@@ -150,22 +150,6 @@ TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16
 SAFETENSORS = {name: kind for kind, name in TORCH.items()}
 
 
-def fill(values: np.ndarray, path: Path, start: int) -> bool:
-    """Read the bytes of an array from a file; False when the file ends before.
-
-    Unlike a memory map, this leaves no pages of the file in this process's resident memory.
-    """
-    view, got = memoryview(values).cast("B") if values.size else memoryview(b""), 0
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while got < len(view):
-            read = stream.readinto(view[got:])
-            if not read:
-                return False
-            got += read
-    return True
-
-
 class Shaped:
     """Something with a shape, and hence a number of elements."""
 
@@ -217,8 +201,10 @@ class StoredTensor(Shaped):
             InputError: not a floating-point dtype, or the file was cut meanwhile.
         """
         self.require_floats()
-        values = np.empty(self.size - first if count is None else count, NUMPY[self.dtype])
-        if not fill(values, self.file, self.start + first * values.itemsize):
+        kind, wanted = np.dtype(NUMPY[self.dtype]), self.size - first if count is None else count
+        # unlike a memory map, this leaves no pages of the file in this process's resident memory
+        values = np.fromfile(self.file, kind, wanted, offset=self.start + first * kind.itemsize)
+        if len(values) < wanted:
             raise InputError(f"{self.file} was cut while it was read.", "a complete file.", "copy it again.")
         return values
 

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from lib.models.gguf_file import _Reader, raw_metadata
+from lib.models.gguf_file import _open, _Reader
 from lib.stages.convert import convert
 from tests.stages.convert.convertible import write_model
 
@@ -38,6 +38,14 @@ def _value(value: Any) -> bytes:
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     return struct.pack("<Ii", 5, value) if value < 0 else struct.pack("<II", 4, value)
+
+
+def _raw_metadata(path: Path) -> tuple[int, bytes]:
+    """The number of key-value pairs of a GGUF file, and their bytes as they stand in it."""
+    with _open(path) as (reader, _):
+        start = reader.at + 8
+        reader.metadata()
+        return int.from_bytes(reader.data[start - 8 : start], "little"), reader.data[start : reader.at]
 
 
 def _without(count: int, pairs: bytes, keys: Mapping[str, Any]) -> tuple[int, bytes]:
@@ -71,7 +79,7 @@ def repack(
     """
     arrays = {t.name: np.asarray(t.data).reshape(t.shape[::-1]).copy() for t in gguf.GGUFReader(source).tensors}
     tensors(arrays)
-    count, pairs = raw_metadata(source)
+    count, pairs = _raw_metadata(source)
     count, pairs = _without(count, pairs, more or {})
     for key, value in (more or {}).items():
         count, pairs = count + 1, pairs + text(key) + _value(value)

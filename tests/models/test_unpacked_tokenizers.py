@@ -39,7 +39,7 @@ def test_ids_equal_llama_cpps(rules: str, packed_files: dict[str, Path], tmp_pat
         tmp_path / "m.gguf",
         change=lambda pairs: pairs.replace(KEY + packed.text("qwen2"), KEY + packed.text(rules)),
     )
-    normal = RULES[rules].normalizer is not None  # llama.cpp leaves the texts as they are
+    normal = RULES[rules]["normalizer"] is not None  # llama.cpp leaves the texts as they are
     texts = [unicodedata.normalize("NFC", text) for text in TEXTS] if normal else TEXTS
     wanted = gguf_token_ids(path, texts)
     bare = tokenizer_from_gguf(path)

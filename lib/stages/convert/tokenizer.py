@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lib.errors import InputError, one_line
-from lib.models.gguf_tokenizer import QWEN2_PATTERN
+from lib.models.gguf_tokenizer import RULES
 from lib.models.tokenizer_files import chat_templates
 from lib.models.weights import read_object
 
@@ -69,16 +69,12 @@ def has_qwen2_structure(backend: dict[str, Any]) -> bool:
     if model.get("type") != "BPE" or len(parts) != 2 or (normalizer or {"type": "NFC"}) != {"type": "NFC"}:
         return False
     split, level = parts
+    wanted_split, wanted_level = RULES["qwen2"]["steps"]
     odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     return (
         not any(model.get(key) for key in odd)
-        and split.get("type") == "Split"
-        and split.get("pattern") == {"Regex": QWEN2_PATTERN}
-        and split.get("behavior") == "Isolated"
-        and not split.get("invert")
-        and level.get("type") == "ByteLevel"
-        and not level.get("add_prefix_space")
-        and not level.get("use_regex", True)
+        and split == wanted_split
+        and {**level, "trim_offsets": False} == wanted_level
     )
 
 
