@@ -77,7 +77,7 @@ def merge(
         report["tokenizer"] = list(own)
         text += "\ntaken from the adapter: " + "; ".join(own.values())
     for conversion in conversions:
-        report["gguf"] = {**conversion.report().to_json(), "model": str(output_dir)}
+        report["gguf"] = {**asdict(conversion.report()), "model": str(output_dir)}
         text += f"\n{gguf}\n{_lines(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"
     show(report, as_json, text)
 
@@ -99,7 +99,7 @@ def convert(
     else:
         from lib.stages.convert.convert import convert as convert_folder
 
-        report = convert_folder(model_dir, output, outtype).to_json()
+        report = asdict(convert_folder(model_dir, output, outtype))
     keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded")
     show(report, as_json, _lines(report, *keys))
 

@@ -99,8 +99,8 @@ _TOKENS_ON_CPU = 256
 products of matrices gain nothing from more: 8 sequences of 100 tokens cost 8 % more than 256 tokens at a time."""
 
 
-def open_model(path: Path, n_gpu_layers: int) -> Any:
-    """llama.cpp's handle of a GGUF file.
+def open_model(path: Path, n_gpu_layers: int, **values: Any) -> Any:
+    """llama.cpp's handle of a GGUF file; `values`: other parameters of the model.
 
     Raises:
         InputError: llama.cpp refuses it (with its reason).
@@ -108,7 +108,8 @@ def open_model(path: Path, n_gpu_layers: int) -> Any:
     api = llama()
     forget_errors()
     parameters = api.llama_model_default_params()
-    parameters.n_gpu_layers = n_gpu_layers
+    for key, value in {"n_gpu_layers": n_gpu_layers, **values}.items():
+        setattr(parameters, key, value)
     model = api.llama_model_load_from_file(str(path).encode("utf-8"), parameters)
     if not model:
         raise InputError(

@@ -14,16 +14,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
+import numpy as np
 
 from lib.errors import InputError, one_line
 from lib.models.gguf_file import data_end, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights
 from lib.progress import Progress
-from lib.runs.child import run_jobs
+from lib.runs.child import run_child, run_jobs
 from lib.runs.files import atomic_path, read_json, require_space
+from lib.runs.machine import llama_cpp_problem
+from lib.scoring.llama_backend import forget_errors, last_error, llama
 from lib.stages.convert.tensors import (
     GgufFile,
     pack_header,
@@ -34,10 +39,6 @@ from lib.stages.convert.tensors import (
 )
 from lib.stages.convert.tokenizer import read_vocabulary, write_vocabulary
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
-
 _LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode
 
 
@@ -47,8 +48,6 @@ def verify(path: Path, types: dict[str, str]) -> None:
     Raises:
         RuntimeError: it does not; the writer is wrong or the disk is.
     """
-    import gguf
-
     tensors = read_tensors(path)
     found = {tensor.name: gguf.GGMLQuantizationType(tensor.type).name for tensor in tensors}
     if found != types or len(found) != len(tensors):
@@ -80,8 +79,6 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp refuses the file; with the last errors it logged.
     """
-    from lib.scoring.llama_backend import forget_errors, last_error, llama
-
     llama_cpp = llama()
     forget_errors()
     parameters = llama_cpp.llama_model_default_params()
@@ -131,10 +128,6 @@ class ConversionReport:
     recognised: str
     loaded: str
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 def convert(model_dir: Path, output: Path, outtype: str = "f16", name: str | None = None) -> ConversionReport:
@@ -195,11 +188,8 @@ class Conversion:
                     file.close()
                 self.loaded = read.result()
         except OSError as error:
-            raise InputError(
-                f"{self.output} cannot be written ({error.strerror}).",
-                "a folder with room that may be written.",
-                "choose one.",
-            ) from None
+            found = f"{self.output} cannot be written ({error.strerror})."
+            raise InputError(found, "a folder with room that may be written.", "choose one.") from None
 
     def _read_back(self, path: Path, stop: threading.Event) -> str:
         """Check the header, and ask llama.cpp for its opinion of it."""
@@ -231,15 +221,11 @@ class Conversion:
 
     def _header(self, name: str | None) -> bytes:
         """Everything before the data of the tensors."""
-        import gguf
-        import numpy as np
-
         for logger in ("gguf", "metadata"):  # they would log every key
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         writer = gguf.GGUFWriter(path=None, arch=self.model.name)
         for tensor in self.plan:
-            kind = np.dtype(np.float32)
-            writer.add_tensor_info(tensor.name, tensor.shape, kind, tensor.nbytes, raw_dtype=tensor.type)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
         writer.add_type(gguf.GGUFType.MODEL)
         _write_metadata(writer, self.folder, name)
         write_parameters(writer, self.model, gguf.LlamaFileType[OUTTYPES[self.outtype]])
@@ -260,10 +246,8 @@ def check_output(output: Path, weights: Weights, outtype: str) -> None:
         raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
 
 
-def _write_metadata(writer: GGUFWriter, folder: Path, name: str | None) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> None:
     """general.*: from the folder's name, the model card's front matter and generation_config.json."""
-    import gguf
-
     counts = writer.get_total_parameter_count()
     try:
         metadata = gguf.Metadata.load(None, folder, name, counts[0])
@@ -290,11 +274,7 @@ def load_check(path: Path, stop: threading.Event | None = None) -> str:
     Raises:
         InputError: it refuses the file.
     """
-    from lib.runs.child import run_child
-    from lib.runs.machine import llama_cpp_problem
-
-    problem = llama_cpp_problem()
-    if problem:
+    if problem := llama_cpp_problem():
         return f"not tried: {problem}"
     what, function = "opening the GGUF in llama.cpp", "lib.stages.convert.convert:open_with_llama_cpp"
     run_child(function, {"path": str(path)}, what, 600, stop, heard=lambda line: None)

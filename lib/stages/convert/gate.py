@@ -13,7 +13,7 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,16 @@ import yaml
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
-from lib.models.loading import affordable_dtype
+from lib.models.loading import affordable_dtype, load_model, load_tokenizer
 from lib.progress import Progress
 from lib.prompts.tasks import Task, spread, texts_of
+from lib.scoring.backend import Backend
+from lib.scoring.llama_backend import LlamaCppBackend, llama, open_model
+from lib.scoring.log_probabilities import NEAR_TIE, NEAR_TIE_LOW
 from lib.scoring.perplexity import kl_divergence, normalised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lib.scoring.backend import Backend
 
 
 WINDOWS = 8
@@ -102,10 +103,6 @@ class GateReport:
     limit_agreement: float
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
 
 HARD_STRINGS = tuple(yaml.safe_load(Path(__file__).with_name("hard_strings.yaml").read_text(encoding="utf-8")))
 """Texts on which tokenizers are known to differ; compared besides the run's own."""
@@ -117,15 +114,7 @@ def gguf_token_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         InputError: llama.cpp is missing or refuses the file.
     """
-    from lib.scoring.llama_backend import forget_errors, last_error, llama
-
-    api = llama()
-    parameters = api.llama_model_default_params()
-    parameters.vocab_only = True
-    forget_errors()
-    model = api.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        raise InputError(f"llama.cpp cannot load {path}: {last_error()}.", "a complete GGUF.", "convert it again.")
+    api, model = llama(), open_model(path, 0, vocab_only=True)
     try:
         vocabulary = api.llama_model_get_vocab(model)
         return [_tokenize(api, vocabulary, text.encode("utf-8", "replace")) for text in texts]
@@ -237,8 +226,6 @@ def _questions(tokenizer: Any, task: Task, rows: Sequence[dict[str, Any]]) -> _Q
 def _label_facts(merged: np.ndarray | None, gguf: np.ndarray | None, arithmetic: str) -> dict[str, Any]:
     if merged is None or gguf is None:
         return {"label_agreement": None, "clear_rows": 0, "clear_agreement": None, "max_label_difference": None}
-    from lib.scoring.log_probabilities import NEAR_TIE, NEAR_TIE_LOW
-
     ordered, least = np.sort(merged, axis=1), NEAR_TIE if arithmetic == "float32" else NEAR_TIE_LOW
     same, clear = merged.argmax(1) == gguf.argmax(1), ordered[:, -1] - ordered[:, -2] >= least
     return {
@@ -286,8 +273,6 @@ def _compare_answers(
     Returns:
         What `_differences` gives, a column a position; what is said of the labels.
     """
-    from lib.models.loading import load_model
-    from lib.scoring.llama_backend import LlamaCppBackend
     from lib.scoring.torch_backend import TransformersBackend
 
     found: list[tuple[float, bool, float, float]] = []
@@ -321,8 +306,6 @@ def gate(
     Raises:
         InputError: other token ids, more divergence or fewer equal labels than allowed. Numbers are in the message.
     """
-    from lib.models.loading import load_tokenizer
-
     started = time.monotonic()
     if not rows:
         raise InputError("no rows for the gate.", "at least one row with text.", "give validation rows.")

@@ -6,24 +6,21 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.unpack import plain_name
 from lib.models.weights import open_weights
 from lib.progress import Progress
+from lib.prompts.tasks import read_task
 from lib.runs.files import atomic_path, read_json, read_jsonl, require_space, write_json
-from lib.stages.convert.convert import check_output, load_check
-
-if TYPE_CHECKING:
-    from lib.runs.run import Product, ProductDraft, Run
-    from lib.settings import Settings
-    from lib.stages.convert.convert import ConversionReport
-    from lib.stages.convert.gate import GateReport
-
+from lib.runs.run import Product, ProductDraft, Run
+from lib.settings import Settings
+from lib.stages.convert.convert import ConversionReport, check_output, convert, load_check, metadata_table
+from lib.stages.convert.gate import GateReport, gate
 
 # Converting with the official script of a llama.cpp checkout: for models that this converter does not know.
 
@@ -132,10 +129,6 @@ def model_name(base: str, run_name: str) -> str:
 
 
 def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
-    from lib.prompts.tasks import read_task
-    from lib.stages.convert.convert import convert
-    from lib.stages.convert.gate import gate
-
     data, merged = run.require("data"), run.require("merged")
     name = model_name(str(merged.entry.facts.get("base_model", "model")), run.name)
     path = work.folder / f"{name}-{settings.outtype.upper()}.gguf"
@@ -143,9 +136,9 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     task, rows = read_task(data.path), read_jsonl(data.path / "validation.jsonl")
     limits = (settings.gate_max_kld, settings.gate_min_label_agreement)
     report = gate(merged.path, path, task, rows, *limits, settings.n_threads)
-    record = {**conversion.to_json(), "model": "merged", "output": path.name}
+    record = {**asdict(conversion), "model": "merged", "output": path.name}
     write_json(work.folder / "conversion.json", record)
-    write_json(work.folder / "gate.json", report.to_json())
+    write_json(work.folder / "gate.json", asdict(report))
     work.facts = {"file": path.name, "architecture": conversion.architecture, "outtype": settings.outtype}
     work.metrics = {
         "bytes": conversion.bytes_after,
@@ -156,9 +149,6 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
 
 
 def _read(product: Product) -> ExportResult:
-    from lib.stages.convert.convert import ConversionReport, metadata_table
-    from lib.stages.convert.gate import GateReport
-
     conversion: dict[str, Any] = read_json(product.path / "conversion.json")
     path = product.path / conversion["output"]
     return ExportResult(

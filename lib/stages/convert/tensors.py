@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gguf
 import numpy as np
 
 from lib.errors import InputError, one_line
@@ -29,12 +32,6 @@ from lib.models.gguf_file import (
 )
 from lib.models.weights import FLOAT16_MAX, Shaped, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
 from lib.runs.files import write_at
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from gguf import GGMLQuantizationType, GGUFWriter
-
 
 # Which models can be converted, and their hyperparameters as GGUF keys.
 #
@@ -136,7 +133,7 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
         )
 
 
-def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) -> None:
+def write_parameters(writer: gguf.GGUFWriter, model: Architecture, file_type: int) -> None:
     """Add the hyperparameters to `writer`, in the official order."""
     config = model.config
     for name, key in NUMBERS.items():
@@ -152,9 +149,7 @@ def write_parameters(writer: GGUFWriter, model: Architecture, file_type: int) ->
         writer.add_rope_dimension_count(head_size(config))
 
 
-def _write_rope(writer: GGUFWriter, rope: dict[str, Any]) -> None:
-    import gguf
-
+def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
     factor, kind = rope.get("factor"), rope["rope_type"]
     if kind in ("linear", "yarn") and factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
@@ -185,7 +180,7 @@ class PlannedTensor(Shaped):
     """
 
     name: str
-    type: GGMLQuantizationType
+    type: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     nbytes: int
     source: StoredTensor | None
@@ -206,8 +201,6 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
     Raises:
         InputError: a tensor that the architecture does not have, or one that is missing.
     """
-    import gguf
-
     if not model.config.get("quantization_config"):
         refuse_other_task(weights.folder, weights.tensors)
         check_sizes(weights, model.config)
@@ -275,8 +268,6 @@ def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
     Raises:
         InputError: NaN or infinity, or a value that float16 cannot hold.
     """
-    import gguf
-
     _check_values(values, dtype, tensor)
     if tensor.heads:
         values = pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
@@ -363,16 +354,11 @@ def padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def pack_header(writer: GGUFWriter) -> bytes:
+def pack_header(writer: gguf.GGUFWriter) -> bytes:
     """Header, keys and tensor table of a GGUFWriter as bytes.
 
     The library packs an array item by item, 300,000 calls for a Qwen vocabulary; arrays are joined here instead.
     """
-    import io
-    import struct
-
-    import gguf
-
     stream = io.BytesIO()
     keys = writer.kv_data[0]
     stream.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(writer.tensors[0]), len(keys)))

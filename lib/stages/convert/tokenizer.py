@@ -6,18 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from gguf import GGUFWriter, TokenType
 
 from lib.errors import InputError, one_line
 from lib.models.gguf_tokenizer import RULES
 from lib.models.tokenizer_files import chat_templates
 from lib.models.weights import read_object
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
 
 # What the tokenizer of a model folder does: its vocabulary, its added tokens, and the ids of llama.cpp's check text.
 #
@@ -261,8 +258,6 @@ def _looks_special(token: str) -> bool:
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
-    from gguf import TokenType
-
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [int(TokenType.UNUSED)] * vocab_size
     for token, i in tokenizer.vocabulary.items():

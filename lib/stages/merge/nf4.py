@@ -12,18 +12,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.models.loading import load_model
 from lib.models.weights import INDEX, open_weights
 from lib.progress import Progress
+from lib.prompts.tasks import Task
+from lib.runs.machine import quiet
 from lib.scoring.perplexity import kl_divergence
-
-if TYPE_CHECKING:
-    from lib.prompts.tasks import Task
-    from lib.statistics.intervals import Interval
-
+from lib.statistics.intervals import Interval, paired_bootstrap, wilson
 
 NF4, ORIGINAL, DEQUANTIZED = "adapter on the NF4 base", "original", "dequantized"
 """The trained model, and the two merges, as `merge_base` names them."""
@@ -83,9 +82,6 @@ def dequantize_base(base: Path, folder: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    from lib.models.loading import load_model
-    from lib.runs.machine import quiet
-
     quiet()
     import bitsandbytes as bnb
 
@@ -110,24 +106,19 @@ def dequantize_base(base: Path, folder: Path) -> Path:
 
 
 def compare_merges(
-    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: Task, tokenizer: Path
+    base: Path, adapter: Path, merges: dict[str, Path], rows: Sequence[dict[str, Any]], task: Task, tokenizer: Any
 ) -> Nf4Comparison:
     """Measure both merges against the adapter on the NF4 base.
 
     Args:
         merges: folder of the merged model by `ORIGINAL` and `DEQUANTIZED`.
         rows: {"text", "label"} or {"messages"}; validation rows, because a choice may follow.
-        tokenizer: folder of the run's tokenizer.
+        tokenizer: of the run.
 
     Raises:
         InputError: a model cannot be loaded.
     """
-    from lib.models.loading import load_model, load_tokenizer
-    from lib.statistics.intervals import paired_bootstrap, wilson
-
-    reader = load_tokenizer(tokenizer)
-    prompts = [task.probe_ids(reader, row) for row in rows]
-    answers = task.answer_words(reader)
+    prompts, answers = [task.probe_ids(tokenizer, row) for row in rows], task.answer_words(tokenizer)
     truth = np.array([row["label"] for row in rows]) if answers else None
     loaders = {
         NF4: lambda: load_model(base, load_in_4bit=True, adapter=adapter),

@@ -6,21 +6,22 @@ import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import yaml
 
 from lib.errors import InputError
+from lib.models.base_model import base_of
+from lib.models.loading import load_tokenizer
 from lib.models.weights import SAFETENSORS
-from lib.prompts.tasks import language_of, read_task
+from lib.prompts.tasks import language_of, read_task, spread
 from lib.runs.files import read_json, read_jsonl, render, write_json, write_text
+from lib.runs.run import Product, ProductDraft, Run
+from lib.settings import Settings
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, Nf4Result, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
 from lib.stages.merge.verify import FormatCost, MergeCheck, check_merge
 from lib.stages.merge.weights import MergeReport, merge_folders
-
-if TYPE_CHECKING:
-    from lib.runs.run import Product, ProductDraft, Run
-    from lib.settings import Settings
-
 
 _CHECK = 3
 """Counted up when the check measures more, so that an older merge is measured again."""
@@ -75,8 +76,6 @@ def merge(settings: Settings, run: Run) -> MergeResult:
 
 
 def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> None:
-    from lib.models.base_model import base_of
-
     data, adapter, base = run.require("data"), run.require("adapter"), base_of(run)
     method = str(adapter.entry.facts.get("method", "LoRA"))
     if method != "QLoRA" and merge_base != ORIGINAL:
@@ -86,18 +85,20 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
             f"set merge_base: {ORIGINAL}.",
         )
     task, dtype = read_task(data.path), None if merge_dtype == "base" else merge_dtype
+    rows, tokenizer = read_jsonl(data.path / "validation.jsonl"), load_tokenizer(data.path / "tokenizer")
+    prompts = [task.probe_ids(tokenizer, row) for row in spread(rows, CHECK_PROMPTS)]
     folders, nf4 = {ORIGINAL: base.path}, None
     with tempfile.TemporaryDirectory(prefix=".merging-", dir=work.folder) as name:
         scratch = Path(name)
         if method == "QLoRA":
             folders[DEQUANTIZED] = dequantize_base(base.path, scratch / "dequantized-base")
-        merged = {key: scratch / key for key in folders}
-        made = {
-            key: _merge_into(folder, merged[key], data.path, adapter.path, dtype) for key, folder in folders.items()
-        }
+        merged, made = {key: scratch / key for key in folders}, {}
+        for key, folder in folders.items():
+            report = merge_folders(folder, adapter.path, merged[key], dtype, tokenizer=data.path / "tokenizer")
+            proof = prove_merge(folder, adapter.path, merged[key], SAFETENSORS[dtype] if dtype else None)
+            made[key] = report, proof, check_merge(folder, adapter.path, merged[key], prompts, report.dtype)
         if method == "QLoRA":
-            rows = _validation_rows(data.path, ROWS)
-            nf4 = compare_merges(base.path, adapter.path, merged, rows, task, data.path / "tokenizer")
+            nf4 = compare_merges(base.path, adapter.path, merged, spread(rows, ROWS), task, tokenizer)
         for path in sorted(merged[merge_base].iterdir()):
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
@@ -105,17 +106,15 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(task.kind, "sentiment-analysis")
     front = {
         "base_model": base.id,
-        "language": language_of(_validation_rows(data.path, _TOLD_BY)),
+        "language": language_of(spread(rows, _TOLD_BY)),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "merged", kind],
         "base_model_relation": "finetune",
     }
-    shared = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
-    notes = [*run.stamps(), *([chosen["text"]] if chosen else [])]
-    _write_readme(
-        work.folder, "card.md.j2", front, {"base": base.id, "revision": base.revision, "notes": notes, **shared}
-    )
+    told = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
+    told["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
+    _write_readme(work.folder, "card.md.j2", front, base.id, base.revision, **told)
     content = {
         "report": {**asdict(report), "base": base.id, "adapter": "adapter", "output": "merged"},
         "proof": asdict(proof),
@@ -129,26 +128,6 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
     measured = ("max_abs_log_prob", "mean_kld", "argmax_agreement")
     work.metrics = {"bytes": report.bytes_merged, **{key: getattr(check, key) for key in measured}}
-
-
-def _merge_into(
-    base: Path, output: Path, data: Path, adapter: Path, dtype: str | None
-) -> tuple[MergeReport, MergeProof, MergeCheck]:
-    """Merge, prove the merged weights, and measure what rounding them costs on prompts of the run."""
-    from lib.models.loading import load_tokenizer
-
-    report = merge_folders(base, adapter, output, dtype, tokenizer=data / "tokenizer")
-    proof = prove_merge(base, adapter, output, SAFETENSORS[dtype] if dtype else None)
-    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
-    prompts = [task.probe_ids(tokenizer, row) for row in _validation_rows(data, CHECK_PROMPTS)]
-    return report, proof, check_merge(base, adapter, output, prompts, report.dtype)
-
-
-def _validation_rows(data: Path, count: int) -> list[dict[str, Any]]:
-    """Evenly spaced validation rows."""
-    rows = read_jsonl(data / "validation.jsonl")
-    step = max(1, len(rows) // count)
-    return rows[::step][:count]
 
 
 def _read(product: Product) -> MergeResult:
@@ -167,20 +146,20 @@ def _read(product: Product) -> MergeResult:
     )
 
 
-def _write_readme(folder: Path, template: str, front: dict[str, Any], values: dict[str, Any]) -> None:
+def _write_readme(
+    folder: Path, template: str, front: dict[str, Any], base: str, revision: str | None, **values: Any
+) -> None:
     """Write README.md of a merged model: front matter that hubs read, and what it is made of in words.
 
     Args:
         front: keys of the front matter; those that are None are left out, and so is a base that no hub has.
-        values: "base" (hub id or name) and "revision" of the base, and whatever else the template names.
+        base: hub id or name; values: whatever else the template names.
     """
-    import yaml
-
-    base, revision = values["base"], values["revision"]
     hub = revision and ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base)  # else a local folder
     keys = {key: value for key, value in front.items() if value is not None and (hub or "base_model" not in key)}
     header = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()
-    write_text(folder / "README.md", render(Path(__file__).with_name(template), front=header, **values))
+    told = {"front": header, "base": base, "revision": revision, **values}
+    write_text(folder / "README.md", render(Path(__file__).with_name(template), **told))
 
 
 def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -> None:
@@ -196,4 +175,4 @@ def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -
         "base_model": base,
         "base_model_relation": "finetune",
     }
-    _write_readme(folder, "lineage.md.j2", front, {"base": base, "revision": revision, "adapter": adapter})
+    _write_readme(folder, "lineage.md.j2", front, base, revision, adapter=adapter)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.loading import affordable_dtype
+from lib.models.loading import affordable_dtype, load_model
 from lib.progress import Progress
 from lib.scoring.perplexity import kl_divergence, normalised
 
@@ -143,8 +143,6 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
     Raises:
         InputError: rounding takes more than `KLD_SHARE` of what the adapter changed; the message holds the numbers.
     """
-    from lib.models.loading import load_model
-
     started = time.monotonic()
     if not prompts or min(len(ids) for ids in prompts) == 0:
         raise InputError("no prompt to check the merge with.", "a few prompts.", "give rows with text.")
@@ -157,14 +155,10 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
         gc.collect()
     own, effect = reference.cost(dtype, found, written=True), _mean_kld(reference.tuned, reference.plain)
     check = MergeCheck(
-        dtype=own.dtype,
+        **{key: value for key, value in vars(own).items() if key != "written"},
         computed_in=arithmetic,
         prompts=len(prompts),
         positions=len(reference.tuned),
-        max_abs_log_prob=own.max_abs_log_prob,
-        mean_kld=own.mean_kld,
-        argmax_agreement=own.argmax_agreement,
-        answer_agreement=own.answer_agreement,
         effect_kld=effect,
         effect_agreement=_agreement(reference.tuned, reference.plain),
         max_kld=max(KLD_FLOOR[arithmetic], KLD_SHARE * effect),
@@ -180,8 +174,6 @@ def _base_and_adapter(
     base: Path, adapter: Path, arithmetic: str, names: Sequence[str], prompts: Sequence[list[int]], progress: Progress
 ) -> tuple[_Reference, list[FormatCost], dict[str, str]]:
     """Base + adapter, the base alone, and the cost of the formats `names`, or why it was not measured."""
-    from lib.models.loading import load_model
-
     model = load_model(base, dtype=arithmetic, adapter=adapter)
     tuned = _log_probs(model, prompts, progress)
     with model.disable_adapter():

@@ -11,14 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.models.base_model import check_model_folder
 from lib.models.gguf_file import name_map
-from lib.models.loading import load_tokenizer, quantization_method, weight_bytes
+from lib.models.loading import load_model, load_tokenizer, quantization_method, weight_bytes
 from lib.progress import Progress
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs import files
@@ -27,14 +27,9 @@ from lib.runs.files import read_jsonl, sha256_json, write_jsonl
 from lib.runs.machine import available_memory
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.measure import Text, tokenize_with_transformers
+from lib.settings import Settings
 from lib.stages.quantize.files import check_output
 from lib.stages.quantize.recipes import Options
-
-if TYPE_CHECKING:
-    import torch
-
-    from lib.settings import Settings
-
 
 Row = Mapping[str, Any]
 
@@ -275,8 +270,7 @@ def matrix_identity(matrix: Path | None) -> str | None:
 def _build(settings: Settings, run: Run, work: ProductDraft) -> dict[str, Any]:
     data, merged = run.require("data"), run.require("merged")
     chosen = row_windows(data.path, "train", settings.n_ctx, settings.imatrix_chunks, settings.seed)
-    size = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
-    made = collect(merged.path, size, chosen, work.folder / FILE)
+    made = collect(merged.path, chosen, work.folder / FILE)
     record = {"dataset": chosen.dataset, **chosen.facts, "windows": len(chosen.windows), **made}
     write_jsonl(work.folder / ROWS, chosen.used)
     work.device = made["device"]
@@ -304,7 +298,7 @@ def measure_imatrix(
     """
     check_output(file, output)
     chosen = text_windows(model, text, file, n_ctx, chunks)
-    made = collect(model, weight_bytes(model), chosen, output)
+    made = collect(model, chosen, output)
     return {
         "file": str(output),
         "dataset": chosen.dataset,
@@ -317,14 +311,12 @@ def measure_imatrix(
     }
 
 
-def collect(model: Path, size: int, chosen: Windows, output: Path) -> dict[str, Any]:
+def collect(model: Path, chosen: Windows, output: Path) -> dict[str, Any]:
     """Write the matrix; "entries", "seconds", "device", "dtype" and "peak_memory_mib".
 
-    Args:
-        size: bytes of the weights, 16 bits each on the disk: where there is room, they are computed with in float32, as
-            llama.cpp does.
+    Weights are stored in 16 bits each: where there is room, they are computed with in float32, as llama.cpp does.
     """
-    dtype = "float32" if 4 * size < available_memory() else "bfloat16"
+    dtype = "float32" if 4 * weight_bytes(model) < available_memory() else "bfloat16"
     argument = {"model": model, "windows": chosen.windows, "output": output, "dataset": chosen.dataset, "dtype": dtype}
     function = "lib.stages.quantize.calibration:collect_in_child"
     return {**run_child(function, argument, "measuring the importance matrix"), "dtype": dtype}
@@ -349,8 +341,6 @@ def collect_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an architecture that llama.cpp's names are not known for, inputs that are not finite.
     """
-    from lib.models.loading import load_model
-
     model, windows = load_model(Path(argument["model"]), dtype=argument["dtype"]), argument["windows"]
     started = time.monotonic()
     sums = sums_of_squares(model, windows)

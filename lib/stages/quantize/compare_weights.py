@@ -9,20 +9,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError
 from lib.models.configurations import read_configuration
-from lib.models.gguf_file import name_map
+from lib.models.gguf_file import name_map, row_order
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
 from lib.settings import NF4
 from lib.stages.quantize import llama_library, recipes
 from lib.stages.quantize.llama_library import Header, read_header
-from lib.stages.quantize.sensitivity import row_order
 from lib.stages.quantize.type_costs import PLAIN
 
 _NAME = re.compile(r"^blk\.(\d+)\.(.+)\.weight$")
@@ -131,9 +129,8 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     if names is None:
         what = f"{source.path.name} has architecture {architecture!r}."
         raise InputError(what, "one that gguf knows.", "convert it again.")
-    values = read_configuration(folder)
-    heads = values.get("num_attention_heads")
-    config = SimpleNamespace(**{"num_key_value_heads": heads, "model_type": "", **values})
+    config = read_configuration(folder)
+    config = {"num_key_value_heads": config.get("num_attention_heads"), "model_type": "", **config}
     stored = {}
     for name, tensor in open_weights(folder).tensors.items():
         if len(tensor.shape) == 2 and (new := names.get_name(name, try_suffixes=(".weight",))):

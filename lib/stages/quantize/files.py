@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,7 @@ def make_files(
 
     Args:
         source: checked, of the predictions; output: see `plan_files`.
-        done: called (in the caller's thread) as each file is finished.
+        done: called as each file is finished, one at a time.
 
     Raises:
         BaseException: the first that a file raised, or that interrupted the caller (Ctrl-C, SIGTERM); every child is
@@ -254,47 +254,42 @@ def make_files(
     paths = {file.type: _output_path(source, output, file.type) for file in planned}
     what = f"{len(planned)} quantized files" if len(planned) > 1 else paths[planned[0].type].name
     require_space(paths[planned[0].type].parent, sum(file.prediction["bytes"] for file in planned), what)
-    (together, threads), stop = at_once(len(planned), n_threads), threading.Event()
+    (together, threads), stop, one = at_once(len(planned), n_threads), threading.Event(), threading.Lock()
     reports: dict[str, QuantizationReport] = {}
-    running: dict[Future[QuantizationReport], str] = {}
     tensors: dict[str, str] = {}  # how far each running file is
 
-    def make(file: PlannedFile) -> QuantizationReport:
+    def make(file: PlannedFile) -> None:
         def heard(line: str) -> None:
             tensors[file.type] = line.partition(", tensors: ")[2].partition(" ")[0]
 
         try:
             if stop.is_set():
                 raise StoppedError(file.type)
-            return quantize_planned(source, paths[file.type], file, threads, stop, heard)
+            report = quantize_planned(source, paths[file.type], file, threads, stop, heard)
         except BaseException:
             stop.set()  # the others are given up with it
             raise
         finally:
             tensors.pop(file.type, None)
-
-    def take(future: Future[QuantizationReport]) -> None:
-        report = reports[running[future]] = future.result()
-        del running[future]
-        done(report)
+        with one:  # also when it was complete just before the others were stopped
+            reports[file.type] = report
+            done(report)
 
     several = f" ({together} at once)" if together > 1 else ""
+    longest = sorted(planned, key=lambda file: -recipes.quantizing_seconds(file.prediction["histogram"]))
     pool = ThreadPoolExecutor(together, thread_name_prefix="quantizing")
     try:
         with Progress(f"quantizing, types{several}", len(planned)) as progress:
-            for file in sorted(planned, key=lambda f: -recipes.quantizing_seconds(f.prediction["histogram"])):
-                running[pool.submit(make, file)] = file.type
+            running = {pool.submit(make, file) for file in longest}
             while running:
-                finished, _ = wait(running, _REFRESH, FIRST_COMPLETED)
+                finished, running = wait(running, _REFRESH, FIRST_COMPLETED)
                 for future in sorted(finished, key=lambda f: isinstance(f.exception(), StoppedError)):
-                    take(future)  # the error that stopped the others comes before theirs
+                    future.result()  # the error that stopped the others comes before theirs
                 where = ", ".join(f"{name} {place}" for name, place in tensors.copy().items() if place)
                 progress.advance(len(finished), where)
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        for future in [f for f in running if not f.cancelled() and f.exception() is None]:
-            take(future)  # complete before the others were stopped
     return [reports[file.type] for file in planned]
 
 

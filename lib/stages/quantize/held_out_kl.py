@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +21,13 @@ from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
 from lib.runs.machine import available_memory, physical_cores
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import IMATRIX_TYPES
+from lib.scoring import perplexity
+from lib.scoring.llama_backend import LlamaCppBackend
+from lib.settings import IMATRIX_TYPES, Settings
 from lib.stages.quantize.calibration import AUTO, row_answers, row_windows, run_options
 from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files
 from lib.stages.quantize.recipes import UNQUANTIZED
-
-if TYPE_CHECKING:
-    from lib.settings import Settings
-
+from lib.statistics.paired import clustered_bootstrap_t, holm, sign_flip_test
 
 VALUES = "held_out_kld.npz"
 MOST_TOKENS = 2048
@@ -86,8 +85,6 @@ def judge(pairs: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> list[
         pairs: KL divergence of every scored token or position, nats.
         rows: the row of each.
     """
-    from lib.statistics.paired import clustered_bootstrap_t, holm, sign_flip_test
-
     p_values = [sign_flip_test(one - other, rows, SEED) for one, other in pairs]
     found = []
     for (one, other), p, p_holm in zip(pairs, p_values, holm(p_values), strict=True):
@@ -175,18 +172,8 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     Returns:
         "rows" (with a scored token of text), "retyped" (of "pairs"), "means" ({type: mean over the text}).
     """
-    from lib.scoring.llama_backend import LlamaCppBackend
-    from lib.scoring.perplexity import (
-        answer_divergences,
-        answer_jobs,
-        positions,
-        scored_tokens,
-        store_answers,
-        store_reference,
-    )
-
     files: dict[str, Path] = {kind: Path(path) for kind, path in argument["files"].items()}
-    windows, jobs, scratch = argument["windows"], answer_jobs(argument["answers"]), Path(argument["scratch"])
+    windows, jobs, scratch = argument["windows"], perplexity.answer_jobs(argument["answers"]), Path(argument["scratch"])
     size = len(windows[0])
     n_ctx = max(size, *(len(job.ids) for job in jobs))
     outputs = max(size - size // 2, *(len(job.reads) for job in jobs))
@@ -196,21 +183,21 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         return closing(LlamaCppBackend(path, n_ctx, threads, 0, n_outputs=outputs))
 
     with opened(Path(argument["reference"]), threads) as backend:
-        text = store_reference(backend, windows, scratch / "text", "the source")
-        answers = store_answers(backend, jobs, scratch / "answers", "the source's answers")
+        text = perplexity.store_reference(backend, windows, scratch / "text", "the source")
+        answers = perplexity.store_answers(backend, jobs, scratch / "answers", "the source's answers")
         sizes = [path.stat().st_size for path in files.values()]
         at_once = _at_once(sizes, threads, _MEMORY + 2 * 4 * outputs * backend.vocab_size)
 
     def scored(kind: str) -> tuple[np.ndarray, np.ndarray]:
         with opened(files[kind], max(1, threads // at_once)) as backend:
-            found = np.asarray(positions(text, backend, windows, f"KL of {kind}").kl)
-            return found, answer_divergences(answers, backend, jobs, f"KL of {kind} at answers")
+            found = np.asarray(perplexity.positions(text, backend, windows, f"KL of {kind}").kl)
+            return found, perplexity.answer_divergences(answers, backend, jobs, f"KL of {kind} at answers")
 
     values: dict[str, np.ndarray] = {}
     with text, answers, ThreadPoolExecutor(at_once) as pool:
         for kind, found in zip(files, pool.map(scored, files), strict=True):
             values[f"text/{kind}"], values[f"answers/{kind}"] = found
-    rows = scored_tokens(np.array(argument["text_rows"]), windows)
+    rows = perplexity.scored_tokens(np.array(argument["text_rows"]), windows)
     owners = [argument["answers"][job.prompt]["row"] for job in jobs for _ in job.reads]
     np.savez(argument["output"], text_rows=rows, answer_rows=np.array(owners), **values)
     return {

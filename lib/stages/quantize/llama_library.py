@@ -65,21 +65,8 @@ _requires_imatrix = _function("ggml_quantize_requires_imatrix", ctypes.c_bool, _
 _quantize_chunk = _function("ggml_quantize_chunk", ctypes.c_size_t, _TYPE, _P, _P, _I64, _I64, _I64, _P)
 
 
-class _TypeTraits(ctypes.Structure):
-    """struct ggml_type_traits of ggml.h."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("block_size", ctypes.c_int64),
-        ("block_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("from_float", ctypes.c_void_p),
-    )
-
-
-_type_traits = _function("ggml_get_type_traits", ctypes.POINTER(_TypeTraits), _TYPE)
+_TO_FLOAT = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
+"""Tensor type → llama.cpp's function that turns it into float32, where it is called otherwise than the others are."""
 
 
 @functools.cache
@@ -131,20 +118,6 @@ def quantize_rows(type_name: str, rows: np.ndarray, importance: np.ndarray | Non
     return made
 
 
-@functools.cache
-def _to_float(type_name: str) -> Callable[[int, int, int], None]:
-    """llama.cpp's function that turns blocks of a type into float32.
-
-    Raises:
-        RuntimeError: another llama.cpp, whose struct has other fields.
-    """
-    traits = _type_traits(type_number(type_name)).contents
-    same = traits.type_name == type_name.encode() and traits.block_size == block_size(type_name)
-    if not same or traits.type_size != row_bytes(type_name, traits.block_size) or not traits.to_float:
-        raise RuntimeError(f"the traits of {type_name} in this llama.cpp are laid out otherwise than in 0.3.36")
-    return traits.to_float
-
-
 def dequantize_rows(type_name: str, stored: np.ndarray) -> np.ndarray:
     """Stored rows as float32, (rows, columns), by llama.cpp's own code.
 
@@ -155,7 +128,8 @@ def dequantize_rows(type_name: str, stored: np.ndarray) -> np.ndarray:
     rows, size = stored.shape
     columns = size // row_bytes(type_name, block_size(type_name)) * block_size(type_name)
     made = np.empty((rows, columns), dtype=np.float32)
-    _to_float(type_name)(stored.ctypes.data, made.ctypes.data, made.size)
+    to_float = _function(_TO_FLOAT.get(type_name, f"dequantize_row_{type_name}"), None, _P, _P, _I64)
+    to_float(stored.ctypes.data, made.ctypes.data, made.size)
     return made
 
 

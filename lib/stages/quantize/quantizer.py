@@ -18,6 +18,7 @@ import llama_cpp
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
+from lib.scoring.llama_backend import open_model
 from lib.stages.quantize import llama_library, recipes
 from lib.stages.quantize.llama_library import Header, Imatrix, Log, Tensor, read_header
 from lib.stages.quantize.recipes import Options, tensor_type
@@ -99,15 +100,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _check_loads(path: Path) -> None:
     """Load the whole file with every tensor's data validated; an InputError says why it cannot."""
-    log = Log()
-    params = llama_cpp.llama_model_default_params()
-    params.check_tensors = True
-    params.n_gpu_layers = 0
-    params.use_extra_bufts = False  # no copy of the weights in the processor's own layout: nothing is computed here
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise InputError(f"llama.cpp cannot load the new file ({log.reason}).", "a file that loads.", "report this.")
-    llama_cpp.llama_model_free(model)
+    # no copy of the weights in the processor's own layout: nothing is computed here
+    llama_cpp.llama_model_free(open_model(path, 0, check_tensors=True, use_extra_bufts=False))
 
 
 def _facts(header: Header) -> dict[str, Any]:
@@ -384,13 +378,13 @@ def padded(size: int) -> int:
     return -(-size // 32) * 32
 
 
-def open_source(path: Path, options: Options) -> Source:
+def open_source(path: Path | str, options: Options) -> Source:
     """Read the header of a model that may be quantized.
 
     Raises:
         InputError: a part of a split model, an importance matrix, or a file that is quantized already.
     """
-    matrix = llama_library.read_imatrix(options.imatrix)
+    path, matrix = Path(path), llama_library.read_imatrix(options.imatrix)
     header = read_header(path, _header_keys(options, matrix))
     if "split.no" in header.values:
         do = "join the parts first: llama-gguf-split --merge."

@@ -31,20 +31,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
-from lib.models.gguf_file import pair_rows
-from lib.models.loading import weight_bytes
+from lib.models.gguf_file import row_order
+from lib.models.loading import load_model, weight_bytes
 from lib.progress import Progress
 from lib.runs.child import run_child
 from lib.runs.files import require_space, write_jsonl
 from lib.runs.machine import available_memory, compute_dtype
 from lib.runs.run import ProductDraft, Run
+from lib.settings import Settings
 from lib.stages.quantize import calibration
 from lib.stages.quantize.calibration import AnswerRows, Windows, gguf_layers, matrix_identity
 
 if TYPE_CHECKING:
     import torch
-
-    from lib.settings import Settings
 
 
 ROWS, ANSWER_ROWS = "rows.jsonl", "answer_rows.jsonl"
@@ -212,11 +211,9 @@ def collect(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an architecture that llama.cpp's names are not known for, a GGUF of another model.
     """
-    from lib.models.loading import load_model
-
     model = load_model(Path(argument["model"]), dtype=argument["dtype"])
     check_same(model, Path(argument["source"]))
-    started, seed, scales = time.monotonic(), argument["seed"], {}
+    started, seed, scales, config = time.monotonic(), argument["seed"], {}, model.config.to_dict()
     for loss, measured, rows in (
         (TEXT, information, argument["windows"]),
         (AT_ANSWERS, answer_information, argument["rows"]),
@@ -226,7 +223,7 @@ def collect(argument: dict[str, Any]) -> dict[str, Any]:
             folder.mkdir()
             found, scales[loss] = measured(model, rows, seed)
             for name, values in found.items():
-                np.save(folder / f"{name}.npy", values[row_order(name, model.config, len(values))])
+                np.save(folder / f"{name}.npy", values[row_order(name, config, len(values))])
     return {
         "positions": sum(map(len, argument["windows"])),
         "scales": scales,
@@ -243,12 +240,12 @@ def check_same(model: Any, source: Path) -> None:
     """
     from lib.stages.quantize.llama_library import read_header
 
-    header = read_header(source)
+    header, config = read_header(source), model.config.to_dict()
     for name, weight in matrices(model).items():
         tensor = header.tensors.get(name)
         if tensor is None:  # an output matrix that only one of the two ties: its rows are those of the embedding
             continue
-        sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, model.config, len(weight))]
+        sums = weight.detach().double().sum(dim=1).cpu().numpy()[row_order(name, config, len(weight))]
         step = -(-tensor.weights // _CHECKED)
         found = header.rows(name, step=step).sum(axis=1, dtype=np.float64)
         scale = float(np.abs(sums).max())
@@ -365,11 +362,3 @@ def matrices(model: Any) -> dict[str, torch.nn.Parameter]:
     if head is not found["token_embd.weight"]:
         found["output.weight"] = head
     return found
-
-
-def row_order(name: str, config: Any, rows: int) -> np.ndarray:
-    """The rows of a matrix in the order of GGUF: llama.cpp interleaves the halves of Llama's queries and keys."""
-    kinds = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    heads = kinds.get(name.removesuffix(".weight").rpartition(".")[2])
-    order = np.arange(rows)
-    return pair_rows(order, heads) if heads and config.model_type in ("llama", "mistral") else order

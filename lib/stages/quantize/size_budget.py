@@ -21,7 +21,7 @@ from lib.models.gguf_file import check_gguf, run_gguf
 from lib.runs.child import run_child
 from lib.runs.run import ProductDraft, Run
 from lib.scoring.measure import Text
-from lib.settings import mix_name
+from lib.settings import Settings, mix_name
 from lib.stages.quantize import sensitivity
 from lib.stages.quantize.calibration import (
     AnswerRows,
@@ -37,7 +37,6 @@ from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT
 
 if TYPE_CHECKING:
-    from lib.settings import Settings
     from lib.stages.quantize.quantizer import Source
 
 
@@ -141,7 +140,7 @@ class MixRequest:
 
     Attributes:
         budget: most bytes of the file; source: GGUF with F32, F16 or BF16 weights.
-        matrix: importance matrix.
+        matrix: importance matrix; both paths are texts in a child process.
         dataset: what sensitivities were measured on, for the header.
         answer_weight: what the loss at answers counts, 0 = text alone, 1 = answers alone.
     """
@@ -264,9 +263,7 @@ def _choose(found: dict[str, Any], request: MixRequest) -> PlannedFile:
 
 def choose_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """ "options" and "prediction" of `choose_types`, whose arguments these are."""
-    asked = argument["request"]
-    paths = {key: Path(asked[key]) if asked[key] else None for key in ("source", "matrix")}
-    return vars(choose_types(argument["found"], MixRequest(**{**asked, **paths})))
+    return vars(choose_types(argument["found"], MixRequest(**argument["request"])))
 
 
 # The product `mix` of a run.

@@ -6,12 +6,13 @@ The door of this folder: what page 06 asks for stands here or is imported here.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.models.gguf_file import run_gguf
 from lib.runs.files import link_or_copy, read_json, remove_abandoned, sha256_file, write_json
 from lib.runs.manifest import versions
 from lib.runs.run import ProductDraft, Run
+from lib.settings import Settings
 from lib.stages.quantize import files
 from lib.stages.quantize.calibration import importance_matrix as importance_matrix
 from lib.stages.quantize.calibration import matrix_identity, run_options
@@ -24,9 +25,6 @@ from lib.stages.quantize.weights import predictions as predictions
 from lib.stages.quantize.weights import retention as retention
 from lib.stages.quantize.weights import source_grid as source_grid
 from lib.stages.quantize.weights import tensor_errors as tensor_errors
-
-if TYPE_CHECKING:
-    from lib.settings import Settings
 
 _SUMMARY = "quantized.json"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +18,10 @@ from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
 from lib.runs.files import read_json
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import GRID_SIZABLE, NF4
+from lib.settings import GRID_SIZABLE, NF4, Settings
 from lib.stages.quantize.calibration import AUTO, matrix_identity, run_options
 from lib.stages.quantize.files import QuantizeResult
 from lib.stages.quantize.sensitivity import TEXT
-
-if TYPE_CHECKING:
-    from lib.settings import Settings
-
 
 GRID_SHARE = 0.2
 """Share of blocks that a type gives back from which the weights count as lying on its grid. Generic ones give 0; a type

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from lib.errors import InputError
+from lib.models.gguf_file import row_order
 from lib.report import quantize_page
 from lib.runs.files import read_json, read_jsonl, sha256_file
 from lib.runs.machine import llama_cpp_problem
@@ -330,16 +331,12 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
 
 def test_llama_rows_stand_as_in_gguf() -> None:
     """Queries and keys of Llama: by the formula of llama.cpp's converter, written the other way round."""
-    from types import SimpleNamespace
-
-    from lib.stages.quantize.sensitivity import row_order
-
-    config = SimpleNamespace(model_type="llama", num_attention_heads=4, num_key_value_heads=2)
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
     order = row_order("blk.0.attn_k.weight", config, 16)
     assert order.tolist() == [head * 8 + half * 4 + i for head in range(2) for i in range(4) for half in range(2)]
     assert row_order("blk.0.attn_q.weight", config, 32).tolist()[:4] == [0, 4, 1, 5]
     assert row_order("blk.0.attn_v.weight", config, 16).tolist() == list(range(16))
-    config.model_type = "qwen2"
+    config["model_type"] = "qwen2"
     assert row_order("blk.0.attn_k.weight", config, 16).tolist() == list(range(16))
 
 
