@@ -100,6 +100,8 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
+        self.pairs: dict[str, int] = {}
+        """Key → bytes of its pair."""
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
@@ -111,9 +113,20 @@ class _Reader:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        raw = self.take(self.number("Q"))
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """One after another, in a loop of its own: a vocabulary and its merges are 300,000 of them."""
+        data, at, end, length, found = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            if at + 8 > end or (size := length(data, at)[0]) > end - at - 8:
+                self.at = at
+                self.take(self.number("Q"))  # refuses the one or the other
+            at += 8 + size
+            found.append(data[at - size : at])
+        self.at = at
         try:
-            return raw.decode("utf-8")
+            return [raw.decode("utf-8") for raw in found]
         except UnicodeDecodeError:
             raise self.damaged(f"text that is not UTF-8 before byte {self.at}") from None
 
@@ -126,7 +139,7 @@ class _Reader:
                 code = _FORMATS[inner]
                 return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code))))
             if inner == _STRING and count <= (len(self.data) - self.at) // 8:
-                return [self.string() for _ in range(count)]
+                return self.strings(count)
             raise self.damaged(f"an array of {count} values of type {inner} at byte {self.at}")
         if kind not in _FORMATS:
             raise self.damaged(f"a value of unknown type {kind} at byte {self.at}")
@@ -135,10 +148,11 @@ class _Reader:
     def metadata(self) -> dict[str, Any]:
         pairs: dict[str, Any] = {}
         for _ in range(min(self.number("Q"), len(self.data))):
-            key = self.string()
+            start, key = self.at, self.string()
             if key in pairs:
                 raise self.damaged(f"key {key[:80]!r} twice")
             pairs[key] = self.value(self.number("I"))
+            self.pairs[key] = self.at - start
         return pairs
 
     def tensor(self) -> TensorInfo:
@@ -192,14 +206,35 @@ def data_end(tensors: Sequence[TensorInfo]) -> int | None:
     return max((t.start + n for t, n in zip(tensors, sizes, strict=True)), default=0) if None not in sizes else None
 
 
+@dataclass(frozen=True)
+class GgufHeader:
+    """What stands in a GGUF file before the data: keys, and tensors in the file's order.
+
+    Attributes:
+        pairs: bytes that every key takes with its value; size: of the whole header, without padding.
+    """
+
+    metadata: dict[str, Any]
+    tensors: list[TensorInfo]
+    pairs: dict[str, int]
+    size: int
+    alignment: int
+
+
 def read_tensors(path: Path | str) -> list[TensorInfo]:
-    """Names, types, shapes and places of a GGUF file's tensors, in the file's order; their data is not read.
+    """Names, types, shapes and places of a GGUF file's tensors; as `read_gguf`."""
+    return read_gguf(path).tensors
+
+
+def read_gguf(path: Path | str) -> GgufHeader:
+    """The header of a GGUF file; the data of the tensors is not read.
 
     Raises:
         InputError: not a GGUF file, or a damaged header; a tensor that does not begin where the one before it ends.
     """
     with _open(path) as (reader, count):
-        alignment = reader.metadata().get("general.alignment", 32)
+        metadata = reader.metadata()
+        alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, no power of two")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
@@ -213,7 +248,8 @@ def read_tensors(path: Path | str) -> list[TensorInfo]:
                 raise reader.damaged(f"tensor {tensor.name[:80]!r} {where}")
             size = tensor.nbytes
             place = None if place is None or size is None else place + -(-size // alignment) * alignment
-        return [replace(tensor, start=data + tensor.start) for tensor in found]
+        tensors = [replace(tensor, start=data + tensor.start) for tensor in found]
+        return GgufHeader(metadata, tensors, reader.pairs, reader.at, alignment)
 
 
 @contextlib.contextmanager

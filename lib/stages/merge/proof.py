@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from lib.errors import InputError
 from lib.models.weights import TORCH, StoredTensor, Weights, open_weights
-from lib.progress import Progress
+from lib.progress import track
 from lib.runs.machine import no_warnings
 from lib.stages.merge.adapter import Update, plan_merge, slabs
 
@@ -92,16 +92,14 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
     factors = _scalings(adapter, updates)
     counts: dict[str, float] = defaultdict(float)
     wrong: dict[str, int] = {}
-    with Progress("proving the merge (tensors)", len(written.tensors)) as progress:
-        for name, tensor in written.tensors.items():
-            update, own = updates.get(name), weights.tensors[name]
-            if update and update.is_sum:
-                count = _check_sums(tensor, own, update, factors[name], counts)
-            else:
-                count = _differing(tensor, own, update)
-            if count:
-                wrong[name] = count
-            progress.advance()
+    for name, tensor in track(written.tensors.items(), "proving the merge (tensors)"):
+        update, own = updates.get(name), weights.tensors[name]
+        if update and update.is_sum:
+            count = _check_sums(tensor, own, update, factors[name], counts)
+        else:
+            count = _differing(tensor, own, update)
+        if count:
+            wrong[name] = count
     summed = [name for name, update in updates.items() if update.is_sum]
     if wrong:
         raise _wrong_weights(written, summed, wrong)

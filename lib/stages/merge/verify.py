@@ -19,6 +19,7 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.loading import affordable_dtype, load_model
+from lib.models.weights import FLOAT16_MAX
 from lib.progress import Progress
 from lib.scoring.perplexity import kl_divergence, normalised
 
@@ -38,9 +39,6 @@ KLD_SHARE = 0.1
 KL divergence grows with about the square of a change: a tenth is what undoing a third of the adapter does. SmolLM2-135M
 in bfloat16, LoRA of rank 8 on all linear layers: 0.8 % after an epoch of 1,600 rows (as accurate as the adapter), and
 11.6 % after 20 updates, whose small changes rounding sets back in 60 % of the weights (float16 loses 0.0002 %)."""
-
-FLOAT16_MOST = 65504.0
-"""Largest number of float16."""
 
 KLD_FLOOR = {"float32": 1e-3, "bfloat16": 1e-2}
 """Mean KL divergence, nats, that is never refused, by arithmetic of the check: a share of nearly nothing is nothing.
@@ -192,8 +190,8 @@ def _base_and_adapter(
             gc.collect()
             model = load_model(base, dtype=arithmetic, adapter=adapter)
             model.merge_adapter()
-        if name == "float16" and _largest_weight(model) > FLOAT16_MOST:
-            left_out[name] = f"a weight is larger than {FLOAT16_MOST:,.0f}"
+        if name == "float16" and _largest_weight(model) > FLOAT16_MAX:
+            left_out[name] = f"a weight is larger than {FLOAT16_MAX:,.0f}"
             progress.advance(len(prompts))
             continue
         rounded = name != "float32"

@@ -1,8 +1,5 @@
-"""llama.cpp's library through ctypes: GGUF headers, importance matrices, rows in its types. For child processes only.
-
-GGUF headers are read by llama.cpp's own, bounds-checked parser, which refuses a damaged file: that of the PyPI package
-`gguf` follows a damaged length without end.
-"""
+"""GGUF headers as llama.cpp quantizes them, importance matrices, rows in its types by its library through ctypes. For
+child processes only."""
 
 from __future__ import annotations
 
@@ -20,15 +17,11 @@ import numpy as np
 from llama_cpp import _ggml
 
 from lib.errors import InputError
+from lib.models.gguf_file import read_gguf, unusable
 from lib.scoring import llama_backend
+from lib.settings import TENSOR_TYPES
 
 _LIBRARY = _ggml.libggml
-_U32, _STRING, _ARRAY = 4, 8, 9  # enum gguf_type of gguf.h
-_QUANTIZATION_VERSION = 2
-
-
-class _InitParams(ctypes.Structure):
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
@@ -37,28 +30,8 @@ def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     return function
 
 
-_P, _I64, _CHARS, _TYPE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int
-_init = _function("gguf_init_from_file", _P, _CHARS, _InitParams)
-_free = _function("gguf_free", None, _P)
-_n_kv = _function("gguf_get_n_kv", _I64, _P)
-_key = _function("gguf_get_key", _CHARS, _P, _I64)
-_kv_type = _function("gguf_get_kv_type", _TYPE, _P, _I64)
-_val_u32 = _function("gguf_get_val_u32", ctypes.c_uint32, _P, _I64)
-_val_str = _function("gguf_get_val_str", _CHARS, _P, _I64)
-_arr_type = _function("gguf_get_arr_type", _TYPE, _P, _I64)
-_arr_n = _function("gguf_get_arr_n", ctypes.c_size_t, _P, _I64)
-_arr_str = _function("gguf_get_arr_str", _CHARS, _P, _I64, ctypes.c_size_t)
-_set_u32 = _function("gguf_set_val_u32", None, _P, _CHARS, ctypes.c_uint32)
-_set_str = _function("gguf_set_val_str", None, _P, _CHARS, _CHARS)
-_meta_size = _function("gguf_get_meta_size", ctypes.c_size_t, _P)
-_data_offset = _function("gguf_get_data_offset", ctypes.c_size_t, _P)
-_n_tensors = _function("gguf_get_n_tensors", _I64, _P)
-_tensor_name = _function("gguf_get_tensor_name", _CHARS, _P, _I64)
-_tensor_ne = _function("gguf_get_tensor_ne", ctypes.POINTER(ctypes.c_int64), _P, _I64)
-_tensor_type = _function("gguf_get_tensor_type", _TYPE, _P, _I64)
-_tensor_size = _function("gguf_get_tensor_size", ctypes.c_size_t, _P, _I64)
-_tensor_offset = _function("gguf_get_tensor_offset", ctypes.c_size_t, _P, _I64)
-_type_name = _function("ggml_type_name", _CHARS, _TYPE)
+_P, _I64, _TYPE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_type_name = _function("ggml_type_name", ctypes.c_char_p, _TYPE)
 _row_size = _function("ggml_row_size", ctypes.c_size_t, _TYPE, _I64)
 _block_size = _function("ggml_blck_size", _I64, _TYPE)
 _requires_imatrix = _function("ggml_quantize_requires_imatrix", ctypes.c_bool, _TYPE)
@@ -204,13 +177,12 @@ class Header:
     """A GGUF header.
 
     Attributes:
-        values: of every key: a text, an unsigned number of 32 bits, the first text of an array of texts; None for
-            values of other types.
+        values: of every key.
         size_when_quantized: its bytes after quantizing, see `read_header`.
     """
 
     path: Path
-    values: dict[str, str | int | None]
+    values: dict[str, Any]
     tensors: dict[str, Tensor]
     size_when_quantized: int
 
@@ -223,55 +195,30 @@ class Header:
 
 
 def read_header(path: Path, added: Mapping[str, str | int] | None = None) -> Header:
-    """Read a GGUF header with llama.cpp's parser.
+    """Read a GGUF header.
 
     Args:
         added: keys that quantizing adds beside its own, for the size of the header afterwards.
 
     Raises:
-        InputError: the parser refuses the file, or tensors reach beyond its end.
+        InputError: a damaged header, a type that llama.cpp does not know, or tensors that reach beyond the file's end.
     """
-    log = Log()
-    pointer = _init(str(path).encode(), _InitParams(True, None))
-    if not pointer:
-        raise InputError(f"{path} is a damaged GGUF file ({log.reason}).", "a complete GGUF file.", "make it again.")
-    try:
-        values = {_key(pointer, i).decode("utf-8", "replace"): _value(pointer, i) for i in range(_n_kv(pointer))}
-        tensors = dict(_tensor(pointer, i) for i in range(_n_tensors(pointer)))
-        changed = {**(added or {}), "general.quantization_version": _QUANTIZATION_VERSION, "general.file_type": 0}
-        for key, value in changed.items():  # in memory alone
-            if isinstance(value, str):
-                _set_str(pointer, key.encode(), value.encode())
-            else:
-                _set_u32(pointer, key.encode(), value)
-        header = Header(path, values, tensors, _meta_size(pointer))
-    finally:
-        _free(pointer)
-    end, size = max((t.offset + t.bytes for t in tensors.values()), default=0), path.stat().st_size
-    if end > size:
-        found = f"{path} has {size} bytes; its header describes {end}."
-        raise InputError(found, "a complete file.", "copy, download or make it again.")
-    return header
-
-
-def _value(pointer: int, i: int) -> str | int | None:
-    kind = _kv_type(pointer, i)
-    if kind == _U32:
-        return _val_u32(pointer, i)
-    if kind == _STRING:
-        return _val_str(pointer, i).decode("utf-8", "replace")
-    if kind == _ARRAY and _arr_type(pointer, i) == _STRING and _arr_n(pointer, i):
-        return _arr_str(pointer, i, 0).decode("utf-8", "replace")
-    return None
-
-
-def _tensor(pointer: int, i: int) -> tuple[str, Tensor]:
-    shape = _tensor_ne(pointer, i)[:4]
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    kind, size = _type_name(_tensor_type(pointer, i)).decode(), _tensor_size(pointer, i)
-    offset = _data_offset(pointer) + _tensor_offset(pointer, i)
-    return _tensor_name(pointer, i).decode(), Tensor(tuple(shape), kind, size, offset)
+    found, names, tensors = read_gguf(path), {type_number(name): name for name in TENSOR_TYPES}, {}
+    for info in found.tensors:
+        if (kind := names.get(info.type)) is None:
+            what = f"tensor {info.name} of type {info.type}"
+            raise unusable(path, what, f"types that llama.cpp quantizes from or to ({', '.join(TENSOR_TYPES)})")
+        shape = info.shape[::-1] or (1,)
+        tensors[info.name] = Tensor(shape, kind, row_bytes(kind, shape[0]) * math.prod(shape[1:]), info.start)
+    size, changed = found.size, {"general.quantization_version": 2, "general.file_type": 0}
+    for key, value in {**(added or {}), **changed}.items():
+        length = 8 + len(value.encode()) if isinstance(value, str) else 4
+        size += 8 + len(key.encode()) + 4 + length - found.pairs.get(key, 0)
+    end, held = max((t.offset + t.bytes for t in tensors.values()), default=0), path.stat().st_size
+    if end > held:
+        what = f"{path} has {held} bytes; its header describes {end}."
+        raise InputError(what, "a complete file.", "copy, download or make it again.")
+    return Header(path, found.metadata, tensors, -(-size // found.alignment) * found.alignment)
 
 
 # Importance matrices: the mean square of every input of every linear layer over a calibration text.
@@ -342,7 +289,8 @@ def _read_gguf(path: Path) -> Imatrix:
     names = sorted(name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS))
     if not names:
         raise _damaged(path, "it holds no sums")
-    result = Imatrix(path.name, {}, header.values.get("imatrix.datasets"), chunks if isinstance(chunks, int) else 0)
+    dataset = next(iter(header.values.get("imatrix.datasets") or []), None)
+    result = Imatrix(path.name, {}, dataset, chunks if isinstance(chunks, int) else 0)
     for name in names:
         if name + _COUNTS not in header.tensors:
             raise _damaged(path, f"{name} has sums but no counts")

@@ -33,7 +33,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_file import row_order
 from lib.models.loading import load_model, weight_bytes
-from lib.progress import Progress
+from lib.progress import Progress, track
 from lib.runs.child import run_child
 from lib.runs.files import require_space, write_jsonl
 from lib.runs.machine import available_memory, compute_dtype
@@ -263,12 +263,11 @@ def information(model: Any, windows: list[list[int]], seed: int) -> Information:
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    with _squared_gradients(model) as mean, Progress("sensitivity, windows", len(windows)) as progress:
-        for window in windows:
+    with _squared_gradients(model) as mean:
+        for window in track(windows, "sensitivity, windows"):
             logits = model(input_ids=torch.tensor([window], device=model.device), use_cache=False).logits[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=draw)[:, 0]
             torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-            progress.advance()
     return mean(sum(map(len, windows)))
 
 

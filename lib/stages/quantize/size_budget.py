@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,22 +54,13 @@ _RECIPES = {"q5_K": "Q5_K_S", "q4_K": "Q4_K_S", "q3_K": "Q3_K_S", "q2_K": "Q2_K"
 # The choice.
 
 
-@dataclass(frozen=True)
-class TypeCost:
-    """One type that a tensor may have.
-
-    Attributes:
-        type: as llama.cpp writes it ("q4_K").
-        bytes: in the file, with padding.
-        loss: predicted KL divergence that it alone costs, nats.
-    """
-
-    type: str
-    bytes: int
-    loss: float
+TypeCost = dict[str, Any]
+"""A type that a tensor may have: "type" as llama.cpp writes it, "bytes" in the file (padded), predicted losses."""
 
 
-def solve(tensors: Sequence[Sequence[TypeCost]], budget: int, fixed: int = 0) -> list[TypeCost]:
+def solve(
+    tensors: Sequence[Sequence[TypeCost]], loss: Callable[[TypeCost], float], budget: int, fixed: int = 0
+) -> list[TypeCost]:
     """One type a tensor, with `fixed` together at most `budget` bytes, with the smallest sum of losses.
 
     A larger budget never has a larger sum: the grid does not depend on it.
@@ -77,9 +68,9 @@ def solve(tensors: Sequence[Sequence[TypeCost]], budget: int, fixed: int = 0) ->
     Raises:
         InputError: a budget that even the smallest types exceed.
     """
-    smallest = [min(cost.bytes for cost in tensor) for tensor in tensors]
+    smallest = [min(cost["bytes"] for cost in tensor) for tensor in tensors]
     require_room(budget, fixed + sum(smallest))
-    extra = [[cost.bytes - low for cost in tensor] for tensor, low in zip(tensors, smallest, strict=True)]
+    extra = [[cost["bytes"] - low for cost in tensor] for tensor, low in zip(tensors, smallest, strict=True)]
     unit = math.gcd(*(e for row in extra for e in row)) or 1
     unit *= max(1, math.ceil(sum(map(max, extra)) / (unit * _CELLS)))
     steps = [[-(-e // unit) for e in row] for row in extra]
@@ -91,7 +82,7 @@ def solve(tensors: Sequence[Sequence[TypeCost]], budget: int, fixed: int = 0) ->
         for k in sorted(range(len(tensor)), key=lambda k: steps[i][k]):  # among equals the smaller one
             if (step := steps[i][k]) > capacity:
                 break
-            reached = best[: capacity + 1 - step] + tensor[k].loss
+            reached = best[: capacity + 1 - step] + loss(tensor[k])
             better = reached < new[step:]
             new[step:][better] = reached[better]
             taken[i, step:][better] = k
@@ -177,10 +168,14 @@ def choose_types(found: dict[str, Any], request: MixRequest) -> PlannedFile:
     weight, rows = request.answer_weight, found["tensors"]
     sizes = [{kind["type"]: kind["bytes"] for kind in row["types"]} for row in rows]
     fixed = _fixed_bytes(open_source(request.source, request.options()), sizes)
-    costs = [[TypeCost(kind["type"], kind["bytes"], _weighed(kind, weight)) for kind in row["types"]] for row in rows]
+
+    def loss(kind: TypeCost) -> float:
+        """The one that is minimized; that of text alone to the last bit where the weight is 0."""
+        return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
+
+    chosen = solve([row["types"] for row in rows], loss, request.budget, fixed)
     parts = [
-        {"tensor": row["tensor"], "weights": row["weights"], **row["types"][choices.index(cost)]}
-        for row, choices, cost in zip(rows, costs, solve(costs, request.budget, fixed), strict=True)
+        {"tensor": row["tensor"], "weights": row["weights"], **kind} for row, kind in zip(rows, chosen, strict=True)
     ]
     record = {
         "method": METHOD,
@@ -209,11 +204,6 @@ def choose_types(found: dict[str, Any], request: MixRequest) -> PlannedFile:
         "mix": record,
     }
     return PlannedFile(prediction, options)
-
-
-def _weighed(kind: dict[str, Any], weight: float) -> float:
-    """The loss that is minimized; that of text alone to the last bit where the weight is 0."""
-    return (1 - weight) * kind[TEXT] + weight * kind[AT_ANSWERS] if weight else kind[TEXT]
 
 
 def _fixed_bytes(source: Source, types: Iterable[dict[str, int]]) -> int:

@@ -21,7 +21,7 @@ from lib.runs.run import Run
 from lib.settings import Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
-from lib.stages.quantize.size_budget import MixRequest, TypeCost, choose_types, solve
+from lib.stages.quantize.size_budget import MixRequest, choose_types, solve
 from lib.stages.quantize.stage import mix_effect, plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
@@ -205,8 +205,7 @@ def test_few_rows_choose_as_well_as_all(tried: dict[str, Any], monkeypatch: pyte
             budget = round(low + part * (high - low))
             lost = []
             for table in (few, every):
-                options = [[TypeCost(t["type"], t["bytes"], value(t)) for t in row["types"]] for row in table]
-                types = [cost.type for cost in solve(options, budget)]
+                types = [kind["type"] for kind in solve([row["types"] for row in table], value, budget)]
                 truth = [{t["type"]: value(t) for t in row["types"]} for row in every]
                 lost.append(sum(row[kind] for row, kind in zip(truth, types, strict=True)))
             assert lost[0] <= 1.01 * lost[1], (part, weight)

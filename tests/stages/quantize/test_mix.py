@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import operator
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,37 +28,38 @@ from lib.stages.quantize import calibration, files, held_out_kl, sensitivity, si
 from lib.stages.quantize import stage as quantize_stage
 from lib.stages.quantize.files import PlannedFile
 from lib.stages.quantize.recipes import Options
-from lib.stages.quantize.size_budget import MixRequest, TypeCost, choose_types, solve
+from lib.stages.quantize.size_budget import MixRequest, choose_types, solve
 from lib.stages.quantize.stage import plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
 native_only = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
 options = strategies.lists(
-    strategies.builds(
-        TypeCost, strategies.just("t"), strategies.integers(1, 12).map(lambda n: 32 * n), strategies.floats(0, 1)
+    strategies.fixed_dictionaries(
+        {"bytes": strategies.integers(1, 12).map(lambda n: 32 * n), "loss": strategies.floats(0, 1)}
     ),
     min_size=1,
     max_size=4,
 )
+loss = operator.itemgetter("loss")
 instances = strategies.lists(options, min_size=1, max_size=4)
 
 
 @given(instances, strategies.integers(0, 2000), strategies.integers(0, 100))
 @settings(max_examples=200, deadline=None)
-def test_the_solver_is_exact(tensors: list[list[TypeCost]], budget: int, fixed: int) -> None:
+def test_the_solver_is_exact(tensors: list[list[dict[str, Any]]], budget: int, fixed: int) -> None:
     """As good as trying everything, never over the budget; refused exactly where nothing fits."""
-    fits = [c for c in itertools.product(*tensors) if fixed + sum(t.bytes for t in c) <= budget]
+    fits = [c for c in itertools.product(*tensors) if fixed + sum(t["bytes"] for t in c) <= budget]
     if not fits:
-        least = fixed + sum(min(c.bytes for c in tensor) for tensor in tensors)
+        least = fixed + sum(min(c["bytes"] for c in tensor) for tensor in tensors)
         with pytest.raises(InputError, match=f"at least {least:,} bytes, the smallest file of the types tried"):
-            solve(tensors, budget, fixed)
+            solve(tensors, loss, budget, fixed)
         return
-    chosen = solve(tensors, budget, fixed)
+    chosen = solve(tensors, loss, budget, fixed)
     assert all(choice in tensor for choice, tensor in zip(chosen, tensors, strict=True))
-    assert fixed + sum(c.bytes for c in chosen) <= budget
-    best = min(sum(c.loss for c in combination) for combination in fits)
-    assert sum(c.loss for c in chosen) == pytest.approx(best, abs=1e-12)
+    assert fixed + sum(c["bytes"] for c in chosen) <= budget
+    best = min(sum(map(loss, combination)) for combination in fits)
+    assert sum(map(loss, chosen)) == pytest.approx(best, abs=1e-12)
 
 
 @given(strategies.integers(0, 2**31), strategies.integers(0, 10**6), strategies.integers(0, 10**6))
@@ -66,13 +68,13 @@ def test_more_bytes_never_predict_more_loss(seed: int, one: int, other: int) -> 
     """Also where the grid is coarser than the bytes: 30 tensors whose sizes have no common factor."""
     draw = np.random.default_rng(seed)
     tensors = [
-        [TypeCost(str(k), int(draw.integers(1, 40_000)), float(draw.gamma(1, 10.0**-k))) for k in range(5)]
+        [{"bytes": int(draw.integers(1, 40_000)), "loss": float(draw.gamma(1, 10.0**-k))} for k in range(5)]
         for _ in range(30)
     ]
-    least = sum(min(c.bytes for c in tensor) for tensor in tensors)
-    small, large = (solve(tensors, least + extra) for extra in sorted((one, other)))
-    assert sum(c.bytes for c in small) <= least + min(one, other)
-    assert sum(c.loss for c in large) <= sum(c.loss for c in small) + 1e-12
+    least = sum(min(c["bytes"] for c in tensor) for tensor in tensors)
+    small, large = (solve(tensors, loss, least + extra) for extra in sorted((one, other)))
+    assert sum(c["bytes"] for c in small) <= least + min(one, other)
+    assert sum(map(loss, large)) <= sum(map(loss, small)) + 1e-12
 
 
 def test_names() -> None:

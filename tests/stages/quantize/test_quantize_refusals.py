@@ -69,7 +69,7 @@ def test_output_that_is_the_source(source: Path, tmp_path: Path) -> None:
         (b"<!DOCTYPE html><html></html>", "HTML"),
         (bytes(4096), "zeros"),
         (b"PK\x03\x04" + bytes(64), "pickle"),
-        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "damaged GGUF"),
+        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 64, "a whole GGUF file"),
     ],
 )
 def test_source_that_is_no_gguf(tmp_path: Path, content: bytes, words: str) -> None:
