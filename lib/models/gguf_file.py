@@ -221,6 +221,11 @@ class GgufHeader:
     alignment: int
 
 
+def padded(size: int, alignment: int = 32) -> int:
+    """Bytes of a header or a tensor in a file."""
+    return -(-size // alignment) * alignment
+
+
 def read_tensors(path: Path | str) -> list[TensorInfo]:
     """Names, types, shapes and places of a GGUF file's tensors; as `read_gguf`."""
     return read_gguf(path).tensors
@@ -238,7 +243,7 @@ def read_gguf(path: Path | str) -> GgufHeader:
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
             raise reader.damaged(f"general.alignment {str(alignment)[:60]!r}, no power of two")
         found = [reader.tensor() for _ in range(min(count, len(reader.data)))]
-        data = -(-reader.at // alignment) * alignment
+        data = padded(reader.at, alignment)
         # Every tensor must begin at the end of the one before it, padded, as ggml demands; a wrong place, type or shape
         # would read other weights. Behind a type that the gguf library does not know nothing can be said.
         place: int | None = 0
@@ -247,7 +252,7 @@ def read_gguf(path: Path | str) -> GgufHeader:
                 where = f"at byte {tensor.start} of the data, where {place} is next"
                 raise reader.damaged(f"tensor {tensor.name[:80]!r} {where}")
             size = tensor.nbytes
-            place = None if place is None or size is None else place + -(-size // alignment) * alignment
+            place = None if place is None or size is None else place + padded(size, alignment)
         tensors = [replace(tensor, start=data + tensor.start) for tensor in found]
         return GgufHeader(metadata, tensors, reader.pairs, reader.at, alignment)
 
@@ -267,19 +272,19 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 # The architectures that are turned into GGUF and back: classes, names of tensors, rotary frequencies.
 
-_TABLES = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
-_KNOWN: dict[str, dict[str, Any]] = _TABLES["architectures"]
+TABLES = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
+_KNOWN: dict[str, dict[str, Any]] = TABLES["architectures"]
 
 ARCHITECTURES = {entry["class"]: name for name, entry in _KNOWN.items()}
 """Class in config.json → architecture in GGUF."""
 
-NUMBERS: dict[str, str] = _TABLES["numbers"]
+NUMBERS: dict[str, str] = TABLES["numbers"]
 """Key of config.json → key in GGUF, behind the architecture's name; in the official converter's order."""
 
 ROPE_TYPES = {name: tuple(entry["rope_types"]) for name, entry in _KNOWN.items()}
 """Architecture → kinds of rope scaling that can be said in both formats."""
 
-BIASES = {name: {key: _TABLES["biases"][key] for key in entry["biases"]} for name, entry in _KNOWN.items()}
+BIASES = {name: {key: TABLES["biases"][key] for key in entry["biases"]} for name, entry in _KNOWN.items()}
 """Architecture → keys of config.json → biases of every block that each stands for, in GGUF and in transformers."""
 
 OWN_FOLDER = "give the model's own folder as base_model"
@@ -300,8 +305,8 @@ def name_map(architecture: Any, blocks: int) -> Any:
 
 def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
-    names = {ours: theirs for ours, theirs in _TABLES["outside"].items() if not (tied and ours == "output.weight")}
-    in_block = {**_TABLES["block"], **_KNOWN[architecture]["block"], **(more or {})}
+    names = {ours: theirs for ours, theirs in TABLES["outside"].items() if not (tied and ours == "output.weight")}
+    in_block = {**TABLES["block"], **_KNOWN[architecture]["block"], **(more or {})}
     for block in range(blocks):
         for ours, theirs in in_block.items():
             names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
@@ -360,7 +365,7 @@ def shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:
     head, (module, kind) = head_size(config), name.split(".")[-2:]
     sizes = {**config, "head": head, "queries": head * config["num_attention_heads"]}
     sizes["keys"] = head * config["num_key_value_heads"]
-    shape = tuple(sizes[key] for key in _TABLES["shapes"].get(module, ["hidden_size"]))
+    shape = tuple(sizes[key] for key in TABLES["shapes"].get(module, ["hidden_size"]))
     return shape[:1] if kind == "bias" else shape
 
 
@@ -393,19 +398,16 @@ SLAB = 4 << 20
 
 
 @dataclass(frozen=True)
-class PackedTensor(Shaped):
+class PackedTensor(TensorInfo):
     """One tensor of a model, as it is stored in a file.
 
     Attributes:
-        name: in transformers; type: in the file; shape: rows first.
+        name: in transformers.
         heads: attention heads whose rows llama.cpp has in another order; 0 = none.
     """
 
-    name: str
-    file: Path
-    start: int
     type: GGMLQuantizationType
-    shape: tuple[int, ...]
+    file: Path
     heads: int
 
     def slabs(self) -> Iterator[tuple[int, np.ndarray]]:

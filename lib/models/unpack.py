@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from lib.errors import InputError
-from lib.models.gguf_file import PackedTensor, head_size, unusable
+from lib.models.gguf_file import TABLES, PackedTensor, head_size, unusable
 from lib.models.gguf_tokenizer import tokenizer_json, write_tokenizer
 from lib.models.unpack_source import Source, read_source, transformers_config
 from lib.models.weights import FLOAT16_MAX, NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
@@ -47,20 +47,6 @@ RANGE = (0.8, 1.25)
 """Smallest and largest scale; they are log-uniform between. Why these: docs/LOG.md."""
 
 
-_SCALED = {
-    "input_layernorm": ("attention", None),
-    "q_proj": (None, "attention"),
-    "k_proj": (None, "attention"),
-    "v_proj": ("value", "attention"),
-    "o_proj": (None, "output"),
-    "post_attention_layernorm": ("feed_forward", None),
-    "gate_proj": (None, "feed_forward"),
-    "up_proj": ("up", "feed_forward"),
-    "down_proj": (None, "up"),
-}
-"""Module → scales that its rows are multiplied with, and those that its columns are divided by."""
-
-
 class Rescaling:
     """Scales of every layer of a model, drawn by `seed`."""
 
@@ -77,7 +63,7 @@ class Rescaling:
         if not name.startswith("model.layers."):
             return values
         _, _, layer, *_, module, kind = name.split(".")
-        rows, columns = _SCALED.get(module, (None, None))
+        rows, columns = TABLES["rescaled"].get(module, (None, None))
         scales = self._scales(int(layer))
         if rows:
             part = scales[rows][first : first + len(values)]

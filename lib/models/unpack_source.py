@@ -13,25 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import one_line
-from lib.models.gguf_file import (
-    ARCHITECTURES,
-    BIASES,
-    OWN_FOLDER,
-    ROPE_FACTORS,
-    ROPE_TYPES,
-    PackedTensor,
-    TensorInfo,
-    data_end,
-    head_size,
-    read_bytes,
-    read_metadata,
-    read_tensors,
-    rope_factors,
-    rotary_heads,
-    shape_of,
-    tensor_names,
-    unusable,
-)
+from lib.models import gguf_file
+from lib.models.gguf_file import OWN_FOLDER, PackedTensor, TensorInfo, head_size, rotary_heads, unusable
 from lib.models.gguf_tokenizer import refuse_unwritable
 
 if TYPE_CHECKING:
@@ -41,16 +24,6 @@ if TYPE_CHECKING:
 
 # config.json and generation_config.json of a model folder, rebuilt from the keys of a GGUF file.
 
-_POSITIVE = math.ulp(0.0)
-_SAMPLING = {
-    "temp": ("temperature", 0, math.inf),
-    "top_k": ("top_k", 1, math.inf),
-    "top_p": ("top_p", _POSITIVE, 1),
-    "min_p": ("min_p", 0, 1),
-    "penalty_repeat": ("repetition_penalty", _POSITIVE, math.inf),
-}
-"""Key behind general.sampling → name in transformers, least and largest that it takes; it does not take llama.cpp's
-words for "off" (top_k 0), which are its default."""
 _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
@@ -149,7 +122,7 @@ def config_of(keys: Keys, rows: int, tied: bool, biases: Mapping[str, bool], fac
     heads, width = keys.whole("attention.head_count"), keys.whole("embedding_length")
     kv = keys.whole("attention.head_count_kv", heads)
     config: dict[str, Any] = {
-        "architectures": [next(kind for kind, ours in ARCHITECTURES.items() if ours == name)],
+        "architectures": [next(kind for kind, ours in gguf_file.ARCHITECTURES.items() if ours == name)],
         "model_type": name,
         "vocab_size": rows,
         "hidden_size": width,
@@ -199,7 +172,7 @@ def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> 
         return _llama3(keys, config, factors)
     if not stretched:
         return None
-    if kind not in ROPE_TYPES[keys.architecture]:
+    if kind not in gguf_file.ROPE_TYPES[keys.architecture]:
         raise _unknown_rope(keys, f"rope scaling {kind!r}")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.real("rope.scaling.factor")}
     if kind == "yarn":
@@ -211,7 +184,8 @@ def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> 
 
 
 def _unknown_rope(keys: Keys, what: str) -> Exception:
-    return unusable(keys.path, what, f"none, or one of: {', '.join(ROPE_TYPES[keys.architecture])}", OWN_FOLDER)
+    kinds = ", ".join(gguf_file.ROPE_TYPES[keys.architecture])
+    return unusable(keys.path, what, f"none, or one of: {kinds}", OWN_FOLDER)
 
 
 def _llama3(keys: Keys, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
@@ -238,7 +212,7 @@ def _llama3(keys: Keys, config: dict[str, Any], factors: np.ndarray) -> dict[str
             trained = round(slope * (high - 1))
             guesses.append(base | {"high_freq_factor": high, "original_max_position_embeddings": trained})
     for guess in guesses:
-        again = rope_factors(config | {"rope_scaling": guess})
+        again = gguf_file.rope_factors(config | {"rope_scaling": guess})
         if again is not None and again.shape == factors.shape and np.allclose(again, factors, rtol=1e-5, atol=0):
             return guess
     raise _unknown_rope(keys, "factors of rotary frequencies (rope_freqs) that are not those of Llama 3")
@@ -267,7 +241,7 @@ def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     turn = metadata.get("tokenizer.ggml.eot_token_id")
     if _is_token(turn, metadata) and "eos_token_id" in found and turn != found["eos_token_id"]:
         found["eos_token_id"] = [found["eos_token_id"], turn]
-    for key, (name, least, most) in _SAMPLING.items():
+    for key, (name, least, most) in gguf_file.TABLES["sampling"].items():
         value = metadata.get(f"general.sampling.{key}")
         if type(value) in ((int,) if name == "top_k" else (int, float)) and least <= value <= min(most, _MOST_FLOAT32):
             found[name] = shortest(value) if type(value) is float else value
@@ -318,20 +292,20 @@ def read_source(path: Path | str) -> Source:
             known; a tensor that is missing, unknown, of a wrong shape or of a type that cannot be dequantized.
     """
     path = Path(path)
-    metadata, found = read_metadata(path), read_tensors(path)
+    metadata, found = gguf_file.read_metadata(path), gguf_file.read_tensors(path)
     parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
     if parts not in (0, 1):
         one = f"one of {parts} parts of a split file"
         raise unusable(path, one, "one whole file", "join them: llama-gguf-split --merge")
     keys = Keys(metadata, path)
-    if keys.architecture not in ARCHITECTURES.values():
-        expected = f"one of: {', '.join(sorted(ARCHITECTURES.values()))}"
+    if keys.architecture not in gguf_file.ARCHITECTURES.values():
+        expected = f"one of: {', '.join(sorted(gguf_file.ARCHITECTURES.values()))}"
         raise unusable(path, f"a GGUF file of architecture {keys.architecture!r}", expected, OWN_FOLDER)
     refuse_unwritable(metadata, path)
     tensors = {tensor.name: tensor for tensor in found}
     if len(tensors) != len(found):
         raise unusable(path, "two tensors of one name", "each once")
-    factors = _rope_factors(tensors.pop(ROPE_FACTORS, None), path) if keys.architecture == "llama" else None
+    factors = _rope_factors(tensors.pop(gguf_file.ROPE_FACTORS, None), path) if keys.architecture == "llama" else None
     names, biases = _names(keys, tensors)
     embedding = tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding and embedding.shape else 0
@@ -356,26 +330,26 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
     blocks = keys.whole("block_count")
     if blocks > len(tensors):  # a damaged header must not make us list billions of names
         raise unusable(keys.path, f"{blocks} blocks, {len(tensors)} tensors", "all tensors")
-    known = BIASES[keys.architecture]
+    known = gguf_file.BIASES[keys.architecture]
     biases = {key: f"blk.0.{next(iter(names))}" in tensors for key, names in known.items()}
     more = {ours: theirs for key, has in biases.items() if has for ours, theirs in known[key].items()}
-    return tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
+    return gguf_file.tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
 
 
 def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -> PackedTensor:
     import gguf
 
-    shape = shape_of(name, config)
+    shape = gguf_file.shape_of(name, config)
     if tensor.shape != shape:
         found = f"tensor {tensor.name} of shape {tensor.shape}"
         raise unusable(path, found, f"{shape}, as the file's keys say")
     kind = _known_type(tensor, path)
-    block, end, size = gguf.GGML_QUANT_SIZES[kind][0], data_end([tensor]) or 0, path.stat().st_size
+    block, end, size = gguf.GGML_QUANT_SIZES[kind][0], gguf_file.data_end([tensor]) or 0, path.stat().st_size
     row = shape[-1] if len(shape) > 1 else 1  # a vector is read in any number of its values
     if row % block or end > size:
         lack = f"ends at byte {end:,} of {size:,}" if end > size else f"has rows of {row}, blocks of {block}"
         raise unusable(path, f"tensor {tensor.name} {lack}", "a whole file")
-    return PackedTensor(name, path, tensor.start, kind, shape, rotary_heads(config["model_type"], name, config))
+    return PackedTensor(name, kind, shape, tensor.start, path, rotary_heads(config["model_type"], name, config))
 
 
 def _known_type(tensor: TensorInfo, path: Path) -> GGMLQuantizationType:
@@ -397,11 +371,11 @@ def _rope_factors(tensor: TensorInfo | None, path: Path) -> np.ndarray | None:
     if tensor is None:
         return None
     if tensor.type != 0 or len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
-        found = f"{ROPE_FACTORS} of type {tensor.type} and shape {tensor.shape}"
+        found = f"{gguf_file.ROPE_FACTORS} of type {tensor.type} and shape {tensor.shape}"
         raise unusable(path, found, "a float32 vector")
     if tensor.start + 4 * tensor.shape[0] > path.stat().st_size:
-        raise unusable(path, f"{ROPE_FACTORS} lies behind its end", "a whole file")
-    values = read_bytes(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)
+        raise unusable(path, f"{gguf_file.ROPE_FACTORS} lies behind its end", "a whole file")
+    values = gguf_file.read_bytes(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)
     if not np.isfinite(values).all() or (values < 1).any():
-        raise unusable(path, f"{ROPE_FACTORS} below 1 or not finite", "factors")
+        raise unusable(path, f"{gguf_file.ROPE_FACTORS} below 1 or not finite", "factors")
     return values

@@ -25,13 +25,8 @@ if TYPE_CHECKING:
 NUMPY: dict[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 """dtype → type of the array's elements."""
 
-_BITS: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
-    "F64": (np.uint64, 2**63 - 1, 0x7FF << 52),
-    "F32": (np.uint32, 2**31 - 1, 0xFF << 23),
-    "F16": (np.uint16, 2**15 - 1, 0x1F << 10),
-    "BF16": (np.uint16, 2**15 - 1, 0xFF << 7),
-}
-"""dtype → unsigned type, all bits but the sign, bits of infinity; magnitudes are ordered as their bits are."""
+_INFINITY = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
+"""dtype → bits of infinity; magnitudes are ordered as their bits are."""
 
 FLOAT16_MAX = 65504.0
 
@@ -40,11 +35,11 @@ def largest_magnitude(values: np.ndarray, dtype: str) -> float:
     """Largest |value| of an array; infinity when any value is infinite or NaN, 0 for an empty array."""
     if values.size == 0:
         return 0.0
-    kind, magnitude, infinity = _BITS[dtype]
-    largest = int((values.reshape(-1).view(kind) & kind(magnitude)).max())
-    if largest >= infinity:
+    bits = values.reshape(-1).view(f"u{values.itemsize}")
+    largest = int((bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max())  # all but the sign
+    if largest >= _INFINITY[dtype]:
         return float("inf")
-    return float(widen(np.array([largest], kind).view(NUMPY[dtype]), dtype)[0])
+    return float(widen(np.array([largest], bits.dtype).view(NUMPY[dtype]), dtype)[0])
 
 
 def widen(values: np.ndarray, dtype: str) -> np.ndarray:

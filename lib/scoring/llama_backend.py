@@ -120,6 +120,15 @@ def open_model(path: Path, n_gpu_layers: int, **values: Any) -> Any:
     return model
 
 
+def token_ids(vocabulary: Any, text: bytes, add_special: bool, parse_special: bool) -> list[int]:
+    """Ids by llama.cpp's own tokenizer, which adds special tokens and recognises their names if asked."""
+    ids = (llama().llama_token * (len(text) + 8))()  # a token is at least one byte
+    count = llama().llama_tokenize(vocabulary, text, len(text), ids, len(ids), add_special, parse_special)
+    if count < 0:
+        raise InputError(f"llama.cpp cannot tokenize {len(text)} bytes.", "a shorter text.", "cut the text.")
+    return ids[:count]
+
+
 def open_context(model: Any, path: Path, tokens: int, do: str, **values: Any) -> Any:
     """llama.cpp's handle of a context for so many tokens.
 
@@ -206,12 +215,7 @@ class LlamaCppBackend(Backend):
 
     def tokenize(self, text: str) -> list[int]:
         """Ids by llama.cpp's own tokenizer, as its tools read a file: names of special tokens are plain text."""
-        raw = text.encode("utf-8")
-        ids = (self._api.llama_token * (len(raw) + 2))()
-        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), True, False)
-        if count < 0:
-            raise InputError(f"llama.cpp cannot tokenize {len(raw)} bytes.", "a shorter text.", "cut the text.")
-        return ids[:count]
+        return token_ids(self._vocab, text.encode("utf-8"), True, False)
 
     def piece(self, token: int) -> bytes:
         """The bytes of text that a token stands for; none for a special token."""

@@ -93,7 +93,7 @@ def test_old_shards_do_not_reach_the_gguf(model: Path, tmp_path: Path, no_load: 
 @pytest.fixture
 def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversion without opening the result by llama.cpp."""
-    monkeypatch.setattr("lib.stages.convert.convert.load_check", lambda path, stop: "not tried")
+    monkeypatch.setattr("lib.stages.convert.convert.load_check", lambda path: "not tried")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ no code with the writer, and by llama.cpp.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,24 +20,18 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf.gguf_writer import WriterState
 
 from lib.errors import InputError, one_line
-from lib.models.gguf_file import data_end, read_metadata, read_tensors
+from lib.models.gguf_file import data_end, padded, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights
 from lib.progress import Progress
 from lib.runs.child import run_child, run_jobs
 from lib.runs.files import atomic_path, read_json, require_space
 from lib.runs.machine import llama_cpp_problem
 from lib.scoring.llama_backend import forget_errors, last_error, llama
-from lib.stages.convert.tensors import (
-    GgufFile,
-    pack_header,
-    padded,
-    plan_tensors,
-    read_architecture,
-    write_parameters,
-)
-from lib.stages.convert.tokenizer import read_vocabulary, write_vocabulary
+from lib.stages.convert.tensors import GgufFile, plan_tensors, read_architecture, write_parameters
+from lib.stages.convert.tokenizer import add_tokenizer
 
 _LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode
 
@@ -161,9 +155,7 @@ class Conversion:
         check_output(self.output, weights, outtype)
         self.model = read_architecture(self.folder)
         self.plan = plan_tensors(weights, self.model, outtype)
-        self.vocabulary = read_vocabulary(self.folder, self.model.config["vocab_size"], self.model.name)
-        self.header = self._header(name)
-        self.loaded = "not tried"
+        self.header, self.tokenizer = self._header(name)
         require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
 
     @contextlib.contextmanager
@@ -173,17 +165,13 @@ class Conversion:
         Raises:
             InputError: the disk or llama.cpp refuses; nothing is left at `output` then.
         """
-        stop = threading.Event()
         try:
             with atomic_path(self.output, alone=True) as temporary, ThreadPoolExecutor(1) as pool:
                 file = GgufFile(temporary, self.header, self.plan)
-                read = pool.submit(self._read_back, temporary, stop)  # while the data is still being written
+                read = pool.submit(self._read_back, temporary)  # while the data is still being written
                 try:
                     file.put_own()
                     yield file
-                except BaseException:
-                    stop.set()
-                    raise
                 finally:
                     file.close()
                 self.loaded = read.result()
@@ -191,10 +179,10 @@ class Conversion:
             found = f"{self.output} cannot be written ({error.strerror})."
             raise InputError(found, "a folder with room that may be written.", "choose one.") from None
 
-    def _read_back(self, path: Path, stop: threading.Event) -> str:
+    def _read_back(self, path: Path) -> str:
         """Check the header, and ask llama.cpp for its opinion of it."""
         verify(path, {tensor.name: tensor.type.name for tensor in self.plan})
-        return load_check(path, stop)
+        return load_check(path)
 
     def report(self) -> ConversionReport:
         """What was done, once `open` has ended."""
@@ -211,16 +199,13 @@ class Conversion:
             bytes_after=self.output.stat().st_size,
             types=dict(sorted(types.items())),
             float16_fallback=fallback,
-            tokens=len(self.vocabulary.tokens),
-            padding_tokens=self.vocabulary.types.count(5),
-            pre_tokenizer=self.vocabulary.pre,
-            recognised=self.vocabulary.recognised,
+            **self.tokenizer,
             loaded=self.loaded,
             seconds=round(time.monotonic() - self.started, 2),
         )
 
-    def _header(self, name: str | None) -> bytes:
-        """Everything before the data of the tensors."""
+    def _header(self, name: str | None) -> tuple[bytes, dict[str, Any]]:
+        """Everything before the data of the tensors, and what is reported of the tokenizer."""
         for logger in ("gguf", "metadata"):  # they would log every key
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         writer = gguf.GGUFWriter(path=None, arch=self.model.name)
@@ -230,8 +215,13 @@ class Conversion:
         _write_metadata(writer, self.folder, name)
         write_parameters(writer, self.model, gguf.LlamaFileType[OUTTYPES[self.outtype]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_vocabulary(writer, self.vocabulary)
-        return pack_header(writer)
+        tokenizer = add_tokenizer(writer, self.folder, self.model.config["vocab_size"])
+        stream = io.BytesIO()
+        writer.fout, writer.state = [stream], WriterState.EMPTY  # in memory, where it would open a file
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return stream.getvalue(), tokenizer
 
 
 def check_output(output: Path, weights: Weights, outtype: str) -> None:
@@ -268,7 +258,7 @@ def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> 
     metadata.set_gguf_meta_model(writer)
 
 
-def load_check(path: Path, stop: threading.Event | None = None) -> str:
+def load_check(path: Path) -> str:
     """What llama.cpp says about the file, in words.
 
     Raises:
@@ -277,5 +267,5 @@ def load_check(path: Path, stop: threading.Event | None = None) -> str:
     if problem := llama_cpp_problem():
         return f"not tried: {problem}"
     what, function = "opening the GGUF in llama.cpp", "lib.stages.convert.convert:open_with_llama_cpp"
-    run_child(function, {"path": str(path)}, what, 600, stop, heard=lambda line: None)
+    run_child(function, {"path": str(path)}, what, 600, heard=lambda line: None)
     return "llama.cpp opened the file: its keys, its vocabulary, and the name, type and shape of every tensor are valid"

@@ -7,7 +7,6 @@ attention is off, so that only the stored weights and llama.cpp's arithmetic can
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import tempfile
 import time
@@ -26,7 +25,7 @@ from lib.models.loading import affordable_dtype, load_model, load_tokenizer
 from lib.progress import Progress
 from lib.prompts.tasks import Task, spread, texts_of
 from lib.scoring.backend import Backend
-from lib.scoring.llama_backend import LlamaCppBackend, llama, open_model
+from lib.scoring.llama_backend import LlamaCppBackend, llama, open_model, token_ids
 from lib.scoring.log_probabilities import NEAR_TIE, NEAR_TIE_LOW
 from lib.scoring.perplexity import kl_divergence, normalised
 
@@ -117,18 +116,9 @@ def gguf_token_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     api, model = llama(), open_model(path, 0, vocab_only=True)
     try:
         vocabulary = api.llama_model_get_vocab(model)
-        return [_tokenize(api, vocabulary, text.encode("utf-8", "replace")) for text in texts]
+        return [token_ids(vocabulary, text.encode("utf-8", "replace"), False, True) for text in texts]
     finally:
         api.llama_model_free(model)
-
-
-def _tokenize(api: Any, vocabulary: Any, text: bytes) -> list[int]:
-    room = len(text) + 8  # a token is at least one byte
-    buffer = (ctypes.c_int32 * room)()
-    count = api.llama_tokenize(vocabulary, text, len(text), buffer, room, False, True)
-    if count < 0:
-        raise RuntimeError(f"llama.cpp needs {-count} tokens for {len(text)} bytes")
-    return list(buffer[:count])
 
 
 def _first_difference(found: Sequence[Any], wanted: Sequence[Any]) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +14,8 @@ import gguf
 import numpy as np
 
 from lib.errors import InputError, one_line
+from lib.models import gguf_file
 from lib.models.configurations import check_sizes, read_configuration, refuse_other_task
-from lib.models.gguf_file import (
-    ARCHITECTURES,
-    NUMBERS,
-    ROPE_FACTORS,
-    ROPE_TYPES,
-    SLAB,
-    head_size,
-    pair_rows,
-    rope_factors,
-    rope_of,
-    rotary_heads,
-    tensor_names,
-)
 from lib.models.weights import FLOAT16_MAX, Shaped, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
 from lib.runs.files import write_at
 
@@ -66,14 +52,14 @@ def read_architecture(folder: Path) -> Architecture:
     config = _plain_config(stored) or _full_config(folder)
     kind = (config.get("architectures") or ["none"])[0]
     refuse_other_task(folder, {}, [kind])
-    if kind not in ARCHITECTURES:
+    if kind not in gguf_file.ARCHITECTURES:
         raise InputError(
             f"a {kind} model in {folder}.",
-            f"one of: {', '.join(ARCHITECTURES)}.",
+            f"one of: {', '.join(gguf_file.ARCHITECTURES)}.",
             "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
         )
-    _refuse_special(folder, config, ROPE_TYPES[ARCHITECTURES[kind]])
-    return Architecture(ARCHITECTURES[kind], config)
+    _refuse_special(folder, config, gguf_file.ROPE_TYPES[gguf_file.ARCHITECTURES[kind]])
+    return Architecture(gguf_file.ARCHITECTURES[kind], config)
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -82,10 +68,10 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
     Importing transformers takes longer than converting a small model.
     """
     try:
-        name = ARCHITECTURES[config["architectures"][0]]
+        name = gguf_file.ARCHITECTURES[config["architectures"][0]]
         rope, head = config.get("rope_parameters") or config, config.get("head_dim")
         whole = (
-            all(type(config[key]) is int and config[key] > 0 for key in (*NUMBERS, "vocab_size"))
+            all(type(config[key]) is int and config[key] > 0 for key in (*gguf_file.NUMBERS, "vocab_size"))
             and type(config["tie_word_embeddings"]) is bool
             and type(config["rms_norm_eps"]) is float
             and type(rope["rope_theta"]) in (int, float)
@@ -117,7 +103,7 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
             "float32, float16 or bfloat16 weights.",
             "convert the original model; quantize the GGUF afterwards.",
         )
-    card, rope, place = folder / "README.md", rope_of(config), folder / "config.json"
+    card, rope, place = folder / "README.md", gguf_file.rope_of(config), folder / "config.json"
     kind, official = rope.get("rope_type"), "use llama.cpp's converter."
     if (folder / "modules.json").is_file() or config.get("is_causal") is False:
         raise InputError(f"an embedding model in {folder}.", "a causal language model.", official)
@@ -136,9 +122,9 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
 def write_parameters(writer: gguf.GGUFWriter, model: Architecture, file_type: int) -> None:
     """Add the hyperparameters to `writer`, in the official order."""
     config = model.config
-    for name, key in NUMBERS.items():
+    for name, key in gguf_file.NUMBERS.items():
         writer.add_uint32(f"{model.name}.{key}", config[name])
-    _write_rope(writer, rope_of(config))
+    _write_rope(writer, gguf_file.rope_of(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
@@ -146,7 +132,7 @@ def write_parameters(writer: gguf.GGUFWriter, model: Architecture, file_type: in
     writer.add_file_type(file_type)
     if model.name == "llama":
         writer.add_vocab_size(config["vocab_size"])
-        writer.add_rope_dimension_count(head_size(config))
+        writer.add_rope_dimension_count(gguf_file.head_size(config))
 
 
 def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
@@ -201,14 +187,13 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
     Raises:
         InputError: a tensor that the architecture does not have, or one that is missing.
     """
-    if not model.config.get("quantization_config"):
-        refuse_other_task(weights.folder, weights.tensors)
-        check_sizes(weights, model.config)
+    refuse_other_task(weights.folder, weights.tensors)
+    check_sizes(weights, model.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.name.upper()], model.blocks)
     wanted, float32 = gguf.GGMLQuantizationType[outtype.upper()], gguf.GGMLQuantizationType.F32
-    plan, factors = [], rope_factors(model.config)
+    plan, factors = [], gguf_file.rope_factors(model.config)
     if factors is not None:
-        plan.append(PlannedTensor(ROPE_FACTORS, float32, factors.shape, factors.nbytes, None, values=factors))
+        plan.append(PlannedTensor(gguf_file.ROPE_FACTORS, float32, factors.shape, factors.nbytes, None, values=factors))
     for name, source in weights.tensors.items():
         if name.endswith(_IGNORED):
             continue
@@ -226,7 +211,7 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
             kind = gguf.GGMLQuantizationType.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes, heads = source.size // block * size, rotary_heads(model.name, name, model.config)
+        nbytes, heads = source.size // block * size, gguf_file.rotary_heads(model.name, name, model.config)
         plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, heads))
     _complete(plan, weights, model)
     return plan
@@ -234,7 +219,7 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
 
 def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) -> None:
     have = {tensor.name for tensor in plan}
-    wanted = set(tensor_names(model.name, model.blocks, bool(model.config.get("tie_word_embeddings"))))
+    wanted = set(gguf_file.tensor_names(model.name, model.blocks, bool(model.config.get("tie_word_embeddings"))))
     if missing := sorted(wanted - have):
         raise InputError(
             f"{weights.folder} lacks {len(missing)} tensors of a {model.name} model (first {missing[0]}).",
@@ -254,7 +239,7 @@ def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) 
 
 def _slabs(tensor: PlannedTensor, count: int) -> Iterator[tuple[int, int]]:
     """First value and number of values of each part that is converted alone: whole rows, or all of a re-paired one."""
-    step = count if tensor.heads else max(1, SLAB // max(1, tensor.row)) * tensor.row
+    step = count if tensor.heads else max(1, gguf_file.SLAB // max(1, tensor.row)) * tensor.row
     for first in range(0, count, max(1, step)):
         yield first, min(step, count - first)
 
@@ -270,7 +255,7 @@ def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
     """
     _check_values(values, dtype, tensor)
     if tensor.heads:
-        values = pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
+        values = gguf_file.pair_rows(values.reshape(tensor.shape), tensor.heads).reshape(-1)
     if tensor.type.name == "Q8_0":
         data = gguf.quants.quantize(widen(values, dtype).reshape(-1, tensor.row), tensor.type)
     else:
@@ -294,18 +279,16 @@ def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None
 
 # A GGUF file being written: its header first, then the data of every tensor at its own place, in any order.
 
-ALIGNMENT = 32
-
 
 class GgufFile:
     """An open file of a planned size. Parts may be put from several threads."""
 
     def __init__(self, path: Path, header: bytes, plan: list[PlannedTensor]) -> None:
         self._plan, self._offsets = plan, dict[str, int]()
-        end = padded(len(header))
+        end = gguf_file.padded(len(header))
         for tensor in plan:
             self._offsets[tensor.name] = end
-            end += padded(tensor.nbytes)
+            end += gguf_file.padded(tensor.nbytes)
         self._by_source = {tensor.source.name: tensor for tensor in plan if tensor.source is not None}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.ftruncate(self._file, end)  # the padding between tensors is the zeros of the hole
@@ -348,36 +331,3 @@ class GgufFile:
         values = source.read(first, count)
         self._put(tensor, first, values, source.dtype)
         return values.nbytes
-
-
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def pack_header(writer: gguf.GGUFWriter) -> bytes:
-    """Header, keys and tensor table of a GGUFWriter as bytes.
-
-    The library packs an array item by item, 300,000 calls for a Qwen vocabulary; arrays are joined here instead.
-    """
-    stream = io.BytesIO()
-    keys = writer.kv_data[0]
-    stream.write(struct.pack("<IIQQ", gguf.GGUF_MAGIC, gguf.GGUF_VERSION, len(writer.tensors[0]), len(keys)))
-    for key, value in keys.items():
-        stream.write(_string(key))
-        if value.type == gguf.GGUFValueType.ARRAY and len(value.value) and isinstance(value.value[0], str):
-            items = [item.encode("utf-8") for item in value.value]
-            stream.write(struct.pack("<IIQ", value.type, gguf.GGUFValueType.STRING, len(items)))
-            stream.write(b"".join(part for item in items for part in (len(item).to_bytes(8, "little"), item)))
-        else:
-            stream.write(writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type))
-    offset = 0
-    for name, info in writer.tensors[0].items():
-        shape = tuple(reversed(info.shape))
-        stream.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, info.dtype, offset))
-        offset += padded(info.nbytes)
-    return stream.getvalue()
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return len(data).to_bytes(8, "little") + data

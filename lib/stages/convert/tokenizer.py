@@ -159,31 +159,6 @@ def _transformers(folder: Path) -> Tokenizer:
 _GRANITE_ROWS = 49152
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What GGUF stores of a tokenizer.
-
-    Attributes:
-        tokens: text of every id, padded to the rows of the embedding with [PADi].
-        types: gguf.TokenType of every id.
-        pre: name of the pre-tokenizer; recognised: how it was found out, in words.
-        merges: "left right", in order of rank.
-        special: {"eos": id, …} in the order they are written; add: {"bos": False, …}.
-        add_prefix_space: what Llama's tokenizer_config.json says of it; None = nothing.
-        chat_template: Jinja text, a list of named ones, or None.
-    """
-
-    tokens: list[str]
-    types: list[int]
-    pre: str
-    recognised: str
-    merges: list[str]
-    special: dict[str, int]
-    add: dict[str, bool]
-    add_prefix_space: bool | None
-    chat_template: str | list[dict[str, str]] | None
-
-
 def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
     """Name of the pre-tokenizer in GGUF, and how it was recognised, without the network.
 
@@ -202,12 +177,14 @@ def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
     )
 
 
-def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabulary:
-    """Read the tokenizer of a model folder.
+def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Add the tokenizer of a model folder to `writer`, in the official order.
 
     Args:
-        vocab_size: rows of the embedding (config.json); ids without a token are padded.
-        architecture: its name in GGUF.
+        vocab_size: rows of the embedding (config.json); ids without a token are padded with [PADi].
+
+    Returns:
+        "tokens", "padding_tokens", "pre_tokenizer" and "recognised" of a `ConversionReport`.
 
     Raises:
         InputError: missing or damaged files, more ids than rows, an unknown pre-tokenizer or post-processor.
@@ -217,7 +194,7 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
     )
     model = stored.get("model", {})
     pieces = (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE"
-    if architecture == "llama" and pieces:
+    if writer.arch == "llama" and pieces:
         raise InputError(
             f"a SentencePiece tokenizer in {folder}.",
             "byte-level BPE, as in Llama 3.",
@@ -233,20 +210,28 @@ def read_vocabulary(folder: Path, vocab_size: int, architecture: str) -> Vocabul
         )
     pre, recognised = recognise(tokenizer)
     tokens, types = _tokens(tokenizer, vocab_size)
-    config = read_object(folder / "config.json")
-    special, add = special_tokens(stored, settings, config, folder)
-    prefix = settings.get("add_prefix_space") if architecture == "llama" else None
-    return Vocabulary(
-        tokens=tokens,
-        types=types,
-        pre=pre,
-        recognised=recognised,
-        merges=_merges(stored, folder),
-        special=special,
-        add=add,
-        add_prefix_space=prefix if isinstance(prefix, bool) else None,
-        chat_template=_chat_template(folder, settings),
-    )
+    merges, templates = _merges(stored, folder), chat_templates(folder, settings)
+    special, add = special_tokens(stored, settings, read_object(folder / "config.json"), folder)
+    if writer.arch == "llama" and isinstance(prefix := settings.get("add_prefix_space"), bool):
+        writer.add_add_space_prefix(prefix)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    said = {f"add_{kind}_token_id": number for kind, number in special.items()}
+    said |= {f"add_add_{kind}_token": value for kind, value in add.items()}
+    for name, value in said.items():
+        if handler := getattr(writer, name, None):
+            handler(value)
+    if set(templates) == {"default"}:
+        writer.add_chat_template(templates["default"])
+    elif templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
+    if writer.arch == "llama" and len(tokens) == _GRANITE_ROWS:
+        writer.add_add_bos_token(False)  # the official converter takes Llama models of this size for small Granite ones
+    padding = types.count(TokenType.UNUSED)
+    return {"tokens": len(tokens), "padding_tokens": padding, "pre_tokenizer": pre, "recognised": recognised}
 
 
 def _looks_special(token: str) -> bool:
@@ -356,30 +341,3 @@ def _added_by_template(
         )
     # start A start B: the second start is no separator
     return {"bos": True, "sep": False} if len(pair) == 4 else {"bos": True}
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
-    found = chat_templates(folder, settings)
-    if set(found) <= {"default"}:
-        return found.get("default")
-    return [{"name": name, "template": text} for name, text in found.items()]
-
-
-def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Add the tokenizer to `writer`, in the official order."""
-    if vocabulary.add_prefix_space is not None:
-        writer.add_add_space_prefix(vocabulary.add_prefix_space)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    said = {f"add_{kind}_token_id": number for kind, number in vocabulary.special.items()}
-    said |= {f"add_add_{kind}_token": value for kind, value in vocabulary.add.items()}
-    for name, value in said.items():
-        if handler := getattr(writer, name, None):
-            handler(value)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
-    if writer.arch == "llama" and len(vocabulary.tokens) == _GRANITE_ROWS:
-        writer.add_add_bos_token(False)  # the official converter takes Llama models of this size for small Granite ones

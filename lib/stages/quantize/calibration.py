@@ -258,8 +258,7 @@ def run_options(settings: Settings, run: Run) -> Options:
         matrix = None if settings.imatrix in ("", NONE) else files.user_path(settings.imatrix)
     if matrix is not None and not matrix.is_file():
         raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or set it to auto or none.")
-    types = tuple(settings.tensor_types)
-    return Options(matrix, types, settings.output_tensor_type, settings.token_embedding_type)
+    return Options(matrix, settings.tensor_types, settings.output_tensor_type, settings.token_embedding_type)
 
 
 def matrix_identity(matrix: Path | None) -> str | None:

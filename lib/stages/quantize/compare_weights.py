@@ -93,23 +93,15 @@ class BaseMatrix:
     stored: StoredTensor
     order: np.ndarray
 
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
-
-    def rows(self, start: int, stop: int, step: int = 1) -> np.ndarray:
+    def rows(self, start: int = 0, stop: int | None = None, step: int = 1) -> np.ndarray:
         """Every `step`-th row, float32, (rows, columns); `start` and `stop` as in a slice."""
-        values = self.stored.raw().view(NUMPY[self.dtype]).reshape(self.stored.shape)
-        return widen(values[self.order[start:stop:step]], self.dtype)
+        values = self.stored.raw().view(NUMPY[self.stored.dtype]).reshape(self.stored.shape)
+        return widen(values[self.order[start:stop:step]], self.stored.dtype)
 
     @property
     def step(self) -> int:
         """Distance of the rows of a sample."""
         return max(1, -(-self.stored.size // _SAMPLED))
-
-    def sample(self) -> np.ndarray:
-        """Rows at even distances."""
-        return self.rows(0, len(self.order), self.step)
 
 
 def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], list[str]]:
@@ -214,12 +206,12 @@ def measure_grid(argument: dict[str, Any]) -> dict[str, Any]:
     shares: dict[str, list[tuple[float, int]]] = {}
     distinct, blocks, source = [], 0, read_header(Path(argument["source"]))
     found, _ = base_matrices(Path(argument["base"]), source)
-    samples = {name: stored.sample() for name, stored in found.items()}
+    samples = {name: base.rows(step=base.step) for name, base in found.items()}
     moved = [name for name, base in samples.items() if _moved(source.rows(name, step=found[name].step), base)]
     tried = moved or list(found)
     with Progress("grid of the base's weights, tensors", len(tried)) as progress:
         for name in tried:
-            weights, dtype, total = samples[name], found[name].dtype, source.tensors[name].weights
+            weights, dtype, total = samples[name], found[name].stored.dtype, source.tensors[name].weights
             if weights.shape[1] % BLOCK == 0 and (counted := varied(weights)).any():
                 values = None if matrix is None else matrix.values.get(name)
                 for kind, share in _shares(weights, dtype, values, counted).items():

@@ -17,7 +17,7 @@ import numpy as np
 from llama_cpp import _ggml
 
 from lib.errors import InputError
-from lib.models.gguf_file import read_gguf, unusable
+from lib.models.gguf_file import padded, read_gguf, unusable
 from lib.scoring import llama_backend
 from lib.settings import TENSOR_TYPES
 
@@ -218,7 +218,7 @@ def read_header(path: Path, added: Mapping[str, str | int] | None = None) -> Hea
     if end > held:
         what = f"{path} has {held} bytes; its header describes {end}."
         raise InputError(what, "a complete file.", "copy, download or make it again.")
-    return Header(path, found.metadata, tensors, -(-size // found.alignment) * found.alignment)
+    return Header(path, found.metadata, tensors, padded(size, found.alignment))
 
 
 # Importance matrices: the mean square of every input of every linear layer over a calibration text.
@@ -289,7 +289,8 @@ def _read_gguf(path: Path) -> Imatrix:
     names = sorted(name.removesuffix(_SUMS) for name in header.tensors if name.endswith(_SUMS))
     if not names:
         raise _damaged(path, "it holds no sums")
-    dataset = next(iter(header.values.get("imatrix.datasets") or []), None)
+    datasets = header.values.get("imatrix.datasets")
+    dataset = datasets[0] if isinstance(datasets, list) and datasets else None
     result = Imatrix(path.name, {}, dataset, chunks if isinstance(chunks, int) else 0)
     for name in names:
         if name + _COUNTS not in header.tensors:

@@ -16,6 +16,7 @@ from typing import Any
 import llama_cpp
 
 from lib.errors import InputError
+from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.scoring.llama_backend import open_model
@@ -40,15 +41,15 @@ Tensors = dict[str, Tensor]
 
 
 def quantize(argument: dict[str, Any]) -> dict[str, Any]:
-    """Quantize `source` to `output` by the recipe `type`; then load the result with every tensor checked.
+    """Quantize `source` to `output` by the recipe `type`, as `predict` allowed it; then load the result with every
+    tensor checked.
 
     Returns:
-        {"seconds", "memory_mib" of quantizing alone, "description": see `describe`}.
+        {"seconds", "memory_mib" of quantizing alone, "description": see `describe`, with "fallbacks" ({"tensor",
+        "columns", "wanted", "type"}: rows that do not fill blocks of the wanted type)}.
     """
     output, recipe = Path(argument["output"]), argument["type"]
-    source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
-    if source.matrix:
-        source.check_coverage(planned_types(source.dry_run(recipe)))
+    source = open_source(argument["source"], Options(**argument["options"]))
     started = time.monotonic()
     with Progress(f"quantizing to {recipe}, tensors", every=1.0) as progress:
 
@@ -60,9 +61,10 @@ def quantize(argument: dict[str, Any]) -> dict[str, Any]:
         log = Log(count)
         _llama_quantize(source.path, output, recipe, source.options, source.matrix, log, nthread=argument["n_threads"])
     seconds, memory = time.monotonic() - started, peak_memory_mib()
-    _check_loads(output)
+    # every tensor is checked; no copy of the weights in the processor's own layout: nothing is computed here
+    llama_cpp.llama_model_free(open_model(output, 0, check_tensors=True, use_extra_bufts=False))
     made = read_header(output)
-    description = {**_facts(made), "fallbacks": find_fallbacks(recipe, made.tensors, log, source.options)}
+    description = {**describe(made), "fallbacks": find_fallbacks(recipe, made.tensors, log, source.options)}
     return {"seconds": seconds, "memory_mib": memory, "description": description}
 
 
@@ -72,40 +74,20 @@ def predict(argument: dict[str, Any]) -> dict[str, Any]:
     Returns:
         {"predictions": one dict a type, see `lib.stages.quantize.files.predict_sizes`; "source": see `describe`}.
     """
-    source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
+    source = open_source(argument["source"], Options(**argument["options"]))
     source.check_options()
     predictions = [source.predict(recipe) for recipe in argument["types"]]
-    return {"predictions": predictions, "source": describe(source.path)}
+    return {"predictions": predictions, "source": {**describe(source.header), "fallbacks": []}}
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(header: Header) -> dict[str, Any]:
     """What a GGUF file really holds, by its own header.
-
-    For the fallbacks the recipe is replayed by a dry run over the file itself: llama.cpp decides from names and
-    shapes, not from what the tensors are now.
 
     Returns:
         "file", "bytes", "type" (recipe by the header), "architecture", "name", "imatrix", "weights", "tensor_bytes",
         "bits_per_weight" (effective), "histogram" ({"type", "tensors", "weights", "bytes", "share"}, most weights
-        first), "fallbacks" ({"tensor", "columns", "wanted", "type"}: rows that do not fill blocks of the wanted type),
-        "token_embedding_type".
+        first), "token_embedding_type".
     """
-    header = read_header(path)
-    facts = _facts(header)
-    recipe = facts["type"]
-    if recipe == "unknown" or recipe in recipes.UNQUANTIZED:
-        return {**facts, "fallbacks": []}
-    return {**facts, "fallbacks": find_fallbacks(recipe, header.tensors, _dry_run(path, recipe), Options())}
-
-
-def _check_loads(path: Path) -> None:
-    """Load the whole file with every tensor's data validated; an InputError says why it cannot."""
-    # no copy of the weights in the processor's own layout: nothing is computed here
-    llama_cpp.llama_model_free(open_model(path, 0, check_tensors=True, use_extra_bufts=False))
-
-
-def _facts(header: Header) -> dict[str, Any]:
-    """The description of a file without its fallbacks."""
     embedding = header.tensors.get(_EMBEDDINGS[0])
     return {
         "file": header.path.name,
@@ -188,13 +170,6 @@ def _header_keys(options: Options, matrix: Imatrix | None) -> dict[str, str | in
     return {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}
 
 
-def _dry_run(source: Path, recipe: str, options: Options | None = None, matrix: Imatrix | None = None) -> Log:
-    """What llama.cpp would do, without reading weights or writing; its log tells."""
-    log, output = Log(), source.with_suffix(".dry")
-    _llama_quantize(source, output, recipe, options or Options(), matrix, log, nthread=1, dry_run=True)
-    return log
-
-
 def planned_types(log: Log) -> dict[str, str]:
     """{tensor: new type} of the tensors that a dry run would change."""
     matches = [match for line in log.lines if (match := _TENSOR_LINE.match(line))]
@@ -246,12 +221,14 @@ class Source:
         return self.matrix.values.get(name) if self.matrix else None
 
     def dry_run(self, recipe: str, options: Options | None = None) -> Log:
-        """What llama.cpp would do by these options, or by others; its log tells.
+        """What llama.cpp would do by these options, or by others, without reading weights or writing; its log tells.
 
         Raises:
             InputError: llama.cpp refused; with the reason that it logged.
         """
-        return _dry_run(self.path, recipe, self.options if options is None else options, self.matrix)
+        log, output, options = Log(), self.path.with_suffix(".dry"), self.options if options is None else options
+        _llama_quantize(self.path, output, recipe, options, self.matrix, log, nthread=1, dry_run=True)
+        return log
 
     def predict(self, recipe: str) -> dict[str, Any]:
         """Exact sizes of one recipe; see `lib.stages.quantize.files.predict_sizes`.
@@ -298,7 +275,7 @@ class Source:
             # only this expression asks for another type than the recipe, so the log shows which tensors it chooses
             probe = tuple(f"{p}={'q4_0' if i == place else 'q8_0'}" for i, p in enumerate(patterns))
             try:
-                log = _dry_run(self.path, "Q8_0", replace(self.options, imatrix=None, tensor_types=probe))
+                log = self.dry_run("Q8_0", replace(self.options, imatrix=None, tensor_types=probe))
             except InputError as error:
                 found = f"llama.cpp refuses {pattern!r} in tensor_types. {error.found}"
                 do = "correct it; it is a regular expression of C++ (ECMAScript)."
@@ -371,11 +348,6 @@ class Source:
                 found = f"the importance matrix {self.matrix.file} has {have} values for {name}."
                 do = "make it with this very model (`workbook imatrix MODEL_DIR OUT.gguf --text FILE`)."
                 raise InputError(found, f"{needed}.", do)
-
-
-def padded(size: int) -> int:
-    """Bytes of a tensor in a file."""
-    return -(-size // 32) * 32
 
 
 def open_source(path: Path | str, options: Options) -> Source:

@@ -96,7 +96,8 @@ class Options:
     """Options of quantizing, checked for their form; what they do to a model is checked by the dry run.
 
     Attributes:
-        imatrix: importance matrix of llama-imatrix (GGUF or .dat); its file name goes into the new header.
+        imatrix: importance matrix of llama-imatrix (GGUF or .dat; in a child process its path as text); its file name
+            goes into the new header.
         tensor_types: "regular expression=type" for tensors whose name it is found in; the first that fits counts.
         output_tensor_type: type of the output matrix (of a tied model: of the token embedding); "" = as the recipe.
         token_embedding_type: type of the token embedding; "" = as the recipe.
@@ -104,10 +105,10 @@ class Options:
     """
 
     imatrix: Path | None = None
-    tensor_types: tuple[str, ...] = ()
+    tensor_types: Sequence[str] = ()
     output_tensor_type: str = ""
     token_embedding_type: str = ""
-    notes: tuple[tuple[str, str], ...] = ()
+    notes: Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         named = [name for _, name in self.patterns()]
@@ -135,16 +136,3 @@ class Options:
     def any_types(self) -> bool:
         """Whether any tensor's type is set by hand."""
         return bool(self.tensor_types or self.output_tensor_type or self.token_embedding_type)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with an absolute path."""
-        matrix = None if self.imatrix is None else str(self.imatrix.resolve())
-        notes = [list(note) for note in self.notes]
-        return {**vars(self), "tensor_types": list(self.tensor_types), "notes": notes, "imatrix": matrix}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Options:
-        """The reverse of `to_json`."""
-        matrix = None if values["imatrix"] is None else Path(values["imatrix"])
-        notes = tuple(map(tuple, values["notes"]))
-        return cls(**{**values, "tensor_types": tuple(values["tensor_types"]), "notes": notes, "imatrix": matrix})

@@ -22,16 +22,7 @@ from lib.runs.child import run_child
 from lib.runs.run import ProductDraft, Run
 from lib.scoring.measure import Text
 from lib.settings import Settings, mix_name
-from lib.stages.quantize import sensitivity
-from lib.stages.quantize.calibration import (
-    AnswerRows,
-    Windows,
-    dataset_name,
-    matrix_identity,
-    require_whole_weights,
-    run_options,
-    text_windows,
-)
+from lib.stages.quantize import calibration, sensitivity
 from lib.stages.quantize.files import PlannedFile, predict_sizes
 from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT
@@ -239,7 +230,7 @@ def least_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     from lib.stages.quantize.quantizer import open_source
     from lib.stages.quantize.type_costs import possible_types
 
-    source = open_source(Path(argument["source"]), Options.from_json(argument["options"]))
+    source = open_source(argument["source"], Options(**argument["options"]))
     types = possible_types(source).values()
     return {"bytes": _fixed_bytes(source, types) + sum(min(sizes.values()) for sizes in types)}
 
@@ -248,7 +239,7 @@ def _choose(found: dict[str, Any], request: MixRequest) -> PlannedFile:
     """`choose_types` by a child process."""
     argument = {"found": found, "request": request}
     answer = run_child("lib.stages.quantize.size_budget:choose_in_child", argument, "choosing types")
-    return PlannedFile(answer["prediction"], Options.from_json(answer["options"]))
+    return PlannedFile(answer["prediction"], Options(**{**answer["options"], "imatrix": request.matrix}))
 
 
 def choose_in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -270,12 +261,12 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
     """
     if not settings.size_budget:
         return None
-    source, matrix = run_gguf(run), run_options(settings, run).imatrix
+    source, matrix = run_gguf(run), calibration.run_options(settings, run).imatrix
     force = settings.force if force is None else force
 
     def request(rows: int, digest: str) -> MixRequest:
         budget = budget_bytes(source, settings.size_budget_mb, settings.size_budget_bpw)
-        dataset = dataset_name("train.jsonl", f"{rows} rows", digest)
+        dataset = calibration.dataset_name("train.jsonl", f"{rows} rows", digest)
         return MixRequest(budget, source, matrix, dataset, settings.answer_weight)
 
     def check() -> None:
@@ -284,13 +275,14 @@ def plan_mix(settings: Settings, run: Run, force: bool | None = None) -> Planned
     def content(work: ProductDraft) -> dict[str, Any]:
         mix = _choose(found, request(found["rows"], found["rows_sha256"]))
         work.metrics |= {"bytes": mix.prediction["bytes"], **{key: mix.record[key] for key in PREDICTED}}
-        options = {key: value for key, value in mix.options.to_json().items() if key != "imatrix"}
+        options = {key: value for key, value in vars(mix.options).items() if key != "imatrix"}
         return {"options": options, "prediction": mix.prediction}
 
     found = sensitivity.measure_sensitivity(settings, run, source, matrix, force, check)
-    parameters = {**settings.pick(settings.size_budget, "answer_weight"), "imatrix": matrix_identity(matrix)}
+    parameters = settings.pick(settings.size_budget, "answer_weight")
+    parameters["imatrix"] = calibration.matrix_identity(matrix)
     _, solved = run.produce_json("mix", content, parameters, ("gguf", "sensitivity"), force)
-    return PlannedFile(solved["prediction"], Options.from_json({**solved["options"], "imatrix": matrix}))
+    return PlannedFile(solved["prediction"], Options(**solved["options"], imatrix=matrix))
 
 
 # Without a run: from a model folder and a text, or the rows of a run.
@@ -339,15 +331,15 @@ def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: P
     return _choose(found, request)
 
 
-def _texts(budget: Budget) -> tuple[Windows, AnswerRows | None]:
+def _texts(budget: Budget) -> tuple[calibration.Windows, calibration.AnswerRows | None]:
     """What gradients are of.
 
     Raises:
         InputError: no model folder, a folder that is no product `data`, too little text.
     """
     if budget.data is None:
-        return text_windows(budget.model, budget.text, budget.file, budget.n_ctx, sensitivity.WINDOWS), None
-    require_whole_weights(budget.model)
+        return calibration.text_windows(budget.model, budget.text, budget.file, budget.n_ctx, sensitivity.WINDOWS), None
+    calibration.require_whole_weights(budget.model)
     if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
         do = "name runs/RUN/data, or give a text by --text."
         raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)

@@ -79,7 +79,7 @@ def _request(settings: Settings, options: Options) -> tuple[dict[str, Any], tupl
 
 def _identity(options: Options) -> dict[str, Any]:
     """What of the options decides about the bytes of the files: the importance matrix by its content and its name."""
-    given = {**options.to_json(), "imatrix": matrix_identity(options.imatrix)}
+    given = {**vars(options), "imatrix": matrix_identity(options.imatrix)}
     return {key: value for key, value in given.items() if value}
 
 

@@ -17,19 +17,15 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.machine import physical_cores
 from lib.stages.quantize import llama_library, recipes
-from lib.stages.quantize.quantizer import Source, open_source, padded, planned_types
+from lib.stages.quantize.quantizer import Source, open_source, planned_types
 from lib.stages.quantize.recipes import Options
 
-PLAIN = (
-    *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0"),
-    *("iq4_nl", "iq4_xs", "iq3_s", "q3_K", "q2_K"),
-)
-"""Types that any tensor may have."""
-WITH_MATRIX = ("iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
-"""Types for tensors with importance values only."""
+PLAIN, WITH_MATRIX = recipes.TABLES["plain"], recipes.TABLES["with_matrix"]
+"""Types that any tensor may have; and types for tensors with importance values only."""
 
 _WEIGHTS = 1 << 21
 """Most weights of a tensor that are tried; a larger one is represented by rows at even distances."""
@@ -53,7 +49,7 @@ def possible_types(source: Source) -> dict[str, dict[str, int]]:
     source.check_coverage(names)
     found = {}
     for name in names:
-        tensor, types = source.tensors[name], PLAIN + (() if source.importance(name) is None else WITH_MATRIX)
+        tensor, types = source.tensors[name], PLAIN + ([] if source.importance(name) is None else WITH_MATRIX)
         fitting = [kind for kind in types if tensor.columns % llama_library.block_size(kind) == 0]
         if fitting:
             found[name] = {kind: padded(tensor.as_type(kind).bytes) for kind in fitting}
@@ -187,7 +183,7 @@ def measure(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a tensor without sensitivities, an importance matrix of another model.
     """
-    source = open_source(Path(argument["source"]), Options(Path(argument["imatrix"]) if argument["imatrix"] else None))
+    source = open_source(argument["source"], Options(argument["imatrix"]))
     possible, folder, scales = possible_types(source), Path(argument["folder"]), argument["scales"]
     with ThreadPoolExecutor(argument["n_threads"] or physical_cores()) as pool:
         longest = sorted(possible, key=lambda name: -source.tensors[name].weights)

@@ -14,7 +14,7 @@ from lib.scoring.log_probabilities import Scores, score_rows
 from lib.scoring.perplexity import positions
 from lib.stages.compare.child import encode_rows
 from lib.stages.compare.files import Comparison, compare_files
-from lib.stages.quantize import quantizer
+from lib.stages.quantize import llama_library, quantizer
 from lib.statistics.paired import clustered_bootstrap_t
 from tests import tiny_gguf
 from tests.scoring.tiny import kl_table
@@ -74,7 +74,7 @@ def test_fewer_bits_are_further_away(compared: tuple[dict, Path]) -> None:
 
 
 def test_sizes_are_those_of_the_header(compared: tuple[dict, Path], ladder: Ladder) -> None:
-    description = quantizer.describe(ladder.q2)
+    description = quantizer.describe(llama_library.read_header(ladder.q2))
     q2 = entry(compared[0], "Q2_K")
     assert q2["bytes"] == description["bytes"]
     assert q2["bits_per_weight"] == pytest.approx(description["bits_per_weight"], rel=1e-12)

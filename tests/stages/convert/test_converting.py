@@ -92,7 +92,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the check in llama.cpp's own process, which takes seconds."""
-    monkeypatch.setattr(convert_convert, "load_check", lambda path, stop: "not tried")
+    monkeypatch.setattr(convert_convert, "load_check", lambda path: "not tried")
 
 
 @pytest.fixture

@@ -303,7 +303,7 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
     asked = {"source": str(source), "folder": str(tmp_path), "imatrix": None, "scales": {"kld": {}}, "n_threads": 1}
     found = type_costs.measure(asked)["tensors"]
     assert {row["tensor"] for row in found} == {name for name in matrices if "ffn_down" not in name}
-    least = size_budget.least_in_child({"source": str(source), "options": Options().to_json()})["bytes"]
+    least = size_budget.least_in_child({"source": str(source), "options": vars(Options())})["bytes"]
     threads, done, losses = [], [], type_costs._Trial.losses
 
     class Pool(ThreadPoolExecutor):
@@ -328,7 +328,7 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path, monkeypatch: pytest
     none = tiny_gguf.tensors(48, 1, 1, 259, 100, 24)
     source = tiny_gguf.write(tmp_path / "none-F16.gguf", layers=1, weights=none)
     with pytest.raises(InputError, match=r"no tensor of none-F16\.gguf has rows that fill blocks"):
-        size_budget.least_in_child({"source": str(source), "options": Options().to_json()})
+        size_budget.least_in_child({"source": str(source), "options": vars(Options())})
 
 
 def test_llama_rows_stand_as_in_gguf() -> None:

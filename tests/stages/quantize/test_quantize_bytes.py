@@ -154,7 +154,7 @@ def test_same_bytes_as_llama_quantize(
         "source": str(sources[width]),
         "output": str(output),
         "type": name,
-        "options": Options().to_json(),
+        "options": vars(Options()),
         "n_threads": 2,
     }
     description = quantizer.quantize(argument)["description"]
@@ -175,7 +175,7 @@ def test_same_bytes_with_an_importance_matrix(
     prediction = predict_sizes(sources[256], [name], Options(matrix))[0]
     output = tmp_path / "out.gguf"
     argument = {"source": str(sources[256]), "output": str(output), "type": name, "n_threads": 1}
-    quantizer.quantize({**argument, "options": Options(matrix).to_json()})
+    quantizer.quantize({**argument, "options": vars(Options(matrix))})
     assert sha256_file(output)[:16] == WITH_IMATRIX[name, legacy]
     assert output.stat().st_size == prediction["bytes"]
 
@@ -187,7 +187,7 @@ def test_same_bytes_with_types_of_single_tensors(sources: dict[int, Path], tmp_p
     prediction = predict_sizes(sources[width], [name], options)[0]
     output = tmp_path / "out.gguf"
     argument = {"source": str(sources[width]), "output": str(output), "type": name, "n_threads": 2}
-    description = quantizer.quantize({**argument, "options": options.to_json()})["description"]
+    description = quantizer.quantize({**argument, "options": vars(options)})["description"]
     assert sha256_file(output)[:16] == digest
     for key in ("bytes", "tensor_bytes", "histogram", "fallbacks"):
         assert description[key] == prediction[key]
