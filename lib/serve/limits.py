@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, ValidationInfo
 
 from lib.serve.generation import WORK, Work
-from lib.serve.listening import Application, Message, Receive, Send, names_loopback
+from lib.serve.listening import names_loopback
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Send
 
 CHAT, COMPLETION, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 
@@ -68,12 +69,6 @@ class Limits:
 
 def _invalid(name: str | None, found: str, code: str | None = None) -> RefusedError:
     return RefusedError(400, f"{name} {found}", code or f"invalid_{name}")
-
-
-def _not_here(value: Any, info: ValidationInfo) -> Any:
-    if value and not (value == 1 and info.field_name in ("n", "best_of")):
-        raise _invalid(info.field_name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
-    return value
 
 
 def _not_forced(value: Any, info: ValidationInfo) -> Any:
@@ -143,12 +138,6 @@ class Asked(BaseModel):
         RefusedError: status 400, for what the sampler cannot do, or does not survive.
     """
 
-    logprobs: Annotated[Any, AfterValidator(_not_here)] = None
-    top_logprobs: Annotated[Any, AfterValidator(_not_here)] = None
-    n: Annotated[Any, AfterValidator(_not_here)] = None
-    best_of: Annotated[Any, AfterValidator(_not_here)] = None
-    suffix: Annotated[Any, AfterValidator(_not_here)] = None
-    grammar: Annotated[Any, AfterValidator(_not_here)] = None
     tool_choice: Annotated[Any, AfterValidator(_not_forced)] = None
     function_call: Annotated[Any, AfterValidator(_not_forced)] = None
     min_tokens: Annotated[Any, AfterValidator(_whole(0, 2**31 - 1))] = None
@@ -171,7 +160,7 @@ class LimitedApplication:
         count: (path, body) → tokens of the prompt; raises ValueError for messages that the template refuses.
     """
 
-    def __init__(self, inner: Application, limits: Limits, count: Callable[[str, dict[str, Any]], int]) -> None:
+    def __init__(self, inner: ASGIApp, limits: Limits, count: Callable[[str, dict[str, Any]], int]) -> None:
         self._inner, self._limits, self._count = inner, limits, count
         self._asked: set[Work] = set()
 
@@ -299,12 +288,15 @@ class LimitedApplication:
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
         if len(self._asked) >= WAITING:
             raise RefusedError(503, f"{WAITING} requests are waiting already; ask again later", "overloaded")
+        for name in NOT_HERE:
+            value = body.pop(name, None)
+            if value and not (value == 1 and name in ("n", "best_of")):
+                raise _invalid(name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
         asked = Asked.model_validate(body, context=self._limits)
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])
         body.setdefault("repeat_penalty", 1.0)  # the inner server's 1.1 would change greedy answers
-        for name in ("max_completion_tokens", *NOT_HERE):
-            body.pop(name, None)
+        body.pop("max_completion_tokens", None)
         body["max_tokens"] = asked.max_completion_tokens or asked.max_tokens or self._limits.max_tokens
         try:
             tokens = await run_in_threadpool(self._count, path, body)
@@ -343,15 +335,13 @@ def text_of(content: Any) -> str | None:
 
 def _replay(body: bytes, left: asyncio.Event) -> Receive:
     """A channel that gives the checked body first, and the end of the connection when the client has left."""
-    given = False
+    first = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
-        nonlocal given
-        if given:
-            await left.wait()
-            return {"type": "http.disconnect"}
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        if first:
+            return first.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
 
     return again
 

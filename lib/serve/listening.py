@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -12,12 +12,7 @@ from lib.errors import InputError
 
 if TYPE_CHECKING:
     import uvicorn
-
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
-"""An ASGI application."""
+    from starlette.types import ASGIApp
 
 _BACKLOG = 2048
 _GRACE_SECONDS = 5
@@ -119,7 +114,7 @@ def _protocol(buffer: int) -> type:
 
 
 def make_server(
-    application: Application, ready: Callable[[], None], buffer: int = 1 << 16, **options: Any
+    application: ASGIApp, ready: Callable[[], None], buffer: int = 1 << 16, **options: Any
 ) -> uvicorn.Server:
     """A server whose `run(sockets=[…])` answers until a signal; requests that run get a few seconds to end.
 

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
 from lib.serve.generation import bound
 from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
-from lib.serve.listening import Application, in_address, is_loopback, listen, make_server
+from lib.serve.listening import in_address, is_loopback, listen, make_server
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 _CONTROL = 3
 """Type of tokens that are not text: <|im_start|> and its like."""
@@ -134,7 +137,7 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
         _run(application, listening, options, path, tell)
 
 
-def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOptions) -> Application:
+def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOptions) -> ASGIApp:
     """The server as an ASGI application, with the model loaded.
 
     Raises:
@@ -223,7 +226,7 @@ def _explained(self: Any, error: Exception, body: Any = None) -> tuple[int, dict
 
 
 def _run(
-    application: Application,
+    application: ASGIApp,
     listening: socket.socket,
     options: ServeOptions,
     path: Path,

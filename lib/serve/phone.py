@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, missing_library
 from lib.runs.machine import has_module
 from lib.runs.phone_results import MOST_BYTES, check_result, save_result
-from lib.serve.listening import Application, Receive, Send, in_address, is_loopback, listen, make_server
+from lib.serve.listening import in_address, is_loopback, listen, make_server
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Send
 
 NEEDS = ("segno", "starlette", "uvicorn")
 PAGE = "web/index.html"
@@ -101,7 +102,7 @@ def encryption_of(options: PhoneOptions) -> dict[str, Any]:
     return {"ssl_certfile": options.certificate, "ssl_keyfile": options.key}
 
 
-def make_application(package: Path, devices: Path, token: str, tell: Callable[[str], None]) -> Application:
+def make_application(package: Path, devices: Path, token: str, tell: Callable[[str], None]) -> ASGIApp:
     """GET and HEAD of files of the package, POST of a result; everything under /<token>/."""
     root = package.resolve()
 
