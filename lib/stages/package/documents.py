@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lib.prompts.conversations import escape
-from lib.prompts.tasks import Task
 from lib.prompts.templates import ROLES, Turns, end_of_turn_id
 from lib.runs.child import run_child
 from lib.runs.files import render
 from lib.scoring.generation import end_ids, llama_feed, write
 from lib.scoring.llama_backend import LlamaCppBackend
-from lib.stages.package.facts import Facts
+from lib.stages.package.facts import TOLERANCE, TOLERANCE_SHARE, Facts, sentences_for
 from lib.statistics.losses import kept_words
 from lib.statistics.verdicts import in_words
 
@@ -50,68 +49,30 @@ def card(facts: Facts, licence_files: Sequence[str] = ()) -> str:
     Args:
         licence_files: of the base model, beside the file.
     """
-    types = Counter(facts.mix["types"].values()).most_common() if facts.mix else []
+    labelled, mix = bool(facts.task.label_names), facts.report["mix"]
+    values: dict[str, Any] = {
+        "license": facts.report["licences"]["id"],
+        **({"language": facts.languages} if facts.languages else {}),
+        "library_name": "gguf",
+        "pipeline_tag": "text-classification" if labelled else "text-generation",
+        "tags": ["gguf", "quantized", facts.task.kind, facts.chosen.type],
+    }
+    training = facts.report["lineage"]
+    base = training["base_model"]
+    if base.count("/") == 1 and ":" not in base and ":" not in training["base_revision"]:  # a hub id, not a folder
+        values |= {"base_model": base, "base_model_relation": "quantized"}
     return render(
         _TEMPLATES / "README.md.j2",
         facts=facts,
-        labelled=bool(facts.task.label_names),
-        front=_front_matter(facts),
-        tensors_by_type=", ".join(f"{kind} × {count}" for kind, count in types),
-        measures=_LABELLED if facts.task.label_names else _WRITTEN,
+        labelled=labelled,
+        front=yaml.safe_dump(values, allow_unicode=True, sort_keys=False),
+        types=Counter(mix["types"].values()).most_common() if mix else [],
+        measures=_LABELLED if labelled else _WRITTEN,
         kept=kept_words(facts.chosen.entry),
         verdict=in_words(facts.chosen.entry),
-        settings={key: facts.parameters[key] for key in _TRAINING if key in facts.parameters},
+        settings={key: training["training"][key] for key in _TRAINING if key in training["training"]},
         licence_files=licence_files,
     )
-
-
-def _front_matter(facts: Facts) -> str:
-    values: dict[str, Any] = {
-        "license": facts.licences["id"],
-        **({"language": facts.languages} if facts.languages else {}),
-        "library_name": "gguf",
-        "pipeline_tag": "text-classification" if facts.task.label_names else "text-generation",
-        "tags": ["gguf", "quantized", facts.task.kind, facts.chosen.type],
-    }
-    if facts.base.count("/") == 1 and ":" not in facts.base and ":" not in facts.revision:  # a hub id, not a folder
-        values |= {"base_model": facts.base, "base_model_relation": "quantized"}
-    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
-
-
-def export_report(facts: Facts, sha256: str, prompts: int) -> dict[str, Any]:
-    """The content of export_report.json: the card for machines.
-
-    Args:
-        sha256: of the GGUF file.
-        prompts: that test_model.py asks.
-    """
-    return {
-        "format": 1,
-        "run": facts.run,
-        "file": {"name": facts.file, "bytes": facts.bytes, "sha256": sha256, "type": facts.chosen.type},
-        "choice": {"standing": facts.chosen.standing, "words": facts.chosen.words},
-        "mix": facts.mix,
-        "recommendation": facts.comparison["recommendation"],
-        "lineage": {
-            "base_model": facts.base,
-            "base_revision": facts.revision,
-            "method": facts.method,
-            "data": facts.source,
-            "rows": facts.rows,
-            "training": facts.parameters,
-            "products": facts.products,
-        },
-        "task": facts.task.to_json(),
-        "evaluation": {"file": facts.chosen.entry, "reference": facts.chosen.reference},
-        "conditions": facts.comparison["conditions"],
-        "bytes_read_per_token": facts.bytes_per_token,
-        "licences": facts.licences,
-        "export_tree": facts.tree,
-        "page_rows": facts.page_rows,
-        "checks": {"prompts": prompts, "tolerance_nats": TOLERANCE, "tolerance_share": TOLERANCE_SHARE},
-        "versions": {name: metadata.version(name) for name in ("llama_cpp_python", "gguf", "transformers", "numpy")},
-        "notes": facts.notes,
-    }
 
 
 # requirements.txt: the versions with which the package was made and tested.
@@ -120,8 +81,9 @@ def export_report(facts: Facts, sha256: str, prompts: int) -> dict[str, Any]:
 def requirements(facts: Facts) -> str:
     """What the GGUF file needs, and in a second part what the folders for transformers need."""
     lines = ["# The GGUF file: test_model.py and usage_examples.py", *_closure("llama_cpp_python")]
-    if facts.tree.keys() - {"gguf"}:
-        kinds = {what.partition(":")[0] for what in facts.tree.values()}
+    tree = facts.report["export_tree"]
+    if tree.keys() - {"gguf"}:
+        kinds = {what.partition(":")[0] for what in tree.values()}
         wanted = ["torch", "transformers", "accelerate"]
         wanted += ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
         wanted += ["compressed_tensors"] if "gptq" in kinds else []
@@ -215,19 +177,7 @@ def guide(facts: Facts) -> str:
 
 # model_info.json: how the packaged file is asked, and what it answered here to five prompts, for test_model.py.
 
-TOLERANCE, TOLERANCE_SHARE = 0.2, 0.1
-"""By how much log-probabilities and margins may differ on another processor: nats, and on top a share of the stored
-value. Kernels round the quantized products differently, and unlikely tokens feel it most: on SmolLM2-135M in Q4_0
-other kernels of one processor move a label's log-probability by 0.31, its margin by 0.33, likely tokens by 0.09."""
-
 CHECKED_TOKENS = 24
-
-_SENTENCES = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8"))
-
-
-def sentences_for(task: Task) -> list[str]:
-    """The project's own sentences: a package holds no row of anybody's data."""
-    return _SENTENCES["reviews" if task.label_names else "questions"]
 
 
 @dataclass(frozen=True)
@@ -262,7 +212,7 @@ class PackedModel:
         return run_child("lib.stages.package.documents:answer", request, f"asking {self.gguf.name}{what}")["answers"]
 
 
-def model_info(packed: PackedModel, sha256: str) -> dict[str, Any]:
+def model_info(packed: PackedModel) -> dict[str, Any]:
     """The content of model_info.json.
 
     Raises:
@@ -277,7 +227,7 @@ def model_info(packed: PackedModel, sha256: str) -> dict[str, Any]:
     return {
         "format": 1,
         "file": facts.file,
-        "sha256": sha256,
+        "sha256": facts.report["file"]["sha256"],
         "system": task.system_prompt,
         "user": task.user_prompt,
         "labels": [{"name": name, "ids": own} for name, own in zip(task.label_names, labels, strict=True)],
@@ -289,7 +239,7 @@ def model_info(packed: PackedModel, sha256: str) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "tolerance_share": TOLERANCE_SHARE,
         "examples": texts[:3],
-        "folders": [name for name in facts.tree if name != "gguf"],
+        "folders": [name for name in facts.report["export_tree"] if name != "gguf"],
         "checks": [
             {"text": text, "prompt": prompt, "prompt_ids": own, **answer} for text, prompt, own, answer in checked
         ],

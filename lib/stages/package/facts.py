@@ -6,15 +6,18 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.unpack import plain_name
 from lib.prompts.tasks import Task
-from lib.runs.files import read_json
+from lib.runs.files import read_json, sha256_file
 from lib.runs.run import Run
 from lib.statistics.losses import retention_warning
 from lib.statistics.verdicts import in_words
@@ -183,90 +186,107 @@ MOST_LABEL_TOKENS, MOST_ANSWER_TOKENS = 8, 256
 _CONTEXT = 2048
 
 
+TOLERANCE, TOLERANCE_SHARE = 0.2, 0.1
+"""By how much log-probabilities and margins may differ on another processor: nats, and on top a share of the stored
+value. Kernels round the quantized products differently, and unlikely tokens feel it most: on SmolLM2-135M in Q4_0
+other kernels of one processor move a label's log-probability by 0.31, its margin by 0.33, likely tokens by 0.09."""
+
+_SENTENCES = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8"))
+
+
+def sentences_for(task: Task) -> list[str]:
+    """The project's own sentences: a package holds no row of anybody's data."""
+    return _SENTENCES["reviews" if task.label_names else "questions"]
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of the packaged model.
 
     Attributes:
-        file: its name; title: the same without ending.
-        bytes, bytes_per_token: of the file, and of the weights that one generated token reads.
-        n_ctx, most: tokens of context that are suggested, and of an answer.
-        base, revision, source, method: lineage.
-        rows: rows of the splits.
+        report: content of export_report.json, the card for machines: card and guide say the same in words.
         comparison: content of comparison.json.
+        n_ctx, most: tokens of context that are suggested, and of an answer.
         switches: whether the chat template knows two ways of answering (the trained one is that of the task).
-        notes: sentences that every page of the run says.
         languages: of the rows it was trained on, as the converted file says; empty where that is not known.
-        mix: of a file under a size budget how its types were chosen (`mix` of quantized.json); None for a recipe.
-        tree: {folder of the export tree: what it holds}.
-        page_rows: where the rows of the phone page come from; empty without the page.
     """
 
-    run: str
-    file: str
     chosen: ChosenFile
     task: Task
-    bytes: int
-    bytes_per_token: int
+    report: dict[str, Any]
+    comparison: Mapping[str, Any]
     n_ctx: int
     most: int
-    base: str
-    revision: str
-    source: str
-    method: str
-    rows: Mapping[str, int]
-    licences: Mapping[str, str]
-    comparison: Mapping[str, Any]
-    parameters: Mapping[str, Any]
-    products: Mapping[str, str]
     switches: bool
-    notes: Sequence[str] = ()
     languages: Sequence[str] = ()
-    mix: Mapping[str, Any] | None = None
-    tree: Mapping[str, str] = field(default_factory=dict)
-    page_rows: str = ""
+
+    @property
+    def file(self) -> str:
+        return self.report["file"]["name"]
 
     @property
     def title(self) -> str:
         return self.file.removesuffix(".gguf")
 
 
-def gather(run: Run, chosen: ChosenFile, task: Task, comparison: Mapping[str, Any]) -> Facts:
-    """Read the manifest and the header of the chosen file."""
+def gather(
+    run: Run, chosen: ChosenFile, task: Task, comparison: Mapping[str, Any], tree: Mapping[str, str] | None = None
+) -> Facts:
+    """Read the manifest and the header of the chosen file.
+
+    Args:
+        tree: {folder of the export tree: what it holds}.
+    """
     from gguf.utility import size_label
 
     entries = run.manifest.entries()
     data, adapter = entries["data"].facts, entries.get("adapter")
-    metadata = read_metadata(chosen.source)
-    base = str(data.get("base_model", metadata.get("general.name", "unknown")))
+    header = read_metadata(chosen.source)
+    base = str(data.get("base_model", header.get("general.name", "unknown")))
     weights = sum(math.prod(tensor.shape) for tensor in read_tensors(chosen.source))
-    size = str(metadata.get("general.size_label") or size_label(weights, 0, 0, 0))
+    size = str(header.get("general.size_label") or size_label(weights, 0, 0, 0))
     most = MOST_LABEL_TOKENS if task.label_names else MOST_ANSWER_TOKENS
-    trained = int(metadata.get(f"{metadata['general.architecture']}.context_length", _CONTEXT))
+    trained = int(header.get(f"{header['general.architecture']}.context_length", _CONTEXT))
     files = read_json(run.require("quantized").path / "quantized.json")["files"]
-    return Facts(
-        run=run.name,
-        file=gguf_name(base, size, run.name, chosen.type),
-        chosen=chosen,
-        task=task,
-        bytes=chosen.source.stat().st_size,
-        bytes_per_token=_bytes_per_token(chosen.source),
-        n_ctx=min(trained, max(_CONTEXT, task.max_seq_length + most)),
-        most=most,
-        base=base,
-        revision=str((adapter.facts if adapter else data).get("base_revision", "unknown")),
-        source=str(data.get("source", "unknown")),
-        method=str(adapter.facts.get("method", "unknown")) if adapter else "unknown",
-        rows=dict(data.get("rows", {})),
-        licences=licences(data, base, (run.folder / "merged" / "LICENSE").is_file()),
-        comparison=comparison,
-        parameters=dict(adapter.parameters) if adapter else {},
-        products={name: entry.digest for name, entry in entries.items() if name != "package"},
-        switches="enable_thinking" in str(metadata.get("tokenizer.chat_template", "")),
-        notes=run.stamps(),
-        languages=list(metadata.get("general.languages", [])),
-        mix=next((row.get("mix") for row in files if row["file"] == chosen.source.name), None),
-    )
+    report = {
+        "format": 1,
+        "run": run.name,
+        "file": {
+            "name": gguf_name(base, size, run.name, chosen.type),
+            "bytes": chosen.source.stat().st_size,
+            "sha256": sha256_file(chosen.source),
+            "type": chosen.type,
+        },
+        "choice": {"standing": chosen.standing, "words": chosen.words},
+        "mix": next((row.get("mix") for row in files if row["file"] == chosen.source.name), None),
+        "recommendation": comparison["recommendation"],
+        "lineage": {
+            "base_model": base,
+            "base_revision": str((adapter.facts if adapter else data).get("base_revision", "unknown")),
+            "method": str(adapter.facts.get("method", "unknown")) if adapter else "unknown",
+            "data": str(data.get("source", "unknown")),
+            "rows": dict(data.get("rows", {})),
+            "training": dict(adapter.parameters) if adapter else {},
+            "products": {name: entry.digest for name, entry in entries.items() if name != "package"},
+        },
+        "task": task.to_json(),
+        "evaluation": {"file": chosen.entry, "reference": chosen.reference},
+        "conditions": comparison["conditions"],
+        "bytes_read_per_token": _bytes_per_token(chosen.source),
+        "licences": licences(data, base, (run.folder / "merged" / "LICENSE").is_file()),
+        "export_tree": tree or {},
+        "page_rows": "",  # where the rows of the phone page come from; empty without the page
+        "checks": {
+            "prompts": len(sentences_for(task)),
+            "tolerance_nats": TOLERANCE,
+            "tolerance_share": TOLERANCE_SHARE,
+        },
+        "versions": {name: metadata.version(name) for name in ("llama_cpp_python", "gguf", "transformers", "numpy")},
+        "notes": run.stamps(),
+    }
+    n_ctx = min(trained, max(_CONTEXT, task.max_seq_length + most))
+    switches = "enable_thinking" in str(header.get("tokenizer.chat_template", ""))
+    return Facts(chosen, task, report, comparison, n_ctx, most, switches, list(header.get("general.languages", [])))
 
 
 def _bytes_per_token(gguf: Path) -> int:

@@ -35,12 +35,12 @@ class Rows:
     Attributes:
         texts: at most MOST.
         source: where they come from, in words.
-        places: of each text, for messages ("rows.txt, line 3"); empty where nobody could correct a row.
+        first: where the first one stands, for messages ("rows.txt, line 3").
     """
 
     texts: tuple[str, ...]
     source: str
-    places: tuple[str, ...] = ()
+    first: str = "the first row"
 
 
 def find_rows(run: Run, path: Path | None) -> Rows:
@@ -78,8 +78,7 @@ def read_rows(path: Path) -> Rows:
     source = f"rows of {path.name}, which the user named"
     if len(texts) > MOST:
         source += f" (the first {MOST} of {len(texts):,})"
-    places = tuple(f"{path}, line {number}" for number, _ in lines[:MOST])
-    return Rows(tuple(texts[:MOST]), source, places)
+    return Rows(tuple(texts[:MOST]), source, f"{path}, line {lines[0][0]}")
 
 
 def _text(path: Path, number: int, line: str) -> str:
@@ -111,9 +110,8 @@ def fitting(rows: Rows, lengths: list[int], n_ctx: int) -> tuple[list[int], str]
     """
     kept = [i for i, length in enumerate(lengths) if length < n_ctx]
     if lengths and not kept:
-        place = rows.places[0] if rows.places else "the first row"
         raise InputError(
-            f"{place} has {lengths[0]:,} tokens with the prompt, and no other row is shorter than the context.",
+            f"{rows.first} has {lengths[0]:,} tokens with the prompt, and no other row is shorter than the context.",
             f"rows of less than {n_ctx:,} tokens with the prompt.",
             "name shorter rows with --rows.",
         )
@@ -140,28 +138,8 @@ _FILES = {
 """Files of the npm packages @wllama/wllama and @wllama/wllama-compat, and their names in web/wllama/."""
 
 
-@dataclass(frozen=True)
-class WebRequest:
-    """What the page is made of.
-
-    Attributes:
-        library: node_modules/@wllama with the files that are copied.
-        version: of wllama.
-        rows: that the phone answers for comparison.
-    """
-
-    library: Path
-    version: str
-    rows: Rows
-
-    def parameters(self) -> dict[str, Any]:
-        """What decides whether the page has to be made again."""
-        page = {path.name: sha256_file(path) for path in sorted(_PAGE.iterdir())}
-        return {"web": {"wllama": self.version, "rows": sha256_json(self.rows.texts), "page": sha256_json(page)}}
-
-
-def request_web(run: Run, rows: Path | None) -> WebRequest:
-    """Look for the library and the rows before anything is made.
+def request_web(run: Run, rows: Path | None) -> Rows:
+    """Look for the library, and the rows that the phone answers, before anything is made.
 
     Args:
         rows: file of the user's own rows: one text a line, or JSONL with "text"; None = rows of the sample corpus where
@@ -176,7 +154,13 @@ def request_web(run: Run, rows: Path | None) -> WebRequest:
             "the library, fetched once.",
             "run make wllama (needs npm and a network).",
         )
-    return WebRequest(_library(), library_version(), find_rows(run, rows))
+    return find_rows(run, rows)
+
+
+def web_parameters(rows: Rows) -> dict[str, Any]:
+    """What decides whether the page has to be made again."""
+    page = {path.name: sha256_file(path) for path in sorted(_PAGE.iterdir())}
+    return {"web": {"wllama": library_version(), "rows": sha256_json(rows.texts), "page": sha256_json(page)}}
 
 
 def _library() -> Path:
@@ -193,7 +177,7 @@ def library_version() -> str:
     return str(read_json(_library() / _VERSION)["version"])
 
 
-def write_web(request: WebRequest, packed: PackedModel, info: dict[str, Any]) -> str:
+def write_web(wanted: Rows, packed: PackedModel, info: dict[str, Any]) -> str:
     """Write web/ beside the file; returns where its rows come from and how many are left out, in words.
 
     Args:
@@ -206,16 +190,16 @@ def write_web(request: WebRequest, packed: PackedModel, info: dict[str, Any]) ->
     shutil.copytree(_PAGE, web)
     (web / LIBRARY).mkdir()
     for source, name in _FILES.items():
-        shutil.copyfile(request.library / source, web / LIBRARY / name)
+        shutil.copyfile(_library() / source, web / LIBRARY / name)
     _require_whole_characters(packed.tokenizer, info["labels"])
-    rows, source = _answered(request.rows, packed, info)
+    rows, source = _answered(wanted, packed, info)
     write_json(web / "rows.json", {"source": source, "rows": rows})
-    parts = [gguf] if facts.bytes <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
+    parts = [gguf] if gguf.stat().st_size <= LARGEST_PART else split_gguf(gguf, web / "parts", LARGEST_PART)
     sizes = [path.stat().st_size for path in parts]
     page = {
         "format": 1,
         "title": facts.title,
-        "run": facts.run,
+        "run": facts.report["run"],
         "file": facts.file,
         "bytes": sum(sizes),
         "sha256": info["sha256"],
@@ -227,9 +211,9 @@ def write_web(request: WebRequest, packed: PackedModel, info: dict[str, Any]) ->
             }
             for path, size in zip(parts, sizes, strict=True)
         ],
-        "wllama": request.version,
+        "wllama": library_version(),
         "checked_tokens": min(CHECKED_TOKENS, facts.most),
-        "notes": facts.notes,
+        "notes": facts.report["notes"],
     }
     write_json(web / "page.json", page)
     return source

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from lib.runs.files import (
     link_or_copy,
     read_json,
     require_space,
-    sha256_file,
     writable,
     write_json,
     write_text,
@@ -32,14 +31,13 @@ from lib.runs.run import Product, ProductDraft, Run
 from lib.stages.package.documents import (
     PackedModel,
     card,
-    export_report,
     guide,
     model_info,
     modelfile,
     requirements,
 )
 from lib.stages.package.facts import ChosenFile, choose_file, gather
-from lib.stages.package.phone_page import WebRequest, request_web, write_web
+from lib.stages.package.phone_page import Rows, request_web, web_parameters, write_web
 
 FORMATS = ("merged_model", "fp16", "int8", "int4", "gguf")
 """Folders of the export tree."""
@@ -110,7 +108,7 @@ def package(
     product = run.produce(
         "package",
         lambda work: _build(run, work, chosen, comparison, formats, n_threads, request),
-        parameters=parameters | (request.parameters() if request else {}),
+        parameters=parameters | (web_parameters(request) if request else {}),
         inputs=tuple(inputs),
         force=force,
     )
@@ -130,36 +128,35 @@ def _build(
     comparison: dict[str, Any],
     formats: Sequence[str],
     n_threads: int,
-    request: WebRequest | None,
+    request: Rows | None,
 ) -> None:
     from lib.models.loading import load_tokenizer
 
     data = run.require("data").path
     task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
     turns = read_turns(tokenizer, task.thinking)
-    facts = replace(gather(run, chosen, task, comparison), tree=link_tree(run, formats, folder))
+    facts = gather(run, chosen, task, comparison, link_tree(run, formats, folder))
     link_or_copy(chosen.source, folder / facts.file)
-    digest = sha256_file(folder / facts.file)
     packed = PackedModel(facts, turns, tokenizer, folder / facts.file, n_threads)
-    info = model_info(packed, digest)
+    info = model_info(packed)
     write_json(folder / INFO, info)
     text, notes = modelfile(facts, turns, info["stops"])
     write_text(folder / "Modelfile", text)
     if request:
-        facts = replace(facts, page_rows=write_web(request, packed, info))
+        facts.report["page_rows"] = write_web(request, packed, info)
     licences = [path for name in ("LICENSE", "NOTICE") if (path := run.folder / "merged" / name).is_file()]
     for path in licences:  # of the base model, where it brought them
         shutil.copyfile(path, folder / path.name)
     write_text(folder / "README.md", card(facts, [path.name for path in licences]))
     write_text(folder / "deployment_guide.md", guide(facts))
     write_text(folder / "requirements.txt", requirements(facts))
-    write_json(folder / REPORT, export_report(facts, digest, len(info["checks"])))
+    write_json(folder / REPORT, facts.report)
     for name in ("test_model.py", "usage_examples.py"):
         shutil.copyfile(_SCRIPTS / name, folder / name)
     _write_sums(folder)
     _prove(folder)
     work.facts |= {"file": facts.file, "type": chosen.type, "standing": chosen.standing, "formats": list(formats)}
-    work.metrics |= {"bytes": facts.bytes, "checks": len(info["checks"])}
+    work.metrics |= {"bytes": facts.report["file"]["bytes"], "checks": len(info["checks"])}
     work.notes += notes
 
 

@@ -81,26 +81,26 @@ def check_ollama(tokenizer: Any, thinking: bool) -> None:
         assert render_go(go_template(turns), messages) == expected == turns.render(messages)
 
 
-def facts(task: Task, **more: Any) -> Facts:
+def facts(task: Task, mix: dict[str, Any] | None = None) -> Facts:
     """What is known of some file."""
     entry = {"type": "Q4_0", "bits_per_weight": 4.5, "kld_mean": 0.01, "verdict": "equivalent"}
-    known: dict[str, Any] = {
+    report: dict[str, Any] = {
         "run": "r",
-        "file": "m.gguf",
-        "chosen": ChosenFile("Q4_0", Path("m-Q4_0.gguf"), RECOMMENDED, "Because.", entry, {"type": "F16"}),
-        **dict.fromkeys(("base", "revision", "source", "method"), "unknown"),
-        "bytes": 4_500_000,
-        "bytes_per_token": 4_000_000,
-        "n_ctx": 512,
-        "most": 8,
-        "switches": False,
+        "file": {"name": "m.gguf", "bytes": 4_500_000},
+        "mix": mix,
+        "lineage": {
+            **dict.fromkeys(("base_model", "base_revision", "data", "method"), "unknown"),
+            **{key: {} for key in ("rows", "training", "products")},
+        },
+        "bytes_read_per_token": 4_000_000,
         "licences": {"id": "mit", "base": "MIT", "data": "MIT"},
-        "comparison": {"data": {"rows": 12, "source": "file.csv"}, "conditions": {"device": "cpu"}},
-        "rows": {},
-        "parameters": {},
-        "products": {},
+        "export_tree": {},
+        "page_rows": "",
+        "notes": [],
     }
-    return Facts(task=task, **known, **more)
+    chosen = ChosenFile("Q4_0", Path("m-Q4_0.gguf"), RECOMMENDED, "Because.", entry, {"type": "F16"})
+    comparison = {"data": {"rows": 12, "source": "file.csv"}, "conditions": {"device": "cpu"}}
+    return Facts(chosen, task, report, comparison, n_ctx=512, most=8, switches=False)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_refusals(runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError, match="make wllama"):
         request_web(runs("t"), None)
     make_library(tmp_path)
-    assert request_web(runs("t"), None).rows.texts == ()  # rows of unknown licence are not passed on
+    assert request_web(runs("t"), None).texts == ()  # rows of unknown licence are not passed on
     with pytest.raises(InputError, match="no file"):
         request_web(runs("t"), tmp_path / "absent.txt")
     (tmp_path / "rows.jsonl").write_text('{"label": 1}\n', encoding="utf-8")
@@ -139,11 +139,11 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(f"房间\u2028{i}" for i in range(60)).encode())
     rows = read_rows(path)
     assert rows.texts[0] == "房间\u20280" and len(rows.texts) == 50 and "(the first 50 of 60)" in rows.source
-    assert rows.places[49] == f"{path}, line 50"
+    assert rows.first == f"{path}, line 1"
 
 
 def test_rows_longer_than_the_context_are_counted_or_refused() -> None:
-    rows = Rows(("a", "b", "c"), "rows of x", ("x, line 1", "x, line 3", "x, line 4"))
+    rows = Rows(("a", "b", "c"), "rows of x", "x, line 1")
     assert fitting(rows, [10, 99, 100], 100) == ([0, 1], "rows of x (1 of 3 left out, longer than the context)")
     assert fitting(rows, [1, 2, 3], 100) == ([0, 1, 2], "rows of x")
     with pytest.raises(InputError, match="x, line 1 has 100 tokens"):
