@@ -36,7 +36,14 @@ PATIENCE = 25.0
 Slurm kills 30 seconds after SIGTERM."""
 
 KERNEL = "python3"
-"""Name of the generated kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
+"""Name of the kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
+
+COMMAND = [
+    *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
+    "--InteractiveShellApp.exec_lines=import lib",
+]
+"""The kernel is this interpreter, whatever kernels are installed elsewhere. It imports `lib` before the first cell:
+that quiets what libraries say on stderr when a cell imports them, which a page must not show."""
 
 KERNEL_EXIT = "kernel exit code:"
 """How the line on stderr begins that tells how a dead kernel ended (negative: by that signal)."""
@@ -100,9 +107,12 @@ def _follow_parent(parent: int) -> None:
 
 def _recording_manager(parent: int) -> type:
     """A kernel manager that says on stderr how its kernel ended, and that leaves SIGTERM to this module."""
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     class Recording(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=COMMAND, display_name="Python 3", language="python", metadata={"debugger": False})
+
         async def start_kernel(self, **options: Any) -> None:
             with contextlib.suppress(NotImplementedError):
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)  # nbclient's: kills after 5 seconds
@@ -166,31 +176,11 @@ class Ended:
     seconds: float
 
 
-def _kernelspec(folder: Path) -> None:
-    """A kernel that is this interpreter, whatever kernels are installed elsewhere.
-
-    It imports `lib` before the first cell: that quiets what libraries say on stderr when a cell imports them, which a
-    page must not show.
-    """
-    spec = {
-        "argv": [
-            *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
-            "--InteractiveShellApp.exec_lines=import lib",
-        ],
-        "display_name": "Python 3 (ipykernel)",
-        "language": "python",
-        "metadata": {"debugger": False},
-    }
-    write_json(folder / "kernels" / KERNEL / "kernel.json", spec)
-
-
-def _environment(folder: Path, progress_file: Path) -> dict[str, str]:
-    """The environment of the notebook: this interpreter's kernel, this project's lib, quiet libraries, UTF-8."""
+def _environment(progress_file: Path) -> dict[str, str]:
+    """The environment of the notebook: this project's lib, quiet libraries, UTF-8."""
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
     path = [str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])]
-    jupyter = [str(folder / "jupyter"), *filter(None, [environment.get("JUPYTER_PATH")])]
     fixed = {
-        "JUPYTER_PATH": os.pathsep.join(jupyter),
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONHASHSEED": "0",
         "PYTHONUTF8": "1",
@@ -200,22 +190,6 @@ def _environment(folder: Path, progress_file: Path) -> dict[str, str]:
         PROGRESS_FILE_VARIABLE: str(progress_file),
     }
     return environment | fixed
-
-
-class _Tail:
-    """New lines of the progress file, as they come."""
-
-    def __init__(self, path: Path, show: Callable[[str], None]) -> None:
-        self.path, self.show, self.position = path, show, 0
-
-    def read(self) -> None:
-        with contextlib.suppress(OSError), self.path.open("rb") as stream:
-            stream.seek(self.position)
-            content = stream.read()
-            complete = content[: content.rfind(b"\n") + 1]
-            self.position += len(complete)
-            for line in complete.decode("utf-8", "replace").splitlines():
-                self.show(line)
 
 
 def execute(
@@ -229,7 +203,7 @@ def execute(
     """Execute `notebook` into `output` in a process of its own.
 
     Args:
-        work: an existing temporary folder for the kernel description, the request and the log.
+        work: an existing temporary folder for the request and the log.
         timeout: seconds for the whole notebook.
         show: called with every progress line of the notebook.
 
@@ -237,19 +211,22 @@ def execute(
         BaseException: whatever interrupts the wait (KeyboardInterrupt, SystemExit); the process, its kernel and all
             their children are ended first.
     """
-    _kernelspec(work / "jupyter")
     request = {"notebook": str(notebook), "output": str(output), "parameters": parameters, "parent": os.getpid()}
     write_json(work / "request.json", request)
     progress_file, log_file = work / "progress.txt", work / "log.txt"
     progress_file.touch()
-    tail = _Tail(progress_file, show)
     started = time.monotonic()
     timed_out = False
-    with log_file.open("wb") as log:
+
+    def show_new_lines() -> None:
+        for line in told:
+            show(line.rstrip("\n"))
+
+    with log_file.open("wb") as log, progress_file.open(encoding="utf-8", errors="replace") as told:
         child = subprocess.Popen(
             [sys.executable, "-m", "lib.report.execute", str(work / "request.json")],
             cwd=PROJECT,
-            env=_environment(work, progress_file),
+            env=_environment(progress_file),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -258,7 +235,7 @@ def execute(
         try:
             while child.poll() is None:
                 time.sleep(0.1)
-                tail.read()
+                show_new_lines()
                 if time.monotonic() - started > timeout:
                     timed_out = True
                     end(child)
@@ -266,7 +243,7 @@ def execute(
             show("interrupted: ending this notebook and its processes …")
             end(child)
             raise
-    tail.read()
+        show_new_lines()
     text = log_file.read_text(encoding="utf-8", errors="replace")
     return Ended(child.returncode, timed_out, text, time.monotonic() - started)
 
