@@ -22,7 +22,7 @@ from lib.runs.files import HOME_VARIABLE, read_json, read_jsonl
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, open_run
 from lib.scoring.llama_backend import LlamaCppBackend
-from lib.scoring.log_probabilities import AnswerScores, token_log_probs
+from lib.scoring.log_probabilities import AnswerScores
 from lib.scoring.metric import ANSWER_PERPLEXITY
 from lib.scoring.term_lists import read_prompts
 from lib.scoring.torch_backend import TransformersBackend
@@ -261,7 +261,7 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
     assert merged["before"]["agreement"] == 1
     _, encoded = encoded_rows(results["run"], "test")
     model = TransformersBackend(load_model(results["merged"].product.path, dtype=dtype), 4)
-    wanted = token_log_probs(model, [e.ids for e in encoded], [e.spans for e in encoded])
+    wanted = model.token_log_probs([e.ids for e in encoded], [e.spans for e in encoded])
     saved = AnswerScores.load(folder / "scores-merged.jsonl")
     np.testing.assert_allclose(saved.log_probs, [values.sum() for values in wanted], rtol=1e-4)
     ladder, table, reading = (shown.data for shown in steps_page.shown(result.steps, ""))
@@ -337,9 +337,9 @@ def test_llama_cpp_scores_the_same_answers(results: dict) -> None:
     chosen = encoded[:4]
     ids, spans = [e.ids for e in chosen], [e.spans for e in chosen]
     merged = TransformersBackend(load_model(results["merged"].product.path, dtype="float32"), 2)
-    wanted = token_log_probs(merged, ids, spans)
+    wanted = merged.token_log_probs(ids, spans)
     with LlamaCppBackend(results["gguf"].path, 512, 1, cache_type="f32", flash_attention=False) as backend:
-        found = token_log_probs(backend, ids, spans)
+        found = backend.token_log_probs(ids, spans)
     for one, other in zip(wanted, found, strict=True):
         assert len(one) == len(other) and np.abs(one - other).max() < 0.05
     assert sum(map(len, wanted)) == sum(len(e.loss) for e in chosen)

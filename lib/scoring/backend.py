@@ -6,7 +6,6 @@ but the last. Answers that share those inputs share the forward pass, so single-
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,10 +95,21 @@ class Backend(ABC):
                 total[job.prompt, answer] += float(value)
         return total
 
-    def read_log_probs(self, jobs: Sequence[Job], work: Work | None = None) -> list[np.ndarray]:
-        """What every job reads, nats, float64, one vector a job; each is run whole, so shortest first is cheapest."""
+    def token_log_probs(
+        self, rows: Sequence[list[int]], spans: Sequence[Sequence[Sequence[int]]], work: Work | None = None
+    ) -> list[np.ndarray]:
+        """log p of every token inside the spans, given all tokens before it; one vector a row, nats, float64."""
+        check_ids(rows, self.vocab_size, None, self.name)
+        jobs = []
+        for i, (ids, row_spans) in enumerate(zip(rows, spans, strict=True)):
+            places = [place for start, stop in row_spans for place in range(start, stop)]
+            reads = tuple((0, place - 1, ids[place]) for place in places)
+            jobs.append(Job(i, list(ids[: places[-1]]), places[0] - 1, reads))
+        jobs.sort(key=lambda job: len(job.ids))  # each is run whole, so shortest first is cheapest
         self.check_ids([job.ids for job in jobs])
-        return _run_batches(*self._plan(jobs, alike=False), 1.0, work)
+        values = _run_batches(*self._plan(jobs, alike=False), 1.0, work)
+        by_row = {job.prompt: value for job, value in zip(jobs, values, strict=True)}
+        return [by_row[i] for i in range(len(jobs))]
 
     def check_ids(self, sequences: Sequence[Sequence[int]]) -> None:
         """Refuse what the model cannot read."""
@@ -177,15 +187,11 @@ def _run_batches(batches: Iterable[Sequence[Job]], run: Run, share: float, work:
         if work is None:
             values += run(batch)
             continue
-        found = work.take(len(values), [job.prompt for job in batch], functools.partial(_as_lists, run, batch))
+        found = work.take([job.prompt for job in batch], lambda batch=batch: [value.tolist() for value in run(batch)])
         values += [np.array(value, dtype=np.float64) for value in found]
         if (more := round(share * len(values)) - work.progress.done) > 0:
             work.progress.advance(more)
     return values
-
-
-def _as_lists(run: Run, batch: Sequence[Job]) -> list[list[float]]:
-    return [value.tolist() for value in run(batch)]
 
 
 def check_ids(sequences: Sequence[Sequence[int]], vocab_size: int, longest: int | None, name: str) -> None:

@@ -193,20 +193,6 @@ def _opening(tokenizer: Any, ids: Sequence[int]) -> str:
     return f"{tag}\n" if end.rstrip().endswith(tag) else ""
 
 
-def _told(tokenizer: Any, asked: Asked, written: Written, terms: TermList | None, thinking: bool) -> dict[str, Any]:
-    """An answer as text, and measured; without what needs a reference where there is none."""
-    stream = read_stream(token_bytes(tokenizer, written.ids))
-    measured = measure(stream, written.ended, asked.question, asked.reference, terms, thinking, asked.opening)
-    if not asked.reference:
-        measured |= dict.fromkeys(("chrf", "rouge_l", "terms"))
-    return {
-        "text": (asked.opening + stream.text).strip(),
-        "tokens": written.steps,
-        **{key: getattr(written, key) for key in ("ended", "first_token_seconds", "seconds", "tokens_per_second")},
-        "measured": measured,
-    }
-
-
 @dataclass(frozen=True)
 class Questions:
     """What every model is asked, and how its answers are measured.
@@ -261,10 +247,20 @@ class Questions:
 
         Returns:
             {"text", "tokens", "ended", "first_token_seconds", "seconds", "tokens_per_second", "measured"} of each;
-            "measured" is the row of `lib.scoring.text_metrics.measure`.
+            "measured" is the row of `lib.scoring.text_metrics.measure`, without what needs a reference where there is
+            none.
         """
-        rest = (self.terms, self.thinking)
-        return [_told(self.tokenizer, one, answer, *rest) for one, answer in zip(asked, written, strict=True)]
+        told = []
+        for one, answer in zip(asked, written, strict=True):
+            stream = read_stream(token_bytes(self.tokenizer, answer.ids))
+            rest = (one.question, one.reference, self.terms, self.thinking, one.opening)
+            measured = measure(stream, answer.ended, *rest)
+            if not one.reference:
+                measured |= dict.fromkeys(("chrf", "rouge_l", "terms"))
+            keys = ("ended", "first_token_seconds", "seconds", "tokens_per_second")
+            said = {"text": (one.opening + stream.text).strip(), "tokens": answer.steps}
+            told.append({**said, **{key: getattr(answer, key) for key in keys}, "measured": measured})
+        return told
 
     def conditions(self) -> dict[str, Any]:
         """How the rows are answered and measured, for JSON: "decoding", "chrf", "terms"."""
@@ -305,7 +301,7 @@ def write_all(
     with keeping(keep, words, unit, names, prompts, backend.settings, writing=question) as work:
         for place, ids in enumerate(prompts):
             answer = functools.partial(write, start(), ids, most, ends, sampling)
-            (made,) = work.take(place, [place], lambda answer=answer: [asdict(answer())])
+            (made,) = work.take([place], lambda answer=answer: [asdict(answer())])
             answers.append(Written(**made))
             work.progress.advance()
     return answers, work.found

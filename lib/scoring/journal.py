@@ -1,7 +1,7 @@
-"""Scores and answers that are kept as they come: one JSON line each behind a header, so that killed work continues.
+"""Scores and answers that are kept as they come: one JSON line a batch behind a header, so that killed work continues.
 
 The header says what was asked of which model (hashes) and how; another header means another question, and the file
-begins anew. Batches are always of the same composition, so only whole batches are taken from an earlier run, and what
+begins anew. Batches are always of the same composition, so those of an earlier run are taken in their order, and what
 follows is computed exactly as if there had been no interruption.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lib.errors import InputError
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.runs.files import read_jsonl, sha256_file, sha256_json
 
-_FORMAT = 2
+_FORMAT = 3
 
 SCORED = "rows already scored"
 """What a journal of scores holds, in words."""
@@ -40,122 +40,44 @@ class Keep:
         return Keep(self.path.with_name(f"{self.path.stem}-{name}{self.path.suffix}"), self.model)
 
 
-class Journal:
-    """An append-only file of what a model made of prompts, one line a sequence; close it.
-
-    Args:
-        path: the file; it is continued, or begun.
-        header: what is asked, JSON values; the file is begun anew when another one stands there.
-        names: the prompts' ids, for readers of the file.
-        unit: what it holds, in words as in "rows already scored".
-
-    Attributes:
-        note: why what was there could not be used, in words; empty where nothing was.
-
-    Raises:
-        InputError: another process writes this file.
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any], names: Sequence[str], unit: str = SCORED) -> None:
-        self.path, self.names, self.unit = path, names, unit
-        self.note = ""
-        self._lines: list[dict[str, Any]] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._file)
-            raise InputError(f"another process writes {path}.", "one at a time.", "wait for its end.") from None
-        self._continue({"format": _FORMAT, **header})
-
-    def _continue(self, header: dict[str, Any]) -> None:
-        """Read what is there and cut it off at the first damaged line; begin anew under another header."""
-        *lines, _ = self.path.read_bytes().split(b"\n")  # what stands behind the last line break was cut off
-        found = _parsed(lines[0]) if lines else {}
-        self._ends = [len(lines[0]) + 1 if lines else 0]  # of the header, then of each line, bytes
-        if found != header:
-            self.note = "begun anew: what was kept is of " + _difference(found, header) if found else ""
-            os.ftruncate(self._file, 0)
-            os.write(self._file, _line(header))
-            self._ends = [len(_line(header))]
-            return
-        for line in lines[1:]:
-            value = _parsed(line)
-            if value.get("sequence") != len(self._lines) or not _complete(value):
-                break
-            self._lines.append(value)
-            self._ends.append(self._ends[-1] + len(line) + 1)
-        os.ftruncate(self._file, self._ends[-1])
-
-    def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
-        """JSON values of the sequences from number `first` on, one for each of `places` (numbers of their prompts).
-
-        Where all of them are there they are not computed again; what is computed is written at once.
-        """
-        if first + len(places) <= len(self._lines):
-            return [line["value"] for line in self._lines[first : first + len(places)]]
-        started = time.perf_counter()
-        values = compute()
-        cost = {"seconds": (time.perf_counter() - started) / len(places), "peak_memory_mib": peak_memory_mib()}
-        del self._lines[first:], self._ends[first + 1 :]  # a batch that is there in part
-        os.ftruncate(self._file, self._ends[-1])
-        self._add(
-            {"sequence": number, "row": self.names[place], "value": value, **cost}
-            for number, (place, value) in enumerate(zip(places, values, strict=True), start=first)
-        )
-        return values
-
-    def _add(self, lines: Iterable[dict[str, Any]]) -> None:
-        text = b""
-        for line in lines:
-            text += _line(line)
-            self._lines.append(line)
-            self._ends.append(self._ends[-1] + len(_line(line)))
-        os.write(self._file, text)
-
-    @property
-    def rows(self) -> int:
-        """Number of different prompts that are there."""
-        return len({line["row"] for line in self._lines})
-
-    @property
-    def seconds(self) -> float:
-        """Time of all that is there, that of earlier runs included."""
-        return float(sum(line["seconds"] for line in self._lines))
-
-    def describe(self) -> str:
-        """What of the work was found done, in words; empty where nothing was there."""
-        return f"{self.rows} {self.unit}" if self.rows else self.note
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._file)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Work:
-    """Work on prompts in progress.
+    """Work on prompts in progress, kept batch by batch where there is a file.
 
     Attributes:
-        journal: where it is kept; None where it is not.
-        found: what an interrupted run had already done of it, in words; empty for nothing.
+        names: the prompts' ids, for readers of the file.
+        kept: batches of an earlier run that were not taken yet: "rows", "values", "seconds", "peak_memory_mib".
+        file: takes further batches; None where nothing is kept.
+        found: what an interrupted run had already done, in words; empty for nothing.
+        before: seconds of earlier runs.
     """
 
     progress: Progress
-    journal: Journal | None = None
+    names: Sequence[str] = ()
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    file: IO[bytes] | None = None
     found: str = ""
-    _before: float = 0.0
-    _started: float = field(default_factory=time.perf_counter)
+    before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def seconds(self) -> float:
         """Time of this run and the earlier ones together."""
-        return self._before + time.perf_counter() - self._started
+        return self.before + time.perf_counter() - self.started
 
-    def take(self, first: int, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
-        """As `Journal.take`; always computed where nothing is kept."""
-        return compute() if self.journal is None else self.journal.take(first, places, compute)
+    def take(self, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
+        """JSON values of the next batch, one for each of `places` (numbers of their prompts).
+
+        A batch that is there is not computed again; one that is computed is written at once.
+        """
+        if self.kept:
+            return self.kept.pop(0)["values"]
+        started = time.perf_counter()
+        values = compute()
+        if self.file is not None:
+            cost = {"seconds": time.perf_counter() - started, "peak_memory_mib": peak_memory_mib()}
+            self.file.write(_line({"rows": [self.names[place] for place in places], "values": values, **cost}))
+        return values
 
 
 @contextlib.contextmanager
@@ -173,22 +95,46 @@ def keeping(
     Args:
         keep: the file that gets the work as it comes; None = it is not kept.
         what: the work in words.
-        unit: of the work, as of `Journal`.
+        unit: what the file holds, in words as in "rows already scored".
         names: the prompts' ids, in their order.
         settings: of the backend.
         asked: what is asked of every prompt, JSON values: "labels", "spans" or "writing".
+
+    Raises:
+        InputError: another process writes this file.
     """
-    with contextlib.ExitStack() as stack:
-        if keep is None:
-            yield Work(stack.enter_context(Progress(what, len(prompts))))
-            return
-        header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
-        journal = Journal(keep.path, {**header, **asked, "settings": settings}, names, unit)
-        stack.callback(journal.close)
-        found = journal.describe()
-        words = f"{what} ({found})" if found else what
-        progress = stack.enter_context(Progress(words, len(prompts), already=journal.rows))
-        yield Work(progress, journal, found, journal.seconds)
+    if keep is None:
+        with Progress(what, len(prompts)) as progress:
+            yield Work(progress)
+        return
+    header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
+    keep.path.parent.mkdir(parents=True, exist_ok=True)
+    with keep.path.open("a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process writes {keep.path}.", "one at a time.", "wait for its end.") from None
+        kept, note = _continued(file, {"format": _FORMAT, **header, **asked, "settings": settings})
+        done = len({row for batch in kept for row in batch["rows"]})
+        found = f"{done} {unit}" if done else note
+        with Progress(f"{what} ({found})" if found else what, len(prompts), already=done) as progress:
+            yield Work(progress, names, kept, file, found, float(sum(batch["seconds"] for batch in kept)))
+
+
+def _continued(file: IO[bytes], header: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The batches of a file, cut off at the first damaged one, and why what was there cannot be used, in words: under
+    another header the file is begun anew."""
+    file.seek(0)
+    *lines, _ = file.read().split(b"\n")  # what stands behind the last line break was cut off
+    found = _parsed(lines[0]) if lines else {}
+    if found != header:
+        file.truncate(0)
+        file.write(_line(header))
+        words = ", ".join(text for key, text in _PARTS.items() if found.get(key) != header.get(key)) or "another file"
+        return [], f"begun anew: what was kept is of {words}" if found else ""
+    kept = list(itertools.takewhile(lambda batch: batch.keys() == _BATCH, map(_parsed, lines[1:])))
+    file.truncate(sum(len(line) + 1 for line in lines[: len(kept) + 1]))
+    return kept, ""
 
 
 def found_done(found: Mapping[str, Iterable[str]]) -> dict[str, str]:
@@ -229,11 +175,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _complete(line: dict[str, Any]) -> bool:
-    """Whether a line has all that is read from it."""
-    numbers = all(type(line.get(key)) in (int, float) for key in ("seconds", "peak_memory_mib"))
-    return numbers and isinstance(line.get("row"), str) and isinstance(line.get("value"), (list, dict))
-
+_BATCH = {"rows", "values", "seconds", "peak_memory_mib"}
 
 _PARTS = {
     "model": "another model",
@@ -246,8 +188,3 @@ _PARTS = {
     "format": "another version",
 }
 """Parts of a header, in words where another one stands there."""
-
-
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Which parts of two headers differ, in words."""
-    return ", ".join(text for key, text in _PARTS.items() if found.get(key) != wanted.get(key)) or "another file"

@@ -91,9 +91,6 @@ SEQUENCES = 8
 OUTPUTS = 128
 """Positions a batch whose logits are computed, where nothing else is asked for."""
 
-_CACHE_TYPES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16"}
-
-
 _TOKENS_ON_CPU = 256
 """Tokens of several sequences that a CPU takes at once. The keys of all of them are looked at for every token, and the
 products of matrices gain nothing from more: 8 sequences of 100 tokens cost 8 % more than 256 tokens at a time."""
@@ -192,7 +189,7 @@ class LlamaCppBackend(Backend):
         self.vocab_size = api.llama_vocab_n_tokens(self._vocab)
         on_gpu = n_gpu_layers != 0 and api.llama_supports_gpu_offload()
         self.device = "gpu (llama.cpp)" if on_gpu else f"cpu (llama.cpp, {self.n_threads} threads)"
-        cache = getattr(api, _CACHE_TYPES[cache_type])
+        cache = getattr(api, f"GGML_TYPE_{cache_type.upper()}")
         values = {"n_seq_max": SEQUENCES, "kv_unified": True, "n_outputs_max": self.n_outputs}
         values |= {"n_threads": self.n_threads, "n_threads_batch": self.n_threads, "offload_kqv": n_gpu_layers != 0}
         values |= {"type_k": cache, "type_v": cache}

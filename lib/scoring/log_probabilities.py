@@ -20,17 +20,13 @@ from lib.errors import InputError
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
-from lib.scoring.backend import Backend, Job, check_ids
+from lib.scoring.backend import Backend
 from lib.scoring.journal import SCORED, Keep, keeping
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import limits, weighted_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lib.scoring.journal import Work
-
-Span = Sequence[int]
 
 NEAR_TIE = 0.1
 """Margins below this (nats) can change sign by rounding. On SmolLM2-135M other batches move margins by 2e-5 in float32,
@@ -305,25 +301,8 @@ def score_ids(backend: Backend, rows: RowIds, what: str, keep: Keep | None = Non
         if rows.answers:
             values = backend.label_log_probs(rows.prompts, rows.answers, work)
         else:
-            values = np.array([[read.sum()] for read in token_log_probs(backend, rows.prompts, rows.spans, work)])
+            values = np.array([[read.sum()] for read in backend.token_log_probs(rows.prompts, rows.spans, work)])
         seconds = work.seconds
     if not rows.answers:
         _refuse_broken(backend, rows.names, values)
     return values, seconds, work.found
-
-
-def token_log_probs(
-    backend: Backend, rows: Sequence[list[int]], spans: Sequence[Sequence[Span]], work: Work | None = None
-) -> list[np.ndarray]:
-    """log p of every token inside the spans, given all tokens before it; one vector a row, float64."""
-    jobs = []
-    for i, (ids, row_spans) in enumerate(zip(rows, spans, strict=True)):
-        places = [place for start, stop in row_spans for place in range(start, stop)]
-        reads = tuple((0, place - 1, ids[place]) for place in places)
-        jobs.append(Job(i, list(ids[: places[-1]]), places[0] - 1, reads))
-    jobs.sort(key=lambda job: len(job.ids))
-    check_ids(rows, backend.vocab_size, None, backend.name)
-    found: list[np.ndarray] = [np.empty(0)] * len(jobs)
-    for job, values in zip(jobs, backend.read_log_probs(jobs, work), strict=True):
-        found[job.prompt] = values
-    return found

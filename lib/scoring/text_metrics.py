@@ -54,10 +54,10 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * common / (len(made) + len(wanted)) if common else 0.0
 
 
-def repeated_share(text: str, size: int = 4) -> float:
+def repeated_share(text: str) -> float:
     """Share of a text's character 4-grams that occurred before in it, white space left out; 0 for shorter texts."""
     characters = _SPACE.sub("", text)
-    grams = [characters[i : i + size] for i in range(len(characters) - size + 1)]
+    grams = [characters[i : i + 4] for i in range(len(characters) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

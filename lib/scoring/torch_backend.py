@@ -135,10 +135,9 @@ class TransformersBackend(Backend):
         model: a causal language model, possibly wrapped by peft, whose logits are head(decoder(ids)).
         batch_size: sequences a forward pass.
         name: what the model is, in words.
-        share_prefix: False computes every prompt whole.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 32, name: str = "", share_prefix: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: int = 32, name: str = "") -> None:
         self.model = model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder, self._head = causal.get_decoder(), causal.get_output_embeddings()
@@ -149,7 +148,6 @@ class TransformersBackend(Backend):
         self.vocab_size = causal.config.vocab_size
         self._pass_cost = _PASS.get(self._device.type, _PASS_ELSEWHERE)
         self._prefix = SharedPrefix(self._decoder, self.vocab_size)
-        self._share_prefix = share_prefix
         # LLM.int8() on a CPU cuts pieces of ever other sizes, one for every number of outlier columns, and glibc keeps
         # them: 4.4 GB for a model of 0.16 GB; about 2 where what is freed is given back after every pass.
         self._scatters = self.device == "cpu" and bool(getattr(model, "is_loaded_in_8bit", False))
@@ -171,7 +169,6 @@ class TransformersBackend(Backend):
         """See `lib.scoring.backend.Backend`."""
         return {
             "batch_size": self.batch_size,
-            "share_prefix": self._share_prefix,
             "pass_cost": self._pass_cost,
             "dtype": str(self.model.dtype),
             "device": self.device,
@@ -181,16 +178,15 @@ class TransformersBackend(Backend):
 
     def _plan(self, jobs: Sequence[Job], alike: bool) -> tuple[Iterable[Sequence[Job]], Run]:
         """See `lib.scoring.backend.Backend`; long conversations make small batches."""
+
+        def full(batch: Sequence[Job], job: Job) -> bool:
+            return len(batch) == self.batch_size or (len(batch) + 1) * len(job.ids) > _TOKENS
+
         if not alike:
-            return grouped(jobs, self._full), self._run
-        several = self._share_prefix and len(jobs) > 1
-        shared = self._prefix.share(common_prefix(jobs), self._device) if several else 0
+            return grouped(jobs, full), self._run
+        shared = self._prefix.share(common_prefix(jobs), self._device) if len(jobs) > 1 else 0
         self.note = self._prefix.note
         return self._batches(jobs, shared), functools.partial(self._run, shared=shared)
-
-    def _full(self, batch: Sequence[Job], job: Job) -> bool:
-        """Whether a batch of whole conversations has no room for another, longer one."""
-        return len(batch) == self.batch_size or (len(batch) + 1) * len(job.ids) > _TOKENS
 
     def _batches(self, jobs: Sequence[Job], shared: int) -> list[Sequence[Job]]:
         """Jobs in order (shortest first), cut where padding would cost more than another forward pass."""

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from lib.errors import InputError
 from lib.runs.files import write_json
 from lib.scoring import llama_backend, torch_backend
-from lib.scoring.journal import Keep, kept_peak_memory_mib, model_hash
+from lib.scoring.journal import SCORED, Keep, keeping, kept_peak_memory_mib, model_hash
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import Scores, score_rows
 from lib.scoring.torch_backend import TransformersBackend
@@ -101,19 +100,19 @@ def test_killed_and_continued_at_the_next_batch(small, tmp_path, kind, counted, 
     command = [sys.executable, "-c", CHILD, str(small.folder), kind, str(path), str(tmp_path / "task")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[2])
     deadline = time.monotonic() + 100
-    while not (path.exists() and path.read_bytes().count(b"\n") > 8):
+    while not (path.exists() and path.read_bytes().count(b"\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    kept = len(lines(path)) - 1
+    kept = sum(len(line["rows"]) for line in lines(path)[1:])
     batch = 8 if kind == "gguf" else 4
     assert 8 <= kept < 30 and kept % batch == 0
     found = score(small, Keep(path, "m"), kind=kind)
     assert f"scoring ({kept} rows already scored)" in capsys.readouterr().err
     assert sum(counted.batches) == 30 - kept
     np.testing.assert_array_equal(found.log_probs, score(small, kind=kind).log_probs)
-    assert [line["sequence"] for line in lines(path)[1:]] == list(range(30))
+    assert sorted(row for line in lines(path)[1:] for row in line["rows"]) == sorted(found.ids)
 
 
 def test_header_and_rows_of_the_file(small, tmp_path):
@@ -121,40 +120,32 @@ def test_header_and_rows_of_the_file(small, tmp_path):
     header, *rows = lines(tmp_path / "scores")
     assert header.keys() == {"format", "model", "rows", "prompts", "labels", "settings"}
     assert header["model"] == "abc" and header["settings"]["batch_size"] == 4
-    assert {row["row"] for row in rows} == set(scores.ids) and len(rows) == 30
-    by_id = {row["row"]: row["value"] for row in rows}
+    assert sum(len(row["rows"]) for row in rows) == 30 and max(len(row["rows"]) for row in rows) == 4
+    by_id = {name: value for row in rows for name, value in zip(row["rows"], row["values"], strict=True)}
+    assert by_id.keys() == set(scores.ids)
     assert [by_id[name] for name in scores.ids] == scores.log_probs.tolist()
     assert scores.seconds > sum(row["seconds"] for row in rows) > 0
 
 
-LACKING = (
-    b'{"sequence": 9}\n',
-    b'{"sequence": 9, "row": "row-00009", "value": [0.1, 0.2], "seconds": null, "peak_memory_mib": 1.0}\n',
-    b'{"sequence": 9, "row": "row-00009", "value": 0.1, "seconds": 0.1, "peak_memory_mib": 1.0}\n',
-)
-
-
-@pytest.mark.parametrize(
-    "tail", [b'{"sequence": 9, "ro', b"\x00\x00\x00\n", b"[]\n", b'{"sequence": 3}\n', *LACKING], ids=repr
-)
+@pytest.mark.parametrize("tail", [b'{"rows": ["ro', b"\x00\x00\x00\n", b"[]\n", b'{"rows": ["a"]}\n'], ids=repr)
 def test_what_is_cut_off_or_damaged_is_dropped(small, tmp_path, tail, counted):
     path = tmp_path / "scores"
     expected = score(small, Keep(path, "m"))
     whole = path.read_bytes()
     pieces = whole.split(b"\n")
-    path.write_bytes(b"\n".join(pieces[:10]) + b"\n" + tail)  # the header, nine rows, and what a crash left
+    path.write_bytes(b"\n".join(pieces[:3]) + b"\n" + tail)  # the header, two batches, and what a crash left
     counted.batches.clear()
     found = score(small, Keep(path, "m"))
-    assert sum(counted.batches) == 22, "two whole batches of four are taken, the ninth row is computed again"
+    assert sum(counted.batches) == 22, "two batches of four are taken"
     np.testing.assert_array_equal(found.log_probs, expected.log_probs)
-    assert [line["row"] for line in lines(path)[1:]] == [json.loads(line)["row"] for line in pieces[1:-1]]
+    assert [line["rows"] for line in lines(path)[1:]] == [json.loads(line)["rows"] for line in pieces[1:-1]]
 
 
 def test_what_stands_behind_a_finished_journal_is_cut_off(small, tmp_path, counted):
     path = tmp_path / "scores"
     score(small, Keep(path, "m"))
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"sequence": 30, "ro')
+    path.write_bytes(whole + b'{"rows": ["ro')
     counted.batches.clear()
     score(small, Keep(path, "m"))
     assert counted.batches == [] and path.read_bytes() == whole
@@ -200,7 +191,7 @@ def test_another_question_begins_anew_and_says_so(small, tmp_path, change, words
     found = score_rows(backend, small.tokenizer, task, rows, "scoring", Keep(path, model))
     said = capsys.readouterr().err
     assert "begun anew: what was kept is of" in said and words in said
-    assert sum(counted.batches) == 30 and len(lines(path)) == 31
+    assert sum(counted.batches) == 30 and len(lines(path)) == 1 + len(counted.batches)
     np.testing.assert_array_equal(
         found.log_probs, score_rows(backend, small.tokenizer, task, rows, "scoring").log_probs
     )
@@ -209,23 +200,17 @@ def test_another_question_begins_anew_and_says_so(small, tmp_path, change, words
 def test_a_file_that_is_no_journal_is_begun_anew(small, tmp_path):
     (tmp_path / "scores").write_text("not JSON\nat all\n")
     score(small, Keep(tmp_path / "scores", "m"))
-    assert len(lines(tmp_path / "scores")) == 31
+    assert len(lines(tmp_path / "scores")) == 1 + 8
 
 
 def test_two_processes_do_not_write_one_file(small, tmp_path):
-    from lib.scoring.journal import Journal
-
-    with (
-        closing(Journal(tmp_path / "scores", {"model": "m"}, [])),
-        pytest.raises(InputError, match="another process writes"),
-    ):
-        Journal(tmp_path / "scores", {"model": "m"}, [])
+    keep = Keep(tmp_path / "scores", "m")
+    with keeping(keep, "scoring", SCORED, [], [], {}), pytest.raises(InputError, match="another process writes"):
+        score(small, keep)
 
 
 def test_several_sequences_a_prompt(small, tmp_path, counted, monkeypatch):
     """Answer words of several tokens: rows count once, and an interruption between their sequences changes nothing."""
-    from lib.scoring.journal import SCORED, keeping
-
     prompts, answers = [[7, *range(i, i + 9)] for i in range(1, 12)], [[300], [301, 17, 40], [302, 9, 5]]
     backend = open_backend(small)
     expected = backend.label_log_probs(prompts, answers)
@@ -233,12 +218,12 @@ def test_several_sequences_a_prompt(small, tmp_path, counted, monkeypatch):
     asked = (Keep(tmp_path / "s", "m"), "scoring", SCORED, names, prompts, backend.settings)
     with keeping(*asked, labels=answers) as work:
         backend.label_log_probs(prompts, answers, work)
-        assert work.journal.rows == 11
+        assert work.progress.done == 11
     kept = (tmp_path / "s").read_bytes().split(b"\n")
-    assert len(kept) == 1 + 22 + 1
-    (tmp_path / "s").write_bytes(b"\n".join(kept[:10]) + b"\n")
+    assert len(kept) == 1 + 6 + 1
+    (tmp_path / "s").write_bytes(b"\n".join(kept[:3]) + b"\n")
     with keeping(*asked, labels=answers) as work:
-        assert work.journal.rows == 5
+        assert work.found == "3 rows already scored"
         found = backend.label_log_probs(prompts, answers, work)
     np.testing.assert_array_equal(found, expected)
     assert work.progress.done == 11

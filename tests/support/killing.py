@@ -13,12 +13,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 _SLOW = """
 import time
-from lib.scoring.journal import Journal
-keep = Journal._add
+from lib.scoring.journal import Work
+take = Work.take
 def slowly(*arguments):
-    keep(*arguments)
+    values = take(*arguments)
     time.sleep({pause})
-Journal._add = slowly
+    return values
+Work.take = slowly
 """
 
 
