@@ -199,7 +199,7 @@ def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseR
         tokenizer_dir: the run's tokenizer (from `ensure_tokenizer`).
 
     Returns:
-        A standard model folder. Its record (`manifest.record_of`) says how it was made.
+        A standard model folder; its record (see `manifest.ensure`) says how it was made.
     """
     if recipe is None:  # conversations are longer than single texts, and so are the windows for them
         recipe = BaseRecipe() if task.label_names else BaseRecipe(window=512, batch=2)

@@ -57,7 +57,7 @@ def run_child(
         heard: called with the child's newest line of progress; nothing is shown here then.
 
     Returns:
-        The function's dict with ``"peak_memory_mib"``, the child's largest resident memory, added.
+        The function's dict, and where it has none "peak_memory_mib", the child's largest resident memory.
 
     Raises:
         InputError: the one that the function raised; or the child was killed (signal, memory, timeout).
@@ -242,7 +242,7 @@ def _main(folder: Path) -> None:
 
     def call(argument: dict[str, Any]) -> dict[str, Any]:
         value = getattr(importlib.import_module(module), name)(argument)
-        return {**value, "peak_memory_mib": peak_memory_mib()}
+        return {"peak_memory_mib": peak_memory_mib(), **value}
 
     partial = folder / "result.json.part"
     partial.write_text(json.dumps(answer(call, request["argument"]), default=_plain), encoding="utf-8")

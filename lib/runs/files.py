@@ -166,9 +166,6 @@ def remove_abandoned(folder: Path, name: str = "*") -> bool:
     free = True
     pattern = name if name == "*" else glob.escape(name[:80])
     for home in folder.glob(f".{pattern}.*.part"):
-        if not home.is_dir():  # of a version that wrote beside the output itself
-            home.unlink(missing_ok=True)
-            continue
         lock = FileLock(home / ".lock", timeout=0)
         try:
             with lock:
@@ -313,10 +310,10 @@ def utf8(path: Path, raw: bytes) -> str:
 
 # SHA-256 of large files, computed once for each state of a file.
 #
-# A base model of several gigabytes is named by its hash in four notebooks. The hash is remembered under
-# runs/_cache/sha256.json with all that changes when a file is written, replaced or set back: its size, inode, and the
-# times of its last change and of its last change of status. A file that was written a moment ago is not remembered: a
-# second change within one tick of the file system's clock would look like none.
+# A base model of several gigabytes is named by its hash in four notebooks. It is remembered in runs/_cache/sha256/
+# under all that changes when a file is written, replaced or set back: its size, inode, and the times of its last
+# change and of its last change of status. A file that was written a moment ago is not remembered: a second change
+# within one tick of the file system's clock would look like none.
 
 SETTLED = 2.0
 """Seconds since the last change after which a file's times are trusted (FAT's clock ticks that slowly)."""
@@ -328,32 +325,23 @@ def remembered_sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    place, memory = path.resolve(), runs_folder() / "_cache" / "sha256.json"
-    before, key = _file_state(place), str(place)
-    known = _remembered(memory).get(key)
-    if isinstance(known, dict) and known.get("state") == before:
-        return str(known["sha256"])
+    place = path.resolve()
+    state = _file_state(place)
+    memory = runs_folder() / "_cache" / "sha256" / sha256_json(state)
+    with contextlib.suppress(OSError, ValueError):
+        bytes.fromhex(known := memory.read_text())
+        if len(known) == 64:
+            return known
     digest = sha256_file(place)
-    if _file_state(place) == before and time.time_ns() - before[1] > SETTLED * 1e9:
+    if _file_state(place) == state and time.time_ns() - place.stat().st_mtime_ns > SETTLED * 1e9:
         with contextlib.suppress(OSError):  # a hash that is not remembered is only computed again
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(memory.with_suffix(".lock")):  # several processes may add to it at the same time
-                there = {name: entry for name, entry in _remembered(memory).items() if Path(name).is_file()}
-                write_json(memory, {**there, key: {"state": before, "sha256": digest}})
+            write_text(memory, digest)
     return digest
 
 
-def _file_state(path: Path) -> list[int]:
+def _file_state(path: Path) -> list[Any]:
     found: os.stat_result = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def _remembered(memory: Path) -> dict[str, Any]:
-    try:
-        content = read_json(memory)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def render(template: Path, **values: Any) -> str:

@@ -144,7 +144,6 @@ def bitsandbytes_problem() -> str | None:
     """Why 4-bit layers do not work here; None when a small NF4 product could be computed."""
     if not has_module("bitsandbytes"):
         return "bitsandbytes is not installed"
-    os.environ.setdefault("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
     try:
         import bitsandbytes as bnb
         import torch

@@ -261,20 +261,6 @@ def _note(folder: Path) -> dict[str, Any]:
 # Folders made once and reused by every run: named by a key of everything that determines them.
 
 
-def _record(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.json")
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    """What was recorded when a stored folder was made: {"determined_by", "facts", "files"}."""
-    return read_json(_record(folder))
-
-
-def whole(folder: Path) -> bool:
-    """Whether a stored folder has its record and every file is as recorded (bytes and SHA-256)."""
-    return folder.is_dir() and _record(folder).is_file() and hash_folder(folder) == record_of(folder)["files"]
-
-
 def ensure(
     kind: str,
     determined_by: dict[str, Any],
@@ -290,23 +276,18 @@ def ensure(
         place: folder that holds it; None = runs/_offline/.
 
     Returns:
-        The folder. One process builds it, others wait; a kill in between leaves nothing under the final name.
+        The folder; beside it <folder>.json records {"determined_by", "facts", "files" (bytes and SHA-256)}. One process
+        builds it, others wait; a kill in between leaves nothing under the final name.
     """
     place = files.writable(place or files.runs_folder() / "_offline")
     final = place / f"{kind}-{sha256_json(determined_by)[:16]}"
-    with FileLock(final.with_name(f".{final.name}.lock")):
-        if whole(final):
+    record = place / f"{final.name}.json"
+    with FileLock(place / f".{final.name}.lock"):
+        if final.is_dir() and record.is_file() and hash_folder(final) == read_json(record)["files"]:
             return final
-        temporary = final.with_name(f".{final.name}.part")
-        for old in (temporary, final):
-            shutil.rmtree(old, ignore_errors=True)
-        _record(final).unlink(missing_ok=True)
-        temporary.mkdir()
-        try:
+        shutil.rmtree(final, ignore_errors=True)
+        record.unlink(missing_ok=True)
+        with files.new_folder(final) as temporary:
             facts = build(temporary)
-            settle(temporary)
-            temporary.replace(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        write_json(_record(final), {"determined_by": determined_by, "facts": facts, "files": hash_folder(final)})
+        write_json(record, {"determined_by": determined_by, "facts": facts, "files": hash_folder(final)})
     return final

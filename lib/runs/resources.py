@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import sys
 import threading
@@ -147,34 +146,18 @@ def resources_recorded(path: Path, every: float = EVERY, gpus: int = 1) -> Itera
 
 
 def _nvidia(count: int) -> list[Any]:
-    """Handles of the first GPUs that are visible, where NVIDIA's library is installed and a driver answers.
+    """Handles of the first GPUs that torch sees, where NVIDIA's library is installed and a driver answers.
 
-    Numbers in CUDA_VISIBLE_DEVICES count in CUDA's order, the fastest first, and those of NVIDIA's library by bus: they
-    are one order only under CUDA_DEVICE_ORDER=PCI_BUS_ID or with a single GPU. Otherwise torch, which by then has
-    chosen where it trains, is asked for the identifiers of its first GPUs.
+    By their identifiers: NVIDIA's library counts by bus, torch the fastest first and only those that are visible.
     """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if given is None else [name.strip() for name in given.split(",") if name.strip()]
-    if names is not None and names[:1] in ([], ["-1"]):
-        return []
     try:
         import pynvml
+        import torch
 
         pynvml.nvmlInit()
-        there = pynvml.nvmlDeviceGetCount()
-        numbered = names is None or any(name.isdigit() for name in names)
-        if numbered and there > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-            import torch
-
-            seen = range(min(count, torch.cuda.device_count()))
-            names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in seen]
-        names = [str(index) for index in range(there)] if names is None else names
-        return [
-            pynvml.nvmlDeviceGetHandleByIndex(int(name))
-            if name.isdigit()
-            else pynvml.nvmlDeviceGetHandleByUUID(name.encode())
-            for name in names[:count]
-        ]
+        seen = range(min(count, torch.cuda.device_count()))
+        names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in seen]
+        return [pynvml.nvmlDeviceGetHandleByUUID(name.encode()) for name in names]
     except Exception:  # no library, no driver, or an error of its own kind: then there is nothing to see
         return []
 
