@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from lib.statistics.intervals import Interval
 from lib.statistics.losses import limits
 from lib.statistics.paired import holm
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # A run as a candidate: what its products say about quality, speed and size.
 
 
@@ -30,12 +33,10 @@ class Candidate:
 
     Attributes:
         name: of the run. task: what it was asked.
-        keys: hash of every test row (text and label, or messages); copies are numbered.
-        texts: hash of every test row without its label.
-        seen: the same of the rows that training and the choice of the checkpoint have used.
-        leaked: (n,) whether the run's leak audit found the test row in its training data.
-        groups: (n,) near-duplicate group of each test row.
-        values, weights: (n,) of each test row, see `Metric.row_values`.
+        rows: the test rows, by a hash of text and label, or messages (copies are numbered): "text" (hash without the
+            label), "leaked" (whether the run's leak audit found it in the training data), "group" (of near-duplicates),
+            "value" and "weight" (see `Metric.row_values`).
+        seen: hashes of the texts that training and the choice of the checkpoint have used.
         recipe: hash of everything that training depends on but the seed; equal in runs that differ in it alone.
         validation: hash of prompt, tokenizer and validation rows: losses compare only where it is equal.
         facts: plain values for tables: train_seed, validation_loss, samples_per_second, tokens_per_second,
@@ -44,20 +45,15 @@ class Candidate:
 
     name: str
     task: Task
-    keys: list[str]
-    texts: list[str]
+    rows: pd.DataFrame
     seen: frozenset[str]
-    leaked: np.ndarray
-    groups: np.ndarray
-    values: np.ndarray
-    weights: np.ndarray
     recipe: str
     validation: str
     facts: dict[str, Any]
 
     @property
     def metric(self) -> Metric:
-        """What `values` are of."""
+        """What the rows' values are of."""
         return metric_of(self.task)
 
 
@@ -69,15 +65,6 @@ def row_key(row: Mapping[str, Any]) -> str:
 def text_key(row: Mapping[str, Any]) -> str:
     """Hash of a row's text or messages, whatever its label."""
     return sha256_json({key: row[key] for key in ("text", "messages") if key in row})
-
-
-def numbered(keys: Iterable[str]) -> list[str]:
-    """Keys with copies told apart: the second equal one ends in "#1", and so on."""
-    count, found = Counter[str](), []
-    for key in keys:
-        found.append(f"{key}#{count[key]}" if count[key] else key)
-        count[key] += 1
-    return found
 
 
 def read_candidates(names: Sequence[str]) -> list[Candidate]:
@@ -124,6 +111,8 @@ def read_candidate(run: Run) -> Candidate:
     Raises:
         InputError: a product is missing or damaged, or the evaluation is not of this adapter and these rows.
     """
+    import pandas as pd
+
     data, adapter, evaluation = (run.require(name) for name in ("data", "adapter", "evaluation"))
     for product in (data, adapter):
         if evaluation.entry.inputs.get(product.entry.product) != product.entry.digest:
@@ -140,6 +129,18 @@ def read_candidate(run: Run) -> Candidate:
             f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."
         )
     values, weights = metric_of(task).row_values(scores)
+    table = pd.DataFrame(
+        {
+            "text": [text_key(row) for row in rows],
+            "leaked": [bool(row.get("leaked", False)) for row in rows],
+            "group": [row["group"] for row in rows],
+            "value": values,
+            "weight": weights,
+        },
+        index=[row_key(row) for row in rows],
+    )
+    copies = table.groupby(level=0).cumcount()
+    table.index = [f"{key}#{copy}" if copy else key for key, copy in copies.items()]
     used = {split: read_jsonl(data.path / f"{split}.jsonl") for split in ("train", "validation")}
     validation = [row_key(row) for row in used["validation"]]
     tokenizer = {n: o["sha256"] for n, o in data.entry.outputs.items() if n.startswith("tokenizer/")}
@@ -149,13 +150,8 @@ def read_candidate(run: Run) -> Candidate:
     return Candidate(
         name=run.name,
         task=task,
-        keys=numbered(row_key(row) for row in rows),
-        texts=[text_key(row) for row in rows],
+        rows=table,
         seen=frozenset(text_key(row) for split in used.values() for row in split),
-        leaked=np.array([bool(row.get("leaked", False)) for row in rows]),
-        groups=np.array([row["group"] for row in rows]),
-        values=values,
-        weights=weights,
         recipe=sha256_json({"parameters": parameters, "data": data.entry.digest, "name": adopted}),
         validation=sha256_json({"task": task.to_json(), "tokenizer": tokenizer, "rows": validation}),
         facts=_facts(run, data, adapter, evaluation),
@@ -204,21 +200,19 @@ class Ground:
 
     Attributes:
         keys: their hashes, in the first run's order.
-        places: run -> position of each of them among its own test rows.
         rows: groups and weights of each row, from the first run.
         leak_free: True when the rows that a leak audit flagged are left out as well.
         left_out: rows of the union that are not used, by reason.
     """
 
     keys: list[str]
-    places: dict[str, np.ndarray]
     rows: RowGroups
     leak_free: bool
     left_out: dict[str, int]
 
     def values(self, run: Candidate) -> np.ndarray:
         """A run's values on these rows."""
-        return run.values[self.places[run.name]]
+        return run.rows.value[self.keys].to_numpy()
 
 
 def shared_ground(runs: Sequence[Candidate]) -> Ground:
@@ -228,39 +222,31 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
         InputError: no such row; or answers that have other numbers of tokens in different runs.
     """
     first = runs[0]
-    common = set(first.keys).intersection(*(run.keys for run in runs[1:]))
-    seen = frozenset().union(*(run.seen for run in runs))
-    flagged = {key for run in runs for key, bad in zip(run.keys, run.leaked, strict=True) if bad}
-    unseen = {key for key, text in zip(first.keys, first.texts, strict=True) if key in common and text not in seen}
-    if not unseen:
+    common = first.rows[[all(key in run.rows.index for run in runs) for key in first.rows.index]]
+    unseen = common[~common.text.isin(frozenset().union(*(run.seen for run in runs)))]
+    if unseen.empty:
         raise InputError(
             f"runs {', '.join(run.name for run in runs)} share {len(common)} test rows"
-            f"{', and a run has trained on each of them' if common else ''}.",
+            f"{', and a run has trained on each of them' if len(common) else ''}.",
             "test rows that all runs hold and none has trained on.",
             "compare runs with the same dataset, split and seed.",
         )
-    free = unseen - flagged
-    wanted = free or unseen
-    keys = [key for key in first.keys if key in wanted]
-    places = {}
-    for run in runs:
-        where = {key: place for place, key in enumerate(run.keys)}
-        places[run.name] = np.array([where[key] for key in keys], dtype=np.int64)
+    free = unseen[~np.any([run.rows.leaked[unseen.index] for run in runs], axis=0)]
+    rows = unseen if free.empty else free
     for run in runs[1:]:
-        if not np.array_equal(run.weights[places[run.name]], first.weights[places[first.name]]):
+        if not run.rows.weight[rows.index].equals(rows.weight):
             raise InputError(
                 f"the answers of runs {first.name!r} and {run.name!r} have different numbers of tokens.",
                 "the same tokenizer and max_seq_length: a loss is a mean over tokens.",
                 "compare runs on the same base model and max_seq_length.",
             )
     left_out = {
-        "not in every run": len(set().union(*(run.keys for run in runs))) - len(common),
+        "not in every run": len(set().union(*(run.rows.index for run in runs))) - len(common),
         "used by a training": len(common) - len(unseen),
-        "flagged by a leak audit": len(unseen) - len(wanted),
+        "flagged by a leak audit": len(unseen) - len(rows),
     }
-    at = places[first.name]
-    rows = RowGroups(first.groups[at], weights=first.weights[at])
-    return Ground(keys, places, rows, bool(free), left_out)
+    of_rows = RowGroups(rows.group.to_numpy(), weights=rows.weight.to_numpy())
+    return Ground(list(rows.index), of_rows, not free.empty, left_out)
 
 
 @dataclass(frozen=True)
