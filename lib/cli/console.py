@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lib.errors import InputError, Terminated, missing_library, not_utf8, sigterm_raises
-from lib.runs.files import json_text
+from lib.runs.files import json_text, refuse_device
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]
@@ -82,9 +82,8 @@ def _check_paths(value: Any, any_name: bool) -> None:
     if isinstance(value, (list, tuple)):
         for part in value:
             _check_paths(part, any_name)
-    if isinstance(value, Path) and value.exists() and not value.is_file() and not value.is_dir():
-        expected = "a file or a folder, no device, socket or pipe."
-        raise InputError(f"{value} is neither a file nor a folder.", expected, "write to a file, or read from one.")
+    if isinstance(value, (str, Path)):
+        refuse_device(value)
     if isinstance(value, (str, Path)) and not any_name:
         try:
             str(value.absolute() if isinstance(value, Path) else value).encode()

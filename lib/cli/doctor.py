@@ -293,9 +293,11 @@ def _tools() -> list[Check]:
 
 def _hub() -> list[Check]:
     """Settings that decide where models come from; nothing is asked over the network."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    from lib.hub.sources import is_offline
+    from lib.hub.transport import host_of
+
     return [
-        Check("HF_ENDPOINT", INFO, os.environ.get("HF_ENDPOINT", "not set: the hub itself")),
-        Check("HF_HUB_OFFLINE", INFO, "on: only cached models and data" if offline else "off"),
+        Check("HF_ENDPOINT", INFO, host_of(os.environ.get("HF_ENDPOINT", "")) or "not set: the hub itself"),
+        Check("HF_HUB_OFFLINE", INFO, "on: only cached models and data" if is_offline() else "off"),
         Check("Model cache", INFO, os.environ.get("HF_HOME") or "~/.cache/huggingface"),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from lib.errors import InputError
-from lib.hub import huggingface, modelscope
+from lib.hub import huggingface, modelscope, transport
 from lib.hub.sources import Kind, Remote, Snapshot, SourceError, is_offline, parse
 from lib.hub.transport import MismatchError, MissingError, UnreachableError
 
@@ -41,8 +41,7 @@ def _download(place: ModuleType, address: str, remote: Remote) -> Snapshot:
     """Download from one address; every failure becomes a sentence for the user."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    host = address.partition("://")[2] or address
-    host = host.partition("/")[0].rpartition("@")[2]  # a name and a password may stand before the host
+    host = transport.host_of(address)
     try:
         return place.download(address, remote)
     except UnreachableError as error:

@@ -6,6 +6,7 @@ huggingface_hub's own download starts a file again from nothing in the next proc
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,14 +45,28 @@ class MismatchError(Exception):
     """Bytes that differ from the listing, twice."""
 
 
+def host_of(address: str) -> str:
+    """Host and port of an address: names, passwords and tokens in it are never told."""
+    return re.split("[/?#]", (address.partition("://")[2] or address).rpartition("@")[2])[0]
+
+
 def open_client(headers: Mapping[str, str]) -> httpx.Client:
-    """A client that follows redirects (without the token, when they lead to another host)."""
+    """A client that follows redirects (without the token, when they lead to another host).
+
+    Raises:
+        UnreachableError: the environment names a proxy that cannot be one.
+    """
     import httpx
 
     plain = {"Accept-Encoding": "identity", "User-Agent": "quantization-workbook"}
-    return httpx.Client(
-        headers={**plain, **headers}, follow_redirects=True, timeout=httpx.Timeout(TIMEOUT, connect=10.0)
-    )
+    timeout = httpx.Timeout(TIMEOUT, connect=10.0)
+    try:
+        return httpx.Client(headers={**plain, **headers}, follow_redirects=True, timeout=timeout)
+    except (ValueError, ImportError, httpx.InvalidURL):  # their words may hold the proxy's password
+        raise UnreachableError(
+            "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY holds no address of a proxy, or one of a kind that needs another "
+            "package"
+        ) from None
 
 
 class _CutOffError(Exception):

@@ -14,6 +14,7 @@ from lib.hub.sources import SourceError
 from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.gguf_file import read_metadata
+from lib.models.tokenizer_files import FILES, TEMPLATES
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
 from lib.models.weights import Weights, open_weights
 from lib.prompts.tasks import read_task, texts_of
@@ -218,6 +219,10 @@ class GivenAdapter:
     revision: str
 
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "training.json", "README.md")
+"""The last two say what it was trained on (`trained_base`, and whether that was a 4-bit base)."""
+
+
 def resolve_adapter(adapter: str) -> GivenAdapter:
     """The folder of an adapter: a local one, or a hub or ModelScope repository.
 
@@ -227,8 +232,8 @@ def resolve_adapter(adapter: str) -> GivenAdapter:
     local = user_path(adapter)
     if local.is_dir():
         require_adapter(local)
-        names = ("adapter_config.json", "adapter_model.safetensors")
-        files = {name: remembered_sha256(local / name) for name in names if (local / name).is_file()}
+        there = [*(local / name for name in (*_ADAPTER, *FILES)), *sorted((local / TEMPLATES).glob("*.jinja"))]
+        files = {str(path.relative_to(local)): remembered_sha256(path) for path in there if path.is_file()}
         return GivenAdapter(local, adapter, f"sha256:{sha256_json(files)[:16]}")
     if local.is_file() or hub_sources.looks_like_path(adapter):
         kind = "a file" if local.is_file() else "no folder"

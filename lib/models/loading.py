@@ -98,8 +98,11 @@ def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]
         return AutoModelForCausalLM.from_pretrained(str(folder), **options)
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, chat: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or tokenizer folder.
+
+    Args:
+        chat: False where plain text alone is cut, which takes no chat template.
 
     Raises:
         InputError: no tokenizer there, a damaged one, or one without a chat template.
@@ -116,7 +119,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"the tokenizer in {path} cannot be read ({one_line(error)}).", "a whole one.", "copy it again."
         ) from None
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise InputError(
             f"the tokenizer in {path} has no chat template.",
             "an instruction-tuned (chat) model.",

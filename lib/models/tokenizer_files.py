@@ -14,6 +14,11 @@ Read = Callable[[str], dict[str, Any]]
 """File name → its JSON object; empty where there is no such file."""
 
 TEMPLATES = "additional_chat_templates"
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""What a tokenizer's folder may hold, beside the folder `TEMPLATES`."""
 
 
 def reader(folder: Path) -> Read:

@@ -70,7 +70,7 @@ class DataPage:
             "split": self.result.split_rule,
             "base model": self.facts["base_model"],
             "base model's commit or hash": self.facts["base_revision"],
-            "prompt hash": self.facts["prompt_hash"],
+            "prompt hash": f"{self.facts['prompt_hash'][:12]}…",
             **unpacked(self.facts),
         }
         return display.key_values(card, "Where the rows come from")

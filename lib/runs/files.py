@@ -46,9 +46,25 @@ def user_path(text: str) -> Path:
         path = Path(text).expanduser()
     except RuntimeError:  # ~somebody, of whom this machine has not heard
         raise InputError(f"no path {text}.", "an existing path.", "check the name behind ~.") from None
+    refuse_device(path)
     if path.is_absolute() or path.exists():
         return path.resolve()
     return (PROJECT / path).resolve()
+
+
+def refuse_device(text: str | Path) -> None:
+    """Refuse a path to what may have no end, or wait for ever, and would be replaced by an output.
+
+    Raises:
+        InputError: a device, a socket or a pipe.
+    """
+    try:
+        mode = Path(text).expanduser().stat().st_mode
+    except (OSError, ValueError, RuntimeError):  # nothing there, or a text that is no path
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        expected = "a file or a folder, no device, socket or pipe."
+        raise InputError(f"{text} is neither a file nor a folder.", expected, "write to a file, or read from one.")
 
 
 def writable(folder: Path) -> Path:

@@ -204,7 +204,7 @@ def _open(path: Path, argument: dict[str, Any]) -> tuple[Backend, Any]:
 
         torch.set_num_threads(argument["n_threads"])
     model = load_as_saved(path) if quantization_method(path) else load_model(path)
-    return TransformersBackend(model, name=path.name), load_tokenizer(path)
+    return TransformersBackend(model, name=path.name), load_tokenizer(path, chat=False)
 
 
 def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) -> Tokens:

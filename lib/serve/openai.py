@@ -25,6 +25,8 @@ _CONTROL = 3
 
 
 ROLES = ("system", "user", "assistant", "tool")
+TOOLS = ("tools", "functions")
+"""Members of a request, besides the messages, whose texts a template may write."""
 
 
 def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
@@ -48,8 +50,9 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
 
     class Formatter(Jinja2ChatFormatter):
         def __call__(self, *, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> Any:
+            told = {name: defused(keywords[name]) for name in TOOLS if keywords.get(name)}
             try:
-                return super().__call__(messages=[harmless(message) for message in messages], **keywords)
+                return super().__call__(messages=[harmless(message) for message in messages], **keywords | told)
             except (TemplateError, TypeError, AttributeError, KeyError) as error:
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
 
@@ -63,9 +66,9 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
         return defused({**message, "content": content})
 
     def defused(value: Any) -> Any:
-        """Texts inside tool calls, too."""
+        """Texts inside tools and calls of them, too, and names of parameters."""
         if isinstance(value, Mapping):
-            return {key: defused(part) for key, part in value.items()}
+            return {defused(key): defused(part) for key, part in value.items()}
         if isinstance(value, list):
             return [defused(part) for part in value]
         for token in control if isinstance(value, str) else ():
@@ -209,7 +212,7 @@ def _counter(llm: Any, formatter: Any) -> Callable[[str, dict[str, Any]], int]:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise ValueError("messages must be a list with at least one message")
-        rendered = formatter(messages=messages, tools=body.get("tools")).prompt
+        rendered = formatter(messages=messages, **{key: body.get(key) for key in TOOLS}).prompt
         return len(llm.tokenize(rendered.encode("utf-8"), add_bos=False, special=True))
 
     return count

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 
 from lib.cli.__main__ import app
 from lib.errors import InputError
+from lib.runs.files import user_path
 from lib.runs.run import Run
 from lib.settings import Settings
 from lib.stages.data.stage import prepare
 from tests import tiny_gguf
+from tests.conftest import PROJECT
 
 NEW, ODD, GOOD = "NEW.gguf", "ODD", "GOOD.gguf"
 ADAPTER = ("--base-model", "FOLDER", "--adapter", ODD, "--output-dir", NEW)
@@ -78,6 +82,38 @@ def test_no_device_is_read(command: str, kind: str, place: Path, capsys: pytest.
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("s")
         refusal(tuple(str(odd) if word == ODD else word for word in READ[command]), command, capsys)
+
+
+LATER = ("torch", "transformers", "llama_cpp", "peft", "pandas", "matplotlib")
+EARLY = """
+import sys
+from lib.cli.__main__ import app
+for words in {commands!r}:
+    assert app(words, standalone_mode=False) == 2, words
+    assert not sys.modules.keys() & set({later!r}), (words, sys.modules.keys() & set({later!r}))
+"""
+
+
+def test_a_device_is_refused_before_libraries_are_loaded(place: Path) -> None:
+    os.mkfifo("f")
+    devices = ("/dev/zero", "f", str(place / "f"), "~/f")
+    commands = [
+        [command.partition("-")[0], *(odd if word == ODD else word for word in READ[command])]
+        for command in READ
+        for odd in devices
+    ]
+    code = EARLY.format(commands=commands, later=LATER)
+    environment = {**os.environ, "HOME": str(place), "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("neither a file nor a folder") == len(commands)
+
+
+@pytest.mark.parametrize("key", ["base_model", "adapter", "imatrix", "terms", "prompts_file"])
+def test_devices_of_a_parameter_file(key: str, place: Path) -> None:
+    os.mkfifo("f")
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        user_path(str(getattr(Settings(**{key: str(place / "f")}), key)))
 
 
 @pytest.mark.parametrize("command", [*READ, *(f"{name}-written" for name in WRITTEN)])

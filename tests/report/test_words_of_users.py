@@ -10,8 +10,10 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat import v4
 
+from lib.cli import doctor
 from lib.hub.fetching import fetch
 from lib.hub.sources import SourceError
+from lib.models.base_model import fallback_note
 from lib.report import charts, display
 from lib.report.html import harmless, problems_in, render
 from lib.report.index import summarise
@@ -106,10 +108,45 @@ def test_any_label_can_be_drawn(names: list[str]) -> None:
         charts.label_balance({"train": [3, 4]}, names)
 
 
-def test_a_password_in_an_address_is_never_said(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+SECRET = "PASSWORDxyz"
+PLACES = ("127.0.0.1:9", "127.0.0.1:9/path", "127.0.0.1:9/?token=PASSWORDxyz")
+
+
+@pytest.mark.parametrize("source", ["Qwen/Qwen3-0.6B", "modelscope:Qwen/Qwen3-0.6B"])
+@pytest.mark.parametrize("user", [f"user:{SECRET}@", f"{SECRET}@", f"u:pa/{SECRET}@", f"u:p?{SECRET}#@", ""])
+def test_a_password_in_an_address_is_never_said(
+    monkeypatch: pytest.MonkeyPatch, home: Path, source: str, user: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the error, nor in the stamp of a fallback, nor on a terminal."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://user:PASSWORDxyz@127.0.0.1:9")
-    monkeypatch.setattr("lib.hub.huggingface.HUB", "http://user:PASSWORDxyz@127.0.0.1:9", raising=True)
+    monkeypatch.setattr("lib.hub.transport.FIRST_WAIT", 0.0)
+    for place in PLACES:
+        address = f"http://{user}{place}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", address)
+        monkeypatch.setattr("lib.hub.huggingface.HUB", address)
+        with pytest.raises(SourceError) as refused:
+            fetch(source, "main", "model")
+        stamp = fallback_note("base model", source, "offline", [refused.value])[0]
+        for words in (str(refused.value), stamp, *capsys.readouterr(), *(check.found for check in doctor._hub())):
+            assert SECRET not in words
+        assert "127.0.0.1:9" in stamp
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"])
+@pytest.mark.parametrize("scheme", ["http", "socks5", "no"])
+@pytest.mark.parametrize("place", ["127.0.0.1:9", "127.0.0.1:port"])
+def test_a_password_of_a_proxy_is_never_said(
+    monkeypatch: pytest.MonkeyPatch, home: Path, name: str, scheme: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for other in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.delenv(other.lower(), raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("lib.hub.transport.FIRST_WAIT", 0.0)
+    monkeypatch.setenv(name, f"{scheme}://user:{SECRET}@{place}")
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", f"http{'s' if 'S' in name else ''}://a.invalid")
     with pytest.raises(SourceError) as refused:
-        fetch("Qwen/Qwen3-0.6B", "main", "model")
-    assert "PASSWORDxyz" not in str(refused.value) and "127.0.0.1:9" in str(refused.value)
+        fetch("modelscope:Qwen/Qwen3-0.6B", "main", "model")
+    assert all(SECRET not in words for words in (str(refused.value), refused.value.why, *capsys.readouterr()))
+    assert "a.invalid" in refused.value.why

@@ -291,7 +291,7 @@ def _check_tokenizer(path: Path, sample: Mapping[str, Any]) -> None:
     """The token ids come from the reference's tokenizer; the folder's own must give the same."""
     from lib.models.loading import load_tokenizer
 
-    own = load_tokenizer(path)(sample["text"], add_special_tokens=False)["input_ids"]
+    own = load_tokenizer(path, chat=False)(sample["text"], add_special_tokens=False)["input_ids"]
     if own != sample["ids"]:
         raise InputError(
             f"the tokenizer in {path} gives other token ids than the reference's.",

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lib.errors import InputError, one_line
-from lib.runs.files import sha256_file, sha256_json, utf8
+from lib.runs.files import refuse_device, sha256_file, sha256_json, utf8
 from lib.stages.data.csv_table import read_csv
 from lib.stages.data.json_layouts import other_layout
 
@@ -38,9 +38,7 @@ def file_fingerprint(path: Path) -> str:
     """SHA-256 of a file; of a folder, over the names and SHA-256 of the data files in it (hidden files left out)."""
     if path.is_dir():
         return sha256_json({file.name: sha256_file(file) for file in data_files(path)})
-    if not path.is_file():  # a pipe waits, and a device may have no end
-        found = f"dataset: {path} is neither a file nor a folder."
-        raise InputError(found, "a file or a folder.", "save the rows as a file and name it.")
+    refuse_device(path)
     return sha256_file(path)
 
 

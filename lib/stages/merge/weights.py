@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from lib.errors import InputError
-from lib.models.tokenizer_files import TEMPLATES, chat_templates, differences, reader, vocabulary
+from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, differences, reader, vocabulary
 from lib.models.weights import (
     INDEX,
     NUMPY,
@@ -219,12 +219,6 @@ def apply_update(weight: torch.Tensor, update: Update, rows: slice) -> torch.Ten
         return total
 
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "chat_template.json"),
-)
-
-
 Also = Callable[[Path, Weights], contextlib.AbstractContextManager[Sink | None]]
 """Gets the folder being made and its weights, which are still zeros; may add small files to it, and
 says where else the weights go."""
@@ -333,7 +327,7 @@ def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[st
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
         write_json(folder / "config.json", config)
-    for source, names in ((base, ("generation_config.json", "LICENSE", "NOTICE")), (tokenizer, TOKENIZER_FILES)):
+    for source, names in ((base, ("generation_config.json", "LICENSE", "NOTICE")), (tokenizer, FILES)):
         for name in names:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -188,7 +188,7 @@ def text_windows(model: Path, text: Text, file: Path, size: int, most: int) -> W
         InputError: no model folder, one that is quantized, a text that does not fill a window.
     """
     require_whole_weights(model)
-    tokens = tokenize_with_transformers(load_tokenizer(model), text)
+    tokens = tokenize_with_transformers(load_tokenizer(model, chat=False), text)
     windows, digest = tokens.windows(size, most), files.sha256_file(file)
     used = size * len(windows)
     rows = None if tokens.documents is None else len(set(tokens.documents[:used].tolist()))

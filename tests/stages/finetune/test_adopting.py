@@ -66,6 +66,29 @@ def test_skipped_while_the_adapter_is_the_same(runs: Callable[[str], Run], forei
     assert finetune(settings, runs("fresh")).product.made
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "README.md"])
+def test_a_file_beside_its_weights_that_changed_alone(runs: Callable[[str], Run], foreign: Path, name: str) -> None:
+    """Its template, or what it says of the base that it was trained on: adopted again, and said."""
+    contents = {
+        "chat_template.jinja": "{{ messages }}",
+        "tokenizer_config.json": '{"chat_template": "{{ messages }}"}',
+        "README.md": "load_in_4bit: true",
+    }
+    settings = tiny_settings(adapter=str(foreign))
+    assert finetune(settings, runs("fresh")).product.made
+    (foreign / name).write_text(contents[name])
+    result = finetune(settings, runs("fresh"))
+    assert result.product.made and (name == "README.md" or any("its chat template" in note for note in result.notes))
+
+
+def test_other_tokens_of_an_adopted_adapter_are_refused(runs: Callable[[str], Run], foreign: Path) -> None:
+    settings = tiny_settings(adapter=str(foreign))
+    assert finetune(settings, runs("fresh")).product.made
+    (foreign / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "<new>": 1}}}')
+    with pytest.raises(InputError, match="its tokenizer has other tokens than the base's"):
+        finetune(settings, runs("fresh"))
+
+
 @pytest.mark.parametrize("place", ["", "modelscope:"])
 def test_adopted_from_a_hub(hub: Hub, runs: Callable[[str], Run], foreign: Path, place: str) -> None:  # noqa: F811
     commit = hub.add("models", "org/lora", {path.name: path.read_bytes() for path in foreign.iterdir()})

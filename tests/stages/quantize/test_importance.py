@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from lib.errors import InputError
+from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import read_task
 from lib.report import quantize_page
 from lib.runs.files import read_jsonl, sha256_json, write_json
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import ProductDraft, Run
+from lib.scoring.measure import Text
 from lib.settings import TENSOR_TYPES, Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
@@ -183,6 +185,18 @@ def test_force_measures_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 2
     importance_matrix(settings(), run)
     assert len(made) == 2
+
+
+def test_a_text_needs_no_chat_template(base: Path, tmp_path: Path) -> None:
+    """Of `workbook imatrix`, and of a budget by --text: a base model without instruction tuning has none."""
+    plain, file = Path(shutil.copytree(base, tmp_path / "plain")), tmp_path / "text.txt"
+    (plain / "chat_template.jinja").unlink()
+    file.write_text("房间很干净。" * 40, encoding="utf-8")
+    text = Text.of_file(file.read_text(encoding="utf-8"))
+    same = calibration.text_windows(plain, text, file, 16, 4)
+    assert same == calibration.text_windows(base, text, file, 16, 4) and len(same.windows) == 4
+    with pytest.raises(InputError, match="no chat template"):
+        load_tokenizer(plain)
 
 
 def test_iq_types_need_one() -> None:
