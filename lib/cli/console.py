@@ -97,9 +97,6 @@ def _code_of(error: BaseException) -> int:
         error = missing_library(error.name or str(error))
     if isinstance(error, UnicodeEncodeError):
         error = not_utf8(error)
-    if isinstance(error, InputError):
-        tell(str(error))
-        return REFUSED
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         tell("Interrupted: nothing half-written was left; run the command again to go on.")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
@@ -108,16 +105,16 @@ def _code_of(error: BaseException) -> int:
         return FAULT
     if isinstance(error, OSError):  # a full disk and missing rights are the usual ones
         where = f" ({error.filename})" if error.filename else ""
-        problem = InputError(
+        error = InputError(
             f"{error.strerror or type(error).__name__}{where}.",
             "a file system that takes the output.",
             "check the path, its permissions and the free space, then run the command again; finished products are "
             "kept.",
         )
-        tell(str(problem))
-        return REFUSED
     if isinstance(error, MemoryError):
-        tell(str(InputError("no memory left.", "room for the model.", "close programs or take a smaller model.")))
+        error = InputError("no memory left.", "room for the model.", "close programs or take a smaller model.")
+    if isinstance(error, InputError):
+        tell(str(error))
         return REFUSED
     first = str(error).strip().splitlines()[:1]
     tell(f"The workbook failed: {type(error).__name__}: {first[0] if first else 'no message'}")

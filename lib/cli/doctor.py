@@ -49,6 +49,9 @@ def doctor(
 
 # Which way of training fits this machine, with the arithmetic shown.
 
+ARITHMETIC = """\
+GiB. A trained weight takes 4 bytes in the adapter, 4 as gradient, 8 in AdamW; activations grow with rows ×
+tokens; a plan fits when its need is at most nine tenths of what is free."""
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "logits")
 
 
@@ -83,17 +86,9 @@ def strategy_text(found: dict[str, Any], settings: Settings) -> str:
         asked = settings.model_copy(update=chosen["changes"])
         values = {"devices": found["devices"], "plan": chosen, "asked": asked}
         advice = sentence("doctor.advice", **values, offload=found["offload"])
-    lines = [
-        sentence("doctor.model", found=found),
-        sentence("doctor.room", found=found, gib=found["free"] / GIB),
-        "",
-        table(rows, ("plan", *PARTS, "need", "fits")),
-        "GiB. A trained weight takes 4 bytes in the adapter, 4 as gradient, 8 in AdamW; activations grow with rows ×",
-        "tokens; a plan fits when its need is at most nine tenths of what is free.",
-        "",
-        advice,
-    ]
-    return "\n".join(lines)
+    told = [sentence("doctor.model", found=found), sentence("doctor.room", found=found, gib=found["free"] / GIB)]
+    return "
+".join([*told, "", table(rows, ("plan", *PARTS, "need", "fits")), ARITHMETIC, "", advice])
 
 
 # What this machine can run.
@@ -124,8 +119,8 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order of importance."""
-    python = Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
-    return [python, _lock(), *_torch(), *_libraries(), *_room(), *_tools(), *_hub()]
+    python = f"{platform.python_version()} ({sys.executable})"
+    return [_check("Python", python), _lock(), *_torch(), *_libraries(), *_room(), *_tools(), *_hub()]
 
 
 class _Pip(dict[str, str]):
@@ -138,17 +133,20 @@ class _Pip(dict[str, str]):
             return f"pip install {name}"
 
 
-def _lack(name: str, found: str, state: str = LACK, cure: str = "") -> Check:
-    """A check that found something wanting.
+def _check(name: str, found: str, lack: str | bool | None = None, state: str = LACK, cure: str = "") -> Check:
+    """What is there, or with its cure what is wanting.
 
     Args:
-        cure: its name in ``cures.yaml``, where it is not the check's.
+        lack: what is wanting, in words; false where nothing is.
+        state: that of a lack.
+        cure: name of its cure in ``cures.yaml``, where it is not the check's.
     """
     import yaml
 
-    cures = yaml.safe_load(Path(__file__).with_name("cures.yaml").read_text(encoding="utf-8"))
-    told = cures[cure or name]
-    return Check(name, state, found, told["cure"].format(pip=_Pip()), told["touches"])
+    if not lack:
+        return Check(name, OK, found)
+    told = yaml.safe_load(Path(__file__).with_name("cures.yaml").read_text(encoding="utf-8"))[cure or name]
+    return Check(name, state, str(lack), told["cure"].format(pip=_Pip()), told["touches"])
 
 
 def broken(found: Sequence[Check]) -> bool:
@@ -186,16 +184,20 @@ def _locked() -> dict[str, str]:
     return versions
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
 def lock_differences() -> list[str]:
     """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
     found = []
     for name, version in _locked().items():
         if name == LLAMA:  # which has a line of its own
             continue
-        try:
-            have = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            have = "absent"
+        have = _version(name)
         if have.partition("+")[0] != version:
             found.append(f"{name} {have} (lock: {version})")
     return found
@@ -206,10 +208,9 @@ def _lock() -> Check:
         different = lock_differences()
     except OSError:
         return Check("Packages", INFO, "no requirements.txt beside the project: the lock was not compared")
-    if not different:
-        return Check("Packages", OK, "exactly the lock (requirements.txt)")
     shown = ", ".join(different[:5]) + (", …" if len(different) > 5 else "")
-    return _lack("Packages", f"{len(different)} differ from the lock: {shown}")
+    lack = different and f"{len(different)} differ from the lock: {shown}"
+    return _check("Packages", "exactly the lock (requirements.txt)", lack)
 
 
 def _torch() -> list[Check]:
@@ -219,57 +220,54 @@ def _torch() -> list[Check]:
         kind = machine.torch_device()
     except Exception as error:  # a broken native library may raise anything
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return [_lack("torch", found, BROKEN)]
+        return [_check("torch", "", found, BROKEN)]
     gpu, (dtype, reason) = machine.device_name(), machine.compute_dtype()
     return [
-        Check("torch", OK, torch.__version__),
-        _lack("GPU", f"none: {gpu}") if kind == "cpu" else Check("GPU", OK, gpu),
-        Check("bfloat16", OK, reason) if dtype == "bfloat16" else _lack("bfloat16", reason),
+        _check("torch", torch.__version__),
+        _check("GPU", gpu, kind == "cpu" and f"none: {gpu}"),
+        _check("bfloat16", reason, dtype != "bfloat16" and reason),
     ]
 
 
 def _libraries() -> list[Check]:
-    if problem := machine.bitsandbytes_problem():
-        found = [_lack("bitsandbytes", problem)]
-    else:
-        words = f"{metadata.version('bitsandbytes')}: a small NF4 product is right"
-        found = [Check("bitsandbytes", OK, words)]
-    found.append(_llama_cpp())
-    for package in ("llmcompressor", "torchao"):  # each makes one export format
-        there = machine.has_module(package)
-        found.append(Check(package, OK, metadata.version(package)) if there else _lack(package, "not installed"))
-    return found
+    words = f"{_version('bitsandbytes')}: a small NF4 product is right"
+    exporters = ("llmcompressor", "torchao")  # each makes one export format
+    return [
+        _check("bitsandbytes", words, machine.bitsandbytes_problem()),
+        _llama_cpp(),
+        *(_check(name, _version(name), not machine.has_module(name) and "not installed") for name in exporters),
+    ]
 
 
 def _llama_cpp() -> Check:
     """Imported, and tried on 8-bit weights: as some compilers make it, it does not survive them."""
     name = "llama-cpp-python"
     if problem := machine.llama_cpp_problem():
-        return _lack(name, problem)
+        return _check(name, "", problem)
+    import llama_cpp
+
     from lib.scoring.measure import llama_cpp_crash
 
     if crash := llama_cpp_crash():
-        return _lack(name, crash, BROKEN, "llama-cpp-python crashes")
-    import llama_cpp
-
+        return _check(name, "", crash, BROKEN, "llama-cpp-python crashes")
     gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
-    return Check(name, OK, f"{metadata.version(name)}, {gpu}: survives a prompt on 8-bit weights")
+    return _check(name, f"{_version(name)}, {gpu}: survives a prompt on 8-bit weights")
 
 
 def _room() -> list[Check]:
     """Memory and disk; the output folder only where it cannot be written."""
     available = machine.available_memory() / GIB
-    memory = Check("Memory", OK, f"{available:.1f} GiB available")
-    if available < MEMORY_GIB:
-        memory = _lack("Memory", f"{memory.found}, {MEMORY_GIB:.0f} wanted by params/quick.yaml")
+    memory = f"{available:.1f} GiB available"
     folder = next(p for p in (home(), *home().parents) if p.exists())
     free = shutil.disk_usage(folder).free / 1e9
-    disk = Check("Disk", OK, f"{free:.1f} GB free at {home()}")
-    if free < DISK_GB:
-        disk = _lack("Disk", f"{disk.found}, {DISK_GB:.0f} wanted")
-    if os.access(folder, os.W_OK):
-        return [memory, disk]
-    return [memory, disk, _lack("Output folder", f"{folder} cannot be written", BROKEN)]
+    disk = f"{free:.1f} GB free at {home()}"
+    found = [
+        _check("Memory", memory, available < MEMORY_GIB and f"{memory}, {MEMORY_GIB:.0f} wanted by params/quick.yaml"),
+        _check("Disk", disk, free < DISK_GB and f"{disk}, {DISK_GB:.0f} wanted"),
+    ]
+    if not os.access(folder, os.W_OK):
+        found.append(_check("Output folder", "", f"{folder} cannot be written", BROKEN))
+    return found
 
 
 def _tools() -> list[Check]:
@@ -279,15 +277,13 @@ def _tools() -> list[Check]:
 
     font, git, missing = cjk_font(), shutil.which("git"), library_lacks()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if missing:
-        words, cure = f"{missing[0]} is not in .cache/wllama", "wllama" if shutil.which("npm") else "wllama without npm"
+    words = "" if missing else f"{library_version()} (phone page)"
+    cure = "wllama" if shutil.which("npm") else "wllama without npm"
     return [
-        Check("Chinese font", OK, f"{font} (figures)")
-        if font
-        else _lack("Chinese font", "none: figures label in English"),
-        Check("git", OK, git) if git else _lack("git", "absent"),
-        Check("Chromium", OK, browser) if browser else _lack("Chromium", "absent"),
-        _lack("wllama", words, cure=cure) if missing else Check("wllama", OK, f"{library_version()} (phone page)"),
+        _check("Chinese font", f"{font} (figures)", not font and "none: figures label in English"),
+        _check("git", str(git), not git and "absent"),
+        _check("Chromium", str(browser), not browser and "absent"),
+        _check("wllama", words, missing and f"{missing[0]} is not in .cache/wllama", cure=cure),
     ]
 
 
