@@ -83,39 +83,8 @@ def _rows(path: Path, text_column: str) -> list[str]:
 
 def as_text(result: dict[str, Any]) -> str:
     """The numbers as llama-perplexity prints them (shares in percent), with the intervals over documents."""
-    documents = "" if result["n_documents"] is None else f" of {result['n_documents']} documents"
-    lines = [f"tokens scored: {result['n_tokens']:,}{documents}, {result['n_windows']} windows of {result['n_ctx']}"]
-    lines += [_line("PPL", result, "ppl", 4, 5)]
-    if result["kld_mean"] is not None:
-        lines += [_line("PPL(reference)", result, "ppl_reference"), _line("PPL ratio", result, "ppl_ratio")]
-        lines += [_line("ln(PPL ratio)", result, "ln_ppl_ratio"), _line("PPL difference", result, "ppl_difference")]
-        lines += [f"{'correlation of ln(PPL)':<22} {100 * result['ppl_correlation']:.2f} %"]
-        lines += [_line("KLD, nats", result, "kld_mean")]
-        names = ("max", "p999", "p99", "p95", "p90", "median", "p10", "p05", "p01", "p001", "min")
-        lines += [f"{'KLD ' + _percentile(q):<22} {result[f'kld_{q}']:.6f}" for q in names]
-        lines += [f"{'mean Δp':<22} {_percent(result, 'mean_dp')}", f"{'RMS Δp':<22} {_percent(result, 'rms_dp')}"]
-        names = ("max", "p999", "p99", "p95", "p90", "p75", "median", "p25", "p10", "p05", "p01", "p001", "min")
-        lines += [f"{'Δp ' + _percentile(q):<22} {100 * result[f'dp_{q}']:.3f} %" for q in names]
-        lines += [f"{'same top token':<22} {_percent(result, 'same_top')}{_interval(result, 'same_top', 100, 3)}"]
-    if any(value is not None for key, value in result.items() if key.endswith("_interval")):
-        lines.append("± one standard error, tokens taken as independent; [95 % interval, whole documents drawn]")
-    return "\n".join([*lines, *filter(None, [result["note"]])])
+    from lib.report.sentences import word_rows
 
-
-def _line(name: str, result: dict[str, Any], key: str, digits: int = 6, error_digits: int = 6) -> str:
-    error = result["kld_uncertainty" if key == "kld_mean" else f"{key}_uncertainty"]
-    return f"{name:<22} {result[key]:.{digits}f} ± {error:.{error_digits}f}{_interval(result, key, 1, digits)}"
-
-
-def _percent(result: dict[str, Any], key: str) -> str:
-    return f"{100 * result[key]:.3f} ± {100 * result[f'{key}_uncertainty']:.3f} %"
-
-
-def _interval(result: dict[str, Any], key: str, factor: float, digits: int) -> str:
-    limits = result.get(f"{key}_interval")
-    return "" if limits is None else f" [{factor * limits[0]:.{digits}f}, {factor * limits[1]:.{digits}f}]"
-
-
-def _percentile(name: str) -> str:
-    """p999 → 99.9 %, p001 → 0.1 %; min, median and max stay."""
-    return f"{float('0.' + name[1:]) * 100:g} %" if name[0] == "p" else name
+    intervals = any(value is not None for key, value in result.items() if key.endswith("_interval"))
+    rows = word_rows("perplexity.numbers", r=result, intervals=intervals)
+    return "\n".join(row[0] if len(row) == 1 else f"{row[0]:<22} {row[1]}" for row in rows)
