@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,19 +180,13 @@ def _make(
 
 def _as_text(rows: list[dict[str, Any]]) -> str:
     """A table, and what its columns leave open."""
+    from lib.report.sentences import sentence
+
     columns = ["type", "bytes", "bits_per_weight", "fallbacks", "set_by_hand"]
     columns += [name for name in ("imatrix", "seconds", "peak_memory_mib", "file") if name in rows[0]]
     counted = [{**r, "fallbacks": len(r["fallbacks"]), "set_by_hand": len(r["set_by_hand"])} for r in rows]
     lines = [table(counted, columns)]
     if any(row["fallbacks"] for row in rows):
         lines.append("fallbacks: tensors of another type than the recipe wants, whose rows do not fill its blocks")
-    for row in rows:
-        if mix := row.get("mix"):
-            types = ", ".join(f"{count} {kind}" for kind, count in Counter(mix["types"].values()).most_common())
-            kld = f"predicted KL divergence from the source {mix['predicted_kld']:.4g} nats a token"
-            if mix["answers"]:
-                kld += f", {mix['predicted_answer_kld']:.4g} at answers, which counted {mix['answer_weight']:g}"
-            else:
-                kld += ", of text alone: it has no answers (--data takes the rows of a run)"
-            lines.append(f"{row['type']}: {kld}; tensors: {types}")
+    lines += [sentence("quantize.mix_in_words", row=row, mix=row["mix"]) for row in rows if row.get("mix")]
     return "\n".join(lines)

@@ -46,22 +46,13 @@ def pick(
     as_json: Json = False,
 ) -> None:
     """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
+    from lib.report.display import rows_of
     from lib.runs.files import read_json
     from lib.runs.run import known_run
     from lib.stages.compare.recommend import pick_file
 
     comparison = known_run(run).require("comparison").path / "comparison.json"
     answer = pick_file(read_json(comparison), max_mb, max_loss)
-    rows = [
-        {
-            "type": c["type"],
-            "MB": round(c["megabytes"], 3),
-            "loss": round(c["loss"], 3) + 0.0,
-            "95 % interval": "–" if None in c["interval"] else [round(limit, 3) + 0.0 for limit in c["interval"]],
-            "fits": "yes" if c["fits"] else "no",
-            "evidence": c["evidence"] + (" (worse on leak-free rows)" if c["leak_free"] else ""),
-        }
-        for c in answer["candidates"]
-    ]
+    rows = rows_of("select.candidates", answer["candidates"])
     head = f"loss in {answer['limits']['unit']}, at most {max_loss:g}\n"
     show(answer, as_json, f"{head}{table(rows, list(rows[0]))}\n\n{answer['text']}\nRule: {answer['rule']}")

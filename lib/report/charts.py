@@ -97,19 +97,13 @@ def plot_losses(ax: Axes, train: Series, valid: Series, chosen: tuple[int, float
     ax.legend()
 
 
-def point(name: str, estimate: float, limits: Sequence[float | None] | None, n: int) -> dict[str, Any]:
-    """A line of `estimates`; open limits, or none, are None."""
-    low, high = limits or (None, None)
-    return {"name": name, "estimate": estimate, "low": low, "high": high, "n": n}
-
-
 def estimates(
     points: Sequence[Mapping[str, Any]], axis: str, caption: str, reference: float | None = None, band: float = 0.0
 ) -> HTML:
     """Estimates with intervals, one a line.
 
     Args:
-        points: see `point`; in the unit of the axis.
+        points: "name", "estimate", "low" and "high" (None where a limit is open), "n"; in the unit of the axis.
         reference: position of a vertical line; `band` shades ± that much around it (an equivalence margin).
     """
     fig, ax = panels(height=0.9 + 0.38 * len(points))
@@ -152,15 +146,14 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]], caption: str)
     """Confidence against accuracy; `bins` is {model: [{confidence, accuracy, low, high, n}, …]}."""
     fig, ax = panels(5.2, 3.8)
     ax.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1, label="perfectly calibrated")
-    for (name, rows), marker, colour in zip(bins.items(), "osD^", (BLUE, ORANGE, GREEN, GREY), strict=False):
-        kept = [row for row in rows if row["n"]]
-        x, y = [row["confidence"] for row in kept], [row["accuracy"] for row in kept]
-        error = [[max(0, v - r["low"]) for v, r in zip(y, kept, strict=True)]]
-        error.append([max(0, r["high"] - v) for v, r in zip(y, kept, strict=True)])
+    filled = {name: [row for row in rows if row["n"]] for name, rows in bins.items()}
+    for (name, rows), marker, colour in zip(filled.items(), "osD^", (BLUE, ORANGE, GREEN, GREY), strict=False):
+        x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
+        error = [[max(0, v - r["low"]) for v, r in zip(y, rows, strict=True)]]
+        error.append([max(0, r["high"] - v) for v, r in zip(y, rows, strict=True)])
         ax.errorbar(x, y, yerr=error, marker=marker, color=colour, capsize=2, label=name, linewidth=1)
     ax.set(xlabel="confidence (mean probability of the answer given)", ylabel="share of right answers", ylim=(0, 1.02))
     ax.legend()
-    filled = {name: [row for row in rows if row["n"]] for name, rows in bins.items()}
     return figure(fig, caption, sentence("charts.reliability_alt", bins=filled))
 
 

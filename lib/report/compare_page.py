@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.report import charts
-from lib.report.display import Row, Shown, mark_names, rows_of, say, table, tell
+from lib.report.display import Row, Shown, mark_names, rows_of, say, table, tabled, tell
 from lib.report.evaluate_page import metric_text, moved_metrics
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
 from lib.scoring.metric import ACCURACY
 from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
-from lib.statistics.intervals import Interval, limits_text
+from lib.statistics.intervals import limits_text
 from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words
 from lib.statistics.power import power_mcnemar, rows_needed
-from lib.statistics.verdicts import in_words
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -76,27 +75,20 @@ class _Page:
 
     def divergences(self) -> HTML:
         """KL divergence from the reference and perplexity of each file."""
-        rows = rows_of(
-            self.files,
-            "type mean=kld_mean mean_error=kld_uncertainty document_interval median=kld_median p99=kld_p99"
-            " largest=kld_max perplexity=ppl error=ppl_uncertainty ratio=ppl_ratio",
-            document_interval=lambda e: limits_text(e["kld_mean_interval"], ".2e"),
-        )
-        window = self.result.conditions["window_tokens"]
-        tokens = self.files[0]["n_tokens"]
-        return table(rows, sentence("compare.divergences", reference=self.reference, tokens=tokens, window=window))
+        measured = {"tokens": self.files[0]["n_tokens"], "window": self.result.conditions["window_tokens"]}
+        return tabled("compare.divergences", self.files, reference=self.reference, **measured)
 
     def speeds(self) -> HTML:
         """Load time and token rates with their range, time a row, and memory of each file."""
         where = self.result.conditions
-        return table(speeds(self.files), speed_caption(self.files, where["processor"], where["n_threads"]))
+        runs = {kind: sorted(e[f"{kind}_runs"] for e in self.files) for kind in ("load", "prompt", "generation")}
+        counts = {"threads": where["n_threads"], "runs": runs}
+        return tabled("compare.speeds", self.files, processor=where["processor"], **counts)
 
     def learned(self) -> Markdown:
         """The conclusions."""
-        worse = [e["type"] for e in self.others if e["verdict"] == "worse"]
-        leaky = [e["type"] for e in self.others if (e["leak_free"] or {}).get("verdict") == "worse"]
         advice, frontier = self.result.recommendation, self.result.frontier
-        return tell("compare.learned", advice=advice, worse=worse, leaky=leaky, frontier=frontier, n=self.n)
+        return tell("compare.learned", advice=advice, others=self.others, frontier=frontier, n=self.n)
 
     def kept(self) -> Shown:
         """How much of what fine-tuning taught is left in each file."""
@@ -134,32 +126,18 @@ class AccuracyPage(_Page):
 
     def quality(self) -> HTML:
         """Size, quality and verdict of each file."""
-        return table(accuracy_rows(self.files), sentence("compare.accuracies", n=self.n, reference=self.reference))
+        return tabled("compare.accuracies", self.files, n=self.n, reference=self.reference)
 
     def differences(self) -> HTML:
         """Paired difference in accuracy from the reference, in points."""
-        points = []
-        for e in self.others:
-            found = Interval.from_json(e["accuracy_difference"], e["accuracy_difference_interval"]).scaled(100)
-            points.append(charts.point(e["type"], found.estimate, found.to_json(), e["n"]))
+        points = rows_of("compare.accuracy_points", self.others)
         axis, caption = f"accuracy minus that of {self.reference}, points", sentence("compare.accuracy_differences")
         return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
     def tests(self) -> Shown:
         """The paired test of each file's accuracy, macro-F1, and what the leak-free rows alone say."""
-        tests = rows_of(
-            self.others,
-            "type lost=mcnemar_b won=mcnemar_c p=mcnemar_p p_holm=mcnemar_p_holm p_tost=equivalence_p"
-            " tost_holm=equivalence_p_holm mde_points=mde verdict",
-            verdict=in_words,
-        )
-        beside = rows_of(
-            self.others,
-            "type macro_f1_change=macro_f1_difference leak_free_verdict leak_free_label_kld=leak_free.label_kld",
-            leak_free_verdict=lambda e: in_words(e["leak_free"]) if e["leak_free"] else None,
-        )
-        caption = sentence("compare.accuracy_tests", family=self.family, files=len(self.others))
-        return table(tests, caption), table(beside, sentence("compare.accuracy_beside"))
+        tests = tabled("compare.accuracy_tests", self.others, family=self.family, files=len(self.others))
+        return tests, tabled("compare.accuracy_beside", self.others)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
         from scipy.stats import binomtest
@@ -173,18 +151,12 @@ class AccuracyPage(_Page):
 
     def beside(self) -> Shown:
         """The more powerful endpoint: margins of the right answers, tested and drawn."""
-        rows = rows_of(
-            self.others,
-            "type margin_change p=margin_p p_holm=margin_p_holm mde_nats=margin_mde verdict_rests_on",
-            margin_change=lambda e: Interval.from_json(e["margin_change_mean"], e["margin_change_interval"]),
-            verdict_rests_on=lambda e: e["endpoint"] or "neither",
-        )
         smallest = min(self.others, key=lambda e: e["bytes"])["type"]
         names = dict.fromkeys([self.reference, self.others[0]["type"], smallest])
         margins = {name: self.result.scores(name).margins for name in names}
         axis = "margin, nats (log-odds of the second answer word)"
         histogram = charts.overlay_histogram(margins, axis, sentence("compare.margin_histogram", n=self.n))
-        return table(rows, sentence("compare.margins")), histogram
+        return tabled("compare.margins", self.others), histogram
 
     def disagreements(self) -> Shown:
         """Where labels flip: equal labels of each pair of models by the first one's margin."""
@@ -211,26 +183,18 @@ class AnswerPage(_Page):
     def quality(self) -> HTML:
         """Size, quality and verdict of each file."""
         tokens = self.files[0]["n_tokens"]
-        caption = sentence("compare.answers", n=self.n, reference=self.reference, tokens=tokens)
-        return table(answer_rows(self.files), caption)
+        return tabled("compare.answers", self.files, n=self.n, reference=self.reference, tokens=tokens)
 
     def differences(self) -> HTML:
         """Change of the answer perplexity, percent."""
-        points = []
-        for e in self.others:
-            limits = [None if limit is None else 100 * (limit - 1) for limit in e["answer_ratio_interval"]]
-            points.append(charts.point(e["type"], 100 * (e["answer_ratio"] - 1), limits, e["n"]))
+        points = rows_of("compare.answer_points", self.others)
         axis, caption = f"answer perplexity against {self.reference}, %", sentence("compare.answer_differences")
         return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
     def tests(self) -> Shown:
         """The paired test of each file's loss, and what the leak-free rows alone say."""
-        rows = rows_of(
-            self.others,
-            "type loss_change=loss_difference p p_holm p_tost=equivalence_p tost_holm=equivalence_p_holm mde_nats=mde"
-            " verdict leak_free_verdict=leak_free.verdict",
-        )
-        return (table(rows, sentence("compare.answer_tests", files=len(self.others), groups=self.files[0]["groups"])),)
+        counts = {"files": len(self.others), "groups": self.files[0]["groups"]}
+        return (tabled("compare.answer_tests", self.others, **counts),)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
         tokens = self.result.metric.row_values(self.result.scores(entry["type"]))[1]
@@ -283,48 +247,6 @@ SHORT = {
 # Rows of tables: one row a file.
 
 
-def accuracy_rows(files: Iterable[Entry]) -> list[Row]:
-    """Size, quality and verdict of each file by labels."""
-    return rows_of(
-        files,
-        "type size_mb=bytes bits=bits_per_weight accuracy interval verdict flips kld=kld_mean label_kld kept same_top"
-        " ppl macro_f1",
-        interval=lambda e: limits_text(e["accuracy_interval"]),
-        verdict=in_words,
-        kept=kept_words,
-    )
-
-
-def answer_rows(files: Iterable[Entry]) -> list[Row]:
-    """The same by the reference answers."""
-    return rows_of(
-        files,
-        "type size_mb=bytes bits=bits_per_weight answer_ppl interval change_percent verdict kld=kld_mean kept same_top",
-        interval=lambda e: limits_text(e["answer_ppl_interval"]),
-        change_percent=lambda e: None if e["loss_difference"] is None else 100 * (e["answer_ratio"] - 1),
-        kept=kept_words,
-    )
-
-
-def speeds(files: Iterable[Entry]) -> list[Row]:
-    """Load time and token rates with their range, time a row, and memory of each file."""
-    return rows_of(
-        files,
-        "type load=load_seconds load_range prompt_speed=prompt_tokens_per_second prompt_range"
-        " generation_speed=generation_tokens_per_second generation_range ms_a_row=seconds_per_sample"
-        " peak_memory=peak_memory_mib",
-        load_range=lambda e: "{:.3g} – {:.3g}".format(*e["load_seconds_range"]),
-        prompt_range=lambda e: "{:,.0f} – {:,.0f}".format(*e["prompt_tokens_per_second_range"]),
-        generation_range=lambda e: "{:,.0f} – {:,.0f}".format(*e["generation_tokens_per_second_range"]),
-    )
-
-
-def speed_caption(files: Sequence[Entry], processor: str, threads: int) -> str:
-    """Where, and how often each column of `speeds` was measured."""
-    runs = {kind: sorted(e[f"{kind}_runs"] for e in files) for kind in ("load", "prompt", "generation")}
-    return sentence("compare.speeds", processor=processor, threads=threads, runs=runs)
-
-
 def ceilings(limits: Iterable[Mapping[str, Any]]) -> HTML:
     """The most tokens a second that a memory can feed (`lib.stages.compare.speed`)."""
     rows = [
@@ -368,11 +290,7 @@ def _share(part: Mapping[str, Any]) -> str | None:
 
 def agreement_reading(pairs: Sequence[Mapping[str, Any]]) -> Markdown:
     """What the first pair says: the backends on one model where there is a merged model, else the first file."""
-    pair = pairs[0]
-    *bins, whole = pair["bins"]
-    flipped = [part["n"] - part["agree"] for part in bins]
-    sure = sum(count for count, part in zip(flipped, bins, strict=True) if part["low"] >= 1)
-    return tell("compare.agreement_reading", pair=pair, whole=whole, tied=flipped[0], sure=sure)
+    return tell("compare.agreement_reading", pair=pairs[0])
 
 
 def span(values: Iterable[float], form: str) -> str:
@@ -402,11 +320,8 @@ def kept_chart(files: Sequence[Entry]) -> HTML | None:
     known = sorted(_known(files), key=lambda e: -e["bytes"])
     if not known:
         return None
-    points = []
-    for e in known:
-        name = f"{e['type']}, {e['bytes'] / 1e6:.1f} MB"
-        points.append(charts.point(name, e["retention"], e["retention_interval"], e["n"]))
     caption = sentence("compare.kept", n=known[0]["n"], little=KEEPS_LITTLE)
+    points = rows_of("compare.kept_points", known)
     return charts.estimates(points, "kept of what fine-tuning changed in the answers", caption, reference=1.0)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lib.report import charts, display
 from lib.report.display import Row, tell
@@ -26,19 +26,7 @@ _OLD = "made before there was this audit; force: true makes it"
 
 def machine_card(disk: Path) -> HTML:
     """What ran everything; `disk`: a folder on the disk that runs are written to."""
-    dtype, reason = machine.compute_dtype()
-    total, free = (round(memory / 2**30, 1) for memory in (machine.total_memory(), machine.available_memory()))
-    values = {
-        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "processor": f"{machine.cpu_name()}, {machine.physical_cores()} cores",
-        "accelerator": "none" if machine.torch_device() == "cpu" else machine.device_name(),
-        "memory": f"{total:g} GiB, {free:g} GiB of it free",
-        "free on the disk of runs/": f"{round(free_space(disk) / 1e9, 1):g} GB",
-        "number format": f"{dtype} ({reason})",
-        "bitsandbytes": machine.bitsandbytes_problem() or "works",
-        "llama-cpp-python": machine.llama_cpp_problem() or "works",
-    }
-    return display.key_values(values, "Machine card")
+    return display.card("data.machine", machine=machine, system=platform, free=free_space(disk))
 
 
 def page_of(result: DataResult) -> LabelPage | ConversationPage:
@@ -102,14 +90,7 @@ class DataPage:
         audit = self.result.text_audit
         if not audit:
             return tell("data.no_audit", why=_OLD)
-        return tell(
-            "data.characters",
-            audit=audit,
-            odd=audit["changed_beyond_punctuation"],
-            invisible=_rows_of("invisible", audit),
-            damage=_rows_of("damage", audit),
-            traditional=sum(line["traditional"] + line["mixed"] for line in audit["scripts"]),
-        )
+        return tell("data.characters", audit=audit)
 
     def copies(self) -> HTML:
         """Duplicates."""
@@ -182,11 +163,7 @@ class LabelPage(DataPage):
         test = self.result.floor["test"]
         parts = {"all test rows": test["all"], "leak-free test rows": test["leak_free"]}
         parts |= {f"{name} patterns": report for name, report in (test["by_pattern"] or {}).items()}
-        points = [
-            charts.point(name, report["accuracy"], report["accuracy_interval"], report["n"])
-            for name, report in parts.items()
-            if report
-        ]
+        points = display.rows_of("data.floor_points", [part for part in parts.items() if part[1]])
         caption = sentence("data.floor", model=self.result.floor["model"], trained_on=self.result.floor["trained_on"])
         return charts.estimates(points, "accuracy of the linear floor", caption)
 
@@ -248,10 +225,3 @@ def text_findings(audit: Row) -> list[Row]:
         for line in audit["findings"]
     ]
     return rows or [{"what": "nothing: every character is ordinary, and NFKC would change none"}]
-
-
-def _rows_of(group: str, audit: Any) -> list[tuple[str, int]]:
-    """The kinds of a group with their rows over all splits."""
-    splits = [line["split"] for line in audit["scripts"]]
-    found = [line for line in audit["findings"] if line["group"] == group]
-    return [(line["what"].split(" (")[0], sum(line[name] for name in splits)) for line in found]

@@ -2,7 +2,8 @@
 
 A notebook's cell ends in one of these:
 
-    display.table(rows, caption)          rows by the keys of ``columns.yaml``; `rows_of` takes them from stored entries
+    display.table(rows, caption)          rows by the keys of ``columns.yaml``
+    display.tabled("page.table", files)   a table of ``tables.yaml``, a row for each entry of a product
     display.tell("page.sentence", n=12)   a sentence of ``templates/sentences`` (`lib.report.sentences`)
     display.card("page.card", record=r)   two columns from a template
     display.show(table, figure, words)    several below one another; None is left out
@@ -20,10 +21,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
+from lib.report.sentences import LANGUAGE, TEMPLATES, cell_text, environment, sentence, word_rows
 from lib.statistics.intervals import Interval
+from lib.statistics.losses import kept_words
+from lib.statistics.verdicts import in_words
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -47,7 +51,7 @@ CJK_FONTS = (
     *("Hiragino Sans GB", "Heiti SC", "Arial Unicode MS"),
 )
 
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b6b6b"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
 """Okabe and Ito's palette, the parts that stay apart for every common kind of colour blindness and in print."""
 
 
@@ -98,28 +102,11 @@ def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def use_style() -> None:
     """Set the look of every following figure."""
-    import matplotlib as mpl
-    from cycler import cycler
+    from matplotlib import rcParams, style
 
-    colours = cycler(color=[BLUE, ORANGE, GREEN, PINK]) + cycler(linestyle=["-", "--", "-.", ":"])
-    fonts = [name for name in ("DejaVu Sans", cjk_font()) if name]
-    mpl.rcParams.update(
-        {
-            "axes.prop_cycle": colours,
-            "font.family": fonts,  # concrete names: only then is a missing glyph looked for in the next font
-            "axes.unicode_minus": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "grid.linewidth": 0.6,
-            "figure.figsize": (7.0, 3.6),
-            "figure.dpi": 100,
-            "savefig.dpi": 150,
-            "font.size": 10,
-            "legend.frameon": False,
-        }
-    )
+    style.use(TEMPLATES / "workbook.mplstyle")
+    # concrete names: only then is a missing glyph looked for in the next font
+    rcParams["font.family"] = [name for name in ("DejaVu Sans", cjk_font()) if name]
 
 
 # Tables: one registry of columns, one builder. A row is a mapping from keys of columns.yaml to plain values; a key that
@@ -182,26 +169,37 @@ def registry(language: str = LANGUAGE) -> dict[str, Column]:
     return {column.heading: column for column in columns.values()} | columns
 
 
-def row_of(entry: Any, columns: str, **computed: Callable[[Any], Any]) -> Row:
-    """One row of a table from an entry of a JSON file, or from an object.
+_TABLES = _COLUMNS.with_name("tables.yaml")
+_FUNCTIONS = {"Interval": Interval, "kept": kept_words, "median": median, "sentence": sentence, "verdict": in_words}
+"""What formulas call."""
 
-    >>> row_of({"type": "Q8_0", "bytes": 145_200_000}, "type size_mb=bytes error", error=lambda e: 0.1)
-    {'type': 'Q8_0', 'size_mb': 145.2, 'error': 0.1}
+
+@functools.cache
+def _tables() -> dict[str, dict[str, str | None]]:
+    import yaml
+
+    return yaml.safe_load(_TABLES.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _formula(text: str) -> Callable[..., Any]:
+    return environment(f"sentences/{LANGUAGE}", False).compile_expression(text.removeprefix("="))
+
+
+def rows_of(name: str, entries: Iterable[Any], /, **values: Any) -> list[Row]:
+    """The rows of a table of ``tables.yaml``, one for every entry of a JSON file, or object.
 
     Args:
-        columns: keys of ``columns.yaml`` parted by blanks; COLUMN=KEY where the entry has another name for the value.
-        computed: what makes the cell of a column out of the entry.
+        values: what its formulas and headings take beside the entry.
     """
-    row = {}
-    for column, _, key in (word.partition("=") for word in columns.split()):
-        found = registry().get(column, Column(column))
-        row[column] = computed[column](entry) if column in computed else found.value(entry, key or column)
-    return row
 
+    def cell(entry: Any, column: str, source: str) -> Any:
+        if source.startswith("="):
+            return _formula(source)(_FUNCTIONS | values, e=entry)
+        return registry().get(column, Column(column)).value(entry, source)
 
-def rows_of(entries: Iterable[Any], columns: str, **computed: Callable[[Any], Any]) -> list[Row]:
-    """`row_of` for every entry."""
-    return [row_of(entry, columns, **computed) for entry in entries]
+    cells = [(key.format(**values), source or key) for key, source in _tables()[name].items()]
+    return [{column: cell(entry, column, source) for column, source in cells} for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -329,6 +327,11 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
     return _html(f'<div class="table">{markup("data_table", made)}</div>')
 
 
+def tabled(name: str, entries: Iterable[Any], /, **values: Any) -> HTML:
+    """A table of ``tables.yaml`` below its caption, the sentence of the same name: both take the values."""
+    return table(rows_of(name, entries, **values), sentence(name, **values))
+
+
 def key_values(values: Mapping[str, Any], caption: str) -> HTML:
     """A mapping as a table of two columns."""
     pairs = [(str(key), cell_text(value)) for key, value in values.items()]
@@ -369,7 +372,7 @@ def say(text: str) -> Markdown:
 
 
 def tell(name: str, /, **values: Any) -> Markdown:
-    """`sentence` as a paragraph: tell("quantize.planned", megabytes=271.2, wider=2, types=7)."""
+    """`sentence` as a paragraph: tell("evaluate.decoding", rows=20, first=8, most=256)."""
     return say(sentence(name, **values))
 
 

@@ -9,12 +9,11 @@ and `reading` (what goes wrong), `examples` (texts worth reading), `believed` (c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
-from lib.report.display import Row, row_of, rows_of, tell
-from lib.report.sentences import sentence
+from lib.report.display import Row, tabled, tell
+from lib.report.sentences import sentence, word_rows
 from lib.stages.evaluate.results import (
     ALL,
     BASE,
@@ -26,7 +25,7 @@ from lib.stages.evaluate.results import (
     EvaluationResult,
     LabelEvaluation,
 )
-from lib.statistics.intervals import estimate_text, limits_text, wilson
+from lib.statistics.intervals import estimate_text, wilson
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -46,11 +45,6 @@ def _seconds(result: EvaluationResult) -> str:
     return sentence("evaluate.seconds", base=base, tuned=tuned, device=result.product.entry.device)
 
 
-def _spoken(part: str) -> str:
-    """A part of the rows in a table: "leak free"."""
-    return part.replace("_", " ")
-
-
 class AccuracyPage:
     """How often the models are right."""
 
@@ -66,24 +60,17 @@ class AccuracyPage:
 
     def parts(self) -> HTML:
         """Accuracies on parts of the rows."""
-        rows = [
-            {"rows": _spoken(part), **row_of(point, "model=name n accuracy=estimate low high")}
-            for part in self.result.floor
-            for point in self.result.accuracies(part)
-        ]
-        return display.table(rows, "Accuracy on parts of the test rows with 95 % Wilson intervals (n = rows).")
+        pairs = [(part, point) for part in self.result.floor for point in self.result.accuracies(part)]
+        return tabled("evaluate.accuracy_parts", [{"part": part, "point": point} for part, point in pairs])
 
     def compared(self) -> HTML:
         """The fine-tuned model against base and floor."""
-        columns = "n lost=losses won=gains difference_points=difference.estimate from_points=difference.low"
-        columns += " to_points=difference.high p_holm=p_adjusted verdict"
-        rows = [
-            {"rows": _spoken(part), "fine-tuned against": name, **row_of(test, columns)}
+        found = [
+            {"part": part, "against": name, "test": test}
             for part, pairs in self.result.comparisons.items()
             for name, test in pairs.items()
         ]
-        caption = "Fine-tuned model against base and floor on the same rows: rows lost and won, accuracy difference."
-        return display.table(rows, caption)
+        return tabled("evaluate.accuracy_compared", found)
 
     def verdict(self) -> Markdown:
         """The verdicts in words."""
@@ -97,12 +84,12 @@ class AccuracyPage:
 
     def error_table(self) -> HTML:
         """Scores of each class."""
-        rows = [
-            {"model": SHOWN[name], **row_of(scores, "class=name precision recall f1 support")}
+        found = [
+            {"model": SHOWN[name], "scores": scores}
             for name, model in self.result.models.items()
             for scores in model.reports[ALL].classes
         ]
-        return display.table(rows, "Per-class scores on all test rows (support = rows of that class).")
+        return tabled("evaluate.classes", found)
 
     def reading(self) -> Markdown:
         """Which class is missed most."""
@@ -111,14 +98,8 @@ class AccuracyPage:
 
     def examples(self) -> HTML:
         """The most confident mistakes."""
-        rows = rows_of(
-            self.result.models[FINETUNED].mistakes,
-            "row=id text label answer probability leaked",
-            label=lambda mistake: self.names[mistake.label],
-            answer=lambda mistake: self.names[mistake.prediction],
-        )
-        caption = "The most confident mistakes of the fine-tuned model (probability among the answer words)."
-        return display.texts(rows, caption)
+        rows = display.rows_of("evaluate.mistakes", self.result.models[FINETUNED].mistakes, names=self.names)
+        return display.texts(rows, sentence("evaluate.mistakes"))
 
     def believed(self) -> HTML:
         """Confidence against accuracy."""
@@ -154,7 +135,8 @@ def _reliability(bins: Sequence[Any]) -> list[Row]:
     rows = []
     for one in filter(lambda one: one.n, bins):
         found = wilson(round(one.accuracy * one.n), one.n)
-        rows.append({**row_of(one, "confidence accuracy n"), "low": found.low, "high": found.high})
+        limits = {"low": found.low, "high": found.high}
+        rows.append({"confidence": one.confidence, "accuracy": one.accuracy, "n": one.n, **limits})
     return rows
 
 
@@ -169,57 +151,29 @@ class AnswerPage:
         """Metrics of the written answers by key; none where nothing was written."""
         return {entry["key"]: entry for entry in self.content["answers"]}
 
-    def _figures(self) -> list[tuple[str, str, Row, Row]]:
-        """Part of the rows, model, and the figures of the part and of the model on it."""
+    def _figures(self) -> list[Row]:
+        """Part of the rows, model, and the figures found of the part and the model's own on it."""
         return [
-            (part, shown, found, found[name])
+            {"part": part, "model": shown, "found": found, "own": found[name]}
             for part, found in self.content["parts"].items()
             for name, shown in SHOWN.items()
         ]
 
     def quality(self) -> HTML:
         """Perplexities with their intervals."""
-        points = []
-        for part, model, found, own in self._figures():
-            name = f"{model}, {part.replace('_', '-')} rows"
-            points.append(charts.point(name, own["perplexity"], own["perplexity_interval"], found["n"]))
         caption = "Perplexity with 95 % intervals (Student's, over groups of alike rows)."
+        points = display.rows_of("evaluate.perplexity_points", self._figures())
         return charts.estimates(points, "perplexity of the reference answers", caption)
 
     def parts(self) -> HTML:
         """Loss and perplexity of both models on each part of the test rows."""
-        rows = [
-            {
-                "rows": _spoken(part),
-                "model": model,
-                "n": found["n"],
-                "answer tokens": found["tokens"],
-                "loss, nats a token": round(own["loss"], 4),
-                "interval": limits_text(own["loss_interval"]),
-                "perplexity": own["perplexity"],
-            }
-            for part, model, found, own in self._figures()
-        ]
-        return display.table(rows, "Loss of the reference answers (n: rows), with 95 % intervals.")
+        return tabled("evaluate.answer_parts", self._figures())
 
     def compared(self) -> HTML:
         """The fine-tuned model against the base."""
-        rows = [
-            {
-                "rows": _spoken(part),
-                "fine-tuned against": SHOWN[BASE],
-                "n": found["n"],
-                "groups": found["groups"],
-                "loss difference, nats a token": f"{found['difference']:+.4f}",
-                "interval": limits_text(found["difference_interval"], "+.4f"),
-                "p": found["p"],
-                "perplexity, factor": found["ratio"],
-                "its 95 % interval": limits_text(found["ratio_interval"]),
-            }
-            for part, found in self.content["parts"].items()
-        ]
-        caption = "Fine-tuned model against its base on the same answers (n: rows; t-test over groups of alike rows)."
-        return display.table(rows, caption)
+        parts = self.content["parts"].items()
+        found = [{"part": part, "against": SHOWN[BASE], "found": found} for part, found in parts]
+        return tabled("evaluate.answers_compared", found)
 
     def verdict(self) -> Markdown:
         """The paired comparison in words."""
@@ -229,18 +183,10 @@ class AnswerPage:
 
     def errors(self) -> HTML:
         """Four checks of what the models write, with what measures them."""
-        nothing, part = sentence("written.nothing"), self.content["parts"][ALL]
-        no_terms = "no term of the list in these rows" if self.content["terms"] else "not measured: set terms to a list"
-        checks = (
-            ("character integrity", "intact", nothing),
-            ("term preservation", "terms", no_terms),
-            ("think structure", "think", "does not apply: the task is without thinking"),
-            ("semantic coherence", "chrf", nothing),
-        )
-        rows = []
-        for check, key, why_not in checks:
+        part, rows = self.content["parts"][ALL], []
+        for check, key, why_not in word_rows("written.checks", written=self.written, terms=self.content["terms"]):
             entry = self.written.get(key)
-            found = {"measured by": why_not if self.written else nothing}
+            found = {"measured by": why_not}
             if entry is not None:
                 found = {"measured by": entry["name"], "n": entry["n"], **_of_both_models(entry)}
             rows.append({"check": check, **found})
@@ -320,10 +266,10 @@ class AnswerPage:
                 texts.append({"prompt": entry["prompt"], **reference, "decoding": words, **answers})
         greedy = {name: [entry["answers"][name]["greedy"] for entry in asked["prompts"]] for name in SHOWN.values()}
         latencies = [_latency(name, answers) for name, answers in greedy.items() if answers]
-        caption = "Latency of the greedy answers on this machine: median and range over the prompts."
+        rows = display.rows_of("evaluate.latency", latencies) or [{"model": nothing}]
         told = sentence("written.prompts", sampled=asked["decoding"]["sampled"], system=asked["system_prompt"])
         return display.stacked(
-            display.table(latencies or [{"model": nothing}], caption),
+            display.table(rows, sentence("evaluate.latency")),
             display.texts(texts or [{"prompt": nothing}], told, longest=400),
         )
 
@@ -347,19 +293,8 @@ def _answer(answer: Mapping[str, Any]) -> str:
 def _latency(name: str, answers: Sequence[Mapping[str, Any]]) -> Row:
     """Latency of a model's answers."""
     rates = [answer["tokens_per_second"] for answer in answers if answer["tokens_per_second"] is not None]
-    return {
-        "model": name,
-        "prompts": len(answers),
-        "first token, ms": _middle([1000 * answer["first_token_seconds"] for answer in answers]),
-        "then, tokens/s": _middle(rates),
-        "tokens an answer": _middle([answer["tokens"] for answer in answers]),
-        "characters intact": f"{sum(answer['measured']['intact'] for answer in answers)} of {len(answers)}",
-    }
-
-
-def _middle(values: Sequence[float]) -> str | None:
-    """Median and range."""
-    return f"{median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})" if values else None
+    first = [1000 * answer["first_token_seconds"] for answer in answers]
+    return {"model": name, "answers": answers, "first": first, "rates": rates}
 
 
 # Metrics of written answers: entries of `lib.scoring.text_metrics`, here of two models, on page 07 of all files.

@@ -13,7 +13,7 @@ from lib.progress import shown_live
 from lib.report import charts
 from lib.report.display import card as card_of
 from lib.report.display import figure, table, tell
-from lib.report.sentences import sentence
+from lib.report.sentences import sentence, word_rows
 from lib.runs.machine import physical_cores
 from lib.stages.finetune.session import LossPlot
 
@@ -142,19 +142,8 @@ def memory(result: FinetuneResult) -> HTML | Markdown:
 def memory_rows(result: FinetuneResult) -> list[dict[str, Any]]:
     """Memory by purpose as it was estimated, what was free, what was measured."""
     processes = result.product.entry.parameters.get("num_processes", 1)
-    sizes = {part.replace("_", " "): size / 2**20 for part, size in result.estimate.items()}
-    free = result.memory["available"] / 2**20
-    if result.peak_device_mib is not None:  # estimate and free are the GPU's, one a process; so is this peak
-        sizes[sentence("finetune.free", gpu="a GPU" if processes > 1 else "the GPU")] = free
-        sizes[sentence("finetune.device_peak", several=processes > 1)] = result.peak_device_mib
-        sizes[sentence("finetune.host_peak")] = result.peak_memory_mib
-    else:
-        if processes > 1:
-            total = processes * result.estimate["total"] / 2**20
-            sizes[sentence("finetune.all_processes", processes=processes)] = total
-        sizes[sentence("finetune.free", gpu="")] = free
-        sizes[sentence("finetune.peak", several=processes > 1)] = result.peak_memory_mib
-    return [{"part": part, "mib": size} for part, size in sizes.items()]
+    rows = word_rows("finetune.memory_rows", result=result, processes=processes)
+    return [{"part": part, "mib": float(size)} for part, size in rows]
 
 
 def advice(result: FinetuneResult) -> Markdown:
@@ -171,22 +160,12 @@ def curves(result: FinetuneResult) -> HTML | Markdown:
 
 def chosen(result: FinetuneResult) -> Markdown:
     """Which checkpoint is kept, and whether more training would help."""
-    if result.adopted:
-        revision = result.adopted["revision"]
-        return tell("finetune.adopted_as_it_came", weights=result.trainable, revision=revision)
-    losses, step = _validation(result), result.chosen_step
-    last = max(losses)
-    found = {"loss": losses[step], "losses": len(losses), "last": last, "last_loss": losses[last]}
-    return tell("finetune.chosen", step=step, steps=result.steps, **found)
+    return tell("finetune.chosen", result=result, losses=_validation(result))
 
 
 def speed(result: FinetuneResult) -> Markdown:
     """Tokens a second and the time of the whole stage."""
-    seconds = result.product.entry.seconds
-    if result.adopted:
-        return tell("finetune.adopted_speed", seconds=seconds)
-    validations = len(_validation(result))
-    return tell("finetune.speed", throughput=result.throughput, validations=validations, seconds=seconds)
+    return tell("finetune.speed", result=result, losses=_validation(result))
 
 
 def resource_use(result: FinetuneResult) -> HTML | Markdown:
@@ -198,12 +177,7 @@ def resource_use(result: FinetuneResult) -> HTML | Markdown:
 
 def learned(result: FinetuneResult) -> Markdown:
     """The conclusions of the page."""
-    facts = {"share": result.trainable_share, "method": result.method}
-    if result.adopted:
-        return tell("finetune.learned_adopted", id=result.adopted["id"], **facts)
-    losses, step = _validation(result), result.chosen_step
-    first = min(losses)
-    return tell("finetune.learned", first=first, first_loss=losses[first], step=step, loss=losses[step], **facts)
+    return tell("finetune.learned", result=result, losses=_validation(result))
 
 
 def _validation(result: FinetuneResult) -> dict[int, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ from typing import Any
 from filelock import FileLock
 
 from lib.errors import InputError
-from lib.report.display import Table, build, row_of, rows_of, value_at
+from lib.report.display import Table, build, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
 from lib.runs.files import read_json, write_text
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
-from lib.statistics.intervals import Interval, limits_text
-from lib.statistics.verdicts import in_words
+from lib.statistics.intervals import Interval
 
 PAGES = len(set(NOTEBOOK_OF.values()))
 """Pages of a complete report."""
@@ -33,15 +32,8 @@ ALL, LEAK_FREE = "all", "leak_free"
 """Subsets of the test rows."""
 
 
-@dataclass(frozen=True)
-class Quality:
-    """An accuracy (without labels: a perplexity of answers), with its interval where there is one, on n rows."""
-
-    value: Interval | float
-    n: int | None
-
-    def __str__(self) -> str:
-        return format(self.value, ".3f")
+Quality = tuple[Interval | float, int | None]
+"""An accuracy (without labels: a perplexity of answers), with its interval where there is one, and its n rows."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ def commit_words(git: Mapping[str, Any]) -> str:
 def summarise(run: Run) -> Summary:
     """Read a run; never fails on a product that is not there yet."""
     entries = {product: e for product, e in run.manifest.entries().items() if (run.folder / product).is_dir()}
-    comparison = _json(run.folder / "comparison" / "comparison.json") if "comparison" in entries else {}
+    comparison = read_object(run.folder / "comparison" / "comparison.json") if "comparison" in entries else {}
     recommendation = comparison.get("recommendation", {})
     return Summary(
         name=run.name,
@@ -132,8 +124,8 @@ def summarise(run: Run) -> Summary:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A product's JSON object; empty when it is absent or damaged (its page says so, not the index)."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when it is absent or damaged (the page of a product says so, not the index)."""
     try:
         value = read_json(path)
     except (OSError, InputError):
@@ -144,12 +136,12 @@ def _json(path: Path) -> dict[str, Any]:
 def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str, Quality]]:
     """Qualities by model and subset of the rows: of the evaluation, before it of the linear floor alone."""
     if "evaluation" not in entries:
-        floor = value_at(_json(folder / "data" / "floor.json"), "test.all")
-        return {"linear floor": {ALL: Quality(_value(floor, "accuracy"), floor["n"])}} if floor else {}
-    evaluation, metrics = _json(folder / "evaluation" / "evaluation.json"), entries["evaluation"].metrics
+        floor = value_at(read_object(folder / "data" / "floor.json"), "test.all")
+        return {"linear floor": {ALL: (_value(floor, "accuracy"), floor["n"])}} if floor else {}
+    evaluation, metrics = read_object(folder / "evaluation" / "evaluation.json"), entries["evaluation"].metrics
     if parts := evaluation.get("parts"):
         return {
-            name: {subset: Quality(_value(part[key], "perplexity"), part["n"]) for subset, part in parts.items()}
+            name: {subset: (_value(part[key], "perplexity"), part["n"]) for subset, part in parts.items()}
             for name, key in (("base", "base"), ("fine-tuned", "finetuned"))
         }
     rows = {ALL: metrics.get("n"), LEAK_FREE: value_at(evaluation, "models.base.leak_free.n")}
@@ -157,8 +149,7 @@ def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str
     for name, key in (("linear floor", "linear_floor"), ("base", "base"), ("fine-tuned", "finetuned")):
         for subset, ending in ((ALL, ""), (LEAK_FREE, "_leak_free")):
             if f"accuracy_{key}{ending}" in metrics:
-                quality = Quality(_value(metrics, f"accuracy_{key}{ending}"), rows[subset])
-                found.setdefault(name, {})[subset] = quality
+                found.setdefault(name, {})[subset] = (_value(metrics, f"accuracy_{key}{ending}"), rows[subset])
     return found
 
 
@@ -225,10 +216,10 @@ def _qualities_table(summary: Summary) -> Table:
     subsets = dict.fromkeys(subset for found in summary.qualities.values() for subset in found)
     headings = {}
     for subset in subsets:
-        sizes = (found[subset].n for found in summary.qualities.values() if subset in found and found[subset].n)
+        sizes = (found[subset][1] for found in summary.qualities.values() if subset in found and found[subset][1])
         headings[subset] = sentence("index.subset", name=subset, n=next(sizes, None))
     rows = [
-        {"model": name, **{h: found[s].value if s in found else None for s, h in headings.items()}}
+        {"model": name, **{h: found[s][0] if s in found else None for s, h in headings.items()}}
         for name, found in summary.qualities.items()
     ]
     caption = sentence("index.qualities_caption", labelled=summary.labelled)
@@ -237,30 +228,7 @@ def _qualities_table(summary: Summary) -> Table:
 
 def _files_table(summary: Summary) -> Table:
     column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
-    quality = {column: lambda file: _value(file, key) if key in file else None}
-    rows = rows_of(
-        summary.files,
-        f"type overview_mb=bytes bpw=bits_per_weight {column} overview_kld=kld_mean flips perplexity=ppl"
-        " tokens_per_second=generation_tokens_per_second verdict",
-        type=lambda file: f"{file['type']} ★" if file["recommended"] else file["type"],
-        verdict=lambda file: in_words(file) if file.get("verdict") else None,
-        **quality,
-    )
-    return build(rows, sentence("index.files_caption"))
-
-
-def _cost_table(summary: Summary) -> Table:
-    rows = [
-        {
-            "product": product,
-            **row_of(entry, "cost_seconds=seconds peak_memory=peak_memory_mib"),
-            "disk_mb": sum(output["bytes"] for output in entry.outputs.values()) / 1e6,
-            "device": entry.device,
-            "finished": entry.finished[:16].replace("T", " "),
-        }
-        for product, entry in summary.entries.items()
-    ]
-    return build(rows, sentence("index.cost_caption"))
+    return build(rows_of("index.files", summary.files, column=column, key=key), sentence("index.files"))
 
 
 def _reading(summary: Summary) -> list[list[str]]:
@@ -278,6 +246,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         folder: reports/<run>/.
         state: a sentence when the report is not complete ("stopped in 03_evaluate: …"); empty when it is.
     """
+    cost = build(rows_of("index.cost", summary.entries.items()), sentence("index.cost"))
     text = fill(
         "run.html.j2",
         run=summary,
@@ -287,7 +256,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         qualities=_qualities_table(summary) if summary.qualities else None,
         files=_files_table(summary) if summary.files else None,
         reading=_reading(summary),
-        cost=_cost_table(summary) if summary.entries else None,
+        cost=cost if summary.entries else None,
         parameters=parameter_pairs(summary.parameters()),
         versions=versions_of(summary.entries.values()),
     )
@@ -306,35 +275,14 @@ def fill(template: str, **values: Any) -> str:
 
 def run_table(content: Mapping[str, Any]) -> Table:
     """Every run's metric on the shared rows, validation loss, speed and sizes (model_analysis.json)."""
-    metric = f"shared_{content['metric']}"
-    quality = {metric: lambda run: Interval.from_json(run["metric"], run["interval"])}
-    rows = rows_of(
-        content["runs"],
-        f"run {metric} validation_loss train_seed training_speed=samples_per_second adapter_mb=adapter_bytes"
-        " recommended_file unlike_first",
-        run=lambda run: f"{run['run']} ★" if run["run"] == content["chosen"]["run"] else run["run"],
-        recommended_file=lambda run: sentence("index.recommended", file=run["file"]) if run["file"] else None,
-        unlike_first=lambda run: "; ".join(run["unlike_first"]) or None,
-        **quality,
-    )
-    return build(rows, sentence("index.shared_caption", made=content["made"][:16].replace("T", " ")))
+    rows = rows_of("index.shared", content["runs"], metric=content["metric"], taken=content["chosen"]["run"])
+    return build(rows, sentence("index.shared", made=content["made"][:16].replace("T", " ")))
 
 
 def recipe_table(content: Mapping[str, Any]) -> Table:
     """Every recipe's mean, the spread of its seeds, its paired difference to the leader."""
 
-    def follows(key: str) -> Callable[[Mapping[str, Any]], Any]:
-        """What only a recipe behind the leader has."""
-        return lambda recipe: None if recipe["verdict"] == "leader" else _value(recipe, key)
-
-    rows = rows_of(
-        content["recipes"],
-        "recipe_runs=runs seeds=n_seeds recipe_mean=mean seed_sd seed_range behind_leader p_holm verdict",
-        seed_range=lambda recipe: limits_text(recipe["seed_range"], ".4f") if recipe["n_seeds"] > 1 else None,
-        behind_leader=follows("difference"),
-        p_holm=follows("p_holm"),
-    )
-    return build(rows, sentence("index.recipes_caption"))
+    return build(rows_of("index.recipes", content["recipes"]), sentence("index.recipes"))
 
 
 # The list of all runs.
@@ -356,20 +304,17 @@ def write_all_index(reports: Path, total: int = PAGES) -> Path:
     """
     reports.mkdir(parents=True, exist_ok=True)
     with FileLock(reports / ".index.lock"):  # a report that ends meanwhile must not be missing from the list
-        return _write_all(reports, total)
-
-
-def _write_all(reports: Path, total: int) -> Path:
-    made = {page.parent.name: len(list(page.parent.glob("[0-9][0-9]_*.html"))) for page in reports.glob("*/index.html")}
-    runs = sorted(map(_summary, sorted(made)), key=lambda run: run.date, reverse=True)
-    analysis, choice = read_analysis(reports), {}
-    if analysis:
-        choice = {
-            "stale": outdated(analysis),
-            "tables": [run_table(analysis), recipe_table(analysis)],
-            "left_out": sentence("index.left_out", rows=analysis["rows"]["left_out"]),
-        }
-    path = reports / "index.html"
-    text = fill("all.html.j2", css=stylesheet(), runs=runs, made=made, total=total, analysis=analysis, **choice)
-    write_text(path, text)
-    return path
+        pages = reports.glob("*/index.html")
+        made = {page.parent.name: len(list(page.parent.glob("[0-9][0-9]_*.html"))) for page in pages}
+        runs = sorted(map(_summary, sorted(made)), key=lambda run: run.date, reverse=True)
+        analysis, choice = read_analysis(reports), {}
+        if analysis:
+            choice = {
+                "stale": outdated(analysis),
+                "tables": [run_table(analysis), recipe_table(analysis)],
+                "left_out": sentence("index.left_out", rows=analysis["rows"]["left_out"]),
+            }
+        path = reports / "index.html"
+        values = {"css": stylesheet(), "runs": runs, "made": made, "total": total, "analysis": analysis}
+        write_text(path, fill("all.html.j2", **values, **choice))
+        return path

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lib.report.display import Row, Shown, card, rows_of, table, tell
+from lib.report.display import Row, Shown, card, rows_of, table, tabled, tell
 from lib.report.sentences import sentence
 
 if TYPE_CHECKING:
@@ -37,16 +37,9 @@ def effect(found: Comparison | None) -> Shown:
     if found is None or not found.content["types"]:
         left_out = found.content["left_out"] if found else []
         return tell("quantize.no_effect", left_out=left_out), tell("quantize.no_effect_reading")
-    rows = rows_of(
-        found.content["types"],
-        "type mb_with=bytes mb_without=bytes_without retyped kld_with kld_without with_minus_without=difference p_holm"
-        " verdict_with=verdict with_minus_without_at_answers=answers.difference p_holm_at_answers=answers.p_holm"
-        " verdict_with_at_answers=answers.verdict",
-        retyped=lambda entry: len(entry["retyped"]),
-    )
     types = [{**entry, "changes": _retyped(entry["retyped"])} for entry in found.content["types"]]
     return (
-        table(rows, sentence("quantize.effect_caption", content=found.content)),
+        tabled("quantize.effect", found.content["types"], content=found.content),
         tell("quantize.effect_reading", types=types, left_out=found.content["left_out"]),
     )
 
@@ -71,11 +64,9 @@ def chosen_types(mix: PlannedFile | None) -> Shown:
         return (tell("quantize.no_budget"),)
     name, record = mix.prediction["type"], mix.record
     caption = sentence("quantize.types_caption", name=name, positions=record["positions"], answers=record["answers"])
-    worst = max(record["tensors"], key=lambda t: t["kld"])
-    share = worst["kld"] / record["predicted_kld"] if record["predicted_kld"] else 0.0
     return (
         table(kinds_of_mix(record["tensors"]), caption),
-        tell("quantize.mix_reading", record=record, prediction=mix.prediction, worst=worst, share=share),
+        tell("quantize.mix_reading", record=record, prediction=mix.prediction),
     )
 
 
@@ -84,22 +75,11 @@ def kinds_of_mix(tensors: Sequence[Entry]) -> list[Row]:
     kinds: dict[str, list[Entry]] = defaultdict(list)
     for tensor in sorted(tensors, key=lambda t: _layer(t["tensor"])):
         kinds[re.sub(r"^blk\.\d+\.", "", tensor["tensor"]).removesuffix(".weight")].append(tensor)
-    rows = []
-    for kind, group in kinds.items():
-        total = {
-            key: sum(t[key] for t in group) for key in ("bytes", "weights", "kld", "answer_kld") if key in group[0]
-        }
-        losses = {"predicted_kld": "kld", "predicted_answer_kld": "answer_kld"}
-        rows.append(
-            {
-                "kind": kind,
-                "types": _counted(t["type"] for t in group),
-                "size_mb": round(total["bytes"] / 1e6, 3),
-                "bits_per_weight": round(8 * total["bytes"] / total["weights"], 2),
-                **{key: round(total[loss], 6) for key, loss in losses.items() if loss in total},
-            }
-        )
-    return rows
+    groups = [
+        {"kind": kind, "types": _counted(t["type"] for t in group), "all": group} for kind, group in kinds.items()
+    ]
+    found = rows_of("quantize.kinds_of_mix", groups)
+    return [{key: value for key, value in row.items() if value is not None} for row in found]
 
 
 def _layer(name: str) -> int:
@@ -119,15 +99,8 @@ def against_recipes(found: Comparison | None) -> Shown:
         return (tell("quantize.no_mixed"),)
     content, mixed, types = found.content, found.content["mixed"], found.content["types"]
     caption = sentence("quantize.against_caption", mixed=mixed, tokens=content["tokens"], rows=content["rows"])
-    better = [e for e in types if e["verdict"] == "better"]
-    reading = tell(
-        "quantize.against_reading",
-        name=mixed["type"],
-        better=[e["type"] for e in better],
-        larger=[e["type"] for e in better if e["bytes"] > mixed["bytes"]],
-        worse=[e["type"] for e in types if e["verdict"] == "worse" and e["bytes"] <= mixed["bytes"]],
-    )
-    return table(_beside_recipes(content, types), caption), reading
+    rows = rows_of("quantize.beside_recipes", types, mixed=mixed)
+    return table(rows, caption), tell("quantize.against_reading", mixed=mixed, types=types)
 
 
 def against_recipes_at_answers(found: Comparison | None) -> Shown:
@@ -138,16 +111,8 @@ def against_recipes_at_answers(found: Comparison | None) -> Shown:
     at_answers = [{**entry, **entry["answers"]} for entry in content["types"]]
     counts = {"positions": content["answer_positions"], "rows": content["answer_rows"]}
     caption = sentence("quantize.answers_against_caption", mixed=content["mixed"], **counts)
-    return table(_beside_recipes(content, at_answers), caption), _task_loss(content)
-
-
-def _beside_recipes(content: Entry, types: Iterable[Entry]) -> list[Row]:
-    """Every recipe beside the mixed file."""
-    return rows_of(
-        types,
-        "recipe=type relative_size kld_of_recipe=kld mixed_minus_recipe=difference p_holm mixed_verdict=verdict",
-        relative_size=lambda entry: entry["bytes"] / content["mixed"]["bytes"],
-    )
+    rows = rows_of("quantize.beside_recipes", at_answers, mixed=content["mixed"])
+    return table(rows, caption), _task_loss(content)
 
 
 def _task_loss(content: Entry) -> Markdown:
@@ -180,46 +145,24 @@ MOST_TENSORS = 12
 """Tensors that a table names; their number is in its caption."""
 
 
-def predicted(plan: Iterable[Entry]) -> list[Row]:
-    """What a dry run tells of a ladder (`lib.stages.quantize.stage.plan`)."""
-    return rows_of(
-        plan,
-        "type size_mb=bytes bits_per_weight fallbacks set_by_hand tensor_types",
-        fallbacks=lambda p: len(p["fallbacks"]),
-        set_by_hand=lambda p: len(p["set_by_hand"]),
-        tensor_types=lambda p: ", ".join(part["type"] for part in p["histogram"]),
-    )
-
-
 def planned(plan: Sequence[Entry]) -> Shown:
-    """What the files will be, how much disk they take, and how many recipes cannot keep what their names promise."""
-    total, wider = sum(p["bytes"] for p in plan) / 1e6, sum(bool(p["fallbacks"]) for p in plan)
-    return (
-        table(predicted(plan), sentence("quantize.planned_caption")),
-        tell("quantize.planned", megabytes=total, wider=wider, types=len(plan)),
-    )
+    """What the files of a ladder will be by a dry run (`lib.stages.quantize.stage.plan`), how much disk they take, and
+    how many recipes cannot keep what their names promise."""
+    return tabled("quantize.planned_files", plan), tell("quantize.planned", plan=plan)
 
 
 def sizes(result: QuantizeResult) -> Shown:
     """Predicted and measured sizes of a ladder below their source; how exact the dry run was."""
     source = result.source
-    first = {"type": source["type"], "size_mb": source["bytes"] / 1e6, "predicted_mb": None, "share_of_source": 1.0}
-    rows = rows_of(
-        result.files,
-        "type size_mb=bytes predicted_mb=predicted_bytes share_of_source bits_per_weight"
-        " token_embedding=token_embedding_type fell_back seconds",
-        share_of_source=lambda f: f.bytes / source["bytes"],
-        fell_back=lambda f: len(f.fallbacks),
-    )
     reading = tell(
         "quantize.sizes_reading",
         exact=sum(f.bytes == f.predicted_bytes for f in result.files),
-        files=len(result.files),
-        smallest=min(result.files, key=lambda f: f.bytes),
+        files=result.files,
         source=source,
     )
-    first["bits_per_weight"] = source["bits_per_weight"]
-    return table([first, *rows], sentence("quantize.sizes_caption")), reading
+    first = {key: source[key] for key in ("type", "bytes", "bits_per_weight")}
+    rows = rows_of("quantize.sizes", [first, *result.files], source=source)
+    return table(rows, sentence("quantize.sizes")), reading
 
 
 def megabytes_by_type(result: QuantizeResult) -> dict[str, dict[str, float]]:
@@ -247,16 +190,9 @@ def other_types(result: QuantizeResult) -> Shown:
 
 def exports(found: ExportsResult) -> Shown:
     """Size, cost and self-check of each format (one row saying so where there is none), and why others are absent."""
-    rows = rows_of(
-        found.made,
-        "format what=title size_mb=bytes bits_per_weight group_size kld_from_merged=check.mean_kld"
-        " same_top_of_merged=check.same_top seconds peak_memory=peak_memory_mib",
-    )
+    rows = rows_of("quantize.exports", found.made)
     none = {"format": "none", "what": sentence("quantize.no_export")}
-    return (
-        table(rows or [none], sentence("quantize.exports_caption")),
-        tell("quantize.skipped", formats=found.skipped),
-    )
+    return table(rows or [none], sentence("quantize.exports")), tell("quantize.skipped", formats=found.skipped)
 
 
 def compared(files: Iterable[Entry], formats: Iterable[Mapping[str, str]]) -> str:

@@ -23,7 +23,6 @@ from lib.report.sentences import sentence
 from lib.runs.files import (
     PROJECT,
     locked,
-    read_json,
     reports_folder,
     require_space,
     runs_folder,
@@ -192,14 +191,12 @@ def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     cells = nbformat.read(notebook, as_version=4).cells
     sources = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
     try:
-        statements = ast.parse("\n".join(sources)).body
+        tree = ast.parse("\n".join(sources))
     except SyntaxError as error:
         raise InputError(
             f"the parameters cell of {notebook.name} is no Python ({error.msg}).", "assignments.", "correct that cell."
         ) from None
-    targets = [s.target for s in statements if isinstance(s, ast.AnnAssign)]
-    targets += [target for s in statements if isinstance(s, ast.Assign) for target in s.targets]
-    keys = [target.id for target in targets if isinstance(target, ast.Name)]
+    keys = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     unknown = sorted(set(keys) - set(values))
     if unknown:
         raise InputError(
@@ -332,7 +329,7 @@ def _render_again(session: _Session) -> None:
     """Give every page the links and stamps that are known only now; nothing is executed."""
     summary, stages = summarise(session.run), session.stages()
     state = {"library": _library(), "run": sha256_json([repr(summary), repr(stages)])}
-    if _read(session.folder / RENDERED) == state:
+    if index.read_object(session.folder / RENDERED) == state:
         return
     for stage in stages:
         executed = session.folder / f"{stage.name}.ipynb"
@@ -379,19 +376,12 @@ def unchanged_page(page: Path, notebook: Path, parameters: dict[str, Any], run: 
     there = all(path.is_file() for path in (page, page.with_suffix(".ipynb")))
     if parameters.get("force") or not there:
         return False
-    return _read(record_of(page)) == page_state(page, notebook, parameters, run)
+    return index.read_object(record_of(page)) == page_state(page, notebook, parameters, run)
 
 
 def remember_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> None:
     """Write the record of a page that has just been made."""
     write_json(record_of(page), page_state(page, notebook, parameters, run))
-
-
-def _read(record: Path) -> Any:
-    try:
-        return read_json(record)
-    except (InputError, OSError):
-        return None
 
 
 @functools.cache

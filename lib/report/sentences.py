@@ -3,12 +3,13 @@
 A sentence is a macro in ``templates/sentences/<language>/<page>.j2``; its arguments are the values that it needs. Code
 hands in numbers and names, never words of a sentence, so that another language is another folder of templates:
 
-    sentence("quantize.planned", megabytes=271.2, wider=2, types=7)
+    sentence("evaluate.decoding", rows=20, first=8, most=256)
 
-with, in ``quantize.j2``,
+with, in ``evaluate.j2``,
 
-    {% macro planned(megabytes, wider, types) %}
-    Together {{ megabytes | number(".1f") }} MB. {{ wider }} of {{ types }} types need more bits than their names say.
+    {% macro decoding(rows, first, most) %}
+    Answers to {{ "the first %d of " % first if rows > first }}{{ rows | counted("test row") }}, greedy, at most
+    {{ most }} tokens each; long texts are cut.
     {% endmacro %}
 
 Lines of a template are joined, so they may be broken anywhere, also before a full stop; ``- `` begins a line of a list,
@@ -27,8 +28,10 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lib.statistics.intervals import IN_BRACKETS, IN_WORDS, Interval, estimate_text, limits_text
@@ -58,6 +61,14 @@ def counted(number: int, one: str, many: str = "") -> str:
 def listed(names: Sequence[str], last: str = "and") -> str:
     """["a", "b", "c"] → "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+
+
+def spread(values: Sequence[float], dash: str = "to", middle: float | None = None) -> str | None:
+    """Median, or another middle, and range: "12.0 (10.0 to 13.5)"; None of no values."""
+    if not values:
+        return None
+    shown = median(values) if middle is None else middle
+    return f"{shown:,.1f} ({min(values):,.1f} {dash} {max(values):,.1f})"
 
 
 def number(value: float | Interval, form: str = ",") -> str:
@@ -90,7 +101,7 @@ def _limits(values: Sequence[float | None], form: str = ".3f", factor: float = 1
     return limits_text(values, form, factor, IN_WORDS if words else IN_BRACKETS)
 
 
-FILTERS: dict[str, Callable[..., str | None]] = {
+FILTERS: dict[str, Callable[..., Any]] = {
     "number": number,
     "count": number,
     "plain": cell_text,
@@ -98,6 +109,8 @@ FILTERS: dict[str, Callable[..., str | None]] = {
     "mb": megabytes,
     "counted": counted,
     "listed": listed,
+    "spread": spread,
+    "commonest": lambda values: Counter(values).most_common(),
     "limits": _limits,
     "estimate": estimate_text,
 }

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.report.charts import panels
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, rows_of, table, tell
+from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, rows_of, table, tabled, tell
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
-from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -28,48 +26,8 @@ Entry = Mapping[str, Any]
 Steps = Sequence[Entry]
 
 
-@dataclass(frozen=True)
-class _Ladder:
-    """How the ladder of one metric is shown.
-
-    Attributes:
-        change: key of how far a step is from another, never negative: left, logarithmic.
-        effect: key of what that means: right; of the step itself, or of the step against another (`paired`).
-        change_axis, effect_axis: the same in words, with units.
-        columns: of the table, from what a step says of itself, of the step before and of the first.
-    """
-
-    change: str
-    effect: str
-    paired: bool
-    change_axis: str
-    effect_axis: str
-    columns: str
-
-
-_LADDERS = {
-    "accuracy": _Ladder(
-        "kld",
-        "accuracy",
-        False,
-        "KL divergence, nats a row (log above 10⁻⁶)",
-        "accuracy",
-        "step_name=name accuracy step_kld=before.kld equal_labels=before.agreement"
-        " step_points=before.accuracy_difference first_kld=first.kld first_equal_labels=first.agreement"
-        " first_points=first.accuracy_difference",
-    ),
-    "answer_loss": _Ladder(
-        "moved",
-        "loss_difference",
-        True,
-        "|change| of a row's loss, nats a token (log above 10⁻⁶)",
-        "change of the mean loss, nats a token",
-        "step_name=name answer_ppl=perplexity step_loss=before.loss_difference step_moved=before.moved"
-        " alike_rows=before.agreement first_loss=first.loss_difference first_moved=first.moved"
-        " first_alike_rows=first.agreement",
-    ),
-}
-"""By metric."""
+_CHANGE = {"accuracy": "kld", "answer_loss": "moved"}
+"""By metric: the key of how far a step is from another, never negative."""
 
 
 def shown(steps: Steps, note: str) -> Shown:
@@ -82,14 +40,13 @@ def shown(steps: Steps, note: str) -> Shown:
         return (tell("compare.no_ladder"),)
     metric, first = metric_in(steps).name, steps[0]
     caption = sentence("compare.steps", metric=metric, tokens=first.get("tokens"), margin=first.get("margin_percent"))
-    rows = rows_of(steps, _LADDERS[metric].columns)
-    return ladder(steps), table(rows, caption), steps_reading(steps, note)
+    return ladder(steps), table(rows_of(f"compare.steps_{metric}", steps), caption), steps_reading(steps, note)
 
 
 def ladder(steps: Steps) -> HTML:
     """How far every step is from the one before and from the first, and what that means for the quality."""
-    name = metric_in(steps).name
-    kind = _LADDERS[name]
+    metric = metric_in(steps).name
+    change, paired = _CHANGE[metric], metric == "answer_loss"
     fig, (left, right) = panels(9.5, 1.2 + 0.5 * len(steps), columns=2)
     places = np.arange(len(steps))[::-1]
     for key, shift, colour, shape, words in (
@@ -98,24 +55,23 @@ def ladder(steps: Steps) -> HTML:
     ):
         against = [(place + shift, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
         style = {"fmt": shape, "color": colour, "label": words}
-        _bars(left, against, kind.change, **style)
-        if kind.paired:
-            _bars(right, against, kind.effect, **style)
-    if kind.paired:
+        _bars(left, against, change, **style)
+        if paired:
+            _bars(right, against, "loss_difference", **style)
+    if paired:
         right.axvline(0, color=GREY, linewidth=0.8)
     else:
-        _bars(right, list(zip(places, steps, strict=True)), kind.effect, fmt="o", color=GREY)
+        _bars(right, list(zip(places, steps, strict=True)), "accuracy", fmt="o", color=GREY)
+    axis = sentence("compare.change_axis", metric=metric)
     left.set_xscale("symlog", linthresh=1e-6)
     left.set_xlim(left=0)
     left.set_yticks(places, [step["name"] for step in steps])
-    left.set_ylim(-0.5, len(steps) - 0.5)
-    right.set_ylim(left.get_ylim())
-    left.set_xlabel(kind.change_axis)
+    left.set(xlabel=axis, ylim=(-0.5, len(steps) - 0.5))
     left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
     right.set_yticks(places, [])
-    right.set_xlabel(kind.effect_axis)
-    alt = sentence("compare.ladder_alt", steps=steps[1:], axis=kind.change_axis, key=kind.change)
-    return figure(fig, sentence("compare.ladder", n=steps[0]["n"], metric=name), alt)
+    right.set(xlabel=sentence("compare.effect_axis", metric=metric), ylim=left.get_ylim())
+    alt = sentence("compare.ladder_alt", steps=steps[1:], axis=axis, key=change)
+    return figure(fig, sentence("compare.ladder", n=steps[0]["n"], metric=metric), alt)
 
 
 def _bars(ax: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
@@ -130,7 +86,7 @@ def _bars(ax: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, 
 def steps_reading(steps: Steps, note: str = "") -> Markdown:
     """Which step cost most."""
     name = metric_in(steps).name
-    place = max(range(1, len(steps)), key=lambda i: steps[i]["before"][_LADDERS[name].change])
+    place = max(range(1, len(steps)), key=lambda i: steps[i]["before"][_CHANGE[name]])
     return tell(
         f"compare.steps_reading_{name}",
         which=f"{steps[place - 1]['name']} → {steps[place]['name']}",
@@ -153,7 +109,7 @@ def shown_phones(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], 
     return table(lines, sentence("compare.phones")), phones_reading(results, left_out, run)
 
 
-def phones(results: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, Any]], processor: str) -> list[Row]:
+def phones(results: Sequence[Mapping[str, Any]], files: Iterable[Mapping[str, Any]], processor: str) -> list[Row]:
     """Speed and agreement of each phone, and below them this machine with the same files.
 
     Args:
@@ -161,47 +117,14 @@ def phones(results: Iterable[Mapping[str, Any]], files: Iterable[Mapping[str, An
         files: entries of the comparison.
         processor: of this machine, in words.
     """
-    results = list(results)
-    rows = [_phone(result) for result in results]
     types = {result["type"] for result in results}
-    return rows + [_machine(entry, processor) for entry in files if entry["type"] in types]
-
-
-def _phone(result: Mapping[str, Any]) -> Row:
-    checks, rows, runtime = result["checks"], result["rows"], result["runtime"]
-    rates = {kind: result[kind]["tokens_per_second"] for kind in ("prompt", "generation")}
-    return {
-        "type": result["type"],
-        "device": result["device"]["name"],
-        "runtime": f"{result['device']['browser']}, wllama {runtime['wllama']}{', slower build' * runtime['compat']}",
-        "threads": runtime["threads"],
-        "load, s": statistics.median(result["load"]["seconds"]),
-        **{f"{kind}, tokens/s": _range(statistics.median(speeds), speeds) for kind, speeds in rates.items()},
-        "stored tokens": f"{checks['same_tokens']} of {checks['tokens']}",
-        "stored labels": f"{rows['agree']} of {rows['n']}" if rows["n"] else None,
-        "margins differ by ≤, nats": rows["largest_gap_nats"],
-    }
-
-
-def _machine(entry: Mapping[str, Any], processor: str) -> Row:
-    rates = {
-        f"{kind}, tokens/s": _range(entry[f"{kind}_tokens_per_second"], entry[f"{kind}_tokens_per_second_range"])
-        for kind in ("prompt", "generation")
-    }
-    own = {"type": entry["type"], "device": f"this machine ({processor})", "runtime": "llama-cpp-python"}
-    return {**own, "load, s": entry["load_seconds"], **rates}
-
-
-def _range(median: float, ends: Sequence[float]) -> str:
-    return f"{median:,.1f} ({min(ends):,.1f} – {max(ends):,.1f})"
+    compared = [entry for entry in files if entry["type"] in types]
+    return rows_of("compare.phones", results) + rows_of("compare.this_machine", compared, processor=processor)
 
 
 def phones_reading(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], run: str) -> Markdown:
     """What the table shows, or how to get one."""
-    agree, rows = (sum(result["rows"][key] for result in results) for key in ("agree", "n"))
-    same, tokens = (sum(result["checks"][key] for result in results) for key in ("same_tokens", "tokens"))
-    counts = {"results": len(results), "same": same, "tokens": tokens, "agree": agree, "rows": rows}
-    return tell("compare.phones_reading", run=run, left_out=left_out, **counts)
+    return tell("compare.phones_reading", run=run, results=results, left_out=left_out)
 
 
 # What pages 06 and 07 show of predicted and measured KL divergence: whether the sensitivities can be believed.
@@ -214,25 +137,16 @@ class Forecast:
     Attributes:
         points: "type", "bytes", "predicted", "measured", "low", "high" (nats a token; None for an open limit), smallest
             prediction first.
-        tokens: counted by the measurement; text: what is counted, in words; interval: what the intervals are.
-        note: what sets this measurement apart from what was predicted.
+        counted: what was measured, for captions: "kind", "n" (tokens, or rows) and held-out "rows".
     """
 
     points: list[dict[str, Any]]
-    tokens: int = 0
-    text: str = ""
-    interval: str = ""
-    note: str = ""
-
-    @property
-    def counted(self) -> dict[str, Any]:
-        """What was measured, for captions."""
-        return {"tokens": self.tokens, "text": self.text, "interval": self.interval}
+    counted: dict[str, Any] = field(default_factory=dict)
 
 
-def _points(
-    predicted: Mapping[str, float], found: Iterable[tuple[Entry, float, Sequence[float | None]]]
-) -> list[dict[str, Any]]:
+def _forecast(
+    predicted: Mapping[str, float], found: Iterable[tuple[Entry, float, Sequence[float | None]]], **counted: Any
+) -> Forecast:
     """The points of files with a prediction; `found`: a file, what was measured of it, and the limits."""
     points = [
         {"type": e["type"], "bytes": e["bytes"], "predicted": predicted[e["file"]]}
@@ -240,25 +154,19 @@ def _points(
         for e, measured, (low, high) in found
         if predicted.get(e["file"], 0.0) > 0
     ]
-    return sorted(points, key=lambda point: point["predicted"])
+    return Forecast(sorted(points, key=lambda point: point["predicted"]), {"rows": 0, **counted})
 
 
 def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Entry]) -> Forecast:
     """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.stage.predictions`."""
-    points = _points(predicted, ((e, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in files))
-    interval, note = "± 1.96 standard errors over tokens", sentence("compare.bare_texts_note")
-    return Forecast(points, files[0]["n_tokens"], "tokens of bare test texts", interval, note)
+    found = ((e, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in files)
+    return _forecast(predicted, found, kind="bare_texts", n=files[0]["n_tokens"])
 
 
 def on_label_words(predicted: Mapping[str, float], files: Sequence[Entry]) -> Forecast:
     """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
-    known = [e for e in files if e.get("label_kld_interval")]
-    points = _points(predicted, ((e, e["label_kld"], e["label_kld_interval"]) for e in known))
-    text, note = "test rows, on their answer words alone", sentence("compare.label_words_note")
-    return Forecast(points, files[0]["n"] if files else 0, text, "95 % intervals over rows", note)
-
-
-_OVER_ROWS = "95 % bootstrap intervals over rows"
+    found = ((e, e["label_kld"], e["label_kld_interval"]) for e in files if e.get("label_kld_interval"))
+    return _forecast(predicted, found, kind="label_words", n=files[0]["n"])
 
 
 def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
@@ -266,10 +174,8 @@ def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
     if effect is None:
         return Forecast([])
     content = effect.content
-    files = (content["mixed"], *content["types"])
-    points = _points(predicted, ((e, e["kld"], e["kld_interval"]) for e in files))
-    text = f"tokens of {content['rows']} held-out rows, written as for training"
-    return Forecast(points, content["tokens"], text, _OVER_ROWS)
+    found = ((e, e["kld"], e["kld_interval"]) for e in (content["mixed"], *content["types"]))
+    return _forecast(predicted, found, kind="rows", n=content["tokens"], rows=content["rows"])
 
 
 def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
@@ -278,22 +184,15 @@ def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
         return Forecast([])
     content = effect.content
     files = (content["mixed"], *content["types"])
-    points = _points(predicted, ((e, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in files))
-    text = f"tokens of the answers of {content['answer_rows']} held-out rows"
-    return Forecast(points, content["answer_positions"], text, _OVER_ROWS)
+    found = ((e, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in files)
+    return _forecast(predicted, found, kind="answers", n=content["answer_positions"], rows=content["answer_rows"])
 
 
 def forecast_table(forecast: Forecast) -> HTML | Markdown:
     """The table; a sentence where nothing was predicted."""
     if not forecast.points:
         return tell("compare.no_forecast")
-    rows = rows_of(
-        forecast.points,
-        "type size_mb=bytes forecast_kld=predicted measured_kld measured_over_predicted",
-        measured_kld=lambda p: Interval.from_json(p["measured"], (p["low"], p["high"])),
-        measured_over_predicted=lambda p: p["measured"] / p["predicted"],
-    )
-    return table(rows, sentence("compare.forecast", **forecast.counted))
+    return tabled("compare.forecast", forecast.points, **forecast.counted)
 
 
 def forecast_chart(forecast: Forecast) -> HTML | None:
@@ -338,7 +237,7 @@ def forecast_reading(forecast: Forecast) -> Markdown | None:
         files=len(ratios),
         pairs=len(pairs),
         ordered=sum(a < b for a, b in pairs),
-        note=forecast.note,
+        kind=forecast.counted["kind"],
     )
 
 

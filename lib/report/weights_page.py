@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lib.runs.run import Run
     from lib.stages.convert.gate import GateReport
     from lib.stages.convert.stage import ExportResult
-    from lib.stages.merge.nf4 import Nf4Comparison
     from lib.stages.merge.proof import MergeProof
     from lib.stages.merge.stage import MergeResult
     from lib.stages.merge.verify import FormatCost, MergeCheck
@@ -37,7 +36,6 @@ WORTH_SAVING = 1e-3
 """Share of the adapter's effect below which a cost is not worth a word of advice."""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "mixed": 4}
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 # Page 04: the merge and its proof, and what rounding costs.
@@ -45,34 +43,23 @@ _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 def proof(found: MergeProof) -> str:
     """What was recomputed and found right."""
-    dtype = _NAMES.get(found.dtype, found.dtype)
-    undecided = found.weights_summed - found.decided
-    exact_order = found.decided > 0 and dtype not in ("float32", "float64")
-    return sentence("merge.proof", found=found, dtype=dtype, undecided=undecided, exact_order=exact_order)
+    return sentence("merge.proof", found=found)
 
 
 def survival(found: MergeProof) -> str:
     """How much of the adapter's change rounding leaves in the weights."""
-    returned = found.set_back / found.weights_summed if found.weights_summed else 0.0
-    return sentence("merge.survival", kept=found.kept, returned=returned, dtype=_NAMES.get(found.dtype))
+    return sentence("merge.survival", found=found)
 
 
 def costs(check: MergeCheck) -> list[Row]:
     """What each number format costs, beside the adapter's effect."""
-    found = rows_of(
-        check.costs,
-        "number_format kld=mean_kld share_of_effect largest_change=max_abs_log_prob same_top_token=argmax_agreement"
-        " same_first_answer=answer_agreement",
-        number_format=lambda cost: sentence("merge.format_name", dtype=cost.dtype, written=cost.written),
-        share_of_effect=lambda cost: cost.mean_kld / check.effect_kld if check.effect_kld else None,
-    )
     effect = {
         "number_format": sentence("merge.base_alone"),
         "kld": check.effect_kld,
         "share_of_effect": 1.0 if check.effect_kld else None,
         "same_top_token": check.effect_agreement,
     }
-    return [*found, effect]
+    return [*rows_of("merge.costs", check.costs, check=check), effect]
 
 
 def merge_reading(check: MergeCheck) -> str:
@@ -89,23 +76,6 @@ def merge_reading(check: MergeCheck) -> str:
         same_bytes=_BYTES[best.dtype] == _BYTES[check.dtype],
         ratio=large / small if small else None,
         far=check.mean_kld >= FAR_BETTER * best.mean_kld and check.mean_kld >= WORTH_SAVING * check.effect_kld,
-    )
-
-
-def nf4_merges(comparison: Nf4Comparison) -> list[Row]:
-    """The trained QLoRA model and both merges on the same rows."""
-
-    def percent(found: Sequence[float] | None) -> Interval | None:
-        return Interval(*found).scaled(100) if found else None
-
-    return rows_of(
-        comparison.results,
-        "model kld_from_trained same_top_percent=same_top same_label_percent accuracy_percent size_mb",
-        model=lambda row: row.model if row.size_mb is None else sentence("merge.merged_into", model=row.model),
-        kld_from_trained=lambda row: Interval(*row.kld),
-        same_label_percent=lambda row: percent(row.label_agreement),
-        accuracy_percent=lambda row: percent(row.accuracy),
-        size_mb=lambda row: row.size_mb,
     )
 
 
@@ -209,6 +179,7 @@ def kinds_of(measured: TensorErrors | Retention) -> list[str]:
 def error_map(errors: TensorErrors) -> HTML:
     """Relative RMSE of every tensor: one panel a file, a row a kind, a column a layer."""
     import matplotlib.pyplot as plt
+    import pandas as pd
     from matplotlib.colors import LogNorm
 
     use_style()
@@ -221,7 +192,10 @@ def error_map(errors: TensorErrors) -> HTML:
     fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=True)
     scale, places = LogNorm(min(values), max(values)), list(range(0, layers, max(1, layers // 4)))
     for ax, (name, found) in zip(axes.flat, errors.files.items(), strict=False):
-        image = ax.imshow(_grid(found, kinds, layers), norm=scale, cmap="cividis", aspect="auto")
+        table = pd.DataFrame(found, columns=["kind", "layer", "relative_rmse"]).fillna({"layer": layers})
+        grid = table.pivot(index="kind", columns="layer", values="relative_rmse")
+        grid = grid.reindex(index=kinds, columns=range(layers + 1))  # the last column: outside of the layers
+        image = ax.imshow(grid, norm=scale, cmap="cividis", aspect="auto")
         ax.set_title(name, fontsize=9)
         ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
         ax.set_xticks([*places, layers], [*map(str, places), "–"], fontsize=7)
@@ -230,23 +204,8 @@ def error_map(errors: TensorErrors) -> HTML:
         ax.set_axis_off()
     fig.supxlabel("layer (–: outside of the layers)", fontsize=9)
     fig.colorbar(image, ax=axes, label="relative RMSE")
-    extremes = [(name, *_extremes(found)) for name, found in errors.files.items() if found]
-    alt = sentence("quantize.error_map_alt", extremes=extremes)
+    alt = sentence("quantize.error_map_alt", files=errors.files)
     return figure(fig, sentence("quantize.error_map_caption"), alt)
-
-
-def _grid(rows: Iterable[Entry], kinds: list[str], layers: int) -> np.ndarray:
-    """Relative RMSE, (kinds, layers + 1); the last column is what stands outside of the layers."""
-    grid = np.full((len(kinds), layers + 1), np.nan)
-    for row in rows:
-        grid[kinds.index(row["kind"]), layers if row["layer"] is None else row["layer"]] = row["relative_rmse"]
-    return grid
-
-
-def _extremes(rows: Sequence[Entry]) -> tuple[Entry, Entry]:
-    """The tensors with the smallest and the largest error."""
-    ordered = sorted(rows, key=lambda row: row["relative_rmse"])
-    return ordered[0], ordered[-1]
 
 
 def error_kinds(errors: TensorErrors) -> Shown:

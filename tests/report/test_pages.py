@@ -106,8 +106,8 @@ def test_before_the_evaluation_the_floor_comes_from_the_data(home: Path) -> None
     run = open_run("early")
     floor = {"accuracy": 0.8, "accuracy_interval": [0.49, 0.943], "n": 10}
     make(run, "data", {"floor.json": {"test": {"accuracy": 0.8, "all": floor}}}, facts=FACTS)
-    quality = summarise(run).qualities["linear floor"]["all"]
-    assert str(quality) == "0.800 [0.490,\u00a00.943]" and quality.n == 10
+    quality, n = summarise(run).qualities["linear floor"]["all"]
+    assert f"{quality:.3f}" == "0.800 [0.490,\u00a00.943]" and n == 10
 
 
 def test_a_damaged_manifest_does_not_hide_the_other_runs(home: Path) -> None:

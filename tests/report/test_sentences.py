@@ -11,7 +11,7 @@ import jinja2
 import nbformat
 import pytest
 
-from lib.report import sentences
+from lib.report import display, sentences
 from lib.report.sentences import joined, sentence
 from lib.statistics.intervals import IN_WORDS, Interval, estimate_text, limits_text
 
@@ -38,7 +38,7 @@ def asked() -> list[tuple[str, str, set[str] | None]]:
             if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
                 continue
             called = ast.unparse(node.func).rpartition(".")[2]
-            if called in ("sentence", "tell") and re.fullmatch(r"\w+\.\w+", str(node.args[0].value)):
+            if called in ("sentence", "tell", "tabled") and re.fullmatch(r"\w+\.\w+", str(node.args[0].value)):
                 keys = {keyword.arg for keyword in node.keywords}
                 found.append((name, node.args[0].value, None if None in keys else keys))
     return found
@@ -82,6 +82,7 @@ def composed() -> list[str]:
 def test_every_sentence_is_asked_for() -> None:
     """By the code or by another template."""
     text, patterns = "\n".join(source for _, source in sources()), composed()
+    text += display._TABLES.read_text(encoding="utf-8")
     for name in parameters():
         page, _, macro = name.partition(".")
         calls = re.findall(rf"\b{macro}\(", (FOLDER / f"{page}.j2").read_text(encoding="utf-8"))
@@ -90,12 +91,14 @@ def test_every_sentence_is_asked_for() -> None:
 
 
 def test_missing_and_superfluous_values_are_errors() -> None:
-    values = {"megabytes": 271.25, "wider": 2, "types": 7}
-    assert sentence("quantize.planned", **values).startswith("Together 271.2 MB. 2 of 7 types need")
-    with pytest.raises(jinja2.UndefinedError, match="wider"):
-        sentence("quantize.planned", megabytes=1.0, types=7)
+    values = {"rows": 20, "first": 8, "most": 256}
+    assert sentence("evaluate.decoding", **values).startswith(
+        "Answers to the first 8 of 20 test rows, greedy, at most 256"
+    )
+    with pytest.raises(jinja2.UndefinedError, match="most"):
+        sentence("evaluate.decoding", rows=20, first=8)
     with pytest.raises(TypeError, match="colour"):
-        sentence("quantize.planned", **values, colour="red")
+        sentence("evaluate.decoding", **values, colour="red")
 
 
 def test_lines_are_joined_but_for_paragraphs_and_lists() -> None:

@@ -38,11 +38,23 @@ def test_headings_of_the_data_and_formats_of_the_caller() -> None:
 def test_cells_come_from_what_an_entry_stores() -> None:
     """By another name, from inside another object, with limits, in the column's unit, or computed."""
     entry = {"bytes": 2_500_000, "before": {"accuracy_difference": 0.01, "accuracy_difference_interval": [0.0, 0.02]}}
-    columns = "size_mb=bytes step_points=before.accuracy_difference first_points=first.accuracy_difference verdict"
-    row = display.row_of(entry, columns, verdict=lambda e: len(e))
-    assert row == {"size_mb": 2.5, "step_points": Interval(1.0, 0.0, 2.0), "first_points": None, "verdict": 2}
-    (scaled,) = display.rows_of([Interval(0.5, 0.4, 0.6)], "difference_points=estimate low")
-    assert scaled == {"difference_points": 50.0, "low": 0.4}
+    (row,) = display.rows_of("compare.steps_accuracy", [entry])
+    assert row["step_points"] == Interval(1.0, 0.0, 2.0) and row["first_points"] is None is row["accuracy"]
+    test = Interval(0.5, 0.4, 0.6)
+    (scaled,) = display.rows_of("evaluate.accuracy_parts", [{"part": "leak_free", "point": vars(test)}])
+    assert scaled["rows"] == "leak free" and scaled["accuracy"] == 0.5 and scaled["low"] == 0.4
+    (file,) = display.rows_of("index.files", [{**entry, "type": "Q8_0", "recommended": True}], column="ppl", key="ppl")
+    assert (file["type"], file["overview_mb"], file["ppl"], file["verdict"]) == ("Q8_0 ★", 2.5, None, None)
+
+
+def test_every_key_of_a_table_is_a_column_or_a_heading_of_its_own() -> None:
+    """Keys of columns.yaml are words with underscores; a misspelled one would silently become a heading."""
+    known = yaml.safe_load(display._COLUMNS.read_text(encoding="utf-8"))
+    plain = ("class", "confidence", "leaked", "model", "prompts", "row", "rows", "runtime", "support", "text")
+    plain += ("MB", "answer", "estimate", "evidence", "fits", "groups", "label", "loss", "name", "threads")
+    for name, table in display._tables().items():
+        odd = [key for key in table if key.isidentifier() and key not in known and key not in plain]
+        assert not odd, f"{name}: {odd}"
 
 
 def test_no_rows() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lib.report.compare_page import speed_caption, speeds
+from lib.report.display import rows_of
+from lib.report.sentences import sentence
 from lib.stages.compare.speed import LOADS, load_facts, rate, repeat
 
 
@@ -45,8 +46,9 @@ def test_the_page_says_how_often() -> None:
     first = {"type": "F16", **load_facts([0.5, 0.25, 1.0]), **rate("prompt", 8, [1.0] * 5)}
     first |= {**rate("generation", 8, [1.0] * 7), "seconds_per_sample": 0.01, "peak_memory_mib": 50.0}
     second = {**first, **load_facts([1.0] * 5), **rate("generation", 8, [1.0] * 5)}
-    caption = speed_caption([first, second], "a CPU", 2)
+    runs = {"load": [3, 5], "prompt": [5, 5], "generation": [5, 7]}
+    caption = sentence("compare.speeds", processor="a CPU", threads=2, runs=runs)
     assert "of 3 to 5 loads, 5 prompts, 5 to 7 generations a file" in caption
     assert "Measured once: ms a row" in caption and "peak memory" in caption
-    (row, _) = speeds([first, second])
+    (row, _) = rows_of("compare.speeds", [first, second])
     assert row["load"] == 0.5 and row["load_range"] == "0.25 – 1"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lib.errors import InputError
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.report import weights_page
+from lib.report.display import rows_of
 from lib.runs.run import Run
 from lib.scoring.perplexity import kl_divergence
 from lib.settings import Settings
@@ -289,7 +290,7 @@ def test_stage_measures_both_merges_against_the_trained_model(nf4_run: Run) -> N
     assert result.nf4.closer == "dequantized" and result.nf4.difference[2] < 0
     words = weights_page.nf4_reading(result)
     assert "dequantized** base is closer" in words and "into the **original** base" in words
-    assert len(weights_page.nf4_merges(result.nf4)) == 3
+    assert len(rows_of("merge.nf4", result.nf4.results)) == 3
     assert merge(Settings(), nf4_run).nf4 == result.nf4
     assert not list(result.product.path.glob(".*"))
 

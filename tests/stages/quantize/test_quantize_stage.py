@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.report import quantize_page
+from lib.report.display import rows_of
 from lib.runs.files import sha256_file
 from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
@@ -56,7 +56,7 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert mix_effect(settings("Q8_0", "Q4_K_M"), run, first) is None and predictions(run) == {}
     planned = plan(settings("Q8_0", "Q4_K_M"), run)
     assert [p["bytes"] for p in planned] == [f.bytes for f in first.files]
-    rows = quantize_page.predicted(planned)
+    rows = rows_of("quantize.planned_files", planned)
     assert [row["fallbacks"] for row in rows] == [len(f.fallbacks) for f in first.files] == [0, 7]
     assert rows[0]["tensor_types"] == "q8_0, f32" and rows[0]["set_by_hand"] == 0
 
