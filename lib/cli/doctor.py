@@ -87,8 +87,7 @@ def strategy_text(found: dict[str, Any], settings: Settings) -> str:
         values = {"devices": found["devices"], "plan": chosen, "asked": asked}
         advice = sentence("doctor.advice", **values, offload=found["offload"])
     told = [sentence("doctor.model", found=found), sentence("doctor.room", found=found, gib=found["free"] / GIB)]
-    return "
-".join([*told, "", table(rows, ("plan", *PARTS, "need", "fits")), ARITHMETIC, "", advice])
+    return "\n".join([*told, "", table(rows, ("plan", *PARTS, "need", "fits")), ARITHMETIC, "", advice])
 
 
 # What this machine can run.
