@@ -72,6 +72,8 @@ class _File:
             for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                     self.refuse(event, f"the anchor or alias {event.anchor!r}", "each value written out.", "write it.")
+                if tag := getattr(event, "tag", None):
+                    self.refuse(event, f"the tag {tag!r}", "a plain value.", "leave it out.")
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > DEEPEST:
                     self.refuse(event, "values deep inside each other", "lines `key: value`.", "see params/quick.yaml.")

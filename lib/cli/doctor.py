@@ -19,7 +19,7 @@ import typer
 
 from lib.cli.console import Json, show, table
 from lib.runs import machine
-from lib.runs.files import PROJECT, home
+from lib.runs.files import PROJECT, home, user_path
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -65,8 +65,33 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     settings = (
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
+    _ask_what_is_here(settings, model)
     found = recommend(settings, model)
     show(found, as_json, strategy_text(found, settings))
+
+
+def _ask_what_is_here(settings: Settings, model: str | None) -> None:
+    """What the steps of the run would refuse of the data, model and adapter that lie on this disk.
+
+    Raises:
+        InputError: the first of them.
+    """
+    from lib.hub.sources import looks_like_path
+    from lib.models.adapters import check_fit, require_adapter
+    from lib.models.base_model import check_base_folder
+    from lib.models.loading import load_tokenizer
+    from lib.stages.data.reading import read_table
+
+    data, base, adapter = map(user_path, (settings.dataset, model or settings.base_model, settings.adapter or "-"))
+    if data.exists() or looks_like_path(settings.dataset):
+        read_table(settings.dataset)
+    if base.is_dir() and (model is None or any(base.glob("*.safetensors"))):
+        check_base_folder(base)
+        load_tokenizer(base)
+    if settings.adapter and adapter.is_dir():
+        require_adapter(adapter)
+        if base.is_dir():
+            check_fit(adapter, base)
 
 
 def strategy_text(found: dict[str, Any], settings: Settings) -> str:

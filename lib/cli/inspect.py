@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lib.cli.console import Json, cell, show
+from lib.errors import InputError
 from lib.runs.files import user_path
 
 
@@ -17,12 +18,66 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
-    from lib.models.inspect import inspect as look
-
-    report = look(user_path(path))
+    report = examine(user_path(path))
     show(report, as_json, as_text(report))
     if report["problems"]:
         raise typer.Exit(2)
+
+
+def examine(path: Path) -> dict[str, Any]:
+    """`lib.models.inspect.inspect`, and what the step refuses that would take it, as far as that reads no weights."""
+    from lib.models.inspect import inspect as look
+
+    report = look(path)
+    if not report["problems"]:
+        step, ask = _STEPS[report["kind"]]
+        try:
+            ask(path, report)
+        except InputError as error:
+            report["problems"].append(f"{step}: {error.found.rstrip('.')}")
+    return report
+
+
+def _ask_convert(folder: Path, report: Mapping[str, Any]) -> None:
+    from lib.models.weights import open_weights
+    from lib.stages.convert.convert import Conversion
+
+    Conversion(folder, open_weights(folder), folder / "inspected.gguf", "f16")
+
+
+def _ask_merge(folder: Path, report: dict[str, Any]) -> None:
+    """Against the base, where that lies on this disk."""
+    from lib.models.adapters import read_adapter
+    from lib.stages.merge.adapter import plan_merge, refuse_unsupported
+
+    adapter = read_adapter(folder)
+    adapter.require_finite()
+    refuse_unsupported(adapter)
+    base = user_path(str(report["base_model"] or ""))
+    if report["base_model"] and base.is_dir():
+        plan_merge(base, folder)
+    else:
+        report["notes"].append("its base model is not on this disk: whether it fits was not checked")
+
+
+def _ask_serve(file: Path, report: dict[str, Any]) -> None:
+    """Whether llama.cpp opens the file, and whether it can be asked anything."""
+    from lib.stages.convert.convert import load_check
+
+    try:
+        load_check(Path(str(file).encode().decode()))
+    except UnicodeEncodeError:
+        report["notes"].append("its name is not UTF-8: no other command reads it under that name")
+    if report["template"] is None:
+        raise InputError("no chat template (quantize and perplexity need none).", "one.", "convert the model with it.")
+
+
+_STEPS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], None]]] = {
+    "model": ("workbook convert", _ask_convert),
+    "adapter": ("workbook merge", _ask_merge),
+    "gguf": ("workbook serve", _ask_serve),
+}
+"""Kind of a folder or file → the step that takes it."""
 
 
 def as_text(report: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from lib.hub.sources import SourceError
 from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.gguf_file import read_metadata
-from lib.models.tokenizer_files import FILES, TEMPLATES
+from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, reader
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
 from lib.models.weights import Weights, open_weights
 from lib.prompts.tasks import read_task, texts_of
@@ -111,17 +111,36 @@ def refuse_without_template(base_model: str) -> None:
 
 
 def refuse_bad_template(path: Path) -> None:
-    """Refuse a GGUF file whose chat template cannot be rendered; it is tried in a child process, within limits.
+    """Refuse a GGUF file or folder whose chat template cannot be rendered: tried in a child process, within limits.
 
     Raises:
-        InputError: the template fails, takes too long or too much memory; or the file is damaged.
+        InputError: the template fails, takes too long or too much memory; or a file is damaged.
     """
     from lib.prompts.templates import describe_template
 
-    template = read_metadata(path).get("tokenizer.chat_template")
+    if path.is_dir():
+        template: Any = chat_templates(path, reader(path)("tokenizer_config.json")).get("default")
+    else:
+        template = read_metadata(path).get("tokenizer.chat_template")
     problem = describe_template(template, True)["problem"] if isinstance(template, str) and template else None
     if problem:
         raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
+
+
+def check_base_folder(path: Path) -> None:
+    """Refuse a folder that a run would refuse, now or when it has been trained on.
+
+    Raises:
+        InputError: as `check_model_folder` and `refuse_bad_template`; or the weights are quantized.
+    """
+    check_model_folder(path)
+    if read_configuration(path).get("quantization_config"):
+        raise InputError(
+            f"{path} is quantized (quantization_config).",
+            "weights of 16 or 32 bits: an adapter is merged into them.",
+            "take the model that was quantized (load_in_4bit: true trains it in 4 bits).",
+        )
+    refuse_bad_template(path)
 
 
 def choose_base(settings: Settings) -> tuple[Base | None, tuple[str, ...]]:
@@ -139,8 +158,12 @@ def choose_base(settings: Settings) -> tuple[Base | None, tuple[str, ...]]:
 
     def get(source: str, revision: str) -> Base | None:
         refuse_without_template(source)
-        gguf = settings.pick("gguf_dtype", "gguf_off_grid")
-        return None if source == OFFLINE_BASE else resolve_base(source, revision, **gguf)
+        if source == OFFLINE_BASE:
+            return None
+        base = resolve_base(source, revision, **settings.pick("gguf_dtype", "gguf_off_grid"))
+        if base.unpacked is None:
+            check_base_folder(base.path)
+        return base
 
     entry, base, failures = first_available("base_model", settings, get)
     if base is not None and "sha256" in entry:

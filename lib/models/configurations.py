@@ -216,6 +216,10 @@ _SHAPES = {
     "model.embed_tokens.weight": ("vocab_size", "hidden_size"),
     "lm_head.weight": ("vocab_size", "hidden_size"),
     "model.norm.weight": ("hidden_size",),
+    "self_attn.q_proj.weight": ("num_attention_heads × head_dim", "hidden_size"),
+    "self_attn.k_proj.weight": ("num_key_value_heads × head_dim", "hidden_size"),
+    "self_attn.v_proj.weight": ("num_key_value_heads × head_dim", "hidden_size"),
+    "self_attn.o_proj.weight": ("hidden_size", "num_attention_heads × head_dim"),
     "mlp.gate_proj.weight": ("intermediate_size", "hidden_size"),
     "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
     "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
@@ -242,12 +246,19 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config"):
         return  # packed: other shapes
+    keys = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    heads, shared, hidden = map(config.get, keys)
+    head = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    sizes = dict(config)
+    if head and heads:
+        sizes |= {"num_attention_heads × head_dim": heads * head}
+        sizes |= {"num_key_value_heads × head_dim": (shared or heads) * head}
     for name, tensor in weights.tensors.items():
         match = _LAYER.fullmatch(name)
         for key, size in zip(_SHAPES.get(match[2] if match else name, ()), tensor.shape, strict=False):
-            if config.get(key) and config[key] != size:
+            if sizes.get(key) and sizes[key] != size:
                 raise InputError(
-                    f"{path}: {key} is {config[key]}, and {name} has the shape {tensor.shape}.",
+                    f"{path}: {key} is {sizes[key]}, and {name} has the shape {tensor.shape}.",
                     "a config.json that belongs to these weights.",
                     "download the folder again, or correct that key.",
                 )

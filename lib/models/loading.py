@@ -94,8 +94,12 @@ def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]
     from transformers import AutoModelForCausalLM
 
     options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
-    with no_warnings():
-        return AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    try:
+        with no_warnings():
+            return AutoModelForCausalLM.from_pretrained(str(folder), ignore_mismatched_sizes=True, **options)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = f"{folder} cannot be loaded ({type(error).__name__}: {one_line(error)})."
+        raise InputError(found, "a folder that transformers loads.", "download it again, or take another.") from None
 
 
 def load_tokenizer(path: Path, chat: bool = True) -> PreTrainedTokenizerBase:
@@ -156,6 +160,9 @@ def load_model(
         raise InputError(
             f"{path} lacks {len(missing)} tensors (first {missing[0]}).", "all tensors.", "download the folder again."
         )
+    if other := sorted(report["mismatched_keys"]):
+        found = f"{path}: {len(other)} tensors have other shapes than config.json says (first {other[0][0]})."
+        raise InputError(found, "a config.json that belongs to these weights.", "download the folder again.")
     if load_in_4bit:
         _keep_trainable(model)
     else:
@@ -216,12 +223,13 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
 
     require_adapter(adapter)
     found = read_adapter(adapter)
+    found.require_finite()
     try:
         with no_warnings(), tempfile.TemporaryDirectory() as folder:
             shutil.copyfile(adapter / "adapter_config.json", Path(folder, "adapter_config.json"))
             copy_weights(found, Path(folder, "adapter_model.safetensors"))
             model = PeftModel.from_pretrained(model, folder, is_trainable=False, use_safetensors=True)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise InputError(
             f"the adapter {adapter} does not fit the base model ({one_line(error, 300)}).",
             "an adapter of this base model.",

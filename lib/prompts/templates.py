@@ -121,10 +121,19 @@ _EMPTY_BLOCK = re.compile(r"<think(ing)?>\s*</think(ing)?>\s*")
 
 
 def apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool, prompt: bool) -> str:
-    """The turns as the template writes them; with `prompt` ending as it asks for an answer."""
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=prompt, enable_thinking=thinking
-    )
+    """The turns as the template writes them; with `prompt` ending as it asks for an answer.
+
+    Raises:
+        InputError: the template fails on them.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, enable_thinking=thinking
+        )
+    except (TemplateError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise unfit(f"fails on turns of system, user and assistant ({one_line(error)})") from None
 
 
 END_OF_TURN = "<|im_end|>"
@@ -372,12 +381,17 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda _: "2026-01-01"
+    turns = [{"role": role, "content": f"{role}-7391"} for role in (SYSTEM, USER, ASSISTANT, USER)]
     try:
-        text = environment.from_string(argument["template"]).render(
-            messages=[{"role": "user", "content": _USER}], add_generation_prompt=True, bos_token="", eos_token=""
+        template = environment.from_string(argument["template"])
+        text, whole = (
+            template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token="")
+            for messages in ([{"role": USER, "content": _USER}], turns)
         )
     except (jinja2.TemplateError, MemoryError, RecursionError, OverflowError, TypeError, ValueError) as error:
         return {"problem": f"the chat template cannot be rendered: {one_line(error, 120) or type(error).__name__}"}
     if _USER not in text:
         return {"problem": "the chat template leaves the user's words out"}
+    if lost := [turn["role"] for turn in turns if turn["content"] not in whole]:
+        return {"problem": f"the chat template leaves the turn of the {lost[0]} out"}
     return {"own_system_turn": "system" in text.partition(_USER)[0]}

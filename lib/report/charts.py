@@ -124,15 +124,17 @@ def estimates(
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:
     """Confusion matrices side by side: rows = true label, columns = predicted label, cells = number of rows."""
-    fig, axes = panels(3.2 * len(matrices), 3.0, columns=len(matrices))
     names = readable(label_names)
+    room = 0.09 * max(0, max(map(len, names)) - 8)  # inches for long names, which stand aslant below a matrix
+    fig, axes = panels((3.2 + room) * len(matrices), 3.0 + room, columns=len(matrices))
     for ax, (title, matrix) in zip(np.atleast_1d(axes), matrices.items(), strict=True):
         values = np.asarray(matrix)
         ax.imshow(values, cmap="Blues", vmin=0, vmax=max(1, values.sum(axis=1).max()))
         for (row, column), value in np.ndenumerate(values):
             dark = value > 0.6 * values.sum(axis=1).max()
             ax.text(column, row, f"{value:,}", ha="center", va="center", color="white" if dark else "black")
-        ax.set_xticks(range(len(names)), names)
+        aslant: dict[str, Any] = {"rotation": 30, "ha": "right"} if room else {}
+        ax.set_xticks(range(len(names)), names, **aslant)
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel="predicted", ylabel="true", title=title)
         ax.grid(False)

@@ -9,6 +9,7 @@ and `reading` (what goes wrong), `examples` (texts worth reading), `believed` (c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
@@ -94,7 +95,7 @@ class AccuracyPage:
     def reading(self) -> Markdown:
         """Which class is missed most."""
         missed = min(self.result.models[FINETUNED].reports[ALL].classes, key=lambda scores: scores.recall)
-        return tell("evaluate.missed", missed=missed)
+        return tell("evaluate.missed", missed=replace(missed, name=display.as_written(missed.name)))
 
     def examples(self) -> HTML:
         """The most confident mistakes."""
@@ -122,7 +123,7 @@ class AccuracyPage:
 
     def prompts(self) -> Markdown:
         """Nothing is written."""
-        return tell("evaluate.nothing_written", labels=self.names)
+        return tell("evaluate.nothing_written", labels=list(map(display.as_written, self.names)))
 
     def learned(self) -> Markdown:
         """The conclusions."""

@@ -140,7 +140,9 @@ def test_a_folder_that_is_not_utf8_around_a_plain_name(place: Path, capsys: pyte
 def test_inspect_reads_under_any_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = os.fsdecode(b"\xff.gguf")
     shutil.copyfile(GOOD, name)
-    assert not app(["inspect", name], standalone_mode=False)
+    codes = [app(["inspect", path], standalone_mode=False) for path in (name, GOOD)]
+    said = capsys.readouterr().out
+    assert codes == [2, 2] and said.count("PROBLEM: workbook serve: no chat template") == 2
 
 
 @pytest.mark.parametrize("command", WRITTEN)

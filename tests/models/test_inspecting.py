@@ -17,6 +17,7 @@ from lib.errors import InputError
 from lib.models.inspect import inspect
 from lib.prompts.templates import describe_template
 from tests import tiny_gguf
+from tests.stages.convert.convertible import write_model
 
 PROJECT = Path(__file__).resolve().parents[2]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -191,7 +192,7 @@ def test_the_command(original: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "lib.cli", "inspect", *arguments]
         return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
 
-    answer = workbook(str(original / "model"), "--json")
+    answer = workbook(str(write_model(tmp_path / "model")), "--json")
     assert answer.returncode == 0 and json.loads(answer.stdout)["layers"] == 2 and answer.stderr == ""
     answer = workbook(str(original / "adapter"))
     assert answer.returncode == 0 and "rank: 3" in answer.stdout and "no problem found" in answer.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ from lib.models.base_model import fallback_note
 from lib.report import charts, display
 from lib.report.html import harmless, problems_in, render
 from lib.report.index import summarise
+from lib.report.runner import run_report
 from lib.runs.run import open_run
 
 WORDS = (
@@ -84,6 +86,38 @@ def test_markup_of_parameters_and_rows_does_nothing(page, text: str) -> None:
     assert problems_in(html) == [] and "Content-Security-Policy" in html
     main = BeautifulSoup(html, "html.parser").select_one("main").get_text()
     assert main.count(" ".join(text.split())) >= 2 or "\t" in text  # as it was written, in the sentence and the table
+
+
+PARAMETERS = 'run_name: str = "test"  # name\nuser_prompt: str = "{text}"  # turn\ndataset: str = "sample"  # data'
+CHANGED = """
+from lib.report.display import made, show, stamps
+from lib.runs.run import open_run
+
+def build(work):
+    (work.folder / "rows.txt").write_text("rows")
+    work.facts = {"source": dataset, "base_model": "offline", "offline_base": True, "sample_data": True}
+    work.notes = [f"fallback: data set {dataset} could not be had"]
+
+run = open_run(run_name)
+show(made(run.produce("data", build, parameters={"user_prompt": user_prompt, "dataset": dataset})), stamps(run))
+"""
+
+
+def test_parameters_that_changed_are_words_in_a_real_report(
+    home: Path, params: Path, write_notebook: Callable[..., Path]
+) -> None:
+    """The sentence "parameters changed: …", stamps, cards and both indexes."""
+    write_notebook("01_data", CHANGED, parameters=PARAMETERS)
+    params.write_text("run_name: test\n", encoding="utf-8")
+    evil = " ".join(EVIL)
+    for overrides in ({}, {"user_prompt": f"{evil} {{text}}", "dataset": f"{home}/{EVIL[2]} {EVIL[1]}.csv"}):
+        result = run_report(params, overrides, notebooks=home / "notebooks", say=lambda _: None)
+    pages = [page.read_text(encoding="utf-8") for page in (*result.pages, result.index, home / "reports/index.html")]
+    assert [problems_in(page) for page in pages] == [[], [], []]
+    text = BeautifulSoup(pages[0], "html.parser").select_one("main").get_text()
+    assert "parameters changed: dataset" in text and EVIL[0] in text and EVIL[1] in text
+    for page in pages:
+        assert not BeautifulSoup(page, "html.parser").select("b, script, svg, iframe, [onerror], [href*='script:']")
 
 
 @pytest.mark.parametrize("text", [text for text in EVIL if "<" in text])

@@ -24,10 +24,10 @@ from gguf.gguf_writer import WriterState
 
 from lib.errors import InputError, one_line
 from lib.models.gguf_file import data_end, padded, read_metadata, read_tensors
-from lib.models.weights import Weights, open_weights
+from lib.models.weights import Weights, open_weights, read_object
 from lib.progress import Progress
 from lib.runs.child import run_child, run_jobs
-from lib.runs.files import atomic_path, read_json, require_space
+from lib.runs.files import atomic_path, require_space
 from lib.runs.machine import llama_cpp_problem
 from lib.scoring.llama_backend import forget_errors, last_error, llama
 from lib.stages.convert.tensors import GgufFile, plan_tensors, read_architecture, write_parameters
@@ -156,7 +156,6 @@ class Conversion:
         self.model = read_architecture(self.folder)
         self.plan = plan_tensors(weights, self.model, outtype)
         self.header, self.tokenizer = self._header(name)
-        require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[GgufFile]:
@@ -165,6 +164,7 @@ class Conversion:
         Raises:
             InputError: the disk or llama.cpp refuses; nothing is left at `output` then.
         """
+        require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
         try:
             with atomic_path(self.output, alone=True) as temporary, ThreadPoolExecutor(1) as pool:
                 file = GgufFile(temporary, self.header, self.plan)
@@ -250,7 +250,7 @@ def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> 
     generation = folder / "generation_config.json"
     if generation.is_file() and metadata.sampling_penalty_repeat is None:
         # the gguf package of PyPI looks only for llama.cpp's name of this key
-        metadata.sampling_penalty_repeat = read_json(generation).get("repetition_penalty")
+        metadata.sampling_penalty_repeat = read_object(generation).get("repetition_penalty")
     if metadata.name is None:
         metadata.name = folder.name
     if metadata.size_label is None and counts[0] > 0:

@@ -58,6 +58,12 @@ def read_architecture(folder: Path) -> Architecture:
             f"one of: {', '.join(gguf_file.ARCHITECTURES)}.",
             "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
         )
+    if config.get("model_type") != gguf_file.ARCHITECTURES[kind]:
+        raise InputError(
+            f"{folder / 'config.json'}: architectures names {kind}, and model_type is {config.get('model_type')!r}.",
+            f"model_type {gguf_file.ARCHITECTURES[kind]}: transformers goes by it.",
+            "download the folder again.",
+        )
     _refuse_special(folder, config, gguf_file.ROPE_TYPES[gguf_file.ARCHITECTURES[kind]])
     return Architecture(gguf_file.ARCHITECTURES[kind], config)
 
@@ -96,6 +102,21 @@ def _full_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+_COMPUTED: dict[str, tuple[Any, ...]] = {"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)}
+"""Key of config.json → the values that llama.cpp computes; of others it would know nothing, and answer otherwise."""
+
+
+def _not_computed(config: dict[str, Any]) -> str | None:
+    """What of a model llama.cpp would leave out without a word."""
+    found = {**gguf_file.rope_of(config), **config}
+    for key, values in _COMPUTED.items():
+        if found.get(key) not in values:
+            return f"{key} {found[key]!r}"
+    layers = config.get("layer_types") or []
+    slides = config.get("use_sliding_window") and (config.get("max_window_layers") or 0) < config["num_hidden_layers"]
+    return "attention that sees a sliding window alone" if slides or "sliding_attention" in layers else None
+
+
 def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str, ...]) -> None:
     if config.get("quantization_config"):
         raise InputError(
@@ -109,6 +130,8 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
         raise InputError(f"an embedding model in {folder}.", "a causal language model.", official)
     if card.is_file() and "# qwen3-reranker" in card.read_text(encoding="utf-8", errors="replace").lower():
         raise InputError(f"a reranker in {folder}.", "a causal language model.", official)
+    if odd := _not_computed(config):
+        raise InputError(f"{odd} in {place}.", "a model that llama.cpp computes as transformers does.", "take another.")
     if kind not in (None, "default", *rope_types):
         raise InputError(f"rope type {kind!r} in {place}.", f"default, {', '.join(rope_types)}.", official)
     if kind == "yarn" and "original_max_position_embeddings" not in rope:

@@ -129,7 +129,8 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
         whole = text.lstrip().startswith("[")
         for number, part in enumerate([text] if whole else text.split("\n"), 1):
             try:
-                rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
+                value = json.loads(part, object_pairs_hook=_once) if part.strip() else []
+                rows += value if whole or not part.strip() else [value]
             except json.JSONDecodeError as error:
                 raise InputError(
                     f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
@@ -140,6 +141,15 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
         raise ValueError("not every row is an object")
     columns = dict.fromkeys(name for row in rows for name in row)
     return [columns | row for row in rows]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a row; of a key that stands there twice the last value would win silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {name!r} twice in one object")
+    return found
 
 
 def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:

@@ -8,6 +8,7 @@ behind another.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def _is_plain(text: str) -> bool:
         return False
 
 
+_BETWEEN = re.compile(r"[ \t\n\r,]*")
+
+
 def _one_behind_another(text: str) -> tuple[Rows, str] | None:
     """Indented objects without commas or brackets around them."""
     decoder, rows, place = json.JSONDecoder(), [], 0
@@ -63,7 +67,7 @@ def _one_behind_another(text: str) -> tuple[Rows, str] | None:
         while place < len(text):
             value, place = decoder.raw_decode(text, place)
             rows.append(value)
-            place += len(text[place:]) - len(text[place:].lstrip(" \t\n\r,"))
+            place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
     except (ValueError, RecursionError):
         return None
     return (rows, "objects over several lines, one behind another") if all(isinstance(r, dict) for r in rows) else None

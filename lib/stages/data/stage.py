@@ -180,7 +180,10 @@ def _build(settings: Settings, work: ProductDraft) -> None:
         row.messages = in_tags_of(tokenizer, row.messages, changes)
     before = {name: len(rows) for name, rows in splits.items()}
     splits, lengths, length_table = token_lengths(tokenizer, task, kind, splits)
-    flow += _left(task, before, splits)
+    left = _left(task, before, splits)
+    flow += left
+    for name, read in before.items():
+        notes += _much_dropped(name, read, {line["step"]: line["rows"] for line in left if line["split"] == name})
     shown = {
         "source": table.source,
         "split_rule": rule,
@@ -233,13 +236,19 @@ def _clean(table: Table, kind: Kind, notes: list[str]) -> tuple[Splits, list[dic
         changes += counts - Counter(lost)
         steps = {"read": len(table.splits[name]), **lost}
         flow += [{"step": step, "split": name, "rows": count} for step, count in steps.items()]
-        if (total := sum(lost.values())) > MUCH_DROPPED * steps["read"]:
-            most = max(lost, key=lost.__getitem__)
-            where = "" if name == "all" else f" of {name}"
-            share = f"{total:,} of {steps['read']:,} rows{where} were left out when the data was read"
-            notes.append(f"{share}, {lost[most]:,} of them {most.replace('dropped: ', 'for: ')}")
+        notes += _much_dropped(name, steps["read"], lost)
     kind.require_any(splits, flow)
     return splits, flow, changes
+
+
+def _much_dropped(name: str, read: int, lost: Mapping[str, int]) -> list[str]:
+    """What every page must say of a split that lost many rows: how many, and for which reason most of them."""
+    if (total := sum(lost.values())) <= MUCH_DROPPED * read:
+        return []
+    most = max(lost, key=lost.__getitem__)
+    where = "" if name == "all" else f" of {name}"
+    share = f"{total:,} of {read:,} rows{where} were left out when the data was read"
+    return [f"{share}, {lost[most]:,} of them {most.replace('dropped: ', 'for: ')}"]
 
 
 GIVEN = "given: kept as it came, leaked rows flagged"

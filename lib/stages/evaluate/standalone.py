@@ -100,6 +100,7 @@ def _check_full(
             check_model_folder(folder)
         else:
             folder = resolve_base(model, revision, **(unpacking or {})).path
+        refuse_bad_template(tokenizer or folder)
         load_tokenizer(tokenizer or folder)
     except SourceError as error:
         if "/" in model or "\\" in model:

@@ -89,7 +89,7 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
         InputError: anything that `RULES` forbids and that headers can show; or a quantized base.
     """
     adapter = read_adapter(folder)
-    _refuse_unsupported(adapter)
+    refuse_unsupported(adapter)
     config = read_configuration(base, "the folder of the whole base model")
     if config.get("quantization_config"):
         raise InputError(
@@ -112,7 +112,12 @@ def _refuse(adapter: Adapter, found: str, expected: str, do: str) -> InputError:
     return InputError(f"{adapter.folder}: {found}.", f"{expected}.", f"{do}.")
 
 
-def _refuse_unsupported(adapter: Adapter) -> None:
+def refuse_unsupported(adapter: Adapter) -> None:
+    """Refuse what no base makes right.
+
+    Raises:
+        InputError: a kind of LoRA that is not merged here, or no tensor.
+    """
     for key, words in _TABLES["unsupported"].items():
         if adapter.config.get(key):
             do = "merge it with peft and check it"
@@ -138,7 +143,11 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
 
 
 def _targeted(config: dict[str, Any], module: str) -> bool:
-    """Whether target_modules names this module (peft's rule: a regular expression, or names or name endings)."""
+    """Whether target_modules names this module (peft's rule: a regular expression, or names or name endings), in one
+    of layers_to_transform where that is given."""
+    layers, place = config.get("layers_to_transform"), re.search(r"\.(\d+)\.", module)
+    if layers is not None and not (place and int(place[1]) in ([layers] if isinstance(layers, int) else layers)):
+        return False
     wanted = config.get("target_modules") or []
     if isinstance(wanted, str):
         return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
@@ -291,9 +300,10 @@ def _check_pair(adapter: Adapter, module: str, pair: LowRank, base: Weights) -> 
         found = f"LoRA on {module}, which the base does not have"
         raise _refuse(adapter, found, "the base it was trained on", "give that base")
     if not _targeted(config, module):
+        chosen = "target_modules" if config.get("layers_to_transform") is None else "layers_to_transform"
         raise _refuse(
             adapter,
-            f"tensors for {module}, which target_modules does not name",
+            f"tensors for {module}, which {chosen} does not name",
             "an adapter_config.json that belongs to these weights",
             "restore the original adapter_config.json",
         )
@@ -315,10 +325,22 @@ def _check_pair(adapter: Adapter, module: str, pair: LowRank, base: Weights) -> 
 
 
 def _check_complete(adapter: Adapter, base: Weights) -> None:
-    """A truncated adapter: a module that target_modules names has no pair."""
+    """A truncated adapter: a module that modules_to_save names is not saved, or one of target_modules has no pair."""
     config = adapter.config
-    partly = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    if isinstance(config.get("target_modules"), str) or partly:
+    for saved in config.get("modules_to_save") or ():
+        whole = any(name.rpartition(".")[0].endswith(saved) for name in adapter.whole)
+        if not whole and any(name.rpartition(".")[0].endswith(saved) for name in (*base.tensors, HEAD)):
+            found = f"no tensors for {saved}, which modules_to_save names"
+            raise _refuse(adapter, found, "a trained copy", "copy or train it again")
+    kind, named = config.get("bias") or "none", base.tensors.keys()
+    if kind == "lora_only":
+        named &= {f"{module}.bias" for module in adapter.pairs}
+    kept, had = (any(name.endswith(".bias") for name in names) for names in (adapter.whole, named))
+    if kind != "none" and had and not kept:
+        raise _refuse(adapter, f"no bias, and bias is {kind!r}", "the trained ones", "copy or train it again")
+    if config.get("lora_bias") and not any("bias" in pair.tensors for pair in adapter.pairs.values()):
+        raise _refuse(adapter, "no bias of B, and lora_bias is true", "the trained ones", "copy or train it again")
+    if isinstance(config.get("target_modules"), str) or config.get("exclude_modules"):
         return
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")

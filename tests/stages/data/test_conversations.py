@@ -146,6 +146,30 @@ def test_alpaca_with_thinking(home: Path) -> None:
         prepare(settings(path, task="instruction", run_name="u"), open_run("u"))
 
 
+def test_rows_without_reasoning_beside_rows_with_it(home: Path) -> None:
+    """`thinking: true` trains the rows that reason, and every page says how many do not."""
+    rng = random.Random(5)
+    rows = [
+        {"instruction": sentence(rng, 6), "output": f"<think>\n想{i}\n</think>\n\n答" if i % 4 == 0 else f"答{i}"}
+        for i in range(80)
+    ]
+    path, run = write(home / "mixed.jsonl", rows), open_run("t")
+    result = prepare(settings(path, task="instruction", thinking=True), run)
+    used = [row for name in SPLITS for row in result.rows(name)]
+    assert len(used) == 20 and all("</think>" in row["messages"][-1]["content"] for row in used)
+    assert {line["step"]: line["rows"] for line in result.flow}["dropped: no thinking in the last answer"] == 60
+    words = "60 of 80 rows were left out when the data was read, 60 of them for: no thinking in the last answer"
+    assert words in run.stamps()
+
+
+def test_many_rows_that_do_not_fit_are_said_on_every_page(home: Path) -> None:
+    rng = random.Random(6)
+    rows = [{"instruction": sentence(rng, 6), "output": sentence(rng, 60 if i % 2 else 3)} for i in range(60)]
+    run = open_run("t")
+    prepare(settings(write(home / "d.jsonl", rows), task="instruction", max_seq_length=80), run)
+    assert any("rows of train were left out" in note and "first exchange over 80" in note for note in run.stamps())
+
+
 def test_rows_with_one_instruction_are_compared_by_their_input(home: Path) -> None:
     """A long instruction and a short question: nearly equal as texts, and still different questions."""
     rng = random.Random(8)

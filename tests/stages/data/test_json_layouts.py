@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.stages.data.json_layouts import other_layout
+from lib.stages.data.reading import read_table
 
 FILE = Path("rows.json")
 ROWS = [{"text": f"第{i}间房", "label": i % 2} for i in range(12)]
@@ -76,3 +78,25 @@ def test_other_shapes_are_named(text: str, said: str | None) -> None:
     with pytest.raises(InputError) as refused:
         other_layout(FILE, text)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"text": "a", "text": "b", "label": 1}]',
+        '{"text": "a", "label": 1}\n{"label": 0, "text": "b", "label": 1}\n',
+        '[{"messages": [{"role": "user", "content": "a", "content": "b"}]}]',
+    ],
+)
+def test_a_key_twice_in_one_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"the key '(text|label|content)' twice in one object"):
+        read_table(str(tmp_path / "a.json"))
+
+
+def test_many_indented_objects_are_read_at_once(tmp_path: Path) -> None:
+    """Not in a time that grows with the square of the file."""
+    objects = [json.dumps({"text": "好" * 200, "label": i % 2}, indent=1) for i in range(20_000)]
+    (tmp_path / "a.json").write_text("\n".join(objects))
+    started = time.monotonic()
+    assert len(read_table(str(tmp_path / "a.json")).splits["all"]) == 20_000 and time.monotonic() - started < 5
