@@ -182,8 +182,12 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     splits, lengths, length_table = token_lengths(tokenizer, task, kind, splits)
     left = _left(task, before, splits)
     flow += left
+    lost = {
+        name: {line["step"]: line["rows"] for line in left if line["split"] == name and line["step"] != "used"}
+        for name in before
+    }
     for name, read in before.items():
-        notes += _much_dropped(name, read, {line["step"]: line["rows"] for line in left if line["split"] == name})
+        notes += _much_dropped(name, read, lost[name])
     shown = {
         "source": table.source,
         "split_rule": rule,
