@@ -32,8 +32,8 @@ WAITING = 64
 DATA = ("logit_bias", "parameters", "schema")
 """Members of a request whose own members are data of the client: null says something in them."""
 
-_DRAINED = 64 << 20
-"""Bytes of a refused body that are still read, so that the client gets to see the answer."""
+BODY_BYTES, _DRAINED = 1 << 20, 64 << 20
+"""The largest body; and how much of a larger one is still read, so that the client gets to see the answer."""
 
 
 class RefusedError(Exception):
@@ -51,7 +51,6 @@ class Limits:
     Attributes:
         name: of the model, taken where a request names none; another one is refused.
         created: seconds since 1970, of the model.
-        body_bytes: largest body of a request.
         max_tokens: most tokens of an answer, and the number taken where a request names none.
         n_ctx: tokens of prompt and answer together.
         n_vocab: tokens of the vocabulary.
@@ -60,7 +59,6 @@ class Limits:
 
     name: str
     created: int
-    body_bytes: int
     max_tokens: int
     n_ctx: int
     n_vocab: int
@@ -262,14 +260,14 @@ class LimitedApplication:
         try:
             async for part in request.stream():
                 size += len(part)
-                if size <= self._limits.body_bytes:
+                if size <= BODY_BYTES:
                     body += part
                 elif size > _DRAINED:
                     break
         except ClientDisconnect:
             raise RefusedError(400, "the body ended early") from None
-        if size > self._limits.body_bytes:
-            text = f"the body has more than {self._limits.body_bytes} bytes, which is the limit"
+        if size > BODY_BYTES:
+            text = f"the body has more than {BODY_BYTES} bytes, which is the limit"
             raise RefusedError(413, text, "request_too_large")
         if not request.headers.get("content-type", "").lower().startswith("application/json"):
             raise RefusedError(415, "the body must be application/json", "unsupported_media_type")

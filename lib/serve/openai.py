@@ -80,7 +80,6 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
 
 
 NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
-BODY_BYTES = 1 << 20
 _ANSWER_BYTES = 64 << 20
 """More than any answer: the model never waits for a client to read."""
 _CONTEXT = 4096
@@ -179,7 +178,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     formatter = _formatter(llm, metadata, options.thinking)
     llm.chat_handler = formatter.to_chat_handler()
     made, most = int(path.stat().st_mtime), min(options.max_tokens, n_ctx)
-    limits = Limits(path.stem, made, BODY_BYTES, most, n_ctx, llm.n_vocab(), is_loopback(options.host))
+    limits = Limits(path.stem, made, most, n_ctx, llm.n_vocab(), is_loopback(options.host))
     return LimitedApplication(application, limits, _counter(llm, formatter))
 
 

@@ -111,7 +111,7 @@ def test_requests_are_counted(server: SimpleNamespace, monkeypatch: pytest.Monke
             pass
 
     monkeypatch.setattr(limits, "WAITING", 2)
-    most = limits.Limits("m", 0, 1 << 20, 12, 256, 300, False)
+    most = limits.Limits("m", 0, 12, 256, 300, False)
     application = limits.LimitedApplication(never, most, lambda path, body: 1)
 
     async def ask(left: asyncio.Event) -> list[dict]:
