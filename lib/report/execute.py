@@ -249,19 +249,13 @@ def execute(
 
 
 def end(child: subprocess.Popen) -> None:
-    """End a notebook process: interrupt its kernel, wait, then terminate and at last kill everything below it."""
+    """End a notebook process and everything below it: tidily (`_end_tidily`), and at last by force."""
     below = _descendants(child.pid)
-    _signal(below, signal.SIGINT)  # the kernel gets a KeyboardInterrupt, so that the stage removes its temporary files
-    try:
-        child.wait(PATIENCE if below else 1.0)
-    except subprocess.TimeoutExpired:
-        child.terminate()
-    left = [process for process in below if process.is_running()]
+    child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(3.0)
-    _signal(left, signal.SIGKILL)
-    if child.poll() is None:
-        child.kill()
+        child.wait(PATIENCE + 3.0)
+    _signal(below, signal.SIGKILL)
+    child.kill()
     child.wait()
 
 
