@@ -55,17 +55,6 @@ def _bottom(notebook: NotebookNode, name: str, summary: Summary) -> str:
     )
 
 
-def _prepare(notebook: NotebookNode) -> NotebookNode:
-    """Drop the parameters cell that papermill overrode (it is not true for this run); fold warnings of libraries."""
-    tags = [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
-    if any("injected-parameters" in t for t in tags):
-        notebook.cells = [c for c, t in zip(notebook.cells, tags, strict=True) if "parameters" not in t]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [_folded(output) for output in cell.outputs]
-    return notebook
-
-
 _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: ", re.M)
 
 
@@ -98,7 +87,8 @@ def _exporter() -> HTMLExporter:
     config = Config()
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_input_tags = ("remove_input",)
-    config.TagRemovePreprocessor.remove_cell_tags = ("remove_cell",)
+    # the values of a parameters cell are not true for this run: those that papermill put below it are
+    config.TagRemovePreprocessor.remove_cell_tags = ("remove_cell", "parameters")
     exporter = HTMLExporter(
         config=config,
         template_name="workbook",
@@ -121,7 +111,10 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
     import nbformat
 
     name = executed.stem
-    notebook = _prepare(nbformat.read(executed, as_version=4))
+    notebook = nbformat.read(executed, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [_folded(output) for output in cell.outputs]
     title = next((s.title for s in stages if s.name == name), name)
     resources = {
         "title": f"{title} – run {summary.name}",
