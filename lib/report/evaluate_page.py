@@ -35,6 +35,9 @@ READABLE = 8
 """Written answers that a page shows; all of them are in generated.jsonl."""
 ALPHA = 0.05
 
+_NAMES = {"base": SHOWN[BASE], "tuned": SHOWN[FINETUNED]}
+"""The models as tables call them."""
+
 
 def page_of(result: EvaluationResult) -> AccuracyPage | AnswerPage:
     """The page of a result."""
@@ -234,11 +237,7 @@ class AnswerPage:
 
     def examples(self) -> HTML:
         """Written answers, the first rows."""
-        rows = []
-        for row in self.result.generated[:READABLE]:
-            cut = {name: "" if ended else " [cut at the limit]" for name, ended in row["ended"].items()}
-            answers = {f"{name} answers": row[name] + cut[name] for name in SHOWN.values()}
-            rows.append({"row": row["id"], "question": row["question"], "reference": row["reference"], **answers})
+        rows = display.rows_of("evaluate.written", self.result.generated[:READABLE], **_NAMES)
         made = self.content["decoding"]
         caption = sentence("evaluate.decoding", rows=made["rows"], first=READABLE, most=made["max_new_tokens"])
         return display.texts(rows or [{"row": "none", "question": sentence("written.nothing")}], caption, longest=400)
@@ -259,18 +258,16 @@ class AnswerPage:
 
     def prompts(self) -> HTML:
         """Latency, and answers to prompts that are no test rows: a greedy and a drawn line each."""
-        asked, nothing, texts = self.result.prompts, sentence("written.nothing"), []
-        for entry in asked["prompts"]:
-            reference = {"reference": entry["reference"]} if entry["reference"] else {}
-            for way, words in (("greedy", "greedy"), ("sampled", "drawn")):
-                answers = {f"{name} answers": _answer(own[way]) for name, own in entry["answers"].items()}
-                texts.append({"prompt": entry["prompt"], **reference, "decoding": words, **answers})
+        asked, nothing = self.result.prompts, sentence("written.nothing")
+        lines = [{**entry, "way": way} for entry in asked["prompts"] for way in ("greedy", "sampled")]
+        rows = display.rows_of("evaluate.prompted", lines, **_NAMES)
+        texts = [{key: cell for key, cell in row.items() if cell is not None} for row in rows]
         greedy = {name: [entry["answers"][name]["greedy"] for entry in asked["prompts"]] for name in SHOWN.values()}
         latencies = [_latency(name, answers) for name, answers in greedy.items() if answers]
-        rows = display.rows_of("evaluate.latency", latencies) or [{"model": nothing}]
+        speeds = display.rows_of("evaluate.latency", latencies) or [{"model": nothing}]
         told = sentence("written.prompts", sampled=asked["decoding"]["sampled"], system=asked["system_prompt"])
         return display.stacked(
-            display.table(rows, sentence("evaluate.latency")),
+            display.table(speeds, sentence("evaluate.latency")),
             display.texts(texts or [{"prompt": nothing}], told, longest=400),
         )
 
@@ -284,11 +281,6 @@ class AnswerPage:
             written = sentence("written.learned", n=self.written["intact"]["n"], estimates=estimates)
         rest = sentence("evaluate.answers_learned", part=self.result.part, turns_cut=self.content["turns_cut"])
         return display.say(f"{written}\n{rest}")
-
-
-def _answer(answer: Mapping[str, Any]) -> str:
-    text = answer["text"] or "(nothing)"
-    return text if answer["ended"] else f"{text} [cut at the limit]"
 
 
 def _latency(name: str, answers: Sequence[Mapping[str, Any]]) -> Row:

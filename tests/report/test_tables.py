@@ -51,7 +51,8 @@ def test_every_key_of_a_table_is_a_column_or_a_heading_of_its_own() -> None:
     """Keys of columns.yaml are words with underscores; a misspelled one would silently become a heading."""
     known = yaml.safe_load(display._COLUMNS.read_text(encoding="utf-8"))
     plain = ("class", "confidence", "leaked", "model", "prompts", "row", "rows", "runtime", "support", "text")
-    plain += ("MB", "answer", "estimate", "evidence", "fits", "groups", "label", "loss", "name", "threads")
+    plain += ("MB", "answer", "estimate", "evidence", "fits", "groups", "label", "loss", "name")
+    plain += ("decoding", "prompt", "question", "reference", "threads")
     for name, table in display._tables().items():
         odd = [key for key in table if key.isidentifier() and key not in known and key not in plain]
         assert not odd, f"{name}: {odd}"
