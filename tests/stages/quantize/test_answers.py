@@ -334,7 +334,8 @@ def test_files_are_scored_once_and_at_answers(run: Run) -> None:
     mixed = result.files[-1]
     assert at_answers[mixed.file] == pytest.approx(mixed.mix["predicted_answer_kld"], rel=1e-12)
     shown = steps_page.on_answers(at_answers, SimpleNamespace(content=content))
-    assert shown.tokens == content["answer_positions"] and "16 held-out rows" in steps_page.forecast_table(shown).data
+    assert shown.counted["n"] == content["answer_positions"]
+    assert "16 held-out rows" in steps_page.forecast_table(shown).data
 
 
 def compared(verdicts: dict[str, tuple[int, str]]) -> SimpleNamespace:
