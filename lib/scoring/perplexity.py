@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.runs.files import require_space
 from lib.scoring.backend import Backend, Job
-
-if TYPE_CHECKING:
-    from lib.scoring.llama_backend import LlamaCppBackend
 
 # The numbers that llama-perplexity prints, from one value a scored position.
 #
@@ -148,6 +145,10 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 # probabilities are rounded to 65,536 steps between a position's maximum and 16 nats below it, and KL divergence sums
 # over tokens whose reference log-probability is above -16, both as llama-perplexity does.
 
+Asked = Sequence[list[int]] | Sequence[Job]
+"""What is scored: windows of a text; or jobs, at their reads, where answers of rows are predicted, so that divergences
+on text and at answers can stand side by side (llama.cpp only)."""
+
 _RANGE = 16.0  # nats below a position's maximum that are kept
 _STEPS = 65535
 
@@ -242,53 +243,6 @@ def scored_tokens(values: np.ndarray, windows: Sequence[list[int]]) -> np.ndarra
     return values[: size * len(windows)].reshape(len(windows), size)[:, size // 2 + 1 :].ravel()
 
 
-def store_reference(backend: Backend, windows: Sequence[list[int]], path: Path, what: str) -> Reference:
-    """Compute and keep the reference's log-probabilities.
-
-    Args:
-        path: a file to make, 2 bytes a position and vocabulary entry.
-        what: the work in words for the progress line.
-    """
-    n_positions = sum(len(_targets(window)) for window in windows)
-    require_space(path.parent, 2 * n_positions * backend.vocab_size, "the reference's log-probabilities")
-    reference = Reference(path, n_positions, backend.vocab_size)
-    with Progress(what, len(windows)) as progress:
-        for window in windows:
-            reference.put(_logits(backend, window), _targets(window))
-            progress.advance()
-    return reference
-
-
-def positions(
-    reference: Backend | Reference | None, other: Backend, windows: Sequence[list[int]], what: str
-) -> Positions:
-    """One value a scored position, (windows × positions a window,), window after window.
-
-    Args:
-        reference: `store_reference` of the same windows, or a second open model; None = `other` alone.
-        other: the model to judge.
-        what: the work in words for the progress line.
-
-    Raises:
-        InputError: the two have different vocabularies, or log-probabilities that are not numbers.
-    """
-    columns: list[np.ndarray] = []
-    with Progress(what, len(windows)) as progress:
-        for i, window in enumerate(windows):
-            mine, targets = _logits(other, window), _targets(window)
-            if reference is None:
-                columns.append(_of_tokens(mine, targets)[None])
-            elif isinstance(reference, Reference):
-                columns.append(reference.compare(i * len(targets), mine, targets))
-            else:
-                columns.append(_compare(_unround(*_round(_logits(reference, window))), mine, targets))
-            progress.advance()
-    return Positions(*np.concatenate(columns, axis=1))
-
-
-# The same where answers of rows are predicted, so that both divergences can stand side by side.
-
-
 def answer_jobs(rows: Sequence[Mapping[str, Any]]) -> list[Job]:
     """What to run and read of rows with "ids", "positions" (that predict an answer's tokens) and "targets" (these)."""
     return [
@@ -302,33 +256,53 @@ def answer_jobs(rows: Sequence[Mapping[str, Any]]) -> list[Job]:
     ]
 
 
-def store_answers(backend: LlamaCppBackend, jobs: Sequence[Job], path: Path, what: str) -> Reference:
-    """As `store_reference`, at all reads, one after another."""
-    n_reads = sum(len(job.reads) for job in jobs)
-    require_space(path.parent, 2 * n_reads * backend.vocab_size, "the reference's log-probabilities at answers")
-    kept = Reference(path, n_reads, backend.vocab_size)
-    for logits, targets in _answer_logits(backend, jobs, what):
-        kept.put(logits, targets)
-    return kept
+def store_reference(backend: Backend, asked: Asked, path: Path, what: str) -> Reference:
+    """Compute and keep the reference's log-probabilities.
+
+    Args:
+        path: a file to make, 2 bytes a position and vocabulary entry.
+        what: the work in words for the progress line.
+    """
+    n_positions = sum(len(_targets(one)) for one in asked)
+    where = " at answers" if isinstance(asked[0], Job) else ""
+    require_space(path.parent, 2 * n_positions * backend.vocab_size, f"the reference's log-probabilities{where}")
+    reference = Reference(path, n_positions, backend.vocab_size)
+    for logits, targets in _scored(backend, asked, what):
+        reference.put(logits, targets)
+    return reference
 
 
-def answer_divergences(kept: Reference, backend: LlamaCppBackend, jobs: Sequence[Job], what: str) -> np.ndarray:
-    """KL(reference ‖ model) at all reads, nats, float64, (reads,).
+def positions(reference: Backend | Reference | None, other: Backend, asked: Asked, what: str) -> Positions:
+    """One value a scored position, window after window or job after job.
+
+    Args:
+        reference: `store_reference` of the same, or (for windows) a second open model; None = `other` alone.
+        other: the model to judge.
+        what: the work in words for the progress line.
 
     Raises:
-        InputError: another vocabulary than the reference's.
+        InputError: the two have different vocabularies, or log-probabilities that are not numbers.
     """
-    found = np.empty(0)
-    for logits, targets in _answer_logits(backend, jobs, what):
-        found = np.append(found, kept.compare(len(found), logits, targets)[2])
-    return found
+    columns: list[np.ndarray] = []
+    first = 0
+    for one, (mine, targets) in zip(asked, _scored(other, asked, what), strict=True):
+        if reference is None:
+            columns.append(_of_tokens(mine, targets)[None])
+        elif isinstance(reference, Reference):
+            columns.append(reference.compare(first, mine, targets))
+        else:
+            columns.append(_compare(_unround(*_round(_logits(reference, one))), mine, targets))
+        first += len(targets)
+    return Positions(*np.concatenate(columns, axis=1))
 
 
-def _answer_logits(backend: LlamaCppBackend, jobs: Sequence[Job], what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Logits of a job's reads, and the tokens that came, job after job."""
-    with Progress(what, len(jobs)) as progress:
-        for job, logits in backend.read_logits(jobs):
-            yield logits, np.array([token for _, _, token in job.reads])
+def _scored(backend: Backend, asked: Asked, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Logits of the scored positions, and the tokens that came, window after window or job after job."""
+    jobs = isinstance(asked[0], Job)
+    found = (read[1] for read in backend.read_logits(asked)) if jobs else (_logits(backend, one) for one in asked)
+    with Progress(what, len(asked)) as progress:
+        for one, logits in zip(asked, found, strict=True):
+            yield logits, _targets(one)
             progress.advance()
 
 
@@ -357,9 +331,9 @@ def _compare(base: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.nd
     return np.stack([logits[rows, targets] - end, base[rows, targets], terms.sum(axis=1, dtype=np.float64), same])
 
 
-def _targets(window: list[int]) -> np.ndarray:
-    """The tokens that the scored positions of a window predict, (positions,)."""
-    return np.array(window[len(window) // 2 + 1 :])
+def _targets(one: list[int] | Job) -> np.ndarray:
+    """The tokens that the scored positions of a window or job predict, (positions,)."""
+    return np.array([token for _, _, token in one.reads] if isinstance(one, Job) else one[len(one) // 2 + 1 :])
 
 
 def _logits(backend: Backend, window: list[int]) -> np.ndarray:

@@ -181,14 +181,14 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
 
     with opened(Path(argument["reference"]), threads) as backend:
         text = perplexity.store_reference(backend, windows, scratch / "text", "the source")
-        answers = perplexity.store_answers(backend, jobs, scratch / "answers", "the source's answers")
+        answers = perplexity.store_reference(backend, jobs, scratch / "answers", "the source's answers")
         sizes = [path.stat().st_size for path in files.values()]
         at_once = _at_once(sizes, threads, _MEMORY + 2 * 4 * outputs * backend.vocab_size)
 
     def scored(kind: str) -> tuple[np.ndarray, np.ndarray]:
         with opened(files[kind], max(1, threads // at_once)) as backend:
-            found = np.asarray(perplexity.positions(text, backend, windows, f"KL of {kind}").kl)
-            return found, perplexity.answer_divergences(answers, backend, jobs, f"KL of {kind} at answers")
+            found = perplexity.positions(text, backend, windows, f"KL of {kind}")
+            return found.kl, perplexity.positions(answers, backend, jobs, f"KL of {kind} at answers").kl
 
     values: dict[str, np.ndarray] = {}
     with text, answers, ThreadPoolExecutor(at_once) as pool:
