@@ -114,8 +114,7 @@ def score_files(settings: Settings, run: Run, result: QuantizeResult, force: boo
     mixed, recipes = _mixed_and_recipes(result.files)
     if mixed and recipes:
         wanted = [file for file in result.files if file.type not in UNQUANTIZED]
-    size, source = settings.n_ctx, run_gguf(run)
-    most = max(1, min(settings.perplexity_tokens, MOST_TOKENS) // size)
+    size, most, source = settings.n_ctx, _most_windows(settings), run_gguf(run)
     unaided = replace(run_options(settings, run), imatrix=None)
 
     def content(work: ProductDraft) -> dict[str, Any]:
@@ -159,6 +158,10 @@ def score_files(settings: Settings, run: Run, result: QuantizeResult, force: boo
     product, found = run.produce_json("held_out_kld", content, parameters, ("data", "gguf", "quantized"), force)
     with np.load(product.path / VALUES) as values:
         return HeldOutScores(found, dict(values))
+
+
+def _most_windows(settings: Settings) -> int:
+    return max(1, min(settings.perplexity_tokens, MOST_TOKENS) // settings.n_ctx)
 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:

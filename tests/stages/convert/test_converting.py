@@ -489,7 +489,7 @@ def test_slabs_do_not_change_the_bytes(
     model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_load: None
 ) -> None:
     convert(model("Small-Qwen2-v1.0"), tmp_path / "whole.gguf", "q8_0")
-    monkeypatch.setattr("lib.stages.convert.tensors.SLAB", 200)
+    monkeypatch.setattr("lib.models.gguf_file.SLAB", 200)
     convert(model("Small-Qwen2-v1.0"), tmp_path / "slabs.gguf", "q8_0")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "slabs.gguf").read_bytes()
 
