@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from lib.models.gguf_file import check_gguf, read_tensors
 from lib.progress import say
 from lib.prompts.tasks import Task, task_from_json
 from lib.prompts.templates import ASSISTANT
-from lib.runs.child import run_child
-from lib.runs.files import read_jsonl, sha256_json, user_path, write_jsonl
+from lib.runs.child import peak_memory_mib, run_child
+from lib.runs.files import sha256_json, user_path
 from lib.scoring.journal import Keep, journal_path, kept_peak_memory_mib, model_hash
-from lib.scoring.log_probabilities import load_scores, score_rows
+from lib.scoring.log_probabilities import score_rows
 from lib.stages.evaluate.results import result_of
 
 # Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
@@ -163,6 +162,7 @@ def evaluate_models(
         raise InputError("no rows to evaluate on.", "at least one row.", "check --data or --run, and --max-samples.")
     shared = {
         "task": task.to_json(),
+        "rows": [dict(row) for row in rows],
         "base_model": base_model,
         "revision": revision,
         "dtype": dtype,
@@ -172,34 +172,27 @@ def evaluate_models(
         "n_gpu_layers": n_gpu_layers,
         "tokenizer": str(tokenizer) if tokenizer else None,
     }
-    kind, results = result_of(task), []
+    results = []
     check_models(models, base_model, revision)
-    with tempfile.TemporaryDirectory(prefix="workbook-evaluate-") as name:
-        folder = Path(name)
-        write_jsonl(folder / "rows.jsonl", [dict(row) for row in rows])
-        for number, model in enumerate(models):
-            scores = folder / f"scores-{number}.jsonl"
-            argument = {**shared, "model": str(model), "rows": str(folder / "rows.jsonl"), "scores": str(scores)}
-            argument["keep"] = str(journal_path(keep, model)) if keep else None
-            try:
-                answer = run_child("lib.stages.evaluate.standalone:score_in_child", argument, f"evaluating {model}")
-            except BaseException:
-                if keep is not None and keep.is_dir():
-                    say(f"what was scored so far is kept in {keep}; the same command goes on from there")
-                raise
-            if found := answer.pop("found"):
-                say(f"{model}: {found}")
-            own = kind.of_model(load_scores(scores), rows, task, answer.pop("facts"))
-            peak = max(answer["peak_memory_mib"], answer.pop("peak_of_scoring"))
-            results.append({"model": str(model), **own, **answer, "peak_memory_mib": peak})
+    for model in map(str, models):
+        argument = {**shared, "model": model, "keep": str(journal_path(keep, model)) if keep else None}
+        try:
+            answer = run_child("lib.stages.evaluate.standalone:score_in_child", argument, f"evaluating {model}")
+        except BaseException:
+            if keep is not None and keep.is_dir():
+                say(f"what was scored so far is kept in {keep}; the same command goes on from there")
+            raise
+        if found := answer.pop("found"):
+            say(f"{model}: {found}")
+        results.append({"model": model, **answer})
     if keep is not None:
         shutil.rmtree(keep)
-    return {"data": {**(data or {}), "n": len(rows), **kind.asked(task)}, "models": results}
+    return {"data": {**(data or {}), "n": len(rows), **result_of(task).asked(task)}, "models": results}
 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
-    """Load one model, score the rows, save the scores; runs in the child process."""
-    task, rows = task_from_json(argument["task"]), read_jsonl(Path(argument["rows"]))
+    """Load one model, score the rows, say what the scores mean; runs in the child process."""
+    task, rows = task_from_json(argument["task"]), argument["rows"]
     backend, tokenizer, files = open_model(argument, task.max_seq_length)
     keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
     try:
@@ -208,15 +201,15 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         note = "; ".join(filter(None, (backend.note, task.note(tokenizer))))
     finally:
         backend.close()
-    scores.save(Path(argument["scores"]))
     answers = [[turn["content"] for turn in task.messages(row) if turn["role"] == ASSISTANT] for row in rows]
     facts = {
         "note": note,
         "characters": [sum(len(own[i]) for i in one.answers) for own, one in zip(answers, encoded, strict=True)],
         "turns_cut": [one.turns_cut for one in encoded],
     }
-    peak = kept_peak_memory_mib(keep.path) if keep else 0.0
-    return {"device": backend.device, "facts": facts, "peak_of_scoring": peak, "found": scores.found}
+    own = result_of(task).of_model(scores, rows, task, facts)
+    peak = max(peak_memory_mib(), kept_peak_memory_mib(keep.path) if keep else 0.0)
+    return {**own, "device": backend.device, "peak_memory_mib": peak, "found": scores.found}
 
 
 def keep_of(argument: dict[str, Any], files: Sequence[Path]) -> Keep | None:

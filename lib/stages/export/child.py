@@ -32,8 +32,8 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
             of training rows; for GPTQ), "prompts" (token ids of the self-check).
 
     Returns:
-        "seconds" (of quantizing and saving), "memory_mib" (peak until then), "weights", "weight_bytes",
-        "tensor_bytes", "dtype", "check" and what the format adds, e.g. "group_size".
+        "seconds" (of quantizing and saving), "peak_memory_mib" (until then), "weights", "bytes", "bits_per_weight",
+        "tensor_bytes", "dtypes", "check" and what the format adds, e.g. "group_size".
 
     Raises:
         InputError: a model or a machine that this format does not fit.
@@ -49,7 +49,7 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
         seconds, memory = time.perf_counter() - started, peak_memory_mib()
         progress.advance(1, "made")
         check = _check(source, output, argument["prompts"], progress)
-    return {"seconds": round(seconds, 2), "memory_mib": memory, **more, **_sizes(source, output), "check": check}
+    return {"seconds": round(seconds, 2), "peak_memory_mib": memory, **more, **_sizes(source, output), "check": check}
 
 
 def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
@@ -116,9 +116,11 @@ def _sizes(source: Path, output: Path) -> dict[str, Any]:
 
     saved = open_weights(output)
     plain = {tensor.dtype for tensor in saved.tensors.values() if tensor.dtype in ("F32", "F16", "BF16")}
+    weights = open_weights(source).parameters
     return {
-        "weights": open_weights(source).parameters,
-        "weight_bytes": weight_bytes(output),
+        "weights": weights,
+        "bytes": weight_bytes(output),
+        "bits_per_weight": 8 * saved.nbytes / weights,
         "tensor_bytes": saved.nbytes,
         "dtypes": sorted(plain),
     }

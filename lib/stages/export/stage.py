@@ -176,12 +176,8 @@ def _kept_or_made(
         "title": wanted.title,
         "made_by": wanted.maker(),
         "folder": wanted.name,
-        "bytes": answer.pop("weight_bytes"),
-        "bits_per_weight": 8 * answer["tensor_bytes"] / answer["weights"],
         **answer,
-        "peak_memory_mib": answer["memory_mib"],  # while it was made, not while it was checked
     }
-    del record["memory_mib"]
     write_card(folder, wanted, record, **card)
     return {**record, "files": hash_folder(folder)}
 

@@ -78,8 +78,8 @@ def test_an_interrupted_export_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch
         Path(argument["output"]).mkdir()
         Path(argument["output"], "model.safetensors").write_bytes(b"x")
         check = {"mean_kld": 0.0, "same_top": 1.0, "positions": 1}
-        sizes = {"weight_bytes": 1, "tensor_bytes": 2, "weights": 1}
-        return {**sizes, "memory_mib": 1.0, "seconds": 0.1, "check": check}
+        sizes = {"bytes": 1, "tensor_bytes": 2, "weights": 1, "bits_per_weight": 16.0}
+        return {**sizes, "peak_memory_mib": 1.0, "seconds": 0.1, "check": check}
 
     monkeypatch.setattr(export_stage, "run_child", answers)
     with pytest.raises(KeyboardInterrupt):
