@@ -182,16 +182,13 @@ def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
 
     loads = speed.repeat(seconds_of_a_load, *speed.LOADS)
     model = load_as_saved(path)
-    rates = _rates(model, argument["windows"][0][: speed.PROMPT_TOKENS])
+    times = _times(model, argument["windows"][0][: speed.PROMPT_TOKENS])
     backend = TransformersBackend(model, BATCH, path.name)
     return {
-        "file_type": None,
         "bytes": weight_bytes(path),
         "weights": weights,
         "tensor_bytes": stored.nbytes,
-        "vocab_size": backend.vocab_size,
-        **speed.load_facts(loads),
-        **rates,
+        "speed": speed.rates(loads, *times),
         **score(backend, argument, "leave this format out of export_formats."),
         **_measure_text(backend, argument),
     }
@@ -203,21 +200,40 @@ def _measure_text(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_in_transformers(argument: dict[str, Any]) -> dict[str, Any]:
-    """The rows alone, by a model as the error ladder asks for it: "log_probs", "score_seconds", "found", "dtype".
+    """The rows alone, by the models of the error ladder that transformers computes, one after another.
 
     Args:
-        argument: as for `measure_model`, with "way": `MERGED`, `MERGED_FLOAT32` (what 16-bit arithmetic alone changed)
-            or `DEQUANTIZED` ("path" is the GGUF file, "config" the folder of the model it was made from).
+        argument: as for `measure_model`; "path" is the merged model, "gguf" the file at the end of the ladder, or None.
+
+    Returns:
+        "answers": by way "log_probs", "score_seconds", "found" and "dtype". The ways are `MERGED`; where there is a
+        file `DEQUANTIZED`; and `MERGED_FLOAT32` (what 16-bit arithmetic alone changed) where that is new and fits into
+        the free memory. "found": of all together.
     """
-    from lib.scoring.torch_backend import TransformersBackend
+    from lib.models.loading import affordable_dtype
 
     _use_threads(argument)
-    path, way = Path(argument["path"]), argument["way"]
-    model = _load(path, way, argument)
-    backend = TransformersBackend(model, BATCH, path.name)
+    answers = {MERGED: score_as(MERGED, argument)}
+    if argument["gguf"]:
+        answers[DEQUANTIZED] = score_as(DEQUANTIZED, argument)
+        if answers[MERGED]["dtype"] != "float32" and affordable_dtype(Path(argument["path"])) == "float32":
+            answers[MERGED_FLOAT32] = score_as(MERGED_FLOAT32, argument)
+    return {"answers": answers, "found": ", ".join(filter(None, (answer["found"] for answer in answers.values())))}
+
+
+def score_as(way: str, argument: dict[str, Any]) -> dict[str, Any]:
+    """The rows by one of those models, which is loaded and dropped again."""
+    from lib.scoring.torch_backend import TransformersBackend
+
+    path = Path(argument["gguf"] if way == DEQUANTIZED else argument["path"])
+    backend = TransformersBackend(_load(path, way, argument), BATCH, path.name)
+    dtype = str(backend.model.dtype).removeprefix("torch.")
+    asked = {**argument, "path": path, "keep": Path(argument["keep"]).with_name(f"{way}.jsonl")}
     made_by = "quantize again with notebook 06" if way == DEQUANTIZED else "merge again with notebook 04"
-    scored = score(backend, argument, f"{made_by} and force: true.")
-    return {**scored, "dtype": str(backend.model.dtype).removeprefix("torch."), "note": backend.note}
+    scored = score(backend, asked, f"{made_by} and force: true.")
+    backend.close()
+    gc.collect()  # gone before the next one is loaded
+    return {**scored, "dtype": dtype}
 
 
 def _load(path: Path, way: str, argument: Mapping[str, Any]) -> PreTrainedModel:
@@ -235,7 +251,7 @@ def _load(path: Path, way: str, argument: Mapping[str, Any]) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    options["config"] = AutoConfig.from_pretrained(argument["config"], trust_remote_code=False)
+    options["config"] = AutoConfig.from_pretrained(argument["path"], trust_remote_code=False)
     with no_warnings():
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options).eval()
 
@@ -300,9 +316,8 @@ def _check_tokenizer(path: Path, sample: Mapping[str, Any]) -> None:
         )
 
 
-def _rates(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Any]:
-    """Rates of reading a prompt and of greedy writing with a key-value cache, as `lib.stages.compare.speed` has
-    them."""
+def _times(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[int, list[float], list[float]]:
+    """Tokens of a prompt, seconds of reading it and of greedy writing with a key-value cache behind it."""
     import torch
 
     ids = torch.tensor([list(prompt)], device=model.device)
@@ -326,5 +341,4 @@ def _rates(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Any]:
         return seconds_since(started)
 
     with torch.inference_mode():
-        prompts, written = speed.repeat(lambda: read()[0]), speed.repeat(write)
-    return {**speed.rate("prompt", ids.shape[1], prompts), **speed.rate("generation", speed.GENERATED_TOKENS, written)}
+        return ids.shape[1], speed.repeat(lambda: read()[0]), speed.repeat(write)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lib.scoring.log_probabilities import NEAR_TIE, Scores, load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups
+from lib.stages.compare.child import DEQUANTIZED, MERGED, MERGED_FLOAT32
 from lib.stages.compare.recommend import worse_on
 from lib.stages.compare.retention import TUNED_SCORES, other_model
 from lib.statistics.intervals import wilson
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
 # exactly (the rounding of weights, and the runtime back), those → the quantized file in llama.cpp (the runtime's
 # arithmetic, which rounds activations too).
 
-MERGED_SCORES, DEQUANTIZED_SCORES = "scores-merged.jsonl", "scores-dequantized.jsonl"
-"""Scores of the merged model in transformers, and of one file's weights there, beside those of the files."""
-MERGED32_SCORES = "scores-merged-float32.jsonl"
-"""The merged model's in float32, where it was scored in another dtype first."""
+STEP_SCORES = {way: f"scores-{way.replace('_', '-')}.jsonl" for way in (MERGED, MERGED_FLOAT32, DEQUANTIZED)}
+"""Scores of the models that transformers computes, beside those of the files."""
 
 
 def step_file(files: Sequence[Mapping[str, Any]], recommendation: Mapping[str, Any]) -> str | None:
@@ -55,11 +54,11 @@ def steps_of(
         return [], ""
     asked, reference = content["steps"], content["reference"]
     name = asked["file"]
-    files = [(asked["merged"], MERGED_SCORES)]
-    files += [(asked["merged_float32"], MERGED32_SCORES)] if asked.get("merged_float32") else []
+    files = [(asked["merged"], STEP_SCORES[MERGED])]
+    files += [(asked["merged_float32"], STEP_SCORES[MERGED_FLOAT32])] if asked["merged_float32"] else []
     files += [
         (f"GGUF {reference}, llama.cpp", f"scores-{reference}.jsonl"),
-        (f"weights of {name}, transformers (float32)", DEQUANTIZED_SCORES),
+        (f"weights of {name}, transformers (float32)", STEP_SCORES[DEQUANTIZED]),
         (f"{name}, llama.cpp", f"scores-{name}.jsonl"),
     ]
     steps = [(words, load_scores(folder / file)) for words, file in files]

@@ -21,8 +21,8 @@ from lib.runs.machine import cpu_name, llama_cpp_problem, physical_cores
 from lib.scoring.journal import found_done, journal_path
 from lib.scoring.metric import AnyScores, Metric, RowGroups, compare, metric_of
 from lib.settings import mix_name
-from lib.stages.compare.child import DEQUANTIZED, MERGED, MERGED_FLOAT32, EncodedRows, encode_rows
-from lib.stages.compare.error_ladder import DEQUANTIZED_SCORES, MERGED32_SCORES, MERGED_SCORES, agreements, step_file
+from lib.stages.compare.child import MERGED, MERGED_FLOAT32, EncodedRows, encode_rows
+from lib.stages.compare.error_ladder import STEP_SCORES, agreements, step_file
 from lib.stages.compare.recommend import recommend
 from lib.stages.compare.retention import FOLDER, GGUF, BaseScores, retentions, with_retention
 from lib.stages.compare.speed import read_bytes
@@ -35,11 +35,6 @@ SUMMARY = "comparison.json"
 SCORING = ".scores"
 """Folder of scores and answers that are kept as they come."""
 _TEMPORARY = ".reference-"
-_SPEED_KEYS = (
-    *("load_seconds", "load_seconds_range", "load_runs"),
-    *("prompt_tokens_per_second", "prompt_tokens_per_second_range", "prompt_runs"),
-    *("generation_tokens_per_second", "generation_tokens_per_second_range", "generation_runs"),
-)
 
 Row = Mapping[str, Any]
 
@@ -114,34 +109,44 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
     tokenizer = asked.tokenizer or _tokenizer_in(asked.reference)
     encoded = encode_rows(tokenizer, asked.task, asked.rows, asked.n_ctx, asked.perplexity_tokens)
     metric, groups = metric_of(asked.task), RowGroups.of(asked.rows)
-    processes = Processes(asked, encoded)
-    measured = processes.measure_all()
+    shared = encoded.argument(asked.n_threads or physical_cores(), asked.n_gpu_layers)
+    measured = _measure_all(asked, encoded, shared)
     scores = {one.name: one.scores for one in measured}
-    merged = asked.merged and processes.merged()
     floor = metric.floor(tokenizer, asked.task, asked.train, asked.rows)
     entries = _entries(metric, measured, groups, asked, floor)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # tests count every comparison, the advice is about
     best = frontier(files[1:])  # what a phone can run
     free = sum(row.get("leaked") is False for row in asked.rows)
-    conditions = _conditions(measured[0].answer, processes.shared, encoded)
+    advice = recommend(metric, files, asked.margin, floor, len(entries) - 1)
+    chosen = step_file(files[1:], advice)
+    merged, steps, notes = _score_steps(asked, encoded, shared, next((o for o in measured if o.name == chosen), None))
     result = {
         "data": {**asked.source, "rows": len(asked.rows), "leak_free_rows": free or None},
-        "conditions": {**conditions, **metric.conditions(asked.margin, floor), "seed": asked.seed},
+        "conditions": {
+            "device": measured[0].answer["device"],
+            "processor": cpu_name(),
+            "n_threads": shared["n_threads"],
+            "thread_waiting": measured[0].answer["thread_waiting"],
+            "n_gpu_layers": shared["n_gpu_layers"],
+            "window_tokens": len(encoded.windows[0]),
+            "windows": len(encoded.windows),
+            **metric.conditions(asked.margin, floor),
+            "seed": asked.seed,
+        },
         "reference": measured[0].name,
         "files": [{**entry, "on_frontier": entry["type"] in best} for entry in entries],
         "frontier": best,
-        "recommendation": recommend(metric, files, asked.margin, floor, len(entries) - 1),
+        "recommendation": advice,
         "agreement": agreements(scores, merged) if encoded.rows.answers else None,
-        "notes": [*encoded.notes, *(f"{one.name}: {note}" for one in measured if (note := one.answer.get("note")))],
+        "notes": [
+            *encoded.notes,
+            *(f"{one.name}: {note}" for one in measured if (note := one.answer.get("note"))),
+            *notes,
+        ],
         "found_done": found_done({name: [score.found] for name, score in scores.items()}),
+        **steps,
     }
     result = with_retention(result, retentions(metric, scores, asked.start, groups.groups), asked.grid)
-    chosen = step_file(files[1:], result["recommendation"])
-    if merged and chosen is not None:
-        processes.dequantized(next(one.path for one in measured if one.name == chosen), chosen)
-        in_float32, note = processes.merged_float32(merged[0])
-        result["steps"] = {"merged": merged[0], "merged_float32": in_float32, "file": chosen}
-        result["notes"] += note
     write_json(asked.output / SUMMARY, result)
     if forget:
         forget_scores(asked.output)
@@ -161,69 +166,56 @@ class Measured:
     scores: AnyScores
 
 
-class Processes:
-    """What is measured on every model of a comparison; scores are saved in its folder.
+def _measure_all(asked: Comparison, encoded: EncodedRows, shared: Mapping[str, Any]) -> list[Measured]:
+    """Every file and folder; the reference's log-probabilities live as long as this call."""
+    paths, output, answers = asked.paths, asked.output, []
+    for stray in output.glob(f"{_TEMPORARY}*"):  # of a comparison that was killed
+        shutil.rmtree(stray, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
+        for place, path in enumerate(paths):
+            what = f"comparing {path.name} ({place + 1} of {len(paths)})"
+            argument = {**shared, "reference": Path(folder, "log-probs"), "is_reference": place == 0}
+            answers.append(run_kept("child:measure_model", path, argument, output, what))
+    names = _names(paths, *([answer.get(key) for answer in answers] for key in ("file_type", "size_budget")))
+    return [
+        Measured(name, path, answer, _saved(asked, encoded, answer, f"scores-{name}.jsonl"))
+        for name, path, answer in zip(names, paths, answers, strict=True)
+    ]
 
-    Attributes:
-        shared: what every process gets.
+
+def _saved(asked: Comparison, encoded: EncodedRows, answer: Mapping[str, Any], file: str) -> AnyScores:
+    log_probs = np.array(answer["log_probs"], dtype=np.float64)
+    scores = encoded.rows.scores(asked.rows, log_probs, answer["score_seconds"], answer["found"])
+    scores.save(asked.output / file)
+    return scores
+
+
+def _score_steps(
+    asked: Comparison, encoded: EncodedRows, shared: Mapping[str, Any], last: Measured | None
+) -> tuple[tuple[str, AnyScores] | None, dict[str, Any], list[str]]:
+    """What the error ladder needs of transformers: scores of the merged model, of its weights in 32-bit arithmetic if
+    it was scored in another, and of the weights of the file at the ladder's end.
+
+    Returns:
+        the merged model (what it is, its scores); {"steps"} of comparison.json; a note where a step is left out.
     """
-
-    def __init__(self, asked: Comparison, encoded: EncodedRows) -> None:
-        self.asked, self.encoded = asked, encoded
-        self.shared = encoded.argument(asked.n_threads or physical_cores(), asked.n_gpu_layers)
-
-    def measure_all(self) -> list[Measured]:
-        """Every file and folder; the reference's log-probabilities live as long as this call."""
-        paths, output = self.asked.paths, self.asked.output
-        answers = []
-        for stray in output.glob(f"{_TEMPORARY}*"):  # of a comparison that was killed
-            shutil.rmtree(stray, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output) as folder:
-            reference = str(Path(folder).resolve() / "log-probs")
-            for place, path in enumerate(paths):
-                what = f"comparing {path.name} ({place + 1} of {len(paths)})"
-                argument = {**self.shared, "reference": reference, "is_reference": place == 0}
-                answers.append(run_kept("child:measure_model", path, argument, output, what))
-        names = _names(paths, *([answer.get(key) for answer in answers] for key in ("file_type", "size_budget")))
-        return [
-            Measured(name, path, answer, self._saved(answer, f"scores-{name}.jsonl"))
-            for name, path, answer in zip(names, paths, answers, strict=True)
-        ]
-
-    def _saved(self, answer: Mapping[str, Any], file: str) -> AnyScores:
-        log_probs = np.array(answer["log_probs"], dtype=np.float64)
-        scores = self.encoded.rows.scores(self.asked.rows, log_probs, answer["score_seconds"], answer["found"])
-        scores.save(self.asked.output / file)
-        return scores
-
-    def _score(self, way: str, path: Path, what: str, file: str, **more: str) -> tuple[str, AnyScores]:
-        """The rows alone, in transformers: the number format, and the scores."""
-        argument = {**self.shared, "way": way, **more}
-        answer = run_kept("child:score_in_transformers", path, argument, self.asked.output, what)
-        return answer["dtype"], self._saved(answer, file)
-
-    def merged(self) -> tuple[str, AnyScores]:
-        """The merged model in transformers: what it is, and its scores."""
-        dtype, scores = self._score(MERGED, self.asked.merged, "scoring the merged model", MERGED_SCORES)
-        return merged_name(dtype), scores
-
-    def merged_float32(self, name: str) -> tuple[str | None, list[str]]:
-        """The merged model in 32-bit arithmetic, if it was scored in another: its name, and a note where it is left
-        out."""
-        from lib.models.loading import affordable_dtype
-
-        if name == merged_name("float32"):
-            return None, []
-        if affordable_dtype(self.asked.merged) != "float32":
-            words = "the merged model in float32 does not fit into the free memory (4 bytes a weight and a third)"
-            return None, [f"{words}, so the step from 16-bit to 32-bit arithmetic is left out of the error ladder"]
-        self._score(MERGED_FLOAT32, self.asked.merged, "scoring the merged model in float32", MERGED32_SCORES)
-        return merged_name("float32"), []
-
-    def dequantized(self, path: Path, name: str) -> None:
-        """The weights of the file at the end of the error ladder, computed by transformers."""
-        what = f"scoring the weights of {name} in transformers"
-        self._score(DEQUANTIZED, path, what, DEQUANTIZED_SCORES, config=str(self.asked.merged.resolve()))
+    if asked.merged is None:
+        return None, {}, []
+    what = "scoring the merged model" + (f" and the weights of {last.name} in transformers" if last else "")
+    argument = {**shared, "gguf": last and last.path}
+    answers = run_kept("child:score_in_transformers", asked.merged, argument, asked.output, what)["answers"]
+    scores = {way: _saved(asked, encoded, answer, STEP_SCORES[way]) for way, answer in answers.items()}
+    dtype, exact = answers[MERGED]["dtype"], MERGED_FLOAT32 in answers
+    merged = f"merged, transformers ({dtype})", scores[MERGED]
+    if last is None:
+        return merged, {}, []
+    in_float32 = "merged, transformers (float32)" if exact else None
+    steps = {"merged": merged[0], "merged_float32": in_float32, "file": last.name}
+    if exact or dtype == "float32":
+        return merged, {"steps": steps}, []
+    words = "the merged model in float32 does not fit into the free memory (4 bytes a weight and a third)"
+    note = f"{words}, so the step from 16-bit to 32-bit arithmetic is left out of the error ladder"
+    return merged, {"steps": steps}, [note]
 
 
 def run_kept(function: str, path: Path, argument: Mapping[str, Any], output: Path, what: str) -> dict[str, Any]:
@@ -232,11 +224,8 @@ def run_kept(function: str, path: Path, argument: Mapping[str, Any], output: Pat
     Args:
         function: "module:name" of this package; it gives "found": what was already done, in words.
     """
-    folder = argument.get("way", function.partition(":")[2])  # one file may be scored in two ways
-    keep = journal_path(output / SCORING / folder, path.resolve())
-    answer = run_child(
-        f"lib.stages.compare.{function}", {**argument, "path": str(path.resolve()), "keep": str(keep)}, what
-    )
+    keep = journal_path(output / SCORING / function.partition(":")[2], path.resolve())
+    answer = run_child(f"lib.stages.compare.{function}", {**argument, "path": path, "keep": keep}, what)
     if answer["found"]:
         say(f"{path.name}: {answer['found']}")
     return answer
@@ -245,11 +234,6 @@ def run_kept(function: str, path: Path, argument: Mapping[str, Any], output: Pat
 def forget_scores(output: Path) -> None:
     """Remove what was kept for an interruption."""
     shutil.rmtree(output / SCORING, ignore_errors=True)
-
-
-def merged_name(dtype: str) -> str:
-    """The merged model as a step of the error ladder."""
-    return f"merged, transformers ({dtype})"
 
 
 def _names(paths: Sequence[Path], file_types: Sequence[int | None], budgets: Sequence[int | None]) -> list[str]:
@@ -273,19 +257,6 @@ def _names(paths: Sequence[Path], file_types: Sequence[int | None], budgets: Seq
 # From what was measured to comparison.json.
 
 
-def _conditions(reference: Mapping[str, Any], shared: Mapping[str, Any], encoded: EncodedRows) -> dict[str, Any]:
-    """Where and how it was measured."""
-    return {
-        "device": reference["device"],
-        "processor": cpu_name(),
-        "n_threads": shared["n_threads"],
-        "thread_waiting": reference["thread_waiting"],
-        "n_gpu_layers": shared["n_gpu_layers"],
-        "window_tokens": len(encoded.windows[0]),
-        "windows": len(encoded.windows),
-    }
-
-
 def _entries(
     metric: Metric, measured: Sequence[Measured], groups: RowGroups, asked: Comparison, floor: float | None
 ) -> list[dict[str, Any]]:
@@ -305,7 +276,7 @@ def _entries(
             **judged[one.name],
             **metric.entry_floor(floor),
             **_text_quality(one.answer["text"], reference.answer["text"]["ppl"]),
-            **{key: one.answer[key] for key in _SPEED_KEYS},
+            **one.answer["speed"],
             "seconds_per_sample": one.answer["score_seconds"] / len(asked.rows),
             "peak_memory_mib": one.answer["memory_mib"],
             "device": one.answer["device"],

@@ -64,8 +64,6 @@ def base_scores(run: Run) -> BaseScores:
         folder = run.require("evaluation").path
     except InputError as error:
         return BaseScores(note=f"The base's scores are not known: {error.found}")
-    if not (folder / BASE_SCORES).is_file():
-        return BaseScores(note="03 kept no scores of the base.")
     same = not other_model(run) and not _merged_into_other_weights(run)
     return BaseScores(load_scores(folder / BASE_SCORES), load_scores(folder / TUNED_SCORES) if same else None, "")
 
@@ -87,10 +85,10 @@ def other_model(run: Run) -> str:
         if {product, source} <= set(entries) and entries[product].inputs.get(source) != entries[source].digest:
             return f"{words}, so the adapter is left out."
     try:
-        found = run.require("evaluation").path / TUNED_SCORES
+        run.require("evaluation")
     except InputError as error:
         return f"The adapter is left out: {error.found}"
-    return "" if found.is_file() else "03 kept no scores of the fine-tuned model, so the adapter is left out."
+    return ""
 
 
 def _merged_into_other_weights(run: Run) -> bool:

@@ -37,10 +37,8 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
         prompt: token ids; the first 128 are used.
 
     Returns:
-        "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes", "vocab_size",
-        "load_seconds" (model and context, file in the page cache: median), "load_seconds_range" ([fastest, slowest]),
-        "load_runs", and for prompt and generation "…_tokens_per_second" (median), "…_range" ([slowest, fastest]) and
-        "…_runs". Generation is greedy, 32 tokens after the prompt, one at a time.
+        "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes" and "speed"
+        (see `rates`: loading is that of model and context, the file in the page cache).
     """
     api = llama()
     ids = list(prompt[:PROMPT_TOKENS])
@@ -54,7 +52,6 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
             "size_budget": _number(model, "quantize.mix.budget_bytes"),
             "weights": int(api.llama_model_n_params(model)),
             "tensor_bytes": int(api.llama_model_size(model)),
-            "vocab_size": vocab,
         }
         if max(ids) >= vocab:
             raise InputError(
@@ -64,12 +61,7 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
             )
         prompts = repeat(lambda: _read_prompt(context, ids))
         written = repeat(lambda: _write(context, ids, vocab))
-    return {
-        **facts,
-        **load_facts(loads),
-        **rate("prompt", len(ids), prompts),
-        **rate("generation", GENERATED_TOKENS, written),
-    }
+    return {**facts, "speed": rates(loads, len(ids), prompts, written)}
 
 
 def read_once(path: Path) -> None:
@@ -149,22 +141,20 @@ def repeat(
     return times
 
 
-def load_facts(times: list[float]) -> dict[str, Any]:
-    """Seconds of a load: median, [fastest, slowest], number of loads."""
-    return {
-        "load_seconds": statistics.median(times),
-        "load_seconds_range": [min(times), max(times)],
-        "load_runs": len(times),
-    }
+def rates(loads: list[float], prompt_tokens: int, prompts: list[float], written: list[float]) -> dict[str, Any]:
+    """What seconds of loading, of reading a prompt and of writing (greedily, 32 tokens after the prompt) say.
 
-
-def rate(kind: str, tokens: int, times: list[float]) -> dict[str, Any]:
-    """Tokens a second: median, [slowest, fastest], number of runs."""
-    return {
-        f"{kind}_tokens_per_second": round(tokens / statistics.median(times), 2),
-        f"{kind}_tokens_per_second_range": [round(tokens / max(times), 2), round(tokens / min(times), 2)],
-        f"{kind}_runs": len(times),
-    }
+    Returns:
+        "load_seconds" (median), "load_seconds_range" ([fastest, slowest]), "load_runs"; for prompt and generation
+        "…_tokens_per_second" (median), "…_tokens_per_second_range" ([slowest, fastest]) and "…_runs".
+    """
+    median = statistics.median(loads)
+    found = {"load_seconds": median, "load_seconds_range": [min(loads), max(loads)], "load_runs": len(loads)}
+    for kind, tokens, times in (("prompt", prompt_tokens, prompts), ("generation", GENERATED_TOKENS, written)):
+        per_second = [round(tokens / seconds, 2) for seconds in (statistics.median(times), max(times), min(times))]
+        found[f"{kind}_tokens_per_second"], *found[f"{kind}_tokens_per_second_range"] = per_second
+        found[f"{kind}_runs"] = len(times)
+    return found
 
 
 # The most tokens a second that a memory can feed: arithmetic, not a measurement and not a forecast.

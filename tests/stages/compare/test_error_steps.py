@@ -13,12 +13,15 @@ from lib.runs.files import read_jsonl, write_json, write_jsonl
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import Scores
 from lib.scoring.metric import ACCURACY, RowGroups
-from lib.stages.compare import files
+from lib.stages.compare import child, files
 from lib.stages.compare.error_ladder import steps_of
 from lib.stages.compare.files import Comparison
 
 N = 60
-CONTENT = {"steps": {"file": "Q8_0", "merged": "merged, transformers (bfloat16)"}, "reference": "F16"}
+CONTENT = {
+    "steps": {"file": "Q8_0", "merged": "merged, transformers (bfloat16)", "merged_float32": None},
+    "reference": "F16",
+}
 CONTENT["conditions"] = {"equivalence_margin_points": 1.0, "seed": 1}
 
 
@@ -93,27 +96,40 @@ def test_damaged_scores_are_left_out(run: Run) -> None:
 
 
 def test_32_bit_arithmetic_is_a_step_of_its_own(run: Run) -> None:
-    content = {**CONTENT, "steps": {**CONTENT["steps"], "merged_float32": files.merged_name("float32")}}
+    content = {**CONTENT, "steps": {**CONTENT["steps"], "merged_float32": "merged, transformers (float32)"}}
     _, merged, exact, *rest = names(run, content)[0]
     assert (merged, exact) == ("merged, transformers (bfloat16)", "merged, transformers (float32)")
     assert rest == REST[1:]
 
 
-def test_32_bits_are_scored_where_they_are_new_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+@pytest.mark.parametrize(
+    ("dtype", "fits", "file", "asked"),
+    [
+        ("bfloat16", True, True, ["merged", "dequantized", "merged_float32"]),
+        ("bfloat16", False, True, ["merged", "dequantized"]),
+        ("float32", True, True, ["merged", "dequantized"]),
+        ("bfloat16", True, False, ["merged"]),
+    ],
+)
+def test_32_bits_are_scored_where_they_are_new_and_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, fits: bool, file: bool, asked: list[str]
+) -> None:
+    def score(way: str, _: dict) -> dict:
+        return {"dtype": dtype, "log_probs": [], "score_seconds": 0.0, "found": ""}
 
-    def child(function: str, path: Path, argument: dict, *_: object) -> dict:
-        asked.append(argument["way"])
-        return {"dtype": "float32", "log_probs": [], "score_seconds": 0.0, "found": ""}
+    def run(function: str, argument: dict, what: str) -> dict:
+        return child.score_in_transformers(argument)
 
-    monkeypatch.setattr(files, "run_kept", child)
-    encoded = SimpleNamespace(argument=lambda *_: {}, rows=SimpleNamespace(scores=lambda *_: scores(0)))
-    comparison = Comparison(tmp_path, [], [], None, tmp_path, merged=tmp_path, n_threads=1)
-    merged_float32 = files.Processes(comparison, encoded).merged_float32
-    assert merged_float32(files.merged_name("float32")) == (None, []) and not asked
-    monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "bfloat16")
-    name, notes = merged_float32(files.merged_name("bfloat16"))
-    assert name is None and "does not fit" in notes[0] and not asked
-    monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "float32")
-    assert merged_float32(files.merged_name("bfloat16")) == ("merged, transformers (float32)", [])
-    assert asked == ["merged_float32"] and (tmp_path / "scores-merged-float32.jsonl").is_file()
+    monkeypatch.setattr(child, "score_as", score)
+    monkeypatch.setattr(files, "run_child", run)
+    monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "float32" if fits else "bfloat16")
+    encoded = SimpleNamespace(rows=SimpleNamespace(scores=lambda *_: scores(0)))
+    comparison = Comparison(tmp_path, [], [], None, tmp_path, merged=tmp_path)
+    last = SimpleNamespace(name="Q8_0", path=tmp_path) if file else None
+    merged, steps, notes = files._score_steps(comparison, encoded, {"n_threads": 1}, last)
+    assert merged[0] == f"merged, transformers ({dtype})"
+    exact = "merged, transformers (float32)" if "merged_float32" in asked else None
+    named = {"merged": merged[0], "merged_float32": exact, "file": "Q8_0"}
+    assert steps == ({"steps": named} if file else {})
+    assert bool(notes) == (not fits) and all("does not fit" in note for note in notes)
+    assert {path.name for path in tmp_path.glob("scores-*")} == {f"scores-{n.replace('_', '-')}.jsonl" for n in asked}

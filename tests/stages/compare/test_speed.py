@@ -8,7 +8,7 @@ import pytest
 
 from lib.report.display import rows_of
 from lib.report.sentences import sentence
-from lib.stages.compare.speed import LOADS, load_facts, rate, repeat
+from lib.stages.compare.speed import LOADS, rates, repeat
 
 
 def clock(times: list[float]) -> Callable[[], float]:
@@ -34,18 +34,23 @@ def test_loads_are_few() -> None:
 
 
 def test_what_is_made_of_the_times() -> None:
-    assert rate("prompt", 100, [4.0, 1.0, 2.0]) == {
+    assert rates([4.0, 1.0, 2.0], 100, [4.0, 1.0, 2.0], [1.0]) == {
+        "load_seconds": 2.0,
+        "load_seconds_range": [1.0, 4.0],
+        "load_runs": 3,
         "prompt_tokens_per_second": 50.0,
         "prompt_tokens_per_second_range": [25.0, 100.0],
         "prompt_runs": 3,
+        "generation_tokens_per_second": 32.0,
+        "generation_tokens_per_second_range": [32.0, 32.0],
+        "generation_runs": 1,
     }
-    assert load_facts([4.0, 1.0, 2.0]) == {"load_seconds": 2.0, "load_seconds_range": [1.0, 4.0], "load_runs": 3}
 
 
 def test_the_page_says_how_often() -> None:
-    first = {"type": "F16", **load_facts([0.5, 0.25, 1.0]), **rate("prompt", 8, [1.0] * 5)}
-    first |= {**rate("generation", 8, [1.0] * 7), "seconds_per_sample": 0.01, "peak_memory_mib": 50.0}
-    second = {**first, **load_facts([1.0] * 5), **rate("generation", 8, [1.0] * 5)}
+    first = {"type": "F16", **rates([0.5, 0.25, 1.0], 8, [1.0] * 5, [1.0] * 7)}
+    first |= {"seconds_per_sample": 0.01, "peak_memory_mib": 50.0}
+    second = {**first, **rates([1.0] * 5, 8, [1.0] * 5, [1.0] * 5)}
     runs = {"load": [3, 5], "prompt": [5, 5], "generation": [5, 7]}
     caption = sentence("compare.speeds", processor="a CPU", threads=2, runs=runs)
     assert "of 3 to 5 loads, 5 prompts, 5 to 7 generations a file" in caption

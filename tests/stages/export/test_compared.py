@@ -102,13 +102,13 @@ def test_the_merged_model_in_32_bit_arithmetic(tmp_path: Path) -> None:
     tokenizer, rows = load_tokenizer(folder), ROWS[:8]
     given = child.encode_rows(tokenizer, tiny_run.TASK, rows, 64, 512).argument(1, 0)
     given |= {"path": str(folder), "keep": str(tmp_path / "keep.jsonl")}
-    answer = child.score_in_transformers({**given, "way": child.MERGED_FLOAT32})
+    answer = child.score_as(child.MERGED_FLOAT32, given)
     own = score_rows(
         TransformersBackend(load_model(folder, "float32", device="cpu")), tokenizer, tiny_run.TASK, rows, "t"
     )
     order = np.argsort([row["id"] for row in rows], kind="stable")
     np.testing.assert_allclose(answer["log_probs"], own.log_probs[order], atol=1e-4)
-    rough = child.score_in_transformers({**given, "way": child.MERGED, "keep": str(tmp_path / "other.jsonl")})
+    rough = child.score_as(child.MERGED, given)
     assert (answer["dtype"], rough["dtype"]) == ("float32", "bfloat16")
     assert np.abs(np.array(rough["log_probs"]) - answer["log_probs"]).max() > 1e-3
 
