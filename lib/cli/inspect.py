@@ -57,7 +57,7 @@ def _ask_merge(folder: Path, report: dict[str, Any]) -> None:
     if report["base_model"] and base.is_dir():
         plan_merge(base, folder)
     else:
-        report["notes"].append("its base model is not on this disk: whether it fits was not checked")
+        report["notes"].append("its base model is no folder on this disk: whether it fits was not checked")
 
 
 def _ask_serve(file: Path, report: dict[str, Any]) -> None:

@@ -226,6 +226,18 @@ _SHAPES = {
     "input_layernorm.weight": ("hidden_size",),
 }
 """Tensor → the keys of config.json that its shape repeats."""
+
+
+def _attention(config: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of the attention's weights, of models whose queries are one vector a head."""
+    kind, heads, hidden = map(config.get, ("model_type", "num_attention_heads", "hidden_size"))
+    head = config.get("head_dim") or (hidden // heads if hidden and heads and kind in ("llama", "qwen2") else None)
+    if not head or not heads or kind not in ("llama", "qwen2", "qwen3"):
+        return {}
+    shared = config.get("num_key_value_heads") or 0  # what is absent is not compared
+    return {"num_attention_heads × head_dim": heads * head, "num_key_value_heads × head_dim": shared * head}
+
+
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
@@ -246,13 +258,7 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config"):
         return  # packed: other shapes
-    keys = ("num_attention_heads", "num_key_value_heads", "hidden_size")
-    heads, shared, hidden = map(config.get, keys)
-    head = config.get("head_dim") or (hidden // heads if hidden and heads else None)
-    sizes = dict(config)
-    if head and heads:
-        sizes |= {"num_attention_heads × head_dim": heads * head}
-        sizes |= {"num_key_value_heads × head_dim": (shared or heads) * head}
+    sizes = {**config, **_attention(config)}
     for name, tensor in weights.tensors.items():
         match = _LAYER.fullmatch(name)
         for key, size in zip(_SHAPES.get(match[2] if match else name, ()), tensor.shape, strict=False):
