@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 
 class InputError(ValueError):
@@ -90,3 +91,15 @@ def missing_library(*names: str) -> InputError:
     if extra is None:
         return InputError(absent, "the packages of requirements.txt.", "run make, or pip install -r requirements.txt.")
     return InputError(absent, f"the libraries of the extra {extra}.", f"run make, or pip install -e '.[{extra}]'.")
+
+
+def other_version(error: BaseException) -> InputError | None:
+    """What to do where an installed library lacks what its locked version has; None for another error."""
+    module = getattr(error, "obj", None) if isinstance(error, AttributeError) else None
+    name = getattr(module, "__name__", None) if isinstance(module, ModuleType) else None
+    if type(error) is ImportError:
+        name = error.name
+    if not name or name.partition(".")[0] == "lib":
+        return None
+    do = "run make, or pip install -r requirements.txt."
+    return InputError(f"another version of {name} ({one_line(error)}).", "that of requirements.txt.", do)

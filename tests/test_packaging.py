@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from lib.errors import EXTRAS, missing_library
+from lib.errors import EXTRAS, missing_library, other_version
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -132,6 +132,17 @@ def test_a_missing_library_is_said_with_its_extra() -> None:
     )
     assert "pip install -e '.[lab]'" in str(missing_library("matplotlib.pyplot"))
     assert "peft, torch are not installed" in str(missing_library("peft", "torch"))
+
+
+def test_a_library_of_another_version_is_said() -> None:
+    """One that lacks what the locked version has; an error of this project's own is none of that."""
+    for source in ("yaml.no_such_name", "exec('from yaml import no_such_name')"):
+        with pytest.raises((AttributeError, ImportError)) as caught:
+            eval(source, {"yaml": yaml})
+        assert "Found: another version of yaml" in str(other_version(caught.value))
+    with pytest.raises(AttributeError) as caught:
+        Path().no_such_name  # noqa: B018
+    assert other_version(caught.value) is None and other_version(ValueError("x")) is None
 
 
 def test_every_file_of_lib_is_installed() -> None:

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, missing_library, not_utf8, sigterm_raises
-from lib.runs.files import json_text, refuse_device
+from lib.errors import InputError, Terminated, missing_library, not_utf8, other_version, sigterm_raises
+from lib.runs.files import disk_error, json_text, refuse_device
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]
@@ -95,6 +95,7 @@ def _code_of(error: BaseException) -> int:
     """Tell the user what happened; the exit code for it."""
     if isinstance(error, ModuleNotFoundError):
         error = missing_library(error.name or str(error))
+    error = other_version(error) or error
     if isinstance(error, UnicodeEncodeError):
         error = not_utf8(error)
     if isinstance(error, (KeyboardInterrupt, Terminated)):
@@ -111,6 +112,8 @@ def _code_of(error: BaseException) -> int:
             "check the path, its permissions and the free space, then run the command again; finished products are "
             "kept.",
         )
+    if not isinstance(error, InputError):
+        error = disk_error(error) or error  # in a library's own words
     if isinstance(error, MemoryError):
         error = InputError("no memory left.", "room for the model.", "close programs or take a smaller model.")
     if isinstance(error, InputError):

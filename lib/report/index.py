@@ -291,7 +291,7 @@ def recipe_table(content: Mapping[str, Any]) -> Table:
 def _summary(name: str) -> Summary:
     try:
         return summarise(open_run(name))
-    except (InputError, KeyError, TypeError):  # a manifest that another version wrote, or that is damaged
+    except (InputError, KeyError, OSError, TypeError):  # of another version, damaged, or not open to this user
         return Summary(name, {}, [sentence("index.unreadable")])
 
 

@@ -21,7 +21,10 @@ from lib.report.html import duration
 from lib.report.index import Stage, summarise
 from lib.report.sentences import sentence
 from lib.runs.files import (
+    NO_SPACE,
     PROJECT,
+    disk_error,
+    free_space,
     locked,
     reports_folder,
     require_space,
@@ -292,7 +295,7 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
                 notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"{DETAIL}{line}")
             )
             if failure := execute.judge(executed, ended, session.timeout) or _without_product(session, name):
-                raise ReportError(name, failure)
+                raise ReportError(name, _full_disk(failure, work) or failure)
             # Rendered and checked before anything of it is put into the report.
             stages = [replace(s, exists=s.exists or s.name == name) for s in session.stages()]
             text = html.render(executed, summarise(session.run), stages)
@@ -303,18 +306,26 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
             write_text(page, text)
         except BaseException as error:
             partial, why = session.folder / "partial", f"{type(error).__name__}."
-            made = [file for file in (executed, draft) if file.is_file()]
-            if made:
-                partial.mkdir(exist_ok=True)
-            kept = [file.replace(partial / file.name) for file in made]
-            if isinstance(error, ReportError):
-                why, error.evidence = error.failure.sentence, next(iter(kept), None)
-            interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
-            session.write_indexes(sentence("index.stopped", stage=name, why=why, interrupted=interrupted))
-            _render_again(session)
+            with contextlib.suppress(OSError):  # on a full disk the overview goes on saying that a report is being made
+                made = [file for file in (executed, draft) if file.is_file()]
+                if made:
+                    partial.mkdir(exist_ok=True)
+                kept = [file.replace(partial / file.name) for file in made]
+                if isinstance(error, ReportError):
+                    why, error.evidence = error.failure.sentence, next(iter(kept), None)
+                interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
+                session.write_indexes(sentence("index.stopped", stage=name, why=why, interrupted=interrupted))
+                _render_again(session)
             raise
     remember_page(page, notebook, parameters, session.run)
     session.say(f"{session.head(notebook)}: done in {duration(ended.seconds)}")
+
+
+def _full_disk(failure: execute.Failure, folder: Path) -> execute.Failure | None:
+    """A notebook that failed because the disk is full, also where its log could not say so."""
+    words = f"{failure.sentence} {failure.detail}" if free_space(folder) > 1 << 20 else NO_SPACE[0]
+    refused = disk_error(words, folder.parent) if failure.exit_code == execute.RAISED else None
+    return execute.Failure(str(refused), 2) if refused else None
 
 
 def _without_product(session: _Session, stage: str) -> execute.Failure | None:

@@ -212,6 +212,41 @@ def locked(path: Path, found: str, expected: str, do: str) -> Iterator[None]:
         lock.release()
 
 
+NO_SPACE = (
+    *("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"),
+    *("unexpected pos", "PytorchStreamWriter failed", "iostream error"),
+)
+"""How the system, safetensors (which wraps its words), torch's writer of zip files and llama.cpp call a full disk."""
+
+
+def disk_error(error: BaseException | str, folder: Path | None = None) -> InputError | None:
+    """What to do about an error, or its text, when it says that the disk (of `folder`) takes nothing; else None."""
+    said = next((words for words in NO_SPACE if words in str(error)), None)
+    place = getattr(error, "filename", None) or folder
+    found = f"the disk{f' of {place}' if place else ''} is full or takes no writing ({said})."
+    if said is None:
+        if not isinstance(error, PermissionError):
+            return None
+        found = f"{place or 'a file'} is not open to this user ({error.strerror})."
+    do = f"free some space, correct permissions, or set {HOME_VARIABLE}; then run it again: what is finished is kept."
+    return InputError(found, "a disk and a folder that take the output.", do)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Recognize that the disk of `folder` is full, whichever library notices it.
+
+    Raises:
+        InputError: it is full, or does not belong to this user.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not (refused := disk_error(error, folder)):
+            raise
+        raise refused from None
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A new folder of the same name elsewhere; it becomes `output` when the block succeeds.

@@ -117,7 +117,8 @@ class Run:
         """
         files.writable(self.folder)
         busy = f"another process works on run {self.name!r}."
-        with files.locked(self.folder / ".lock", busy, "one at a time.", "wait for it, or use another run_name."):
+        alone = files.locked(self.folder / ".lock", busy, "one at a time.", "wait for it, or use another run_name.")
+        with files.writing(self.folder), alone:
             wanted = self._wanted(parameters, inputs)
             final, former = self.folder / product, self.manifest.entries().get(product)
             reason = "first time" if former is None else _reason(final, former, wanted, force)
@@ -182,7 +183,8 @@ class Run:
         """Remove the old entry, swap the folders, add the new entry: no kill leaves half a product."""
         self.manifest.remove(self.name, entry.product)
         old = _old(final)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(old)
         if final.exists():
             final.rename(old)
         temporary.rename(final)

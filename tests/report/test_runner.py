@@ -120,6 +120,7 @@ FAILURES = {
     ),
     "killed": (KILL, 1, r"01_first: the kernel died \(SIGKILL: probably out of memory\) in cell 3"),
     "os._exit(0)": ("import os\nos._exit(0)", 1, r"01_first: the kernel died \(it ended itself with code 0\)"),
+    "sys.exit(3)": ("import sys\nsys.exit(3)", 1, r"01_first: cell 3 called sys.exit\(3\)"),
     "sys.exit(0)": ("import sys\nsys.exit(0)", 1, r"01_first: cell 3 called sys.exit\(0\)"),
     "crash": (
         "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)",

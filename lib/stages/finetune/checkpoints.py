@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ from lib.settings import Settings
 
 ARITHMETIC_RECORD = "arithmetic.json"
 """Beside the checkpoints."""
-
-NO_SPACE = ("No space left on device", "Disk quota exceeded", "unexpected pos", "PytorchStreamWriter failed")
-"""How the system, safetensors (which wraps its words) and torch's writer of zip files say that the disk is full."""
 
 RECORD = "complete.json"
 
@@ -119,25 +115,6 @@ def prune(folder: Path) -> None:
     for path in filter(Path.is_dir, folder.glob("checkpoint-*")):
         if path not in keep:
             shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Recognize that the disk of `folder` is full while a checkpoint is written.
-
-    Raises:
-        InputError: it is full.
-    """
-    try:
-        yield
-    except Exception as error:  # safetensors has an error of its own
-        if not any(words in str(error) for words in NO_SPACE):
-            raise
-        raise InputError(
-            f"the disk of {folder} is full: a checkpoint could not be written.",
-            "room for it.",
-            "free some space and start again: the training goes on from its newest whole checkpoint.",
-        ) from None
 
 
 def write_log(folder: Path, line: str) -> None:

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from lib.errors import Terminated, on_signals
 from lib.progress import Progress
 from lib.prompts.conversations import Encoded
+from lib.runs.files import writing
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
@@ -223,7 +224,7 @@ class AnswerTrainer(Trainer):
             if (sums != sums[0]).any():
                 raise RuntimeError("the processes hold different weights: their updates were not the same")
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with checkpoints.writing(folder):
+        with writing(folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each process has written the state of its random numbers
             if self.args.should_save:

@@ -19,6 +19,7 @@ from lib.errors import InputError
 from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
+from lib.runs.files import disk_error
 from lib.scoring.llama_backend import open_model
 from lib.stages.quantize import llama_library, recipes
 from lib.stages.quantize.llama_library import Header, Imatrix, Log, Tensor, read_header
@@ -158,7 +159,8 @@ def _llama_quantize(
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
     if code != 0:
         do = "check the source file and the disk; for IQ types give an importance matrix."
-        raise InputError(f"llama.cpp cannot quantize {source} to {recipe}: {log.reason}.", "a usable source.", do)
+        found = f"llama.cpp cannot quantize {source} to {recipe}: {log.reason}."
+        raise disk_error(log.reason, output.parent) or InputError(found, "a usable source.", do)
 
 
 def _array(struct: Any, entries: Any) -> Any:

@@ -1,0 +1,183 @@
+"""A disk that is full, a run of another user, a clock that jumps: said in one sentence, and nothing half is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lib.errors import InputError
+from lib.report.index import write_all_index
+from lib.runs import files
+from lib.runs.run import ProductDraft, Run, open_run
+from lib.scoring.journal import Journal
+from tests.support.small_disk import on_a_small_disk
+
+FULL = """
+import json, os, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from lib.errors import InputError
+from lib.runs.files import write_json
+from lib.runs.run import open_run
+from lib.scoring.journal import Journal
+
+home, weights, said = Path(os.environ["WORKBOOK_HOME"]), {"a": torch.ones(1 << 19)}, {}
+def journal(path):
+    lines = Journal(path, {}, ["r"] * 9999)
+    for first in range(9999):
+        lines.take(first, [0], lambda: ["x" * 9000])
+writers = {
+    "bytes": lambda path: path.write_bytes(bytes(1 << 21)),
+    "JSON": lambda path: write_json(path, "x" * (1 << 21)),
+    "torch": lambda path: torch.save(weights, path),
+    "safetensors": lambda path: save_file(weights, path),
+    "journal": journal,
+}
+run = open_run("t")
+run.produce("data", lambda draft: (draft.folder / "a").write_text("old"), {"seed": 1})
+(home / "filler").write_bytes(bytes(3 << 20))  # of four
+for name, write in writers.items():
+    try:
+        run.produce("data", lambda draft, write=write: write(draft.folder / "a"), {"writer": name})
+    except BaseException as error:
+        said[name] = [type(error).__name__, str(error), (run.require("data").path / "a").read_text()]
+left = sorted(path.name for path in run.folder.iterdir())
+(home / "filler").unlink()
+run.produce("data", lambda draft: writers["torch"](draft.folder / "a"), {"writer": "torch"})
+print(json.dumps({"said": said, "left": left}))
+"""
+
+
+def write(text: str) -> Callable[[ProductDraft], None]:
+    return lambda draft: (draft.folder / "a").write_text(text) and None
+
+
+def test_a_full_disk_is_said_whoever_notices_it(tmp_path: Path) -> None:
+    """ENOSPC of a real disk, by every library that writes: refused, the former product stays, later it is made."""
+    ended = on_a_small_disk(tmp_path, 4, [sys.executable, "-c", FULL])
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert len(result["said"]) == 5
+    for name, (kind, text, former) in result["said"].items():
+        assert kind == "InputError" and "runs/t is full" in text and former == "old", (name, kind, text)
+    assert result["left"] == [".lock", "data", "manifest.json"]
+
+
+def test_a_journal_line_is_never_written_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is nearly full takes a part of what it is given, without an error."""
+    whole = os.write
+    journal = Journal(tmp_path / "scores.jsonl", {"of": "x"}, ["a", "b"])
+    monkeypatch.setattr(os, "write", lambda file, data: whole(file, data[:7]))
+    journal.take(0, [0, 1], lambda: [1.5, 2.5])
+    journal.close()
+    lines = (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("value") for line in lines] == [None, 1.5, 2.5]
+
+
+def as_another(function: Callable[[], object], group: int = 65534) -> str:
+    """What `function` returns or says when another user calls it."""
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgroups([])
+            os.setgid(group)
+            os.setuid(65534)
+            said = str(function())
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(send, said.encode())
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as stream:
+        said = stream.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.fixture
+def root_run(home: Path) -> Run:
+    """A run of root's in a home that everybody can reach."""
+    if os.getuid() != 0:
+        pytest.skip("only root can be two users")
+    for folder in (home, *home.parents[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    run = open_run("t")
+    run.produce("data", write("root"), {"seed": 1})
+    return run
+
+
+def test_a_run_of_another_user_is_refused(root_run: Run) -> None:
+    def change() -> str:
+        return root_run.produce("data", write("x"), {"seed": 2}).message
+
+    assert "InputError: Found: " in (said := as_another(change)) and "cannot be written (Permission denied)" in said
+    root_run.folder.chmod(0o777)
+    assert "InputError: Found: " in (said := as_another(change)) and "not open to this user" in said
+    assert (root_run.require("data").path / "a").read_text() == "root"
+    old = root_run.folder / ".data.old"
+    old.mkdir()
+    (old / "a").write_text("root's")
+    (root_run.folder / ".lock").chmod(0o666)
+    assert "InputError: Found: " in (said := as_another(change)) and "not open to this user" in said
+
+
+def test_users_of_one_group_share_a_run_where_the_umask_says_so(root_run: Run) -> None:
+    before = os.umask(0o002)
+    try:
+        folder = root_run.folder.with_name("shared")
+        folder.mkdir()
+        os.chown(folder, 0, 100)
+        folder.chmod(0o2775)
+        run = open_run("shared")
+        run.produce("data", write("root"), {"seed": 1})
+        said = as_another(lambda: run.produce("data", write("theirs"), {"seed": 2}).message, group=100)
+        assert "seed: 1 → 2" in said and (run.require("data").path / "a").read_text() == "theirs"
+        assert "theirs" not in run.produce("data", write("root"), {"seed": 3}).message
+    finally:
+        os.umask(before)
+
+
+def test_a_run_that_is_closed_to_others_does_not_break_their_index(root_run: Run, home: Path) -> None:
+    reports = home / "reports"
+    for name in ("t", "u"):
+        (reports / name).mkdir(parents=True)
+        (reports / name / "index.html").write_text("")
+    write_all_index(reports)  # what it imports may be closed to others, too
+    reports.chmod(0o777)
+    for name in ("index.html", ".index.lock"):
+        (reports / name).unlink(missing_ok=True)
+    root_run.folder.chmod(0o700)
+    assert as_another(lambda: write_all_index(reports)) == str(reports / "index.html")
+    assert 'href="u/index.html"' in (reports / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0])
+def test_a_clock_that_jumps_changes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """Files of tomorrow or of last year, and a clock that is set while a stage works."""
+    run, clock, clock_ns = open_run("t"), time.time, time.time_ns
+
+    def build(draft: ProductDraft) -> None:
+        (draft.folder / "a").write_text("x")
+        monkeypatch.setattr(time, "time", lambda: clock() + jump)
+        monkeypatch.setattr(time, "time_ns", lambda: clock_ns() + int(jump * 1e9))
+
+    made = run.produce("data", build, {})
+    assert 0 <= made.entry.seconds < 60
+    path = made.path / "a"
+    os.utime(path, (clock() - jump, clock() - jump))
+    assert not run.produce("data", build, {}).made and run.require("data").entry == made.entry
+    hashes = []
+    for text in ("x", "y"):  # of one size, at one time: what was hashed is never taken for the other
+        path.write_text(text)
+        os.utime(path, (clock() - jump, clock() - jump))
+        hashes.append(files.remembered_sha256(path))
+    assert hashes[0] != hashes[1] == files.sha256_file(path)
+    with pytest.raises(InputError, match="SHA-256"):
+        run.require("data")
