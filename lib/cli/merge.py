@@ -36,7 +36,15 @@ def merge(
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
     from lib.models.adapters import refuse_adapter, require_adapter
-    from lib.models.base_model import refuse_other_folder, resolve_adapter, resolve_base, unpacking_of
+    from lib.models.base_model import (
+        fingerprint,
+        other_revision,
+        refuse_other_folder,
+        resolve_adapter,
+        resolve_base,
+        trained_base,
+        unpacking_of,
+    )
     from lib.models.tokenizer_files import differences
     from lib.stages.merge.stage import write_lineage
     from lib.stages.merge.weights import merge_folders
@@ -46,10 +54,12 @@ def merge(
     given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
     if Path(base_model).is_dir():
         base = Path(base_model)
-        name, commit = base.name, None
+        name, commit, exact = base.name, None, ""
+        if trained_base(given).startswith("sha256:"):
+            exact = fingerprint(base)
     else:
         found = resolve_base(base_model, revision, **unpacking_of(given))
-        base = found.path
+        base, exact = found.path, found.revision
         name, commit = (found.unpacked["source"], None) if found.unpacked else (base_model, base.name)
     refuse_adapter(base)
     require_adapter(given)
@@ -76,6 +86,9 @@ def merge(
     if tokenizer == "adapter" and (own := differences(given, base)):
         report["tokenizer"] = list(own)
         text += "\ntaken from the adapter: " + "; ".join(own.values())
+    if trained := other_revision(given, exact):
+        report["trained_on"] = trained
+        text += f"\nTHE ADAPTER WAS TRAINED ON ANOTHER BASE ({trained}), not on {exact}: evaluate before you use it"
     for conversion in conversions:
         report["gguf"] = {**asdict(conversion.report()), "model": str(output_dir)}
         text += f"\n{gguf}\n{_lines(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"

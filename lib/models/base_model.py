@@ -65,9 +65,8 @@ def resolve_base(
     """
     local = user_path(base_model)
     if local.is_dir():
-        files = [local / "config.json", *check_model_folder(local).files]
-        hashes = {path.name: remembered_sha256(path) for path in files}
-        return Base(local, base_model, f"sha256:{sha256_json(hashes)[:16]}", False)
+        check_model_folder(local)
+        return Base(local, base_model, fingerprint(local), False)
     if local.is_file() and local.suffix.lower() == ".gguf":
         folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
         return Base(folder, base_model, identity(record), False, record)
@@ -293,6 +292,12 @@ def base_of(run: Run) -> Base:
     return base
 
 
+def fingerprint(folder: Path) -> str:
+    """Hash of the configuration and the weights of a model folder."""
+    files = [folder / "config.json", *open_weights(folder).files]
+    return "sha256:" + sha256_json({path.name: remembered_sha256(path) for path in files})[:16]
+
+
 def check_model_folder(path: Path) -> Weights:
     """The weights of a complete causal language model in safetensors; any other folder is refused before it is loaded.
 
@@ -339,6 +344,17 @@ def trained_base(adapter: Path) -> str:
     if isinstance(base, dict) and base.get("revision"):
         return str(base["revision"])
     return str(adapter_config(adapter).get("revision") or "")
+
+
+def other_revision(adapter: Path, revision: str) -> str:
+    """Which base an adapter's files name where that is not `revision`, as no shape would tell; else empty.
+
+    A hub's commit and the hash of a folder cannot be compared; GGUF files are left to `refuse_other_weights`.
+    """
+    found = trained_base(adapter)
+    kinds = {found.startswith("sha256:"), revision.startswith("sha256:")}
+    comparable = len(kinds) == 1 and found not in ("", "main") and not is_identity(found)
+    return found if comparable and found != revision else ""
 
 
 def refuse_other_weights(adapter: Path, base: Base) -> None:

@@ -123,6 +123,7 @@ def test_params_completes_a_file() -> None:
         (Terminated(), 143, "Interrupted"),
         (OSError(28, "No space left on device", "runs/x"), 2, "No space left on device (runs/x)"),
         (PermissionError(13, "Permission denied", "out"), 2, "Permission denied (out)"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
         (MemoryError(), 2, "no memory left"),
         (ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp"), 2, "the libraries of the extra gguf"),
         (RuntimeError("boom\nmore"), 1, "RuntimeError: boom"),
@@ -276,6 +277,7 @@ def test_merge_and_convert_in_one_pass(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gguf"]["architecture"] == "qwen2"
     assert "the local model `base`" in (tmp_path / "merged" / "README.md").read_text()
+    assert "trained_on" not in json.loads(done.stdout)
     done = workbook("convert", str(tmp_path / "merged"), str(tmp_path / "two.gguf"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
@@ -283,3 +285,6 @@ def test_merge_and_convert_in_one_pass(tmp_path: Path) -> None:
     done = workbook(*given, "--output-dir", str(tmp_path / "other"), "--gguf", str(tmp_path / "other.bin"))
     assert done.returncode == 2 and "ends in .gguf" in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "adapter" / "training.json").write_text('{"base": {"revision": "sha256:0123456789abcdef"}}')
+    done = workbook(*given, "--output-dir", str(tmp_path / "other"))  # a base of equal shape: no shape tells
+    assert done.returncode == 0 and "TRAINED ON ANOTHER BASE (sha256:0123456789abcdef)" in done.stdout

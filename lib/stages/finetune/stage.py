@@ -10,7 +10,15 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.models.adapters import AdapterShape, adapter_config, check_fit, copy_weights, read_adapter
-from lib.models.base_model import Base, GivenAdapter, base_of, called, refuse_other_weights, resolve_adapter
+from lib.models.base_model import (
+    Base,
+    GivenAdapter,
+    base_of,
+    called,
+    other_revision,
+    refuse_other_weights,
+    resolve_adapter,
+)
 from lib.models.tokenizer_files import differences
 from lib.models.weights import open_weights
 from lib.runs import machine
@@ -282,6 +290,8 @@ def _given_notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[s
     ]
     if shape.base and _last(shape.base) not in (_last(base.id), _last(str(base.path))):
         notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {called(base.id)}")
+    elif found := other_revision(given.path, base.revision):
+        notes.append(f"the adopted adapter was trained on {found} of its base; here it is put on {base.revision}")
     return notes
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
 from lib.models.adapters import check_fit, read_adapter, shape_of
+from lib.models.base_model import base_of
 from lib.report import finetune_page
 from lib.runs.files import read_json
 from lib.runs.run import Run
@@ -55,6 +56,20 @@ def test_adopted_and_said(runs: Callable[[str], Run], foreign: Path) -> None:
         text = getattr(finetune_page, shown)(result).data
         assert text.strip() and "trained on" not in text
     assert "Nothing was trained" in finetune_page.learned(result).data
+
+
+@pytest.mark.parametrize(("revision", "said"), [("", False), ("an-older-commit", True), ("own", False)])
+def test_one_trained_on_another_base_of_equal_shape_is_stamped(
+    revision: str, said: bool, runs: Callable[[str], Run], foreign: Path
+) -> None:
+    run = runs("fresh")
+    base = base_of(run)
+    config = read_json(foreign / "adapter_config.json")
+    (foreign / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base.path)}))
+    record = {"base": {"id": "offline", "revision": base.revision if revision == "own" else revision}}
+    (foreign / "training.json").write_text(json.dumps(record))
+    finetune(tiny_settings(adapter=str(foreign)), run)
+    assert any("was trained on an-older-commit of its base" in stamp for stamp in run.stamps()) == said
 
 
 def test_skipped_while_the_adapter_is_the_same(runs: Callable[[str], Run], foreign: Path) -> None:
