@@ -21,6 +21,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.models import offline_base
 from lib.runs.files import HOME_VARIABLE
+from lib.runs.manifest import NOTE
 from lib.runs.run import Run, open_run
 from lib.settings import Settings, check
 from lib.stages.compare import stage as compare_stage
@@ -64,13 +65,21 @@ VALUES = {
 }
 
 
+def _begun(work: Path) -> bool:
+    """Whether a stage has written a file of its own; two are too quick to wait for that."""
+    quick = work.name in (".data.part", ".merged.part")
+    with contextlib.suppress(OSError):
+        return any(path.is_file() and (path.name != NOTE or quick) for path in work.rglob("*"))
+    return False
+
+
 @contextlib.contextmanager
 def filling(home: Path, work: Path) -> Iterator[None]:
-    """Somebody else fills the disk of `home` as soon as `work` is there, and keeps it full."""
+    """Somebody else fills the disk of `home` as soon as `work` is in use, and keeps it full."""
     ended, filler = threading.Event(), home / "filler"
 
     def fill() -> None:
-        while not ended.is_set() and not work.is_dir():
+        while not ended.is_set() and not _begun(work):
             time.sleep(0.001)
         with filler.open("ab", buffering=0) as stream:
             with contextlib.suppress(OSError):  # most of it at once
