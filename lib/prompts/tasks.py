@@ -20,14 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.prompts.conversations import Encoded, encode_conversation, escape, render_conversation, safe_messages
+from lib.prompts.conversations import (
+    Encoded,
+    ExchangeTooLongError,
+    encode_conversation,
+    escape,
+    render_conversation,
+    safe_messages,
+)
 from lib.prompts.templates import (
     ASSISTANT,
     SYSTEM,
     USER,
     Message,
+    always_reasons,
     apply,
     end_of_turn_id,
+    split_thinking,
     up_to_last_question,
     with_thinking,
 )
@@ -50,7 +59,7 @@ class Task:
         system_prompt: the system turn (of conversations that bring none of their own).
         user_prompt: wording of a question, with {text} in place of the text.
         label_names: answer words in the labels' order; empty where answers are free text.
-        thinking: whether answers begin with their reasoning.
+        thinking: whether answers may begin with their reasoning (see `reasons`).
         max_seq_length: most tokens of a row.
     """
 
@@ -58,6 +67,18 @@ class Task:
         """The content of task.json."""
         value = asdict(self)
         return {"task": value.pop("kind"), **value}
+
+    def reasons(self, row: Row) -> bool:
+        """Whether the last answer of a row is to begin with reasoning.
+
+        With `thinking`, where the known answer does, or none is known: plain rows are asked and learned as the template
+        writes an answer without reasoning.
+        """
+        if not self.thinking:
+            return False
+        last = row["messages"][-1]
+        known = last["role"] == ASSISTANT and last["content"]
+        return not known or bool(split_thinking(last["content"])[0])
 
     def row_of(self, text: str) -> dict[str, Any]:
         """A row that asks `text` and whose answer is not known."""
@@ -74,7 +95,7 @@ class Task:
 
     def rendered(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
         """A row as the chat template writes it: a prompt without its label, or a whole conversation."""
-        return render_conversation(tokenizer, row["messages"], self.thinking)[0]
+        return render_conversation(tokenizer, row["messages"], self.reasons(row))[0]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
         """Token ids of a row, cut to `max_seq_length` (whole turns from the end), and which of them are learned.
@@ -82,7 +103,11 @@ class Task:
         Raises:
             InputError: too few tokens for the shortest possible row, or a chat template that does not fit.
         """
-        return encode_conversation(tokenizer, row["messages"], self.max_seq_length, self.thinking)
+        reasons = self.reasons(row)
+        if self.thinking and not reasons and always_reasons(tokenizer):
+            found = "an answer without reasoning, and a base model that always reasons."
+            raise ExchangeTooLongError(found, "reasoning in every answer.", "add it.")
+        return encode_conversation(tokenizer, row["messages"], self.max_seq_length, reasons)
 
     def probe_ids(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
         """Token ids behind the last of which the model answers: a prompt, or all up to an answer's last token."""
@@ -100,7 +125,7 @@ class Task:
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
         """The text that asks for the (last) answer of a row, ending where the answer starts."""
-        return apply(tokenizer, self.question(tokenizer, row), self.thinking, True)
+        return apply(tokenizer, self.question(tokenizer, row), self.reasons(row), True)
 
     def answer_words(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Token ids of each answer word as it follows the prompt; none where answers are free text.

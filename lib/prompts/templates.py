@@ -177,6 +177,11 @@ def refusal(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> InputError:
     return unfit("asks for an answer otherwise than it writes one")
 
 
+def always_reasons(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template opens <think> also where no reasoning is asked for."""
+    return _opens(tokenizer, False)
+
+
 def _opens(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> bool:
     """Whether the template's own prompt opens the reasoning."""
     asks = apply(tokenizer, [{"role": USER, "content": "?"}], thinking, True)

@@ -14,7 +14,7 @@ from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, spread
-from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, think_tags
+from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, read_block, think_tags
 from lib.scoring.backend import Backend, check_ids
 from lib.scoring.journal import Keep, keeping
 from lib.scoring.term_lists import TermList, read_terms
@@ -253,7 +253,8 @@ class Questions:
         told = []
         for one, answer in zip(asked, written, strict=True):
             stream = read_stream(token_bytes(self.tokenizer, answer.ids))
-            rest = (one.question, one.reference, self.terms, self.thinking, one.opening)
+            reasons = self.thinking and (not one.reference or read_block(one.reference).complete)
+            rest = (one.question, one.reference, self.terms, reasons, one.opening)
             measured = measure(stream, answer.ended, *rest)
             if not one.reference:
                 measured |= dict.fromkeys(("chrf", "rouge_l", "terms"))

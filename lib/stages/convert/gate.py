@@ -156,7 +156,7 @@ def compare_prompts(
 ) -> int:
     """Check that the template inside the GGUF, rendered as llama-cpp-python does, gives the prompts of this run.
 
-    The system turn is always given and thinking is always switched on or off in words, so that no default can differ.
+    The system turn is always given and thinking switched on or off in words, as the row has it: no default can differ.
 
     Args:
         rows: {"text"} for a task with labels, else {"messages"} that end on an answer.
@@ -175,7 +175,7 @@ def compare_prompts(
     formatter = Jinja2ChatFormatter(template, eos_token=tokenizer.eos_token or "", bos_token=tokenizer.bos_token or "")
     for row in rows:
         wanted = task.prompt(tokenizer, row)
-        found = formatter(messages=task.question(tokenizer, row), enable_thinking=task.thinking).prompt
+        found = formatter(messages=task.question(tokenizer, row), enable_thinking=task.reasons(row)).prompt
         if found != wanted:
             first = _first_difference(found, wanted)
             raise InputError(

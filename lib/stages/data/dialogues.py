@@ -68,7 +68,7 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
         return Row(index, opening, extra=extra, messages=messages)
 
     rows, counts = usable_rows(table, row_of)
-    _refuse(unknown, counts, len(table), where, task)
+    _refuse(unknown, counts, len(table), len(rows), where, task)
     _set_shared(rows, requests)
     used = {*FORMS[form], *KEPT, *MASKS, "system", "mask_history", *(ALPACA if form == "alpaca" else ())}
     return rows, counts + not_used([name for folded, name in columns.items() if folded not in used], len(table))
@@ -138,9 +138,13 @@ def _joined(role: str, said: Sequence[Message]) -> Message:
     return {"role": role, "content": "\n".join(message["content"] for message in said), **learn}
 
 
+_PLAIN = "rows without reasoning: learned as answers without it"
+
+
 def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[str]) -> None:
-    reasoning = ""
+    reasoning, earlier = "", False
     for message in messages[1::2]:
+        earlier = earlier or bool(reasoning)
         try:
             reasoning, _ = split_thinking(message["content"])
         except ValueError as error:
@@ -148,11 +152,19 @@ def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[st
         if reasoning and not task.thinking:
             changed["thinking"] += 1
     if task.thinking and not reasoning:
-        raise DamagedError("no thinking in the last answer")
+        if earlier:
+            raise DamagedError("no thinking in the last answer")
+        changed[_PLAIN] += 1
 
 
-def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, where: str, task: Task) -> None:
+def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, kept: int, where: str, task: Task) -> None:
     """What is not a slip of single rows stops the run."""
+    if kept and counts[_PLAIN] == kept:
+        raise InputError(
+            f"{where}: no answer with reasoning, and thinking: true.",
+            "the setting that says what the answers hold.",
+            "set thinking: false, or add reasoning.",
+        )
     if thinking := counts.pop("thinking", 0):
         raise InputError(
             f"{where}: {thinking} answers with reasoning (in tags, or under a key such as reasoning_content), and "

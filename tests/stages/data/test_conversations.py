@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
+from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import ConversationTask, read_task
+from lib.prompts.templates import end_of_turn
 from lib.report.data_page import page_of
 from lib.runs.run import open_run
 from lib.settings import Settings, check
@@ -133,11 +135,12 @@ def test_alpaca_with_thinking(home: Path) -> None:
     steps = [line["step"] for line in result.flow]
     for reason in ("thinking not closed", "empty thinking", "no answer after the thinking"):
         assert f"dropped: {reason}" in steps
-    assert (
-        "dropped: no thinking in the last answer" in steps and "dropped: thinking nested, repeated or crossed" in steps
-    )
+    assert "dropped: thinking nested, repeated or crossed" in steps
     used = sum(len(result.rows(name)) for name in SPLITS)
-    assert result.changes == {"changed: thinking brought into the base model's form (tags, white space)": used}
+    assert result.changes == {
+        "changed: thinking brought into the base model's form (tags, white space)": used - 1,
+        "rows without reasoning: learned as answers without it": 1,
+    }
     row = next(row for row in result.rows("train") if row["difficulty"] == 1)
     system, _, answer = row["messages"]
     assert system["content"] in ("你是密码学专家。", SYSTEM)
@@ -147,7 +150,7 @@ def test_alpaca_with_thinking(home: Path) -> None:
 
 
 def test_rows_without_reasoning_beside_rows_with_it(home: Path) -> None:
-    """`thinking: true` trains the rows that reason, and every page says how many do not."""
+    """`thinking: true` trains both, each asked for as the template asks for it; the page says how many are plain."""
     rng = random.Random(5)
     rows = [
         {"instruction": sentence(rng, 6), "output": f"<think>\n想{i}\n</think>\n\n答" if i % 4 == 0 else f"答{i}"}
@@ -156,10 +159,17 @@ def test_rows_without_reasoning_beside_rows_with_it(home: Path) -> None:
     path, run = write(home / "mixed.jsonl", rows), open_run("t")
     result = prepare(settings(path, task="instruction", thinking=True), run)
     used = [row for name in SPLITS for row in result.rows(name)]
-    assert len(used) == 20 and all("</think>" in row["messages"][-1]["content"] for row in used)
-    assert {line["step"]: line["rows"] for line in result.flow}["dropped: no thinking in the last answer"] == 60
-    words = "60 of 80 rows were left out when the data was read, 60 of them for: no thinking in the last answer"
-    assert words in run.stamps()
+    assert len(used) == 80 and sum("</think>" in row["messages"][-1]["content"] for row in used) == 20
+    assert result.changes["rows without reasoning: learned as answers without it"] == 60
+    task, tokenizer = read_task(result.product.path), load_tokenizer(result.product.path / "tokenizer")
+    for row in used:
+        encoded, answer = task.encode(tokenizer, row), row["messages"][-1]["content"]
+        assert tokenizer.decode(encoded.loss_ids) == answer + end_of_turn(tokenizer)
+        asked = task.prompt(tokenizer, row)
+        assert tokenizer(asked, add_special_tokens=False)["input_ids"] == encoded.prompt_ids
+    plain = write(home / "plain.jsonl", [row for row in rows if "</think>" not in row["output"]])
+    with pytest.raises(InputError, match="no answer with reasoning, and thinking: true"):
+        prepare(settings(plain, task="instruction", thinking=True, run_name="p"), open_run("p"))
 
 
 def test_many_rows_that_do_not_fit_are_said_on_every_page(home: Path) -> None:

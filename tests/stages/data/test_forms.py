@@ -124,8 +124,12 @@ def test_reasoning_beside_the_content_is_read() -> None:
     beside = {"role": "assistant", "content": "答", "reasoning_content": "想"}
     both = {**beside, "content": "<think>别的</think>答"}
     made, counts = read(*({"messages": [TURNS[0], answer]} for answer in (beside, both, TURNS[1])), task=thinking)
-    assert [messages[-1]["content"] for messages in made] == ["<think>\n想\n</think>\n\n答", both["content"]]
-    assert counts == {"dropped: no thinking in the last answer": 1}
+    assert [messages[-1]["content"] for messages in made] == ["<think>\n想\n</think>\n\n答", both["content"], "答"]
+    assert counts == {"rows without reasoning: learned as answers without it": 1}
+    earlier = [TURNS[0], beside, *TURNS]
+    assert read({"messages": earlier}, {"messages": [TURNS[0], beside]}, task=thinking)[1] == {
+        "dropped: no thinking in the last answer": 1
+    }
     with pytest.raises(InputError, match=r"1 answers with .*reasoning_content"):
         read({"messages": [TURNS[0], beside]})
     with pytest.raises(InputError, match="1 answers with"):
