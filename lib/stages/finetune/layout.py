@@ -146,9 +146,7 @@ def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: l
     problem, before = use_packed_attention(inner)
     if problem is not None:
         return problem
-    low = inner.get_input_embeddings().weight.dtype != torch.float32
-    most = (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))
-    if not abs(_mean_loss(model, packed(sample)) - expected) <= most:  # also where it is no number
+    if not _close(model, _mean_loss(model, packed(sample)), expected):  # also where it is no number
         problem = "its loss differs from the model's own"
     elif _sees_neighbours(model, packed, sample):
         problem = "its rows see one another"
@@ -216,3 +214,8 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
             "logits that are the output layer's (Qwen, Llama, Mistral, Phi-3, Gemma 3).",
             "choose another base_model.",
         )
+
+
+def _close(model: Any, found: float, expected: float) -> bool:
+    low = causal_model(model).get_input_embeddings().weight.dtype != torch.float32
+    return abs(found - expected) <= (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))
