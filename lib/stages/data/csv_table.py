@@ -1,15 +1,18 @@
 """A CSV or TSV file as rows of texts, without guessing: every record is checked against the header.
 
-What spreadsheets, pandas and R write is read: an index column with or without a name, a comma at the end of every
-line, semicolons or tabs between cells, cells over several lines. Each of them is counted. What a reader could only
+What spreadsheets, pandas and R write is read: index columns with or without a name, a comma at the end of every
+line, semicolons or tabs between cells, cells over several lines, spaces in front of a quotation mark, tab-separated
+cells with marks or without. Each of them is counted. What a reader could only
 guess at is refused with its line: records of another length, a quotation mark that is never closed (the records behind
 it would become one text), marks escaped by a backslash.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,20 +33,61 @@ def read_csv(path: Path, text: str, notes: Counter[str], tabs: bool = False) -> 
     """The rows of a file; every value stays text ("null" and "007" are reviews, not numbers).
 
     Args:
-        path: for messages. text: its content, lines ended by LF. tabs: cells between tabs, marks are plain characters.
+        path: for messages. text: its content, lines ended by LF. tabs: cells between tabs; marks are plain characters
+            unless the file shows that it means them (`_quoted_tabs`).
         notes: gets what the file had beside plain records, counted.
 
     Raises:
         InputError: no header, records that do not have its cells, quotation marks that do not close; with the line.
     """
     separator = "\t" if tabs else _separator(path, text.partition("\n")[0], notes)
-    records = _records(path, text, separator, quoted=not tabs)
-    header = next(records, (1, []))[1]
-    rows = list(records)
+    quoted = not tabs or _quoted_tabs(path, text)
+    records = list(_records(path, text, separator, quoted))
+    if quoted and (spaced := _without_spaces(path, text, separator, records)):
+        records = spaced
+        notes["spaces between a separator and a quotation mark left out"] += 1
+    notes["tab-separated cells in quotation marks read without them"] += tabs and quoted
+    header, rows = records[0][1] if records else [], records[1:]
     places = _positions(path, header, rows, notes)
-    if not tabs:
+    if quoted:
         _refuse_swallowed(path, text, rows, separator, notes)
     return [{name: cells[i] for name, i in places.items()} for _, cells in rows]
+
+
+_SPACED = re.compile(r'\s+".*"', re.S)
+_MARKED = re.compile(r'"(?:[^"]|"")*"', re.S)
+
+
+def _without_spaces(path: Path, text: str, separator: str, records: list[Record]) -> list[Record] | None:
+    """The records of a file that has spaces in front of its marks (`0, "a, b"`); None for any other."""
+    columns = zip(*(cells for _, cells in records[1:]), strict=False)
+    if separator + " " not in text or not (_uneven(records) or any(all(map(_SPACED.fullmatch, c)) for c in columns)):
+        return None
+    with contextlib.suppress(InputError):
+        spaced = list(_records(path, text, separator, quoted=True, spaced=True))
+        return None if _uneven(spaced) else spaced
+    return None
+
+
+def _uneven(records: Sequence[Record]) -> bool:
+    return len({len(cells) for _, cells in records}) > 1
+
+
+def _quoted_tabs(path: Path, text: str) -> bool:
+    """Whether the cells of a tab-separated file that begin with a mark are quoted, as pandas writes them.
+
+    They are when only that makes records of one length, or when it makes the same records and names stand in marks or
+    marks inside a cell are doubled.
+    """
+    plain = list(_records(path, text, "\t", quoted=False))
+    try:
+        marked = list(_records(path, text, "\t", quoted=True))
+    except InputError:
+        return False
+    if _uneven(plain):
+        return not _uneven(marked)
+    shown = any(_MARKED.fullmatch(cell) and '""' in cell[1:-1] for _, cells in plain for cell in cells)
+    return len(plain) == len(marked) and (shown or all(map(_MARKED.fullmatch, plain[0][1])))
 
 
 def _separator(path: Path, first: str, notes: Counter[str]) -> str:
@@ -62,9 +106,9 @@ def _separator(path: Path, first: str, notes: Counter[str]) -> str:
     return found
 
 
-def _records(path: Path, text: str, separator: str, quoted: bool) -> Iterator[Record]:
+def _records(path: Path, text: str, separator: str, quoted: bool, spaced: bool = False) -> Iterator[Record]:
     """Records with the line on which each begins; blank lines are none."""
-    form = {"strict": True} if quoted else {"quoting": csv.QUOTE_NONE}
+    form = {"strict": True, "skipinitialspace": spaced} if quoted else {"quoting": csv.QUOTE_NONE}
     limit = csv.field_size_limit(max(len(text) + 1, 1 << 17))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, **form)
     begin = 1
@@ -94,6 +138,7 @@ def _positions(path: Path, header: list[str], rows: Sequence[Record], notes: Cou
     count = len(header)
     surplus = {len(cells) - count for _, cells in rows}
     first = last = 0
+    nameless = next((i for i, name in enumerate(header) if name.strip()), 0)
     if surplus == {1} and _empty(rows):
         last = 1
     elif surplus == {1} and _numbered(rows):
@@ -106,8 +151,8 @@ def _positions(path: Path, header: list[str], rows: Sequence[Record], notes: Cou
         )
     elif count > 1 and not header[-1].strip() and _empty(rows):
         header, last = header[:-1], 1
-    elif count > 1 and not header[0].strip() and _numbered(rows):
-        first = 1
+    elif nameless and _numbered(rows, nameless):
+        first = nameless
     names = header[first:]
     if len(set(names)) != len(names) or not names or not all(name.strip() for name in names):
         raise InputError(
@@ -126,17 +171,18 @@ def _empty(rows: Sequence[Record]) -> bool:
     return all(not cells[-1] for _, cells in rows)
 
 
-def _numbered(rows: Sequence[Record]) -> bool:
-    """Whether records begin with the numbers that pandas or R gives to rows."""
-    numbers = [cells[0] for _, cells in rows]
-    return bool(rows) and len(set(numbers)) == len(rows) and all(n.isascii() and n.isdigit() for n in numbers)
+def _numbered(rows: Sequence[Record], columns: int = 1) -> bool:
+    """Whether records begin with the numbers that pandas (one for each level of an index) or R gives to rows."""
+    numbers = {tuple(cells[:columns]) for _, cells in rows}
+    return bool(rows) and len(numbers) == len(rows) and all(n.isascii() and n.isdigit() for row in numbers for n in row)
 
 
 def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: str, notes: Counter[str]) -> None:
     """Count records over several lines; refuse one that holds whole records, as an unclosed mark makes it.
 
     A line inside a record is taken for a record when it has as many cells and, in every column of few values, one of
-    the values that records of one line have there.
+    the values that records of one line have there. The line in which the mark opens counts where such a column stands
+    behind the text, the one in which it closes where it stands before: elsewhere they are what a text of two lines is.
     """
     several = [(line, cells) for line, cells in rows if any("\n" in cell for cell in cells)]
     if not several:
@@ -145,17 +191,22 @@ def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: 
     values = [{cells[i] for cells in alone} for i in range(len(rows[0][1]))]
     few = [i for i, seen in enumerate(values) if 0 < len(seen) <= min(FEW_VALUES, len(alone) // 2)]
     lines = text.split("\n")
-    for line, cells in several:
+    for line, cells in several if few else []:
         end = line + sum(cell.count("\n") for cell in cells)
-        for number in range(line + 1, end + 1):
-            inner = next(csv.reader([lines[number - 1]], delimiter=separator), [])
-            if few and len(inner) == len(values) and all(inner[i] in values[i] for i in few):
-                raise InputError(
-                    f"{path}: the text that begins in line {line} with a quotation mark ends in line {end}, and line "
-                    f"{number} looks like a record of its own.",
-                    "a closing mark at the end of every text that begins with one.",
-                    f'close the mark in line {line}, or write a mark that belongs to the text as """.',
-                )
+        texts = [i for i, cell in enumerate(cells) if "\n" in cell]
+        looked_at = range(line + (few[-1] <= texts[0]), end + (few[0] < texts[-1]))
+        alike = []
+        for number in looked_at:
+            inner = next(csv.reader([lines[number - 1].removeprefix('"')], delimiter=separator), [])
+            if len(inner) == len(values) and all(inner[i] in values[i] for i in few):
+                alike.append(number)
+        if 2 * len(alike) > len(looked_at):
+            raise InputError(
+                f"{path}: the text that begins in line {line} with a quotation mark ends in line {end}, and line "
+                f"{next((n for n in alike if n > line), end)} looks like a record of its own.",
+                "a closing mark at the end of every text that begins with one.",
+                f'close the mark in line {line}, or write a mark that belongs to the text as """.',
+            )
     longest, cells = max(several, key=lambda record: sum(cell.count("\n") for cell in record[1]))
     last = longest + sum(cell.count("\n") for cell in cells)
     notes[f"records over several lines (the longest: lines {longest} to {last})"] += len(several)

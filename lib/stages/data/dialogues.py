@@ -21,6 +21,7 @@ from lib.prompts.templates import (
     USER,
     Message,
     is_blank,
+    read_block,
     split_thinking,
     think_tags,
     with_thinking,
@@ -28,7 +29,7 @@ from lib.prompts.templates import (
 from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, not_used, plain, safe_text, usable_rows
 from lib.stages.data.data_files import Rows
 from lib.stages.data.near_duplicates import audit, joined, normalise
-from lib.stages.data.turns import ALPACA, FORMS, MASKS, ROLES, Turn, find_form, request_of, turns_of
+from lib.stages.data.turns import ALPACA, FORMS, MASKS, REASONING, ROLES, Turn, find_form, request_of, turns_of
 
 _NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
 
@@ -70,7 +71,8 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
     rows, counts = usable_rows(table, row_of)
     _refuse(unknown, counts, len(table), len(rows), where, task)
     _set_shared(rows, requests)
-    used = {*FORMS[form], *KEPT, *MASKS, "system", "mask_history", *(ALPACA if form == "alpaca" else ())}
+    used = {*FORMS[form], *KEPT, *MASKS, *REASONING, "system", "mask_history", *(ALPACA if form == "alpaca" else ())}
+    used |= {name for name in columns if any("dropped" in why and f"({name}: " in why for why in counts)}
     return rows, counts + not_used([name for folded, name in columns.items() if folded not in used], len(table))
 
 
@@ -145,6 +147,10 @@ def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[st
     reasoning, earlier = "", False
     for message in messages[1::2]:
         earlier = earlier or bool(reasoning)
+        block = read_block(message["content"])
+        if block.parts[:3] == [True, True, False] and not is_blank(block.answer):  # of an answer without thinking
+            message["content"] = block.answer
+            changed["changed: empty thinking blocks removed"] += 1
         try:
             reasoning, _ = split_thinking(message["content"])
         except ValueError as error:

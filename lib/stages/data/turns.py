@@ -26,15 +26,15 @@ class Turn:
     learn: bool = True
 
 
-LEARN = frozenset(("loss", "weight", "train", "trainable", "training", "loss_weight", "learn"))
-"""Keys of a turn by which data sets say whether it is learned; with 0 or false it stays in the context alone."""
-IGNORE = frozenset(("mask", "masked"))
-"""The same the other way round."""
-MASKS = ("loss_mask", "weights", "train_mask")
-"""Columns with one such value for every turn, or for every answer."""
-REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
-"""Keys of a turn, or columns beside an output, that hold the reasoning apart: DeepSeek and Qwen; vLLM and OpenRouter;
-Ollama; others."""
+LEARN, IGNORE = frozenset(NAMES["learn"]), frozenset(NAMES["ignore"])
+"""Keys of a turn by which data sets say whether it is learned; with 0 or false it stays in the context alone. And the
+same the other way round."""
+MASKS, REASONING = NAMES["masks"], NAMES["reasoning"]
+"""Columns with one such value for every turn, or for every answer. Keys of a turn, or columns of a row, that hold the
+reasoning apart."""
+_SAID = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
+_SWITCH = (*_SAID, "on", "off", "none", "")
+"""What `thinking` holds where it says whether there is reasoning, not what it is."""
 ALPACA = ("instruction", "input", "output", "history", *REASONING)
 CALLS = ("tool_calls", "function_call")
 _OF_A_TURN = frozenset(("role", "content", "from", "value", *LEARN, *IGNORE, *REASONING, *CALLS))
@@ -67,17 +67,20 @@ def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Tu
         unused: gets the keys of turns that say something the workbook does not use.
 
     Raises:
-        DamagedError: a cell of another kind.
+        DamagedError: a cell of another kind, or a row that its file marks as not to be learned.
     """
+    if marked := next((name for name in sorted(raw) if _unlearned(raw[name], name)), None):
+        raise DamagedError(f"a row marked as not to be learned ({marked}: {str(raw[marked]).lower()})")
     if form == "alpaca":
         asked = "\n".join(part for part in request_of(raw) if part)
-        answer = _with_reasoning(text_of(raw["output"]), raw)
-        turns = [*_history(raw.get("history")), Turn("user", asked), Turn("assistant", answer)]
+        turns = [*_history(raw.get("history")), Turn("user", asked), Turn("assistant", text_of(raw["output"]))]
     elif form == "dialogue":
         turns = [_spoken(line) for line in _lines(raw["dialogue"])]
     else:
         turns = [_message(message, form, unused) for message in _list(raw[form], f"{form} that are no list")]
     _mask(turns, raw)
+    for last in [turn for turn in turns if ROLES.get(turn.role.strip().lower()) == ASSISTANT][-1:]:
+        last.text = _with_reasoning(text_of(last.text), raw, unused)
     system = text_of(raw.get("system"))
     own = bool(turns) and turns[0].role.strip().lower() == "system"
     return [Turn("system", system), *turns] if system.strip() and not own else turns
@@ -106,21 +109,47 @@ def _learned(value: Any, key: str) -> bool:
     Raises:
         DamagedError: anything but yes or no: half an answer cannot be learned.
     """
-    said = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
-    if (known := said.get(str(value).strip().lower())) is None:
+    if (known := _SAID.get(str(value).strip().lower())) is None:
         raise DamagedError(f"a turn with {key} {str(value)[:20]!r} (known are 0 and 1, true and false)")
     return known
 
 
-def _with_reasoning(text: str, holder: Mapping[str, Any]) -> str:
-    """An answer with the reasoning that its file keeps under a key of its own; tags in the answer itself win."""
-    for name in REASONING:
-        found = holder.get(name)
-        if isinstance(found, list):  # OpenRouter's details, Anthropic's blocks
-            found = "\n".join(str(part.get("text", "")) for part in found if isinstance(part, Mapping))
-        if isinstance(found, str) and not is_blank(found) and not TAG.search(text):
+def _unlearned(value: Any, name: str) -> bool:
+    """Whether a column says that its row is not learned; `label: false` marks bad answers (KTO), 0 is a class."""
+    said = str(value).strip().lower()
+    if name == "label":
+        return said == "false"
+    return (name in LEARN and _SAID.get(said) is False) or (name in IGNORE and _SAID.get(said) is True)
+
+
+def _with_reasoning(text: str, holder: Mapping[str, Any], unused: Counter[str]) -> str:
+    """An answer with the reasoning that its file keeps under a key of its own; tags in the answer itself win.
+
+    Raises:
+        DamagedError: reasoning of a shape that is not known: it is never dropped.
+    """
+    for name in (name for name in REASONING if name in holder):
+        if str(holder[name]).strip().lower() in _SWITCH:
+            unused[name] += holder[name] not in (None, "")
+        elif not is_blank(found := _reasoning(holder[name])) and not TAG.search(text):
             return f"<think>\n{found}\n</think>\n\n{text}"
     return text
+
+
+def _reasoning(value: Any) -> str:
+    """Reasoning out of a text, an object that holds it, or a list of them: OpenRouter's details, Anthropic's blocks."""
+    if isinstance(value, list | tuple):
+        return "\n".join(filter(None, map(_reasoning, value)))
+    if isinstance(value, Mapping):
+        keys = ("thinking", "text", "content", "summary", "reasoning", "reasoning_content")
+        if value and (value := next((value[key] for key in keys if value.get(key)), None)) is None:
+            raise DamagedError("reasoning of a kind that is not known")
+        return _reasoning(value) if value else ""
+    if isinstance(value, float) and value != value:
+        return ""
+    if not isinstance(value, str):
+        raise DamagedError("reasoning of a kind that is not known")
+    return value
 
 
 def request_of(raw: Mapping[str, Any]) -> tuple[str, str]:
@@ -146,6 +175,7 @@ def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
     """A turn {role, content} or {from, value}, with its reasoning and with whether it is to be learned."""
     if not isinstance(message, Mapping):
         raise DamagedError(f"{form} that are no list of turns with a role")
+    message = {str(key).strip().lower(): value for key, value in message.items()} | dict(message)
     role, text = (
         message.get(other) if message.get(name) is None else message[name]
         for name, other in (("role", "from"), ("content", "value"))
@@ -155,8 +185,12 @@ def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
         raise DamagedError("a turn that calls a tool")
     learn = all(_learned(said[key], key) for key in said.keys() & LEARN)
     learn = learn and not any(_learned(said[key], key) for key in said.keys() & IGNORE)
-    unused.update(said.keys() - _OF_A_TURN)
-    return Turn(str(role), _with_reasoning(text_of(text), message), learn)
+    unused.update(key for key in said.keys() - _OF_A_TURN if key.strip().lower() not in said.keys() - {key})
+    if isinstance(text, list):  # Anthropic and Mistral keep reasoning among the parts of the content
+        thought = [part for part in text if isinstance(part, Mapping) and part.get("type") in REASONING]
+        text = [part for part in text if part not in thought]
+        message |= {"thinking": thought} if thought else {}
+    return Turn(str(role), _with_reasoning(text_of(text), message, unused), learn)
 
 
 def _lines(cell: Any) -> list[Any]:

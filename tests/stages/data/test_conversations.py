@@ -133,13 +133,14 @@ def test_alpaca_with_thinking(home: Path) -> None:
     path = write(home / "alpaca.jsonl", rows)
     result = prepare(settings(path, task="instruction", thinking=True), open_run("t"))
     steps = [line["step"] for line in result.flow]
-    for reason in ("thinking not closed", "empty thinking", "no answer after the thinking"):
+    for reason in ("thinking not closed", "no answer after the thinking"):
         assert f"dropped: {reason}" in steps
     assert "dropped: thinking nested, repeated or crossed" in steps
     used = sum(len(result.rows(name)) for name in SPLITS)
     assert result.changes == {
-        "changed: thinking brought into the base model's form (tags, white space)": used - 1,
-        "rows without reasoning: learned as answers without it": 1,
+        "changed: thinking brought into the base model's form (tags, white space)": used - 2,
+        "changed: empty thinking blocks removed": 1,
+        "rows without reasoning: learned as answers without it": 2,
     }
     row = next(row for row in result.rows("train") if row["difficulty"] == 1)
     system, _, answer = row["messages"]

@@ -36,6 +36,12 @@ def read_csv(text: str, tabs: bool = False) -> tuple[dict[str, list[str]], list[
         ("text\tlabel\na,b\t1\n", {"text": ["a,b"], "label": ["1"]}, "cells separated by a tab"),
         ('text,label\n"a\nb, c",1\nd,0\n', {"text": ["a\nb, c", "d"], "label": ["1", "0"]}, "lines 2 to 3"),
         ('text,label\n"say ""no""",1\n', {"text": ['say "no"'], "label": ["1"]}, ""),
+        (",,text,label\n0,0,a,1\n0,1,b,0\n", {"text": ["a", "b"], "label": ["1", "0"]}, "index columns without a name"),
+        (
+            'label, text\n0, "a, b"\n1, "c"\n',
+            {"label": ["0", "1"], "text": ["a, b", "c"]},
+            "spaces between a separator",
+        ),
         ("text,label\n\nnull,007\n\n", {"text": ["null"], "label": ["007"]}, ""),
     ],
 )
@@ -59,6 +65,7 @@ def test_what_programs_write_is_read(text: str, columns: dict[str, list[str]], n
         ("text，label\na，1\n", "full-width commas"),
         ("a,,b\n1,2,3\n", "one distinct name a column"),
         ("text,text\na,b\n", "one distinct name a column"),
+        (",,text,label\n0,x,a,1\n0,y,b,0\n", "one distinct name a column"),
         (",text,label\nx,a,1\nx,b,0\n", "one distinct name a column"),
     ],
 )
@@ -73,6 +80,40 @@ def test_a_mark_without_its_partner_does_not_swallow_the_rows_behind_it() -> Non
     rows[20], rows[40] = '"' + rows[20], 'late again",1'
     with pytest.raises(InputError, match=r"begins in line 22 with a quotation mark ends in line 42, and line 23 looks"):
         read_csv("text,label\n" + "\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("names", [["text", "label"], ["label", "text"], ["text", "label", "id"]])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_texts_over_several_lines_beside_few_labels_are_read(names: list[str], separator: str) -> None:
+    texts = [
+        f"第{i}天\n第二行，好" if i % 7 == 0 else f'第{i}天说"好"' if i % 5 == 0 else f"第{i}天" for i in range(60)
+    ]
+    texts[3], texts[4] = "三行\n\n好", 'a,b;c\td\n"e'
+    frame = pd.DataFrame({"text": texts, "label": ["0", "1"] * 30, "id": [str(i) for i in range(60)]})[names]
+    columns, notes = read_csv(frame.to_csv(index=False, sep=separator, lineterminator="\n"), separator == "\t")
+    assert columns == frame.to_dict("list") and any("records over several lines" in note for note in notes)
+
+
+@pytest.mark.parametrize("lines", [["好,1", '来",0'], ["好,1", "中,0", '来",0'], ["一", "好,1", "中,0", '来",0']])
+def test_a_text_that_swallowed_records_is_refused(lines: list[str]) -> None:
+    rest = "".join(f"第{i}天,{i % 2}\n" for i in range(20))
+    more = rest.replace("天", "日")
+    with pytest.raises(InputError, match="looks like a record of its own"):
+        read_csv("text,label\n" + rest + '"' + "\n".join(lines) + "\n" + more)
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [
+        ('text\tlabel\n"他说""好"""\t1\nb\t0\n', ['他说"好"', "b"]),
+        ('text\tlabel\n"a\tb"\t1\nc\t0\n', ["a\tb", "c"]),
+        ('"text"\t"label"\n"a"\t"1"\n', ["a"]),
+        ('text\tlabel\n"a"\t1\n', ['"a"']),
+        ('text\tlabel\n"a" b\t1\n"他说""好"""\t0\n', ['"a" b', '"他说""好"""']),
+    ],
+)
+def test_marks_of_tab_separated_files_that_pandas_wrote(text: str, cells: list[str]) -> None:
+    assert read_csv(text, tabs=True)[0]["text"] == cells
 
 
 def test_marks_of_tab_separated_files_are_plain_characters() -> None:

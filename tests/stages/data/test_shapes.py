@@ -136,7 +136,9 @@ def _two(first: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
     "row",
     [
         *(_two({key: value}) for key in ("loss", "weight", "train", "trainable") for value in (False, 0, 0.0, "false")),
+        *(_two({key: value}) for key, value in (("Loss", False), ("is_loss", False), ("loss_scale", 0), ("Mask", 1))),
         _two({"mask": True}),
+        _two(assistant_masks=[0, 1]),
         _two(loss_mask=[0, 0, 0, 1]),
         _two(loss_mask=[0, 1]),
         _two(mask_history=True),
@@ -158,6 +160,11 @@ def test_marks_that_say_yes_or_nothing_change_nothing() -> None:
     ("row", "why"),
     [
         (_two({"weight": 0.5}), "weight '0.5'"),
+        (_two({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}), "a turn with train_detail"),
+        (_two(loss=False), "dropped: a row marked as not to be learned (loss: false)"),
+        (_two(Weight=0), "dropped: a row marked as not to be learned (weight: 0)"),
+        (_two(label=False), "dropped: a row marked as not to be learned (label: false)"),
+        ({"instruction": "a", "output": "b", "train": "false"}, "not to be learned (train: false)"),
         (_two(loss_mask=[1, 0, 1]), "another number of values than turns"),
         (_two(loss_mask=[0, 0]), "every answer marked as not to be learned"),
         (_two({"tool_calls": [{"name": "f"}]}), "a turn that calls a tool"),
@@ -183,6 +190,61 @@ def test_reasoning_under_any_key_is_seen(key: str) -> None:
     alpaca = {"instruction": "a", "output": "b", key: said}
     with pytest.raises(InputError, match="1 answers with reasoning"):
         _conversations([alpaca])
+
+
+@pytest.mark.parametrize("columns", [{"label": 0}, {"label": True}, {"weight": 1}, {"weight": 0.5}, {"loss": 1.7}])
+def test_columns_that_say_something_else_drop_no_row(columns: dict[str, Any]) -> None:
+    learned, counts = _conversations([_two(**columns)])
+    assert learned == [[True, True]] and counts[f"not used: the column '{next(iter(columns))}'"] == 1
+
+
+_BLOCKS = [{"type": "thinking", "thinking": "hm"}]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({"reasoning": said} for said in ({"content": "hm"}, ["hm"], _BLOCKS, [{"type": "x", "summary": ["hm"]}])),
+        *({key: "hm"} for key in ("thoughts", "cot", "reasoning_text", "Reasoning_Content", "thinking_content")),
+        {"thinking_blocks": _BLOCKS},
+        {"content": [*_BLOCKS, {"type": "text", "text": "b"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "text", "text": "b"},
+            ]
+        },
+    ],
+)
+def test_reasoning_of_any_shape_is_read(answer: dict[str, Any]) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **answer}]}
+    task = task_of(Settings(task="dialogue", dataset="x.json", system_prompt="s", thinking=True))
+    [read], _ = clean_conversations([row], "all", task)
+    assert read.messages[-1]["content"] == "<think>\nhm\n</think>\n\nb"
+
+
+def test_reasoning_beside_the_messages_is_the_last_answers_or_a_switch() -> None:
+    with pytest.raises(InputError, match="1 answers with reasoning"):
+        _conversations([_two(reasoning="hm")])
+    assert _conversations([_two(reasoning="hm")], thinking=True)[0] == [[True, True]]
+    learned, counts = _conversations([_two(thinking="off"), _two(thinking=False)])
+    assert learned == [[True, True]] * 2 and counts["not used: the key 'thinking' of turns"] == 2
+
+
+@pytest.mark.parametrize("said", [{"odd": 1}, 5, [{"type": "redacted", "data": "x"}], {"thinking": 3}])
+def test_reasoning_of_an_unknown_shape_is_never_dropped_alone(said: Any) -> None:
+    _, counts = _conversations([_two({"reasoning": said}), _two()])
+    assert counts == {"dropped: reasoning of a kind that is not known": 1}
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>", "<Thinking>\u200b</thinking>\n"])
+def test_an_empty_block_is_no_thinking(block: str) -> None:
+    learned, counts = _conversations([_two({"content": f"{block}b"})])
+    assert learned == [[True, True]] and counts == {"changed: empty thinking blocks removed": 1}
+    _, counts = _conversations(
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": block}]}]
+    )
+    assert counts == {"dropped: empty thinking": 1}
 
 
 def test_many_dropped_rows_are_said_on_every_page() -> None:
