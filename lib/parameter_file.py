@@ -3,7 +3,7 @@
 A parameter file is flat: keys with single values, lists of them, or (fallbacks) lists of mappings. What YAML allows
 beyond that and reads otherwise than it looks is refused with the line: a key that stands twice (the last would win),
 anchors and aliases (a few lines can stand for 10^9 values), numbers in base 8 and 60, words such as `no` where a text
-is meant, and a `#` that cuts a text off.
+is meant, a `#` that cuts a text off, line ends that nobody sees, and a `\\n` in a prompt that is no line end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ MOST_DIGITS = 18
 _TAG = "tag:yaml.org,2002:"
 _WORDS_OF_YAML = {"bool": "true or false", "null": "nothing at all", "timestamp": "a date"}
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII)
+_UNSEEN_ENDS = re.compile("[\x85\u2028\u2029]")
+"""Characters that end a line in YAML and look like nothing."""
+_UNESCAPED = re.compile(r"\\n(?![a-z])")
+"""Backslash and n where a line end is meant; LaTeX goes on with a small letter."""
 
 
 def parse(text: str, where: str, texts: Collection[str] = ()) -> dict[str, Any]:
@@ -98,6 +102,7 @@ class _File:
             if not isinstance(name, yaml.ScalarNode) or name.tag == f"{_TAG}merge":
                 self.refuse(name, "a key that is no word", "lines `key: value`.", "see params/quick.yaml.")
             line = name.start_mark.line + 1
+            self._refuse_unseen(name, name.start_mark.index - 1)
             if name.value in found:
                 self.refuse(
                     name,
@@ -110,7 +115,15 @@ class _File:
 
     def _scalar(self, node: yaml.ScalarNode, key: str, is_text: bool) -> Any:
         """A single value; an unquoted one is what it looks like, or refused."""
-        kind, written = node.tag.removeprefix(_TAG), node.value
+        kind, written = node.tag.removeprefix(_TAG), self._whole(node)
+        self._refuse_unseen(node, node.start_mark.index)
+        if key.endswith("_prompt") and node.style in (None, "'") and (cut := _UNESCAPED.search(written)):
+            self.refuse(
+                node,
+                f"{key}: {written[max(0, cut.start() - 20) : cut.end() + 20]!r}: a backslash and an n, no line end",
+                "a text in double quotation marks, where \\n ends a line (and \\\\n is the two characters), or `|`.",
+                f'write {key}: "…\\n…".',
+            )
         if node.style is not None or kind == "str":
             self._refuse_cut(node, written)
             return _number(written) if node.style is None and not is_text and _FLOAT.fullmatch(written) else written
@@ -135,6 +148,20 @@ class _File:
             self.refuse(node, f"{key}: {written} ({kind})", "a word, a number or a list.", "put it in quotation marks.")
         return written.lower() in ("yes", "true", "on") if kind == "bool" else None
 
+    def _whole(self, node: yaml.ScalarNode) -> str:
+        """The text of a node; the two halves that JSON writes for an emoji are one character."""
+        try:
+            return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            half = next(c for c in node.value if "\ud800" <= c <= "\udfff")
+            self.refuse(node, f"\\u{ord(half):x}, half of a character", "whole characters.", "write the character.")
+
+    def _refuse_unseen(self, node: yaml.ScalarNode, begin: int) -> None:
+        """Refuse a line that ends where nobody sees it: what stands behind would be a key of its own, or a space."""
+        if node.style is None and (end := _UNSEEN_ENDS.search(self.text, max(0, begin), node.end_mark.index)):
+            found = f"U+{ord(end[0]):04X}, which ends a line for YAML and cannot be seen"
+            self.refuse(node, found, "lines that end visibly.", "delete it, or put the text in quotation marks.")
+
     def _refuse_cut(self, node: yaml.ScalarNode, written: str) -> None:
         """Refuse an unquoted text that a # cuts off: `判断 #情感`. A comment has a space behind its #."""
         rest = self.lines[node.end_mark.line][node.end_mark.column :] if node.style is None and self.lines else ""
@@ -149,7 +176,11 @@ class _File:
     def _whole_number(self, node: yaml.ScalarNode, key: str, written: str) -> int:
         if not _DECIMAL.fullmatch(written) or len(written) > MOST_DIGITS:
             shown = written if len(written) <= 40 else f"{written[:40]}… ({len(written):,} characters)"
-            means = f"which YAML reads as {_meaning(written)}" if len(written) <= 40 else "no number of a parameter"
+            if _DECIMAL.fullmatch(written) or len(written) > 40:
+                self.refuse(
+                    node, f"{key}: {shown}, no number of a parameter", f"at most {MOST_DIGITS} digits.", "shorten it."
+                )
+            means = f"which YAML reads as {_meaning(written)}"
             self.refuse(node, f"{key}: {shown}, {means}", "a decimal number without leading zeros.", "write it so.")
         return int(written.replace("_", ""))
 

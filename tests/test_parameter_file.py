@@ -36,6 +36,14 @@ TEXTS = {"label_names", "system_prompt", "run_name"}
         ("label_names:\n- 好\n- ~", "line 3: label_names: ~, which YAML reads as nothing at all"),
         ("run_name: 2024-01-01", "which YAML reads as a date"),
         ("day: 2024-01-01", "(timestamp)"),
+        ("seed: " + "9" * 20, "9" * 20 + ", no number of a parameter. Expected: at most 18 digits"),
+        ("a: 1\nsystem_prompt: '判断\\n{text}'", "line 2: system_prompt: '判断\\\\n{text}'"),
+        ("system_prompt: 判断\\nText", "a backslash and an n, no line end"),
+        ("system_prompt: a\u2028run_name: x", "U+2028, which ends a line for YAML"),
+        ("system_prompt: a\u2029 b", "U+2029"),
+        ("seed: 1\x85run_name: x", "U+0085"),
+        ('system_prompt: "\\ud83d!"', "\\ud83d, half of a character"),
+        ('{"a": ["\\ude00"]}', "\\ude00, half of a character"),
         ("system_prompt: 判断 #情感", "'判断' and, behind it, '#情感', which YAML takes for a comment"),
         ("a: " + "[" * 3000, "values deep inside each other"),
         ("a: " + "{a: " * 3000, "values deep inside each other"),
@@ -72,6 +80,22 @@ def test_numbers_and_texts_mean_what_they_look_like() -> None:
     assert parse("system_prompt: |\n  a #b\n", "f.yaml", TEXTS) == {"system_prompt": "a #b\n"}
     assert parse("# nothing but a comment\n", "f.yaml") == {}
     assert parse_value("[{dataset: a, rows: 3}]", "fallbacks") == [{"dataset": "a", "rows": 3}]
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ('{"system_prompt": "\\u4f60\\ud83d\\ude00"}', "你😀"),
+        ('system_prompt: "a\\nb"', "a\nb"),
+        ('system_prompt: "a\\\\n{text}"', "a\\n{text}"),
+        (r"system_prompt: '$\nabla$ and $\neq$'", r"$\nabla$ and $\neq$"),
+        ("system_prompt: |\n  print('\\n')\n", "print('\\n')\n"),
+        ("system_prompt: '１２'", "１２"),
+    ],
+)
+def test_prompts_are_what_they_look_like(text: str, prompt: str) -> None:
+    assert parse(text, "f.yaml", TEXTS) == {"system_prompt": prompt}
+    assert parse("seed: １２", "f.yaml", TEXTS) == {"seed": "１２"}
 
 
 def test_every_profile_is_what_yaml_reads() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, one_line
+from lib.runs.files import once
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
         raise InputError(f"no {path.name} in {path.parent}.", f"{what}.", "give the folder that has it.")
     refuse_impostor(path, "JSON")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({one_line(error, 80)}).", "JSON.", "download or copy it again.") from None
     if not isinstance(content, dict):

@@ -298,6 +298,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value, indent=1) + "\n")
 
 
+class KeyTwiceError(ValueError):
+    """JSON that names a key of an object twice."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (`object_pairs_hook`); of a key that stands there twice the last value would win silently."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise KeyTwiceError(f"the key {name[:80]!r} twice in one object")
+        found[name] = value
+    return found
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; a damaged file raises an InputError that names it."""
     try:

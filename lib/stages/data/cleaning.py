@@ -14,15 +14,12 @@ from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
 from lib.settings import Settings
-from lib.stages.data.data_files import NAMES, SURROGATE, Rows
+from lib.stages.data.data_files import NAMES, SURROGATE, DamagedError, Rows
 from lib.stages.data.near_duplicates import audit
+from lib.stages.data.options import option_columns, options_of, with_options
 from lib.stages.data.reading import Table
 
 NEGATIVE, POSITIVE = NAMES["negative"], NAMES["positive"]
-
-
-class DamagedError(ValueError):
-    """Why a row cannot be used; rows are left out and counted by it."""
 
 
 @dataclass
@@ -162,24 +159,29 @@ def clean_split(
     label_name = find_column(names, label_column, "label")
     read = label_reader(label_names)
     unknown: Counter[str] = Counter()
-    options = _option_columns(names, label_names)
-    unused = [name for name in names if name not in (text_name, label_name, *options, *keep)]
+    options = option_columns(names, label_names)
+    unused = [name for name in names if name not in (text_name, label_name, *options.values(), *keep)]
+    beside = [name for name in unused if name.strip().lower() in (*NAMES["class_name_columns"], f"{label_name}_text")]
+    by_names = f"numbers of {label_name} read by the names in {beside[0]}" if beside else ""
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
         text, value = safe_text(cells[text_name], changed), cells[label_name]
         if not text.strip():
             raise DamagedError("empty text")
-        if choices := _choices(cells, options):
-            text = "\n".join(
-                [text.rstrip(), *(f"{letter}. {safe_text(choice, changed)}" for letter, choice in choices)]
-            )
-            changed["changed: options joined to their question, one a line"] += 1
+        choices = options_of(cells, options) if options else {}
+        if choices:
+            text = with_options(text, {letter: safe_text(said, changed) for letter, said in choices.values()}, changed)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
             changed["changed: label out of a list of one"] += 1
+        value = choices.get(str(value).strip(), (value, ""))[0]
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DamagedError("no label")
         label = read(value)
+        named = read(cells[beside[0]]) if beside and not _is_name(value) and _is_name(cells[beside[0]]) else None
+        if named is not None:  # the file says what its numbers mean
+            label = named
+            changed[by_names] += 1
         if label is None:
             unknown[str(value).strip()[:40]] += 1
             raise DamagedError("label not understood")
@@ -187,38 +189,13 @@ def clean_split(
 
     rows, counts = usable_rows(table, row_of)
     _refuse_labels(unknown, len(table), label_names, where)
+    unused = [name for name in unused if not (counts[by_names] and name == beside[0])]
     return rows, counts + not_used(unused, len(table))
 
 
-def _option_columns(names: Sequence[str], label_names: Sequence[str]) -> list[str]:
-    """The columns of a question's options, where the labels are letters: one with all, or one for each letter."""
-    if any(len(name) != 1 or not name.isascii() or not name.isupper() for name in label_names):
-        return []
-    letters = [name for name in label_names if name in names]
-    return [name for name in names if name.strip().lower() in NAMES["option_columns"]] or (
-        letters if len(letters) > 1 else []
-    )
-
-
-def _choices(cells: Mapping[str, Any], columns: Sequence[str]) -> list[tuple[str, Any]]:
-    """The options of a question with their letters.
-
-    Raises:
-        DamagedError: options that are neither a list nor texts by letter.
-    """
-    if len(columns) != 1:
-        return [(name, cells[name]) for name in columns if cells[name] not in (None, "")]
-    given = cells[columns[0]]
-    if isinstance(given, str) and given.lstrip().startswith(("[", "{")):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            raise DamagedError("options that cannot be read") from None
-    if isinstance(given, Mapping):
-        return [(str(letter), choice) for letter, choice in given.items() if choice is not None]
-    if isinstance(given, list):
-        return [(chr(ord("A") + i), choice) for i, choice in enumerate(given[:26])]
-    raise DamagedError("options that are neither a list nor named by letters")
+def _is_name(value: Any) -> bool:
+    """Whether a label is a word, not the number of one."""
+    return isinstance(value, str) and not value.strip().replace(".", "", 1).isdecimal()
 
 
 def not_used(names: Sequence[str], rows: int) -> Counter[str]:
@@ -378,7 +355,9 @@ class LabelledRows(RowsOfTask):
         return clean_split(table, where, self.settings.text_column, self.settings.label_column, self.names)
 
     def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
-        require_labels([row for rows in splits.values() for row in rows], self.names, "the data set")
+        rows = [row for rows in splits.values() for row in rows]
+        reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
+        require_labels(rows, self.names, "the data set" if rows else f"the data set ({reasons})")
 
     def require_each(self, splits: Splits) -> None:
         for name in ("train", "validation", "test"):

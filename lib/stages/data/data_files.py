@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from lib.errors import InputError, one_line
-from lib.runs.files import refuse_device, sha256_file, sha256_json, utf8
+from lib.runs.files import once, refuse_device, sha256_file, sha256_json, utf8
 from lib.stages.data.csv_table import read_csv
 from lib.stages.data.json_layouts import other_layout
 
@@ -28,10 +29,20 @@ FORMATS |= {".parquet": "parquet", ".xlsx": "xlsx"}
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 """What is understood, by kind: see names.yaml."""
 
+_KNOWN = frozenset(
+    (*NAMES["text_columns"], *NAMES["label_columns"], *(n for names in NAMES["forms"].values() for n in names))
+)
+_NO_DATA = (*NAMES["class_files"], "dataset_info.json", "dataset_infos.json")
+"""What stands beside data and says something about it."""
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 _HALF = r"\\u[dD][%s][0-9a-fA-F]{2}"
 _ESCAPE = re.compile(rf"\\\\|{_HALF % '89abAB'}{_HALF % 'c-fC-F'}|({_HALF % '89a-fA-F'})")
 """In JSON: a backslash, a surrogate pair, or (group 1) half of one, which no UTF-8 file and no tokenizer can hold."""
+
+
+class DamagedError(ValueError):
+    """Why a row cannot be used; rows are left out and counted by it."""
 
 
 def file_fingerprint(path: Path) -> str:
@@ -45,7 +56,7 @@ def file_fingerprint(path: Path) -> str:
 def data_files(folder: Path) -> list[Path]:
     """The files of a folder that the workbook can read, by name."""
     files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in FORMATS)
+    return sorted(p for p in files if p.suffix.lower() in FORMATS and p.name.lower() not in _NO_DATA)
 
 
 def read_file(path: Path, changes: Counter[str]) -> Rows:
@@ -122,14 +133,14 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
 
     text = _ESCAPE.sub(without_halves, text)
     rows: Rows = []
-    if found := other_layout(path, text):
+    if found := other_layout(path, text, _KNOWN):
         rows, words = found
         changes[f"rows read from another layout: {words}"] += len(rows)
     else:
         whole = text.lstrip().startswith("[")
         for number, part in enumerate([text] if whole else text.split("\n"), 1):
             try:
-                value = json.loads(part, object_pairs_hook=_once) if part.strip() else []
+                value = json.loads(part, object_pairs_hook=once) if part.strip() else []
                 rows += value if whole or not part.strip() else [value]
             except json.JSONDecodeError as error:
                 raise InputError(
@@ -143,15 +154,6 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
     return [columns | row for row in rows]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a row; of a key that stands there twice the last value would win silently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {name!r} twice in one object")
-    return found
-
-
 def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
     if raw[:4] != b"PAR1" or raw[-4:] != b"PAR1":
         raise InputError(f"{path} does not start and end as Parquet does.", "a whole Parquet file.", "fetch it again.")
@@ -159,11 +161,18 @@ def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
 
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
     metadata = table.schema.metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     index = [name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)]  # of pandas
-    rows: Rows = table.drop_columns(index).to_pylist()
-    named = {name: kind["names"] for name, kind in features.items() if isinstance(kind, dict) and kind.get("names")}
-    return named_classes(rows, named, changes)
+    table = table.drop_columns(index)
+    for place, field in enumerate(table.schema):
+        with contextlib.suppress(pyarrow.ArrowInvalid):  # Spark writes texts as bytes
+            if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+                table = table.set_column(place, field.name, table.column(place).cast(pyarrow.large_string()))
+                changes[f"bytes of {field.name} read as UTF-8"] += table.num_rows
+    try:
+        info = json.loads(metadata.get(b"huggingface", b"null"))
+    except (ValueError, RecursionError):
+        info = None  # of another program
+    return named_classes(table.to_pylist(), classes_of(info), changes)
 
 
 def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
@@ -197,6 +206,37 @@ def by_name(kind: str) -> dict[str, str]:
     return {name: meaning for meaning, names in NAMES[kind].items() for name in names}
 
 
+def classes_of(info: Any) -> dict[str, list[str]]:
+    """Names of classes by column, out of what `datasets` writes into a schema, a card or dataset_infos.json."""
+    found: dict[str, list[str]] = {}
+    todo = [info]
+    for part in todo:
+        features = part.get("features") if isinstance(part, dict) else None
+        if isinstance(features, list):
+            features = {str(one.get("name")): one for one in features if isinstance(one, dict)}
+        if isinstance(features, dict):
+            found |= {name: names for name, kind in features.items() if (names := _class_names(kind))}
+        elif len(todo) < 1000:
+            todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return found
+
+
+def _class_names(kind: Any) -> list[str]:
+    """The names of a feature of classes, also inside a list of them."""
+    todo = [kind]
+    for part in todo:
+        if isinstance(part, list):
+            todo += part[:1]
+        elif isinstance(part, dict):
+            names = part.get("names")
+            if isinstance(names, dict):
+                names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdecimal() else 0)]
+            if isinstance(names, list):
+                return [str(name) for name in names]
+            todo += [part.get(key) for key in ("class_label", "dtype", "feature", "sequence", "list")]
+    return []
+
+
 def named_classes(rows: Rows, names: Mapping[str, Sequence[str]], changes: Counter[str]) -> Rows:
     """Rows with the names of classes in place of their numbers: what 0 means is said by the file, not by us.
 
@@ -206,8 +246,9 @@ def named_classes(rows: Rows, names: Mapping[str, Sequence[str]], changes: Count
     for column, words in names.items():
         for row in rows:
             value = row.get(column)
-            number = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else -1
-            if 0 <= number < len(words):
-                row[column] = str(words[number])
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            number = re.fullmatch(r"([0-9]{1,6})(\.0+)?", str(value).strip())
+            if number and int(number[1]) < len(words):
+                row[column] = words[int(number[1])]
                 changes[f"numbers of {column} read by the names that the file gives them"] += 1
     return rows

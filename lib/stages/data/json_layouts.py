@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.runs.files import KeyTwiceError, once
 
 Rows = list[dict[str, Any]]
 
 EXPECTED = "a list of objects, or one object a line, each a row."
 
 
-def other_layout(path: Path, text: str) -> tuple[Rows, str] | None:
+def other_layout(path: Path, text: str, known: Collection[str] = ()) -> tuple[Rows, str] | None:
     """The rows of a file that is neither a list of objects nor one object a line, and its layout in words.
 
     Returns None for those two, for a single object that is a row, and for what is not JSON at all: readers of rows say
     where the fault is.
+
+    Args:
+        known: names of columns, in small letters: they tell columns from rows where neither are numbered.
 
     Raises:
         InputError: JSON, but not rows; with the shape that was found and how to turn it.
@@ -32,16 +36,20 @@ def other_layout(path: Path, text: str) -> tuple[Rows, str] | None:
     if _is_plain(text):
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)
+    except KeyTwiceError:
+        raise
     except (ValueError, RecursionError):
         return _one_behind_another(text)
     if isinstance(value, list):
         return _list(path, value)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a single {_kind(value)}.", EXPECTED, "check the file.")
-    for read in (_split, _table, _columns_or_index, _lists):
+    for read in (_split, _table, _lists):
         if found := read(path, value):
             return found
+    if found := _columns_or_index(value, known):
+        return found
     return _wrapped(path, value)
 
 
@@ -62,12 +70,14 @@ _BETWEEN = re.compile(r"[ \t\n\r,]*")
 
 def _one_behind_another(text: str) -> tuple[Rows, str] | None:
     """Indented objects without commas or brackets around them."""
-    decoder, rows, place = json.JSONDecoder(), [], 0
+    decoder, rows, place = json.JSONDecoder(object_pairs_hook=once), [], 0
     try:
         while place < len(text):
             value, place = decoder.raw_decode(text, place)
             rows.append(value)
             place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+    except KeyTwiceError:
+        raise
     except (ValueError, RecursionError):
         return None
     return (rows, "objects over several lines, one behind another") if all(isinstance(r, dict) for r in rows) else None
@@ -101,15 +111,22 @@ def _table(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
     return [{k: v for k, v in row.items() if k not in index} for row in rows], 'pandas\' orient="table"'
 
 
-def _columns_or_index(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
-    """pandas' orient="columns" (its default) and "index": objects of objects, the rows' numbers inside or outside."""
+def _columns_or_index(value: dict[str, Any], known: Collection[str]) -> tuple[Rows, str] | None:
+    """pandas' orient="columns" (its default) and "index": objects of objects, the rows' names inside or outside.
+
+    Rows are told by their numbers, else by what the others are called.
+    """
     parts = list(value.values())
     if not parts or not all(isinstance(part, dict) and part.keys() == parts[0].keys() for part in parts):
         return None
-    if _numbers(value) and not _numbers(parts[0]):
-        return parts, 'pandas\' orient="index"'
-    if _numbers(parts[0]) and not _numbers(value):
-        return [{name: cells[key] for name, cells in value.items()} for key in parts[0]], 'pandas\' orient="columns"'
+    for are in (_numbers, lambda names: len(names) > 1 and not any(name.strip().lower() in known for name in names)):
+        outside, inside = are(value), are(parts[0])
+        if outside and not inside:
+            return parts, 'pandas\' orient="index"'
+        if inside and not outside:
+            return [
+                {name: cells[key] for name, cells in value.items()} for key in parts[0]
+            ], 'pandas\' orient="columns"'
     return None
 
 

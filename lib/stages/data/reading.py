@@ -5,6 +5,7 @@ Data sets of the hub and of ModelScope are plain files, read like local ones; sc
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +20,10 @@ from lib.errors import InputError
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
 from lib.models.base_model import called, fallback_note, first_available
-from lib.runs.files import sha256_file, sha256_json, user_path
+from lib.runs.files import read_json, sha256_file, sha256_json, user_path, utf8
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-from lib.stages.data.data_files import FORMATS, Rows, by_name, data_files, named_classes, read_file
+from lib.stages.data.data_files import FORMATS, NAMES, Rows, by_name, classes_of, data_files, named_classes, read_file
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = by_name("splits")
@@ -80,7 +81,7 @@ def read_table(source: str, revision: str = "main") -> Table:
         InputError: nothing readable, or files that do not say which split they are.
     """
     path, commit = user_path(source), ""
-    classes = _card_classes(path) if path.is_dir() else {}
+    classes = classes_beside(path if path.is_dir() else path.parent)
     if path.is_file():
         files, words = {"all": [path]}, f"file {path.name}"
     elif path.is_dir():
@@ -95,7 +96,7 @@ def read_table(source: str, revision: str = "main") -> Table:
     else:
         remote = sources.parse(source, revision, "dataset")
         found = fetching.fetch(source, revision, "dataset")
-        classes = _card_classes(found.path)
+        classes = classes_beside(found.path)
         where, commit = "hub" if remote.place == "hub" else "ModelScope", found.revision
         files, words = (
             _split_repository(found.path, remote.words),
@@ -132,6 +133,13 @@ def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
 
 def _split_folder(folder: Path) -> dict[str, list[Path]]:
     """Data files of a folder by split; shards (train-00000-of-00002) belong together."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        part = "" if (folder / "state.json").is_file() else '["train"]'
+        raise InputError(
+            f"{folder} was written by save_to_disk of datasets (Arrow files and their state).",
+            "files train, validation, test (csv, tsv, json, jsonl or parquet).",
+            f'write each split: datasets.load_from_disk("{folder.name}"){part}.to_parquet("train.parquet").',
+        )
     files = data_files(folder)
     if not files:
         have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -201,19 +209,18 @@ def _card(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _card_classes(folder: Path) -> dict[str, list[str]]:
-    """Names of classes by column, as the card of a data set lists them under `dataset_info`."""
-    info = _card(folder).get("dataset_info")
-    found: dict[str, list[str]] = {}
-    for config in info if isinstance(info, list) else [info]:
-        features = config.get("features") if isinstance(config, dict) else None
-        for feature in features if isinstance(features, list) else []:
-            dtype = feature.get("dtype") if isinstance(feature, dict) else None
-            names = dtype.get("class_label", {}).get("names") if isinstance(dtype, dict) else None
-            if isinstance(names, dict):
-                names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdigit() else 0)]
-            if isinstance(names, list):
-                found[str(feature.get("name"))] = [str(name) for name in names]
+def classes_beside(folder: Path) -> dict[str, list[str]]:
+    """Names of classes by column, as a card, dataset_infos.json or a list such as labels.txt in a folder says."""
+    found = classes_of(_card(folder).get("dataset_info"))
+    for name in ("dataset_info.json", "dataset_infos.json"):
+        with contextlib.suppress(InputError, OSError):
+            found |= classes_of(read_json(folder / name))
+    for file in (folder / name for name in NAMES["class_files"]):
+        if not found and file.is_file() and file.stat().st_size < 1 << 20:
+            lines = [line.strip() for line in utf8(file, file.read_bytes()).lstrip("\ufeff").splitlines()]
+            lines = [line for line in lines if line]
+            if len(set(lines)) == len(lines) and not any(line.isdecimal() for line in lines):  # not one a row
+                found = dict.fromkeys(("label", "labels", "class", "标签"), lines)
     return found
 
 

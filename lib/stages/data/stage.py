@@ -25,7 +25,7 @@ from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
 from lib.stages.data.data_files import file_fingerprint
 from lib.stages.data.dialogues import Conversations, in_tags_of
-from lib.stages.data.reading import SPLITS, Table, choose_data, read_table
+from lib.stages.data.reading import SPLITS, Table, choose_data, classes_beside, read_table
 from lib.stages.data.text_audit import audit_texts
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def prepare(settings: Settings, run: Run) -> DataResult:
         parameters["sample_version"] = sample.VERSION
     elif (path := user_path(settings.dataset)).exists():
         parameters["dataset_sha256"] = file_fingerprint(path)
+        if classes := classes_beside(path if path.is_dir() else path.parent):
+            parameters["dataset_classes"] = classes
     if settings.fallbacks:
         parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
     parameters |= base_parameters(settings)

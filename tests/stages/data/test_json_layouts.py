@@ -26,6 +26,14 @@ def test_every_layout_of_pandas_is_read(orient: Any, indent: int | None) -> None
     assert found is not None and found[0] == ROWS and orient in found[1]
 
 
+@pytest.mark.parametrize("orient", ["columns", "index"])
+@pytest.mark.parametrize("names", ["r", "id_", ""])
+def test_rows_with_names_are_told_by_the_names_of_columns(orient: Any, names: str) -> None:
+    frame = FRAME.set_axis([f"{names}{3 * i}" for i in range(12)])
+    found = other_layout(FILE, frame.to_json(orient=orient), {"text", "label"})
+    assert found is not None and found[0] == ROWS and orient in found[1]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -86,6 +94,8 @@ def test_other_shapes_are_named(text: str, said: str | None) -> None:
         '[{"text": "a", "text": "b", "label": 1}]',
         '{"text": "a", "label": 1}\n{"label": 0, "text": "b", "label": 1}\n',
         '[{"messages": [{"role": "user", "content": "a", "content": "b"}]}]',
+        '{"data": [\n{"text": "a", "text": "b"}]}',
+        '{\n"text": "a", "label": 1, "label": 0}\n{\n"text": "b", "label": 1}\n',
     ],
 )
 def test_a_key_twice_in_one_object_is_refused(text: str, tmp_path: Path) -> None:

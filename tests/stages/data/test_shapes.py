@@ -52,6 +52,97 @@ def test_classes_of_a_file_are_read_by_their_names(tmp_path: Path, names: list[s
     assert counts["numbers of label read by the names that the file gives them"] == (6 if names else 0)
 
 
+def _features(path: Path, values: list[Any], feature: Any) -> Path:
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": feature}}})}
+    table = pa.table({"text": [r["text"] for r in REVIEWS], "label": values})
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+_CLASSES = {"names": ["positive", "negative"], "_type": "ClassLabel"}
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"),
+    [
+        ([0.0, 1.0] * 3, _CLASSES),
+        (["0", "1"] * 3, _CLASSES),
+        ([[0], [1]] * 3, {"feature": _CLASSES, "length": 1, "_type": "Sequence"}),
+        ([[0], [1]] * 3, [_CLASSES]),
+    ],
+)
+def test_classes_in_lists_and_as_other_numbers_are_read_by_their_names(
+    tmp_path: Path, values: list[Any], feature: Any
+) -> None:
+    rows, _ = _rows(_features(tmp_path / "r.parquet", values, feature), ["负面", "正面"])
+    assert [label for _, label in rows] == [1, 0] * 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(b"null", b"[]", b'{"info": null}', b'{"info": {"features": []}}', b"{no", b"\xff", b'{"info": 5}'),
+        *(b"[" * 9999, b'{"info": {"features": {"label": {"names": 5}}}}', b'{"info": {"features": {"label": null}}}'),
+    ],
+)
+def test_metadata_of_other_programs_counts_as_none(tmp_path: Path, said: bytes) -> None:
+    pq.write_table(
+        pa.Table.from_pylist(REVIEWS).replace_schema_metadata({b"huggingface": said}), tmp_path / "r.parquet"
+    )
+    assert [label for _, label in _rows(tmp_path / "r.parquet", ["负面", "正面"])[0]] == [0, 1] * 3
+
+
+_CARD = "---\ndataset_info:\n  features:\n  - name: label\n    {}\n---\n"
+_NAMED = "{class_label: {names: {'0': positive, '1': negative}}}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", _CARD.format(f"dtype: {_NAMED}")),
+        ("README.md", _CARD.format(f"sequence: {_NAMED}")),
+        ("dataset_infos.json", json.dumps({"default": {"features": {"label": _CLASSES}}})),
+        ("dataset_info.json", json.dumps({"features": {"label": _CLASSES}})),
+        ("labels.txt", "positive\nnegative\n"),
+        ("classes.txt", "\ufeffpositive\r\nnegative"),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_classes_beside_a_file_are_read_by_their_names(tmp_path: Path, name: str, text: str, folder: bool) -> None:
+    (tmp_path / name).write_text(text)
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in REVIEWS))
+    [table] = read_table(str(tmp_path if folder else tmp_path / "train.csv")).splits.values()
+    rows, _ = clean_split(table, "x", "", "", ["负面", "正面"])
+    assert [row.label for row in rows] == [1, 0] * 3
+
+
+def test_labels_one_a_row_are_no_names(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("1\n0\n1\n")
+    (tmp_path / "r.json").write_text(json.dumps(REVIEWS))
+    assert [label for _, label in _rows(tmp_path / "r.json", ["负面", "正面"])[0]] == [0, 1] * 3
+
+
+@pytest.mark.parametrize("column", ["label_text", "Label_Name", "class_name"])
+def test_names_beside_numbers_say_what_they_mean(tmp_path: Path, column: str) -> None:
+    rows = [{**r, column: ("positive", "negative")[r["label"]]} for r in REVIEWS]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    read, counts = _rows(tmp_path / "r.json", ["负面", "正面"])
+    assert [label for _, label in read] == [1, 0] * 3 and not any("not used" in why for why in counts)
+    _, counts = _rows(tmp_path / "r.json", ["甲", "乙", "丙"])
+    assert counts[f"not used: the column '{column}'"] == 6
+
+
+def test_bytes_of_spark_are_texts(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["好".encode()] * 2, "label": [0, 1]}), tmp_path / "r.parquet")
+    assert _rows(tmp_path / "r.parquet", ["负面", "正面"])[0] == [("好", 0), ("好", 1)]
+
+
+def test_a_folder_of_save_to_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(InputError, match=r"save_to_disk.*load_from_disk"):
+        read_table(str(tmp_path))
+
+
 def test_classes_that_are_not_named_in_label_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="labels 'angry'"):
         _rows(_parquet(tmp_path / "r.parquet", ["angry", "happy"]), ["负面", "正面"])
@@ -82,6 +173,17 @@ def test_an_index_of_pandas_in_a_parquet_file_is_no_column(tmp_path: Path) -> No
         {"options": ["甲", "乙"]},
         {"choices": '["甲", "乙"]'},
         {"A": "甲", "B": "乙"},
+        {"b": "乙", "a": "甲"},
+        {"opa": "甲", "opb": "乙"},
+        {"optionA": "甲", "optionB": "乙"},
+        {"choice_1": "甲", "choice_2": "乙"},
+        {"选项A": "甲", "选项B": "乙"},
+        {"options": {"a": "甲", "b": "乙"}},
+        {"options": ["A. 甲", "B、乙"]},
+        {"options": "A. 甲\nB. 乙"},
+        {"options": "['甲', '乙']"},
+        {"options": [{"key": "A", "value": "甲"}, {"key": "B", "value": "乙"}]},
+        {"choices": {"text": ["甲", "乙"], "label": ["A", "B"]}},
     ],
 )
 def test_options_are_joined_to_their_question(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -91,6 +193,32 @@ def test_options_are_joined_to_their_question(tmp_path: Path, options: dict[str,
     assert rows == [("题\nA. 甲\nB. 乙", 1)]
     assert counts["changed: options joined to their question, one a line"] == 1
     assert counts["changed: label out of a list of one"] == 1 and counts["not used: the column 'year'"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "label"),
+    [
+        (
+            {"question": "题", "choices": {"text": ["甲", "乙"], "label": ["1", "2"]}, "answer": "2"},
+            "题\nA. 甲\nB. 乙",
+            1,
+        ),
+        ({"question": "题\nA. 甲 B. 乙", "options": ["甲", "乙"], "answer": "A"}, "题\nA. 甲 B. 乙", 0),
+        ({"question": "题", "options": ["A.I. 甲", "乙"], "answer": 1}, "题\nA. A.I. 甲\nB. 乙", 1),
+    ],
+)
+def test_options_stand_once_under_the_letters_of_the_answers(
+    tmp_path: Path, row: dict[str, Any], text: str, label: int
+) -> None:
+    (tmp_path / "q.json").write_text(json.dumps([row]))
+    assert _rows(tmp_path / "q.json", LETTERS)[0] == [(text, label)]
+
+
+@pytest.mark.parametrize("options", ["甲", ["甲"], "['甲' '乙']", None, 5, [{"odd": "甲"}, {"odd": "乙"}]])
+def test_a_question_without_its_options_is_not_asked(tmp_path: Path, options: Any) -> None:
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "题", "options": options, "answer": "A"}]))
+    rows, counts = _rows(tmp_path / "q.json", LETTERS)
+    assert rows == [] and any("dropped: fewer than two options" in why for why in counts)
 
 
 def test_labels_that_are_lists_of_several_are_refused(tmp_path: Path) -> None:

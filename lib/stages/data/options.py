@@ -1,0 +1,99 @@
+"""The options of a question: where a table keeps them, and how they are asked. No question is asked without them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib.stages.data.data_files import NAMES, DamagedError
+
+_COLUMN = re.compile(r"(|op|opt|option|choice|选项)[ _-]?([a-z]|(?<=[a-z _项-])[0-9])")
+"""A column for one option: A, opa (MedMCQA), option_a, optionA, choice1, 选项A."""
+_KEYS, _TEXTS = ("label", "labels", "key", "letter", "id"), ("text", "texts", "value", "content")
+"""What names an option, and what holds it, in ARC's two lists and in lists of objects."""
+
+
+def option_columns(names: Sequence[str], label_names: Sequence[str]) -> dict[str, str]:
+    """The columns of a question's options by letter, where labels are letters; the key is empty where one has all."""
+    if any(len(name) != 1 or not name.isascii() or not name.isupper() for name in label_names):
+        return {}
+    if whole := [name for name in names if name.strip().lower() in NAMES["option_columns"]]:
+        return {"": whole[0]}
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if (read := _COLUMN.fullmatch(name.strip().lower())) and (read[2].isdigit() or read[2].upper() in label_names):
+            found.setdefault(read[1], {})[read[2]] = name
+    most = max(found.values(), key=len, default={})
+    ordered = [most[key] for key in sorted(most)]
+    letters = (key.upper() if key.isalpha() else chr(ord("A") + i) for i, key in enumerate(sorted(most)))
+    return dict(zip(letters, ordered, strict=True)) if len(most) > 1 else {}
+
+
+def options_of(cells: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """The options of a row: as its file names each -> its letter and its text.
+
+    Raises:
+        DamagedError: fewer than two, or of a shape that is not known.
+    """
+    if "" not in columns:
+        return {letter: (letter, cells[name]) for letter, name in columns.items() if cells[name] not in (None, "")}
+    pairs = _pairs(_read(cells[columns[""]]))
+    if len(pairs) < 2:
+        raise DamagedError("fewer than two options, or options that are neither a list nor named by letters")
+    named = [str(key).strip() for key, _ in pairs]
+    letters = (
+        named if all(len(key) == 1 and key.isascii() and key.isalpha() for key in named) else map(chr, range(65, 91))
+    )
+    return {key: (letter.upper(), said) for key, letter, (_, said) in zip(named, letters, pairs, strict=False)}
+
+
+def _read(given: Any) -> Any:
+    """A cell that should hold several options; as text it may be JSON, a list of Python, or one option a line."""
+    if not isinstance(given, str):
+        return given
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(given)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return [line for line in given.splitlines() if line.strip()]
+
+
+def _pairs(given: Any) -> list[tuple[Any, Any]]:
+    """Names and texts of options; none for a shape that is not known."""
+    if isinstance(given, Mapping):
+        keys, texts = (next((given[name] for name in names if name in given), None) for names in (_KEYS, _TEXTS))
+        if isinstance(texts, list):
+            keys = keys if isinstance(keys, list) else range(len(texts))
+            return list(zip(keys, texts, strict=True)) if len(keys) == len(texts) else []
+        return [(key, said) for key, said in given.items() if said is not None]
+    if not isinstance(given, list | tuple):
+        return []
+    if any(isinstance(one, Mapping) for one in given):
+        found = [[next((one[n] for n in names if n in one), None) for names in (_KEYS, _TEXTS)] for one in given]
+        return (
+            []
+            if any(said is None for _, said in found)
+            else [(i if k is None else k, t) for i, (k, t) in enumerate(found)]
+        )
+    return [(f"#{i}", said) for i, said in enumerate(given)]
+
+
+def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -> str:
+    """A question with its options, one a line, each under its letter once; as it is where it holds them already."""
+    if not options:
+        return text
+    lettered = {letter: re.compile(rf"\s*[(（]?{letter}\s*[.．、:：)）]\s*", re.IGNORECASE) for letter in options}
+    if all(lettered[letter].match(said) for letter, said in options.items()):
+        options = {letter: lettered[letter].sub("", said, count=1) for letter, said in options.items()}
+    if all(
+        re.search(found.pattern + re.escape(options[letter].strip()), text, re.I) for letter, found in lettered.items()
+    ):
+        changed["kept: options that the question holds already"] += 1
+        return text
+    changed["changed: options joined to their question, one a line"] += 1
+    return "\n".join([text.rstrip(), *(f"{letter}. {said}" for letter, said in options.items())])
