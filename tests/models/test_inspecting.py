@@ -109,6 +109,7 @@ WRONG = {
     "index damaged": (text("model.safetensors.index.json", "{"), "is damaged"),
     "no config": (drop("config.json"), "no config.json"),
     "config a page": (text("config.json", "<html>"), "config.json is a web page"),
+    "config a key twice": (text("config.json", '{"model_type": "qwen2", "model_type": "qwen3"}'), "twice in one"),
     "config a list": (text("config.json", "[]"), "holds no object"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "no tokenizer"),
     "no template": (text("tokenizer_config.json", "{}"), "no chat template"),
