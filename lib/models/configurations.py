@@ -153,12 +153,11 @@ def check_adapter_configuration(path: Path, config: dict[str, Any]) -> dict[str,
         InputError: names the key, its value and what it should be.
     """
     found = _checked(AdapterConfiguration, path, config)
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := getattr(found, key), str):
-            check_pattern(path, key, pattern)
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(found, key) or {}:
-            check_pattern(path, key, pattern)
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = getattr(found, key) or ()
+        for pattern in [value] if isinstance(value, str) else value:
+            if isinstance(value, str) or key.endswith("_pattern"):  # elsewhere lists are of names
+                check_pattern(path, key, pattern)
     return config
 
 

@@ -143,15 +143,28 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
 
 
 def _targeted(config: dict[str, Any], module: str) -> bool:
-    """Whether target_modules names this module (peft's rule: a regular expression, or names or name endings), in one
-    of layers_to_transform where that is given."""
-    layers, place = config.get("layers_to_transform"), re.search(r"\.(\d+)\.", module)
-    if layers is not None and not (place and int(place[1]) in ([layers] if isinstance(layers, int) else layers)):
+    """Whether the configuration puts a pair on this module, by peft's rules (check_target_module_exists)."""
+
+    def named(wanted: str | list[str] | None) -> bool:
+        """A regular expression, or names or name endings."""
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in wanted or ())
+
+    saved = any(f".{name}." in f".{module}." for name in config.get("modules_to_save") or ())
+    if saved or named(config.get("exclude_modules")):
         return False
-    wanted = config.get("target_modules") or []
-    if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or [r"[^.]*"]
+    if layers is not None and layers != []:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        places = (re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module) for pattern in patterns)
+        place = next((int(place[1]) for place in places if place), None)
+        if place not in ([layers] if isinstance(layers, int) else layers):
+            return False
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        return f"{module}.weight" not in (HEAD, EMBEDDING)
+    return named(wanted)
 
 
 def _unties(adapter: Adapter) -> bool:
@@ -300,7 +313,8 @@ def _check_pair(adapter: Adapter, module: str, pair: LowRank, base: Weights) -> 
         found = f"LoRA on {module}, which the base does not have"
         raise _refuse(adapter, found, "the base it was trained on", "give that base")
     if not _targeted(config, module):
-        chosen = "target_modules" if config.get("layers_to_transform") is None else "layers_to_transform"
+        keys = ("exclude_modules", "layers_to_transform")
+        chosen = " with ".join(["target_modules", *(key for key in keys if config.get(key) is not None)])
         raise _refuse(
             adapter,
             f"tensors for {module}, which {chosen} does not name",
@@ -340,8 +354,6 @@ def _check_complete(adapter: Adapter, base: Weights) -> None:
         raise _refuse(adapter, f"no bias, and bias is {kind!r}", "the trained ones", "copy or train it again")
     if config.get("lora_bias") and not any("bias" in pair.tensors for pair in adapter.pairs.values()):
         raise _refuse(adapter, "no bias of B, and lora_bias is true", "the trained ones", "copy or train it again")
-    if isinstance(config.get("target_modules"), str) or config.get("exclude_modules"):
-        return
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
         matrix = name.endswith(".weight") and len(tensor.shape) == 2

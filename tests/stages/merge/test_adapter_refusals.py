@@ -93,13 +93,47 @@ def test_missing_partner(make_base: Callable, adapter: Path) -> None:
     refused(make_base(), adapter, "lacks lora_B")
 
 
-def test_truncated_adapter(make_base: Callable, adapter: Path) -> None:
+ITS = r"(q_proj|v_proj|down_proj)"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_modules": rf".*\.{ITS}"},
+        {"target_modules": rf"model\.layers\.[\d]{{1,}}\.(?:self_attn|mlp)\.{ITS}"},
+        {"exclude_modules": ["o_proj"]},
+        {"layers_to_transform": [0, 1]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_truncated_adapter(changes: dict, make_base: Callable, adapter: Path) -> None:
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "layers.1" in name]:
             del tensors[name]
 
+    reconfigure(adapter, **changes)
+    merge_folders(make_base(), adapter, adapter.parent / "whole")
     edit(adapter, drop)
     refused(make_base(), adapter, "no tensors for model.layers.1")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*proj"},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [0, 1], "layers_pattern": ["h"]},
+        {"exclude_modules": r".*1\.self_attn\.q_proj"},
+        {"modules_to_save": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_modules_are_those_that_peft_would_choose(changes: dict, make_base: Callable, adapter: Path) -> None:
+    reconfigure(adapter, **changes)
+    refused(make_base(), adapter, r"no tensors for|does not name|which nothing in the configuration")
 
 
 def test_orphan(make_base: Callable, adapter: Path) -> None:
