@@ -168,7 +168,7 @@ def _describe_adapter(found: _Findings) -> None:
         _compare_with_base(found)
 
 
-_TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
 
 
 def _compare_with_base(found: _Findings) -> None:

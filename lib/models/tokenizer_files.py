@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def vocabulary(read: Read) -> tuple[dict[str, int], dict[str, int]]:
     """Ordinary and added tokens with their ids.
 
     Ordinary ones are those of tokenizer.json, else of vocab.json; added ones are those of tokenizer_config.json where
-    it lists any, else of tokenizer.json.
+    it lists any, else of tokenizer.json and added_tokens.json.
     """
     tokenizer, settings = read("tokenizer.json"), read("tokenizer_config.json")
     model, decoder = tokenizer.get("model"), settings.get("added_tokens_decoder")
@@ -39,7 +40,10 @@ def vocabulary(read: Read) -> tuple[dict[str, int], dict[str, int]]:
         plain = {str(entry[0]): i for i, entry in enumerate(plain) if isinstance(entry, list) and entry}
     if not isinstance(plain, dict):
         plain = read("vocab.json")
-    listed = _listed(decoder) or _listed(tokenizer.get("added_tokens"))
+    listed = _listed(decoder)
+    if not listed:  # older folders keep theirs in a file of their own
+        named = {name: i for name, i in read("added_tokens.json").items() if type(i) is int}
+        listed = named | _listed(tokenizer.get("added_tokens"))
     return {name: i for name, i in plain.items() if type(i) is int}, listed
 
 
@@ -90,18 +94,41 @@ def brings_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
+_CUTS = ("model", "normalizer", "pre_tokenizer", "post_processor")
+"""Keys of tokenizer.json that decide where a text is cut, and what is put around it."""
+_AROUND = ("add_bos_token", "add_eos_token")
+_OF_A_TOKEN = ("lstrip", "rstrip", "single_word", "special")
+
+
 def differences(folder: Path, base: Path) -> dict[str, str]:
-    """What an adapter's folder brings otherwise than its base's tokenizer has it: "vocabulary", "template" → in words.
+    """What an adapter's folder brings otherwise than its base's tokenizer has it, in words.
 
     Args:
         base: a folder with the base's tokenizer.
+
+    Returns:
+        "vocabulary" (other tokens, or other cuts into them), "special" (another begin or end, other kinds of added
+        tokens), "template".
+
+    Raises:
+        InputError: tokens that the base does not have, without the tokenizer that they belong to.
     """
     own, theirs, found = reader(folder), reader(base), {}
-    if brings_tokenizer(folder):
-        mine, its = ({**plain, **added} for plain, added in (vocabulary(own), vocabulary(theirs)))
-        if odd := sorted(name for name in mine.keys() | its.keys() if mine.get(name) != its.get(name)):
-            shown = ", ".join(odd[:4]) + (", …" if len(odd) > 4 else "")
-            found["vocabulary"] = f"its tokenizer has other tokens than the base's ({len(odd):,}: {shown})"
+    mine, its = ({**plain, **added} for plain, added in (vocabulary(own), vocabulary(theirs)))
+    whole = brings_tokenizer(folder)
+    if odd := sorted(name for name in (mine.keys() | its.keys() if whole else mine) if mine.get(name) != its.get(name)):
+        shown = ", ".join(odd[:4]) + (", …" if len(odd) > 4 else "")
+        if not whole:
+            raise InputError(
+                f"{folder} adds tokens ({shown}) to a tokenizer, and has no tokenizer.json.",
+                "the whole tokenizer that the adapter was trained with, or none.",
+                "copy its tokenizer.json there, or give --tokenizer base to leave those tokens out.",
+            )
+        found["vocabulary"] = f"its tokenizer has other tokens than the base's ({len(odd):,}: {shown})"
+    elif whole and (parts := _other_cuts(own, theirs)):
+        found["vocabulary"] = f"its tokenizer encodes text otherwise than the base's ({', '.join(parts)})"
+    if whole and (parts := _other_specials(own, theirs)):
+        found["special"] = f"its tokenizer has other special tokens than the base's ({', '.join(parts)})"
     mine, its = (
         chat_templates(path, read("tokenizer_config.json")).get("default")
         for path, read in ((folder, own), (base, theirs))
@@ -109,6 +136,53 @@ def differences(folder: Path, base: Path) -> dict[str, str]:
     if mine and _plain(mine) != _plain(its or ""):
         found["template"] = "its chat template is not the base's"
     return found
+
+
+def _other_cuts(own: Read, theirs: Read) -> list[str]:
+    """Parts of tokenizer.json and switches by which the same text becomes other ids."""
+    sides = [read("tokenizer.json") for read in (own, theirs)]
+    if not all(sides):
+        return []
+    found = [key for key in _CUTS if sides[0].get(key) != sides[1].get(key)]
+    found = [key for key in found if _cut(key, sides[0].get(key)) != _cut(key, sides[1].get(key))]
+    settings = [read("tokenizer_config.json") for read in (own, theirs)]
+    written = all("'single'" in str(side.get("post_processor")) for side in sides)  # says it where no switch does
+    for key in _AROUND:
+        said = [side.get(key) for side in settings]
+        if bool(said[0]) != bool(said[1]) and not (None in said and written):
+            found.append(key)
+    return found
+
+
+def _cut(key: str, part: Any) -> Any:
+    """A part of tokenizer.json without what its writers word differently: defaults, null, and what changes no id."""
+
+    def plain(entry: dict[str, Any]) -> dict[str, Any]:
+        if entry.get("type") == "ByteLevel":  # behind the cutting it moves offsets alone
+            entry = {} if key == "post_processor" else {"use_regex": True, **entry, "trim_offsets": None}
+        return {name: value for name, value in entry.items() if value and name not in ("pair", "unk_token")}
+
+    if key == "model" and isinstance(part, dict):
+        merges = part.get("merges") or []
+        part = {**part, "merges": [pair if isinstance(pair, str) else " ".join(map(str, pair)) for pair in merges]}
+        part |= {"vocab": None} if isinstance(part.get("vocab"), dict) else {}
+    return json.loads(json.dumps(part), object_hook=plain) or {}
+
+
+def _other_specials(own: Read, theirs: Read) -> list[str]:
+    """Marks of begin and end that both name, each otherwise; and added tokens of other kinds."""
+    found, kinds = [], []
+    sides = [{**read("special_tokens_map.json"), **read("tokenizer_config.json")} for read in (own, theirs)]
+    for key in ("bos_token", "eos_token"):
+        said = [value.get("content") if isinstance(value := side.get(key), dict) else value for side in sides]
+        if said[0] != said[1] and all(said):
+            found.append(f"{key} {said[0]!r}")
+    for read in (own, theirs):
+        listed = read("tokenizer_config.json").get("added_tokens_decoder") or read("tokenizer.json").get("added_tokens")
+        tokens = listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
+        dicts = [token for token in tokens if isinstance(token, dict)]
+        kinds.append({str(token.get("content")): [bool(token.get(key)) for key in _OF_A_TOKEN] for token in dicts})
+    return found + [name for name in kinds[0].keys() & kinds[1].keys() if kinds[0][name] != kinds[1][name]][:4]
 
 
 def _plain(template: str) -> str:

@@ -259,7 +259,7 @@ def merge_folders(
         new = prepare_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
         plan.adapter.require_finite()
-        words = adapter if "vocabulary" in brought else base if isinstance(tokenizer, str) else tokenizer
+        words = adapter if brought.keys() - {"template"} else base if isinstance(tokenizer, str) else tokenizer
         _copy_small_files(base, words, folder, plan.config, dtype)
         if brought:
             _keep_template(adapter if "template" in brought else base, folder)

@@ -17,6 +17,7 @@ from lib.errors import InputError
 from lib.models.adapters import PREFIX, check_fit
 from lib.models.inspect import inspect
 from lib.models.loading import load_model, load_tokenizer
+from lib.models.tokenizer_files import differences
 from lib.models.weights import read_object
 from lib.stages.merge.weights import merge_folders
 from tests.stages.convert.convertible import write_model
@@ -207,6 +208,66 @@ def test_tokens_of_the_adapter_are_taken(base: Path, adapter: Path, tmp_path: Pa
     assert answers(tmp_path / "b") == (1, "[{{ messages[0].content }}]")
     merge_folders(base, adapter, tmp_path / "c", tokenizer="base")
     assert answers(tmp_path / "c") == (pieces, template)
+
+
+START = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}]}
+SPLIT = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+def stripping() -> dict[str, Any]:
+    names = enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), 264)
+    return {str(i): {"content": name, "special": True, "lstrip": name == "<|im_end|>"} for i, name in names}
+
+
+CUTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "model": ("tokenizer.json", lambda content: content["model"]["merges"].pop()),
+    "normalizer": ("tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"})),
+    "pre_tokenizer": ("tokenizer.json", lambda content: content.update(pre_tokenizer=SPLIT)),
+    "post_processor": ("tokenizer.json", lambda content: content.update(post_processor=START)),
+    "add_bos_token": ("tokenizer_config.json", lambda content: content.update(add_bos_token=True)),
+    "eos_token '<|endoftext|>'": ("tokenizer_config.json", lambda c: c.update(eos_token="<|endoftext|>")),
+    "<|im_end|>": ("tokenizer_config.json", lambda c: c.update(added_tokens_decoder=stripping())),
+}
+"""What is said of an adapter's tokenizer → the file and the change that make it so."""
+
+
+@pytest.mark.parametrize("part", CUTS)
+def test_another_tokenizer_with_the_same_tokens_is_taken(part: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter)
+    file, change = CUTS[part]
+    content = read_object(adapter / file)
+    change(content)
+    (adapter / file).write_text(json.dumps(content, ensure_ascii=False))
+    assert part in " ".join(differences(adapter, base).values())
+    merge_folders(base, adapter, tmp_path / "m")
+    assert (tmp_path / "m" / file).read_bytes() == (adapter / file).read_bytes()
+
+
+def in_other_words(content: dict[str, Any]) -> None:
+    """As other versions of the tokenizers library write the same."""
+    model = content["model"]
+    model["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    content["model"] = {"ignore_merges": False, **{key: value for key, value in model.items() if value}}
+    content |= {"truncation": None, "padding": {"strategy": "BatchLongest"}, "post_processor": None}
+
+
+def test_the_same_tokenizer_saved_again_is_the_same(base: Path, adapter: Path) -> None:
+    load_tokenizer(base).save_pretrained(adapter)
+    assert differences(adapter, base) == {}
+    content = read_object(base / "tokenizer.json")
+    in_other_words(content)
+    (adapter / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    assert differences(adapter, base) == {}
+
+
+def test_new_tokens_without_a_tokenizer_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (adapter / "added_tokens.json").write_text(json.dumps({NEW: 268}))
+    reconfigure(adapter, base_model_name_or_path=str(base))
+    assert any("adds tokens" in problem for problem in inspect(adapter)["problems"])
+    with pytest.raises(InputError, match="--tokenizer base"):
+        merge_folders(base, adapter, tmp_path / "m")
+    merge_folders(base, adapter, tmp_path / "m", tokenizer="base")
 
 
 def test_a_template_alone_is_taken(base: Path, adapter: Path, tmp_path: Path) -> None:
