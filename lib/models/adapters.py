@@ -9,12 +9,13 @@ import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lib.errors import InputError
-from lib.models.configurations import read_adapter_configuration, refuse_other_task
+from lib.models.configurations import HEADS, read_adapter_configuration, refuse_other_task
 from lib.models.weights import StoredTensor, Weights, infinite, largest_magnitude, open_weights, read_file, read_object
 
 WEIGHTS = "adapter_model.safetensors"
@@ -52,6 +53,11 @@ def has_lora(names: Any) -> bool:
     )
 
 
+def _is_head(names: Iterable[str]) -> bool:
+    """Whether a file holds nothing but the head of a reward model or a critic, as RL trainers keep it apart."""
+    return all(name.split(".")[0] in HEADS for name in names)
+
+
 def _contents(folder: Path) -> set[str]:
     """What the weights of a folder are: "model", "adapter", both, or nothing. Damaged files count as nothing."""
     found = set()
@@ -60,7 +66,7 @@ def _contents(folder: Path) -> set[str]:
             tensors, _ = read_file(path)
         except InputError:
             continue
-        if tensors:
+        if tensors and not _is_head(tensors):
             found.add("adapter" if has_lora(tensors) else "model")
     return found
 
@@ -203,6 +209,12 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
             raise InputError(
                 f"{folder} is an adapter with other names than peft's: {whose} ({name}).", "peft's LoRA.", f"{do}."
             )
+    if heads := [name for name in others if _is_head(read_file(folder / name)[0])]:
+        raise InputError(
+            f"{folder} holds a value head beside the adapter ({', '.join(heads)}), of a reward model or of PPO's critic.",
+            "an adapter of a language model, which answers in words.",
+            "move that file away if the adapter is PPO's policy; a reward model's adapter answers nothing.",
+        )
     if not path.is_file() and others:
         raise InputError(
             f"{folder} has no {WEIGHTS}, but {', '.join(others[:4])}.",

@@ -161,7 +161,7 @@ def check_adapter_configuration(path: Path, config: dict[str, Any]) -> dict[str,
     return config
 
 
-_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head", "dense_head")
+HEADS = ("score", "classifier", "classification_head", "qa_outputs", "v_head", "dense_head")
 """Last layers of models that do not answer in words."""
 _OTHER_CLASS = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|RewardModel|MultipleChoice|MaskedLM"
@@ -185,7 +185,7 @@ def head_of(names: Mapping[str, Shaped]) -> str | None:
     """The head of a classifier among tensors (by the base's names), in words; None where there is none."""
     for name, tensor in names.items():
         module, _, last = name.rpartition(".")
-        if module.split(".")[0] in _HEADS and last == "weight" and len(tensor.shape) == 2:
+        if module.split(".")[0] in HEADS and last == "weight" and len(tensor.shape) == 2:
             return f"head `{module}` with {tensor.shape[0]:,} outputs"
     return None
 

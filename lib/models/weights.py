@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, one_line
-from lib.runs.files import once
+from lib.runs.files import once, refuse_device
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,7 @@ def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
     Raises:
         InputError: no such file, something else in its place, damaged, or no object.
     """
+    refuse_device(path)
     if not path.is_file():
         raise InputError(f"no {path.name} in {path.parent}.", f"{what}.", "give the folder that has it.")
     refuse_impostor(path, "JSON")
@@ -253,6 +254,7 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             raise InputError(f"{path} names a tensor twice in its header.", "each name once.", "download it again.")
         return dict(pairs)
 
+    refuse_device(path)
     if not path.is_file():
         raise InputError(f"no file {path}.", "the weights as safetensors.", "copy or download the folder again.")
     refuse_impostor(path, "a safetensors file")
@@ -335,20 +337,45 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     return found
 
 
+_ELSEWHERE = {
+    "adapter": "give the base as model and this folder as adapter (workbook merge).",
+    "consolidated": "download the files in transformers' format: these tensors have their maker's names.",
+    "": f"rename the file to {SINGLE}; of several parts, load them where they were made and call save_pretrained().",
+}
+"""Beginning of the name of a safetensors file that transformers does not look for → what to do."""
+
+
+def _no_weights(folder: Path) -> InputError:
+    """The error for a folder without weights under the names that transformers looks for."""
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    kind = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
+    do = "use a model saved as safetensors" + (" (pickles are unsafe)." if pickles else ".")
+    if others:
+        kind = f"no weights that transformers looks for, but {', '.join(others[:4])}" + (", …" if others[4:] else "")
+        do = next(words for start, words in _ELSEWHERE.items() if others[0].startswith(start))
+    return InputError(f"{folder} holds {kind}.", f"{SINGLE} or {INDEX}.", do)
+
+
 def open_weights(folder: Path) -> Weights:
     """The weights of a model folder: one model.safetensors, else the shards of its index (`weight_map`).
 
     Raises:
-        InputError: no folder, no safetensors weights, a damaged or missing shard, or an index that does not fit.
+        InputError: no folder, no safetensors weights, a damaged or missing shard, an index that does not fit, or an
+            adapter beside the weights.
     """
     if not folder.is_dir():
         raise InputError(f"no folder {folder}.", "a model folder.", "check the path.")
+    refuse_device(folder / SINGLE)
     listed = weight_map(folder)
     if listed is None and not (folder / SINGLE).is_file():
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        kind = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
+        raise _no_weights(folder)
+    if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} holds {kind}.", f"{SINGLE} or {INDEX}.", "use a model saved as safetensors (pickles are unsafe)."
+            f"{folder} holds a whole model and an adapter beside it (adapter_config.json).",
+            "one of them: transformers puts the adapter on top of the model, other programs leave it out.",
+            "move adapter_config.json and adapter_model.safetensors to a folder of their own; `workbook merge` unites "
+            "both, if the model is not yet the merged one.",
         )
     files = tuple(folder / name for name in (sorted(set(listed.values())) if listed else [SINGLE]))
     tensors: dict[str, StoredTensor] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
-from lib.models.base_model import check_model_folder
+from lib.models.base_model import check_base_folder, check_model_folder
 from lib.models.inspect import inspect
 from lib.models.tokenizer_files import chat_templates, reader, vocabulary
 from lib.models.weights import INDEX, SINGLE, open_weights, read_object
@@ -107,6 +109,52 @@ def test_shards_are_named_for_what_they_are(keep: int, index: bool, words: str, 
     with pytest.raises(InputError, match=words) as raised:
         open_weights(model)
     assert "pickle" not in str(raised.value)
+
+
+def moved(*names: str) -> Callable[[Path], Any]:
+    """The weights under other names."""
+
+    def change(folder: Path) -> None:
+        for name in names:
+            shutil.copy(folder / SINGLE, folder / name)
+        (folder / SINGLE).unlink()
+
+    return change
+
+
+def adapter_beside(folder: Path) -> None:
+    from tests.tiny_run import make_adapter
+
+    made = folder.parent / "made"
+    make_adapter(folder, made)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(made / name, folder)
+
+
+def pipe(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    os.mkfifo(folder / SINGLE)
+
+
+OTHERWISE: list[tuple[Callable[[Path], Any], str]] = [
+    (moved("pytorch_model.safetensors"), r"but pytorch_model.safetensors(?s:.)*rename"),
+    (moved("consolidated.safetensors"), r"but consolidated.safetensors(?s:.)*transformers' format"),
+    (moved("consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"), "but consolidated-0"),
+    (adapter_beside, r"a whole model and an adapter(?s:.)*workbook merge"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "a whole model and an adapter"),
+    (pipe, "neither a file nor a folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), OTHERWISE)
+def test_other_weights_are_named_alike(change: Callable[[Path], Any], words: str, model: Path, tmp_path: Path) -> None:
+    change(model)
+    found = words.partition("(?s")[0]
+    assert any(re.search(found, problem) for problem in inspect(model, render=False)["problems"])
+    for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf"), check_base_folder):
+        with pytest.raises(InputError, match=words) as raised:
+            read(model)
+        assert "pickle" not in str(raised.value)
 
 
 def settings(folder: Path, **changes: Any) -> None:

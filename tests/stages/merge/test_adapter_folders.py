@@ -122,7 +122,15 @@ def one_process(adapter: Path) -> None:
     save_file(empty, adapter / FILE, {"format": "pt"})
 
 
+def head_beside(module: str) -> Callable[[Path], None]:
+    """As LLaMA-Factory leaves a reward model, or PPO's critic."""
+    parts = {f"{module}.weight": torch.ones(1, 64), f"{module}.bias": torch.ones(1)}
+    return lambda adapter: save_file(parts, adapter / "value_head.safetensors", {"format": "pt"})
+
+
 OTHERS = {
+    head_beside("v_head.summary"): "a value head beside the adapter .value_head.safetensors",
+    head_beside("score"): "a value head beside the adapter",
     two_adapters: "several adapters in one file .first, second",
     wrapped_and_plain: "several adapters in one file",
     kohya: "lora_down and lora_up",
