@@ -55,7 +55,7 @@ def has_lora(names: Any) -> bool:
 
 def _is_head(names: Iterable[str]) -> bool:
     """Whether a file holds nothing but the head of a reward model or a critic, as RL trainers keep it apart."""
-    return all(name.split(".")[0] in HEADS for name in names)
+    return {name.split(".")[0] for name in names} <= set(HEADS)
 
 
 def _contents(folder: Path) -> set[str]:
@@ -209,9 +209,9 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
             raise InputError(
                 f"{folder} is an adapter with other names than peft's: {whose} ({name}).", "peft's LoRA.", f"{do}."
             )
-    if heads := [name for name in others if _is_head(read_file(folder / name)[0])]:
+    if heads := [name for name in others if (held := read_file(folder / name)[0]) and _is_head(held)]:
         raise InputError(
-            f"{folder} holds a value head beside the adapter ({', '.join(heads)}), of a reward model or of PPO's critic.",
+            f"{folder} holds a value head beside the adapter ({', '.join(heads)}): a reward model's, or a critic's.",
             "an adapter of a language model, which answers in words.",
             "move that file away if the adapter is PPO's policy; a reward model's adapter answers nothing.",
         )

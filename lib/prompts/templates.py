@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -369,6 +370,12 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        """As in transformers; Jinja's own escapes < and >, and knows none of these."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
 
@@ -384,6 +391,7 @@ def try_out(argument: dict[str, Any]) -> dict[str, Any]:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Learned]
     )
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda _: "2026-01-01"
     turns = [{"role": role, "content": f"{role}-7391"} for role in (SYSTEM, USER, ASSISTANT, USER)]

@@ -28,6 +28,9 @@ class Work:
 WORK: ContextVar[Work] = ContextVar("work")
 """That of the request that is answered; threads of the server inherit it."""
 
+THINKING: ContextVar[bool | None] = ContextVar("thinking", default=None)
+"""Whether the request that is answered asks for reasoning (`enable_thinking`); None = as the server was started."""
+
 
 class _GoneError(Exception):
     """The client of the request has gone."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationInfo
 
-from lib.serve.generation import WORK, Work
+from lib.serve.generation import THINKING, WORK, Work
 from lib.serve.listening import names_loopback
 
 if TYPE_CHECKING:
@@ -25,6 +25,20 @@ LARGEST_BIAS = 1000
 
 NOT_HERE = ("logprobs", "top_logprobs", "n", "best_of", "suffix", "grammar")
 """Members that this server refuses, unless they ask for nothing."""
+
+UNHEARD = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("stream_options", "parallel_tool_calls", "max_completion_tokens", "cache_prompt"),
+)
+"""Members that no answer depends on here."""
+
+NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("typical_p", "tfs_z", "repetition_penalty", "length_penalty"), 1),
+    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), True),
+    "modalities": ["text"],
+    "verbosity": "medium",
+}
+"""Members of other servers and the one value by which they ask for nothing; of all others that is any empty one."""
 
 WAITING = 64
 """Requests that are answered or wait for it; one more is refused."""
@@ -67,6 +81,28 @@ class Limits:
 
 def _invalid(name: str | None, found: str, code: str | None = None) -> RefusedError:
     return RefusedError(400, f"{name} {found}", code or f"invalid_{name}")
+
+
+def _refuse_unheard(path: str, body: dict[str, Any]) -> None:
+    """Refuse members that the inner server would leave out without a word (its schema takes any)."""
+    from llama_cpp.server import types
+
+    schema = types.CreateChatCompletionRequest if path == CHAT else types.CreateCompletionRequest
+    for name in body.keys() - schema.model_fields.keys() - set(UNHEARD):
+        if body[name] != NEUTRAL[name] if name in NEUTRAL else body[name]:
+            raise _invalid(name, f"is {body[name]!r:.80}; this server has no such thing", "unsupported_parameter")
+
+
+def _thinking(body: dict[str, Any]) -> bool | None:
+    """What a request says of reasoning, as clients of other servers say it; both members are taken out of it."""
+    asked, value = body.pop("chat_template_kwargs", {}), body.pop("enable_thinking", None)
+    if not isinstance(asked, dict) or asked.keys() - {"enable_thinking"}:
+        found = f"is {asked!r:.80}; this server knows enable_thinking alone"
+        raise _invalid("chat_template_kwargs", found, "unsupported_parameter")
+    value = asked.get("enable_thinking", value)
+    if value not in (None, True, False):
+        raise _invalid("enable_thinking", f"is {value!r:.80}; expected true or false")
+    return value
 
 
 def _not_forced(value: Any, info: ValidationInfo) -> Any:
@@ -290,6 +326,11 @@ class LimitedApplication:
             value = body.pop(name, None)
             if value and not (value == 1 and name in ("n", "best_of")):
                 raise _invalid(name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
+        THINKING.set(_thinking(body) if path == CHAT else None)
+        _refuse_unheard(path, body)
+        for tool in tools if isinstance(tools := body.get("tools"), list) else ():
+            if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+                tool["function"].setdefault("parameters", {})  # the inner server asks for what the protocol lets out
         asked = Asked.model_validate(body, context=self._limits)
         body["model"] = body.get("model") or self._limits.name
         self._check_model(body["model"])

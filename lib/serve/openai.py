@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
-from lib.serve.generation import bound
+from lib.serve.generation import THINKING, bound
 from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
 from lib.serve.listening import in_address, is_loopback, listen, make_server
 
@@ -41,7 +41,7 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
 
     Args:
         template: Jinja, of the file.
-        thinking: whether a template that knows both ways asks for reasoning.
+        thinking: whether a template that knows both ways asks for reasoning, where a request does not say it.
         begin, end, end_id: special tokens of the file.
         control: texts that no message may hold as they are: a space is put into them.
     """
@@ -51,6 +51,10 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
     class Formatter(Jinja2ChatFormatter):
         def __call__(self, *, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> Any:
             told = {name: defused(keywords[name]) for name in TOOLS if keywords.get(name)}
+            asked = THINKING.get()
+            if asked is not None and "enable_thinking" not in template and (asked or "<think>" in template):
+                raise ValueError(f"enable_thinking is {asked}, and the chat template of this model knows one way only")
+            told["enable_thinking"] = thinking if asked is None else asked
             try:
                 return super().__call__(messages=[harmless(message) for message in messages], **keywords | told)
             except (TemplateError, TypeError, AttributeError, KeyError) as error:
@@ -75,8 +79,7 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
             value = value.replace(token, token[:1] + " " + token[1:])
         return value
 
-    switch = f"{{%- set enable_thinking = {str(thinking).lower()} -%}}"
-    return Formatter(switch + template, eos_token=end, bos_token=begin, stop_token_ids=[end_id])
+    return Formatter(template, eos_token=end, bos_token=begin, stop_token_ids=[end_id])
 
 
 NEEDS = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")

@@ -317,3 +317,11 @@ def test_marks_of_what_is_learned_render(tags: tuple[str, str]) -> None:
     turn = "{{ m.role }}: " + tags[0] + "{% set said = m.content %}{{ said }}" + tags[1] + "\n"
     found = describe_template("{% for m in messages %}" + turn + "{% endfor %}", True)
     assert found["problem"] is None and found["own_system_turn"] is False
+
+
+@pytest.mark.parametrize(
+    "options", ["ensure_ascii=False", "indent=2", "false, 4, (',', ':'), true", "separators=(',', ':'), sort_keys=true"]
+)
+def test_json_of_a_template_is_written_as_transformers_does(options: str) -> None:
+    turn = "{{ m.role }}: {{ m.content | tojson(" + options + ") }}\n"
+    assert describe_template("{% for m in messages %}" + turn + "{% endfor %}", True)["problem"] is None

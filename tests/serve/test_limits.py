@@ -207,6 +207,18 @@ def test_no_text_of_a_tool_call_closes_its_turn() -> None:
     assert formatter(messages=[{"role": "assistant", "tool_calls": [call]}]).prompt == "< |im_end|>"
 
 
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_a_request_says_whether_the_model_thinks(started: bool, asked: bool | None) -> None:
+    formatter = make_formatter("{{ 'on' if enable_thinking else 'off' }}", started, "", "", 1, [])
+    token = limits.THINKING.set(asked)
+    try:
+        prompt = formatter(messages=[{"role": "user", "content": "a"}]).prompt
+    finally:
+        limits.THINKING.reset(token)
+    assert prompt == ("on" if (started if asked is None else asked) else "off")
+
+
 ODD = (True, -1, 0, 1e300, 10**30, "", "\ud800", "abc", [], [None], {}, [[{}]])
 
 

@@ -147,12 +147,29 @@ def test_answers_are_not_penalized_for_repeating(client: openai.OpenAI, model: P
         ({"extra_body": {"logit_bias": {"a": 1e39}, "logit_bias_type": "tokens"}}, "invalid_logit_bias", "1e+39"),
         ({"extra_body": {"repeat_penalty": 0}}, "invalid_repeat_penalty", "from 0.1 to 10"),
         ({"extra_body": {"repeat_penalty": "1e39"}}, "invalid_repeat_penalty", "'1e39'"),
+        ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort is 'low'"),
+        ({"extra_body": {"extra_body": {"a": 1}}}, "unsupported_parameter", "extra_body is"),
+        ({"extra_body": {"repetition_penalty": 1.1}}, "unsupported_parameter", "repetition_penalty is 1.1"),
+        ({"extra_body": {"guided_choice": ["a"]}}, "unsupported_parameter", "guided_choice is"),
+        ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, "unsupported_parameter", "enable_thinking alone"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": 2}}}, "invalid_enable_thinking", "is 2"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}, "invalid_messages", "one way only"),
+        ({"extra_body": {"enable_thinking": True}}, "invalid_messages", "one way only"),
     ],
 )
 def test_what_is_refused_names_the_cause(client: openai.OpenAI, asked: dict, code: str, words: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(**{**ASKED, **asked})
     assert refused.value.code == code and words in refused.value.message and refused.value.status_code == 400
+
+
+def test_members_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
+    more = {"repetition_penalty": 1.0, "typical_p": 1, "cache_prompt": True, "guided_choice": [], "ignore_eos": False}
+    more |= {"chat_template_kwargs": {"enable_thinking": False}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": None}}]
+    wanted = text_of(client)
+    assert text_of(client, extra_body=more, user="a", metadata={"a": "b"}, store=False) == wanted
+    assert client.chat.completions.create(**ASKED, tools=tools).choices
 
 
 DEADLY = {"type": "string", "pattern": r"^\$"}  # llama-cpp-python makes a grammar of it that llama.cpp cannot read
