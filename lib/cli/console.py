@@ -91,6 +91,23 @@ def _check_paths(value: Any, any_name: bool) -> None:
             raise not_utf8(error) from None
 
 
+def _at_home(value: Any) -> Any:
+    """Paths with ~ as the shell would write them out, where it did not (quotes, `--output=~/x`).
+
+    Raises:
+        InputError: ~ before a name that is no user's; a folder of that name would be made.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_at_home, value))
+    if not isinstance(value, Path) or not str(value).startswith("~") or value.exists():
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        found, do = f"no path {value}: ~ stands for a user's home.", "check the name behind ~, or give the whole path."
+        raise InputError(found, "a path that exists or can be made.", do) from None
+
+
 def _code_of(error: BaseException) -> int:
     """Tell the user what happened; the exit code for it."""
     if isinstance(error, ModuleNotFoundError):
@@ -135,6 +152,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                 stream.reconfigure(errors="backslashreplace")
         try:
             with sigterm_raises():
+                arguments, keywords = _at_home(arguments), {key: _at_home(value) for key, value in keywords.items()}
                 _check_paths([*arguments, *keywords.values()], any_name=command.__name__ == "inspect")
                 return command(*arguments, **keywords)
         except (typer.Exit, typer.Abort):

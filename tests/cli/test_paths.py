@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.cli.__main__ import app
+from lib.cli.console import guarded
 from lib.errors import InputError
 from lib.runs.files import user_path
 from lib.runs.run import Run
@@ -127,6 +128,22 @@ def test_names_that_are_not_utf8(command: str, place: Path, capsys: pytest.Captu
     shutil.copyfile(GOOD, inner / "m.gguf")
     whole = tuple(str(inner / "m.gguf") if word == ODD else word for word in words)
     assert "is not UTF-8" in refusal(whole, command, capsys)
+
+
+@pytest.mark.parametrize("command", [*WRITTEN, "merge"])
+def test_no_folder_is_named_after_a_user_who_is_none(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {**WRITTEN, "merge": tuple({ODD: "FOLDER", NEW: ODD}.get(word, word) for word in ADAPTER)}[command]
+    said = refusal(tuple("~nosuchuser/y.gguf" if word == ODD else word for word in words), command, capsys)
+    assert "no path ~nosuchuser" in said and not Path("~nosuchuser").exists()
+
+
+def test_an_output_at_home_is_at_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    given: list[object] = []
+    guarded(lambda **paths: given.append(paths))(output=Path("~/x"), several=[Path("~/y")], text="~/z", own=Path("a~"))
+    assert given == [{"output": place / "x", "several": [place / "y"], "text": "~/z", "own": Path("a~")}]
 
 
 def test_a_folder_that_is_not_utf8_around_a_plain_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
