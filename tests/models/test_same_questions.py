@@ -113,6 +113,8 @@ MODELS: dict[str, tuple[Change, str]] = {
     "quantized": (config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "merge"),
     "another activation": (config(hidden_act="gelu"), "convert"),
     "a sliding window": (config(use_sliding_window=True, sliding_window=32, max_window_layers=0), "convert"),
+    "layers of another kind": (config(layer_types=["chunked_attention", "full_attention"]), "convert"),
+    "an adapter beside it": (write("adapter_config.json", "{}"), "merge"),
     "half rotated": (config(partial_rotary_factor=0.5), "convert"),
     "another rope": (config(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "convert"),
     "no hidden size": (config(hidden_size=None), "load"),

@@ -114,7 +114,8 @@ def _not_computed(config: dict[str, Any]) -> str | None:
             return f"{key} {found[key]!r}"
     layers = config.get("layer_types") or []
     slides = config.get("use_sliding_window") and (config.get("max_window_layers") or 0) < config["num_hidden_layers"]
-    return "attention that sees a sliding window alone" if slides or "sliding_attention" in layers else None
+    odd = sorted({"sliding_attention"} if slides else set(layers) - {"full_attention"})
+    return f"layers of {', '.join(odd)}" if odd else None
 
 
 def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str, ...]) -> None:
