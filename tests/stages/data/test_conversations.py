@@ -140,6 +140,7 @@ def test_alpaca_with_thinking(home: Path) -> None:
     assert result.changes == {
         "changed: thinking brought into the base model's form (tags, white space)": used - 2,
         "changed: empty thinking blocks removed": 1,
+        "changed: tags that a turn asks for, named as the base model writes them": 1,  # in a question
         "rows without reasoning: learned as answers without it": 2,
     }
     row = next(row for row in result.rows("train") if row["difficulty"] == 1)
