@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
+
+from filelock import FileLock
 
 from lib.errors import InputError
-from lib.hub import huggingface, modelscope, transport
-from lib.hub.sources import Kind, Remote, Snapshot, SourceError, is_offline, parse
+from lib.hub import transport
+from lib.hub.sources import COMMIT, Kind, Remote, RemoteFile, Snapshot, SourceError, choose, is_data, is_offline, parse
 from lib.hub.transport import MismatchError, MissingError, UnreachableError
+from lib.runs.files import (
+    HOME_VARIABLE,
+    read_json,
+    remembered_sha256,
+    runs_folder,
+    sha256_json,
+    write_json,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    import httpx
+
+HUB = "https://huggingface.co"
+"""Where a repository is looked for when HF_ENDPOINT is not set, or its mirror does not have it."""
+_HASH = re.compile(r"[0-9a-f]{40,64}")
+_PAGE = 500
+"""Files of a data set of ModelScope that are listed at a time."""
 
 
 def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
@@ -23,34 +50,34 @@ def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
         InputError: not an id, or no room on the disk.
     """
     remote = parse(source, revision, kind)
-    place = huggingface if remote.place == "hub" else modelscope
-    if found := place.cached(remote):
+    repository = HubRepository(remote) if remote.place == "hub" else ModelScopeRepository(remote)
+    if found := repository.cached():
         return found
     if is_offline():
         raise _unreachable(remote, "HF_HUB_OFFLINE is set")
     failures = []
-    for address in place.addresses():
+    for address in repository.addresses():
         try:
-            return _download(place, address, remote)
+            return _download(repository, address)
         except SourceError as error:
             failures.append(error)
     raise failures[0]
 
 
-def _download(place: ModuleType, address: str, remote: Remote) -> Snapshot:
+def _download(repository: HubRepository | ModelScopeRepository, address: str) -> Snapshot:
     """Download from one address; every failure becomes a sentence for the user."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    host = transport.host_of(address)
+    remote, host = repository.remote, transport.host_of(address)
     try:
-        return place.download(address, remote)
+        return repository.download(address)
     except UnreachableError as error:
         raise _unreachable(remote, f"{host}: {error}") from None
     except MismatchError as error:
         raise SourceError(
             f"{remote.words}: {error}, twice, from {host}.",
             "the bytes whose hash the listing names.",
-            f"{place.OTHERWISE}, or set {remote.setting} to a local folder.",
+            f"{repository.otherwise}, or set {remote.setting} to a local folder.",
             "its bytes differ from their hash",
         ) from None
     except (HfHubHTTPError, MissingError) as error:  # before OSError, of which the first is one
@@ -97,3 +124,238 @@ def _refused(remote: Remote, error: Exception) -> SourceError:
         return SourceError(f"{what}: access refused ({status}).", "access.", do, f"answered {status}")
     do = f"try again later, {'set HF_ENDPOINT to a mirror, ' if hub else ''}{local}."
     return SourceError(f"{what}: it answered {status}.", "a download.", do, f"answered {status}")
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """A repository of the hub or of a mirror (HF_ENDPOINT), listed by its own client and kept in that client's cache.
+
+    Layout of the cache: blobs/<hash>, snapshots/<commit>/<file> → blob, refs/<branch>, and the listing,
+    trees/<commit>.json.
+    """
+
+    remote: Remote
+    otherwise: ClassVar[str] = "set HF_ENDPOINT to another mirror"
+
+    @staticmethod
+    def addresses() -> list[str]:
+        """Addresses in the order in which they are asked: the mirror that HF_ENDPOINT names, then the hub itself."""
+        mirror = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+        return [mirror] if mirror == HUB else [mirror, HUB]
+
+    @property
+    def folder(self) -> Path:
+        """The repository's folder in the cache."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        name = repo_folder_name(repo_id=self.remote.id, repo_type=self.remote.repository_type)
+        return Path(constants.HF_HUB_CACHE) / name
+
+    def cached(self) -> Snapshot | None:
+        """The snapshot, if the cache holds all of it.
+
+        The hub's own client checks only sizes, so what it fetched is hashed here before its first use.
+        """
+        from huggingface_hub._tree_cache import read_tree_cache
+
+        place, commit = self.folder, self.remote.revision
+        if not COMMIT.fullmatch(commit):
+            reference = place / "refs" / commit
+            commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+        snapshot = place / "snapshots" / commit
+        if not commit or not snapshot.is_dir():
+            return None
+        listing = read_tree_cache(str(place), commit)
+        if listing is None:
+            return Snapshot(snapshot, commit) if self._looks_whole(snapshot) else None
+        files = [RemoteFile(name, entry.size, entry.lfs_sha256, entry.blob_id) for name, entry in listing.items()]
+        try:
+            differs = any(transport.difference(snapshot / file.path, file) for file in choose(self.remote, files))
+        except SourceError:
+            return None
+        return None if differs else Snapshot(snapshot, commit)
+
+    def _looks_whole(self, snapshot: Path) -> bool:
+        """Whether a snapshot without a listing (an older hub client's) has weights and configuration, or data."""
+        names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+        if self.remote.is_data:
+            return any(map(is_data, names))
+        index = snapshot / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) <= names
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return False
+        weights = "adapter_model.safetensors" if self.remote.kind == "adapter" else "model.safetensors"
+        return weights in names and names & {"config.json", "adapter_config.json"} != set()
+
+    def download(self, address: str) -> Snapshot:
+        """Download the snapshot into the cache from one address.
+
+        Raises:
+            UnreachableError, MissingError, HfHubHTTPError, MismatchError: see there. SourceError: nothing usable.
+            InputError: no room on the disk.
+        """
+        from huggingface_hub import get_token
+        from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
+        from huggingface_hub.file_download import _create_symlink
+        from huggingface_hub.utils import build_hf_headers
+
+        remote, place = self.remote, self.folder
+        # a mirror's token is not shown to the hub
+        token = (get_token() or False) if address == self.addresses()[0] else False
+        lock = place.parent / ".locks" / place.name / "workbook.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock), transport.open_client(build_hf_headers(token=token)) as client:
+            commit, files = self._list(address, token)
+            blobs = {file: place / "blobs" / (file.sha256 or file.git or "") for file in choose(remote, files)}
+            base = f"{address}/{'datasets/' if remote.is_data else ''}{remote.id}/resolve/{commit}"
+            transport.fetch_files(client, remote, blobs, lambda file: f"{base}/{quote(file.path)}", "HF_HOME")
+            snapshot = place / "snapshots" / commit
+            for file, blob in blobs.items():
+                (snapshot / file.path).parent.mkdir(parents=True, exist_ok=True)
+                _create_symlink(str(blob), str(snapshot / file.path))
+            entries = {
+                file.path: TreeCacheEntry(
+                    file.size or 0, file.git or "", file.sha256, file.size if file.sha256 else None
+                )
+                for file in files
+            }
+            write_tree_cache(str(place), commit, entries)
+            if commit != remote.revision:
+                write_text(place / "refs" / remote.revision, commit)
+        return Snapshot(snapshot, commit)
+
+    def _list(self, address: str, token: str | bool) -> tuple[str, list[RemoteFile]]:
+        """The commit of the revision and all its files."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
+
+        def ask() -> tuple[str, list[RemoteFile]]:
+            info = HfApi(address, token=token).repo_info(
+                self.remote.id,
+                revision=self.remote.revision,
+                repo_type=self.remote.repository_type,
+                files_metadata=True,
+                timeout=transport.TIMEOUT,
+            )
+            return str(info.sha), [
+                RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+                for entry in info.siblings or ()
+            ]
+
+        try:
+            commit, files = transport.patiently(ask)
+        except HFValidationError:
+            raise MissingError from None
+        except (KeyError, TypeError, AttributeError):
+            raise UnreachableError("its listing is not a hub's") from None
+        if not COMMIT.fullmatch(commit):
+            raise UnreachableError("it names no commit, so it is not a hub")
+        if any(file.leaves_its_folder or not _HASH.fullmatch(file.sha256 or file.git or "") for file in files):
+            raise UnreachableError("its listing is not a hub's")
+        return commit, files
+
+
+@dataclass(frozen=True)
+class ModelScopeRepository:
+    """A repository of ModelScope over its public HTTP interface; kept under runs/_cache/modelscope.
+
+    MODELSCOPE_DOMAIN names another host (as for ModelScope's own client), MODELSCOPE_API_TOKEN a token for private
+    repositories. ModelScope names no commit of a whole repository, so the resolved revision is a hash over the files.
+    Its own client is not used: it is one more large package, and it neither continues a file in the next process nor
+    says which bytes were wrong.
+    """
+
+    remote: Remote
+    otherwise: ClassVar[str] = "try again later"
+
+    @staticmethod
+    def addresses() -> list[str]:
+        """The address of ModelScope."""
+        domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+        return [(domain if "://" in domain else f"https://{domain}").rstrip("/")]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a repository's revision."""
+        remote = self.remote
+        name = "--".join((f"{remote.repository_type}s", *remote.id.split("/")))
+        return runs_folder() / "_cache" / "modelscope" / name / quote(remote.revision, safe="")
+
+    def cached(self) -> Snapshot | None:
+        """The copy in the cache, if it is whole: the listing is written last, and every file has its listed size."""
+        place = self.folder
+        if not (place / "listing.json").is_file():
+            return None
+        listing = read_json(place / "listing.json")
+        files = [RemoteFile(name, entry["bytes"]) for name, entry in listing["files"].items()]
+        if any(transport.difference(place / "files" / file.path, file) for file in files):
+            return None
+        return Snapshot(place / "files", listing["revision"])
+
+    def download(self, address: str) -> Snapshot:
+        """Download the files from ModelScope; their folder, and a hash over them.
+
+        Raises:
+            UnreachableError, MissingError, HfHubHTTPError, MismatchError: see there. SourceError: nothing usable.
+            InputError: no room on the disk.
+        """
+        remote, place = self.remote, self.folder
+        place.mkdir(parents=True, exist_ok=True)
+        token = os.environ.get("MODELSCOPE_API_TOKEN")
+        headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
+        base = f"{address}/api/v1/{remote.repository_type}s/{remote.id}/repo"
+        revision = quote(remote.revision, safe="")
+        with FileLock(place.with_name(f".{place.name}.lock")), transport.open_client(headers) as client:
+            paths = {file: place / "files" / file.path for file in choose(remote, _listed(client, base, remote))}
+            transport.fetch_files(
+                client,
+                remote,
+                paths,
+                lambda file: f"{base}?Revision={revision}&FilePath={quote(file.path, safe='')}",
+                HOME_VARIABLE,
+            )
+            files = {
+                file.path: {"bytes": path.stat().st_size, "sha256": file.sha256 or remembered_sha256(path)}
+                for file, path in paths.items()
+            }
+            digest = sha256_json({name: entry["sha256"] for name, entry in files.items()})
+            listing = {"id": remote.id, "revision": f"sha256:{digest[:16]}", "files": files}
+            write_json(place / "listing.json", listing)
+        return Snapshot(place / "files", listing["revision"])
+
+
+def _listed(client: httpx.Client, base: str, remote: Remote) -> list[RemoteFile]:
+    """All files of a revision on ModelScope; those of data sets come in pages."""
+    options: dict[str, Any] = {"Revision": remote.revision, "Recursive": "true"}
+    if remote.is_data:
+        entries: list[Any] = []
+        for number in itertools.count(1):
+            page = _entries(client, f"{base}/tree", options | {"PageNumber": number, "PageSize": _PAGE})
+            entries += page
+            if len(page) < _PAGE:
+                break
+    else:
+        entries = _entries(client, f"{base}/files", options)
+    files = [e for e in entries if isinstance(e, dict) and e.get("Type") != "tree" and isinstance(e.get("Path"), str)]
+    listed = [RemoteFile(e["Path"], e.get("Size"), e.get("Sha256") or None) for e in files]
+    return [file for file in listed if not file.leaves_its_folder]
+
+
+def _entries(client: httpx.Client, url: str, options: dict[str, Any]) -> list[Any]:
+    from huggingface_hub.utils import hf_raise_for_status
+
+    def ask() -> Any:
+        response = client.get(url, params=options)
+        hf_raise_for_status(response)
+        return response.json()
+
+    answer = transport.patiently(ask)
+    if isinstance(answer, dict) and answer.get("Success") is False:
+        raise MissingError  # some refusals come with status 200
+    try:
+        return list(answer["Data"]["Files"])
+    except (KeyError, TypeError):
+        raise UnreachableError("its listing is not ModelScope's") from None

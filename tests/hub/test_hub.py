@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.hub import huggingface, transport
-from lib.hub.fetching import fetch
+from lib.hub import fetching, transport
+from lib.hub.fetching import HubRepository, fetch
 from lib.hub.sources import SourceError, parse
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
@@ -147,7 +147,7 @@ def test_wrong_bytes_twice_are_refused(repository: Hub, name: str, file: str) ->
 
 
 def test_a_remainder_that_is_too_long_is_thrown_away(repository: Hub) -> None:
-    blob = huggingface.folder_of(parse("org/model", "main", "model")) / "blobs" / hashlib.sha256(WEIGHTS).hexdigest()
+    blob = HubRepository(parse("org/model", "main", "model")).folder / "blobs" / hashlib.sha256(WEIGHTS).hexdigest()
     blob.parent.mkdir(parents=True)
     blob.with_name(f"{blob.name}.incomplete").write_bytes(b"x" * 50_000)
     assert (fetch("org/model", "main", "model").path / "model.safetensors").read_bytes() == WEIGHTS
@@ -287,7 +287,7 @@ def test_behind_the_mirror_stands_the_hub(
     if fault == "gone":
         mirror.repositories.clear()
     mirror.faults.corrupt["model.safetensors"] = 99
-    monkeypatch.setattr(huggingface, "HUB", repository.url)
+    monkeypatch.setattr(fetching, "HUB", repository.url)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9" if fault == "unreachable" else mirror.url)
     monkeypatch.setenv("HF_TOKEN", "secret-of-the-mirror")
     assert (fetch("org/model", "main", "model").path / "model.safetensors").read_bytes() == WEIGHTS

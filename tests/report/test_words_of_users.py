@@ -158,7 +158,7 @@ def test_a_password_in_an_address_is_never_said(
         address = f"http://{user}{place}"
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("MODELSCOPE_DOMAIN", address)
-        monkeypatch.setattr("lib.hub.huggingface.HUB", address)
+        monkeypatch.setattr("lib.hub.fetching.HUB", address)
         with pytest.raises(SourceError) as refused:
             fetch(source, "main", "model")
         stamp = fallback_note("base model", source, "offline", [refused.value])[0]

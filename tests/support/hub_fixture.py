@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lib.hub import huggingface, transport
+from lib.hub import fetching, transport
 from tests.support.hub_server import Hub
 
 
@@ -25,6 +25,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
     monkeypatch.setattr(transport, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(huggingface, "HUB", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(fetching, "HUB", "http://127.0.0.1:9")  # nobody listens there
     yield server
     server.close()
