@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from filelock import FileLock
@@ -74,10 +74,11 @@ def _download(repository: HubRepository | ModelScopeRepository, address: str) ->
     except UnreachableError as error:
         raise _unreachable(remote, f"{host}: {error}") from None
     except MismatchError as error:
+        otherwise = "set HF_ENDPOINT to another mirror" if remote.place == "hub" else "try again later"
         raise SourceError(
             f"{remote.words}: {error}, twice, from {host}.",
             "the bytes whose hash the listing names.",
-            f"{repository.otherwise}, or set {remote.setting} to a local folder.",
+            f"{otherwise}, or set {remote.setting} to a local folder.",
             "its bytes differ from their hash",
         ) from None
     except (HfHubHTTPError, MissingError) as error:  # before OSError, of which the first is one
@@ -135,7 +136,6 @@ class HubRepository:
     """
 
     remote: Remote
-    otherwise: ClassVar[str] = "set HF_ENDPOINT to another mirror"
 
     @staticmethod
     def addresses() -> list[str]:
@@ -269,7 +269,6 @@ class ModelScopeRepository:
     """
 
     remote: Remote
-    otherwise: ClassVar[str] = "try again later"
 
     @staticmethod
     def addresses() -> list[str]:
