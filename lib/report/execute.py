@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -48,8 +47,6 @@ that quiets what libraries say on stderr when a cell imports them, which a page 
 KERNEL_EXIT = "kernel exit code:"
 """How the line on stderr begins that tells how a dead kernel ended (negative: by that signal)."""
 
-PR_SET_PDEATHSIG = 1
-
 
 def _descendants(pid: int | None = None) -> list[Process]:
     """Processes below this one (or `pid`), children of children included; none where it is gone."""
@@ -77,10 +74,8 @@ def _end_at_once() -> None:
     os._exit(TERMINATED)
 
 
-def _end_tidily(parent: int) -> None:
+def _end_tidily(*_: object) -> None:
     """SIGTERM: interrupt the kernel, so that a training leaves a checkpoint; after PATIENCE end everything."""
-    if os.getppid() != parent:
-        _end_at_once()
     if _ending.is_set():
         return
     _ending.set()
@@ -92,20 +87,17 @@ def _end_tidily(parent: int) -> None:
 
 def _follow_parent(parent: int) -> None:
     """End this process and its kernel within about a second of the end of `parent`."""
-    if sys.platform == "linux":  # the watching thread below would do, but this is immediate
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         _end_at_once()
 
-    signal.signal(signal.SIGTERM, lambda *_: _end_tidily(parent))
+    signal.signal(signal.SIGTERM, _end_tidily)
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
-def _recording_manager(parent: int) -> type:
+def _recording_manager() -> type:
     """A kernel manager that says on stderr how its kernel ended, and that leaves SIGTERM to this module."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -116,7 +108,7 @@ def _recording_manager(parent: int) -> type:
         async def start_kernel(self, **options: Any) -> None:
             with contextlib.suppress(NotImplementedError):
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)  # nbclient's: kills after 5 seconds
-            signal.signal(signal.SIGTERM, lambda *_: _end_tidily(parent))
+            signal.signal(signal.SIGTERM, _end_tidily)
             await super().start_kernel(**options)
 
         async def is_alive(self) -> bool:
@@ -148,7 +140,7 @@ def main(request_file: str) -> int:
             log_output=False,
             start_timeout=120,
             autosave_cell_every=5,
-            kernel_manager_class=_recording_manager(request["parent"]),
+            kernel_manager_class=_recording_manager(),
         )
     except PapermillExecutionError:
         return TERMINATED if _ending.is_set() else RAISED
@@ -179,9 +171,8 @@ class Ended:
 def _environment(progress_file: Path) -> dict[str, str]:
     """The environment of the notebook: this project's lib, quiet libraries, UTF-8."""
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
-    path = [str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])]
-    fixed = {
-        "PYTHONPATH": os.pathsep.join(path),
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "PYTHONUTF8": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -189,7 +180,6 @@ def _environment(progress_file: Path) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         PROGRESS_FILE_VARIABLE: str(progress_file),
     }
-    return environment | fixed
 
 
 def execute(
