@@ -1,17 +1,19 @@
-"""What a request may ask of the server, checked before any of it reaches the model."""
+"""What a request may ask of the server, checked before any of it reaches the model; and what its answer may cost."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationInfo
 
-from lib.serve.generation import THINKING, WORK, Work
 from lib.serve.listening import names_loopback
 
 if TYPE_CHECKING:
@@ -48,6 +50,77 @@ DATA = ("logit_bias", "parameters", "schema")
 
 BODY_BYTES, _DRAINED = 1 << 20, 64 << 20
 """The largest body; and how much of a larger one is still read, so that the client gets to see the answer."""
+
+
+# The one model behind the server: its answers end at their limit, and when nobody waits for them any more.
+
+
+@dataclass(eq=False)
+class Work:
+    """What a request may still cost.
+
+    Attributes:
+        most: tokens of its answer.
+        gone: set when its client has gone.
+        cut: whether the answer was ended here.
+    """
+
+    most: int
+    gone: threading.Event = field(default_factory=threading.Event)
+    cut: bool = False
+
+
+WORK: ContextVar[Work] = ContextVar("work")
+"""That of the request that is answered; threads of the server inherit it."""
+
+THINKING: ContextVar[bool | None] = ContextVar("thinking", default=None)
+"""Whether the request that is answered asks for reasoning (`enable_thinking`); None = as the server was started."""
+
+
+class _GoneError(Exception):
+    """The client of the request has gone."""
+
+
+def bound(llm: Any) -> None:
+    """Make a `Llama` count the tokens that it generates.
+
+    Its own loop looks at `max_tokens` after whole characters only: tokens that begin one and never end it (`logit_bias`
+    can see to that) would go on for ever.
+    """
+    generate, evaluate, create = llm.generate, llm.eval, llm._create_completion
+
+    def generate_within(tokens: Sequence[int], *arguments: Any, **keywords: Any) -> Iterator[int]:
+        work = WORK.get()
+        keywords["stopping_criteria"] = None
+        most = min(work.most, llm.n_ctx() - len(tokens))
+        try:
+            for token in islice(generate(tokens, *arguments, **keywords), most):
+                if work.gone.is_set():
+                    break
+                yield token
+        except _GoneError:
+            pass
+        work.cut = True
+
+    def evaluate_by_batches(tokens: Sequence[int]) -> None:
+        for start in range(0, len(tokens), llm.n_batch):
+            if WORK.get().gone.is_set():
+                raise _GoneError
+            evaluate(tokens[start : start + llm.n_batch])
+
+    def create_within(*arguments: Any, **keywords: Any) -> Iterator[dict[str, Any]]:
+        work = WORK.get()
+        # Where tokens end before the loop does, its text is taken only by way of a criterion.
+        keywords["stopping_criteria"] = lambda ids, scores: work.cut
+        for part in create(*arguments, **keywords):
+            if work.cut and part["choices"][0]["finish_reason"]:
+                part["choices"][0]["finish_reason"] = "length"
+            yield part
+
+    llm.generate, llm.eval, llm._create_completion = generate_within, evaluate_by_batches, create_within
+
+
+# The requests.
 
 
 class RefusedError(Exception):
@@ -135,30 +208,20 @@ def _within_vocabulary(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _whole(low: int, high: int) -> Callable[[Any, ValidationInfo], Any]:
+def _between(low: float, high: float | None, *kinds: type, code: str | None = None) -> AfterValidator:
+    """A number of one of these types within limits; without a limit at most the tokens of an answer."""
+    kind = "number" if float in kinds else "whole number"
+
     def check(value: Any, info: ValidationInfo) -> Any:
-        if value is not None and (type(value) is not int or not low <= value <= high):
-            raise _invalid(info.field_name, f"is {value!r}; expected a whole number from {low} to {high}")
+        most = info.context.max_tokens if high is None else high
+        if value is not None and (type(value) not in kinds or not low <= value <= most):
+            raise _invalid(info.field_name, f"is {value!r}; expected a {kind} from {low} to {most}", code)
         return value
 
-    return check
+    return AfterValidator(check)
 
 
-def _few(value: Any, info: ValidationInfo) -> Any:
-    most = info.context.max_tokens
-    if value is not None and (type(value) is not int or not 1 <= value <= most):
-        found = f"is {value!r}; expected a whole number from 1 to {most}"
-        raise _invalid(info.field_name, found, "invalid_max_tokens")
-    return value
-
-
-def _between(low: float, high: float) -> Callable[[Any, ValidationInfo], Any]:
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if value is not None and (type(value) not in (int, float) or not low <= value <= high):
-            raise _invalid(info.field_name, f"is {value!r}; expected a number from {low} to {high}")
-        return value
-
-    return check
+_TOKENS = _between(1, None, int, code="invalid_max_tokens")
 
 
 class Asked(BaseModel):
@@ -174,16 +237,16 @@ class Asked(BaseModel):
 
     tool_choice: Annotated[Any, AfterValidator(_not_forced)] = None
     function_call: Annotated[Any, AfterValidator(_not_forced)] = None
-    min_tokens: Annotated[Any, AfterValidator(_whole(0, 2**31 - 1))] = None
-    top_k: Annotated[Any, AfterValidator(_whole(0, 2**31 - 1))] = None
-    seed: Annotated[Any, AfterValidator(_whole(-(2**63), 2**63 - 1))] = None
+    min_tokens: Annotated[Any, _between(0, 2**31 - 1, int)] = None
+    top_k: Annotated[Any, _between(0, 2**31 - 1, int)] = None
+    seed: Annotated[Any, _between(-(2**63), 2**63 - 1, int)] = None
     response_format: Annotated[Any, AfterValidator(_without_schema)] = None
-    temperature: Annotated[Any, AfterValidator(_between(0, 2))] = None
-    repeat_penalty: Annotated[Any, AfterValidator(_between(0.1, 10))] = None
+    temperature: Annotated[Any, _between(0, 2, int, float)] = None
+    repeat_penalty: Annotated[Any, _between(0.1, 10, int, float)] = None
     logit_bias_type: Any = None
     logit_bias: Annotated[Any, AfterValidator(_within_vocabulary)] = None
-    max_tokens: Annotated[Any, AfterValidator(_few)] = None
-    max_completion_tokens: Annotated[Any, AfterValidator(_few)] = None
+    max_tokens: Annotated[Any, _TOKENS] = None
+    max_completion_tokens: Annotated[Any, _TOKENS] = None
 
 
 class LimitedApplication:

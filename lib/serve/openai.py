@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
-from lib.serve.generation import THINKING, bound
-from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
+from lib.serve.limits import CHAT, THINKING, LimitedApplication, Limits, bound, error_body, failure, text_of
 from lib.serve.listening import in_address, is_loopback, listen, make_server
 
 if TYPE_CHECKING:
@@ -139,7 +137,13 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
                 f"Warning: {options.host} is not this machine alone: everybody in the network can use this server, "
                 "without a password and unencrypted."
             )
-        _run(application, listening, options, path, tell)
+        address = f"http://{in_address(options.host)}:{listening.getsockname()[1]}/v1"
+        words = f"{path.name} is served at {address} (end with Ctrl-C)."
+        server = make_server(application, lambda: tell(words), _ANSWER_BYTES, log_level="error")
+        try:
+            server.run(sockets=[listening])
+        finally:
+            _free_model()
 
 
 def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOptions) -> ASGIApp:
@@ -178,7 +182,10 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     server.RouteErrorHandler.error_message_wrapper = _explained
     llm = server._llama_proxy()
     bound(llm)
-    formatter = _formatter(llm, metadata, options.thinking)
+    begin, end = llm.token_bos(), llm.token_eos()
+    marks = [llm._model.token_get_text(number) if number >= 0 else "" for number in (begin, end)]
+    template = str(metadata[_TEMPLATE])
+    formatter = make_formatter(template, options.thinking, *marks, end, control_tokens(metadata))
     llm.chat_handler = formatter.to_chat_handler()
     made, most = int(path.stat().st_mtime), min(options.max_tokens, n_ctx)
     limits = Limits(path.stem, made, most, n_ctx, llm.n_vocab(), is_loopback(options.host))
@@ -191,14 +198,6 @@ def _context(metadata: Mapping[str, Any], asked: int) -> int:
     if trained and asked > trained:
         raise InputError(f"--n-ctx {asked}.", f"at most {trained}, which the model was made for.", "ask for less.")
     return asked or min(_CONTEXT, int(trained or _CONTEXT))
-
-
-def _formatter(llm: Any, metadata: Mapping[str, Any], thinking: bool) -> Any:
-    def text(number: int) -> str:
-        return llm._model.token_get_text(number) if number >= 0 else ""
-
-    begin, end = llm.token_bos(), llm.token_eos()
-    return make_formatter(str(metadata[_TEMPLATE]), thinking, text(begin), text(end), end, control_tokens(metadata))
 
 
 def _counter(llm: Any, formatter: Any) -> Callable[[str, dict[str, Any]], int]:
@@ -230,26 +229,11 @@ def _explained(self: Any, error: Exception, body: Any = None) -> tuple[int, dict
     return failure(error)
 
 
-def _run(
-    application: ASGIApp,
-    listening: socket.socket,
-    options: ServeOptions,
-    path: Path,
-    tell: Callable[[str], None],
-) -> None:
-    """Answer until a signal."""
+def _free_model() -> None:
     from llama_cpp.server import app as server
 
-    address = f"http://{in_address(options.host)}:{listening.getsockname()[1]}/v1"
-
-    def ready() -> None:
-        tell(f"{path.name} is served at {address} (end with Ctrl-C).")
-
-    try:
-        make_server(application, ready, _ANSWER_BYTES, log_level="error").run(sockets=[listening])
-    finally:
-        if server.llama_inner_lock.locked():  # a thread is still inside llama.cpp: freeing the model would crash it
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(143)
-        server._llama_proxy.free()
+    if server.llama_inner_lock.locked():  # a thread is still inside llama.cpp: freeing the model would crash it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(143)
+    server._llama_proxy.free()

@@ -155,7 +155,8 @@ def test_refused_starts(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_others_than_this_machine_are_warned_of(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
     assert not is_loopback("0.0.0.0") and not is_loopback("192.168.1.2") and not is_loopback("example.com")
-    monkeypatch.setattr("lib.serve.openai._run", lambda *_: None)
+    monkeypatch.setattr("lib.serve.openai.make_server", lambda *_, **__: SimpleNamespace(run=lambda sockets: None))
+    monkeypatch.setattr("lib.serve.openai._free_model", lambda: None)
     monkeypatch.setattr("lib.serve.openai.make_application", lambda *_: None)
     told: list[str] = []
     serve(model, ServeOptions(port=0), told.append)
