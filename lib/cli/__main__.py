@@ -8,14 +8,11 @@ import typer
 
 from lib.cli.console import guarded
 from lib.cli.doctor import doctor
-from lib.cli.evaluate import compare, evaluate
-from lib.cli.inspect import inspect, unpack
-from lib.cli.merge import convert, merge
+from lib.cli.evaluate import compare, evaluate, perplexity
+from lib.cli.models import convert, inspect, merge, unpack
 from lib.cli.package import package, serve
-from lib.cli.perplexity import perplexity
 from lib.cli.quantize import imatrix, quantize
-from lib.cli.report import params, report
-from lib.cli.select import pick, select
+from lib.cli.report import params, pick, report, select
 
 COMMANDS = {
     doctor: "what this machine can run, and the cure for every lack",

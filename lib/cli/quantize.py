@@ -84,7 +84,7 @@ def imatrix(
     as_json: Json = False,
 ) -> None:
     """Measure which inputs of every layer are large on a text: what llama-imatrix measures, for --imatrix."""
-    from lib.cli.perplexity import read_text
+    from lib.cli.evaluate import read_text
     from lib.stages.quantize.calibration import measure_imatrix
 
     made = measure_imatrix(model_dir, output, read_text(text, text_column), user_path(str(text)), n_ctx, chunks)
@@ -129,7 +129,7 @@ def _budget(
         do = "add --model DIR (of a run: runs/RUN/merged) and --text FILE (or --data runs/RUN/data), or name a TYPE in "
         do += "place of the budget."
         raise InputError(found, expected, do)
-    from lib.cli.perplexity import read_text
+    from lib.cli.evaluate import read_text
     from lib.models.gguf_file import check_gguf
     from lib.stages.quantize.size_budget import Budget, budget_bytes
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib.cli.inspect import as_text
+from lib.cli.models import as_text
 from lib.errors import InputError
 from lib.models.inspect import inspect
 from lib.prompts.templates import describe_template

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.cli.__main__ import app
-from lib.cli.inspect import as_text, examine
+from lib.cli.models import as_text, examine
 from lib.errors import InputError
 from lib.models.loading import load_model, load_tokenizer
 from lib.models.weights import SINGLE

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.cli import perplexity
+from lib.cli import evaluate
 from lib.errors import InputError
 from lib.scoring.measure import FEWEST_DOCUMENTS, Text, measure_in_child, summarize, tokenize_with_transformers
 from lib.scoring.perplexity import Positions, percentiles
@@ -159,12 +159,12 @@ def test_one_document_a_row(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "好\n\n好"}, {"text": " "}, {"text": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = perplexity.read_text(path)
+    text = evaluate.read_text(path)
     assert text.content == "好\n\n好\n\nb" and text.starts == (0, 6)
     path.write_text("".join(json.dumps({"body": "c", "n": 1}) + "\n"), encoding="utf-8")
-    assert perplexity.read_text(path, "body").content == "c"
+    assert evaluate.read_text(path, "body").content == "c"
     with pytest.raises(InputError, match="text_column"):
-        perplexity.read_text(path)
+        evaluate.read_text(path)
 
 
 def test_a_folder_beside_its_file(small):

@@ -138,7 +138,7 @@ def test_small_things_are_told_as_they_are() -> None:
 
 
 def test_the_command(tmp_path, monkeypatch, capsys) -> None:
-    from lib.cli.select import pick as command
+    from lib.cli.report import pick as command
     from lib.runs.files import write_json
     from lib.runs.run import open_run
 
