@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, figure, readable, replaced, side_by_side, tell, use_style
+from lib.report.display import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    figure,
+    readable,
+    replaced,
+    rows_of,
+    side_by_side,
+    tell,
+    use_style,
+)
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
 from lib.statistics.power import power_mcnemar
@@ -120,6 +132,16 @@ def estimates(
     ax.set_ylim(-0.6, len(points) - 0.4)
     ax.set_xlabel(axis)
     return figure(fig, caption, sentence("charts.estimates_alt", axis=axis, points=points))
+
+
+def estimated(name: str, entries: Iterable[Any], /, at: float | None = None, band: float = 0.0, **values: Any) -> HTML:
+    """`estimates` by ``tables.yaml``, a point an entry; caption and axis are the sentences NAME and NAME_axis.
+
+    Args:
+        at, band: `reference` and `band` of `estimates`. values: what both sentences take.
+    """
+    caption, axis = sentence(name, **values), sentence(f"{name}_axis", **values)
+    return estimates(rows_of(name, entries), axis, caption, at, band)
 
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:

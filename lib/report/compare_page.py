@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from lib.report import charts
-from lib.report.display import Row, Shown, mark_names, rows_of, say, table, tabled, tell
+from lib.report.display import Row, Shown, mark_names, say, table, tabled, tell
 from lib.report.evaluate_page import metric_text, moved_metrics
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
@@ -42,7 +42,12 @@ def page_of(result: ComparisonResult) -> AccuracyPage | AnswerPage:
 
 
 class _Page:
-    """What both kinds of comparison show alike."""
+    """What both kinds of comparison show alike; the kinds name the tables in which they differ."""
+
+    compared: ClassVar[str]
+    """Table of every file's size, quality and verdict."""
+    changed: ClassVar[str]
+    """Figure of the paired differences from the reference."""
 
     def __init__(self, result: ComparisonResult) -> None:
         self.result, self.reference = result, result.reference
@@ -57,6 +62,16 @@ class _Page:
     def sizes(self) -> HTML:
         """What size buys."""
         return charts.size_quality(self.files, self.result.frontier)
+
+    def quality(self) -> HTML:
+        """Size, quality and verdict of each file."""
+        tokens = self.files[0]["n_tokens"]
+        return tabled(self.compared, self.files, n=self.n, reference=self.reference, tokens=tokens)
+
+    def differences(self) -> HTML:
+        """Paired differences from the reference: accuracy, in points; answer perplexity, in percent."""
+        margin = self.result.margin
+        return charts.estimated(self.changed, self.others, at=0.0, band=margin, reference=self.reference)
 
     def by_hand(self, entry: Entry, pairs: DataFrame) -> Shown:
         """One paired test from the rows' own values.
@@ -98,6 +113,8 @@ class _Page:
 class AccuracyPage(_Page):
     """How many labels the files get right, and how sure they are of them."""
 
+    compared, changed = "compare.accuracies", "compare.accuracy_differences"
+
     @property
     def family(self) -> int:
         """Tests that Holm corrects together: every file's accuracy and margins."""
@@ -123,16 +140,6 @@ class AccuracyPage(_Page):
             mde=span([100 * e["mde"] for e in self.others], ".2f"),
         )
         return charts.power(independent, [0.005, 0.02, 0.05], margin, family), words
-
-    def quality(self) -> HTML:
-        """Size, quality and verdict of each file."""
-        return tabled("compare.accuracies", self.files, n=self.n, reference=self.reference)
-
-    def differences(self) -> HTML:
-        """Paired difference in accuracy from the reference, in points."""
-        points = rows_of("compare.accuracy_points", self.others)
-        axis, caption = f"accuracy minus that of {self.reference}, points", sentence("compare.accuracy_differences")
-        return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
     def tests(self) -> Shown:
         """The paired test of each file's accuracy, macro-F1, and what the leak-free rows alone say."""
@@ -167,6 +174,8 @@ class AccuracyPage(_Page):
 class AnswerPage(_Page):
     """How likely the files find the reference answers, and what they write."""
 
+    compared, changed = "compare.answers", "compare.answer_differences"
+
     def detectable(self) -> Shown:
         """What the answers can show at all."""
         seen = [e["mde"] for e in self.others if e["mde"] is not None]
@@ -179,17 +188,6 @@ class AnswerPage(_Page):
             floor=self.result.conditions["unigram_ppl"],
         )
         return (words,)
-
-    def quality(self) -> HTML:
-        """Size, quality and verdict of each file."""
-        tokens = self.files[0]["n_tokens"]
-        return tabled("compare.answers", self.files, n=self.n, reference=self.reference, tokens=tokens)
-
-    def differences(self) -> HTML:
-        """Change of the answer perplexity, percent."""
-        points = rows_of("compare.answer_points", self.others)
-        axis, caption = f"answer perplexity against {self.reference}, %", sentence("compare.answer_differences")
-        return charts.estimates(points, axis, caption, reference=0.0, band=self.result.margin)
 
     def tests(self) -> Shown:
         """The paired test of each file's loss, and what the leak-free rows alone say."""
@@ -210,13 +208,14 @@ class AnswerPage(_Page):
             nothing = sentence("written.nothing")
             return table([{"type": nothing}], nothing), table([{"type": nothing}], caption)
         short = [entry for entry in written["metrics"] if entry["key"] in SHORT]
-        metrics, differences = [], []
-        for name, same in written["same_text"].items():
-            found = {SHORT[entry["key"]]: metric_text(entry, "models", name) for entry in short}
-            metrics.append({"type": name, "same text": same, **found})
-            if name != written["reference"]:
-                found = {SHORT[entry["key"]]: metric_text(entry, "differences", name) for entry in short}
-                differences.append({"type": name, **found})
+
+        def cells(kind: str, name: str) -> Row:
+            return {SHORT[entry["key"]]: metric_text(entry, kind, name) for entry in short}
+
+        same_text = written["same_text"].items()
+        metrics = [{"type": name, "same text": same, **cells("models", name)} for name, same in same_text]
+        others = [name for name, _ in same_text if name != written["reference"]]
+        differences = [{"type": name, **cells("differences", name)} for name in others]
         terms = next((entry for entry in written["metrics"] if entry["key"] == "terms"), None)
         return (
             table(metrics, sentence("written.file_conditions", written=written, terms=terms)),
@@ -320,9 +319,7 @@ def kept_chart(files: Sequence[Entry]) -> HTML | None:
     known = sorted(_known(files), key=lambda e: -e["bytes"])
     if not known:
         return None
-    caption = sentence("compare.kept", n=known[0]["n"], little=KEEPS_LITTLE)
-    points = rows_of("compare.kept_points", known)
-    return charts.estimates(points, "kept of what fine-tuning changed in the answers", caption, reference=1.0)
+    return charts.estimated("compare.kept", known, at=1.0, n=known[0]["n"], little=KEEPS_LITTLE)
 
 
 def kept_reading(files: Sequence[Entry], note: str) -> Markdown:

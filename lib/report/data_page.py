@@ -163,9 +163,8 @@ class LabelPage(DataPage):
         test = self.result.floor["test"]
         parts = {"all test rows": test["all"], "leak-free test rows": test["leak_free"]}
         parts |= {f"{name} patterns": report for name, report in (test["by_pattern"] or {}).items()}
-        points = display.rows_of("data.floor_points", [part for part in parts.items() if part[1]])
-        caption = sentence("data.floor", model=self.result.floor["model"], trained_on=self.result.floor["trained_on"])
-        return charts.estimates(points, "accuracy of the linear floor", caption)
+        made = {key: self.result.floor[key] for key in ("model", "trained_on")}
+        return charts.estimated("data.floor", [part for part in parts.items() if part[1]], **made)
 
     def learned(self) -> Markdown:
         """The conclusions."""

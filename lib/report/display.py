@@ -265,11 +265,6 @@ def marked(text: str) -> str:
     return re.sub(rf"(?<![\w-])({pattern})(?![\w‡-])", rf"\1{GRID_MARK}", text)
 
 
-def caption_of_marks() -> str:
-    """What the mark means."""
-    return f"{GRID_MARK} {_caption}"
-
-
 # What a cell shows: a figure with caption and alternative text, a table, a sentence with computed numbers.
 
 
@@ -323,7 +318,7 @@ def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str,
         [[marked(cell) for cell in row] for row in plain.rows],
     )
     if made != plain:  # compared, not searched for: a text of the data may hold the sign itself
-        made = replace(made, caption=f"{caption} {caption_of_marks()}")
+        made = replace(made, caption=f"{caption} {GRID_MARK} {_caption}")
     return _html(f'<div class="table">{markup("data_table", made)}</div>')
 
 

@@ -165,9 +165,7 @@ class AnswerPage:
 
     def quality(self) -> HTML:
         """Perplexities with their intervals."""
-        caption = "Perplexity with 95 % intervals (Student's, over groups of alike rows)."
-        points = display.rows_of("evaluate.perplexity_points", self._figures())
-        return charts.estimates(points, "perplexity of the reference answers", caption)
+        return charts.estimated("evaluate.perplexities", self._figures())
 
     def parts(self) -> HTML:
         """Loss and perplexity of both models on each part of the test rows."""
