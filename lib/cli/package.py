@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,21 +37,14 @@ def package(
     if rows and not web:
         raise InputError("--rows without --web.", "both, or neither.", "add --web.")
     made = make(open_run(run_name), type_name, read_formats(formats), output, n_threads, force, web, rows)
-    result: dict[str, Any] = {
-        "run": run_name,
-        "folder": str(made.product.path),
-        "zip": str(made.archive),
-        "file": made.file,
-        "type": made.type,
-        "standing": made.standing,
-        "page_rows": made.report["page_rows"],
-        "notes": made.report["notes"],
-    }
-    lines = [made.product.message, f"{made.type}: {made.standing}. {made.words}"]
-    if result["page_rows"]:
-        lines.append(f"The phone page checks itself by {result['page_rows']}.")
-    lines.append(str(made.archive))
-    show(result, as_json, "\n".join(lines))
+    report, standing = made.report, made.report["choice"]["standing"]
+    names = {"file": report["file"]["name"], "type": report["file"]["type"], "standing": standing}
+    result = {"run": run_name, "folder": str(made.product.path), "zip": str(made.archive), **names}
+    result |= {key: report[key] for key in ("page_rows", "notes")}
+    lines = [made.product.message, f"{names['type']}: {standing}. {report['choice']['words']}"]
+    if report["page_rows"]:
+        lines.append(f"The phone page checks itself by {report['page_rows']}.")
+    show(result, as_json, "\n".join([*lines, str(made.archive)]))
 
 
 def serve(

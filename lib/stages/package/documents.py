@@ -7,7 +7,6 @@ The texts stand in templates/; here are the values in them.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -97,17 +96,16 @@ def _pin(name: str) -> str:
 
 def _closure(wanted: str) -> list[str]:
     """A package and everything that it needs without extras, with the installed versions."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     todo, found = [wanted], {}
     while todo:
         name = todo.pop()
-        key = re.sub(r"[-_.]+", "-", name).lower()
-        if key in found:
-            continue
-        found[key] = _pin(name)
-        for need in metadata.requires(name) or []:
-            needed, _, marker = need.partition(";")
-            if not marker.strip():
-                todo.append(re.match(r"[A-Za-z0-9._-]+", needed)[0])
+        key = canonicalize_name(name)
+        if key not in found:
+            found[key] = _pin(name)
+            todo += [need.name for need in map(Requirement, metadata.requires(name) or ()) if need.marker is None]
     return [found[key] for key in sorted(found)]
 
 

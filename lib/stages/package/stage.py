@@ -28,14 +28,7 @@ from lib.runs.files import (
 )
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
-from lib.stages.package.documents import (
-    PackedModel,
-    card,
-    guide,
-    model_info,
-    modelfile,
-    requirements,
-)
+from lib.stages.package.documents import PackedModel, card, guide, model_info, modelfile, requirements
 from lib.stages.package.facts import ChosenFile, choose_file, gather
 from lib.stages.package.phone_page import Rows, request_web, web_parameters, write_web
 
@@ -59,17 +52,11 @@ class PackageResult:
     Attributes:
         product: its folder.
         archive: the zip.
-        file: name of the GGUF file; type: its quantization type.
-        standing, words: what the evidence says of the choice.
         report: content of export_report.json.
     """
 
     product: Product
     archive: Path
-    file: str
-    type: str
-    standing: str
-    words: str
     report: dict[str, Any]
 
 
@@ -113,12 +100,11 @@ def package(
         force=force,
     )
     report = read_json(product.path / REPORT)
-    file = report["file"]["name"]
-    title = file.removesuffix(".gguf")
+    title = report["file"]["name"].removesuffix(".gguf")
     archive = target / f"{title}.zip"
     check_target(archive, title, run.name)
     write_zip(product.path, product.entry.outputs, archive, title)
-    return PackageResult(product, archive, file, chosen.type, chosen.standing, chosen.words, report)
+    return PackageResult(product, archive, report)
 
 
 def _build(

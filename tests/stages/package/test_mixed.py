@@ -55,8 +55,10 @@ def test_from_the_budget_to_the_package(run: Run) -> None:
     assert entry["file"] == mixed.file and entry["bytes"] == mixed.bytes and entry["kld_mean"] > 0
     assert predictions(run).keys() == {file.file for file in result.files}
     made = package(run, MIX, n_threads=1)  # whose own test_model.py has passed
-    assert CONVENTION.fullmatch(made.file) and made.file.endswith(f"-tiny-v1.0-{MIX}.gguf")
+    assert CONVENTION.fullmatch(made.report["file"]["name"]) and made.report["file"]["name"].endswith(
+        f"-tiny-v1.0-{MIX}.gguf"
+    )
     card = (made.product.path / "README.md").read_text(encoding="utf-8")
     assert f"{MIX} is no recipe of llama.cpp: under a budget of 120,000 bytes" in card
     assert made.report["mix"] == mixed.mix and made.report["file"]["type"] == MIX
-    assert f"FROM ./{made.file}" in (made.product.path / "Modelfile").read_text(encoding="utf-8")
+    assert f"FROM ./{made.report['file']['name']}" in (made.product.path / "Modelfile").read_text(encoding="utf-8")

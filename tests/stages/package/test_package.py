@@ -50,11 +50,15 @@ def made(runs: Callable[[str], Run], packaging_home: Path, tmp_path_factory: pyt
 
 def test_contents(made: PackageResult, runs: Callable[[str], Run]) -> None:
     folder = made.product.path
-    assert {path.name for path in folder.iterdir()} == CONTENTS | {made.file}
-    assert CONVENTION.fullmatch(made.file) and made.file.endswith("-t-v1.0-Q8_0.gguf")
-    assert (folder / made.file).read_bytes() == (runs("t").folder / "quantized" / "m-Q8_0.gguf").read_bytes()
+    assert {path.name for path in folder.iterdir()} == CONTENTS | {made.report["file"]["name"]}
+    assert CONVENTION.fullmatch(made.report["file"]["name"]) and made.report["file"]["name"].endswith(
+        "-t-v1.0-Q8_0.gguf"
+    )
+    assert (folder / made.report["file"]["name"]).read_bytes() == (
+        runs("t").folder / "quantized" / "m-Q8_0.gguf"
+    ).read_bytes()
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert sums.keys() == CONTENTS - {"SHA256SUMS"} | {made.file}
+    assert sums.keys() == CONTENTS - {"SHA256SUMS"} | {made.report["file"]["name"]}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == value for name, value in sums.items())
     lock = (Path(__file__).parents[3] / "requirements.txt").read_text().lower().replace("_", "-").splitlines()
     pins = (folder / "requirements.txt").read_text().lower().replace("_", "-").splitlines()[1:]
@@ -66,7 +70,10 @@ def test_the_card_says_that_the_evidence_recommends_nothing(made: PackageResult)
     text = (made.product.path / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "unknown" and "Q8_0" in front["tags"] and "base_model" not in front
-    assert made.standing == "without sufficient evidence" and "Q8_0 was chosen by the user; the evidence" in text
+    assert (
+        made.report["choice"]["standing"] == "without sufficient evidence"
+        and "Q8_0 was chosen by the user; the evidence" in text
+    )
     entry = made.report["evaluation"]["file"]
     low, high = entry["accuracy_interval"]
     assert f"| accuracy | {entry['accuracy']:.4f} [{low:.4f}, {high:.4f}] |" in text
@@ -118,7 +125,9 @@ def test_it_works_elsewhere_without_this_project(made: PackageResult, bare_pytho
 @pytest.mark.parametrize("what", ["weights", "document", "answer", "missing"])
 def test_damage_is_found(what: str, made: PackageResult, bare_python: Path, tmp_path: Path) -> None:
     folder = unpack(made.archive, tmp_path)
-    name = made.file if what == "weights" else "README.md" if what == "document" else "model_info.json"
+    name = (
+        made.report["file"]["name"] if what == "weights" else "README.md" if what == "document" else "model_info.json"
+    )
     if what == "missing":
         (folder / "Modelfile").unlink()
     elif what == "answer":  # a file that agrees with its hash, but not with the model
@@ -232,7 +241,7 @@ def test_a_failing_check_publishes_nothing(runs: Callable[[str], Run], monkeypat
 
 def test_conversations(runs: Callable[[str], Run], bare_python: Path, tmp_path: Path) -> None:
     made = package(runs("talk"), "F16", output=tmp_path / "zip", n_threads=1)
-    assert made.file == "Qwen2.5-0.5B-Instruct-talk-v1.0-F16.gguf"
+    assert made.report["file"]["name"] == "Qwen2.5-0.5B-Instruct-talk-v1.0-F16.gguf"
     card = (made.product.path / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "apache-2.0" and front["base_model"] == "Qwen/Qwen2.5-0.5B-Instruct"

@@ -56,7 +56,9 @@ def test_the_page_is_complete(made: PackageResult) -> None:
     assert {path.name for path in (web / "wllama").iterdir()} == set(_FILES.values())
     assert page["sha256"] == info["sha256"] and page["wllama"] == "3.8.1"
     (part,) = page["parts"]
-    assert (web / part["url"]).resolve() == made.product.path / made.file and part["bytes"] == page["bytes"]
+    assert (web / part["url"]).resolve() == made.product.path / made.report["file"]["name"] and part["bytes"] == page[
+        "bytes"
+    ]
     kept = (web / "sw.js").read_text(encoding="utf-8")
     assert all(f"'{path.name}'" in kept for path in web.glob("*.[jc]s*") if path.name != "sw.js")
     assert "web/app.js" in (made.product.path / "SHA256SUMS").read_text(encoding="utf-8")
