@@ -78,7 +78,7 @@ def report(
     overrides = parsed(parameters or [])
     options = {"start_from": start_from, "end_at": end_at, "timeout": timeout, "rerun": rerun}
     if fast:
-        overrides = with_fewer_rows(params_file, overrides)
+        overrides = fast_overrides(settings.load(params_file, overrides), overrides)
     if seeds == 1:
         made = _run(params_file, overrides, **options)
         show(made, as_json, made["index"])
@@ -98,19 +98,15 @@ def parsed(pairs: Sequence[str]) -> dict[str, Any]:
     return {key: settings.parse_override(key, value) for key, _, value in texts}
 
 
-def with_fewer_rows(params_file: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The overrides of `--fast`: keys that were given stay, but the run name is never that of the whole run."""
-    from lib import settings
+def fast_overrides(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """The overrides of `--fast`: at most the rows and tokens of `FAST`, under a run name of their own.
 
-    fewer = fast_overrides(settings.load(params_file, given))
-    return {**fewer, **given, "run_name": fewer["run_name"]}
-
-
-def fast_overrides(settings: Settings) -> dict[str, Any]:
-    """What `--fast` replaces: at most the rows and tokens of `FAST`, under a run name of their own."""
+    Args:
+        given: keys that were given; they stay, but the run name is never that of the whole run.
+    """
     fewer = {key: most for key, most in FAST.items() if not 0 < getattr(settings, key) <= most}
     fewer["perplexity_tokens"] = max(fewer.get("perplexity_tokens", settings.perplexity_tokens), settings.n_ctx)
-    return {**fewer, "run_name": f"{settings.run_name}-fast"}
+    return {**fewer, **given, "run_name": f"{settings.run_name}-fast"}
 
 
 def seed_overrides(settings: Settings, seeds: int) -> list[dict[str, Any]]:
