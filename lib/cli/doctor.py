@@ -296,7 +296,7 @@ def _room() -> list[Check]:
 
 def _tools() -> list[Check]:
     """What figures, footers, screenshots and the phone page need."""
-    from lib.report.display import cjk_font
+    from lib.report.charts import cjk_font
     from lib.stages.package.phone_page import library_lacks, library_version
 
     font, git, missing = cjk_font(), shutil.which("git"), library_lacks()

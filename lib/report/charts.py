@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.display import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    figure,
-    readable,
-    replaced,
-    rows_of,
-    side_by_side,
-    tell,
-    use_style,
-)
-from lib.report.sentences import sentence
+from lib.report.display import figure, rows_of, side_by_side, tell
+from lib.report.sentences import TEMPLATES, sentence
 from lib.scoring.metric import metric_in
 from lib.statistics.power import power_mcnemar
 from lib.statistics.verdicts import frontier
@@ -28,6 +18,72 @@ from lib.statistics.verdicts import frontier
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
     from matplotlib.axes import Axes
+
+
+# One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
+
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
+    *("WenQuanYi Zen Hei", "Noto Sans CJK JP", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC"),
+    *("Hiragino Sans GB", "Heiti SC", "Arial Unicode MS"),
+)
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
+"""Okabe and Ito's palette, the parts that stay apart for every common kind of colour blindness and in print."""
+
+
+@functools.cache
+def cjk_font() -> str | None:
+    """The first installed font that has Chinese glyphs; None when there is none."""
+    from matplotlib import font_manager
+
+    def known() -> str | None:
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        return next((name for name in CJK_FONTS if name in installed), None)
+
+    return known() or (known() if _add_new_fonts() else None)
+
+
+def _add_new_fonts() -> int:
+    """Make fonts known that were installed after matplotlib wrote its list of fonts; returns their number."""
+    from matplotlib import font_manager
+
+    listed, added = {font.fname for font in font_manager.fontManager.ttflist}, 0
+    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+        with contextlib.suppress(RuntimeError, OSError):  # a file that FreeType cannot read
+            font_manager.fontManager.addfont(path)
+            added += 1
+    return added
+
+
+LONGEST_NAME = 24
+"""Characters of a label's name in a figure."""
+
+
+def readable(names: Sequence[str]) -> list[str]:
+    """Names as a figure can show them, or 'label 0', 'label 1', … where no Chinese font is installed.
+
+    A long name is cut, a line end is a space, and a dollar sign is escaped: two of them would be mathematics.
+    """
+    if not cjk_font() and not all(name.isascii() for name in names):
+        return [f"label {index}" for index in range(len(names))]
+    lines = [" ".join(name.split()) for name in names]
+    return [(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…").replace("$", r"\$") for name in lines]
+
+
+def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(what a figure shows, name) where names had to be replaced; none where they stand as they are."""
+    shown = [name.replace(r"\$", "$") for name in readable(names)]
+    return [] if shown == list(names) else list(zip(shown, names, strict=True))
+
+
+def use_style() -> None:
+    """Set the look of every following figure."""
+    from matplotlib import rcParams, style
+
+    style.use(TEMPLATES / "workbook.mplstyle")
+    # concrete names: only then is a missing glyph looked for in the next font
+    rcParams["font.family"] = [name for name in ("DejaVu Sans", cjk_font()) if name]
 
 
 # The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.

@@ -113,10 +113,10 @@ class AccuracyPage:
 
     def certainty(self) -> HTML:
         """Margins of the rows."""
-        names = display.readable(self.names)
+        names = charts.readable(self.names)
         margins = {SHOWN[name]: scores.margins for name, scores in self.result.scores.items()}
         axis = f"margin, nats: log-odds of {names[1]} against {names[0]}"
-        return charts.overlay_histogram(margins, axis, sentence("evaluate.margins", names=display.replaced(self.names)))
+        return charts.overlay_histogram(margins, axis, sentence("evaluate.margins", names=charts.replaced(self.names)))
 
     def speed(self) -> Markdown:
         """Near ties, cut rows, time, and what was done otherwise than usual."""

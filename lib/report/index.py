@@ -170,10 +170,10 @@ class Stage:
     name: str
     title: str
     question: str
-    exists: bool
+    exists: bool = False
 
 
-def read_stage(notebook: Path, exists: bool = False) -> Stage:
+def read_stage(notebook: Path) -> Stage:
     """Title and question from the notebook's first Markdown cell.
 
     Raises:
@@ -187,7 +187,7 @@ def read_stage(notebook: Path, exists: bool = False) -> Stage:
         raise InputError(f"{notebook} is damaged.", "a Jupyter notebook.", f"git checkout {notebook.name}.") from None
     first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
     title, question = (re.sub(r"[*`]", "", found[1]) if (found := p.search(first)) else "" for p in (_TITLE, _QUESTION))
-    return Stage(notebook.stem, title or notebook.stem, question, exists)
+    return Stage(notebook.stem, title or notebook.stem, question)
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.charts import panels
-from lib.report.display import BLUE, GREEN, GREY, ORANGE, Row, Shown, figure, rows_of, table, tabled, tell
+from lib.report.charts import BLUE, GREEN, GREY, ORANGE, panels
+from lib.report.display import Row, Shown, figure, rows_of, table, tabled, tell
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.models.gguf_file import run_gguf
-from lib.report.display import Row, Shown, card, figure, mark_names, rows_of, table, tell, use_style
+from lib.report.charts import use_style
+from lib.report.display import Row, Shown, card, figure, mark_names, rows_of, table, tell
 from lib.report.sentences import sentence, word_rows
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import KEEPS_LITTLE

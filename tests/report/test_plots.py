@@ -56,7 +56,7 @@ def test_learning_curves_mark_the_chosen_step() -> None:
 
 
 def test_without_a_chinese_font_labels_are_english_and_the_caption_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display, "cjk_font", lambda: None)
+    monkeypatch.setattr(charts, "cjk_font", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = charts.label_balance({"train": [3, 4]}, NAMES).data
@@ -67,17 +67,17 @@ def test_a_font_installed_after_matplotlib_listed_them_is_found(monkeypatch: pyt
     from matplotlib import font_manager
 
     new = font_manager.findfont("DejaVu Sans Mono")
-    monkeypatch.setattr(display, "CJK_FONTS", ("DejaVu Sans Mono",))
+    monkeypatch.setattr(charts, "CJK_FONTS", ("DejaVu Sans Mono",))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
     try:
-        display.cjk_font.cache_clear()
-        assert display.cjk_font() is None
+        charts.cjk_font.cache_clear()
+        assert charts.cjk_font() is None
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [new])
-        display.cjk_font.cache_clear()
-        assert display.cjk_font() == "DejaVu Sans Mono"
+        charts.cjk_font.cache_clear()
+        assert charts.cjk_font() == "DejaVu Sans Mono"
     finally:
-        display.cjk_font.cache_clear()
+        charts.cjk_font.cache_clear()
 
 
 def test_table_escapes_and_formats() -> None:
