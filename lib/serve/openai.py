@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
-from lib.serve.limits import CHAT, THINKING, LimitedApplication, Limits, bound, error_body, failure, text_of
+from lib.serve.generation import THINKING, bound
+from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
 from lib.serve.listening import in_address, is_loopback, listen, make_server
 
 if TYPE_CHECKING:
