@@ -28,7 +28,7 @@ from lib.progress import track
 from lib.runs.files import write_json
 from lib.statistics import intervals as statistics_intervals
 from lib.statistics import paired, verdicts
-from lib.statistics import power as statistics_power
+from lib.statistics import verdicts as statistics_verdicts
 from lib.statistics.intervals import ADJUSTMENT, Interval, tango_statistic
 from lib.statistics.losses import compare_losses
 
@@ -126,8 +126,12 @@ def margins(n: int, kind: str, times: int, rng: np.random.Generator) -> dict[str
     for i in range(times):
         change = MARGINS[kind](rng, n)
         intervals = {"student": paired.clustered_mean(change)}
-        for method in list(found)[2:]:
-            intervals[method] = statistics_intervals.paired_bootstrap(change, None, i, 500, method=method)
+        if n == ROWS[0]:
+            means = statistics_intervals.drawn_sums(change[:, None], 500, i)[:, 0] / n
+            left_out = (change.sum() - change) / (n - 1)
+            ends = statistics_intervals.bca_limits(means, change.mean(), left_out)
+            intervals["percentile"] = statistics_intervals.paired_bootstrap(change, None, i, 500)
+            intervals["bca"] = statistics_intervals.Interval(change.mean(), *ends)
         found["false_alarm"] += paired.sign_flip_test(change, None, i, _FLIPS) < 0.05
         for name, interval in intervals.items():
             found[name] += interval.low <= 0 <= interval.high
@@ -168,9 +172,10 @@ def losses(count: int, kind: str, times: int, rng: np.random.Generator) -> dict[
         reference = rng.uniform(1, 3, count)
         one = compare_losses(reference, {"q": reference + change}, tokens, group, MARGIN_POINTS)["q"]
         drawn = statistics_intervals.paired_bootstrap(change, group, i, 500, weights=tokens)
-        found["equivalent"] += one.verdict.startswith("equivalent")
-        found["inside"] += one.difference.within(lost)
-        found["coverage"] += one.difference.low <= lost <= one.difference.high
+        found["equivalent"] += one["verdict"].startswith("equivalent")
+        low, high = (-np.inf if end is None else end for end in one["loss_difference_interval"])
+        found["inside"] += low > -lost and high < lost
+        found["coverage"] += low <= lost <= high
         found["percentile"] += drawn.low <= lost <= drawn.high
     return {"groups": count, "losses": kind, **{name: hits / times for name, hits in found.items()}}
 
@@ -184,8 +189,8 @@ def unlabelled(times: int, rng: np.random.Generator) -> dict[str, list[dict[str,
 def power(n: int, share: float) -> dict[str, Any]:
     """The minimum detectable effect, exact and by the usual approximation, with the exact power of the latter."""
     usual = float((norm.ppf(0.975) + norm.ppf(0.8)) * np.sqrt(share / n))  # Miettinen 1968
-    true = statistics_power.mde_exact(n, share)
-    reached = statistics_power.power_mcnemar(n, max(share, usual), usual)
+    true = statistics_verdicts.mde_exact(n, share)
+    reached = statistics_verdicts.power_mcnemar(n, max(share, usual), usual)
     return {"rows": n, "share": share, "mde": true, "mde_approximate": usual, "power_of_approximate": reached}
 
 

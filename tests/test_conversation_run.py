@@ -24,7 +24,7 @@ from lib.runs.run import Run, open_run
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import AnswerScores
 from lib.scoring.metric import ANSWER_PERPLEXITY
-from lib.scoring.term_lists import read_prompts
+from lib.scoring.text_metrics import read_prompts
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings, check
 from lib.stages.compare import stage as compare_stage

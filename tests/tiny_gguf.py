@@ -9,8 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from lib.stages.quantize.files import QuantizationReport, quantize_files
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.files import Options, QuantizationReport, quantize_files
 
 
 def byte_tokens() -> list[str]:

@@ -58,7 +58,7 @@ def evaluate(
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
     from lib.runs.files import write_json
     from lib.stages.evaluate.results import result_of
-    from lib.stages.evaluate.standalone import evaluate_models
+    from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 
     if output is not None:
         _refuse_unwritable(output)
@@ -71,16 +71,11 @@ def evaluate(
         rows,
         task,
         source,
+        ModelOptions(
+            base_model, revision, dtype, load_in_4bit, batch_size, n_threads, n_gpu_layers, wanted.tokenizer()
+        ),
         # The same command finds there what an interrupted one has scored.
         keep=None if output is None else output.with_name(f".{output.name}.scores"),
-        tokenizer=wanted.tokenizer(),
-        base_model=base_model,
-        revision=revision,
-        dtype=dtype,
-        load_in_4bit=load_in_4bit,
-        batch_size=batch_size,
-        n_threads=n_threads,
-        n_gpu_layers=n_gpu_layers,
     )
     if output is not None:
         write_json(output, result)

@@ -81,9 +81,9 @@ def serve(
 
 def _serve_page(name: str, host: str, port: int, cert: Path | None, key: Path | None) -> None:
     """A package's folder: of a run, or as somebody unpacked it; results are kept beside it, never in what is served."""
-    from lib.runs.phone_results import FOLDER
     from lib.runs.run import known_run
     from lib.serve.phone import PhoneOptions, serve_phone
+    from lib.stages.compare.speed import FOLDER
 
     folder = Path(name)
     if folder.is_dir() and (folder / "model_info.json").is_file():

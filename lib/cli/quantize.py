@@ -14,7 +14,7 @@ from lib.errors import InputError
 from lib.runs.files import user_path
 
 if TYPE_CHECKING:
-    from lib.stages.quantize.recipes import Options
+    from lib.stages.quantize.files import Options
     from lib.stages.quantize.size_budget import Budget
 
 
@@ -54,7 +54,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a GGUF file with llama.cpp: to types, or under a size budget with types chosen by measurement."""
-    from lib.stages.quantize.recipes import Options
+    from lib.stages.quantize.files import Options
 
     options = Options(imatrix, tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
     wanted = types or []

@@ -12,8 +12,7 @@ import numpy as np
 from lib.report.display import figure, rows_of, side_by_side, tell
 from lib.report.sentences import TEMPLATES, sentence
 from lib.scoring.metric import metric_in
-from lib.statistics.power import power_mcnemar
-from lib.statistics.verdicts import frontier
+from lib.statistics.verdicts import frontier, power_mcnemar
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown

@@ -24,7 +24,7 @@ from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import limits_text
 from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words
-from lib.statistics.power import power_mcnemar, rows_needed
+from lib.statistics.verdicts import power_mcnemar, rows_needed
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown

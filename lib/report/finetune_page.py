@@ -99,7 +99,7 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
     """Two panels over time: use of processor and GPU, and memory.
 
     Args:
-        samples: of `lib.runs.resources`; summary: medians and maxima of them; cores: of this machine.
+        samples: of `lib.runs.machine`; summary: medians and maxima of them; cores: of this machine.
     """
     if len(samples) < ENOUGH:
         return tell("finetune.few_samples")

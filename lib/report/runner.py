@@ -37,11 +37,11 @@ from lib.runs.files import (
     write_text,
 )
 from lib.runs.manifest import NOTEBOOK_OF, versions
-from lib.runs.phone_results import FOLDER as PHONES
 from lib.runs.run import Run, open_run
-from lib.scoring.term_lists import SHIPPED_TERMS, read_prompts, read_terms
+from lib.scoring.text_metrics import SHIPPED_TERMS, read_prompts, read_terms
 from lib.select.choice import BEST_OF
 from lib.settings import Settings
+from lib.stages.compare.speed import FOLDER as PHONES
 
 # Around a report: alone in its folder, progress on the terminal.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lib.stages.merge.stage import MergeResult
     from lib.stages.merge.verify import FormatCost, MergeCheck
     from lib.stages.quantize.files import QuantizeResult
-    from lib.stages.quantize.weights import Retention, SourceGrid, TensorErrors
+    from lib.stages.quantize.stage import Retention, SourceGrid, TensorErrors
 
 Entry = Mapping[str, Any]
 """An object of a product's JSON file."""

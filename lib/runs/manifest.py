@@ -201,16 +201,6 @@ class Manifest:
 # the entry will say. It is removed after the entry has been added.
 
 
-def begin(folder: Path, wanted: dict[str, Any]) -> None:
-    """Note what the work in `folder` is for (parameters and input digests)."""
-    write_json(folder / NOTE, {"wanted": wanted})
-
-
-def asked(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the work in `folder` was for exactly that."""
-    return _note(folder).get("wanted") == wanted
-
-
 def finish(folder: Path, wanted: dict[str, Any], facts: dict[str, Any]) -> None:
     """Flush every file, then note that all is done.
 
@@ -230,31 +220,20 @@ def finish(folder: Path, wanted: dict[str, Any], facts: dict[str, Any]) -> None:
 
 def finished(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The facts of work that was finished for exactly that and whose files still have their sizes; else None."""
-    note = _note(folder)
-    same = note.get("wanted") == wanted and "sizes" in note and note["sizes"] == _sizes(folder)
-    return note["facts"] if same else None
-
-
-def take_back(final: Path, temporary: Path) -> None:
-    """Make a folder that was renamed, but whose entry was never added, work in progress again."""
-    if (final / NOTE).is_file():
-        shutil.rmtree(temporary, ignore_errors=True)
-        final.rename(temporary)
-
-
-def forget(folder: Path) -> None:
-    """Remove the note: the entry is there."""
-    (folder / NOTE).unlink(missing_ok=True)
+    found = note(folder)
+    same = found.get("wanted") == wanted and "sizes" in found and found["sizes"] == _sizes(folder)
+    return found["facts"] if same else None
 
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {name: path.stat().st_size for name, path in files_of(folder).items()}
 
 
-def _note(folder: Path) -> dict[str, Any]:
+def note(folder: Path) -> dict[str, Any]:
+    """What was noted beside the work in a folder; empty where nothing was, or a kill has cut it."""
     try:
         return dict(read_json(folder / NOTE))
-    except (OSError, TypeError, ValueError):  # none, or one that a kill has cut
+    except (OSError, TypeError, ValueError):
         return {}
 
 

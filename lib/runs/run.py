@@ -20,8 +20,8 @@ from lib.errors import InputError
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
 from lib.runs.files import flush_to_disk, read_json, write_json
-from lib.runs.manifest import NOTEBOOK_OF, Entry, Manifest, damage
-from lib.runs.resources import peak_memory
+from lib.runs.machine import peak_memory
+from lib.runs.manifest import NOTE, NOTEBOOK_OF, Entry, Manifest, damage
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ class Run:
                 text = f"{product}: already made on {former.finished} with these parameters; nothing to do."
                 return Product(final, former, False, text)
             temporary = self.folder / f".{product}.part"  # may hold what an interrupted attempt left
-            if former is None:
-                runs_manifest.take_back(final, temporary)
+            if former is None and (final / NOTE).is_file():  # renamed, but its entry was never added
+                shutil.rmtree(temporary, ignore_errors=True)
+                final.rename(temporary)
             found = None if force else runs_manifest.finished(temporary, wanted)
             if found is not None:
                 reason = "an interrupted try had finished it"
@@ -212,11 +213,11 @@ def _make(
     temporary: Path, build: Callable[[ProductDraft], None], wanted: dict[str, Any], keep_partial: bool
 ) -> dict[str, Any]:
     """Build into the temporary folder; returns what the manifest entry says beside files, parameters and inputs."""
-    resumed = keep_partial and runs_manifest.asked(temporary, wanted)
+    resumed = keep_partial and runs_manifest.note(temporary).get("wanted") == wanted
     if not resumed:
         shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(exist_ok=True)
-    runs_manifest.begin(temporary, wanted)
+    write_json(temporary / NOTE, {"wanted": wanted})
     draft = ProductDraft(folder=temporary, resumed=resumed)
     started = time.monotonic()
     try:
@@ -240,7 +241,7 @@ def _make(
 
 def _tidy(final: Path) -> None:
     """Remove what is no longer needed once the entry is there."""
-    runs_manifest.forget(final)
+    (final / NOTE).unlink(missing_ok=True)
     shutil.rmtree(_old(final), ignore_errors=True)
 
 

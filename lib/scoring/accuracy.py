@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.scoring.log_probabilities import NEAR_TIE, Scores
-from lib.statistics.intervals import Interval, bca_limits, wilson
+from lib.statistics.intervals import Interval, bca_limits, drawn_sums, wilson
 from lib.statistics.losses import averaged_share, weighted_mean
 from lib.statistics.paired import (
     clustered_mean,
@@ -19,8 +19,7 @@ from lib.statistics.paired import (
     copies_effect,
     sign_flip_test,
 )
-from lib.statistics.power import rows_for_inside
-from lib.statistics.verdicts import compare_all
+from lib.statistics.verdicts import compare_all, rows_for_inside
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
@@ -69,8 +68,7 @@ class Accuracy:
         f1, interval = f1_interval(scores, groups, seed)
         return {
             "n": n,
-            "accuracy": share.estimate,
-            "accuracy_interval": share.to_json(),
+            **share.named("accuracy"),
             "macro_f1": f1,
             "f1_interval": interval,
             "near_ties": scores.near_ties,
@@ -118,8 +116,7 @@ class Accuracy:
                 "mcnemar_c": test.gains,
                 "mcnemar_p": test.p,
                 "mcnemar_p_holm": test.p_adjusted,
-                "accuracy_difference": test.difference.estimate,
-                "accuracy_difference_interval": test.difference.to_json(),
+                **test.difference.named("accuracy_difference"),
                 "equivalence_p": test.equivalence_p,
                 "equivalence_p_holm": test.equivalence_p_adjusted,
                 "design_effect": test.design_effect,
@@ -182,7 +179,7 @@ class Accuracy:
 
         The share of rows on which exactly one of the two is right (none seen is taken as one) and the difference are
         taken as the true ones, the design effect as that of the new rows too. The number is of the interval that is
-        used, counted (`lib.statistics.power.rows_for_inside`), and never less than a row more than were tested.
+        used, counted (`lib.statistics.verdicts.rows_for_inside`), and never less than a row more than were tested.
 
         Args:
             margin: accuracy points.
@@ -245,8 +242,7 @@ class Accuracy:
 
     def step(self, scores: Scores, groups: np.ndarray, margin: float) -> dict[str, Any]:
         """A step of the error ladder on its own: accuracy with Wilson's interval."""
-        share = wilson(int(scores.correct.sum()), len(scores.ids))
-        return {"accuracy": share.estimate, "accuracy_interval": share.to_json()}
+        return wilson(int(scores.correct.sum()), len(scores.ids)).named("accuracy")
 
     def step_change(
         self, before: Scores, scores: Scores, groups: np.ndarray, margin: float, seed: int
@@ -257,15 +253,12 @@ class Accuracy:
         the design effect) and the difference in accuracy, each with its interval.
         """
         kld = clustered_mean(label_divergence(before, scores), groups)
-        same = clustered_share(scores.predictions == before.predictions, groups)
         change = clustered_score_interval(scores.correct.astype(np.int64) - before.correct, groups)
         return {
             "kld": kld.estimate,
             "kld_interval": _above_zero(kld),
-            "agreement": same.estimate,
-            "agreement_interval": same.to_json(),
-            "accuracy_difference": change.estimate,
-            "accuracy_difference_interval": change.to_json(),
+            **clustered_share(scores.predictions == before.predictions, groups).named("agreement"),
+            **change.named("accuracy_difference"),
         }
 
 
@@ -332,6 +325,5 @@ def _confusion(scores: Scores, groups: np.ndarray) -> np.ndarray:
 
 def _drawn(by_group: np.ndarray, seed: int) -> np.ndarray:
     """Summed counts of resampled groups, (resamples, …)."""
-    kinds, times = np.unique(by_group.reshape(len(by_group), -1), axis=0, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(by_group), times / len(by_group), size=_RESAMPLES) @ kinds
+    drawn = drawn_sums(by_group.reshape(len(by_group), -1), _RESAMPLES, seed)
     return drawn.reshape(_RESAMPLES, *by_group.shape[1:])

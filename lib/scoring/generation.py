@@ -15,10 +15,8 @@ from lib.models.gguf_tokenizer import token_bytes
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, spread
 from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, read_block, think_tags
-from lib.scoring.backend import Backend, check_ids
-from lib.scoring.journal import Keep, keeping
-from lib.scoring.term_lists import TermList, read_terms
-from lib.scoring.text_metrics import chrf_signature, measure, read_stream, summarise
+from lib.scoring.backend import Backend, Keep, check_ids, keeping
+from lib.scoring.text_metrics import TermList, chrf_signature, measure, read_stream, read_terms, summarise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

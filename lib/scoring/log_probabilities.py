@@ -20,8 +20,7 @@ from lib.errors import InputError
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
-from lib.scoring.backend import Backend
-from lib.scoring.journal import SCORED, Keep, keeping
+from lib.scoring.backend import SCORED, Backend, Keep, keeping
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import limits, weighted_mean
 

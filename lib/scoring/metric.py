@@ -88,26 +88,12 @@ class AnswerPerplexity:
     def compare(
         self, reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
     ) -> dict[str, dict[str, Any]]:
-        """Beside `own`: answer_ratio (of the perplexities, to the reference) and its interval, loss_difference and its
-        interval, p, p_holm (over `others`), equivalence_p (two one-sided t-tests within the margin),
-        equivalence_p_holm, mde (nats a token) and verdict."""
+        """Beside `own`: what `compare_losses` says."""
         losses = {name: scores.row_losses for name, scores in others.items()}
         tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin)
         found = {"": {**self.own(reference, groups, seed), "answer_ratio": 1.0, "verdict": "reference"}}
         for name, test in tests.items():
-            found[name] = {
-                **self.own(others[name], groups, seed),
-                "answer_ratio": test.ratio.estimate,
-                "answer_ratio_interval": test.ratio.to_json(),
-                "loss_difference": test.difference.estimate,
-                "loss_difference_interval": test.difference.to_json(),
-                "p": test.p,
-                "p_holm": test.p_adjusted,
-                "equivalence_p": test.equivalence_p,
-                "equivalence_p_holm": test.equivalence_p_adjusted,
-                "mde": test.mde if math.isfinite(test.mde) else None,
-                "verdict": test.verdict,
-            }
+            found[name] = {**self.own(others[name], groups, seed), **test}
         return found
 
     def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
@@ -195,16 +181,11 @@ class AnswerPerplexity:
         row's loss: what cancels in the difference does not cancel here) and the rows whose perplexity changed by less
         than the margin, each with its interval."""
         change = scores.row_losses - before.row_losses
-        difference = paired_bootstrap(change, groups, seed, weights=scores.tokens)
         moved = paired_bootstrap(np.abs(change), groups, seed, weights=scores.tokens)
-        same = clustered_share(np.abs(change) < math.log1p(margin / 100), groups)
         return {
-            "loss_difference": difference.estimate,
-            "loss_difference_interval": difference.to_json(),
-            "moved": moved.estimate,
-            "moved_interval": moved.to_json(),
-            "agreement": same.estimate,
-            "agreement_interval": same.to_json(),
+            **paired_bootstrap(change, groups, seed, weights=scores.tokens).named("loss_difference"),
+            **moved.named("moved"),
+            **clustered_share(np.abs(change) < math.log1p(margin / 100), groups).named("agreement"),
         }
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, missing_library
 from lib.runs.machine import has_module
-from lib.runs.phone_results import MOST_BYTES, check_result, save_result
 from lib.serve.listening import in_address, is_loopback, listen, make_server
+from lib.stages.compare.speed import MOST_BYTES, check_result, save_result
 
 if TYPE_CHECKING:
     from starlette.requests import Request

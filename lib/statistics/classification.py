@@ -46,8 +46,7 @@ class ClassificationReport:
         per_class = {scores.pop("name"): scores for scores in map(asdict, self.classes)}
         return {
             "n": self.n,
-            "accuracy": self.accuracy.estimate,
-            "accuracy_interval": self.accuracy.to_json(),
+            **self.accuracy.named("accuracy"),
             "macro_f1": self.macro_f1,
             "per_class": per_class,
             "confusion": [list(row) for row in self.confusion],

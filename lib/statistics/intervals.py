@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,6 +35,10 @@ class Interval:
     def to_json(self) -> list[float | None]:
         """[low, high]; None for a limit that is not finite, which JSON cannot hold."""
         return [limit if math.isfinite(limit) else None for limit in (self.low, self.high)]
+
+    def named(self, key: str) -> dict[str, Any]:
+        """For JSON: the estimate under a key, and `to_json` under the key with "_interval" behind it."""
+        return {key: self.estimate, f"{key}_interval": self.to_json()}
 
     @classmethod
     def from_json(cls, estimate: float, limits: Sequence[float | None] | None) -> Interval | float:
@@ -201,18 +205,21 @@ def cluster_sums(
     return np.bincount(groups, numbers * weight), np.bincount(groups, weight)
 
 
-def _resampled_means(sums: np.ndarray, sizes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Mean over rows of each resample of whole clusters (with replacement)."""
-    # Clusters with equal (sum, size) are interchangeable: drawing how often each kind comes is the same and faster.
-    kinds, weights = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+def drawn_sums(by_cluster: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums of each resample of whole clusters (with replacement), (resamples, numbers).
+
+    Args:
+        by_cluster: (clusters, numbers), the sums in each cluster.
+    """
+    # Clusters with equal sums are interchangeable: drawing how often each kind comes is the same and faster.
+    kinds, times = np.unique(by_cluster, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
+    drawn = np.empty((resamples, kinds.shape[1]))
     step = max(1, 4_000_000 // len(kinds))
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
-        draws = rng.multinomial(len(sums), weights / len(sums), size=count) @ kinds
-        means[start : start + count] = draws[:, 0] / draws[:, 1]
-    return means
+        drawn[start : start + count] = rng.multinomial(len(by_cluster), times / len(by_cluster), size=count) @ kinds
+    return drawn
 
 
 TAILS = np.array([(1 - 0.95) / 2, (1 + 0.95) / 2])
@@ -243,20 +250,17 @@ def paired_bootstrap(
     clusters: ArrayLike | None = None,
     seed: int = 0,
     resamples: int = 10_000,
-    method: Literal["percentile", "bca"] = "percentile",
     weights: ArrayLike | None = None,
 ) -> Interval:
-    """95 % bootstrap interval of a mean paired difference; whole clusters are drawn, so near-duplicates count once.
+    """95 % percentile bootstrap interval of a mean paired difference.
+
+    Whole clusters are drawn, so near-duplicates count once.
 
     Args:
         differences: (n,) candidate minus reference, one a row.
         clusters: (n,) group of each row; None = every row its own.
-        method: "percentile", or "bca" (Efron 1987).
         weights: (n,) positive weight of each row in the mean, e.g. its tokens; None = all alike.
     """
     sums, sizes = cluster_sums(differences, clusters, weights)
-    means, estimate = _resampled_means(sums, sizes, resamples, seed), float(sums.sum() / sizes.sum())
-    if method == "bca" and len(sums) > 1:
-        left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
-        return Interval(estimate, *bca_limits(means, estimate, left_out))
-    return Interval(estimate, *np.quantile(means, TAILS).tolist())
+    drawn = drawn_sums(np.stack([sums, sizes], axis=1), resamples, seed)
+    return Interval(float(sums.sum() / sizes.sum()), *np.quantile(drawn[:, 0] / drawn[:, 1], TAILS).tolist())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,37 +66,6 @@ FEWEST_GROUPS = 20
 """Fewest groups for "equivalent": with fewer even Student's interval covers too rarely where losses are skewed."""
 
 
-@dataclass(frozen=True)
-class LossComparison:
-    """A candidate against the reference on the same answers.
-
-    Attributes:
-        difference: candidate's loss minus the reference's, nats a token, with Student's interval over groups
-            (linearized ratio estimator); its exponential is the ratio of the perplexities.
-        p: two-sided t-test of the difference over groups. p_adjusted: after Holm.
-        mde: smallest difference these rows could have shown with 80 % power after that correction, nats a token.
-        verdict: "equivalent within δ %" | "worse" | "better" | "cannot tell (MDE x %)" | "cannot tell (too few groups
-            of rows)".
-        equivalence_p: two one-sided t-tests against the margin, the larger p-value. equivalence_p_adjusted: after Holm.
-    """
-
-    difference: Interval
-    p: float
-    p_adjusted: float
-    mde: float
-    verdict: str
-    equivalence_p: float
-    equivalence_p_adjusted: float
-
-    @property
-    def ratio(self) -> Interval:
-        """Perplexity of the candidate over that of the reference."""
-        estimate, low, high = (
-            math.exp(x) for x in (self.difference.estimate, self.difference.low, self.difference.high)
-        )
-        return Interval(estimate, low if math.isfinite(high) else -math.inf, high)
-
-
 def loss_verdict(
     difference: Interval, p_adjusted: float, margin_percent: float, mde: float, groups: int = FEWEST_GROUPS
 ) -> str:
@@ -147,7 +115,7 @@ def compare_losses(
     tokens: np.ndarray,
     groups: np.ndarray,
     margin_percent: float,
-) -> dict[str, LossComparison]:
+) -> dict[str, dict[str, Any]]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
 
     Args:
@@ -155,6 +123,14 @@ def compare_losses(
         candidates: name -> (n,) the same.
         tokens: (n,) tokens of each row's answers.
         groups: (n,) group of each row.
+
+    Returns:
+        by name, JSON values: "answer_ratio" (of the perplexities, to the reference's) and its interval,
+        "loss_difference" (candidate minus reference, nats a token) with Student's interval over groups (linearized
+        ratio estimator), "p" (two-sided t-test of the difference over groups), "p_holm", "equivalence_p" (two one-sided
+        t-tests against the margin, the larger p-value), "equivalence_p_holm", "mde" (smallest difference these rows
+        could have shown with 80 % power after that correction, nats a token; None: none) and "verdict" (see
+        `loss_verdict`). Limits that are not finite are None.
     """
     margin, alpha = math.log1p(margin_percent / 100), 0.05 / max(1, len(candidates))
     changes = [losses - reference for losses in candidates.values()]
@@ -164,10 +140,20 @@ def compare_losses(
     unequal = [1.0 if mean.clusters < FEWEST else mean.tail(margin - abs(mean.mean)) for mean in means]
     found = {}
     columns = (candidates, means, tests, holm([p for p, _ in tests]), unequal, holm(unequal))
-    for name, mean, (p, mde), p_holm, *equivalence in zip(*columns, strict=True):
+    for name, mean, (p, mde), p_holm, p_equivalence, p_equivalence_holm in zip(*columns, strict=True):
         difference = mean.interval()
-        words = loss_verdict(difference, p_holm, margin_percent, mde, groups=mean.clusters)
-        found[name] = LossComparison(difference, p, p_holm, mde, words, *equivalence)
+        ratio, *ends = (math.exp(x) for x in (difference.estimate, difference.low, difference.high))
+        found[name] = {
+            "answer_ratio": ratio,
+            "answer_ratio_interval": ends if math.isfinite(difference.high) else [None, None],
+            **difference.named("loss_difference"),
+            "p": p,
+            "p_holm": p_holm,
+            "equivalence_p": p_equivalence,
+            "equivalence_p_holm": p_equivalence_holm,
+            "mde": mde if math.isfinite(mde) else None,
+            "verdict": loss_verdict(difference, p_holm, margin_percent, mde, groups=mean.clusters),
+        }
     return found
 
 

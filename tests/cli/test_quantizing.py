@@ -14,9 +14,8 @@ from lib.errors import InputError
 from lib.runs.files import sha256_file
 from lib.runs.machine import llama_cpp_problem
 from lib.stages.convert.convert import convert
-from lib.stages.quantize.files import predict_sizes
+from lib.stages.quantize.files import Options, predict_sizes
 from lib.stages.quantize.llama_library import read_imatrix
-from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.size_budget import budget_bytes
 from tests import tiny_run
 from tests.cli.test_cli import workbook

@@ -21,7 +21,7 @@ from lib.report.weights_page import unpacked as card
 from lib.runs.files import sha256_file
 from lib.settings import Settings
 from lib.stages.data.stage import base_parameters
-from lib.stages.evaluate.standalone import check_models
+from lib.stages.evaluate.standalone import ModelOptions, find_model
 from lib.stages.finetune.memory import _config
 from lib.stages.finetune.stage import write_config
 from tests.models import packed
@@ -74,7 +74,7 @@ def test_a_template_that_cannot_be_rendered(
     for ask in (
         lambda: choose_base(Settings(base_model=str(path))),
         lambda: _config(str(path)),
-        lambda: check_models([path], None, "main"),
+        lambda: find_model(str(path), ModelOptions()),
     ):
         with pytest.raises(InputError, match="chat template cannot be rendered"):
             ask()
@@ -167,7 +167,7 @@ def test_an_adapter_is_checked_with_its_own_variant(packed_files: dict[str, Path
     tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1, 64)}
     save_file(tensors, home / "adapter/adapter_model.safetensors")
     write_config(home / "adapter", {"peft_type": "LORA", "r": 1}, off)
-    check_models([home / "adapter"], None, "main")
+    find_model(str(home / "adapter"), ModelOptions())
     assert [path.name for path in (home / ".cache/unpacked").iterdir() if path.is_dir()] == [off.path.name]
 
 

@@ -13,8 +13,8 @@ import pytest
 from lib.report import compare_page
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY, Metric, RowGroups, compare
-from lib.stages.compare.error_ladder import agreements
-from lib.statistics.power import rows_needed
+from lib.stages.compare.changes import agreements
+from lib.statistics.verdicts import rows_needed
 
 N = 120
 IDS = [f"r{i}" for i in range(N)]

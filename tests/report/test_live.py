@@ -12,7 +12,7 @@ import pytest
 from lib.progress import PROGRESS_FILE_VARIABLE
 from lib.report import finetune_page
 from lib.report.finetune_page import resources
-from lib.runs.resources import summary
+from lib.runs.machine import summary
 
 
 def samples(count: int, gpu: bool) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.runs.resources import device_peak, read_samples, resources_recorded, summary
+from lib.runs.machine import device_peak, read_samples, resources_recorded, summary
 
 
 def test_samples_of_this_process_and_its_children(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.runs import manifest
+from lib.runs import run as runs
 from lib.runs.files import atomic_path, read_json, require_space
 from lib.runs.manifest import Manifest
 from lib.runs.run import ProductDraft, Run, open_run
@@ -98,7 +99,7 @@ def test_an_interrupted_stage_finds_its_remains_only_for_the_same_request(run: R
     assert seen == [(False, []), (False, []), (True, ["1.ckpt"])]
 
 
-@pytest.mark.parametrize("where", ["hash_folder", "remove", "add", "forget"])
+@pytest.mark.parametrize("where", ["hash_folder", "remove", "add", "_tidy"])
 def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """While the files are hashed, before and after the folder is renamed, behind the entry: never made twice."""
     run.produce("adapter", write("old"), {"seed": 0})
@@ -107,7 +108,8 @@ def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest if where in ("hash_folder", "forget") else Manifest, where, killed)
+        owner = {"hash_folder": manifest, "_tidy": runs}.get(where, Manifest)
+        patch.setattr(owner, where, killed)
         with pytest.raises(KeyboardInterrupt):
             run.produce("adapter", write("hours of work"), {"seed": 1}, keep_partial=True)
 
@@ -115,7 +117,7 @@ def test_a_kill_after_the_work_does_not_cost_it(run: Run, monkeypatch: pytest.Mo
         raise AssertionError("made again")
 
     again = run.produce("adapter", unwanted, {"seed": 1}, keep_partial=True)
-    assert again.made == (where != "forget") and ("interrupted" in again.message) == again.made
+    assert again.made == (where != "_tidy") and ("interrupted" in again.message) == again.made
     assert again.entry.metrics == {"n": 13} and list(again.entry.outputs) == ["a.txt"]
     assert run.require("adapter").entry == again.entry
     assert sorted(p.name for p in run.folder.rglob("*")) == [".lock", "a.txt", "adapter", "manifest.json"]

@@ -8,8 +8,7 @@ import torch
 
 from lib.errors import InputError
 from lib.progress import Progress
-from lib.scoring.backend import make_jobs
-from lib.scoring.journal import Work
+from lib.scoring.backend import Work, make_jobs
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny

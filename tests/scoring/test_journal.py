@@ -15,7 +15,7 @@ import pytest
 from lib.errors import InputError
 from lib.runs.files import write_json
 from lib.scoring import llama_backend, torch_backend
-from lib.scoring.journal import SCORED, Keep, keeping, kept_peak_memory_mib, model_hash
+from lib.scoring.backend import SCORED, Keep, keeping, kept_peak_memory_mib, model_hash
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import Scores, score_rows
 from lib.scoring.torch_backend import TransformersBackend
@@ -29,7 +29,7 @@ import torch
 from lib.models.loading import load_model, load_tokenizer
 from lib.prompts.tasks import task_from_json
 from lib.scoring import llama_backend, torch_backend
-from lib.scoring.journal import Keep
+from lib.scoring.backend import Keep
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.torch_backend import TransformersBackend

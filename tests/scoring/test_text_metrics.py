@@ -14,16 +14,18 @@ from scipy.stats import t
 
 from lib.errors import InputError
 from lib.prompts.templates import read_block, split_thinking
-from lib.scoring.term_lists import SHIPPED_TERMS, read_prompts, read_terms
 from lib.scoring.text_metrics import (
     BROKEN,
+    SHIPPED_TERMS,
     UNFINISHED,
     WRITTEN,
     chrf_signature,
     common_length,
     longest_loop,
     measure,
+    read_prompts,
     read_stream,
+    read_terms,
     repeated_share,
     rouge_l,
     summarise,

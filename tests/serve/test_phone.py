@@ -24,9 +24,9 @@ import pytest
 
 from lib.errors import InputError
 from lib.runs.files import read_json
-from lib.runs.phone_results import MOST_BYTES, check_result, read_result, save_result
 from lib.serve.listening import listen, make_server
 from lib.serve.phone import PhoneOptions, _reachable, announce, encryption_of, make_application, serve_phone
+from lib.stages.compare.speed import MOST_BYTES, check_result, read_result, save_result
 from tests.conftest import PROJECT
 
 SPEED = {"tokens": 32, "tokens_per_second": [7.5, 8.25]}
@@ -232,7 +232,7 @@ def test_bodies_that_are_no_result(phone: SimpleNamespace) -> None:
 
 
 def test_the_disk_is_not_filled(phone: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.runs.phone_results.MOST_FILES", 1)
+    monkeypatch.setattr("lib.stages.compare.speed.MOST_FILES", 1)
     assert [phone.client.post("/token/result", json=RESULT).status_code for _ in range(2)] == [201, 400]
 
 

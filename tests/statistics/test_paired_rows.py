@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from benchmarks import simulate_statistics as simulation
 from lib.statistics import intervals, paired
-from lib.statistics import power as statistics_power
 from lib.statistics import verdicts as statistics_verdicts
 from lib.statistics.intervals import Interval
 from lib.statistics.verdicts import MarginTest
@@ -213,9 +212,9 @@ def test_power_counts_every_table():
             if p < 0.05:
                 same = n - discordant
                 total += scipy.stats.multinomial.pmf([losses, gains, same], n, [loss, gain, 1 - share])
-    assert statistics_power.power_mcnemar(n, share, difference) == pytest.approx(total, abs=1e-9)
-    assert statistics_power.power_mcnemar(n, share, -difference) == pytest.approx(total, abs=1e-9)
-    assert statistics_power.power_mcnemar(50, 0.0, 0.0) == 0.0
+    assert statistics_verdicts.power_mcnemar(n, share, difference) == pytest.approx(total, abs=1e-9)
+    assert statistics_verdicts.power_mcnemar(n, share, -difference) == pytest.approx(total, abs=1e-9)
+    assert statistics_verdicts.power_mcnemar(50, 0.0, 0.0) == 0.0
 
 
 def test_power_is_what_simulation_finds():
@@ -224,27 +223,27 @@ def test_power_is_what_simulation_finds():
     kinds, times = np.unique(draws, axis=0, return_counts=True)
     p = [scipy.stats.binomtest(int(b), int(b + c), 0.5).pvalue for b, c in kinds]
     found = np.average(np.array(p) < 0.05, weights=times)
-    assert statistics_power.power_mcnemar(n, share, difference) == pytest.approx(found, abs=0.03)
+    assert statistics_verdicts.power_mcnemar(n, share, difference) == pytest.approx(found, abs=0.03)
 
 
 @pytest.mark.parametrize(("n", "share"), [(50, 0.0), (200, 0.01), (865, 0.02), (1200, 0.05)])
 def test_the_detectable_effect_is_detected(n: int, share: float):
-    effect = statistics_power.mde_exact(n, share)
-    assert statistics_power.power_mcnemar(n, max(share, effect), effect) == pytest.approx(0.8, abs=0.002)
-    assert effect >= 6 / n and statistics_power.mde_exact(5, share) == 1.0
+    effect = statistics_verdicts.mde_exact(n, share)
+    assert statistics_verdicts.power_mcnemar(n, max(share, effect), effect) == pytest.approx(0.8, abs=0.002)
+    assert effect >= 6 / n and statistics_verdicts.mde_exact(5, share) == 1.0
 
 
 def test_rows_needed_and_the_curve():
-    needed = statistics_power.rows_needed(0.02, 0.01)
-    before, reached = (statistics_power.power_mcnemar(n, 0.02, 0.01) for n in (needed - 1, needed))
+    needed = statistics_verdicts.rows_needed(0.02, 0.01)
+    before, reached = (statistics_verdicts.power_mcnemar(n, 0.02, 0.01) for n in (needed - 1, needed))
     assert before < 0.8 <= reached
     usual = (2.8016 / 0.01) ** 2 * 0.02  # Miettinen's approximation
     assert usual < needed < 1.15 * usual
-    curve = [statistics_power.power_mcnemar(n, 0.02, 0.01) for n in range(200, 2000, 200)]
+    curve = [statistics_verdicts.power_mcnemar(n, 0.02, 0.01) for n in range(200, 2000, 200)]
     assert curve == sorted(curve)
     for bad in ((0.02, 0.0), (0.01, 0.02)):
         with pytest.raises(ValueError, match="difference"):
-            statistics_power.rows_needed(*bad)
+            statistics_verdicts.rows_needed(*bad)
 
 
 def inside(n: int, share: float, difference: float, margin: float, one_sided: bool) -> float:
@@ -262,7 +261,7 @@ def inside(n: int, share: float, difference: float, margin: float, one_sided: bo
 @pytest.mark.parametrize(("difference", "one_sided"), [(0.0, False), (-0.04, False), (-0.04, True), (0.04, True)])
 def test_power_of_equivalence_counts_every_table(difference: float, one_sided: bool):
     expected = inside(40, 0.1, difference, 0.2, one_sided)
-    assert statistics_power.power_inside(40, 0.1, difference, 0.2, one_sided) == pytest.approx(expected, abs=1e-6)
+    assert statistics_verdicts.power_inside(40, 0.1, difference, 0.2, one_sided) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -273,9 +272,9 @@ def test_power_of_equivalence_counts_every_table(difference: float, one_sided: b
     ],
 )
 def test_rows_for_equivalence_have_the_power_they_promise(share, difference, margin, one_sided):
-    n = statistics_power.rows_for_inside(share, difference, margin, one_sided)
-    assert statistics_power.power_inside(n, share, difference, margin, one_sided) >= 0.79
-    assert statistics_power.power_inside(round(0.8 * n), share, difference, margin, one_sided) < 0.8
+    n = statistics_verdicts.rows_for_inside(share, difference, margin, one_sided)
+    assert statistics_verdicts.power_inside(n, share, difference, margin, one_sided) >= 0.79
+    assert statistics_verdicts.power_inside(round(0.8 * n), share, difference, margin, one_sided) < 0.8
     if n < 20_000:  # against draws, by the interval that the verdict takes
         draws = np.random.default_rng(5).multinomial(
             n, [(share - difference) / 2, (share + difference) / 2, 1 - share], 400
@@ -287,10 +286,10 @@ def test_rows_for_equivalence_have_the_power_they_promise(share, difference, mar
 
 
 def test_many_discordant_rows_are_approximated_alike():
-    below, above = (statistics_power.power_inside(n, 0.05, -0.007, 0.01) for n in (39_990, 40_010))
+    below, above = (statistics_verdicts.power_inside(n, 0.05, -0.007, 0.01) for n in (39_990, 40_010))
     assert below == pytest.approx(above, abs=0.006)
     with pytest.raises(ValueError, match="not inside"):
-        statistics_power.rows_for_inside(0.02, -0.01, 0.01)
+        statistics_verdicts.rows_for_inside(0.02, -0.01, 0.01)
 
 
 def test_the_detectable_effect_is_that_of_holms_first_step():
@@ -298,13 +297,13 @@ def test_the_detectable_effect_is_that_of_holms_first_step():
     alone, among = (
         statistics_verdicts.compare_all(reference, {f"q{i}": lost for i in range(k)}, None, 1.0) for k in (1, 5)
     )
-    assert alone["q0"].mde == statistics_power.mde_exact(400, 6 / 400)
-    assert among["q0"].mde == statistics_power.mde_exact(400, 6 / 400, alpha=0.01) > alone["q0"].mde
+    assert alone["q0"].mde == statistics_verdicts.mde_exact(400, 6 / 400)
+    assert among["q0"].mde == statistics_verdicts.mde_exact(400, 6 / 400, alpha=0.01) > alone["q0"].mde
     changes = {f"q{i}": np.random.default_rng(i).normal(size=400) for i in range(5)}
     both = statistics_verdicts.compare_all(reference, dict.fromkeys(changes, lost), None, 1.0, margin_changes=changes)[
         "q0"
     ]
-    assert both.mde == statistics_power.mde_exact(400, 6 / 400, alpha=0.005)
+    assert both.mde == statistics_verdicts.mde_exact(400, 6 / 400, alpha=0.005)
     assert both.margin.mde == statistics_verdicts.margin_test(changes["q0"], alpha=0.005).mde
 
 

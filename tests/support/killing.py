@@ -13,7 +13,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 _SLOW = """
 import time
-from lib.scoring.journal import Work
+from lib.scoring.backend import Work
 take = Work.take
 def slowly(*arguments):
     values = take(*arguments)

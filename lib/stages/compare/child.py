@@ -20,7 +20,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.runs.child import peak_memory_mib
-from lib.scoring.journal import Keep, kept_peak_memory_mib, model_hash
+from lib.scoring.backend import Keep, kept_peak_memory_mib, model_hash
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import RowIds, score_ids
 from lib.scoring.measure import FEWEST_DOCUMENTS, SEED

@@ -18,13 +18,12 @@ from lib.prompts.tasks import Task
 from lib.runs.child import run_child
 from lib.runs.files import writable, write_json
 from lib.runs.machine import cpu_name, llama_cpp_problem, physical_cores
-from lib.scoring.journal import found_done, journal_path
+from lib.scoring.backend import found_done, journal_path
 from lib.scoring.metric import AnyScores, Metric, RowGroups, compare, metric_of
 from lib.settings import mix_name
+from lib.stages.compare.changes import FOLDER, GGUF, STEP_SCORES, BaseScores, agreements, retentions, with_retention
 from lib.stages.compare.child import MERGED, MERGED_FLOAT32, EncodedRows, encode_rows
-from lib.stages.compare.error_ladder import STEP_SCORES, agreements, step_file
-from lib.stages.compare.recommend import recommend
-from lib.stages.compare.retention import FOLDER, GGUF, BaseScores, retentions, with_retention
+from lib.stages.compare.recommend import recommend, step_file
 from lib.stages.compare.speed import read_bytes
 from lib.statistics.verdicts import frontier
 
@@ -95,7 +94,7 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
     Returns:
         what comparison.json holds: "data", "conditions", "reference" (its type), "files" (one entry a file or folder,
         the reference first), "frontier" and "recommendation" (of GGUF files only: llama.cpp runs nothing else),
-        "agreement" (equal labels by margin, see `lib.stages.compare.error_ladder`; None without labels),
+        "agreement" (equal labels by margin, see `lib.stages.compare.changes`; None without labels),
         "retention_note" (what the entries' "retention" rests on, or why it is unknown), "notes", "found_done" (by type:
         what an interrupted run had already scored, in words), and with `merged` "steps": its name, its name in float32
         where it was scored in that too (else None), and the file whose weights were also computed by transformers.
@@ -260,7 +259,7 @@ def _names(paths: Sequence[Path], file_types: Sequence[int | None], budgets: Seq
 def _entries(
     metric: Metric, measured: Sequence[Measured], groups: RowGroups, asked: Comparison, floor: float | None
 ) -> list[dict[str, Any]]:
-    """One entry a file, the reference first, but for what `lib.stages.compare.retention.with_retention` adds."""
+    """One entry a file, the reference first, but for what `lib.stages.compare.changes.with_retention` adds."""
     reference, *others = measured
     scores = {one.name: one.scores for one in others}
     judged = compare(metric, reference.scores, scores, groups, asked.margin, asked.seed)

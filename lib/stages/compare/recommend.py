@@ -11,7 +11,7 @@ from typing import Any
 from lib.errors import InputError
 from lib.runs.files import render
 from lib.scoring.metric import REFERENCE_VERDICT, Entry, Metric, metric_in
-from lib.stages.compare.retention import GGUF
+from lib.stages.compare.changes import GGUF
 from lib.statistics.losses import retention_warning
 from lib.statistics.verdicts import in_words
 
@@ -118,6 +118,18 @@ def _smaller_open(
     by_margins = [e["verdict"] == "better" and e["endpoint"] != "accuracy" for e in below]
     undecided = [e for e, only in zip(below, by_margins, strict=True) if only or e["verdict"].startswith("cannot")]
     return [(e, metric.rows_needed(e, margin)) for e in undecided]
+
+
+def step_file(files: Sequence[Entry], recommendation: Mapping[str, Any]) -> str | None:
+    """The GGUF file the ladder ends at: the recommended one, else the smallest not judged worse, else the smallest.
+
+    Args:
+        files: entries of the quantized GGUF files.
+    """
+    if recommendation["type"] is not None or not files:
+        return recommendation["type"]
+    kept = [entry for entry in files if not worse_on(entry)]
+    return min(kept or files, key=lambda entry: entry["bytes"])["type"]
 
 
 # By limits that the user names, from a finished comparison.

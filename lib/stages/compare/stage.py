@@ -1,25 +1,31 @@
-"""The stage `compare`: the run's GGUF, its ladder and its exports on the run's test rows, product `comparison`."""
+"""The stage `compare`: the run's GGUF, its ladder and its exports on the run's test rows, and what every file writes to
+them; product `comparison`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lib.models.gguf_file import run_gguf
-from lib.prompts.tasks import read_task
-from lib.runs.files import read_json, read_jsonl
+from lib.prompts.tasks import Task, read_task
+from lib.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from lib.runs.machine import physical_cores
 from lib.runs.run import Product, ProductDraft, Run
-from lib.scoring.journal import found_done
+from lib.scoring.backend import found_done
+from lib.scoring.generation import Questions, Written, end_ids, llama_feed, write_all
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups, metric_in, metric_of
+from lib.scoring.text_metrics import read_terms
 from lib.settings import Settings
-from lib.stages.compare.error_ladder import steps_of
-from lib.stages.compare.files import SUMMARY, Comparison, compare_files, forget_scores
-from lib.stages.compare.retention import base_scores, retentions, with_retention
+from lib.stages.compare.changes import base_scores, retentions, steps_of, with_retention
+from lib.stages.compare.child import WAIT_POLICY, keep_of
+from lib.stages.compare.files import SUMMARY, Comparison, compare_files, forget_scores, run_kept
 from lib.stages.compare.speed import LOADS
-from lib.stages.compare.written import ROWS, WRITTEN, write_answers, written_parameters
 
 _RULES = 4
 """Goes up when entries or verdicts are made otherwise, so that a comparison made before is made again."""
@@ -191,3 +197,106 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
     work.facts["found_done"] = found_done(found)
     keys = ("bytes", "kld_mean", "ppl", "verdict", *metric_in(result["files"]).in_manifest)
     work.metrics |= {entry["type"]: {key: entry[key] for key in keys} for entry in result["files"]}
+
+
+# What every GGUF file writes to the same test rows, measured, and compared with what the reference writes.
+
+
+WRITTEN, ROWS = "written.json", "generated.jsonl"
+KEYS = ("generated_rows", "max_new_tokens", "terms")
+
+
+def written_parameters(settings: Settings, task: Task) -> dict[str, Any]:
+    """The settings that decide what is written, with the hash of the list of terms; none where answers are words.
+
+    Raises:
+        InputError: no such list.
+    """
+    if task.label_names:
+        return {}
+    terms = read_terms(settings.terms)
+    return settings.pick(*KEYS) | {"terms_sha256": terms and terms.sha256}
+
+
+def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settings) -> dict[str, str]:
+    """Let every file answer the same test rows greedily; written.json and generated.jsonl in the comparison's folder.
+
+    Nothing is written with `generated_rows: 0`, or where the answers are words that are scored.
+
+    Args:
+        files: type -> GGUF file, the reference first.
+
+    Returns:
+        by type, what an interrupted run had already written, in words.
+
+    Raises:
+        InputError: a file that llama.cpp refuses or dies of.
+    """
+    task, tokenizer = asked.task, asked.tokenizer
+    if task.label_names or not settings.generated_rows:
+        return {}
+    questions = Questions.of(settings, tokenizer, task, asked.rows)
+    argument = {
+        "prompts": [one.ids for one in questions.asked],
+        "ends": sorted(end_ids(tokenizer)),
+        "most": settings.max_new_tokens,
+        "n_threads": settings.n_threads or physical_cores(),
+        "n_gpu_layers": settings.n_gpu_layers,
+    }
+    made = {
+        name: run_kept("stage:write_file", path, argument, asked.output, f"answers of {name}")
+        for name, path in files.items()
+    }
+    answers = {
+        name: questions.told(questions.asked, [Written(**written) for written in own["written"]])
+        for name, own in made.items()
+    }
+    reference = next(iter(answers))
+    texts = {name: [answer["text"] for answer in given] for name, given in answers.items()}
+    content = {
+        "reference": reference,
+        **questions.conditions(),
+        "same_text": {name: sum(map(operator.eq, own, texts[reference])) for name, own in texts.items()},
+        "metrics": questions.summarise(answers, reference),
+    }
+    write_json(asked.output / WRITTEN, content)
+    write_jsonl(asked.output / ROWS, _readable(questions, answers))
+    return found_done({name: [own["found"]] for name, own in made.items()})
+
+
+def _readable(questions: Questions, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Question, reference and every file's answer of each row."""
+    return [
+        {
+            "id": row["id"],
+            "question": one.question,
+            "reference": one.reference,
+            "answers": {
+                name: {key: given[place][key] for key in ("text", "tokens", "ended", "measured")}
+                for name, given in answers.items()
+            },
+        }
+        for place, (row, one) in enumerate(zip(questions.rows, questions.asked, strict=True))
+    ]
+
+
+def write_file(argument: dict[str, Any]) -> dict[str, Any]:
+    """Answers of one file, in a process of its own.
+
+    Args:
+        argument: "path", "prompts" (token ids of each), "ends", "most", "n_threads", "n_gpu_layers", "keep" (file for
+            the answers as they come).
+
+    Returns:
+        {"written": fields of a Written, one a prompt; "found": what of them was there, in words}.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    from lib.scoring.llama_backend import LlamaCppBackend
+
+    prompts, most = argument["prompts"], argument["most"]
+    context = max(map(len, prompts)) + most
+    path = Path(argument["path"])
+    with LlamaCppBackend(path, context, argument["n_threads"], argument["n_gpu_layers"]) as backend:
+        start, keep = functools.partial(llama_feed, backend), keep_of(argument)
+        written, found = write_all(start, prompts, most, argument["ends"], backend, keep)
+    return {"written": [asdict(one) for one in written], "found": found}

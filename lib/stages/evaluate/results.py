@@ -18,7 +18,7 @@ from lib.errors import InputError
 from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
 from lib.scoring.log_probabilities import AnswerScores, Scores, exponentials
-from lib.scoring.term_lists import read_prompts, read_terms
+from lib.scoring.text_metrics import read_prompts, read_terms
 from lib.statistics import classification, paired, verdicts
 from lib.statistics.losses import cluster_test, limits, weighted_mean
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
+from lib.scoring.backend import Keep, found_done
 from lib.scoring.generation import Asked, Questions, Sampling, end_ids, torch_feed, write_all
-from lib.scoring.journal import Keep, found_done
 from lib.scoring.log_probabilities import score_rows
-from lib.scoring.term_lists import read_prompts
+from lib.scoring.text_metrics import read_prompts
 from lib.stages.evaluate.results import (
     BASE,
     FINETUNED,

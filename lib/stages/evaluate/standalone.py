@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +16,78 @@ from lib.prompts.tasks import Task, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.files import sha256_json, user_path
-from lib.scoring.journal import Keep, journal_path, kept_peak_memory_mib, model_hash
+from lib.scoring.backend import Keep, journal_path, kept_peak_memory_mib, model_hash
 from lib.scoring.log_probabilities import score_rows
 from lib.stages.evaluate.results import result_of
 
 # Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
 
 
-def is_gguf(model: str) -> bool:
-    """Whether a name stands for a .gguf file."""
-    return model.lower().endswith(".gguf") or user_path(model).is_file()
+@dataclass(frozen=True)
+class ModelOptions:
+    """How models are opened.
+
+    Attributes:
+        base_model: base of adapters; None = the one named in adapter_config.json.
+        revision: commit, branch or tag of hub ids.
+        dtype, load_in_4bit, batch_size: for transformers models; folders that are quantized keep their own dtype.
+        n_threads, n_gpu_layers: for .gguf files.
+        run_tokenizer: folder of the run's tokenizer, for .gguf files with its vocabulary; None = the one in the file.
+    """
+
+    base_model: str | None = None
+    revision: str = "main"
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    batch_size: int = 32
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    run_tokenizer: Path | None = None
 
 
-def check_models(models: Sequence[str | Path], base_model: str | None, revision: str) -> None:
-    """Look at every model as far as that takes no loading; what the hub has is fetched.
+@dataclass(frozen=True)
+class FoundModel:
+    """The files of a model.
+
+    Attributes:
+        path: its .gguf file, or its folder; of an adapter that of its base.
+        adapter: folder of the adapter; None of a whole model.
+        tokenizer: folder of the tokenizer; None of a .gguf file, which holds its own.
+    """
+
+    path: Path
+    adapter: Path | None = None
+    tokenizer: Path | None = None
+
+
+def find_model(model: str, options: ModelOptions) -> FoundModel:
+    """Look at a model as far as that takes no loading; what the hub has is fetched.
 
     Raises:
-        InputError: the first that is missing, damaged or cut off, or is an adapter whose base is.
+        InputError: it is missing, damaged or cut off, or an adapter whose base is, or that was trained on another one.
     """
-    for model in map(str, models):
-        folder = user_path(model)
-        if is_gguf(model):
-            _check_whole(check_gguf(folder))
-            refuse_bad_template(folder)
-        elif (folder / "adapter_config.json").is_file():
-            _check_adapter(folder, base_model, revision)
-        else:
-            _check_full(model, revision)
+    folder = user_path(model)
+    if model.lower().endswith(".gguf") or folder.is_file():
+        _check_whole(check_gguf(folder))
+        refuse_bad_template(folder)
+        return FoundModel(folder)
+    from lib.models.adapters import require_adapter
+    from lib.models.base_model import refuse_other_folder, unpacking_of
+    from lib.models.loading import load_tokenizer
+
+    if (folder / "adapter_config.json").is_file():
+        adapter = tokenizer = folder
+        require_adapter(adapter)
+        path = _base_folder(base_of_adapter(adapter, options.base_model), options.revision, unpacking_of(adapter))
+        refuse_other_folder(adapter, path)
+        if not (adapter / "tokenizer.json").is_file():
+            tokenizer = path
+    else:
+        adapter = None
+        path = tokenizer = _base_folder(model, options.revision, {})
+    refuse_bad_template(tokenizer)
+    load_tokenizer(tokenizer)
+    return FoundModel(path, adapter, tokenizer)
 
 
 def _check_whole(path: Path) -> None:
@@ -55,16 +101,6 @@ def _check_whole(path: Path) -> None:
                 "a whole GGUF file.",
                 "make or download the file again.",
             )
-
-
-def _check_adapter(folder: Path, base_model: str | None, revision: str) -> None:
-    from lib.models.adapters import require_adapter
-    from lib.models.base_model import unpacking_of
-
-    require_adapter(folder)
-    base = base_of_adapter(folder, base_model)
-    own = folder if (folder / "tokenizer.json").is_file() else None
-    _check_full(base, revision, own, unpacking_of(folder))
 
 
 def base_of_adapter(folder: Path, base_model: str | None) -> str:
@@ -81,26 +117,18 @@ def base_of_adapter(folder: Path, base_model: str | None) -> str:
     return name
 
 
-def _check_full(
-    model: str, revision: str, tokenizer: Path | None = None, unpacking: Mapping[str, Any] | None = None
-) -> None:
-    """A model folder, a hub id, or an adapter's GGUF file.
-
-    Args:
-        tokenizer: that of an adapter which brings its own; unpacking: how its base was unpacked.
-    """
+def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Path:
+    """The folder of a model folder, a hub id, or the GGUF file that is an adapter's base; `unpacking`: how that was
+    unpacked."""
     from lib.hub.sources import SourceError
     from lib.models.base_model import check_model_folder, resolve_base
-    from lib.models.loading import load_tokenizer
 
     folder = user_path(model)
+    if folder.is_dir():
+        check_model_folder(folder)
+        return folder
     try:
-        if folder.is_dir():
-            check_model_folder(folder)
-        else:
-            folder = resolve_base(model, revision, **(unpacking or {})).path
-        refuse_bad_template(tokenizer or folder)
-        load_tokenizer(tokenizer or folder)
+        return resolve_base(model, revision, **unpacking).path
     except SourceError as error:
         if "/" in model or "\\" in model:
             raise
@@ -119,16 +147,8 @@ def evaluate_models(
     rows: Sequence[Mapping[str, Any]],
     task: Task,
     data: Mapping[str, Any] | None = None,
-    *,
-    base_model: str | None = None,
-    revision: str = "main",
-    dtype: str = "auto",
-    load_in_4bit: bool = False,
-    batch_size: int = 32,
-    n_threads: int = 0,
-    n_gpu_layers: int = 0,
+    options: ModelOptions = ModelOptions(),
     keep: Path | None = None,
-    tokenizer: Path | None = None,
 ) -> dict[str, Any]:
     """Quality and cost of each model on the same rows, each in a process of its own.
 
@@ -139,12 +159,7 @@ def evaluate_models(
         rows: {"id", "text", "label"} or {"id", "messages"}, with "leaked" and "group" where they were audited.
         task: prompt and answer words; of conversations each model has its own tokenizer.
         data: description of the rows, put into the result.
-        base_model: base of adapters; None = the one named in adapter_config.json.
-        revision: commit, branch or tag of hub ids.
-        dtype, load_in_4bit, batch_size: for transformers models; folders that are quantized keep their own dtype.
-        n_threads, n_gpu_layers: for .gguf files.
         keep: folder for the scores of an interrupted evaluation, where the next one finds them; removed in the end.
-        tokenizer: folder of the run's tokenizer, for .gguf files with its vocabulary; None = the one in the file.
 
     Returns:
         {"data": {…, "n", "labels" or "task"}, "models": [{"model", "n", "leak_free" (null without an audit),
@@ -160,22 +175,11 @@ def evaluate_models(
     """
     if not rows:
         raise InputError("no rows to evaluate on.", "at least one row.", "check --data or --run, and --max-samples.")
-    shared = {
-        "task": task.to_json(),
-        "rows": [dict(row) for row in rows],
-        "base_model": base_model,
-        "revision": revision,
-        "dtype": dtype,
-        "load_in_4bit": load_in_4bit,
-        "batch_size": batch_size,
-        "n_threads": n_threads,
-        "n_gpu_layers": n_gpu_layers,
-        "tokenizer": str(tokenizer) if tokenizer else None,
-    }
+    shared = {"task": task.to_json(), "rows": [dict(row) for row in rows], **vars(options)}
     results = []
-    check_models(models, base_model, revision)
-    for model in map(str, models):
-        argument = {**shared, "model": model, "keep": str(journal_path(keep, model)) if keep else None}
+    found_models = [find_model(str(model), options) for model in models]
+    for model, files in zip(map(str, models), found_models, strict=True):
+        argument = {**shared, **vars(files), "model": model, "keep": keep and journal_path(keep, model)}
         try:
             answer = run_child("lib.stages.evaluate.standalone:score_in_child", argument, f"evaluating {model}")
         except BaseException:
@@ -193,8 +197,8 @@ def evaluate_models(
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, say what the scores mean; runs in the child process."""
     task, rows = task_from_json(argument["task"]), argument["rows"]
-    backend, tokenizer, files = open_model(argument, task.max_seq_length)
-    keep, what = keep_of(argument, files), f"scoring rows with {Path(argument['model']).name}"
+    backend, tokenizer = open_model(argument, task.max_seq_length)
+    keep, what = keep_of(argument), f"scoring rows with {Path(argument['model']).name}"
     try:
         encoded = [task.encode(tokenizer, row) for row in rows]
         scores = score_rows(backend, tokenizer, task, rows, what, keep, encoded)
@@ -212,22 +216,38 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     return {**own, "device": backend.device, "peak_memory_mib": peak, "found": scores.found}
 
 
-def keep_of(argument: dict[str, Any], files: Sequence[Path]) -> Keep | None:
+def keep_of(argument: dict[str, Any]) -> Keep | None:
     """Where the scores are kept as they come; a base in 4 bits is another model than its files."""
     if argument["keep"] is None:
         return None
+    files = [Path(argument[key]) for key in ("path", "adapter") if argument[key]]
     return Keep(Path(argument["keep"]), sha256_json([model_hash(*files), argument["load_in_4bit"]]))
 
 
-def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any, list[Path]]:
-    """Backend, tokenizer and files of the model that the options name, with a context of `n_ctx` tokens."""
-    if not is_gguf(argument["model"]):
-        return _open_transformers(argument)
-    from lib.scoring.llama_backend import LlamaCppBackend
+def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
+    """Backend and tokenizer of the model that was found, with a context of `n_ctx` tokens."""
+    path = Path(argument["path"])
+    if path.is_file():
+        from lib.scoring.llama_backend import LlamaCppBackend
 
-    path = user_path(argument["model"])
-    backend = LlamaCppBackend(path, n_ctx, argument["n_threads"], argument["n_gpu_layers"])
-    return backend, _tokenizer_for(path, argument.get("tokenizer")), [path]
+        backend = LlamaCppBackend(path, n_ctx, argument["n_threads"], argument["n_gpu_layers"])
+        return backend, _tokenizer_for(path, argument["run_tokenizer"])
+    from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
+    from lib.runs.machine import compute_dtype
+    from lib.scoring.torch_backend import TransformersBackend
+
+    adapter, in_4bit = argument["adapter"] and Path(argument["adapter"]), argument["load_in_4bit"]
+    if adapter is None and (method := quantization_method(path)):
+        if in_4bit:
+            do = "leave out --load-in-4bit."
+            found = f"{argument['model']} is quantized already ({method})."
+            raise InputError(found, "a model of full weights.", do)
+        model = load_as_saved(path)
+    else:
+        dtype, _ = compute_dtype(argument["dtype"])
+        model = load_model(path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
+    backend = TransformersBackend(model, argument["batch_size"], argument["model"])
+    return backend, load_tokenizer(Path(argument["tokenizer"]))
 
 
 def _tokenizer_for(path: Path, of_run: str | None) -> Any:
@@ -238,32 +258,3 @@ def _tokenizer_for(path: Path, of_run: str | None) -> Any:
     if of_run is not None and same_vocabulary(path, tokenizer := load_tokenizer(Path(of_run))):
         return tokenizer
     return tokenizer_from_gguf(path)
-
-
-def _open_transformers(argument: dict[str, Any]) -> tuple[Any, Any, list[Path]]:
-    """A hub id, a model folder (quantized ones as they were saved), or an adapter folder with its base."""
-    from lib.models.base_model import refuse_other_folder, resolve_base, unpacking_of
-    from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
-    from lib.runs.machine import compute_dtype
-    from lib.scoring.torch_backend import TransformersBackend
-
-    folder, adapter = user_path(argument["model"]), None
-    name = argument["model"]
-    if (folder / "adapter_config.json").is_file():
-        adapter = folder
-        name = base_of_adapter(folder, argument["base_model"])
-    base = resolve_base(name, argument["revision"], **(unpacking_of(adapter) if adapter else {}))
-    if adapter is not None:
-        refuse_other_folder(adapter, base.path)
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(adapter if own else base.path)
-    if adapter is None and (method := quantization_method(base.path)):
-        if argument["load_in_4bit"]:
-            do = "leave out --load-in-4bit."
-            raise InputError(f"{name} is quantized already ({method}).", "a model of full weights.", do)
-        model = load_as_saved(base.path)
-    else:
-        dtype, _ = compute_dtype(argument["dtype"])
-        model = load_model(base.path, dtype=dtype, load_in_4bit=argument["load_in_4bit"], adapter=adapter)
-    backend = TransformersBackend(model, argument["batch_size"], argument["model"])
-    return backend, tokenizer, [base.path, *([adapter] if adapter else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,10 +13,20 @@ from typing import Any
 import yaml
 
 from lib.errors import EXTRAS, InputError
+from lib.progress import Progress
 from lib.prompts.tasks import Row, Task, read_task, spread
-from lib.runs.child import run_child
-from lib.runs.files import link_or_copy, read_json, read_jsonl, render, require_space, write_json, write_text
-from lib.runs.machine import has_module
+from lib.runs.child import peak_memory_mib, run_child
+from lib.runs.files import (
+    link_or_copy,
+    read_json,
+    read_jsonl,
+    readable_by_group,
+    render,
+    require_space,
+    write_json,
+    write_text,
+)
+from lib.runs.machine import has_module, no_warnings, quiet
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
@@ -117,7 +128,7 @@ def export(settings: Settings, run: Run) -> ExportsResult:
 
 def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Format]) -> None:
     data, merged = run.require("data"), run.require("merged")
-    kept = {} if settings.force else finished(run, work)
+    kept = {} if settings.force else _finished(run, work, formats)
     missing = [wanted for wanted in formats if wanted.name not in kept]
     weights = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
     require_space(run.folder, weights * len(missing), f"{len(missing)} exported models")
@@ -133,7 +144,9 @@ def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Forma
     content: dict[str, list[dict[str, Any]]] = {"made": [], "skipped": []}
     write_json(work.folder / SUMMARY, content)
     for place, wanted in enumerate(formats, 1):
-        record = _kept_or_made(wanted, work.folder, kept, argument, card, f"({place} of {len(formats)})")
+        record = kept.get(wanted.name) or _made(
+            wanted, work.folder / wanted.name, argument, card, f"({place} of {len(formats)})"
+        )
         content["skipped" if "reason" in record else "made"].append(record)
         write_json(work.folder / SUMMARY, content)
     made = {record["folder"] for record in content["made"]}
@@ -146,22 +159,13 @@ def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Forma
     work.notes += [f"export format {skip['format']} skipped: {skip['reason']}" for skip in content["skipped"]]
 
 
-def _kept_or_made(
-    wanted: Format, parent: Path, kept: Kept, argument: dict[str, Any], card: dict[str, Any], place: str
-) -> dict[str, Any]:
+def _made(wanted: Format, folder: Path, argument: dict[str, Any], card: dict[str, Any], place: str) -> dict[str, Any]:
     """The record of a format, with its "files"; {"format", "reason"} where it was skipped and nothing is left of it."""
-    folder = parent / wanted.name
-    if wanted.name in kept:
-        former, record = kept[wanted.name]
-        if former != folder:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(former, folder, copy_function=link_or_copy)
-        return record
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
     request, what = {**argument, "format": wanted.name, "output": folder}, f"exporting {wanted.name} {place}"
     try:
         if (reason := wanted.problem()) is None:
-            answer = run_child("lib.stages.export.child:make", request, what)
+            answer = run_child("lib.stages.export.stage:make", request, what)
     except InputError as error:
         reason = error.found
     except RuntimeError as error:
@@ -171,13 +175,8 @@ def _kept_or_made(
     if reason is not None:
         shutil.rmtree(folder, ignore_errors=True)
         return {"format": wanted.name, "reason": reason}
-    record = {
-        "format": wanted.name,
-        "title": wanted.title,
-        "made_by": wanted.maker(),
-        "folder": wanted.name,
-        **answer,
-    }
+    about = {"format": wanted.name, "title": wanted.title, "made_by": wanted.maker(), "folder": wanted.name}
+    record = {**about, **answer}
     write_card(folder, wanted, record, **card)
     return {**record, "files": hash_folder(folder)}
 
@@ -197,49 +196,44 @@ def _token_ids(data: Path, task: Task) -> dict[str, Any]:
 
 # Formats that need not be made again: those of the former product, and those of an interrupted try.
 
-Kept = dict[str, tuple[Path, dict[str, Any]]]
 
-
-def finished(run: Run, work: ProductDraft) -> Kept:
-    """{format: (folder, record)} of what was made from the same products by the same package and still verifies."""
-    found: Kept = {}
+def _finished(run: Run, work: ProductDraft, formats: Sequence[Format]) -> dict[str, dict[str, Any]]:
+    """{format: record} of what was made from the same products by the same package and still verifies, now in the
+    folder of the work."""
+    makers, found = {wanted.name: wanted.maker() for wanted in formats}, {}
     for folder in run.earlier(work, "exports", "data", "merged"):
         for record in read_json(folder / SUMMARY)["made"] if (folder / SUMMARY).is_file() else []:
             name, path = record["format"], folder / record["folder"]
-            same = name in FORMATS and record["made_by"] == FORMATS[name].maker()
-            if same and name not in found and path.is_dir() and hash_folder(path) == record["files"]:
-                found[name] = path, record
+            same = record["made_by"] == makers.get(name) and name not in found
+            if same and path.is_dir() and hash_folder(path) == record["files"]:
+                found[name], target = record, work.folder / name
+                if path != target:
+                    shutil.rmtree(target, ignore_errors=True)
+                    shutil.copytree(path, target, copy_function=link_or_copy)
     return found
 
 
 # README.md of an export folder: what it is, what it cost, and the lines that load it.
 
 
-def write_card(
-    folder: Path, made: Format, record: dict[str, Any], lineage: str, notes: Sequence[str], asked: dict[str, Any]
-) -> None:
+def write_card(folder: Path, made: Format, record: dict[str, Any], **card: Any) -> None:
     """Write README.md with YAML front matter.
 
     Args:
         record: the format's entry of exports.json.
-        lineage: what was merged, in words.
-        notes: sentences that every page of the run must say (sample data, offline base).
-        asked: what the code of the card asks the model, see `question_of`.
+        card: "lineage" (what was merged, in words), "notes" (sentences that every page of the run must say), "asked"
+            (what the code of the card asks the model, see `question_of`).
     """
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(
-        language="zh", library_name="transformers", pipeline_tag="text-generation", tags=["quantized", made.name]
-    )
+    usual = {"language": "zh", "library_name": "transformers", "pipeline_tag": "text-generation"}
     packages = ["torch", "transformers", *made.needs]
     text = render(
         Path(__file__).with_name("README.md.j2"),
-        front=data.to_yaml(),
+        front=ModelCardData(**usual, tags=["quantized", made.name]).to_yaml(),
         made=made,
         record=record,
-        lineage=lineage,
-        notes=notes,
-        asked=asked,
+        **card,
         versions=" ".join(f"{name}=={metadata.version(name).partition('+')[0]}" for name in packages),
     )
     write_text(folder / "README.md", text)
@@ -249,3 +243,206 @@ def question_of(task: Task, row: Row) -> dict[str, Any]:
     """The run's question about one row, for the code of a card."""
     system, user = (message["content"] for message in task.messages(row)[:2])
     return {"system": system, "user": user, "thinking": task.thinking, "most_tokens": 8 if task.label_names else 256}
+
+
+# In the child process: quantize, save, load again, compare with the merged model.
+
+CHECKED_POSITIONS = 16
+"""Last positions of each prompt whose next-token distributions are compared with the merged model's."""
+
+_OWN = {"config.json", "README.md", "merge.json", "model.safetensors.index.json"}
+"""Files of the merged model that are not copied: the export writes its own."""
+
+
+def make(argument: dict[str, Any]) -> dict[str, Any]:
+    """Make one format.
+
+    Args:
+        argument: "format", "source" (folder of the merged model), "output" (folder to make), "calibration" (token ids
+            of training rows; for GPTQ), "prompts" (token ids of the self-check).
+
+    Returns:
+        "seconds" (of quantizing and saving), "peak_memory_mib" (until then), "weights", "bytes", "bits_per_weight",
+        "tensor_bytes", "dtypes", "check" and what the format adds, e.g. "group_size".
+
+    Raises:
+        InputError: a model or a machine that this format does not fit.
+    """
+    from lib.models.loading import weight_bytes
+    from lib.models.weights import open_weights
+
+    name, source, output = argument["format"], Path(argument["source"]), Path(argument["output"])
+    quiet()
+    with Progress("steps", 3) as progress:
+        started = time.perf_counter()
+        output.mkdir(parents=True)
+        with no_warnings():
+            more = _quantize(name, source, output, argument["calibration"])
+        # tokenizer, template, generation settings and licences
+        left_out = shutil.ignore_patterns("*.safetensors", *_OWN)
+        shutil.copytree(source, output, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        for path in filter(Path.is_file, output.rglob("*")):
+            readable_by_group(path)
+        seconds, memory = time.perf_counter() - started, peak_memory_mib()
+        progress.advance(1, "made")
+        check = _check(source, output, argument["prompts"], progress)
+    saved, weights = open_weights(output), open_weights(source).parameters
+    return {
+        "seconds": round(seconds, 2),
+        "peak_memory_mib": memory,
+        **more,
+        "weights": weights,
+        "bytes": weight_bytes(output),
+        "bits_per_weight": 8 * saved.nbytes / weights,
+        "tensor_bytes": saved.nbytes,
+        "dtypes": sorted({tensor.dtype for tensor in saved.tensors.values()} & {"F32", "F16", "BF16"}),
+        "check": check,
+    }
+
+
+def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+    if name == "gptq":
+        return quantize_gptq(source, output, calibration)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float16 if name == "fp16" else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if name not in ("fp16", "bf16"):
+        options |= {"quantization_config": _quantization(name), "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(str(source), **options)
+    if name == "fp16":  # weights above 65,504 became infinite
+        for weight_name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                found = f"{weight_name} exceeds the range of float16."
+                raise InputError(found, "weights below 65,504.", "use bf16.")
+    model.save_pretrained(str(output))
+    return {}
+
+
+def _quantization(name: str) -> Any:
+    """The configuration of transformers for one format."""
+    import torch
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(version=2, set_inductor_config=False))
+    from lib.runs.machine import bitsandbytes_problem
+
+    if problem := bitsandbytes_problem():
+        raise InputError(f"bitsandbytes does not work here ({problem}).", "a working one.", "see `workbook doctor`.")
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
+    """How far the saved folder's next-token distributions are from the merged model's on the ends of some prompts.
+
+    Raises:
+        InputError: the folder does not load, or gives numbers that are not finite.
+    """
+    import numpy as np
+
+    own = _log_probs(output, prompts)
+    progress.advance(1, "loaded again")
+    if not np.isfinite(own).all():
+        raise InputError(
+            f"the {output.name} model gives log-probabilities that are not finite.",
+            "numbers.",
+            "leave this format out: the model's activations exceed its range.",
+        )
+    merged = _log_probs(source, prompts)
+    progress.advance(1, "compared")
+    kld = (np.exp(merged) * (merged - own)).sum(axis=1)
+    return {
+        "prompts": len(prompts),
+        "positions": len(own),
+        "mean_kld": float(kld.mean()),
+        "same_top": float((own.argmax(axis=1) == merged.argmax(axis=1)).mean()),
+    }
+
+
+def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
+    """Log-probabilities after the last positions of each prompt, (positions, V), loaded and dropped again."""
+    import numpy as np
+
+    from lib.models.loading import load_as_saved
+    from lib.scoring.torch_backend import TransformersBackend
+
+    backend = TransformersBackend(load_as_saved(folder), name=folder.name)
+    found = [backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts]
+    backend.close()
+    return np.concatenate(found)
+
+
+# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
+
+BITS = 4
+GROUPS = (128, 64, 32, 16)
+"""Weights that share a scale, the most that fit: 128 in llm-compressor's scheme W4A16."""
+
+_HEAD = "lm_head"
+
+
+def group_size(widths: set[int]) -> int:
+    """The largest of `GROUPS` that divides the rows of every layer.
+
+    Raises:
+        InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
+    """
+    for size in GROUPS:
+        if all(width % size == 0 for width in widths):
+            return size
+    odd = min(width for width in widths if width % GROUPS[-1])
+    raise InputError(
+        f"linear layers with {odd} inputs.", f"a multiple of {GROUPS[-1]}.", "leave gptq out of export_formats."
+    )
+
+
+def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+    """Quantize a model folder and save it in the packed format of compressed-tensors.
+
+    Args:
+        calibration: token ids of the texts whose activations decide what may be rounded how.
+
+    Returns:
+        "group_size" and "calibration_rows", "calibration_tokens".
+
+    Raises:
+        InputError: no calibration texts, or layers that no group size fits.
+    """
+    if not calibration:
+        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != _HEAD}
+    size = group_size({layer.in_features for layer in layers.values()})
+    weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    oneshot(
+        model=model,
+        dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]),
+        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
+        max_seq_length=max(map(len, calibration)),
+        num_calibration_samples=len(calibration),
+    )
+    model.save_pretrained(str(output), save_compressed=True)
+    return {
+        "group_size": size,
+        "calibration_rows": len(calibration),
+        "calibration_tokens": sum(map(len, calibration)),
+    }

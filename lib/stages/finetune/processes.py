@@ -23,7 +23,7 @@ from lib.errors import InputError, Terminated
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs import child, machine
 from lib.runs.files import read_json, write_json
-from lib.runs.resources import peak_memory
+from lib.runs.machine import peak_memory
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, Run

@@ -24,8 +24,7 @@ from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
-from lib.runs.machine import no_warnings, quiet
-from lib.runs.resources import device_peak, peak_memory
+from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.memory import with_adapter
 

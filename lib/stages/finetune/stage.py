@@ -23,8 +23,7 @@ from lib.models.tokenizer_files import differences
 from lib.models.weights import open_weights
 from lib.runs import machine
 from lib.runs.files import read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
-from lib.runs.machine import quiet
-from lib.runs.resources import read_samples, resources_recorded, summary
+from lib.runs.machine import quiet, read_samples, resources_recorded, summary
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
 from lib.settings import Settings
@@ -67,7 +66,7 @@ class FinetuneResult:
         seconds: of the last, uninterrupted part of the training.
         micro_batch: {"asked", "used"}: rows and passes an update each; "out_of_memory": the sizes that did not fit.
         notes: fallbacks, e.g. LoRA where QLoRA was asked for.
-        samples: what the machine did (`lib.runs.resources`): seconds, cpu_percent, rss_mib, gpu_percent, gpu_mib.
+        samples: what the machine did (`lib.runs.machine`): seconds, cpu_percent, rss_mib, gpu_percent, gpu_mib.
         adopted: {"id", "revision", and what its files say} of an adapter that was not trained here; None when it was.
     """
 

@@ -28,8 +28,7 @@ from lib.runs.machine import available_memory
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.measure import Text, tokenize_with_transformers
 from lib.settings import Settings
-from lib.stages.quantize.files import check_output
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.files import Options, check_output
 
 Row = Mapping[str, Any]
 

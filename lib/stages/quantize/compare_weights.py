@@ -19,7 +19,8 @@ from lib.models.gguf_file import name_map, row_order
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
 from lib.settings import NF4
-from lib.stages.quantize import llama_library, recipes
+from lib.stages.quantize import llama_library
+from lib.stages.quantize.files import TABLES
 from lib.stages.quantize.llama_library import Header, read_header
 from lib.stages.quantize.type_costs import PLAIN
 
@@ -46,7 +47,7 @@ def _place(name: str) -> dict[str, Any]:
 
 
 def compare_with_source(argument: dict[str, Any]) -> dict[str, Any]:
-    """Rows of `lib.stages.quantize.weights.TensorErrors.files` for "files" ({type: path}) against "source"."""
+    """Rows of `lib.stages.quantize.stage.TensorErrors.files` for "files" ({type: path}) against "source"."""
     source, found = read_header(Path(argument["source"])), {}
     with Progress("comparing files", len(argument["files"])) as progress:
         for name, path in argument["files"].items():
@@ -182,7 +183,7 @@ def _blocks(values: np.ndarray) -> np.ndarray:
 # written nowhere, so it is measured: the share of blocks of 32 that each type gives back.
 
 _NF4_BLOCK, _NF4_BITS = 64, 4.5
-_NF4_CODE = np.array(recipes.TABLES["nf4"], dtype=np.float32)
+_NF4_CODE = np.array(TABLES["nf4"], dtype=np.float32)
 """Dettmers et al. (2023), arXiv:2305.14314, appendix E."""
 
 

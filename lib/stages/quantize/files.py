@@ -6,12 +6,15 @@ one another at every tensor, and reading, checking and writing a file are work o
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
@@ -20,8 +23,114 @@ from lib.runs.child import StoppedError, run_child
 from lib.runs.files import atomic_path, require_space, writable
 from lib.runs.machine import available_memory, llama_cpp_problem, physical_cores
 from lib.runs.run import Product
-from lib.stages.quantize import recipes
-from lib.stages.quantize.recipes import Options
+from lib.settings import TENSOR_TYPES
+
+# The names of llama.cpp's recipes ("Q4_K_M"), and what may be changed about one.
+#
+# A recipe is a mix: it decides a type for every tensor, so a file's real bits per weight differ from its name. K- and
+# IQ-types store super-blocks of 256 weights; rows of another length fall back to a type with blocks of 32.
+
+TABLES = yaml.safe_load(Path(__file__).with_name("recipes.yaml").read_text(encoding="utf-8"))
+
+FILE_TYPES: dict[str, int] = TABLES["file_types"]
+"""Every recipe that llama.cpp (as pinned) can write, with its `general.file_type`."""
+
+SOURCE_TENSOR_TYPES = frozenset({"f32", "f16", "bf16"})
+"""Tensor types that may be quantized; anything else would be quantized a second time."""
+
+UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
+"""Recipes that only change the number format."""
+
+_NANOSECONDS_ANY = 4.0
+"""Time to read, widen and write one weight, whatever its type."""
+
+
+def quantizing_seconds(histogram: Sequence[dict[str, Any]]) -> float:
+    """Roughly what one thread needs for a file with that histogram: good enough to begin with the longest."""
+    times = TABLES["nanoseconds"]
+    return sum(row["weights"] * (times[row["type"]] + _NANOSECONDS_ANY) for row in histogram) * 1e-9
+
+
+def file_type(name: str) -> int:
+    """The header number of a recipe.
+
+    Raises:
+        InputError: no such recipe; the message offers the nearest names.
+    """
+    if name in FILE_TYPES:
+        return FILE_TYPES[name]
+    near = difflib.get_close_matches(name.upper(), FILE_TYPES, 3, 0.5)
+    do = f"write {' or '.join(near)}." if near else f"choose one of: {', '.join(FILE_TYPES)}."
+    raise InputError(f"unknown quantization type {name!r}.", "a type that llama.cpp writes, e.g. Q4_K_M.", do)
+
+
+def name_of(number: int | None) -> str:
+    """The recipe with that header number; "unknown" when the header has none or another."""
+    return next((name for name, value in FILE_TYPES.items() if value == number), "unknown")
+
+
+def tensor_type(name: str) -> str:
+    """The tensor type of that name, whatever its case, as llama.cpp writes it.
+
+    Raises:
+        InputError: no such type.
+    """
+    by_lower_case = {kind.lower(): kind for kind in TENSOR_TYPES}
+    if kind := by_lower_case.get(name.lower()):
+        return kind
+    near = [by_lower_case[found] for found in difflib.get_close_matches(name.lower(), by_lower_case, 2, 0.5)]
+    do = f"write {' or '.join(near)}." if near else f"choose one of: {', '.join(TENSOR_TYPES)}."
+    raise InputError(f"unknown tensor type {name!r}.", "the type of one tensor, e.g. q6_K (a recipe is a mix).", do)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of quantizing, checked for their form; what they do to a model is checked by the dry run.
+
+    Attributes:
+        imatrix: importance matrix of llama-imatrix (GGUF or .dat; in a child process its path as text); its file name
+            goes into the new header.
+        tensor_types: "regular expression=type" for tensors whose name it is found in; the first that fits counts.
+        output_tensor_type: type of the output matrix (of a tied model: of the token embedding); "" = as the recipe.
+        token_embedding_type: type of the token embedding; "" = as the recipe.
+        notes: (key, text of at most 127 bytes) that go into the new header.
+    """
+
+    imatrix: Path | None = None
+    tensor_types: Sequence[str] = ()
+    output_tensor_type: str = ""
+    token_embedding_type: str = ""
+    notes: Sequence[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        named = [name for _, name in self.patterns()]
+        for name in filter(None, (*named, self.output_tensor_type, self.token_embedding_type)):
+            tensor_type(name)
+
+    def patterns(self) -> list[tuple[str, str]]:
+        """(regular expression, type) of each entry of `tensor_types`.
+
+        Raises:
+            InputError: an entry of another form.
+        """
+        pairs = []
+        for entry in self.tensor_types:
+            pattern, _, name = entry.partition("=")
+            if not pattern or not name:
+                do = "write for example attn_v=Q8_0 or blk\\.0\\.ffn_down=Q6_K."
+                raise InputError(f"the tensor type {entry!r}.", "REGEX=TYPE.", do)
+            if pattern != pattern.lower():
+                do = "write it in lower case: llama-quantize lowers it, and so would change what it means."
+                raise InputError(f"capital letters in the expression {pattern!r}.", "names of tensors.", do)
+            pairs.append((pattern, name))
+        return pairs
+
+    def any_types(self) -> bool:
+        """Whether any tensor's type is set by hand."""
+        return bool(self.tensor_types or self.output_tensor_type or self.token_embedding_type)
+
+
+# Sizes predicted, files made.
 
 _MEMORY_PER_CHILD = 512 << 20
 """Bytes: llama.cpp's buffers of at most 256 MiB (they do not grow with the model), the interpreter and the tokenizer
@@ -132,7 +241,7 @@ def survey(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """`predict_sizes`, and the source as `lib.stages.quantize.quantizer.describe` tells of it; by one child process."""
     for name in types:
-        recipes.file_type(name)
+        file_type(name)
     check_gguf(source)
     if problem := llama_cpp_problem():
         do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
@@ -187,7 +296,7 @@ def plan_files(
             output that is the source or cannot be written.
     """
     for name in types:
-        recipes.file_type(name)
+        file_type(name)
     names, options = [*types, *beside], options or Options()
     if len(set(names)) != len(names):
         raise InputError(f"a type named twice: {' '.join(names)}.", "each type once.", "remove one of the two.")
@@ -200,10 +309,14 @@ def plan_files(
 
 
 def _output_path(source: Path, output: Path, name: str) -> Path:
-    """Where the file of a type goes: `output` itself if it is no folder and ends with .gguf, else a file in it."""
+    """Where the file of a type goes: `output` itself if it is no folder and ends with .gguf, else a file in it, named
+    like the source without the type at its end."""
     if output.suffix == ".gguf" and not output.is_dir():
         return output
-    return output / f"{recipes.stem(source)}-{name}.gguf"
+    stem = source.stem
+    for suffix in ("F16", "BF16", "F32"):
+        stem = stem.removesuffix(f"-{suffix}").removesuffix(f"-{suffix.lower()}")
+    return output / f"{stem}-{name}.gguf"
 
 
 def quantize_files(
@@ -276,7 +389,7 @@ def make_files(
             done(report)
 
     several = f" ({together} at once)" if together > 1 else ""
-    longest = sorted(planned, key=lambda file: -recipes.quantizing_seconds(file.prediction["histogram"]))
+    longest = sorted(planned, key=lambda file: -quantizing_seconds(file.prediction["histogram"]))
     pool = ThreadPoolExecutor(together, thread_name_prefix="quantizing")
     try:
         with Progress(f"quantizing, types{several}", len(planned)) as progress:

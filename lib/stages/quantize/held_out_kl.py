@@ -25,8 +25,7 @@ from lib.scoring import perplexity
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.settings import IMATRIX_TYPES, Settings
 from lib.stages.quantize.calibration import AUTO, row_answers, row_windows, run_options
-from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files
-from lib.stages.quantize.recipes import UNQUANTIZED
+from lib.stages.quantize.files import UNQUANTIZED, QuantizationReport, QuantizeResult, quantize_files
 from lib.statistics.paired import clustered_bootstrap_t, holm, sign_flip_test
 
 VALUES = "held_out_kld.npz"
@@ -91,7 +90,7 @@ def judge(pairs: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> list[
         entry: dict[str, Any] = {}
         for key, values in (("kld_with", one), ("kld_without", other), ("difference", one - other)):
             interval = clustered_bootstrap_t(values, rows, SEED)
-            entry |= {key: interval.estimate, f"{key}_interval": interval.to_json()}
+            entry |= interval.named(key)
         shown = p_holm < 0.05 and interval.excludes_zero()
         verdict = ("better" if interval.estimate < 0 else "worse") if shown else "cannot tell"
         found.append({**entry, "p": p, "p_holm": p_holm, "verdict": verdict})

@@ -21,9 +21,9 @@ from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.runs.files import disk_error
 from lib.scoring.llama_backend import open_model
-from lib.stages.quantize import llama_library, recipes
+from lib.stages.quantize import files, llama_library
+from lib.stages.quantize.files import Options, tensor_type
 from lib.stages.quantize.llama_library import Header, Imatrix, Log, Tensor, read_header
-from lib.stages.quantize.recipes import Options, tensor_type
 
 _BUFFER = 256 << 20
 """Bytes of rows that llama.cpp holds at once; a row is quantized by itself, so this does not change the result."""
@@ -32,6 +32,8 @@ _FALLBACK_LINE = re.compile(
     r"^warning: (\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\w+)\).*-> falling back to +(\w+)"
 )
 _OVERRIDE_LINE = re.compile(r"(\S+) +- applying manual override: q8_0 -> q4_0$")
+_SUPER_BLOCK = 256
+"""Weights in a block of the K-, IQ- (but IQ4_NL) and TQ-types."""
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _OUTPUT = "output.weight"
 
@@ -93,7 +95,7 @@ def describe(header: Header) -> dict[str, Any]:
     return {
         "file": header.path.name,
         "bytes": header.path.stat().st_size,
-        "type": recipes.name_of(header.values.get("general.file_type")),
+        "type": files.name_of(header.values.get("general.file_type")),
         "architecture": header.values.get("general.architecture") or "unknown",
         "name": header.values.get("general.name") or "",
         "imatrix": header.values.get("quantize.imatrix.file"),
@@ -132,7 +134,7 @@ def _llama_quantize(
         InputError: llama.cpp refused; with the reason that it logged.
     """
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.max_buf_size = recipes.file_type(recipe), _BUFFER
+    params.ftype, params.max_buf_size = files.file_type(recipe), _BUFFER
     for name, value in fields.items():
         setattr(params, name, value)
     for name in ("output_tensor_type", "token_embedding_type"):
@@ -191,10 +193,12 @@ def find_fallbacks(recipe: str, tensors: Tensors, log: Log, options: Options) ->
     if by_hand or named or any(row["tensor"] == head for row in logged):
         return logged
     # llama.cpp moves the output matrix (or the embedding tied to it) to Q8_0 without a warning
-    silent = head in tensors and tensors[head].type == "q8_0" and recipes.uses_super_blocks(recipe)
-    if not silent or (columns := tensors[head].columns) % recipes.SUPER_BLOCK == 0:
+    super_blocks = "_K" in recipe or (recipe.startswith(("IQ", "TQ")) and recipe != "IQ4_NL")
+    silent = head in tensors and tensors[head].type == "q8_0" and super_blocks
+    if not silent or (columns := tensors[head].columns) % _SUPER_BLOCK == 0:
         return logged
-    return [{"tensor": head, "columns": columns, "wanted": recipes.output_type(recipe), "type": "q8_0"}, *logged]
+    wanted = "q5_K" if recipe in files.TABLES["output_as_q5_K"] else "q6_K"
+    return [{"tensor": head, "columns": columns, "wanted": wanted, "type": "q8_0"}, *logged]
 
 
 def _head(tensors: Tensors) -> str:
@@ -307,7 +311,7 @@ class Source:
 
     def _check_effect(self, recipe: str, tensors: Tensors, fallbacks: list[dict[str, Any]]) -> None:
         """Refuse options that would be without effect: llama.cpp passes over them in silence."""
-        if self.options.tensor_types and recipe in recipes.UNQUANTIZED:
+        if self.options.tensor_types and recipe in files.UNQUANTIZED:
             do = f"leave out {recipe}, or tensor_types."
             raise InputError(f"tensor_types with {recipe}.", "a quantized type: llama.cpp ignores them for others.", do)
         asked, head = self.options.output_tensor_type, _head(self.tensors)
@@ -365,8 +369,8 @@ def open_source(path: Path | str, options: Options) -> Source:
         raise InputError(f"{path} is one part of a split model.", "a model in one file.", do)
     if header.values.get("general.type") == "imatrix":
         raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")
-    if quantized := sorted({t.type for t in header.tensors.values()} - recipes.SOURCE_TENSOR_TYPES):
-        name = recipes.name_of(header.values.get("general.file_type"))
+    if quantized := sorted({t.type for t in header.tensors.values()} - files.SOURCE_TENSOR_TYPES):
+        name = files.name_of(header.values.get("general.file_type"))
         raise InputError(
             f"{path} is already quantized ({name}: {', '.join(quantized)}).",
             "F16, BF16 or F32 weights: quantizing twice adds the errors.",

@@ -23,8 +23,7 @@ from lib.runs.run import ProductDraft, Run
 from lib.scoring.measure import Text
 from lib.settings import Settings, mix_name
 from lib.stages.quantize import calibration, sensitivity
-from lib.stages.quantize.files import PlannedFile, predict_sizes
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.files import Options, PlannedFile, predict_sizes
 from lib.stages.quantize.sensitivity import AT_ANSWERS, METHOD, TEXT
 
 if TYPE_CHECKING:

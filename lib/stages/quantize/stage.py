@@ -1,30 +1,34 @@
-"""The stage `quantize`: one file for every type of the ladder, and one under a size budget; product `quantized`.
+"""The stage `quantize`: one file for every type of the ladder, and one under a size budget, product `quantized`; and
+what their weights alone tell: how far every tensor is from its source (product `tensor_errors`), what grid the base's
+weights lie on (`source_grid`), what quantizing leaves of the fine-tuning (`retention`).
 
 The door of this folder: what page 06 asks for stands here or is imported here.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lib.errors import InputError
 from lib.models.gguf_file import run_gguf
+from lib.runs.child import run_child
 from lib.runs.files import link_or_copy, read_json, remove_abandoned, sha256_file, write_json
 from lib.runs.manifest import versions
-from lib.runs.run import ProductDraft, Run
-from lib.settings import Settings
+from lib.runs.run import Product, ProductDraft, Run
+from lib.settings import GRID_SIZABLE, NF4, Settings
 from lib.stages.quantize import files
+from lib.stages.quantize.calibration import AUTO, matrix_identity, run_options
 from lib.stages.quantize.calibration import importance_matrix as importance_matrix
-from lib.stages.quantize.calibration import matrix_identity, run_options
-from lib.stages.quantize.files import PlannedFile, QuantizationReport, QuantizeResult
+from lib.stages.quantize.files import Options, PlannedFile, QuantizationReport, QuantizeResult
 from lib.stages.quantize.held_out_kl import imatrix_effect as imatrix_effect
 from lib.stages.quantize.held_out_kl import mix_effect as mix_effect
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.sensitivity import TEXT
 from lib.stages.quantize.size_budget import plan_mix
-from lib.stages.quantize.weights import predictions as predictions
-from lib.stages.quantize.weights import retention as retention
-from lib.stages.quantize.weights import source_grid as source_grid
-from lib.stages.quantize.weights import tensor_errors as tensor_errors
 
 _SUMMARY = "quantized.json"
 
@@ -148,3 +152,291 @@ def _fallback_note(rows: list[dict[str, Any]]) -> list[str]:
         f"type names mislead for this model: rows of {widths} weights do not fill blocks of 256, so llama.cpp stored "
         f"some tensors of {listed} in larger types than the names say"
     ]
+
+
+# What is told by the weights alone; what the answers keep is measured in 07.
+
+GRID_SHARE = 0.2
+"""Share of blocks that a type gives back from which the weights count as lying on its grid. Generic ones give 0; a type
+that shares a few blocks by chance of their form (q5_0 of a symmetric block of q4_1) gives some hundredths."""
+FEW_VALUES = 22.0
+"""Different values in a block of 32 (zeros left out) below which weights seem to come from a quantized file; generic
+ones have 30 to 32."""
+
+
+# How far every tensor is from its source.
+
+
+@dataclass(frozen=True)
+class TensorErrors:
+    """Every quantized tensor of every file.
+
+    Attributes:
+        files: {type: [{"tensor", "layer" (None outside of the blocks), "kind", "type", "weights", "bits_per_weight",
+            "relative_rmse"}]}; relative RMSE is ‖quantized - source‖ / ‖source‖.
+    """
+
+    product: Product
+    files: dict[str, list[dict[str, Any]]]
+
+    def by_kind(self, name: str) -> dict[str, dict[str, float]]:
+        """{kind: {"relative_rmse" (root mean square, tensors weighted by their weights), "bits_per_weight"}}."""
+        found: dict[str, dict[str, float]] = {}
+        for kind in dict.fromkeys(row["kind"] for row in self.files[name]):
+            rows = [row for row in self.files[name] if row["kind"] == kind]
+            weights = [row["weights"] for row in rows]
+            squares = float(np.average([row["relative_rmse"] ** 2 for row in rows], weights=weights))
+            bits = float(np.average([row["bits_per_weight"] for row in rows], weights=weights))
+            found[kind] = {"relative_rmse": squares**0.5, "bits_per_weight": bits}
+        return found
+
+
+def tensor_errors(settings: Settings, run: Run, result: QuantizeResult) -> TensorErrors:
+    """Compare every file of the ladder with its source, tensor by tensor, or find it done.
+
+    Raises:
+        InputError: a damaged file.
+    """
+
+    def content(work: ProductDraft) -> dict[str, Any]:
+        argument = {"source": run_gguf(run), "files": _paths(result)}
+        function = "lib.stages.quantize.compare_weights:compare_with_source"
+        files = run_child(function, argument, "errors of single tensors")["files"]
+        worst = {name: max(row["relative_rmse"] for row in rows) for name, rows in files.items() if rows}
+        work.metrics |= {name: round(value, 5) for name, value in worst.items()}
+        return {"files": files}
+
+    parameters = {"types": [file.type for file in result.files]}
+    product, found = run.produce_json("tensor_errors", content, parameters, ("gguf", "quantized"), settings.force)
+    return TensorErrors(product, found["files"])
+
+
+def _paths(result: QuantizeResult) -> dict[str, Path]:
+    """{type: path} of the ladder's files."""
+    return {file.type: result.product.path / file.file for file in result.files}
+
+
+def predictions(run: Run, loss: str = TEXT) -> dict[str, float]:
+    """{file of the product `quantized`: KL divergence from the source that its types predict, nats a token}.
+
+    Args:
+        loss: "kld" of text, or "answer_kld" of a position that predicts a token of an answer.
+
+    The sum over its tensors, as for the file under a size budget; 0 for a file that rounds nothing. From products
+    alone: `sensitivity` (losses) and `tensor_errors` (types). Empty where these files were made without sensitivities;
+    a file with a type that was not tried is left out.
+
+    Raises:
+        InputError: a missing or damaged product, or one that was made for other files.
+    """
+    quantized = run.require("quantized")
+    if "sensitivity" not in quantized.entry.inputs:
+        return {}
+    measured, errors = run.require("sensitivity"), run.require("tensor_errors")
+    same = quantized.entry.inputs["sensitivity"] == measured.entry.digest
+    if not same or errors.entry.inputs["quantized"] != quantized.entry.digest:
+        found = f"run {run.name!r} holds sensitivities or errors of other files than those in quantized/."
+        raise InputError(found, "products of one run of 06.", "run notebooks/06_quantize.ipynb again.")
+    tensors = read_json(measured.path / "sensitivity.json")["tensors"]
+    losses = {(t["tensor"], kind["type"]): kind.get(loss) for t in tensors for kind in t["types"]}
+    tried = {t["tensor"] for t in tensors}  # the others are in F16 in every file
+    types = read_json(errors.path / "tensor_errors.json")["files"]
+    found = {}
+    for row in read_json(quantized.path / "quantized.json")["files"]:
+        parts = [losses.get((t["tensor"], t["type"])) for t in types[row["type"]] if t["tensor"] in tried]
+        if None not in parts:
+            found[row["file"]] = sum(parts)
+    return found
+
+
+# The base and the fine-tuning.
+
+
+@dataclass(frozen=True)
+class SourceGrid:
+    """What the base's weights come from, as far as they tell.
+
+    Attributes:
+        product: None where the base could not be had, or was not what was fine-tuned; `reason` says why.
+        shares: {type: share of blocks of 32 that it gives back}.
+        distinct: different values in a block of 32 (zeros left out), mean; None where no block could be tried.
+        blocks, matrices: tried, those that fine-tuning moved.
+    """
+
+    product: Product | None
+    shares: dict[str, float] = field(default_factory=dict)
+    distinct: float | None = None
+    blocks: int = 0
+    matrices: int = 0
+    reason: str = ""
+
+    @property
+    def types(self) -> dict[str, float]:
+        """The types whose grid it is, the most exact first."""
+        found = {kind: share for kind, share in self.shares.items() if share >= GRID_SHARE}
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+    def share(self, histogram: Iterable[Mapping[str, Any]]) -> float:
+        """Share of a file's weights that are in such types (parts with "type" and "weights")."""
+        parts = list(histogram)
+        return sum(p["weights"] for p in parts if p["type"] in self.types) / sum(p["weights"] for p in parts)
+
+    def marked(self, files: Iterable[tuple[str, Iterable[Mapping[str, Any]]]]) -> list[str]:
+        """What tables mark: such types, and the files (name and histogram) with a `GRID_SIZABLE` share of them."""
+        return [*self.types, *(name for name, parts in files if self.share(parts) >= GRID_SIZABLE)]
+
+
+def stamp(grid: SourceGrid) -> str:
+    """What every page of the run must say; empty for weights on no grid."""
+    if grid.types:
+        kinds = ", ".join(f"{kind} ({100 * share:.0f} %)" for kind, share in grid.types.items())
+        return (
+            f"the base's weights lie on the grid of {next(iter(grid.types))} (blocks of 32 that a type gives back: "
+            f"{kinds}): files with those types can round the fine-tuning away, and types cannot be compared fairly"
+        )
+    if grid.distinct is not None and grid.distinct < FEW_VALUES:
+        return (
+            f"the base's weights seem to come from a quantized file ({grid.distinct:.1f} different values in a block "
+            "of 32), though none of the types tried gives them back"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What every file of the ladder keeps of δ = tuned - base weights.
+
+    Attributes:
+        product: None where the base could not be had, or was not what was fine-tuned; `reason` says why.
+        files: {type: rows of `lib.stages.quantize.compare_weights.compare_with_base`}.
+        moved: ‖δ‖ / ‖base‖ over all matrices.
+        left_out: matrices that the base does not have.
+        source_grid: {file or folder name: share of its weights in types on the grid of the base's weights}.
+    """
+
+    product: Product | None
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    moved: float = 0.0
+    left_out: tuple[str, ...] = ()
+    source_grid: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def kept(self, name: str, kind: str | None = None) -> float | None:
+        """⟨q, δ⟩ / ‖δ‖² over the tensors (of a kind) that a file quantizes; None where fine-tuning moved none."""
+        rows = [row for row in self.files[name] if kind in (None, row["kind"])]
+        return float(np.average([r["kept"] for r in rows], weights=[r["square"] for r in rows])) if rows else None
+
+    def returned(self, name: str, kind: str | None = None) -> float | None:
+        """Share of the changed blocks of 32 that are the base's again; None where none changed."""
+        rows = [row for row in self.files[name] if kind in (None, row["kind"])]
+        changed = sum(row["changed"] for row in rows)
+        return sum(row["returned"] for row in rows) / changed if changed else None
+
+
+def source_grid(settings: Settings, run: Run, force: bool | None = None) -> SourceGrid:
+    """On which types' grid the weights of the run's base lie: told before anything is quantized.
+
+    Args:
+        force: measure again even if nothing changed; None = as the settings say.
+
+    Raises:
+        InputError: no product `gguf`, or a base that does not belong to it.
+    """
+    source, matrix = run_gguf(run), run_options(settings, run).imatrix
+    if reason := _rounded_start(run):
+        return SourceGrid(None, reason=reason)
+
+    def measure(work: ProductDraft, base: Path) -> dict[str, Any]:
+        function = "lib.stages.quantize.compare_weights:measure_grid"
+        argument = {"base": base, "source": source, "imatrix": matrix}
+        found = run_child(function, argument, "grid of the base's weights")
+        del found["peak_memory_mib"]
+        grid = _grid(None, found)
+        work.notes += [words] if (words := stamp(grid)) else []
+        work.metrics |= {kind: round(share, 4) for kind, share in grid.types.items()}
+        return found
+
+    inputs = ("data", "gguf", *(["imatrix"] if settings.imatrix == AUTO else []))
+    parameters = {"imatrix": matrix_identity(matrix)}
+    force = settings.force if force is None else force
+    try:
+        return _grid(*_measured_on_base(run, "source_grid", measure, parameters, inputs, force))
+    except _NoBaseError as error:
+        return SourceGrid(None, reason=str(error))
+
+
+def _grid(product: Product | None, content: dict[str, Any]) -> SourceGrid:
+    return SourceGrid(product, content["types"], content["distinct"], content["blocks"], content["matrices"])
+
+
+def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention:
+    """Compare tuned weights, base weights and every file of the ladder, or find it done.
+
+    Raises:
+        InputError: a base that does not belong to the GGUF, a damaged file.
+    """
+    grid = source_grid(settings, run, force=False)
+    if grid.product is None:
+        return Retention(None, reason=grid.reason)
+
+    def measure(work: ProductDraft, base: Path) -> dict[str, Any]:
+        argument = {"base": base, "source": run_gguf(run), "files": _paths(result)}
+        function = "lib.stages.quantize.compare_weights:compare_with_base"
+        found = run_child(function, argument, "what is left of the fine-tuning")
+        del found["peak_memory_mib"]
+        shares = {file.file: grid.share(file.histogram) for file in result.files}
+        shares |= {NF4: found["in_blocks"]} if NF4 in grid.types else {}
+        kept = Retention(None, found["files"])
+        work.metrics |= {name: kept.kept(name) for name in kept.files}
+        return {"source_grid": shares, **found}
+
+    inputs, parameters = ("data", "gguf", "quantized", "source_grid"), {"types": [file.type for file in result.files]}
+    try:
+        product, found = _measured_on_base(run, "retention", measure, parameters, inputs, settings.force)
+    except _NoBaseError as error:
+        return Retention(None, reason=str(error))
+    return Retention(product, found["files"], found["moved"], tuple(found["left_out"]), found["source_grid"])
+
+
+class _NoBaseError(Exception):
+    """The base cannot be had; its text says why."""
+
+
+def _measured_on_base(
+    run: Run,
+    product: str,
+    measure: Callable[[ProductDraft, Path], dict[str, Any]],
+    parameters: dict[str, Any],
+    inputs: tuple[str, ...],
+    force: bool,
+) -> tuple[Product, dict[str, Any]]:
+    """What is measured on the run's base, which is resolved (and hashed) only when something is measured.
+
+    Raises:
+        _NoBaseError: see there.
+    """
+    from lib.models.base_model import base_of
+
+    def content(work: ProductDraft) -> dict[str, Any]:
+        try:
+            base = base_of(run).path
+        except InputError as error:
+            raise _NoBaseError(f"The base model cannot be had now: {error.found}") from error
+        return measure(work, base)
+
+    revision = run.require("data").entry.facts.get("base_revision")  # as 01 recorded it
+    return run.produce_json(product, content, {"base": revision, **parameters}, inputs, force)
+
+
+def _rounded_start(run: Run) -> str:
+    """Why nothing can be told of an adapter that was merged into the rounded weights that it was trained on; empty for
+    others. Those weights are stored nowhere, and from the base's own they differ by the rounding to NF4 too, which
+    would pass for fine-tuning."""
+    merged = run.manifest.entries().get("merged")
+    if merged is None or merged.facts.get("merge_base") != "dequantized":
+        return ""
+    return (
+        "The adapter was merged into weights that had been rounded to NF4 (`merge_base: dequantized`), which are not "
+        "kept, so what fine-tuning changed cannot be told from that rounding. They lie on the grid of NF4: the export "
+        "`nf4` can round the fine-tuning away."
+    )

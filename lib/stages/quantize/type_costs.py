@@ -20,11 +20,11 @@ from lib.errors import InputError
 from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.machine import physical_cores
-from lib.stages.quantize import llama_library, recipes
+from lib.stages.quantize import llama_library
+from lib.stages.quantize.files import TABLES, Options, quantizing_seconds
 from lib.stages.quantize.quantizer import Source, open_source, planned_types
-from lib.stages.quantize.recipes import Options
 
-PLAIN, WITH_MATRIX = recipes.TABLES["plain"], recipes.TABLES["with_matrix"]
+PLAIN, WITH_MATRIX = TABLES["plain"], TABLES["with_matrix"]
 """Types that any tensor may have; and types for tensors with importance values only."""
 
 _WEIGHTS = 1 << 21
@@ -128,7 +128,7 @@ class _Trial:
 
     def seconds(self, kind: str) -> float:
         """Roughly, that trying a type takes: for the order."""
-        return recipes.quantizing_seconds([{"type": kind, "weights": self.rows_drawn * self.tensor.columns}])
+        return quantizing_seconds([{"type": kind, "weights": self.rows_drawn * self.tensor.columns}])
 
     def losses(self, kind: str) -> dict[str, float]:
         """KL divergences that the tensor in a type is predicted to cost; its rows are read again for every type, which

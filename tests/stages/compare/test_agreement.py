@@ -10,7 +10,7 @@ import pytest
 
 from lib.scoring.log_probabilities import Scores
 from lib.stages.compare import files
-from lib.stages.compare.error_ladder import EDGES, agreements, by_margin
+from lib.stages.compare.changes import EDGES, agreements, by_margin
 from lib.stages.compare.files import Comparison, compare_files
 from lib.statistics.intervals import wilson
 from tests.stages.compare.conftest import Ladder

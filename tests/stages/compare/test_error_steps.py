@@ -14,7 +14,7 @@ from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import Scores
 from lib.scoring.metric import ACCURACY, RowGroups
 from lib.stages.compare import child, files
-from lib.stages.compare.error_ladder import steps_of
+from lib.stages.compare.changes import steps_of
 from lib.stages.compare.files import Comparison
 
 N = 60

@@ -10,8 +10,8 @@ import pytest
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
+from lib.stages.compare.changes import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.stages.compare.files import Comparison, compare_files
-from lib.stages.compare.retention import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.statistics.intervals import Interval
 from tests.stages.compare.conftest import Ladder
 

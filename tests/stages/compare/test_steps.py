@@ -13,7 +13,8 @@ from lib.report import steps_page
 from lib.scoring.accuracy import label_divergence
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
-from lib.stages.compare.error_ladder import error_ladder, step_file
+from lib.stages.compare.changes import error_ladder
+from lib.stages.compare.recommend import step_file
 
 LABELS = np.array([0, 1] * 50)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.scoring.journal import journal_path
+from lib.scoring.backend import journal_path
 from lib.stages.evaluate.standalone import evaluate_models
 from tests.scoring.conftest import Tiny
 from tests.stages.evaluate.conftest import save_adapter, test_rows

@@ -15,7 +15,7 @@ import pytest
 from lib.prompts.tasks import ClassificationTask
 from lib.settings import Settings
 from lib.stages.data.stage import rows_from_file
-from lib.stages.evaluate.standalone import evaluate_models
+from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 from tests.scoring import tiny
 from tests.stages.evaluate.test_stage import here
 
@@ -50,6 +50,6 @@ def test_killed_command_continues(small, tmp_path, monkeypatch):
     found, _ = rows_from_file(str(tmp_path / "rows.json"), ["负面", "正面"])
     plain = [{key: row[key] for key in ("id", "text", "label")} for row in found]
     task = ClassificationTask(("负面", "正面"), Settings().system_prompt, "评价：{text}", Settings().max_seq_length)
-    (whole,) = evaluate_models([small.gguf], plain, task, n_threads=1)["models"]
+    (whole,) = evaluate_models([small.gguf], plain, task, options=ModelOptions(n_threads=1))["models"]
     timed = {"seconds_per_sample", "peak_memory_mib"}
     assert {k: v for k, v in entry.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}

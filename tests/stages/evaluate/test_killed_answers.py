@@ -11,7 +11,7 @@ import pytest
 
 from lib.cli.evaluate import evaluate as command_line
 from lib.runs.files import read_json, read_jsonl
-from lib.scoring.journal import journal_path
+from lib.scoring.backend import journal_path
 from lib.settings import Settings
 from lib.stages.evaluate.stage import evaluate
 from lib.stages.evaluate.standalone import score_in_child
@@ -109,4 +109,4 @@ def test_killed_command_continues(
 def here(function: str, argument: dict[str, Any], what: str) -> dict[str, Any]:
     """In place of `run_child`, in this process."""
     assert function == "lib.stages.evaluate.standalone:score_in_child" and what.startswith("evaluating")
-    return score_in_child(json.loads(json.dumps(argument)))
+    return score_in_child(json.loads(json.dumps(argument, default=str)))

@@ -16,7 +16,7 @@ from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings
 from lib.stages.evaluate.results import BASE, FINETUNED, FLOOR, LabelEvaluation
 from lib.stages.evaluate.stage import evaluate
-from lib.stages.evaluate.standalone import evaluate_models, score_in_child
+from lib.stages.evaluate.standalone import ModelOptions, evaluate_models, score_in_child
 from tests.scoring import tiny
 from tests.stages.evaluate.conftest import save_adapter, test_rows
 
@@ -72,7 +72,7 @@ def test_adapter_is_needed(run):
 def here(function: str, argument: dict, what: str) -> dict:
     """In place of `run_child`: importing torch once more for every kind of model takes too long for a test."""
     assert function == "lib.stages.evaluate.standalone:score_in_child" and what.startswith("evaluating")
-    return score_in_child(json.loads(json.dumps(argument)))
+    return score_in_child(json.loads(json.dumps(argument, default=str)))
 
 
 @pytest.mark.parametrize("kind", ["folder", "adapter", "gguf"])
@@ -87,7 +87,9 @@ def test_any_model(small, tmp_path, kind, monkeypatch):
 
         reference = PeftModel.from_pretrained(tiny.make_model(), model)
     rows = test_rows()
-    answer = evaluate_models([model], rows, small.task, {"source": "here"}, dtype="float32", n_threads=1)
+    answer = evaluate_models(
+        [model], rows, small.task, {"source": "here"}, options=ModelOptions(dtype="float32", n_threads=1)
+    )
     direct = score_rows(TransformersBackend(reference), small.tokenizer, small.task, rows, "scoring")
     assert answer["data"] == {"source": "here", "n": 40, "labels": ["负面", "正面"]}
     (entry,) = answer["models"]
@@ -131,7 +133,9 @@ def test_answer_words_of_several_tokens_are_told(small, monkeypatch):
     monkeypatch.setattr("lib.stages.evaluate.standalone.run_child", here)
     for words, note in ((("负面", "正面"), ""), (("负面", "差劲透顶"), "so a longer word has more to lose")):
         task = replace(small.task, label_names=words)
-        (entry,) = evaluate_models([small.folder], test_rows()[:4], task, dtype="float32")["models"]
+        (entry,) = evaluate_models([small.folder], test_rows()[:4], task, options=ModelOptions(dtype="float32"))[
+            "models"
+        ]
         assert entry["note"].endswith(note) and bool(entry["note"]) == bool(note)
 
 
@@ -156,10 +160,10 @@ def test_a_base_in_four_bits_is_another_model(tmp_path):
     from lib.stages.evaluate.standalone import keep_of
 
     (tmp_path / "weights").write_bytes(b"w")
-    asked = {"keep": str(tmp_path / "kept.jsonl"), "load_in_4bit": False}
-    full, again, in_4bit = (keep_of(asked | {"load_in_4bit": b}, [tmp_path / "weights"]) for b in (False, False, True))
+    asked = {"keep": str(tmp_path / "kept.jsonl"), "path": str(tmp_path / "weights"), "adapter": None}
+    full, again, in_4bit = (keep_of(asked | {"load_in_4bit": b}) for b in (False, False, True))
     assert full == again and full.model != in_4bit.model
-    assert keep_of(asked | {"keep": None}, []) is None
+    assert keep_of(asked | {"keep": None}) is None
 
 
 def test_interrupted_evaluation_continues(run, monkeypatch, capsys):

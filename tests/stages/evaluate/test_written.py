@@ -16,10 +16,9 @@ from lib.models.gguf_tokenizer import token_bytes
 from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import ConversationTask
 from lib.report.evaluate_page import AnswerPage
+from lib.scoring.backend import Keep
 from lib.scoring.generation import Questions, Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
-from lib.scoring.journal import Keep
-from lib.scoring.term_lists import read_prompts
-from lib.scoring.text_metrics import summarise
+from lib.scoring.text_metrics import read_prompts, summarise
 from lib.scoring.torch_backend import TransformersBackend
 from lib.settings import Settings
 from lib.stages.evaluate.results import BASE, FINETUNED, SHOWN

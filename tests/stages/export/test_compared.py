@@ -163,9 +163,9 @@ def test_evaluate_takes_the_folders(exported: Callable, compared: tuple[dict, Pa
     (model,) = evaluate_models([folder], ROWS, tiny_run.TASK)["models"]
     entry = next(entry for entry in compared[0]["files"] if entry["type"] == "nf4")
     assert model["accuracy"] == entry["accuracy"] and model["n"] == 30
-    argument = {"model": str(folder), "base_model": None, "revision": "main", "load_in_4bit": True}
+    argument = {"model": str(folder), "path": str(folder), "adapter": None, "load_in_4bit": True}
     with pytest.raises(InputError, match="quantized already"):
-        standalone._open_transformers(argument)
+        standalone.open_model(argument, 64)
 
 
 def test_a_folder_with_another_tokenizer(base: Path, tmp_path: Path) -> None:

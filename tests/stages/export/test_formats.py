@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.models.loading import count_weights, load_as_saved, quantization_method, weight_bytes
 from lib.runs.files import PROJECT
 from lib.settings import EXPORT_FORMATS
-from lib.stages.export import child
+from lib.stages.export import stage
 from lib.stages.export.stage import FORMATS, question_of, write_card
 from tests import tiny_run
 from tests.stages.export.conftest import make, token_ids
@@ -76,7 +76,8 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     folder, answer = exported(name)
     text = '他说："很好"，房间\\干净。'
     record = {**answer, "bytes": answer["bytes"], "bits_per_weight": 8.0, "peak_memory_mib": 1.0}
-    write_card(folder, FORMATS[name], record, "A model.", ["a note"], question_of(tiny_run.TASK, {"text": text}))
+    asked = question_of(tiny_run.TASK, {"text": text})
+    write_card(folder, FORMATS[name], record, lineage="A model.", notes=["a note"], asked=asked)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "> a note" in card and name in card and ("BitsAndBytesConfig" in card) == (name in ("int8", "nf4"))
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
@@ -110,10 +111,10 @@ def test_calibration_decides_what_gptq_writes(base: Path, exported: Exported, tm
 
 
 def test_group_size_fits_the_layers(exported: Exported) -> None:
-    assert child.group_size({896, 4864}) == 128 and child.group_size({256, 768}) == 128
-    assert child.group_size({64, 128}) == 64 and child.group_size({48, 96}) == 16
+    assert stage.group_size({896, 4864}) == 128 and stage.group_size({256, 768}) == 128
+    assert stage.group_size({64, 128}) == 64 and stage.group_size({48, 96}) == 16
     with pytest.raises(InputError, match="linear layers with 40 inputs"):
-        child.group_size({40, 128})
+        stage.group_size({40, 128})
     folder, answer = exported("gptq")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == answer["group_size"] == 64
@@ -158,7 +159,7 @@ def test_what_float16_cannot_hold_is_refused(base: Path, tmp_path: Path, value: 
 
 def test_gptq_without_rows(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no rows to calibrate"):
-        child.quantize_gptq(base, tmp_path / "gptq", [])
+        stage.quantize_gptq(base, tmp_path / "gptq", [])
 
 
 def test_a_folder_whose_library_is_absent(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

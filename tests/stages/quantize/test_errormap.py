@@ -13,8 +13,7 @@ from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run, open_run
 from lib.settings import Settings
 from lib.stages.quantize import compare_weights
-from lib.stages.quantize.stage import quantize, tensor_errors
-from lib.stages.quantize.weights import TensorErrors
+from lib.stages.quantize.stage import TensorErrors, quantize, tensor_errors
 from tests import tiny_gguf
 from tests.stages.quantize.test_quantize_stage import make_gguf
 

@@ -25,10 +25,9 @@ from lib.settings import TENSOR_TYPES, Settings
 from lib.stages.convert.convert import convert
 from lib.stages.quantize import calibration
 from lib.stages.quantize.calibration import importance_matrix, run_options
-from lib.stages.quantize.files import QuantizeResult, predict_sizes
+from lib.stages.quantize.files import Options, QuantizeResult, predict_sizes
 from lib.stages.quantize.held_out_kl import Comparison, compared_with_matrix, judge, retyped
 from lib.stages.quantize.llama_library import read_imatrix
-from lib.stages.quantize.recipes import Options
 from lib.stages.quantize.stage import imatrix_effect, quantize
 from tests import tiny_gguf, tiny_run
 

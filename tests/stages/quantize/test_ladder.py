@@ -18,13 +18,13 @@ from lib.runs.child import StoppedError
 from lib.runs.files import sha256_file
 from lib.stages.quantize import files
 from lib.stages.quantize.files import (
+    Options,
     PlannedFile,
     at_once,
     make_files,
     predict_sizes,
     quantize_files,
 )
-from lib.stages.quantize.recipes import Options
 from tests import tiny_gguf
 
 PROJECT = Path(__file__).resolve().parents[3]

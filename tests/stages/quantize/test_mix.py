@@ -24,10 +24,9 @@ from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import Run
 from lib.settings import Settings, mix_name
 from lib.stages.convert.convert import convert
-from lib.stages.quantize import calibration, files, held_out_kl, sensitivity, size_budget, weights
+from lib.stages.quantize import calibration, files, held_out_kl, sensitivity, size_budget, stage
 from lib.stages.quantize import stage as quantize_stage
-from lib.stages.quantize.files import PlannedFile
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize.files import Options, PlannedFile
 from lib.stages.quantize.size_budget import MixRequest, choose_types, solve
 from lib.stages.quantize.stage import plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
@@ -203,7 +202,7 @@ def test_a_finished_page_starts_no_child(run: Run, monkeypatch: pytest.MonkeyPat
         ]
 
     first = page()
-    for module in (calibration, files, held_out_kl, sensitivity, size_budget, weights):
+    for module in (calibration, files, held_out_kl, sensitivity, size_budget, stage):
         monkeypatch.setattr(module, "run_child", lambda function, *_: started.append(function))
     assert page() == first and started == []
 

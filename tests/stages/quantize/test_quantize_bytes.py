@@ -22,9 +22,8 @@ import pytest
 
 from lib.runs.files import sha256_file
 from lib.settings import IMATRIX_TYPES, QUANTIZATION_TYPES, TENSOR_TYPES
-from lib.stages.quantize import quantizer, recipes
-from lib.stages.quantize.files import predict_sizes
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize import files, quantizer
+from lib.stages.quantize.files import Options, predict_sizes
 from tests import tiny_gguf
 
 LLAMA_QUANTIZE = {
@@ -120,7 +119,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.fixture(scope="module")
 def predictions(sources: dict[int, Path]) -> dict[int, dict[str, dict]]:
     return {
-        width: {row["type"]: row for row in predict_sizes(source, list(recipes.FILE_TYPES))}
+        width: {row["type"]: row for row in predict_sizes(source, list(files.FILE_TYPES))}
         for width, source in sources.items()
     }
 
@@ -130,15 +129,15 @@ def test_the_source_files_are_those_of_the_oracle(sources: dict[int, Path]) -> N
 
 
 def test_every_type_of_the_settings_has_an_oracle() -> None:
-    assert set(LLAMA_QUANTIZE) == {*QUANTIZATION_TYPES, *recipes.UNQUANTIZED}
+    assert set(LLAMA_QUANTIZE) == {*QUANTIZATION_TYPES, *files.UNQUANTIZED}
     assert {name for name, _ in WITH_IMATRIX} >= set(IMATRIX_TYPES)
-    assert {*LLAMA_QUANTIZE, *IMATRIX_TYPES} == set(recipes.FILE_TYPES)
+    assert {*LLAMA_QUANTIZE, *IMATRIX_TYPES} == set(files.FILE_TYPES)
 
 
 def test_the_numbers_are_those_of_the_library() -> None:
     import llama_cpp
 
-    for name, number in recipes.FILE_TYPES.items():
+    for name, number in files.FILE_TYPES.items():
         constant = "LLAMA_FTYPE_ALL_F32" if name == "F32" else f"LLAMA_FTYPE_MOSTLY_{name}"
         assert getattr(llama_cpp, constant) == number
 

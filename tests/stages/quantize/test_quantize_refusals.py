@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.runs.files import sha256_file
-from lib.stages.quantize import calibration, files, llama_library, quantizer, recipes, size_budget, type_costs
-from lib.stages.quantize.files import predict_sizes
-from lib.stages.quantize.recipes import Options
+from lib.stages.quantize import calibration, files, llama_library, quantizer, size_budget, type_costs
+from lib.stages.quantize.files import Options, predict_sizes
 from tests import tiny_gguf
 
 
@@ -47,7 +46,7 @@ def test_unknown_type(source: Path, tmp_path: Path, name: str) -> None:
 
 def test_close_match_of_an_unknown_type() -> None:
     with pytest.raises(InputError, match="write Q4_K_M"):
-        recipes.file_type("q4_k_m")
+        files.file_type("q4_k_m")
 
 
 def test_output_that_is_the_source(source: Path, tmp_path: Path) -> None:

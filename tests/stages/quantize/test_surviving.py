@@ -17,8 +17,7 @@ from lib.report.display import mark_names
 from lib.runs.machine import llama_cpp_problem
 from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
-from lib.stages.quantize.stage import plan, quantize, retention, source_grid
-from lib.stages.quantize.weights import Retention, SourceGrid, stamp
+from lib.stages.quantize.stage import Retention, SourceGrid, plan, quantize, retention, source_grid, stamp
 from tests import tiny_gguf
 from tests.stages.quantize.tiny_base import write_base
 
