@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.report.index import write_all_index
 from lib.runs import files
 from lib.runs.run import ProductDraft, Run, open_run
-from lib.scoring.journal import Journal
+from lib.scoring.backend import Journal
 from tests.support.small_disk import on_a_small_disk
 
 FULL = """
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from lib.errors import InputError
 from lib.runs.files import write_json
 from lib.runs.run import open_run
-from lib.scoring.journal import Journal
+from lib.scoring.backend import Journal
 
 home, weights, said = Path(os.environ["WORKBOOK_HOME"]), {"a": torch.ones(1 << 19)}, {}
 def journal(path):
