@@ -84,7 +84,7 @@ class Work:
         values = compute()
         if self.file is not None:
             cost = {"seconds": time.perf_counter() - started, "peak_memory_mib": peak_memory_mib()}
-            self.file.write(_line({"rows": [self.names[place] for place in places], "values": values, **cost}))
+            _append(self.file, {"rows": [self.names[place] for place in places], "values": values, **cost})
         return values
 
 
@@ -137,7 +137,7 @@ def _continued(file: IO[bytes], header: dict[str, Any]) -> tuple[list[dict[str, 
     found = _parsed(lines[0]) if lines else {}
     if found != header:
         file.truncate(0)
-        file.write(_line(header))
+        _append(file, header)
         words = ", ".join(text for key, text in _PARTS.items() if found.get(key) != header.get(key)) or "another file"
         return [], f"begun anew: what was kept is of {words}" if found else ""
     kept = list(itertools.takewhile(lambda batch: batch.keys() == _BATCH, map(_parsed, lines[1:])))
@@ -170,8 +170,11 @@ def model_hash(*paths: Path) -> str:
     return sha256_json(found)
 
 
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+def _append(file: IO[bytes], value: dict[str, Any]) -> None:
+    """One line; a disk that is nearly full takes a part of it, and refuses the rest."""
+    line = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+    while line:
+        line = line[file.write(line) :]
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
+from lib.progress import Progress
 from lib.report.index import write_all_index
 from lib.runs import files
 from lib.runs.run import ProductDraft, Run, open_run
-from lib.scoring.backend import Journal
+from lib.scoring.backend import Work
 from tests.support.small_disk import on_a_small_disk
 
 FULL = """
@@ -26,13 +27,13 @@ from safetensors.torch import save_file
 from lib.errors import InputError
 from lib.runs.files import write_json
 from lib.runs.run import open_run
-from lib.scoring.backend import Journal
+from lib.scoring.backend import Keep, keeping
 
 home, weights, said = Path(os.environ["WORKBOOK_HOME"]), {"a": torch.ones(1 << 19)}, {}
 def journal(path):
-    lines = Journal(path, {}, ["r"] * 9999)
-    for first in range(9999):
-        lines.take(first, [0], lambda: ["x" * 9000])
+    with keeping(Keep(path, "m"), "", "", ["r"] * 9999, [], {}) as work:
+        for first in range(9999):
+            work.take([0], lambda: ["x" * 9000])
 writers = {
     "bytes": lambda path: path.write_bytes(bytes(1 << 21)),
     "JSON": lambda path: write_json(path, "x" * (1 << 21)),
@@ -72,13 +73,18 @@ def test_a_full_disk_is_said_whoever_notices_it(tmp_path: Path) -> None:
 
 def test_a_journal_line_is_never_written_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is nearly full takes a part of what it is given, without an error."""
-    whole = os.write
-    journal = Journal(tmp_path / "scores.jsonl", {"of": "x"}, ["a", "b"])
-    monkeypatch.setattr(os, "write", lambda file, data: whole(file, data[:7]))
-    journal.take(0, [0, 1], lambda: [1.5, 2.5])
-    journal.close()
-    lines = (tmp_path / "scores.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line).get("value") for line in lines] == [None, 1.5, 2.5]
+    path = tmp_path / "scores.jsonl"
+    with path.open("ab", buffering=0) as file:
+        written = file.write
+
+        class Nearly:
+            def write(self, data: bytes) -> int:
+                return written(data[:7])
+
+        work = Work(Progress(""), ["a", "b"], file=Nearly())
+        assert work.take([0, 1], lambda: [1.5, 2.5]) == [1.5, 2.5]
+    [line] = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["values"] == [1.5, 2.5]
 
 
 def as_another(function: Callable[[], object], group: int = 65534) -> str:
