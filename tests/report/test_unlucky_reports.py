@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -35,25 +36,27 @@ guarded(lambda: run_report(sys.argv[1], {"run_name": sys.argv[2]}, notebooks=Pat
 """
 
 
-def killed(where: tuple[object, str], after: int, **arguments: object) -> None:
+KILLED = """
+import importlib, itertools, os, signal, sys
+from pathlib import Path
+from lib.report.runner import run_report
+module, name, after, params, notebooks = sys.argv[1:]
+owner, calls = importlib.import_module(module), itertools.count()
+original = getattr(owner, name)
+def deadly(*given, **named):
+    if next(calls) >= int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*given, **named)
+setattr(owner, name, deadly)
+run_report(Path(params), {"run_name": "cut"}, notebooks=Path(notebooks), say=lambda _: None)
+"""
+
+
+def killed(module: ModuleType, name: str, after: int, params: Path, notebooks: Path) -> None:
     """A report in a process of its own that SIGKILL ends when it calls that function once more than `after` times."""
-    if (child := os.fork()) == 0:
-        owner, name = where
-        original, calls = getattr(owner, name), [0]
-
-        def deadly(*given: object, **named: object) -> object:
-            calls[0] += 1
-            if calls[0] > after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*given, **named)
-
-        setattr(owner, name, deadly)
-        try:
-            run_report(say=lambda _: None, **arguments)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, module.__name__, name, str(after), str(params), str(notebooks)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 def shown(folder: Path) -> dict[str, str]:
@@ -76,10 +79,10 @@ def test_a_report_killed_at_any_moment_ends_as_if_it_had_not_been(
         (runner, "remember_page", 0),  # the page is there, its record is not
         (runner, "_stage", 0),  # between two notebooks
         (index, "write_run_index", 1),  # at the very end
-        (index, "_write_all", 0),  # while the list of all reports is locked
+        (index, "_summary", 0),  # while the list of all reports is locked
     ]
-    for owner, name, after in moments:
-        killed((owner, name), after, **arguments, overrides={"run_name": "cut"})
+    for module, name, after in moments:
+        killed(module, name, after, params, home / "notebooks")
         assert not [page for page in (home / "reports" / "cut").glob("0*.html") if problems(page)]
     result = run_report(say=lambda _: None, **arguments, overrides={"run_name": "cut"})
     expected = {name: text.replace("whole", "cut") for name, text in shown(undisturbed.folder).items()}
