@@ -33,7 +33,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def not_utf8(error: UnicodeEncodeError) -> InputError:
     """What to do with a file's name, or a text, that is no UTF-8: half a surrogate pair stands for each such byte."""
-    found = f"{error.object[max(0, error.start - 30) : error.end + 30]!r} is not UTF-8."
+    found = f"{error.object[max(0, error.start - 80) : error.end + 80]!r} is not UTF-8."
     do = "rename the file or its folder, or correct the text; in a terminal without UTF-8 set PYTHONUTF8=1."
     return InputError(found, "names and texts in UTF-8.", do)
 

@@ -116,6 +116,8 @@ def differences(folder: Path, base: Path) -> dict[str, str]:
     own, theirs, found = reader(folder), reader(base), {}
     mine, its = ({**plain, **added} for plain, added in (vocabulary(own), vocabulary(theirs)))
     whole = brings_tokenizer(folder)
+    if not its and not whole:
+        return {}  # a base without a tokenizer: nothing to compare with
     if odd := sorted(name for name in (mine.keys() | its.keys() if whole else mine) if mine.get(name) != its.get(name)):
         shown = ", ".join(odd[:4]) + (", …" if len(odd) > 4 else "")
         if not whole:

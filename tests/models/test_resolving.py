@@ -91,7 +91,8 @@ def test_names_deceive_nobody(here: Path) -> None:
     with pytest.raises(InputError, match="is a LoRA adapter"):
         resolve_base(str(adapter))
     shutil.copy(adapter / "adapter_config.json", here / "model")
-    resolve_base(str(here / "model"))  # a full model stays one beside a stray adapter_config.json
+    with pytest.raises(InputError, match="a whole model and an adapter beside it"):  # transformers would put it on
+        resolve_base(str(here / "model"))
     with pytest.raises(InputError, match="is a full model"):
         resolve_adapter(str(here / "model"))
 
