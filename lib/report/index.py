@@ -111,7 +111,7 @@ def commit_words(git: Mapping[str, Any]) -> str:
 def summarise(run: Run) -> Summary:
     """Read a run; never fails on a product that is not there yet."""
     entries = {product: e for product, e in run.manifest.entries().items() if (run.folder / product).is_dir()}
-    comparison = read_object(run.folder / "comparison" / "comparison.json") if "comparison" in entries else {}
+    comparison = object_or_empty(run.folder / "comparison" / "comparison.json") if "comparison" in entries else {}
     recommendation = comparison.get("recommendation", {})
     return Summary(
         name=run.name,
@@ -124,7 +124,7 @@ def summarise(run: Run) -> Summary:
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def object_or_empty(path: Path) -> dict[str, Any]:
     """A JSON object; empty when it is absent or damaged (the page of a product says so, not the index)."""
     try:
         value = read_json(path)
@@ -136,9 +136,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str, Quality]]:
     """Qualities by model and subset of the rows: of the evaluation, before it of the linear floor alone."""
     if "evaluation" not in entries:
-        floor = value_at(read_object(folder / "data" / "floor.json"), "test.all")
+        floor = value_at(object_or_empty(folder / "data" / "floor.json"), "test.all")
         return {"linear floor": {ALL: (_value(floor, "accuracy"), floor["n"])}} if floor else {}
-    evaluation, metrics = read_object(folder / "evaluation" / "evaluation.json"), entries["evaluation"].metrics
+    evaluation, metrics = object_or_empty(folder / "evaluation" / "evaluation.json"), entries["evaluation"].metrics
     if parts := evaluation.get("parts"):
         return {
             name: {subset: (_value(part[key], "perplexity"), part["n"]) for subset, part in parts.items()}

@@ -340,7 +340,7 @@ def _render_again(session: _Session) -> None:
     """Give every page the links and stamps that are known only now; nothing is executed."""
     summary, stages = summarise(session.run), session.stages()
     state = {"library": _library(), "run": sha256_json([repr(summary), repr(stages)])}
-    if index.read_object(session.folder / RENDERED) == state:
+    if index.object_or_empty(session.folder / RENDERED) == state:
         return
     for stage in stages:
         executed = session.folder / f"{stage.name}.ipynb"
@@ -387,7 +387,7 @@ def unchanged_page(page: Path, notebook: Path, parameters: dict[str, Any], run: 
     there = all(path.is_file() for path in (page, page.with_suffix(".ipynb")))
     if parameters.get("force") or not there:
         return False
-    return index.read_object(record_of(page)) == page_state(page, notebook, parameters, run)
+    return index.object_or_empty(record_of(page)) == page_state(page, notebook, parameters, run)
 
 
 def remember_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> None:
