@@ -299,10 +299,13 @@ def test_what_the_pages_show(results: dict) -> None:
 
 
 def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path: Path) -> None:
-    from lib.cli.evaluate import compare, evaluate
+    from lib.cli.evaluate import RowOptions, compare, evaluate
 
     name, part = results["run"].name, results["evaluation"].content["parts"]["all"]
-    output, options = tmp_path / "evaluation.json", {"run_name": name, "n_threads": 1, "as_json": True}
+    output, options = (
+        tmp_path / "evaluation.json",
+        {"rows_from": RowOptions(run_name=name), "n_threads": 1, "as_json": True},
+    )
     merged, f16 = results["merged"].product.path, results["gguf"].path
     evaluate([str(merged), str(f16)], output=output, dtype="float32", batch_size=2, **options)
     ours, llama = read_json(output)["models"]

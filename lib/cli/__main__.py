@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from lib.cli.console import guarded
+from lib.cli.console import guarded, with_options
 from lib.cli.doctor import doctor
 from lib.cli.evaluate import compare, evaluate, perplexity
 from lib.cli.models import convert, inspect, merge, unpack
@@ -44,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function, short_help in COMMANDS.items():
-    app.command(short_help=short_help)(guarded(function))
+    app.command(short_help=short_help)(guarded(with_options(function)))
 
 
 def joined(arguments: list[str]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import io
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +18,6 @@ import typer
 
 from lib.errors import InputError, Terminated, missing_library, not_utf8, other_version, sigterm_raises
 from lib.runs.files import disk_error, json_text, refuse_device
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-GpuLayers = Annotated[int, typer.Option(help="layers of a .gguf on the GPU; -1 = all", min=-1)]
-Threads = Annotated[int, typer.Option(help="CPU threads of llama.cpp; 0 = physical cores", min=0)]
-TextColumn = Annotated[str, typer.Option(help="column with the text; empty = find it")]
 
 _LONGEST = 1000
 """Most characters of a value: a name inside a file may be megabytes long."""
@@ -140,6 +137,38 @@ def _code_of(error: BaseException) -> int:
     tell(f"The workbook failed: {type(error).__name__}: {first[0] if first else 'no message'}")
     tell(f"This is a fault of the workbook or of a library. Set {DEBUG_VARIABLE}=1 to see the traceback.")
     return FAULT
+
+
+@functools.cache
+def _options() -> dict[str, dict[str, dict[str, Any] | None]]:
+    import yaml
+
+    return yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
+
+
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose parameters are told as ``options.yaml`` does; the fields of a dataclass are parameters, too."""
+    told, shared = _options()[command.__name__], _options()["of several commands"]
+    found = {p.name: p for p in inspect.signature(command, eval_str=True).parameters.values()}
+    groups = {name: p.annotation for name, p in found.items() if is_dataclass(p.annotation)}
+    for kind in groups.values():
+        found |= inspect.signature(kind, eval_str=True).parameters
+
+    def parameter(name: str, words: dict[str, Any]) -> inspect.Parameter:
+        words, kind = dict(words), found[name].annotation
+        plain = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without this, there would be --no-NAME
+        names, argument = words.pop("names", plain), words.pop("argument", None)
+        info = typer.Argument(help=argument, **words) if argument else typer.Option(*names, **words)
+        return found[name].replace(annotation=Annotated[kind, info], kind=inspect.Parameter.KEYWORD_ONLY)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        made = {name: kind(**{f.name: given.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        return command(**given, **made)
+
+    parameters = [parameter(name, words or shared[name]) for name, words in told.items()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lib.cli.console import Json, show, table
+from lib.cli.console import show, table
 from lib.runs import machine
 from lib.runs.files import PROJECT, home, user_path
 
@@ -28,14 +28,10 @@ GIB = 2**30
 
 
 def doctor(
-    params_file: Annotated[
-        Path | None, typer.Argument(help="recommend a way to train this parameter file", metavar="[PARAMS.yaml]")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="model folder in place of base_model", metavar="DIR")] = None,
-    parameters: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key")
-    ] = None,
-    as_json: Json = False,
+    params_file: Path | None = None,
+    model: str | None = None,
+    parameters: list[str] | None = None,
+    as_json: bool = False,
 ) -> None:
     """What this machine can run, with cures; with PARAMS.yaml or --model: which way of training fits it."""
     if params_file or model:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from lib.cli.console import GpuLayers, Json, TextColumn, Threads, show, table
+from lib.cli.console import show, table
 from lib.errors import InputError
 from lib.runs.files import user_path, utf8
 
@@ -20,137 +18,13 @@ if TYPE_CHECKING:
 SEED = 42
 """Seed with which --max-samples draws."""
 
-Data = Annotated[
-    str | None, typer.Option(help="labelled rows: CSV, TSV, JSON, JSONL, Parquet; or a folder", metavar="FILE")
-]
-RunName = Annotated[str | None, typer.Option("--run", help="take task and, without --data, test rows of a run")]
-MaxSamples = Annotated[int, typer.Option(help="most rows, drawn with seed 42; 0 = all", min=0)]
-LabelColumn = Annotated[str, typer.Option(help="column with the label; empty = find it")]
-LabelNames = Annotated[str | None, typer.Option(help="answer words of label 0,1,… joined by commas")]
-SystemPrompt = Annotated[str | None, typer.Option(help="system turn")]
-UserPrompt = Annotated[str | None, typer.Option(help="user turn; {text} is the row's text")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens of prompt and answer together")]
-
-
-def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="hub id, folder (quantized ones too) or .gguf file", metavar="MODEL")
-    ],
-    data: Data = None,
-    run_name: RunName = None,
-    max_samples: MaxSamples = 0,
-    n_gpu_layers: GpuLayers = 0,
-    n_threads: Threads = 0,
-    output: Annotated[Path | None, typer.Option(help="also write the JSON there", metavar="FILE.json")] = None,
-    base_model: Annotated[str | None, typer.Option(help="base of an adapter [default: as it names it]")] = None,
-    revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16")] = "auto",
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="NF4 (bitsandbytes)")] = False,
-    batch_size: Annotated[int, typer.Option(help="rows scored together", min=1)] = 32,
-    text_column: TextColumn = "",
-    label_column: LabelColumn = "",
-    label_names: LabelNames = None,
-    system_prompt: SystemPrompt = None,
-    user_prompt: UserPrompt = None,
-    max_seq_length: MaxLength = None,
-    as_json: Json = False,
-) -> None:
-    """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
-    from lib.runs.files import write_json
-    from lib.stages.evaluate.results import result_of
-    from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
-
-    if output is not None:
-        _refuse_unwritable(output)
-    columns = (text_column, label_column)
-    wanted = RowOptions(data, run_name, max_samples, *columns, label_names, system_prompt, user_prompt, max_seq_length)
-    task = wanted.task()
-    rows, source = wanted.rows(task)
-    result = evaluate_models(
-        models,
-        rows,
-        task,
-        source,
-        ModelOptions(
-            base_model, revision, dtype, load_in_4bit, batch_size, n_threads, n_gpu_layers, wanted.tokenizer()
-        ),
-        # The same command finds there what an interrupted one has scored.
-        keep=None if output is None else output.with_name(f".{output.name}.scores"),
-    )
-    if output is not None:
-        write_json(output, result)
-    shown = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
-    show(result, as_json, table(result["models"], shown))
-
-
-def compare(
-    reference: Annotated[Path, typer.Argument(help="the unquantized file", metavar="REFERENCE.gguf")],
-    others: Annotated[list[Path], typer.Argument(help="quantized .gguf files, or exported folders", metavar="OTHER")],
-    output: Annotated[Path, typer.Option(help="folder for comparison.json and the scores", metavar="DIR")],
-    data: Data = None,
-    run_name: RunName = None,
-    max_samples: MaxSamples = 0,
-    equivalence_margin: Annotated[
-        float, typer.Option(help="accuracy points that count as equivalent", min=0.01, max=50)
-    ] = 1.0,
-    perplexity_margin: Annotated[
-        float, typer.Option(help="percent of answer perplexity that count as equivalent, without labels", min=0.01)
-    ] = 1.0,
-    n_gpu_layers: GpuLayers = 0,
-    n_threads: Threads = 0,
-    text_column: TextColumn = "",
-    label_column: LabelColumn = "",
-    label_names: LabelNames = None,
-    system_prompt: SystemPrompt = None,
-    user_prompt: UserPrompt = None,
-    max_seq_length: MaxLength = None,
-    device: Annotated[
-        list[Path] | None, typer.Option(help="result of a phone page on one of the files", metavar="FILE.json")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
-    from lib.report import steps_page
-    from lib.scoring.metric import metric_of
-    from lib.stages.compare.files import Comparison, compare_files
-    from lib.stages.compare.speed import match_files
-
-    phones = match_files(device or [], [reference, *others])
-    columns = (text_column, label_column)
-    wanted = RowOptions(data, run_name, max_samples, *columns, label_names, system_prompt, user_prompt, max_seq_length)
-    task = wanted.task()
-    rows, source = wanted.rows(task)
-    metric = metric_of(task)
-    margins = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
-    asked = Comparison(
-        reference,
-        others,
-        rows,
-        task,
-        output,
-        source,
-        n_threads=n_threads,
-        n_gpu_layers=n_gpu_layers,
-        margin=margins[metric.margin_setting],
-        train=wanted.train(),
-    )
-    result = compare_files(asked)
-    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric.shown, "kld_mean", "verdict"))
-    if phones:
-        types = {entry["file"]: entry["type"] for entry in result["files"]}
-        phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]
-        result = {**result, "devices": phones}
-        lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
-        text += "\n\n" + table(lines, list(lines[0]))
-    show(result, as_json, text)
-
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Where the rows and the task come from, as the options say; None where an option was not given."""
+    """Options of where the rows and the task come from; None where one was not given."""
 
-    data: str | None
-    run_name: str | None
+    data: str | None = None
+    run_name: str | None = None
     max_samples: int = 0
     text_column: str = ""
     label_column: str = ""
@@ -242,6 +116,91 @@ class RowOptions:
         return rows, {"source": data, **counts}
 
 
+def evaluate(
+    models: list[str],
+    rows_from: RowOptions = RowOptions(),
+    n_gpu_layers: int = 0,
+    n_threads: int = 0,
+    output: Path | None = None,
+    base_model: str | None = None,
+    revision: str = "main",
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    batch_size: int = 32,
+    as_json: bool = False,
+) -> None:
+    """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
+    from lib.runs.files import write_json
+    from lib.stages.evaluate.results import result_of
+    from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
+
+    if output is not None:
+        _refuse_unwritable(output)
+    task = rows_from.task()
+    rows, source = rows_from.rows(task)
+    result = evaluate_models(
+        models,
+        rows,
+        task,
+        source,
+        ModelOptions(
+            base_model, revision, dtype, load_in_4bit, batch_size, n_threads, n_gpu_layers, rows_from.tokenizer()
+        ),
+        # The same command finds there what an interrupted one has scored.
+        keep=None if output is None else output.with_name(f".{output.name}.scores"),
+    )
+    if output is not None:
+        write_json(output, result)
+    shown = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
+    show(result, as_json, table(result["models"], shown))
+
+
+def compare(
+    reference: Path,
+    others: list[Path],
+    output: Path,
+    rows_from: RowOptions = RowOptions(),
+    equivalence_margin: float = 1.0,
+    perplexity_margin: float = 1.0,
+    n_gpu_layers: int = 0,
+    n_threads: int = 0,
+    device: list[Path] | None = None,
+    as_json: bool = False,
+) -> None:
+    """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
+    from lib.report import steps_page
+    from lib.scoring.metric import metric_of
+    from lib.stages.compare.files import Comparison, compare_files
+    from lib.stages.compare.speed import match_files
+
+    phones = match_files(device or [], [reference, *others])
+    task = rows_from.task()
+    rows, source = rows_from.rows(task)
+    metric = metric_of(task)
+    margins = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
+    asked = Comparison(
+        reference,
+        others,
+        rows,
+        task,
+        output,
+        source,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        margin=margins[metric.margin_setting],
+        train=rows_from.train(),
+    )
+    result = compare_files(asked)
+    text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric.shown, "kld_mean", "verdict"))
+    if phones:
+        types = {entry["file"]: entry["type"] for entry in result["files"]}
+        phones = [{**phone, "type": types[phone["compared"]]} for phone in phones]
+        result = {**result, "devices": phones}
+        lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
+        text += "\n\n" + table(lines, list(lines[0]))
+    show(result, as_json, text)
+
+
 def _refuse_unwritable(path: Path) -> None:
     """Refuse an output file that cannot be written before hours of work go into it."""
     from lib.runs.files import writable
@@ -258,19 +217,15 @@ _ROWS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def perplexity(
-    model: Annotated[str, typer.Argument(help=".gguf file or model folder (quantized ones too)", metavar="MODEL")],
-    text: Annotated[
-        Path, typer.Option(help="plain text (documents end at blank lines), or CSV, TSV, JSON, JSONL, Parquet")
-    ],
-    reference: Annotated[
-        str | None, typer.Option(help=".gguf file or model folder to compare with", metavar="REF")
-    ] = None,
-    n_ctx: Annotated[int, typer.Option(help="tokens a window", min=16)] = 512,
-    chunks: Annotated[int, typer.Option(help="most windows; 0 = the whole text", min=0)] = 0,
-    text_column: TextColumn = "",
-    n_gpu_layers: GpuLayers = 0,
-    n_threads: Threads = 0,
-    as_json: Json = False,
+    model: str,
+    text: Path,
+    reference: str | None = None,
+    n_ctx: int = 512,
+    chunks: int = 0,
+    text_column: str = "",
+    n_gpu_layers: int = 0,
+    n_threads: int = 0,
+    as_json: bool = False,
 ) -> None:
     """Perplexity on a text; with --reference the table of llama-perplexity --kl-divergence, and intervals."""
     from lib.scoring.measure import measure_text

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lib.cli.console import Json, cell, show
+from lib.cli.console import cell, show
 from lib.errors import InputError
 from lib.runs.files import user_path
 
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from lib.stages.convert.tensors import GgufFile
 
 
-def inspect(
-    path: Annotated[str, typer.Argument(help="model folder, adapter folder or .gguf file", metavar="PATH")],
-    as_json: Json = False,
-) -> None:
+def inspect(path: str, as_json: bool = False) -> None:
     """Describe a model, an adapter or a GGUF file without loading it; exit code 2 if it cannot be used."""
     report = examine(user_path(path))
     show(report, as_json, as_text(report))
@@ -109,15 +106,7 @@ def _value(key: str, value: Any) -> str:
     return cell(value)
 
 
-def unpack(
-    file: Annotated[Path, typer.Argument(help="GGUF file of a Qwen2, Qwen3 or Llama model", metavar="FILE.gguf")],
-    folder: Annotated[Path, typer.Argument(help="new model folder", metavar="FOLDER")],
-    dtype: Annotated[str, typer.Option(help="auto (float16 where they fit), float16, bfloat16 or float32")] = "auto",
-    off_grid: Annotated[
-        bool, typer.Option("--off-grid", help="rescale channels: same function, weights off the grid of their type")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def unpack(file: Path, folder: Path, dtype: str = "auto", off_grid: bool = False, as_json: bool = False) -> None:
     """Turn a GGUF file into a model folder: weights dequantized, configuration and tokenizer rebuilt."""
     from lib.models.unpack import notes_of
     from lib.models.unpack import unpack as write_folder
@@ -130,19 +119,15 @@ def unpack(
 
 
 def merge(
-    base_model: Annotated[str, typer.Option(help="folder, .gguf file or id of the base model", metavar="DIR")],
-    adapter: Annotated[str, typer.Option(help="folder, hub or ModelScope id of the LoRA adapter", metavar="DIR")],
-    output_dir: Annotated[Path, typer.Option(help="new folder of the merged model", metavar="DIR")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as the base]")] = None,
-    revision: Annotated[str, typer.Option(help="commit, branch or tag of a hub id")] = "main",
-    gguf: Annotated[
-        Path | None, typer.Option(help="also convert, in the same pass over the weights", metavar="OUT.gguf")
-    ] = None,
-    outtype: Annotated[str, typer.Option(help="of the GGUF: f16, bf16, f32 or q8_0")] = "f16",
-    tokenizer: Annotated[
-        str, typer.Option(help="where the adapter's own tokenizer or template differs: adapter or base")
-    ] = "adapter",
-    as_json: Json = False,
+    base_model: str,
+    adapter: str,
+    output_dir: Path,
+    dtype: str | None = None,
+    revision: str = "main",
+    gguf: Path | None = None,
+    outtype: str = "f16",
+    tokenizer: str = "adapter",
+    as_json: bool = False,
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
     from lib.models.adapters import refuse_adapter, require_adapter
@@ -206,13 +191,7 @@ def merge(
 
 
 def convert(
-    model_dir: Annotated[Path, typer.Argument(help="folder of a full model", metavar="MODEL_DIR")],
-    output: Annotated[Path, typer.Argument(help="new GGUF file", metavar="OUT.gguf")],
-    outtype: Annotated[str, typer.Option(help="f16, bf16, f32 or q8_0")] = "f16",
-    llama_cpp: Annotated[
-        Path | None, typer.Option(help="checkout whose official script converts instead", metavar="DIR")
-    ] = None,
-    as_json: Json = False,
+    model_dir: Path, output: Path, outtype: str = "f16", llama_cpp: Path | None = None, as_json: bool = False
 ) -> None:
     """Convert a model folder (Qwen2, Qwen3 or Llama family) to one GGUF file."""
     if llama_cpp is not None:

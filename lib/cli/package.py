@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from lib.cli.console import Json, Threads, show, tell
+from lib.cli.console import show, tell
 from lib.errors import InputError
 
 
 def package(
-    run_name: Annotated[str, typer.Argument(help="name of a run that was compared (01 to 07)", metavar="RUN")],
-    type_name: Annotated[
-        str | None, typer.Option("--type", help="quantization type [default: as the comparison recommends]")
-    ] = None,
-    formats: Annotated[
-        str, typer.Option(help="also folders, joined by commas: merged_model, fp16, int8, int4, gguf", metavar="NAMES")
-    ] = "",
-    output: Annotated[Path | None, typer.Option(help="folder for the zip [default: the run's]", metavar="DIR")] = None,
-    web: Annotated[bool, typer.Option("--web", help="add a page that runs the file in a phone's browser")] = False,
-    rows: Annotated[
-        Path | None,
-        typer.Option(help="with --web: texts that a phone is checked by, one a line or JSONL", metavar="FILE"),
-    ] = None,
-    n_threads: Threads = 0,
-    force: Annotated[bool, typer.Option("--force", help="make it again even if nothing changed")] = False,
-    as_json: Json = False,
+    run_name: str,
+    type_name: str | None = None,
+    formats: str = "",
+    output: Path | None = None,
+    web: bool = False,
+    rows: Path | None = None,
+    n_threads: int = 0,
+    force: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Pack the recommended file, or the one of --type, so that somebody else can use and check it."""
     from lib.runs.run import open_run
@@ -48,26 +38,17 @@ def package(
 
 
 def serve(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="GGUF file with a chat template; with --phone a run or a package's folder", metavar="FILE.gguf"
-        ),
-    ],
-    host: Annotated[str, typer.Option(help="address; others than 127.0.0.1 let the network in")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 = any free one", min=0, max=65535)] = 8080,
-    n_ctx: Annotated[int, typer.Option(help="tokens of prompt and answer; 0 = the file's, at most 4096", min=0)] = 0,
-    max_tokens: Annotated[int, typer.Option(help="most tokens of an answer", min=1)] = 1024,
-    thinking: Annotated[bool, typer.Option("--thinking", help="let a template that knows both ways reason")] = False,
-    n_gpu_layers: Annotated[int, typer.Option(help="layers on the GPU; -1 = all", min=-1)] = 0,
-    n_threads: Threads = 0,
-    phone: Annotated[
-        bool, typer.Option("--phone", help="serve a package's page for a phone's browser instead")
-    ] = False,
-    cert: Annotated[
-        Path | None, typer.Option(help="with --phone: certificate, PEM; then https", metavar="FILE")
-    ] = None,
-    key: Annotated[Path | None, typer.Option(help="with --phone: its key, PEM", metavar="FILE")] = None,
+    model: Path,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    n_ctx: int = 0,
+    max_tokens: int = 1024,
+    thinking: bool = False,
+    n_gpu_layers: int = 0,
+    n_threads: int = 0,
+    phone: bool = False,
+    cert: Path | None = None,
+    key: Path | None = None,
 ) -> None:
     """Serve a GGUF file under /v1 by llama-cpp-python's server, with the file's template, until Ctrl-C or SIGTERM."""
     if phone:

@@ -6,11 +6,11 @@ import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lib.cli.console import Json, show, table, tell
+from lib.cli.console import show, table, tell
 from lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,12 +20,7 @@ FAST = {"max_train_rows": 300, "max_eval_rows": 120, "perplexity_tokens": 1024, 
 """Most rows and tokens of a run with `--fast`: enough to see every page, too few for most verdicts."""
 
 
-def params(
-    complete: Annotated[
-        Path | None, typer.Option(help="print this parameter file with every key, as YAML", metavar="FILE")
-    ] = None,
-    as_json: Json = False,
-) -> None:
+def params(complete: Path | None = None, as_json: bool = False) -> None:
     """Every key of a parameter file: type, default, meaning; with --complete every key of one file with its value."""
     from lib import settings
 
@@ -57,20 +52,15 @@ def _type_words(annotation: Any) -> str:
 
 
 def report(
-    params_file: Annotated[Path, typer.Argument(help="parameter file", metavar="PARAMS.yaml")],
-    parameters: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--parameter", metavar="KEY VALUE", help="replace one key; may be repeated"),
-    ] = None,
-    start_from: Annotated[str | None, typer.Option("--from", metavar="NN", help="first notebook, e.g. 04")] = None,
-    end_at: Annotated[str | None, typer.Option("--to", metavar="NN", help="last notebook, e.g. 03")] = None,
-    seeds: Annotated[int, typer.Option(help="train this many runs that differ in train_seed alone", min=1)] = 1,
-    fast: Annotated[bool, typer.Option("--fast", help="fewer rows and tokens, as run RUN-fast: a first look")] = False,
-    timeout: Annotated[float, typer.Option(help="seconds that one notebook may take", min=1)] = 86400.0,
-    rerun: Annotated[
-        bool, typer.Option("--rerun", help="start also the notebooks of pages that are unchanged")
-    ] = False,
-    as_json: Json = False,
+    params_file: Path,
+    parameters: list[str] | None = None,
+    start_from: str | None = None,
+    end_at: str | None = None,
+    seeds: int = 1,
+    fast: bool = False,
+    timeout: float = 86400.0,
+    rerun: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
     from lib import settings
@@ -140,13 +130,7 @@ def _run(params_file: Path, overrides: dict[str, Any], **options: Any) -> dict[s
     return {"run": made.run, "index": str(made.index), "pages": pages, "seconds": round(made.seconds, 1)}
 
 
-def select(
-    runs: Annotated[list[str], typer.Argument(help="names of finished runs (01 to 03 at least)", metavar="RUN...")],
-    output: Annotated[
-        Path | None, typer.Option("--out", help="folder for model_analysis.json [default: reports/]", metavar="DIR")
-    ] = None,
-    as_json: Json = False,
-) -> None:
+def select(runs: list[str], output: Path | None = None, as_json: bool = False) -> None:
     """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
     from lib.report.index import recipe_table, run_table
 
@@ -169,12 +153,7 @@ def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
     return {**analysis, "file": str(path)}
 
 
-def pick(
-    run: Annotated[str, typer.Argument(help="name of a run that 07 has compared", metavar="RUN")],
-    max_mb: Annotated[float | None, typer.Option(help="largest file, 10⁶ bytes [default: any size]")] = None,
-    max_loss: Annotated[float, typer.Option(help="accuracy points; without labels percent of answer perplexity")] = 1.0,
-    as_json: Json = False,
-) -> None:
+def pick(run: str, max_mb: float | None = None, max_loss: float = 1.0, as_json: bool = False) -> None:
     """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
     from lib.report.display import rows_of
     from lib.runs.files import read_json

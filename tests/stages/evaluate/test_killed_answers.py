@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lib.cli.evaluate import RowOptions
 from lib.cli.evaluate import evaluate as command_line
 from lib.runs.files import read_json, read_jsonl
 from lib.scoring.backend import journal_path
@@ -95,7 +96,7 @@ def test_killed_command_continues(
     monkeypatch.setattr("lib.stages.evaluate.standalone.run_child", here)
     for name in ("whole", "cut"):
         capsys.readouterr()
-        command_line(models, run_name="talk", output=tmp_path / f"{name}.json", **options)
+        command_line(models, RowOptions(run_name="talk"), output=tmp_path / f"{name}.json", **options)
         said = capsys.readouterr().err
         assert (f"{models[0]}: 12 rows already scored" in said) == (name == "cut")
         assert (f"{models[1]}: {kept} rows already scored" in said) == (name == "cut")
