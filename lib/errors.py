@@ -93,6 +93,23 @@ def missing_library(*names: str) -> InputError:
     return InputError(absent, f"the libraries of the extra {extra}.", f"run make, or pip install -e '.[{extra}]'.")
 
 
+def in_words(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    first = str(error).strip().splitlines()[:1]
+    return f"{type(error).__name__}: {first[0] if first else 'no message'}"
+
+
+def as_input_error(error: BaseException) -> InputError | None:
+    """The error, if it is for the user to mend: of the input, of a name, of what is installed; else None."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return missing_library(error.name or str(error))
+    if isinstance(error, UnicodeEncodeError):
+        return not_utf8(error)
+    return other_version(error)
+
+
 def other_version(error: BaseException) -> InputError | None:
     """What to do where an installed library lacks what its locked version has; None for another error."""
     module = getattr(error, "obj", None) if isinstance(error, AttributeError) else None

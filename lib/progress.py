@@ -5,12 +5,13 @@ Nothing is ever printed to a notebook's stderr, where it would end up in the rep
 
 from __future__ import annotations
 
+import html
 import os
 import sys
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -36,6 +37,21 @@ def _in_notebook() -> bool:
 def shown_live() -> bool:
     """Whether somebody may be watching the output of a cell: in a kernel whose progress does not go to a file."""
     return not os.environ.get(PROGRESS_FILE_VARIABLE) and _in_notebook()
+
+
+def show_live(content: str | object, handle: Any = None) -> Any:
+    """Show HTML, or an object of IPython.display, in the running cell, in place of what `handle` stands for.
+
+    Returns:
+        the handle of what is shown now.
+    """
+    from IPython.display import HTML, display
+
+    shown = HTML(content) if isinstance(content, str) else content
+    if handle is None:
+        return display(shown, display_id=True)
+    handle.update(shown)
+    return handle
 
 
 class Progress:
@@ -67,10 +83,8 @@ class Progress:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.notebook and self.handle is not None:
-            from IPython.display import HTML
-
-            self.handle.update(HTML(""))
+        if self.handle is not None:
+            show_live("", self.handle)
         elif kind is None and self.done:
             took = _duration(time.monotonic() - self.started)
             self._write(f"{self.what}: {self.done} done in {took}", final=True)
@@ -99,23 +113,12 @@ class Progress:
             with Path(self.file).open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
         elif self.notebook:
-            self._display(line)
+            self.handle = show_live(f"<p role='status'><small>{html.escape(line)}</small></p>", self.handle)
         elif self.terminal:
             sys.stderr.write(f"\r\033[K{line}" + ("\n" if final else ""))
             sys.stderr.flush()
         else:
             print(line, file=sys.stderr, flush=True)
-
-    def _display(self, line: str) -> None:
-        import html
-
-        from IPython.display import HTML, display
-
-        content = HTML(f"<p role='status'><small>{html.escape(line)}</small></p>")
-        if self.handle is None:
-            self.handle = display(content, display_id=True)
-        else:
-            self.handle.update(content)
 
 
 def say(line: str) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, missing_library, not_utf8, other_version, sigterm_raises
+from lib.errors import InputError, Terminated, as_input_error, in_words, not_utf8, sigterm_raises
 from lib.runs.files import disk_error, json_text, refuse_device
 
 _LONGEST = 1000
@@ -107,11 +107,7 @@ def _at_home(value: Any) -> Any:
 
 def _code_of(error: BaseException) -> int:
     """Tell the user what happened; the exit code for it."""
-    if isinstance(error, ModuleNotFoundError):
-        error = missing_library(error.name or str(error))
-    error = other_version(error) or error
-    if isinstance(error, UnicodeEncodeError):
-        error = not_utf8(error)
+    error = as_input_error(error) or error
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         tell("Interrupted: nothing half-written was left; run the command again to go on.")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
@@ -133,8 +129,7 @@ def _code_of(error: BaseException) -> int:
     if isinstance(error, InputError):
         tell(str(error))
         return REFUSED
-    first = str(error).strip().splitlines()[:1]
-    tell(f"The workbook failed: {type(error).__name__}: {first[0] if first else 'no message'}")
+    tell(f"The workbook failed: {in_words(error)}")
     tell(f"This is a fault of the workbook or of a library. Set {DEBUG_VARIABLE}=1 to see the traceback.")
     return FAULT
 

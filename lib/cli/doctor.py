@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lib.cli.console import show, table
+from lib.errors import in_words
 from lib.runs import machine
 from lib.runs.files import PROJECT, home, user_path
 
@@ -239,8 +240,7 @@ def _torch() -> list[Check]:
 
         kind = machine.torch_device()
     except Exception as error:  # a broken native library may raise anything
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return [_check("torch", "", found, BROKEN)]
+        return [_check("torch", "", in_words(error), BROKEN)]
     gpu, (dtype, reason) = machine.device_name(), machine.compute_dtype()
     return [
         _check("torch", torch.__version__),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.progress import PROGRESS_FILE_VARIABLE
+from lib.runs.child import die_with_parent
 from lib.runs.files import PROJECT, read_json, write_json
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _signal(processes: Iterable[Process], number: int) -> None:
 _ending = threading.Event()
 
 
-def _end_at_once() -> None:
+def _end_at_once(*_: object) -> None:
     _signal(_descendants(), signal.SIGKILL)
     os._exit(TERMINATED)
 
@@ -83,18 +84,6 @@ def _end_tidily(*_: object) -> None:
     patience = threading.Timer(PATIENCE, _end_at_once)
     patience.daemon = True
     patience.start()
-
-
-def _follow_parent(parent: int) -> None:
-    """End this process and its kernel within about a second of the end of `parent`."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        _end_at_once()
-
-    signal.signal(signal.SIGTERM, _end_tidily)
-    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
 def _recording_manager() -> type:
@@ -124,7 +113,8 @@ def _recording_manager() -> type:
 def main(request_file: str) -> int:
     """Execute the notebook of a request (what `execute` writes) and return the exit code."""
     request = read_json(Path(request_file))
-    _follow_parent(request["parent"])
+    signal.signal(signal.SIGTERM, _end_tidily)
+    die_with_parent(request["parent"], _end_at_once)
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError

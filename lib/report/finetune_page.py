@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.progress import shown_live
+from lib.progress import show_live, shown_live
 from lib.report import charts
 from lib.report.display import card as card_of
 from lib.report.display import figure, table, tell
 from lib.report.sentences import sentence, word_rows
+from lib.runs.files import whole_lines
 from lib.runs.machine import physical_cores
 from lib.stages.finetune.session import LossPlot
 
@@ -48,9 +47,7 @@ class LiveLosses(LossPlot):
 
     def __exit__(self, *_: object) -> None:
         if self.handle is not None:
-            from IPython.display import HTML
-
-            self.handle.update(HTML(""))
+            show_live("", self.handle)
 
     def update(self) -> None:
         """Draw again if there is something new and the last drawing is old enough."""
@@ -59,28 +56,15 @@ class LiveLosses(LossPlot):
         if (size := self.path.stat().st_size) == self.size:
             return
         import matplotlib.pyplot  # noqa: F401  (seconds, the first time: no part of what a drawing takes)
-        from IPython.display import display
 
         began = time.monotonic()
         self.size = size
-        content = losses(read_rows(self.path))
+        content = losses(whole_lines(self.path))
         if content is None:
             return
-        if self.handle is None:
-            self.handle = display(content, display_id=True)
-        else:
-            self.handle.update(content)
+        self.handle = show_live(content, self.handle)
         took = time.monotonic() - began
         self.next = time.monotonic() + max(EVERY, 10 * took)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that is still being written."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def losses(rows: list[dict[str, Any]]) -> HTML | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -22,13 +21,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError, missing_library, not_utf8
+from lib.errors import InputError, as_input_error, in_words
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs.files import PROJECT
 
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 4000
-_PR_SET_PDEATHSIG = 1
 
 _REASON = re.compile(r"GGML_(ASSERT|ABORT)|fatal error", re.IGNORECASE)
 """Of a line in which llama.cpp says why it aborts."""
@@ -85,16 +83,10 @@ def answer(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str
     """What `function(argument)` returned or raised, as JSON for another process (`value_of`)."""
     try:
         return {"value": function(argument)}
-    except (InputError, ModuleNotFoundError, UnicodeEncodeError) as error:
-        if isinstance(error, ModuleNotFoundError):
-            error = missing_library(error.name or str(error))
-        if isinstance(error, UnicodeEncodeError):
-            error = not_utf8(error)
-        return {"input_error": [error.found, error.expected, error.do]}
     except Exception as error:
-        first = str(error).strip().splitlines()[:1]
-        cause = f"{type(error).__name__}: {first[0] if first else 'no message'}"
-        return {"cause": cause, "error": traceback.format_exc()}
+        if refused := as_input_error(error):
+            return {"input_error": [refused.found, refused.expected, refused.do]}
+        return {"cause": in_words(error), "error": traceback.format_exc()}
 
 
 def value_of(answer: dict[str, Any], what: str) -> dict[str, Any]:
@@ -172,18 +164,13 @@ def death(code: int, what: str, log: str) -> InputError:
     return InputError(f"the process for {what} was {how}.{said}", "a process that ends by itself.", do)
 
 
-def die_with_parent(parent: int) -> None:
-    """End this process when its parent dies: on Linux the kernel does it, elsewhere a thread looks every second."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit(1)
-        return
+def die_with_parent(parent: int, end: Callable[[int], Any] = os._exit) -> None:
+    """Call `end` half a second after the parent of this process has died, or earlier."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
+            time.sleep(0.5)
+        end(1)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 

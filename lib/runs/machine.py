@@ -28,6 +28,9 @@ from typing import Any
 
 import psutil
 
+from lib.errors import in_words
+from lib.runs.files import whole_lines
+
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -161,7 +164,7 @@ def bitsandbytes_problem() -> str | None:
         result = layer(torch.ones(2, 64, dtype=torch.bfloat16, device=device))
         return None if torch.isfinite(result).all() else "a small NF4 product is not finite"
     except Exception as error:  # whatever a native library raises, it does not work here
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return in_words(error)
 
 
 def llama_cpp_problem() -> str | None:
@@ -171,7 +174,7 @@ def llama_cpp_problem() -> str | None:
     try:
         import llama_cpp  # noqa: F401
     except Exception as error:  # a missing shared library surfaces as OSError, RuntimeError or ImportError
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return in_words(error)
     return None
 
 
@@ -397,13 +400,8 @@ def _gpu(handles: list[Any]) -> dict[str, float]:
 
 def read_samples(path: Path) -> list[dict[str, float]]:
     """The samples of a file; lines that are no sample, as a last one that was cut by a kill, are left out."""
-    samples = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            sample = json.loads(line)
-            if isinstance(sample, dict) and all(isinstance(sample.get(key), int | float) for key in WHOLE):
-                samples.append(sample)
-    return samples
+    found = [line for line in (whole_lines(path) if path.is_file() else ()) if isinstance(line, dict)]
+    return [sample for sample in found if all(isinstance(sample.get(key), int | float) for key in WHOLE)]
 
 
 def summary(samples: list[dict[str, float]]) -> dict[str, float]:
