@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, as_input_error, in_words, not_utf8, sigterm_raises
-from lib.runs.files import disk_error, json_text, refuse_device
+from lib.errors import InputError, Terminated, as_input_error, in_words, sigterm_raises
+from lib.runs.files import data_file, disk_error, json_text, refuse_device
 
 _LONGEST = 1000
 """Most characters of a value: a name inside a file may be megabytes long."""
@@ -70,39 +70,28 @@ def tell(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def _check_paths(value: Any, any_name: bool) -> None:
-    """Raise InputError for a path that no command can use, before any work.
-
-    That is a device, which may have no end and would be replaced by an output; and, but for `any_name`, a name that is
-    not UTF-8: llama.cpp and tokenizers open no other.
-    """
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            _check_paths(part, any_name)
-    if isinstance(value, (str, Path)):
-        refuse_device(value)
-    if isinstance(value, (str, Path)) and not any_name:
-        try:
-            str(value.absolute() if isinstance(value, Path) else value).encode()
-        except UnicodeEncodeError as error:
-            raise not_utf8(error) from None
-
-
-def _at_home(value: Any) -> Any:
-    """Paths with ~ as the shell would write them out, where it did not (quotes, `--output=~/x`).
+def _usable(value: Any, any_name: bool) -> Any:
+    """A value with ~ as the shell would write it out, where it did not (quotes, `--output=~/x`).
 
     Raises:
-        InputError: ~ before a name that is no user's; a folder of that name would be made.
+        InputError: ~ before a name that is no user's (a folder of that name would be made); a device, which may have no
+            end and would be replaced by an output.
+        UnicodeEncodeError: a name that is not UTF-8 (but for `any_name`): llama.cpp and tokenizers open no other.
     """
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_at_home, value))
-    if not isinstance(value, Path) or not str(value).startswith("~") or value.exists():
-        return value
-    try:
-        return value.expanduser()
-    except RuntimeError:
-        found, do = f"no path {value}: ~ stands for a user's home.", "check the name behind ~, or give the whole path."
-        raise InputError(found, "a path that exists or can be made.", do) from None
+        return type(value)(_usable(part, any_name) for part in value)
+    if isinstance(value, Path) and str(value).startswith("~") and not value.exists():
+        try:
+            value = value.expanduser()
+        except RuntimeError:
+            found = f"no path {value}: ~ stands for a user's home."
+            do = "check the name behind ~, or give the whole path."
+            raise InputError(found, "a path that exists or can be made.", do) from None
+    if isinstance(value, (str, Path)):
+        refuse_device(value)
+        if not any_name:
+            str(value.absolute() if isinstance(value, Path) else value).encode()
+    return value
 
 
 def _code_of(error: BaseException) -> int:
@@ -134,16 +123,10 @@ def _code_of(error: BaseException) -> int:
     return FAULT
 
 
-@functools.cache
-def _options() -> dict[str, dict[str, dict[str, Any] | None]]:
-    import yaml
-
-    return yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
-
-
 def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command whose parameters are told as ``options.yaml`` does; the fields of a dataclass are parameters, too."""
-    told, shared = _options()[command.__name__], _options()["of several commands"]
+    options = data_file("cli/options.yaml")
+    told, shared = options[command.__name__], options["of several commands"]
     found = {p.name: p for p in inspect.signature(command, eval_str=True).parameters.values()}
     groups = {name: p.annotation for name, p in found.items() if is_dataclass(p.annotation)}
     for kind in groups.values():
@@ -170,15 +153,14 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command so that every exception becomes a message and an exit code."""
 
     @functools.wraps(command)
-    def run(*arguments: Any, **keywords: Any) -> Any:
+    def run(**keywords: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no en dash, a path that is not UTF-8
                 stream.reconfigure(errors="backslashreplace")
         try:
             with sigterm_raises():
-                arguments, keywords = _at_home(arguments), {key: _at_home(value) for key, value in keywords.items()}
-                _check_paths([*arguments, *keywords.values()], any_name=command.__name__ == "inspect")
-                return command(*arguments, **keywords)
+                any_name = command.__name__ == "inspect"
+                return command(**{name: _usable(value, any_name) for name, value in keywords.items()})
         except (typer.Exit, typer.Abort):
             raise
         except BaseException as error:

@@ -20,7 +20,7 @@ import typer
 from lib.cli.console import show, table
 from lib.errors import in_words
 from lib.runs import machine
-from lib.runs.files import PROJECT, home, user_path
+from lib.runs.files import PROJECT, data_file, home, user_path
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -162,11 +162,9 @@ def _check(name: str, found: str, lack: str | bool | None = None, state: str = L
         state: that of a lack.
         cure: name of its cure in ``cures.yaml``, where it is not the check's.
     """
-    import yaml
-
     if not lack:
         return Check(name, OK, found)
-    told = yaml.safe_load(Path(__file__).with_name("cures.yaml").read_text(encoding="utf-8"))[cure or name]
+    told = data_file("cli/cures.yaml")[cure or name]
     return Check(name, state, str(lack), told["cure"].format(pip=_Pip()), told["touches"])
 
 

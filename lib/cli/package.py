@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lib.cli.console import show, tell
 from lib.errors import InputError
+from lib.serve.listening import ServeOptions
 
 
 def package(
@@ -37,33 +38,20 @@ def package(
     show(result, as_json, "\n".join([*lines, str(made.archive)]))
 
 
-def serve(
-    model: Path,
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    n_ctx: int = 0,
-    max_tokens: int = 1024,
-    thinking: bool = False,
-    n_gpu_layers: int = 0,
-    n_threads: int = 0,
-    phone: bool = False,
-    cert: Path | None = None,
-    key: Path | None = None,
-) -> None:
+def serve(model: Path, options: ServeOptions, phone: bool = False) -> None:
     """Serve a GGUF file under /v1 by llama-cpp-python's server, with the file's template, until Ctrl-C or SIGTERM."""
     if phone:
-        _serve_page(str(model), host, port, cert, key)
+        _serve_page(str(model), options)
         return
-    from lib.serve.openai import ServeOptions
     from lib.serve.openai import serve as run
 
-    run(model, ServeOptions(host, port, n_ctx, max_tokens, n_threads, n_gpu_layers, thinking), tell)
+    run(model, options, tell)
 
 
-def _serve_page(name: str, host: str, port: int, cert: Path | None, key: Path | None) -> None:
+def _serve_page(name: str, options: ServeOptions) -> None:
     """A package's folder: of a run, or as somebody unpacked it; results are kept beside it, never in what is served."""
     from lib.runs.run import known_run
-    from lib.serve.phone import PhoneOptions, serve_phone
+    from lib.serve.phone import serve_phone
     from lib.stages.compare.speed import FOLDER
 
     folder = Path(name)
@@ -74,4 +62,4 @@ def _serve_page(name: str, host: str, port: int, cert: Path | None, key: Path | 
     else:
         run = known_run(name)
         package, devices = run.require("package").path, run.folder / FOLDER
-    serve_phone(package, devices, PhoneOptions(host, port, cert, key), tell)
+    serve_phone(package, devices, options, tell)

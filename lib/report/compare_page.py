@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from lib.report import charts
-from lib.report.display import Row, Shown, mark_names, say, table, tabled, tell
+from lib.report.display import Entry, Row, Shown, mark_names, say, table, tabled, tell
 from lib.report.evaluate_page import metric_text, moved_metrics
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from lib.stages.compare.stage import ComparisonResult
-
-Entry = Mapping[str, Any]
-"""A file's entry in comparison.json."""
 
 
 def page_of(result: ComparisonResult) -> AccuracyPage | AnswerPage:

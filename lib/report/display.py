@@ -19,11 +19,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
+from lib.runs.files import data_file
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import kept_words
 from lib.statistics.verdicts import in_words
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """A row of a table: cells by heading."""
 
+Entry = Mapping[str, Any]
+"""An object of a product's JSON file, as a step or a file of comparison.json."""
+
 Shown = tuple["HTML | Markdown", ...]
 """Tables, figures and sentences that belong together; a cell shows them by `show`."""
 
@@ -45,7 +48,6 @@ Shown = tuple["HTML | Markdown", ...]
 # Tables: one registry of columns, one builder. A row is a mapping from keys of columns.yaml to plain values; a key that
 # is not there is a heading of its own, which some tables make from the names of files or splits.
 
-_COLUMNS = Path(__file__).with_name("columns.yaml")
 _ARROWS = {"up": " ↑", "down": " ↓"}
 
 
@@ -90,10 +92,8 @@ def value_at(entry: Any, path: str) -> Any:
 @functools.cache
 def registry(language: str = LANGUAGE) -> dict[str, Column]:
     """The columns by key, and by heading as well: a heading is the key of a table that was made elsewhere."""
-    import yaml
-
     columns = {}
-    for key, entry in yaml.safe_load(_COLUMNS.read_text(encoding="utf-8")).items():
+    for key, entry in data_file("report/columns.yaml").items():
         name, explanation = entry[language]
         unit = f", {entry['unit']}" if "unit" in entry else ""
         heading = f"{name}{unit}{_ARROWS.get(entry.get('better'), '')}"
@@ -102,16 +102,8 @@ def registry(language: str = LANGUAGE) -> dict[str, Column]:
     return {column.heading: column for column in columns.values()} | columns
 
 
-_TABLES = _COLUMNS.with_name("tables.yaml")
 _FUNCTIONS = {"Interval": Interval, "kept": kept_words, "median": median, "sentence": sentence, "verdict": in_words}
 """What formulas call."""
-
-
-@functools.cache
-def _tables() -> dict[str, dict[str, str | None]]:
-    import yaml
-
-    return yaml.safe_load(_TABLES.read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -131,7 +123,7 @@ def rows_of(name: str, entries: Iterable[Any], /, **values: Any) -> list[Row]:
             return _formula(source)(_FUNCTIONS | values, e=entry)
         return registry().get(column, Column(column)).value(entry, source)
 
-    cells = [(key.format(**values), source or key) for key, source in _tables()[name].items()]
+    cells = [(key.format(**values), source or key) for key, source in data_file("report/tables.yaml")[name].items()]
     return [{column: cell(entry, column, source) for column, source in cells} for entry in entries]
 
 

@@ -6,9 +6,9 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lib.report.display import Row, Shown, card, rows_of, table, tabled, tell
+from lib.report.display import Entry, Row, Shown, card, rows_of, table, tabled, tell
 from lib.report.sentences import sentence
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from lib.stages.quantize.calibration import ImportanceMatrix
     from lib.stages.quantize.files import PlannedFile, QuantizeResult
     from lib.stages.quantize.held_out_kl import Comparison
-
-Entry = Mapping[str, Any]
-"""An object of a product's JSON file."""
 
 # The importance matrix.
 

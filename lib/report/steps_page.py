@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.report.charts import BLUE, GREEN, GREY, ORANGE, panels
-from lib.report.display import Row, Shown, figure, rows_of, table, tabled, tell
+from lib.report.display import Entry, Row, Shown, figure, rows_of, table, tabled, tell
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # The error ladder: which step from the adapter to the quantized file changed what.
 
-Entry = Mapping[str, Any]
-"""A step, or a file, of comparison.json or mix_effect.json."""
 Steps = Sequence[Entry]
 
 
@@ -144,48 +142,38 @@ class Forecast:
     counted: dict[str, Any] = field(default_factory=dict)
 
 
-def _forecast(
-    predicted: Mapping[str, float], found: Iterable[tuple[Entry, float, Sequence[float | None]]], **counted: Any
-) -> Forecast:
-    """The points of files with a prediction; `found`: a file, what was measured of it, and the limits."""
-    points = [
-        {"type": e["type"], "bytes": e["bytes"], "predicted": predicted[e["file"]]}
-        | {"measured": measured, "low": low, "high": high}
-        for e, measured, (low, high) in found
-        if predicted.get(e["file"], 0.0) > 0
-    ]
-    return Forecast(sorted(points, key=lambda point: point["predicted"]), {"rows": 0, **counted})
+def _forecast(kind: str, predicted: Mapping[str, float], files: Iterable[Entry], **counted: Any) -> Forecast:
+    """The points of files with a prediction, by the table forecast.KIND."""
+    found = rows_of(f"forecast.{kind}", files, predicted=predicted)
+    points = [point for point in found if point["predicted"] > 0 and point["measured"] is not None]
+    return Forecast(sorted(points, key=lambda point: point["predicted"]), {"kind": kind, "rows": 0, **counted})
 
 
 def on_bare_texts(predicted: Mapping[str, float], files: Sequence[Entry]) -> Forecast:
     """As 07 measured it: entries of comparison.json; `predicted`: `lib.stages.quantize.stage.predictions`."""
-    found = ((e, e["kld_mean"], (e["kld_low"], e["kld_high"])) for e in files)
-    return _forecast(predicted, found, kind="bare_texts", n=files[0]["n_tokens"])
+    return _forecast("bare_texts", predicted, files, n=files[0]["n_tokens"])
 
 
 def on_label_words(predicted: Mapping[str, float], files: Sequence[Entry]) -> Forecast:
     """As 07 measured it: KL divergence between the answer words, a mean over rows (entries of comparison.json)."""
-    found = ((e, e["label_kld"], e["label_kld_interval"]) for e in files if e.get("label_kld_interval"))
-    return _forecast(predicted, found, kind="label_words", n=files[0]["n"])
+    return _forecast("label_words", predicted, files, n=files[0]["n"])
 
 
 def on_rows(predicted: Mapping[str, float], effect: Any) -> Forecast:
     """As 06 measured it (a MixEffect); no points where there is none."""
-    if effect is None:
-        return Forecast([])
-    content = effect.content
-    found = ((e, e["kld"], e["kld_interval"]) for e in (content["mixed"], *content["types"]))
-    return _forecast(predicted, found, kind="rows", n=content["tokens"], rows=content["rows"])
+    return _on_held_out("rows", predicted, effect, "tokens", "rows")
 
 
 def on_answers(predicted: Mapping[str, float], effect: Any) -> Forecast:
     """As 06 measured it where answers are predicted (a MixEffect); `predicted`: of the loss "answer_kld"."""
+    return _on_held_out("answers", predicted, effect, "answer_positions", "answer_rows")
+
+
+def _on_held_out(kind: str, predicted: Mapping[str, float], effect: Any, n: str, rows: str) -> Forecast:
     if effect is None:
         return Forecast([])
-    content = effect.content
-    files = (content["mixed"], *content["types"])
-    found = ((e, e["answers"]["kld"], e["answers"]["kld_interval"]) for e in files)
-    return _forecast(predicted, found, kind="answers", n=content["answer_positions"], rows=content["answer_rows"])
+    found = effect.content
+    return _forecast(kind, predicted, (found["mixed"], *found["types"]), n=found[n], rows=found[rows])
 
 
 def forecast_table(forecast: Forecast) -> HTML | Markdown:

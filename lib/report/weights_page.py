@@ -10,7 +10,7 @@ import numpy as np
 
 from lib.models.gguf_file import run_gguf
 from lib.report.charts import use_style
-from lib.report.display import Row, Shown, card, figure, mark_names, rows_of, table, tell
+from lib.report.display import Entry, Row, Shown, card, figure, mark_names, rows_of, table, tell
 from lib.report.sentences import sentence, word_rows
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import KEEPS_LITTLE
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from lib.stages.merge.verify import FormatCost, MergeCheck
     from lib.stages.quantize.files import QuantizeResult
     from lib.stages.quantize.stage import Retention, SourceGrid, TensorErrors
-
-Entry = Mapping[str, Any]
-"""An object of a product's JSON file."""
 
 FAR_BETTER = 4.0
 """From so many times less on, another format of the same bytes is recommended."""

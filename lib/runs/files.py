@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -343,6 +344,14 @@ def whole_lines(path: Path) -> list[Any]:
 def free_space(folder: Path) -> int:
     """Free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+
+
+@functools.cache
+def data_file(name: str) -> Any:
+    """What a YAML file of this library holds; `name`: below lib."""
+    import yaml
+
+    return yaml.safe_load((PROJECT / "lib" / name).read_text(encoding="utf-8"))
 
 
 def require_space(folder: Path, need: int, what: str, variable: str = HOME_VARIABLE) -> None:

@@ -20,21 +20,16 @@ from filelock import FileLock
 
 from lib.errors import InputError
 from lib.runs import files
-from lib.runs.files import PROJECT, read_json, settle, sha256_file, sha256_json, write_json
+from lib.runs.files import PROJECT, data_file, read_json, settle, sha256_file, sha256_json, write_json
 
 # What is needed to trust a number later: versions and commit.
-
-PACKAGES = (
-    *("torch", "transformers", "peft", "bitsandbytes", "datasets", "evaluate", "gguf", "llama-cpp-python"),
-    *("tokenizers", "safetensors", "scikit-learn", "scipy", "statsmodels", "numpy", "papermill", "nbconvert"),
-)
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide numbers; missing ones are "absent"."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in data_file("runs/products.yaml")["packages"]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -55,19 +50,8 @@ def commit() -> dict[str, Any]:
 
 # manifest.json of a run: one entry per product, written last and atomically.
 
-_PRODUCTS = {
-    "01_data": ("data",),
-    "02_finetune": ("adapter",),
-    "03_evaluate": ("evaluation",),
-    "04_merge": ("merged",),
-    "05_convert_gguf": ("gguf",),
-    "06_quantize": (
-        *("quantized", "imatrix", "source_grid", "sensitivity", "mix", "held_out_kld", "imatrix_effect", "mix_effect"),
-        *("tensor_errors", "retention", "exports"),
-    ),
-    "07_compare_quantized": ("comparison", "package"),
-}
-NOTEBOOK_OF = {product: notebook for notebook, products in _PRODUCTS.items() for product in products}
+_NOTEBOOKS: dict[str, list[str]] = data_file("runs/products.yaml")["notebooks"]
+NOTEBOOK_OF = {product: notebook for notebook, products in _NOTEBOOKS.items() for product in products}
 """Which notebook makes which product."""
 
 

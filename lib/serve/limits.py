@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationInfo
 
+from lib.runs.files import data_file
 from lib.serve.generation import THINKING, WORK, Work
 from lib.serve.listening import names_loopback
 
@@ -23,28 +24,11 @@ CHAT, COMPLETION, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/model
 LARGEST_BIAS = 1000
 """Of `logit_bias`, either way: far above any difference of logits, far below what a 32-bit float holds."""
 
-NOT_HERE = ("logprobs", "top_logprobs", "n", "best_of", "suffix", "grammar")
-"""Members that this server refuses, unless they ask for nothing."""
-
-UNHEARD = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("stream_options", "parallel_tool_calls", "max_completion_tokens", "cache_prompt"),
-)
-"""Members that no answer depends on here."""
-
-NEUTRAL: dict[str, Any] = {
-    **dict.fromkeys(("typical_p", "tfs_z", "repetition_penalty", "length_penalty"), 1),
-    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens"), True),
-    "modalities": ["text"],
-    "verbosity": "medium",
-}
-"""Members of other servers and the one value by which they ask for nothing; of all others that is any empty one."""
+_MEMBERS = data_file("serve/http.yaml")
+"""Among others: members of requests that are treated otherwise than the rest."""
 
 WAITING = 64
 """Requests that are answered or wait for it; one more is refused."""
-
-DATA = ("logit_bias", "parameters", "schema")
-"""Members of a request whose own members are data of the client: null says something in them."""
 
 BODY_BYTES, _DRAINED = 1 << 20, 64 << 20
 """The largest body; and how much of a larger one is still read, so that the client gets to see the answer."""
@@ -88,8 +72,9 @@ def _refuse_unheard(path: str, body: dict[str, Any]) -> None:
     from llama_cpp.server import types
 
     schema = types.CreateChatCompletionRequest if path == CHAT else types.CreateCompletionRequest
-    for name in body.keys() - schema.model_fields.keys() - set(UNHEARD):
-        if body[name] != NEUTRAL[name] if name in NEUTRAL else body[name]:
+    neutral = _MEMBERS["neutral"]
+    for name in body.keys() - schema.model_fields.keys() - set(_MEMBERS["unheard"]):
+        if body[name] != neutral[name] if name in neutral else body[name]:
             raise _invalid(name, f"is {body[name]!r:.80}; this server has no such thing", "unsupported_parameter")
 
 
@@ -312,7 +297,7 @@ class LimitedApplication:
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
         if len(self._asked) >= WAITING:
             raise RefusedError(503, f"{WAITING} requests are waiting already; ask again later", "overloaded")
-        for name in NOT_HERE:
+        for name in _MEMBERS["refused"]:
             value = body.pop(name, None)
             if value and not (value == 1 and name in ("n", "best_of")):
                 raise _invalid(name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
@@ -350,7 +335,7 @@ def without_nulls(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kept = {key: part for key, part in value.items() if part is not None}
-    return {key: part if key in DATA else without_nulls(part) for key, part in kept.items()}
+    return {key: part if key in _MEMBERS["data"] else without_nulls(part) for key, part in kept.items()}
 
 
 def text_of(content: Any) -> str | None:

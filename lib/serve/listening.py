@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -13,6 +15,32 @@ from lib.errors import InputError
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a file, or a package's page, is served.
+
+    Attributes:
+        host, port: where; port 0 = a free one.
+        n_ctx: of a file: tokens of prompt and answer; 0 = the file's, at most 4096.
+        max_tokens: of a file: most tokens of an answer.
+        thinking: of a file: whether a template that knows both ways asks for reasoning.
+        n_gpu_layers: -1 = all. n_threads: 0 = physical cores.
+        cert, key: of a page: PEM files; with them the address is https, which browsers want for several threads and for
+            use without a network. None = http.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    n_ctx: int = 0
+    max_tokens: int = 1024
+    thinking: bool = False
+    n_gpu_layers: int = 0
+    n_threads: int = 0
+    cert: Path | None = None
+    key: Path | None = None
+
 
 _BACKLOG = 2048
 _GRACE_SECONDS = 5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
 from lib.serve.generation import THINKING, bound
 from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
-from lib.serve.listening import in_address, is_loopback, listen, make_server
+from lib.serve.listening import ServeOptions, in_address, is_loopback, listen, make_server
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -86,27 +85,6 @@ _ANSWER_BYTES = 64 << 20
 """More than any answer: the model never waits for a client to read."""
 _CONTEXT = 4096
 _TEMPLATE = "tokenizer.chat_template"
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a file is served.
-
-    Attributes:
-        host, port: where; port 0 = a free one.
-        n_ctx: tokens of prompt and answer; 0 = the file's, at most 4096.
-        max_tokens: most tokens of an answer.
-        n_threads: 0 = physical cores. n_gpu_layers: -1 = all.
-        thinking: whether a template that knows both ways asks for reasoning.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    n_ctx: int = 0
-    max_tokens: int = 1024
-    n_threads: int = 0
-    n_gpu_layers: int = 0
-    thinking: bool = False
 
 
 def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) -> None:

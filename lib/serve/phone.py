@@ -8,13 +8,13 @@ import secrets
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, missing_library
+from lib.runs.files import data_file
 from lib.runs.machine import has_module
-from lib.serve.listening import in_address, is_loopback, listen, make_server
+from lib.serve.listening import ServeOptions, in_address, is_loopback, listen, make_server
 from lib.stages.compare.speed import MOST_BYTES, check_result, save_result
 
 if TYPE_CHECKING:
@@ -26,41 +26,9 @@ NEEDS = ("segno", "starlette", "uvicorn")
 PAGE = "web/index.html"
 RESULT = "result"
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_TYPES = {
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".css": "text/css",
-    ".json": "application/json",
-    ".wasm": "application/wasm",
-}
-_HEADERS = {
-    "Cross-Origin-Opener-Policy": "same-origin",  # both: several threads need an isolated page
-    "Cross-Origin-Embedder-Policy": "require-corp",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",  # the token is in the address
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
-    "X-Workbook-Phone": "1",  # tells the page that a result can be sent here
-}
 
 
-@dataclass(frozen=True)
-class PhoneOptions:
-    """How a package is served.
-
-    Attributes:
-        host, port: where; port 0 = a free one.
-        certificate, key: PEM files; with them the address is https, which browsers want for several threads and for
-            use without a network. None = http.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    certificate: Path | None = None
-    key: Path | None = None
-
-
-def serve_phone(package: Path, devices: Path, options: PhoneOptions, tell: Callable[[str], None]) -> None:
+def serve_phone(package: Path, devices: Path, options: ServeOptions, tell: Callable[[str], None]) -> None:
     """Serve a package's folder until SIGTERM or Ctrl-C.
 
     Args:
@@ -85,21 +53,21 @@ def serve_phone(package: Path, devices: Path, options: PhoneOptions, tell: Calla
         server.run(sockets=[listening])
 
 
-def encryption_of(options: PhoneOptions) -> dict[str, Any]:
+def encryption_of(options: ServeOptions) -> dict[str, Any]:
     """Settings of uvicorn for https; none for http.
 
     Raises:
         InputError: a certificate that cannot be used.
     """
-    if options.certificate is None:
+    if options.cert is None:
         return {}
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.key)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.cert, options.key)
     except (OSError, ssl.SSLError) as error:
         raise InputError(
-            f"{options.certificate} cannot be used ({error}).", "a certificate and its key, PEM.", "check --cert."
+            f"{options.cert} cannot be used ({error}).", "a certificate and its key, PEM.", "check --cert."
         ) from None
-    return {"ssl_certfile": options.certificate, "ssl_keyfile": options.key}
+    return {"ssl_certfile": options.cert, "ssl_keyfile": options.key}
 
 
 def make_application(package: Path, devices: Path, token: str, tell: Callable[[str], None]) -> ASGIApp:
@@ -112,7 +80,7 @@ def make_application(package: Path, devices: Path, token: str, tell: Callable[[s
         request = Request(scope, receive)
         try:
             response = await _answer(request, root, devices, token, tell)
-            response.headers.update(_HEADERS)
+            response.headers.update(data_file("serve/http.yaml")["headers"])
             await response(scope, receive, send)
         except (ClientDisconnect, OSError):
             pass  # a phone that goes away is no news
@@ -137,7 +105,9 @@ async def _answer(request: Request, root: Path, devices: Path, token: str, tell:
     if path is None:
         return PlainTextResponse("not found\n", 404)
     _simplify_range(request)
-    return FileResponse(path, media_type=_TYPES.get(path.suffix, "application/octet-stream"))
+    return FileResponse(
+        path, media_type=data_file("serve/http.yaml")["types"].get(path.suffix, "application/octet-stream")
+    )
 
 
 async def _save(request: Request, devices: Path, tell: Callable[[str], None]) -> Response:
@@ -198,7 +168,7 @@ def _reachable(host: str) -> str:
     return in_address(host)
 
 
-def announce(address: str, options: PhoneOptions, tell: Callable[[str], None]) -> None:
+def announce(address: str, options: ServeOptions, tell: Callable[[str], None]) -> None:
     """Tell the address, as text and as a QR code, and who else can reach it."""
     import io
 
@@ -207,9 +177,9 @@ def announce(address: str, options: PhoneOptions, tell: Callable[[str], None]) -
     if not is_loopback(options.host):
         tell(
             f"Warning: {options.host} is not this machine alone: everybody in the network who knows the address below "
-            + ("can read the package." if options.certificate else "can read the package, and it is not encrypted.")
+            + ("can read the package." if options.cert else "can read the package, and it is not encrypted.")
         )
-        if not options.certificate:
+        if not options.cert:
             tell(
                 "Over http browsers give a page one thread and no storage. For several threads and use offline: "
                 "--cert and --key, or over USB `adb reverse tcp:PORT tcp:PORT` and http://localhost."

@@ -11,7 +11,7 @@ import jinja2
 import nbformat
 import pytest
 
-from lib.report import display, sentences
+from lib.report import sentences
 from lib.report.sentences import joined, sentence
 from lib.statistics.intervals import IN_WORDS, Interval, estimate_text, limits_text
 
@@ -82,7 +82,7 @@ def composed() -> list[str]:
 def test_every_sentence_is_asked_for() -> None:
     """By the code or by another template."""
     text, patterns = "\n".join(source for _, source in sources()), composed()
-    text += display._TABLES.read_text(encoding="utf-8")
+    text += (PROJECT / "lib/report/tables.yaml").read_text(encoding="utf-8")
     for name in parameters():
         page, _, macro = name.partition(".")
         calls = re.findall(rf"\b{macro}\(", (FOLDER / f"{page}.j2").read_text(encoding="utf-8"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import yaml
-
 from lib.report import display
+from lib.runs.files import data_file
 from lib.statistics.intervals import Interval
 
 
 def test_every_column_is_explained_and_formats_a_number() -> None:
-    entries = yaml.safe_load(display._COLUMNS.read_text(encoding="utf-8"))
+    entries = data_file("report/columns.yaml")
     for key, entry in entries.items():
         heading, explanation = entry["en"]
         assert heading and explanation.endswith("."), key
@@ -49,11 +48,12 @@ def test_cells_come_from_what_an_entry_stores() -> None:
 
 def test_every_key_of_a_table_is_a_column_or_a_heading_of_its_own() -> None:
     """Keys of columns.yaml are words with underscores; a misspelled one would silently become a heading."""
-    known = yaml.safe_load(display._COLUMNS.read_text(encoding="utf-8"))
+    known = data_file("report/columns.yaml")
     plain = ("class", "confidence", "leaked", "model", "prompts", "row", "rows", "runtime", "support", "text")
     plain += ("MB", "answer", "estimate", "evidence", "fits", "groups", "label", "loss", "name")
     plain += ("decoding", "prompt", "question", "reference", "threads")
-    for name, table in display._tables().items():
+    plain += ("bytes", "predicted")
+    for name, table in data_file("report/tables.yaml").items():
         odd = [key for key in table if key.isidentifier() and key not in known and key not in plain]
         assert not odd, f"{name}: {odd}"
 

@@ -24,8 +24,8 @@ import pytest
 
 from lib.errors import InputError
 from lib.runs.files import read_json
-from lib.serve.listening import listen, make_server
-from lib.serve.phone import PhoneOptions, _reachable, announce, encryption_of, make_application, serve_phone
+from lib.serve.listening import ServeOptions, listen, make_server
+from lib.serve.phone import _reachable, announce, encryption_of, make_application, serve_phone
 from lib.stages.compare.speed import MOST_BYTES, check_result, read_result, save_result
 from tests.conftest import PROJECT
 
@@ -243,7 +243,7 @@ def test_https(tmp_path: Path) -> None:
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (tmp_path / "a.json").write_text("{}", encoding="utf-8")
-    options = PhoneOptions(port=0, certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    options = ServeOptions(port=0, cert=tmp_path / "cert.pem", key=tmp_path / "key.pem")
     told: list[str] = []
     with served(tmp_path, tmp_path / "devices", told.append, **encryption_of(options)) as port:
         address = f"https://127.0.0.1:{port}/token/a.json"
@@ -255,23 +255,23 @@ def test_https(tmp_path: Path) -> None:
 
 def test_the_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
-    announce("http://127.0.0.1:1/t/web/", PhoneOptions(), told.append)
+    announce("http://127.0.0.1:1/t/web/", ServeOptions(), told.append)
     assert told[-1].startswith("The phone page is served at http://127.0.0.1:1/t/web/") and "█" in told[0]
     told.clear()
-    announce("http://10.0.0.2:1/t/web/", PhoneOptions("0.0.0.0"), told.append)
+    announce("http://10.0.0.2:1/t/web/", ServeOptions("0.0.0.0"), told.append)
     assert told[0].startswith("Warning: 0.0.0.0 is not this machine alone") and "one thread" in told[1]
     assert _reachable("0.0.0.0") != "0.0.0.0" and _reachable("::1") == "[::1]"
 
 
 def test_what_cannot_be_served(tmp_path: Path, phone: SimpleNamespace) -> None:
     with pytest.raises(InputError, match="workbook package RUN --web"):
-        serve_phone(tmp_path, tmp_path, PhoneOptions(), print)
+        serve_phone(tmp_path, tmp_path, ServeOptions(), print)
     taken = phone.client.base_url.port
     with pytest.raises(InputError, match="cannot be used"):
         listen("127.0.0.1", taken)
     (tmp_path / "cert.pem").write_text("no certificate", encoding="utf-8")
     with pytest.raises(InputError, match=r"cert\.pem cannot be used"):
-        encryption_of(PhoneOptions(port=0, certificate=tmp_path / "cert.pem"))
+        encryption_of(ServeOptions(port=0, cert=tmp_path / "cert.pem"))
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -222,12 +222,13 @@ def test_results_are_never_kept_in_what_is_served(
     made: PackageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lib.cli.package import serve as command
+    from lib.serve.listening import ServeOptions
 
     kept: list[Path] = []
     monkeypatch.setattr("lib.serve.phone.serve_phone", lambda package, devices, *_: kept.append(devices))
-    command(made.product.path, phone=True)
+    command(made.product.path, ServeOptions(), phone=True)
     shutil.copytree(made.product.path, tmp_path / "model")
-    command(tmp_path / "model", phone=True)
+    command(tmp_path / "model", ServeOptions(), phone=True)
     assert kept == [made.product.path.parent / "devices", tmp_path / "model-devices"]
 
 
