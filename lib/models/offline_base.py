@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.models.gguf_tokenizer import PLAIN_BYTES, RULES
 from lib.progress import Progress
 from lib.prompts.conversations import render_conversation
 from lib.prompts.tasks import Task
@@ -21,7 +23,6 @@ from lib.runs.machine import compute_dtype
 
 if TYPE_CHECKING:
     import torch
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-PLAIN_BYTES = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 LONGEST = 4096
 """Characters of a text that are trained on. A run of letters without end (a damaged row) is one piece for the trainer,
 whose time grows with the square of its length: 80,000 took over a minute."""
 
 ROLES = ("system", "user", "assistant")
 
-CHAT_TEMPLATE = Path(__file__).with_name("offline_chat_template.j2").read_text(encoding="utf-8")
+SMALL_FILES = Path(__file__).parent / "templates" / "offline_tokenizer"
+"""tokenizer_config.json and chat_template.jinja, as `save_pretrained` of Qwen2's tokenizer writes them."""
 
 
 @dataclass(frozen=True)
@@ -68,74 +69,18 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
         words: strings that should cost few tokens (label names, prompts). A word of at most `longest_token` bytes
             that Qwen2's pre-tokenizer leaves in one piece becomes one token.
         folder: existing folder to write into.
-
-    Raises:
-        RuntimeError: a word did not become one token (the vocabulary is too small for all words).
     """
-    from transformers import Qwen2Tokenizer
+    from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 
-    recipe = recipe or TokenizerRecipe()
-    raw = _train(texts, words, recipe)
-    for word in words:
-        pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
-        count = len(raw.encode(word).ids)
-        if len(pieces) == 1 and len(word.encode()) <= recipe.longest_token and count != 1:
-            raise RuntimeError(
-                f"{word!r} takes {count} tokens of {recipe.vocabulary}; too many or too long words were given"
-            )
-    whole = json.loads(raw.to_str())
-    whole["decoder"] = {"type": "ByteLevel", **PLAIN_BYTES}  # written out as Qwen2's file has it; same effect
-    state = whole["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=state["vocab"],
-        merges=[tuple(pair) for pair in state["merges"]],
-        unk_token=None,
-        bos_token=None,
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-        extra_special_tokens=[START_OF_TURN],
-        model_max_length=32768,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
-    tokenizer.save_pretrained(folder)
-    # the class would number the special tokens in another order
-    (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-def ensure_tokenizer(texts: list[str], words: list[str]) -> Path:
-    """The stored tokenizer for these texts and words, trained if it is not there yet; a folder to load or copy.
-
-    Of each text only the first LONGEST characters are used.
-    """
-    recipe, texts = TokenizerRecipe(), [text[:LONGEST] for text in texts]
-    determined_by = {
-        "texts": sha256_json(texts),
-        "words": sha256_json(words),
-        "recipe": asdict(recipe),
-        "template": sha256_json(CHAT_TEMPLATE),
-        "tokenizers": metadata.version("tokenizers"),
-        "transformers": metadata.version("transformers"),
+    parts = {
+        "version": "1.0",
+        "normalizer": RULES["qwen2"]["normalizer"],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": RULES["qwen2"]["steps"]},
+        "post_processor": PLAIN_BYTES,
+        "decoder": PLAIN_BYTES,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
     }
-
-    def build(folder: Path) -> dict[str, int]:
-        train_tokenizer(texts, words, folder, recipe)
-        return {"texts": len(texts), "characters": sum(map(len, texts))}
-
-    return manifest.ensure("tokenizer", determined_by, build)
-
-
-def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Tokenizer:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-    from tokenizers.models import BPE
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    raw = Tokenizer(BPE())
-    raw.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
-    raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(**PLAIN_BYTES)])
-    raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.ByteLevel(**PLAIN_BYTES)
+    recipe, raw = recipe or TokenizerRecipe(), Tokenizer.from_str(json.dumps(parts))
     special = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary - len(special),
@@ -148,7 +93,33 @@ def _train(texts: list[str], words: list[str], recipe: TokenizerRecipe) -> Token
     repeated = (f"{word}\n" * (1000 + len(texts)) for word in (*ROLES, *words))
     raw.train_from_iterator(itertools.chain(texts, repeated), trainer)
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return raw
+    # the tokenizer's class would number the special tokens in another order
+    content = json.dumps(json.loads(raw.to_str()), ensure_ascii=False, indent=1)
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    for path in SMALL_FILES.iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+def ensure_tokenizer(texts: list[str], words: list[str]) -> Path:
+    """The stored tokenizer for these texts and words, trained if it is not there yet; a folder to load or copy.
+
+    Of each text only the first LONGEST characters are used.
+    """
+    recipe, texts = TokenizerRecipe(), [text[:LONGEST] for text in texts]
+    determined_by = {
+        "texts": sha256_json(texts),
+        "words": sha256_json(words),
+        "recipe": asdict(recipe),
+        "template": sha256_json((SMALL_FILES / "chat_template.jinja").read_text(encoding="utf-8")),
+        "tokenizers": metadata.version("tokenizers"),
+        "transformers": metadata.version("transformers"),
+    }
+
+    def build(folder: Path) -> dict[str, int]:
+        train_tokenizer(texts, words, folder, recipe)
+        return {"texts": len(texts), "characters": sum(map(len, texts))}
+
+    return manifest.ensure("tokenizer", determined_by, build)
 
 
 # The offline base model: a small Qwen2 pre-trained as a causal language model on the run's own training texts.

@@ -79,10 +79,11 @@ def test_words_are_single_tokens(tokenizer) -> None:
     )  # 24 bytes, tokens of at most 9
 
 
-def test_too_many_words_are_noticed(tmp_path: Path) -> None:
-    words = [chr(0x4E00 + 7 * i) + chr(0x5E00 + 11 * i) for i in range(200)]
-    with pytest.raises(RuntimeError, match="tokens of 300"):
-        train_tokenizer(TEXTS, words, tmp_path, TokenizerRecipe(vocabulary=300))
+def test_the_small_files_are_those_of_the_class(tokenizer, folder: Path, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    ours, theirs = (json.loads((place / "tokenizer_config.json").read_text()) for place in (folder, tmp_path))
+    assert {**theirs, **ours} == theirs
+    assert (folder / "chat_template.jinja").read_bytes() == (tmp_path / "chat_template.jinja").read_bytes()
 
 
 def test_template_frames_each_turn_once(tokenizer) -> None:
