@@ -121,7 +121,7 @@ def refuse_bad_template(path: Path) -> None:
         template: Any = chat_templates(path, reader(path)("tokenizer_config.json")).get("default")
     else:
         template = read_metadata(path).get("tokenizer.chat_template")
-    problem = describe_template(template, True)["problem"] if isinstance(template, str) and template else None
+    problem = describe_template(template)["problem"] if isinstance(template, str) and template else None
     if problem:
         raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
 

@@ -21,14 +21,9 @@ _SHOWN_TOKENS = 30
 
 @dataclass
 class _Findings:
-    """What was found out about a folder or file: a problem makes it unusable; a note is merely worth knowing.
-
-    Attributes:
-        render: whether the chat template is tried out, in a process of its own with little memory and time.
-    """
+    """What was found out about a folder or file: a problem makes it unusable; a note is merely worth knowing."""
 
     path: Path
-    render: bool
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -53,17 +48,14 @@ class _Findings:
         """A chat template described; None where there is none."""
         if not isinstance(text, str) or not text:
             return None
-        described = describe_template(text, self.render)
+        described = describe_template(text)
         if problem := described.pop("problem"):
             self.problems.append(problem)
         return described
 
 
-def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
+def inspect(path: Path | str) -> dict[str, Any]:
     """Describe a model folder, an adapter folder or a GGUF file.
-
-    Args:
-        render: also try the chat template out, in a process of its own with little memory and time.
 
     Returns:
         {"path", "kind" ("model", "adapter", "gguf" or "unknown"), "bytes", facts by kind, "notes", "problems"}; with
@@ -73,7 +65,7 @@ def inspect(path: Path | str, render: bool = True) -> dict[str, Any]:
         InputError: nothing there.
     """
     path = Path(path)
-    found = _Findings(path, render)
+    found = _Findings(path)
     head: dict[str, Any] = {"path": str(path)}
     if path.is_file():
         head |= {"kind": "gguf", "bytes": path.stat().st_size}

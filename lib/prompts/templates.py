@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, one_line
 from lib.runs.child import run_child
@@ -332,76 +331,37 @@ SECONDS, BYTES = 20.0, 1 << 30
 _USER = "QUESTION-7391"
 
 
-def describe_template(template: str, render: bool) -> dict[str, Any]:
+def describe_template(template: str) -> dict[str, Any]:
     """Hash and length of a template; whether it adds a system turn of its own; why it cannot be used, if so.
 
     Returns:
-        {"sha256", "characters", "own_system_turn": True, False or None (not tried), "problem": None or words}.
+        {"sha256", "characters", "own_system_turn": True, False or None (it cannot be used), "problem": None or words}.
     """
-    found: dict[str, Any] = {
-        "sha256": hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
-        "characters": len(template),
-        "own_system_turn": None,
-        "problem": None,
-    }
-    if render:
-        try:
-            found |= run_child(
-                "lib.prompts.templates:try_out",
-                {"template": template},
-                "trying the chat template",
-                timeout=SECONDS,
-                heard=lambda _: None,
-            )
-        except InputError as error:
-            found["problem"] = f"the chat template cannot be rendered: {error.found}"
-    return found
+    text, what = template.encode("utf-8", "surrogatepass"), "trying the chat template"
+    found: dict[str, Any] = {"sha256": hashlib.sha256(text).hexdigest(), "characters": len(template)}
+    found |= {"own_system_turn": None, "problem": None}
+    try:
+        tried = run_child("lib.prompts.templates:try_out", {"template": template}, what, SECONDS, heard=lambda _: None)
+    except InputError as error:
+        tried = {"problem": f"the chat template cannot be rendered: {error.found}"}
+    return found | tried
 
 
 def try_out(argument: dict[str, Any]) -> dict[str, Any]:
-    """Render one user turn as transformers would; runs in the child process."""
+    """Render one user turn as transformers does; runs in the child process."""
     import resource
 
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        """As in transformers; Jinja's own escapes < and >, and knows none of these."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
-
-    class Learned(Extension):
-        """{% generation %} marks what trainers learn; its body is written as it is."""
-
-        tags: ClassVar = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Learned]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda _: "2026-01-01"
     turns = [{"role": role, "content": f"{role}-7391"} for role in (SYSTEM, USER, ASSISTANT, USER)]
+    asked = [[{"role": USER, "content": _USER}], turns]
+    options = {"add_generation_prompt": True, "bos_token": "", "eos_token": ""}
     try:
-        template = environment.from_string(argument["template"])
-        text, whole = (
-            template.render(messages=messages, add_generation_prompt=True, bos_token="", eos_token="")
-            for messages in ([{"role": USER, "content": _USER}], turns)
-        )
-    except (jinja2.TemplateError, MemoryError, RecursionError, OverflowError, TypeError, ValueError) as error:
+        (text, whole), _ = render_jinja_template(asked, chat_template=argument["template"], **options)
+    except (TemplateError, MemoryError, RecursionError, OverflowError, TypeError, ValueError) as error:
         return {"problem": f"the chat template cannot be rendered: {one_line(error, 120) or type(error).__name__}"}
     if _USER not in text:
         return {"problem": "the chat template leaves the user's words out"}

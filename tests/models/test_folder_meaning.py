@@ -80,7 +80,7 @@ def test_weights_that_stand_twice_are_those_of_transformers(change: Callable[[Pa
     change(model)
     assert np.array_equal(q_proj(model), as_transformers(model))
     check_model_folder(model)
-    report = inspect(model, render=False)
+    report = inspect(model)
     assert not report["problems"]
     assert any(f"both {SINGLE} and {INDEX}" in note for note in report["notes"]) == (change is not shards_alone)
 
@@ -90,6 +90,12 @@ def test_old_shards_do_not_reach_the_gguf(model: Path, tmp_path: Path, no_load: 
     old_shards(model)
     convert(model, tmp_path / "two.gguf")
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are described without trying their templates out, which takes a process each."""
+    monkeypatch.setattr("lib.models.inspect.describe_template", lambda text: {"text": text, "problem": None})
 
 
 @pytest.fixture
@@ -105,7 +111,7 @@ def no_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shards_are_named_for_what_they_are(keep: int, index: bool, words: str, model: Path) -> None:
     shards(model, index=index, keep=keep)
     (model / SINGLE).unlink()
-    assert any(words in problem for problem in inspect(model, render=False)["problems"])
+    assert any(words in problem for problem in inspect(model)["problems"])
     with pytest.raises(InputError, match=words) as raised:
         open_weights(model)
     assert "pickle" not in str(raised.value)
@@ -150,7 +156,7 @@ OTHERWISE: list[tuple[Callable[[Path], Any], str]] = [
 def test_other_weights_are_named_alike(change: Callable[[Path], Any], words: str, model: Path, tmp_path: Path) -> None:
     change(model)
     found = words.partition("(?s")[0]
-    assert any(re.search(found, problem) for problem in inspect(model, render=False)["problems"])
+    assert any(re.search(found, problem) for problem in inspect(model)["problems"])
     for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf"), check_base_folder):
         with pytest.raises(InputError, match=words) as raised:
             read(model)
@@ -207,7 +213,7 @@ def test_a_template_of_processors_alone_is_none(model: Path) -> None:
     (model / "chat_template.jinja").rename(model / "chat_template.json")
     (model / "chat_template.json").write_text('{"chat_template": "X"}')
     assert AutoTokenizer.from_pretrained(model).chat_template is None
-    report = inspect(model, render=False)
+    report = inspect(model)
     assert report["template"] is None and any("images and sound" in note for note in report["notes"])
 
 
@@ -219,7 +225,7 @@ def test_vocabularies_that_stand_twice_are_those_of_transformers(model: Path) ->
     (model / "merges.txt").write_text("#version: 0.2\nh e\n")
     assert {**plain, **added} == AutoTokenizer.from_pretrained(model).get_vocab()
     assert vocabulary(reader(model)) == (plain, added)
-    assert any("tokenizer.json is read" in note for note in inspect(model, render=False)["notes"])
+    assert any("tokenizer.json is read" in note for note in inspect(model)["notes"])
 
 
 @pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "PreTrainedTokenizerFast"])
@@ -232,7 +238,7 @@ def test_added_tokens_that_stand_twice_are_those_of_transformers(kind: str, mode
     settings(model, tokenizer_class=kind)
     plain, added = vocabulary(reader(model))
     assert {**plain, **added} == AutoTokenizer.from_pretrained(model).get_vocab()
-    assert any("list other added tokens" in note for note in inspect(model, render=False)["notes"])
+    assert any("list other added tokens" in note for note in inspect(model)["notes"])
 
 
 def configured(folder: Path, **changes: Any) -> None:
@@ -262,7 +268,7 @@ def test_sizes_are_compared_before_anything_is_built(key: str, value: Any, model
     text = json.dumps({**read_object(model / "config.json"), key: "HERE"})
     shown = json.dumps(value) if not isinstance(value, int) or value < 10**20 else "9" * 5_000
     (model / "config.json").write_text(text.replace('"HERE"', shown))
-    assert inspect(model, render=False)["problems"]
+    assert inspect(model)["problems"]
     for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf")):
         with pytest.raises(InputError, match=rf"{key}|config.json is damaged"):
             read(model)
@@ -283,7 +289,7 @@ def test_damaged_json(content: bytes, model: Path, tmp_path: Path) -> None:
 )
 def test_a_classifier_is_said_to_be_one(kind: str, model: Path, tmp_path: Path) -> None:
     configured(model, architectures=[kind])
-    assert any(kind in problem for problem in inspect(model, render=False)["problems"])
+    assert any(kind in problem for problem in inspect(model)["problems"])
     for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf")):
         with pytest.raises(InputError, match=f"classifier or scorer .{kind}(?s:.)*task: classification"):
             read(model)
@@ -294,7 +300,7 @@ def test_a_head_that_does_not_speak(head: str, model: Path, tmp_path: Path) -> N
     import torch
 
     save_file({**load_file(model / SINGLE), f"{head}.weight": torch.ones(2, 64)}, model / SINGLE, {"format": "pt"})
-    assert any(f"head `{head}` with 2 outputs" in problem for problem in inspect(model, render=False)["problems"])
+    assert any(f"head `{head}` with 2 outputs" in problem for problem in inspect(model)["problems"])
     with pytest.raises(InputError, match="with 2 outputs"):
         convert(model, tmp_path / "m.gguf")
 
@@ -305,7 +311,7 @@ def test_more_tokens_than_rows_are_a_problem(model: Path, tmp_path: Path) -> Non
     content["added_tokens"] += [{**first, "id": i, "content": f"<new{i}>"} for i in range(268, 301)]
     (model / "tokenizer.json").write_text(json.dumps(content))
     settings(model, added_tokens_decoder=by_id(content["added_tokens"]))
-    assert any("largest id is 300" in problem for problem in inspect(model, render=False)["problems"])
+    assert any("largest id is 300" in problem for problem in inspect(model)["problems"])
     with pytest.raises(InputError, match="embedding has 300 rows"):
         convert(model, tmp_path / "m.gguf")
 
@@ -315,7 +321,7 @@ def test_more_tokens_than_rows_are_a_problem(model: Path, tmp_path: Path) -> Non
 )
 def test_marks_of_what_is_learned_render(tags: tuple[str, str]) -> None:
     turn = "{{ m.role }}: " + tags[0] + "{% set said = m.content %}{{ said }}" + tags[1] + "\n"
-    found = describe_template("{% for m in messages %}" + turn + "{% endfor %}", True)
+    found = describe_template("{% for m in messages %}" + turn + "{% endfor %}")
     assert found["problem"] is None and found["own_system_turn"] is False
 
 
@@ -324,4 +330,4 @@ def test_marks_of_what_is_learned_render(tags: tuple[str, str]) -> None:
 )
 def test_json_of_a_template_is_written_as_transformers_does(options: str) -> None:
     turn = "{{ m.role }}: {{ m.content | tojson(" + options + ") }}\n"
-    assert describe_template("{% for m in messages %}" + turn + "{% endfor %}", True)["problem"] is None
+    assert describe_template("{% for m in messages %}" + turn + "{% endfor %}")["problem"] is None
