@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from lib.errors import InputError
+from lib.models.gguf_file import TABLES
 from lib.models.weights import Shaped, Weights, open_weights, read_object
 
 MOST = 2**31 - 1
@@ -211,24 +212,8 @@ def refuse_other_task(
         raise InputError(found, _IN_WORDS, _TRAIN_HERE)
 
 
-_SHAPES = {
-    "model.embed_tokens.weight": ("vocab_size", "hidden_size"),
-    "lm_head.weight": ("vocab_size", "hidden_size"),
-    "model.norm.weight": ("hidden_size",),
-    "self_attn.q_proj.weight": ("num_attention_heads × head_dim", "hidden_size"),
-    "self_attn.k_proj.weight": ("num_key_value_heads × head_dim", "hidden_size"),
-    "self_attn.v_proj.weight": ("num_key_value_heads × head_dim", "hidden_size"),
-    "self_attn.o_proj.weight": ("hidden_size", "num_attention_heads × head_dim"),
-    "mlp.gate_proj.weight": ("intermediate_size", "hidden_size"),
-    "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
-    "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
-    "input_layernorm.weight": ("hidden_size",),
-}
-"""Tensor → the keys of config.json that its shape repeats."""
-
-
-def _attention(config: Mapping[str, Any]) -> dict[str, int]:
-    """Rows of the attention's weights, of models whose queries are one vector a head."""
+def attention_rows(config: Mapping[str, Any]) -> dict[str, int]:
+    """Rows of the attention's weights, of models whose queries are one vector a head; empty for other models."""
     kind, heads, hidden = map(config.get, ("model_type", "num_attention_heads", "hidden_size"))
     head = config.get("head_dim") or (hidden // heads if hidden and heads and kind in ("llama", "qwen2") else None)
     if not head or not heads or kind not in ("llama", "qwen2", "qwen3"):
@@ -237,7 +222,7 @@ def _attention(config: Mapping[str, Any]) -> dict[str, int]:
     return {"num_attention_heads × head_dim": heads * head, "num_key_value_heads × head_dim": shared * head}
 
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
@@ -247,7 +232,7 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         InputError: other layers, or a tensor of another shape than a key says.
     """
     path, layers = weights.folder / "config.json", config.get("num_hidden_layers")
-    seen = {int(match[1]) for name in weights.tensors if (match := _LAYER.fullmatch(name))}
+    seen = {int(match[1]) for name in weights.tensors if (match := LAYER.fullmatch(name))}
     more = config.get("num_nextn_predict_layers") or 0  # layers that guess further tokens stand behind the others
     if layers and seen and not set(range(layers)) <= seen <= set(range(layers + more)):
         raise InputError(
@@ -257,10 +242,10 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config"):
         return  # packed: other shapes
-    sizes = {**config, **_attention(config)}
+    sizes = {**config, **attention_rows(config)}
     for name, tensor in weights.tensors.items():
-        match = _LAYER.fullmatch(name)
-        for key, size in zip(_SHAPES.get(match[2] if match else name, ()), tensor.shape, strict=False):
+        module = LAYER.sub(r"\2", name).removesuffix(".weight")  # of a bias it is none of them
+        for key, size in zip(TABLES["shapes"].get(module, ()), tensor.shape, strict=False):
             if sizes.get(key) and sizes[key] != size:
                 raise InputError(
                     f"{path}: {key} is {sizes[key]}, and {name} has the shape {tensor.shape}.",

@@ -360,15 +360,6 @@ def head_size(config: dict[str, Any]) -> int:
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
-def shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:
-    """The shape that a tensor must have, rows first; by its name in transformers."""
-    head, (module, kind) = head_size(config), name.split(".")[-2:]
-    sizes = {**config, "head": head, "queries": head * config["num_attention_heads"]}
-    sizes["keys"] = head * config["num_key_value_heads"]
-    shape = tuple(sizes[key] for key in TABLES["shapes"].get(module, ["hidden_size"]))
-    return shape[:1] if kind == "bias" else shape
-
-
 def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
     """Divisors of the rotary frequencies of Llama 3.1 and later (rope type llama3), float32; None for other models.
 

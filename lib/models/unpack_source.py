@@ -14,6 +14,7 @@ import numpy as np
 
 from lib.errors import one_line
 from lib.models import gguf_file
+from lib.models.configurations import LAYER, attention_rows
 from lib.models.gguf_file import OWN_FOLDER, PackedTensor, TensorInfo, head_size, rotary_heads, unusable
 from lib.models.gguf_tokenizer import refuse_unwritable
 
@@ -336,10 +337,18 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
     return gguf_file.tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
 
 
+def _shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:
+    """The shape that a tensor must have, rows first; by its name in transformers."""
+    module, _, kind = LAYER.sub(r"\2", name).rpartition(".")
+    sizes = {**config, "head": head_size(config), **attention_rows(config)}
+    shape = tuple(sizes[key] for key in gguf_file.TABLES["shapes"].get(module, ["hidden_size"]))
+    return shape[:1] if kind == "bias" else shape
+
+
 def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -> PackedTensor:
     import gguf
 
-    shape = gguf_file.shape_of(name, config)
+    shape = _shape_of(name, config)
     if tensor.shape != shape:
         found = f"tensor {tensor.name} of shape {tensor.shape}"
         raise unusable(path, found, f"{shape}, as the file's keys say")

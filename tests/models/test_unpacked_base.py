@@ -137,17 +137,17 @@ def test_settings_that_do_not_fit_are_refused(packed_files: dict[str, Path], hom
 
 
 def test_inspect_asks_what_unpacking_asks(packed_files: dict[str, Path], tmp_path: Path) -> None:
-    assert any(note.startswith("can be a base model") for note in inspect(packed_files["qwen3"], False)["notes"])
+    assert any(note.startswith("can be a base model") for note in inspect(packed_files["qwen3"])["notes"])
     odd = tmp_path / "odd.gguf"
     odd.write_bytes(packed_files["qwen3"].read_bytes().replace(b"qwen3.context_length", b"qwen3.context_longth"))
-    assert any("no base model" in note and "context_length" in note for note in inspect(odd, False)["notes"])
+    assert any("no base model" in note and "context_length" in note for note in inspect(odd)["notes"])
 
 
 def test_a_file_without_template_is_no_base_of_a_run(packed_files: dict[str, Path], home: Path) -> None:
     path = packed.repack(
         packed_files["qwen2"].parent / "qwen2-f32.gguf", home / "plain.gguf", more={"tokenizer.chat_template": ""}
     )
-    assert "no base_model, workbook unpack only: no chat template" in inspect(path, False)["notes"]
+    assert "no base_model, workbook unpack only: no chat template" in inspect(path)["notes"]
     settings = Settings(run_name="x", base_model=str(path))
     for ask in (lambda: choose_base(Settings(base_model=str(path))), lambda: base_parameters(settings)):
         with pytest.raises(InputError, match=r"plain\.gguf has no chat template"):

@@ -258,7 +258,7 @@ def test_an_alignment_that_is_no_power_of_two_is_refused(
     )
     with pytest.raises(InputError, match=r"general\.alignment"):
         read_source(path)
-    assert "general.alignment" in " ".join(inspect(path, False)["problems"])
+    assert "general.alignment" in " ".join(inspect(path)["problems"])
 
 
 def test_keys_that_change_nothing_are_taken(packed_files: dict[str, Path], tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_tensor_at_another_place_is_refused(packed_files: dict[str, Path], tmp
         (tmp_path / "odd.gguf").write_bytes(data)
         with pytest.raises(InputError, match=r"'blk.0.attn_k.weight' at byte \d+ of the data, where \d+ is next"):
             unpack(tmp_path / "odd.gguf", tmp_path / "out")
-        assert "attn_k" in inspect(tmp_path / "odd.gguf", False)["problems"][0]
+        assert "attn_k" in inspect(tmp_path / "odd.gguf")["problems"][0]
 
 
 def test_a_key_given_twice_is_refused(packed_files: dict[str, Path], tmp_path: Path) -> None:
