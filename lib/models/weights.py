@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,19 @@ class Shaped:
     def size(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)
+
+
+def slabs(tensor: Shaped, most: int, fewest: int = 1) -> Iterator[tuple[slice, int, int]]:
+    """A tensor in slabs of whole rows: the rows, the number of their first weight, and how many weights they have.
+
+    Args:
+        most: about as many weights; but at least `fewest` rows.
+    """
+    rows, width = (tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.shape else (1, 1)
+    step = max(fewest, most // max(1, width))
+    for first in range(0, max(1, rows), step):
+        part = slice(first, min(first + step, rows))
+        yield part, first * width, (part.stop - first) * width
 
 
 @dataclass(frozen=True)

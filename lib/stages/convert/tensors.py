@@ -16,7 +16,17 @@ import numpy as np
 from lib.errors import InputError, one_line
 from lib.models import gguf_file
 from lib.models.configurations import check_sizes, read_configuration, refuse_other_task
-from lib.models.weights import FLOAT16_MAX, Shaped, StoredTensor, Weights, convert, infinite, largest_magnitude, widen
+from lib.models.weights import (
+    FLOAT16_MAX,
+    Shaped,
+    StoredTensor,
+    Weights,
+    convert,
+    infinite,
+    largest_magnitude,
+    slabs,
+    widen,
+)
 from lib.runs.files import write_at
 
 # Which models can be converted, and their hyperparameters as GGUF keys.
@@ -73,20 +83,12 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
 
     Importing transformers takes longer than converting a small model.
     """
-    try:
-        name = gguf_file.ARCHITECTURES[config["architectures"][0]]
-        rope, head = config.get("rope_parameters") or config, config.get("head_dim")
-        whole = (
-            all(type(config[key]) is int and config[key] > 0 for key in (*gguf_file.NUMBERS, "vocab_size"))
-            and type(config["tie_word_embeddings"]) is bool
-            and type(config["rms_norm_eps"]) is float
-            and type(rope["rope_theta"]) in (int, float)
-            and config["model_type"] == name
-            and (type(head) is int or (head is None and name == "qwen2"))
-        )
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return None
-    return config if whole else None
+    name = gguf_file.ARCHITECTURES.get(next(iter(config.get("architectures") or ()), ""))
+    needed = {*gguf_file.NUMBERS, "vocab_size", "tie_word_embeddings", "rms_norm_eps"}
+    needed |= {"head_dim"} if name != "qwen2" else set()
+    rope = config.get("rope_parameters") or config
+    whole = name and name == config.get("model_type") and rope.get("rope_theta") is not None
+    return config if whole and all(config.get(key) is not None for key in needed) else None
 
 
 def _full_config(folder: Path) -> dict[str, Any]:
@@ -261,13 +263,6 @@ def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) 
         )
 
 
-def _slabs(tensor: PlannedTensor, count: int) -> Iterator[tuple[int, int]]:
-    """First value and number of values of each part that is converted alone: whole rows, or all of a re-paired one."""
-    step = count if tensor.heads else max(1, gguf_file.SLAB // max(1, tensor.row)) * tensor.row
-    for first in range(0, count, max(1, step)):
-        yield first, min(step, count - first)
-
-
 def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:
     """Whole rows of a tensor in its GGUF type, as bytes; rounding is to nearest, ties to even, as the official one.
 
@@ -323,10 +318,8 @@ class GgufFile:
 
     def put(self, name: str, first: int, values: np.ndarray, dtype: str) -> None:
         """Write whole rows of the tensor that the model folder calls `name`, from its value number `first` on."""
-        if (tensor := self._by_source.get(name)) is None:
-            return
-        for start, count in _slabs(tensor, len(values)):
-            self._put(tensor, first + start, values[start : start + count], dtype)
+        if name in self._by_source:
+            self._put(self._by_source[name], first, values, dtype)
 
     def whole(self, name: str) -> bool:
         """Whether all rows of this tensor must be put at once."""
@@ -348,7 +341,7 @@ class GgufFile:
         """One job a slab: read it from the model folder, convert it, write it; each gives the bytes it read."""
         for tensor in self._plan:
             if tensor.source is not None:
-                for first, count in _slabs(tensor, tensor.size):
+                for _, first, count in slabs(tensor, tensor.size if tensor.heads else gguf_file.SLAB):
                     yield partial(self._copy, tensor, tensor.source, first, count)
 
     def _copy(self, tensor: PlannedTensor, source: StoredTensor, first: int, count: int) -> int:

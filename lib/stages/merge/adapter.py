@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,19 +66,6 @@ class MergePlan:
     config: dict[str, Any]
     adapter: Adapter
     updates: dict[str, Update]
-
-
-def slabs(tensor: StoredTensor, most: int, fewest: int = 1) -> Iterator[tuple[slice, int, int]]:
-    """A tensor in slabs of whole rows: the rows, the number of their first weight, and how many weights they have.
-
-    Args:
-        most: about as many weights; but at least `fewest` rows.
-    """
-    rows, width = (tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.shape else (1, 1)
-    step = max(fewest, most // max(1, width))
-    for first in range(0, max(1, rows), step):
-        part = slice(first, min(first + step, rows))
-        yield part, first * width, (part.stop - first) * width
 
 
 def plan_merge(base: Path, folder: Path) -> MergePlan:

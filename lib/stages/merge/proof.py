@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.errors import InputError
-from lib.models.weights import TORCH, StoredTensor, Weights, open_weights
+from lib.models.weights import TORCH, StoredTensor, Weights, open_weights, slabs
 from lib.progress import track
 from lib.runs.machine import no_warnings
-from lib.stages.merge.adapter import Update, plan_merge, slabs
+from lib.stages.merge.adapter import Update, plan_merge
 
 if TYPE_CHECKING:
     import torch

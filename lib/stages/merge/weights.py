@@ -37,11 +37,12 @@ from lib.models.weights import (
     open_weights,
     pack_header,
     read_object,
+    slabs,
 )
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import new_folder, read_json, require_space, write_at, write_json
-from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge, slabs
+from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge
 
 if TYPE_CHECKING:
     import torch
