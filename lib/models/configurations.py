@@ -27,10 +27,7 @@ PATIENCE = 1.0
 """Seconds that a pattern of an adapter may take: a^n patterns never end, in peft neither."""
 
 
-ACTIVATIONS = (
-    *("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "gelu_python"),
-    *("gelu_10", "quick_gelu", "relu", "relu2", "relu6", "leaky_relu", "laplace", "linear", "mish", "sigmoid", "tanh"),
-)
+ACTIVATIONS = tuple(TABLES["activations"])
 """Names that transformers knows (transformers.activations.ACT2FN)."""
 
 

@@ -313,16 +313,16 @@ def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, 
     return names
 
 
-def rotary_heads(architecture: str, name: str, config: dict[str, Any]) -> int:
+def rotary_heads(name: str, config: dict[str, Any]) -> int:
     """Number of heads whose rows llama.cpp orders differently: query and key of Llama; 0 for all other tensors.
 
     Args:
-        architecture: in GGUF, or model_type; name: of the tensor in transformers or in GGUF.
+        name: of the tensor in transformers or in GGUF.
     """
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     heads |= {"attn_q": heads["q_proj"], "attn_k": heads["k_proj"]}
     module = name.split(".")[-2:][0]
-    return int(config[heads[module]]) if architecture in ("llama", "mistral") and module in heads else 0
+    return int(config[heads[module]]) if config["model_type"] in ("llama", "mistral") and module in heads else 0
 
 
 def pair_rows(values: np.ndarray, heads: int) -> np.ndarray:
@@ -333,7 +333,7 @@ def pair_rows(values: np.ndarray, heads: int) -> np.ndarray:
 
 def row_order(name: str, config: dict[str, Any], rows: int) -> np.ndarray:
     """The rows of a matrix of a model, by its name in transformers or in GGUF, in the order of GGUF."""
-    heads = rotary_heads(config["model_type"], name, config)
+    heads = rotary_heads(name, config)
     return pair_rows(np.arange(rows), heads) if heads else np.arange(rows)
 
 

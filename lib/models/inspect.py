@@ -12,7 +12,7 @@ from lib.errors import InputError
 from lib.models import tokenizer_files
 from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
 from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
-from lib.models.gguf_file import NUMBERS, TensorInfo, data_end, read_metadata, read_tensors
+from lib.models.gguf_file import NUMBERS, TensorInfo, data_end, read_gguf
 from lib.models.weights import Weights, impostor, open_weights, read_object
 from lib.prompts.templates import describe_template
 
@@ -261,13 +261,13 @@ def _describe_weights(found: _Findings, config: Mapping[str, Any], sound: Mappin
 
 def _describe_gguf(found: _Findings) -> None:
     """Architecture, types of the tensors, vocabulary, template, and whether the file is whole."""
-    read = found.attempt(lambda: (read_metadata(found.path), read_tensors(found.path)))
-    if read is None:
+    header = found.attempt(lambda: read_gguf(found.path))
+    if header is None:
         found.facts["architecture"] = None
         return
     import gguf
 
-    metadata, tensors = read
+    metadata, tensors = header.metadata, header.tensors
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         found.problems.append("it names no architecture")

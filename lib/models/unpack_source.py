@@ -293,7 +293,8 @@ def read_source(path: Path | str) -> Source:
             known; a tensor that is missing, unknown, of a wrong shape or of a type that cannot be dequantized.
     """
     path = Path(path)
-    metadata, found = gguf_file.read_metadata(path), gguf_file.read_tensors(path)
+    header = gguf_file.read_gguf(path)
+    metadata, found = header.metadata, header.tensors
     parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
     if parts not in (0, 1):
         one = f"one of {parts} parts of a split file"
@@ -358,7 +359,7 @@ def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -
     if row % block or end > size:
         lack = f"ends at byte {end:,} of {size:,}" if end > size else f"has rows of {row}, blocks of {block}"
         raise unusable(path, f"tensor {tensor.name} {lack}", "a whole file")
-    return PackedTensor(name, kind, shape, tensor.start, path, rotary_heads(config["model_type"], name, config))
+    return PackedTensor(name, kind, shape, tensor.start, path, rotary_heads(name, config))
 
 
 def _known_type(tensor: TensorInfo, path: Path) -> GGMLQuantizationType:

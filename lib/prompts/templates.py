@@ -293,7 +293,13 @@ def read_turns(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Turns:
     """
     marked = _marked(tokenizer, [(role, False) for role in (*ROLES, USER)])
     asking, closed = (apply(tokenizer, marked, thinking, prompt) for prompt in (True, False))
-    turns = _split(asking, closed, str(tokenizer.bos_token or ""))
+    first, *others = _MARK.split(asking)[::3]  # between the marks, of which split also gives both groups
+    start, closing = str(tokenizer.bos_token or ""), closed.rpartition("\ue001")[2]
+    begin, turns = start if first.startswith(start) else "", None
+    if len(others) == len(marked):  # no mark is lost; whether it is so of all turns, the conversations show
+        user, assistant, _, answer = (part.removeprefix(closing) for part in others)
+        opening = {SYSTEM: first.removeprefix(begin), USER: user, ASSISTANT: assistant}
+        turns = Turns(begin, opening, dict.fromkeys(ROLES, closing), answer)
     for texts in _CONVERSATIONS:
         roles = (SYSTEM, *((USER, ASSISTANT) * len(texts)))
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
@@ -304,24 +310,6 @@ def read_turns(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Turns:
                 "use the GGUF file by itself: workbook serve FILE.gguf renders its own template.",
             )
     return turns
-
-
-def _split(asking: str, closed: str, begin_token: str) -> Turns | None:
-    """The pieces around the marks of four turns; None where marks are missing, repeated or in another order."""
-    marks = list(_MARK.finditer(asking))
-    if [int(mark[1]) for mark in marks] != [0, 1, 2, 3]:
-        return None
-    ends = [0, *(mark.end() for mark in marks)]
-    first, *others = (asking[end : mark.start()] for end, mark in zip(ends, marks, strict=False))
-    rest, closing = asking[ends[-1] :], closed.rpartition("\ue001")[2]
-    if not all(part.startswith(closing) for part in (*others, rest)):
-        return None
-    begin = begin_token if begin_token and first.startswith(begin_token) else ""
-    user, assistant, again = (part.removeprefix(closing) for part in others)
-    if again != user:
-        return None
-    opening = {SYSTEM: first.removeprefix(begin), USER: user, ASSISTANT: assistant}
-    return Turns(begin, opening, dict.fromkeys(ROLES, closing), rest.removeprefix(closing))
 
 
 # A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.

@@ -30,7 +30,7 @@ from lib.runs.child import run_child, run_jobs
 from lib.runs.files import atomic_path, require_space
 from lib.runs.machine import llama_cpp_problem
 from lib.scoring.llama_backend import forget_errors, last_error, llama
-from lib.stages.convert.tensors import GgufFile, plan_tensors, read_architecture, write_parameters
+from lib.stages.convert.tensors import GgufFile, plan_tensors, read_convertible, write_parameters
 from lib.stages.convert.tokenizer import add_tokenizer
 
 _LOAD_MODE_NONE = 0  # llama.h, enum llama_load_mode
@@ -78,16 +78,13 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.no_alloc, parameters.load_mode = True, _LOAD_MODE_NONE  # mapping is not allowed with no_alloc
-    model = llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters)
-    if not model:
+    if not llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters):
         raise InputError(
             f"llama.cpp refuses {argument['path']} ({last_error() or 'no reason given'}).",
             "a GGUF that it can load.",
             "check the model folder's config.json against its weights.",
         )
-    tokens = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    llama_cpp.llama_model_free(model)
-    return {"tokens": int(tokens)}
+    return {}
 
 
 OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -153,8 +150,8 @@ class Conversion:
         self.started = time.monotonic()
         self.folder, self.output, self.weights, self.outtype = Path(model_dir), Path(output), weights, outtype
         check_output(self.output, weights, outtype)
-        self.model = read_architecture(self.folder)
-        self.plan = plan_tensors(weights, self.model, outtype)
+        self.config = read_convertible(self.folder)
+        self.plan = plan_tensors(weights, self.config, outtype)
         self.header, self.tokenizer = self._header(name)
 
     @contextlib.contextmanager
@@ -191,7 +188,7 @@ class Conversion:
         return ConversionReport(
             model=str(self.folder),
             output=str(self.output),
-            architecture=self.model.name,
+            architecture=self.config["model_type"],
             outtype=self.outtype,
             tensors=len(self.plan),
             parameters=self.weights.parameters,
@@ -208,14 +205,14 @@ class Conversion:
         """Everything before the data of the tensors, and what is reported of the tokenizer."""
         for logger in ("gguf", "metadata"):  # they would log every key
             logging.getLogger(logger).setLevel(logging.CRITICAL)
-        writer = gguf.GGUFWriter(path=None, arch=self.model.name)
+        writer = gguf.GGUFWriter(path=None, arch=self.config["model_type"])
         for tensor in self.plan:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
         writer.add_type(gguf.GGUFType.MODEL)
         _write_metadata(writer, self.folder, name)
-        write_parameters(writer, self.model, gguf.LlamaFileType[OUTTYPES[self.outtype]])
+        write_parameters(writer, self.config, gguf.LlamaFileType[OUTTYPES[self.outtype]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        tokenizer = add_tokenizer(writer, self.folder, self.model.config["vocab_size"])
+        tokenizer = add_tokenizer(writer, self.folder, self.config["vocab_size"])
         stream = io.BytesIO()
         writer.fout, writer.state = [stream], WriterState.EMPTY  # in memory, where it would open a file
         writer.write_header_to_file()

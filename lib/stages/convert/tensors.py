@@ -39,20 +39,8 @@ _YARN |= {"beta_fast": "beta_fast", "beta_slow": "beta_slow"}
 """Key of rope_scaling → what the writer of the gguf library calls it behind rope_scaling_yarn."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A convertible model: GGUF architecture, and the values of config.json with its defaults."""
-
-    name: str
-    config: dict[str, Any]
-
-    @property
-    def blocks(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-
-def read_architecture(folder: Path) -> Architecture:
-    """Read config.json of a model folder.
+def read_convertible(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder that can be converted, with its defaults; its model_type is GGUF's architecture.
 
     Raises:
         InputError: no config, an unsupported class, quantized weights, a rope type or a folder kind that the converter
@@ -74,8 +62,8 @@ def read_architecture(folder: Path) -> Architecture:
             f"model_type {gguf_file.ARCHITECTURES[kind]}: transformers goes by it.",
             "download the folder again.",
         )
-    _refuse_special(folder, config, gguf_file.ROPE_TYPES[gguf_file.ARCHITECTURES[kind]])
-    return Architecture(gguf_file.ARCHITECTURES[kind], config)
+    _refuse_special(folder, config)
+    return config
 
 
 def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -120,7 +108,7 @@ def _not_computed(config: dict[str, Any]) -> str | None:
     return f"layers of {', '.join(odd)}" if odd else None
 
 
-def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str, ...]) -> None:
+def _refuse_special(folder: Path, config: dict[str, Any]) -> None:
     if config.get("quantization_config"):
         raise InputError(
             f"quantized weights in {folder} (quantization_config).",
@@ -129,6 +117,7 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
         )
     card, rope, place = folder / "README.md", gguf_file.rope_of(config), folder / "config.json"
     kind, official = rope.get("rope_type"), "use llama.cpp's converter."
+    rope_types = gguf_file.ROPE_TYPES[config["model_type"]]
     if (folder / "modules.json").is_file() or config.get("is_causal") is False:
         raise InputError(f"an embedding model in {folder}.", "a causal language model.", official)
     if card.is_file() and "# qwen3-reranker" in card.read_text(encoding="utf-8", errors="replace").lower():
@@ -145,18 +134,17 @@ def _refuse_special(folder: Path, config: dict[str, Any], rope_types: tuple[str,
         )
 
 
-def write_parameters(writer: gguf.GGUFWriter, model: Architecture, file_type: int) -> None:
+def write_parameters(writer: gguf.GGUFWriter, config: dict[str, Any], file_type: int) -> None:
     """Add the hyperparameters to `writer`, in the official order."""
-    config = model.config
     for name, key in gguf_file.NUMBERS.items():
-        writer.add_uint32(f"{model.name}.{key}", config[name])
+        writer.add_uint32(f"{writer.arch}.{key}", config[name])
     _write_rope(writer, gguf_file.rope_of(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     writer.add_file_type(file_type)
-    if model.name == "llama":
+    if writer.arch == "llama":
         writer.add_vocab_size(config["vocab_size"])
         writer.add_rope_dimension_count(gguf_file.head_size(config))
 
@@ -205,7 +193,7 @@ class PlannedTensor(Shaped):
         return self.shape[-1] if self.shape else 1
 
 
-def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[PlannedTensor]:
+def plan_tensors(weights: Weights, config: dict[str, Any], outtype: str) -> list[PlannedTensor]:
     """Name and type of every tensor, in the order of the official converter.
 
     One-dimensional tensors and norms stay float32; a row that Q8_0's blocks of 32 do not divide becomes float16.
@@ -214,10 +202,11 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         InputError: a tensor that the architecture does not have, or one that is missing.
     """
     refuse_other_task(weights.folder, weights.tensors)
-    check_sizes(weights, model.config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.name.upper()], model.blocks)
+    check_sizes(weights, config)
+    architecture, blocks = config["model_type"], int(config["num_hidden_layers"])
+    names = gguf_file.name_map(architecture, blocks)
     wanted, float32 = gguf.GGMLQuantizationType[outtype.upper()], gguf.GGMLQuantizationType.F32
-    plan, factors = [], gguf_file.rope_factors(model.config)
+    plan, factors = [], gguf_file.rope_factors(config)
     if factors is not None:
         plan.append(PlannedTensor(gguf_file.ROPE_FACTORS, float32, factors.shape, factors.nbytes, None, values=factors))
     for name, source in weights.tensors.items():
@@ -227,7 +216,7 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise InputError(
-                f"tensor {name} in {weights.folder}, which {model.name} does not have.",
+                f"tensor {name} in {weights.folder}, which {architecture} does not have.",
                 "the weights of a whole model (adapters merged).",
                 "run `workbook merge` first, or check that config.json belongs to these weights.",
             )
@@ -237,30 +226,19 @@ def plan_tensors(weights: Weights, model: Architecture, outtype: str) -> list[Pl
         elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
             kind = gguf.GGMLQuantizationType.F16
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes, heads = source.size // block * size, gguf_file.rotary_heads(model.name, name, model.config)
+        nbytes, heads = source.size // block * size, gguf_file.rotary_heads(name, config)
         plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, heads))
-    _complete(plan, weights, model)
-    return plan
-
-
-def _complete(plan: list[PlannedTensor], weights: Weights, model: Architecture) -> None:
     have = {tensor.name for tensor in plan}
-    wanted = set(gguf_file.tensor_names(model.name, model.blocks, bool(model.config.get("tie_word_embeddings"))))
-    if missing := sorted(wanted - have):
+    needed = gguf_file.tensor_names(architecture, blocks, bool(config.get("tie_word_embeddings")))
+    if missing := sorted(needed.keys() - have):
         raise InputError(
-            f"{weights.folder} lacks {len(missing)} tensors of a {model.name} model (first {missing[0]}).",
-            f"all tensors of {model.blocks} layers.",
+            f"{weights.folder} lacks {len(missing)} tensors of a {architecture} model (first {missing[0]}).",
+            f"all tensors of {blocks} layers.",
             "check that config.json belongs to these weights and that no shard is missing.",
         )
     if len(have) != len(plan):
         raise InputError(f"two tensors of {weights.folder} have one name in GGUF.", "each once.", "check the folder.")
-    rows = next(tensor.shape[0] for tensor in plan if tensor.name == "token_embd.weight")
-    if rows != model.config["vocab_size"]:
-        raise InputError(
-            f"{weights.folder}: {rows} rows of embedding, vocab_size {model.config['vocab_size']} in config.json.",
-            "equal numbers.",
-            "save model and config together after resizing.",
-        )
+    return plan
 
 
 def encode(tensor: PlannedTensor, values: np.ndarray, dtype: str) -> np.ndarray:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from lib.errors import InputError
 from lib.models.base_model import base_of
@@ -18,9 +19,9 @@ from lib.prompts.tasks import language_of, read_task, spread
 from lib.runs.files import read_json, read_jsonl, render, write_json, write_text
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
-from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, Nf4Result, compare_merges, dequantize_base
+from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
-from lib.stages.merge.verify import FormatCost, MergeCheck, check_merge
+from lib.stages.merge.verify import MergeCheck, check_merge
 from lib.stages.merge.weights import MergeReport, merge_folders
 
 _CHECK = 3
@@ -34,28 +35,41 @@ CHECK_PROMPTS = 12
 
 
 @dataclass(frozen=True)
-class MergeResult:
-    """The merged model of a run.
+class MergeRecord:
+    """Content of merge.json.
 
     Attributes:
         report: sizes, tensors, memory and rules of the merge.
         proof: what was recomputed, and found right.
         check: what rounding the weights costs: answers beside those of base + adapter.
-        nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
-        files: bytes of every file of the product.
-        base: id of the base model; method: how the adapter was trained ("LoRA", "QLoRA").
+        method: how the adapter was trained ("LoRA", "QLoRA").
         merge_base: into which weights it was merged ("original", "dequantized").
+        nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
     """
 
-    product: Product
     report: MergeReport
     proof: MergeProof
     check: MergeCheck
-    nf4: Nf4Comparison | None
-    files: dict[str, int]
-    base: str
     method: str
     merge_base: str
+    nf4: Nf4Comparison | None
+
+
+@dataclass(frozen=True)
+class MergeResult(MergeRecord):
+    """The merged model of a run."""
+
+    product: Product
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of every file of the product."""
+        return {name: output["bytes"] for name, output in self.product.entry.outputs.items()}
+
+    @property
+    def base(self) -> str:
+        """Id of the base model."""
+        return self.report.base
 
 
 def merge(settings: Settings, run: Run) -> MergeResult:
@@ -115,15 +129,8 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     told = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
     told["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
     _write_readme(work.folder, "card.md.j2", front, base.id, base.revision, **told)
-    content = {
-        "report": {**asdict(report), "base": base.id, "adapter": "adapter", "output": "merged"},
-        "proof": asdict(proof),
-        "check": asdict(check),
-        "method": method,
-        "merge_base": merge_base,
-        "nf4": asdict(nf4) if nf4 else None,
-    }
-    write_json(work.folder / "merge.json", content)
+    named = replace(report, base=base.id, adapter="adapter", output="merged")
+    write_json(work.folder / "merge.json", asdict(MergeRecord(named, proof, check, method, merge_base, nf4)))
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
     measured = ("max_abs_log_prob", "mean_kld", "argmax_agreement")
@@ -131,19 +138,8 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
 
 
 def _read(product: Product) -> MergeResult:
-    content = read_json(product.path / "merge.json")
-    check, nf4 = content["check"], content["nf4"]
-    return MergeResult(
-        product=product,
-        report=MergeReport(**content["report"]),
-        proof=MergeProof(**content["proof"]),
-        check=MergeCheck(**{**check, "costs": [FormatCost(**cost) for cost in check["costs"]]}),
-        nf4=nf4 and Nf4Comparison(**{**nf4, "results": [Nf4Result(**row) for row in nf4["results"]]}),
-        files={name: output["bytes"] for name, output in product.entry.outputs.items()},
-        base=content["report"]["base"],
-        method=content["method"],
-        merge_base=content["merge_base"],
-    )
+    record = TypeAdapter(MergeRecord).validate_python(read_json(product.path / "merge.json"))
+    return MergeResult(**vars(record), product=product)
 
 
 def _write_readme(
