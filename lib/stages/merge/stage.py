@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter
 
 from lib.errors import InputError
@@ -117,18 +116,10 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
             path.rename(work.folder / path.name)
     report, proof, check = made[merge_base]
     chosen = adapter.entry.facts.get("chosen")
-    kind = {"instruction": "instruction-following", "dialogue": "conversational"}.get(task.kind, "sentiment-analysis")
-    front = {
-        "base_model": base.id,
-        "language": language_of(spread(rows, _TOLD_BY)),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "merged", kind],
-        "base_model_relation": "finetune",
-    }
     told = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
     told["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
-    _write_readme(work.folder, "card.md.j2", front, base.id, base.revision, **told)
+    told |= {"task": task.kind, "language": language_of(spread(rows, _TOLD_BY))}
+    _write_readme(work.folder, "card.md.j2", base.id, base.revision, **told)
     named = replace(report, base=base.id, adapter="adapter", output="merged")
     write_json(work.folder / "merge.json", asdict(MergeRecord(named, proof, check, method, merge_base, nf4)))
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
@@ -142,19 +133,14 @@ def _read(product: Product) -> MergeResult:
     return MergeResult(**vars(record), product=product)
 
 
-def _write_readme(
-    folder: Path, template: str, front: dict[str, Any], base: str, revision: str | None, **values: Any
-) -> None:
+def _write_readme(folder: Path, template: str, base: str, revision: str | None, **values: Any) -> None:
     """Write README.md of a merged model: front matter that hubs read, and what it is made of in words.
 
     Args:
-        front: keys of the front matter; those that are None are left out, and so is a base that no hub has.
-        base: hub id or name; values: whatever else the template names.
+        base: hub id or name; only a hub's base is named in the front matter. values: whatever else the template names.
     """
-    hub = revision and ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base)  # else a local folder
-    keys = {key: value for key, value in front.items() if value is not None and (hub or "base_model" not in key)}
-    header = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()
-    told = {"front": header, "base": base, "revision": revision, **values}
+    on_hub = revision and ":" not in revision and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base)
+    told = {"on_hub": on_hub, "base": base, "revision": revision, **values}
     write_text(folder / "README.md", render(Path(__file__).with_name(template), **told))
 
 
@@ -164,11 +150,4 @@ def write_lineage(folder: Path, base: str, revision: str | None, adapter: str) -
     Args:
         revision: commit of a hub model; None for a local folder, of which only the name is told.
     """
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "merged"],
-        "base_model": base,
-        "base_model_relation": "finetune",
-    }
-    _write_readme(folder, "lineage.md.j2", front, base, revision, adapter=adapter)
+    _write_readme(folder, "lineage.md.j2", base, revision, adapter=adapter)
