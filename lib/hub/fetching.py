@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -230,25 +231,14 @@ class HubRepository:
     def _list(self, address: str, token: str | bool) -> tuple[str, list[RemoteFile]]:
         """The commit of the revision and all its files."""
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
 
-        def ask() -> tuple[str, list[RemoteFile]]:
-            info = HfApi(address, token=token).repo_info(
-                self.remote.id,
-                revision=self.remote.revision,
-                repo_type=self.remote.repository_type,
-                files_metadata=True,
-                timeout=transport.TIMEOUT,
-            )
-            return str(info.sha), [
-                RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-                for entry in info.siblings or ()
-            ]
-
+        remote = self.remote
+        options = {"revision": remote.revision, "repo_type": remote.repository_type, "files_metadata": True}
+        ask = partial(HfApi(address, token=token).repo_info, remote.id, timeout=transport.TIMEOUT, **options)
         try:
-            commit, files = transport.patiently(ask)
-        except HFValidationError:
-            raise MissingError from None
+            info = transport.patiently(ask)
+            commit, entries = str(info.sha), info.siblings or ()
+            files = [RemoteFile(e.rfilename, e.size, e.lfs.sha256 if e.lfs else None, e.blob_id) for e in entries]
         except (KeyError, TypeError, AttributeError):
             raise UnreachableError("its listing is not a hub's") from None
         if not COMMIT.fullmatch(commit):

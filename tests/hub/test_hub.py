@@ -176,6 +176,7 @@ def test_lasting_refusals_are_sentences(repository: Hub, name: str) -> None:
     ("source", "revision", "words"),
     [
         ("org/other", "main", "is not there, or private"),
+        ("org/two--words", "main", "is not there, or private"),
         ("org/model", "v9", "no such revision"),
         ("modelscope:org/other", "main", "MODELSCOPE_API_TOKEN"),
         ("modelscope:org/model", "v9", "MODELSCOPE_API_TOKEN"),
