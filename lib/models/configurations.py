@@ -311,8 +311,6 @@ def _checked(schema: type[BaseModel], path: Path, config: dict[str, Any]) -> Any
             ) from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
         raise _odd(path, name, value if name in config or "." in name else None, message) from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deep.", "a flat object.", "download it again.") from None
 
 
 def _odd(path: Path, key: str, value: Any, expected: str) -> InputError:
