@@ -186,29 +186,25 @@ def ensure_base(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseR
     }
 
     def build(folder: Path) -> dict[str, Any]:
+        import torch
+        from transformers import AutoTokenizer
+
         require_space(folder, 64 << 20, "the offline base model")
-        return _build(texts, task, tokenizer_dir, recipe, folder)
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = new_model(tokenizer, recipe)
+            facts = _pretrain(model, windows(texts, task, tokenizer, recipe), recipe)
+        model.to(torch.bfloat16).eval()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.copyfile(tokenizer_dir / "tokenizer.json", folder / "tokenizer.json")
+        facts["parameters"] = sum(p.numel() for p in model.parameters())
+        card = render(Path(__file__).with_name("offline_base.md.j2"), facts=facts, recipe=recipe)
+        write_text(folder / "README.md", card)
+        return facts
 
     return manifest.ensure("base", determined_by, build)
-
-
-def _build(texts: list[str], task: Task, tokenizer_dir: Path, recipe: BaseRecipe, folder: Path) -> dict[str, Any]:
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = new_model(tokenizer, recipe)
-        facts = _pretrain(model, windows(texts, task, tokenizer, recipe), recipe)
-    model.to(torch.bfloat16).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
-    card = render(Path(__file__).with_name("offline_base.md.j2"), facts=facts, recipe=recipe)
-    write_text(folder / "README.md", card)
-    return facts
 
 
 def model_config(recipe: BaseRecipe, vocabulary: int, **more: Any) -> Any:
