@@ -50,6 +50,8 @@ def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
         SourceError: it cannot be had; the message names the cure.
         InputError: not an id, or no room on the disk.
     """
+    from huggingface_hub.errors import HfHubHTTPError
+
     remote = parse(source, revision, kind)
     repository = HubRepository(remote) if remote.place == "hub" else ModelScopeRepository(remote)
     if found := repository.cached():
@@ -58,38 +60,31 @@ def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
         raise _unreachable(remote, "HF_HUB_OFFLINE is set")
     failures = []
     for address in repository.addresses():
+        host = transport.host_of(address)
         try:
-            return _download(repository, address)
+            return repository.download(address)
         except SourceError as error:
             failures.append(error)
+        except UnreachableError as error:
+            failures.append(_unreachable(remote, f"{host}: {error}"))
+        except MismatchError as error:
+            otherwise = "set HF_ENDPOINT to another mirror" if remote.place == "hub" else "try again later"
+            mismatch = SourceError(
+                f"{remote.words}: {error}, twice, from {host}.",
+                "the bytes whose hash the listing names.",
+                f"{otherwise}, or set {remote.setting} to a local folder.",
+                "its bytes differ from their hash",
+            )
+            failures.append(mismatch)
+        except (HfHubHTTPError, MissingError) as error:  # before OSError, of which the first is one
+            failures.append(_refused(remote, error))
+        except OSError as error:
+            raise InputError(
+                f"{remote.words} could not be stored ({error.strerror or error}).",
+                "room and write access.",
+                "set HF_HOME (hub) or WORKBOOK_HOME (ModelScope) to another folder.",
+            ) from None
     raise failures[0]
-
-
-def _download(repository: HubRepository | ModelScopeRepository, address: str) -> Snapshot:
-    """Download from one address; every failure becomes a sentence for the user."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    remote, host = repository.remote, transport.host_of(address)
-    try:
-        return repository.download(address)
-    except UnreachableError as error:
-        raise _unreachable(remote, f"{host}: {error}") from None
-    except MismatchError as error:
-        otherwise = "set HF_ENDPOINT to another mirror" if remote.place == "hub" else "try again later"
-        raise SourceError(
-            f"{remote.words}: {error}, twice, from {host}.",
-            "the bytes whose hash the listing names.",
-            f"{otherwise}, or set {remote.setting} to a local folder.",
-            "its bytes differ from their hash",
-        ) from None
-    except (HfHubHTTPError, MissingError) as error:  # before OSError, of which the first is one
-        raise _refused(remote, error) from None
-    except OSError as error:
-        raise InputError(
-            f"{remote.words} could not be stored ({error.strerror or error}).",
-            "room and write access.",
-            "set HF_HOME (hub) or WORKBOOK_HOME (ModelScope) to another folder.",
-        ) from None
 
 
 def _unreachable(remote: Remote, reason: str) -> SourceError:

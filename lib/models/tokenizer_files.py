@@ -89,11 +89,6 @@ def _text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8.", "a chat template.", "download it again.") from None
 
 
-def brings_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a vocabulary of its own."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-
-
 _CUTS = ("model", "normalizer", "pre_tokenizer", "post_processor")
 """Keys of tokenizer.json that decide where a text is cut, and what is put around it."""
 _AROUND = ("add_bos_token", "add_eos_token")
@@ -115,7 +110,7 @@ def differences(folder: Path, base: Path) -> dict[str, str]:
     """
     own, theirs, found = reader(folder), reader(base), {}
     mine, its = ({**plain, **added} for plain, added in (vocabulary(own), vocabulary(theirs)))
-    whole = brings_tokenizer(folder)
+    whole = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if not its and not whole:
         return {}  # a base without a tokenizer: nothing to compare with
     if odd := sorted(name for name in (mine.keys() | its.keys() if whole else mine) if mine.get(name) != its.get(name)):

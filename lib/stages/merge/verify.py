@@ -190,7 +190,8 @@ def _base_and_adapter(
             gc.collect()
             model = load_model(base, dtype=arithmetic, adapter=adapter)
             model.merge_adapter()
-        if name == "float16" and _largest_weight(model) > FLOAT16_MAX:
+        largest = max(float(weight.detach().abs().max()) for weight in model.parameters() if weight.numel())
+        if name == "float16" and largest > FLOAT16_MAX:
             left_out[name] = f"a weight is larger than {FLOAT16_MAX:,.0f}"
             progress.advance(len(prompts))
             continue
@@ -213,10 +214,6 @@ def _log_probs(model: PreTrainedModel, prompts: Sequence[list[int]], progress: P
             rows.append(torch.log_softmax(logits.float(), dim=-1).cpu().numpy())
             progress.advance()
     return np.concatenate(rows)
-
-
-def _largest_weight(model: Any) -> float:
-    return max(float(weight.detach().abs().max()) for weight in model.parameters() if weight.numel())
 
 
 def _round_weights(model: Any, dtype: str) -> None:
