@@ -183,14 +183,13 @@ def _base_and_adapter(
         progress.advance(len(names) * len(prompts))
         return reference, costs, dict.fromkeys(names, why)
     model.merge_adapter()
-    rounded = False
+    rounded, largest = False, max(float(w.detach().abs().max()) for w in model.parameters() if w.numel())
     for name in names:
         if rounded:
             del model
             gc.collect()
             model = load_model(base, dtype=arithmetic, adapter=adapter)
             model.merge_adapter()
-        largest = max(float(weight.detach().abs().max()) for weight in model.parameters() if weight.numel())
         if name == "float16" and largest > FLOAT16_MAX:
             left_out[name] = f"a weight is larger than {FLOAT16_MAX:,.0f}"
             progress.advance(len(prompts))
