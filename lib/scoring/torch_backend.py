@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -251,5 +252,6 @@ class TransformersBackend(Backend):
         """Drop the references to the model; on a GPU its memory is given back."""
         self.model = self._decoder = self._head = None
         self._prefix.close()
+        gc.collect()  # gone before the next one is loaded
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

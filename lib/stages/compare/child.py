@@ -232,7 +232,6 @@ def score_as(way: str, argument: dict[str, Any]) -> dict[str, Any]:
     made_by = "quantize again with notebook 06" if way == DEQUANTIZED else "merge again with notebook 04"
     scored = score(backend, asked, f"{made_by} and force: true.")
     backend.close()
-    gc.collect()  # gone before the next one is loaded
     return {**scored, "dtype": dtype}
 
 

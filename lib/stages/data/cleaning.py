@@ -354,9 +354,9 @@ class LabelledRows(RowsOfTask):
     def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         return clean_split(table, where, self.settings.text_column, self.settings.label_column, self.names)
 
-    def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
+    def require_any(self, splits: Splits, flow: Mapping[tuple[str, str], int]) -> None:
         rows = [row for rows in splits.values() for row in rows]
-        reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
+        reasons = "; ".join(f"{count:,} rows {step}" for (step, _), count in flow.items())
         require_labels(rows, self.names, "the data set" if rows else f"the data set ({reasons})")
 
     def require_each(self, splits: Splits) -> None:
@@ -378,8 +378,8 @@ class LabelledRows(RowsOfTask):
         counts = Counter(row.label for row in rows)
         return {"split": split, **{name: counts[number] for number, name in enumerate(self.names)}}
 
-    def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
-        return {"label": self.names[row.label], "answer_words": note}
+    def example(self, row: Row, encoded: Encoded, tokenizer: Any) -> dict[str, Any]:
+        return {"label": self.names[row.label], "answer_words": self.task.note(tokenizer)}
 
     def floor(self, splits: Splits) -> dict[str, Any]:
         from lib.stages.data.baseline import linear_floor

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import itemgetter, ne
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -185,21 +185,17 @@ def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, kept: int, w
 
 def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
     """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
-    made = [
-        {**message, "content": with_thinking(tokenizer, *split_thinking(message["content"]))}
-        if message["role"] == ASSISTANT
-        else dict(message)
-        for message in messages
-    ]
-    changed["changed: thinking brought into the base model's form (tags, white space)"] += sum(map(ne, made, messages))
-    tags = think_tags(tokenizer)
-    for message in made:
-        if message["role"] != ASSISTANT:  # a system turn that asks for <thinking> where answers have <think>
-            named = TAG.sub(lambda found: tags["/" in found[0]], message["content"])
-            changed["changed: tags that a turn asks for, named as the base model writes them"] += (
-                named != message["content"]
-            )
-            message["content"] = named
+    tags, made = think_tags(tokenizer), []
+    thinking = "changed: thinking brought into the base model's form (tags, white space)"
+    changed[thinking] += 0  # the first of the two in the table
+    for message in messages:
+        if message["role"] == ASSISTANT:
+            content, what = with_thinking(tokenizer, *split_thinking(message["content"])), thinking
+        else:  # a system turn that asks for <thinking> where answers have <think>
+            content = TAG.sub(lambda found: tags["/" in found[0]], message["content"])
+            what = "changed: tags that a turn asks for, named as the base model writes them"
+        changed[what] += content != message["content"]
+        made.append({**message, "content": content})
     return made
 
 
@@ -217,9 +213,9 @@ class Conversations(RowsOfTask):
     def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         return clean_conversations(table, where, self.task)
 
-    def require_any(self, splits: Splits, flow: Sequence[Mapping[str, Any]]) -> None:
+    def require_any(self, splits: Splits, flow: Mapping[tuple[str, str], int]) -> None:
         if not any(splits.values()):
-            reasons = "; ".join(f"{line['rows']:,} rows {line['step']}" for line in flow)
+            reasons = "; ".join(f"{count:,} rows {step}" for (step, _), count in flow.items())
             found = f"no usable conversation ({reasons})."
             raise InputError(found, "rows with a question and an answer.", "correct them.")
 
@@ -276,7 +272,7 @@ class Conversations(RowsOfTask):
             "answers only read": counts["read"],
         }
 
-    def example(self, row: Row, encoded: Encoded, note: str) -> dict[str, Any]:
+    def example(self, row: Row, encoded: Encoded, tokenizer: Any) -> dict[str, Any]:
         return {"turns": 2 * (len(encoded.answers) + encoded.unlearned)}
 
 

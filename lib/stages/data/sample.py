@@ -2,8 +2,8 @@
 
 A review is an opening, clauses about aspects of a thing, and sometimes a verdict. Its label is what the reviewer means
 in the end: 虽然 A，但是 B means B; 不 turns a word round; with mixed aspects the verdict decides; hedges weaken but do
-not turn. A word count alone therefore cannot solve it: in most patterns words of both polarities occur. The words
-stand in sample_words.yaml.
+not turn. A word count alone therefore cannot solve it: in most patterns words of both polarities occur. The words and
+the patterns of sentences stand in sample_words.yaml.
 
 One third of the test rows is marked ``pattern: unseen``: sentence patterns or a domain (景区) that no training row has.
 Deliberate faults, so that the audit has something to find (`FAULTS`, counted in rows): exact copies of train rows in
@@ -43,6 +43,13 @@ def words() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("sample_words.yaml").read_text(encoding="utf-8"))
 
 
+@functools.cache
+def _template(pattern: str) -> Any:
+    from jinja2 import Template
+
+    return Template(pattern)
+
+
 def short(choices: Sequence[str]) -> list[str]:
     """Those of two characters, which can be negated."""
     return [word for word in choices if len(word) == 2 and word[0] not in "不太没"]
@@ -75,86 +82,24 @@ class Writer:
     def end(self, good: bool) -> str:
         return self.rng.choice(self.domain["good_end" if good else "bad_end"])
 
+    def pick(self, *choices: str) -> str:
+        return self.rng.choice(choices)
 
-def _direct(w: Writer, good: bool) -> str:
-    return f"{w.clause(good)}，{w.clause(good)}，{w.rng.choice((w.clause(good), w.end(good)))}。"
-
-
-def _contrast(w: Writer, good: bool) -> str:
-    joint = w.rng.choice(("，但是", "，但", "，不过"))
-    return f"虽然{w.clause(not good)}{joint}{w.clause(good)}，{w.clause(good)}。"
-
-
-def _concession(w: Writer, good: bool) -> str:
-    lead = w.rng.choice(("总体", "综合来看"))
-    return f"{w.clause(not good)}，{w.clause(not good)}，可{w.clause(good)}，{lead}{w.end(good)}。"
-
-
-def _verdict(w: Writer, good: bool) -> str:
-    first, second = (w.clause(good), w.clause(not good))
-    if w.rng.random() < 0.5:
-        first, second = second, first
-    lead = w.rng.choice(("总的来说", "总之", "说到底"))
-    return f"{first}，{second}，{w.clause(not good)}。{lead}，{w.end(good)}。"
-
-
-def _expectation(w: Writer, good: bool) -> str:
-    feared, met = w.aspects.pop(), w.aspects.pop()
-    hoped = w.rng.choice(feared[2] if good else feared[1])
-    real = w.rng.choice(met[1] if good else met[2])
-    return f"本来以为{feared[0]}{hoped}，没想到{met[0]}{w.degree(real)}，{w.clause(good)}。"
-
-
-def _others(w: Writer, good: bool) -> str:
-    said = w.rng.choice(("网上都说", "别人都夸" if not good else "别人都骂", "评论里说"))
-    own = w.rng.choice(("我觉得", "自己试下来"))
-    return f"{said}{w.clause(not good, plain=True)}，{own}{w.clause(good)}，{w.clause(good)}。"
-
-
-def _despite(w: Writer, good: bool) -> str:
-    return f"尽管{w.clause(not good)}，{w.clause(good)}，{w.clause(good)}这两点更要紧。"
-
-
-def _reversed(w: Writer, good: bool) -> str:
-    return f"{w.clause(good)}，{w.clause(good)}，即使{w.clause(not good)}也不改变我的看法。"
-
-
-def _question(w: Writer, good: bool) -> str:
-    noun, liked, disliked = w.aspects.pop()
-    if good:
-        return f"谁说{noun}{w.rng.choice(disliked)}？我看{w.clause(True)}，{w.clause(True)}。"
-    return f"{noun}这样也叫{w.rng.choice(short(liked))}？{w.clause(False)}，{w.clause(False)}。"
-
-
-def _if_only(w: Writer, good: bool) -> str:
-    noun, liked, disliked = w.aspects.pop()
-    if good:
-        return f"{w.clause(True)}，{w.clause(True)}，就算{noun}{w.rng.choice(short(disliked))}一点我也认了。"
-    return f"要是{noun}{w.rng.choice(short(liked))}一些就好了，{w.clause(False)}，{w.clause(False)}。"
-
-
-Pattern = Callable[[Writer, bool], str]
-SEEN: tuple[tuple[Pattern, float], ...] = (
-    (_direct, 0.22),
-    (_contrast, 0.22),
-    (_concession, 0.14),
-    (_verdict, 0.20),
-    (_expectation, 0.11),
-    (_others, 0.11),
-)
-UNSEEN: tuple[tuple[Pattern, float], ...] = ((_despite, 0.3), (_reversed, 0.3), (_question, 0.2), (_if_only, 0.2))
+    def pick_short(self, choices: Sequence[str]) -> str:
+        return self.rng.choice(short(choices))
 
 
 def _review(rng: random.Random, good: bool, unseen: bool) -> str:
-    patterns = SEEN
+    patterns = "seen"
     domain = rng.choice(list(words()["seen"].values()))
     if unseen and rng.random() < 0.5:
         (domain,) = words()["unseen"].values()
     elif unseen:
-        patterns = UNSEEN
-    pattern = rng.choices([p for p, _ in patterns], [weight for _, weight in patterns])[0]
+        patterns = "unseen"
+    weights, texts = zip(*words()["patterns"][patterns], strict=True)
+    pattern = rng.choices(texts, weights)[0]
     writer = Writer(rng, domain)
-    text = writer.opening + pattern(writer, good)
+    text = writer.opening + _template(pattern).render(w=writer, good=good)
     return text[:-1] + rng.choice(words()["asides"]) + text[-1]
 
 

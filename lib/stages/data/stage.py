@@ -161,39 +161,37 @@ def rows_from_file(
 
 # Making the product.
 
+Flow = dict[tuple[str, str], int]
+"""Rows by step and split, in the order of the steps."""
+
 
 def _build(settings: Settings, work: ProductDraft) -> None:
-    task, kind, table = task_of(settings), _kind(settings), choose_data(settings)
-    notes = kind.usable(table)
-    splits, flow, changes = _clean(table, kind, notes)
+    kind, table = _kind(settings), choose_data(settings)
+    task, notes = kind.task, kind.usable(table)
+    splits, flow, changes = _clean(table, kind)
+    notes += _much_dropped({name: flow["read", name] for name in splits}, flow)
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings)
-    flow += [{"step": reason, "split": "all", "rows": count} for reason, count in dropped.items()]
+    flow |= {(reason, "all"): count for reason, count in dropped.items()}
     used = found if rule == GIVEN else kind.audit(splits)
     kind.require_each(splits)
     for name, rows in splits.items():
         key = "max_train_rows" if name == "train" else "max_eval_rows"
         splits[name] = near_duplicates.subsample(rows, getattr(settings, key), settings.seed)
         if over := len(rows) - len(splits[name]):
-            flow.append({"step": f"left out: over {key}", "split": name, "rows": over})
+            flow[f"left out: over {key}", name] = over
     base, base_notes = choose_base(settings)
     tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
     for row in itertools.chain.from_iterable(splits.values()):
         row.messages = in_tags_of(tokenizer, row.messages, changes)
     before = {name: len(rows) for name, rows in splits.items()}
-    splits, lengths, length_table = token_lengths(tokenizer, task, kind, splits)
+    splits, lengths, length_table = token_lengths(tokenizer, kind, splits)
     left = _left(task, before, splits)
-    flow += left
-    lost = {
-        name: {line["step"]: line["rows"] for line in left if line["split"] == name and line["step"] != "used"}
-        for name in before
-    }
-    for name, read in before.items():
-        notes += _much_dropped(name, read, lost[name])
+    notes += _much_dropped(before, left)
     shown = {
         "source": table.source,
         "split_rule": rule,
-        "flow": flow,
+        "flow": [{"step": step, "split": split, "rows": rows} for (step, split), rows in (flow | left).items()],
         "changes": dict(changes + table.changes),
         **found,
         "overlaps_used": used["overlaps"],
@@ -201,7 +199,7 @@ def _build(settings: Settings, work: ProductDraft) -> None:
         "text_audit": audit_texts({name: [kind.audited(row) for row in rows] for name, rows in splits.items()}),
         "lengths": lengths,
         "length_table": length_table,
-        "example": worked_example(tokenizer, task, kind, splits["train"], lengths["train"]),
+        "example": worked_example(tokenizer, kind, splits["train"], lengths["train"]),
     }
     write_json(work.folder / "task.json", task.to_json())
     write_json(work.folder / "audit.json", shown)
@@ -227,34 +225,32 @@ MUCH_DROPPED = 0.1
 """Share of a split's rows from which on every page says that they were left out."""
 
 
-def _clean(table: Table, kind: Kind, notes: list[str]) -> tuple[Splits, list[dict[str, Any]], Counter[str]]:
-    """The rows of every split, how many were read and dropped, and what was altered in the others.
-
-    Args:
-        notes: gets what every page must say of splits that lost many rows.
-    """
+def _clean(table: Table, kind: Kind) -> tuple[Splits, Flow, Counter[str]]:
+    """The rows of every split, how many were read and dropped, and what was altered in the others."""
     splits: Splits = {}
-    flow: list[dict[str, Any]] = []
+    flow: Flow = {}
     changes: Counter[str] = Counter()
     for name in [name for name in (*SPLITS, "all") if name in table.splits]:
         splits[name], counts = kind.clean(table.splits[name], name)
-        lost = {reason: count for reason, count in counts.items() if reason.startswith("dropped")}
-        changes += counts - Counter(lost)
-        steps = {"read": len(table.splits[name]), **lost}
-        flow += [{"step": step, "split": name, "rows": count} for step, count in steps.items()]
-        notes += _much_dropped(name, steps["read"], lost)
+        lost = Counter({reason: count for reason, count in counts.items() if reason.startswith("dropped")})
+        changes += counts - lost
+        flow["read", name] = len(table.splits[name])
+        flow |= {(reason, name): count for reason, count in lost.items()}
     kind.require_any(splits, flow)
     return splits, flow, changes
 
 
-def _much_dropped(name: str, read: int, lost: Mapping[str, int]) -> list[str]:
-    """What every page must say of a split that lost many rows: how many, and for which reason most of them."""
-    if (total := sum(lost.values())) <= MUCH_DROPPED * read:
-        return []
-    most = max(lost, key=lost.__getitem__)
-    where = "" if name == "all" else f" of {name}"
-    share = f"{total:,} of {read:,} rows{where} were left out when the data was read"
-    return [f"{share}, {lost[most]:,} of them {most.replace('dropped: ', 'for: ')}"]
+def _much_dropped(read: Mapping[str, int], flow: Flow) -> list[str]:
+    """What every page must say of splits that lost many of the rows that were read: how many, and why most of them."""
+    notes = []
+    for name, rows in read.items():
+        lost = {step: count for (step, split), count in flow.items() if split == name and step.startswith("dropped")}
+        if (total := sum(lost.values())) > MUCH_DROPPED * rows:
+            most = max(lost, key=lost.__getitem__)
+            share = f"{total:,} of {rows:,} rows{'' if name == 'all' else f' of {name}'}"
+            why = f"{lost[most]:,} of them {most.replace('dropped: ', 'for: ')}"
+            notes.append(f"{share} were left out when the data was read, {why}")
+    return notes
 
 
 GIVEN = "given: kept as it came, leaked rows flagged"
@@ -281,17 +277,16 @@ def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str
     return near_duplicates.split_by_cluster(kept, settings.seed), rule, dropped
 
 
-def _left(task: Task, before: Mapping[str, int], splits: Splits) -> list[dict[str, Any]]:
+def _left(task: Task, before: Mapping[str, int], splits: Splits) -> Flow:
     """Steps of the flow: rows too long, and rows used; a split without any is refused with its reason."""
     what = "no answer with its reasoning within" if task.thinking else "first exchange over"
     reason = f"dropped: {what} {task.max_seq_length} tokens"
-    lost = {name: before[name] - len(rows) for name, rows in splits.items() if before[name] > len(rows)}
+    flow = {(reason, name): before[name] - len(rows) for name, rows in splits.items() if before[name] > len(rows)}
     for name, rows in splits.items():
         if not rows:
-            why = f" ({lost[name]:,} rows {reason})" if name in lost else ""
+            why = f" ({flow[reason, name]:,} rows {reason})" if (reason, name) in flow else ""
             raise InputError(f"{name}: no usable row{why}.", "at least one.", "add rows, or raise max_seq_length.")
-    flow = [{"step": reason, "split": name, "rows": count} for name, count in lost.items()]
-    return flow + [{"step": "used", "split": name, "rows": len(rows)} for name, rows in splits.items()]
+    return flow | {("used", name): len(rows) for name, rows in splits.items()}
 
 
 # The base model: its tokenizer, and the stamps of what is not real.
@@ -353,7 +348,7 @@ def _record_sources(
 
 
 def token_lengths(
-    tokenizer: PreTrainedTokenizerBase, task: Task, kind: Kind, splits: Splits
+    tokenizer: PreTrainedTokenizerBase, kind: Kind, splits: Splits
 ) -> tuple[Splits, dict[str, list[int]], list[dict[str, Any]]]:
     """The rows that fit, their tokens before anything is cut, and a table with one line a split.
 
@@ -368,7 +363,7 @@ def token_lengths(
             for row in rows:
                 progress.advance()
                 try:
-                    encoded = task.encode(tokenizer, row.content)
+                    encoded = kind.task.encode(tokenizer, row.content)
                 except ExchangeTooLongError:
                     counts["too long"] += 1
                     continue
@@ -395,7 +390,7 @@ def _line(name: str, lengths: Sequence[int], truncated: int) -> dict[str, Any]:
 
 
 def worked_example(
-    tokenizer: PreTrainedTokenizerBase, task: Task, kind: Kind, rows: Sequence[Row], lengths: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, kind: Kind, rows: Sequence[Row], lengths: Sequence[int]
 ) -> dict[str, Any]:
     """The row of median length as the model sees it.
 
@@ -404,7 +399,7 @@ def worked_example(
         part of a character are joined to one piece; `loss` marks the tokens that training counts.
     """
     row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
-    encoded = task.encode(tokenizer, row.content)
+    encoded = kind.task.encode(tokenizer, row.content)
     edges = [0, *(edge for span in encoded.spans for edge in span), len(encoded.ids)]
     pieces = [
         piece
@@ -413,7 +408,7 @@ def worked_example(
     ]
     return {
         "text": row.text,
-        **kind.example(row, encoded, task.note(tokenizer)),
+        **kind.example(row, encoded, tokenizer),
         "pieces": pieces,
         "prompt_tokens": len(encoded.ids) - len(encoded.loss),
         "loss_tokens": len(encoded.loss),

@@ -93,18 +93,6 @@ def result_of(task: Task) -> type[LabelEvaluation] | type[AnswerEvaluation]:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A wrong answer: the row, what was said, and the probability given to it among the answer words."""
-
-    id: str
-    text: str
-    label: int
-    prediction: int
-    probability: float
-    leaked: bool
-
-
-@dataclass(frozen=True)
 class ModelEvaluation:
     """One model on the rows.
 
@@ -112,13 +100,14 @@ class ModelEvaluation:
         scores: per row.
         reports: accuracy with Wilson interval, per-class scores and confusion matrix, for each subset of the rows.
         calibration: reliability bins and expected calibration error on all rows.
-        mistakes: the most confident wrong answers, most confident first.
+        mistakes: the most confident wrong answers, most confident first: "id", "text", "label" and "leaked" of the
+            row, "prediction", and the "probability" given to it among the answer words.
     """
 
     scores: Scores
     reports: dict[str, classification.ClassificationReport]
     calibration: classification.Calibration
-    mistakes: tuple[Mistake, ...]
+    mistakes: list[dict[str, Any]]
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -135,7 +124,7 @@ class ModelEvaluation:
         return {
             **{subset: report.to_json() for subset, report in self.reports.items()},
             "calibration": {"ece": self.calibration.ece, "bins": bins},
-            "mistakes": [asdict(mistake) for mistake in self.mistakes],
+            "mistakes": self.mistakes,
             **self.costs,
         }
 
@@ -159,26 +148,22 @@ def evaluate_scores(
     confidence = scores.probabilities.max(axis=1)
     wrong = np.flatnonzero(~scores.correct)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES_SHOWN]
-    mistakes = tuple(
-        Mistake(
-            id=rows[i]["id"],
-            text=rows[i]["text"],
-            label=int(scores.labels[i]),
-            prediction=int(scores.predictions[i]),
-            probability=float(confidence[i]),
-            leaked=bool(rows[i].get("leaked", False)),
-        )
+    mistakes = [
+        {
+            "id": rows[i]["id"],
+            "text": rows[i]["text"],
+            "label": int(scores.labels[i]),
+            "prediction": int(scores.predictions[i]),
+            "probability": float(confidence[i]),
+            "leaked": bool(rows[i].get("leaked", False)),
+        }
         for i in worst
-    )
+    ]
     return ModelEvaluation(scores, reports, classification.calibration(confidence, scores.correct), mistakes)
 
 
 def compare_with(
-    candidate: np.ndarray,
-    references: Mapping[str, np.ndarray],
-    groups: np.ndarray,
-    margin_points: float,
-    seed: int,
+    candidate: np.ndarray, references: Mapping[str, np.ndarray], groups: np.ndarray, margin_points: float, seed: int
 ) -> dict[str, verdicts.PairedComparison]:
     """One candidate against several references on the same rows; p-values Holm-corrected over the references.
 
@@ -194,9 +179,7 @@ def compare_with(
     adjusted = paired.holm([comparison.p for comparison in alone.values()])
     return {
         name: replace(
-            comparison,
-            p_adjusted=p,
-            verdict=verdicts.verdict(comparison.difference, p, margin_points, comparison.mde),
+            comparison, p_adjusted=p, verdict=verdicts.verdict(comparison.difference, p, margin_points, comparison.mde)
         )
         for (name, comparison), p in zip(alone.items(), adjusted, strict=True)
     }

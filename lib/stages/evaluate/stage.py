@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.models.base_model import Base, base_of
+from lib.models.loading import load_model, load_tokenizer
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
@@ -28,7 +28,6 @@ from lib.stages.evaluate.results import (
 )
 
 if TYPE_CHECKING:
-    from lib.models.base_model import Base
     from lib.runs.run import Product, ProductDraft, Run
     from lib.scoring.torch_backend import TransformersBackend
     from lib.settings import Settings
@@ -75,27 +74,17 @@ class Candidate:
         weights = [self.base.id, self.base.revision, digest, self.in_4bit, self.dtype]
         return Keep(folder / f"kept-{self.name}.jsonl", sha256_json(weights))
 
-    @contextlib.contextmanager
-    def opened(self, batch_size: int) -> Iterator[TransformersBackend]:
-        """The loaded model, which is freed again."""
-        from lib.models.loading import load_model
+    def opened(self, batch_size: int) -> TransformersBackend:
+        """The loaded model."""
         from lib.scoring.torch_backend import TransformersBackend
 
         adapter = self.adapter.path if self.adapter else None
         model = load_model(self.base.path, dtype=self.dtype, load_in_4bit=self.in_4bit, adapter=adapter)
-        backend = TransformersBackend(model, batch_size, self.words)
-        del model
-        try:
-            yield backend
-        finally:
-            backend.close()
-            gc.collect()
+        return TransformersBackend(model, batch_size, self.words)
 
 
 def candidates(run: Run, dtype: str) -> tuple[Candidate, Candidate]:
     """The base and the fine-tuned model of a run."""
-    from lib.models.base_model import base_of
-
     base = base_of(run)
     return Candidate(BASE, base, None, dtype), Candidate(FINETUNED, base, run.require("adapter"), dtype)
 
@@ -123,8 +112,6 @@ def evaluate(settings: Settings, run: Run) -> EvaluationResult:
 
 
 def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
-    from lib.models.loading import load_tokenizer
-
     data = run.require("data")
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
     kind, tokenizer = result_of(task), load_tokenizer(data.path / "tokenizer")

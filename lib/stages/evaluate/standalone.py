@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.models.base_model import refuse_bad_template
+from lib.hub.sources import SourceError
+from lib.models.adapters import require_adapter
+from lib.models.base_model import (
+    check_model_folder,
+    refuse_bad_template,
+    refuse_other_folder,
+    resolve_base,
+    unpacking_of,
+)
+from lib.models.configurations import read_adapter_configuration
 from lib.models.gguf_file import check_gguf, read_tensors
+from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
+from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
 from lib.progress import say
 from lib.prompts.tasks import Task, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.files import sha256_json, user_path
+from lib.runs.machine import compute_dtype
 from lib.scoring.backend import Keep, journal_path, kept_peak_memory_mib, model_hash
 from lib.scoring.log_probabilities import score_rows
 from lib.stages.evaluate.results import result_of
@@ -71,10 +83,6 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
         _check_whole(check_gguf(folder))
         refuse_bad_template(folder)
         return FoundModel(folder)
-    from lib.models.adapters import require_adapter
-    from lib.models.base_model import refuse_other_folder, unpacking_of
-    from lib.models.loading import load_tokenizer
-
     if (folder / "adapter_config.json").is_file():
         adapter = tokenizer = folder
         require_adapter(adapter)
@@ -109,8 +117,6 @@ def base_of_adapter(folder: Path, base_model: str | None) -> str:
     Raises:
         InputError: neither the option nor adapter_config.json names it.
     """
-    from lib.models.configurations import read_adapter_configuration
-
     name = base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
     if not name:
         raise InputError(f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model.")
@@ -120,9 +126,6 @@ def base_of_adapter(folder: Path, base_model: str | None) -> str:
 def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Path:
     """The folder of a model folder, a hub id, or the GGUF file that is an adapter's base; `unpacking`: how that was
     unpacked."""
-    from lib.hub.sources import SourceError
-    from lib.models.base_model import check_model_folder, resolve_base
-
     folder = user_path(model)
     if folder.is_dir():
         check_model_folder(folder)
@@ -199,12 +202,10 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     task, rows = task_from_json(argument["task"]), argument["rows"]
     backend, tokenizer = open_model(argument, task.max_seq_length)
     keep, what = keep_of(argument), f"scoring rows with {Path(argument['model']).name}"
-    try:
+    with backend:
         encoded = [task.encode(tokenizer, row) for row in rows]
         scores = score_rows(backend, tokenizer, task, rows, what, keep, encoded)
         note = "; ".join(filter(None, (backend.note, task.note(tokenizer))))
-    finally:
-        backend.close()
     answers = [[turn["content"] for turn in task.messages(row) if turn["role"] == ASSISTANT] for row in rows]
     facts = {
         "note": note,
@@ -232,8 +233,6 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
 
         backend = LlamaCppBackend(path, n_ctx, argument["n_threads"], argument["n_gpu_layers"])
         return backend, _tokenizer_for(path, argument["run_tokenizer"])
-    from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
-    from lib.runs.machine import compute_dtype
     from lib.scoring.torch_backend import TransformersBackend
 
     adapter, in_4bit = argument["adapter"] and Path(argument["adapter"]), argument["load_in_4bit"]
@@ -252,9 +251,6 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
 
 def _tokenizer_for(path: Path, of_run: str | None) -> Any:
     """The run's own tokenizer where the file has its vocabulary, else the one inside the file."""
-    from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
-    from lib.models.loading import load_tokenizer
-
     if of_run is not None and same_vocabulary(path, tokenizer := load_tokenizer(Path(of_run))):
         return tokenizer
     return tokenizer_from_gguf(path)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from lib.errors import EXTRAS, InputError
+from lib.models.loading import load_as_saved, load_tokenizer, weight_bytes
+from lib.models.weights import open_weights
 from lib.progress import Progress
 from lib.prompts.tasks import Row, Task, read_task, spread
 from lib.runs.child import peak_memory_mib, run_child
@@ -26,7 +29,7 @@ from lib.runs.files import (
     write_json,
     write_text,
 )
-from lib.runs.machine import has_module, no_warnings, quiet
+from lib.runs.machine import bitsandbytes_problem, has_module, no_warnings, quiet
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
@@ -42,6 +45,7 @@ class Format:
         note: what a reader must know to use it.
         made_by: package that quantizes; None where transformers alone suffices.
         needs: packages that a reader of the folder installs beside torch and transformers.
+        options: of `BitsAndBytesConfig`.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Format:
     note: str
     made_by: str | None = None
     needs: Sequence[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def problem(self) -> str | None:
         """The package that is absent, in words; None when all are there (whether they work shows in the child)."""
@@ -183,8 +188,6 @@ def _made(wanted: Format, folder: Path, argument: dict[str, Any], card: dict[str
 
 def _token_ids(data: Path, task: Task) -> dict[str, Any]:
     """Training rows with their answers for calibration, validation prompts for the check."""
-    from lib.models.loading import load_tokenizer
-
     tokenizer = load_tokenizer(data / "tokenizer")
     rows = spread(read_jsonl(data / "train.jsonl"), CALIBRATION_ROWS)
     probes = spread(read_jsonl(data / "validation.jsonl"), CHECK_PROMPTS)
@@ -224,13 +227,9 @@ def write_card(folder: Path, made: Format, record: dict[str, Any], **card: Any) 
         card: "lineage" (what was merged, in words), "notes" (sentences that every page of the run must say), "asked"
             (what the code of the card asks the model, see `question_of`).
     """
-    from huggingface_hub import ModelCardData
-
-    usual = {"language": "zh", "library_name": "transformers", "pipeline_tag": "text-generation"}
     packages = ["torch", "transformers", *made.needs]
     text = render(
         Path(__file__).with_name("README.md.j2"),
-        front=ModelCardData(**usual, tags=["quantized", made.name]).to_yaml(),
         made=made,
         record=record,
         **card,
@@ -268,9 +267,6 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: a model or a machine that this format does not fit.
     """
-    from lib.models.loading import weight_bytes
-    from lib.models.weights import open_weights
-
     name, source, output = argument["format"], Path(argument["source"]), Path(argument["output"])
     quiet()
     with Progress("steps", 3) as progress:
@@ -322,25 +318,15 @@ def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]
 
 def _quantization(name: str) -> Any:
     """The configuration of transformers for one format."""
-    import torch
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if name == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig(version=2, set_inductor_config=False))
-    from lib.runs.machine import bitsandbytes_problem
-
     if problem := bitsandbytes_problem():
         raise InputError(f"bitsandbytes does not work here ({problem}).", "a working one.", "see `workbook doctor`.")
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    return BitsAndBytesConfig(**FORMATS[name].options)
 
 
 def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
@@ -349,8 +335,6 @@ def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progr
     Raises:
         InputError: the folder does not load, or gives numbers that are not finite.
     """
-    import numpy as np
-
     own = _log_probs(output, prompts)
     progress.advance(1, "loaded again")
     if not np.isfinite(own).all():
@@ -372,15 +356,10 @@ def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progr
 
 def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
     """Log-probabilities after the last positions of each prompt, (positions, V), loaded and dropped again."""
-    import numpy as np
-
-    from lib.models.loading import load_as_saved
     from lib.scoring.torch_backend import TransformersBackend
 
-    backend = TransformersBackend(load_as_saved(folder), name=folder.name)
-    found = [backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts]
-    backend.close()
-    return np.concatenate(found)
+    with TransformersBackend(load_as_saved(folder), name=folder.name) as backend:
+        return np.concatenate([backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts])
 
 
 # GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
@@ -441,8 +420,4 @@ def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> d
         num_calibration_samples=len(calibration),
     )
     model.save_pretrained(str(output), save_compressed=True)
-    return {
-        "group_size": size,
-        "calibration_rows": len(calibration),
-        "calibration_tokens": sum(map(len, calibration)),
-    }
+    return {"group_size": size, "calibration_rows": len(calibration), "calibration_tokens": sum(map(len, calibration))}

@@ -50,7 +50,7 @@ def publish(staged: Path, final: Path, step: int) -> None:
 def add_loss(path: Path, eval_loss: float) -> None:
     """Add the validation loss to a checkpoint's record; a kill in between leaves the record without it."""
     staged = path.parent / STAGED / RECORD
-    write_json(staged, _sealed({**_record(path), "eval_loss": eval_loss}))
+    write_json(staged, _sealed({**read_json(path / RECORD), "eval_loss": eval_loss}))
     staged.replace(path / RECORD)
     flush_to_disk(path)
 
@@ -61,40 +61,26 @@ def _sealed(record: dict[str, Any]) -> dict[str, Any]:
     return {**content, "sha256": sha256_json(content)}
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """A checkpoint's record.
-
-    Raises:
-        InputError: it is not as it was written, or of another step than the folder.
-    """
-    found = read_json(path / RECORD)
-    if not isinstance(found, dict) or _sealed(found) != found or found.get("step") != _step(path):
-        raise InputError(f"{path / RECORD} is damaged.", "the record of this checkpoint.", "delete the checkpoint.")
-    return found
-
-
-def _problem(path: Path) -> str | None:
-    """Why a checkpoint folder cannot be trusted, in words; None when every file is as recorded."""
+def _verified(path: Path) -> Checkpoint | str:
+    """The checkpoint in a folder; or in words why it cannot be trusted: its record, or a file, is not as written."""
     if not (path / RECORD).is_file():
         return f"{path.name} is incomplete (no {RECORD})"
-    try:
-        recorded = _record(path)["files"]
-    except InputError:
+    record = None
+    with contextlib.suppress(InputError):
+        record = read_json(path / RECORD)
+    if not isinstance(record, dict) or _sealed(record) != record or record.get("step") != _step(path):
         return f"{path.name} is damaged ({RECORD})"
-    found = {name: facts for name, facts in hash_folder(path).items() if name != RECORD}
-    damaged = [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]
-    return f"{path.name} is damaged ({damaged[0]})" if damaged else None
+    recorded, found = record["files"], hash_folder(path)
+    del found[RECORD]
+    if damaged := [name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)]:
+        return f"{path.name} is damaged ({damaged[0]})"
+    return Checkpoint(record["step"], path, record["eval_loss"])
 
 
 def find(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     """All verified checkpoints of a training, oldest first, and what is wrong with the others."""
-    good, problems = [], []
-    for path in sorted(filter(Path.is_dir, folder.glob("checkpoint-*")), key=_step):
-        if wrong := _problem(path):
-            problems.append(wrong)
-        else:
-            good.append(Checkpoint(_step(path), path, _record(path)["eval_loss"]))
-    return good, problems
+    found = [_verified(path) for path in sorted(filter(Path.is_dir, folder.glob("checkpoint-*")), key=_step)]
+    return [c for c in found if isinstance(c, Checkpoint)], [problem for problem in found if isinstance(problem, str)]
 
 
 def _step(path: Path) -> int:

@@ -135,13 +135,18 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> Finet
             keep_partial=True,
         )
 
-    return FinetuneResult.read(made_once(make, run, "adapter", settings.num_processes))
+    return FinetuneResult.read(made_once(make, run, settings.num_processes))
 
 
 def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) -> None:
     """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
-    in_4bit, base = _four_bits(settings, draft), base_of(run)
+    in_4bit, base = settings.load_in_4bit, base_of(run)
+    if in_4bit and (problem := machine.bitsandbytes_problem()):
+        draft.notes.append(
+            f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
+        )
+        in_4bit = False
     inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, in_4bit, draw)
     messages = checkpoints.same_or_afresh(draft.folder, settings, in_4bit)
     with resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes):
@@ -160,15 +165,6 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) 
     draft.facts |= {"method": "QLoRA" if in_4bit else "LoRA", **{key: facts[key] for key in kept}}
     draft.facts["resources"] = summary(read_samples(draft.folder / RESOURCES))
     draft.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
-
-
-def _four_bits(settings: Settings, draft: ProductDraft) -> bool:
-    problem = machine.bitsandbytes_problem() if settings.load_in_4bit else None
-    if problem:
-        draft.notes.append(
-            f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
-        )
-    return settings.load_in_4bit and not problem
 
 
 def _write_adapter(source: Path, draft: ProductDraft, base: Base, facts: dict[str, Any], card: str) -> None:

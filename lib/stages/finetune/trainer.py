@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,8 +35,8 @@ from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
 
-PATIENCE = 7 * 24 * 3600
-"""Seconds that a process waits for the others, e.g. while they validate; the launcher notices one that dies at once."""
+_ALWAYS = yaml.safe_load(Path(__file__).with_name("training_arguments.yaml").read_text(encoding="utf-8"))
+"""Arguments that do not depend on settings."""
 
 
 def from_every_process(*values: float) -> torch.Tensor:
@@ -267,25 +268,10 @@ def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) 
     arguments = _Arguments(
         output_dir=str(folder),
         warmup_steps=max(1, round(0.04 * steps)),
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        ddp_timeout=PATIENCE,
         logging_steps=max(1, steps // 100),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
         eval_steps=settings["save_steps"],
-        save_strategy="steps",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
         use_cpu=on_cpu,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_ALWAYS,
         **settings,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would split the small batches

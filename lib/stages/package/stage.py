@@ -16,16 +16,7 @@ from lib.errors import InputError
 from lib.progress import Progress
 from lib.prompts.tasks import read_task
 from lib.prompts.templates import read_turns
-from lib.runs.files import (
-    CHUNK,
-    atomic_path,
-    link_or_copy,
-    read_json,
-    require_space,
-    writable,
-    write_json,
-    write_text,
-)
+from lib.runs.files import CHUNK, atomic_path, link_or_copy, read_json, require_space, writable, write_json, write_text
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
 from lib.stages.package.documents import PackedModel, card, guide, model_info, modelfile, requirements

@@ -376,9 +376,13 @@ def test_an_empty_block_is_no_thinking(block: str) -> None:
 
 
 def test_many_dropped_rows_are_said_on_every_page() -> None:
-    lost = {"dropped: no thinking in the last answer": 80, "dropped: empty text": 5}
-    [note] = _much_dropped("train", 100, lost)
-    assert not _much_dropped("test", 100, {"dropped: empty text": 10})
+    flow = {
+        ("read", "train"): 100,
+        ("dropped: no thinking in the last answer", "train"): 80,
+        ("dropped: empty text", "train"): 5,
+        ("dropped: empty text", "test"): 10,
+    }
+    [note] = _much_dropped({"train": 100, "test": 100}, flow)
     assert note.startswith("85 of 100 rows of train were left out") and "80 of them for: no thinking" in note
 
 

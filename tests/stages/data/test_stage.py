@@ -104,7 +104,7 @@ def test_truncation_is_counted_as_encode_truncates(sample_run: DataResult):
     median = sorted(sample_run.lengths["test"])[100]
     task = dataclasses.replace(sample_run.task, max_seq_length=median)
     rows = [Row(i, row["text"], row["label"]) for i, row in enumerate(sample_run.rows("test")[:60])]
-    kept, lengths, table = token_lengths(tokenizer, task, LabelledRows(Settings(), task), {"test": rows})
+    kept, lengths, table = token_lengths(tokenizer, LabelledRows(Settings(), task), {"test": rows})
     room = median - max(map(len, task.answer_words(tokenizer))) - 1
     whole = dataclasses.replace(task, max_seq_length=10_000)
     prompts = [len(whole.probe_ids(tokenizer, row.content)) for row in rows]

@@ -38,8 +38,8 @@ def test_one_model():
     assert found.reports[ALL].confusion == ((2, 1), (2, 1))
     assert found.reports[ALL].accuracy.estimate == 0.5
     assert found.reports[LEAK_FREE].n == 4
-    assert [(m.id, m.prediction) for m in found.mistakes] == [("1", 0), ("2", 1), ("5", 0)]
-    assert found.mistakes[0].probability == pytest.approx(0.8) and found.mistakes[0].leaked
+    assert [(m["id"], m["prediction"]) for m in found.mistakes] == [("1", 0), ("2", 1), ("5", 0)]
+    assert found.mistakes[0]["probability"] == pytest.approx(0.8) and found.mistakes[0]["leaked"]
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["all"]["accuracy"] == 0.5 and value["near_ties"] == 1
     assert value["seconds_per_sample"] == 0.5
