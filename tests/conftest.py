@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import forking
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -46,4 +50,19 @@ def unmeasured_children() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[None]:
+    """Imports torch and transformers once for the children of many tests, where it can."""
+    with forking.started() if forking.possible() else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_children(fork_server: None) -> Iterator[None]:
+    """Children of a module's tests are forked from a process that has the libraries (`tests.support.forking`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", forking.Popen)
         yield

@@ -38,7 +38,7 @@ from lib.stages.quantize import stage as quantize_stage
 
 pytestmark = [
     pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
-    pytest.mark.usefixtures("unmeasured_children"),
+    pytest.mark.usefixtures("unmeasured_children", "forked_children"),
 ]
 
 TINY = offline_base.BaseRecipe(

@@ -23,6 +23,8 @@ from lib.settings import Settings
 from tests import tiny_run
 from tests.stages.package.test_web import make_library
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 

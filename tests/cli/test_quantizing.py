@@ -20,7 +20,10 @@ from lib.stages.quantize.size_budget import budget_bytes
 from tests import tiny_run
 from tests.cli.test_cli import workbook
 
-pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+pytestmark = [
+    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
+    pytest.mark.usefixtures("forked_children"),
+]
 BUDGET_MB = 0.12
 
 

@@ -19,6 +19,8 @@ from lib.prompts.templates import describe_template
 from tests import tiny_gguf
 from tests.stages.convert.convertible import write_model
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 PROJECT = Path(__file__).resolve().parents[2]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 OWN_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML

@@ -17,6 +17,8 @@ from lib.settings import Settings
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 PROJECT = Path(__file__).resolve().parents[2]
 TARGETS = ("q_proj", "v_proj")
 

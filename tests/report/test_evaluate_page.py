@@ -14,7 +14,7 @@ from lib.stages.evaluate.stage import evaluate
 from tests.scoring.conftest import small  # noqa: F401
 from tests.stages.evaluate.conftest import run  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 
 def test_every_part_of_the_page_has_the_numbers_of_the_result(run: Run) -> None:  # noqa: F811

@@ -26,7 +26,7 @@ from tests.scoring.conftest import small as whole  # noqa: F401
 from tests.stages.data.test_stage import reviews, settings, write
 from tests.stages.evaluate.conftest import run  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 LABELS = (
     ("$5-$10", "<b onmouseover=alert(1)>x</b>"),
     ("negative feelings about the stay in this hotel", "🙂 _y_ | **z** [a](javascript:b)"),

@@ -21,7 +21,7 @@ from lib.report import execute
 from lib.report.runner import ReportError, alone, run_report
 from tests.support.pages import broken_links, problems
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 Writer = Callable[..., Path]
 

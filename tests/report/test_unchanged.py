@@ -15,7 +15,7 @@ from lib.runs.run import Run, open_run
 from tests.report.test_runner import GOOD, STAGE, report
 from tests.support.pages import broken_links
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 Writer = Callable[..., Path]
 

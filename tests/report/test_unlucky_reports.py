@@ -20,7 +20,7 @@ from tests.report.test_runner import STAGE
 from tests.support.pages import broken_links, problems
 from tests.support.small_disk import on_a_small_disk
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 JUMPING = """
 import itertools, random, time

@@ -13,6 +13,8 @@ from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring import tiny
 from tests.scoring.tiny import kl_table, perplexity
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 def ids(n: int) -> list[int]:
     return np.random.default_rng(2).integers(0, 512, n).tolist()

@@ -17,6 +17,8 @@ from lib.scoring.measure import FEWEST_DOCUMENTS, Text, measure_in_child, summar
 from lib.scoring.perplexity import Positions, percentiles
 from tests.scoring import tiny
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 

@@ -19,6 +19,8 @@ from lib.settings import Settings
 from lib.statistics.intervals import paired_score_interval
 from tests.select.conftest import TALK, Make, right, test_rows
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 def of(content: dict, key: str, name: str) -> dict:
     return next(entry for entry in content[key] if name in (entry.get("run"), *entry.get("runs", [])))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.support import forking
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,7 @@ def kill_at(command: Sequence[str], folder: Path, name: str, lines: int, slow: P
     (slow / "sitecustomize.py").write_text(_SLOW.format(pause=pause), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{slow}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
     with (slow / "said.txt").open("wb") as said:
-        process = subprocess.Popen(command, env=environment, cwd=PROJECT, stdout=said, stderr=said)
+        process = forking.CodePopen(command, env=environment, cwd=PROJECT, stdout=said, stderr=said)
     deadline = time.monotonic() + 200
     while not any(path.read_bytes().count(b"\n") > lines for path in folder.glob(name)):
         assert process.poll() is None, (slow / "said.txt").read_text(encoding="utf-8")

@@ -15,6 +15,8 @@ from lib.stages.compare.files import Comparison, compare_files
 from lib.statistics.intervals import wilson
 from tests.stages.compare.conftest import Ladder
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 def scores_of(margins: list[float], ids: str = "r") -> Scores:
     """Two labels with the given log-odds."""

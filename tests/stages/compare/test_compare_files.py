@@ -20,6 +20,8 @@ from tests import tiny_gguf
 from tests.scoring.tiny import kl_table
 from tests.stages.compare.conftest import Ladder
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 KEYS = {
     *("type", "file", "bytes", "bits_per_weight", "n", "accuracy", "accuracy_interval", "macro_f1", "f1_interval"),
     *("leak_free", "flips", "mcnemar_b", "mcnemar_c", "mcnemar_p", "mcnemar_p_holm", "accuracy_difference"),

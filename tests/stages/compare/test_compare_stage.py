@@ -17,6 +17,8 @@ from lib.stages.compare.stage import compare
 from lib.stages.quantize.stage import quantize
 from tests.stages.compare.conftest import Ladder
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 def make_run(ladder: Ladder) -> Run:
     run = open_run("t")

@@ -19,7 +19,7 @@ from lib.stages.quantize.stage import quantize
 from tests.stages.compare.conftest import WORDS, Ladder
 from tests.support.killing import kill_at
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 SETTINGS = Settings(
     run_name="t", ladder=["Q2_K"], n_ctx=128, perplexity_tokens=512, n_threads=1, generated_rows=4, max_new_tokens=6

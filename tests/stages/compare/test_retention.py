@@ -15,6 +15,8 @@ from lib.stages.compare.files import Comparison, compare_files
 from lib.statistics.intervals import Interval
 from tests.stages.compare.conftest import Ladder
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 N = 80
 IDS = [f"r{i}" for i in range(N)]
 GROUPS = np.arange(N) // 2

@@ -19,7 +19,10 @@ from lib.stages.convert.gate import EXACT, HARD_STRINGS, GateReport, _label_fact
 from lib.stages.convert.stage import export, model_name
 from tests import tiny_run
 
-pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+pytestmark = [
+    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
+    pytest.mark.usefixtures("forked_children"),
+]
 
 ROWS = tiny_run.rows(16, "validation", 2)
 

@@ -19,7 +19,7 @@ from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 from tests.scoring import tiny
 from tests.stages.evaluate.test_stage import here
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 PROJECT = Path(__file__).resolve().parents[3]
 

@@ -18,7 +18,7 @@ from lib.stages.evaluate.stage import evaluate
 from lib.stages.evaluate.standalone import score_in_child
 from tests.support.killing import kill_at
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 SETTINGS = Settings(
     run_name="talk", dtype="float32", per_device_eval_batch_size=2, generated_rows=4, max_new_tokens=6, force=True

@@ -20,6 +20,8 @@ from lib.stages.evaluate.standalone import ModelOptions, evaluate_models, score_
 from tests.scoring import tiny
 from tests.stages.evaluate.conftest import save_adapter, test_rows
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 SETTINGS = Settings(dtype="float32", per_device_eval_batch_size=8)
 
 

@@ -29,6 +29,8 @@ from tests.scoring.conftest import (
 )
 from tests.stages.evaluate.conftest import conversations as rows
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 TASK = ConversationTask("dialogue", "你是助手。", 192)
 THINKING = replace(TASK, thinking=True)
 

@@ -21,7 +21,7 @@ from lib.stages.evaluate import standalone
 from lib.stages.evaluate.standalone import evaluate_models
 from tests import tiny_gguf, tiny_run
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 ROWS = tiny_run.rows(30, "test", 3)
 

@@ -15,6 +15,8 @@ from lib.stages.export.stage import export
 from tests import tiny_run
 from tests.stages.export.conftest import with_merged
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 def settings(*formats: str) -> Settings:
     return Settings(run_name="tiny", export_formats=list(formats))

@@ -20,7 +20,7 @@ from lib.stages.export.stage import FORMATS, question_of, write_card
 from tests import tiny_run
 from tests.stages.export.conftest import make, token_ids
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 Exported = Callable[[str], tuple[Path, dict]]
 each = pytest.mark.parametrize("name", EXPORT_FORMATS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,8 +19,9 @@ from lib.stages.finetune.stage import finetune
 from tests.conftest import PROJECT
 from tests.stages.finetune.conftest import tiny_settings
 from tests.stages.finetune.test_stage import same, weights
+from tests.support import forking
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 SLOW = """
 import os, time
@@ -84,7 +84,7 @@ def test_sigterm_saves_and_exits_143(runs, kind: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PID_FILE": str(pid_file), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     assert environment[HOME_VARIABLE] == str(tmp_path / "home")
     log = (tmp_path / "log").open("wb")
-    child = subprocess.Popen(command(kind, tmp_path), cwd=PROJECT, stdout=log, stderr=log, env=environment)
+    child = forking.CodePopen(command(kind, tmp_path), cwd=PROJECT, stdout=log, stderr=log, env=environment)
     deadline = time.monotonic() + 200
     while not pid_file.exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -20,8 +20,9 @@ from lib.stages.finetune.trainer import AnswerTrainer
 from tests.conftest import PROJECT
 from tests.stages.finetune.conftest import tiny_settings
 from tests.stages.finetune.test_stage import same, untimed, weights
+from tests.support import forking
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 SLOW_TRAINING = """
 import time
@@ -44,7 +45,7 @@ finetune(tiny_settings(), open_run("fresh"))
 def test_kill_9_then_again_gives_the_same_weights(runs) -> None:
     run = runs("fresh")
     checkpoint = run.folder / ".adapter.part" / "checkpoints" / "checkpoint-4"
-    child = subprocess.Popen(
+    child = forking.CodePopen(
         [sys.executable, "-c", SLOW_TRAINING], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:

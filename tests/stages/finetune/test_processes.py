@@ -32,7 +32,7 @@ from tests.conftest import PROJECT
 from tests.stages.finetune.conftest import tiny_settings
 from tests.stages.finetune.test_stage import same, weights
 
-pytestmark = pytest.mark.usefixtures("unmeasured_children")
+pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 ROUNDING = 1e-6
 """Other shapes of micro-batches round otherwise, which Adam makes a little more of; an update moves weights by 5e-3."""

@@ -15,6 +15,8 @@ from lib.errors import InputError
 from lib.stages.finetune import memory as finetune_memory
 from tests.stages.finetune.conftest import tiny_settings
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 HALF_BILLION = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],

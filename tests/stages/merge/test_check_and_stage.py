@@ -27,6 +27,8 @@ from lib.stages.merge.verify import KLD_FLOOR, KLD_SHARE, FormatCost, MergeCheck
 from lib.stages.merge.weights import merge_folders
 from tests import tiny_run
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

@@ -20,7 +20,7 @@ from tests.stages.package.test_package import CONVENTION
 
 pytestmark = [
     pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
-    pytest.mark.usefixtures("unmeasured_children"),
+    pytest.mark.usefixtures("unmeasured_children", "forked_children"),
 ]
 MIX = "MIX_120KB"
 SETTINGS = Settings(

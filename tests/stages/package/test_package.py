@@ -24,6 +24,8 @@ from lib.stages.package.stage import PackageResult, package
 from tests import tiny_run
 from tests.stages.package.conftest import python_in, unpack
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 CONTENTS = {
     "Modelfile",
     "README.md",

@@ -17,7 +17,10 @@ from lib.stages.quantize.stage import TensorErrors, quantize, tensor_errors
 from tests import tiny_gguf
 from tests.stages.quantize.test_quantize_stage import make_gguf
 
-pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+pytestmark = [
+    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
+    pytest.mark.usefixtures("forked_children"),
+]
 
 
 @pytest.fixture

@@ -31,7 +31,10 @@ from lib.stages.quantize.llama_library import read_imatrix
 from lib.stages.quantize.stage import imatrix_effect, quantize
 from tests import tiny_gguf, tiny_run
 
-pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+pytestmark = [
+    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
+    pytest.mark.usefixtures("forked_children"),
+]
 LAYERS = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 

@@ -31,6 +31,8 @@ from lib.stages.quantize.size_budget import MixRequest, choose_types, solve
 from lib.stages.quantize.stage import plan, plan_mix, predictions, quantize, tensor_errors
 from tests import tiny_gguf, tiny_run
 
+pytestmark = pytest.mark.usefixtures("forked_children")
+
 native_only = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
 options = strategies.lists(

@@ -21,7 +21,10 @@ from lib.stages.quantize.stage import Retention, SourceGrid, plan, quantize, ret
 from tests import tiny_gguf
 from tests.stages.quantize.tiny_base import write_base
 
-pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+pytestmark = [
+    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
+    pytest.mark.usefixtures("forked_children"),
+]
 
 MOVED = ("attn_q", "attn_k", "ffn_down")
 SETTINGS = Settings(run_name="t", ladder=["Q8_0", "Q5_K_M", "Q4_1"], n_threads=1)
