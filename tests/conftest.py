@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -40,6 +41,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The whole report first: it takes minutes, and the other worker has all other files for them."""
     items.sort(key=lambda item: item.get_closest_marker("report") is None)
+
+
+def pytest_runtest_setup() -> None:
+    """What was there before a test is no garbage of it.
+
+    A collection, which stages ask for often, would walk through all of torch and transformers: a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

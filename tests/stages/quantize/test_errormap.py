@@ -17,10 +17,7 @@ from lib.stages.quantize.stage import TensorErrors, quantize, tensor_errors
 from tests import tiny_gguf
 from tests.stages.quantize.test_quantize_stage import make_gguf
 
-pytestmark = [
-    pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
-    pytest.mark.usefixtures("forked_children"),
-]
+pytestmark = pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ from lib.stages.quantize import calibration, files, llama_library, quantizer, si
 from lib.stages.quantize.files import Options, predict_sizes
 from tests import tiny_gguf
 
-pytestmark = pytest.mark.usefixtures("forked_children")
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,8 +16,6 @@ from lib.stages.quantize import files
 from lib.stages.quantize.stage import mix_effect, plan, predictions, quantize
 from tests import tiny_gguf
 
-pytestmark = pytest.mark.usefixtures("forked_children")
-
 
 def settings(*ladder: str, force: bool = False) -> Settings:
     return Settings(run_name="t", ladder=list(ladder), force=force, n_threads=1)
