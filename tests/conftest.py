@@ -39,8 +39,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The whole report first: it takes minutes, and the other worker has all other files for them."""
-    items.sort(key=lambda item: item.get_closest_marker("report") is None)
+    """The whole report first: it takes minutes, and the other worker has all other files for them.
+
+    Then the whole runs beside it, so that no long file is begun at the end, when the other worker has none left.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("report") is None, len(item.path.parts)))
 
 
 def pytest_runtest_setup() -> None:

@@ -205,10 +205,11 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
             return None
         middle = os.fork()
         if middle == 0:
-            pid = os.fork()
-            if pid:
-                connection.sendall(struct.pack("!I", pid))
+            if os.fork():
                 os._exit(0)  # an orphan is adopted by the one who asked
+            if request["session"]:
+                os.setsid()  # before anybody asks for its group
+            connection.sendall(struct.pack("!I", os.getpid()))
             connection.close()
             deadline = time.monotonic() + 60
             while os.getppid() != request["parent"]:
@@ -225,8 +226,6 @@ def become(request: dict[str, Any]) -> None:
     """Everything that a new process would have of its own, then the module as the main program."""
     if request["module"] in (None, *PARENTS):
         request = _with_own_server(request)
-    if request["session"]:
-        os.setsid()
     for number, stream in enumerate(request.pop("streams")):
         os.dup2(stream, number)
         os.close(stream)

@@ -31,6 +31,7 @@ from lib.stages.finetune.stage import finetune
 from tests.conftest import PROJECT
 from tests.stages.finetune.conftest import tiny_settings
 from tests.stages.finetune.test_stage import same, weights
+from tests.support import forking
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
@@ -258,17 +259,11 @@ def test_a_process_that_dies_ends_the_training_with_its_cause(
 ) -> None:
     """Really: one process of two ends in the third update; the other does not go on, and nothing is left running."""
     runs("fresh")
-    (tmp_path / "script.py").write_text(LAUNCHED)
     (tmp_path / "sitecustomize.py").write_text(ACCIDENT.replace("NUMBER", str(number and int(number))))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert answer.returncode == 1 and "process 2 of 2" in answer.stderr and words in answer.stderr
+    command = [sys.executable, "-c", LAUNCHED]
+    with forking.CodePopen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=environment) as started:
+        said = started.communicate(timeout=300)[1]
+    assert started.returncode == 1 and "process 2 of 2" in said and words in said
     pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
     assert len(pids) == 2 and not any(psutil.pid_exists(pid) for pid in pids)
