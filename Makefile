@@ -8,6 +8,7 @@ WORKERS ?= 2
 MINUTES ?= 20
 WLLAMA := @wllama/wllama@3.8.1 @wllama/wllama-compat@3.8.1 playwright-core@1.65.1
 THREADS = $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) > 1 ? $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) : 1 )))
+tests = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ACTIVE := $(shell sh scripts/active.sh)
 
 ifeq ($(ACTIVE),)
@@ -19,7 +20,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test test-slow fuzz lab doctor params bench screenshots smollm2 wllama clean
+.PHONY: help report test coverage test-slow fuzz lab doctor params bench screenshots smollm2 wllama clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,11 +28,14 @@ help: ## list the targets
 report: $(ready) ## run the seven notebooks and write reports/<run>/ (PARAMS=params/quick.yaml ARGS="-p KEY VALUE")
 	@$(python) -m lib.cli report $(PARAMS) $(ARGS)
 
-test: $(ready) ## lint, unit tests, and the quick report with its checks; prints the coverage (WORKERS=2 processes)
+test: $(ready) ## lint, unit tests, and the quick report with its checks (WORKERS=2 processes)
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
+	@OMP_NUM_THREADS=$(THREADS) $(python) $(tests)
+
+coverage: $(ready) ## the same tests under coverage, which takes a third longer; prints the lines of lib that none reaches
 	@$(python) -m coverage erase
-	@OMP_NUM_THREADS=$(THREADS) $(python) -m coverage run -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=$(THREADS) $(python) -m coverage run $(tests)
 	@$(python) -m coverage combine --quiet
 	@$(python) -m coverage report
 
