@@ -33,7 +33,7 @@ test: $(ready) ## lint, unit tests, and the quick report with its checks (WORKER
 	@$(python) -m ruff format --check .
 	@OMP_NUM_THREADS=$(THREADS) $(python) $(tests)
 
-coverage: $(ready) ## the same tests under coverage, which takes a third longer; prints the lines of lib that none reaches
+coverage: $(ready) ## the same tests under coverage, up to half as long again; prints the share of every module of lib
 	@$(python) -m coverage erase
 	@OMP_NUM_THREADS=$(THREADS) $(python) -m coverage run $(tests)
 	@$(python) -m coverage combine --quiet
