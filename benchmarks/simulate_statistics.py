@@ -27,33 +27,36 @@ from benchmarks.simulated_pages import MARGIN_POINTS, groups, pages
 from lib.progress import track
 from lib.runs.files import write_json
 from lib.statistics import intervals as statistics_intervals
-from lib.statistics import paired, verdicts
-from lib.statistics import verdicts as statistics_verdicts
+from lib.statistics import noninferiority, paired
 from lib.statistics.intervals import ADJUSTMENT, Interval, tango_statistic
 from lib.statistics.losses import compare_losses
 
 ROWS = (200, 400, 865, 1200)
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
 EXPECTED = (0.5, 1, 2, 3, *np.arange(3.5, 10.5, 0.5).tolist(), 12, 15, 20, 30, 50)
-_FLIPS = 999
 
 
 @cache
 def _table(losses: int, gains: int, n: int) -> tuple[Interval, float, str]:
-    """Interval, exact p and verdict of one possible outcome."""
+    """95 % interval, exact p and verdict of one possible outcome."""
     interval = statistics_intervals.paired_score_interval(losses, gains, n)
     p = binomtest(losses, losses + gains, 0.5).pvalue if losses + gains else 1.0
-    return interval, float(p), verdicts.verdict(interval, float(p), MARGIN_POINTS, 0.0)
+    limit = -statistics_intervals.paired_score_interval(losses, gains, n, noninferiority.ONE_SIDED).low
+    if 100 * limit < MARGIN_POINTS:
+        return interval, float(p), "good enough"
+    certain = "worse" if losses > gains else "better"
+    return interval, float(p), certain if p < 0.05 else "not shown"
 
 
 def exact(n: int, share: float, difference: float) -> dict[str, Any]:
     """What happens with independent rows, over all outcomes that have a chance above one in a million.
 
     Returns:
-        coverage of the interval, and the shares of the verdicts "worse", "better" and "equivalent".
+        coverage of the 95 % interval, and the shares of the outcomes "good enough", else "worse" or "better" (exact
+        McNemar below 0.05), else "not shown".
     """
     p_loss, p_gain = (share - difference) / 2, (share + difference) / 2
-    found = {"coverage": 0.0, "worse": 0.0, "better": 0.0, "equivalent": 0.0, "cannot tell": 0.0}
+    found = {"coverage": 0.0, "good enough": 0.0, "worse": 0.0, "better": 0.0, "not shown": 0.0}
     limits = [binom.ppf([1e-7, 1 - 1e-7], n, p).astype(int) for p in (p_loss, p_gain)]
     for losses in range(limits[0][0], limits[0][1] + 1):
         gains = np.arange(limits[1][0], min(limits[1][1], n - losses) + 1)
@@ -61,7 +64,7 @@ def exact(n: int, share: float, difference: float) -> dict[str, Any]:
         for gain, chance in zip(gains[chances > 1e-6].tolist(), chances[chances > 1e-6], strict=True):
             interval, _, words = _table(losses, gain, n)
             found["coverage"] += chance * (interval.low <= difference <= interval.high)
-            found["cannot tell" if words.startswith("cannot") else words.split()[0]] += chance
+            found[words] += chance
     return {"rows": n, "share": share, "difference": difference, **found}
 
 
@@ -106,7 +109,7 @@ def clustered(n: int, share: float, difference: float, kind: str, times: int, rn
         plain = paired.clustered_score_interval(change)
         hits += interval.low <= difference <= interval.high
         naive += plain.low <= difference <= plain.high
-        worse += verdicts.compare(change < 1, change > -1, group, MARGIN_POINTS, i).verdict == "worse"
+        worse += paired.compare_pairs({"q": (change < 1, change > -1)}, group, i)["q"].verdict == "worse"
     figures = {"coverage": hits / times, "coverage_without_groups": naive / times, "worse": worse / times}
     return {"rows": n, "share": share, "difference": difference, "groups": kind, **figures}
 
@@ -121,8 +124,8 @@ MARGINS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def margins(n: int, kind: str, times: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The test of margins and their interval where nothing changed on average; for 200 rows bootstraps beside it."""
-    found = dict.fromkeys(("false_alarm", "student", *(("percentile", "bca") if n == ROWS[0] else ())), 0)
+    """Student's interval of log-odds where nothing changed on average; for 200 rows bootstraps beside it."""
+    found = dict.fromkeys(("student", *(("percentile", "bca") if n == ROWS[0] else ())), 0)
     for i in range(times):
         change = MARGINS[kind](rng, n)
         intervals = {"student": paired.clustered_mean(change)}
@@ -132,10 +135,9 @@ def margins(n: int, kind: str, times: int, rng: np.random.Generator) -> dict[str
             ends = statistics_intervals.bca_limits(means, change.mean(), left_out)
             intervals["percentile"] = statistics_intervals.paired_bootstrap(change, None, i, 500)
             intervals["bca"] = statistics_intervals.Interval(change.mean(), *ends)
-        found["false_alarm"] += paired.sign_flip_test(change, None, i, _FLIPS) < 0.05
         for name, interval in intervals.items():
             found[name] += interval.low <= 0 <= interval.high
-    return {"rows": n, "margins": kind, **{name: count / times for name, count in found.items()}}
+    return {"rows": n, "log-odds": kind, **{name: count / times for name, count in found.items()}}
 
 
 def documents(count: int, uneven: bool, times: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -164,17 +166,16 @@ LOSSES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def losses(count: int, kind: str, times: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Answers without labels, exactly 1 % lost, the margin: "equivalent" is false; beside it how percentiles cover."""
-    lost, found = np.log(1.01), dict.fromkeys(("equivalent", "inside", "coverage", "percentile"), 0)
+    """Answers without labels, exactly 1 % lost, the margin: "good enough" is false; beside it how percentiles cover."""
+    lost, found = np.log(1.01), dict.fromkeys(("good enough", "coverage", "percentile"), 0)
     for i in range(times):
         tokens, group = rng.integers(10, 90, count), np.arange(count)
         change = lost + 0.01 * LOSSES[kind](rng, count)
         reference = rng.uniform(1, 3, count)
-        one = compare_losses(reference, {"q": reference + change}, tokens, group, MARGIN_POINTS)["q"]
+        one = compare_losses(reference, {"q": reference + change}, tokens, group)["q"]
         drawn = statistics_intervals.paired_bootstrap(change, group, i, 500, weights=tokens)
-        found["equivalent"] += one["verdict"].startswith("equivalent")
+        found["good enough"] += one["loss_limit"] is not None and one["loss_limit"] < MARGIN_POINTS
         low, high = (-np.inf if end is None else end for end in one["loss_difference_interval"])
-        found["inside"] += low > -lost and high < lost
         found["coverage"] += low <= lost <= high
         found["percentile"] += drawn.low <= lost <= drawn.high
     return {"groups": count, "losses": kind, **{name: hits / times for name, hits in found.items()}}
@@ -186,12 +187,13 @@ def unlabelled(times: int, rng: np.random.Generator) -> dict[str, list[dict[str,
     return {"losses": [losses(count, kind, times, rng) for count, kind in track(settings, "answers without labels")]}
 
 
-def power(n: int, share: float) -> dict[str, Any]:
-    """The minimum detectable effect, exact and by the usual approximation, with the exact power of the latter."""
-    usual = float((norm.ppf(0.975) + norm.ppf(0.8)) * np.sqrt(share / n))  # Miettinen 1968
-    true = statistics_verdicts.mde_exact(n, share)
-    reached = statistics_verdicts.power_mcnemar(n, max(share, usual), usual)
-    return {"rows": n, "share": share, "mde": true, "mde_approximate": usual, "power_of_approximate": reached}
+def power(share: float) -> dict[str, Any]:
+    """Rows that show a file without loss to be good enough, exact and by the usual approximation, with its power."""
+    margin = MARGIN_POINTS / 100
+    usual = int(((norm.ppf(1 - noninferiority.LEVEL) + norm.ppf(noninferiority.POWER)) / margin) ** 2 * share)
+    reached = noninferiority.power(usual, share, margin)
+    needed = noninferiority.rows_for(share, margin)
+    return {"share": share, "rows": needed, "rows_approximate": usual, "power_of_approximate": reached}
 
 
 def independent(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
@@ -202,7 +204,7 @@ def independent(times: int, rng: np.random.Generator) -> dict[str, list[dict[str
         "half_lost": [exact(n, s, -s / 2) for n, s in track(settings, "independent rows, half of the share lost")],
         "at_the_margin": [exact(n, s, -MARGIN_POINTS / 100) for n, s in settings if s >= MARGIN_POINTS / 100],
         "few_discordant": [few_discordant(float(expected)) for expected in track(EXPECTED, "few discordant rows")],
-        "power": [power(n, share) for n, share in settings],
+        "power": [power(share) for share in SHARES],
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lib.report.display import figure, rows_of, side_by_side, tell
 from lib.report.sentences import TEMPLATES, sentence
 from lib.scoring.metric import metric_in
-from lib.statistics.verdicts import frontier, power_mcnemar
+from lib.statistics import noninferiority
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -165,38 +165,46 @@ def plot_losses(ax: Axes, train: Series, valid: Series, chosen: tuple[int, float
 
 
 def estimates(
-    points: Sequence[Mapping[str, Any]], axis: str, caption: str, reference: float | None = None, band: float = 0.0
+    points: Sequence[Mapping[str, Any]],
+    axis: str,
+    caption: str,
+    reference: float | None = None,
+    margin: float | None = None,
 ) -> HTML:
     """Estimates with intervals, one a line.
 
     Args:
         points: "name", "estimate", "low" and "high" (None where a limit is open), "n"; in the unit of the axis.
-        reference: position of a vertical line; `band` shades ± that much around it (an equivalence margin).
+        reference: position of a vertical line; `margin` shades all that is less (a loss that is good enough).
     """
     fig, ax = panels(height=0.9 + 0.38 * len(points))
     places = np.arange(len(points))[::-1]
     if reference is not None:
         ax.axvline(reference, color=GREY, linestyle="--", linewidth=1)
-        if band:
-            ax.axvspan(reference - band, reference + band, color=GREEN, alpha=0.12, linewidth=0)
     for place, point in zip(places, points, strict=True):
         bounded = point["low"] is not None and point["high"] is not None
         error = [[point["estimate"] - point["low"]], [point["high"] - point["estimate"]]] if bounded else None
         ax.errorbar(point["estimate"], place, xerr=error, fmt="o", color=BLUE, capsize=3, linestyle="none")
     ax.set_yticks(places, [f"{point['name']}  (n = {point['n']:,})" for point in points])
     ax.set_ylim(-0.6, len(points) - 0.4)
+    if margin is not None:
+        left, right = ax.get_xlim()
+        ax.axvspan(min(left, 0.0), margin, color=GREEN, alpha=0.12, linewidth=0)
+        ax.set_xlim(left, max(right, 1.1 * margin))
     ax.set_xlabel(axis)
     return figure(fig, caption, sentence("charts.estimates_alt", axis=axis, points=points))
 
 
-def estimated(name: str, entries: Iterable[Any], /, at: float | None = None, band: float = 0.0, **values: Any) -> HTML:
+def estimated(
+    name: str, entries: Iterable[Any], /, at: float | None = None, margin: float | None = None, **values: Any
+) -> HTML:
     """`estimates` by ``tables.yaml``, a point an entry; caption and axis are the sentences NAME and NAME_axis.
 
     Args:
-        at, band: `reference` and `band` of `estimates`. values: what both sentences take.
+        at, margin: `reference` and `margin` of `estimates`. values: what both sentences take.
     """
     caption, axis = sentence(name, **values), sentence(f"{name}_axis", **values)
-    return estimates(rows_of(name, entries), axis, caption, at, band)
+    return estimates(rows_of(name, entries), axis, caption, at, margin)
 
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:
@@ -370,29 +378,29 @@ def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[s
     return figure(fig, sentence("charts.speed"), sentence("charts.speed_alt", files=entries))
 
 
-def power(n: int, shares: Sequence[float], margin_points: float, tests: int = 1) -> HTML:
-    """Chance that exact McNemar finds a difference in accuracy with n independent rows.
+CHANGED = (0.0, 0.01, 0.02, 0.05)
+"""Shares of rows on which exactly one of two files is right, for which it is said what rows can show."""
+
+
+def power(n: float, margin_points: float) -> HTML:
+    """Chance that a file which loses nothing is shown to be good enough, by the number of independent rows.
 
     Args:
-        tests: how many Holm corrects together; the first step of that correction is drawn.
-        shares: of rows on which exactly one of two files is right; a line each.
-        margin_points: the equivalence margin, marked.
+        n: independent rows at hand, marked. margin_points: the largest loss that is good enough.
     """
     fig, ax = panels(height=3.2)
-    top, alpha = max(4 * margin_points, 3.0), 0.05 / tests
+    rows = np.unique(np.geomspace(20, max(4 * n, 400 / margin_points), 60).astype(int))
     chances = []
-    for share, colour, style in zip(shares, (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), strict=False):
-        points = np.linspace(top / 60, top, 60)
-        found = [power_mcnemar(n, max(share, x / 100), x / 100, alpha) for x in points]
-        ax.plot(points, found, color=colour, linestyle=style, label=f"{100 * share:.2g} %")
-        at = power_mcnemar(n, max(share, margin_points / 100), margin_points / 100, alpha)
-        chances.append((share, at))
-    ax.axhline(0.8, color=GREY, linewidth=1, linestyle=":")
-    ax.axvline(margin_points, color=GREEN, linewidth=1, linestyle="--")
-    ax.set(xlabel="true difference in accuracy, points", ylabel="chance to find it", ylim=(0, 1.02))
+    for share, colour, style in zip(CHANGED, (BLUE, ORANGE, GREEN, GREY), ("-", "--", "-.", ":"), strict=True):
+        chance = [noninferiority.power(int(count), share, margin_points / 100) for count in rows]
+        ax.plot(rows, chance, color=colour, linestyle=style, label=f"{100 * share:.2g} %")
+        chances.append((share, noninferiority.power(max(1, round(n)), share, margin_points / 100)))
+    ax.axhline(noninferiority.POWER, color=GREY, linewidth=1, linestyle=":")
+    ax.axvline(n, color=GREEN, linewidth=1, linestyle="--")
+    ax.set(xscale="log", xlabel="independent test rows", ylabel="chance to be shown", ylim=(0, 1.02))
     ax.legend(title="rows changed")
     alt = sentence("charts.power_alt", n=n, margin=margin_points, chances=chances)
-    return figure(fig, sentence("charts.power", n=n, tests=tests), alt)
+    return figure(fig, sentence("charts.power", n=n, margin=margin_points), alt)
 
 
 def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
@@ -404,6 +412,6 @@ def frontiers(files: Sequence[Mapping[str, Any]]) -> Markdown | None:
     if key is None:
         return None
     known = [e for e in files if e.get(key) is not None]
-    text, task = (frontier(known, loss) for loss in ("kld_mean", key))
+    text, task = (noninferiority.frontier(known, loss) for loss in ("kld_mean", key))
     lost, won = [t for t in text if t not in task], [t for t in task if t not in text]
     return tell("charts.frontiers", text=text, task=task, loss=key, lost=lost, won=won)

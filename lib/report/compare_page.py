@@ -19,12 +19,13 @@ from lib.report.display import Entry, Row, Shown, mark_names, say, table, tabled
 from lib.report.evaluate_page import metric_text, moved_metrics
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
+from lib.scoring.accuracy import ODDS_LIMIT
 from lib.scoring.metric import ACCURACY
 from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import limits_text
 from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words
-from lib.statistics.verdicts import power_mcnemar, rows_needed
+from lib.statistics.noninferiority import REFERENCE, least_margin, rows_for
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -66,9 +67,9 @@ class _Page:
         return tabled(self.compared, self.files, n=self.n, reference=self.reference, tokens=tokens)
 
     def differences(self) -> HTML:
-        """Paired differences from the reference: accuracy, in points; answer perplexity, in percent."""
+        """Paired losses from the reference: accuracy, in points; answer perplexity, in percent."""
         margin = self.result.margin
-        return charts.estimated(self.changed, self.others, at=0.0, band=margin, reference=self.reference)
+        return charts.estimated(self.changed, self.others, at=0.0, margin=margin, reference=self.reference)
 
     def by_hand(self, entry: Entry, pairs: DataFrame) -> Shown:
         """One paired test from the rows' own values.
@@ -100,7 +101,7 @@ class _Page:
     def learned(self) -> Markdown:
         """The conclusions."""
         advice, frontier = self.result.recommendation, self.result.frontier
-        return tell("compare.learned", advice=advice, others=self.others, frontier=frontier, n=self.n)
+        return tell("compare.learned", advice=advice, frontier=frontier, n=self.n)
 
     def kept(self) -> Shown:
         """How much of what fine-tuning taught is left in each file."""
@@ -112,36 +113,24 @@ class AccuracyPage(_Page):
 
     compared, changed = "compare.accuracies", "compare.accuracy_differences"
 
-    @property
-    def family(self) -> int:
-        """Tests that Holm corrects together: every file's accuracy and margins."""
-        return self.result.metric.endpoints * len(self.others)
-
     def detectable(self) -> Shown:
-        """What this many rows can show, from the design alone; then what they could show of the changes seen."""
-        margin, family = self.result.margin, self.family
-        # rows of their own that the test rows are worth if near copies change together: known before any result is
-        independent = max(1, round(self.n / self.others[0]["copies_effect"]))
-        share, alpha = max(margin / 100, 0.02), 0.05 / family
-        changed = sorted((e["mcnemar_b"] + e["mcnemar_c"]) / self.n for e in self.others)
+        """What this many rows can show: known before any result is."""
+        margin, independent = self.result.margin, self.n / self.files[0]["copies_effect"]
         words = tell(
             "compare.accuracy_power",
             n=self.n,
-            independent=independent,
+            independent=round(independent),
             margin=margin,
-            share=share,
-            family=family,
-            power=power_mcnemar(independent, share, margin / 100, alpha),
-            rows_needed=rows_needed(share, margin / 100, alpha=alpha),
-            changed=span(changed, ".1%"),
-            mde=span([100 * e["mde"] for e in self.others], ".2f"),
+            least=100 * least_margin(independent),
+            rows=[(share, rows_for(share, margin / 100)) for share in charts.CHANGED],
+            changed=span([(e["mcnemar_b"] + e["mcnemar_c"]) / self.n for e in self.others], ".1%"),
         )
-        return charts.power(independent, [0.005, 0.02, 0.05], margin, family), words
+        return charts.power(independent, margin), words
 
     def tests(self) -> Shown:
-        """The paired test of each file's accuracy, macro-F1, and what the leak-free rows alone say."""
-        tests = tabled("compare.accuracy_tests", self.others, family=self.family, files=len(self.others))
-        return tests, tabled("compare.accuracy_beside", self.others)
+        """The paired test of each file's accuracy, and beside it macro-F1 and log-odds."""
+        tests = tabled("compare.accuracy_tests", self.others, files=len(self.others))
+        return tests, tabled("compare.accuracy_beside", self.others, odds_limit=ODDS_LIMIT)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
         from scipy.stats import binomtest
@@ -154,13 +143,14 @@ class AccuracyPage(_Page):
         return tell("compare.mcnemar_by_hand", names=list(pairs.columns), counts=counts, p=p, page=entry["mcnemar_p"])
 
     def beside(self) -> Shown:
-        """The more powerful endpoint: margins of the right answers, tested and drawn."""
+        """The margins behind the labels, drawn."""
         smallest = min(self.others, key=lambda e: e["bytes"])["type"]
         names = dict.fromkeys([self.reference, self.others[0]["type"], smallest])
         margins = {name: self.result.scores(name).margins for name in names}
-        axis = "margin, nats (log-odds of the second answer word)"
+        labels = self.result.scores(self.reference).log_probs.shape[1]
+        axis = sentence("compare.margins_axis", labels=labels)
         histogram = charts.overlay_histogram(margins, axis, sentence("compare.margin_histogram", n=self.n))
-        return tabled("compare.margins", self.others), histogram
+        return (histogram,)
 
     def disagreements(self) -> Shown:
         """Where labels flip: equal labels of each pair of models by the first one's margin."""
@@ -175,14 +165,14 @@ class AnswerPage(_Page):
 
     def detectable(self) -> Shown:
         """What the answers can show at all."""
-        seen = [e["mde"] for e in self.others if e["mde"] is not None]
+        seen = [e["loss_limit"] - e["loss"] for e in self.others if e["loss_limit"] is not None]
         words = tell(
             "compare.answer_power",
             n=self.n,
             others=self.others,
-            mdes=[100 * min(seen), 100 * max(seen)] if seen else None,
+            excess=span(seen, ".2f") if seen else None,
             margin=self.result.margin,
-            floor=self.result.conditions["unigram_ppl"],
+            floor=self.result.conditions["floor"],
         )
         return (words,)
 
@@ -308,7 +298,7 @@ def kept_mark(files: Sequence[Entry]) -> None:
 
 
 def _known(files: Sequence[Entry]) -> list[Entry]:
-    return [e for e in files if e["retention"] is not None and e["verdict"] != "reference"]
+    return [e for e in files if e["retention"] is not None and e["verdict"] != REFERENCE]
 
 
 def kept_chart(files: Sequence[Entry]) -> HTML | None:

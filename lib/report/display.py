@@ -26,7 +26,6 @@ from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, wor
 from lib.runs.files import data_file
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import kept_words
-from lib.statistics.verdicts import in_words
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -102,7 +101,7 @@ def registry(language: str = LANGUAGE) -> dict[str, Column]:
     return {column.heading: column for column in columns.values()} | columns
 
 
-_FUNCTIONS = {"Interval": Interval, "kept": kept_words, "median": median, "sentence": sentence, "verdict": in_words}
+_FUNCTIONS = {"Interval": Interval, "kept": kept_words, "median": median, "sentence": sentence}
 """What formulas call."""
 
 

@@ -12,20 +12,32 @@ import numpy as np
 from lib.scoring.log_probabilities import NEAR_TIE, Scores
 from lib.statistics.intervals import Interval, bca_limits, drawn_sums, wilson
 from lib.statistics.losses import averaged_share, weighted_mean
+from lib.statistics.noninferiority import (
+    FEWEST_GROUPS,
+    balanced_weights,
+    fewest_groups,
+    label_weights,
+    loss_in_json,
+    rows_for,
+    share_loss,
+)
 from lib.statistics.paired import (
     clustered_mean,
     clustered_score_interval,
     clustered_share,
+    compare_pairs,
     copies_effect,
     sign_flip_test,
 )
-from lib.statistics.verdicts import compare_all, rows_for_inside
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
     from lib.scoring.metric import Entry, Row, RowGroups
 
 _RESAMPLES = 2000
+
+ODDS_LIMIT = 0.05
+"""Nats: the least loss of log-odds that is worth a warning; the odds of the right answers fall by a twentieth."""
 
 
 class Accuracy:
@@ -41,9 +53,7 @@ class Accuracy:
         point: key of the point estimate in an entry; its interval has the key with "_interval" behind it.
         shown: keys of an entry that a short table shows, beside size, KL divergence and verdict.
         in_manifest: the same in the manifest.
-        margin_setting: the setting with the equivalence margin. margin_condition: the same in comparison.json.
-        endpoints: how many tests of a candidate Holm corrects together.
-        tells_rows: whether a recommendation says how many rows would decide about an undecided file.
+        margin_setting: the setting with the margin. margin_condition: the same in comparison.json.
         least_move: root mean square of a row's change by fine-tuning below which no share of it is told, nats: what
             rounding alone moves. move_unit: the unit in words.
     """
@@ -54,14 +64,15 @@ class Accuracy:
     point = "accuracy"
     shown = in_manifest = ("accuracy", "accuracy_interval", "flips")
     margin_setting, margin_condition = "equivalence_margin", "equivalence_margin_points"
-    endpoints, tells_rows = 2, True
     least_move, move_unit = NEAR_TIE, "nats of log-odds"
 
     def own(self, scores: Scores, groups: np.ndarray, seed: int) -> dict[str, Any]:
         """The point estimate with its interval, and what stands beside it.
 
-        n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, and
-        copies_effect (design effect if near-duplicates were copies).
+        n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, groups,
+        copies_effect (design effect if near-duplicates were copies), balanced (whether the labels are so imbalanced
+        that the balanced accuracy is judged), balanced_accuracy (mean recall of the labels), chance (what one label for
+        all rows reaches of it), and labels_given (how many different labels are answered).
         """
         n = len(scores.ids)
         share = wilson(int(scores.correct.sum()), n)
@@ -72,38 +83,45 @@ class Accuracy:
             "macro_f1": f1,
             "f1_interval": interval,
             "near_ties": scores.near_ties,
-            "copies_effect": copies_effect(groups, n),
+            "groups": len(np.unique(groups)),
+            "copies_effect": copies_effect(groups, n, balanced_weights(scores.labels)),
+            "balanced": balanced_weights(scores.labels) is not None,
+            "balanced_accuracy": float(np.average(scores.correct, weights=label_weights(scores.labels))),
+            "chance": 1 / len(np.unique(scores.labels)),
+            "labels_given": len(np.unique(scores.predictions)),
         }
 
     def compare(
-        self, reference: Scores, others: Mapping[str, Scores], groups: np.ndarray, margin: float, seed: int
+        self, reference: Scores, others: Mapping[str, Scores], groups: np.ndarray, seed: int
     ) -> dict[str, dict[str, Any]]:
         """Several models with a reference on one set of rows, Holm-corrected over the models.
 
         Args:
             others: scores by name, the reference not among them.
-            margin: what counts as equivalent, in `loss_unit`.
 
         Returns:
-            by name, and for "" (the reference itself): what `own` gives, "verdict", and of all but the reference the
-            metric's tests: macro_f1_difference and its interval (BCa, paired), label_kld (mean KL divergence of the
-            answer words from the reference's, nats a row) and its interval, flips and flip_share (labels that differ
-            from the reference's), mcnemar_b (rows only the reference got right), mcnemar_c, mcnemar_p, mcnemar_p_holm
-            (over `others` and both endpoints), accuracy_difference and its interval, equivalence_p (TOST within the
-            margin), equivalence_p_holm (over `others`), design_effect, margin_change_mean (of the right answer's
-            log-odds, nats), margin_change_interval, margin_p, margin_p_holm, margin_mde (nats), mde (fraction),
-            verdict, and endpoint ("accuracy" or "margin": which of them decided, None where neither did).
+            by name, and for "" (the reference itself): what `own` gives, and of all but the reference the metric's
+            tests: macro_f1_difference and its interval (BCa, paired), label_kld (mean KL divergence of the answer words
+            from the reference's, nats a row) and its interval, flips and flip_share (labels that differ from the
+            reference's), mcnemar_b (rows only the reference got right), mcnemar_c, mcnemar_p, accuracy_difference (of
+            the balanced accuracy where labels are imbalanced) and its interval, design_effect, loss (points, positive =
+            worse), loss_interval and loss_limit (`share_loss`), p and p_holm (over `others`), odds_change (mean
+            change of the right answer's log-odds, nats, every label counting alike) and its interval, and odds_warning
+            (whether it surely lost more than `ODDS_LIMIT`).
         """
-        before = right_margins(reference)
-        changes = {name: right_margins(scores) - before for name, scores in others.items()}
-        correct = {name: scores.correct for name, scores in others.items()}
-        tests = compare_all(reference.correct, correct, groups, margin, seed, changes)
+        weights = balanced_weights(reference.labels)
+        before, alike = right_log_odds(reference), label_weights(reference.labels)
+        tests = compare_pairs(
+            {name: (reference.correct, scores.correct) for name, scores in others.items()}, groups, seed, weights
+        )
         same = {"flips": 0, "flip_share": 0.0, "label_kld": 0.0, "macro_f1_difference": 0.0}
-        found = {"": {**self.own(reference, groups, seed), **same, "verdict": "reference"}}
+        found = {"": {**self.own(reference, groups, seed), **same}}
         for name, scores in others.items():
             divergence = label_divergence(reference, scores)
             f1, f1_limits = f1_difference(scores, reference, groups, seed)
             flips, test = int((scores.predictions != reference.predictions).sum()), tests[name]
+            odds = weighted_mean(right_log_odds(scores) - before, alike, groups)
+            change = scores.correct.astype(np.int64) - reference.correct
             found[name] = {
                 **self.own(scores, groups, seed),
                 "flips": flips,
@@ -114,20 +132,14 @@ class Accuracy:
                 "macro_f1_difference_interval": f1_limits,
                 "mcnemar_b": test.losses,
                 "mcnemar_c": test.gains,
-                "mcnemar_p": test.p,
-                "mcnemar_p_holm": test.p_adjusted,
+                "mcnemar_p": test.mcnemar_p,
                 **test.difference.named("accuracy_difference"),
-                "equivalence_p": test.equivalence_p,
-                "equivalence_p_holm": test.equivalence_p_adjusted,
                 "design_effect": test.design_effect,
-                "margin_change_mean": test.margin.change.estimate,
-                "margin_change_interval": test.margin.change.to_json(),
-                "margin_p": test.margin.p,
-                "margin_p_holm": test.margin.p_adjusted,
-                "margin_mde": test.margin.mde if math.isfinite(test.margin.mde) else None,
-                "mde": test.mde,
-                "verdict": test.verdict,
-                "endpoint": test.endpoint,
+                **loss_in_json(share_loss(change, groups, weights)),
+                "p": test.p,
+                "p_holm": test.p_holm,
+                **odds.named("odds_change"),
+                "odds_warning": odds.high < -ODDS_LIMIT,
             }
         return found
 
@@ -147,52 +159,44 @@ class Accuracy:
 
     def conditions(self, margin: float, floor: float | None) -> dict[str, Any]:
         """What the conditions of a comparison say of margin and floor."""
-        return {self.margin_condition: margin}
+        return {self.margin_condition: margin, "floor": floor}
 
-    def learned(self, reference: Entry, floor: float | None) -> bool:
-        """Whether a reference is clearly better than the floor; if not, equal quality says nothing about a file.
+    def problem(self, reference: Entry, floor: float | None) -> str | None:
+        """Why a comparison with this reference means nothing; None where it means something.
 
-        Near copies among the rows are counted once.
+        Returns:
+            "few" (groups of rows, all or leak-free), "constant" (one label for all rows), "unlearned" (not clearly
+            better than the floor, near copies counted once; of imbalanced labels, than one label for all rows).
         """
-        effect = reference["copies_effect"]
-        low = wilson(reference["accuracy"] * reference["n"] / effect, reference["n"] / effect).low
-        return floor is None or low > floor
-
-    def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
-        """How much worse than the reference, in `loss_unit` (positive = worse), with its interval; no -0.0."""
-        low, high = (
-            None if limit is None else -100 * limit + 0.0 for limit in entry["accuracy_difference_interval"][::-1]
+        if fewest_groups(reference) < FEWEST_GROUPS:
+            return "few"
+        if reference["labels_given"] == 1:
+            return "constant"
+        rows = reference["n"] / reference["copies_effect"]
+        share, least = (
+            (reference["balanced_accuracy"], reference["chance"])
+            if reference["balanced"]
+            else (reference["accuracy"], floor or 0.0)
         )
-        return -100 * entry["accuracy_difference"] + 0.0, low, high
+        return None if wilson(share * rows, rows).low > least else "unlearned"
 
-    def distance(self, entry: Entry) -> float:
-        """How far a file is from the reference, to find the nearest of several that are undecided.
+    def rows_needed(self, entry: Entry, margin: float) -> int | None:
+        """Rows that would show a file to be good enough in 80 % of tests, if what was seen of it is the truth.
 
-        Here the rows on which exactly one of the two is right.
-        """
-        return entry["mcnemar_b"] + entry["mcnemar_c"]
-
-    def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
-        """Rows that would decide about an undecided entry, if what was seen of it is the truth.
-
-        With so many the interval of the accuracy difference would lie inside the margin in 80 % of tests.
-
-        The share of rows on which exactly one of the two is right (none seen is taken as one) and the difference are
-        taken as the true ones, the design effect as that of the new rows too. The number is of the interval that is
-        used, counted (`lib.statistics.verdicts.rows_for_inside`), and never less than a row more than were tested.
+        The share of rows on which exactly one of the two is right (none seen is taken as one) and the loss are taken as
+        the true ones, the design effect as that of the new rows too; never less than a row more than were tested.
 
         Args:
             margin: accuracy points.
-            one_sided: ask only that it is not worse by more than the margin.
 
         Returns:
-            None when the difference seen is as large as the margin: more rows would then not show it to be inside.
+            None when the loss seen is as large as the margin: more rows would then not show it to be less.
         """
-        difference, n = entry["accuracy_difference"], entry["n"]
-        if difference <= -margin / 100 or (difference >= margin / 100 and not one_sided):
+        loss, n = entry["loss"] / 100, entry["n"]
+        if loss >= margin / 100:
             return None
-        share = max(entry["mcnemar_b"] + entry["mcnemar_c"], 1) / n
-        rows = rows_for_inside(max(share, abs(difference)), difference, margin / 100, one_sided)
+        changed = max(entry["mcnemar_b"] + entry["mcnemar_c"], 1) / n
+        rows = rows_for(max(changed, abs(loss)), margin / 100, loss)
         return max(math.ceil(rows * entry["design_effect"]), n + 1)
 
     def row_values(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -267,12 +271,14 @@ def _above_zero(divergence: Interval) -> list[float | None]:
     return [None if limit is None else max(0.0, limit) for limit in divergence.to_json()]
 
 
-def right_margins(scores: Scores) -> np.ndarray:
-    """log p(right answer) minus the largest log p of another answer, nats, (n,): positive where the row is right."""
-    rows = np.arange(len(scores.labels))
-    others = scores.log_probs.copy()
-    others[rows, scores.labels] = -np.inf
-    return scores.log_probs[rows, scores.labels] - others.max(axis=1)
+def right_log_odds(scores: Scores) -> np.ndarray:
+    """log p(right answer) minus the mean log p of the other answers, nats, (n,).
+
+    Averaged with every label counting alike it does not move when a model only shifts towards one of the labels.
+    """
+    k = scores.log_probs.shape[1]
+    right = scores.log_probs[np.arange(len(scores.labels)), scores.labels]
+    return (k * right - scores.log_probs.sum(axis=1)) / (k - 1)
 
 
 def label_divergence(first: Scores, second: Scores) -> np.ndarray:

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import ndtri
 
 from lib.runs.files import read_jsonl
 from lib.scoring.accuracy import Accuracy
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.statistics.intervals import Interval, paired_bootstrap
 from lib.statistics.losses import FEWEST, cluster_test, compare_losses, limits, weighted_mean
+from lib.statistics.noninferiority import FEWEST_GROUPS, LEVEL, POWER, fewest_groups
 from lib.statistics.paired import clustered_share
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
 
 Entry = Row = Mapping[str, Any]
-
-REFERENCE_VERDICT = "reference"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class AnswerPerplexity:
     shown = ("answer_ppl", "answer_ppl_interval", "answer_ratio")
     in_manifest = ("answer_ppl", "answer_ratio")
     margin_setting, margin_condition = "perplexity_margin", "perplexity_margin_percent"
-    endpoints, tells_rows = 1, False
     least_move, move_unit = 0.01, "nats a token of the answers"
 
     def own(self, scores: AnswerScores, groups: np.ndarray, seed: int) -> dict[str, Any]:
@@ -86,12 +85,12 @@ class AnswerPerplexity:
         }
 
     def compare(
-        self, reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, margin: float, seed: int
+        self, reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, seed: int
     ) -> dict[str, dict[str, Any]]:
         """Beside `own`: what `compare_losses` says."""
         losses = {name: scores.row_losses for name, scores in others.items()}
-        tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, margin)
-        found = {"": {**self.own(reference, groups, seed), "answer_ratio": 1.0, "verdict": "reference"}}
+        tests = compare_losses(reference.row_losses, losses, reference.tokens, groups)
+        found = {"": {**self.own(reference, groups, seed), "answer_ratio": 1.0}}
         for name, test in tests.items():
             found[name] = {**self.own(others[name], groups, seed), **test}
         return found
@@ -114,35 +113,28 @@ class AnswerPerplexity:
         return {}
 
     def conditions(self, margin: float, floor: float | None) -> dict[str, Any]:
-        return {self.margin_condition: margin, "unigram_ppl": floor}
+        return {self.margin_condition: margin, "floor": floor, "unigram_ppl": floor}
 
-    def learned(self, reference: Entry, floor: float | None) -> bool:
-        """Without an interval (too few groups) it is clear of nothing."""
-        interval = reference["answer_ppl_interval"]
-        return floor is None or (interval is not None and interval[1] < floor)
+    def problem(self, reference: Entry, floor: float | None) -> str | None:
+        if fewest_groups(reference) < FEWEST_GROUPS:
+            return "few"
+        return None if floor is None or reference["answer_ppl_interval"][1] < floor else "unlearned"
 
-    def loss(self, entry: Entry) -> tuple[float, float | None, float | None]:
-        low, high = (None if limit is None else 100 * (limit - 1) for limit in entry["answer_ratio_interval"])
-        return 100 * (entry["answer_ratio"] - 1), low, high
+    def rows_needed(self, entry: Entry, margin: float) -> int | None:
+        """Rows with which the limit of the loss would lie below the margin in 80 % of tests, if what was seen is true.
 
-    def distance(self, entry: Entry) -> float:
-        """KL divergence on text."""
-        return entry["kld_mean"]
-
-    def rows_needed(self, entry: Entry, margin: float, one_sided: bool = False) -> int | None:
-        """Rows with which the interval of the perplexity ratio would reach no further than the margin.
-
-        Its half-width on the log scale shrinks with the square root of the rows: n · (half-width / room)², room being
-        what is left between the ratio that was seen and the margin. With that many rows it does so in one test of two.
+        The standard error on the log scale shrinks with the square root of the rows; margin and loss must lie
+        z(1 - level) + z(0.8) of them apart.
 
         Returns:
-            None when the ratio seen is as large as the margin, or there is no interval.
+            None when the loss seen is as large as the margin.
         """
-        seen, high = entry["loss_difference"], entry["loss_difference_interval"][1]
+        seen, limit = (math.log1p(entry[key] / 100) for key in ("loss", "loss_limit"))
         room = math.log1p(margin / 100) - seen
-        if high is None or room <= 0:
+        if room <= 0:
             return None
-        return max(math.ceil(entry["n"] * ((high - seen) / room) ** 2), entry["n"] + 1)
+        apart = 1 + float(ndtri(POWER) / ndtri(1 - LEVEL))
+        return max(math.ceil(entry["n"] * (apart * (limit - seen) / room) ** 2), entry["n"] + 1)
 
     def row_values(self, scores: AnswerScores) -> tuple[np.ndarray, np.ndarray]:
         """Loss, nats a token, and tokens of the answers."""
@@ -161,7 +153,7 @@ class AnswerPerplexity:
         """A t-test over groups; 1 where they show no spread to test against."""
         if limits(weighted_mean(change, rows.weights, rows.groups)) is None:
             return 1.0
-        return cluster_test(change, rows.weights, rows.groups)[0]
+        return cluster_test(change, rows.weights, rows.groups)
 
     def vectors(self, scores: AnswerScores) -> np.ndarray:
         """Log-likelihood of the answers a token."""
@@ -195,7 +187,7 @@ ACCURACY, ANSWER_PERPLEXITY = Accuracy(), AnswerPerplexity()
 
 
 def compare(
-    metric: Metric, reference: Any, others: Mapping[str, Any], rows: RowGroups, margin: float, seed: int
+    metric: Metric, reference: Any, others: Mapping[str, Any], rows: RowGroups, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Quality of every model on all rows and on the leak-free rows.
 
@@ -203,12 +195,12 @@ def compare(
         what `Metric.compare` gives of all rows, and "leak_free": the same on those rows, or None. The reference, which
         is not compared with itself, has None where the others have a test.
     """
-    found = metric.compare(reference, others, rows.groups, margin, seed)
+    found = metric.compare(reference, others, rows.groups, seed)
     free: dict[str, dict[str, Any]] = {}
     if rows.leak_free is not None and rows.leak_free.any():
         mask = rows.leak_free
         kept = {name: scores.subset(mask) for name, scores in others.items()}
-        free = _with_none(metric.compare(reference.subset(mask), kept, rows.groups[mask], margin, seed))
+        free = _with_none(metric.compare(reference.subset(mask), kept, rows.groups[mask], seed))
     return {name: {**entry, "leak_free": free.get(name)} for name, entry in _with_none(found).items()}
 
 

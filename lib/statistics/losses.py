@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lib.statistics.intervals import Interval, estimate_text, normal_quantile, wilson
+from lib.statistics.noninferiority import ONE_SIDED, loss_in_json
 from lib.statistics.paired import cluster_mean, copies_effect, holm
 
 # A mean of rows that weigh differently, as a loss over tokens does: Student's interval over groups of alike rows.
@@ -62,59 +63,18 @@ def averaged_share(values: ArrayLike, groups: ArrayLike) -> Interval:
 
 # Two models' losses on the same answers: the ratio of their perplexities, tested over groups of rows.
 
-FEWEST_GROUPS = 20
-"""Fewest groups for "equivalent": with fewer even Student's interval covers too rarely where losses are skewed."""
 
-
-def loss_verdict(
-    difference: Interval, p_adjusted: float, margin_percent: float, mde: float, groups: int = FEWEST_GROUPS
-) -> str:
-    """The words that interval and test allow.
-
-    Equivalence comes first: over thousands of tokens even a difference far below the margin is certain to exist.
-
-    Args:
-        difference: of the losses, nats a token.
-        margin_percent: change of perplexity that counts as equivalent.
-        mde: minimum detectable effect, nats a token; infinite where there are too few groups for any test.
-        groups: of rows that are alike; fewer than `FEWEST_GROUPS` show no equivalence.
-    """
-    equivalent = difference.within(math.log1p(margin_percent / 100))
-    if not math.isfinite(mde) or (equivalent and groups < FEWEST_GROUPS):
-        return "cannot tell (too few groups of rows)"
-    if equivalent:
-        return f"equivalent within {margin_percent:g} %"
-    if p_adjusted < 0.05 and difference.excludes_zero():
-        return "worse" if difference.estimate > 0 else "better"
-    return f"cannot tell (MDE {100 * math.expm1(mde):.1f} %)"
-
-
-def cluster_test(
-    differences: np.ndarray, tokens: np.ndarray, groups: np.ndarray, alpha: float = 0.05
-) -> tuple[float, float]:
-    """p of "no difference", and the minimum detectable effect (80 % power), of a token-weighted mean over groups.
+def cluster_test(differences: np.ndarray, tokens: np.ndarray, groups: np.ndarray) -> float:
+    """Two-sided p of "no difference" of a token-weighted mean over groups; 1.0 with fewer than three of them.
 
     The standard error is that of a ratio estimator (Cochran 1977, §6.4): groups, not rows, are independent.
-
-    Args:
-        alpha: level for the minimum detectable effect.
-
-    Returns:
-        (1.0, inf) where fewer than three groups leave nothing to test; (1.0, 0.0) for differences that are all zero.
     """
     mean = cluster_mean(differences, groups, tokens)
-    if mean.clusters < FEWEST:
-        return 1.0, math.inf
-    p = 1.0 if mean.mean == 0 else min(1.0, 2 * mean.tail(abs(mean.mean)))
-    return p, (mean.quantile(1 - alpha / 2) + mean.quantile(0.8)) * mean.error
+    return 1.0 if mean.clusters < FEWEST or mean.mean == 0 else min(1.0, 2 * mean.tail(abs(mean.mean)))
 
 
 def compare_losses(
-    reference: np.ndarray,
-    candidates: Mapping[str, np.ndarray],
-    tokens: np.ndarray,
-    groups: np.ndarray,
-    margin_percent: float,
+    reference: np.ndarray, candidates: Mapping[str, np.ndarray], tokens: np.ndarray, groups: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
 
@@ -126,33 +86,25 @@ def compare_losses(
 
     Returns:
         by name, JSON values: "answer_ratio" (of the perplexities, to the reference's) and its interval,
-        "loss_difference" (candidate minus reference, nats a token) with Student's interval over groups (linearized
-        ratio estimator), "p" (two-sided t-test of the difference over groups), "p_holm", "equivalence_p" (two one-sided
-        t-tests against the margin, the larger p-value), "equivalence_p_holm", "mde" (smallest difference these rows
-        could have shown with 80 % power after that correction, nats a token; None: none) and "verdict" (see
-        `loss_verdict`). Limits that are not finite are None.
+        "loss_difference" (candidate minus reference, nats a token) with Student's 95 % interval over groups (linearized
+        ratio estimator), "loss" (of perplexity, percent, positive = worse), "loss_interval" and "loss_limit" (one-sided
+        limits, from the same t), "p" (two-sided t-test of the difference over groups) and "p_holm". Limits that are not
+        finite are None.
     """
-    margin, alpha = math.log1p(margin_percent / 100), 0.05 / max(1, len(candidates))
     changes = [losses - reference for losses in candidates.values()]
-    means = [cluster_mean(change, groups, tokens) for change in changes]
-    tests = [cluster_test(change, tokens, groups, alpha) for change in changes]
-    # two one-sided tests against the margin, the larger p-value
-    unequal = [1.0 if mean.clusters < FEWEST else mean.tail(margin - abs(mean.mean)) for mean in means]
+    p_values = [cluster_test(change, tokens, groups) for change in changes]
     found = {}
-    columns = (candidates, means, tests, holm([p for p, _ in tests]), unequal, holm(unequal))
-    for name, mean, (p, mde), p_holm, p_equivalence, p_equivalence_holm in zip(*columns, strict=True):
-        difference = mean.interval()
+    for name, change, p, p_holm in zip(candidates, changes, p_values, holm(p_values), strict=True):
+        mean = cluster_mean(change, groups, tokens)
+        difference, loss = mean.interval(), mean.interval(ONE_SIDED)
         ratio, *ends = (math.exp(x) for x in (difference.estimate, difference.low, difference.high))
         found[name] = {
             "answer_ratio": ratio,
             "answer_ratio_interval": ends if math.isfinite(difference.high) else [None, None],
             **difference.named("loss_difference"),
+            **loss_in_json(Interval(*(100 * math.expm1(x) for x in (loss.estimate, loss.low, loss.high)), ONE_SIDED)),
             "p": p,
             "p_holm": p_holm,
-            "equivalence_p": p_equivalence,
-            "equivalence_p_holm": p_equivalence_holm,
-            "mde": mde if math.isfinite(mde) else None,
-            "verdict": loss_verdict(difference, p_holm, margin_percent, mde, groups=mean.clusters),
         }
     return found
 

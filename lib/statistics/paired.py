@@ -1,16 +1,16 @@
-"""Two models on the same rows: exact McNemar, Holm's correction, equivalence; near-duplicates are kept together."""
+"""Two models on the same rows: exact McNemar, Holm's correction; near-duplicates are kept together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import bdtr, ndtr, stdtr, stdtrit
+from scipy.special import bdtr, stdtr, stdtrit
 
-from lib.statistics.intervals import TAILS, Interval, cluster_sums, paired_score_interval, tango_statistic, wilson
+from lib.statistics.intervals import TAILS, Interval, cluster_sums, paired_score_interval, wilson
 
 
 class McNemar(NamedTuple):
@@ -58,15 +58,30 @@ _PRIOR = 4.0
 still narrow the interval: a random search over 60,000 sets of rows in groups found such cases, and none with 4."""
 
 
-def copies_effect(clusters: ArrayLike | None, n: int) -> float:
-    """The design effect of n rows if the rows of a cluster are copies, Σ size² / n: known before any result."""
+def copies_effect(clusters: ArrayLike | None, n: int, weights: ArrayLike | None = None) -> float:
+    """The design effect of n rows if the rows of a cluster are copies, Σ size² / n: known before any result.
+
+    Args:
+        weights: (n,) of each row, with mean 1, e.g. `balanced_weights`. What changes may all have the same weight: the
+            effect is then that of the rows whose weight times their own Σ size² / n is largest.
+    """
+    if weights is not None:
+        weight = np.asarray(weights, dtype=np.float64)
+        groups = np.arange(n) if clusters is None else np.asarray(clusters)
+        kinds = ((value, groups[weight == value]) for value in np.unique(weight))
+        return max(1.0, max(float(value) * copies_effect(own, len(own)) for value, own in kinds))
     if clusters is None:
         return 1.0
     _, sizes = cluster_sums(np.zeros(n), clusters)
     return float(np.sum(sizes**2) / n)
 
 
-def design_effect(differences: ArrayLike, clusters: ArrayLike | None = None, prior: float | None = None) -> float:
+def design_effect(
+    differences: ArrayLike,
+    clusters: ArrayLike | None = None,
+    prior: float | None = None,
+    weights: ArrayLike | None = None,
+) -> float:
     """How many rows say as much as one independent row (Kish 1965), at least 1: n / design effect is the real n.
 
     The variance of the mean with whole clusters as units (with clusters / (clusters - 1)) over the one with rows as
@@ -76,22 +91,28 @@ def design_effect(differences: ArrayLike, clusters: ArrayLike | None = None, pri
 
     Args:
         prior: weight of the bound in changed rows; None = `_PRIOR` for each row of the bound.
+        weights: (n,) of each row, with mean 1; None = all alike. The rows as units are then counted once by weight, as
+            `clustered_score_interval` counts them, so that unequal weights are part of the effect.
     """
-    sums, sizes = cluster_sums(differences, clusters)
-    n, groups = float(sizes.sum()), len(sums)
-    if groups == n:
+    sums, sizes = cluster_sums(differences, clusters, weights)
+    n, groups = len(np.asarray(differences)), len(sums)
+    if groups == n and weights is None:
         return 1.0
     if groups == 1:
-        return n
-    values, bound = np.asarray(differences, dtype=np.float64), float(np.sum(sizes**2) / n)
-    by_row = float(np.sum((values - values.mean()) ** 2)) * n / (n - 1)
-    by_cluster = float(np.sum((sums - values.mean() * sizes) ** 2)) * groups / (groups - 1)
+        return float(n)
+    values, bound = np.asarray(differences, dtype=np.float64), copies_effect(clusters, n, weights)
+    weight, mean = 1.0 if weights is None else np.asarray(weights), float(sums.sum() / sizes.sum())
+    by_row = float(np.sum(weight * (values - mean) ** 2)) * n / (n - 1)
+    by_cluster = float(np.sum((sums - mean * sizes) ** 2)) * groups / (groups - 1)
     prior = _PRIOR * bound if prior is None else prior
     return max(1.0, (prior * bound + by_cluster) / (prior + by_row))
 
 
 def clustered_score_interval(
-    change: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95
+    change: ArrayLike,
+    clusters: ArrayLike | None = None,
+    confidence: float = 0.95,
+    weights: ArrayLike | None = None,
 ) -> Interval:
     """Interval of a paired difference of two shares, rows in clusters.
 
@@ -102,12 +123,14 @@ def clustered_score_interval(
     Args:
         change: (n,) -1 where only the reference is right, 1 where only the candidate is, else 0.
         clusters: (n,) group of each row; None = every row its own.
+        weights: (n,) of each row, with mean 1, e.g. `balanced_weights`; None = all alike.
     """
     values = np.asarray(change)
-    effect, n = design_effect(values, clusters), len(values)
+    effect, n = design_effect(values, clusters, weights=weights), len(values)
+    weight = np.ones(n) if weights is None else np.asarray(weights)
+    losses, gains = (float(weight[side].sum()) for side in (values < 0, values > 0))
     if effect == n > 1:
-        return Interval(float(values.mean()), -1.0, 1.0, confidence)
-    losses, gains = float(np.sum(values < 0)), float(np.sum(values > 0))
+        return Interval((gains - losses) / n, -1.0, 1.0, confidence)
     return paired_score_interval(losses / effect, gains / effect, n / effect, confidence)
 
 
@@ -233,25 +256,65 @@ def sign_flip_test(
     return (1 + hits) / (1 + flips)
 
 
-# Equivalence of two models on the same rows: two one-sided score tests.
+@dataclass(frozen=True)
+class PairedComparison:
+    """A candidate against a reference by right and wrong answers on the same rows.
+
+    Attributes:
+        n: rows. losses, gains: rows only the reference, only the candidate got right.
+        difference: share of right rows of the candidate minus the reference's, weighted if rows have weights, with the
+            95 % score interval for the rows' design effect (it does not vanish when no row changed).
+        mcnemar_p: exact McNemar, every row by itself and counted once.
+        p: of "no difference": the larger of McNemar's and, where rows come in groups, the sign-flip test of whole
+            groups; with weights the latter alone. p_holm: after Holm over everything compared together.
+        design_effect: rows that say as much as one independent row.
+    """
+
+    n: int
+    losses: int
+    gains: int
+    difference: Interval
+    mcnemar_p: float
+    p: float
+    p_holm: float
+    design_effect: float
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" where both the corrected p and the interval say so, else "cannot tell"."""
+        if self.p_holm < 0.05 and self.difference.excludes_zero():
+            return "worse" if self.difference.estimate < 0 else "better"
+        return "cannot tell"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; the interval as [low, high]."""
+        return {**asdict(self), **self.difference.named("difference"), "verdict": self.verdict}
 
 
-def equivalence_paired(losses: float, gains: float, n: float, margin: float) -> float:
-    """p-value of "the candidate is worse or better by the margin or more", paired right/wrong answers.
-
-    Two one-sided score tests (Liu, Hsueh, Hsieh & Chen 2002, Stat. Med. 21:231), the larger p-value of the two.
-    The variance is taken at the hypothesis (restricted maximum likelihood), so it holds with few changed rows.
-    p < alpha is the same as: `paired_score_interval` of confidence 1 - 2·alpha lies within ±margin.
+def compare_pairs(
+    pairs: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    groups: ArrayLike | None,
+    seed: int = 0,
+    weights: ArrayLike | None = None,
+) -> dict[str, PairedComparison]:
+    """Compare pairs of models on the same rows, p corrected over all of them.
 
     Args:
-        losses: rows only the reference got right; gains: rows only the candidate got right.
-        n: all rows. The three may be divided by a design effect.
-        margin: what counts as equivalent, a fraction (0.01 = one accuracy point).
-
-    Raises:
-        ValueError: counts that cannot be, or a margin outside 0..1.
+        pairs: name -> (n,) right or wrong under the reference, and under the candidate.
+        groups: (n,) near-duplicate cluster of each row; None = every row its own.
+        weights: (n,) of each row, with mean 1, e.g. `lib.statistics.noninferiority.balanced_weights`.
     """
-    if n <= 0 or losses < 0 or gains < 0 or losses + gains > n * (1 + 1e-9) or not 0 < margin < 1:
-        raise ValueError(f"need counts within n and 0 < margin < 1, not {losses}, {gains}, {n}, {margin}")
-    worse, better = (tango_statistic(sign * margin, losses, gains, n) for sign in (-1, 1))
-    return float(max(ndtr(-worse), ndtr(better)))
+    found = {}
+    for name, (reference, candidate) in pairs.items():
+        change = np.asarray(candidate, dtype=np.int64) - np.asarray(reference, dtype=np.int64)
+        losses, gains, mcnemar_p = mcnemar_exact(reference, candidate)
+        p, n = mcnemar_p, len(change)
+        if weights is not None:
+            p = sign_flip_test(change * np.asarray(weights), groups, seed)
+        elif groups is not None and len(np.unique(np.asarray(groups))) < n:
+            p = max(p, sign_flip_test(change, groups, seed))
+        interval = clustered_score_interval(change, groups, weights=weights)
+        effect = design_effect(change, groups, weights=weights)
+        found[name] = PairedComparison(n, losses, gains, interval, mcnemar_p, p, p, effect)
+    corrected = holm([one.p for one in found.values()])
+    return {name: replace(one, p_holm=p) for (name, one), p in zip(found.items(), corrected, strict=True)}

@@ -23,9 +23,9 @@ from lib.scoring.metric import AnyScores, Metric, RowGroups, compare, metric_of
 from lib.settings import mix_name
 from lib.stages.compare.changes import FOLDER, GGUF, STEP_SCORES, BaseScores, agreements, retentions, with_retention
 from lib.stages.compare.child import MERGED, MERGED_FLOAT32, EncodedRows, encode_rows
-from lib.stages.compare.recommend import recommend, step_file
+from lib.stages.compare.recommend import judge, recommend, step_file
 from lib.stages.compare.speed import read_bytes
-from lib.statistics.verdicts import frontier
+from lib.statistics.noninferiority import REFERENCE, frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
     files = [entry for entry in entries if entry["kind"] == GGUF]  # tests count every comparison, the advice is about
     best = frontier(files[1:])  # what a phone can run
     free = sum(row.get("leaked") is False for row in asked.rows)
-    advice = recommend(metric, files, asked.margin, floor, len(entries) - 1)
+    advice = recommend(metric, files[0], files[1:], asked.margin, floor)
     chosen = step_file(files[1:], advice)
     merged, steps, notes = _score_steps(asked, encoded, shared, next((o for o in measured if o.name == chosen), None))
     result = {
@@ -262,9 +262,9 @@ def _entries(
     """One entry a file, the reference first, but for what `lib.stages.compare.changes.with_retention` adds."""
     reference, *others = measured
     scores = {one.name: one.scores for one in others}
-    judged = compare(metric, reference.scores, scores, groups, asked.margin, asked.seed)
+    judged = compare(metric, reference.scores, scores, groups, asked.seed)
     judged[reference.name] = judged.pop("")
-    return [
+    entries = [
         {
             "type": one.name,
             "kind": FOLDER if one.path.is_dir() else GGUF,
@@ -282,6 +282,8 @@ def _entries(
         }
         for one in measured
     ]
+    words = judge(metric, entries[0], entries[1:], asked.margin, floor)
+    return [{**entry, "verdict": words.get(entry["type"], REFERENCE)} for entry in entries]
 
 
 _OWN_TEXT = {

@@ -27,7 +27,7 @@ from lib.stages.compare.child import WAIT_POLICY, keep_of
 from lib.stages.compare.files import SUMMARY, Comparison, compare_files, forget_scores, run_kept
 from lib.stages.compare.speed import LOADS
 
-_RULES = 4
+_RULES = 5
 """Goes up when entries or verdicts are made otherwise, so that a comparison made before is made again."""
 
 
@@ -41,7 +41,7 @@ class ComparisonResult:
         reference: type of the reference file.
         files: one entry a file, the reference first (keys: see README).
         frontier: types that no other file beats in both size and KL divergence, smallest first.
-        recommendation: rule, type (None = the evidence does not suffice), reason, rows_needed, next_higher, text.
+        recommendation: what `lib.stages.compare.recommend.recommend` says.
         conditions: device, threads, windows and margin of the measurements.
         data: where the rows come from and how many there are.
         notes: what was done otherwise than asked.

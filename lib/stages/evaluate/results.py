@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,7 +19,7 @@ from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
 from lib.scoring.log_probabilities import AnswerScores, Scores, exponentials
 from lib.scoring.text_metrics import read_prompts, read_terms
-from lib.statistics import classification, paired, verdicts
+from lib.statistics import classification, paired
 from lib.statistics.losses import cluster_test, limits, weighted_mean
 
 if TYPE_CHECKING:
@@ -162,29 +162,6 @@ def evaluate_scores(
     return ModelEvaluation(scores, reports, classification.calibration(confidence, scores.correct), mistakes)
 
 
-def compare_with(
-    candidate: np.ndarray, references: Mapping[str, np.ndarray], groups: np.ndarray, margin_points: float, seed: int
-) -> dict[str, verdicts.PairedComparison]:
-    """One candidate against several references on the same rows; p-values Holm-corrected over the references.
-
-    Args:
-        candidate: (n,) right or wrong.
-        references: name -> (n,) right or wrong.
-        groups: (n,) near-duplicate cluster of each row.
-    """
-    alone = {
-        name: verdicts.compare(reference, candidate, groups, margin_points, seed, len(references))
-        for name, reference in references.items()
-    }
-    adjusted = paired.holm([comparison.p for comparison in alone.values()])
-    return {
-        name: replace(
-            comparison, p_adjusted=p, verdict=verdicts.verdict(comparison.difference, p, margin_points, comparison.mde)
-        )
-        for (name, comparison), p in zip(alone.items(), adjusted, strict=True)
-    }
-
-
 @dataclass(frozen=True)
 class LabelEvaluation(EvaluationResult):
     """How often the models are right.
@@ -200,7 +177,7 @@ class LabelEvaluation(EvaluationResult):
 
     models: dict[str, ModelEvaluation]
     floor: dict[str, classification.ClassificationReport]
-    comparisons: dict[str, dict[str, verdicts.PairedComparison]]
+    comparisons: dict[str, dict[str, paired.PairedComparison]]
     majority_share: float
     scoring: dict[str, str]
 
@@ -210,7 +187,7 @@ class LabelEvaluation(EvaluationResult):
 
     @classmethod
     def parameters(cls, settings: Settings) -> dict[str, Any]:
-        return settings.pick("per_device_eval_batch_size", "seed", "dtype", "equivalence_margin")
+        return settings.pick("per_device_eval_batch_size", "seed", "dtype")
 
     @classmethod
     def read(cls, product: Product | None, folder: Path, data: Path, settings: Settings, told: dict[str, Any]) -> Self:
@@ -224,11 +201,9 @@ class LabelEvaluation(EvaluationResult):
         right = {BASE: scores[BASE].correct, FLOOR: floor == labels}
         groups = np.array([row["group"] for row in rows])
         comparisons = {
-            subset: compare_with(
-                scores[FINETUNED].correct[mask],
-                {name: correct[mask] for name, correct in right.items()},
+            subset: paired.compare_pairs(
+                {name: (correct[mask], scores[FINETUNED].correct[mask]) for name, correct in right.items()},
                 groups[mask],
-                settings.equivalence_margin,
                 settings.seed,
             )
             for subset, mask in masks.items()
@@ -407,7 +382,6 @@ def summary(scores: Mapping[str, AnswerScores], rows: Sequence[Row]) -> dict[str
         base, tuned = (scores[name].subset(mask) for name in (BASE, FINETUNED))
         losses = tuned.row_losses - base.row_losses
         change = weighted_mean(losses, base.tokens, groups[mask])
-        p, mde = cluster_test(losses, base.tokens, groups[mask])
         parts[part] = {
             "n": int(mask.sum()),
             "groups": len(np.unique(groups[mask])),
@@ -416,8 +390,7 @@ def summary(scores: Mapping[str, AnswerScores], rows: Sequence[Row]) -> dict[str
             FINETUNED: tuned.figures(groups[mask]),
             "difference": change.estimate,
             "difference_interval": limits(change),
-            "p": p,
-            "mde": mde if limits(change) else None,
+            "p": cluster_test(losses, base.tokens, groups[mask]),
             "ratio": math.exp(change.estimate),
             "ratio_interval": exponentials(limits(change)),
         }

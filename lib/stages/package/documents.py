@@ -25,7 +25,6 @@ from lib.scoring.generation import end_ids, llama_feed, write
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.package.facts import TOLERANCE, TOLERANCE_SHARE, Facts, sentences_for
 from lib.statistics.losses import kept_words
-from lib.statistics.verdicts import in_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +67,7 @@ def card(facts: Facts, licence_files: Sequence[str] = ()) -> str:
         types=Counter(mix["types"].values()).most_common() if mix else [],
         measures=_LABELLED if labelled else _WRITTEN,
         kept=kept_words(facts.chosen.entry),
-        verdict=in_words(facts.chosen.entry),
+        verdict=facts.chosen.entry["verdict"],
         settings={key: training["training"][key] for key in _TRAINING if key in training["training"]},
         licence_files=licence_files,
     )

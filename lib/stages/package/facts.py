@@ -20,7 +20,6 @@ from lib.prompts.tasks import Task
 from lib.runs.files import read_json, sha256_file
 from lib.runs.run import Run
 from lib.statistics.losses import retention_warning
-from lib.statistics.verdicts import in_words
 
 # Which file goes into the package, and what the evidence says of that choice.
 
@@ -78,7 +77,7 @@ def _standing(entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str,
     chosen = entry["type"]
     if chosen == advice["type"]:
         return RECOMMENDED, advice["text"]
-    own, warning = f"The verdict on this file: {in_words(entry)}.", retention_warning(entry)
+    own, warning = f"The verdict on this file: {entry['verdict']}.", retention_warning(entry)
     if warning not in advice["text"]:  # where no file is recommended, the text warns of every one already
         own += f" {warning}"
     if advice["type"] is None:
