@@ -224,7 +224,7 @@ def error_ladder(
     Args:
         steps: name and scores on the same rows, in order.
         groups: (n,) near-duplicate cluster of each row.
-        margin: what counts as equivalent, in `metric.loss_unit`.
+        margin: loss from which a file is not good enough, in `metric.loss_unit`.
         seed: of the bootstrap.
 
     Returns:

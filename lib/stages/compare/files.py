@@ -53,7 +53,7 @@ class Comparison:
         tokenizer: of the model; None = the one inside `reference`.
         n_ctx, perplexity_tokens: window and most tokens of the held-out text (the rows' texts, leak-free first).
         n_threads, n_gpu_layers: of llama.cpp; 0 threads = physical cores.
-        margin: what counts as equivalent, in the metric's `loss_unit`.
+        margin: loss from which a file is not good enough, in the metric's `loss_unit`.
         train: file of the training rows; the frequencies in it may be what the reference must beat (`Metric.floor`).
         merged: folder of the model that `reference` was converted from; its scores in transformers are compared too.
         seed: of bootstraps and sign flips.

@@ -83,7 +83,7 @@ class ComparisonResult:
 
     @property
     def margin(self) -> float:
-        """What counts as equivalent, in the metric's unit."""
+        """Loss from which a file is not good enough, in the metric's unit."""
         return self.conditions[self.metric.margin_condition]
 
     def scores(self, type_name: str) -> AnyScores:
