@@ -1,66 +1,78 @@
-"""Whole comparisons as notebook 07 makes them, with a known truth: `lib.scoring.metric.compare` on made scores.
+"""Whole comparisons as notebook 07 judges them, with a known truth: how often the rule errs, and what it finds.
 
-A row has a latent ease, normal, and so has every file's view of it; a margin is the ease stretched (skewed, with heavy
-tails, in nats), and the answer is right where it is positive. Reference and file have the same distribution and differ
-by as much as gives the wanted share of discordant rows, so without a shift both endpoints are equal in truth. The files
-of a ladder err alike (correlation ½), and so do near-duplicates (0.98).
+Right and wrong answers are drawn: the reference is right on `RIGHT_SHARE` of the rows of each label; a file loses some
+of these and wins some of the others. The files of a ladder err alike (half of their changes are the same rows), and so
+do near-duplicates (0.9). Rows are judged by `lib.statistics` as page 07 judges them, once on all rows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import multivariate_normal, norm
 
-from lib.progress import Progress
-from lib.scoring.log_probabilities import Scores
-from lib.scoring.metric import ACCURACY, RowGroups, compare
+from lib.progress import track
+from lib.statistics import noninferiority
+from lib.statistics.noninferiority import GOOD_ENOUGH, NO_VERDICT, WORSE, balanced_weights, good_enough, share_loss
+from lib.statistics.paired import clustered_score_interval, compare_pairs
 
-ROWS = (200, 400, 800, 1200)
-LADDER = {"Q8_0": 0.002, "Q6_K": 0.005, "Q5_K_M": 0.0075, "Q4_K_M": 0.01, "Q4_0": 0.02, "Q3_K_M": 0.04, "Q2_K": 0.08}
-"""Shares of discordant rows, as measured from 0.2 to 2 % on the offline base, and up to what a real model may lose."""
-
+ROWS = (20, 60, 200, 600, 1200, 5000)
+BALANCES = {2: ((1, 1), (2, 1), (9, 1)), 4: ((1, 1, 1, 1), (2, 1, 1, 1), (9, 1, 1, 1))}
+FILES = (3, 7, 13)
 MARGIN_POINTS = 1.0
 RIGHT_SHARE = 0.82
-LEAK_FREE = 0.72
-FILES_ALIKE, COPIES_ALIKE = 0.5, 0.98
+LEAST_CHANGED, MOST_CHANGED = 0.002, 0.08
+"""Shares of rows that change between right and wrong without a loss, of the largest and the smallest file: as measured
+from 0.2 to 2 % on the offline base, and up to what a real model may lose."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A file's relation to the reference.
+    """A file's relation to the reference, by label.
 
     Attributes:
-        correlation: of the latent eases. shift: of the file's ease, downwards.
-        share: of discordant rows. difference: of the accuracies, a fraction. margin: mean change, nats.
+        lost, won: (labels,) share of a label's rows that only the reference, only the file gets right.
     """
 
-    correlation: float
-    shift: float
-    share: float
-    difference: float
-    margin: float
+    lost: np.ndarray
+    won: np.ndarray
+
+    def loss(self, labels: np.ndarray) -> float:
+        """True loss of the accuracy that is judged on rows with these labels, points."""
+        weights = balanced_weights(labels)
+        return 100 * float(np.average((self.lost - self.won)[labels], weights=weights))
 
 
-def truth(share: float, loss: float) -> Truth:
-    """The file that loses `loss` of the accuracy and has `share` + `loss` discordant rows."""
-    middle, accuracy = float(norm.ppf(RIGHT_SHARE)), RIGHT_SHARE - loss
-    lower = float(norm.ppf(accuracy))
+def truth(changed: float, loss: Sequence[float]) -> Truth:
+    """The file that changes so many rows of each label without a loss, and loses so much of each besides."""
+    more = np.asarray(loss, dtype=np.float64)
+    return Truth(changed / 2 + np.maximum(more, 0), changed / 2 + np.maximum(-more, 0))
 
-    def excess(correlation: float) -> float:
-        both = multivariate_normal.cdf([middle, lower], cov=[[1, correlation], [correlation, 1]])
-        return RIGHT_SHARE + accuracy - 2 * float(both) - share - loss
 
-    correlation = float(brentq(excess, 0.0, 1 - 1e-9, xtol=1e-12))
-    # E(x + c)³ = c³ + 3c for a standard normal x
-    margin = 2 * (lower - middle) + 0.1 * (lower**3 + 3 * lower - middle**3 - 3 * middle)
-    return Truth(correlation, middle - lower, share + loss, -loss, margin)
+def ladder(files: int, labels: int, kind: str) -> list[Truth]:
+    """The files of a ladder, the largest first.
+
+    Args:
+        kind: "nothing lost"; "the margin lost" by every file; "a step": by the smaller half; "rising": from 0 to 10
+            points; "a bias": what the first label wins every other one loses, so that the balanced accuracy stays.
+    """
+    changed, margin = np.geomspace(LEAST_CHANGED, MOST_CHANGED, files), MARGIN_POINTS / 100
+    if kind == "a bias":
+        shift = np.array([-1.0, *[1 / (labels - 1)] * (labels - 1)])
+        return [truth(share, min(share, 0.05) * shift) for share in changed]
+    losses = {
+        "nothing lost": np.zeros(files),
+        "the margin lost": np.full(files, margin),
+        "a step": np.where(np.arange(files) < files / 2, 0.0, margin),
+        "rising": np.linspace(0, 0.1, files),
+    }[kind]
+    return [truth(share, [loss] * labels) for share, loss in zip(changed, losses, strict=True)]
+
+
+KINDS = ("nothing lost", "the margin lost", "a step", "rising", "a bias")
 
 
 def groups(n: int, kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -72,145 +84,112 @@ def groups(n: int, kind: str, rng: np.random.Generator) -> np.ndarray:
     return np.repeat(np.arange(len(sizes) + n - sizes.sum()), [*sizes, *[1] * int(n - sizes.sum())])
 
 
-def margins(ease: np.ndarray) -> np.ndarray:
-    """Nats from latent eases: the sure rows are much surer."""
-    return 2 * ease + 0.1 * ease**3
+def _alike(n: int, group: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """A uniform number of each row; nine in ten rows of a group have that of the group."""
+    own = rng.random(n)
+    return own if group is None else np.where(rng.random(n) < 0.9, rng.random(group.max() + 1)[group], own)
 
 
-def _draw(group: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A standard normal value of each row; rows of a group are alike."""
-    whole = rng.normal(size=group.max() + 1)[group]
-    return np.sqrt(COPIES_ALIKE) * whole + np.sqrt(1 - COPIES_ALIKE) * rng.normal(size=len(group))
-
-
-def _scores(ease: np.ndarray, labels: np.ndarray) -> Scores:
-    change, rows = margins(ease), np.arange(len(ease))
-    log_probs = np.empty((len(ease), 2))
-    log_probs[rows, labels], log_probs[rows, 1 - labels] = -np.logaddexp(0, -change), -np.logaddexp(0, change)
-    return Scores([str(row) for row in rows], labels, log_probs, np.zeros(len(ease), bool), 1.0)
+def draw(
+    n: int, balance: Sequence[int], truths: Sequence[Truth], copies: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, list[np.ndarray]]:
+    """Labels, groups (None: every row its own), whether the reference is right, and the same of every file."""
+    group = groups(n, "near-duplicates", rng) if copies else None
+    shares = np.asarray(balance) / np.sum(balance)
+    by_group = rng.choice(len(balance), n if group is None else group.max() + 1, p=shares)
+    labels = by_group if group is None else by_group[group]
+    reference = _alike(n, group, rng) < RIGHT_SHARE
+    common, found = _alike(n, group, rng), []
+    for one in truths:
+        chance = np.where(rng.random(n) < 0.5, common, _alike(n, group, rng))
+        change = np.where(reference, one.lost[labels] / RIGHT_SHARE, one.won[labels] / (1 - RIGHT_SHARE))
+        found.append(reference ^ (chance < change))
+    return labels, group, reference, found
 
 
 def page(
-    truths: dict[str, Truth], group: np.ndarray, leak_free: bool, rng: np.random.Generator
-) -> dict[str, dict[str, Any]]:
-    """One comparison, drawn and judged: the entries of comparison.json by file.
+    labels: np.ndarray, group: np.ndarray | None, reference: np.ndarray, files: Sequence[np.ndarray], tested: bool
+) -> list[dict[str, Any]]:
+    """One entry a file, as far as verdicts need it.
 
     Args:
-        group: (n,) near-duplicate cluster of each row, from 0 on.
-        leak_free: whether some groups count as leaked, so that the leak-free rows are judged too.
+        tested: whether the two-sided tests behind "worse" are made too (slow with copies and weights).
     """
-    labels, common, reference = rng.integers(0, 2, len(group)), _draw(group, rng), _draw(group, rng)
-    middle, others = float(norm.ppf(RIGHT_SHARE)), {}
-    for name, known in truths.items():
-        error = np.sqrt(FILES_ALIKE) * common + np.sqrt(1 - FILES_ALIKE) * _draw(group, rng)
-        own = known.correlation * reference + np.sqrt(1 - known.correlation**2) * error
-        others[name] = _scores(middle - known.shift + own, labels)
-    free = (rng.random(group.max() + 1) < LEAK_FREE)[group] if leak_free else None
-    seed = int(rng.integers(1 << 31))
-    scores = _scores(middle + reference, labels)
-    return compare(ACCURACY, scores, others, RowGroups(group, free), MARGIN_POINTS, seed)
+    weights = balanced_weights(labels)
+    entries = []
+    for place, right in enumerate(files):
+        change = right.astype(int) - reference
+        loss, old = share_loss(change, group, weights), clustered_score_interval(change, group)
+        entry = {"type": f"q{place:02}", "bytes": 100 - place, "loss": loss.estimate, "leak_free": None, "p_holm": 1.0}
+        entries.append({**entry, "loss_limit": loss.high, "loss_low": loss.low, "equivalent": old.within(0.01)})
+    if tested:
+        tests = compare_pairs(
+            {e["type"]: (reference, f) for e, f in zip(entries, files, strict=True)}, group, 0, weights
+        )
+        entries = [{**entry, "p_holm": tests[entry["type"]].p_holm} for entry in entries]
+    count = len(labels) if group is None else group.max() + 1
+    few = count < noninferiority.FEWEST_GROUPS
+    words = {} if few else noninferiority.verdicts(entries, [], MARGIN_POINTS)
+    return [{**entry, "verdict": words.get(entry["type"], NO_VERDICT)} for entry in entries]
 
 
-def called(entries: Sequence[dict[str, Any]], *words: str) -> bool:
-    """Whether a verdict begins with one of the words."""
-    return any(entry["verdict"].startswith(words) for entry in entries)
+def setting(
+    n: int, balance: Sequence[int], files: int, kind: str, copies: bool, times: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Shares of `times` pages.
+
+    Returns:
+        "false": a file is recommended whose true loss is the margin or more; "worse": a file is called worse that
+        loses nothing, in truth (none: no such file); "coverage" of the two one-sided limits, mean over the files;
+        "recommended": any file; "size": mean place of the recommended file among the sizes (1 = the smallest, 0 =
+        none); "old", "old false", "old size": the same of the rule before (two-sided 95 % interval inside the margin,
+        each file by itself, the smallest of them).
+    """
+    truths = ladder(files, len(balance), kind)
+    found: dict[str, list[float]] = {}
+    for _ in range(times):
+        labels, group, reference, right = draw(n, balance, truths, copies, rng)
+        true = [one.loss(labels) for one in truths]
+        entries = page(labels, group, reference, right, kind in ("nothing lost", "a bias"))
+        for key, value in _observed(entries, true).items():
+            found.setdefault(key, []).append(value)
+    where = {"rows": n, "labels": len(balance), "balance": balance[0], "files": files, "copies": copies, "truth": kind}
+    return where | {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def observed(entries: dict[str, dict[str, Any]], truths: dict[str, Truth]) -> dict[str, Any]:
-    """What one page says, as numbers to add up: verdicts of the page; discordant rows and hits of every file."""
-    files = [entries[name] for name in truths]
-    free = [entry["leak_free"] for entry in files if entry["leak_free"]]
-    wrong = ("worse", "better")
+def _observed(entries: Sequence[Mapping[str, Any]], true: Sequence[float]) -> dict[str, float]:
+    passed = sum(entry["verdict"] == GOOD_ENOUGH for entry in entries)
+    old = max((place + 1 for place, entry in enumerate(entries) if entry["equivalent"]), default=0)
+    bad = [loss >= MARGIN_POINTS - 1e-9 for loss in true]
+    inside = [e["loss_low"] <= loss <= e["loss_limit"] for e, loss in zip(entries, true, strict=True)]
+    worse = [e["verdict"] == WORSE for e, loss in zip(entries, true, strict=True) if loss <= 1e-9]
+    assert [e["type"] for e in entries[:passed]] == good_enough(entries, MARGIN_POINTS) or not passed
     return {
-        "worse": called(files, "worse"),
-        "better": called(files, "better"),
-        "worse_or_better": called(files, *wrong),
-        "by_margin": any(entry["endpoint"] == "margin" for entry in files),
-        "leak_free": called(free, *wrong),
-        "either": called(files + free, *wrong),
-        "equivalent_any": called(files, "equivalent"),
-        "equivalent": [entry["verdict"].startswith("equivalent") for entry in files],
-        "tost": [entry["equivalence_p"] < 0.05 for entry in files],
-        "discordant": [entry["mcnemar_b"] + entry["mcnemar_c"] for entry in files],
-        "accuracy": [_holds(entries[n]["accuracy_difference_interval"], t.difference) for n, t in truths.items()],
-        "margin": [_holds(entries[n]["margin_change_interval"], t.margin) for n, t in truths.items()],
+        "false": float(passed > 0 and bad[passed - 1]),
+        "worse": float(any(worse)),
+        "coverage": float(np.mean(inside)),
+        "recommended": float(passed > 0),
+        "size": passed / len(entries),
+        "old": float(old > 0),
+        "old false": float(old > 0 and bad[old - 1]),
+        "old size": old / len(entries),
     }
 
 
-def _holds(interval: list[float], value: float) -> bool:
-    return interval[0] <= value <= interval[1]
+def settings() -> Iterator[tuple[int, tuple[int, ...], int, str, bool]]:
+    """Every combination: rows, balance of the labels, files, truth, copies."""
+    balances = [balance for own in BALANCES.values() for balance in own]
+    yield from itertools.product(ROWS, balances, FILES, KINDS, (False, True))
 
 
 def pages(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
-    """Tables over `times` pages a setting: nothing lost, and exactly the equivalence margin lost by every file.
-
-    Returns:
-        "pages": shares of pages with a "worse" or "better", of which none is true; "pages_at_the_margin": shares of
-        pages and of files with an "equivalent" that is not; "page_coverage": of both endpoints' intervals, by file;
-        "coverage_expected" and "coverage_observed": the same by the number of discordant rows that was to be expected,
-        and (accuracy, where nothing is lost) by the number that came.
-    """
-    tables: dict[str, list[dict[str, Any]]] = {"pages": [], "pages_at_the_margin": [], "page_coverage": []}
-    changed: list[np.ndarray] = []
-    for n, loss in [(n, loss) for loss in (0.0, MARGIN_POINTS / 100) for n in ROWS]:
-        truths = {name: truth(share, loss) for name, share in LADDER.items()}
-        seen = []
-        with Progress(f"{n} rows", times) as progress:
-            for entries in _drawn(n, truths, times, rng):
-                seen.append(observed(entries, truths))
-                progress.advance()
-        whole = {name: np.array([one[name] for one in seen]) for name in seen[0]}
-        if loss:
-            tables["pages_at_the_margin"].append({"rows": n, **_equivalent(whole)})
-        else:
-            words = ("worse", "better", "worse_or_better", "by_margin", "leak_free", "either")
-            tables["pages"].append({"rows": n, **{word: float(whole[word].mean()) for word in words}})
-            changed.append(np.stack([whole["discordant"].ravel(), whole["accuracy"].ravel()]))
-        for i, (name, known) in enumerate(truths.items()):
-            hits = {end: float(whole[end][:, i].mean()) for end in ("accuracy", "margin")}
-            setting = {"rows": n, "lost": loss, "file": name, "expected": n * known.share}
-            tables["page_coverage"].append({**setting, **hits})
-    tables["coverage_expected"] = _by_expected(tables["page_coverage"])
-    tables["coverage_observed"] = _by_observed(np.concatenate(changed, axis=1))
-    return tables
-
-
-def _drawn(n: int, truths: dict[str, Truth], times: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Pages; leak-free rows are judged too where nothing is lost."""
-    for _ in range(times):
-        yield page(truths, groups(n, "near-duplicates", rng), not any(t.difference for t in truths.values()), rng)
-
-
-def _equivalent(whole: dict[str, np.ndarray]) -> dict[str, float]:
-    by_file = whole["equivalent"].mean(axis=0)
-    return {
-        "page": float(whole["equivalent_any"].mean()),
-        "file, mean": float(by_file.mean()),
-        "file, most": float(by_file.max()),
-        "TOST p < 0.05, most": float(whole["tost"].mean(axis=0).max()),
-    }
-
-
-_LIMITS = (0, 1, 2, 5, 10, 20, 50, 0)
-"""Numbers of discordant rows at which the tables are cut; the last 0 stands for no limit."""
-
-
-def _by_expected(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for low, high in pairwise(_LIMITS):
-        own = [one for one in settings if low <= one["expected"] < (high or math.inf)]
-        row: dict[str, Any] = {"from": low, "below": high or "", "settings": len(own)}
-        for end in ("accuracy", "margin"):
-            values = [one[end] for one in own]
-            row |= {end: float(np.mean(values)), f"{end}, least": min(values), f"{end}, most": max(values)}
-        rows.append(row)
-    return rows
-
-
-def _by_observed(changed: np.ndarray) -> list[dict[str, Any]]:
-    inside = [(low, high, (changed[0] >= low) & (changed[0] < (high or math.inf))) for low, high in pairwise(_LIMITS)]
-    return [
-        {"from": low, "below": high or "", "files": int(own.sum()), "accuracy": float(changed[1][own].mean())}
-        for low, high, own in inside
-        if own.any()
-    ]
+    """Tables over `times` / 5 pages a setting: "pages", and "pages_by_rows", their means and extremes."""
+    rows = [setting(*one, max(1, times // 5), rng) for one in track(list(settings()), "whole pages")]
+    summary = []
+    for n, kind in itertools.product(ROWS, KINDS):
+        own = [row for row in rows if (row["rows"], row["truth"]) == (n, kind)]
+        mean = {key: float(np.mean([row[key] for row in own])) for key in ("recommended", "size", "old", "old size")}
+        most = {f"{key}, most": max(row[key] for row in own) for key in ("false", "worse", "old false")}
+        coverage = {"coverage, least": min(row["coverage"] for row in own)}
+        summary.append({"rows": n, "truth": kind, **mean, **most, **coverage})
+    return {"pages": rows, "pages_by_rows": summary}
