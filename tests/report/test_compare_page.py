@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from lib.statistics.verdicts import rows_needed
 
 from lib.report import compare_page
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY, Metric, RowGroups, compare
 from lib.stages.compare.changes import agreements
-from lib.statistics.verdicts import rows_needed
 
 N = 120
 IDS = [f"r{i}" for i in range(N)]
