@@ -14,7 +14,6 @@ from lib.report.display import figure, table, tell
 from lib.report.sentences import sentence, word_rows
 from lib.runs.files import whole_lines
 from lib.runs.machine import physical_cores
-from lib.stages.finetune.session import LossPlot
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -31,7 +30,7 @@ LONG = 180
 """Seconds from which on the axis counts minutes."""
 
 
-class LiveLosses(LossPlot):
+class LiveLosses(contextlib.AbstractContextManager):
     """Redraws the rows of a JSONL file of losses below the running cell when `update` is called.
 
     Silent outside of a notebook that is watched; nothing of it stays in the page.
@@ -41,7 +40,7 @@ class LiveLosses(LossPlot):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self.path = path
         self.handle, self.size = None, 0
         self.active, self.next = shown_live(), 0.0
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -30,25 +33,30 @@ Collate = Callable[[Sequence[Encoded]], dict[str, torch.Tensor]]
 """From rows to the tensors of one forward pass."""
 
 
+def _labels(example: Encoded) -> torch.Tensor:
+    """int64 (tokens,): the ids of its answers, IGNORED elsewhere."""
+    labels, ids = torch.full((len(example),), IGNORED), torch.tensor(example.ids)
+    for start, stop in example.spans:
+        labels[start:stop] = ids[start:stop]
+    return labels
+
+
+@dataclass(frozen=True)
 class Collator:
     """Pads on the right to a multiple of LENGTH_STEP; labels are IGNORED except on the answer."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    pad_id: int
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask, labels: int64 (rows, longest rounded up); row_tokens: int64 (), no padding."""
-        longest = max(len(example) for example in batch)
-        shape = (len(batch), -(-longest // LENGTH_STEP) * LENGTH_STEP)
-        ids = torch.full(shape, self.pad_id)
-        mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED)
-        for i, example in enumerate(batch):
-            row = torch.tensor(example.ids)
-            ids[i, : len(row)] = row
-            mask[i, : len(row)] = 1
-            for start, stop in example.spans:
-                labels[i, start:stop] = row[start:stop]
+        filling = (0, -max(map(len, batch)) % LENGTH_STEP)
+
+        def padded(rows: list[torch.Tensor], filler: int) -> torch.Tensor:
+            return pad(pad_sequence(rows, batch_first=True, padding_value=filler), filling, value=filler)
+
+        mask = padded([torch.ones(len(example), dtype=torch.int64) for example in batch], 0)
+        ids = padded([torch.tensor(example.ids) for example in batch], self.pad_id)
+        labels = padded([_labels(example) for example in batch], IGNORED)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels, "row_tokens": mask.sum()}
 
 
@@ -139,12 +147,12 @@ def shared_prefix(examples: Sequence[Encoded]) -> int:
     """
     if not examples:
         return 0
-    first, last = min(e.ids for e in examples), max(e.ids for e in examples)  # the two that differ the earliest
-    limit = min(e.spans[0][0] for e in examples) - 1
-    common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return max(0, min(common, limit))
+    columns = zip(*(example.ids for example in examples), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return max(0, min(common, min(example.spans[0][0] for example in examples) - 1))
 
 
+@dataclass(frozen=True)
 class PackedCollator:
     """Makes the packed sequence of a micro-batch.
 
@@ -153,8 +161,8 @@ class PackedCollator:
         prefix: number of leading tokens that every row has in common (`shared_prefix`).
     """
 
-    def __init__(self, pad_id: int, prefix: int) -> None:
-        self.pad_id, self.prefix = pad_id, prefix
+    pad_id: int
+    prefix: int
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """One sequence of N tokens for B rows, whose longest has S tokens behind the prefix of P tokens.
@@ -165,30 +173,23 @@ class PackedCollator:
             scatter: int64 (N − P,), place in the flattened (B, S) of each token behind the prefix; −1 for the filling.
             row_tokens: int64 (), tokens of all rows, the prefix counted once a row.
         """
-        prefix, widest = self.prefix, max(len(e) for e in batch) - self.prefix
-        used = prefix + sum(len(e) - prefix for e in batch)
-        total = filled_length(used)
-        ids, labels = torch.full((1, total), self.pad_id), torch.full((1, total), IGNORED)
-        positions, scatter = torch.zeros((1, total), dtype=torch.int64), torch.full((total - prefix,), -1)
-        gather = torch.full((len(batch), widest), -1)
-        ids[0, :prefix], positions[0, :prefix] = torch.tensor(batch[0].ids[:prefix]), torch.arange(prefix)
-        at = prefix
-        for i, example in enumerate(batch):
-            row = torch.tensor(example.ids)
-            own = len(row) - prefix
-            ids[0, at : at + own], positions[0, at : at + own] = row[prefix:], torch.arange(prefix, len(row))
-            for start, stop in example.spans:
-                labels[0, at + start - prefix : at + stop - prefix] = row[start:stop]
-            gather[i, :own] = at + torch.arange(own)
-            scatter[at - prefix : at - prefix + own] = i * widest + torch.arange(own)
-            at += own
+        prefix, lengths = self.prefix, [len(example) - self.prefix for example in batch]
+        used, widest = prefix + sum(lengths), max(lengths)
+        front, own = torch.arange(prefix), [torch.arange(length) for length in lengths]
+        starts = itertools.accumulate(lengths[:-1], initial=prefix)
+
+        def filled(parts: Iterable[torch.Tensor], filler: int) -> torch.Tensor:
+            return pad(torch.cat(list(parts)), (0, filled_length(used) - used), value=filler)
+
+        ids = [batch[0].ids[:prefix], *(example.ids[prefix:] for example in batch)]
+        labels = [torch.full((prefix,), IGNORED), *(_labels(example)[prefix:] for example in batch)]
         return {
-            "input_ids": ids,
-            "position_ids": positions,
-            "labels": labels,
-            "gather": gather,
-            "scatter": scatter,
-            "row_tokens": torch.tensor(sum(len(e) for e in batch)),
+            "input_ids": filled((torch.tensor(part, dtype=torch.int64) for part in ids), self.pad_id)[None],
+            "position_ids": filled([front, *(prefix + places for places in own)], 0)[None],
+            "labels": filled(labels, IGNORED)[None],
+            "gather": pad_sequence([start + places for start, places in zip(starts, own, strict=True)], True, -1),
+            "scatter": filled((i * widest + places for i, places in enumerate(own)), -1),
+            "row_tokens": torch.tensor(sum(map(len, batch))),
         }
 
 

@@ -22,6 +22,9 @@ from lib.settings import Settings
 ARITHMETIC_RECORD = "arithmetic.json"
 """Beside the checkpoints."""
 
+LIVE = "losses.jsonl.live"
+"""Beside training.log while a training runs: the rows of the history so far."""
+
 RECORD = "complete.json"
 
 STAGED = ".staged"
@@ -109,7 +112,7 @@ def write_log(folder: Path, line: str) -> None:
         stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {line}\n")
 
 
-def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]:
+def same_or_afresh(folder: Path, settings: Settings) -> list[str]:
     """Remove what an interrupted training left if it computed in another way, and record how this one computes.
 
     Args:
@@ -118,7 +121,8 @@ def same_or_afresh(folder: Path, settings: Settings, in_4bit: bool) -> list[str]
     Returns:
         For the reader: what was different, in a sentence; nothing where all is as it was.
     """
-    now = {"dtype": machine.compute_dtype(settings.dtype)[0], "in_4bit": in_4bit, "device": machine.torch_device()}
+    dtype, _ = machine.compute_dtype(settings.dtype)
+    now = {"dtype": dtype, "in_4bit": settings.load_in_4bit, "device": machine.torch_device()}
     record, checkpoints = folder / "checkpoints" / ARITHMETIC_RECORD, any(folder.glob("checkpoints/checkpoint-*"))
     before = None
     with contextlib.suppress(InputError, OSError):  # nothing was recorded, or nothing that can be read

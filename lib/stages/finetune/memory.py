@@ -72,9 +72,7 @@ def weights_of(model: Any) -> tuple[int, int, int]:
     return everything - adapter - other, other, adapter
 
 
-def estimate(
-    model: Any, settings: Settings, length: int, answer: int, in_4bit: bool, prefix: int = 0
-) -> dict[str, int]:
+def estimate(model: Any, settings: Settings, length: int, answer: int, prefix: int = 0) -> dict[str, int]:
     """Bytes by purpose for LoRA training; `process` is what Python and its libraries take already (0 on a GPU).
 
     Weights: their stored size (NF4 for linear layers in 4 bits). Adapter, gradients, AdamW: 4, 4 and 8 bytes a
@@ -100,7 +98,7 @@ def estimate(
     kept = layers * s * hidden + layer if settings.gradient_checkpointing else layers * layer
     return {
         "process": 0,
-        "weights": round(linear * (NF4_BITS / 8 if in_4bit else s) + other * s),
+        "weights": round(linear * (NF4_BITS / 8 if settings.load_in_4bit else s) + other * s),
         "adapter": 4 * adapter,
         "gradients": 4 * adapter,
         "optimizer": 8 * adapter,
@@ -174,7 +172,7 @@ def recommend(settings: Settings, source: str | None = None) -> dict[str, Any]:
     for words, changes in _ways(settings, kind, devices):
         asked = settings.model_copy(update=changes)
         answer = ANSWER_TOKENS if asked.task == "classification" else asked.max_seq_length
-        parts = estimate(adapted, asked, asked.max_seq_length, answer, asked.load_in_4bit) | {"process": process}
+        parts = estimate(adapted, asked, asked.max_seq_length, answer) | {"process": process}
         parts["total"] = sum(parts.values())
         need = parts["total"] * (asked.num_processes if kind == "cpu" else 1)
         possible = kind == "cpu" or asked.num_processes <= devices

@@ -11,6 +11,7 @@ import contextlib
 import datetime as dt
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -46,21 +47,20 @@ def train_in_processes(inputs: TrainingInputs) -> dict[str, Any]:
     """
     import torch
 
-    from lib.stages.finetune.session import LossPlot
-    from lib.stages.finetune.trainer import LIVE, stop_by_signal
+    from lib.stages.finetune.trainer import stop_by_signal
 
     size = inputs.settings.num_processes
     _require_devices(size)
     with tempfile.TemporaryDirectory(prefix="workbook-training-") as name, peak_memory() as peak:
         meeting, stop_file = Path(name), Path(name) / STOP
-        (meeting / INPUTS).write_bytes(pickle.dumps(replace(inputs, draw=LossPlot, stop_file=stop_file)))
+        (meeting / INPUTS).write_bytes(pickle.dumps(replace(inputs, redraw=None, stop_file=stop_file)))
         words = f"training in {size} processes"
-        plot = inputs.draw(inputs.folder / LIVE)
-        with stop_by_signal(stop_file.touch), Progress(words) as progress, plot:
+        with stop_by_signal(stop_file.touch), Progress(words) as progress:
 
             def heard(line: str) -> None:
                 progress.advance(0, line)
-                plot.update()
+                if inputs.redraw:
+                    inputs.redraw()
 
             argument = {"meeting": name, "size": size}
             found = child.run_child("lib.stages.finetune.processes:launch", argument, words, heard=heard)
@@ -184,12 +184,11 @@ def _train(inputs: TrainingInputs) -> dict[str, Any]:
 # Trainer (a place in a process group, a compiler, DeepSpeed) is not what the run's parameters say: the training does
 # not see it.
 
-VARIABLES = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
-    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ROLE_NAME", "KMP_AFFINITY", "KMP_BLOCKTIME"),
+_OF_LAUNCHERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|KMP_(AFFINITY|BLOCKTIME)"
+    r"|(TORCHELASTIC|ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|FP8)_.*"
 )
-PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")
-"""Set by torchrun and accelerate for their own processes."""
+"""Variables that torchrun and accelerate set for their own processes."""
 
 WAITING = dt.timedelta(days=7)
 
@@ -197,8 +196,7 @@ WAITING = dt.timedelta(days=7)
 @contextlib.contextmanager
 def _without_launcher() -> Iterator[None]:
     """Take what a launcher has set out of the environment, and give it back afterwards."""
-    names = [name for name in os.environ if name in VARIABLES or name.startswith(PREFIXES)]
-    found = {name: os.environ.pop(name) for name in names}
+    found = {name: os.environ.pop(name) for name in filter(_OF_LAUNCHERS.fullmatch, [*os.environ])}
     try:
         yield
     finally:

@@ -33,33 +33,16 @@ if TYPE_CHECKING:
     from lib.stages.finetune.batches import Collate
 
 
-class LossPlot(contextlib.AbstractContextManager):
-    """Who draws the losses while a training runs: a page may, and overrides `update`; this one draws nothing."""
-
-    def __init__(self, losses: Path) -> None:
-        self.path = losses
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self) -> None:
-        """Rows have been added to the file."""
-
-
-DrawLosses = Callable[[Path], LossPlot]
-"""From the file of losses (JSON lines, growing) to what draws it."""
-
-
 @dataclass(frozen=True)
 class TrainingInputs:
     """What a training depends on beside its settings.
 
     Attributes:
-        settings: with the sizes of the micro-batches that are to be used (`until_it_fits` makes them smaller).
+        settings: with what is to be used: the sizes of the micro-batches (`until_it_fits` makes them smaller), and
+            `load_in_4bit` only where 4-bit layers work.
         data: folder of the data product. base: the base model.
         folder: where checkpoints, history and log go.
-        in_4bit: the base in NF4.
-        draw: who draws the losses of the file that it is given, while the training writes them.
+        redraw: called when there are new losses in the file `checkpoints.LIVE`.
         stop_file: who wants the training to stop makes it; None where a signal alone stops it.
     """
 
@@ -67,8 +50,7 @@ class TrainingInputs:
     data: Path
     base: Base
     folder: Path
-    in_4bit: bool
-    draw: DrawLosses = LossPlot
+    redraw: Callable[[], None] | None = None
     stop_file: Path | None = None
 
 
@@ -89,10 +71,10 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     train, validation = (_rows(inputs.data, task, tokenizer, name) for name in ("train", "validation"))
     dtype, reason = machine.compute_dtype(settings.dtype)
     with base_fits():
-        model = _new_model(inputs.base, settings, dtype, inputs.in_4bit)
+        model = _new_model(inputs.base, settings, dtype)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate, layout = choose_layout(model, [*train, *validation], filler or 0)
-    plan = _plan(model, settings, train + validation, inputs.in_4bit, getattr(collate, "prefix", 0))
+    plan = _plan(model, settings, train + validation, getattr(collate, "prefix", 0))
     require_space(inputs.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
     with peak_memory() as peak, device_peak() as on_gpu:  # of the training alone: making the offline base needs more
         trainer, outcome = _run_trainer(inputs, model, train, validation, collate, layout)
@@ -101,9 +83,10 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     largest = from_every_process(on_gpu.bytes).max().item()
     if not trainer.args.should_save:
         return {}
-    method = f"{'QLoRA (NF4)' if inputs.in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
+    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
+    method = f"{'QLoRA (NF4)' if settings.load_in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
     return {
-        "method": f"{method} on {plan.pop('layers')} linear layers",
+        "method": f"{method} on {layers} linear layers",
         **plan,
         **outcome,
         "layout": layout,
@@ -126,20 +109,20 @@ def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:
     return encoded
 
 
-def _new_model(base: Base, settings: Settings, dtype: str, in_4bit: bool) -> Any:
+def _new_model(base: Base, settings: Settings, dtype: str) -> Any:
     """The frozen base with a fresh adapter (float32), from the run's seed."""
     from transformers import set_seed
 
-    model = load_model(base.path, dtype=dtype, load_in_4bit=in_4bit)
+    model = load_model(base.path, dtype=dtype, load_in_4bit=settings.load_in_4bit)
     model.config.use_cache = False
     set_seed(settings.training_seed)
     return with_adapter(model, settings)
 
 
-def _plan(model: Any, settings: Settings, rows: list[Encoded], in_4bit: bool, prefix: int) -> dict[str, Any]:
+def _plan(model: Any, settings: Settings, rows: list[Encoded], prefix: int) -> dict[str, Any]:
     """Sizes, the memory estimate and the advice; refuses what cannot fit."""
     answer = max(len(row.loss) for row in rows)
-    estimate = memory.estimate(model, settings, max(map(len, rows)), answer, in_4bit, prefix)
+    estimate = memory.estimate(model, settings, max(map(len, rows)), answer, prefix)
     if machine.torch_device() == "cuda":
         import torch
 
@@ -157,7 +140,6 @@ def _plan(model: Any, settings: Settings, rows: list[Encoded], in_4bit: bool, pr
     return {
         "trainable": sizes[-1],
         "total": sum(sizes),
-        "layers": sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")),
         "estimate": {**estimate, "total": need},
         "memory": {"available": free, "total": total},
         "advice": advice,
@@ -175,29 +157,19 @@ def _run_trainer(
     passes = settings.gradient_accumulation_steps * settings.num_processes
     update = settings.per_device_train_batch_size * passes
     steps = math.ceil(settings.num_train_epochs * math.ceil(len(train) / update))
-    arguments = trainers.training_arguments(
-        folder,
-        steps,
-        machine.torch_device() == "cpu",
-        **settings.pick(
-            *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
-            *("gradient_accumulation_steps", "gradient_checkpointing"),
-        ),
-        seed=settings.training_seed,
-    )
+    arguments = trainers.training_arguments(folder, steps, settings)
     trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate)
     good, messages = checkpoints.find(folder)
     start = good[-1] if good else None
-    plot = inputs.draw(inputs.folder / trainers.LIVE)
     began = time.monotonic()
     with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
-        watch = trainers.Watch(trainer, inputs.folder, progress, plot.update, inputs.stop_file)
+        watch = trainers.Watch(trainer, inputs.folder, progress, inputs.redraw, inputs.stop_file)
         trainer.add_callback(watch)
         for message in messages:
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with trainers.stop_by_signal(watch.stop), plot, full_memory():
+        with trainers.stop_by_signal(watch.stop), full_memory():
             if start and start.eval_loss is None and (start.step % settings.save_steps == 0 or start.step == steps):
                 start = trainer.evaluate_checkpoint(start)
             watch.start = start
@@ -209,7 +181,7 @@ def _run_trainer(
     if not trainer.args.should_save:
         return trainer, {}
     shutil.rmtree(folder / checkpoints.STAGED, ignore_errors=True)
-    (inputs.folder / trainers.LIVE).unlink(missing_ok=True)
+    (inputs.folder / checkpoints.LIVE).unlink(missing_ok=True)
     history = trainer.state.log_history
     chosen = _choose(history, folder)
     watch.write(f"chosen: step {chosen.step}, validation loss {chosen.eval_loss:.4f}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from lib.select.choice import BEST_OF, Best, best_of, write_analysis
 from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.processes import made_once, train_in_processes
-from lib.stages.finetune.session import DrawLosses, LossPlot, TrainingInputs, train, until_it_fits
+from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 
 RESOURCES = "resources.jsonl"
 
@@ -111,13 +114,17 @@ class FinetuneResult:
         return cls(product=product, history=history, samples=samples, notes=product.entry.notes, **facts)
 
 
-def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> FinetuneResult:
+DrawLosses = Callable[[Path], AbstractContextManager[Any]]
+"""From the file of losses (JSON lines, growing) to what draws it whenever its `update` is called."""
+
+
+def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> FinetuneResult:
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
     With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted.
 
     Args:
-        draw: draws the losses while they come.
+        draw: draws the losses while they come; None = nobody does.
 
     Raises:
         InputError: no data product, an unusable base model, no room in memory or on the disk, unknown target_modules.
@@ -138,18 +145,21 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses = LossPlot) -> Finet
     return FinetuneResult.read(made_once(make, run, settings.num_processes))
 
 
-def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) -> None:
+def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses | None) -> None:
     """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
-    in_4bit, base = settings.load_in_4bit, base_of(run)
-    if in_4bit and (problem := machine.bitsandbytes_problem()):
+    base = base_of(run)
+    if settings.load_in_4bit and (problem := machine.bitsandbytes_problem()):
         draft.notes.append(
             f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
         )
-        in_4bit = False
-    inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, in_4bit, draw)
-    messages = checkpoints.same_or_afresh(draft.folder, settings, in_4bit)
-    with resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes):
+        settings = settings.model_copy(update={"load_in_4bit": False})
+    messages = checkpoints.same_or_afresh(draft.folder, settings)
+    with (
+        draw(draft.folder / checkpoints.LIVE) if draw else contextlib.nullcontext() as plot,
+        resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes),
+    ):
+        inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, plot and plot.update)
         facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
     draft.notes += notes
     draft.device = facts.pop("device")
@@ -162,7 +172,7 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses) 
     if _is_zero(draft.folder / "adapter_model.safetensors"):
         draft.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
     kept = ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from", "micro_batch")
-    draft.facts |= {"method": "QLoRA" if in_4bit else "LoRA", **{key: facts[key] for key in kept}}
+    draft.facts |= {"method": "QLoRA" if settings.load_in_4bit else "LoRA", **{key: facts[key] for key in kept}}
     draft.facts["resources"] = summary(read_samples(draft.folder / RESOURCES))
     draft.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
 

@@ -31,6 +31,8 @@ from lib.errors import Terminated, on_signals
 from lib.progress import Progress
 from lib.prompts.conversations import Encoded
 from lib.runs.files import writing
+from lib.runs.machine import torch_device
+from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
@@ -257,29 +259,29 @@ class _Arguments(TrainingArguments):
         return torch.device("cpu") if found.type == "cpu" else found
 
 
-def training_arguments(folder: Path, steps: int, on_cpu: bool, **settings: Any) -> TrainingArguments:
+def training_arguments(folder: Path, steps: int, settings: Settings) -> TrainingArguments:
     """Arguments shared by all runs: AdamW, 4 % warm-up before the cosine (`rate`), gradients clipped to norm 1.
 
     Args:
         folder: of the checkpoints.
         steps: updates in all.
-        settings: learning_rate, num_train_epochs, batch size and so on, by their transformers names.
     """
     arguments = _Arguments(
         output_dir=str(folder),
         warmup_steps=max(1, round(0.04 * steps)),
         logging_steps=max(1, steps // 100),
-        eval_steps=settings["save_steps"],
-        use_cpu=on_cpu,
+        eval_steps=settings.save_steps,
+        use_cpu=torch_device() == "cpu",
+        seed=settings.training_seed,
+        **settings.pick(
+            *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
+            *("gradient_accumulation_steps", "gradient_checkpointing"),
+        ),
         **_ALWAYS,
-        **settings,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would split the small batches
     return arguments
 
-
-LIVE = "losses.jsonl.live"
-"""Beside training.log while a training runs: the rows of the history so far."""
 
 INSISTENCE = 3.0
 """Seconds after a Ctrl-C from which on another one means: at once."""
@@ -302,7 +304,7 @@ class Watch(TrainerCallback):
         trainer: AnswerTrainer,
         folder: Path,
         progress: Progress,
-        redraw: Callable[[], None],
+        redraw: Callable[[], None] | None,
         stop_file: Path | None = None,
     ) -> None:
         self.trainer, self.folder, self.progress = trainer, folder, progress
@@ -331,7 +333,7 @@ class Watch(TrainerCallback):
         self.progress.done = state.global_step
         self.trainer.interval_started = time.monotonic()
         if self.writes:
-            (self.folder / LIVE).unlink(missing_ok=True)
+            (self.folder / checkpoints.LIVE).unlink(missing_ok=True)
         measured = {row["step"] for row in state.log_history if "eval_loss" in row}
         if self.start and self.start.eval_loss is not None and self.start.step not in measured:
             row = {"eval_loss": self.start.eval_loss, "epoch": state.epoch, "step": self.start.step}
@@ -363,9 +365,10 @@ class Watch(TrainerCallback):
     def _show(self, rows: list[dict[str, Any]]) -> None:
         """Give new rows of the history to whoever draws them, here or in a parent process."""
         if self.writes:
-            with (self.folder / LIVE).open("a", encoding="utf-8") as stream:
+            with (self.folder / checkpoints.LIVE).open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
-            self.redraw()
+            if self.redraw:
+                self.redraw()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.write(f"step {state.global_step} checkpoint saved")

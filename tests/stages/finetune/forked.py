@@ -135,7 +135,7 @@ def team(home: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        inputs = TrainingInputs(settings, run.folder / "data", base, folder, False, stop_file=folder / "stop")
+        inputs = TrainingInputs(settings, run.folder / "data", base, folder, stop_file=folder / "stop")
 
         def member(rank: int) -> dict[str, Any]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

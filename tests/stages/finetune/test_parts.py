@@ -150,7 +150,7 @@ def estimated(process: int = 0, length: int = 128, answer: int = 3, dtype=torch.
         model = Qwen2ForCausalLM(Qwen2Config(**half_billion | dict(shape))).to(dtype).requires_grad_(False)
     chosen = {"lora_r": 16, "lora_dropout": 0.0, "per_device_train_batch_size": 4, "load_in_4bit": False}
     settings = tiny_settings(**chosen | changes)
-    parts = memory.estimate(memory.with_adapter(model, settings), settings, length, answer, settings.load_in_4bit)
+    parts = memory.estimate(memory.with_adapter(model, settings), settings, length, answer)
     return sum(parts.values()) + process
 
 

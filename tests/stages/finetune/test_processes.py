@@ -193,7 +193,7 @@ def test_another_number_than_the_launchers_is_refused(runs, monkeypatch: pytest.
 
 def inputs(folder: Path) -> TrainingInputs:
     base = Base(folder, "offline", "x", True)
-    return TrainingInputs(tiny_settings(num_processes=2), folder, base, folder, False)
+    return TrainingInputs(tiny_settings(num_processes=2), folder, base, folder)
 
 
 def test_one_process_out_of_memory_is_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
