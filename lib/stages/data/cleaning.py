@@ -100,11 +100,10 @@ def label_reader(label_names: Sequence[str]) -> Callable[[Any], int | None]:
     """
     words = {name.strip().casefold(): number for number, name in enumerate(label_names)}
     if len(label_names) == 2:
-        negative = next((i for i, name in enumerate(label_names) if name.strip().casefold() in NEGATIVE), None)
-        positive = next((i for i, name in enumerate(label_names) if name.strip().casefold() in POSITIVE), None)
-        if negative is not None or positive is not None:
-            zero = negative if negative is not None else 1 - positive  # type: ignore[operator]
-            words = {**dict.fromkeys(NEGATIVE, zero), **dict.fromkeys(POSITIVE, 1 - zero), **words}
+        negative = [number for name, number in words.items() if name in NEGATIVE]
+        negative += [1 - number for name, number in words.items() if name in POSITIVE]
+        if negative:
+            words = {**dict.fromkeys(NEGATIVE, negative[0]), **dict.fromkeys(POSITIVE, 1 - negative[0]), **words}
 
     def read(value: Any) -> int | None:
         if isinstance(value, str):

@@ -91,15 +91,11 @@ def _messages(turns: Sequence[Turn], task: Task, changed: Counter[str], unknown:
 
     An answer that the file marks as not to be learned has the key `learn`, false.
     """
-    odd = [turn.role for turn in turns if turn.role.strip().lower() not in ROLES]
-    if odd:
+    if odd := [turn.role for turn in turns if turn.role not in (SYSTEM, USER, ASSISTANT)]:
         unknown[odd[0]] += 1
         raise DamagedError("a role that is not known")
-    messages: list[Message] = []
-    for turn in turns:
-        role = ROLES[turn.role.strip().lower()]
-        marked = {} if turn.learn or role != ASSISTANT else {"learn": False}
-        messages.append({"role": role, "content": turn.text, **marked})
+    learn = [{} if turn.learn or turn.role != ASSISTANT else {"learn": False} for turn in turns]
+    messages = [{"role": turn.role, "content": turn.text, **own} for turn, own in zip(turns, learn, strict=True)]
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == SYSTEM else task.system_prompt
     if any(is_blank(message["content"]) for message in messages):
         raise DamagedError("an empty turn")

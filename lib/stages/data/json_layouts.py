@@ -45,12 +45,8 @@ def other_layout(path: Path, text: str, known: Collection[str] = ()) -> tuple[Ro
         return _list(path, value)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a single {_kind(value)}.", EXPECTED, "check the file.")
-    for read in (_split, _table, _lists):
-        if found := read(path, value):
-            return found
-    if found := _columns_or_index(value, known):
-        return found
-    return _wrapped(path, value)
+    found = _split(path, value) or _table(value) or _lists(value) or _columns_or_index(value, known)
+    return found or _wrapped(path, value)
 
 
 def _is_plain(text: str) -> bool:
@@ -101,7 +97,7 @@ def _split(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
     return [dict(zip(map(str, names), row, strict=True)) for row in rows], 'pandas\' orient="split"'
 
 
-def _table(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+def _table(value: dict[str, Any]) -> tuple[Rows, str] | None:
     """pandas' orient="table": a schema, whose index column is no data, and rows as objects."""
     schema, rows = value.get("schema"), value.get("data")
     if not isinstance(schema, dict) or not _objects(rows):
@@ -130,7 +126,7 @@ def _columns_or_index(value: dict[str, Any], known: Collection[str]) -> tuple[Ro
     return None
 
 
-def _lists(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
+def _lists(value: dict[str, Any]) -> tuple[Rows, str] | None:
     """Columns as lists of one length, as `datasets` gives them; a row of two lists of turns is a row."""
     cells = list(value.values())
     if len(cells) < 2 or not all(isinstance(c, list) and len(c) == len(cells[0]) for c in cells):

@@ -28,7 +28,8 @@ CONTAINED, SHORTEST = 0.9, 12
 """A text of at least SHORTEST characters lies within another one that holds this share of its grams."""
 
 GRAM = 3
-_AT_ONCE = 1000
+_AT_ONCE, _VERIFIED_AT_ONCE = 1000, 20_000
+"""Texts whose candidates are looked for together, and candidate pairs that are verified together."""
 
 
 def close_pairs(texts: Sequence[str], contained: bool = False, threshold: float = THRESHOLD) -> np.ndarray:
@@ -65,21 +66,14 @@ def close_pairs(texts: Sequence[str], contained: bool = False, threshold: float 
             i, j = candidates.row + start, candidates.col
             ordered = (i < j) if not contained else (sizes[i] < sizes[j]) | ((sizes[i] == sizes[j]) & (i < j))
             fits = ordered & close(sizes[i], sizes[j], np.minimum(sizes[i], sizes[j]))  # at most that much in common
-            found.append(_verified(i[fits].astype(np.int64), j[fits].astype(np.int64), grams, sizes, close))
+            possible = np.stack([i[fits], j[fits]], axis=1).astype(np.int64)
+            for some in np.array_split(possible, -(-len(possible) // _VERIFIED_AT_ONCE) or 1):
+                a, b = some.T
+                common = np.asarray(grams[a].multiply(grams[b]).sum(axis=1)).ravel()
+                found.append(some[close(sizes[a], sizes[b], common)])
             progress.advance(min(_AT_ONCE, n - start))
     pairs = np.sort(np.concatenate(found), axis=1)
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-
-
-def _verified(i: np.ndarray, j: np.ndarray, grams: Any, sizes: np.ndarray, close: Any) -> np.ndarray:
-    """The candidate pairs that really are close."""
-    similar = [np.empty((0, 2), dtype=np.int64)]
-    for start in range(0, len(i), 20_000):
-        a, b = i[start : start + 20_000], j[start : start + 20_000]
-        common = np.asarray(grams[a].multiply(grams[b]).sum(axis=1)).ravel()
-        fits = close(sizes[a], sizes[b], common)
-        similar.append(np.stack([a[fits], b[fits]], axis=1))
-    return np.concatenate(similar)
 
 
 def _grams(text: str) -> list[str]:

@@ -75,11 +75,8 @@ def _pairs(given: Any) -> list[tuple[Any, Any]]:
         return []
     if any(isinstance(one, Mapping) for one in given):
         found = [[next((one[n] for n in names if n in one), None) for names in (_KEYS, _TEXTS)] for one in given]
-        return (
-            []
-            if any(said is None for _, said in found)
-            else [(i if k is None else k, t) for i, (k, t) in enumerate(found)]
-        )
+        named = [(number if key is None else key, said) for number, (key, said) in enumerate(found)]
+        return [] if any(said is None for _, said in named) else named
     return [(f"#{i}", said) for i, said in enumerate(given)]
 
 

@@ -274,9 +274,19 @@ def choose_data(settings: Settings) -> Table:
     Raises:
         InputError: none can be had; or the first that can be had is unreadable or not the one that was listed.
     """
-    entry, table, failures = first_available(
-        "dataset", settings, lambda source, revision: _read_chosen(source, revision, settings)
-    )
+
+    def read(source: str, revision: str) -> Table:
+        if source != SAMPLE_DATASET:
+            return read_table(source, revision)
+        if len(settings.label_names) != 2:
+            raise InputError(
+                f"label_names with {len(settings.label_names)} names for the sample corpus.",
+                "two: negative, positive.",
+                "give two names, or set dataset to your own data.",
+            )
+        return Table(sample.reviews(), f"the embedded sample corpus, grammar version {sample.VERSION}")
+
+    entry, table, failures = first_available("dataset", settings, read)
     if failures:
         _check_listed(table, entry)
     source = entry["dataset"]
@@ -284,19 +294,6 @@ def choose_data(settings: Settings) -> Table:
     stamp = (HOTELS_STAMP,) if table.is_hotels else ()
     notes = (*fallback_note("data set", settings.dataset, name, failures), *stamp)
     return replace(table, asked=source, notes=notes)
-
-
-def _read_chosen(source: str, revision: str, settings: Settings) -> Table:
-    if source != SAMPLE_DATASET:
-        return read_table(source, revision)
-    if len(settings.label_names) != 2:
-        raise InputError(
-            f"label_names with {len(settings.label_names)} names for the sample corpus.",
-            "two: negative, positive.",
-            "give two names, or set dataset to your own data.",
-        )
-    words = f"the embedded sample corpus, grammar version {sample.VERSION}"
-    return Table(sample.reviews(), words)
 
 
 def _check_listed(table: Table, entry: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import InputError
-from lib.prompts.templates import ASSISTANT, TAG, is_blank
+from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, is_blank
 from lib.stages.data.cleaning import DamagedError, text_of
 from lib.stages.data.data_files import NAMES, by_name
 
@@ -19,11 +19,14 @@ ROLES, FORMS = by_name("roles"), NAMES["forms"]
 
 @dataclass
 class Turn:
-    """One turn as the file has it: speaker as written, text, and whether the file says that it is to be learned."""
+    """One turn as the file has it: our role (else the speaker as written), text, and whether it is to be learned."""
 
     role: str
     text: Any
     learn: bool = True
+
+    def __post_init__(self) -> None:
+        self.role = ROLES.get(self.role.strip().lower(), self.role)
 
 
 LEARN, IGNORE = frozenset(NAMES["learn"]), frozenset(NAMES["ignore"])
@@ -79,16 +82,16 @@ def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Tu
     else:
         turns = [_message(message, form, unused) for message in _list(raw[form], f"{form} that are no list")]
     _mask(turns, raw)
-    for last in [turn for turn in turns if ROLES.get(turn.role.strip().lower()) == ASSISTANT][-1:]:
+    for last in [turn for turn in turns if turn.role == ASSISTANT][-1:]:
         last.text = _with_reasoning(text_of(last.text), raw, unused)
     system = text_of(raw.get("system"))
-    own = bool(turns) and turns[0].role.strip().lower() == "system"
-    return [Turn("system", system), *turns] if system.strip() and not own else turns
+    own = bool(turns) and turns[0].role == SYSTEM
+    return [Turn(SYSTEM, system), *turns] if system.strip() and not own else turns
 
 
 def _mask(turns: Sequence[Turn], raw: Mapping[str, Any]) -> None:
     """Take a list beside the turns that says which of them are learned, and `mask_history`: the last answer alone."""
-    answers = [turn for turn in turns if ROLES.get(turn.role.strip().lower()) == ASSISTANT]
+    answers = [turn for turn in turns if turn.role == ASSISTANT]
     for name in MASKS:
         if raw.get(name) in (None, "", []):
             continue
