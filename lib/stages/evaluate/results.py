@@ -329,13 +329,7 @@ class AnswerEvaluation(EvaluationResult):
         return self.content["parts"].get(LEAK_FREE) or self.content["parts"][ALL]
 
     def to_json(self) -> dict[str, Any]:
-        written = ("decoding", "answers", "chrf", "terms", "turns_cut", "parts")
-        return {
-            "task": self.task.kind,
-            "thinking": self.task.thinking,
-            "titles": self.titles,
-            **{key: self.content[key] for key in written},
-        }
+        return {"task": self.task.kind, "thinking": self.task.thinking, **self.content}
 
     def headline(self) -> dict[str, Any]:
         """Losses and perplexities of all rows."""

@@ -136,8 +136,10 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
                 found[model.name] += wrote[model.name].found
             notes[model.name] = "; ".join(filter(None, (backend.note, task.note(tokenizer))))
         scores.save(work.folder / f"scores-{model.name}.jsonl")
-    known: dict[str, Any] = {"titles": {model.name: model.title(kind.alone) for model in models}, "scoring": notes}
-    if questions is not None:
+    known: dict[str, Any] = {"titles": {model.name: model.title(kind.alone) for model in models}}
+    if questions is None:
+        known["scoring"] = notes
+    else:
         conditions = {"system_prompt": task.system_prompt, "device": work.device, "dtype": dtype}
         known |= _save_written(work.folder, questions, wrote, conditions)
         known["turns_cut"] = sum(one.turns_cut for one in encoded)

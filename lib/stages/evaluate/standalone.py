@@ -76,7 +76,8 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
     """Look at a model as far as that takes no loading; what the hub has is fetched.
 
     Raises:
-        InputError: it is missing, damaged or cut off, or an adapter whose base is, or that was trained on another one.
+        InputError: it is missing, damaged or cut off, or an adapter whose base is, that was trained on another one, or
+            whose base neither the option nor adapter_config.json names.
     """
     folder = user_path(model)
     if model.lower().endswith(".gguf") or folder.is_file():
@@ -86,7 +87,12 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
     if (folder / "adapter_config.json").is_file():
         adapter = tokenizer = folder
         require_adapter(adapter)
-        path = _base_folder(base_of_adapter(adapter, options.base_model), options.revision, unpacking_of(adapter))
+        base = options.base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model."
+            )
+        path = _base_folder(base, options.revision, unpacking_of(adapter))
         refuse_other_folder(adapter, path)
         if not (adapter / "tokenizer.json").is_file():
             tokenizer = path
@@ -109,18 +115,6 @@ def _check_whole(path: Path) -> None:
                 "a whole GGUF file.",
                 "make or download the file again.",
             )
-
-
-def base_of_adapter(folder: Path, base_model: str | None) -> str:
-    """The name of an adapter's base model.
-
-    Raises:
-        InputError: neither the option nor adapter_config.json names it.
-    """
-    name = base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
-    if not name:
-        raise InputError(f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model.")
-    return name
 
 
 def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Path:

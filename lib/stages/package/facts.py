@@ -100,14 +100,7 @@ def _source(run: Run, name: str) -> Path:
 
 # What is known of the licences of base model and data, and what is not.
 
-BASES = {
-    "Qwen/Qwen2.5-0.5B": "apache-2.0",
-    "Qwen/Qwen2.5-0.5B-Instruct": "apache-2.0",
-    "Qwen/Qwen3-0.6B": "apache-2.0",
-    "X-D-Lab/MindChat-Qwen2-0_5B": "gpl-3.0",
-}
-"""Hub ids whose licence the parameter files and the README of this project name."""
-
+BASES = yaml.safe_load(Path(__file__).with_name("licences.yaml").read_text(encoding="utf-8"))
 _OWN = "MIT (the quantization workbook's own)"
 
 

@@ -130,18 +130,12 @@ def _build(
     write_json(folder / REPORT, facts.report)
     for name in ("test_model.py", "usage_examples.py"):
         shutil.copyfile(_SCRIPTS / name, folder / name)
-    _write_sums(folder)
+    lines = (f"{output['sha256']}  {name}\n" for name, output in hash_folder(folder).items() if name[0] != ".")
+    write_text(folder / SUMS, "".join(lines))  # as sha256sum -c reads it
     _prove(folder)
     work.facts |= {"file": facts.file, "type": chosen.type, "standing": chosen.standing, "formats": list(formats)}
     work.metrics |= {"bytes": facts.report["file"]["bytes"], "checks": len(info["checks"])}
     work.notes += notes
-
-
-def _write_sums(folder: Path) -> None:
-    """SHA256SUMS, as sha256sum -c reads it."""
-    outputs = hash_folder(folder)
-    lines = (f"{output['sha256']}  {name}\n" for name, output in outputs.items() if not name.startswith("."))
-    write_text(folder / SUMS, "".join(lines))
 
 
 def _prove(folder: Path) -> None:
