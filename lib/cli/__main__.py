@@ -13,25 +13,12 @@ from lib.cli.models import convert, inspect, merge, unpack
 from lib.cli.package import package, serve
 from lib.cli.quantize import imatrix, quantize
 from lib.cli.report import params, pick, report, select
+from lib.runs.files import data_file
 
-COMMANDS = {
-    doctor: "what this machine can run, and the cure for every lack",
-    params: "every key of a parameter file",
-    inspect: "what a model folder, adapter or GGUF file is, and what it lacks",
-    report: "run the seven notebooks, publish the pages",
-    select: "which of several runs to take, by a stated rule",
-    pick: "which file of a compared run fits a size and a loss",
-    unpack: "GGUF file → model folder",
-    merge: "adapter + base model → one model folder",
-    convert: "model folder → GGUF",
-    imatrix: "model folder + text → importance matrix for quantize",
-    quantize: "GGUF → smaller GGUF, one type or several, or the best under a size",
-    evaluate: "models on labelled rows",
-    compare: "quantized files and folders against their reference",
-    perplexity: "perplexity and KL divergence on a text, as llama-perplexity",
-    package: "the chosen file of a run with card, guide, examples and test, as folder and zip",
-    serve: "a GGUF file behind the OpenAI protocol, on this machine",
-}
+COMMANDS = (
+    *(doctor, params, inspect, report, select, pick, unpack, merge),
+    *(convert, imatrix, quantize, evaluate, compare, perplexity, package, serve),
+)
 """Every command, in the order of the help. Its module imports what does the work only when the command runs."""
 
 app = typer.Typer(
@@ -43,8 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function, short_help in COMMANDS.items():
-    app.command(short_help=short_help)(guarded(with_options(function)))
+for function in COMMANDS:
+    app.command(short_help=data_file("cli/options.yaml")["commands"][function.__name__])(
+        guarded(with_options(function))
+    )
 
 
 def joined(arguments: list[str]) -> list[str]:

@@ -212,14 +212,9 @@ def _version(package: str) -> str:
 
 def lock_differences() -> list[str]:
     """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
-    found = []
-    for name, version in _locked().items():
-        if name == LLAMA:  # which has a line of its own
-            continue
-        have = _version(name)
-        if have.partition("+")[0] != version:
-            found.append(f"{name} {have} (lock: {version})")
-    return found
+    locked = {name: version for name, version in _locked().items() if name != LLAMA}  # which has a line of its own
+    have = {name: _version(name) for name in locked}
+    return [f"{n} {have[n]} (lock: {locked[n]})" for n in locked if have[n].partition("+")[0] != locked[n]]
 
 
 def _lock() -> Check:

@@ -130,12 +130,14 @@ def evaluate(
     as_json: bool = False,
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
-    from lib.runs.files import write_json
+    from lib.runs.files import writable, write_json
     from lib.stages.evaluate.results import result_of
     from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 
-    if output is not None:
-        _refuse_unwritable(output)
+    if output is not None:  # before hours of work go into it
+        if output.is_dir():
+            raise InputError(f"{output} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
+        writable(output.parent)
     task = rows_from.task()
     rows, source = rows_from.rows(task)
     result = evaluate_models(
@@ -199,15 +201,6 @@ def compare(
         lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
         text += "\n\n" + table(lines, list(lines[0]))
     show(result, as_json, text)
-
-
-def _refuse_unwritable(path: Path) -> None:
-    """Refuse an output file that cannot be written before hours of work go into it."""
-    from lib.runs.files import writable
-
-    if path.is_dir():
-        raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
-    writable(path.parent)
 
 
 # Perplexity: the numbers of llama-perplexity on a text, with intervals over its documents.

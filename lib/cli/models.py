@@ -16,7 +16,6 @@ from lib.runs.files import user_path
 
 if TYPE_CHECKING:
     from lib.models.weights import Weights
-    from lib.stages.convert.convert import Conversion
     from lib.stages.convert.tensors import GgufFile
 
 
@@ -130,49 +129,38 @@ def merge(
     as_json: bool = False,
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
+    from lib.models import base_model as bases
     from lib.models.adapters import refuse_adapter, require_adapter
-    from lib.models.base_model import (
-        fingerprint,
-        other_revision,
-        refuse_other_folder,
-        resolve_adapter,
-        resolve_base,
-        trained_base,
-        unpacking_of,
-    )
     from lib.models.tokenizer_files import differences
+    from lib.stages.convert.convert import Conversion
     from lib.stages.merge.stage import write_lineage
     from lib.stages.merge.weights import merge_folders
 
     if tokenizer not in ("adapter", "base"):
         raise InputError(f"--tokenizer {tokenizer!r}.", "adapter or base.", "choose one of them.")
-    given = Path(adapter) if Path(adapter).is_dir() else resolve_adapter(adapter).path
+    given = Path(adapter) if Path(adapter).is_dir() else bases.resolve_adapter(adapter).path
     if Path(base_model).is_dir():
         base = Path(base_model)
         name, commit, exact = base.name, None, ""
-        if trained_base(given).startswith("sha256:"):
-            exact = fingerprint(base)
+        if bases.trained_base(given).startswith("sha256:"):
+            exact = bases.fingerprint(base)
     else:
-        found = resolve_base(base_model, revision, **unpacking_of(given))
+        found = bases.resolve_base(base_model, revision, **bases.unpacking_of(given))
         base, exact = found.path, found.revision
         name, commit = (found.unpacked["source"], None) if found.unpacked else (base_model, base.name)
     refuse_adapter(base)
     require_adapter(given)
     if gguf is not None and gguf.exists() and Path(base_model).is_file() and gguf.samefile(base_model):
         raise InputError(f"{gguf} is the base model.", "another file.", "choose another name for the output.")
-    refuse_other_folder(given, base)
+    bases.refuse_other_folder(given, base)
     conversions: list[Conversion] = []
 
     @contextlib.contextmanager
     def also(folder: Path, weights: Weights) -> Iterator[GgufFile | None]:
         write_lineage(folder, name, commit, Path(adapter).name)
-        if gguf is None:
-            yield None
-            return
-        from lib.stages.convert.convert import Conversion
-
-        conversions.append(Conversion(folder, weights, gguf, outtype))
-        with conversions[0].open() as file:
+        if gguf is not None:
+            conversions.append(Conversion(folder, weights, gguf, outtype))
+        with conversions[0].open() if conversions else contextlib.nullcontext() as file:
             yield file
 
     report = asdict(merge_folders(base, given, output_dir, dtype, tokenizer, also))
@@ -181,7 +169,7 @@ def merge(
     if tokenizer == "adapter" and (own := differences(given, base)):
         report["tokenizer"] = list(own)
         text += "\ntaken from the adapter: " + "; ".join(own.values())
-    if trained := other_revision(given, exact):
+    if trained := bases.other_revision(given, exact):
         report["trained_on"] = trained
         text += f"\nTHE ADAPTER WAS TRAINED ON ANOTHER BASE ({trained}), not on {exact}: evaluate before you use it"
     for conversion in conversions:

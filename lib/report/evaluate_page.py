@@ -15,21 +15,13 @@ from typing import TYPE_CHECKING, Any
 from lib.report import charts, display
 from lib.report.display import Row, tabled, tell
 from lib.report.sentences import sentence, word_rows
-from lib.stages.evaluate.results import (
-    ALL,
-    BASE,
-    FINETUNED,
-    FLOOR,
-    LEAK_FREE,
-    SHOWN,
-    AnswerEvaluation,
-    EvaluationResult,
-    LabelEvaluation,
-)
+from lib.stages.evaluate.results import ALL, BASE, FINETUNED, FLOOR, LEAK_FREE, SHOWN, LabelEvaluation
 from lib.statistics.intervals import estimate_text, wilson
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
+
+    from lib.stages.evaluate.results import AnswerEvaluation, EvaluationResult
 
 READABLE = 8
 """Written answers that a page shows; all of them are in generated.jsonl."""

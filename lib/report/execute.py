@@ -14,14 +14,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lib.progress import PROGRESS_FILE_VARIABLE
-from lib.runs.child import die_with_parent
+import psutil
+
+from lib.runs import child
 from lib.runs.files import PROJECT, read_json, write_json
-
-if TYPE_CHECKING:
-    from psutil import Process
 
 # The process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
 #
@@ -49,19 +47,15 @@ KERNEL_EXIT = "kernel exit code:"
 """How the line on stderr begins that tells how a dead kernel ended (negative: by that signal)."""
 
 
-def _descendants(pid: int | None = None) -> list[Process]:
+def _descendants(pid: int | None = None) -> list[psutil.Process]:
     """Processes below this one (or `pid`), children of children included; none where it is gone."""
-    import psutil
-
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
 
 
-def _signal(processes: Iterable[Process], number: int) -> None:
-    import psutil
-
+def _signal(processes: Iterable[psutil.Process], number: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):  # gone in the meantime
             process.send_signal(number)
@@ -114,7 +108,7 @@ def main(request_file: str) -> int:
     """Execute the notebook of a request (what `execute` writes) and return the exit code."""
     request = read_json(Path(request_file))
     signal.signal(signal.SIGTERM, _end_tidily)
-    die_with_parent(request["parent"], _end_at_once)
+    child.die_with_parent(request["parent"], _end_at_once)
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -158,18 +152,13 @@ class Ended:
     seconds: float
 
 
-def _environment(progress_file: Path) -> dict[str, str]:
-    """The environment of the notebook: this project's lib, quiet libraries, UTF-8."""
-    environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}
-    return environment | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
-        "PYTHONHASHSEED": "0",
-        "PYTHONUTF8": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        PROGRESS_FILE_VARIABLE: str(progress_file),
-    }
+_QUIET = {
+    "PYTHONHASHSEED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Environment of a notebook, beside that of every process of this project."""
 
 
 def execute(
@@ -195,6 +184,8 @@ def execute(
     write_json(work / "request.json", request)
     progress_file, log_file = work / "progress.txt", work / "log.txt"
     progress_file.touch()
+    environment = child.environment(progress_file) | _QUIET
+    environment.pop("MPLBACKEND", None)
     started = time.monotonic()
     timed_out = False
 
@@ -203,40 +194,40 @@ def execute(
             show(line.rstrip("\n"))
 
     with log_file.open("wb") as log, progress_file.open(encoding="utf-8", errors="replace") as told:
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "lib.report.execute", str(work / "request.json")],
             cwd=PROJECT,
-            env=_environment(progress_file),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches the runner only, which then ends the child in order
         )
         try:
-            while child.poll() is None:
+            while process.poll() is None:
                 time.sleep(0.1)
                 show_new_lines()
                 if time.monotonic() - started > timeout:
                     timed_out = True
-                    end(child)
+                    end(process)
         except BaseException:
             show("interrupted: ending this notebook and its processes …")
-            end(child)
+            end(process)
             raise
         show_new_lines()
     text = log_file.read_text(encoding="utf-8", errors="replace")
-    return Ended(child.returncode, timed_out, text, time.monotonic() - started)
+    return Ended(process.returncode, timed_out, text, time.monotonic() - started)
 
 
-def end(child: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """End a notebook process and everything below it: tidily (`_end_tidily`), and at last by force."""
-    below = _descendants(child.pid)
-    child.terminate()
+    below = _descendants(process.pid)
+    process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(PATIENCE + 3.0)
+        process.wait(PATIENCE + 3.0)
     _signal(below, signal.SIGKILL)
-    child.kill()
-    child.wait()
+    process.kill()
+    process.wait()
 
 
 # Whether an executed notebook really ran to its end; papermill's own cell states are not believed.

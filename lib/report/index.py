@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.report.display import Table, build, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
-from lib.runs.files import read_json, write_text
+from lib.runs.files import object_or_empty, write_text
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
@@ -124,15 +124,6 @@ def summarise(run: Run) -> Summary:
     )
 
 
-def object_or_empty(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when it is absent or damaged (the page of a product says so, not the index)."""
-    try:
-        value = read_json(path)
-    except (OSError, InputError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str, Quality]]:
     """Qualities by model and subset of the rows: of the evaluation, before it of the linear floor alone."""
     if "evaluation" not in entries:
@@ -226,11 +217,6 @@ def _qualities_table(summary: Summary) -> Table:
     return build(rows, caption, dict.fromkeys(headings.values(), ".3f"))
 
 
-def _files_table(summary: Summary) -> Table:
-    column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
-    return build(rows_of("index.files", summary.files, column=column, key=key), sentence("index.files"))
-
-
 def _reading(summary: Summary) -> list[list[str]]:
     """(word, meaning) for a run's verdicts, with its own margin and seed."""
     given = summary.parameters(NOTEBOOK_OF["comparison"])
@@ -246,6 +232,8 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         folder: reports/<run>/.
         state: a sentence when the report is not complete ("stopped in 03_evaluate: …"); empty when it is.
     """
+    column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
+    files = rows_of("index.files", summary.files, column=column, key=key)
     cost = build(rows_of("index.cost", summary.entries.items()), sentence("index.cost"))
     text = fill(
         "run.html.j2",
@@ -254,7 +242,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         stages=stages,
         state=state,
         qualities=_qualities_table(summary) if summary.qualities else None,
-        files=_files_table(summary) if summary.files else None,
+        files=build(files, sentence("index.files")) if summary.files else None,
         reading=_reading(summary),
         cost=cost if summary.entries else None,
         parameters=parameter_pairs(summary.parameters()),

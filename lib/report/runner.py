@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,7 @@ from lib.report import execute, html, index
 from lib.report.html import duration
 from lib.report.index import Stage, summarise
 from lib.report.sentences import sentence
-from lib.runs.files import (
-    NO_SPACE,
-    PROJECT,
-    disk_error,
-    free_space,
-    locked,
-    reports_folder,
-    require_space,
-    runs_folder,
-    sha256_file,
-    sha256_json,
-    user_path,
-    writable,
-    write_json,
-    write_text,
-)
+from lib.runs import files
 from lib.runs.manifest import NOTEBOOK_OF, versions
 from lib.runs.run import Run, open_run
 from lib.scoring.text_metrics import SHIPPED_TERMS, read_prompts, read_terms
@@ -47,16 +33,6 @@ from lib.stages.compare.speed import FOLDER as PHONES
 
 DETAIL = "    "
 """How a line of progress inside a notebook begins."""
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Refuse a second report of the same run; remove what a killed one left behind."""
-    busy = (f"another process makes the report {folder.name!r}.", "one at a time.", "wait for it, or set run_name.")
-    with locked(folder / ".lock", *busy):
-        for left in folder.glob(".work-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
 
 
 def to_stderr(line: str) -> None:
@@ -119,7 +95,7 @@ class _Session:
 
     def __init__(self, run: Run, notebooks: list[Path], timeout: float, say: Say) -> None:
         self.run, self.notebooks, self.timeout, self.say = run, notebooks, timeout, say
-        self.folder = reports_folder() / run.name
+        self.folder = files.reports_folder() / run.name
         self.titles = [index.read_stage(notebook) for notebook in notebooks]
 
     def page(self, notebook: Path) -> Path:
@@ -132,6 +108,13 @@ class _Session:
 
     def stages(self) -> list[Stage]:
         return [replace(stage, exists=(self.folder / f"{stage.name}.html").is_file()) for stage in self.titles]
+
+    def unchanged(self, notebook: Path, parameters: dict[str, Any]) -> bool:
+        """Whether its page stays as it is, which is told."""
+        same = unchanged_page(self.page(notebook), notebook, parameters, self.run)
+        if same:
+            self.say(f"{self.head(notebook)}: unchanged, no kernel started (--rerun starts it)")
+        return same
 
     def write_indexes(self, state: str = "") -> Path:
         overview = index.write_run_index(self.folder, summarise(self.run), self.stages(), state)
@@ -169,8 +152,8 @@ def _with_absolute_paths(settings: Settings) -> Settings:
 
     def absolute(text: Any) -> Any:
         path = Path(str(text))
-        only_here = text and not path.is_absolute() and path.exists() and not (PROJECT / path).exists()
-        return str(user_path(str(text))) if only_here or str(text).startswith("~") else text
+        only_here = text and not path.is_absolute() and path.exists() and not (files.PROJECT / path).exists()
+        return str(files.user_path(str(text))) if only_here or str(text).startswith("~") else text
 
     found: dict[str, Any] = {key: absolute(getattr(settings, key)) for key in PATHS}
     found["terms"] = settings.terms if settings.terms in SHIPPED_TERMS else found["terms"]
@@ -240,17 +223,22 @@ def run_report(
     if settings.task != "classification":  # refuse lists that cannot be read before hours of training go by
         read_terms(settings.terms)
         read_prompts(settings.prompts_file)
-    found = find_notebooks(notebooks or PROJECT / "notebooks")
+    found = find_notebooks(notebooks or files.PROJECT / "notebooks")
     first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
     if last < first:
         raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
     session = _Session(open_run(settings.run_name), found, timeout, say)
     values = settings.model_dump()
     parameters = {n: declared(n, values) for n in found[first : last + 1]}
-    require_space(writable(session.folder), 64 << 20, "the report")
+    files.require_space(files.writable(session.folder), 64 << 20, "the report")
     started = time.monotonic()
-    with alone(session.folder), sigterm_raises():
-        kept = [] if rerun else _unchanged(session, parameters)
+    found_busy = f"another process makes the report {settings.run_name!r}."
+    alone = files.locked(session.folder / ".lock", found_busy, "one at a time.", "wait for it, or set run_name.")
+    with alone, sigterm_raises():
+        for left in session.folder.glob(".work-*"):  # of a killed report
+            shutil.rmtree(left, ignore_errors=True)
+        # behind a page that is made anew, all are
+        kept = [] if rerun else list(takewhile(lambda n: session.unchanged(n, parameters[n]), parameters))
         to_make = [n for n in parameters if n not in kept]
         if doomed := [n for n in found[first + len(kept) :] if session.page(n).exists() or n in to_make]:
             _remove_pages(session, doomed)
@@ -260,17 +248,6 @@ def run_report(
         overview = session.write_indexes()
     made = tuple(page for page in map(session.page, found) if page.is_file())
     return Report(settings.run_name, session.folder, overview, made, time.monotonic() - started)
-
-
-def _unchanged(session: _Session, parameters: dict[Path, dict[str, Any]]) -> list[Path]:
-    """The first notebooks, whose pages stay as they are; behind one that is made anew, all are."""
-    kept = []
-    for notebook, given in parameters.items():
-        if not unchanged_page(session.page(notebook), notebook, given, session.run):
-            break
-        kept.append(notebook)
-        session.say(f"{session.head(notebook)}: unchanged, no kernel started (--rerun starts it)")
-    return kept
 
 
 def _remove_pages(session: _Session, notebooks: list[Path]) -> None:
@@ -303,7 +280,7 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
             if problems := html.problems_in(text):
                 raise ReportError(name, execute.Failure(f"its page contains {', '.join(problems)}.", 1))
             executed.replace(page.with_suffix(".ipynb"))
-            write_text(page, text)
+            files.write_text(page, text)
         except BaseException as error:
             partial, why = session.folder / "partial", f"{type(error).__name__}."
             with contextlib.suppress(OSError):  # on a full disk the overview goes on saying that a report is being made
@@ -323,8 +300,8 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
 
 def _full_disk(failure: execute.Failure, folder: Path) -> execute.Failure | None:
     """A notebook that failed because the disk is full, also where its log could not say so."""
-    words = f"{failure.sentence} {failure.detail}" if free_space(folder) > 1 << 20 else NO_SPACE[0]
-    refused = disk_error(words, folder.parent) if failure.exit_code == execute.RAISED else None
+    words = f"{failure.sentence} {failure.detail}" if files.free_space(folder) > 1 << 20 else files.NO_SPACE[0]
+    refused = files.disk_error(words, folder.parent) if failure.exit_code == execute.RAISED else None
     return execute.Failure(str(refused), 2) if refused else None
 
 
@@ -339,14 +316,14 @@ def _without_product(session: _Session, stage: str) -> execute.Failure | None:
 def _render_again(session: _Session) -> None:
     """Give every page the links and stamps that are known only now; nothing is executed."""
     summary, stages = summarise(session.run), session.stages()
-    state = {"library": _library(), "run": sha256_json([repr(summary), repr(stages)])}
-    if index.object_or_empty(session.folder / RENDERED) == state:
+    state = {"library": _library(), "run": files.sha256_json([repr(summary), repr(stages)])}
+    if files.object_or_empty(session.folder / RENDERED) == state:
         return
     for stage in stages:
         executed = session.folder / f"{stage.name}.ipynb"
         if stage.exists and executed.is_file():
-            write_text(session.folder / f"{stage.name}.html", html.render(executed, summary, stages))
-    write_json(session.folder / RENDERED, state)
+            files.write_text(session.folder / f"{stage.name}.html", html.render(executed, summary, stages))
+    files.write_json(session.folder / RENDERED, state)
 
 
 # Whether a page still shows what its notebook would: then a report answers without starting a kernel for it.
@@ -370,15 +347,15 @@ def page_state(page: Path, notebook: Path, parameters: dict[str, Any], run: Run)
     products = {
         name: entry.digest for name, entry in run.manifest.entries().items() if NOTEBOOK_OF[name][:2] <= page.stem[:2]
     }
-    files = [run.folder / name for name in products] + [run.folder / PHONES, *_local_files(parameters)]
+    paths = [run.folder / name for name in products] + [run.folder / PHONES, *_local_files(parameters)]
     return {
-        "notebook": sha256_file(notebook),
-        "parameters": sha256_json(parameters),
+        "notebook": files.sha256_file(notebook),
+        "parameters": files.sha256_json(parameters),
         "library": _library(),
         "packages": versions(),
         "products": products,
-        "files": sha256_json([list(_times(path)) for path in files]),
-        "executed": sha256_file(page.with_suffix(".ipynb")),
+        "files": files.sha256_json([list(_times(path)) for path in paths]),
+        "executed": files.sha256_file(page.with_suffix(".ipynb")),
     }
 
 
@@ -387,19 +364,21 @@ def unchanged_page(page: Path, notebook: Path, parameters: dict[str, Any], run: 
     there = all(path.is_file() for path in (page, page.with_suffix(".ipynb")))
     if parameters.get("force") or not there:
         return False
-    return index.object_or_empty(record_of(page)) == page_state(page, notebook, parameters, run)
+    return files.object_or_empty(record_of(page)) == page_state(page, notebook, parameters, run)
 
 
 def remember_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> None:
     """Write the record of a page that has just been made."""
-    write_json(record_of(page), page_state(page, notebook, parameters, run))
+    files.write_json(record_of(page), page_state(page, notebook, parameters, run))
 
 
 @functools.cache
 def _library() -> str:
     """Hash of the sources of lib: code, templates, data."""
-    files = sorted(path for path in (PROJECT / "lib").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return sha256_json({path.relative_to(PROJECT).as_posix(): sha256_file(path) for path in files})
+    paths = sorted(
+        path for path in (files.PROJECT / "lib").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
+    return files.sha256_json({path.relative_to(files.PROJECT).as_posix(): files.sha256_file(path) for path in paths})
 
 
 def _local_files(parameters: dict[str, Any]) -> Iterator[Path]:
@@ -408,8 +387,8 @@ def _local_files(parameters: dict[str, Any]) -> Iterator[Path]:
     for text in filter(lambda value: isinstance(value, str) and value, [*parameters.values(), *fallbacks]):
         if text.startswith(BEST_OF):
             names = text.removeprefix(BEST_OF).split(",")
-            yield from (runs_folder() / name.strip() / "manifest.json" for name in names)
-        elif len(text) < 4096 and "\n" not in text and (path := user_path(text)).exists():
+            yield from (files.runs_folder() / name.strip() / "manifest.json" for name in names)
+        elif len(text) < 4096 and "\n" not in text and (path := files.user_path(text)).exists():
             yield path
 
 

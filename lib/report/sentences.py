@@ -43,16 +43,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGE = "en"
 
 
-def percent(share: float, digits: int = 0) -> str:
-    """0.1234 → "12 %"."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def megabytes(size: float, digits: int = 2) -> str:
-    """Bytes in MB (10⁶ bytes)."""
-    return f"{size / 1e6:,.{digits}f} MB"
-
-
 def counted(number: int, one: str, many: str = "") -> str:
     """1 → "1 row", 2 → "2 rows"; `many` where it is not formed by an s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
@@ -69,11 +59,6 @@ def spread(values: Sequence[float], dash: str = "to", middle: float | None = Non
         return None
     shown = median(values) if middle is None else middle
     return f"{shown:,.1f} ({min(values):,.1f} {dash} {max(values):,.1f})"
-
-
-def number(value: float | Interval, form: str = ",") -> str:
-    """A number by a format specification; an `Interval` is written with its limits."""
-    return format(value, form)
 
 
 def cell_text(value: Any, form: str = "") -> str:
@@ -102,11 +87,11 @@ def _limits(values: Sequence[float | None], form: str = ".3f", factor: float = 1
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
-    "number": number,
-    "count": number,
+    "number": format,
+    "count": lambda value: format(value, ","),
     "plain": cell_text,
-    "percent": percent,
-    "mb": megabytes,
+    "percent": lambda share, digits=0: f"{100 * share:.{digits}f} %",
+    "mb": lambda size, digits=2: f"{size / 1e6:,.{digits}f} MB",
     "counted": counted,
     "listed": listed,
     "spread": spread,

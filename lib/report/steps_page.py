@@ -99,12 +99,13 @@ def steps_reading(steps: Steps, note: str = "") -> Markdown:
 # Real phones.
 
 
-def shown_phones(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], comparison: Any, run: str) -> Shown:
+def shown_phones(results: Sequence[Entry], left_out: Sequence[str], comparison: Any, run: str) -> Shown:
     """Speed and agreement of each phone, and what the table shows, or how to get one (of a ComparisonResult)."""
+    words = tell("compare.phones_reading", run=run, results=results, left_out=left_out)
     if not results:
-        return (phones_reading(results, left_out, run),)
+        return (words,)
     lines = phones(results, comparison.files, comparison.conditions["processor"])
-    return table(lines, sentence("compare.phones")), phones_reading(results, left_out, run)
+    return table(lines, sentence("compare.phones")), words
 
 
 def phones(results: Sequence[Mapping[str, Any]], files: Iterable[Mapping[str, Any]], processor: str) -> list[Row]:
@@ -118,11 +119,6 @@ def phones(results: Sequence[Mapping[str, Any]], files: Iterable[Mapping[str, An
     types = {result["type"] for result in results}
     compared = [entry for entry in files if entry["type"] in types]
     return rows_of("compare.phones", results) + rows_of("compare.this_machine", compared, processor=processor)
-
-
-def phones_reading(results: Sequence[Mapping[str, Any]], left_out: Sequence[str], run: str) -> Markdown:
-    """What the table shows, or how to get one."""
-    return tell("compare.phones_reading", run=run, results=results, left_out=left_out)
 
 
 # What pages 06 and 07 show of predicted and measured KL divergence: whether the sensitivities can be believed.

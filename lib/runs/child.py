@@ -98,6 +98,12 @@ def value_of(answer: dict[str, Any], what: str) -> dict[str, Any]:
     return answer["value"]
 
 
+def environment(progress: Path | str) -> dict[str, str]:
+    """Of a process that imports this project's lib and writes its lines of progress to a file."""
+    folders = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": folders, "PYTHONUTF8": "1", PROGRESS_FILE_VARIABLE: str(progress)}
+
+
 def _start_and_wait(
     folder: Path,
     what: str,
@@ -111,16 +117,12 @@ def _start_and_wait(
     """
     headless = None if heard else os.environ.get(PROGRESS_FILE_VARIABLE)
     lines = folder / "progress.txt"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUTF8": "1",
-        PROGRESS_FILE_VARIABLE: headless or str(lines),
-    }
     command = [sys.executable, "-P", "-m", "lib.runs.child", str(folder)]
     started = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(headless or lines)
+        )
     try:
         with contextlib.nullcontext() if heard or headless else Progress(what) as progress:
             heard = heard or (progress and partial(progress.advance, 0))

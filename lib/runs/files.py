@@ -321,6 +321,15 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged ({error}).", "JSON.", "delete it and run its step again.") from None
 
 
+def object_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when it is absent or damaged, where that is said or mended elsewhere."""
+    try:
+        value = read_json(path)
+    except (OSError, InputError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object (`json_text`) a line, atomically."""
     write_text(path, "".join(json_text(row) + "\n" for row in rows))

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from lib.errors import InputError
 from lib.runs import files
-from lib.runs.files import PROJECT, data_file, read_json, settle, sha256_file, sha256_json, write_json
+from lib.runs.files import PROJECT, data_file, object_or_empty, read_json, settle, sha256_file, sha256_json, write_json
 
 # What is needed to trust a number later: versions and commit.
 
@@ -215,10 +215,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def note(folder: Path) -> dict[str, Any]:
     """What was noted beside the work in a folder; empty where nothing was, or a kill has cut it."""
-    try:
-        return dict(read_json(folder / NOTE))
-    except (OSError, TypeError, ValueError):
-        return {}
+    return object_or_empty(folder / NOTE)
 
 
 # Folders made once and reused by every run: named by a key of everything that determines them.

@@ -51,12 +51,13 @@ def test_results_of_the_run(tmp_path: Path) -> None:
     phone, machine = steps_page.phones([result], [{**ENTRY, "type": "F16"}, ENTRY], "EPYC")
     assert phone["generation, tokens/s"] == "7.9 (7.5 – 8.2)" and phone["stored tokens"] == "9 of 9"
     assert machine["device"] == "this machine (EPYC)" and machine["prompt, tokens/s"] == "90.0 (80.0 – 95.0)"
-    text = steps_page.phones_reading([result], left_out, "quick").data
+    compared = SimpleNamespace(files=[ENTRY], conditions={"processor": "EPYC"})
+    text = steps_page.shown_phones([result], left_out, compared, "quick")[1].data
     assert text.startswith("1 result of the phone page") and "9 of 9 stored tokens" in text and left_out[1] in text
 
 
 def test_without_results_the_page_says_how() -> None:
-    assert "workbook package quick --web" in steps_page.phones_reading([], [], "quick").data
+    assert "workbook package quick --web" in steps_page.shown_phones([], [], None, "quick")[0].data
 
 
 def test_files_named_by_hand(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import pytest
 
 from lib.errors import InputError
 from lib.report import execute
-from lib.report.runner import ReportError, alone, run_report
+from lib.report.runner import ReportError, run_report
+from lib.runs.files import locked
 from tests.support.pages import broken_links, problems
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
@@ -294,11 +295,13 @@ def test_lists_that_cannot_be_read_are_refused_before_anything_runs(
         assert notebook.metadata.papermill.parameters == {"terms": passed}
 
 
-def test_one_report_of_a_run_at_a_time(home: Path) -> None:
-    (home / ".work-old").mkdir()
-    with alone(home):
-        assert not (home / ".work-old").exists()
-        with pytest.raises(InputError, match="another process"), alone(home):
-            pass
-    with alone(home):
-        pass
+def test_one_report_of_a_run_at_a_time(home: Path, params: Path, write_notebook: Writer) -> None:
+    write_notebook("01_first", "1")
+    folder = report(params, home)[0].folder
+    (folder / ".work-old").mkdir()
+    busy = pytest.raises(InputError, match="another process makes the report")
+    with locked(folder / ".lock", "", "", ""), busy:
+        report(params, home)
+    assert (folder / ".work-old").is_dir()
+    report(params, home)
+    assert not (folder / ".work-old").exists()
