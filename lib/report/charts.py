@@ -36,23 +36,12 @@ def cjk_font() -> str | None:
     """The first installed font that has Chinese glyphs; None when there is none."""
     from matplotlib import font_manager
 
-    def known() -> str | None:
-        installed = {font.name for font in font_manager.fontManager.ttflist}
-        return next((name for name in CJK_FONTS if name in installed), None)
-
-    return known() or (known() if _add_new_fonts() else None)
-
-
-def _add_new_fonts() -> int:
-    """Make fonts known that were installed after matplotlib wrote its list of fonts; returns their number."""
-    from matplotlib import font_manager
-
-    listed, added = {font.fname for font in font_manager.fontManager.ttflist}, 0
-    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in sorted(set(font_manager.findSystemFonts()) - listed):  # installed after matplotlib wrote its list
         with contextlib.suppress(RuntimeError, OSError):  # a file that FreeType cannot read
             font_manager.fontManager.addfont(path)
-            added += 1
-    return added
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((name for name in CJK_FONTS if name in installed), None)
 
 
 LONGEST_NAME = 24
@@ -165,22 +154,21 @@ def plot_losses(ax: Axes, train: Series, valid: Series, chosen: tuple[int, float
 
 
 def estimates(
-    points: Sequence[Mapping[str, Any]],
-    axis: str,
-    caption: str,
-    reference: float | None = None,
-    margin: float | None = None,
+    name: str, entries: Iterable[Any], /, at: float | None = None, margin: float | None = None, **values: Any
 ) -> HTML:
-    """Estimates with intervals, one a line.
+    """Estimates with intervals, one an entry, by ``tables.yaml``; caption and axis: the sentences NAME and NAME_axis.
+
+    The table gives "name", "estimate", "low" and "high" (None where a limit is open), and "n"; in the unit of the axis.
 
     Args:
-        points: "name", "estimate", "low" and "high" (None where a limit is open), "n"; in the unit of the axis.
-        reference: position of a vertical line; `margin` shades all that is less (a loss that is good enough).
+        at: position of a vertical line; `margin` shades all that is less (a loss that is good enough).
+        values: what both sentences take.
     """
+    points, axis = rows_of(name, entries), sentence(f"{name}_axis", **values)
     fig, ax = panels(height=0.9 + 0.38 * len(points))
     places = np.arange(len(points))[::-1]
-    if reference is not None:
-        ax.axvline(reference, color=GREY, linestyle="--", linewidth=1)
+    if at is not None:
+        ax.axvline(at, color=GREY, linestyle="--", linewidth=1)
     for place, point in zip(places, points, strict=True):
         bounded = point["low"] is not None and point["high"] is not None
         error = [[point["estimate"] - point["low"]], [point["high"] - point["estimate"]]] if bounded else None
@@ -192,19 +180,7 @@ def estimates(
         ax.axvspan(min(left, 0.0), margin, color=GREEN, alpha=0.12, linewidth=0)
         ax.set_xlim(left, max(right, 1.1 * margin))
     ax.set_xlabel(axis)
-    return figure(fig, caption, sentence("charts.estimates_alt", axis=axis, points=points))
-
-
-def estimated(
-    name: str, entries: Iterable[Any], /, at: float | None = None, margin: float | None = None, **values: Any
-) -> HTML:
-    """`estimates` by ``tables.yaml``, a point an entry; caption and axis are the sentences NAME and NAME_axis.
-
-    Args:
-        at, margin: `reference` and `margin` of `estimates`. values: what both sentences take.
-    """
-    caption, axis = sentence(name, **values), sentence(f"{name}_axis", **values)
-    return estimates(rows_of(name, entries), axis, caption, at, margin)
+    return figure(fig, sentence(name, **values), sentence("charts.estimates_alt", axis=axis, points=points))
 
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:

@@ -51,7 +51,7 @@ class _Page:
         self.result, self.reference = result, result.reference
         self.files, self.others = list(result.files), result.others
         self.n = self.files[0]["n"]
-        kept_mark(self.files)
+        mark_names([e["type"] for e in self.files if (e["source_grid"] or 0) >= GRID_SIZABLE], MARK)
 
     def answer(self) -> Markdown:
         """The recommendation, as a quotation."""
@@ -69,7 +69,7 @@ class _Page:
     def differences(self) -> HTML:
         """Paired losses from the reference: accuracy, in points; answer perplexity, in percent."""
         margin = self.result.margin
-        return charts.estimated(self.changed, self.others, at=0.0, margin=margin, reference=self.reference)
+        return charts.estimates(self.changed, self.others, at=0.0, margin=margin, reference=self.reference)
 
     def by_hand(self, entry: Entry, pairs: DataFrame) -> Shown:
         """One paired test from the rows' own values.
@@ -254,18 +254,10 @@ def agreement(pairs: Iterable[Mapping[str, Any]], files: Iterable[Entry]) -> lis
             "model": pair["second"],
             "against": pair["first"],
             "near_ties": near[pair["second"]],
-            **{_bin_name(part): _share(part) for part in pair["bins"]},
+            **{sentence("compare.margin_bin", bin=part): _share(part) for part in pair["bins"]},
         }
         for pair in pairs
     ]
-
-
-def _bin_name(part: Mapping[str, Any]) -> str:
-    if part["all"]:
-        return "all rows"
-    if part["high"] is None:
-        return f"≥ {part['low']:g}"
-    return f"{part['low']:g} – {part['high']:g}" if part["low"] else f"< {part['high']:g}"
 
 
 def _share(part: Mapping[str, Any]) -> str | None:
@@ -292,11 +284,6 @@ _PAIRS = 3
 """Pairs of files that are named."""
 
 
-def kept_mark(files: Sequence[Entry]) -> None:
-    """From now on tables mark the files with a sizable share of weights on the grid of the base's."""
-    mark_names([e["type"] for e in files if (e["source_grid"] or 0) >= GRID_SIZABLE], MARK)
-
-
 def _known(files: Sequence[Entry]) -> list[Entry]:
     return [e for e in files if e["retention"] is not None and e["verdict"] != REFERENCE]
 
@@ -306,7 +293,7 @@ def kept_chart(files: Sequence[Entry]) -> HTML | None:
     known = sorted(_known(files), key=lambda e: -e["bytes"])
     if not known:
         return None
-    return charts.estimated("compare.kept", known, at=1.0, n=known[0]["n"], little=KEEPS_LITTLE)
+    return charts.estimates("compare.kept", known, at=1.0, n=known[0]["n"], little=KEEPS_LITTLE)
 
 
 def kept_reading(files: Sequence[Entry], note: str) -> Markdown:

@@ -164,7 +164,7 @@ class LabelPage(DataPage):
         parts = {"all test rows": test["all"], "leak-free test rows": test["leak_free"]}
         parts |= {f"{name} patterns": report for name, report in (test["by_pattern"] or {}).items()}
         made = {key: self.result.floor[key] for key in ("model", "trained_on")}
-        return charts.estimated("data.floor", [part for part in parts.items() if part[1]], **made)
+        return charts.estimates("data.floor", [part for part in parts.items() if part[1]], **made)
 
     def learned(self) -> Markdown:
         """The conclusions."""

@@ -50,14 +50,13 @@ class AccuracyPage:
 
     def quality(self) -> HTML:
         """Accuracies with their intervals."""
-        caption = "Accuracy with 95 % Wilson intervals; dashed: share of the commonest label."
-        points, reference = self.result.accuracies(), self.result.majority_share
-        return charts.estimates(points, "accuracy on all test rows", caption, reference=reference)
+        return charts.estimates("evaluate.wilson", self.result.accuracies(), at=self.result.majority_share)
 
     def parts(self) -> HTML:
         """Accuracies on parts of the rows."""
-        pairs = [(part, point) for part in self.result.floor for point in self.result.accuracies(part)]
-        return tabled("evaluate.accuracy_parts", [{"part": part, "point": point} for part, point in pairs])
+        parts = self.result.floor
+        found = [{"part": part, "point": point} for part in parts for point in self.result.accuracies(part)]
+        return tabled("evaluate.accuracy_parts", found)
 
     def compared(self) -> HTML:
         """The fine-tuned model against base and floor."""
@@ -157,7 +156,7 @@ class AnswerPage:
 
     def quality(self) -> HTML:
         """Perplexities with their intervals."""
-        return charts.estimated("evaluate.perplexities", self._figures())
+        return charts.estimates("evaluate.perplexities", self._figures())
 
     def parts(self) -> HTML:
         """Loss and perplexity of both models on each part of the test rows."""

@@ -10,6 +10,8 @@ from scipy.stats import spearmanr
 
 from lib.report import compare_page, display
 from lib.report.display import mark_names, marked
+from lib.report.weights_page import MARK
+from lib.settings import GRID_SIZABLE
 
 
 def entry(name: str, size: int, kld: float, kept: float | None, half: float = 0.03, grid: float | None = 0.0) -> dict:
@@ -75,7 +77,7 @@ def test_chart() -> None:
 
 
 def test_marks() -> None:
-    compare_page.kept_mark(FILES)
+    mark_names([e["type"] for e in FILES if (e["source_grid"] or 0) >= GRID_SIZABLE], MARK)
     shown = display.table([{"type": e["type"], "MB": 1.0} for e in FILES], "Files.").data
     assert re.findall(r"<td>(\w+‡?)</td>", shown) == ["F16", "Q8_0", "Q5_K_M‡", "Q4_K_M"]
     assert "Files. ‡ on the grid of the base&#39;s weights" in shown

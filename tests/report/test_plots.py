@@ -30,7 +30,7 @@ FIGURES = {
     "length_histogram": lambda: charts.length_histogram({"train": [10, 20, 500], "test": [30, 40]}, 192),
     "learning_curves": lambda: charts.learning_curves(HISTORY, chosen_step=2),
     "estimates": lambda: charts.estimates(
-        [{"name": "base", "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}], "accuracy", "c", reference=0.5, band=0.01
+        "evaluate.wilson", [{"name": "base", "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}], at=0.5, band=0.01
     ),
     "confusion": lambda: charts.confusion({"base": [[3, 1], [2, 4]], "fine-tuned": [[4, 0], [0, 6]]}, NAMES),
     "reliability": lambda: charts.reliability({"base": [BIN, EMPTY_BIN]}, "c"),
@@ -144,7 +144,7 @@ def test_power_is_after_correction() -> None:
 
 def test_limits_that_are_not_there_are_not_drawn() -> None:
     point = {"name": "Q8_0", "estimate": 0.4, "low": None, "high": None, "n": 9}
-    assert "Q8_0 0.4 (no interval)" in charts.estimates([point], "x", "c").data
+    assert "Q8_0 0.4 (no interval)" in charts.estimates("evaluate.wilson", [point]).data
 
 
 def test_what_an_interrupted_try_had_done_is_said() -> None:

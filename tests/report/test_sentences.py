@@ -86,7 +86,7 @@ def test_every_sentence_is_asked_for() -> None:
     for name in parameters():
         page, _, macro = name.partition(".")
         calls = re.findall(rf"\b{macro}\(", (FOLDER / f"{page}.j2").read_text(encoding="utf-8"))
-        names = {name, name.removesuffix("_axis")}  # of a figure whose caption has the name (`charts.estimated`)
+        names = {name, name.removesuffix("_axis")}  # of a figure whose caption has the name (`charts.estimates`)
         said = any(f'"{n}"' in text or any(re.fullmatch(pattern, n) for pattern in patterns) for n in names)
         assert said or len(calls) > 1, f"nothing says {name}"
 
