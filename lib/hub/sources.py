@@ -18,7 +18,8 @@ from lib.errors import InputError
 
 MODELSCOPE = "modelscope:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]*\w)?(/[A-Za-z0-9]([\w.-]*\w)?)?")
+"""An id, by the hub's rules: neither -- nor .. in it, - and . not at an end."""
 
 Kind = Literal["model", "adapter", "dataset"]
 
@@ -137,7 +138,7 @@ def parse(text: str, revision: str, kind: Kind) -> Remote:
     place: Literal["hub", "modelscope"] = "modelscope" if rest != text else "hub"
     wanted = own or revision
     remote = Remote(place, name, "master" if place == "modelscope" and wanted == "main" else wanted, kind)
-    if not _ID.fullmatch(name) or ".." in name or (place == "modelscope" and "/" not in name):
+    if not _ID.fullmatch(name) or (place == "modelscope" and "/" not in name):
         raise InputError(
             f"{remote.setting} {text!r}: no file or folder, and not an id.",
             "owner/name of the hub, modelscope:owner/name, or a local path.",

@@ -105,10 +105,10 @@ def patiently(request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: 
 
     Raises:
         UnreachableError: no answer, or no JSON (a proxy's page), or the server asks to wait longer than `LONGEST_WAIT`.
-        HfHubHTTPError: a lasting refusal. MissingError: an id that no repository can have.
+        HfHubHTTPError: a lasting refusal.
     """
     import httpx
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     failures = 0
     while True:
@@ -122,8 +122,6 @@ def patiently(request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: 
             if asked is not None and asked > LONGEST_WAIT:
                 raise UnreachableError(f"{reason}; the server asks to wait {asked:.0f} s") from None
             time.sleep(asked if asked is not None else FIRST_WAIT * 2 ** (failures - 1))
-        except HFValidationError:  # an id of a kind that no hub has
-            raise MissingError from None
         except ValueError:
             raise UnreachableError("it answered with a page, not with JSON") from None
 

@@ -176,7 +176,6 @@ def test_lasting_refusals_are_sentences(repository: Hub, name: str) -> None:
     ("source", "revision", "words"),
     [
         ("org/other", "main", "is not there, or private"),
-        ("org/two--words", "main", "is not there, or private"),
         ("org/model", "v9", "no such revision"),
         ("modelscope:org/other", "main", "MODELSCOPE_API_TOKEN"),
         ("modelscope:org/model", "v9", "MODELSCOPE_API_TOKEN"),
@@ -263,7 +262,9 @@ def test_repositories_without_safetensors(hub: Hub, files: dict[str, bytes], wor
     assert hub.fetched("") == []
 
 
-@pytest.mark.parametrize("text", ["", "a b", "../up", "modelscope:", "modelscope:name", "a/..", "-x/y", "a/b@"])
+@pytest.mark.parametrize(
+    "text", ["", "a b", "../up", "modelscope:", "modelscope:name", "a/..", "-x/y", "a/b@", "a/b--c", "a/b."]
+)
 def test_what_is_no_id(text: str) -> None:
     if text == "a/b@":
         assert parse(text, "main", "model").revision == "main"
