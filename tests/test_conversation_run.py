@@ -217,7 +217,7 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     low, high = q8["answer_ratio_interval"]
     assert low <= q8["answer_ratio"] <= high and 0.97 < q8["answer_ratio"] < 1.03
     assert q8["kld_mean"] > 0 and q8["same_top"] > 0.8
-    assert q8["verdict"].startswith(("equivalent", "cannot tell", "worse", "better"))
+    assert q8["verdict"].startswith(("good enough", "not shown", "worse", "no verdict"))
     _, train = encoded_rows(results["run"], "train")
     _, test = encoded_rows(results["run"], "test")
     seen = Counter(conversation.ids[i] for conversation in train for i in conversation.loss)
@@ -226,7 +226,7 @@ def test_the_comparison_judges_by_answer_perplexity(results: dict) -> None:
     losses = [-np.log((seen[c.ids[i]] + 1) / total) for c in test for i in c.loss]
     assert result.conditions["unigram_ppl"] == pytest.approx(np.exp(np.mean(losses)))
     if result.conditions["unigram_ppl"] <= reference["answer_ppl_interval"][1]:
-        assert result.recommendation["reason"] == "reference" and result.recommendation["type"] is None
+        assert result.recommendation["reason"] in ("unlearned", "few") and result.recommendation["type"] is None
     assert "perplexity" in result.recommendation["rule"] and "accuracy" not in result.recommendation["text"]
 
 

@@ -148,7 +148,7 @@ class AccuracyPage(_Page):
         names = dict.fromkeys([self.reference, self.others[0]["type"], smallest])
         margins = {name: self.result.scores(name).margins for name in names}
         labels = self.result.scores(self.reference).log_probs.shape[1]
-        axis = sentence("compare.margins_axis", labels=labels)
+        axis = sentence("charts.margins_axis", labels=labels)
         histogram = charts.overlay_histogram(margins, axis, sentence("compare.margin_histogram", n=self.n))
         return (histogram,)
 

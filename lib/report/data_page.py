@@ -170,8 +170,9 @@ class LabelPage(DataPage):
         """The conclusions."""
         test = self.result.floor["test"]
         clean = test["leak_free"] or test["all"]
-        rows = len(self.leaked)
-        return tell("data.labels_learned", rows=rows, clean=clean, floor=test["all"], **self._totals())
+        rows, commonest = len(self.leaked), max(map(sum, test["all"]["confusion"])) / test["all"]["n"]
+        told = {"rows": rows, "clean": clean, "floor": test["all"], "commonest": commonest}
+        return tell("data.labels_learned", **told, **self._totals())
 
 
 class ConversationPage(DataPage):

@@ -70,7 +70,10 @@ class AccuracyPage:
     def verdict(self) -> Markdown:
         """The verdicts in words."""
         base, floor = (self.result.comparisons[self.part][name] for name in (BASE, FLOOR))
-        return tell("evaluate.accuracy_verdict", part=self.part.replace("_", "-"), base=base, floor=floor)
+        reports = {SHOWN[name]: model.reports[ALL] for name, model in self.result.models.items()}
+        constant = [name for name, report in reports.items() if report.labels_given == 1]
+        values = {"part": self.part.replace("_", "-"), "constant": constant, "tuned": reports[SHOWN[FINETUNED]]}
+        return tell("evaluate.accuracy_verdict", base=base, floor=floor, **values)
 
     def errors(self) -> HTML:
         """Confusion matrices."""
@@ -104,9 +107,8 @@ class AccuracyPage:
 
     def certainty(self) -> HTML:
         """Margins of the rows."""
-        names = charts.readable(self.names)
         margins = {SHOWN[name]: scores.margins for name, scores in self.result.scores.items()}
-        axis = f"margin, nats: log-odds of {names[1]} against {names[0]}"
+        axis = sentence("charts.margins_axis", labels=len(self.names))
         return charts.overlay_histogram(margins, axis, sentence("evaluate.margins", names=charts.replaced(self.names)))
 
     def speed(self) -> Markdown:

@@ -228,7 +228,7 @@ def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) 
     return make(chosen, text)
 
 
-_NAMES = tuple(table_of(Positions(*np.zeros((4, 1)))))
+_NAMES = tuple(table_of(Positions(*np.zeros((5, 1)))))
 """Keys of a table; without a reference those that need one are null."""
 
 

@@ -3,6 +3,7 @@ answers: one value a scored position, and the numbers that the tool prints of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ class Positions:
         log_p_reference: the reference's; None without one.
         kl: KL(reference ‖ model), nats; None without a reference.
         same: whether both have the same likeliest token; None without a reference.
+        log_p_exact: the reference's log-probability of the true token before it was rounded; None where not known.
     """
 
     log_p: np.ndarray
     log_p_reference: np.ndarray | None = None
     kl: np.ndarray | None = None
     same: np.ndarray | None = None
+    log_p_exact: np.ndarray | None = None
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -63,7 +66,9 @@ def table_of(positions: Positions) -> dict[str, float]:
         square and percentiles of p_model - p_reference of the true token, fractions; same_top: share of positions where
         both have the same likeliest token; ppl_reference, ppl_ratio, ln_ppl_ratio, ppl_difference (model over
         reference, its logarithm, model minus reference; the errors count their covariance); ppl_correlation of the two
-        log-perplexities (0 where one of them has no variance).
+        log-perplexities (0 where one of them has no variance). These are the tool's own: what it stores of a reference
+        ends 16 nats below the likeliest token, so that its perplexity is too low where rarer tokens came. Where the
+        reference's own values are known, ppl_reference_exact and ppl_ratio_exact are free of that.
     """
     n = len(positions.log_p)
     if positions.kl is None:
@@ -76,6 +81,11 @@ def table_of(positions: Positions) -> dict[str, float]:
     mean_dp, dp_error = mean_and_error(dp)
     square, square_error = mean_and_error(np.square(dp).astype(np.float64))
     rms, top = float(np.sqrt(square)), float(positions.same.mean())
+    exact = {}
+    if positions.log_p_exact is not None:
+        true = float(np.mean(positions.log_p_exact))
+        ratio = math.exp(true - float(np.mean(positions.log_p)))
+        exact = {"ppl_reference_exact": math.exp(-true), "ppl_ratio_exact": ratio}
     fractions = (0.001, 0.01, 0.05, 0.1, 0.9, 0.95, 0.99, 0.999)
     kld, changes = percentiles(positions.kl, fractions), percentiles(dp, (*fractions, 0.25, 0.75))
     return {
@@ -91,6 +101,7 @@ def table_of(positions: Positions) -> dict[str, float]:
         "same_top": top,
         "same_top_uncertainty": float(np.sqrt(top * (1 - top) / max(1, n - 1))),
         **_perplexities(mine, base),
+        **exact,
     }
 
 
@@ -291,7 +302,8 @@ def positions(reference: Backend | Reference | None, other: Backend, asked: Aske
         elif isinstance(reference, Reference):
             columns.append(reference.compare(first, mine, targets))
         else:
-            columns.append(_compare(_unround(*_round(_logits(reference, one))), mine, targets))
+            own = _logits(reference, one)
+            columns.append(np.vstack([_compare(_unround(*_round(own)), mine, targets), _of_tokens(own, targets)]))
         first += len(targets)
     return Positions(*np.concatenate(columns, axis=1))
 

@@ -41,12 +41,30 @@ class ClassificationReport:
     classes: tuple[ClassScores, ...]
     confusion: tuple[tuple[int, ...], ...]
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the labels that occur: every one of them counts alike."""
+        recalls = [scores.recall for scores in self.classes if scores.support]
+        return sum(recalls) / len(recalls)
+
+    @property
+    def commonest(self) -> float:
+        """Share of the commonest label: what naming it for every row reaches."""
+        return max(scores.support for scores in self.classes) / self.n
+
+    @property
+    def labels_given(self) -> int:
+        """How many different labels are answered."""
+        return int((np.sum(self.confusion, axis=0) > 0).sum())
+
     def to_json(self) -> dict[str, Any]:
-        """The keys of the command line's result: n, accuracy, accuracy_interval, macro_f1, per_class, confusion."""
+        """The keys of the command line's result: n, accuracy, accuracy_interval, balanced_accuracy, macro_f1,
+        per_class, confusion."""
         per_class = {scores.pop("name"): scores for scores in map(asdict, self.classes)}
         return {
             "n": self.n,
             **self.accuracy.named("accuracy"),
+            "balanced_accuracy": self.balanced_accuracy,
             "macro_f1": self.macro_f1,
             "per_class": per_class,
             "confusion": [list(row) for row in self.confusion],

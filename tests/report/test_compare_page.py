@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from lib.statistics.verdicts import rows_needed
 
 from lib.report import compare_page
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY, Metric, RowGroups, compare
 from lib.stages.compare.changes import agreements
+from lib.statistics.noninferiority import least_margin, rows_for
 
 N = 120
 IDS = [f"r{i}" for i in range(N)]
@@ -50,13 +50,14 @@ def answers(shift: float, seed: int) -> AnswerScores:
 def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
     """What a page reads of a comparison."""
     (reference, first), *others = scores.items()
-    judged = compare(metric, first, dict(others), GROUPS, 1.0, 0)
+    judged = compare(metric, first, dict(others), GROUPS, 0)
     files = []
     for place, name in enumerate(scores):
         kld = 0.01 * place
         text = {"kld_mean": kld, "kld_low": 0.9 * kld, "kld_high": 1.1 * kld, **TEXT}
         entry = {"type": name, "kind": "gguf", "bytes": 10**6 * (9 - place), **SIZE, **text}
-        files.append({**entry, **judged["" if name == reference else name]})
+        verdict = "reference" if name == reference else "not shown"
+        files.append({**entry, **judged["" if name == reference else name], "verdict": verdict})
     written = {
         "reference": reference,
         "same_text": dict.fromkeys(scores, 2),
@@ -73,8 +74,14 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
         margin=1.0,
         frontier=["Q2_K"],
         agreement=agreements(scores, None) if metric is ACCURACY else [],
-        conditions={"window_tokens": 128, "unigram_ppl": 50.0, "processor": "a CPU", "n_threads": 2},
-        recommendation={"text": "One.\n\nTwo.", "rule": "The rule.", "type": None, "reason": "insufficient"},
+        conditions={"window_tokens": 128, "floor": 50.0, "processor": "a CPU", "n_threads": 2},
+        recommendation={
+            "text": "One.\n\nTwo.",
+            "rule": "The rule.",
+            "formulas": "z = 1",
+            "type": None,
+            "reason": "insufficient",
+        },
         retention_note="A note.",
         written=written,
         scores=scores.__getitem__,
@@ -97,8 +104,7 @@ def test_every_part_of_the_page_is_there(kind: str) -> None:
     assert all(part.data.strip() for part in parts)
     assert alone[0].data == "> One.\n>\n> Two."
     assert "Q2_K" in alone[2].data and "nan" not in alone[2].data
-    assert "Judged worse: Q2_K; on the leak-free rows: " in alone[-1].data
-    assert "**none; the evidence does not suffice**" in alone[-1].data
+    assert "Recommended: **none**" in alone[-1].data and "Rule: The rule." in alone[-1].data
     described = re.findall(r'alt="([^"]+)"', alone[1].data)
     assert len(described) == 4 and ("accuracy" if kind == "labels" else "answer perplexity") in described[2]
 
@@ -118,22 +124,25 @@ def test_the_test_by_hand_finds_what_the_page_has(kind: str) -> None:
         assert words.data.count(f"{entry['loss_difference']:+.6f}") == 2
 
 
-def test_power_is_of_the_design_and_after_correction() -> None:
+def test_power_is_of_the_design() -> None:
     """Not of the results' design effect, which only the results tell."""
     result = COMPARISONS["labels"]
-    independent = round(N / result.others[0]["copies_effect"])
+    independent = N / result.files[0]["copies_effect"]
     words = compare_page.page_of(result).detectable()[1].data
-    assert f"120 rows (counted as {independent} independent ones" in words
-    assert "correction for all 4 tests of this page" in words
-    assert f"80 of 100 take {rows_needed(0.02, 0.01, alpha=0.0125):,} independent rows" in words
+    assert f"120 rows, worth {independent:.0f} independent ones" in words
+    assert f"exclude a loss of {100 * least_margin(independent):.2g} points" in words
+    assert f"{rows_for(0.02, 0.01):,} independent rows with 2 % changed" in words
 
 
 def test_the_table_of_tests_names_its_family() -> None:
     tests, beside = compare_page.page_of(COMPARISONS["labels"]).tests()
-    assert "all 4 tests of this page: 2 files and export folders, both endpoints" in tests.data
-    assert "0.025" in tests.data and "leak-free verdict" in beside.data
+    assert "over 2 files and export folders" in tests.data
+    entry = COMPARISONS["labels"].others[0]
+    for limit in (entry["loss_limit"], entry["leak_free"]["loss_limit"]):
+        assert f"{limit:.2f}" in tests.data
+    assert "by more than 0.05 nats" in beside.data
 
 
 def test_what_answers_can_show_is_said_with_what_frequencies_reach() -> None:
     (words,) = compare_page.page_of(COMPARISONS["answers"]).detectable()
-    assert "correction for all 2 files" in words.data and "alone reach 50.0." in words.data
+    assert "4,784 answer tokens. The one-sided limits lie" in words.data and "alone reach 50.0." in words.data

@@ -13,8 +13,9 @@ import pytest
 
 from lib.cli import evaluate
 from lib.errors import InputError
+from lib.scoring import perplexity
 from lib.scoring.measure import FEWEST_DOCUMENTS, Text, measure_in_child, summarize, tokenize_with_transformers
-from lib.scoring.perplexity import Positions, percentiles
+from lib.scoring.perplexity import Positions, percentiles, positions, table_of
 from tests.scoring import tiny
 
 pytestmark = pytest.mark.usefixtures("forked_children")
@@ -182,7 +183,22 @@ def test_a_folder_beside_its_file(small):
     assert file["n_documents"] == alone["n_documents"] == both["n_documents"] > FEWEST_DOCUMENTS
     assert alone["ppl"] == pytest.approx(file["ppl"], rel=5e-3)  # 16-bit cache and dtype beside each other
     assert both["ppl"] == pytest.approx(alone["ppl"], rel=1e-6) and 0 <= both["kld_mean"] < 1e-3
-    assert alone["kld_mean"] is None and alone["same_top_interval"] is None
+    assert alone["kld_mean"] is None and alone["same_top_interval"] is None and alone["ppl_ratio_exact"] is None
+    assert both["ppl_reference_exact"] == pytest.approx(file["ppl"], rel=1e-6)
+    assert both["ppl_ratio_exact"] == pytest.approx(both["ppl"] / file["ppl"], rel=1e-6)
+
+
+def test_a_token_below_16_nats_is_in_the_exact_ratio_alone(monkeypatch):
+    """llama-perplexity's stored log-probabilities end there: 20 nats count as 16."""
+    logits = np.zeros((4, 32), np.float32)
+    logits[:, 0] = 20.0
+    monkeypatch.setattr(perplexity, "_logits", lambda backend, window: backend)
+    monkeypatch.setattr(perplexity, "_targets", lambda window: np.array([1, 0, 0, 0]))
+    found = table_of(positions(logits, logits, [[0]], "test"))
+    assert found["ln_ppl_ratio"] == pytest.approx((20 - 16) / 4, abs=1e-3), "a model against itself, by the tool"
+    assert found["ppl_ratio_exact"] == pytest.approx(1) and found["ppl_reference_exact"] == pytest.approx(
+        np.exp(5), rel=1e-4
+    )
 
 
 def test_special_tokens_are_plain_text(small):

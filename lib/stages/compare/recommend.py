@@ -56,11 +56,12 @@ def recommend(
         margin: in `metric.loss_unit`. floor: what the reference must beat (`Metric.floor`).
 
     Returns:
-        "rule", "margin", "unit", "type" (None when no file is good enough), "reason" ("good enough" | "not shown", or
-        why nothing can be judged: "alone" | "few" | "constant" | "unlearned"), "tested" (types in the order of the
-        tests, to the one that ended them), "ended_by" (that one; None where every file is good enough), "rows_needed"
-        (with which that one would be shown, if what was seen of it is true; None where more rows would not help or are
-        not needed) and "text" (a paragraph; behind a blank line another on files that are worse, if there are any).
+        "rule", "formulas" (with which it can be applied by hand), "margin", "unit", "type" (None when no file is good
+        enough), "reason" ("good enough" | "not shown", or why nothing can be judged: "alone" | "few" | "constant" |
+        "unlearned"), "tested" (types in the order of the tests, to the one that ended them), "ended_by" (that one; None
+        where every file is good enough), "rows_needed" (with which that one would be shown, if what was seen of it is
+        true; None where more rows would not help or are not needed) and "text" (a paragraph; behind a blank line
+        another on files that are worse, if there are any).
     """
     order = by_size(files)
     passed = good_enough(files, margin)
@@ -86,6 +87,7 @@ def recommend(
     )
     return {
         "rule": _written("rule.j2", metric=metric, margin=margin, level=LEVEL, fewest=FEWEST_GROUPS),
+        "formulas": _written("formulas.j2", metric=metric),
         "margin": margin,
         "unit": metric.loss_unit,
         "type": chosen and chosen["type"],

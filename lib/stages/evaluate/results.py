@@ -225,11 +225,15 @@ class LabelEvaluation(EvaluationResult):
         )
 
     def accuracies(self, subset: str = ALL) -> list[dict[str, Any]]:
-        """Name, estimate, low, high and n of every model and the floor, for a figure or a table."""
+        """Name, estimate, low, high, n, balanced_accuracy and macro_f1 of every model and the floor."""
         reports = {SHOWN[name]: model.reports for name, model in self.models.items()} | {FLOOR: self.floor}
         found = {name: own[subset] for name, own in reports.items() if subset in own}
         return [
-            {"name": name, "estimate": r.accuracy.estimate, "low": r.accuracy.low, "high": r.accuracy.high, "n": r.n}
+            {
+                "name": name,
+                **{key: getattr(r.accuracy, key) for key in ("estimate", "low", "high")},
+                **{key: getattr(r, key) for key in ("n", "balanced_accuracy", "macro_f1")},
+            }
             for name, r in found.items()
         ]
 

@@ -9,7 +9,8 @@ import pytest
 
 from lib.errors import InputError
 from lib.scoring.log_probabilities import Scores
-from lib.stages.evaluate.results import ALL, LEAK_FREE, SEEN, UNSEEN, compare_with, evaluate_scores, subsets
+from lib.stages.evaluate.results import ALL, LEAK_FREE, SEEN, UNSEEN, evaluate_scores, subsets
+from lib.statistics import paired
 
 ROWS = [{"id": str(i), "text": f"row {i}", "label": i % 2, "leaked": i < 2, "group": i} for i in range(6)]
 LOG_PROBS = np.log([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7], [0.51, 0.49], [0.6, 0.4]])
@@ -62,9 +63,9 @@ def test_scores_of_other_rows_are_refused():
 def test_comparisons_are_signed_and_corrected_together():
     candidate = np.array([True] * 30)
     references = {"weak": np.array([False] * 10 + [True] * 20), "near": np.array([False] * 5 + [True] * 25)}
-    found = compare_with(candidate, references, np.arange(30), 1.0, 0)
+    found = paired.compare_pairs({name: (own, candidate) for name, own in references.items()}, np.arange(30))
     assert found["weak"].gains == 10 and found["weak"].losses == 0
     assert found["weak"].difference.estimate == pytest.approx(1 / 3)
-    assert found["weak"].p == pytest.approx(2 / 2**10) and found["weak"].p_adjusted == pytest.approx(4 / 2**10)
-    assert found["near"].p_adjusted == pytest.approx(2 / 2**5)
-    assert found["weak"].verdict == "better" and found["near"].verdict.startswith("cannot tell")
+    assert found["weak"].p == pytest.approx(2 / 2**10) and found["weak"].p_holm == pytest.approx(4 / 2**10)
+    assert found["near"].p_holm == pytest.approx(2 / 2**5)
+    assert found["weak"].verdict == "better" and found["near"].verdict == "cannot tell"

@@ -58,7 +58,7 @@ def test_one_table(compared: tuple[dict, Path, Path], exported: Callable) -> Non
             low, high = entry[f"{kind}_tokens_per_second_range"]
             assert 0 < low <= entry[f"{kind}_tokens_per_second"] <= high
         assert entry["load_seconds"] > 0 and entry["peak_memory_mib"] > entries["F16"]["peak_memory_mib"]
-        assert entry["mcnemar_p_holm"] is not None and entry["verdict"] and entry["n"] == 30
+        assert entry["p_holm"] is not None and entry["verdict"] and entry["n"] == 30
     assert (output / "scores-nf4.jsonl").is_file()
 
 

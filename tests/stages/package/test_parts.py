@@ -83,7 +83,7 @@ def check_ollama(tokenizer: Any, thinking: bool) -> None:
 
 def facts(task: Task, mix: dict[str, Any] | None = None) -> Facts:
     """What is known of some file."""
-    entry = {"type": "Q4_0", "bits_per_weight": 4.5, "kld_mean": 0.01, "verdict": "equivalent"}
+    entry = {"type": "Q4_0", "bits_per_weight": 4.5, "kld_mean": 0.01, "verdict": "good enough"}
     report: dict[str, Any] = {
         "run": "r",
         "file": {"name": "m.gguf", "bytes": 4_500_000},
@@ -205,8 +205,8 @@ def test_the_zip_of_another_run_stays(tmp_path: Path) -> None:
 
 
 def test_evidence(tmp_path: Path) -> None:
-    files = [{"type": t, "file": f"{t}.gguf", "verdict": v} for t, v in (("F16", "reference"), ("Q8_0", "equivalent"))]
-    files += [{"type": "Q2_K", "file": "Q2_K.gguf", "verdict": "worse"}, {"type": "nf4", "verdict": "better"}]
+    files = [{"type": t, "file": f"{t}.gguf", "verdict": v} for t, v in (("F16", "reference"), ("Q8_0", "good enough"))]
+    files += [{"type": "Q2_K", "file": "Q2_K.gguf", "verdict": "worse"}, {"type": "nf4", "verdict": "not shown"}]
     for entry in files[:3]:
         (tmp_path / entry["file"]).touch()
     run: Any = SimpleNamespace(name="r", require=lambda product: SimpleNamespace(path=tmp_path))
