@@ -6,15 +6,18 @@ Both have the same parts, so that a cell of the notebook need not know which of 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lib.report import charts, display
-from lib.report.display import Row, tell
+from lib.report.display import Row, Shown, tell
 from lib.report.sentences import sentence
 from lib.report.weights_page import unpacked
 from lib.runs import machine
 from lib.runs.files import free_space
+from lib.statistics.noninferiority import FEWEST_GROUPS, POWER, balanced_weights, least_margin, rows_for
+from lib.statistics.paired import copies_effect
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -166,6 +169,17 @@ class LabelPage(DataPage):
         made = {key: self.result.floor[key] for key in ("model", "trained_on")}
         return charts.estimates("data.floor", [part for part in parts.items() if part[1]], **made)
 
+    def detectable(self) -> Shown:
+        """What so many test rows can show of a quantized file, before anything is trained."""
+        test = self.result.rows("test")
+        parts = {"all": test, "leak-free": [row for row in test if not row["leaked"]]}
+        worth = {name: independent_rows(rows) for name, rows in parts.items() if rows}
+        least = {name: 100 * least_margin(rows) for name, rows in worth.items()}
+        counts = {name: len(rows) for name, rows in parts.items()}
+        words = tell("data.detectable", counts=counts, worth=worth, least=least)
+        margins = [{"margin_points": margin, **_rows_needed(margin)} for margin in (1, 2, 3, 5)]
+        return words, display.table(margins, sentence("data.rows_needed", power=POWER))
+
     def learned(self) -> Markdown:
         """The conclusions."""
         test = self.result.floor["test"]
@@ -173,6 +187,16 @@ class LabelPage(DataPage):
         rows, commonest = len(self.leaked), max(map(sum, test["all"]["confusion"])) / test["all"]["n"]
         told = {"rows": rows, "clean": clean, "floor": test["all"], "commonest": commonest}
         return tell("data.labels_learned", **told, **self._totals())
+
+
+def independent_rows(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Independent rows that these are worth in a comparison of files: copies and unequal labels count less."""
+    weights = balanced_weights([row["label"] for row in rows])
+    return len(rows) / copies_effect([row["group"] for row in rows], len(rows), weights)
+
+
+def _rows_needed(margin: float) -> dict[str, str]:
+    return {f"{100 * share:g} % changed": f"{rows_for(share, margin / 100):,}" for share in charts.CHANGED[:3]}
 
 
 class ConversationPage(DataPage):
@@ -196,6 +220,10 @@ class ConversationPage(DataPage):
     def conflicts(self) -> Markdown:
         """There are none."""
         return tell("data.no_conflicts")
+
+    def detectable(self) -> Shown:
+        """Nothing, before anything is measured."""
+        return (tell("data.no_plan", fewest=FEWEST_GROUPS),)
 
     def floor(self) -> Markdown:
         """There is none."""

@@ -335,7 +335,7 @@ class LabelledRows(RowsOfTask):
 
     keys = (
         *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
-        *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
+        *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "test_share", "seed"),
     )
     fewest = 10
     cluster = "duplicate cluster"

@@ -200,7 +200,7 @@ class Conversations(RowsOfTask):
 
     keys = (
         *("task", "thinking", "dataset", "split", "system_prompt", "base_model", "revision"),
-        *("max_seq_length", "max_train_rows", "max_eval_rows", "seed"),
+        *("max_seq_length", "max_train_rows", "max_eval_rows", "test_share", "seed"),
     )
     fewest = 5
     cluster = "group"

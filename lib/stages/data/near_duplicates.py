@@ -263,8 +263,6 @@ def _conflicts(table: Any) -> list[dict]:
 
 # Dividing rows: by duplicate cluster for a split, by label for a subsample; equal seeds give equal rows.
 
-SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
-
 
 def drop_copies(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
     """Rows without texts that bear two labels and without surplus copies (after normalisation; the first stays)."""
@@ -278,7 +276,12 @@ def drop_copies(rows: Sequence[Row]) -> tuple[list[Row], Counter[str]]:
     return [row for row, gone in zip(rows, conflicting | copies, strict=True) if not gone], +counts
 
 
-def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float] | None = None) -> dict[str, list[Row]]:
+def shares_of(test: float) -> dict[str, float]:
+    """Shares of the splits with this one of test rows: a tenth for validation, the rest for training."""
+    return {"train": 0.9 - test, "validation": 0.1, "test": test}
+
+
+def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float]) -> dict[str, list[Row]]:
     """Whole clusters to splits, each label near the wanted shares; rows keep their order.
 
     Clusters go, largest first and otherwise in seeded order, to the split that lacks most of the cluster's commonest
@@ -286,9 +289,8 @@ def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float] | 
 
     Args:
         rows: with `group` set.
-        shares: wanted share of each split; default 8 : 1 : 1.
+        shares: wanted share of each split.
     """
-    shares = shares or SHARES
     clusters: dict[int, list[Row]] = {}
     for row in rows:
         clusters.setdefault(row.group, []).append(row)

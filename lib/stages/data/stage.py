@@ -173,6 +173,8 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings)
     flow |= {(reason, "all"): count for reason, count in dropped.items()}
+    if rule.startswith("given") and settings.test_share != Settings().test_share:
+        notes.append(f"test_share {settings.test_share:g} has no effect: the data comes with test rows of its own")
     used = found if rule == GIVEN else kind.audit(splits)
     kind.require_each(splits)
     for name, rows in splits.items():
@@ -273,8 +275,10 @@ def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str
         row.index = index
     kept, dropped = near_duplicates.drop_copies(rows)
     kind.refuse_few(kept)
-    rule = f"8 : 1 : 1 by {kind.rule.format(seed=settings.seed)}"
-    return near_duplicates.split_by_cluster(kept, settings.seed), rule, dropped
+    shares = near_duplicates.shares_of(settings.test_share)
+    ratio = " : ".join(f"{10 * share:g}" for share in shares.values())
+    rule = f"{ratio} by {kind.rule.format(seed=settings.seed)}"
+    return near_duplicates.split_by_cluster(kept, settings.seed, shares), rule, dropped
 
 
 def _left(task: Task, before: Mapping[str, int], splits: Splits) -> Flow:

@@ -8,7 +8,7 @@ import pytest
 
 from lib.stages.data.baseline import linear_floor
 from lib.stages.data.cleaning import clean_split
-from lib.stages.data.near_duplicates import audit, drop_copies, split_by_cluster
+from lib.stages.data.near_duplicates import audit, drop_copies, shares_of, split_by_cluster
 from lib.stages.data.reading import read_table
 
 NAMES = ["负面", "正面"]
@@ -61,5 +61,5 @@ def test_hotel_reviews_quoted_csv(shared_data: Path, home: Path):
     assert [sum(row.label == label for row in rows) for label in (0, 1)] in ([2444, 5321], [2443, 5322])
     audit({"all": rows})
     kept, _ = drop_copies(rows)
-    parts = split_by_cluster(kept, 42)
+    parts = split_by_cluster(kept, 42, shares_of(0.1))
     assert [len(part) for part in parts.values()] == [6212, 776, 776]

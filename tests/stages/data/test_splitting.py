@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.stages.data.cleaning import Row
-from lib.stages.data.near_duplicates import drop_copies, split_by_cluster, subsample
+from lib.stages.data.near_duplicates import drop_copies, shares_of, split_by_cluster, subsample
 
 ROWS = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 2)), min_size=1, max_size=120).map(
     lambda pairs: [Row(i, f"t{i}", label, group=group) for i, (group, label) in enumerate(pairs)]
@@ -17,25 +17,25 @@ ROWS = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 2)), min_size=1, ma
 
 @given(ROWS, st.integers(0, 2**31 - 1))
 def test_no_cluster_crosses_and_no_row_is_lost(rows: list[Row], seed: int):
-    splits = split_by_cluster(rows, seed)
+    splits = split_by_cluster(rows, seed, shares_of(0.1))
     assert sorted(row.index for part in splits.values() for row in part) == [row.index for row in rows]
     groups = [{row.group for row in part} for part in splits.values()]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
     assert all([row.index for row in part] == sorted(row.index for row in part) for part in splits.values())
-    assert splits == split_by_cluster(rows, seed)
+    assert splits == split_by_cluster(rows, seed, shares_of(0.1))
 
 
 @given(st.integers(10, 300), st.integers(10, 300), st.integers(0, 1000))
 def test_single_rows_split_eight_one_one_by_label(first: int, second: int, seed: int):
     rows = [Row(i, "", int(i >= first), group=i) for i in range(first + second)]
-    for part, share in zip(split_by_cluster(rows, seed).values(), (0.8, 0.1, 0.1), strict=True):
+    for part, share in zip(split_by_cluster(rows, seed, shares_of(0.1)).values(), (0.8, 0.1, 0.1), strict=True):
         have = Counter(row.label for row in part)
         assert abs(have[0] - share * first) <= 1 and abs(have[1] - share * second) <= 1
 
 
 def test_another_seed_gives_another_split():
     rows = [Row(i, "", i % 2, group=i) for i in range(200)]
-    assert split_by_cluster(rows, 1)["test"] != split_by_cluster(rows, 2)["test"]
+    assert split_by_cluster(rows, 1, shares_of(0.1))["test"] != split_by_cluster(rows, 2, shares_of(0.1))["test"]
 
 
 @given(ROWS, st.integers(0, 130), st.integers(0, 1000))
