@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 __version__ = "0.1.0"
@@ -20,6 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # llama.cpp ends at once where it aborts: its call of a debugger took a minute, and buried the reason.
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+
+# nbformat's library of schemas would compile a grammar of international addresses at its import, 1.7 of 1.9 seconds,
+# for a check that no schema of notebooks asks for. It goes without where the grammar's library is absent.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 # What libraries say as soon as transformers or peft looks at them: GPU kernels that torchao cannot load, Enums that it
 # registers, an optional kernel of bitsandbytes for single rows. Other messages of these loggers are kept.

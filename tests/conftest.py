@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import lib  # noqa: F401 - before libraries that it makes quick
 from tests.support import forking
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -17,3 +17,20 @@ print(*sorted({"sklearn", "scipy", "pandas"} & set(sys.modules)))
 def test_a_model_needs_no_scikit_learn_and_no_scipy():
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_notebooks_need_no_grammar_of_addresses():
+    """And are checked all the same."""
+    code = """
+import sys
+import lib, nbformat
+notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
+nbformat.validate(notebook)
+notebook.cells[0].cell_type = "none"
+try:
+    nbformat.validate(notebook)
+except nbformat.ValidationError:
+    print(*{"lark", "jsonschema"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["jsonschema"]

@@ -33,7 +33,7 @@ from typing import Any
 
 PARENTS = ("lib.cli", "lib.report.execute", "ipykernel_launcher")
 """Their own children are forked too."""
-MODULES = (*PARENTS, "lib.runs.child")
+MODULES = (*PARENTS, "lib.runs.child", "tests.stages.finetune.forked")
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "MKL_", "OPENBLAS", "CUDA", "GGML_", "LD_", "XDG_", "HOME")
 NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 """transformers loads weights in threads; a forked process sometimes has no thread pool for them."""
