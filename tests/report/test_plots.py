@@ -30,7 +30,7 @@ FIGURES = {
     "length_histogram": lambda: charts.length_histogram({"train": [10, 20, 500], "test": [30, 40]}, 192),
     "learning_curves": lambda: charts.learning_curves(HISTORY, chosen_step=2),
     "estimates": lambda: charts.estimates(
-        "evaluate.wilson", [{"name": "base", "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}], at=0.5, band=0.01
+        "evaluate.wilson", [{"name": "base", "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}], at=0.5, margin=0.01
     ),
     "confusion": lambda: charts.confusion({"base": [[3, 1], [2, 4]], "fine-tuned": [[4, 0], [0, 6]]}, NAMES),
     "reliability": lambda: charts.reliability({"base": [BIN, EMPTY_BIN]}, "c"),
@@ -136,10 +136,10 @@ def test_agreement_by_margin_is_shown_with_its_reading() -> None:
     assert "7/10" in display.table(compare_page.agreement(pairs, [{**REFERENCE, "near_ties": 3}]), "c").data
 
 
-def test_power_is_after_correction() -> None:
-    one, four = (charts.power(267, [0.02], 1.0, tests).data for tests in (1, 4))
-    chances = [int(re.search(r"rows changed: (\d+) % at", text).group(1)) for text in (one, four)]
-    assert chances[0] > chances[1] and "all 4 tests" in four
+def test_power_is_told_at_the_rows_of_the_run() -> None:
+    few, many = (charts.power(n, 1.0).data for n in (200, 2000))
+    assert "0 % of rows changed: 0 % at 200 rows" in few.replace("\u00a0", " ")
+    assert "2 % of rows changed: 92 % at 2,000 rows" in many.replace("\u00a0", " ")
 
 
 def test_limits_that_are_not_there_are_not_drawn() -> None:

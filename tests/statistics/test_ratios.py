@@ -19,7 +19,7 @@ def test_few_groups_are_covered_and_interval_and_test_say_the_same(count: int) -
         groups = np.repeat(np.arange(count), rng.integers(1, 4, count))
         tokens = rng.integers(40, 80, len(groups))
         change = rng.normal(0, 0.1, count)[groups] + rng.normal(0, 0.05, len(groups))
-        found, (p, _) = weighted_mean(change, tokens, groups), cluster_test(change, tokens, groups)
+        found, p = weighted_mean(change, tokens, groups), cluster_test(change, tokens, groups)
         assert found.excludes_zero() == (p < 0.05)
         excluded += found.excludes_zero()
     assert excluded / 400 < 0.1, "about 0.06 for unequal weights; percentiles of four groups: 0.19"
