@@ -121,7 +121,7 @@ def page(
         change = right.astype(int) - reference
         loss, old = share_loss(change, group, weights), clustered_score_interval(change, group)
         entry = {"type": f"q{place:02}", "bytes": 100 - place, "loss": loss.estimate, "leak_free": None, "p_holm": 1.0}
-        entries.append({**entry, "loss_limit": loss.high, "loss_low": loss.low, "equivalent": old.within(0.01)})
+        entries.append({**entry, "loss_limit": loss.high, "equivalent": old.within(0.01)})
     if tested:
         tests = compare_pairs(
             {e["type"]: (reference, f) for e, f in zip(entries, files, strict=True)}, group, 0, weights
@@ -140,7 +140,7 @@ def setting(
 
     Returns:
         "false": a file is recommended whose true loss is the margin or more; "worse": a file is called worse that
-        loses nothing, in truth (none: no such file); "coverage" of the two one-sided limits, mean over the files;
+        loses nothing, in truth (none: no such file); "coverage" of the limits, mean over the files;
         "recommended": any file; "size": mean place of the recommended file among the sizes (1 = the smallest, 0 =
         none); "old", "old false", "old size": the same of the rule before (two-sided 95 % interval inside the margin,
         each file by itself, the smallest of them).
@@ -161,7 +161,7 @@ def _observed(entries: Sequence[Mapping[str, Any]], true: Sequence[float]) -> di
     passed = sum(entry["verdict"] == GOOD_ENOUGH for entry in entries)
     old = max((place + 1 for place, entry in enumerate(entries) if entry["equivalent"]), default=0)
     bad = [loss >= MARGIN_POINTS - 1e-9 for loss in true]
-    inside = [e["loss_low"] <= loss <= e["loss_limit"] for e, loss in zip(entries, true, strict=True)]
+    inside = [loss <= e["loss_limit"] for e, loss in zip(entries, true, strict=True)]
     worse = [e["verdict"] == WORSE for e, loss in zip(entries, true, strict=True) if loss <= 1e-9]
     assert [e["type"] for e in entries[:passed]] == good_enough(entries, MARGIN_POINTS) or not passed
     return {
