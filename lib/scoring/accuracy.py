@@ -66,7 +66,7 @@ class Accuracy:
     margin_setting, margin_condition = "equivalence_margin", "equivalence_margin_points"
     least_move, move_unit = NEAR_TIE, "nats of log-odds"
 
-    def own(self, scores: Scores, groups: np.ndarray, seed: int) -> dict[str, Any]:
+    def own(self, scores: Scores, groups: np.ndarray, seed: int, whole: Entry | None = None) -> dict[str, Any]:
         """The point estimate with its interval, and what stands beside it.
 
         n, accuracy, accuracy_interval (Wilson), macro_f1, f1_interval (bootstrap by group), near_ties, groups,
@@ -74,7 +74,7 @@ class Accuracy:
         that the balanced accuracy is judged), balanced_accuracy (mean recall of the labels), chance (what one label for
         all rows reaches of it), and labels_given (how many different labels are answered).
         """
-        n = len(scores.ids)
+        n, weights = len(scores.ids), balanced_weights(scores.labels, whole and whole["balanced"])
         share = wilson(int(scores.correct.sum()), n)
         f1, interval = f1_interval(scores, groups, seed)
         return {
@@ -84,20 +84,27 @@ class Accuracy:
             "f1_interval": interval,
             "near_ties": scores.near_ties,
             "groups": len(np.unique(groups)),
-            "copies_effect": copies_effect(groups, n, balanced_weights(scores.labels)),
-            "balanced": balanced_weights(scores.labels) is not None,
+            "copies_effect": copies_effect(groups, n, weights),
+            "balanced": weights is not None,
             "balanced_accuracy": float(np.average(scores.correct, weights=label_weights(scores.labels))),
             "chance": 1 / len(np.unique(scores.labels)),
             "labels_given": len(np.unique(scores.predictions)),
         }
 
     def compare(
-        self, reference: Scores, others: Mapping[str, Scores], groups: np.ndarray, seed: int
+        self,
+        reference: Scores,
+        others: Mapping[str, Scores],
+        groups: np.ndarray,
+        seed: int,
+        whole: Entry | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Several models with a reference on one set of rows, Holm-corrected over the models.
 
         Args:
             others: scores by name, the reference not among them.
+            whole: what was said of the reference on all rows, of which these are a part: the same kind of accuracy is
+                judged on them. None = these are all.
 
         Returns:
             by name, and for "" (the reference itself): what `own` gives, and of all but the reference the metric's
@@ -109,13 +116,13 @@ class Accuracy:
             change of the right answer's log-odds, nats, every label counting alike) and its interval, and odds_warning
             (whether it surely lost more than `ODDS_LIMIT`).
         """
-        weights = balanced_weights(reference.labels)
+        weights = balanced_weights(reference.labels, whole and whole["balanced"])
         before, alike = right_log_odds(reference), label_weights(reference.labels)
         tests = compare_pairs(
             {name: (reference.correct, scores.correct) for name, scores in others.items()}, groups, seed, weights
         )
         same = {"flips": 0, "flip_share": 0.0, "label_kld": 0.0, "macro_f1_difference": 0.0}
-        found = {"": {**self.own(reference, groups, seed), **same}}
+        found = {"": {**self.own(reference, groups, seed, whole), **same}}
         for name, scores in others.items():
             divergence = label_divergence(reference, scores)
             f1, f1_limits = f1_difference(scores, reference, groups, seed)
@@ -123,7 +130,7 @@ class Accuracy:
             odds = weighted_mean(right_log_odds(scores) - before, alike, groups)
             change = scores.correct.astype(np.int64) - reference.correct
             found[name] = {
-                **self.own(scores, groups, seed),
+                **self.own(scores, groups, seed, whole),
                 "flips": flips,
                 "flip_share": flips / len(scores.ids),
                 "label_kld": float(divergence.mean()),

@@ -85,7 +85,12 @@ class AnswerPerplexity:
         }
 
     def compare(
-        self, reference: AnswerScores, others: Mapping[str, AnswerScores], groups: np.ndarray, seed: int
+        self,
+        reference: AnswerScores,
+        others: Mapping[str, AnswerScores],
+        groups: np.ndarray,
+        seed: int,
+        whole: Entry | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Beside `own`: what `compare_losses` says."""
         losses = {name: scores.row_losses for name, scores in others.items()}
@@ -200,7 +205,7 @@ def compare(
     if rows.leak_free is not None and rows.leak_free.any():
         mask = rows.leak_free
         kept = {name: scores.subset(mask) for name, scores in others.items()}
-        free = _with_none(metric.compare(reference.subset(mask), kept, rows.groups[mask], seed))
+        free = _with_none(metric.compare(reference.subset(mask), kept, rows.groups[mask], seed, found[""]))
     return {name: {**entry, "leak_free": free.get(name)} for name, entry in _with_none(found).items()}
 
 

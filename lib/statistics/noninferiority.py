@@ -95,13 +95,16 @@ def label_weights(labels: ArrayLike) -> np.ndarray:
     return len(place) / (len(counts) * counts[place])
 
 
-def balanced_weights(labels: ArrayLike) -> np.ndarray | None:
+def balanced_weights(labels: ArrayLike, balanced: bool | None = None) -> np.ndarray | None:
     """`label_weights`, with which a share of right rows is the balanced accuracy, where labels are imbalanced.
 
     None where they are balanced enough for the plain accuracy.
+
+    Args:
+        balanced: which of the two is judged, where it is already known, e.g. of a part of rows by all of them.
     """
     weights = label_weights(labels)
-    return weights if weights.max() > IMBALANCE * weights.min() else None
+    return weights if (weights.max() > IMBALANCE * weights.min() if balanced is None else balanced) else None
 
 
 def share_loss(change: ArrayLike, groups: ArrayLike | None = None, weights: ArrayLike | None = None) -> Interval:
