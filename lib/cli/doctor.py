@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from lib.cli.console import show, table
 from lib.errors import in_words
 from lib.runs import machine
 from lib.runs.files import PROJECT, data_file, home, user_path
+from lib.runs.manifest import version_of
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -203,17 +203,10 @@ def _locked() -> dict[str, str]:
     return versions
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
 def lock_differences() -> list[str]:
     """Packages whose installed version is not that of requirements.txt, as 'name 1.0 (lock: 1.1)'."""
     locked = {name: version for name, version in _locked().items() if name != LLAMA}  # which has a line of its own
-    have = {name: _version(name) for name in locked}
+    have = {name: version_of(name) for name in locked}
     return [f"{n} {have[n]} (lock: {locked[n]})" for n in locked if have[n].partition("+")[0] != locked[n]]
 
 
@@ -243,12 +236,12 @@ def _torch() -> list[Check]:
 
 
 def _libraries() -> list[Check]:
-    words = f"{_version('bitsandbytes')}: a small NF4 product is right"
+    words = f"{version_of('bitsandbytes')}: a small NF4 product is right"
     exporters = ("llmcompressor", "torchao")  # each makes one export format
     return [
         _check("bitsandbytes", words, machine.bitsandbytes_problem()),
         _llama_cpp(),
-        *(_check(name, _version(name), not machine.has_module(name) and "not installed") for name in exporters),
+        *(_check(name, version_of(name), not machine.has_module(name) and "not installed") for name in exporters),
     ]
 
 
@@ -264,7 +257,7 @@ def _llama_cpp() -> Check:
     if crash := llama_cpp_crash():
         return _check(name, "", crash, BROKEN, "llama-cpp-python crashes")
     gpu = "GPU offload" if llama_cpp.llama_supports_gpu_offload() else "CPU only"
-    return _check(name, f"{_version(name)}, {gpu}: survives a prompt on 8-bit weights")
+    return _check(name, f"{version_of(name)}, {gpu}: survives a prompt on 8-bit weights")
 
 
 def _room() -> list[Check]:

@@ -54,13 +54,9 @@ class RowOptions:
                 return self._conversation(values)
         return task_of(settings.check({**values, **self.given}, "the options"))
 
-    def tokenizer(self) -> Path | None:
-        """Folder of the tokenizer of --run."""
-        return None if self.run_name is None else self._product().path / "tokenizer"
-
-    def train(self) -> Path | None:
-        """File of the training rows of --run."""
-        return None if self.run_name is None else self._product().path / "train.jsonl"
+    def part(self, name: str) -> Path | None:
+        """A file or folder of --run's rows: "tokenizer", "train.jsonl"."""
+        return None if self.run_name is None else self._product().path / name
 
     def rows(self, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows, and what they are in words for the result."""
@@ -146,7 +142,7 @@ def evaluate(
         task,
         source,
         ModelOptions(
-            base_model, revision, dtype, load_in_4bit, batch_size, n_threads, n_gpu_layers, rows_from.tokenizer()
+            base_model, revision, dtype, load_in_4bit, batch_size, n_threads, n_gpu_layers, rows_from.part("tokenizer")
         ),
         # The same command finds there what an interrupted one has scored.
         keep=None if output is None else output.with_name(f".{output.name}.scores"),
@@ -190,7 +186,7 @@ def compare(
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
         margin=margins[metric.margin_setting],
-        train=rows_from.train(),
+        train=rows_from.part("train.jsonl"),
     )
     result = compare_files(asked)
     text = table(result["files"], ("type", "bytes", "bits_per_weight", *metric.shown, "kld_mean", "verdict"))

@@ -8,13 +8,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bs4 import BeautifulSoup
+
 from lib.report.display import markup
 from lib.report.index import Stage, Summary, commit_words, fill, parameter_pairs, stylesheet, versions_of
 from lib.report.sentences import LANGUAGE, TEMPLATES, sentence
 from lib.runs.manifest import NOTEBOOK_OF
 
 if TYPE_CHECKING:
-    from bs4 import BeautifulSoup
     from nbconvert import HTMLExporter
     from nbformat import NotebookNode
 
@@ -84,13 +85,10 @@ def _exporter() -> HTMLExporter:
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    config = Config()
-    config.TagRemovePreprocessor.enabled = True
-    config.TagRemovePreprocessor.remove_input_tags = ("remove_input",)
     # the values of a parameters cell are not true for this run: those that papermill put below it are
-    config.TagRemovePreprocessor.remove_cell_tags = ("remove_cell", "parameters")
+    removed = {"remove_input_tags": {"remove_input"}, "remove_cell_tags": {"remove_cell", "parameters"}}
     exporter = HTMLExporter(
-        config=config,
+        config=Config({"TagRemovePreprocessor": {"enabled": True, **removed}}),
         template_name="workbook",
         extra_template_basedirs=[str(TEMPLATES)],
         language_code=LANGUAGE,
@@ -148,8 +146,6 @@ _SOURCES = ("src", "srcset", "data", "poster")
 
 def problems_in(text: str) -> list[str]:
     """What is wrong with a page's HTML, each once; empty when nothing is."""
-    from bs4 import BeautifulSoup
-
     page = BeautifulSoup(text, "html.parser")
     found = [*_resources(page), *_figures(page)]
     found += ["text on stderr" for _ in page.select('[data-mime-type$=".stderr"]')]
@@ -205,8 +201,6 @@ def harmless(html: str) -> str:
     """HTML of outputs and narrative without markup that does something: text of users may hold any."""
     if not _LIVE.search(html):
         return html
-    from bs4 import BeautifulSoup
-
     page = BeautifulSoup(html, "html.parser")
     for tag in page.find_all(True):
         foreign = tag.name == "img" and not str(tag.get("src", "")).startswith("data:")

@@ -217,14 +217,6 @@ def _qualities_table(summary: Summary) -> Table:
     return build(rows, caption, dict.fromkeys(headings.values(), ".3f"))
 
 
-def _reading(summary: Summary) -> list[list[str]]:
-    """(word, meaning) for a run's verdicts, with its own margin and seed."""
-    given = summary.parameters(NOTEBOOK_OF["comparison"])
-    margin = given.get("equivalence_margin" if summary.labelled else "perplexity_margin")
-    values = {"margin": margin, "seed": given.get("seed"), "rule": summary.rule}
-    return word_rows("index.reading", labelled=summary.labelled, **values)
-
-
 def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: str = "") -> Path:
     """Write the overview of a run.
 
@@ -233,6 +225,9 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         state: a sentence when the report is not complete ("stopped in 03_evaluate: …"); empty when it is.
     """
     column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
+    given = summary.parameters(NOTEBOOK_OF["comparison"])
+    margin = given.get("equivalence_margin" if summary.labelled else "perplexity_margin")
+    verdicts = {"margin": margin, "seed": given.get("seed"), "rule": summary.rule}
     files = rows_of("index.files", summary.files, column=column, key=key)
     cost = build(rows_of("index.cost", summary.entries.items()), sentence("index.cost"))
     text = fill(
@@ -243,7 +238,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         state=state,
         qualities=_qualities_table(summary) if summary.qualities else None,
         files=build(files, sentence("index.files")) if summary.files else None,
-        reading=_reading(summary),
+        reading=word_rows("index.reading", labelled=summary.labelled, **verdicts),
         cost=cost if summary.entries else None,
         parameters=parameter_pairs(summary.parameters()),
         versions=versions_of(summary.entries.values()),

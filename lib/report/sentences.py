@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lib.runs.files import templates
 from lib.statistics.intervals import IN_BRACKETS, IN_WORDS, Interval, estimate_text, limits_text
 
 if TYPE_CHECKING:
@@ -108,14 +109,7 @@ def environment(folder: str, escape: bool) -> Environment:
     Args:
         escape: True for templates that write HTML.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    made = Environment(
-        loader=FileSystemLoader(TEMPLATES / folder),
-        autoescape=escape,
-        undefined=StrictUndefined,
-        trim_blocks=escape,
-    )
+    made = templates(TEMPLATES / folder, autoescape=escape, trim_blocks=escape)
     made.filters |= FILTERS
     if not escape:  # a sentence in a cell of `word_rows` must not end the row
         made.finalize = lambda value: value.strip("\n") if isinstance(value, str) else value

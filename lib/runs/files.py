@@ -14,11 +14,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 HOME_VARIABLE = "WORKBOOK_HOME"
 """Environment variable: the folder that holds runs/ and reports/ (default: the project's root)."""
@@ -436,20 +439,19 @@ def _file_state(path: Path) -> list[Any]:
     return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
+def templates(folder: Path, **options: bool) -> Environment:
+    """The templates of a folder; a missing value is an error. `options`: of jinja2.Environment."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, **options)
+
+
 def render(template: Path, **values: Any) -> str:
     """The text of a template with the values put in; nothing is escaped, and a missing value is an error.
 
     A line that holds nothing but a statement leaves no line. `{{ number | form(".2f") }}` formats as Python does,
     `{{ value | python }}` is the value as Python source.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(template.parent),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(template.parent, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"form": format, "python": repr}
     return environment.get_template(template.name).render(values)

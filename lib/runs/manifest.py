@@ -25,16 +25,19 @@ from lib.runs.files import PROJECT, data_file, object_or_empty, read_json, settl
 # What is needed to trust a number later: versions and commit.
 
 
+def version_of(package: str) -> str:
+    """The installed version of a package; "absent" without one."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
 @functools.cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that decide numbers; missing ones are "absent"."""
-    found = {"python": platform.python_version()}
-    for name in data_file("runs/products.yaml")["packages"]:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    """Installed versions of the packages that decide numbers."""
+    packages = data_file("runs/products.yaml")["packages"]
+    return {"python": platform.python_version(), **{name: version_of(name) for name in packages}}
 
 
 @functools.cache

@@ -44,6 +44,6 @@ def test_the_option_run_names_its_folder(home):
 
     product = open_run("r").produce("data", build, {})
     assert (
-        RowOptions(None, "r").tokenizer() == product.path / "tokenizer"
-        and RowOptions("f.csv", None).tokenizer() is None
+        RowOptions(None, "r").part("tokenizer") == product.path / "tokenizer"
+        and RowOptions("f.csv", None).part("tokenizer") is None
     )
