@@ -68,7 +68,7 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
         texts: the training texts, in a fixed order; equal input gives equal bytes.
         words: strings that should cost few tokens (label names, prompts). A word of at most `longest_token` bytes
             that Qwen2's pre-tokenizer leaves in one piece becomes one token.
-        folder: existing folder to write into.
+        folder: to write into; made where it is not there.
     """
     from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 
@@ -94,6 +94,7 @@ def train_tokenizer(texts: list[str], words: list[str], folder: Path, recipe: To
     raw.train_from_iterator(itertools.chain(texts, repeated), trainer)
     raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     # the tokenizer's class would number the special tokens in another order
+    folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps(json.loads(raw.to_str()), ensure_ascii=False, indent=1)
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     for path in SMALL_FILES.iterdir():

@@ -13,8 +13,7 @@ from lib.report import charts
 from lib.report.display import card as card_of
 from lib.report.display import figure, table, tell
 from lib.report.sentences import sentence, word_rows
-from lib.runs.files import whole_lines
-from lib.runs.machine import physical_cores
+from lib.runs.machine import physical_cores, whole_lines
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown

@@ -29,7 +29,6 @@ from typing import Any
 import psutil
 
 from lib.errors import in_words
-from lib.runs.files import whole_lines
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -396,6 +395,15 @@ def _gpu(handles: list[Any]) -> dict[str, float]:
         free, total = torch.cuda.mem_get_info()
         return {"gpu_mib": round((total - free) / MIB, 1)}
     return {}
+
+
+def whole_lines(path: Path) -> list[Any]:
+    """The JSON of the lines of a file that is being written, or was cut by a kill: a line that is none is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def read_samples(path: Path) -> list[dict[str, float]]:
