@@ -140,6 +140,8 @@ def tango_limit(l, k, n):
 def _limit(ref, ans, truth, grp, balanced):
     w = _weights(truth, balanced)
     d = (ans == truth).astype(int) - (ref == truth).astype(int)
+    if len(d) > 1 and grp.max() == 0:
+        return 100.0
     D = _design(d, w, grp)
     return float(tango_limit(w[d == -1].sum() / D, w[d == 1].sum() / D, len(d) / D))
 
