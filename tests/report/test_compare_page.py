@@ -131,7 +131,7 @@ def test_power_is_of_the_design() -> None:
     words = compare_page.page_of(result).detectable()[1].data
     assert f"120 rows, worth {independent:.0f} independent ones" in words
     assert f"exclude a loss of {100 * least_margin(independent):.2g} points" in words
-    assert f"{rows_for(0.02, 0.01):,} independent rows with 2 % changed" in words
+    assert f"{rows_for(0.02, 0.01):,} (2 %)" in words
 
 
 def test_the_table_of_tests_names_its_family() -> None:
