@@ -12,6 +12,7 @@ from lib.serve.listening import ServeOptions
 def package(
     run_name: str,
     type_name: str | None = None,
+    unproven: bool = False,
     formats: str = "",
     output: Path | None = None,
     web: bool = False,
@@ -22,12 +23,24 @@ def package(
 ) -> None:
     """Pack the recommended file, or the one of --type, so that somebody else can use and check it."""
     from lib.runs.run import open_run
+    from lib.stages.package.facts import UNPROVEN
     from lib.stages.package.stage import package as make
     from lib.stages.package.stage import read_formats
 
+    if unproven and type_name:
+        raise InputError("--unproven with --type.", "one of them.", "leave one of the two out.")
     if rows and not web:
         raise InputError("--rows without --web.", "both, or neither.", "add --web.")
-    made = make(open_run(run_name), type_name, read_formats(formats), output, n_threads, force, web, rows)
+    made = make(
+        open_run(run_name),
+        UNPROVEN if unproven else type_name,
+        read_formats(formats),
+        output,
+        n_threads,
+        force,
+        web,
+        rows,
+    )
     report, standing = made.report, made.report["choice"]["standing"]
     names = {"file": report["file"]["name"], "type": report["file"]["type"], "standing": standing}
     result = {"run": run_name, "folder": str(made.product.path), "zip": str(made.archive), **names}

@@ -62,6 +62,26 @@ def good_enough(files: Sequence[Entry], margin: float) -> list[str]:
     return found
 
 
+NO_HARM_NATS = 0.01
+"""KL divergence of the answer words, nats a row, up to which a file shows no sign of harm: of the files of this project's
+runs on 600 rows and more, all that stay below it lost less than a point (docs/statistics.md)."""
+
+
+def no_sign_of_harm(files: Sequence[Entry], margin: float) -> list[str]:
+    """Types of the files without a sign of harm, the largest first, to the first that has one: no proof.
+
+    Their answer words' KL divergence from the reference is surely below `NO_HARM_NATS` (the upper end of its interval), and
+    the loss seen is below the margin. Unlike a loss, that needs no hundreds of rows.
+    """
+    found = []
+    for entry in by_size(files):
+        limit = (entry.get("label_kld_interval") or [None, None])[1]
+        if limit is None or limit > NO_HARM_NATS or entry["loss"] >= margin:
+            break
+        found.append(entry["type"])
+    return found
+
+
 def by_size(files: Sequence[Entry]) -> list[Entry]:
     """The order of the tests: the largest first, files of one size by name."""
     return sorted(files, key=lambda entry: (-entry["bytes"], entry["type"]))

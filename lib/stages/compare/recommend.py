@@ -18,6 +18,7 @@ from lib.statistics.noninferiority import (
     FEWEST_GROUPS,
     GOOD_ENOUGH,
     LEVEL,
+    NO_HARM_NATS,
     NO_VERDICT,
     NOT_SHOWN,
     WORSE,
@@ -25,6 +26,8 @@ from lib.statistics.noninferiority import (
     fewest_groups,
     good_enough,
     least_margin,
+    no_sign_of_harm,
+    rows_for,
     verdicts,
 )
 
@@ -60,8 +63,9 @@ def recommend(
         enough), "reason" ("good enough" | "not shown", or why nothing can be judged: "alone" | "few" | "constant" |
         "unlearned"), "tested" (types in the order of the tests, to the one that ended them), "ended_by" (that one; None
         where every file is good enough), "rows_needed" (with which that one would be shown, if what was seen of it is
-        true; None where more rows would not help or are not needed) and "text" (a paragraph; behind a blank line
-        another on files that are worse, if there are any).
+        true; None where more rows would not help or are not needed), "unproven" (where nothing is recommended for want
+        of rows: the smallest file without a sign of harm, or None) and "text" (a paragraph; behind blank lines others on
+        that file and on files that are worse, if there are any).
     """
     order = by_size(files)
     passed = good_enough(files, margin)
@@ -70,6 +74,8 @@ def recommend(
     ended = None if problem or len(passed) == len(order) else order[len(passed)]
     needed = metric.rows_needed(ended, margin) if ended else None
     reason = problem or (GOOD_ENOUGH if chosen else NOT_SHOWN)
+    harmless = no_sign_of_harm(files, margin) if reason in (NOT_SHOWN, "few") else []
+    unproven = order[len(harmless) - 1] if harmless else None
     text = _written(
         "recommendation.j2",
         metric=metric,
@@ -79,6 +85,9 @@ def recommend(
         margin=margin,
         chosen=chosen,
         ended=ended,
+        unproven=unproven,
+        limit_nats=NO_HARM_NATS,
+        rows_at_best=rows_for(0.0, margin / 100) if unproven else None,
         rows_needed=needed,
         fewest=FEWEST_GROUPS,
         groups=fewest_groups(reference),
@@ -95,6 +104,7 @@ def recommend(
         "tested": [] if problem else [entry["type"] for entry in order[: len(passed) + 1]],
         "ended_by": ended and ended["type"],
         "rows_needed": needed,
+        "unproven": unproven and unproven["type"],
         "text": text,
     }
 

@@ -24,6 +24,9 @@ from lib.statistics.losses import retention_warning
 # Which file goes into the package, and what the evidence says of that choice.
 
 RECOMMENDED, AGAINST, WITHOUT = "recommended", "against the recommendation", "without sufficient evidence"
+NO_SIGN = "no sign of harm, not proven"
+UNPROVEN = "unproven"
+"""Asks for the smallest file without a sign of harm where none is recommended (`lib.statistics.noninferiority`)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ChosenFile:
     Attributes:
         type: quantization type.
         source: the file.
-        standing: RECOMMENDED, AGAINST or WITHOUT.
+        standing: RECOMMENDED, AGAINST, WITHOUT or NO_SIGN.
         words: the same in sentences, for card and report.
         entry, reference: of comparison.json.
     """
@@ -51,20 +54,21 @@ def choose_file(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> 
 
     Args:
         comparison: content of comparison.json.
-        wanted: a type of the comparison; None = the recommended one.
+        wanted: a type of the comparison; None = the recommended one; UNPROVEN.
 
     Raises:
         InputError: nothing is recommended and nothing was asked for; a type that was not compared.
     """
     advice = comparison["recommendation"]
     entries = {e["type"]: e for e in comparison["files"] if str(e.get("file", "")).endswith(".gguf")}
-    if wanted is None and advice["type"] is None:
+    unproven = advice.get("unproven") if wanted == UNPROVEN else None
+    asked = advice["type"] or unproven if wanted in (None, UNPROVEN) else wanted
+    if asked is None:
         raise InputError(
             f"the comparison of run {run.name!r} recommends no file ({advice['text']})",
             "a recommended file, or your own decision.",
             f"decide yourself with --type, one of {', '.join(entries)}; the model card will say so.",
         )
-    asked = wanted or advice["type"]
     entry = next((entry for name, entry in entries.items() if name.lower() == asked.lower()), None)
     if entry is None:
         raise InputError(f"--type {wanted!r}.", f"a compared GGUF file: {', '.join(entries)}.", "name one of them.")
@@ -81,6 +85,8 @@ def _standing(entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str,
     if warning not in advice["text"]:  # where no file is recommended, the text warns of every one already
         own += f" {warning}"
     if advice["type"] is None:
+        if chosen == advice.get("unproven"):
+            return NO_SIGN, f"{own} {advice['text']}"
         return WITHOUT, f"{chosen} was chosen by the user; the evidence recommends no file. {own} {advice['text']}"
     against = f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}."
     return AGAINST, f"{against} {own} {advice['text']}"

@@ -182,6 +182,18 @@ def test_answers_without_labels() -> None:
     assert tight["type"] is None and 100 < tight["rows_needed"] < 2_000
 
 
+def test_small_data_get_an_answer_of_another_kind() -> None:
+    """60 rows cannot show a loss below a point; that nothing moved, they can."""
+    few = answer(files({"Q8_0": [], "Q4_K_M": [], "Q3_K_M": [], "Q2_K": [0, 1, 2]}, LABELS[:60], wrong=5))
+    assert few["type"] is None and few["reason"] == "not shown" and few["unproven"] == "Q3_K_M"
+    assert "Without proof: Q3_K_M, 25.00 MB, shows no sign of harm. No answer of 60 changed" in few["text"]
+    assert "would take 316 independent rows without any change" in few["text"]
+    sixteen = answer(files({"Q8_0": []}, LABELS[:16], wrong=0))
+    assert sixteen["reason"] == "few" and sixteen["unproven"] == "Q8_0"
+    assert answer(files(STEPS))["unproven"] is None, "where a file is recommended there is no second answer"
+    assert answer(files({"Q8_0": []}, wrong=490))["unproven"] is None, "nor from a reference that has not learned"
+
+
 # By limits that the user names.
 
 

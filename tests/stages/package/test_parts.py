@@ -15,7 +15,18 @@ from lib.prompts.tasks import ConversationTask, Task
 from lib.prompts.templates import read_turns
 from lib.runs.files import write_json
 from lib.stages.package.documents import card, go_template, modelfile
-from lib.stages.package.facts import AGAINST, RECOMMENDED, WITHOUT, ChosenFile, Facts, choose_file, gguf_name, licences
+from lib.stages.package.facts import (
+    AGAINST,
+    NO_SIGN,
+    RECOMMENDED,
+    UNPROVEN,
+    WITHOUT,
+    ChosenFile,
+    Facts,
+    choose_file,
+    gguf_name,
+    licences,
+)
 from lib.stages.package.stage import REPORT, check_target, read_formats, write_zip
 from lib.statistics.losses import retention_warning
 from tests import tiny_run
@@ -216,6 +227,11 @@ def test_evidence(tmp_path: Path) -> None:
         "Q8_0",
         RECOMMENDED,
     )
+    unsure = {**comparison, "recommendation": {"type": None, "unproven": "Q8_0", "text": "Not shown."}}
+    assert choose_file(run, unsure, UNPROVEN).standing == NO_SIGN
+    assert choose_file(run, comparison, UNPROVEN).standing == RECOMMENDED
+    with pytest.raises(InputError, match="recommends no file"):
+        choose_file(run, unsure, None)
     other = choose_file(run, comparison, "Q2_K")
     assert other.standing == AGAINST and "against the recommendation, which is Q8_0" in other.words
     assert "worse" in other.words and other.reference["type"] == "F16"
