@@ -63,15 +63,15 @@ def good_enough(files: Sequence[Entry], margin: float) -> list[str]:
 
 
 NO_HARM_NATS = 0.01
-"""KL divergence of the answer words, nats a row, up to which a file shows no sign of harm: of the files of this project's
-runs on 600 rows and more, all that stay below it lost less than a point (docs/statistics.md)."""
+"""KL divergence of the answer words, nats a row, up to which a file shows no sign of harm: of the files of this
+project's runs on 600 rows and more, all that stay below it lost less than a point (docs/statistics.md)."""
 
 
 def no_sign_of_harm(files: Sequence[Entry], margin: float) -> list[str]:
     """Types of the files without a sign of harm, the largest first, to the first that has one: no proof.
 
-    Their answer words' KL divergence from the reference is surely below `NO_HARM_NATS` (the upper end of its interval), and
-    the loss seen is below the margin. Unlike a loss, that needs no hundreds of rows.
+    Their answer words' KL divergence from the reference is surely below `NO_HARM_NATS` (the upper end of its interval),
+    and the loss seen is below the margin. Unlike a loss, that needs no hundreds of rows.
     """
     found = []
     for entry in by_size(files):

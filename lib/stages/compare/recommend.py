@@ -64,8 +64,8 @@ def recommend(
         "unlearned"), "tested" (types in the order of the tests, to the one that ended them), "ended_by" (that one; None
         where every file is good enough), "rows_needed" (with which that one would be shown, if what was seen of it is
         true; None where more rows would not help or are not needed), "unproven" (where nothing is recommended for want
-        of rows: the smallest file without a sign of harm, or None) and "text" (a paragraph; behind blank lines others on
-        that file and on files that are worse, if there are any).
+        of rows: the smallest file without a sign of harm, or None) and "text" (a paragraph; behind blank lines others
+        on that file and on files that are worse, if there are any).
     """
     order = by_size(files)
     passed = good_enough(files, margin)
