@@ -41,21 +41,22 @@ def examine(path: Path) -> dict[str, Any]:
     return report
 
 
-def _ask_convert(folder: Path, report: Mapping[str, Any]) -> None:
+def _ask_convert(folder: Path, report: dict[str, Any]) -> None:
     from lib.models.weights import open_weights
     from lib.stages.convert.convert import Conversion
 
-    Conversion(folder, open_weights(folder), folder / "inspected.gguf", "f16")
+    report["notes"] += Conversion(folder, open_weights(folder), folder / "inspected.gguf", "f16").tokenizer["unsaid"]
 
 
 def _ask_merge(folder: Path, report: dict[str, Any]) -> None:
     """Against the base, where that lies on this disk."""
     from lib.models.adapters import read_adapter
-    from lib.stages.merge.adapter import plan_merge, refuse_unsupported
+    from lib.stages.merge.adapter import plan_merge, refuse_unsupported, remarks
 
     adapter = read_adapter(folder)
     adapter.require_finite()
     refuse_unsupported(adapter)
+    report["notes"] += remarks(adapter)
     base = user_path(str(report["base_model"] or ""))
     if report["base_model"] and base.is_dir():
         plan_merge(base, folder)
@@ -165,7 +166,7 @@ def merge(
 
     report = asdict(merge_folders(base, given, output_dir, dtype, tokenizer, also))
     plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
-    text = f"{output_dir}\n{_lines(report, *plain)}"
+    text = f"{output_dir}\n{_lines(report, *plain)}" + "".join(f"\nnote: {words}" for words in report["remarks"])
     if tokenizer == "adapter" and (own := differences(given, base)):
         report["tokenizer"] = list(own)
         text += "\ntaken from the adapter: " + "; ".join(own.values())
@@ -190,10 +191,10 @@ def convert(
         from lib.stages.convert.convert import convert as convert_folder
 
         report = asdict(convert_folder(model_dir, output, outtype))
-    keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded")
+    keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded", "unsaid")
     show(report, as_json, _lines(report, *keys))
 
 
 def _lines(report: dict[str, Any], *keys: str) -> str:
     """The named keys of a report, one a line."""
-    return "\n".join(f"{key}: {cell(report[key])}" for key in keys if key in report)
+    return "\n".join(f"{key}: {cell(report[key])}" for key in keys if report.get(key, []) != [])

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from lib.errors import InputError
-from lib.models.gguf_file import TABLES
+from lib.models.gguf_file import ARCHITECTURES, TABLES, names_of
 from lib.models.weights import Shaped, Weights, open_weights, read_object
 
 MOST = 2**31 - 1
@@ -220,13 +220,16 @@ def attention_rows(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+"""Ends of names that older versions saved, and that no program reads."""
 
 
 def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
     """Compare config.json with the tensors, before anything is built from its sizes.
 
     Raises:
-        InputError: other layers, or a tensor of another shape than a key says.
+        InputError: other layers, a tensor of another shape than a key says, or (of the architectures that GGUF is
+            written of) tensors that transformers would leave out, or miss.
     """
     path, layers = weights.folder / "config.json", config.get("num_hidden_layers")
     seen = {int(match[1]) for name in weights.tensors if (match := LAYER.fullmatch(name))}
@@ -239,6 +242,18 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config"):
         return  # packed: other shapes
+    if (kind := config.get("model_type")) in ARCHITECTURES.values():
+        wanted = {*names_of({"num_hidden_layers": len(seen), **config}).values()}
+        have = {name for name in weights.tensors if not name.endswith(BUFFERS)} - ({"lm_head.weight"} - wanted)
+        for what, odd in (("lacks", sorted(wanted - have)), ("has", sorted(have - wanted))):
+            if odd:
+                raise InputError(
+                    f"{weights.folder} {what} {len(odd)} tensors that a {kind} model of its config.json "
+                    f"{'has' if what == 'lacks' else 'does not have'} (first {odd[0]}).",
+                    "the tensors of a whole model (adapters merged), which transformers and llama.cpp read alike.",
+                    "run `workbook merge` first, download the folder again, or correct config.json (attention_bias, "
+                    "mlp_bias, tie_word_embeddings).",
+                )
     sizes = {**config, **attention_rows(config)}
     for name, tensor in weights.tensors.items():
         module = LAYER.sub(r"\2", name).removesuffix(".weight")  # of a bias it is none of them

@@ -313,6 +313,13 @@ def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, 
     return names
 
 
+def names_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """As `tensor_names`, of a configuration: with the biases that it says."""
+    kind = config["model_type"]
+    more = {ours: name for key, of in BIASES[kind].items() if config.get(key) for ours, name in of.items()}
+    return tensor_names(kind, int(config["num_hidden_layers"]), bool(config.get("tie_word_embeddings")), more)
+
+
 def rotary_heads(name: str, config: dict[str, Any]) -> int:
     """Number of heads whose rows llama.cpp orders differently: query and key of Llama; 0 for all other tensors.
 
@@ -345,7 +352,7 @@ def unpair_rows(values: np.ndarray, heads: int) -> np.ndarray:
 
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
     """Rope parameters of the full-attention layers, in the layout of transformers 5."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # transformers' order
     rope = dict(rope.get("full_attention", rope))
     if "rope_theta" not in rope and config.get("rope_theta") is not None:
         rope["rope_theta"] = config["rope_theta"]

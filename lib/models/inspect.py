@@ -245,10 +245,6 @@ def _describe_weights(found: _Findings, config: Mapping[str, Any], sound: Mappin
     found.attempt(lambda: refuse_other_task(found.path, weights.tensors, sound.get("architectures") or ()))
     found.attempt(lambda: check_sizes(weights, sound))
     own = "lm_head.weight" in weights.tensors  # input and output share one matrix where it is absent
-    if said is False and not own:
-        found.problems.append(
-            "config.json says the output matrix is separate (tie_word_embeddings: false), but it is missing"
-        )
     embedding = weights.tensors.get("model.embed_tokens.weight")
     found.facts |= {
         "parameters": weights.parameters,

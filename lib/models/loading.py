@@ -78,28 +78,30 @@ def load_as_saved(folder: Path) -> PreTrainedModel:
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     if not logger.filters:
         logger.addFilter(lambda record: not str(record.msg).startswith("MatMul8bitLt: inputs will be cast"))
-    model, report = _from_pretrained(folder)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report[kind])):
-            raise InputError(
-                f"{folder} has {len(wrong)} {kind.replace('_', ' ')} (first {wrong[0]}).",
-                "a tensor for each place of the model.",
-                "make the folder again.",
-            )
+    model = _from_pretrained(folder)
     return model.requires_grad_(False).eval()
 
 
-def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model, and what transformers says of tensors that are missing or superfluous."""
+def _from_pretrained(folder: Path, **options: Any) -> Any:
+    """The model, with exactly the tensors of the folder."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
         with no_warnings():
-            return AutoModelForCausalLM.from_pretrained(str(folder), ignore_mismatched_sizes=True, **options)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(str(folder), ignore_mismatched_sizes=True, **options)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         found = f"{folder} cannot be loaded ({type(error).__name__}: {one_line(error)})."
         raise InputError(found, "a folder that transformers loads.", "download it again, or take another.") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, report[kind])):
+            raise InputError(
+                f"{folder} has {len(wrong)} {kind.replace('_', ' ')} (first {wrong[0]}).",
+                "a tensor for each place of the model, of the size that config.json says.",
+                "download or make the folder again.",
+            )
+    return model
 
 
 def load_tokenizer(path: Path, chat: bool = True) -> PreTrainedTokenizerBase:
@@ -155,14 +157,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": getattr(torch, machine.compute_dtype(dtype)[0])}
     if load_in_4bit:
         options |= {"quantization_config": _nf4(options["dtype"]), "device_map": {"": device}}
-    model, report = _from_pretrained(path, attn_implementation="sdpa", use_safetensors=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{path} lacks {len(missing)} tensors (first {missing[0]}).", "all tensors.", "download the folder again."
-        )
-    if other := sorted(report["mismatched_keys"]):
-        found = f"{path}: {len(other)} tensors have other shapes than config.json says (first {other[0][0]})."
-        raise InputError(found, "a config.json that belongs to these weights.", "download the folder again.")
+    model = _from_pretrained(path, attn_implementation="sdpa", use_safetensors=True, **options)
     if load_in_4bit:
         _keep_trainable(model)
     else:

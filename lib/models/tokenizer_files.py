@@ -193,6 +193,9 @@ def doubles(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         found.append(f"both {SINGLE} and {INDEX}: the one file is read, the index and its shards count for nothing")
     own_file = folder / "chat_template.jinja"
+    config = reader(folder)("config.json")
+    if (old := config.get("rope_scaling")) and (new := config.get("rope_parameters")) and old != new:
+        found.append("rope_scaling and another rope_parameters in config.json: rope_scaling is read")
     if written and own_file.is_file():
         if written != _text(own_file):
             found.append(

@@ -97,7 +97,7 @@ def impostor(head: bytes) -> tuple[str, str] | None:
         return "a Git LFS pointer", "run `git lfs pull` in its clone"
     if head.lstrip()[:1] == b"<":
         return "a web page", "download the file itself again"
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{":  # a header of 640 bytes begins so, too
         return "a pickle", "save the weights as safetensors"
     return None
 

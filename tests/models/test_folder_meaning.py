@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lib.cli.models import examine
 from lib.errors import InputError
 from lib.models.base_model import check_base_folder, check_model_folder
+from lib.models.gguf_file import read_metadata
 from lib.models.inspect import inspect
+from lib.models.loading import load_model
 from lib.models.tokenizer_files import chat_templates, reader, vocabulary
 from lib.models.weights import INDEX, SINGLE, open_weights, read_object
 from lib.prompts.templates import describe_template
@@ -246,6 +250,107 @@ def configured(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
+def biases(*names: str) -> Callable[[dict[str, Any]], None]:
+    """Biases of modules of every block."""
+
+    def add(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.removesuffix(".weight").endswith(names)]:
+            tensors[name.replace(".weight", ".bias")] = tensors[name][..., 0].clone().reshape(-1)
+
+    return add
+
+
+PLACES: list[tuple[str, Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
+    ("llama", biases("q_proj", "k_proj", "v_proj"), {}, "does not have .first .*k_proj.bias"),
+    ("llama", biases("gate_proj", "up_proj", "down_proj"), {}, "does not have .first .*down_proj.bias"),
+    ("qwen3", biases("q_proj", "k_proj", "v_proj"), {}, "does not have .first .*k_proj.bias"),
+    ("qwen2", biases("o_proj"), {}, "does not have .first .*o_proj.bias"),
+    ("qwen2", biases("model.norm"), {}, "does not have .first model.norm.bias"),
+    ("qwen2", biases("lm_head"), {"tied": False}, "does not have .first lm_head.bias"),
+    ("llama", lambda t: t.update({NAME.replace("proj", "norm"): t[NAME][0, :16].clone()}), {}, "does not.*q_norm"),
+    ("llama", lambda t: None, {"attention_bias": True}, "lacks 8 tensors"),
+    ("llama", biases("gate_proj"), {"mlp_bias": True}, "lacks 4 tensors"),
+    ("qwen2", lambda t: t.pop("model.norm.weight"), {}, "lacks 1 tensors .*model.norm.weight"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "options", "words"), PLACES)
+def test_tensors_that_loading_would_drop_or_miss(
+    kind: str, change: Callable[[dict[str, Any]], Any], options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "model", kind=kind, **options)
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    assert any(re.search(words, problem) for problem in inspect(folder)["problems"])
+    for read in (check_model_folder, lambda folder: convert(folder, tmp_path / "m.gguf")):
+        with pytest.raises(InputError, match=words):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "options"),
+    [
+        ("llama", biases("q_proj", "k_proj", "v_proj", "o_proj"), {"attention_bias": True}),
+        ("llama", biases("gate_proj", "up_proj", "down_proj"), {"mlp_bias": True}),
+        ("qwen2", lambda t: t.update({NAME.replace("q_proj.weight", "rotary_emb.inv_freq"): t[NAME][0].clone()}), {}),
+        ("qwen2", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}), {}),
+    ],
+)
+def test_tensors_that_have_their_place(
+    kind: str, change: Callable[[dict[str, Any]], Any], options: dict[str, Any], tmp_path: Path, no_load: None
+) -> None:
+    folder = write_model(tmp_path / "model", kind=kind, **options)
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    assert not inspect(folder)["problems"]
+    load_model(folder, "float32", device="cpu")
+    convert(folder, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "loads"),
+    [
+        ("qwen2", {"max_window_layers": None}, False),
+        ("qwen2", {"layer_types": ["full_attention"]}, False),
+        ("qwen2", {"text_config": {"hidden_size": 32}}, False),
+        ("qwen2", {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 32}}, False),
+        ("qwen2", {"rope_scaling": {"rope_type": "linear"}}, False),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, False),
+        ("qwen2", {"sliding_window": None, "rope_scaling": None, "layer_types": ["full_attention"] * 2}, True),
+    ],
+    ids=str,
+)
+def test_what_loading_refuses_is_no_good_folder(
+    kind: str, changes: dict[str, Any], loads: bool, tmp_path: Path, no_load: None
+) -> None:
+    folder = write_model(tmp_path / "model", kind=kind, **changes)
+    assert bool(examine(folder)["problems"]) != loads
+    for read in (load_model, lambda folder: convert(folder, tmp_path / "m.gguf")):
+        with contextlib.nullcontext() if loads else pytest.raises(InputError):
+            read(folder)
+
+
+def test_biases_that_llama_cpp_does_not_read_are_named(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", kind="qwen3", attention_bias=True)
+    tensors = load_file(folder / SINGLE)
+    biases("q_proj", "k_proj", "v_proj", "o_proj")(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    check_model_folder(folder)
+    assert any("attention_bias True" in problem for problem in examine(folder)["problems"])
+
+
+@pytest.mark.parametrize("old", [{"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 2.0}])
+def test_rope_that_stands_twice_is_that_of_transformers(
+    old: dict[str, Any], model: Path, tmp_path: Path, no_load: None
+) -> None:
+    configured(model, rope_scaling=old, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    convert(model, tmp_path / "m.gguf")
+    assert read_metadata(tmp_path / "m.gguf")["qwen2.rope.scaling.factor"] == old["factor"]
+    assert any("rope_scaling is read" in note for note in inspect(model)["notes"])
+
+
 SIZES = {
     "num_hidden_layers": (1, 3, 9_999, 10**9, 0, "2", [2], 10**21),
     "hidden_size": (128, 10**9, -1, True, 64.0),
@@ -331,3 +436,14 @@ def test_marks_of_what_is_learned_render(tags: tuple[str, str]) -> None:
 def test_json_of_a_template_is_written_as_transformers_does(options: str) -> None:
     turn = "{{ m.role }}: {{ m.content | tojson(" + options + ") }}\n"
     assert describe_template("{% for m in messages %}" + turn + "{% endfor %}")["problem"] is None
+
+
+@pytest.mark.parametrize("length", [0x280, 0x480, 0x4B50])
+def test_lengths_of_headers_that_look_like_a_pickle(length: int, model: Path) -> None:
+    tensors = load_file(model / SINGLE)
+    save_file(tensors, model / SINGLE, metadata={"format": "pt"})
+    stored = (model / SINGLE).read_bytes()
+    size = int.from_bytes(stored[:8], "little")
+    header = stored[8 : 8 + size].rstrip().ljust(length + (1 << 16) * (size > length))
+    (model / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + stored[8 + size :])
+    assert open_weights(model).tensors.keys() == tensors.keys()

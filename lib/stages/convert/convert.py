@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ class ConversionReport:
         float16_fallback: tensors whose rows Q8_0 cannot divide.
         pre_tokenizer, recognised: name in GGUF and how it was found.
         loaded: what llama.cpp said when it opened the file, in words.
+        unsaid: added tokens that llama.cpp cuts otherwise, and why.
     """
 
     model: str
@@ -119,6 +120,7 @@ class ConversionReport:
     recognised: str
     loaded: str
     seconds: float
+    unsaid: list[str] = field(default_factory=list)
 
 
 def convert(model_dir: Path, output: Path, outtype: str = "f16", name: str | None = None) -> ConversionReport:

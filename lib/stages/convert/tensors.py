@@ -15,7 +15,7 @@ import numpy as np
 
 from lib.errors import InputError, one_line
 from lib.models import gguf_file
-from lib.models.configurations import check_sizes, read_configuration, refuse_other_task
+from lib.models.configurations import BUFFERS, check_sizes, read_configuration, refuse_other_task
 from lib.models.weights import (
     FLOAT16_MAX,
     Shaped,
@@ -34,9 +34,9 @@ from lib.runs.files import write_at
 # The order and the types of the keys are those of the converter of llama.cpp (`conversion/base.py`,
 # set_gguf_parameters; `conversion/llama.py`), so that the files are equal byte for byte.
 
-_YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor"}
-_YARN |= {"beta_fast": "beta_fast", "beta_slow": "beta_slow"}
-"""Key of rope_scaling → what the writer of the gguf library calls it behind rope_scaling_yarn."""
+_NEEDED = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}
+_NEEDED |= {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+"""Kind of rope scaling → keys that transformers does not take it without."""
 
 
 def read_convertible(folder: Path) -> dict[str, Any]:
@@ -66,6 +66,11 @@ def read_convertible(folder: Path) -> dict[str, Any]:
     return config
 
 
+_NULLABLE = ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "head_dim", "bos_token_id")
+_NULLABLE += ("eos_token_id", "pad_token_id", "quantization_config", "dtype", "torch_dtype")
+"""Keys of config.json that may be null; of others transformers is asked."""
+
+
 def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
     """config.json as it is, when it leaves nothing that matters to a default; None when transformers must fill it in.
 
@@ -74,9 +79,11 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
     name = gguf_file.ARCHITECTURES.get(next(iter(config.get("architectures") or ()), ""))
     needed = {*gguf_file.NUMBERS, "vocab_size", "tie_word_embeddings", "rms_norm_eps"}
     needed |= {"head_dim"} if name != "qwen2" else set()
-    rope = config.get("rope_parameters") or config
-    whole = name and name == config.get("model_type") and rope.get("rope_theta") is not None
-    return config if whole and all(config.get(key) is not None for key in needed) else None
+    whole = name and name == config.get("model_type") and gguf_file.rope_of(config).get("rope_theta") is not None
+    odd = any(value is None and key not in _NULLABLE for key, value in config.items())
+    odd |= not isinstance(config.get("rms_norm_eps"), float)
+    odd |= len(config.get("layer_types") or "") not in (0, config.get("num_hidden_layers"))
+    return config if whole and not odd and all(config.get(key) is not None for key in needed) else None
 
 
 def _full_config(folder: Path) -> dict[str, Any]:
@@ -93,6 +100,8 @@ def _full_config(folder: Path) -> dict[str, Any]:
 
 
 _COMPUTED: dict[str, tuple[Any, ...]] = {"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)}
+_COMPUTED |= {"truncate": (None, True), "extrapolation_factor": (None, 1), "text_config": (None,)}
+_COMPUTED |= {"beta_fast": (None, 32), "beta_slow": (None, 1)}
 """Key of config.json → the values that llama.cpp computes; of others it would know nothing, and answer otherwise."""
 
 
@@ -102,6 +111,8 @@ def _not_computed(config: dict[str, Any]) -> str | None:
     for key, values in _COMPUTED.items():
         if found.get(key) not in values:
             return f"{key} {found[key]!r}"
+    if config["model_type"] == "qwen3" and config.get("attention_bias"):
+        return "attention_bias True"  # llama.cpp reads those of query, key and value alone
     layers = config.get("layer_types") or []
     slides = config.get("use_sliding_window") and (config.get("max_window_layers") or 0) < config["num_hidden_layers"]
     odd = sorted({"sliding_attention"} if slides else set(layers) - {"full_attention"})
@@ -126,11 +137,17 @@ def _refuse_special(folder: Path, config: dict[str, Any]) -> None:
         raise InputError(f"{odd} in {place}.", "a model that llama.cpp computes as transformers does.", "take another.")
     if kind not in (None, "default", *rope_types):
         raise InputError(f"rope type {kind!r} in {place}.", f"default, {', '.join(rope_types)}.", official)
-    if kind == "yarn" and "original_max_position_embeddings" not in rope:
+    if lacks := [key for key in _NEEDED.get(kind, ()) if rope.get(key) is None]:
         raise InputError(
-            f"YaRN without original_max_position_embeddings in {place}.",
-            "the context length the model was trained with.",
+            f"rope type {kind} without {', '.join(lacks)} in {place}.",
+            "what the model was trained with.",
             "add it to rope_scaling.",
+        )
+    own = 0.1 * math.log(max(1, rope.get("factor") or 1)) + 1  # of llama.cpp, whatever the file says
+    asked = 1 if rope.get("mscale") and rope.get("mscale_all_dim") else rope.get("attention_factor")
+    if kind == "yarn" and asked is not None and not math.isclose(asked, own, rel_tol=1e-3):
+        raise InputError(
+            f"YaRN with attention_factor or mscale of its own in {place}.", f"attention_factor {own:.4g}.", official
         )
 
 
@@ -150,22 +167,20 @@ def write_parameters(writer: gguf.GGUFWriter, config: dict[str, Any], file_type:
 
 
 def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
-    factor, kind = rope.get("factor"), rope["rope_type"]
-    if kind in ("linear", "yarn") and factor is not None:
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(factor)
+        writer.add_rope_scaling_factor(rope["factor"])
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-            for key, name in _YARN.items():
+            for key in ("beta_fast", "beta_slow"):
                 if rope.get(key) is not None:
-                    getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[key])
+                    getattr(writer, f"add_rope_scaling_yarn_{key}")(rope[key])
     if rope.get("rope_theta") is not None:
         writer.add_rope_freq_base(rope["rope_theta"])
 
 
 # The tensors of a GGUF: names, types, and their bytes made in slabs, with NumPy alone.
-
-_IGNORED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -203,24 +218,16 @@ def plan_tensors(weights: Weights, config: dict[str, Any], outtype: str) -> list
     """
     refuse_other_task(weights.folder, weights.tensors)
     check_sizes(weights, config)
-    architecture, blocks = config["model_type"], int(config["num_hidden_layers"])
-    names = gguf_file.name_map(architecture, blocks)
+    names = {name: ours for ours, name in gguf_file.names_of(config | {"tie_word_embeddings": False}).items()}
     wanted, float32 = gguf.GGMLQuantizationType[outtype.upper()], gguf.GGMLQuantizationType.F32
     plan, factors = [], gguf_file.rope_factors(config)
     if factors is not None:
         plan.append(PlannedTensor(gguf_file.ROPE_FACTORS, float32, factors.shape, factors.nbytes, None, values=factors))
     for name, source in weights.tensors.items():
-        if name.endswith(_IGNORED):
+        if name.endswith(BUFFERS):
             continue
         source.require_floats()
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if new is None:
-            raise InputError(
-                f"tensor {name} in {weights.folder}, which {architecture} does not have.",
-                "the weights of a whole model (adapters merged).",
-                "run `workbook merge` first, or check that config.json belongs to these weights.",
-            )
-        kind = wanted
+        new, kind = names[name], wanted
         if len(source.shape) <= 1 or new.endswith("_norm.weight") or not new.endswith(".weight"):
             kind = float32
         elif kind == gguf.GGMLQuantizationType.Q8_0 and source.shape[-1] % 32:
@@ -228,16 +235,6 @@ def plan_tensors(weights: Weights, config: dict[str, Any], outtype: str) -> list
         block, size = gguf.GGML_QUANT_SIZES[kind]
         nbytes, heads = source.size // block * size, gguf_file.rotary_heads(name, config)
         plan.append(PlannedTensor(new, kind, source.shape or (1,), nbytes, source, heads))
-    have = {tensor.name for tensor in plan}
-    needed = gguf_file.tensor_names(architecture, blocks, bool(config.get("tie_word_embeddings")))
-    if missing := sorted(needed.keys() - have):
-        raise InputError(
-            f"{weights.folder} lacks {len(missing)} tensors of a {architecture} model (first {missing[0]}).",
-            f"all tensors of {blocks} layers.",
-            "check that config.json belongs to these weights and that no shard is missing.",
-        )
-    if len(have) != len(plan):
-        raise InputError(f"two tensors of {weights.folder} have one name in GGUF.", "each once.", "check the folder.")
     return plan
 
 

@@ -102,7 +102,8 @@ def _is_plain(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
             and not any(settings.get(key) for key in _SWITCHES)
             and len(added) == len(stored["added_tokens"])
             and all(added[_content(name)]["special"] for name in names if name is not None)
-            and (not ids or ids == {token["id"]: name for name, token in added.items()})
+            and (settings.get("added_tokens_decoder") is None or ids == {t["id"]: name for name, t in added.items()})
+            and all("__type" in name for name in names if isinstance(name, dict))
             and all(
                 bool(added[token["content"]].get(key)) == bool(token.get(key))
                 for token in declared.values()
@@ -184,7 +185,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
         vocab_size: rows of the embedding (config.json); ids without a token are padded with [PADi].
 
     Returns:
-        "tokens", "padding_tokens", "pre_tokenizer" and "recognised" of a `ConversionReport`.
+        "tokens", "padding_tokens", "pre_tokenizer", "recognised" and "unsaid" of a `ConversionReport`.
 
     Raises:
         InputError: missing or damaged files, more ids than rows, an unknown pre-tokenizer or post-processor.
@@ -212,6 +213,18 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     tokens, types = _tokens(tokenizer, vocab_size)
     merges, templates = _merges(stored, folder), chat_templates(folder, settings)
     special, add = special_tokens(stored, settings, read_object(folder / "config.json"), folder)
+    for kind in ("bos", "eos"):
+        name = _content(settings.get(f"{kind}_token"))
+        if (number := tokenizer.vocabulary.get(name, special.get(kind))) != special.get(kind):
+            raise InputError(
+                f"{folder}: {kind}_token {name!r} is {number} for transformers, {special.get(kind)} by the files.",
+                "one meaning of every token.",
+                "save the tokenizer again, with the token that the model was trained with.",
+            )
+    if settings.get("split_special_tokens"):
+        raise InputError(
+            f"split_special_tokens in {folder}.", "special tokens that stay whole, as in llama.cpp.", "set it to false."
+        )
     if writer.arch == "llama" and isinstance(prefix := settings.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(prefix)
     writer.add_tokenizer_model("gpt2")
@@ -231,7 +244,18 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     if writer.arch == "llama" and len(tokens) == _GRANITE_ROWS:
         writer.add_add_bos_token(False)  # the official converter takes Llama models of this size for small Granite ones
     padding = types.count(TokenType.UNUSED)
-    return {"tokens": len(tokens), "padding_tokens": padding, "pre_tokenizer": pre, "recognised": recognised}
+    said = {"tokens": len(tokens), "padding_tokens": padding, "pre_tokenizer": pre, "recognised": recognised}
+    return {**said, "unsaid": _unsaid(stored, settings)}
+
+
+def _unsaid(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Added tokens by which llama.cpp cuts other texts, because GGUF has no word for what they are."""
+    found = {}
+    for token in (*stored.get("added_tokens", []), *(settings.get("added_tokens_decoder") or {}).values()):
+        odd = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
+        if odd := odd + ["U+2581"] * ("\u2581" in token["content"]):
+            found[token["content"]] = f"{token['content']} ({', '.join(odd)}): GGUF cannot say it, other ids around it"
+    return list(found.values())
 
 
 def _looks_special(token: str) -> bool:

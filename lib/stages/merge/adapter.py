@@ -18,7 +18,7 @@ import yaml
 from lib.errors import InputError
 from lib.models.adapters import PREFIX, Adapter, LowRank, read_adapter
 from lib.models.configurations import check_language_model, read_configuration
-from lib.models.weights import StoredTensor, Weights
+from lib.models.weights import StoredTensor, Weights, largest_magnitude
 
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 RULES: list[str] = _TABLES["rules"]
@@ -120,6 +120,16 @@ def refuse_unsupported(adapter: Adapter) -> None:
         raise _refuse(adapter, "no tensor", "a trained adapter", "train it again")
 
 
+def remarks(adapter: Adapter) -> list[str]:
+    """What is worth knowing of an adapter that can be merged."""
+    odd = {key: value for key, value in adapter.config.items() if value and key not in _TABLES["known"]}
+    found = [f"keys that this version does not know, and leaves out: {odd}"] if odd else []
+    changes = [tensor for pair in adapter.pairs.values() for role, tensor in pair.tensors.items() if role != "A"]
+    idle = not (adapter.config.get("lora_alpha", 8) or adapter.config.get("alpha_pattern"))
+    idle = idle or not any(largest_magnitude(tensor.read(), tensor.dtype) for tensor in changes)
+    return found + ["the adapter changes no weight"] * (idle and not (adapter.whole or adapter.tokens))
+
+
 def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's name (peft's rule)."""
     for key, value in (patterns or {}).items():
@@ -199,19 +209,23 @@ def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Upda
     return updates
 
 
+def _saved(config: dict[str, Any], name: str) -> bool:
+    """Whether a tensor is of a module that modules_to_save names, or inside one (peft's rule: the name ends so)."""
+    parts, saved = name.split("."), tuple(config.get("modules_to_save") or ())
+    return any(".".join(parts[:i]).endswith(saved) for i in range(1, len(parts)))
+
+
 def _rank(adapter: Adapter, module: str) -> int:
     return _pattern(adapter.config.get("rank_pattern"), module, adapter.config.get("r", 8))
 
 
 def _replacements(adapter: Adapter, base: Weights) -> dict[str, Update]:
     """Fully trained copies of the base's tensors (modules_to_save, bias); unchanged copies are left out."""
-    saved = tuple(adapter.config.get("modules_to_save") or ())
     updates: dict[str, Update] = {}
     for name, tensor in adapter.whole.items():
         target = name.replace(".base_layer.", ".")
-        module, _, part = target.rpartition(".")
-        trained = module.endswith(saved)  # peft's rule
-        trained |= part == "bias" and adapter.config.get("bias", "none") != "none"
+        trained = _saved(adapter.config, target)
+        trained |= target.endswith(".bias") and adapter.config.get("bias", "none") != "none"
         if target == HEAD and HEAD not in base.tensors and adapter.config.get("ensure_weight_tying"):
             continue  # the copy of embed_tokens, which is merged
         if target in base.tensors and trained:
@@ -240,7 +254,8 @@ def _trained_tokens(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Up
     updates: dict[str, Update] = {}
     for module, tensor in adapter.tokens.items():
         target, last = f"{module}.weight", module.rpartition(".")[2]
-        rows, shared = wanted.get(last), tied and last == "lm_head"
+        rows = next((rows for name, rows in wanted.items() if f".{module}".endswith(f".{name}")), None)
+        shared = tied and last == "lm_head"
         if rows is None or (target not in base.tensors and not shared):
             raise _refuse(
                 adapter,
@@ -265,7 +280,7 @@ def _trained_tokens(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Up
                 "give the base it was trained with",
             )
         updates[target] = Update("rows", tensors={"value": tensor}, rows=tuple(rows))
-    if missing := sorted(set(wanted) - {module.rpartition(".")[2] for module in adapter.tokens}):
+    if missing := [key for key in wanted if not any(f".{module}".endswith(f".{key}") for module in adapter.tokens)]:
         found = f"no trained tokens of {missing[0]}"
         raise _refuse(adapter, found, "those the configuration names", "train it again")
     return updates
@@ -325,20 +340,18 @@ def _check_pair(adapter: Adapter, module: str, pair: LowRank, base: Weights) -> 
 
 
 def _check_complete(adapter: Adapter, base: Weights) -> None:
-    """A truncated adapter: a module that modules_to_save names is not saved, or one of target_modules has no pair."""
-    config = adapter.config
-    for saved in config.get("modules_to_save") or ():
-        whole = any(name.rpartition(".")[0].endswith(saved) for name in adapter.whole)
-        if not whole and any(name.rpartition(".")[0].endswith(saved) for name in (*base.tensors, HEAD)):
-            found = f"no tensors for {saved}, which modules_to_save names"
-            raise _refuse(adapter, found, "a trained copy", "copy or train it again")
-    kind, named = config.get("bias") or "none", base.tensors.keys()
-    if kind == "lora_only":
-        named &= {f"{module}.bias" for module in adapter.pairs}
-    kept, had = (any(name.endswith(".bias") for name in names) for names in (adapter.whole, named))
-    if kind != "none" and had and not kept:
-        raise _refuse(adapter, f"no bias, and bias is {kind!r}", "the trained ones", "copy or train it again")
-    if config.get("lora_bias") and not any("bias" in pair.tensors for pair in adapter.pairs.values()):
+    """A truncated adapter: a tensor that its configuration says it trained is not there."""
+    config, kind = adapter.config, adapter.config.get("bias") or "none"
+    kept = {name.replace(".base_layer.", ".") for name in adapter.whole}
+    biases = {f"{module}.bias" for module in adapter.pairs} if kind == "lora_only" else base.tensors
+    trained = {
+        "modules_to_save names it": {name for name in (*base.tensors, HEAD) if _saved(config, name)},
+        f"bias is {kind!r}": {name for name in biases if name.endswith(".bias") and kind != "none"} & {*base.tensors},
+    }
+    for why, names in trained.items():
+        if missing := sorted(names - kept):
+            raise _refuse(adapter, f"no tensors for {missing[0]}: {why}", "a trained copy", "copy or train it again")
+    if config.get("lora_bias") and not all(pair.embedding or "bias" in pair.tensors for pair in adapter.pairs.values()):
         raise _refuse(adapter, "no bias of B, and lora_bias is true", "the trained ones", "copy or train it again")
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")

@@ -42,7 +42,7 @@ from lib.models.weights import (
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import new_folder, read_json, require_space, write_at, write_json
-from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge
+from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge, remarks
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ class MergeReport:
         bytes_base, bytes_adapter, bytes_merged: of the tensors.
         scalings: distinct factors of B·A, with the number of modules that have them.
         peak_anonymous_mib: growth of this process's own memory (without mapped files); None where it is unknown.
+        remarks: what is worth knowing of the adapter.
         rules: what was checked; a violation would have refused the merge.
     """
 
@@ -77,6 +78,7 @@ class MergeReport:
     peak_anonymous_mib: float | None
     seconds: float
     rules: list[str] = field(default_factory=RULES.copy)
+    remarks: list[str] = field(default_factory=list)
 
 
 def _anonymous_memory() -> int:
@@ -285,6 +287,7 @@ def merge_folders(
         scalings=dict(sorted(scalings.items())),
         peak_anonymous_mib=round((max(most, memory) - memory) / 2**20, 1) if memory else None,
         seconds=round(time.monotonic() - started, 2),
+        remarks=remarks(plan.adapter),
     )
 
 

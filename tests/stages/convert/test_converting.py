@@ -294,7 +294,7 @@ def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> N
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"num_hidden_layers": 3}, "says 3 layers, the weights have 2"),
         ({"num_hidden_layers": 1}, "says 1 layers, the weights have 2"),
-        ({"tie_word_embeddings": False}, r"lacks 1 tensors .*output.weight"),
+        ({"tie_word_embeddings": False}, r"lacks 1 tensors .*lm_head.weight"),
         ({"vocab_size": 301}, "vocab_size is 301, .* shape .300, 64"),
         ({"vocab_size": 200}, "vocab_size is 200"),
     ],
@@ -302,6 +302,59 @@ def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> N
 def test_configuration(changes: dict, match: str, copy: Path, tmp_path: Path) -> None:
     reconfigure(copy, **changes)
     refused(copy, tmp_path, match)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+"""What every program computes alike; of the keys below llama.cpp takes none out of a file."""
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        ({"attention_factor": 2.0}, "attention_factor 1.139"),
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, "attention_factor or mscale"),
+        ({"truncate": False}, "truncate False"),
+        ({"beta_fast": 16}, "beta_fast 16"),
+        ({"beta_slow": 2.0}, "beta_slow 2.0"),
+        ({"factor": None}, "rope type yarn without factor"),
+        ({"attention_factor": 1.138629, "beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 1.0}, None),
+    ],
+)
+def test_keys_of_yarn_that_a_file_cannot_say(
+    keys: dict, match: str | None, copy: Path, tmp_path: Path, no_load: None
+) -> None:
+    reconfigure(copy, rope_scaling=YARN | keys)
+    if match:
+        refused(copy, tmp_path, match)
+    else:
+        convert(copy, tmp_path / "fine.gguf")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"added_tokens_decoder": {}},
+        {"eos_token": "nosuch"},
+        {"bos_token": "<|never|>"},
+        {"split_special_tokens": True},
+        {"bos_token": {"content": "<|endoftext|>", "lstrip": False}},
+    ],
+    ids=str,
+)
+def test_tokens_that_transformers_reads_otherwise(change: dict, copy: Path, tmp_path: Path) -> None:
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused(copy, tmp_path, "for transformers|split_special_tokens|has to be either str")
+
+
+@pytest.mark.parametrize("change", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"content": "\u2581x"}])
+def test_added_tokens_that_gguf_cannot_say(change: dict, copy: Path, tmp_path: Path, no_load: None) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (copy / name).read_text(encoding="utf-8")
+        decoded = json.loads(text, object_hook=lambda o: o | change if o.get("content") == "<tool_call>" else o)
+        (copy / name).write_text(json.dumps(decoded))
+    found = convert(copy, tmp_path / "out.gguf").unsaid
+    assert len(found) == 1 and found[0].startswith(change.get("content", "<tool_call>"))
 
 
 def test_more_tokens_than_rows(copy: Path, tmp_path: Path) -> None:
@@ -412,6 +465,8 @@ def test_small_tokenizer_without_transformers(copy: Path, monkeypatch: pytest.Mo
         {"add_bos_token": True},
         {"tokenizer_class": "LlamaTokenizerFast"},
         {"added_tokens_decoder": {"264": {"content": "<|other|>", "special": True}}},
+        {"added_tokens_decoder": {}},
+        {"bos_token": {"content": "<|endoftext|>", "lstrip": False}},
         {"clean_up_tokenization_spaces": True},
     ],
 )

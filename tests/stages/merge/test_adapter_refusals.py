@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib.cli.models import examine
 from lib.errors import InputError
+from lib.stages.merge.adapter import _TABLES
 from lib.stages.merge.weights import merge_folders
 
 
@@ -134,6 +137,62 @@ def test_truncated_adapter(changes: dict, make_base: Callable, adapter: Path) ->
 def test_modules_are_those_that_peft_would_choose(changes: dict, make_base: Callable, adapter: Path) -> None:
     reconfigure(adapter, **changes)
     refused(make_base(), adapter, r"no tensors for|does not name|which nothing in the configuration")
+
+
+@pytest.mark.parametrize(
+    ("options", "lost", "match"),
+    [
+        ({"bias": "all"}, "k_proj", "k_proj.bias: bias is 'all'"),
+        ({"bias": "all"}, "layers.1", "layers.1.*bias is 'all'"),
+        ({"bias": "lora_only"}, "layers.1.self_attn.q_proj.b", "q_proj.bias: bias is 'lora_only'"),
+        ({"modules_to_save": ["input_layernorm"]}, "1.input_layernorm", "layers.1.input_layernorm.*modules_to_save"),
+        ({"modules_to_save": ["norm"]}, "post_attention", "layers.0.post_attention_layernorm.weight: modules_to_save"),
+        ({"modules_to_save": ["k_proj"]}, "k_proj.bias", "k_proj.bias: modules_to_save"),
+        ({"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}, "1.mlp.up", "mlp.up_proj.*modules_to_save"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "1.self_attn.q_proj.lora_B.bias", "no bias of B"),
+    ],
+)
+def test_half_of_what_was_trained(
+    options: dict, lost: str, match: str, make_base: Callable, make_adapter: Callable, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(make_adapter(make_base(), **options), tmp_path / "adapter"))
+    whole = [".lora_A.", ".lora_B.weight"]
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        gone = [name for name in tensors if lost in name and not any(part in name for part in whole)]
+        assert gone
+        for name in gone:
+            del tensors[name]
+
+    edit(adapter, drop)
+    refused(make_base(), adapter, match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor", "words"),
+    [
+        ({"use_superlora": True, "lora_super_scale": 3.0}, 1, "use_superlora.*lora_super_scale"),
+        ({"lora_alpha": 0}, 1, "changes no weight"),
+        ({}, 0, "changes no weight"),
+        ({"peft_version": "9.9", "use_superlora": False, "super": None}, 1, None),
+    ],
+)
+def test_what_an_adapter_says_in_vain(
+    changes: dict, factor: int, words: str | None, make_base: Callable, adapter: Path, tmp_path: Path
+) -> None:
+    reconfigure(adapter, base_model_name_or_path=str(make_base()), **changes)
+    edit(adapter, lambda t: t.update({name: value * factor for name, value in t.items() if "lora_B" in name}))
+    found = merge_folders(make_base(), adapter, tmp_path / "out").remarks
+    assert len(found) == bool(words) and re.search(words or "", " ".join(found))
+    assert set(found) <= set(examine(adapter)["notes"])
+
+
+def test_known_keys_are_those_of_peft() -> None:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    assert {key.name for key in fields(LoraConfig)} == set(_TABLES["known"])
 
 
 def test_orphan(make_base: Callable, adapter: Path) -> None:

@@ -55,6 +55,8 @@ VARIANTS = {
     "modules to save": {"modules_to_save": ["norm"]},
     "trained tokens": {"trainable_token_indices": [300, 5, 9]},
     "trained tokens by name": {"trainable_token_indices": {"embed_tokens": [7]}, "target_modules": ["q_proj"]},
+    "trained tokens by path": {"trainable_token_indices": {"model.embed_tokens": [7]}, "target_modules": ["q_proj"]},
+    "whole blocks to save": {"modules_to_save": ["mlp", "self_attn"], "target_modules": ["lm_headless", "k_proj"]},
     "one layer": {"layers_to_transform": [1]},
     "regular expression": {"target_modules": r".*\.1\.mlp\.(up|gate)_proj"},
 }
