@@ -125,20 +125,24 @@ def merge(
     dtype: str | None = None,
     revision: str = "main",
     gguf: Path | None = None,
-    outtype: str = "f16",
+    outtype: str | None = None,
     tokenizer: str = "adapter",
     as_json: bool = False,
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
     from lib.models import base_model as bases
     from lib.models.adapters import refuse_adapter, require_adapter
-    from lib.models.tokenizer_files import differences
+    from lib.models.tokenizer_files import differences, reader
     from lib.stages.convert.convert import Conversion
     from lib.stages.merge.stage import write_lineage
     from lib.stages.merge.weights import merge_folders
 
     if tokenizer not in ("adapter", "base"):
         raise InputError(f"--tokenizer {tokenizer!r}.", "adapter or base.", "choose one of them.")
+    if outtype and gguf is None:
+        raise InputError("--outtype without --gguf.", "both, or neither.", "add --gguf OUT.gguf.")
+    if gguf is not None and gguf.resolve().is_relative_to(output_dir.resolve()):
+        raise InputError(f"{gguf} in {output_dir}, the new folder.", "a file beside it.", "choose another --gguf.")
     given = Path(adapter) if Path(adapter).is_dir() else bases.resolve_adapter(adapter).path
     if Path(base_model).is_dir():
         base = Path(base_model)
@@ -160,7 +164,7 @@ def merge(
     def also(folder: Path, weights: Weights) -> Iterator[GgufFile | None]:
         write_lineage(folder, name, commit, Path(adapter).name)
         if gguf is not None:
-            conversions.append(Conversion(folder, weights, gguf, outtype))
+            conversions.append(Conversion(folder, weights, gguf, outtype or "f16"))
         with conversions[0].open() if conversions else contextlib.nullcontext() as file:
             yield file
 
@@ -173,6 +177,13 @@ def merge(
     if trained := bases.other_revision(given, exact):
         report["trained_on"] = trained
         text += f"\nTHE ADAPTER WAS TRAINED ON ANOTHER BASE ({trained}), not on {exact}: evaluate before you use it"
+    elif unlike := bases.unchecked_base(given, base_model, base, exact):
+        report["names_base"] = unlike
+        text += f"\nthe adapter names {unlike} as its base; whether {base_model} is the same was not checked"
+    settings = "generation_config.json"
+    if (given / settings).is_file() and reader(given)(settings) != reader(base)(settings):
+        report["left_out"] = [settings]
+        text += f"\nleft out: {settings} of the adapter; the merged model has the base's, also where answers end"
     for conversion in conversions:
         report["gguf"] = {**asdict(conversion.report()), "model": str(output_dir)}
         text += f"\n{gguf}\n{_lines(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from lib.errors import InputError
 from lib.hub import transport
 from lib.hub.sources import COMMIT, Kind, Remote, RemoteFile, Snapshot, SourceError, choose, is_data, is_offline, parse
 from lib.hub.transport import MismatchError, MissingError, UnreachableError
+from lib.progress import say
 from lib.runs.files import (
     HOME_VARIABLE,
     read_json,
@@ -50,12 +51,23 @@ def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
         SourceError: it cannot be had; the message names the cure.
         InputError: not an id, or no room on the disk.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     remote = parse(source, revision, kind)
     repository = HubRepository(remote) if remote.place == "hub" else ModelScopeRepository(remote)
     if found := repository.cached():
         return found
+    if remote.place == "hub" and (unlisted := repository.unlisted()):
+        try:
+            return _download(HubRepository(replace(remote, revision=unlisted.revision)))
+        except SourceError as error:
+            say(f"{remote.words}: taken from the cache; whether it is whole was not checked ({error.why}).")
+            return unlisted
+    return _download(repository)
+
+
+def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    remote = repository.remote
     if is_offline():
         raise _unreachable(remote, "HF_HUB_OFFLINE is set")
     failures = []
@@ -149,22 +161,16 @@ class HubRepository:
         return Path(constants.HF_HUB_CACHE) / name
 
     def cached(self) -> Snapshot | None:
-        """The snapshot, if the cache holds all of it.
+        """The snapshot, if the cache holds all of its listing.
 
         The hub's own client checks only sizes, so what it fetched is hashed here before its first use.
         """
         from huggingface_hub._tree_cache import read_tree_cache
 
-        place, commit = self.folder, self.remote.revision
-        if not COMMIT.fullmatch(commit):
-            reference = place / "refs" / commit
-            commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
-        snapshot = place / "snapshots" / commit
-        if not commit or not snapshot.is_dir():
-            return None
-        listing = read_tree_cache(str(place), commit)
+        snapshot, commit = self._place()
+        listing = read_tree_cache(str(self.folder), commit) if commit and snapshot.is_dir() else None
         if listing is None:
-            return Snapshot(snapshot, commit) if self._looks_whole(snapshot) else None
+            return None
         files = [RemoteFile(name, entry.size, entry.lfs_sha256, entry.blob_id) for name, entry in listing.items()]
         try:
             differs = any(transport.difference(snapshot / file.path, file) for file in choose(self.remote, files))
@@ -172,8 +178,20 @@ class HubRepository:
             return None
         return None if differs else Snapshot(snapshot, commit)
 
+    def _place(self) -> tuple[Path, str]:
+        """The snapshot's folder and the commit; empty where the cache does not know it."""
+        place, commit = self.folder, self.remote.revision
+        if not COMMIT.fullmatch(commit):
+            reference = place / "refs" / commit
+            commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+        return place / "snapshots" / commit, commit
+
+    def unlisted(self) -> Snapshot | None:
+        """The snapshot of a program that keeps no listing, if it has weights and configuration, or data."""
+        snapshot, commit = self._place()
+        return Snapshot(snapshot, commit) if commit and self._looks_whole(snapshot) else None
+
     def _looks_whole(self, snapshot: Path) -> bool:
-        """Whether a snapshot without a listing (an older hub client's) has weights and configuration, or data."""
         names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
         if self.remote.is_data:
             return any(map(is_data, names))

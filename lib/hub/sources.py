@@ -18,8 +18,8 @@ from lib.errors import InputError
 
 MODELSCOPE = "modelscope:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]*\w)?(/[A-Za-z0-9]([\w.-]*\w)?)?")
-"""An id, by the hub's rules: neither -- nor .. in it, - and . not at an end."""
+_ID = re.compile(r"(?!.*(\.\.|--|\.git$|[.-](/|$)))([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]{0,95}")
+"""As the hub has them (its client raises on others)."""
 
 Kind = Literal["model", "adapter", "dataset"]
 
@@ -154,9 +154,9 @@ def is_offline() -> bool:
 
 MODEL_PATTERNS = (
     *("*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "*.model"),
-    *("README.md", "LICENSE*", "NOTICE*"),
+    *("README.md", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),
 )
-"""Files of a model that are fetched, from the top of the repository: never pickles, never code."""
+"""Files of a model that are fetched, from these folders of the repository: never pickles, never code."""
 DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _NO_DATA = ("dataset_infos.json", "requirements.txt", "readme.txt", "license.txt", "labels.txt")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -179,8 +179,7 @@ def choose(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
     chosen = [
         file
         for file in files
-        if "/" not in file.path
-        and any(fnmatchcase(file.path, pattern) for pattern in MODEL_PATTERNS)
+        if any(fnmatchcase(file.path, p) and file.path.count("/") == p.count("/") for p in MODEL_PATTERNS)
         and not file.path.startswith("consolidated")
     ]
     if not any(file.path.endswith(".safetensors") for file in chosen):

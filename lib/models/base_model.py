@@ -353,8 +353,27 @@ def other_revision(adapter: Path, revision: str) -> str:
     """
     found = trained_base(adapter)
     kinds = {found.startswith("sha256:"), revision.startswith("sha256:")}
-    comparable = len(kinds) == 1 and found not in ("", "main") and not is_identity(found)
+    comparable = len(kinds) == 1 and "" not in (found, revision) and found != "main" and not is_identity(found)
     return found if comparable and found != revision else ""
+
+
+def named_otherwise(adapter: Path, *names: str) -> str:
+    """The base that an adapter's files name, where its last part is that of none of the names; else empty."""
+
+    def last(name: str) -> str:
+        return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+
+    found = str(adapter_config(adapter).get("base_model_name_or_path") or "")
+    return found if found and last(found) not in map(last, names) else ""
+
+
+def unchecked_base(adapter: Path, name: str, folder: Path, revision: str) -> str:
+    """The base that an adapter's files name (and its commit), where nothing says whether this one is it; else empty."""
+    said = trained_base(adapter)
+    at = f" at {said}" if said not in ("", "main") and not revision else ""
+    if (said and said == revision) or not (at or named_otherwise(adapter, name, str(folder))):
+        return ""
+    return f"{adapter_config(adapter).get('base_model_name_or_path') or 'a model'}{at}"
 
 
 def refuse_other_weights(adapter: Path, base: Base) -> None:

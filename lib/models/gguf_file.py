@@ -266,7 +266,10 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
         reader.take(4)
         version, tensors = reader.number("I"), reader.number("Q")
         if version not in (2, 3):
-            raise reader.damaged(f"GGUF version {version}")
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+            found = f"GGUF version {swapped}, big-endian" if swapped < version else f"GGUF version {version}"
+            do = "convert the model again, on a machine and by a llama.cpp of today"
+            raise unusable(reader.path, found, "version 2 or 3, little-endian", do)
         yield reader, tensors
 
 

@@ -302,6 +302,11 @@ def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence
     embedding = next((tensor.shape for tensor in tensors if tensor.name == "token_embd.weight"), ())
     if vocabulary and embedding and embedding[0] < vocabulary:
         found.problems.append(f"{vocabulary:,} tokens, but {embedding[0]:,} embeddings")
+    from lib.models.unpack_source import ids_beyond
+
+    found.notes += ids_beyond(metadata) if vocabulary else []
+    if odd := [t.name for t in tensors if t.type != 0 and t.name.endswith(("norm.weight", ".bias"))]:
+        found.problems.append(f"llama.cpp computes with float32 in {odd[0]}, and ends at other numbers")
     found.notes.append(_as_base(found.path))
     if budget := metadata.get("quantize.mix.budget_bytes"):
         chosen = f"types chosen by measurement under a budget of {budget} bytes"

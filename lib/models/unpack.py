@@ -19,7 +19,7 @@ import yaml
 from lib.errors import InputError
 from lib.models.gguf_file import TABLES, PackedTensor, head_size, unusable
 from lib.models.gguf_tokenizer import tokenizer_json, write_tokenizer
-from lib.models.unpack_source import Source, read_source, transformers_config
+from lib.models.unpack_source import Source, ids_beyond, read_source, transformers_config
 from lib.models.weights import FLOAT16_MAX, NUMPY, SAFETENSORS, SINGLE, convert, largest_magnitude, pack_header, widen
 from lib.progress import Progress, say
 from lib.runs import files, machine, manifest
@@ -217,8 +217,8 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
     Returns:
         What unpacked.json holds: {"source": file name, "sha256", "version" (of this unpacking), "types": {type:
         weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on
-        the grid), "parameters", "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see
-        `cost_of`, or null), "cost_note"}.
+        the grid), "parameters", "left_out" (special tokens, in words), "license" (as the file says, or null), "cost"
+        (mean KL divergence by dtype, see `cost_of`, or null), "cost_note"}.
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
@@ -272,6 +272,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
         "seed": SEED if off_grid else None,
         "scales": list(RANGE) if off_grid else None,
         "parameters": source.parameters,
+        "left_out": ids_beyond(source.metadata),
         "license": name if isinstance(name := source.metadata.get("general.license"), str) else None,
         "cost": cost,
         "cost_note": note,
@@ -346,4 +347,5 @@ def notes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What every page must say of a base that comes from a GGUF file."""
     kind, source = record["main_type"], record["source"]
     first = f"weights {'read' if kind in PLAIN else 'dequantized'} from {kind} ({source})"
-    return (first, *(["channels rescaled so that they leave the source's grid"] if record["off_grid"] else []))
+    grid = ["channels rescaled so that they leave the source's grid"] if record["off_grid"] else []
+    return (first, *grid, *record.get("left_out", ()))

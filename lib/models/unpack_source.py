@@ -14,7 +14,7 @@ import numpy as np
 
 from lib.errors import one_line
 from lib.models import gguf_file
-from lib.models.configurations import LAYER, attention_rows
+from lib.models.configurations import LAYER, attention_rows, check_configuration
 from lib.models.gguf_file import OWN_FOLDER, PackedTensor, TensorInfo, head_size, rotary_heads, unusable
 from lib.models.gguf_tokenizer import refuse_unwritable
 
@@ -89,6 +89,7 @@ def _refuse_special(keys: Keys) -> None:
     plain = {
         "general.type": (("model",), "a whole model"),
         f"{name}.expert_count": ((0,), "a model without experts"),
+        f"{name}.nextn_predict_layers": ((0,), "a model without layers that guess further tokens"),
         f"{name}.attention.sliding_window": ((0,), "attention to all tokens"),
         f"{name}.attention.causal": ((True,), "a causal language model"),
         f"{name}.attention.value_length": ((key_length,), "keys and values of one length"),
@@ -155,6 +156,14 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     """Ids of special tokens; those that the vocabulary has no token for (−1, also as 2**32 − 1) name none."""
     found = {ours: metadata.get(f"tokenizer.ggml.{key}") for ours, key in _IDS.items()}
     return {key: value for key, value in found.items() if _is_token(value, metadata)}
+
+
+def ids_beyond(metadata: Mapping[str, Any]) -> list[str]:
+    """What names a token that the vocabulary does not have; "none" is no such name."""
+    none = (None, -1, 2**32 - 1)
+    found = {key: metadata.get(f"tokenizer.ggml.{key}") for key in (*_IDS.values(), "eot_token_id")}
+    odd = {key: value for key, value in found.items() if value not in none and not _is_token(value, metadata)}
+    return [f"{key} {value!r} names no token of the vocabulary" for key, value in odd.items()]
 
 
 def _is_token(value: Any, metadata: Mapping[str, Any]) -> bool:
@@ -311,7 +320,7 @@ def read_source(path: Path | str) -> Source:
     names, biases = _names(keys, tensors)
     embedding = tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding and embedding.shape else 0
-    config = config_of(keys, rows, "output.weight" not in tensors, biases, factors)
+    config = check_configuration(path, config_of(keys, rows, "output.weight" not in tensors, biases, factors))
     for kind, odd in (("lacks", sorted(names.keys() - tensors)), ("also has", sorted(tensors.keys() - names))):
         if odd:
             expected = f"the tensors of a {keys.architecture} model that transformers knows"

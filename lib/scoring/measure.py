@@ -286,10 +286,11 @@ def llama_cpp_crash() -> str | None:
 
 
 def try_prompt(argument: dict[str, Any]) -> dict[str, Any]:
-    """Read a prompt with the model at "path"."""
+    """Read a prompt with the model at "path", by "n_threads" and with "n_gpu_layers" where it says them."""
     from lib.scoring.llama_backend import LlamaCppBackend
 
-    backend = LlamaCppBackend(Path(argument["path"]), _PROMPT, n_threads=1)
+    threads, layers = argument.get("n_threads", 1), argument.get("n_gpu_layers", 0)
+    backend = LlamaCppBackend(Path(argument["path"]), _PROMPT, threads, layers)
     try:
         values = backend.window_log_probs([place % _TOKENS for place in range(_PROMPT)])
         return {"positions": len(values)}

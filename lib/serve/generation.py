@@ -31,6 +31,10 @@ WORK: ContextVar[Work] = ContextVar("work")
 THINKING: ContextVar[bool | None] = ContextVar("thinking", default=None)
 """Whether the request that is answered asks for reasoning (`enable_thinking`); None = as the server was started."""
 
+SAID: ContextVar[dict[str, Any] | None] = ContextVar("said", default=None)
+"""Messages and tools of the request that is answered, as it has them: the inner server leaves out members that it does
+not know, such as `reasoning_content`, and a template may write them."""
+
 
 class _GoneError(Exception):
     """The client of the request has gone."""

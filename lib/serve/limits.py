@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ValidationInfo
 
-from lib.runs.files import data_file
-from lib.serve.generation import THINKING, WORK, Work
+from lib.runs.files import data_file, once
+from lib.serve.generation import SAID, THINKING, WORK, Work
 from lib.serve.listening import names_loopback
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ def _invalid(name: str | None, found: str, code: str | None = None) -> RefusedEr
     return RefusedError(400, f"{name} {found}", code or f"invalid_{name}")
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values are equal, where true is no 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
 def _refuse_unheard(path: str, body: dict[str, Any]) -> None:
     """Refuse members that the inner server would leave out without a word (its schema takes any)."""
     from llama_cpp.server import types
@@ -74,7 +79,7 @@ def _refuse_unheard(path: str, body: dict[str, Any]) -> None:
     schema = types.CreateChatCompletionRequest if path == CHAT else types.CreateCompletionRequest
     neutral = _MEMBERS["neutral"]
     for name in body.keys() - schema.model_fields.keys() - set(_MEMBERS["unheard"]):
-        if body[name] != neutral[name] if name in neutral else body[name]:
+        if not _same(body[name], neutral[name]) if name in neutral else body[name]:
             raise _invalid(name, f"is {body[name]!r:.80}; this server has no such thing", "unsupported_parameter")
 
 
@@ -91,8 +96,8 @@ def _thinking(body: dict[str, Any]) -> bool | None:
 
 
 def _not_forced(value: Any, info: ValidationInfo) -> Any:
-    if isinstance(value, dict):
-        found = "names a function; this server cannot force one, only 'auto' and 'none' are known"
+    if value not in (None, "auto", "none"):
+        found = f"is {value!r:.80}; this server cannot force a call, only 'auto' and 'none' are known"
         raise _invalid(info.field_name, found, "unsupported_parameter")
     return value
 
@@ -289,7 +294,7 @@ class LimitedApplication:
         from starlette.concurrency import run_in_threadpool
 
         try:
-            body = without_nulls(json.loads(raw, parse_constant=_no_number))
+            body = without_nulls(json.loads(raw, parse_constant=_no_number, object_pairs_hook=once))
             json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
@@ -297,12 +302,12 @@ class LimitedApplication:
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
         if len(self._asked) >= WAITING:
             raise RefusedError(503, f"{WAITING} requests are waiting already; ask again later", "overloaded")
-        for name in _MEMBERS["refused"]:
-            value = body.pop(name, None)
-            if value and not (value == 1 and name in ("n", "best_of")):
+        for name, nothing in _MEMBERS["refused"].items():
+            if not _same(value := body.pop(name, nothing), nothing):
                 raise _invalid(name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
         THINKING.set(_thinking(body) if path == CHAT else None)
         _refuse_unheard(path, body)
+        SAID.set({name: body[name] for name in ("messages", "tools", "functions") if name in body})
         for tool in tools if isinstance(tools := body.get("tools"), list) else ():
             if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
                 tool["function"].setdefault("parameters", {})  # the inner server asks for what the protocol lets out
@@ -316,8 +321,8 @@ class LimitedApplication:
             tokens = await run_in_threadpool(self._count, path, body)
         except ValueError as error:
             raise RefusedError(400, str(error), "invalid_messages") from None
-        for message in body.get("messages", ()) if path == CHAT else ():  # the inner server knows parts of some roles
-            message["content"] = text_of(message.get("content", ""))
+        if path == CHAT:  # the inner server knows parts of some roles
+            body["messages"] = [{**said, "content": text_of(said.get("content", ""))} for said in body["messages"]]
         if tokens >= self._limits.n_ctx:
             text = f"the prompt has {tokens} tokens; the context holds {self._limits.n_ctx} with the answer"
             raise RefusedError(400, text, "context_length_exceeded")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, missing_library
 from lib.models.gguf_file import check_gguf, read_metadata
+from lib.runs.child import run_child
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
-from lib.serve.generation import THINKING, bound
+from lib.serve.generation import SAID, THINKING, bound
 from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
 from lib.serve.listening import ServeOptions, in_address, is_loopback, listen, make_server
 
@@ -48,13 +49,14 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
 
     class Formatter(Jinja2ChatFormatter):
         def __call__(self, *, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> Any:
-            told = {name: defused(keywords[name]) for name in TOOLS if keywords.get(name)}
+            said = {**keywords, "messages": messages, **(SAID.get() or {})}
+            told = {name: defused(said[name]) for name in TOOLS if said.get(name)}
             asked = THINKING.get()
             if asked is not None and "enable_thinking" not in template and (asked or "<think>" in template):
                 raise ValueError(f"enable_thinking is {asked}, and the chat template of this model knows one way only")
             told["enable_thinking"] = thinking if asked is None else asked
             try:
-                return super().__call__(messages=[harmless(message) for message in messages], **keywords | told)
+                return super().__call__(messages=[harmless(message) for message in said["messages"]], **keywords | told)
             except (TemplateError, TypeError, AttributeError, KeyError) as error:
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
 
@@ -65,7 +67,8 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
             raise ValueError("each of messages must be an object with role and content, both texts")
         if role not in ROLES:
             raise ValueError(f"no role {role!r}; there are {', '.join(ROLES)}")
-        return defused({**message, "content": content})
+        aliased = {"reasoning_content": message["reasoning"]} if "reasoning" in message else {}
+        return defused({**aliased, **message, "content": content})
 
     def defused(value: Any) -> Any:
         """Texts inside tools and calls of them, too, and names of parameters."""
@@ -148,6 +151,8 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
         logits_all=False,  # else context × vocabulary × 4 bytes: gigabytes for a Qwen
         verbose=False,
     )
+    argument = {"path": path, **vars(options)}  # what ends llama.cpp ends a child
+    run_child("lib.scoring.measure:try_prompt", argument, f"a prompt of {path.name}", heard=lambda _: None)
     os.environ.pop("CONFIG_FILE", None)  # the server would take the model that it names
     try:
         application = server.create_app(None, ServerSettings(interrupt_requests=False), [model])
@@ -203,8 +208,11 @@ def _explained(self: Any, error: Exception, body: Any = None) -> tuple[int, dict
     from fastapi.exceptions import RequestValidationError
 
     if isinstance(error, RequestValidationError):
-        found = error.errors()[0]
-        return 400, error_body(f"{'.'.join(map(str, found['loc']))}: {found['msg']}", "invalid_request")
+        errors = error.errors()
+        others = {e["loc"][:-1] for e in errors if e["loc"][-1] == "role"}  # of other roles' messages
+        found = next((e for e in errors if not any(e["loc"][: len(other)] == other for other in others)), errors[0])
+        place = ".".join(str(part) for part in found["loc"] if not str(part).startswith("ChatCompletion"))
+        return 400, error_body(f"{place}: {found['msg']}", "invalid_request")
     return failure(error)
 
 

@@ -263,14 +263,67 @@ def test_repositories_without_safetensors(hub: Hub, files: dict[str, bytes], wor
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a b", "../up", "modelscope:", "modelscope:name", "a/..", "-x/y", "a/b@", "a/b--c", "a/b."]
+    "text",
+    [
+        *("", "a b", "../up", "modelscope:", "modelscope:name", "a/..", "-x/y", "a/b--c", "a/b."),
+        *("org/m.git", "modelscope:org/m.git", "a--b/c", "org/m-", "org./m", "org/" + "m" * 97),
+    ],
 )
 def test_what_is_no_id(text: str) -> None:
-    if text == "a/b@":
-        assert parse(text, "main", "model").revision == "main"
-        return
     with pytest.raises(InputError, match="not an id"):
         parse(text, "main", "model")
+
+
+def test_what_is_an_id() -> None:
+    for text in ("a/b@", "gpt2", "a/b.github", "0x/a-b_c.d", "modelscope:a/b"):
+        assert parse(text, "main", "model").revision in ("main", "master")
+
+
+@PLACES
+def test_further_templates_are_fetched(hub: Hub, name: str) -> None:  # noqa: F811
+    more = {f"additional_chat_templates/{file}": b"{{ 1 }}" for file in ("tool_use.jinja", "a.py", "rag.jinja")}
+    hub.add("models", "org/model", {**FILES, **more})
+    found = fetch(name, "main", "model")
+    assert names(found.path / "additional_chat_templates") == {"tool_use.jinja", "rag.jinja"}
+    hub.requests.clear()
+    assert fetch(name, "main", "model") == found and hub.requests == []
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "dataset"])
+def test_what_another_program_left_in_the_cache_is_completed(
+    hub: Hub,  # noqa: F811
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    files = {
+        "model": {
+            "config.json": b"{}",
+            "model.safetensors": WEIGHTS,
+            "chat_template.jinja": b"a",
+            "tokenizer.json": b"{}",
+        },
+        "adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS, "tokenizer.json": b"{}"},
+        "dataset": {"train.csv": b"text,label", "test.csv": b"text,label"},
+    }[kind]
+    remote = parse("org/it", "main", kind)
+    hub.add(f"{remote.repository_type}s", "org/it", files)
+    place, commit = HubRepository(remote).folder, hub.commit(f"{remote.repository_type}s", "org/it")
+    snapshot = place / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    for name in list(files)[:2] if kind != "dataset" else ["train.csv"]:
+        (snapshot / name).write_bytes(files[name])
+    if kind == "model":
+        (snapshot / "tokenizer.json").write_bytes(b"{")  # cut
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        assert fetch("org/it", "main", kind).path == snapshot
+        assert "whether it is whole was not checked (cannot be reached: HF_HUB_OFF" in capsys.readouterr().err
+    found = fetch("org/it", "main", kind)
+    assert found.path == snapshot and {name: (snapshot / name).read_bytes() for name in files} == files
+    assert any(f"/revision/{commit}" in path for _, path, _ in hub.requests)  # no newer one of the branch
 
 
 def test_a_listing_that_leaves_the_cache_is_refused(repository: Hub) -> None:

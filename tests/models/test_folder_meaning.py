@@ -447,3 +447,11 @@ def test_lengths_of_headers_that_look_like_a_pickle(length: int, model: Path) ->
     header = stored[8 : 8 + size].rstrip().ljust(length + (1 << 16) * (size > length))
     (model / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + stored[8 + size :])
     assert open_weights(model).tensors.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("classes", [None, [], ["Qwen2Model"]])
+def test_a_model_is_what_its_type_says(classes: list[str] | None, tmp_path: Path) -> None:
+    """As for transformers, where config.json names no class, or that of the model without its head."""
+    convert(write_model(tmp_path / "named"), tmp_path / "named.gguf", "f16")
+    convert(write_model(tmp_path / "else" / "named", architectures=classes), tmp_path / "else.gguf", "f16")
+    assert (tmp_path / "named.gguf").read_bytes() == (tmp_path / "else.gguf").read_bytes()

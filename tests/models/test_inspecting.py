@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib.cli.models import as_text
+from lib.cli.models import as_text, examine
 from lib.errors import InputError
+from lib.models.gguf_file import read_metadata
 from lib.models.inspect import inspect
+from lib.models.unpack import unpack
 from lib.prompts.templates import describe_template
+from lib.runs.machine import llama_cpp_problem
+from lib.serve.listening import ServeOptions
+from lib.serve.openai import make_application
 from tests import tiny_gguf
+from tests.models import packed
 from tests.stages.convert.convertible import write_model
 
 pytestmark = pytest.mark.usefixtures("forked_children")
@@ -85,6 +93,50 @@ def test_a_cut_gguf_file_is_incomplete(here: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     (problem,) = inspect(path)["problems"]
     assert problem.startswith("incomplete: ")
+
+
+@pytest.mark.parametrize(
+    ("order", "version", "words"),
+    [
+        (">", 3, "version 3, big-endian"),
+        (">", 2, "version 2, big-endian"),
+        ("<", 1, "version 1"),
+        ("<", 4, "version 4"),
+    ],
+)
+def test_versions_and_byte_orders_are_named(
+    packed_files: dict[str, Path], tmp_path: Path, order: str, version: int, words: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack(f"{order}I", version) + packed_files["llama"].read_bytes()[8:])
+    with pytest.raises(InputError, match=rf"{words}\..*2 or 3, little-endian.*convert the model again"):
+        unpack(path, tmp_path / "model")
+
+
+@pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here")
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.dimension_count", 8), ("attention.key_length", 8), ("attention.head_count_kv", [2, 1])]
+)
+def test_what_ends_llama_cpp_is_said(packed_files: dict[str, Path], tmp_path: Path, key: str, value: object) -> None:
+    whole = packed_files["qwen2"].parent / "qwen2-f32.gguf"
+    path = packed.repack(whole, tmp_path / "m.gguf", more={f"qwen2.{key}": value})
+    (problem,) = examine(path)["problems"]
+    assert "workbook serve: " in problem and "SIGABRT" in problem
+    with pytest.raises(InputError, match="SIGABRT"):
+        make_application(path, read_metadata(path), ServeOptions())
+
+
+@pytest.mark.parametrize("name", ["x_norm.weight", "x.bias"])
+def test_vectors_of_other_numbers_are_said(packed_files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = np.ones(32, np.float32)
+
+    path = packed.repack(packed_files["qwen2"].parent / "qwen2-f32.gguf", tmp_path / "m.gguf", tensors=add)
+    entry = packed.text(name) + struct.pack("<IQ", 1, 32)
+    data = path.read_bytes()
+    assert data.count(entry + struct.pack("<I", 0)) == 1
+    path.write_bytes(data.replace(entry + struct.pack("<I", 0), entry + struct.pack("<I", 1)))
+    assert any(name in problem and "float32" in problem for problem in inspect(path)["problems"])
 
 
 def drop(name: str):

@@ -188,6 +188,8 @@ REFUSED = {
     "older linear scaling": ({"more": {"qwen2.rope.scale_linear": 4.0}}, "rope.scale_linear 4.0"),
     "an attention factor": ({"more": {"qwen2.rope.scaling.attn_factor": 1.5}}, "attn_factor 1.5"),
     "YaRN's attention factor": ({"more": {"qwen2.rope.scaling.yarn_attn_factor": 1.5}}, "yarn_attn_factor 1.5"),
+    "a context that no folder may have": ({"more": {"qwen2.context_length": 2**31}}, "max_position_embeddings is 2147"),
+    "layers that guess": ({"more": {"qwen2.nextn_predict_layers": 1}}, "nextn_predict_layers 1"),
     "part of YaRN": ({"more": {"qwen2.rope.scaling.yarn_ext_factor": 0.5}}, "yarn_ext_factor 0.5"),
     "an embedding without dimensions": (
         {"tensors": lambda a: a.update({"token_embd.weight": np.float32(1).reshape(())})},
@@ -273,7 +275,11 @@ def test_keys_that_change_nothing_are_taken(packed_files: dict[str, Path], tmp_p
 def test_ids_that_name_no_token_are_left_out(packed_files: dict[str, Path], tmp_path: Path, number: int) -> None:
     more = {f"tokenizer.ggml.{key}_token_id": number for key in ("padding", "eot")}
     whole = packed_files["llama"].parent / "llama-f32.gguf"
-    unpack(packed.repack(whole, tmp_path / "m.gguf", more=more), tmp_path / "model")
+    record = unpack(packed.repack(whole, tmp_path / "m.gguf", more=more), tmp_path / "model")
+    said = [f"{key}_token_id {number} names no token of the vocabulary" for key in ("padding", "eot")]
+    assert record["left_out"] == (said if number == 512_000 else [])
+    for notes in (notes_of(record), inspect(tmp_path / "m.gguf")["notes"]):
+        assert [note for note in notes if "names no token" in note] == record["left_out"]
     assert "pad_token_id" not in read_source(tmp_path / "m.gguf").config
     generation = json.loads((tmp_path / "model/generation_config.json").read_text())
     assert type(generation["eos_token_id"]) is int and "pad_token_id" not in generation

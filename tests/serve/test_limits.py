@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -177,6 +178,71 @@ def test_null_is_absent(server: SimpleNamespace) -> None:
         assert post(server.client, path, **dict.fromkeys(KEYS)).status_code == 200
     refused = post(server.client, logit_bias={"5": None})
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_logit_bias"
+
+
+@pytest.mark.parametrize("member", ["reasoning_content", "reasoning", "thought"])
+def test_what_the_inner_server_leaves_out_reaches_the_template(member: str) -> None:
+    from starlette.responses import JSONResponse
+
+    read = member.replace("reasoning_content", "reasoning").replace("reasoning", "reasoning_content")
+    formatter = make_formatter(f"{{{{ messages[0].{read} }}}} {{{{ tools[0].x }}}}", False, "", "", 1, ["<end>"])
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:  # as its schema hands them over
+        prompt = formatter(messages=[{"role": "user", "content": "a"}], tools=[{}]).prompt
+        await JSONResponse(prompt)(scope, receive, send)
+
+    async def ask() -> Any:
+        known = limits.Limits("m", 0, 8, 64, 300, False)
+        application = limits.LimitedApplication(inner, known, lambda path, body: 1)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://a") as client:
+            message = {"role": "user", "content": "a", member: "why<end>"}
+            answer = await client.post(CHAT, json={"messages": [message], "tools": [{"x": "y"}]})
+            return answer.json()
+
+    assert asyncio.run(ask()) == "why< end> y"
+
+
+REFUSED = [
+    *({"tool_choice": value} for value in ("required", "any", {"type": "function", "function": {"name": "f"}})),
+    *({"n": value} for value in (0, True, 2)),
+    *({"id_slot": 0}, {"logprobs": 0}, {"top_logprobs": False}, {"best_of": True}, {"typical_p": True}),
+]
+
+
+@pytest.mark.parametrize("body", REFUSED, ids=str)
+def test_what_no_answer_could_follow_is_refused(server: SimpleNamespace, body: dict[str, Any]) -> None:
+    answer = post(server.client, max_tokens=1, **body)
+    assert answer.status_code == 400 and next(iter(body)) in answer.json()["error"]["message"], answer.text
+
+
+def test_what_asks_for_nothing_is_taken(server: SimpleNamespace) -> None:
+    nothing = {"n": 1, "best_of": 1, "logprobs": False, "top_logprobs": 0, "suffix": "", "id_slot": -1}
+    assert post(server.client, max_tokens=1, tool_choice="none", **nothing).status_code == 200
+    twice = f'{{"messages": {json.dumps(MESSAGES)}, "max_tokens": 2, "max_tokens": 3}}'
+    inside = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    for text in (twice, inside):
+        answer = server.client.post(CHAT, content=text, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and "twice" in answer.json()["error"]["message"], answer.text
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        (
+            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {"a": 1}}}]},
+            "messages.1.tool_calls.0.function.arguments: ",
+        ),
+        ({"role": "assistant", "tool_calls": [{**CALL, "id": 5}]}, "messages.1.tool_calls.0.id: "),
+        ({"role": "tool", "content": "a"}, "messages.1.tool_call_id: "),
+    ],
+)
+def test_an_error_names_the_member_that_is_wrong(server: SimpleNamespace, message: dict[str, Any], place: str) -> None:
+    answer = post(server.client, messages=[{"role": "user", "content": "a"}, message])
+    assert answer.status_code == 400 and place in answer.json()["error"]["message"], answer.text
+    assert "system" not in answer.json()["error"]["message"]
 
 
 def test_null_says_something_in_data() -> None:

@@ -67,8 +67,8 @@ def metadata_table(path: Path, width: int = 60) -> list[tuple[str, str]]:
 def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     """Load {"path"} with llama.cpp, without the data of the tensors (runs in a child process).
 
-    It parses all keys, builds the vocabulary and looks up every tensor by name and shape. The values are checked where
-    they are written; the gate of stage 05 loads them.
+    It parses all keys, builds the vocabulary and the graph, and looks up every tensor by name and shape. The values are
+    checked where they are written; the gate of stage 05 loads them.
 
     Raises:
         InputError: llama.cpp refuses the file; with the last errors it logged.
@@ -78,7 +78,10 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.no_alloc, parameters.load_mode = True, _LOAD_MODE_NONE  # mapping is not allowed with no_alloc
-    if not llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters):
+    model = llama_cpp.llama_model_load_from_file(argument["path"].encode(), parameters)
+    small = llama_cpp.llama_context_default_params()
+    small.n_ctx = small.n_batch = small.n_ubatch = 64
+    if not model or not llama_cpp.llama_init_from_model(model, small):  # a context builds the graph, and may abort
         raise InputError(
             f"llama.cpp refuses {argument['path']} ({last_error() or 'no reason given'}).",
             "a GGUF that it can load.",

@@ -48,7 +48,10 @@ def read_convertible(folder: Path) -> dict[str, Any]:
     """
     stored = read_configuration(folder)
     config = _plain_config(stored) or _full_config(folder)
-    kind = (config.get("architectures") or ["none"])[0]
+    by_type = {name: kind for kind, name in gguf_file.ARCHITECTURES.items()}
+    own = by_type.get(config["model_type"], config["model_type"])
+    kind = (config.get("architectures") or [own])[0]
+    kind = own if kind == own.replace("ForCausalLM", "Model") else kind  # transformers goes by model_type
     refuse_other_task(folder, {}, [kind])
     if kind not in gguf_file.ARCHITECTURES:
         raise InputError(

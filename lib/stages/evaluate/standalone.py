@@ -13,6 +13,7 @@ from lib.hub.sources import SourceError
 from lib.models.adapters import require_adapter
 from lib.models.base_model import (
     check_model_folder,
+    named_otherwise,
     refuse_bad_template,
     refuse_other_folder,
     resolve_base,
@@ -94,6 +95,8 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
             )
         path = _base_folder(base, options.revision, unpacking_of(adapter))
         refuse_other_folder(adapter, path)
+        if named := named_otherwise(adapter, base, str(path)):
+            say(f"{folder} names {named} as its base; whether {base} is the same was not checked")
         if not (adapter / "tokenizer.json").is_file():
             tokenizer = path
     else:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.models.adapters import AdapterShape, adapter_config, check_fit, copy_weights, read_adapter
+from lib.models.adapters import adapter_config, check_fit, copy_weights, read_adapter
 from lib.models.base_model import (
     Base,
     GivenAdapter,
     base_of,
     called,
+    named_otherwise,
     other_revision,
     refuse_other_weights,
     resolve_adapter,
@@ -245,7 +246,7 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
             f"the adapter was trained on a 4-bit base, which does not work here ({problem}): 16 bits instead"
         )
         method = "LoRA"
-    draft.notes += _chosen_notes(best) if best else _given_notes(given, base, shape)
+    draft.notes += _chosen_notes(best) if best else _given_notes(given, base)
     source = {"id": given.id, "revision": given.revision}
     sizes = {"trainable": shape.parameters, "total": open_weights(base.path).parameters + shape.parameters}
     facts = {
@@ -288,13 +289,13 @@ def trained_as(folder: Path) -> tuple[str, str]:
     return "LoRA", "not known: its files do not say; taken for a 16-bit base"
 
 
-def _given_notes(given: GivenAdapter, base: Base, shape: AdapterShape) -> list[str]:
+def _given_notes(given: GivenAdapter, base: Base) -> list[str]:
     notes = [
         f"nothing was trained in this run: the adapter ({called(given.id)}) was adopted, "
         "and whether it has seen the test rows is not known"
     ]
-    if shape.base and _last(shape.base) not in (_last(base.id), _last(str(base.path))):
-        notes.append(f"the adopted adapter names {shape.base} as its base model; here it is put on {called(base.id)}")
+    if named := named_otherwise(given.path, base.id, str(base.path)):
+        notes.append(f"the adopted adapter names {named} as its base model; here it is put on {called(base.id)}")
     elif found := other_revision(given.path, base.revision):
         notes.append(f"the adopted adapter was trained on {found} of its base; here it is put on {base.revision}")
     return notes
@@ -306,8 +307,3 @@ def _chosen_notes(best: Best) -> list[str]:
         f"nothing was trained in this run: the adapter of run {best.run} was taken, by the rule of `workbook select` "
         f"({best.given.id}); that run has used {seen} of this one for training or for choosing its checkpoint"
     ]
-
-
-def _last(name: str) -> str:
-    """The last part of an id or path, without a revision."""
-    return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib.cli.models import merge
 from lib.errors import InputError
 from lib.models.adapters import PREFIX, check_fit
 from lib.models.inspect import inspect
@@ -289,6 +290,55 @@ def test_marks_of_training_are_no_other_template(base: Path, adapter: Path, tmp_
     own_template(adapter, original.replace("{{ m", "{% generation %}{{ m").replace("}}", "}}{% endgeneration %}"))
     merge_folders(base, adapter, tmp_path / "m")
     assert (tmp_path / "m/chat_template.jinja").read_text() == original
+
+
+OTHERS = {
+    "another model": ({"base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct"}, "names Qwen/Qwen2.5-7B-Instruct as"),
+    "another folder": ({"base_model_name_or_path": "/nosuch/other-model"}, "names /nosuch/other-model as"),
+    "a commit": ({"base_model_name_or_path": "org/base", "revision": "abc123def"}, "names org/base at abc123def as"),
+    "the same name": ({"base_model_name_or_path": "org/base", "revision": "main"}, ""),
+    "no name": ({"base_model_name_or_path": None}, ""),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_base_of_another_name_is_said(
+    case: str, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    changes, words = OTHERS[case]
+    reconfigure(adapter, **changes)
+    merge(str(base), str(adapter), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert words in said and ("was not checked" in said) == bool(words) and "TRAINED ON" not in said
+
+
+@pytest.mark.parametrize("own", [{"temperature": 0.1, "eos_token_id": [1, 2]}, {"eos_token_id": 1}, None])
+def test_generation_settings_of_an_adapter_are_left_out_and_said(
+    own: dict[str, Any] | None, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if own is None:
+        shutil.copyfile(base / "generation_config.json", adapter / "generation_config.json")
+    else:
+        (adapter / "generation_config.json").write_text(json.dumps(own))
+    merge(str(base), str(adapter), tmp_path / "out")
+    assert ("left out: generation_config.json" in capsys.readouterr().out) == (own is not None)
+
+
+@pytest.mark.parametrize(
+    ("gguf", "outtype", "words"),
+    [
+        ("out/x.gguf", None, "the new folder"),
+        ("out/deep/x.gguf", "f16", "the new folder"),
+        ("out", None, "the new folder"),
+        (None, "q8_0", "--outtype without --gguf"),
+    ],
+)
+def test_two_products_that_do_not_go_together(
+    gguf: str | None, outtype: str | None, words: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        merge(str(base), str(adapter), tmp_path / "out", gguf=gguf and tmp_path / gguf, outtype=outtype)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_beyond_the_rows_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
