@@ -29,8 +29,8 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII)
 _UNSEEN_ENDS = re.compile("[\x85\u2028\u2029]")
 """Characters that end a line in YAML and look like nothing."""
-_UNESCAPED = re.compile(r"\\n(?![a-z])")
-"""Backslash and n where a line end is meant; LaTeX goes on with a small letter."""
+_UNESCAPED = re.compile(r"\\[nt](?![a-z])")
+"""Backslash and n or t where a line end or a tab is meant; LaTeX goes on with a small letter."""
 
 
 def parse(text: str, where: str, texts: Collection[str] = ()) -> dict[str, Any]:
@@ -61,6 +61,18 @@ def parse_value(text: str, key: str, is_text: bool = False) -> Any:
     """
     file = _File(text, f"-p {key}")
     return file.value(file.root(), {key} if is_text else (), key)
+
+
+def refuse_escape(key: str, written: str, where: str) -> None:
+    """Refuse a prompt with a backslash and an n, or a t, which would reach the model as two characters."""
+    if key.endswith("_prompt") and (cut := _UNESCAPED.search(written)):
+        raise InputError(
+            f"{where}: {key}: {written[max(0, cut.start() - 20) : cut.end() + 20]!r}: a backslash and an "
+            f"{cut[0][1]}, no line end.",
+            "a text in double quotation marks in a parameter file, where \\n ends a line (and \\\\n is the two "
+            "characters), or `|`.",
+            f"write {key}: \"…\\n…\" there; in a shell give $'…\\n…'.",
+        )
 
 
 class _File:
@@ -117,13 +129,8 @@ class _File:
         """A single value; an unquoted one is what it looks like, or refused."""
         kind, written = node.tag.removeprefix(_TAG), self._whole(node)
         self._refuse_unseen(node, node.start_mark.index)
-        if key.endswith("_prompt") and node.style in (None, "'") and (cut := _UNESCAPED.search(written)):
-            self.refuse(
-                node,
-                f"{key}: {written[max(0, cut.start() - 20) : cut.end() + 20]!r}: a backslash and an n, no line end",
-                "a text in double quotation marks, where \\n ends a line (and \\\\n is the two characters), or `|`.",
-                f'write {key}: "…\\n…".',
-            )
+        if node.style in (None, "'"):
+            refuse_escape(key, written, f"{self.where}, line {node.start_mark.line + 1}")
         if node.style is not None or kind == "str":
             self._refuse_cut(node, written)
             return _number(written) if node.style is None and not is_text and _FLOAT.fullmatch(written) else written

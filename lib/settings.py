@@ -80,9 +80,15 @@ def _known_fallbacks(value: list[dict[str, str | int]]) -> list[dict[str, str | 
     return value
 
 
+def _no_slot(value: str) -> str:
+    if slot := next((slot for slot in ("{text}", "{label_names}", "{labels}") if slot in value), None):
+        raise ValueError(f"{slot} would reach the model as it is: a system turn is never filled in")
+    return value
+
+
 def _one_text(value: str) -> str:
-    if value.count("{text}") != 1:
-        raise ValueError("expected exactly one {text}")
+    if value.count("{text}") != 1 or "{{text}}" in value or "${text}" in value:
+        raise ValueError("expected exactly one {text}, without further braces or $ (they would reach the model)")
     if other := re.search(r"\{(?!text\})[^\W\d]\w*\}", value):
         raise ValueError(
             f"{other[0]} would reach the model as it is: only {{text}} is filled in. Options of a question (columns A, "
@@ -108,6 +114,10 @@ def _regex_and_type(value: list[str]) -> list[str]:
         pattern, _, name = entry.partition("=")
         if not pattern or name.lower() not in map(str.lower, TENSOR_TYPES):
             raise ValueError(f"expected REGEX=TYPE, e.g. attn_v=q8_0. Types: {', '.join(TENSOR_TYPES)}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
     return value
 
 
@@ -121,6 +131,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "run_name": _slug,
     "label_names": _distinct_labels,
     "user_prompt": _one_text,
+    "system_prompt": _no_slot,
     "fallbacks": _known_fallbacks,
     "ladder": partial(
         _each_known_once, known=(*QUANTIZATION_TYPES, *IMATRIX_TYPES), what="quantization type", usual=str.upper
@@ -144,6 +155,10 @@ def _field(key: str, default: Any, meaning: str, one_of: Sequence[str] = (), **l
 _Keys: Any = create_model("_Keys", **{key: _field(key, **entry) for key, entry in _table("settings.yaml").items()})
 
 
+_OF_ANSWERS, _OF_LABELS = ("terms", "prompts_file"), ("text_column", "label_column", "label_names", "user_prompt")
+"""Keys that only rows without labels use, and only rows with labels."""
+
+
 class Settings(_Keys):
     """All parameters of a run: the keys of settings.yaml."""
 
@@ -152,6 +167,13 @@ class Settings(_Keys):
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
+        bases = [self.base_model, *(str(entry.get("base_model", "")) for entry in self.fallbacks)]
+        gguf = any(name.lower().endswith(".gguf") for name in bases)
+        idle = {
+            f"task {self.task}": _OF_ANSWERS if labelled else _OF_LABELS,
+            "a base_model that is no .gguf file": () if gguf else ("gguf_dtype", "gguf_off_grid"),
+            "load_in_4bit: false": () if self.load_in_4bit or self.adapter else ("merge_base",),
+        }
         contradictions = {
             f"{', '.join(needing)} in ladder need an importance matrix: set imatrix: auto, or leave them out": (
                 needing and self.imatrix in ("", "none")
@@ -168,6 +190,13 @@ class Settings(_Keys):
             "answers of a classification are single words: thinking must be false": labelled and self.thinking,
             f"{SENTIMENT_PROMPT!r} is the sentiment task's system turn: set system_prompt for task {self.task} "
             '("" = an empty one)': not labelled and self.system_prompt == SENTIMENT_PROMPT,
+            **{
+                f"{key} ({getattr(self, key)!r}) has no effect with {other}": (
+                    getattr(self, key) != type(self).model_fields[key].default
+                )
+                for other, keys in idle.items()
+                for key in keys
+            },
         }
         if first := next((words for words, found in contradictions.items() if found), None):
             raise ValueError(first)
@@ -274,8 +303,8 @@ def as_yaml(values: dict[str, Any]) -> str:
 
 
 def _yaml_value(value: Any) -> str:
-    """JSON, which is YAML but for an exponent without a dot."""
-    text = json.dumps(value, ensure_ascii=False)
+    """JSON, which is YAML but for an exponent without a dot and for characters that nobody sees."""
+    text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(value, ensure_ascii=False))
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
@@ -287,6 +316,7 @@ def parse_override(key: str, text: str) -> Any:
     """
     kind = Settings.model_fields[key].annotation if key in Settings.model_fields else None
     if kind is str:
+        parameter_file.refuse_escape(key, text, f"-p {key}")
         return text
     if kind in (float, int):
         try:
@@ -294,7 +324,9 @@ def parse_override(key: str, text: str) -> Any:
         except ValueError:
             return text
     if kind == list[str] and not text.lstrip().startswith("["):
-        return [part.strip() for part in text.split(",")]
+        if text.lstrip()[:1] not in ('"', "'"):
+            return [part.strip() for part in text.split(",")]
+        text = f"[{text}]"
     return parameter_file.parse_value(text, key, key in _texts())
 
 

@@ -24,7 +24,7 @@ _LONGEST = 1000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 DEBUG_VARIABLE = "WORKBOOK_DEBUG"
-"""Environment variable: show tracebacks."""
+"""Environment variable: show tracebacks; empty or 0 = do not."""
 
 FAULT, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 """Exit codes beside 0: a fault of the workbook or of a notebook, input that was refused, Ctrl-C, SIGTERM."""
@@ -164,7 +164,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except (typer.Exit, typer.Abort):
             raise
         except BaseException as error:
-            if os.environ.get(DEBUG_VARIABLE) and not isinstance(error, (KeyboardInterrupt, Terminated)):
+            if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0") and not isinstance(
+                error, (KeyboardInterrupt, Terminated)
+            ):
                 import traceback
 
                 traceback.print_exc()

@@ -56,10 +56,11 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     """Print the strategy for a parameter file (else the defaults) and its base model (else `model`)."""
     from lib import settings as lib_settings
     from lib.cli.report import parsed
+    from lib.report.runner import ready
     from lib.stages.finetune.memory import recommend
 
     overrides = parsed(pairs)
-    settings = (
+    settings = ready(
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
     _ask_what_is_here(settings, model)
@@ -74,20 +75,26 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> None:
         InputError: the first of them.
     """
     from lib.hub.sources import looks_like_path
-    from lib.models.adapters import check_fit, require_adapter
-    from lib.models.base_model import check_base_folder
+    from lib.models.adapters import check_fit
+    from lib.models.base_model import check_base_folder, resolve_adapter
     from lib.models.loading import load_tokenizer
+    from lib.settings import OFFLINE_BASE, SAMPLE_DATASET
     from lib.stages.data.reading import read_table
+    from lib.stages.data.stage import usable_rows_of
 
-    data, base, adapter = map(user_path, (settings.dataset, model or settings.base_model, settings.adapter or "-"))
-    if data.exists() or looks_like_path(settings.dataset):
-        read_table(settings.dataset)
-    if base.is_dir() and (model is None or any(base.glob("*.safetensors"))):
+    def here(source: str, word: str = "") -> bool:
+        return source not in ("", word) and (looks_like_path(source) or user_path(source).exists())
+
+    source, base = model or settings.base_model, user_path(model or settings.base_model)
+    if here(settings.dataset, SAMPLE_DATASET):
+        usable_rows_of(settings, read_table(settings.dataset))
+    own = here(source, OFFLINE_BASE) and base.is_dir()
+    if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         load_tokenizer(base)
-    if settings.adapter and adapter.is_dir():
-        require_adapter(adapter)
-        if base.is_dir():
+    if here(settings.adapter):
+        adapter = resolve_adapter(settings.adapter).path
+        if own:
             check_fit(adapter, base)
 
 

@@ -36,9 +36,10 @@ class RowOptions:
     @property
     def given(self) -> dict[str, Any]:
         """The task options that were given, as settings."""
-        values = {"label_names": None if self.label_names is None else [n.strip() for n in self.label_names.split(",")]}
-        values |= {key: getattr(self, key) for key in ("system_prompt", "user_prompt", "max_seq_length")}
-        return {key: value for key, value in values.items() if value is not None}
+        from lib.settings import parse_override
+
+        keys = ("label_names", "system_prompt", "user_prompt", "max_seq_length")
+        return {key: parse_override(key, value) for key in keys if (value := getattr(self, key)) is not None}
 
     def task(self) -> Task:
         """The task of --run, else of the defaults; options that were given replace its parts."""
@@ -52,6 +53,7 @@ class RowOptions:
             values = read_json(self._product().path / "task.json")
             if "task" in values:
                 return self._conversation(values)
+            self._check_label_names(values["label_names"])
         return task_of(settings.check({**values, **self.given}, "the options"))
 
     def part(self, name: str) -> Path | None:
@@ -84,6 +86,21 @@ class RowOptions:
 
         return open_run(self.run_name).require("data")
 
+    def _check_label_names(self, own: list[str]) -> None:
+        """The rows of --run hold numbers: other words for them are said, the same in another order are refused."""
+        from lib.progress import say
+
+        given = self.given.get("label_names", own)
+        if self.data is not None or given == own:
+            return
+        if len(given) != len(own) or any(name in own and name != own[i] for i, name in enumerate(given)):
+            raise InputError(
+                f"--label-names {','.join(given)} for run {self.run_name!r}, whose labels are {','.join(own)}.",
+                "as many words, in the order of the run's.",
+                "leave out --label-names, or give one for each of the run's in their order.",
+            )
+        say(f"labels {', '.join(own)} of run {self.run_name} are asked for as {', '.join(given)}")
+
     def _conversation(self, values: dict[str, Any]) -> Task:
         """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
         from lib.prompts.tasks import task_from_json
@@ -104,12 +121,24 @@ class RowOptions:
         from lib.stages.data.stage import rows_from_file
 
         rows, counts = rows_from_file(data, list(task.label_names), self.text_column, self.label_column)
-        if not any(row.get("leaked") for row in rows):  # no leak audit was made for these rows
+        if counts.get("split", "test") != "test":
+            say(f"{data} has no test split: its rows of {counts['split']} are taken")
+        if not self._audited(rows):
             rows = [{key: value for key, value in row.items() if key != "leaked"} for row in rows]
         if left_out := counts["left_out"]:
             reasons = ", ".join(f"{count:,} {why}" for why, count in left_out.items())
             say(f"{data}: {sum(left_out.values()):,} of {counts['rows_available']:,} rows left out ({reasons})")
         return rows, {"source": data, **counts}
+
+    def _audited(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether a leak audit was made for these rows, of --run against its own training rows."""
+        from lib.runs.files import read_jsonl
+
+        if self.run_name is not None:
+            own = {row["id"]: row["text"] for row in read_jsonl(self._product().path / "test.jsonl")}
+            if any(own.get(row["id"]) != row["text"] for row in rows):
+                return False
+        return any(row.get("leaked") for row in rows)
 
 
 def evaluate(
@@ -126,14 +155,12 @@ def evaluate(
     as_json: bool = False,
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
-    from lib.runs.files import writable, write_json
+    from lib.runs.files import write_json
     from lib.stages.evaluate.results import result_of
     from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 
-    if output is not None:  # before hours of work go into it
-        if output.is_dir():
-            raise InputError(f"{output} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
-        writable(output.parent)
+    if output is not None:
+        _refuse_unwritable(output)
     task = rows_from.task()
     rows, source = rows_from.rows(task)
     result = evaluate_models(
@@ -167,10 +194,13 @@ def compare(
 ) -> None:
     """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
     from lib.report import steps_page
+    from lib.runs.manifest import Manifest
     from lib.scoring.metric import metric_of
     from lib.stages.compare.files import Comparison, compare_files
     from lib.stages.compare.speed import match_files
 
+    if output.name in Manifest(output.resolve().parent / "manifest.json").entries():
+        raise InputError(f"{output} is a product of a run.", "a folder of its own.", "choose another --output.")
     phones = match_files(device or [], [reference, *others])
     task = rows_from.task()
     rows, source = rows_from.rows(task)
@@ -197,6 +227,26 @@ def compare(
         lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
         text += "\n\n" + table(lines, list(lines[0]))
     show(result, as_json, text)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Refuse an output file that cannot be written before hours of work go into it."""
+    from lib.runs.files import writable
+
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
+    if path.exists() and path.stat().st_size and not _is_result(path):
+        raise InputError(f"{path} is there and holds no result of this command.", "a new file.", "choose another name.")
+    writable(path.parent)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file holds what `workbook evaluate --output` wrote."""
+    from lib.runs.files import read_json
+
+    with path.open("rb") as file:
+        begun = file.read(13) == b'{\n "data": {\n'
+    return begun and "models" in read_json(path)
 
 
 # Perplexity: the numbers of llama-perplexity on a text, with intervals over its documents.

@@ -84,8 +84,11 @@ def parsed(pairs: Sequence[str]) -> dict[str, Any]:
     """The values of `-p KEY=VALUE` options."""
     from lib import settings
 
-    texts = (pair.partition("=") for pair in pairs)
-    return {key: settings.parse_override(key, value) for key, _, value in texts}
+    texts = [pair.partition("=")[::2] for pair in pairs]
+    keys = [key for key, _ in texts]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise InputError(f"-p {twice} twice.", "every key once: the last would win silently.", "leave one out.")
+    return {key: settings.parse_override(key, value) for key, value in texts}
 
 
 def fast_overrides(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def pick(run: str, max_mb: float | None = None, max_loss: float = 1.0, as_json: 
     from lib.runs.run import known_run
     from lib.stages.compare.recommend import pick_file
 
-    comparison = known_run(run).require("comparison").path / "comparison.json"
+    comparison = known_run(run).require_current("comparison").path / "comparison.json"
     answer = pick_file(read_json(comparison), max_mb, max_loss)
     rows = rows_of("select.candidates", answer["candidates"])
     head = f"loss in {answer['limits']['unit']}, at most {max_loss:g}\n"

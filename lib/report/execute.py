@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from lib.runs import child
-from lib.runs.files import PROJECT, read_json, write_json
+from lib.runs.files import HOME_VARIABLE, PROJECT, home, read_json, write_json
 
 # The process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
 #
@@ -184,7 +184,8 @@ def execute(
     write_json(work / "request.json", request)
     progress_file, log_file = work / "progress.txt", work / "log.txt"
     progress_file.touch()
-    environment = child.environment(progress_file) | _QUIET
+    # a relative home is the current folder's, and the kernel starts in another
+    environment = child.environment(progress_file) | _QUIET | {HOME_VARIABLE: str(home())}
     environment.pop("MPLBACKEND", None)
     started = time.monotonic()
     timed_out = False

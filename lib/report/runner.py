@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +26,7 @@ from lib.runs.manifest import NOTEBOOK_OF, versions
 from lib.runs.run import Run, open_run
 from lib.scoring.text_metrics import SHIPPED_TERMS, read_prompts, read_terms
 from lib.select.choice import BEST_OF
-from lib.settings import Settings
+from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
 from lib.stages.compare.speed import FOLDER as PHONES
 
 # Around a report: alone in its folder, progress on the terminal.
@@ -55,8 +55,18 @@ PATTERN = "[0-9][0-9]_*.ipynb"
 TIMEOUT = 24 * 3600.0
 """Seconds a notebook may take unless the caller says otherwise."""
 
-PATHS = ("dataset", "base_model", "adapter", "terms", "prompts_file")
-"""Keys whose value may be a path."""
+PATHS: dict[str, Sequence[str]] = {
+    "dataset": (SAMPLE_DATASET,),
+    "base_model": (OFFLINE_BASE,),
+    "adapter": (),
+    "terms": SHIPPED_TERMS,
+    "prompts_file": (),
+    "imatrix": ("none", "auto"),
+}
+"""Keys whose value may be a path, and the words that are none, whatever files there are."""
+
+CHAIN = ("data", "adapter", "merged", "gguf", "quantized", "exports")
+"""Products that later notebooks build on."""
 
 Say = Callable[[str], None]
 
@@ -147,21 +157,44 @@ def _position(notebooks: list[Path], option: str, given: str | None, default: in
     raise InputError(f"{option} {given!r}.", f"one of {names}, or its number.", f"use e.g. {option} 04.")
 
 
-def _with_absolute_paths(settings: Settings) -> Settings:
-    """Paths that exist from the current directory only, made absolute: notebooks run in the project's root."""
+def ready(settings: Settings) -> Settings:
+    """Settings whose paths are absolute where notebooks, which run in the project's root, would find another file.
 
-    def absolute(text: Any) -> Any:
-        path = Path(str(text))
-        only_here = text and not path.is_absolute() and path.exists() and not (files.PROJECT / path).exists()
-        return str(files.user_path(str(text))) if only_here or str(text).startswith("~") else text
+    Raises:
+        InputError: a list or a matrix that cannot be read: refused before hours of training go by.
+    """
+    from lib.stages.quantize.calibration import matrix_file
 
-    found: dict[str, Any] = {key: absolute(getattr(settings, key)) for key in PATHS}
-    found["terms"] = settings.terms if settings.terms in SHIPPED_TERMS else found["terms"]
-    found["fallbacks"] = [
-        {key: absolute(value) if key in PATHS else value for key, value in entry.items()}
-        for entry in settings.fallbacks
-    ]
+    def absolute(key: str, text: Any) -> Any:
+        if not text or text in PATHS.get(key, (text,)):
+            return text
+        found = files.user_path(str(text))
+        return str(found) if text[0] == "~" or (found.exists() and found != (files.PROJECT / text).resolve()) else text
+
+    matrix_file(settings)
+    if settings.task != "classification":
+        read_terms(settings.terms)
+        read_prompts(settings.prompts_file)
+    found: dict[str, Any] = {key: absolute(key, getattr(settings, key)) for key in PATHS}
+    found["fallbacks"] = [{key: absolute(key, value) for key, value in entry.items()} for entry in settings.fallbacks]
     return settings.model_copy(update=found)
+
+
+def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
+    """Refuse settings of products that notebooks before `first` made otherwise: they would have no effect."""
+    made = {name: entry for name, entry in run.manifest.entries().items() if name in CHAIN}
+    for product, entry in made.items() if first else ():
+        now = settings.model_dump() | ({"seed": settings.training_seed} if product == "adapter" else {})
+        same = entry.parameters | dict.fromkeys(("fallbacks", "imatrix"))  # recorded with hashes
+        other = [key for key, value in entry.parameters.items() if key in now and same[key] not in (None, now[key])]
+        if product == "adapter" and bool(settings.adapter) != ("adapter" in entry.parameters):
+            other = ["adapter"]
+        if other and NOTEBOOK_OF[product] < first:
+            raise InputError(
+                f"--from {first[:2]}, but the {product} of run {run.name!r} was made with another {', '.join(other)}.",
+                "the settings that the run has been made with up to there.",
+                f"start with --from {NOTEBOOK_OF[product][:2]}, or set {', '.join(other)} back.",
+            )
 
 
 def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -219,15 +252,13 @@ def run_report(
         ReportError: a notebook failed; later ones did not run, and no page of it or of a later one is left.
         KeyboardInterrupt, Terminated: interrupted; the running notebook and all its children were ended.
     """
-    settings = _with_absolute_paths(lib_settings.load(params_file, overrides))
-    if settings.task != "classification":  # refuse lists that cannot be read before hours of training go by
-        read_terms(settings.terms)
-        read_prompts(settings.prompts_file)
+    settings = ready(lib_settings.load(params_file, overrides))
     found = find_notebooks(notebooks or files.PROJECT / "notebooks")
     first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
     if last < first:
         raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
     session = _Session(open_run(settings.run_name), found, timeout, say)
+    _refuse_other_settings(session.run, settings, found[first].stem if first else "")
     values = settings.model_dump()
     parameters = {n: declared(n, values) for n in found[first : last + 1]}
     files.require_space(files.writable(session.folder), 64 << 20, "the report")

@@ -93,6 +93,32 @@ class Run:
             )
         return Product(folder, entry, False, f"{product}: as made on {entry.finished}.")
 
+    def outdated(self, product: str) -> tuple[str, str] | None:
+        """A product that this one comes from (or it itself), and an input of it that is another by now; None: none."""
+        entries = self.manifest.entries()
+        for name in entries[product].inputs.keys() & entries.keys():
+            if entries[product].inputs[name] != entries[name].digest:
+                return product, name
+            if older := self.outdated(name):
+                return older
+        return None
+
+    def require_current(self, product: str) -> Product:
+        """A finished product that was made from what the run holds now.
+
+        Raises:
+            InputError: as `require`, or it was made from other products.
+        """
+        found = self.require(product)
+        if older := self.outdated(product):
+            made, other = older
+            raise InputError(
+                f"the {made} of run {self.name!r} was made from another {other}.",
+                f"{'an' if made[0] in 'aeiou' else 'a'} {made} of what the run holds now.",
+                f"run {NOTEBOOK_OF[made]} of that run again, and those behind it.",
+            )
+        return found
+
     def produce(
         self,
         product: str,

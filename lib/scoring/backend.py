@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,7 +55,8 @@ class Work:
 
     Attributes:
         names: the prompts' ids, for readers of the file.
-        kept: batches of an earlier run that were not taken yet: "rows", "values", "seconds", "peak_memory_mib".
+        kept: batches of an earlier run that were not taken yet: "rows", "values", "seconds", "peak_memory_mib", "place"
+            (their first byte in the file).
         file: takes further batches; None where nothing is kept.
         found: what an interrupted run had already done, in words; empty for nothing.
         before: seconds of earlier runs.
@@ -73,18 +75,28 @@ class Work:
         """Time of this run and the earlier ones together."""
         return self.before + time.perf_counter() - self.started
 
-    def take(self, places: Sequence[int], compute: Callable[[], list[Any]]) -> list[Any]:
+    def take(
+        self, places: Sequence[int], compute: Callable[[], list[Any]], fits: Callable[[int, Any], bool]
+    ) -> list[Any]:
         """JSON values of the next batch, one for each of `places` (numbers of their prompts).
 
-        A batch that is there is not computed again; one that is computed is written at once.
+        A batch that is there is not computed again, unless it is of other rows, or `fits` (number and value) says that
+        a value is none: with it all behind it are dropped. One that is computed is written at once.
         """
+        names = [self.names[place] for place in places] if self.names else []
         if self.kept:
-            return self.kept.pop(0)["values"]
+            batch = self.kept.pop(0)
+            values = batch["values"]
+            alike = batch["rows"] == names and isinstance(values, list) and len(values) == len(names)
+            if alike and all(itertools.starmap(fits, enumerate(values))):
+                return values
+            self.kept.clear()
+            self.file.truncate(batch["place"])  # type: ignore[union-attr]
         started = time.perf_counter()
         values = compute()
         if self.file is not None:
             cost = {"seconds": time.perf_counter() - started, "peak_memory_mib": peak_memory_mib()}
-            _append(self.file, {"rows": [self.names[place] for place in places], "values": values, **cost})
+            _append(self.file, {"rows": names, "values": values, **cost})
         return values
 
 
@@ -141,8 +153,9 @@ def _continued(file: IO[bytes], header: dict[str, Any]) -> tuple[list[dict[str, 
         words = ", ".join(text for key, text in _PARTS.items() if found.get(key) != header.get(key)) or "another file"
         return [], f"begun anew: what was kept is of {words}" if found else ""
     kept = list(itertools.takewhile(lambda batch: batch.keys() == _BATCH, map(_parsed, lines[1:])))
-    file.truncate(sum(len(line) + 1 for line in lines[: len(kept) + 1]))
-    return kept, ""
+    *places, end = itertools.accumulate(len(line) + 1 for line in lines[: len(kept) + 1])
+    file.truncate(end)
+    return [batch | {"place": place} for batch, place in zip(kept, places, strict=True)], ""
 
 
 def found_done(found: Mapping[str, Iterable[str]]) -> dict[str, str]:
@@ -375,11 +388,21 @@ def _run_batches(batches: Iterable[Sequence[Job]], run: Run, share: float, work:
         if work is None:
             values += run(batch)
             continue
-        found = work.take([job.prompt for job in batch], lambda batch=batch: [value.tolist() for value in run(batch)])
+        found = work.take(
+            [job.prompt for job in batch],
+            lambda batch=batch: [value.tolist() for value in run(batch)],
+            lambda number, value, batch=batch: _are_log_probs(value, len(batch[number].reads)),
+        )
         values += [np.array(value, dtype=np.float64) for value in found]
         if (more := round(share * len(values)) - work.progress.done) > 0:
             work.progress.advance(more)
     return values
+
+
+def _are_log_probs(value: Any, count: int) -> bool:
+    """Whether a value of a journal is so many log-probabilities; rounding may end a hair above 0."""
+    numbers = isinstance(value, list) and len(value) == count and all(type(number) is float for number in value)
+    return numbers and all(-math.inf < number < 1e-3 for number in value)
 
 
 def check_ids(sequences: Sequence[Sequence[int]], vocab_size: int, longest: int | None, name: str) -> None:

@@ -38,6 +38,10 @@ class Sampling:
     seed: int = 42
 
 
+def _is_written(_: int, value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == Written.__dataclass_fields__.keys()
+
+
 @dataclass(frozen=True)
 class Written:
     """One answer.
@@ -300,7 +304,7 @@ def write_all(
     with keeping(keep, words, unit, names, prompts, backend.settings, writing=question) as work:
         for place, ids in enumerate(prompts):
             answer = functools.partial(write, start(), ids, most, ends, sampling)
-            (made,) = work.take([place], lambda answer=answer: [asdict(answer())])
+            (made,) = work.take([place], lambda answer=answer: [asdict(answer())], _is_written)
             answers.append(Written(**made))
             work.progress.advance()
     return answers, work.found

@@ -113,14 +113,7 @@ def read_candidate(run: Run) -> Candidate:
     """
     import pandas as pd
 
-    data, adapter, evaluation = (run.require(name) for name in ("data", "adapter", "evaluation"))
-    for product in (data, adapter):
-        if evaluation.entry.inputs.get(product.entry.product) != product.entry.digest:
-            raise InputError(
-                f"the evaluation of run {run.name!r} was made from another {product.entry.product}.",
-                "an evaluation of what the run holds now.",
-                "run 03_evaluate of that run again.",
-            )
+    data, adapter, evaluation = (run.require_current(name) for name in ("data", "adapter", "evaluation"))
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
     path = evaluation.path / "scores-finetuned.jsonl"
     scores = load_scores(path)
@@ -180,8 +173,8 @@ def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> di
 
 
 def _file(run: Run) -> dict[str, Any] | None:
-    """Type and bytes of the file that the run's comparison recommends; None where it names none."""
-    if "comparison" not in run.manifest.entries():
+    """Type and bytes of the file that the run's comparison recommends; None where it names none, or is of others."""
+    if "comparison" not in run.manifest.entries() or run.outdated("comparison"):
         return None
     content = read_json(run.require("comparison").path / "comparison.json")
     name = (content.get("recommendation") or {}).get("type")

@@ -139,13 +139,14 @@ def rows_from_file(
     leaked, and are grouped by near-duplication.
 
     Returns:
-        The rows, and {"rows_available": rows that were read, "left_out": why some cannot be used -> how many}.
+        The rows, and {"rows_available": rows that were read, "left_out": why some cannot be used -> how many, and
+        where there are splits "split": test, or where it lacks validation, or train}.
 
     Raises:
         InputError: unreadable, or without usable rows.
     """
     table = read_table(str(source))
-    name = "test" if "test" in table.splits else next(iter(table.splits))
+    name = next(split for split in ("test", "validation", "all", "train") if split in table.splits)
     ours = {"id", "leaked", "group"}
     keep = (*ours, "pattern") if ours <= table.splits[name][0].keys() else ()
     rows, counts = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
@@ -156,7 +157,10 @@ def rows_from_file(
         row.group = group
     dropped = "dropped: "
     left_out = {why.removeprefix(dropped): count for why, count in counts.items() if why.startswith(dropped)}
-    return [row.to_json("row") for row in rows], {"rows_available": len(table.splits[name]), "left_out": left_out}
+    told = {"rows_available": len(table.splits[name]), "left_out": left_out} | (
+        {} if name == "all" else {"split": name}
+    )
+    return [row.to_json("row") for row in rows], told
 
 
 # Making the product.
@@ -166,9 +170,9 @@ Flow = dict[tuple[str, str], int]
 
 
 def _build(settings: Settings, work: ProductDraft) -> None:
-    kind, table = _kind(settings), choose_data(settings)
-    task, notes = kind.task, kind.usable(table)
-    splits, flow, changes = _clean(table, kind)
+    table = choose_data(settings)
+    kind, notes, (splits, flow, changes) = usable_rows_of(settings, table)
+    task = kind.task
     notes += _much_dropped({name: flow["read", name] for name in splits}, flow)
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings)
@@ -225,6 +229,12 @@ def _build(settings: Settings, work: ProductDraft) -> None:
 
 MUCH_DROPPED = 0.1
 """Share of a split's rows from which on every page says that they were left out."""
+
+
+def usable_rows_of(settings: Settings, table: Table) -> tuple[Kind, list[str], tuple[Splits, Flow, Counter[str]]]:
+    """The rows of a table as the settings read them; what every page must say of its splits; see `_clean`."""
+    kind = _kind(settings)
+    return kind, kind.usable(table), _clean(table, kind)
 
 
 def _clean(table: Table, kind: Kind) -> tuple[Splits, Flow, Counter[str]]:

@@ -76,7 +76,7 @@ def package(
         RuntimeError: the package's own test_model.py fails.
     """
     target = _zip_folder(run, output)
-    comparison = read_json(run.require("comparison").path / "comparison.json")
+    comparison = read_json(run.require_current("comparison").path / "comparison.json")
     chosen = choose_file(run, comparison, wanted)
     request = request_web(run, rows) if web else None
     parameters = {"package_format": _FORMAT, "type": chosen.type, "formats": list(formats)}

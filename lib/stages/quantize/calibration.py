@@ -244,6 +244,18 @@ def importance_matrix(settings: Settings, run: Run, force: bool | None = None) -
     return ImportanceMatrix(*made)
 
 
+def matrix_file(settings: Settings) -> Path | None:
+    """The file that the setting `imatrix` names; None where it names none.
+
+    Raises:
+        InputError: no such file.
+    """
+    matrix = None if settings.imatrix in ("", NONE, AUTO) else files.user_path(settings.imatrix)
+    if matrix is not None and not matrix.is_file():
+        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or set it to auto or none.")
+    return matrix
+
+
 def run_options(settings: Settings, run: Run) -> Options:
     """The options of the run's ladder. Its own importance matrix is not made again if it is unchanged, whatever `force`
     says: the page has measured it before.
@@ -251,12 +263,8 @@ def run_options(settings: Settings, run: Run) -> Options:
     Raises:
         InputError: as `importance_matrix`; no such file.
     """
-    if own := importance_matrix(settings, run, force=False):
-        matrix: Path | None = own.path
-    else:
-        matrix = None if settings.imatrix in ("", NONE) else files.user_path(settings.imatrix)
-    if matrix is not None and not matrix.is_file():
-        raise InputError(f"no file {matrix}.", "an importance matrix.", "correct imatrix, or set it to auto or none.")
+    own = importance_matrix(settings, run, force=False)
+    matrix = own.path if own else matrix_file(settings)
     return Options(matrix, settings.tensor_types, settings.output_tensor_type, settings.token_embedding_type)
 
 
