@@ -48,6 +48,9 @@ def test_the_complete_file_is_the_same_run(path: Path, tmp_path: Path) -> None:
     assert "learning_rate: 1.0e-07  # peak value; linear warm-up, cosine decay (default: 0.001)" in text
 
 
+TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
@@ -64,6 +67,18 @@ def test_the_complete_file_is_the_same_run(path: Path, tmp_path: Path) -> None:
         ({"label_names": ["负面\n", "正面"]}, ["white space"]),
         ({"user_prompt": "no slot"}, ["{text}"]),
         ({"run_name": "../up"}, ["run_name", "letters"]),
+        ({"user_prompt": "看 {{text}}"}, ["{text}", "braces"]),
+        ({"user_prompt": "看 ${text}"}, ["{text}", "$"]),
+        ({"system_prompt": "判断{text}"}, ["system_prompt", "never filled in"]),
+        ({"system_prompt": "只回答{label_names}"}, ["{label_names}", "never filled in"]),
+        ({"tensor_types": ["(=q8_0"]}, ["'('", "no regular expression"]),
+        ({"terms": "cryptography"}, ["terms ('cryptography') has no effect with task classification"]),
+        ({"prompts_file": "p.txt"}, ["prompts_file", "no effect"]),
+        ({**TALK, "user_prompt": "请用英文回答：{text}"}, ["user_prompt", "no effect with task dialogue"]),
+        ({**TALK, "label_names": ["a", "b"]}, ["label_names", "no effect"]),
+        ({**TALK, "text_column": "t"}, ["text_column", "no effect"]),
+        ({"gguf_off_grid": True}, ["gguf_off_grid", "no .gguf file"]),
+        ({"merge_base": "dequantized"}, ["merge_base", "load_in_4bit"]),
         ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),
     ],
 )
@@ -116,10 +131,35 @@ def test_missing_file_names_the_known_ones(tmp_path: Path) -> None:
         ("dataset", "1234", "1234"),
         ("ladder", "Q8_0, Q4_0", ["Q8_0", "Q4_0"]),
         ("ladder", "[Q8_0]", ["Q8_0"]),
+        ("label_names", '"a","b, c"', ["a", "b, c"]),
+        ("label_names", "'a', 'b'", ["a", "b"]),
+        ("user_prompt", "判断\n{text}", "判断\n{text}"),
+        ("user_prompt", r"\nabla {text} \theta", r"\nabla {text} \theta"),
     ],
 )
 def test_overrides_of_the_command_line(key: str, text: str, value: object) -> None:
     assert settings.parse_override(key, text) == value
+
+
+@pytest.mark.parametrize("text", [r"判断\n{text}", r"a\n\n{text}", r"\t{text}"])
+@pytest.mark.parametrize("key", ["user_prompt", "system_prompt"])
+def test_a_line_end_that_a_shell_did_not_make(key: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(f"{key}: {text}\n", encoding="utf-8")
+    for read in (lambda: settings.parse_override(key, text), lambda: settings.load(tmp_path / "p.yaml")):
+        with pytest.raises(InputError, match=f"{key}.*a backslash and an [nt], no line end"):
+            read()
+
+
+@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\x7f", "\ufeff", "\u200b", "\U000e0001", "\u3000"])
+def test_characters_that_nobody_sees_are_written_so_that_they_come_back(odd: str, tmp_path: Path) -> None:
+    asked = settings.check({"user_prompt": f"x{odd}{{text}}"}, "x")
+    (tmp_path / "p.yaml").write_text(settings.as_yaml(asked.model_dump()), encoding="utf-8")
+    assert settings.load(tmp_path / "p.yaml") == asked
+
+
+def test_sources_that_use_the_keys_of_gguf_and_nf4() -> None:
+    assert Settings(base_model="x", fallbacks=[{"base_model": "b.GGUF"}], gguf_off_grid=True).gguf_off_grid
+    assert Settings(adapter="a", merge_base="dequantized") and Settings(load_in_4bit=True, merge_base="dequantized")
 
 
 def test_notebook_variables_and_injected_unknown_names() -> None:

@@ -164,9 +164,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except (typer.Exit, typer.Abort):
             raise
         except BaseException as error:
-            if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0") and not isinstance(
-                error, (KeyboardInterrupt, Terminated)
-            ):
+            asked = os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+            if asked and not isinstance(error, (KeyboardInterrupt, Terminated)):
                 import traceback
 
                 traceback.print_exc()

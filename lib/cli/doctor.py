@@ -35,7 +35,7 @@ def doctor(
     as_json: bool = False,
 ) -> None:
     """What this machine can run, with cures; with PARAMS.yaml or --model: which way of training fits it."""
-    if params_file or model:
+    if params_file or model or parameters:
         _recommend(params_file, model, parameters or [], as_json)
         return
     found = examine()

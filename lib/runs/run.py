@@ -94,7 +94,7 @@ class Run:
         return Product(folder, entry, False, f"{product}: as made on {entry.finished}.")
 
     def outdated(self, product: str) -> tuple[str, str] | None:
-        """A product that this one comes from (or it itself), and an input of it that is another by now; None: none."""
+        """A product that this one comes from, or it itself, and an input of it that is another now; None: all hold."""
         entries = self.manifest.entries()
         for name in entries[product].inputs.keys() & entries.keys():
             if entries[product].inputs[name] != entries[name].digest:

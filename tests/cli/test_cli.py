@@ -76,6 +76,15 @@ REFUSED = {
     "no such model": (("convert", "nope", "x.gguf"), "nope"),
     "single tensor": (("quantize", "x.gguf", "y.gguf", "Q8_0", "--tensor-type", "attn_v"), "REGEX=TYPE"),
     "tensor types of a run": (("report", "params/quick.yaml", "-p", "tensor_types", "attn_v=Q4_K_M"), "REGEX=TYPE"),
+    "a key twice": (("report", "params/quick.yaml", "-p", "seed", "3", "-p", "seed=4"), "-p seed twice"),
+    "a list twice": (("doctor", *("-p", "label_names", "a,b") * 2), "-p label_names twice"),
+    "no such matrix": (("report", "params/quick.yaml", "-p", "imatrix", "Auto"), "an importance matrix"),
+    "no such matrix, doctor": (("doctor", "params/quick.yaml", "-p", "imatrix", "no.gguf"), "an importance matrix"),
+    "no expression": (("doctor", "params/quick.yaml", "-p", "tensor_types", "(=q8_0"), "no regular expression"),
+    "a prompt's line end": (
+        ("evaluate", "x.gguf", "--data", "r", "--user-prompt", r"a\n{text}"),
+        "a backslash and an n",
+    ),
     "imatrix of a run": (("report", "params/quick.yaml", "-p", "ladder", "IQ2_XS"), "need an importance matrix"),
     "one file for two types": (("quantize", "x.gguf", "y.gguf", "Q8_0", "Q4_0"), "a folder for several types"),
     "no such gguf": (("quantize", "nope.gguf", "x.gguf", "Q4_K_M"), "nope.gguf"),
@@ -145,6 +154,19 @@ def test_every_exception_becomes_a_message_and_a_code(
     shown = capsys.readouterr().err
     assert caught.value.exit_code == code and words in shown and "Traceback" not in shown
     assert code != 1 or "WORKBOOK_DEBUG=1" in shown
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_debug_off(value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBOOK_DEBUG", value)
+
+    @guarded
+    def command() -> None:
+        raise RuntimeError("boom")
+
+    with pytest.raises(typer.Exit):
+        command()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

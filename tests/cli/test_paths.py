@@ -113,8 +113,9 @@ def test_a_device_is_refused_before_libraries_are_loaded(place: Path) -> None:
 @pytest.mark.parametrize("key", ["base_model", "adapter", "imatrix", "terms", "prompts_file"])
 def test_devices_of_a_parameter_file(key: str, place: Path) -> None:
     os.mkfifo("f")
+    talk = {"task": "dialogue", "dataset": "d", "system_prompt": ""}
     with pytest.raises(InputError, match="neither a file nor a folder"):
-        user_path(str(getattr(Settings(**{key: str(place / "f")}), key)))
+        user_path(str(getattr(Settings(**talk, **{key: str(place / "f")}), key)))
 
 
 @pytest.mark.parametrize("command", [*READ, *(f"{name}-written" for name in WRITTEN)])

@@ -17,9 +17,13 @@ import psutil
 import pytest
 
 from lib.errors import InputError
-from lib.report import execute
-from lib.report.runner import ReportError, run_report
+from lib.report import execute, runner
+from lib.report.runner import ReportError, _refuse_other_settings, ready, run_report
 from lib.runs.files import locked
+from lib.runs.run import open_run
+from lib.settings import Settings
+from lib.stages.data.cleaning import LabelledRows
+from lib.stages.finetune.stage import PARAMETERS
 from tests.support.pages import broken_links, problems
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
@@ -98,6 +102,67 @@ def test_paths_are_found_from_where_the_user_stands(
     result, _ = report(params, home, overrides={"dataset": "my.csv"})
     notebook = nbformat.read(result.folder / "01_first.ipynb", as_version=4)
     assert notebook.metadata.papermill.parameters == {"dataset": str(home / "my.csv")}
+
+
+@pytest.mark.parametrize("key", ["dataset", "base_model", "adapter", "terms", "prompts_file", "imatrix", "fallbacks"])
+def test_of_two_files_the_current_folders_is_meant(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("project", "here"):
+        (tmp_path / place / "d").mkdir(parents=True)
+        (tmp_path / place / "d" / "x.csv").write_text(f"text {place}\n")
+    monkeypatch.setattr(runner, "PROJECT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "here")
+    talk = {"task": "dialogue", "dataset": "none.csv", "system_prompt": ""}
+    given = {key: [{"dataset": "d/x.csv"}] if key == "fallbacks" else "d/x.csv"}
+    own = str(tmp_path / "here" / "d" / "x.csv")
+    found = getattr(ready(Settings(**talk | given)), key)
+    assert found == ([{"dataset": own}] if key == "fallbacks" else own)
+    monkeypatch.chdir(tmp_path / "project")
+    assert getattr(ready(Settings(**talk | given)), key) == given[key], "as it was, so that no run is made anew"
+
+
+def test_words_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in ("sample", "offline", "auto", "none", "counselling"):
+        (tmp_path / word).mkdir()
+    monkeypatch.chdir(tmp_path)
+    words = [Settings(), Settings(imatrix="auto", fallbacks=[{"base_model": "offline"}, {"dataset": "sample"}])]
+    words += [Settings(task="dialogue", dataset="x", system_prompt="", terms="counselling")]
+    assert [ready(settings) for settings in words] == words
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"user_prompt": "别的 {text}", "label_names": ["A", "B"]}, "the data .* another label_names, user_prompt"),
+        ({"learning_rate": 0.5, "lora_r": 4}, "the adapter .* another lora_r, learning_rate"),
+        ({"train_seed": 3}, "the adapter .* another seed"),
+        ({"adapter": "folder"}, "the adapter .* another adapter"),
+        ({"merge_dtype": "float16"}, None),
+        ({"seed": 9}, "another seed"),
+    ],
+)
+def test_settings_of_what_is_not_made_anew(given: dict, words: str | None, home: Path) -> None:
+    run, first = open_run("t"), Settings()
+    keys = {"data": LabelledRows.keys, "adapter": PARAMETERS, "merged": ("merge_dtype",)}
+    for product, own in keys.items():
+        run.produce(product, lambda work: (work.folder / "a").write_text("a"), first.pick(*own))
+    for settings, start in ((first, "07_x"), (Settings(**given), "01_data"), (Settings(**given), "")):
+        _refuse_other_settings(run, settings, start)
+    if words is None:
+        _refuse_other_settings(run, Settings(**given), "04_merge")
+        return
+    with pytest.raises(InputError, match=words):
+        _refuse_other_settings(run, Settings(**given), "03_evaluate")
+
+
+@pytest.mark.parametrize("relative", ["relhome", "./a/b", "~/h"])
+def test_notebooks_work_in_the_home_of_the_report(
+    relative: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WORKBOOK_HOME", relative)
+    inside = Path(execute._environment(tmp_path / "p")["WORKBOOK_HOME"])
+    assert inside.is_absolute() and inside == tmp_path / relative.removeprefix("~/")
 
 
 def test_notebook_that_declares_an_unknown_key_is_refused(home: Path, params: Path, write_notebook: Writer) -> None:

@@ -53,6 +53,32 @@ def test_a_changed_input_redoes_the_stage_and_equal_bytes_do_not(run: Run) -> No
     assert "another data" in run.produce("adapter", write("a"), {}, inputs=("data",)).message
 
 
+@pytest.mark.parametrize("remade", ["data", "adapter", "merged"])
+def test_a_product_of_former_ones_is_not_current(run: Run, remade: str) -> None:
+    """However far down the change is; what is made again from the new ones is current."""
+    chain = {"data": (), "adapter": ("data",), "merged": ("data", "adapter"), "comparison": ("merged",)}
+    for name, inputs in chain.items():
+        run.produce(name, write(name), {}, inputs=inputs)
+    assert run.require_current("comparison").path.name == "comparison"
+    run.produce(remade, write("other"), {}, inputs=chain[remade], force=True)
+    assert run.require_current(remade) and run.require("comparison")
+    with pytest.raises(InputError, match=f"of run 't' was made from another {remade}.*run 0[247]_"):
+        run.require_current("comparison")
+    assert run.outdated("comparison")[1] == remade and not run.outdated(remade)
+
+
+@pytest.mark.parametrize("command", ["pick", "package"])
+def test_commands_refuse_a_comparison_of_former_products(run: Run, command: str) -> None:
+    from lib.cli.package import package
+    from lib.cli.report import pick
+
+    run.produce("data", write("x"), {})
+    run.produce("comparison", write("c"), {}, inputs=("data",))
+    run.produce("data", write("y"), {}, force=True)
+    with pytest.raises(InputError, match="the comparison of run 't' was made from another data"):
+        {"pick": pick, "package": package}[command]("t")
+
+
 def test_damage_is_named_and_repaired(run: Run) -> None:
     product = run.produce("data", write("x"), {})
     (product.path / "a.txt").write_text("X")

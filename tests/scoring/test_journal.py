@@ -141,6 +141,38 @@ def test_what_is_cut_off_or_damaged_is_dropped(small, tmp_path, tail, counted):
     assert [line["rows"] for line in lines(path)[1:]] == [json.loads(line)["rows"] for line in pieces[1:-1]]
 
 
+def _each(change):
+    return lambda kept: [kept[0], *(change(line) for line in kept[1:])]
+
+
+EDITED = {
+    "twice": lambda kept: [kept[0], kept[1], *kept[1:]],
+    "exchanged": lambda kept: [kept[0], kept[2], kept[1], *kept[3:]],
+    "one lost": lambda kept: [kept[0], *kept[2:]],
+    "positive": _each(lambda line: line | {"values": [[5.0, 3.0] for _ in line["values"]]}),
+    "texts": _each(lambda line: line | {"values": [["a", "b"] for _ in line["values"]]}),
+    "no numbers": _each(lambda line: line | {"values": [[float("nan")] * 2 for _ in line["values"]]}),
+    "short": _each(lambda line: line | {"values": line["values"][:3]}),
+    "null": _each(lambda line: line | {"values": None}),
+    "three labels": _each(lambda line: line | {"values": [[*value, -1.0] for value in line["values"]]}),
+    "other rows": _each(lambda line: line | {"rows": ["zz"] * len(line["rows"])}),
+}
+
+
+@pytest.mark.parametrize("change", EDITED.values(), ids=EDITED)
+def test_a_batch_counts_only_for_its_rows_and_as_log_probabilities(small, tmp_path, change):
+    path = tmp_path / "scores"
+    expected = score(small, Keep(path, "m"))
+    path.write_text("".join(json.dumps(line) + "\n" for line in change(lines(path))))
+    np.testing.assert_array_equal(score(small, Keep(path, "m")).log_probs, expected.log_probs)
+    assert [row for line in lines(path)[1:] for row in line["rows"]] == sorted(expected.ids, key=_place(path))
+
+
+def _place(path):
+    order = [row for line in lines(path)[1:] for row in line["rows"]]
+    return order.index
+
+
 def test_what_stands_behind_a_finished_journal_is_cut_off(small, tmp_path, counted):
     path = tmp_path / "scores"
     score(small, Keep(path, "m"))

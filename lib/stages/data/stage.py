@@ -157,9 +157,8 @@ def rows_from_file(
         row.group = group
     dropped = "dropped: "
     left_out = {why.removeprefix(dropped): count for why, count in counts.items() if why.startswith(dropped)}
-    told = {"rows_available": len(table.splits[name]), "left_out": left_out} | (
-        {} if name == "all" else {"split": name}
-    )
+    split = {} if name == "all" else {"split": name}
+    told = {"rows_available": len(table.splits[name]), "left_out": left_out, **split}
     return [row.to_json("row") for row in rows], told
 
 
