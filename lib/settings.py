@@ -155,8 +155,11 @@ def _field(key: str, default: Any, meaning: str, one_of: Sequence[str] = (), **l
 _Keys: Any = create_model("_Keys", **{key: _field(key, **entry) for key, entry in _table("settings.yaml").items()})
 
 
-_OF_ANSWERS, _OF_LABELS = ("terms", "prompts_file"), ("text_column", "label_column", "label_names", "user_prompt")
-"""Keys that only rows without labels use, and only rows with labels."""
+_OF_ANSWERS, _OF_LABELS = (
+    {key: _Keys.model_fields[key].default for key in keys}
+    for keys in (("terms", "prompts_file"), ("text_column", "label_column", "label_names", "user_prompt"))
+)
+"""Keys that only rows without labels use, and only rows with labels, and their defaults."""
 
 
 class Settings(_Keys):
@@ -167,13 +170,6 @@ class Settings(_Keys):
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
-        bases = [self.base_model, *(str(entry.get("base_model", "")) for entry in self.fallbacks)]
-        gguf = any(name.lower().endswith(".gguf") for name in bases)
-        idle = {
-            f"task {self.task}": _OF_ANSWERS if labelled else _OF_LABELS,
-            "a base_model that is no .gguf file": () if gguf else ("gguf_dtype", "gguf_off_grid"),
-            "load_in_4bit: false": () if self.load_in_4bit or self.adapter else ("merge_base",),
-        }
         contradictions = {
             f"{', '.join(needing)} in ladder need an importance matrix: set imatrix: auto, or leave them out": (
                 needing and self.imatrix in ("", "none")
@@ -191,11 +187,8 @@ class Settings(_Keys):
             f"{SENTIMENT_PROMPT!r} is the sentiment task's system turn: set system_prompt for task {self.task} "
             '("" = an empty one)': not labelled and self.system_prompt == SENTIMENT_PROMPT,
             **{
-                f"{key} ({getattr(self, key)!r}) has no effect with {other}": (
-                    getattr(self, key) != type(self).model_fields[key].default
-                )
-                for other, keys in idle.items()
-                for key in keys
+                f"{key} has no effect with task {self.task}: leave it out": getattr(self, key) != default
+                for key, default in (_OF_ANSWERS if labelled else _OF_LABELS).items()
             },
         }
         if first := next((words for words, found in contradictions.items() if found), None):

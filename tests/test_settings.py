@@ -72,13 +72,11 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({"system_prompt": "判断{text}"}, ["system_prompt", "never filled in"]),
         ({"system_prompt": "只回答{label_names}"}, ["{label_names}", "never filled in"]),
         ({"tensor_types": ["(=q8_0"]}, ["'('", "no regular expression"]),
-        ({"terms": "cryptography"}, ["terms ('cryptography') has no effect with task classification"]),
+        ({"terms": "cryptography"}, ["terms has no effect with task classification"]),
         ({"prompts_file": "p.txt"}, ["prompts_file", "no effect"]),
         ({**TALK, "user_prompt": "请用英文回答：{text}"}, ["user_prompt", "no effect with task dialogue"]),
         ({**TALK, "label_names": ["a", "b"]}, ["label_names", "no effect"]),
         ({**TALK, "text_column": "t"}, ["text_column", "no effect"]),
-        ({"gguf_off_grid": True}, ["gguf_off_grid", "no .gguf file"]),
-        ({"merge_base": "dequantized"}, ["merge_base", "load_in_4bit"]),
         ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),
     ],
 )
@@ -155,11 +153,6 @@ def test_characters_that_nobody_sees_are_written_so_that_they_come_back(odd: str
     asked = settings.check({"user_prompt": f"x{odd}{{text}}"}, "x")
     (tmp_path / "p.yaml").write_text(settings.as_yaml(asked.model_dump()), encoding="utf-8")
     assert settings.load(tmp_path / "p.yaml") == asked
-
-
-def test_sources_that_use_the_keys_of_gguf_and_nf4() -> None:
-    assert Settings(base_model="x", fallbacks=[{"base_model": "b.GGUF"}], gguf_off_grid=True).gguf_off_grid
-    assert Settings(adapter="a", merge_base="dequantized") and Settings(load_in_4bit=True, merge_base="dequantized")
 
 
 def test_notebook_variables_and_injected_unknown_names() -> None:

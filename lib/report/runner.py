@@ -182,14 +182,14 @@ def ready(settings: Settings) -> Settings:
 
 def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
     """Refuse settings of products that notebooks before `first` made otherwise: they would have no effect."""
-    made = {name: entry for name, entry in run.manifest.entries().items() if name in CHAIN}
-    for product, entry in made.items() if first else ():
-        now = settings.model_dump() | ({"seed": settings.training_seed} if product == "adapter" else {})
-        same = entry.parameters | dict.fromkeys(("fallbacks", "imatrix"))  # recorded with hashes
-        other = [key for key, value in entry.parameters.items() if key in now and same[key] not in (None, now[key])]
-        if product == "adapter" and bool(settings.adapter) != ("adapter" in entry.parameters):
-            other = ["adapter"]
-        if other and NOTEBOOK_OF[product] < first:
+    for product, entry in run.manifest.entries().items():
+        if product not in CHAIN or NOTEBOOK_OF[product] >= first:
+            continue
+        now, made = settings.model_dump(), entry.parameters
+        if product == "adapter":
+            now["seed"], made = settings.training_seed, {"adapter": "", **made}
+        hashed = ("fallbacks", "imatrix")
+        if other := [key for key in made if key in now and key not in hashed and made[key] != now[key]]:
             raise InputError(
                 f"--from {first[:2]}, but the {product} of run {run.name!r} was made with another {', '.join(other)}.",
                 "the settings that the run has been made with up to there.",

@@ -109,14 +109,11 @@ class Run:
         Raises:
             InputError: as `require`, or it was made from other products.
         """
-        found = self.require(product)
-        if older := self.outdated(product):
-            made, other = older
-            raise InputError(
-                f"the {made} of run {self.name!r} was made from another {other}.",
-                f"{'an' if made[0] in 'aeiou' else 'a'} {made} of what the run holds now.",
-                f"run {NOTEBOOK_OF[made]} of that run again, and those behind it.",
-            )
+        found, older = self.require(product), self.outdated(product)
+        if older:
+            what = f"the {older[0]} of run {self.name!r} was made from another {older[1]}."
+            do = f"run {NOTEBOOK_OF[older[0]]} of that run again, and those behind it."
+            raise InputError(what, "products of what the run holds now.", do)
         return found
 
     def produce(
