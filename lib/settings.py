@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,9 +57,18 @@ def _slug(value: str) -> str:
     return value
 
 
+def folded(value: Any) -> str:
+    """A label as it is compared: without capitals, forms of Unicode, and what stands around a whole number."""
+    text = unicodedata.normalize("NFKC", str(value)).strip().casefold()
+    whole = re.fullmatch(r"\+?0*([0-9]+)(\.0*)?", text)
+    return whole[1] if whole else text
+
+
 def _distinct_labels(value: list[str]) -> list[str]:
     if len(set(value)) != len(value) or any(not name.strip() for name in value):
         raise ValueError("expected distinct, non-empty names")
+    if same := next((pair for pair in itertools.combinations(value, 2) if folded(pair[0]) == folded(pair[1])), None):
+        raise ValueError(f"expected names that differ when labels are read; {same[0]!r} and {same[1]!r} do not")
     if spaced := [name for name in value if name != name.strip()]:
         raise ValueError(
             f"expected names without leading or trailing white space (the answer follows the prompt directly); "

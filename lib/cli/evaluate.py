@@ -41,6 +41,11 @@ class RowOptions:
         keys = ("label_names", "system_prompt", "user_prompt", "max_seq_length")
         return {key: parse_override(key, value) for key in keys if (value := getattr(self, key)) is not None}
 
+    @property
+    def _columns(self) -> list[str]:
+        """The columns of --data that were chosen."""
+        return [name for name in ("text_column", "label_column") if getattr(self, name)]
+
     def task(self) -> Task:
         """The task of --run, else of the defaults; options that were given replace its parts."""
         from lib import settings
@@ -66,6 +71,9 @@ class RowOptions:
             rows, source = self._file_rows(self.data, task)
         elif self.run_name is not None:
             from lib.runs.files import read_jsonl
+
+            if columns := ", ".join(f"--{name.replace('_', '-')}" for name in self._columns):
+                raise InputError(f"{columns} without --data.", "a table with columns.", f"leave out {columns}.")
 
             product = self._product()
             rows = read_jsonl(product.path / "test.jsonl")
@@ -105,7 +113,7 @@ class RowOptions:
         """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
         from lib.prompts.tasks import task_from_json
 
-        wrong = [f"--{name.replace('_', '-')}" for name in self.given if name != "max_seq_length"]
+        wrong = [f"--{name.replace('_', '-')}" for name in (*self.given, *self._columns) if name != "max_seq_length"]
         wrong += ["--data"] if self.data is not None else []
         if wrong:
             raise InputError(

@@ -13,13 +13,12 @@ from lib.errors import InputError
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
-from lib.settings import Settings
-from lib.stages.data.data_files import NAMES, SURROGATE, DamagedError, Rows
+from lib.settings import Settings, folded
+from lib.stages.data.data_files import NAMES, SURROGATE, DamagedError, Rows, alone
+from lib.stages.data.labels import is_name, label_reader, meanings, refuse_labels
 from lib.stages.data.near_duplicates import audit
-from lib.stages.data.options import option_columns, options_of, with_options
+from lib.stages.data.options import option_columns, option_letters, options_of, with_options
 from lib.stages.data.reading import Table
-
-NEGATIVE, POSITIVE = NAMES["negative"], NAMES["positive"]
 
 
 @dataclass
@@ -92,49 +91,6 @@ def find_column(names: Sequence[str], wanted: str, what: str) -> str:
     )
 
 
-def label_reader(label_names: Sequence[str]) -> Callable[[Any], int | None]:
-    """A function from a raw label to its number; None when it is not understood.
-
-    Understood: 0..k-1 (as number or text), a label name itself, and for two labels whose names tell which is which
-    (or which are not known words: 0 is negative) the usual words for negative and positive.
-    """
-    words = {name.strip().casefold(): number for number, name in enumerate(label_names)}
-    if len(label_names) == 2:
-        negative = [number for name, number in words.items() if name in NEGATIVE]
-        negative += [1 - number for name, number in words.items() if name in POSITIVE]
-        if negative:
-            words = {**dict.fromkeys(NEGATIVE, negative[0]), **dict.fromkeys(POSITIVE, 1 - negative[0]), **words}
-
-    def read(value: Any) -> int | None:
-        if isinstance(value, str):
-            text = value.strip().casefold()
-            if text in words:
-                return words[text]
-            try:
-                value = float(text)
-            except ValueError:
-                return None
-        if isinstance(value, (bool, int, float)) and value == value and value in range(len(label_names)):
-            return int(value)
-        return None
-
-    return read
-
-
-def _refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str], where: str) -> None:
-    """A value that is a label of its own, not a slip, stops the run."""
-    total = sum(unknown.values())
-    numbers = [value for value in unknown if value.lstrip("+-").replace(".", "", 1).isdigit()]
-    if numbers or total > max(1, rows // 100):
-        values = ", ".join(f"{value!r} ({count} rows)" for value, count in unknown.most_common(6))
-        k = len(label_names)
-        raise InputError(
-            f"{where}: labels {values} besides those understood.",
-            f"{k} labels: 0 to {k - 1}, or {', '.join(label_names)}.",
-            "name every label in label_names (in the order 0, 1, …), or correct the file.",
-        )
-
-
 def clean_split(
     table: Rows,
     where: str,
@@ -142,59 +98,58 @@ def clean_split(
     label_column: str,
     label_names: Sequence[str],
     keep: Sequence[str] = ("pattern",),
+    whole: Rows | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """Rows with text and label, in the table's order, and why the others were left out.
 
     Args:
         keep: further columns whose values go along when the table has them.
+        whole: rows of all splits, in which numbers of labels mean the same.
 
     NUL characters and lone surrogates are removed from a text; an NFD text is kept as it is (comparisons normalise).
 
     Raises:
         InputError: a column is missing, a label is not among those named.
     """
-    names = list(table[0])
+    names, whole = list(table[0]), whole or table
     text_name = find_column(names, text_column, "text")
     label_name = find_column(names, label_column, "label")
+    if text_name == label_name:
+        raise InputError(f"{where}: the column {text_name!r} as text and as label.", "two columns.", "set text_column.")
     read = label_reader(label_names)
     unknown: Counter[str] = Counter()
-    options = option_columns(names, label_names)
+    letters = option_letters(label_names)
+    options = option_columns(names, letters)
     unused = [name for name in names if name not in (text_name, label_name, *options.values(), *keep)]
-    beside = [name for name in unused if name.strip().lower() in (*NAMES["class_name_columns"], f"{label_name}_text")]
-    by_names = f"numbers of {label_name} read by the names in {beside[0]}" if beside else ""
+    others = [name for name in {**table[0], **whole[0]} if name in unused or name not in names]
+    meant, beside = meanings(whole, label_name, others, read, bool(label_column), where)
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
         text, value = safe_text(cells[text_name], changed), cells[label_name]
         if not text.strip():
             raise DamagedError("empty text")
-        choices = options_of(cells, options) if options else {}
+        choices = options_of(cells, options, letters) if options else {}
         if choices:
             text = with_options(text, {letter: safe_text(said, changed) for letter, said in choices.values()}, changed)
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
+        if value is not alone(value):
+            value = alone(value)
             changed["changed: label out of a list of one"] += 1
         value = choices.get(str(value).strip(), (value, ""))[0]
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DamagedError("no label")
-        label = read(value)
-        named = read(cells[beside[0]]) if beside and not _is_name(value) and _is_name(cells[beside[0]]) else None
-        if named is not None:  # the file says what its numbers mean
-            label = named
-            changed[by_names] += 1
+        by_names = meant and not is_name(value)  # the file says what its numbers mean
+        label = meant.get(folded(value)) if by_names else read(value)
+        changed[f"numbers of {label_name} read by the names in {', '.join(beside)}"] += bool(by_names)
         if label is None:
             unknown[str(value).strip()[:40]] += 1
             raise DamagedError("label not understood")
+        if choices and label_names[label] not in (mark for mark, _ in choices.values()):
+            raise DamagedError("an answer that is none of its question's options")
         return Row(index, text, label, extra={name: plain(cell) for name, cell in cells.items() if name in keep})
 
     rows, counts = usable_rows(table, row_of)
-    _refuse_labels(unknown, len(table), label_names, where)
-    unused = [name for name in unused if not (counts[by_names] and name == beside[0])]
-    return rows, counts + not_used(unused, len(table))
-
-
-def _is_name(value: Any) -> bool:
-    """Whether a label is a word, not the number of one."""
-    return isinstance(value, str) and not value.strip().replace(".", "", 1).isdecimal()
+    refuse_labels(unknown, len(table), label_names, where)
+    return rows, counts + not_used([name for name in unused if name not in beside], len(table))
 
 
 def not_used(names: Sequence[str], rows: int) -> Counter[str]:
@@ -271,7 +226,10 @@ def unlabelled(table: Rows, label_column: str) -> bool:
     return all(row[name] in (-1, None, "-1", "") for row in table)
 
 
-def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) -> None:
+CHECK = "check label_column and label_names, or add rows."
+
+
+def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str, do: str = CHECK) -> None:
     """Refuse a split that cannot teach or test anything: no rows, or a label without any row."""
     if not rows:
         raise InputError(f"{split}: no usable row.", "rows with a text and a label.", "correct the file.")
@@ -282,7 +240,7 @@ def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) 
         raise InputError(
             f"{split}: only the label {present}." if len(have) == 1 else f"{split}: the labels {present}.",
             f"rows of every label: {', '.join(label_names)}.",
-            "check label_column and label_names, or add rows.",
+            do,
         )
 
 
@@ -310,7 +268,7 @@ class RowsOfTask:
         labels = " with labels" if self.names else ""
         return [f"the data has no test split{labels}: its validation split is the test split of this run"]
 
-    def require_each(self, splits: Splits) -> None:
+    def require_each(self, splits: Splits, do: str = CHECK) -> None:
         """Refuse splits that cannot teach or test anything; empty ones when their rows have been measured."""
 
     def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
@@ -348,19 +306,21 @@ class LabelledRows(RowsOfTask):
             if name in table.splits and unlabelled(table.splits[name], self.settings.label_column):
                 del table.splits[name]
                 notes.append(f"the {name} split of the data has no labels and was left out")
+        self.whole = [row for rows in table.splits.values() for row in rows]
         return notes + super().usable(table)
 
     def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
-        return clean_split(table, where, self.settings.text_column, self.settings.label_column, self.names)
+        columns = (self.settings.text_column, self.settings.label_column)
+        return clean_split(table, where, *columns, self.names, whole=self.whole)
 
     def require_any(self, splits: Splits, flow: Mapping[tuple[str, str], int]) -> None:
         rows = [row for rows in splits.values() for row in rows]
         reasons = "; ".join(f"{count:,} rows {step}" for (step, _), count in flow.items())
         require_labels(rows, self.names, "the data set" if rows else f"the data set ({reasons})")
 
-    def require_each(self, splits: Splits) -> None:
+    def require_each(self, splits: Splits, do: str = CHECK) -> None:
         for name in ("train", "validation", "test"):
-            require_labels(splits[name], self.names, name)
+            require_labels(splits[name], self.names, name, do)
 
     def refuse_few(self, rows: Sequence[Row]) -> None:
         counts = Counter(row.label for row in rows)

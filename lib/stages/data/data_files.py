@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
 
     text = _ESCAPE.sub(without_halves, text)
     rows: Rows = []
-    if found := other_layout(path, text, _KNOWN):
+    beside: dict[str, Any] = {}
+    if found := other_layout(path, text, _KNOWN, beside):
         rows, words = found
         changes[f"rows read from another layout: {words}"] += len(rows)
     else:
@@ -151,7 +152,13 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [columns | row for row in rows]
+    rows, classes = [columns | row for row in rows], dict[str, list[str]]()
+    for key, said in beside.items():
+        if says_classes(key) and (names := class_names(said)):
+            add_classes(classes, {LABEL: names})
+        else:
+            changes[f"not used: the key {key[:60]!r} beside the rows"] += 1
+    return named_classes(rows, classes, changes)
 
 
 def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
@@ -206,6 +213,39 @@ def by_name(kind: str) -> dict[str, str]:
     return {name: meaning for meaning, names in NAMES[kind].items() for name in names}
 
 
+def alone(value: Any) -> Any:
+    """The one item of a list of one; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def class_names(said: Any) -> list[str]:
+    """Names of classes in the order of their numbers, of a list, number -> name or name -> number; else none."""
+    if isinstance(said, dict):
+        pairs = [(key, name) if str(key).isdecimal() else (name, key) for key, name in said.items()]
+        numbered = {str(number): name for number, name in pairs}
+        said = [numbered.get(str(number)) for number in range(len(pairs))]
+    if not isinstance(said, list) or not all(isinstance(name, str | bool) for name in said):
+        return []
+    return [] if len(set(said)) < max(2, len(said)) or all(map(_NO_NAME, map(str, said))) else list(map(str, said))
+
+
+_NO_NAME = re.compile(r"LABEL_\d+").fullmatch
+"""What transformers calls classes that nobody named."""
+LABEL = ""
+"""In place of a column: whichever holds the labels."""
+
+
+def says_classes(name: str) -> bool:
+    """Whether a key, or the name of a file, is one of a list of classes (id2label, class_names, labels-zh)."""
+    return not set(NAMES["class_words"]).isdisjoint(re.split(r"[\W_\d]+", name.lower()))
+
+
+def add_classes(found: dict[str, list[str]], more: Mapping[str, list[str]]) -> None:
+    """Add names of classes by column; none remain of a column that is told two orders."""
+    for column, names in more.items():
+        found[column] = names if found.get(column, names) == names else []
+
+
 def classes_of(info: Any) -> dict[str, list[str]]:
     """Names of classes by column, out of what `datasets` writes into a schema, a card or dataset_infos.json."""
     found: dict[str, list[str]] = {}
@@ -215,39 +255,48 @@ def classes_of(info: Any) -> dict[str, list[str]]:
         if isinstance(features, list):
             features = {str(one.get("name")): one for one in features if isinstance(one, dict)}
         if isinstance(features, dict):
-            found |= {name: names for name, kind in features.items() if (names := _class_names(kind))}
+            add_classes(found, {name: names for name, kind in features.items() if (names := _of_feature(kind))})
         elif len(todo) < 1000:
             todo += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
     return found
 
 
-def _class_names(kind: Any) -> list[str]:
+def _of_feature(kind: Any) -> list[str]:
     """The names of a feature of classes, also inside a list of them."""
     todo = [kind]
     for part in todo:
         if isinstance(part, list):
             todo += part[:1]
         elif isinstance(part, dict):
-            names = part.get("names")
-            if isinstance(names, dict):
-                names = [names[key] for key in sorted(names, key=lambda key: int(key) if str(key).isdecimal() else 0)]
-            if isinstance(names, list):
-                return [str(name) for name in names]
+            if names := class_names(part.get("names")):
+                return names
             todo += [part.get(key) for key in ("class_label", "dtype", "feature", "sequence", "list")]
     return []
 
 
-def named_classes(rows: Rows, names: Mapping[str, Sequence[str]], changes: Counter[str]) -> Rows:
+def named_classes(rows: Rows, names: Mapping[str, list[str]], changes: Counter[str], label_column: str = "") -> Rows:
     """Rows with the names of classes in place of their numbers: what 0 means is said by the file, not by us.
 
     Args:
-        names: of the classes, by column, in the order of their numbers, as `datasets` keeps them.
+        names: of the classes, by column (capitals do not matter) or for LABEL, in the order of their numbers.
+
+    Raises:
+        InputError: numbers in a column that is told two orders of names.
     """
-    for column, words in names.items():
+    told = {name.lower(): words for name, words in names.items()}
+    if LABEL in told:
+        told = dict.fromkeys((label_column.strip().lower(), *NAMES["label_columns"]), told[LABEL]) | told
+    for column in rows[0] if rows else ():
+        if (words := told.get(column.strip().lower())) is None:
+            continue
         for row in rows:
-            value = row.get(column)
-            value = value[0] if isinstance(value, list) and len(value) == 1 else value
-            number = re.fullmatch(r"([0-9]{1,6})(\.0+)?", str(value).strip())
+            number = re.fullmatch(r"([0-9]{1,6})(\.0+)?", str(alone(row[column])).strip())
+            if number and not words:
+                raise InputError(
+                    f"numbers in {column!r}, whose class names stand beside the rows in two orders.",
+                    "one list of names.",
+                    "remove the list (of README.md, dataset_infos.json, labels.txt, …) that is not theirs.",
+                )
             if number and int(number[1]) < len(words):
                 row[column] = words[int(number[1])]
                 changes[f"numbers of {column} read by the names that the file gives them"] += 1

@@ -21,7 +21,9 @@ Rows = list[dict[str, Any]]
 EXPECTED = "a list of objects, or one object a line, each a row."
 
 
-def other_layout(path: Path, text: str, known: Collection[str] = ()) -> tuple[Rows, str] | None:
+def other_layout(
+    path: Path, text: str, known: Collection[str] = (), beside: dict[str, Any] | None = None
+) -> tuple[Rows, str] | None:
     """The rows of a file that is neither a list of objects nor one object a line, and its layout in words.
 
     Returns None for those two, for a single object that is a row, and for what is not JSON at all: readers of rows say
@@ -29,6 +31,7 @@ def other_layout(path: Path, text: str, known: Collection[str] = ()) -> tuple[Ro
 
     Args:
         known: names of columns, in small letters: they tell columns from rows where neither are numbered.
+        beside: gets what stands beside a list of rows under a key.
 
     Raises:
         InputError: JSON, but not rows; with the shape that was found and how to turn it.
@@ -46,7 +49,7 @@ def other_layout(path: Path, text: str, known: Collection[str] = ()) -> tuple[Ro
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a single {_kind(value)}.", EXPECTED, "check the file.")
     found = _split(path, value) or _table(value) or _lists(value) or _columns_or_index(value, known)
-    return found or _wrapped(path, value)
+    return found or _wrapped(path, value, {} if beside is None else beside)
 
 
 def _is_plain(text: str) -> bool:
@@ -136,13 +139,14 @@ def _lists(value: dict[str, Any]) -> tuple[Rows, str] | None:
     return [dict(zip(value, row, strict=True)) for row in zip(*cells, strict=True)], "columns as lists"
 
 
-def _wrapped(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
-    """One list of objects under a key, with single values around it; an object that is itself a row is none."""
+def _wrapped(path: Path, value: dict[str, Any], beside: dict[str, Any]) -> tuple[Rows, str] | None:
+    """One list of objects under a key, no object beside it; an object that is itself a row is none."""
     lists = {key: part for key, part in value.items() if _objects(part)}
     if not lists or _turns(lists):
         return None
     if len(lists) == 1 and not any(isinstance(part, dict) for part in value.values()):
         key, rows = next(iter(lists.items()))
+        beside |= {name: part for name, part in value.items() if name != key}
         return rows, f"rows under the key {key!r}"
     names = ", ".join(f"{key!r} ({len(part):,})" for key, part in lists.items())
     key = next(iter(lists))

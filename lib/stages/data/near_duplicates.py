@@ -310,7 +310,10 @@ def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float]) -
 
 
 def subsample(rows: list[Row], most: int, seed: int) -> list[Row]:
-    """At most `most` rows (0 = all), the labels' shares kept as well as whole rows allow, in the given order."""
+    """At most `most` rows (0 = all), the labels' shares kept as well as whole rows allow, in the given order.
+
+    Every label keeps a row where there is room for one of each.
+    """
     if not most or most >= len(rows):
         return rows
     rng = np.random.default_rng(seed)
@@ -318,7 +321,9 @@ def subsample(rows: list[Row], most: int, seed: int) -> list[Row]:
     for position, row in enumerate(rows):
         by_label.setdefault(row.label, []).append(position)
     wanted = {label: most * len(places) / len(rows) for label, places in by_label.items()}
-    take = {label: int(share) for label, share in wanted.items()}
+    take = {label: max(int(most >= len(wanted)), int(share)) for label, share in wanted.items()}
+    while sum(take.values()) > most:
+        take[max(take, key=lambda label: take[label])] -= 1
     by_remainder = sorted(wanted, key=lambda label: (take[label] - wanted[label], label))
     for label in by_remainder[: most - sum(take.values())]:
         take[label] += 1

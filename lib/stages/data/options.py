@@ -17,38 +17,53 @@ _KEYS, _TEXTS = ("label", "labels", "key", "letter", "id"), ("text", "texts", "v
 """What names an option, and what holds it, in ARC's two lists and in lists of objects."""
 
 
-def option_columns(names: Sequence[str], label_names: Sequence[str]) -> dict[str, str]:
-    """The columns of a question's options by letter, where labels are letters; the key is empty where one has all."""
-    if any(len(name) != 1 or not name.isascii() or not name.isupper() for name in label_names):
+def option_letters(label_names: Sequence[str]) -> dict[str, str]:
+    """The letters A, B, … of options -> the label names under which they are asked; empty where those are words."""
+    marks = "".join(label_names)
+    if len(marks) != len(label_names):
+        return {}
+    if marks.isascii() and marks.isalpha() and marks.isupper():
+        return dict(zip(marks, marks, strict=True))  # in any order
+    known = any(row.startswith(marks) for row in NAMES["option_marks"])
+    return {chr(ord("A") + i): mark for i, mark in enumerate(marks)} if known else {}
+
+
+def option_columns(names: Sequence[str], letters: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a question's options by letter, where it has any; the key is empty where one has all."""
+    if not letters:
         return {}
     if whole := [name for name in names if name.strip().lower() in NAMES["option_columns"]]:
         return {"": whole[0]}
     found: dict[str, dict[str, str]] = {}
     for name in names:
-        if (read := _COLUMN.fullmatch(name.strip().lower())) and (read[2].isdigit() or read[2].upper() in label_names):
+        if (read := _COLUMN.fullmatch(name.strip().lower())) and (read[2].isdigit() or read[2].upper() in letters):
             found.setdefault(read[1], {})[read[2]] = name
     most = max(found.values(), key=len, default={})
     ordered = [most[key] for key in sorted(most)]
-    letters = (key.upper() if key.isalpha() else chr(ord("A") + i) for i, key in enumerate(sorted(most)))
-    return dict(zip(letters, ordered, strict=True)) if len(most) > 1 else {}
+    keys = (key.upper() if key.isalpha() else chr(ord("A") + i) for i, key in enumerate(sorted(most)))
+    return dict(zip(keys, ordered, strict=True)) if len(most) > 1 else {}
 
 
-def options_of(cells: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
-    """The options of a row: as its file names each -> its letter and its text.
+def options_of(
+    cells: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]
+) -> dict[str, tuple[str, Any]]:
+    """The options of a row: as its file names each -> the name of its letter and its text.
 
     Raises:
         DamagedError: fewer than two, or of a shape that is not known.
     """
-    if "" not in columns:
-        return {letter: (letter, cells[name]) for letter, name in columns.items() if cells[name] not in (None, "")}
-    pairs = _pairs(_read(cells[columns[""]]))
+    if "" in columns:
+        pairs = _pairs(_read(cells[columns[""]]))
+    else:
+        pairs = [(letter, cells[name]) for letter, name in columns.items() if cells[name] not in (None, "")]
     if len(pairs) < 2:
         raise DamagedError("fewer than two options, or options that are neither a list nor named by letters")
     named = [str(key).strip() for key, _ in pairs]
     letters = (
         named if all(len(key) == 1 and key.isascii() and key.isalpha() for key in named) else map(chr, range(65, 91))
     )
-    return {key: (letter.upper(), said) for key, letter, (_, said) in zip(named, letters, pairs, strict=False)}
+    uppers = (letter.upper() for letter in letters)
+    return {k: (names.get(letter, letter), t) for k, letter, (_, t) in zip(named, uppers, pairs, strict=False)}
 
 
 def _read(given: Any) -> Any:
@@ -84,7 +99,9 @@ def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -
     """A question with its options, one a line, each under its letter once; as it is where it holds them already."""
     if not options:
         return text
-    lettered = {letter: re.compile(rf"\s*[(（]?{letter}\s*[.．、:：)）]\s*", re.IGNORECASE) for letter in options}
+    lettered = {
+        letter: re.compile(rf"\s*[(（]?{re.escape(letter)}\s*[.．、:：)）]\s*", re.IGNORECASE) for letter in options
+    }
     if all(lettered[letter].match(said) for letter, said in options.items()):
         options = {letter: lettered[letter].sub("", said, count=1) for letter, said in options.items()}
     if all(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +23,20 @@ from lib.models.base_model import called, fallback_note, first_available
 from lib.runs.files import read_json, sha256_file, sha256_json, user_path, utf8
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-from lib.stages.data.data_files import FORMATS, NAMES, Rows, by_name, classes_of, data_files, named_classes, read_file
+from lib.stages.data.data_files import (
+    FORMATS,
+    LABEL,
+    NAMES,
+    Rows,
+    add_classes,
+    by_name,
+    class_names,
+    classes_of,
+    data_files,
+    named_classes,
+    read_file,
+    says_classes,
+)
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = by_name("splits")
@@ -73,15 +86,16 @@ class Table:
         return (self.rows == 7766 and columns == {"label", "review"}) or HOTELS_SHA256 in self.hashes.values()
 
 
-def read_table(source: str, revision: str = "main") -> Table:
+def read_table(source: str, revision: str = "main", label_column: str = "") -> Table:
     """Read a file, a folder or a hub data set; values stay as they are, only the bytes are made readable.
+
+    Numbers of classes that the data or a file beside it names (`label_column`: those of labels) become their names.
 
     Raises:
         SourceError: nothing there, or the hub cannot give it.
         InputError: nothing readable, or files that do not say which split they are.
     """
     path, commit = user_path(source), ""
-    classes = classes_beside(path if path.is_dir() else path.parent)
     if path.is_file():
         files, words = {"all": [path]}, f"file {path.name}"
     elif path.is_dir():
@@ -96,7 +110,7 @@ def read_table(source: str, revision: str = "main") -> Table:
     else:
         remote = sources.parse(source, revision, "dataset")
         found = fetching.fetch(source, revision, "dataset")
-        classes = classes_beside(found.path)
+        path = found.path
         where, commit = "hub" if remote.place == "hub" else "ModelScope", found.revision
         files, words = (
             _split_repository(found.path, remote.words),
@@ -104,10 +118,11 @@ def read_table(source: str, revision: str = "main") -> Table:
         )
     changes: Counter[str] = Counter()
     splits = {name: _read_files(paths, changes) for name, paths in files.items()}
+    classes, unread = classes_beside(path, [file for paths in files.values() for file in paths])
     for rows in splits.values():
-        named_classes(rows, classes, changes)
+        named_classes(rows, classes, changes, label_column)
     hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
-    table = Table(splits, words, +changes, commit, hashes)
+    table = Table(splits, words, +(changes + unread), commit, hashes)
     if table.is_hotels:
         table.source = f"{HOTELS}, {words}"
     return table
@@ -183,7 +198,7 @@ def _split_repository(folder: Path, words: str) -> dict[str, list[Path]]:
     """Data files of a repository by split: as its card says, else by the names of files and folders."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     paths = {name: path for name, path in paths.items() if is_data(name)}
-    found = _by_card(_card(folder), sorted(paths), words)
+    found = _by_card(_card(folder) or {}, sorted(paths), words)
     if found is None:
         found = _by_split(sorted(paths), _split_of)
         if not found.keys() & {"train", "all"}:
@@ -195,33 +210,75 @@ def _split_repository(folder: Path, words: str) -> dict[str, list[Path]]:
     return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
 
 
-def _card(folder: Path) -> dict[str, Any]:
-    """The head of a repository's README.md; empty where there is none, or none that can be read."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+def _card(folder: Path) -> dict[str, Any] | None:
+    """The head of a repository's README.md; empty where there is none, None where it cannot be read."""
+    card = next(iter(sorted(folder.glob("[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]"))), None)
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card is not None and card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.S)
     try:
-        if head is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1])):
-            return {}  # aliases of aliases stand for more than any memory holds
-        content = yaml.safe_load(head[1])
+        if head and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1])):
+            return None  # aliases of aliases stand for more than any memory holds
+        content = yaml.safe_load(head[1]) if head else {}
     except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
+        return None
     return content if isinstance(content, dict) else {}
 
 
-def classes_beside(folder: Path) -> dict[str, list[str]]:
-    """Names of classes by column, as a card, dataset_infos.json or a list such as labels.txt in a folder says."""
-    found = classes_of(_card(folder).get("dataset_info"))
-    for name in ("dataset_info.json", "dataset_infos.json"):
-        with contextlib.suppress(InputError, OSError):
-            found |= classes_of(read_json(folder / name))
-    for file in (folder / name for name in NAMES["class_files"]):
-        if not found and file.is_file() and file.stat().st_size < 1 << 20:
-            lines = [line.strip() for line in utf8(file, file.read_bytes()).lstrip("\ufeff").splitlines()]
-            lines = [line for line in lines if line]
-            if len(set(lines)) == len(lines) and not any(line.isdecimal() for line in lines):  # not one a row
-                found = dict.fromkeys(("label", "labels", "class", "标签"), lines)
-    return found
+def classes_beside(path: Path, own: Collection[Path] = ()) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Names of classes by column, as a card, dataset_infos.json or a list such as labels.txt says; what says none.
+
+    A card may stand one folder above the data.
+
+    Args:
+        own: the files of the data.
+    """
+    folder = path if path.is_dir() else path.parent
+    found: dict[str, list[str]] = {}
+    unread: Counter[str] = Counter()
+    for place in (folder, folder.parent):
+        if not found:
+            card = _card(place)
+            unread["not used: the head of README.md, which is no YAML (aliases are not read)"] += card is None
+            add_classes(found, classes_of((card or {}).get("dataset_info")))
+            for name in ("dataset_info.json", "dataset_infos.json"):
+                with contextlib.suppress(InputError, OSError):
+                    add_classes(found, classes_of(read_json(place / name)))
+    for file in sorted(folder.iterdir()):
+        listed = file.name.lower() in NAMES["class_files"]
+        if file in (path, *own) or file.suffix.lower() not in _LISTS or not (listed or says_classes(file.stem)):
+            continue
+        if not (names := _listed(file)):
+            unread[f"not used: the file {file.name[:60]!r} beside the data"] += 1
+        for column, others in list(found.items()):
+            if others != names and sorted(others) == sorted(names):
+                found[column] = []
+        add_classes(found, {LABEL: names} if names else {})
+    return found, unread
+
+
+_LISTS = (".txt", ".json", ".csv", ".tsv")
+_PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]+(.+)|(.+?)[\s,;:=]+['"]?(\d+)['"]?""")
+"""A line with a class and its number."""
+
+
+def _listed(file: Path) -> list[str]:
+    """The names of classes that a file lists, one a line, with their numbers or in order, or as JSON."""
+    with contextlib.suppress(InputError, OSError):
+        if file.stat().st_size > 1 << 20:
+            return []
+        if file.suffix.lower() == ".json":
+            said = read_json(file)
+            inner = [part for key, part in said.items() if says_classes(key)] if isinstance(said, dict) else []
+            return next((names for part in (said, *inner) if (names := class_names(part))), [])
+        lines = [line.strip() for line in utf8(file, file.read_bytes()).lstrip("\ufeff").splitlines()]
+        lines = [line for line in lines if line]
+        pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
+        numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
+        if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
+            return numbered
+        if file.suffix.lower() == ".txt" and not any(line.isdecimal() for line in lines):  # not one a row
+            return class_names(lines)
+    return []
 
 
 def _by_card(card: dict[str, Any], names: list[str], words: str) -> dict[str, list[str]] | None:
@@ -277,7 +334,7 @@ def choose_data(settings: Settings) -> Table:
 
     def read(source: str, revision: str) -> Table:
         if source != SAMPLE_DATASET:
-            return read_table(source, revision)
+            return read_table(source, revision, settings.label_column)
         if len(settings.label_names) != 2:
             raise InputError(
                 f"label_names with {len(settings.label_names)} names for the sample corpus.",

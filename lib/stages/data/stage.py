@@ -20,7 +20,7 @@ from lib.prompts.conversations import ExchangeTooLongError
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
+from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings, folded
 from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
 from lib.stages.data.data_files import file_fingerprint
@@ -109,7 +109,7 @@ def prepare(settings: Settings, run: Run) -> DataResult:
         parameters["sample_version"] = sample.VERSION
     elif (path := user_path(settings.dataset)).exists():
         parameters["dataset_sha256"] = file_fingerprint(path)
-        if classes := classes_beside(path if path.is_dir() else path.parent):
+        if classes := classes_beside(path)[0]:
             parameters["dataset_classes"] = classes
     if settings.fallbacks:
         parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
@@ -130,6 +130,9 @@ def _with_hash(entry: Mapping[str, str | int]) -> dict[str, str | int]:
     return {**entry, "files_sha256": file_fingerprint(path)} if local else dict(entry)
 
 
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
 def rows_from_file(
     source: str | Path, label_names: Sequence[str], text_column: str = "", label_column: str = ""
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -145,7 +148,7 @@ def rows_from_file(
     Raises:
         InputError: unreadable, or without usable rows.
     """
-    table = read_table(str(source))
+    table = read_table(str(source), label_column=label_column)
     name = next(split for split in ("test", "validation", "all", "train") if split in table.splits)
     ours = {"id", "leaked", "group"}
     keep = (*ours, "pattern") if ours <= table.splits[name][0].keys() else ()
@@ -155,6 +158,12 @@ def rows_from_file(
     groups = near_duplicates.find_duplicates([row.text for row in rows]).groups.tolist()
     for row, group in zip(rows, groups, strict=True):
         row.group = group
+        if keep:  # a table of texts holds them as texts
+            said = row.extra["leaked"]
+            if (leaked := _FLAGS.get(folded(said))) is None:
+                raise InputError(f"{source}: leaked {said!r}.", "true or false in every row.", "remove the column.")
+            own = folded(row.extra["group"])
+            row.extra |= {"leaked": leaked, "group": int(own) if own.isdecimal() else own}
     dropped = "dropped: "
     left_out = {why.removeprefix(dropped): count for why, count in counts.items() if why.startswith(dropped)}
     split = {} if name == "all" else {"split": name}
@@ -185,6 +194,9 @@ def _build(settings: Settings, work: ProductDraft) -> None:
         splits[name] = near_duplicates.subsample(rows, getattr(settings, key), settings.seed)
         if over := len(rows) - len(splits[name]):
             flow[f"left out: over {key}", name] = over
+    kind.require_each(
+        splits, f"raise max_train_rows {settings.max_train_rows} or max_eval_rows {settings.max_eval_rows}."
+    )
     base, base_notes = choose_base(settings)
     tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
     for row in itertools.chain.from_iterable(splits.values()):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.stages.data.cleaning import Row, clean_split, find_column, label_reader, require_labels, unlabelled
+from lib.settings import Settings
+from lib.stages.data.cleaning import Row, clean_split, find_column, require_labels, unlabelled
+from lib.stages.data.labels import label_reader
 
 NAMES = ["负面", "正面"]
 
@@ -26,6 +30,53 @@ def test_ways_to_write_a_label():
     assert labels(["消极", "积极"]) == labels(["差评", "好评"]) == [0, 1]
     assert labels(["负面", "正面", "neg"], ["正面", "负面"]) == [1, 0, 1]
     assert labels(["体育", "财经", "2"], ["体育", "财经", "娱乐"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "zero", "one"),
+    [
+        (["true", "false"], False, True),
+        (["yes", "no"], False, True),
+        (["是", "否"], "False", "True"),
+        (["正面", "负面"], False, True),
+        (["1", "0"], 0, 1),
+        (["1", "0"], "0.0", "1.0"),
+        (["1", "0"], False, True),
+        (["好", "no"], Decimal("1"), Decimal("0")),
+        (["ham", "spam"], "True", "False"),
+        (["caf\u00e9", "no"], "no", "cafe\u0301"),
+        (["ＰＯＳ", "ＮＥＧ"], "NEG", "pos"),
+    ],
+)
+def test_a_value_is_a_name_first_in_every_format(names: list[str], zero: object, one: object):
+    assert labels([zero, one], names) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (["negative", "neutral"], ["negative", "positive"]),
+        (["差评", "中评"], ["差评", "好评"]),
+        (["mixed", "positive"], ["positive", "neg"]),
+        (["no", "unsure"], [False, True]),
+        (["1", "2", "3"], [0, 1, 2]),
+        (["a", "b", "c"], [False, True]),
+    ],
+)
+def test_a_word_of_another_label_is_not_read_as_one_of_these(names: list[str], values: list):
+    with pytest.raises(InputError, match="besides those understood"):
+        labels(values * 5, names)
+
+
+@pytest.mark.parametrize("names", [["Ja", "JA"], ["ß", "ss"], ["1", "b", "1.0"], ["ａ", "A"]])
+def test_names_that_are_one_when_labels_are_read_are_refused(names: list[str]):
+    with pytest.raises(ValueError, match=f"{names[0]!r} and {names[-1]!r} do not"):
+        Settings(label_names=names)
+
+
+def test_the_column_of_labels_is_no_text():
+    with pytest.raises(InputError, match="'label' as text and as label"):
+        clean([{"text": "a", "label": "1"}], text="label")
 
 
 def test_sentiment_words_mean_nothing_for_other_tasks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -105,15 +106,89 @@ _NAMED = "{class_label: {names: {'0': positive, '1': negative}}}"
         ("dataset_info.json", json.dumps({"features": {"label": _CLASSES}})),
         ("labels.txt", "positive\nnegative\n"),
         ("classes.txt", "\ufeffpositive\r\nnegative"),
+        ("labels.txt", "0 positive\n1 negative\n"),
+        ("labels.csv", 'id,name\n0,positive\n1,"negative"\n'),
+        ("label_list.tsv", "positive\t0\nnegative\t1\n"),
+        ("id2label.json", '{"0": "positive", "1": "negative"}'),
+        ("label2id.json", '{"negative": 1, "positive": 0}'),
+        ("class_names.json", '["positive", "negative"]'),
+        ("config.json", '{"model_type": "x", "id2label": {"0": "positive", "1": "negative"}}'),
+        ("README.md", "\ufeff" + _CARD.format(f"dtype: {_NAMED}")),
+        ("readme.md", _CARD.format(f"dtype: {_NAMED}")),
+        ("../README.md", _CARD.format(f"dtype: {_NAMED}")),
     ],
 )
 @pytest.mark.parametrize("folder", [True, False])
-def test_classes_beside_a_file_are_read_by_their_names(tmp_path: Path, name: str, text: str, folder: bool) -> None:
+@pytest.mark.parametrize("column", ["label", "Label"])
+def test_classes_beside_a_file_are_read_by_their_names(
+    tmp_path: Path, name: str, text: str, folder: bool, column: str
+) -> None:
+    tmp_path = tmp_path / "data"
+    tmp_path.mkdir()
     (tmp_path / name).write_text(text)
-    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in REVIEWS))
+    (tmp_path / "train.csv").write_text(f"text,{column}\n" + "".join(f"{r['text']},{r['label']}\n" for r in REVIEWS))
     [table] = read_table(str(tmp_path if folder else tmp_path / "train.csv")).splits.values()
     rows, _ = clean_split(table, "x", "", "", ["负面", "正面"])
     assert [row.label for row in rows] == [1, 0] * 3
+
+
+@pytest.mark.parametrize("column", ["sentiment", "Polarity", "y"])
+def test_a_list_of_classes_is_of_the_labels_whatever_they_are_called(tmp_path: Path, column: str) -> None:
+    (tmp_path / "labels.txt").write_text("positive\nnegative\n")
+    (tmp_path / "r.json").write_text(json.dumps([{"text": r["text"], column: r["label"]} for r in REVIEWS]))
+    chosen = column if column == "y" else ""
+    [table] = read_table(str(tmp_path / "r.json"), label_column=chosen).splits.values()
+    assert [row.label for row in clean_split(table, "x", "", chosen, ["负面", "正面"])[0]] == [1, 0] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", _CARD.format(f"dtype: {_NAMED}").replace("dataset_info", "x: &a [1]\ny: *a\ndataset_info")),
+        ("README.md", _CARD.format("dtype: {class_label: : [")),
+        ("labels.json", '{"what": "ever"}'),
+        ("train_labels.csv", "1\n0\n"),
+        ("config.json", '{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}'),
+    ],
+)
+def test_what_says_no_classes_beside_data_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
+    rows, counts = _rows(tmp_path / "r.jsonl", ["负面", "正面"])
+    assert [label for _, label in rows] == [0, 1] * 3
+    assert [why for why in counts if why.startswith("not used: the ") and name in why]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"labels.txt": "positive\nnegative", "id2label.json": '["negative", "positive"]'},
+        {"labels.txt": "negative\npositive", "README.md": _CARD.format(f"dtype: {_NAMED}")},
+        {
+            "README.md": "---\ndataset_info:\n"
+            + "".join(
+                f"- features:\n  - {{name: label, dtype: {{class_label: {{names: {{'0': {a}, '1': {b}}}}}}}}}\n"
+                for a, b in (("positive", "negative"), ("negative", "positive"))
+            )
+            + "---\n"
+        },
+    ],
+)
+def test_classes_in_two_orders_are_refused_where_labels_are_numbers(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
+    with pytest.raises(InputError, match="in two orders"):
+        read_table(str(tmp_path / "r.jsonl"))
+    (tmp_path / "r.jsonl").write_text(json.dumps({"text": "a", "label": "positive"}))
+    assert _rows(tmp_path / "r.jsonl", ["负面", "正面"])[0] == [("a", 1)]
+
+
+@pytest.mark.parametrize("key", ["label_names", "names", "classes", "labelNames"])
+def test_classes_beside_the_rows_in_one_object_are_read_by_their_names(tmp_path: Path, key: str) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({key: ["positive", "negative"], "by": ["Li", "Wu"], "data": REVIEWS}))
+    rows, counts = _rows(tmp_path / "r.json", ["负面", "正面"])
+    assert [label for _, label in rows] == [1, 0] * 3 and counts["not used: the key 'by' beside the rows"] == 1
 
 
 def test_labels_one_a_row_are_no_names(tmp_path: Path) -> None:
@@ -130,6 +205,62 @@ def test_names_beside_numbers_say_what_they_mean(tmp_path: Path, column: str) ->
     assert [label for _, label in read] == [1, 0] * 3 and not any("not used" in why for why in counts)
     _, counts = _rows(tmp_path / "r.json", ["甲", "乙", "丙"])
     assert counts[f"not used: the column '{column}'"] == 6
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *(
+            {name: ("positive", "negative")}
+            for name in ("sentiment", "labels", "情感", "label_desc", "labelText", "mood")
+        ),
+        {"label_name": ("class0", "class1"), "label_text": ("positive", "negative")},
+        {"label_text": ("正面", ""), "class_name": (None, "neg")},
+    ],
+)
+def test_any_column_of_names_beside_numbers_is_read(tmp_path: Path, columns: dict[str, Any]) -> None:
+    rows = [{**r, **{name: words[r["label"]] for name, words in columns.items()}} for r in REVIEWS]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    assert [label for _, label in _rows(tmp_path / "r.json", ["负面", "正面"])[0]] == [1, 0] * 3
+
+
+def test_what_some_rows_say_of_a_number_holds_for_all() -> None:
+    said = [
+        {**r, "label_text": ("positive", "negative", None)[2 if i < 3 else r["label"]]} for i, r in enumerate(REVIEWS)
+    ]
+    assert [row.label for row in clean_split(said, "x", "", "", ["负面", "正面"])[0]] == [1, 0] * 3
+    rows, _ = clean_split(REVIEWS, "test", "", "", ["负面", "正面"], whole=[*said, *REVIEWS])
+    assert [row.label for row in rows] == [1, 0] * 3
+    with pytest.raises(InputError, match="labels '1'"):  # of which nothing is said
+        clean_split(
+            [r | {"label_text": r["label_text"] if r["label"] == 0 else None} for r in said],
+            "x",
+            "",
+            "",
+            ["b", "positive"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen", "refused"),
+    [
+        ({"label": "001101", "label_text": "pnpnpn"}, "", True),
+        ({"label": "010101", "sentiment": "pnpnpp"}, "", True),
+        ({"label": "010101", "label_text": "pnpnpn", "class_name": "npnpnp"}, "", True),
+        ({"category": "010101", "target": "101010"}, "", True),
+        ({"category": "pnpnpn", "target": "npnpnp"}, "", True),
+        ({"category": "010101", "target": "101010"}, "target", False),
+        ({"label": "001101", "label_text": "pnpnpn"}, "label", False),
+        ({"label": "pnpnpn", "target": "npnpnp"}, "", False),
+        ({"label": "010101", "target": "101010"}, "", False),
+        ({"label": "010101", "prediction": "npnnpp"}, "", False),
+    ],
+)
+def test_columns_of_labels_that_contradict_one_another(columns: dict[str, str], chosen: str, refused: bool) -> None:
+    words = {"p": "positive", "n": "negative"}
+    rows = [{"text": f"{i}", **{k: words.get(v[i], v[i]) for k, v in columns.items()}} for i in range(6)]
+    with pytest.raises(InputError, match="contradict one another") if refused else contextlib.nullcontext():
+        clean_split(rows, "x", "", chosen, ["negative", "positive"])
 
 
 def test_bytes_of_spark_are_texts(tmp_path: Path) -> None:
@@ -212,6 +343,31 @@ def test_options_stand_once_under_the_letters_of_the_answers(
 ) -> None:
     (tmp_path / "q.json").write_text(json.dumps([row]))
     assert _rows(tmp_path / "q.json", LETTERS)[0] == [(text, label)]
+
+
+@pytest.mark.parametrize("names", ["abcd", "1234", "0123", "甲乙丙丁", "DCBA"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_options_are_asked_under_the_names_of_the_labels(tmp_path: Path, names: str, columns: bool) -> None:
+    texts = ["子", "丑", "寅", "卯"]
+    options = dict(zip("ABCD", texts, strict=True)) if columns else {"options": texts}
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "题", **options, "answer": names[2]}]))
+    marks = "ABCD" if names == "DCBA" else names
+    asked = "\n".join(["题", *(f"{mark}. {text}" for mark, text in zip(marks, texts, strict=True))])
+    assert _rows(tmp_path / "q.json", list(names))[0] == [(asked, 2)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"options": ["甲", "乙", "丙"], "answer": "D"},
+        {"A": "甲", "B": "乙", "C": None, "D": "丁", "answer": "C"},
+        {"choices": {"text": ["甲", "乙"], "label": ["1", "2"]}, "answer": 3},
+    ],
+)
+def test_an_answer_that_is_none_of_the_options_is_left_out(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "题", **row}]))
+    rows, counts = _rows(tmp_path / "q.json", LETTERS)
+    assert rows == [] and counts["dropped: an answer that is none of its question's options"] == 1
 
 
 @pytest.mark.parametrize("options", ["甲", ["甲"], "['甲' '乙']", None, 5, [{"odd": "甲"}, {"odd": "乙"}]])

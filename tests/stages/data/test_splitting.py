@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,7 +47,13 @@ def test_subsample_keeps_shares_and_order(rows: list[Row], most: int, seed: int)
     assert chosen == subsample(rows, most, seed)
     before, after = Counter(row.label for row in rows), Counter(row.label for row in chosen)
     for label, count in before.items():
-        assert abs(after[label] - count * len(chosen) / len(rows)) <= 1
+        assert abs(after[label] - count * len(chosen) / len(rows)) <= max(1, len(before) - 1)
+
+
+@pytest.mark.parametrize(("most", "left"), [(300, 3), (3, 3), (2, 2)])
+def test_a_rare_label_keeps_a_row(most: int, left: int):
+    chosen = subsample([Row(i, "", 0 if i < 500 else 1 if i < 990 else 2) for i in range(991)], most, 42)
+    assert len(chosen) == most and len({row.label for row in chosen}) == left
 
 
 def test_copies_and_contradictions_are_dropped():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.cli.evaluate import RowOptions
 from lib.errors import InputError
 from lib.runs.files import read_json
 from lib.runs.run import open_run
@@ -217,3 +218,29 @@ def test_task_is_plain_json(sample_run: DataResult):
         "user_prompt": "判断下面这段评论的情感倾向，只回答负面或正面。\n评论：{text}",
         "max_seq_length": 192,
     }
+
+
+@pytest.mark.parametrize("written", [("True", "False"), ("1", "0"), ("yes", "no")])
+def test_rows_of_a_run_saved_as_text_keep_their_flags(sample_run: DataResult, home: Path, written: tuple[str, str]):
+    own, _ = rows_from_file(sample_run.product.path / "test.jsonl", ["负面", "正面"])
+    assert any(row["leaked"] for row in own) and not all(row["leaked"] for row in own)
+    saved = [{**row, "leaked": written[not row["leaked"]], "group": str(row["group"])} for row in own]
+    path = write(home / "rows.jsonl", saved)
+    if written[0] != "yes":
+        assert rows_from_file(path, ["负面", "正面"])[0] == own
+        return
+    with pytest.raises(InputError, match=r"leaked '(yes|no)'"):
+        rows_from_file(path, ["负面", "正面"])
+
+
+@pytest.mark.parametrize("limit", [{"max_train_rows": 1}, {"max_eval_rows": 1}])
+def test_a_limit_that_leaves_one_label_is_named(home: Path, limit: dict[str, int]):
+    source = write(home / "rows.jsonl", reviews(200))
+    with pytest.raises(InputError, match=r"only the label .*raise max_train_rows \d+ or max_eval_rows \d+"):
+        prepare(settings(source, **limit), open_run("t"))
+
+
+@pytest.mark.parametrize("columns", [{"text_column": "a"}, {"label_column": "b"}])
+def test_columns_are_chosen_of_a_table_alone(columns: dict[str, str]):
+    with pytest.raises(InputError, match=f"--{next(iter(columns)).replace('_', '-')} without --data"):
+        RowOptions(run_name="t", **columns).rows(None)
