@@ -63,13 +63,17 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     settings = ready(
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
-    _ask_what_is_here(settings, model)
+    rows = _ask_what_is_here(settings, model)
     found = recommend(settings, model)
-    show(found, as_json, strategy_text(found, settings))
+    show({**found, "test_rows": rows}, as_json, strategy_text(found, settings) + rows_text(settings, rows))
 
 
-def _ask_what_is_here(settings: Settings, model: str | None) -> None:
+def _ask_what_is_here(settings: Settings, model: str | None) -> dict[str, Any] | None:
     """What the steps of the run would refuse of the data, model and adapter that lie on this disk.
+
+    Returns:
+        what the test rows can show (`lib.report.data_page.detectable`); None where they lie elsewhere or have no
+        labels.
 
     Raises:
         InputError: the first of them.
@@ -78,16 +82,20 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> None:
     from lib.models.adapters import check_fit
     from lib.models.base_model import check_base_folder, resolve_adapter
     from lib.models.loading import load_tokenizer
+    from lib.report.data_page import detectable
     from lib.settings import OFFLINE_BASE, SAMPLE_DATASET
-    from lib.stages.data.reading import read_table
-    from lib.stages.data.stage import usable_rows_of
+    from lib.stages.data.reading import choose_data
+    from lib.stages.data.stage import divide
 
     def here(source: str, word: str = "") -> bool:
         return source not in ("", word) and (looks_like_path(source) or user_path(source).exists())
 
     source, base = model or settings.base_model, user_path(model or settings.base_model)
-    if here(settings.dataset, SAMPLE_DATASET):
-        usable_rows_of(settings, read_table(settings.dataset))
+    rows = None
+    if settings.dataset == SAMPLE_DATASET or here(settings.dataset):
+        test = divide(settings, choose_data(settings)).splits["test"]
+        if settings.task == "classification":
+            rows = detectable([{"label": row.label, "group": row.group, "leaked": row.leaked} for row in test])
     own = here(source, OFFLINE_BASE) and base.is_dir()
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
@@ -96,6 +104,20 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> None:
         adapter = resolve_adapter(settings.adapter).path
         if own:
             check_fit(adapter, base)
+    return rows
+
+
+def rows_text(settings: Settings, rows: dict[str, Any] | None) -> str:
+    """What the test rows can show of a quantized file, and how many would be needed."""
+    from lib.report.sentences import sentence
+    from lib.statistics.noninferiority import rows_for
+
+    if rows is None:
+        return ""
+    margin = settings.equivalence_margin
+    needed = [(share, rows_for(share, margin / 100)) for share in (0.0, 0.01, 0.02)]
+    told = [sentence("data.detectable", **rows), sentence("doctor.rows_needed", margin=margin, needed=needed)]
+    return "\n\n" + "\n".join(told).replace("**", "")
 
 
 def strategy_text(found: dict[str, Any], settings: Settings) -> str:

@@ -171,12 +171,7 @@ class LabelPage(DataPage):
 
     def detectable(self) -> Shown:
         """What so many test rows can show of a quantized file, before anything is trained."""
-        test = self.result.rows("test")
-        parts = {"all": test, "leak-free": [row for row in test if not row["leaked"]]}
-        worth = {name: independent_rows(rows) for name, rows in parts.items() if rows}
-        least = {name: 100 * least_margin(rows) for name, rows in worth.items()}
-        counts = {name: len(rows) for name, rows in parts.items()}
-        words = tell("data.detectable", counts=counts, worth=worth, least=least)
+        words = tell("data.detectable", **detectable(self.result.rows("test")))
         margins = [{"margin_points": margin, **_rows_needed(margin)} for margin in (1, 2, 3, 5)]
         return words, display.table(margins, sentence("data.rows_needed", power=POWER))
 
@@ -193,6 +188,18 @@ def independent_rows(rows: Sequence[Mapping[str, Any]]) -> float:
     """Independent rows that these are worth in a comparison of files: copies and unequal labels count less."""
     weights = balanced_weights([row["label"] for row in rows])
     return len(rows) / copies_effect([row["group"] for row in rows], len(rows), weights)
+
+
+def detectable(test: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What test rows ("label", "group", "leaked") can show, of all and of the leak-free rows.
+
+    Returns:
+        "counts", "worth" (independent rows), "least" (loss, points, that they exclude when no answer changes).
+    """
+    parts = {"all": test, "leak-free": [row for row in test if not row["leaked"]]}
+    worth = {name: independent_rows(rows) for name, rows in parts.items() if rows}
+    least = {name: 100 * least_margin(rows) for name, rows in worth.items()}
+    return {"counts": {name: len(rows) for name, rows in parts.items()}, "worth": worth, "least": least}
 
 
 def _rows_needed(margin: float) -> dict[str, str]:

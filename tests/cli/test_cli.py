@@ -312,3 +312,22 @@ def test_merge_and_convert_in_one_pass(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "training.json").write_text('{"base": {"revision": "sha256:0123456789abcdef"}}')
     done = workbook(*given, "--output-dir", str(tmp_path / "other"))  # a base of equal shape: no shape tells
     assert done.returncode == 0 and "TRAINED ON ANOTHER BASE (sha256:0123456789abcdef)" in done.stdout
+
+
+def test_doctor_says_what_the_test_rows_can_show(tmp_path, monkeypatch, capsys) -> None:
+    """As 01 counts them, before anything is trained; nothing is said of rows that are not here, or without labels."""
+    from lib.cli import doctor
+
+    rows = [{"text": f"{word} number {i} {'ab'[i % 2] * (i % 7 + 1)}", "label": i % 2} for i, word in enumerate(WORDS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = Settings(dataset=str(tmp_path / "rows.jsonl"), test_share=0.3)
+    found = doctor._ask_what_is_here(settings, None)
+    assert found["counts"]["all"] == pytest.approx(0.3 * len(rows), abs=4)
+    text = doctor.rows_text(settings, found)
+    assert f"exclude a loss of {found['least']['all']:.2g} points on all {found['counts']['all']} rows" in text
+    assert "less than 1 point takes independent rows" in text and "316 (0 %)" in text
+    assert doctor.rows_text(settings, None) == ""
+    assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) is None
+
+
+WORDS = ["".join(chr(97 + (i * k) % 26) for k in (1, 3, 5, 7, 11)) for i in range(100)]

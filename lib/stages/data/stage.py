@@ -179,24 +179,11 @@ Flow = dict[tuple[str, str], int]
 
 def _build(settings: Settings, work: ProductDraft) -> None:
     table = choose_data(settings)
-    kind, notes, (splits, flow, changes) = usable_rows_of(settings, table)
-    task = kind.task
-    notes += _much_dropped({name: flow["read", name] for name in splits}, flow)
-    found = kind.audit(splits)
-    splits, rule, dropped = _divide(splits, kind, settings)
-    flow |= {(reason, "all"): count for reason, count in dropped.items()}
-    if rule.startswith("given") and settings.test_share != Settings().test_share:
-        notes.append(f"test_share {settings.test_share:g} has no effect: the data comes with test rows of its own")
-    used = found if rule == GIVEN else kind.audit(splits)
-    kind.require_each(splits)
-    for name, rows in splits.items():
-        key = "max_train_rows" if name == "train" else "max_eval_rows"
-        splits[name] = near_duplicates.subsample(rows, getattr(settings, key), settings.seed)
-        if over := len(rows) - len(splits[name]):
-            flow[f"left out: over {key}", name] = over
-    kind.require_each(
-        splits, f"raise max_train_rows {settings.max_train_rows} or max_eval_rows {settings.max_eval_rows}."
+    divided = divide(settings, table)
+    kind, notes, splits, flow, changes = (
+        getattr(divided, name) for name in ("kind", "notes", "splits", "flow", "changes")
     )
+    task = kind.task
     base, base_notes = choose_base(settings)
     tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
     for row in itertools.chain.from_iterable(splits.values()):
@@ -207,11 +194,11 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     notes += _much_dropped(before, left)
     shown = {
         "source": table.source,
-        "split_rule": rule,
+        "split_rule": divided.rule,
         "flow": [{"step": step, "split": split, "rows": rows} for (step, split), rows in (flow | left).items()],
         "changes": dict(changes + table.changes),
-        **found,
-        "overlaps_used": used["overlaps"],
+        **divided.audit,
+        "overlaps_used": divided.audit_after["overlaps"],
         "balance": [kind.shape(name, rows) for name, rows in splits.items()],
         "text_audit": audit_texts({name: [kind.audited(row) for row in rows] for name, rows in splits.items()}),
         "lengths": lengths,
@@ -242,10 +229,51 @@ MUCH_DROPPED = 0.1
 """Share of a split's rows from which on every page says that they were left out."""
 
 
-def usable_rows_of(settings: Settings, table: Table) -> tuple[Kind, list[str], tuple[Splits, Flow, Counter[str]]]:
-    """The rows of a table as the settings read them; what every page must say of its splits; see `_clean`."""
+@dataclass(frozen=True)
+class DividedRows:
+    """The rows of a table as the settings read and divide them.
+
+    Attributes:
+        notes: what every page must say. rule: of the split, in words. flow, changes: what became of rows and texts.
+        audit, audit_after: copies and leaks as read, and after the split.
+    """
+
+    kind: Kind
+    splits: Splits
+    notes: list[str]
+    rule: str
+    flow: Flow
+    changes: Counter[str]
+    audit: dict[str, Any]
+    audit_after: dict[str, Any]
+
+
+def divide(settings: Settings, table: Table) -> DividedRows:
+    """Clean, audit, split and subsample the rows of a table, before any tokenizer is asked.
+
+    Raises:
+        InputError: rows that cannot be used so, in the words of the step that refuses them.
+    """
     kind = _kind(settings)
-    return kind, kind.usable(table), _clean(table, kind)
+    notes = kind.usable(table)
+    splits, flow, changes = _clean(table, kind)
+    notes += _much_dropped({name: flow["read", name] for name in splits}, flow)
+    found = kind.audit(splits)
+    splits, rule, dropped = _divide(splits, kind, settings)
+    flow |= {(reason, "all"): count for reason, count in dropped.items()}
+    if rule.startswith("given") and settings.test_share != Settings().test_share:
+        notes.append(f"test_share {settings.test_share:g} has no effect: the data comes with test rows of its own")
+    used = found if rule == GIVEN else kind.audit(splits)
+    kind.require_each(splits)
+    for name, rows in splits.items():
+        key = "max_train_rows" if name == "train" else "max_eval_rows"
+        splits[name] = near_duplicates.subsample(rows, getattr(settings, key), settings.seed)
+        if over := len(rows) - len(splits[name]):
+            flow[f"left out: over {key}", name] = over
+    kind.require_each(
+        splits, f"raise max_train_rows {settings.max_train_rows} or max_eval_rows {settings.max_eval_rows}."
+    )
+    return DividedRows(kind, splits, notes, rule, flow, changes, found, used)
 
 
 def _clean(table: Table, kind: Kind) -> tuple[Splits, Flow, Counter[str]]:
