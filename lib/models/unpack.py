@@ -217,8 +217,8 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
     Returns:
         What unpacked.json holds: {"source": file name, "sha256", "version" (of this unpacking), "types": {type:
         weights}, "main_type", "dtype", "dtype_asked", "off_grid", "seed" and "scales" (smallest, largest; both null on
-        the grid), "parameters", "left_out" (special tokens, in words), "license" (as the file says, or null), "cost"
-        (mean KL divergence by dtype, see `cost_of`, or null), "cost_note"}.
+        the grid), "parameters", "license" (as the file says, or null), "cost" (mean KL divergence by dtype, see
+        `cost_of`, or null), "cost_note"}, and of special tokens that the vocabulary does not have "left_out".
 
     Raises:
         InputError: a file that cannot be unpacked, or an output folder that is not new; nothing is left there then.
@@ -272,11 +272,11 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
         "seed": SEED if off_grid else None,
         "scales": list(RANGE) if off_grid else None,
         "parameters": source.parameters,
-        "left_out": ids_beyond(source.metadata),
         "license": name if isinstance(name := source.metadata.get("general.license"), str) else None,
         "cost": cost,
         "cost_note": note,
     }
+    record |= {"left_out": odd} if (odd := ids_beyond(source.metadata)) else {}
     write_json(folder / RECORD, record)
     return record
 

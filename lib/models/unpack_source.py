@@ -320,7 +320,7 @@ def read_source(path: Path | str) -> Source:
     names, biases = _names(keys, tensors)
     embedding = tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding and embedding.shape else 0
-    config = check_configuration(path, config_of(keys, rows, "output.weight" not in tensors, biases, factors))
+    config = config_of(keys, rows, "output.weight" not in tensors, biases, factors)
     for kind, odd in (("lacks", sorted(names.keys() - tensors)), ("also has", sorted(tensors.keys() - names))):
         if odd:
             expected = f"the tensors of a {keys.architecture} model that transformers knows"
@@ -328,6 +328,7 @@ def read_source(path: Path | str) -> Source:
     tokens = len(metadata["tokenizer.ggml.tokens"])
     if tokens > rows:
         raise unusable(path, f"{tokens} tokens, {rows} rows of embedding", "a row for every token")
+    check_configuration(path, config)
     packed = [_packed(path, tensors[ours], theirs, config) for ours, theirs in names.items()]
     packed.sort(key=lambda tensor: tensor.name)
     counts = Counter[str]()

@@ -266,7 +266,7 @@ def test_repositories_without_safetensors(hub: Hub, files: dict[str, bytes], wor
     "text",
     [
         *("", "a b", "../up", "modelscope:", "modelscope:name", "a/..", "-x/y", "a/b--c", "a/b."),
-        *("org/m.git", "modelscope:org/m.git", "a--b/c", "org/m-", "org./m", "org/" + "m" * 97),
+        *("org/m.git", "modelscope:org/m.git", "a--b/c", "org/two--words", "org/m-", "org./m", "org/" + "m" * 97),
     ],
 )
 def test_what_is_no_id(text: str) -> None:

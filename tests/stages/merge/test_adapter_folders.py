@@ -292,7 +292,7 @@ def test_marks_of_training_are_no_other_template(base: Path, adapter: Path, tmp_
     assert (tmp_path / "m/chat_template.jinja").read_text() == original
 
 
-OTHERS = {
+NAMES = {
     "another model": ({"base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct"}, "names Qwen/Qwen2.5-7B-Instruct as"),
     "another folder": ({"base_model_name_or_path": "/nosuch/other-model"}, "names /nosuch/other-model as"),
     "a commit": ({"base_model_name_or_path": "org/base", "revision": "abc123def"}, "names org/base at abc123def as"),
@@ -301,11 +301,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", NAMES)
 def test_a_base_of_another_name_is_said(
     case: str, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    changes, words = OTHERS[case]
+    changes, words = NAMES[case]
     reconfigure(adapter, **changes)
     merge(str(base), str(adapter), tmp_path / "out")
     said = capsys.readouterr().out
