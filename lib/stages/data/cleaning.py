@@ -80,7 +80,8 @@ def find_column(names: Sequence[str], wanted: str, what: str) -> str:
                 f"the columns {', '.join(names)}.", f"{what}_column {wanted!r} among them.", f"correct {what}_column."
             )
         return wanted
-    by_lower, known = {name.strip().lower(): name for name in names}, NAMES[f"{what}_columns"]
+    by_lower = {name.strip().lower(): name for name in names} | {name: name for name in names if name.islower()}
+    known = NAMES[f"{what}_columns"]
     for name in known:
         if name in by_lower:
             return by_lower[name]
@@ -316,7 +317,9 @@ class LabelledRows(RowsOfTask):
     def require_any(self, splits: Splits, flow: Mapping[tuple[str, str], int]) -> None:
         rows = [row for rows in splits.values() for row in rows]
         reasons = "; ".join(f"{count:,} rows {step}" for (step, _), count in flow.items())
-        require_labels(rows, self.names, "the data set" if rows else f"the data set ({reasons})")
+        require_labels(
+            rows, self.names, f"the data set ({reasons})" if sum(flow.values()) > len(rows) else "the data set"
+        )
 
     def require_each(self, splits: Splits, do: str = CHECK) -> None:
         for name in ("train", "validation", "test"):

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import io
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,8 +77,8 @@ def _uneven(records: Sequence[Record]) -> bool:
 def _quoted_tabs(path: Path, text: str) -> bool:
     """Whether the cells of a tab-separated file that begin with a mark are quoted, as pandas writes them.
 
-    They are when only that makes records of one length, or when it makes the same records and names stand in marks or
-    marks inside a cell are doubled.
+    They are when only that makes records of one length, or when it makes the same records and names stand in marks,
+    marks inside a cell are doubled, or the cells in marks are those with a comma (Excel).
     """
     plain = list(_records(path, text, "\t", quoted=False))
     try:
@@ -86,8 +87,10 @@ def _quoted_tabs(path: Path, text: str) -> bool:
         return False
     if _uneven(plain):
         return not _uneven(marked)
-    shown = any(_MARKED.fullmatch(cell) and '""' in cell[1:-1] for _, cells in plain for cell in cells)
-    return len(plain) == len(marked) and (shown or all(map(_MARKED.fullmatch, plain[0][1])))
+    cells = {cell for _, record in plain for cell in record}
+    held = {cell for cell in cells if _MARKED.fullmatch(cell)}
+    shown = any('""' in cell[1:-1] for cell in held) or (held and held == {cell for cell in cells if "," in cell})
+    return len(plain) == len(marked) and (bool(shown) or all(map(_MARKED.fullmatch, plain[0][1])))
 
 
 def _separator(path: Path, first: str, notes: Counter[str]) -> str:
@@ -181,15 +184,16 @@ def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: 
     """Count records over several lines; refuse one that holds whole records, as an unclosed mark makes it.
 
     A line inside a record is taken for a record when it has as many cells and, in every column of few values, one of
-    the values that records of one line have there. The line in which the mark opens counts where such a column stands
+    the values that other records have there. The line in which the mark opens counts where such a column stands
     behind the text, the one in which it closes where it stands before: elsewhere they are what a text of two lines is.
+    Most of its lines are records, or one in as many as most records of the file have.
     """
     several = [(line, cells) for line, cells in rows if any("\n" in cell for cell in cells)]
     if not several:
         return
-    alone = [cells for _, cells in rows if not any("\n" in cell for cell in cells)]
-    values = [{cells[i] for cells in alone} for i in range(len(rows[0][1]))]
-    few = [i for i, seen in enumerate(values) if 0 < len(seen) <= min(FEW_VALUES, len(alone) // 2)]
+    values = [{cells[i] for _, cells in rows} for i in range(len(rows[0][1]))]
+    few = [i for i, seen in enumerate(values) if len(seen) <= min(FEW_VALUES, len(rows) // 2)]
+    usual = statistics.mode(1 + sum(cell.count("\n") for cell in cells) for _, cells in rows)
     lines = text.split("\n")
     for line, cells in several if few else []:
         end = line + sum(cell.count("\n") for cell in cells)
@@ -200,7 +204,7 @@ def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: 
             inner = next(csv.reader([lines[number - 1].removeprefix('"')], delimiter=separator), [])
             if len(inner) == len(values) and all(inner[i] in values[i] for i in few):
                 alike.append(number)
-        if 2 * len(alike) > len(looked_at):
+        if 2 * usual * len(alike) > len(looked_at):
             raise InputError(
                 f"{path}: the text that begins in line {line} with a quotation mark ends in line {end}, and line "
                 f"{next((n for n in alike if n > line), end)} looks like a record of its own.",

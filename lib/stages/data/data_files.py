@@ -70,7 +70,7 @@ def read_file(path: Path, changes: Counter[str]) -> Rows:
     kind, raw = FORMATS.get(path.suffix.lower()), path.read_bytes()
     if kind is None:
         raise InputError(f"{path} ends in {path.suffix!r}.", f"one of {', '.join(FORMATS)}.", "convert or rename it.")
-    _check_content(path, raw[:4096])
+    _check_content(path, raw[:4096], kind)
     try:
         if kind in ("parquet", "xlsx"):
             rows = (_parquet_rows if kind == "parquet" else _sheet_rows)(path, raw, changes)
@@ -91,29 +91,27 @@ def _empty(path: Path) -> InputError:
     return InputError(f"{path} is empty.", "a file with rows.", "fetch or export it again.")
 
 
-def _check_content(path: Path, head: bytes) -> None:
-    """Refuse what is not data: an empty file, a Git LFS pointer, an HTML page, another encoding of Unicode."""
+def _check_content(path: Path, head: bytes, kind: str) -> None:
+    """Refuse what is not data of its suffix: an empty file, a Git LFS pointer, an HTML page, another encoding, …"""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         raise _empty(path)
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{path} is a Git LFS pointer, not the data.", "the file itself.", "run `git lfs pull` where it came from."
-        )
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         raise InputError(
             f"{path} is a web page, not data.", "the file itself.", "download it again with the site's raw-file link."
         )
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path} is UTF-16.", "UTF-8.", "save it again as UTF-8.")
+    zeros = bytes(byte and 1 for byte in head[:4]).hex()  # UTF-16 and UTF-32 without a byte-order mark have some
+    for begin, what, do in NAMES["contents"]:
+        if (head.hex().startswith(begin) or zeros == begin) and what.split()[0] != kind:
+            raise InputError(f"{path} is {what}.", f"what its suffix {path.suffix} says, in UTF-8.", f"{do}.")
 
 
 def _readable(path: Path, raw: bytes, kind: str, changes: Counter[str]) -> str:
-    """The text of a file with LF alone. A CR ends a line only where the file has no LF; else it is a space."""
+    """The text of a file with LF alone. A CR ends a line only where it ends the first one; else it is a space."""
     text = utf8(path, raw)
     replacements = [("byte-order mark", "\ufeff", "", 1), ("NUL characters", "\0", "", -1)]
     replacements += [("CRLF line ends", "\r\n", "\n", -1)]
-    ends_lines = "\n" not in text and kind != "json"
+    ends_lines = kind != "json" and re.match(r"[^\r\n]*\r(?!\r*\n)", text)
     replacements += [("CR line ends", "\r", "\n", -1) if ends_lines else ("stray CR characters", "\r", " ", -1)]
     for what, old, new, most in replacements:
         found = text.count(old) if most < 0 else int(text.startswith(old))
@@ -179,11 +177,20 @@ def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
         info = json.loads(metadata.get(b"huggingface", b"null"))
     except (ValueError, RecursionError):
         info = None  # of another program
-    return named_classes(table.to_pylist(), classes_of(info), changes)
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except (ValueError, OverflowError, NotImplementedError) as error:  # a year beyond 9999, an unknown time zone
+            if name.strip().lower() in _KNOWN or isinstance(error, UnicodeError):
+                raise ValueError(f"column {name}: {error}") from None
+            changes[f"not used: the column {name[:60]!r}, which cannot be read"] += table.num_rows
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return named_classes(rows, classes_of(info), changes)
 
 
 def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
-    """The rows of the first sheet of a workbook: values in place of formulas, names in its first row."""
+    """The rows of the first sheet that is not hidden: values in place of formulas, names in its first row."""
     try:
         import openpyxl
     except ModuleNotFoundError:
@@ -193,19 +200,36 @@ def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
             "pip install openpyxl, or save the sheet as CSV UTF-8.",
         ) from None
     try:
-        book = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True)
-        sheets = [[list(row) for row in sheet.iter_rows(values_only=True)] for sheet in book.worksheets]
+        book = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
     except Exception as error:  # openpyxl has no error of its own for what is no workbook
         raise ValueError(f"no XLSX workbook: {error}") from None
-    filled = [[row for row in sheet if any(cell is not None for cell in row)] for sheet in sheets]
-    if not filled or len(filled[0]) < 2:
+    seen = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
+    if not seen:
         raise _empty(path)
-    if others := sum(len(sheet) > 1 for sheet in filled[1:]):
-        changes["not used: sheets behind the first one"] += others
-    header = ["" if name is None else str(name) for name in filled[0][0]]
+    sheet = seen[0]
+    grid: dict[int, dict[int, str]] = {}
+    for (row, column), cell in sorted(sheet._cells.items()):
+        if cell.value is not None:
+            failed = cell.data_type == "e"
+            changes["cells with an error such as #N/A read as empty"] += failed
+            grid.setdefault(row, {})[column] = "" if failed else openpyxl.utils.escape.unescape(str(cell.value))
+    if len(grid) < 2:
+        raise _empty(path)
+    header = next(iter(grid.values()))
+    hides = [row for row in grid if row in sheet.row_dimensions and sheet.row_dimensions[row].hidden]
+    changes["rows that the sheet hides, read like the others"] += len(hides)
+    changes["merged cells: only the first has the value"] += len(sheet.merged_cells.ranges)
+    changes["not used: cells of columns without a name"] += sum(
+        len(row.keys() - header.keys()) for row in grid.values()
+    )
+    for other in book.worksheets:
+        if other is not sheet and (other not in seen or other.max_row > 1):
+            hidden = "" if other in seen else " (hidden)"
+            changes[f"not used: the sheet {other.title!r}{hidden}; {sheet.title!r} is read"] += 1
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *filled[0][1:]])
-    return read_csv(path, text.getvalue(), changes)
+    csv.writer(text, lineterminator="\n").writerows([[row.get(i, "") for i in header] for row in grid.values()])
+    content = text.getvalue().encode("utf-8", "replace")
+    return read_csv(path, _readable(path, content, "json", changes), changes)
 
 
 def by_name(kind: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from lib.prompts.templates import (
 from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, not_used, plain, safe_text, usable_rows
 from lib.stages.data.data_files import Rows
 from lib.stages.data.near_duplicates import audit, joined, normalise
-from lib.stages.data.turns import ALPACA, FORMS, MASKS, REASONING, ROLES, Turn, find_form, request_of, turns_of
+from lib.stages.data.turns import ALPACA, FORMS, MASKS, REASONING, ROLES, SYSTEMS, Turn, find_form, request_of, turns_of
 
 _NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
 
@@ -71,7 +71,7 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
     rows, counts = usable_rows(table, row_of)
     _refuse(unknown, counts, len(table), len(rows), where, task)
     _set_shared(rows, requests)
-    used = {*FORMS[form], *KEPT, *MASKS, *REASONING, "system", "mask_history", *(ALPACA if form == "alpaca" else ())}
+    used = {*FORMS[form], *KEPT, *MASKS, *REASONING, *SYSTEMS, "mask_history", *(ALPACA if form == "alpaca" else ())}
     used |= {name for name in columns if any("dropped" in why and f"({name}: " in why for why in counts)}
     return rows, counts + not_used([name for folded, name in columns.items() if folded not in used], len(table))
 

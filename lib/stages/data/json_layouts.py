@@ -48,6 +48,7 @@ def other_layout(
         return _list(path, value)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a single {_kind(value)}.", EXPECTED, "check the file.")
+    _viewer(path, value)
     found = _split(path, value) or _table(value) or _lists(value) or _columns_or_index(value, known)
     return found or _wrapped(path, value, {} if beside is None else beside)
 
@@ -90,6 +91,13 @@ def _list(path: Path, value: list[Any]) -> None:
         raise InputError(f"{path} holds a list of {_kind(odd)}s.", EXPECTED, f"{do}.")
 
 
+def _viewer(path: Path, value: dict[str, Any]) -> None:
+    """Refuse what the hub's viewer answers: some rows, long cells cut, the names of classes apart."""
+    if _objects(value.get("rows")) and isinstance(value["rows"][0].get("row"), dict):
+        do = "set dataset to its hub id, or fetch its own files."
+        raise InputError(f"{path} is an answer of the hub's viewer, a part of a data set.", EXPECTED, do)
+
+
 def _split(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
     """pandas' orient="split": names of the columns once, rows as lists."""
     names, rows = value.get("columns"), value.get("data")
@@ -97,6 +105,9 @@ def _split(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
         return None
     if any(not isinstance(row, list) or len(row) != len(names) for row in rows):
         raise InputError(f"{path} has columns and rows of different lengths.", EXPECTED, "export it again.")
+    if len(set(map(str, names))) < len(names):
+        have = ", ".join(map(repr, names))[:200]
+        raise InputError(f"{path} has the columns {have}.", "names that differ.", "rename or drop one of those alike.")
     return [dict(zip(map(str, names), row, strict=True)) for row in rows], 'pandas\' orient="split"'
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -40,6 +40,8 @@ from lib.stages.data.data_files import (
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = by_name("splits")
+SPLIT_COLUMNS = dict.fromkeys(NAMES["split_columns"], SPLIT_OF_NAME) | NAMES["split_flags"]
+"""Column -> what its values mean."""
 
 HOTELS = "ChnSentiCorp_htl_all"
 """Shares its name with ChnSentiCorp (9,600 / 1,200 / 1,200 reviews of hotels, laptops and books) and 3,094 texts."""
@@ -96,10 +98,11 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
         InputError: nothing readable, or files that do not say which split they are.
     """
     path, commit = user_path(source), ""
+    changes: Counter[str] = Counter()
     if path.is_file():
         files, words = {"all": [path]}, f"file {path.name}"
     elif path.is_dir():
-        files, words = _split_folder(path), f"folder {path.name}"
+        files, words = _split_folder(path, changes), f"folder {path.name}"
     elif looks_like_path(source) or path.suffix.lower() in FORMATS:
         raise SourceError(
             f"dataset: no file or folder {path}.",
@@ -113,11 +116,12 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
         path = found.path
         where, commit = "hub" if remote.place == "hub" else "ModelScope", found.revision
         files, words = (
-            _split_repository(found.path, remote.words),
+            _split_repository(found.path, remote.words, changes),
             f"{where} data set {remote.id}, revision {commit[:23]}",
         )
-    changes: Counter[str] = Counter()
     splits = {name: _read_files(paths, changes) for name, paths in files.items()}
+    if "all" in splits:
+        splits = _own_splits(words, splits["all"], changes)
     classes, unread = classes_beside(path, [file for paths in files.values() for file in paths])
     for rows in splits.values():
         named_classes(rows, classes, changes, label_column)
@@ -126,6 +130,29 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
     if table.is_hotels:
         table.source = f"{HOTELS}, {words}"
     return table
+
+
+def _own_splits(words: str, rows: Rows, changes: Counter[str]) -> dict[str, Rows]:
+    """A table by the column that says the split of every row (`split`, `is_test`); all its rows where none does."""
+    for column in rows[0]:
+        meanings = SPLIT_COLUMNS.get(str(column).strip().lower(), {})
+        said = [str(row[column]).strip().lower() for row in rows] if meanings else []
+        splits = {meanings.get(value, "") for value in said}
+        if splits == {""} or len(set(said)) < 2:
+            continue
+        if not {"train"} < splits or "" in splits:
+            have = ", ".join(f"{value!r} ({count} rows)" for value, count in Counter(said).most_common(6))
+            raise InputError(
+                f"{words}: the column {column} says {have}.",
+                f"the split of every row, {', '.join(meanings)}, some of them train.",
+                "correct it, or rename a column that says something else.",
+            )
+        changes[f"rows by the splits that the column {column!r} says"] += len(rows)
+        parts: dict[str, Rows] = {}
+        for value, row in zip(said, rows, strict=True):
+            parts.setdefault(meanings[value], []).append({name: cell for name, cell in row.items() if name != column})
+        return parts
+    return {"all": rows}
 
 
 def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
@@ -146,8 +173,8 @@ def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
     return [row for rows in parts for row in rows]
 
 
-def _split_folder(folder: Path) -> dict[str, list[Path]]:
-    """Data files of a folder by split; shards (train-00000-of-00002) belong together."""
+def _split_folder(folder: Path, changes: Counter[str]) -> dict[str, list[Path]]:
+    """Data files of a folder by split; those of its own folders are not read."""
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         part = "" if (folder / "state.json").is_file() else '["train"]'
         raise InputError(
@@ -161,27 +188,62 @@ def _split_folder(folder: Path) -> dict[str, list[Path]]:
         raise InputError(
             f"{folder} holds {have}.", "files train, validation, test (csv, tsv, json, jsonl or parquet).", "add them."
         )
-    found = _by_split([path.name for path in files], lambda name: SPLIT_OF_NAME.get(_stem(name)))
-    for split, names in found.items():
-        if split != "all" and len(names) > 1 and any(_stem(name) == Path(name).stem.lower() for name in names):
-            raise InputError(
-                f"{folder} holds {', '.join(names)} for {split}.", "one file a split.", "remove the others."
-            )
-    if not found and len({path.suffix.lower() for path in files}) == 1:  # no splits: parts of one table
-        return {"all": files}
-    if not found.keys() & {"train", "all"}:
-        names = ", ".join(path.name for path in files[:8])
-        raise InputError(f"{folder} holds {names}.", "a file train.csv (tsv, json, jsonl, parquet).", "rename it.")
-    return {split: [folder / name for name in found[split]] for split in (*SPLITS, "all") if split in found}
+    paths = {path.name: path for path in files}
+    found = _by_name(paths)
+    if not found and len({path.suffix.lower() for path in files}) == 1:
+        found = {"all": list(paths)}  # without splits: parts of one table
+    deeper = (path.relative_to(folder).as_posix() for path in folder.glob("[!.]*/*") if is_data(path.name))
+    return _checked(found, paths, str(folder), changes, sorted(deeper))
 
 
-def _by_split(names: list[str], split_of: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """The names of files by the split that each says; a single one that says none holds all rows."""
+def _by_name(names: Iterable[str]) -> dict[str, list[str]]:
+    """Files by the split that their names say."""
     found: dict[str, list[str]] = {}
     for name in names:
-        if split := split_of(name):
+        if split := _split_of(name):
             found.setdefault(split, []).append(name)
-    return found or ({"all": names} if len(names) == 1 else {})
+    return found
+
+
+_SHARD = re.compile(r"(\d+)[-_ ]?of[-_ ]?(\d+)")
+
+
+def _pattern(name: str) -> str:
+    """A file's name without the number of a part."""
+    return re.sub(r"\d+(-[0-9a-f]{8,})?", "#", name)
+
+
+def _checked(
+    found: dict[str, list[str]],
+    paths: Mapping[str, Path],
+    words: str,
+    changes: Counter[str],
+    deeper: Sequence[str] = (),
+) -> dict[str, list[Path]]:
+    """The paths of every split in order; the parts of each are one table and complete, files of none are counted."""
+    if not found.keys() & {"train", "all"}:
+        have = ", ".join(list(paths)[:8])
+        raise InputError(
+            f"{words} holds {have}.", "a file train.csv (tsv, json, jsonl, parquet).", f"rename it, or {_ONE}"
+        )
+    shards: dict[tuple[str, str], set[str]] = {}
+    for name in paths:
+        if part := _SHARD.search(name):
+            shards.setdefault((_pattern(name), part[2]), set()).add(part[1])
+    for split, names in found.items():
+        if split != "all" and len(set(map(_pattern, names))) > 1:
+            have = f"{', '.join(names[:4])} for {split}"
+            raise InputError(f"{words} has several tables: {have}.", "one table with its splits.", _ONE)
+        for (pattern, count), have in shards.items():
+            if len(have) < int(count) and pattern in map(_pattern, names):
+                raise InputError(
+                    f"{words} has {len(have)} of the {int(count)} parts {pattern}: {', '.join(sorted(have))[:60]}.",
+                    "all parts of a table.",
+                    "fetch the missing parts, or set dataset to one file.",
+                )
+    if unused := [name for name in (*paths, *deeper) if all(name not in names for names in found.values())]:
+        changes[f"not used: the files {', '.join(unused[:8])}"] += len(unused)
+    return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
 
 
 def _stem(name: str) -> str:
@@ -191,23 +253,17 @@ def _stem(name: str) -> str:
 
 # Data sets of the hub and of ModelScope: plain files, read like local ones. Scripts are never run.
 
-_ONE = "download it and set dataset to the file or folder you mean."
+_ONE = "set dataset to the file or folder that you mean (download what a hub has)."
 
 
-def _split_repository(folder: Path, words: str) -> dict[str, list[Path]]:
+def _split_repository(folder: Path, words: str, changes: Counter[str]) -> dict[str, list[Path]]:
     """Data files of a repository by split: as its card says, else by the names of files and folders."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    paths = {name: path for name, path in paths.items() if is_data(name)}
-    found = _by_card(_card(folder) or {}, sorted(paths), words)
+    paths = {name: paths[name] for name in sorted(paths) if is_data(name)}
+    found = _by_card(_card(folder) or {}, list(paths), words)
     if found is None:
-        found = _by_split(sorted(paths), _split_of)
-        if not found.keys() & {"train", "all"}:
-            raise InputError(f"{words} holds {', '.join(sorted(paths)[:8])}.", "a file of the split train.", _ONE)
-    for split, names in found.items():
-        if len({re.sub(r"\d+(-[0-9a-f]{8,})?", "#", name) for name in names}) > 1:  # not the parts of one table
-            have = f"{', '.join(names[:4])} for {split}"
-            raise InputError(f"{words} has several tables: {have}.", "one table with its splits.", _ONE)
-    return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
+        found = _by_name(paths) or ({"all": list(paths)} if len(paths) == 1 else {})
+    return _checked(found, paths, words, changes)
 
 
 def _card(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -35,6 +36,9 @@ same the other way round."""
 MASKS, REASONING = NAMES["masks"], NAMES["reasoning"]
 """Columns with one such value for every turn, or for every answer. Keys of a turn, or columns of a row, that hold the
 reasoning apart."""
+SYSTEMS = NAMES["system_columns"]
+_FORMS = [[re.compile(part, re.IGNORECASE) for part in form] for form in NAMES["thinking_tags"]]
+"""How other models write reasoning at the beginning of an answer: opening, closing, and what ends the answer."""
 _SAID = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
 _SWITCH = (*_SAID, "on", "off", "none", "")
 """What `thinking` holds where it says whether there is reasoning, not what it is."""
@@ -81,17 +85,37 @@ def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Tu
         turns = [_spoken(line) for line in _lines(raw["dialogue"])]
     else:
         turns = [_message(message, form, unused) for message in _list(raw[form], f"{form} that are no list")]
-    _mask(turns, raw)
-    for last in [turn for turn in turns if turn.role == ASSISTANT][-1:]:
-        last.text = _with_reasoning(text_of(last.text), raw, unused)
-    system = text_of(raw.get("system"))
-    own = bool(turns) and turns[0].role == SYSTEM
-    return [Turn(SYSTEM, system), *turns] if system.strip() and not own else turns
-
-
-def _mask(turns: Sequence[Turn], raw: Mapping[str, Any]) -> None:
-    """Take a list beside the turns that says which of them are learned, and `mask_history`: the last answer alone."""
     answers = [turn for turn in turns if turn.role == ASSISTANT]
+    _mask(turns, answers, raw)
+    for turn, holder in zip(answers, _by_answer(raw, len(answers)), strict=True):
+        turn.text = _with_reasoning(text_of(turn.text), holder, unused)
+    own = bool(turns) and turns[0].role == SYSTEM
+    said = [text_of(turns[0].text).strip()] if own else []
+    for name in SYSTEMS:
+        if text := text_of(raw.get(name)).strip():
+            unused[name] += bool(said) and text not in said
+            said.append(text)
+    return [Turn(SYSTEM, said[0]), *turns] if said and not own else turns
+
+
+def _by_answer(raw: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The reasoning beside the turns, for every answer: of a list one each, anything else is that of the last.
+
+    Raises:
+        DamagedError: a list of another length.
+    """
+    held: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name in (name for name in REASONING if count and name in raw):
+        each = count > 1 and isinstance(raw[name], list | tuple) and bool(raw[name])
+        if each and len(raw[name]) != count:
+            raise DamagedError(f"{name} with another number of values than answers")
+        for holder, value in zip(held, raw[name] if each else [*[None] * (count - 1), raw[name]], strict=True):
+            holder[name] = value
+    return held
+
+
+def _mask(turns: Sequence[Turn], answers: Sequence[Turn], raw: Mapping[str, Any]) -> None:
+    """Take a list beside the turns that says which of them are learned, and `mask_history`: the last answer alone."""
     for name in MASKS:
         if raw.get(name) in (None, "", []):
             continue
@@ -131,11 +155,20 @@ def _with_reasoning(text: str, holder: Mapping[str, Any], unused: Counter[str]) 
     Raises:
         DamagedError: reasoning of a shape that is not known: it is never dropped.
     """
+    for opening, closing, *ends in _FORMS:
+        if opened := opening.match(text.lstrip()):
+            text = "<think>" + closing.sub("</think>", text.lstrip()[opened.end() :], count=1)
+            text = ends[0].sub("", text) if ends else text
     for name in (name for name in REASONING if name in holder):
         if str(holder[name]).strip().lower() in _SWITCH:
             unused[name] += holder[name] not in (None, "")
-        elif not is_blank(found := _reasoning(holder[name])) and not TAG.search(text):
-            return f"<think>\n{found}\n</think>\n\n{text}"
+        elif TAG.search(text):
+            with contextlib.suppress(DamagedError):
+                if _reasoning(holder[name]).strip() in text:
+                    continue
+            unused[name] += 1
+        elif not is_blank(found := _reasoning(holder[name])):
+            text = f"<think>\n{found}\n</think>\n\n{text}"
     return text
 
 

@@ -102,6 +102,21 @@ def test_a_text_that_swallowed_records_is_refused(lines: list[str]) -> None:
         read_csv("text,label\n" + rest + '"' + "\n".join(lines) + "\n" + more)
 
 
+@pytest.mark.parametrize("label_first", [True, False])
+@pytest.mark.parametrize("more", [1, 2])
+def test_a_text_that_swallowed_a_record_among_texts_of_several_lines_is_refused(label_first: bool, more: int) -> None:
+    inner = "\n续" * more
+    rows = [f'{i % 2},"第{i}天{inner}"' if label_first else f'"第{i}天{inner}",{i % 2}' for i in range(20)]
+    assert len(read_csv("\n".join(["a,b", *rows]))[0]["a"]) == 20
+    rows[5:7] = (
+        [f"0,第6天{inner}".join(['1,"第5天' + inner + "\n", '"'])]
+        if label_first
+        else [f'"第5天{inner},1\n第6天{inner}",0']
+    )
+    with pytest.raises(InputError, match="looks like a record of its own"):
+        read_csv("\n".join(["a,b", *rows]))
+
+
 @pytest.mark.parametrize(
     ("text", "cells"),
     [
@@ -109,6 +124,9 @@ def test_a_text_that_swallowed_records_is_refused(lines: list[str]) -> None:
         ('text\tlabel\n"a\tb"\t1\nc\t0\n', ["a\tb", "c"]),
         ('"text"\t"label"\n"a"\t"1"\n', ["a"]),
         ('text\tlabel\n"a"\t1\n', ['"a"']),
+        ('text\tlabel\n"a, b"\t1\nc\t0\n', ["a, b", "c"]),  # Excel
+        ('text\tlabel\n"a, b"\t1\n"c"\t0\n', ['"a, b"', '"c"']),
+        ('text\tlabel\n"a, b"\t1\nc, d\t0\n', ['"a, b"', "c, d"]),
         ('text\tlabel\n"a" b\t1\n"他说""好"""\t0\n', ['"a" b', '"他说""好"""']),
     ],
 )

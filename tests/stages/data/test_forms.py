@@ -125,7 +125,8 @@ def test_reasoning_beside_the_content_is_read() -> None:
     both = {**beside, "content": "<think>别的</think>答"}
     made, counts = read(*({"messages": [TURNS[0], answer]} for answer in (beside, both, TURNS[1])), task=thinking)
     assert [messages[-1]["content"] for messages in made] == ["<think>\n想\n</think>\n\n答", both["content"], "答"]
-    assert counts == {"rows without reasoning: learned as answers without it": 1}
+    other = "not used: the key 'reasoning_content' of turns"
+    assert counts == {other: 1, "rows without reasoning: learned as answers without it": 1}
     earlier = [TURNS[0], beside, *TURNS]
     assert read({"messages": earlier}, {"messages": [TURNS[0], beside]}, task=thinking)[1] == {
         "dropped: no thinking in the last answer": 1
@@ -148,3 +149,63 @@ def test_a_labelled_text_that_is_a_list_is_no_text() -> None:
         [],
         {"dropped: content that is no text": 1},
     )
+
+
+THINKING = ConversationTask("dialogue", SYSTEM, 512, thinking=True)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("[THINK]想[/THINK]答", "◁think▷想◁/think▷答", "<thought>想</thought>答", "<seed:think>想</seed:think>\n答"),
+        "\n<|begin_of_thought|>想<|end_of_thought|>\n<|begin_of_solution|>答<|end_of_solution|>\n",
+        "<|START_THINKING|>想<|END_THINKING|><|START_RESPONSE|>答<|END_RESPONSE|>",
+        "<|channel|>analysis<|message|>想<|end|><|start|>assistant<|channel|>final<|message|>答<|return|>",
+    ],
+)
+def test_reasoning_in_the_tags_of_other_models_is_reasoning(form: str) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": form}]
+    [messages], _ = read({"messages": turns}, task=THINKING)
+    assert "".join(messages[2]["content"].split()) == "<think>想</think>答"
+    with pytest.raises(InputError, match="1 answers with reasoning"):
+        read({"messages": [*turns, *TURNS]})
+    with pytest.raises(InputError, match="1 answers with reasoning"):
+        read({"instruction": "问", "output": "答", "history": [["问", form]]})
+
+
+def test_foreign_tags_that_do_not_close_drop_the_row() -> None:
+    _, counts = read({"messages": [TURNS[0], {"role": "assistant", "content": "[THINK]想 答"}]}, task=THINKING)
+    assert counts == {"dropped: thinking not closed": 1}
+
+
+def test_reasoning_as_a_list_belongs_to_the_answers_one_by_one() -> None:
+    [messages], _ = read({"messages": [*TURNS, *TURNS], "reasoning": ["甲", "乙"]}, task=THINKING)
+    assert [m["content"] for m in messages[2::2]] == [f"<think>\n{said}\n</think>\n\n答" for said in "甲乙"]
+    for said in (["甲"], ["甲", "乙", "丙"]):
+        made, counts = read({"messages": [*TURNS, *TURNS], "thinking": said}, task=THINKING)
+        assert not made and counts == {"dropped: thinking with another number of values than answers": 1}
+
+
+@pytest.mark.parametrize(
+    ("turn", "columns", "key"),
+    [
+        ({"reasoning_content": "甲", "thinking": "乙"}, {}, "thinking"),
+        ({"reasoning_content": "甲"}, {"reasoning": "乙"}, "reasoning"),
+        ({"content": "<think>甲</think>答"}, {"cot": "乙"}, "cot"),
+        ({"reasoning": "甲", "reasoning_details": [{"type": "x", "data": "y"}]}, {}, "reasoning_details"),
+    ],
+)
+def test_a_second_reasoning_is_counted(turn: dict, columns: dict, key: str) -> None:
+    [messages], counts = read({"messages": [TURNS[0], {**TURNS[1], **turn}], **columns}, task=THINKING)
+    assert "甲" in messages[2]["content"] and counts == {f"not used: the key '{key}' of turns": 1}
+    same = dict.fromkeys(columns, "甲")
+    assert not columns or not read({"messages": [TURNS[0], {**TURNS[1], **turn}], **same}, task=THINKING)[1]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "System_Message"])
+def test_a_system_column_is_used_or_counted(column: str) -> None:
+    [messages], counts = read({"messages": TURNS, column: "甲"})
+    assert messages[0]["content"] == "甲" and not counts
+    [messages], counts = read({"messages": [{"role": "system", "content": "乙"}, *TURNS], column: "甲"})
+    assert messages[0]["content"] == "乙" and counts == {f"not used: the key '{column.lower()}' of turns": 1}
+    assert not read({"messages": [{"role": "system", "content": "甲"}, *TURNS], column: "甲 "})[1]

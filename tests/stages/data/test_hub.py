@@ -80,7 +80,7 @@ REFUSED = {
     "archive": ({"data.zip": b"PK"}, "holds data.zip.*csv, tsv"),
     "two tables": ({"a/train.csv": csv("a"), "b/train.csv": csv("b")}, "several tables: a/train.csv, b/train.csv"),
     "two forms": ({"train.csv": csv("a"), "train.jsonl": b"{}"}, "several tables"),
-    "no split": ({"a.csv": csv("a"), "b.csv": csv("b")}, "a file of the split train"),
+    "no split": ({"a.csv": csv("a"), "b.csv": csv("b")}, "a.csv, b.csv.*a file train"),
     "configurations": (
         {
             "a.csv": csv("a"),

@@ -110,3 +110,15 @@ def test_many_indented_objects_are_read_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("\n".join(objects))
     started = time.monotonic()
     assert len(read_table(str(tmp_path / "a.json")).splits["all"]) == 20_000 and time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("names", [["text", "label", "label"], ["label", "text", "label"], [1, "1", "text"]])
+def test_columns_of_one_name_are_refused(names: list[Any]) -> None:
+    with pytest.raises(InputError, match="names that differ"):
+        other_layout(FILE, json.dumps({"columns": names, "data": [["a", 0, 1]]}))
+
+
+def test_an_answer_of_the_viewer_is_named() -> None:
+    said = {"features": [], "rows": [{"row_idx": 0, "row": ROWS[0], "truncated_cells": []}], "num_rows_total": 900}
+    with pytest.raises(InputError, match=r"viewer.*set dataset to its hub id"):
+        other_layout(FILE, json.dumps(said))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -146,6 +147,12 @@ BAD = {
     "page.json": (b"\n<!DOCTYPE html><html></html>", "web page"),
     "gb.csv": ("label,text\n1,很好吃\n".encode("gb18030"), "readable as GB18030"),
     "wide.csv": ("label,text\n1,好\n".encode("utf-16"), "UTF-16"),
+    "zipped.csv": (gzip.compress(b"label,text\n1,a\n"), "compressed by gzip.*gunzip"),
+    "renamed.csv": (b"PAR1 and more", "parquet by its content.*end its name"),
+    "workbook.tsv": (b"PK\x03\x04 and more", r"xlsx or another zip archive.*\.xlsx"),
+    "bare.csv": ("label,text\n1,好\n".encode("utf-16-le"), "UTF-16.*iconv -f UTF-16LE"),
+    "big.json": ('[{"text": "好"}]'.encode("utf-16-be"), "UTF-16.*iconv -f UTF-16BE"),
+    "wider.csv": ("label,text\n1,好\n".encode("utf-32"), "is UTF-32"),
     "raw_surrogate.csv": (b"label,text\n1,\xed\xa0\xbd\n", "line 2"),
     "header_only.tsv": (b"label\ttext\n", "holds no rows"),
     "list.json": (b"[]", "holds no rows"),
@@ -193,3 +200,83 @@ def test_bad_folders(home: Path, tmp_path: Path):
     (folder / "train.tsv").rename(folder / "other.tsv")
     with pytest.raises(InputError, match=r"a file train\.csv"):
         read_table(str(folder))
+
+
+def test_cr_ends_lines_where_it_ends_the_first(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("label,text\r1,好\r0,坏\r\n".encode())
+    assert rows_of(tmp_path / "a.csv") == [("好", 1), ("坏", 0)]
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, "csv")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        (("hotel_train.csv", "hotel_test.csv"), {"train": 3, "test": 3}),
+        (("train_data.csv", "test_data.csv"), {"train": 3, "test": 3}),
+        (("ChnSentiCorp-Train.csv", "ChnSentiCorp-Dev.csv"), {"train": 3, "validation": 3}),
+        (("train1.csv", "train2.csv", "test.csv"), {"train": 6, "test": 3}),
+        (("reviews_2023.csv", "reviews_2024.csv"), {"all": 6}),
+        (("part-1-of-2.csv", "part-2-of-2.csv"), {"all": 6}),
+    ],
+)
+def test_a_folder_is_read_by_the_words_in_its_names(home: Path, tmp_path: Path, names: tuple, rows: dict) -> None:
+    table = read_table(str(folder_of(tmp_path / "f", *names)))
+    assert {name: len(split) for name, split in table.splits.items()} == rows and not table.changes
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("train.csv", "train_2.csv", "test.csv"), "several tables: train.csv, train_2.csv for train"),
+        (("train.csv", "train (1).csv"), "several tables"),
+        (("train-00000-of-00003.csv", "train-00002-of-00003.csv"), "2 of the 3 parts .*: 00000, 00002"),
+        (("part-1-of-2.csv",), "1 of the 2 parts"),
+        (("train.csv", "test-00001-of-00002.csv"), "1 of the 2 parts"),
+        (("hotel_test.csv", "book_test.csv"), r"a file train\.csv"),
+    ],
+)
+def test_a_folder_that_is_no_whole_table_is_refused(home: Path, tmp_path: Path, names: tuple, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        read_table(str(folder_of(tmp_path / "f", *names)))
+
+
+def test_files_that_are_not_read_are_said(home: Path, tmp_path: Path) -> None:
+    table = read_table(str(folder_of(tmp_path / "f", "train.csv", "unlabeled.csv", "extra/train2.csv", ".git/x.csv")))
+    assert table.changes == {"not used: the files unlabeled.csv, extra/train2.csv": 2} and table.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "rows"),
+    [
+        ("split", ["train", "Test", "dev"], {"train": 2, "test": 2, "validation": 2}),
+        ("Subset", ["training", "eval"], {"train": 3, "validation": 3}),
+        ("is_test", [True, False], {"test": 3, "train": 3}),
+        ("is_train", [1, 0], {"test": 3, "train": 3}),
+        ("fold", [1, 2, 3], {"all": 6}),
+        ("split", ["train"], {"all": 6}),
+        ("set", ["hotel", "book"], {"all": 6}),
+    ],
+)
+def test_a_column_that_says_the_splits_is_followed(
+    home: Path, tmp_path: Path, column: str, values: list, rows: dict
+) -> None:
+    said = [{"text": str(i), "label": i % 2, column: values[i % len(values)]} for i in range(6)]
+    (tmp_path / "a.json").write_text(json.dumps(said))
+    table = read_table(str(tmp_path / "a.json"))
+    assert {name: len(split) for name, split in table.splits.items()} == rows
+    assert ("all" in rows) == (column in table.splits[next(iter(rows))][0])
+    assert bool(table.changes) == ("all" not in rows)
+
+
+@pytest.mark.parametrize("values", [["train", "held-out"], ["train", "test", ""], ["test", "validation"]])
+def test_a_column_that_says_some_of_the_splits_is_refused(home: Path, tmp_path: Path, values: list) -> None:
+    said = [{"text": str(i), "label": 0, "split": values[i % len(values)]} for i in range(6)]
+    (tmp_path / "a.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="the column split says"):
+        read_table(str(tmp_path / "a.json"))

@@ -105,6 +105,7 @@ _NAMED = "{class_label: {names: {'0': positive, '1': negative}}}"
         ("dataset_infos.json", json.dumps({"default": {"features": {"label": _CLASSES}}})),
         ("dataset_info.json", json.dumps({"features": {"label": _CLASSES}})),
         ("labels.txt", "positive\nnegative\n"),
+        ("labels.txt", "0 positive\n1\tnegative\n"),
         ("classes.txt", "\ufeffpositive\r\nnegative"),
         ("labels.txt", "0 positive\n1 negative\n"),
         ("labels.csv", 'id,name\n0,positive\n1,"negative"\n'),
@@ -419,12 +420,17 @@ def _two(first: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "row",
     [
-        *(_two({key: value}) for key in ("loss", "weight", "train", "trainable") for value in (False, 0, 0.0, "false")),
+        *(
+            _two({key: value})
+            for key in ("loss", "weight", "learnable", "compute_loss")
+            for value in (False, 0, 0.0, "false")
+        ),
         *(_two({key: value}) for key, value in (("Loss", False), ("is_loss", False), ("loss_scale", 0), ("Mask", 1))),
         _two({"mask": True}),
         _two(assistant_masks=[0, 1]),
         _two(loss_mask=[0, 0, 0, 1]),
         _two(loss_mask=[0, 1]),
+        _two(loss_masks=[0, 1]),
         _two(mask_history=True),
     ],
 )
@@ -447,6 +453,8 @@ def test_marks_that_say_yes_or_nothing_change_nothing() -> None:
         (_two({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}), "a turn with train_detail"),
         (_two(loss=False), "dropped: a row marked as not to be learned (loss: false)"),
         (_two(Weight=0), "dropped: a row marked as not to be learned (weight: 0)"),
+        (_two(kto_tag=False), "dropped: a row marked as not to be learned (kto_tag: false)"),
+        (_two(Desirable="False"), "dropped: a row marked as not to be learned (desirable: false)"),
         (_two(label=False), "dropped: a row marked as not to be learned (label: false)"),
         ({"instruction": "a", "output": "b", "train": "false"}, "not to be learned (train: false)"),
         (_two(loss_mask=[1, 0, 1]), "another number of values than turns"),
@@ -542,12 +550,45 @@ def test_many_dropped_rows_are_said_on_every_page() -> None:
     assert note.startswith("85 of 100 rows of train were left out") and "80 of them for: no thinking" in note
 
 
-def test_the_first_sheet_of_a_workbook_is_read(tmp_path: Path) -> None:
+def test_the_first_sheet_that_is_seen_is_read(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed")
     book = openpyxl.Workbook()
-    for row in (["text", "label"], ["好, 很好", 1], [None, None], ['差 "', 0]):
-        book.active.append(row)
+    book.active.append(["text", "label"])
+    book.active.sheet_state = "hidden"
+    sheet = book.create_sheet("data")
+    for row in (
+        [None, "text", "label"],
+        [None, "好, 很好", 1],
+        [None] * 3,
+        [None, 'a_x000D_\n"', 0],
+        [None, "#N/A", 0],
+    ):
+        sheet.append(row)
+    sheet["XFD2"], book.active = "stray", 1
+    sheet.row_dimensions[2].hidden = True
+    sheet.merge_cells("C5:C6")
     book.create_sheet("notes").append(["a"])
     book.save(tmp_path / "t.xlsx")
-    rows, _ = _rows(tmp_path / "t.xlsx", ["负面", "正面"])
-    assert rows == [("好, 很好", 1), ('差 "', 0)]
+    rows, counts = _rows(tmp_path / "t.xlsx", ["负面", "正面"])
+    assert rows == [("好, 很好", 1), ('a\n"', 0)]
+    assert +counts == {
+        "not used: the sheet 'Sheet' (hidden); 'data' is read": 1,
+        "cells with an error such as #N/A read as empty": 1,
+        "rows that the sheet hides, read like the others": 1,
+        "merged cells: only the first has the value": 1,
+        "not used: cells of columns without a name": 1,
+        "CRLF line ends": 1,
+        "dropped: empty text": 1,
+        "records over several lines (the longest: lines 3 to 4)": 1,
+    }
+
+
+def test_a_column_that_cannot_be_read_and_is_not_used_is_left_out(tmp_path: Path) -> None:
+    for kind, value in ((pa.timestamp("us"), 2**60), (pa.timestamp("us", "Mars/Olympus"), 5), (pa.date64(), 2**60)):
+        columns = {"text": ["a", "b"], "label": [0, 1], "t": pa.array([value] * 2, pa.int64()).cast(kind, safe=False)}
+        pq.write_table(pa.table(columns), tmp_path / "r.parquet")
+        rows, counts = _rows(tmp_path / "r.parquet", ["负面", "正面"])
+        assert rows == [("a", 0), ("b", 1)] and counts["not used: the column 't', which cannot be read"] == 2
+        pq.write_table(pa.table(columns).rename_columns(["x", "label", "text"]), tmp_path / "r.parquet")
+        with pytest.raises(InputError, match="column text"):
+            _rows(tmp_path / "r.parquet", ["负面", "正面"])
