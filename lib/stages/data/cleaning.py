@@ -296,6 +296,7 @@ class LabelledRows(RowsOfTask):
         *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
         *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "test_share", "seed"),
     )
+    whole: Rows | None = None
     fewest = 10
     cluster = "duplicate cluster"
     rule = "duplicate cluster, seed {seed}; copies and conflicting texts dropped first"

@@ -192,8 +192,8 @@ def _split_folder(folder: Path, changes: Counter[str]) -> dict[str, list[Path]]:
     found = _by_name(paths)
     if not found and len({path.suffix.lower() for path in files}) == 1:
         found = {"all": list(paths)}  # without splits: parts of one table
-    deeper = (path.relative_to(folder).as_posix() for path in folder.glob("[!.]*/*") if is_data(path.name))
-    return _checked(found, paths, str(folder), changes, sorted(deeper))
+    deeper = {path.relative_to(folder).as_posix(): path for path in folder.glob("[!.]*/*") if is_data(path.name)}
+    return _checked(found, paths | deeper, str(folder), changes)
 
 
 def _by_name(names: Iterable[str]) -> dict[str, list[str]]:
@@ -205,7 +205,7 @@ def _by_name(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-_SHARD = re.compile(r"(\d+)[-_ ]?of[-_ ]?(\d+)")
+_SHARD = re.compile(r"(\d+)[-_]of[-_](0\d+|\d{1,3})(?!\d)")
 
 
 def _pattern(name: str) -> str:
@@ -214,11 +214,7 @@ def _pattern(name: str) -> str:
 
 
 def _checked(
-    found: dict[str, list[str]],
-    paths: Mapping[str, Path],
-    words: str,
-    changes: Counter[str],
-    deeper: Sequence[str] = (),
+    found: Mapping[str, list[str]], paths: Mapping[str, Path], words: str, changes: Counter[str]
 ) -> dict[str, list[Path]]:
     """The paths of every split in order; the parts of each are one table and complete, files of none are counted."""
     if not found.keys() & {"train", "all"}:
@@ -241,8 +237,8 @@ def _checked(
                     "all parts of a table.",
                     "fetch the missing parts, or set dataset to one file.",
                 )
-    if unused := [name for name in (*paths, *deeper) if all(name not in names for names in found.values())]:
-        changes[f"not used: the files {', '.join(unused[:8])}"] += len(unused)
+    if unused := list(paths.keys() - {name for names in found.values() for name in names}):
+        changes[f"not used: the files {', '.join(sorted(unused)[:8])}"] += len(unused)
     return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
 
 

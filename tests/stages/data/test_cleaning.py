@@ -9,9 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
+from lib.prompts.tasks import task_of
 from lib.settings import Settings
-from lib.stages.data.cleaning import Row, clean_split, find_column, require_labels, unlabelled
+from lib.stages.data.cleaning import (
+    LabelledRows,
+    Row,
+    clean_split,
+    find_column,
+    require_labels,
+    unlabelled,
+)
 from lib.stages.data.labels import label_reader
+from lib.stages.data.reading import Table
+from lib.stages.data.stage import _clean
 
 NAMES = ["负面", "正面"]
 
@@ -136,3 +146,16 @@ def test_one_label_only_is_refused():
 def test_a_label_is_a_number_in_range_or_not_understood(value, count: int):
     number = label_reader([f"name{i}" for i in range(count)])(value)
     assert number is None or number in range(count)
+
+
+@pytest.mark.parametrize("other", ["content", "review", "sentence"])
+def test_labels_that_went_with_dropped_rows_are_explained(other: str) -> None:
+    rows = [{"text": "好", other: None, "label": 0}, *({"text": None, other: "坏", "label": 1} for _ in range(5))]
+    kind = LabelledRows(Settings(dataset="x.json"), task_of(Settings(dataset="x.json")))
+    with pytest.raises(InputError, match=r"5 rows dropped: empty text.*only the label"):
+        _clean(Table({"all": rows}, "x"), kind)
+
+
+@pytest.mark.parametrize("names", [["text", "label", "Label"], ["text", "Label", "label"], ["label", "LABEL", "text"]])
+def test_a_name_in_small_letters_wins(names: list[str]) -> None:
+    assert find_column(names, "", "label") == "label"
