@@ -227,10 +227,7 @@ def unlabelled(table: Rows, label_column: str) -> bool:
     return all(row[name] in (-1, None, "-1", "") for row in table)
 
 
-CHECK = "check label_column and label_names, or add rows."
-
-
-def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str, do: str = CHECK) -> None:
+def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) -> None:
     """Refuse a split that cannot teach or test anything: no rows, or a label without any row."""
     if not rows:
         raise InputError(f"{split}: no usable row.", "rows with a text and a label.", "correct the file.")
@@ -241,7 +238,7 @@ def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str, 
         raise InputError(
             f"{split}: only the label {present}." if len(have) == 1 else f"{split}: the labels {present}.",
             f"rows of every label: {', '.join(label_names)}.",
-            do,
+            "check label_column and label_names, add rows, or raise max_train_rows or max_eval_rows.",
         )
 
 
@@ -269,7 +266,7 @@ class RowsOfTask:
         labels = " with labels" if self.names else ""
         return [f"the data has no test split{labels}: its validation split is the test split of this run"]
 
-    def require_each(self, splits: Splits, do: str = CHECK) -> None:
+    def require_each(self, splits: Splits) -> None:
         """Refuse splits that cannot teach or test anything; empty ones when their rows have been measured."""
 
     def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
@@ -322,9 +319,9 @@ class LabelledRows(RowsOfTask):
             rows, self.names, f"the data set ({reasons})" if sum(flow.values()) > len(rows) else "the data set"
         )
 
-    def require_each(self, splits: Splits, do: str = CHECK) -> None:
+    def require_each(self, splits: Splits) -> None:
         for name in ("train", "validation", "test"):
-            require_labels(splits[name], self.names, name, do)
+            require_labels(splits[name], self.names, name)
 
     def refuse_few(self, rows: Sequence[Row]) -> None:
         counts = Counter(row.label for row in rows)

@@ -22,21 +22,17 @@ def label_reader(label_names: Sequence[str]) -> Read:
     and where one alone is, none of them is understood.
     """
     own = {folded(name): number for number, name in enumerate(label_names)}
-    words: dict[str, int] = {}
-    if len(own) == 2:
-        known = [[next((s for s, side in enumerate(pair) if name in side), -1) for name in own] for pair in _POLES]
-        for pair, sides in zip(_POLES, known, strict=True):
-            if sorted(sides) == [0, 1]:
-                words |= {word: number for number, side in enumerate(sides) for word in pair[side]}
-        if all(sides == [-1, -1] for sides in known):
-            words = {"false": 0, "true": 1}
+    pairs = NAMES["poles"] if len(own) == 2 else []
+    known = any(name in side for name in own for pair in pairs for side in pair)
+    words = {"false": 0, "true": 1} if pairs and not known else {}
+    for pair in pairs:
+        sides = [side for name in own for side in pair if name in side]  # of the first name, of the second
+        if sides in (pair, pair[::-1]):
+            words |= {word: number for number, side in enumerate(sides) for word in side}
     if not any(name.isdecimal() for name in own):
         words |= {str(number): number for number in range(len(own))}
     words |= own
     return lambda value: words.get(folded(value))
-
-
-_POLES = NAMES["poles"]
 
 
 def is_name(value: Any) -> bool:

@@ -295,9 +295,9 @@ def classes_beside(path: Path, own: Collection[Path] = ()) -> tuple[dict[str, li
             for name in ("dataset_info.json", "dataset_infos.json"):
                 with contextlib.suppress(InputError, OSError):
                     add_classes(found, classes_of(read_json(place / name)))
-    for file in sorted(folder.iterdir()):
-        listed = file.name.lower() in NAMES["class_files"]
-        if file in (path, *own) or file.suffix.lower() not in _LISTS or not (listed or says_classes(file.stem)):
+    listing = (f for f in folder.glob("*") if says_classes(f.stem) or f.name.lower() in NAMES["class_files"])
+    for file in sorted(listing):
+        if file.suffix.lower() not in _LISTS or file in (path, *own) or not file.is_file():
             continue
         if not (names := _listed(file)):
             unread[f"not used: the file {file.name[:60]!r} beside the data"] += 1
@@ -309,7 +309,7 @@ def classes_beside(path: Path, own: Collection[Path] = ()) -> tuple[dict[str, li
 
 
 _LISTS = (".txt", ".json", ".csv", ".tsv")
-_PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]+(.+)|(.+?)[\s,;:=]+['"]?(\d+)['"]?""")
+_PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]{1,9}(.{1,99})|(.{1,99}?)[\s,;:=]{1,9}['"]?(\d+)['"]?""")
 """A line with a class and its number."""
 
 
@@ -322,8 +322,8 @@ def _listed(file: Path) -> list[str]:
             said = read_json(file)
             inner = [part for key, part in said.items() if says_classes(key)] if isinstance(said, dict) else []
             return next((names for part in (said, *inner) if (names := class_names(part))), [])
-        lines = [line.strip() for line in utf8(file, file.read_bytes()).lstrip("\ufeff").splitlines()]
-        lines = [line for line in lines if line]
+        text = utf8(file, file.read_bytes()).lstrip("\ufeff")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
         numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
         if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
