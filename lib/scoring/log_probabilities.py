@@ -70,18 +70,15 @@ class RowScores:
         columns["seconds"] = [self.seconds_per_sample] * len(self.ids)
         write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
 
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """The reverse of `save`."""
-        return cls.of_lines(read_jsonl(path))
-
-    @classmethod
-    def of_lines(cls, lines: Sequence[Mapping[str, Any]]) -> Self:
-        """From the lines of a file."""
-        read = {key: (name, kind) for key, (name, kind) in cls.COLUMNS.items() if kind}
-        arrays = {name: np.array([line[key] for line in lines], dtype=kind) for key, (name, kind) in read.items()}
+    @staticmethod
+    def load(path: Path) -> Any:
+        """The reverse of `save`: the scores of a file, of whichever kind they are."""
+        lines = read_jsonl(path)
+        kind = Scores if lines and "label" in lines[0] else AnswerScores
+        read = {key: (name, dtype) for key, (name, dtype) in kind.COLUMNS.items() if dtype}
+        arrays = {name: np.array([line[key] for line in lines], dtype=dtype) for key, (name, dtype) in read.items()}
         seconds = float(sum(line["seconds"] for line in lines))
-        return cls(ids=[line["id"] for line in lines], seconds=seconds, **arrays)  # type: ignore[call-arg]
+        return kind(ids=[line["id"] for line in lines], seconds=seconds, **arrays)
 
 
 @dataclass(frozen=True)
@@ -181,10 +178,7 @@ class AnswerScores(RowScores):
         }
 
 
-def load_scores(path: Path) -> Scores | AnswerScores:
-    """The scores of a file, of whichever kind they are."""
-    lines = read_jsonl(path)
-    return (Scores if lines and "label" in lines[0] else AnswerScores).of_lines(lines)
+load_scores = RowScores.load
 
 
 def exponentials(logarithms: list[float] | None) -> list[float] | None:

@@ -242,7 +242,6 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
     return Ground(list(rows.index), of_rows, not free.empty, left_out)
 
 
-@dataclass(frozen=True)
 class Unit:
     """What is compared: a run, or runs that differ only in the seed of training, by their mean on every row.
 
@@ -252,10 +251,11 @@ class Unit:
             three groups of rows, or losses that all agree, leave nothing to tell one from.
     """
 
-    names: tuple[str, ...]
-    values: np.ndarray
-    scores: tuple[float, ...]
-    interval: Interval
+    def __init__(self, runs: Sequence[Candidate], ground: Ground) -> None:
+        table = np.stack([ground.values(run) for run in runs])
+        self.names, self.values = tuple(run.name for run in runs), table.mean(axis=0)
+        self.scores = tuple(float(np.average(row, weights=ground.rows.weights)) for row in table)
+        self.interval = runs[0].metric.mean(self.values, ground.rows, len(runs))
 
     @property
     def spread(self) -> float | None:
@@ -272,15 +272,6 @@ class Unit:
             "seed_sd": self.spread,
             "seed_range": [min(self.scores), max(self.scores)],
         }
-
-
-def make_unit(runs: Sequence[Candidate], ground: Ground) -> Unit:
-    """The mean of runs on the shared rows."""
-    table = np.stack([ground.values(run) for run in runs])
-    values = table.mean(axis=0)
-    scores = tuple(float(np.average(row, weights=ground.rows.weights)) for row in table)
-    interval = runs[0].metric.mean(values, ground.rows, len(runs))
-    return Unit(tuple(run.name for run in runs), values, scores, interval)
 
 
 @dataclass(frozen=True)

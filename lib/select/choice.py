@@ -21,7 +21,6 @@ from lib.select.candidates import (
     Ground,
     Ranking,
     Unit,
-    make_unit,
     rank,
     read_candidate,
     read_candidates,
@@ -114,10 +113,10 @@ def select(names: Sequence[str]) -> dict[str, Any]:
     recipes: dict[str, list[Candidate]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    ranking = rank([make_unit(members, ground) for members in recipes.values()], ground, metric, SEED)
+    ranking = rank([Unit(members, ground) for members in recipes.values()], ground, metric, SEED)
     by_name = {run.name: run for run in runs}
     taken, reasons = choose(ranking, by_name, speeds=len(devices) == 1)
-    seeds = rank([make_unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
+    seeds = rank([Unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
     seed, more = choose_seed(seeds, metric)
     content = {
         "format": FORMAT,
@@ -144,7 +143,7 @@ def select(names: Sequence[str]) -> dict[str, Any]:
 
 def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
     """A run's row: metric on the shared rows, cost, and in which respects it is not like the first one."""
-    unit = make_unit([run], ground)
+    unit = Unit([run], ground)
     like = {
         "other prompt": run.facts["prompt_hash"] == first.facts["prompt_hash"],
         "other base model": run.facts["base"] == first.facts["base"],
