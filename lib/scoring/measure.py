@@ -8,7 +8,7 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +175,7 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         paths = [Path(argument[key]) for key in ("reference", "model") if argument[key]]
         opened = [_open(path, argument) for path in paths]
         for backend, _ in opened:
-            stack.enter_context(closing(backend))
+            stack.enter_context(backend)
         tokens = _tokenize(opened, paths, text)
         windows = tokens.windows(n_ctx, argument["chunks"])
         base = opened[0][0] if len(opened) == 2 else None
@@ -290,9 +290,5 @@ def try_prompt(argument: dict[str, Any]) -> dict[str, Any]:
     from lib.scoring.llama_backend import LlamaCppBackend
 
     threads, layers = argument.get("n_threads", 1), argument.get("n_gpu_layers", 0)
-    backend = LlamaCppBackend(Path(argument["path"]), _PROMPT, threads, layers)
-    try:
-        values = backend.window_log_probs([place % _TOKENS for place in range(_PROMPT)])
-        return {"positions": len(values)}
-    finally:
-        backend.close()
+    with LlamaCppBackend(Path(argument["path"]), _PROMPT, threads, layers) as backend:
+        return {"positions": len(backend.window_log_probs([place % _TOKENS for place in range(_PROMPT)]))}

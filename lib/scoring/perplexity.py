@@ -256,15 +256,11 @@ def scored_tokens(values: np.ndarray, windows: Sequence[list[int]]) -> np.ndarra
 
 def answer_jobs(rows: Sequence[Mapping[str, Any]]) -> list[Job]:
     """What to run and read of rows with "ids", "positions" (that predict an answer's tokens) and "targets" (these)."""
-    return [
-        Job(
-            number,
-            row["ids"],
-            row["positions"][0],
-            tuple((0, *read) for read in zip(row["positions"], row["targets"], strict=True)),
-        )
-        for number, row in enumerate(rows)
-    ]
+    jobs = []
+    for number, row in enumerate(rows):
+        reads = [(0, *read) for read in zip(row["positions"], row["targets"], strict=True)]
+        jobs.append(Job(number, row["ids"], row["positions"][0], tuple(reads)))
+    return jobs
 
 
 def store_reference(backend: Backend, asked: Asked, path: Path, what: str) -> Reference:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lib.errors import InputError
 from lib.prompts.templates import read_block
-from lib.runs.files import sha256_file, user_path, utf8
+from lib.runs.files import data_file, sha256_file, user_path, utf8
 from lib.statistics.paired import clustered_mean, clustered_score_interval, clustered_share
 
 # Lists of terms and of prompts.
@@ -268,9 +267,7 @@ class Metric:
     most: float | None = 1.0
 
 
-METRICS = tuple(
-    Metric(**row) for row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-)
+METRICS = tuple(Metric(**row) for row in data_file("scoring/text_metrics.yaml"))
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lib.errors import InputError
 from lib.runs.machine import return_freed_memory
@@ -79,15 +81,11 @@ class SharedPrefix:
         self._decoder, self._layers = None, []
 
     def _compute(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        from transformers import DynamicCache
-
         cache = DynamicCache(config=self._decoder.config)
         self._decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _behind(self, ids: torch.Tensor) -> torch.Tensor:
-        from transformers import DynamicCache
-
         cache = DynamicCache(config=self._decoder.config)
         for number, (keys, values) in enumerate(self._layers):
             size = (len(ids), *keys.shape[1:])
@@ -96,9 +94,6 @@ class SharedPrefix:
 
     def _try(self, device: torch.device) -> str:
         """Whether this model can do it: its kind of cache, and a few tokens with and without; "" when it can."""
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
         kinds = {type(layer).__name__ for layer in DynamicCache(config=self._decoder.config).layers}
         if kinds - {DynamicLayer.__name__}:
             return f"prompts are computed whole: the model keeps {', '.join(sorted(kinds))}"
