@@ -102,16 +102,10 @@ def _full_config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-_COMPUTED: dict[str, tuple[Any, ...]] = {"hidden_act": (None, "silu", "swish"), "partial_rotary_factor": (None, 1)}
-_COMPUTED |= {"truncate": (None, True), "extrapolation_factor": (None, 1), "text_config": (None,)}
-_COMPUTED |= {"beta_fast": (None, 32), "beta_slow": (None, 1)}
-"""Key of config.json → the values that llama.cpp computes; of others it would know nothing, and answer otherwise."""
-
-
 def _not_computed(config: dict[str, Any]) -> str | None:
     """What of a model llama.cpp would leave out without a word."""
     found = {**gguf_file.rope_of(config), **config}
-    for key, values in _COMPUTED.items():
+    for key, values in gguf_file.TABLES["computed"].items():
         if found.get(key) not in values:
             return f"{key} {found[key]!r}"
     if config["model_type"] == "qwen3" and config.get("attention_bias"):

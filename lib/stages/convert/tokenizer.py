@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from gguf import GGUFWriter, TokenType
 
 from lib.errors import InputError, one_line
 from lib.models.gguf_tokenizer import RULES
 from lib.models.tokenizer_files import chat_templates
 from lib.models.weights import read_object
+from lib.runs.files import data_file
 
 # What the tokenizer of a model folder does: its vocabulary, its added tokens, and the ids of llama.cpp's check text.
 #
@@ -22,15 +22,9 @@ from lib.models.weights import read_object
 # transformers nothing to change is read with the tokenizers library alone; the two ways are equal there, which tests
 # check.
 
-_TABLES = yaml.safe_load(Path(__file__).with_name("pre_tokenizers.yaml").read_text(encoding="utf-8"))
+_TABLES = data_file("stages/convert/pre_tokenizers.yaml")
 CHECK_TEXT: str = _TABLES["check_text"]
 """The text whose token ids identify a pre-tokenizer in llama.cpp's converter."""
-
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
-_SWITCHES = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "from_slow")
-_SWITCHES += ("clean_up_tokenization_spaces",)
-_OF_A_TOKEN = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,8 @@ def has_qwen2_structure(backend: dict[str, Any]) -> bool:
         return False
     split, level = parts
     wanted_split, wanted_level = RULES["qwen2"]["steps"]
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
     return (
-        not any(model.get(key) for key in odd)
+        not any(model.get(key) for key in _TABLES["other_models"])
         and split == wanted_split
         and {**level, "trim_offsets": False} == wanted_level
     )
@@ -92,14 +85,14 @@ def _is_plain(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
     try:
         added = {token["content"]: token for token in stored["added_tokens"]}
         declared = settings.get("added_tokens_decoder") or {}
-        names = [settings.get(f"{kind}_token") for kind in _SPECIAL]
-        names += [name for key in _LISTS for name in settings.get(key) or []]
+        names = [settings.get(f"{kind}_token") for kind in _TABLES["special"]]
+        names += [name for key in _TABLES["lists"] for name in settings.get(key) or []]
         ids = {int(i): token["content"] for i, token in declared.items()}
         return (
             settings.get("tokenizer_class") in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
             and has_qwen2_structure(stored)
             and (stored.get("post_processor") or {"type": "ByteLevel"}).get("type") == "ByteLevel"
-            and not any(settings.get(key) for key in _SWITCHES)
+            and not any(settings.get(key) for key in _TABLES["switches"])
             and len(added) == len(stored["added_tokens"])
             and all(added[_content(name)]["special"] for name in names if name is not None)
             and (settings.get("added_tokens_decoder") is None or ids == {t["id"]: name for name, t in added.items()})
@@ -107,7 +100,7 @@ def _is_plain(stored: dict[str, Any], settings: dict[str, Any]) -> bool:
             and all(
                 bool(added[token["content"]].get(key)) == bool(token.get(key))
                 for token in declared.values()
-                for key in _OF_A_TOKEN
+                for key in _TABLES["of_a_token"]
             )
         )
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -260,10 +253,8 @@ def _unsaid(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 def _looks_special(token: str) -> bool:
     """Names of control tokens that some models mark as ordinary added tokens."""
-    brackets = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-    return token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
-        token.startswith(left) and token.endswith(right) for left, right in brackets
-    )
+    around = (token.startswith(left) and token.endswith(right) for left, right in _TABLES["brackets"])
+    return token in _TABLES["marks"] or any(around)
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
@@ -298,7 +289,7 @@ def special_tokens(
     Raises:
         InputError: a post-processor that adds tokens in a way GGUF cannot say.
     """
-    names = {kind: _content(settings.get(f"{kind}_token")) for kind in _SPECIAL}
+    names = {kind: _content(settings.get(f"{kind}_token")) for kind in _TABLES["special"]}
     names["bos"] = names["bos"] or names["cls"]
     names["eos"] = names["eos"] or names["sep"]
     add: dict[str, bool] = {}
