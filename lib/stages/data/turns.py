@@ -88,7 +88,7 @@ def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Tu
     answers = [turn for turn in turns if turn.role == ASSISTANT]
     _mask(turns, answers, raw)
     for turn, holder in zip(answers, _by_answer(raw, len(answers)), strict=True):
-        turn.text = _with_reasoning(text_of(turn.text), holder, unused)
+        turn.text = _with_reasoning(_in_think_tags(text_of(turn.text)), holder, unused)
     own = bool(turns) and turns[0].role == SYSTEM
     said = [text_of(turns[0].text).strip()] if own else []
     for name in SYSTEMS:
@@ -149,16 +149,21 @@ def _unlearned(value: Any, name: str) -> bool:
     return (name in LEARN and _SAID.get(said) is False) or (name in IGNORE and _SAID.get(said) is True)
 
 
+def _in_think_tags(text: str) -> str:
+    """An answer whose reasoning stands in the tags of another model, with ours."""
+    for opening, closing, *ends in _FORMS:
+        if opened := opening.match(text.lstrip()):
+            text = "<think>" + closing.sub("</think>", text.lstrip()[opened.end() :], count=1)
+            text = ends[0].sub("", text) if ends else text
+    return text
+
+
 def _with_reasoning(text: str, holder: Mapping[str, Any], unused: Counter[str]) -> str:
     """An answer with the reasoning that its file keeps under a key of its own; tags in the answer itself win.
 
     Raises:
         DamagedError: reasoning of a shape that is not known: it is never dropped.
     """
-    for opening, closing, *ends in _FORMS:
-        if opened := opening.match(text.lstrip()):
-            text = "<think>" + closing.sub("</think>", text.lstrip()[opened.end() :], count=1)
-            text = ends[0].sub("", text) if ends else text
     for name in (name for name in REASONING if name in holder):
         if str(holder[name]).strip().lower() in _SWITCH:
             unused[name] += holder[name] not in (None, "")
@@ -226,7 +231,10 @@ def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
         thought = [part for part in text if isinstance(part, Mapping) and part.get("type") in REASONING]
         text = [part for part in text if part not in thought]
         message |= {"thinking": thought} if thought else {}
-    return Turn(str(role), _with_reasoning(text_of(text), message, unused), learn)
+    turn = Turn(str(role), text_of(text), learn)
+    said = _in_think_tags(turn.text) if turn.role == ASSISTANT else turn.text
+    turn.text = _with_reasoning(said, message, unused)
+    return turn
 
 
 def _lines(cell: Any) -> list[Any]:

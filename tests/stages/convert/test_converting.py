@@ -289,7 +289,6 @@ def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> N
             {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
             "Qwen2ForCausalLM, Qwen3ForCausalLM, Llama",
         ),
-        ({"architectures": None}, "a none model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"num_hidden_layers": 3}, "says 3 layers, the weights have 2"),

@@ -167,6 +167,8 @@ def test_reasoning_in_the_tags_of_other_models_is_reasoning(form: str) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": form}]
     [messages], _ = read({"messages": turns}, task=THINKING)
     assert "".join(messages[2]["content"].split()) == "<think>想</think>答"
+    [messages], _ = read({"messages": [{"role": "user", "content": form}, TURNS[1]]})
+    assert messages[1]["content"] == form.strip()
     with pytest.raises(InputError, match="1 answers with reasoning"):
         read({"messages": [*turns, *TURNS]})
     with pytest.raises(InputError, match="1 answers with reasoning"):

@@ -56,7 +56,8 @@ VARIANTS = {
     "trained tokens": {"trainable_token_indices": [300, 5, 9]},
     "trained tokens by name": {"trainable_token_indices": {"embed_tokens": [7]}, "target_modules": ["q_proj"]},
     "trained tokens by path": {"trainable_token_indices": {"model.embed_tokens": [7]}, "target_modules": ["q_proj"]},
-    "whole blocks to save": {"modules_to_save": ["mlp", "self_attn"], "target_modules": ["lm_headless", "k_proj"]},
+    "a module of modules to save": {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
+    "another of them": {"modules_to_save": ["self_attn"], "target_modules": ["up_proj"]},
     "one layer": {"layers_to_transform": [1]},
     "regular expression": {"target_modules": r".*\.1\.mlp\.(up|gate)_proj"},
 }
