@@ -291,7 +291,7 @@ def test_what_the_pages_show(results: dict) -> None:
     assert all(part().data for part in parts)
     compared = compare_page.page_of(results["comparison"])
     (power,) = compared.detectable()
-    assert "± 1 %" in power.data and "answer perplexity" in compared.sizes().data
+    assert "the margin is 1 %" in power.data and "answer perplexity" in compared.sizes().data
     assert all(entry["type"] in compared.quality().data for entry in results["comparison"].others)
     parts = (compared.tests, compared.beside, compared.disagreements, compared.kept)
     assert all(shown.data for part in parts for shown in part() if shown)

@@ -161,6 +161,13 @@ _QUIET = {
 """Environment of a notebook, beside that of every process of this project."""
 
 
+def _environment(progress_file: Path) -> dict[str, str]:
+    """Of a notebook; a relative home is the current folder's, and the kernel starts in another."""
+    environment = child.environment(progress_file) | _QUIET | {HOME_VARIABLE: str(home())}
+    environment.pop("MPLBACKEND", None)
+    return environment
+
+
 def execute(
     notebook: Path,
     output: Path,
@@ -184,9 +191,7 @@ def execute(
     write_json(work / "request.json", request)
     progress_file, log_file = work / "progress.txt", work / "log.txt"
     progress_file.touch()
-    # a relative home is the current folder's, and the kernel starts in another
-    environment = child.environment(progress_file) | _QUIET | {HOME_VARIABLE: str(home())}
-    environment.pop("MPLBACKEND", None)
+    environment = _environment(progress_file)
     started = time.monotonic()
     timed_out = False
 

@@ -322,7 +322,9 @@ class LimitedApplication:
         except ValueError as error:
             raise RefusedError(400, str(error), "invalid_messages") from None
         if path == CHAT:  # the inner server knows parts of some roles
-            body["messages"] = [{**said, "content": text_of(said.get("content", ""))} for said in body["messages"]]
+            body["messages"] = [
+                {**said, "content": text_of(said.get("content", ""))} for said in body.get("messages", [])
+            ]
         if tokens >= self._limits.n_ctx:
             text = f"the prompt has {tokens} tokens; the context holds {self._limits.n_ctx} with the answer"
             raise RefusedError(400, text, "context_length_exceeded")

@@ -109,7 +109,7 @@ def test_of_two_files_the_current_folders_is_meant(key: str, tmp_path: Path, mon
     for place in ("project", "here"):
         (tmp_path / place / "d").mkdir(parents=True)
         (tmp_path / place / "d" / "x.csv").write_text(f"text {place}\n")
-    monkeypatch.setattr(runner, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(runner.files, "PROJECT", tmp_path / "project")
     monkeypatch.chdir(tmp_path / "here")
     talk = {"task": "dialogue", "dataset": "none.csv", "system_prompt": ""}
     given = {key: [{"dataset": "d/x.csv"}] if key == "fallbacks" else "d/x.csv"}

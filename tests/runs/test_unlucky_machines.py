@@ -34,7 +34,7 @@ home, weights, said = Path(os.environ["WORKBOOK_HOME"]), {"a": torch.ones(1 << 1
 def journal(path):
     with keeping(Keep(path, "m"), "", "", ["r"] * 9999, [], {}) as work:
         for first in range(9999):
-            work.take([0], lambda: ["x" * 9000])
+            work.take([0], lambda: ["x" * 9000], lambda _, value: True)
 writers = {
     "bytes": lambda path: path.write_bytes(bytes(1 << 21)),
     "JSON": lambda path: write_json(path, "x" * (1 << 21)),
@@ -83,7 +83,7 @@ def test_a_journal_line_is_never_written_in_part(tmp_path: Path, monkeypatch: py
                 return written(data[:7])
 
         work = Work(Progress(""), ["a", "b"], file=Nearly())
-        assert work.take([0, 1], lambda: [1.5, 2.5]) == [1.5, 2.5]
+        assert work.take([0, 1], lambda: [1.5, 2.5], lambda _, value: True) == [1.5, 2.5]
     [line] = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["values"] == [1.5, 2.5]
 

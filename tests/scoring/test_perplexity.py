@@ -93,8 +93,9 @@ def test_kl_table_is_the_definition(small, other, tmp_path):
     assert found["ppl_reference"] == pytest.approx(perplexity(base, windows)["ppl"], rel=1e-3)
     path = tmp_path / "reference"
     with store_reference(base, windows, path, "storing") as reference:
-        assert kl_table(reference, other, windows) == found
-        assert kl_table(open_reference(path, windows, 512), other, windows) == found
+        stored = {key: value for key, value in found.items() if not key.endswith("_exact")}  # it holds rounded ones
+        assert kl_table(reference, other, windows) == stored
+        assert kl_table(open_reference(path, windows, 512), other, windows) == stored
         assert reference.perplexity == perplexity(base, windows)
         assert path.stat().st_size == 2 * 294 * (512 + 4)
         with pytest.raises(InputError, match="one vocabulary"):

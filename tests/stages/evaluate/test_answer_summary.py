@@ -40,7 +40,7 @@ def test_a_direction_that_the_rows_show_is_said() -> None:
     worse = _words(_result({BASE: base, FINETUNED: base + rng.uniform(0.4, 0.6, 8)}, [*range(8)]))
     same = _words(_result({BASE: base, FINETUNED: base + rng.normal(0, 0.4, 8)}, [*range(8)]))
     assert "**likelier**" in better and "**less likely**" in worse and "t-test over groups" in better
-    assert "do not show a difference" in same and "nats a token they would miss" in same
+    assert "do not show a difference" in same
 
 
 def test_two_groups_and_equal_models_have_no_interval() -> None:
@@ -49,7 +49,7 @@ def test_two_groups_and_equal_models_have_no_interval() -> None:
         _result({BASE: base, FINETUNED: 1.1 * base}, [0, 0, 1]),
         _result({BASE: base, FINETUNED: base}, [0, 1, 2]),
     ):
-        assert result.part["difference_interval"] is result.part["ratio_interval"] is result.part["mde"] is None
+        assert result.part["difference_interval"] is result.part["ratio_interval"] is None
         assert "(no interval)" in _words(result) and "show nothing" in _words(result)
     few = _result({BASE: base, FINETUNED: base}, [0, 0, 1])
     assert few.part[BASE]["perplexity_interval"] is few.part[BASE]["loss_interval"] is None

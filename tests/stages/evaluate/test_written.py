@@ -43,7 +43,9 @@ def questions(small: Tiny, tmp_path: Path, task: ConversationTask = TASK, **valu
     given = {"generated_rows": 4, "max_new_tokens": 12, "terms": str(terms), "prompts_file": str(prompts), **values}
     data = rows(6, task.thinking)
     sources = read_prompts(str(prompts)) if given["generated_rows"] else ()
-    return Questions.of(Settings(**given), small.tokenizer, task, data, sources)
+    return Questions.of(
+        Settings(**given, task="dialogue", dataset="x", system_prompt=""), small.tokenizer, task, data, sources
+    )
 
 
 def answered(small: Tiny, asked: Questions, keep: Keep | None = None) -> Replies:  # noqa: F811

@@ -154,7 +154,7 @@ def test_advice_and_frontier_are_about_gguf_files(compared: tuple[dict, Path, Pa
     result = compared[0]
     assert result["frontier"] == ["Q8_0"] and "GGUF" in result["recommendation"]["rule"]
     assert "nf4" not in result["recommendation"]["text"] and "bf16" not in result["recommendation"]["text"]
-    only = recommend(ACCURACY, [result["files"][0]], 1.0, None)
+    only = recommend(ACCURACY, result["files"][0], [], 1.0, None)
     assert only["type"] is None and "no GGUF file was compared with F16" in only["text"]
 
 

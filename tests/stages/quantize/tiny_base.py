@@ -33,5 +33,6 @@ def write_base(folder: Path, weights: dict[str, np.ndarray], model_type: str = "
         made[f"{place}{_NAMES[kind]}.{part}"] = np.ascontiguousarray(values, np.float16)
     save_file(made, folder / "model.safetensors")
     config = {"model_type": model_type, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    config |= {"tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
