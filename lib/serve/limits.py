@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -293,11 +294,14 @@ class LimitedApplication:
         """The body with `max_tokens` within the limit, and no penalty that the protocol does not know."""
         from starlette.concurrency import run_in_threadpool
 
+        gc.disable()  # brackets in brackets exhaust the stack: a destructor that ran at its end would fail
         try:
             body = without_nulls(json.loads(raw, parse_constant=_no_number, object_pairs_hook=once))
             json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise RefusedError(400, f"the body is not JSON: {error}", "invalid_json") from None
+        finally:
+            gc.enable()
         if not isinstance(body, dict):
             raise RefusedError(400, "the body is not a JSON object", "invalid_json")
         if len(self._asked) >= WAITING:
