@@ -132,7 +132,7 @@ def test_a_bias_of_a_model_that_answers_one_label_is_no_verdict() -> None:
     assert set(judge(ACCURACY, entries[0], entries[1:], 1.0, 2 / 3).values()) == {"no verdict"}
     assert not any(found[name]["odds_warning"] for name in others)
     told = recommend(ACCURACY, entries[0], entries[1:], 1.0, 2 / 3)
-    assert told["reason"] == "constant" and "it gives one label for all 240 rows" in told["text"]
+    assert told["reason"] == "constant" and "itself gives one label for all 240 rows" in told["text"]
 
 
 def test_an_imbalanced_reference_must_beat_one_label_for_all() -> None:
