@@ -243,7 +243,7 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
     if config.get("quantization_config"):
         return  # packed: other shapes
     if (kind := config.get("model_type")) in ARCHITECTURES.values():
-        wanted = {*names_of({"num_hidden_layers": len(seen), **config}).values()}
+        wanted = {*names_of({**config, "num_hidden_layers": layers or len(seen)}).values()}
         have = {name for name in weights.tensors if not name.endswith(BUFFERS)} - ({"lm_head.weight"} - wanted)
         for what, odd in (("lacks", sorted(wanted - have)), ("has", sorted(have - wanted))):
             if odd:
