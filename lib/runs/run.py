@@ -96,7 +96,7 @@ class Run:
     def outdated(self, product: str) -> tuple[str, str] | None:
         """A product that this one comes from, or it itself, and an input of it that is another now; None: all hold."""
         entries = self.manifest.entries()
-        for name in entries[product].inputs.keys() & entries.keys():
+        for name in entries[product].inputs.keys() & entries.keys() - {"exports"}:  # no GGUF file rests on them
             if entries[product].inputs[name] != entries[name].digest:
                 return product, name
             if older := self.outdated(name):

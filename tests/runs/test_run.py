@@ -67,6 +67,16 @@ def test_a_product_of_former_ones_is_not_current(run: Run, remade: str) -> None:
     assert run.outdated("comparison")[1] == remade and not run.outdated(remade)
 
 
+def test_further_exports_leave_a_comparison_of_files_current(run: Run) -> None:
+    for name, inputs in {"data": (), "exports": ("data",), "comparison": ("data", "exports")}.items():
+        run.produce(name, write(name), {}, inputs=inputs)
+    run.produce("exports", write("more"), {}, inputs=("data",), force=True)
+    assert run.require_current("comparison") and run.require_current("exports")
+    run.produce("data", write("other"), {}, force=True)
+    with pytest.raises(InputError, match="the exports of run 't' was made from another data"):
+        run.require_current("exports")
+
+
 @pytest.mark.parametrize("command", ["pick", "package"])
 def test_commands_refuse_a_comparison_of_former_products(run: Run, command: str) -> None:
     from lib.cli.package import package

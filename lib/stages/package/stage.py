@@ -186,8 +186,8 @@ def link_tree(run: Run, formats: Sequence[str], folder: Path) -> dict[str, str]:
 
 def _linked_source(run: Run, name: str) -> tuple[Path, str]:
     if name == "merged_model":
-        return run.require("merged").path, "the merged model, 16 bits or as the base"
-    exports = run.require("exports").path
+        return run.require_current("merged").path, "the merged model, 16 bits or as the base"
+    exports = run.require_current("exports").path
     records = {record["format"]: record for record in read_json(exports / "exports.json")["made"]}
     for kind in _EXPORTS[name]:
         if kind in records:

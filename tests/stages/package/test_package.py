@@ -273,14 +273,6 @@ def test_export_tree(runs: Callable[[str], Run], home: Path, bare_python: Path, 
         write_json(work.folder / "exports.json", {"made": [record], "skipped": []})
 
     run.produce("exports", exports, {"new": True})
-    with pytest.raises(InputError, match="the comparison of run 't' was made from another exports"):
-        package(run, "Q8_0", ["fp16", "gguf"])
-    compared = run.require("comparison")
-    shutil.copytree(compared.path, tmp_path / "compared")
-    again = {"parameters": compared.entry.parameters, "inputs": tuple(compared.entry.inputs)}
-    run.produce(
-        "comparison", lambda work: shutil.copytree(tmp_path / "compared", work.folder, dirs_exist_ok=True), **again
-    )
     made = package(run, "Q8_0", ["fp16", "gguf"], n_threads=1)
     folder = made.product.path
     assert {path.name for path in (folder / "gguf").iterdir()} == {"m-F16.gguf", "m-Q8_0.gguf"}
