@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import lib  # noqa: F401 - before libraries that it makes quick
 from tests.support import forking
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+# CI and every machine draw the same examples: a red test is of the change. New ones: --hypothesis-profile=default
+settings.load_profile("ci")
 
 # A shell that runs the tests in the background ignores Ctrl-C for them and for all their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
