@@ -194,6 +194,9 @@ class Settings(_Keys):
             f"the sample corpus holds labelled reviews: set dataset to your own for task {self.task}": (
                 not labelled and self.dataset == SAMPLE_DATASET
             ),
+            "folds trains a model for each part of the rows: leave adapter out, or set folds to 1": (
+                self.folds > 1 and self.adapter
+            ),
             "answers of a classification are single words: thinking must be false": labelled and self.thinking,
             f"{SENTIMENT_PROMPT!r} is the sentiment task's system turn: set system_prompt for task {self.task} "
             '("" = an empty one)': not labelled and self.system_prompt == SENTIMENT_PROMPT,

@@ -83,6 +83,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> dict[str, Any] |
     from lib.models.base_model import check_base_folder, resolve_adapter
     from lib.models.loading import load_tokenizer
     from lib.report.data_page import detectable
+    from lib.scoring.metric import rows_of_folds
     from lib.settings import OFFLINE_BASE, SAMPLE_DATASET
     from lib.stages.data.reading import choose_data
     from lib.stages.data.stage import divide
@@ -93,9 +94,11 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> dict[str, Any] |
     source, base = model or settings.base_model, user_path(model or settings.base_model)
     rows = None
     if settings.dataset == SAMPLE_DATASET or here(settings.dataset):
-        test = divide(settings, choose_data(settings)).splits["test"]
+        table = choose_data(settings)
+        folds = [divide(settings, table, fold).splits["test"] for fold in range(1, settings.folds + 1)]
+        parts = [[{"label": row.label, "group": row.group, "leaked": row.leaked} for row in test] for test in folds]
         if settings.task == "classification":
-            rows = detectable([{"label": row.label, "group": row.group, "leaked": row.leaked} for row in test])
+            rows = detectable(rows_of_folds(parts))
     own = here(source, OFFLINE_BASE) and base.is_dir()
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)

@@ -105,7 +105,7 @@ class _Page:
 
     def kept(self) -> Shown:
         """How much of what fine-tuning taught is left in each file."""
-        return kept_chart(self.files), kept_reading(self.files, self.result.retention_note)
+        return kept_chart(self.files, self.result.data["rows"]), kept_reading(self.files, self.result.retention_note)
 
 
 class AccuracyPage(_Page):
@@ -155,7 +155,8 @@ class AccuracyPage(_Page):
     def disagreements(self) -> Shown:
         """Where labels flip: equal labels of each pair of models by the first one's margin."""
         pairs = self.result.agreement
-        return table(agreement(pairs, self.files), sentence("compare.agreement")), agreement_reading(pairs)
+        near = {entry["type"]: self.result.own_scores(entry["type"]).near_ties for entry in self.files}
+        return table(agreement(pairs, near), sentence("compare.agreement")), agreement_reading(pairs)
 
 
 class AnswerPage(_Page):
@@ -246,9 +247,12 @@ def ceilings(limits: Iterable[Mapping[str, Any]]) -> HTML:
     return table(rows, sentence("compare.ceilings", memories=MEMORIES))
 
 
-def agreement(pairs: Iterable[Mapping[str, Any]], files: Iterable[Entry]) -> list[Row]:
-    """Equal labels of each pair of models by the first one's margin (`agreement` of comparison.json)."""
-    near = {e["type"]: e["near_ties"] for e in files}
+def agreement(pairs: Iterable[Mapping[str, Any]], near: Mapping[str, int]) -> list[Row]:
+    """Equal labels of each pair of models by the first one's margin (`agreement` of comparison.json).
+
+    Args:
+        near: near ties of the second of each pair.
+    """
     return [
         {
             "model": pair["second"],
@@ -288,12 +292,12 @@ def _known(files: Sequence[Entry]) -> list[Entry]:
     return [e for e in files if e["retention"] is not None and e["verdict"] != REFERENCE]
 
 
-def kept_chart(files: Sequence[Entry]) -> HTML | None:
+def kept_chart(files: Sequence[Entry], rows: int) -> HTML | None:
     """Retention of every file but the reference, the largest first; nothing where it is unknown."""
     known = sorted(_known(files), key=lambda e: -e["bytes"])
     if not known:
         return None
-    return charts.estimates("compare.kept", known, at=1.0, n=known[0]["n"], little=KEEPS_LITTLE)
+    return charts.estimates("compare.kept", known, at=1.0, n=rows, little=KEEPS_LITTLE)
 
 
 def kept_reading(files: Sequence[Entry], note: str) -> Markdown:

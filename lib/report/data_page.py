@@ -171,7 +171,7 @@ class LabelPage(DataPage):
 
     def detectable(self) -> Shown:
         """What so many test rows can show of a quantized file, before anything is trained."""
-        words = tell("data.detectable", **detectable(self.result.rows("test")))
+        words = tell("data.detectable", **detectable(self.result.tested()))
         margins = [{"margin_points": margin, **_rows_needed(margin)} for margin in (1, 2, 3, 5)]
         return words, display.table(margins, sentence("data.rows_needed", power=POWER))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.progress import say
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
 from lib.runs.files import flush_to_disk, read_json, write_json
@@ -62,14 +63,32 @@ class ProductDraft:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: `runs/<name>/` with its products and manifest.json."""
+    """One run: `runs/<name>/` with its products and manifest.json.
+
+    With cross-validated data (setting `folds`) it is the first fold; each other one is a run inside its folder, with
+    products of its own.
+    """
 
     name: str
     folder: Path
+    fold: int = 1
 
     @property
     def manifest(self) -> Manifest:
         return Manifest(self.folder / "manifest.json")
+
+    def other_folds(self) -> list[Run]:
+        """The runs of the other folds of cross-validated data; none where the rows are divided once."""
+        data = self.manifest.entries().get("data")
+        count = data.facts.get("folds", 1) if data and self.fold == 1 else 1
+        return [Run(f"{self.name}, fold {i}", self.folder / f"fold-{i}", i) for i in range(2, count + 1)]
+
+    def on_other_folds(self, stage: Callable[[Any, Run], Any], settings: Any) -> None:
+        """Do a stage on every other fold, where there are any."""
+        others = self.other_folds()
+        for other in others:
+            say(f"{stage.__name__}: fold {other.fold} of {len(others) + 1}")
+            stage(settings, other)
 
     def require(self, product: str) -> Product:
         """A finished product that this stage needs.

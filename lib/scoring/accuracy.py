@@ -95,7 +95,7 @@ class Accuracy:
         self,
         reference: Scores,
         others: Mapping[str, Scores],
-        groups: np.ndarray,
+        rows: RowGroups,
         seed: int,
         whole: Entry | None = None,
     ) -> dict[str, dict[str, Any]]:
@@ -103,6 +103,7 @@ class Accuracy:
 
         Args:
             others: scores by name, the reference not among them.
+            rows: with groups, and folds where rows were cross-validated.
             whole: what was said of the reference on all rows, of which these are a part: the same kind of accuracy is
                 judged on them. None = these are all.
 
@@ -116,10 +117,14 @@ class Accuracy:
             change of the right answer's log-odds, nats, every label counting alike) and its interval, and odds_warning
             (whether it surely lost more than `ODDS_LIMIT`).
         """
-        weights = balanced_weights(reference.labels, whole and whole["balanced"])
+        weights, groups, folds = (
+            balanced_weights(reference.labels, whole and whole["balanced"]),
+            rows.groups,
+            rows.folds,
+        )
         before, alike = right_log_odds(reference), label_weights(reference.labels)
         tests = compare_pairs(
-            {name: (reference.correct, scores.correct) for name, scores in others.items()}, groups, seed, weights
+            {name: (reference.correct, scores.correct) for name, scores in others.items()}, groups, seed, weights, folds
         )
         same = {"flips": 0, "flip_share": 0.0, "label_kld": 0.0, "macro_f1_difference": 0.0}
         found = {"": {**self.own(reference, groups, seed, whole), **same}}
@@ -127,14 +132,14 @@ class Accuracy:
             divergence = label_divergence(reference, scores)
             f1, f1_limits = f1_difference(scores, reference, groups, seed)
             flips, test = int((scores.predictions != reference.predictions).sum()), tests[name]
-            odds = weighted_mean(right_log_odds(scores) - before, alike, groups)
+            odds = weighted_mean(right_log_odds(scores) - before, alike, groups, folds=folds)
             change = scores.correct.astype(np.int64) - reference.correct
             found[name] = {
                 **self.own(scores, groups, seed, whole),
                 "flips": flips,
                 "flip_share": flips / len(scores.ids),
                 "label_kld": float(divergence.mean()),
-                "label_kld_interval": _above_zero(clustered_mean(divergence, groups)),
+                "label_kld_interval": _above_zero(clustered_mean(divergence, groups, folds)),
                 "macro_f1_difference": f1,
                 "macro_f1_difference_interval": f1_limits,
                 "mcnemar_b": test.losses,
@@ -142,7 +147,7 @@ class Accuracy:
                 "mcnemar_p": test.mcnemar_p,
                 **test.difference.named("accuracy_difference"),
                 "design_effect": test.design_effect,
-                **loss_in_json(share_loss(change, groups, weights)),
+                **loss_in_json(share_loss(change, groups, weights, folds)),
                 "p": test.p,
                 "p_holm": test.p_holm,
                 **odds.named("odds_change"),

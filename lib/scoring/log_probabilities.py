@@ -64,6 +64,17 @@ class RowScores:
         arrays = {name: getattr(self, name)[mask] for name, kind in self.COLUMNS.values() if kind}
         return replace(self, ids=ids, seconds=self.seconds * float(mask.mean()), found="", **arrays)  # type: ignore[type-var]
 
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These rows and then those of the others."""
+        parts = [self, *others]
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name, kind in self.COLUMNS.values()
+            if kind
+        }
+        ids = [name for part in parts for name in part.ids]
+        return replace(self, ids=ids, seconds=sum(part.seconds for part in parts), **arrays)  # type: ignore[type-var]
+
     def save(self, path: Path) -> None:
         """Write one JSON object a row, atomically; floats in full precision."""
         columns = {"id": self.ids, **{key: getattr(self, name).tolist() for key, (name, _) in self.COLUMNS.items()}}

@@ -37,11 +37,13 @@ class RowGroups:
     Attributes:
         groups: (n,) near-duplicate cluster of each row.
         leak_free: (n,) True where the row is no copy of a training row; None where no audit was made.
+        folds: (n,) fold of each row, whose model did not train on it; None where one model answered all rows.
         weights: (n,) of each row's value in a mean (`Metric.row_values`); None where none is taken.
     """
 
     groups: np.ndarray
     leak_free: np.ndarray | None = None
+    folds: np.ndarray | None = None
     weights: np.ndarray | None = None
 
     @property
@@ -49,12 +51,25 @@ class RowGroups:
         """Whether there are groups enough for an interval."""
         return len(np.unique(self.groups)) >= FEWEST
 
+    def subset(self, mask: np.ndarray) -> RowGroups:
+        """Of the rows where `mask` is True."""
+        columns = {name: None if value is None else value[mask] for name, value in vars(self).items()}
+        return RowGroups(**columns)
+
     @classmethod
     def of(cls, rows: Sequence[Row]) -> RowGroups:
-        """From rows with "group" and "leaked", where they have them; without, every row is its own group."""
+        """From rows with "group", "leaked" and "fold", where they have them; without, every row is its own group."""
         groups = np.array([row.get("group", i) for i, row in enumerate(rows)])
         audited = all("leaked" in row for row in rows)
-        return cls(groups, np.array([not row["leaked"] for row in rows]) if audited else None)
+        folds = np.array([row["fold"] for row in rows]) if all("fold" in row for row in rows) else None
+        return cls(groups, np.array([not row["leaked"] for row in rows]) if audited else None, folds)
+
+
+def rows_of_folds(parts: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+    """The test rows of all folds, each with its "fold"; groups are numbered in each fold, and none lies in two."""
+    return [
+        {**row, "fold": fold, "group": f"{fold}.{row['group']}"} for fold, rows in enumerate(parts, 1) for row in rows
+    ]
 
 
 class AnswerPerplexity:
@@ -88,13 +103,14 @@ class AnswerPerplexity:
         self,
         reference: AnswerScores,
         others: Mapping[str, AnswerScores],
-        groups: np.ndarray,
+        rows: RowGroups,
         seed: int,
         whole: Entry | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Beside `own`: what `compare_losses` says."""
         losses = {name: scores.row_losses for name, scores in others.items()}
-        tests = compare_losses(reference.row_losses, losses, reference.tokens, groups)
+        groups = rows.groups
+        tests = compare_losses(reference.row_losses, losses, reference.tokens, groups, rows.folds)
         found = {"": {**self.own(reference, groups, seed), "answer_ratio": 1.0}}
         for name, test in tests.items():
             found[name] = {**self.own(others[name], groups, seed), **test}
@@ -200,12 +216,12 @@ def compare(
         what `Metric.compare` gives of all rows, and "leak_free": the same on those rows, or None. The reference, which
         is not compared with itself, has None where the others have a test.
     """
-    found = metric.compare(reference, others, rows.groups, seed)
+    found = metric.compare(reference, others, rows, seed)
     free: dict[str, dict[str, Any]] = {}
     if rows.leak_free is not None and rows.leak_free.any():
         mask = rows.leak_free
         kept = {name: scores.subset(mask) for name, scores in others.items()}
-        free = _with_none(metric.compare(reference.subset(mask), kept, rows.groups[mask], seed, found[""]))
+        free = _with_none(metric.compare(reference.subset(mask), kept, rows.subset(mask), seed, found[""]))
     return {name: {**entry, "leak_free": free.get(name)} for name, entry in _with_none(found).items()}
 
 

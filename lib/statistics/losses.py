@@ -19,7 +19,13 @@ FEWEST = 3
 """Groups of rows below which an interval would be a pretence; `cluster_test` has the same limit."""
 
 
-def weighted_mean(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, confidence: float = 0.95) -> Interval:
+def weighted_mean(
+    values: ArrayLike,
+    weights: ArrayLike,
+    groups: ArrayLike,
+    confidence: float = 0.95,
+    folds: ArrayLike | None = None,
+) -> Interval:
     """Weighted mean with Student's interval: `clustered_mean`, but no limits from too few groups.
 
     It belongs to `cluster_test`: the 95 % interval excludes zero exactly where that p is below 0.05. A percentile
@@ -27,11 +33,12 @@ def weighted_mean(values: ArrayLike, weights: ArrayLike, groups: ArrayLike, conf
 
     Args:
         values: (n,) one a row, e.g. mean losses. weights: (n,) positive, e.g. tokens. groups: (n,) of each row.
+        folds: (n,) fold of each row, of cross-validated rows.
 
     Returns:
         The mean; its limits are infinite where fewer than `FEWEST` groups, or groups that all agree, show no spread.
     """
-    mean = cluster_mean(values, groups, weights)
+    mean = cluster_mean(values, groups, weights, folds)
     found = mean.interval(confidence)
     if mean.clusters < FEWEST or found.high - found.low <= 1e-12 * abs(found.estimate):  # rounding alone
         return Interval(found.estimate, -math.inf, math.inf, confidence)
@@ -64,17 +71,23 @@ def averaged_share(values: ArrayLike, groups: ArrayLike) -> Interval:
 # Two models' losses on the same answers: the ratio of their perplexities, tested over groups of rows.
 
 
-def cluster_test(differences: np.ndarray, tokens: np.ndarray, groups: np.ndarray) -> float:
+def cluster_test(
+    differences: np.ndarray, tokens: np.ndarray, groups: np.ndarray, folds: np.ndarray | None = None
+) -> float:
     """Two-sided p of "no difference" of a token-weighted mean over groups; 1.0 with fewer than three of them.
 
     The standard error is that of a ratio estimator (Cochran 1977, §6.4): groups, not rows, are independent.
     """
-    mean = cluster_mean(differences, groups, tokens)
+    mean = cluster_mean(differences, groups, tokens, folds)
     return 1.0 if mean.clusters < FEWEST or mean.mean == 0 else min(1.0, 2 * mean.tail(abs(mean.mean)))
 
 
 def compare_losses(
-    reference: np.ndarray, candidates: Mapping[str, np.ndarray], tokens: np.ndarray, groups: np.ndarray
+    reference: np.ndarray,
+    candidates: Mapping[str, np.ndarray],
+    tokens: np.ndarray,
+    groups: np.ndarray,
+    folds: np.ndarray | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compare every candidate with the reference on the same rows, Holm-corrected over the candidates.
 
@@ -83,6 +96,7 @@ def compare_losses(
         candidates: name -> (n,) the same.
         tokens: (n,) tokens of each row's answers.
         groups: (n,) group of each row.
+        folds: (n,) fold of each row, of cross-validated rows.
 
     Returns:
         by name, JSON values: "answer_ratio" (of the perplexities, to the reference's) and its interval,
@@ -92,10 +106,10 @@ def compare_losses(
         finite are None.
     """
     changes = [losses - reference for losses in candidates.values()]
-    p_values = [cluster_test(change, tokens, groups) for change in changes]
+    p_values = [cluster_test(change, tokens, groups, folds) for change in changes]
     found = {}
     for name, change, p, p_holm in zip(candidates, changes, p_values, holm(p_values), strict=True):
-        mean = cluster_mean(change, groups, tokens)
+        mean = cluster_mean(change, groups, tokens, folds)
         difference, loss = mean.interval(), mean.interval(ONE_SIDED)
         ratio, *ends = (math.exp(x) for x in (difference.estimate, difference.low, difference.high))
         found[name] = {

@@ -127,14 +127,20 @@ def balanced_weights(labels: ArrayLike, balanced: bool | None = None) -> np.ndar
     return weights if (weights.max() > IMBALANCE * weights.min() if balanced is None else balanced) else None
 
 
-def share_loss(change: ArrayLike, groups: ArrayLike | None = None, weights: ArrayLike | None = None) -> Interval:
+def share_loss(
+    change: ArrayLike,
+    groups: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    folds: ArrayLike | None = None,
+) -> Interval:
     """Loss in the share of right rows, points, with its one-sided limits; the test is `tango_statistic`.
 
     Args:
         change: (n,) -1 where only the reference is right, 1 where only the candidate is, else 0.
-        groups: (n,) near-duplicate cluster of each row. weights: (n,) of `balanced_weights`.
+        groups: (n,) near-duplicate cluster of each row. weights: (n,) of `balanced_weights`. folds: (n,) fold of each
+            row, of cross-validated rows.
     """
-    gain = clustered_score_interval(change, groups, ONE_SIDED, weights)
+    gain = clustered_score_interval(change, groups, ONE_SIDED, weights, folds)
     return Interval(-100 * gain.estimate + 0.0, -100 * gain.high, -100 * gain.low, ONE_SIDED)
 
 

@@ -81,6 +81,7 @@ def design_effect(
     clusters: ArrayLike | None = None,
     prior: float | None = None,
     weights: ArrayLike | None = None,
+    folds: ArrayLike | None = None,
 ) -> float:
     """How many rows say as much as one independent row (Kish 1965), at least 1: n / design effect is the real n.
 
@@ -93,7 +94,11 @@ def design_effect(
         prior: weight of the bound in changed rows; None = `_PRIOR` for each row of the bound.
         weights: (n,) of each row, with mean 1; None = all alike. The rows as units are then counted once by weight, as
             `clustered_score_interval` counts them, so that unequal weights are part of the effect.
+        folds: (n,) fold of each row; the effect is multiplied by `fold_effect`.
     """
+    if folds is not None:
+        alone = design_effect(differences, clusters, prior, weights)
+        return alone * fold_effect(differences, folds, clusters, weights)
     sums, sizes = cluster_sums(differences, clusters, weights)
     n, groups = len(np.asarray(differences)), len(sums)
     if groups == n and weights is None:
@@ -108,11 +113,33 @@ def design_effect(
     return max(1.0, (prior * bound + by_cluster) / (prior + by_row))
 
 
+def fold_effect(
+    values: ArrayLike, folds: ArrayLike, clusters: ArrayLike | None = None, weights: ArrayLike | None = None
+) -> float:
+    """Factor by which the variance of a mean over cross-validated rows is larger than their clusters say, at least 1.
+
+    The rows of a fold share a model, and the models share training rows. What the means of the k folds differ more than
+    their rows explain is the models' own; of it the mean has 1 / k + 1 / (k - 1) instead of 1 / k, because any two
+    models share training rows (Nadeau & Bengio 2003, Machine Learning 52:239, with 1 / k of the rows as test rows).
+
+    Args:
+        folds: (n,) fold of each row.
+    """
+    error = cluster_mean(values, clusters, weights).error ** 2
+    sums, sizes = cluster_sums(values, folds, weights)
+    k = len(sums)
+    if k == 1 or not 0 < error < np.inf:
+        return 1.0
+    spread = np.sum(sizes * (sums / sizes - sums.sum() / sizes.sum()) ** 2) / sizes.sum() * k / (k - 1)
+    return float(1.0 + max(0.0, spread - k * error) * (1 / k + 1 / (k - 1)) / error)
+
+
 def clustered_score_interval(
     change: ArrayLike,
     clusters: ArrayLike | None = None,
     confidence: float = 0.95,
     weights: ArrayLike | None = None,
+    folds: ArrayLike | None = None,
 ) -> Interval:
     """Interval of a paired difference of two shares, rows in clusters.
 
@@ -124,12 +151,13 @@ def clustered_score_interval(
         change: (n,) -1 where only the reference is right, 1 where only the candidate is, else 0.
         clusters: (n,) group of each row; None = every row its own.
         weights: (n,) of each row, with mean 1, e.g. `balanced_weights`; None = all alike.
+        folds: (n,) fold of each row, of cross-validated rows.
     """
     values = np.asarray(change)
-    effect, n = design_effect(values, clusters, weights=weights), len(values)
+    effect, n = design_effect(values, clusters, weights=weights, folds=folds), len(values)
     weight = np.ones(n) if weights is None else np.asarray(weights)
     losses, gains = (float(weight[side].sum()) for side in (values < 0, values > 0))
-    if effect == n > 1:
+    if effect >= n > 1:
         return Interval((gains - losses) / n, -1.0, 1.0, confidence)
     return paired_score_interval(losses / effect, gains / effect, n / effect, confidence)
 
@@ -178,13 +206,22 @@ class ClusterMean:
         return float(stdtr(self.clusters - 1, -distance / self.error))
 
 
-def cluster_mean(values: ArrayLike, clusters: ArrayLike | None = None, weights: ArrayLike | None = None) -> ClusterMean:
+def cluster_mean(
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    folds: ArrayLike | None = None,
+) -> ClusterMean:
     """Mean of rows in clusters with the standard error of whole clusters.
 
     Args:
         weights: (n,) positive weight of each row in the mean, e.g. its tokens; None = all alike. With weights the mean
             is a ratio, and its standard error the linearized one (Cochran 1977, §6.4).
+        folds: (n,) fold of each row, of cross-validated rows: the error grows by `fold_effect`.
     """
+    if folds is not None:
+        alone = cluster_mean(values, clusters, weights)
+        return replace(alone, error=alone.error * fold_effect(values, folds, clusters, weights) ** 0.5)
     sums, sizes = cluster_sums(values, clusters, weights)
     mean, count = float(sums.sum() / sizes.sum()), len(sums)
     if count == 1:
@@ -193,12 +230,12 @@ def cluster_mean(values: ArrayLike, clusters: ArrayLike | None = None, weights: 
     return ClusterMean(mean, float(error), count)
 
 
-def clustered_mean(values: ArrayLike, clusters: ArrayLike | None = None) -> Interval:
+def clustered_mean(values: ArrayLike, clusters: ArrayLike | None = None, folds: ArrayLike | None = None) -> Interval:
     """Mean of rows in clusters with Student's 95 % interval.
 
     On differences with many small and a few large values it covers where the bootstrap does not (docs/LOG.md).
     """
-    return cluster_mean(values, clusters).interval()
+    return cluster_mean(values, clusters, folds=folds).interval()
 
 
 def clustered_bootstrap_t(
@@ -296,6 +333,7 @@ def compare_pairs(
     groups: ArrayLike | None,
     seed: int = 0,
     weights: ArrayLike | None = None,
+    folds: ArrayLike | None = None,
 ) -> dict[str, PairedComparison]:
     """Compare pairs of models on the same rows, p corrected over all of them.
 
@@ -303,6 +341,8 @@ def compare_pairs(
         pairs: name -> (n,) right or wrong under the reference, and under the candidate.
         groups: (n,) near-duplicate cluster of each row; None = every row its own.
         weights: (n,) of each row, with mean 1, e.g. `lib.statistics.noninferiority.balanced_weights`.
+        folds: (n,) fold of each row, of cross-validated rows. The tests above ask whether rows changed evenly, not
+            whether models did: then p is at least that of the mean over its widened standard error.
     """
     found = {}
     for name, (reference, candidate) in pairs.items():
@@ -313,8 +353,11 @@ def compare_pairs(
             p = sign_flip_test(change * np.asarray(weights), groups, seed)
         elif groups is not None and len(np.unique(np.asarray(groups))) < n:
             p = max(p, sign_flip_test(change, groups, seed))
-        interval = clustered_score_interval(change, groups, weights=weights)
-        effect = design_effect(change, groups, weights=weights)
+        if folds is not None and change.any():
+            mean = cluster_mean(change, groups, weights, folds)
+            p = max(p, min(1.0, 2 * mean.tail(abs(mean.mean))))
+        interval = clustered_score_interval(change, groups, weights=weights, folds=folds)
+        effect = design_effect(change, groups, weights=weights, folds=folds)
         found[name] = PairedComparison(n, losses, gains, interval, mcnemar_p, p, p, effect)
     corrected = holm([one.p for one in found.values()])
     return {name: replace(one, p_holm=p) for (name, one), p in zip(found.items(), corrected, strict=True)}

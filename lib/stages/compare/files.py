@@ -19,7 +19,8 @@ from lib.runs.child import run_child
 from lib.runs.files import writable, write_json
 from lib.runs.machine import cpu_name, llama_cpp_problem, physical_cores
 from lib.scoring.backend import found_done, journal_path
-from lib.scoring.metric import AnyScores, Metric, RowGroups, compare, metric_of
+from lib.scoring.log_probabilities import load_scores
+from lib.scoring.metric import AnyScores, Metric, RowGroups, compare, metric_of, rows_of_folds
 from lib.settings import mix_name
 from lib.stages.compare.changes import FOLDER, GGUF, STEP_SCORES, BaseScores, agreements, retentions, with_retention
 from lib.stages.compare.child import MERGED, MERGED_FLOAT32, EncodedRows, encode_rows
@@ -33,9 +34,19 @@ if TYPE_CHECKING:
 SUMMARY = "comparison.json"
 SCORING = ".scores"
 """Folder of scores and answers that are kept as they come."""
+ALL_FOLDS = "all-folds-{}.jsonl"
+"""Scores of a type's files on the test rows of all folds."""
 _TEMPORARY = ".reference-"
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Another fold of cross-validated data: its test rows, and the folder of the comparison of its own files."""
+
+    rows: Sequence[Row]
+    comparison: Path
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Comparison:
         train: file of the training rows; the frequencies in it may be what the reference must beat (`Metric.floor`).
         merged: folder of the model that `reference` was converted from; its scores in transformers are compared too.
         seed: of bootstraps and sign flips.
+        folds: the comparisons of the other folds of cross-validated data: files are judged on the rows of all.
         start: scores of the base model on the same rows, from which the reference was trained.
         grid: by file name, share of its weights in types on the grid of the base's weights.
     """
@@ -76,8 +88,14 @@ class Comparison:
     train: Path | None = None
     merged: Path | None = None
     seed: int = 42
+    folds: Sequence[Fold] = ()
     start: BaseScores = field(default_factory=BaseScores)
     grid: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def judged_rows(self) -> list[Row]:
+        """The rows that files are judged on: with folds those of all, each with its "fold"."""
+        return rows_of_folds([self.rows, *(fold.rows for fold in self.folds)]) if self.folds else [*self.rows]
 
     @property
     def paths(self) -> list[Path]:
@@ -111,8 +129,8 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
     shared = encoded.argument(asked.n_threads or physical_cores(), asked.n_gpu_layers)
     measured = _measure_all(asked, encoded, shared)
     scores = {one.name: one.scores for one in measured}
-    floor = metric.floor(tokenizer, asked.task, asked.train, asked.rows)
-    entries = _entries(metric, measured, groups, asked, floor)
+    floor = metric.floor(tokenizer, asked.task, asked.train, asked.judged_rows)
+    entries = _entries(metric, measured, asked, floor)
     files = [entry for entry in entries if entry["kind"] == GGUF]  # tests count every comparison, the advice is about
     best = frontier(files[1:])  # what a phone can run
     free = sum(row.get("leaked") is False for row in asked.rows)
@@ -257,13 +275,10 @@ def _names(paths: Sequence[Path], file_types: Sequence[int | None], budgets: Seq
 
 
 def _entries(
-    metric: Metric, measured: Sequence[Measured], groups: RowGroups, asked: Comparison, floor: float | None
+    metric: Metric, measured: Sequence[Measured], asked: Comparison, floor: float | None
 ) -> list[dict[str, Any]]:
     """One entry a file, the reference first, but for what `lib.stages.compare.changes.with_retention` adds."""
-    reference, *others = measured
-    scores = {one.name: one.scores for one in others}
-    judged = compare(metric, reference.scores, scores, groups, asked.seed)
-    judged[reference.name] = judged.pop("")
+    reference, judged = measured[0], _judged(metric, measured, asked)
     entries = [
         {
             "type": one.name,
@@ -284,6 +299,36 @@ def _entries(
     ]
     words = judge(metric, entries[0], entries[1:], asked.margin, floor)
     return [{**entry, "verdict": words.get(entry["type"], REFERENCE)} for entry in entries]
+
+
+def _judged(metric: Metric, measured: Sequence[Measured], asked: Comparison) -> dict[str, dict[str, Any]]:
+    """Quality of every file by name, the reference's too, on all rows that files are judged on.
+
+    What the other folds did not compare, as folders for other programs, is judged on this fold's own rows.
+    """
+
+    def found(scores: Mapping[str, AnyScores], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+        reference, *others = scores
+        judged = compare(
+            metric, scores[reference], {name: scores[name] for name in others}, RowGroups.of(rows), asked.seed
+        )
+        return {reference: judged.pop(""), **judged}
+
+    own = {one.name: one.scores for one in measured}
+    if not asked.folds:
+        return found(own, asked.rows)
+    every = {}
+    for name, scores in own.items():
+        paths = [fold.comparison / f"scores-{name}.jsonl" for fold in asked.folds]
+        if all(path.is_file() for path in paths):
+            every[name] = scores.joined([load_scores(path) for path in paths])
+            every[name].save(asked.output / ALL_FOLDS.format(name))
+    count = {"folds": len(asked.folds) + 1}
+    together = {name: entry | count for name, entry in found(every, asked.judged_rows).items()}
+    return (
+        found({name: s for name, s in own.items() if name not in every or name == measured[0].name}, asked.rows)
+        | together
+    )
 
 
 _OWN_TEXT = {

@@ -67,7 +67,7 @@ def recommend(
         of rows: the smallest file without a sign of harm, or None) and "text" (a paragraph; behind blank lines others
         on that file and on files that are worse, if there are any).
     """
-    order = by_size(files)
+    order, folds = by_size(files), reference.get("folds")
     passed = good_enough(files, margin)
     problem = "alone" if not files else metric.problem(reference, floor)
     chosen = None if problem or not passed else order[len(passed) - 1]
@@ -95,8 +95,8 @@ def recommend(
         worse=[entry for entry in order if entry.get("verdict") == WORSE],
     )
     return {
-        "rule": _written("rule.j2", metric=metric, margin=margin, level=LEVEL, fewest=FEWEST_GROUPS),
-        "formulas": _written("formulas.j2", metric=metric),
+        "rule": _written("rule.j2", metric=metric, margin=margin, level=LEVEL, fewest=FEWEST_GROUPS, folds=folds),
+        "formulas": _written("formulas.j2", metric=metric, folds=folds),
         "margin": margin,
         "unit": metric.loss_unit,
         "type": chosen and chosen["type"],

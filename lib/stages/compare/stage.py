@@ -24,7 +24,7 @@ from lib.scoring.text_metrics import read_terms
 from lib.settings import Settings
 from lib.stages.compare.changes import base_scores, retentions, steps_of, with_retention
 from lib.stages.compare.child import WAIT_POLICY, keep_of
-from lib.stages.compare.files import SUMMARY, Comparison, compare_files, forget_scores, run_kept
+from lib.stages.compare.files import ALL_FOLDS, SUMMARY, Comparison, Fold, compare_files, forget_scores, run_kept
 from lib.stages.compare.speed import LOADS
 
 _RULES = 5
@@ -87,7 +87,12 @@ class ComparisonResult:
         return self.conditions[self.metric.margin_condition]
 
     def scores(self, type_name: str) -> AnyScores:
-        """Per-row scores of one type."""
+        """Per-row scores of one type, on all rows that it is judged on."""
+        every = self.product.path / ALL_FOLDS.format(type_name)
+        return load_scores(every) if every.is_file() else self.own_scores(type_name)
+
+    def own_scores(self, type_name: str) -> AnyScores:
+        """Per-row scores of one type on the run's own test rows, without those of other folds."""
         return load_scores(self.product.path / f"scores-{type_name}.jsonl")
 
 
@@ -97,15 +102,25 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     Raises:
         InputError: a missing product, or a file that llama.cpp refuses or dies of (named).
     """
+    run.on_other_folds(compare, settings.model_copy(update={"generated_rows": 0}))
+    folds = run.other_folds()
     data = run.require("data").path
     task, metric = read_task(data), metric_of(read_task(data))
     used = ("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", metric.margin_setting)
     parameters = settings.pick(*used) | {"timed_loads": list(LOADS[:2]), "rules": _RULES}
+    if folds:
+        parameters["folds"] = [fold.require("comparison").entry.digest for fold in folds]
     product = run.produce(
         "comparison",
         lambda work: _build(settings, run, work),
         parameters=parameters | written_parameters(settings, task),
-        inputs=("data", "gguf", "quantized", "exports", *(["merged"] if _has_merged(run) else [])),
+        inputs=(
+            "data",
+            "gguf",
+            "quantized",
+            *([] if run.fold > 1 else ["exports"]),
+            *(["merged"] if _has_merged(run) else []),
+        ),
         force=settings.force,
         keep_partial=True,
     )
@@ -146,11 +161,14 @@ def _grid(run: Run) -> dict[str, float]:
 
 
 def _has_merged(run: Run) -> bool:
-    """The merged folder may be deleted to save room once its GGUF is there; then it is not compared."""
-    return "merged" in run.manifest.entries() and (run.folder / "merged").is_dir()
+    """The merged folder may be deleted to save room once its GGUF is there; then it is not compared. Of another fold
+    only the files are."""
+    return run.fold == 1 and "merged" in run.manifest.entries() and (run.folder / "merged").is_dir()
 
 
 def _exports(run: Run) -> dict[str, Any]:
+    if run.fold > 1:
+        return {"made": [], "skipped": []}
     return read_json(run.require("exports").path / "exports.json")
 
 
@@ -173,6 +191,10 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
         margin=getattr(settings, metric_of(task).margin_setting),
         train=data.path / "train.jsonl",
         merged=run.require("merged").path if _has_merged(run) else None,
+        folds=[
+            Fold(read_jsonl(fold.require("data").path / "test.jsonl"), fold.require("comparison").path)
+            for fold in run.other_folds()
+        ],
         start=base_scores(run),
         grid=_grid(run),
     )
@@ -191,6 +213,11 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
     """
     work.device = result["conditions"]["device"]
     work.notes += result["notes"]
+    if folds := result["files"][0].get("folds"):
+        work.notes.append(
+            f"cross-validated: {folds} models, each of {result['files'][0]['n']:,} rows judges the files of the model "
+            "that did not train on it; sizes, text, speed and written answers are those of the first model's files"
+        )
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
     scored = result["found_done"]
     found = {entry["type"]: [own.get(entry["type"], "") for own in (scored, wrote)] for entry in result["files"]}

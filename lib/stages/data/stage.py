@@ -20,6 +20,7 @@ from lib.prompts.conversations import ExchangeTooLongError
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
 from lib.runs.run import Product, ProductDraft, Run
+from lib.scoring.metric import rows_of_folds
 from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings, folded
 from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
@@ -89,6 +90,16 @@ class DataResult:
         floor = read_json(folder / "floor.json") if (folder / "floor.json").is_file() else {}
         return cls(product=product, task=read_task(folder), floor=floor, **read_json(folder / "audit.json"))
 
+    @property
+    def folds(self) -> int:
+        """How many models are trained, so that every row is a test row once; 1 = the rows are divided once."""
+        return self.product.entry.facts.get("folds", 1)
+
+    def tested(self) -> list[dict[str, Any]]:
+        """The test rows, of all folds that are there."""
+        others = [self.product.path.parent / f"fold-{i}" / "data" / "test.jsonl" for i in range(2, self.folds + 1)]
+        return rows_of_folds([self.rows("test"), *(read_jsonl(path) for path in others if path.is_file())])
+
     def rows(self, split: str) -> list[dict[str, Any]]:
         """The rows of a split: id, text and label (or messages), group, leaked, and what else they brought."""
         return read_jsonl(self.product.path / f"{split}.jsonl")
@@ -114,7 +125,9 @@ def prepare(settings: Settings, run: Run) -> DataResult:
     if settings.fallbacks:
         parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
     parameters |= base_parameters(settings)
-    product = run.produce("data", lambda work: _build(settings, work), parameters, force=settings.force)
+    if settings.folds > 1:
+        parameters |= {"folds": settings.folds, "fold": run.fold}
+    product = run.produce("data", lambda work: _build(settings, run.fold, work), parameters, force=settings.force)
     return DataResult.read(product)
 
 
@@ -179,9 +192,9 @@ Flow = dict[tuple[str, str], int]
 """Rows by step and split, in the order of the steps."""
 
 
-def _build(settings: Settings, work: ProductDraft) -> None:
+def _build(settings: Settings, fold: int, work: ProductDraft) -> None:
     table = choose_data(settings)
-    divided = divide(settings, table)
+    divided = divide(settings, table, fold)
     kind, notes, splits, flow, changes = (
         getattr(divided, name) for name in ("kind", "notes", "splits", "flow", "changes")
     )
@@ -223,6 +236,7 @@ def _build(settings: Settings, work: ProductDraft) -> None:
     if base is not None and base.unpacked is not None:  # other weights must make another product
         write_json(work.folder / UNPACKED, dict(base.unpacked))
     _record_sources(work, table, base_facts, base_notes, splits)
+    work.facts["folds"] = settings.folds
     work.facts["prompt_hash"] = task.fingerprint(tokenizer)
     work.notes += notes
 
@@ -250,8 +264,11 @@ class DividedRows:
     audit_after: dict[str, Any]
 
 
-def divide(settings: Settings, table: Table) -> DividedRows:
+def divide(settings: Settings, table: Table, fold: int = 1) -> DividedRows:
     """Clean, audit, split and subsample the rows of a table, before any tokenizer is asked.
+
+    Args:
+        fold: of `settings.folds`, whose rows are the test rows.
 
     Raises:
         InputError: rows that cannot be used so, in the words of the step that refuses them.
@@ -261,10 +278,11 @@ def divide(settings: Settings, table: Table) -> DividedRows:
     splits, flow, changes = _clean(table, kind)
     notes += _much_dropped({name: flow["read", name] for name in splits}, flow)
     found = kind.audit(splits)
-    splits, rule, dropped = _divide(splits, kind, settings)
+    splits, rule, dropped = _divide(splits, kind, settings, fold)
     flow |= {(reason, "all"): count for reason, count in dropped.items()}
-    if rule.startswith("given") and settings.test_share != Settings().test_share:
-        notes.append(f"test_share {settings.test_share:g} has no effect: the data comes with test rows of its own")
+    why = "the data comes with test rows of its own" if rule.startswith("given") else f"{settings.folds} folds"
+    if (rule.startswith("given") or settings.folds > 1) and settings.test_share != Settings().test_share:
+        notes.append(f"test_share {settings.test_share:g} has no effect: {why}")
     used = found if rule == GIVEN else kind.audit(splits)
     for name, rows in splits.items():
         key = "max_train_rows" if name == "train" else "max_eval_rows"
@@ -306,11 +324,17 @@ def _much_dropped(read: Mapping[str, int], flow: Flow) -> list[str]:
 GIVEN = "given: kept as it came, leaked rows flagged"
 
 
-def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str, Counter[str]]:
+def _divide(splits: Splits, kind: Kind, settings: Settings, fold: int) -> tuple[Splits, str, Counter[str]]:
     """The three splits, the rule in words, and rows dropped on the way (`group` is set on all rows)."""
     if settings.split == "given" and "test" not in splits:
         raise InputError(
             "split: given, for data without a test split.", "files train and test.", "set split to auto or cluster."
+        )
+    if settings.folds > 1 and "test" in splits and settings.split != "cluster":
+        raise InputError(
+            f"folds: {settings.folds}, for data with test rows of its own.",
+            "data without a test split, or split: cluster, which divides all rows anew.",
+            "set split to cluster, or folds to 1.",
         )
     if "test" in splits and settings.split != "cluster":
         if "validation" in splits:
@@ -323,9 +347,20 @@ def _divide(splits: Splits, kind: Kind, settings: Settings) -> tuple[Splits, str
         row.index = index
     kept, dropped = near_duplicates.drop_copies(rows)
     kind.refuse_few(kept)
+    cluster_rule = kind.rule.format(seed=settings.seed)
+    if settings.folds > 1:
+        parts = near_duplicates.split_by_cluster(
+            kept, settings.seed, {str(number): 1 / settings.folds for number in range(1, settings.folds + 1)}
+        )
+        test = parts.pop(str(fold))
+        ids = {id(row) for row in test}
+        rest = [row for row in kept if id(row) not in ids]
+        shares = {"train": 0.9, "validation": 0.1}
+        rule = f"fold {fold} of {settings.folds} is tested, validation is a tenth of the rest, by {cluster_rule}"
+        return {**near_duplicates.split_by_cluster(rest, settings.seed, shares), "test": test}, rule, dropped
     shares = near_duplicates.shares_of(settings.test_share)
     ratio = " : ".join(f"{10 * share:g}" for share in shares.values())
-    rule = f"{ratio} by {kind.rule.format(seed=settings.seed)}"
+    rule = f"{ratio} by {cluster_rule}"
     return near_duplicates.split_by_cluster(kept, settings.seed, shares), rule, dropped
 
 

@@ -217,6 +217,12 @@ def adopt(settings: Settings, run: Run) -> Product:
         InputError: it cannot be had, does not fit the base model, is not a LoRA in safetensors, or the runs cannot be
             compared.
     """
+    if run.fold > 1 or run.other_folds():
+        raise InputError(
+            f"adapter {settings.adapter}, for the cross-validated data of run {run.name!r}.",
+            "a model trained on the rows of each fold; an adapter from elsewhere may have seen the rows that test it.",
+            "leave adapter out, or run 01 with folds: 1.",
+        )
     best = best_of(settings.adapter, run) if settings.adapter.startswith(BEST_OF) else None
     given = best.given if best else resolve_adapter(settings.adapter)
     return run.produce(
