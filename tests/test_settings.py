@@ -78,6 +78,7 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({**TALK, "label_names": ["a", "b"]}, ["label_names", "no effect"]),
         ({**TALK, "text_column": "t"}, ["text_column", "no effect"]),
         ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),
+        ({"folds": 5, "adapter": "some/adapter"}, ["folds trains a model for each part", "leave adapter out"]),
     ],
 )
 def test_refusals_name_key_value_and_cure(values: dict, parts: list[str]) -> None:

@@ -327,6 +327,8 @@ def test_doctor_says_what_the_test_rows_can_show(tmp_path, monkeypatch, capsys) 
     assert f"exclude a loss of {found['least']['all']:.2g} points on all {found['counts']['all']} rows" in text
     assert "less than 1 point takes independent rows" in text and "316 (0 %)" in text
     assert doctor.rows_text(settings, None) == ""
+    folded = doctor._ask_what_is_here(Settings(dataset=str(tmp_path / "rows.jsonl"), folds=4), None)
+    assert folded["counts"]["all"] == len(rows) and folded["worth"]["all"] > 3 * found["worth"]["all"]
     assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) is None
 
 

@@ -69,6 +69,8 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(
         metric=metric,
         reference=reference,
+        data={"rows": N},
+        own_scores=scores.__getitem__,
         files=files,
         others=files[1:],
         margin=1.0,

@@ -70,10 +70,10 @@ def test_reading() -> None:
 
 
 def test_chart() -> None:
-    shown = compare_page.kept_chart(FILES).data
+    shown = compare_page.kept_chart(FILES, FILES[0]["n"]).data
     assert "n = 800 test rows" in shown and "Q5_K_M, 112.0 MB 0.31 [0.28,\u00a00.34]" in shown
     assert "F16, 270" not in shown, "the reference keeps all by definition"
-    assert compare_page.kept_chart([entry("F16", 1, 0, None)]) is None
+    assert compare_page.kept_chart([entry("F16", 1, 0, None)], 9) is None
 
 
 def test_marks() -> None:

@@ -126,14 +126,14 @@ def test_agreement_by_margin_is_shown_with_its_reading() -> None:
 
     bins = [part(0.0, 0.1, 4, 2), part(0.1, 1.0, 0, 0), part(1.0, None, 6, 5), part(0.0, None, 10, 7, True)]
     pairs = [{"first": "merged", "second": "F16", "near_ties": 4, "bins": bins}]
-    (row,) = compare_page.agreement(pairs, [{**REFERENCE, "near_ties": 3}])
+    (row,) = compare_page.agreement(pairs, {REFERENCE["type"]: 3})
     assert list(row) == ["model", "against", "near_ties", "< 0.1", "0.1 – 1", "≥ 1", "all rows"]
     assert row["near_ties"] == 3 and row["0.1 – 1"] is None
     assert row["< 0.1"].replace("\u00a0", " ") == "2/4 [10, 90]"
     text = compare_page.agreement_reading(pairs).data
     assert "F16 gives 3 of 10 rows another label than merged: 2 of them are near ties" in text
     assert "(4 rows in all), 1 have a margin of 1 nat or more" in text
-    assert "7/10" in display.table(compare_page.agreement(pairs, [{**REFERENCE, "near_ties": 3}]), "c").data
+    assert "7/10" in display.table(compare_page.agreement(pairs, {REFERENCE["type"]: 3}), "c").data
 
 
 def test_power_is_told_at_the_rows_of_the_run() -> None:

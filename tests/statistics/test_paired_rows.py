@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks import simulate_statistics as simulation
 from lib.statistics import intervals, paired
 from lib.statistics.noninferiority import balanced_weights, share_loss
+from lib.statistics.paired import cluster_mean, fold_effect
 
 COUNTS = st.tuples(st.integers(0, 25), st.integers(0, 25), st.integers(1, 300))
 
@@ -262,3 +263,39 @@ def test_groups_and_margins_keep_their_word():
     assert grouped["coverage"] > 0.92 > grouped["coverage_without_groups"] and grouped["worse"] < 0.05
     found = simulation.margins(400, "one in ten large", 300, rng)
     assert found["student"] > 0.92
+
+
+def test_folds_widen_by_what_their_models_differ():
+    rng, k = np.random.default_rng(3), 5
+    folds = np.repeat(np.arange(k), 4000)
+    means = rng.normal(0, 1, k)
+    found = cluster_mean(means[folds] + rng.normal(0, 0.1, len(folds)), folds=folds)
+    # Nadeau & Bengio's variance of a mean over k folds; the rows add next to nothing
+    assert found.error**2 == pytest.approx(np.var(means, ddof=1) * (1 / k + 1 / (k - 1)), rel=0.02)
+    alike = np.tile([1.0, 0.0, 0.0, -1.0], 5000)
+    assert fold_effect(alike, folds) == 1.0 == fold_effect(alike * 0, folds)
+    assert fold_effect(alike, np.zeros(len(alike))) == 1.0, "a single fold"
+
+
+def test_limits_of_cross_validated_rows_hold_where_models_differ():
+    rng, k, n, margin, spread, shown = np.random.default_rng(4), 5, 600, 0.01, 0.01, np.zeros(2)
+    folds = np.arange(n) % k
+    for _ in range(400):
+        own = spread * (rng.normal() * k**-0.5 + rng.normal(size=k) * (1 - 1 / k) ** 0.5)  # models share training rows
+        lost = (0.03 + np.clip(margin + own, -0.03, 0.03)[folds]) / 2
+        draw = rng.random(n)
+        change = np.where(draw < lost, -1, np.where(draw < 0.03, 1, 0))
+        limits = [share_loss(change, folds=given).high for given in (None, folds)]
+        shown += np.less(limits, 100 * margin)
+    assert shown[1] / 400 <= 0.06 < shown[0] / 400
+
+
+def test_worse_needs_more_than_rows_where_folds_differ():
+    folds = np.arange(500) % 5
+    change = np.where((folds == 0) & (np.arange(500) < 200), -1, 0)  # one of five models lost 40 rows
+    right = np.ones(500, dtype=int)
+    plain, folded = (
+        paired.compare_pairs({"q": (right, right + change)}, None, folds=given)["q"] for given in (None, folds)
+    )
+    assert plain.p < 1e-6 < 0.05 < folded.p and folded.design_effect > 5
+    assert plain.verdict == "worse" and folded.verdict == "cannot tell"

@@ -309,6 +309,19 @@ def split_by_cluster(rows: Sequence[Row], seed: int, shares: dict[str, float]) -
     return {name: [row for row in rows if split_of[row.group] == name] for name in shares}
 
 
+def split_fold(rows: Sequence[Row], seed: int, folds: int, fold: int) -> dict[str, list[Row]]:
+    """The splits of a fold of cross-validation: every row is a test row of one of them; a tenth of the rest validates.
+
+    Args:
+        rows: as of `split_by_cluster`. fold: from 1 to `folds`.
+    """
+    parts = split_by_cluster(rows, seed, {str(number): 1 / folds for number in range(1, folds + 1)})
+    test = parts[str(fold)]
+    tested = {row.group for row in test}
+    rest = [row for row in rows if row.group not in tested]
+    return {**split_by_cluster(rest, seed, {"train": 0.9, "validation": 0.1}), "test": test}
+
+
 def subsample(rows: list[Row], most: int, seed: int) -> list[Row]:
     """At most `most` rows (0 = all), the labels' shares kept as well as whole rows allow, in the given order.
 

@@ -10,13 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lib.errors import InputError
 from lib.models.base_model import Base, choose_base, refuse_without_template, resolve_base
 from lib.models.unpack import RECORD as UNPACKED
-from lib.progress import Progress
-from lib.prompts.conversations import ExchangeTooLongError
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
 from lib.runs.run import Product, ProductDraft, Run
@@ -27,7 +23,7 @@ from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
 from lib.stages.data.data_files import file_fingerprint
 from lib.stages.data.dialogues import Conversations, in_tags_of
 from lib.stages.data.reading import SPLITS, Table, choose_data, classes_beside, read_table
-from lib.stages.data.text_audit import audit_texts
+from lib.stages.data.text_audit import audit_texts, token_lengths, worked_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -347,21 +343,14 @@ def _divide(splits: Splits, kind: Kind, settings: Settings, fold: int) -> tuple[
         row.index = index
     kept, dropped = near_duplicates.drop_copies(rows)
     kind.refuse_few(kept)
-    cluster_rule = kind.rule.format(seed=settings.seed)
+    by, seed = kind.rule.format(seed=settings.seed), settings.seed
     if settings.folds > 1:
-        parts = near_duplicates.split_by_cluster(
-            kept, settings.seed, {str(number): 1 / settings.folds for number in range(1, settings.folds + 1)}
-        )
-        test = parts.pop(str(fold))
-        ids = {id(row) for row in test}
-        rest = [row for row in kept if id(row) not in ids]
-        shares = {"train": 0.9, "validation": 0.1}
-        rule = f"fold {fold} of {settings.folds} is tested, validation is a tenth of the rest, by {cluster_rule}"
-        return {**near_duplicates.split_by_cluster(rest, settings.seed, shares), "test": test}, rule, dropped
+        rule = f"fold {fold} of {settings.folds} is tested, validation is a tenth of the rest, by {by}"
+        return near_duplicates.split_fold(kept, seed, settings.folds, fold), rule, dropped
     shares = near_duplicates.shares_of(settings.test_share)
     ratio = " : ".join(f"{10 * share:g}" for share in shares.values())
-    rule = f"{ratio} by {cluster_rule}"
-    return near_duplicates.split_by_cluster(kept, settings.seed, shares), rule, dropped
+    rule = f"{ratio} by {by}"
+    return near_duplicates.split_by_cluster(kept, seed, shares), rule, dropped
 
 
 def _left(task: Task, before: Mapping[str, int], splits: Splits) -> Flow:
@@ -429,87 +418,3 @@ def _record_sources(
         **base,
         "rows": {name: len(rows) for name, rows in splits.items()},
     }
-
-
-# How long the rows are for the run's tokenizer, and one row as the model sees it.
-
-
-def token_lengths(
-    tokenizer: PreTrainedTokenizerBase, kind: Kind, splits: Splits
-) -> tuple[Splits, dict[str, list[int]], list[dict[str, Any]]]:
-    """The rows that fit, their tokens before anything is cut, and a table with one line a split.
-
-    A text is cut from its end; a conversation must have room for one exchange (with thinking: with its reasoning).
-    """
-    kept: Splits = {}
-    lengths: dict[str, list[int]] = {}
-    table = []
-    with Progress("token lengths", sum(map(len, splits.values()))) as progress:
-        for name, rows in splits.items():
-            kept[name], lengths[name], counts = [], [], Counter[str]()
-            for row in rows:
-                progress.advance()
-                try:
-                    encoded = kind.task.encode(tokenizer, row.content)
-                except ExchangeTooLongError:
-                    counts["too long"] += 1
-                    continue
-                counts["truncated"] += encoded.truncated
-                counts += Counter(cut=encoded.turns_cut, learned=len(encoded.answers), read=encoded.unlearned)
-                kept[name].append(row)
-                lengths[name].append(encoded.whole_length)
-            if kept[name]:
-                table.append({**_line(name, lengths[name], counts["truncated"]), **kind.length_columns(counts)})
-    return kept, lengths, table
-
-
-def _line(name: str, lengths: Sequence[int], truncated: int) -> dict[str, Any]:
-    values = np.array(lengths)
-    return {
-        "split": name,
-        "rows": len(values),
-        "min": int(values.min()),
-        **{f"p{p}": int(np.percentile(values, p, method="nearest")) for p in (50, 90, 95, 99)},
-        "max": int(values.max()),
-        "truncated rows": truncated,
-        "truncated share": truncated / len(values),
-    }
-
-
-def worked_example(
-    tokenizer: PreTrainedTokenizerBase, kind: Kind, rows: Sequence[Row], lengths: Sequence[int]
-) -> dict[str, Any]:
-    """The row of median length as the model sees it.
-
-    Returns:
-        text, what the kind of rows says of it, and `pieces`: {"text", "ids", "loss"} in order; tokens that are only
-        part of a character are joined to one piece; `loss` marks the tokens that training counts.
-    """
-    row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
-    encoded = kind.task.encode(tokenizer, row.content)
-    edges = [0, *(edge for span in encoded.spans for edge in span), len(encoded.ids)]
-    pieces = [
-        piece
-        for number, (start, stop) in enumerate(itertools.pairwise(edges))
-        for piece in _pieces(tokenizer, encoded.ids[start:stop], number % 2 == 1)
-    ]
-    return {
-        "text": row.text,
-        **kind.example(row, encoded, tokenizer),
-        "pieces": pieces,
-        "prompt_tokens": len(encoded.ids) - len(encoded.loss),
-        "loss_tokens": len(encoded.loss),
-        "truncated": encoded.truncated,
-    }
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: bool) -> list[dict[str, Any]]:
-    pieces: list[dict[str, Any]] = []
-    pending: list[int] = []
-    for at, token in enumerate(ids):
-        pending.append(token)
-        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if "\ufffd" not in text or len(pending) >= 8 or at == len(ids) - 1:
-            pieces.append({"text": text, "ids": pending, "loss": loss})
-            pending = []
-    return pieces

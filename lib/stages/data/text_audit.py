@@ -1,4 +1,5 @@
-"""What the characters of the rows are: what NFKC would change, what nobody sees, which script, what is damaged."""
+"""What the characters of the rows are (what NFKC would change, what nobody sees, which script, what is damaged), and
+what their tokens are: how many, and one row as the model sees it."""
 
 from __future__ import annotations
 
@@ -11,11 +12,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
+from lib.progress import Progress
+from lib.prompts.conversations import ExchangeTooLongError
 from lib.prompts.templates import FILLERS
+from lib.stages.data.cleaning import Row, RowsOfTask, Splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Simplified or traditional characters, told by two old character sets that each hold one script.
 #
@@ -258,3 +266,87 @@ def visible(character: str) -> str:
     """The character, or its code point in angle brackets when a page would not show it."""
     hidden = KINDS.get(kind_of(character), {}).get("hidden")
     return f"⟨U+{ord(character):04X}⟩" if hidden else character
+
+
+# How long the rows are for the run's tokenizer, and one row as the model sees it.
+
+
+def token_lengths(
+    tokenizer: PreTrainedTokenizerBase, kind: RowsOfTask, splits: Splits
+) -> tuple[Splits, dict[str, list[int]], list[dict[str, Any]]]:
+    """The rows that fit, their tokens before anything is cut, and a table with one line a split.
+
+    A text is cut from its end; a conversation must have room for one exchange (with thinking: with its reasoning).
+    """
+    kept: Splits = {}
+    lengths: dict[str, list[int]] = {}
+    table = []
+    with Progress("token lengths", sum(map(len, splits.values()))) as progress:
+        for name, rows in splits.items():
+            kept[name], lengths[name], counts = [], [], Counter[str]()
+            for row in rows:
+                progress.advance()
+                try:
+                    encoded = kind.task.encode(tokenizer, row.content)
+                except ExchangeTooLongError:
+                    counts["too long"] += 1
+                    continue
+                counts["truncated"] += encoded.truncated
+                counts += Counter(cut=encoded.turns_cut, learned=len(encoded.answers), read=encoded.unlearned)
+                kept[name].append(row)
+                lengths[name].append(encoded.whole_length)
+            if kept[name]:
+                table.append({**_line(name, lengths[name], counts["truncated"]), **kind.length_columns(counts)})
+    return kept, lengths, table
+
+
+def _line(name: str, lengths: Sequence[int], truncated: int) -> dict[str, Any]:
+    values = np.array(lengths)
+    return {
+        "split": name,
+        "rows": len(values),
+        "min": int(values.min()),
+        **{f"p{p}": int(np.percentile(values, p, method="nearest")) for p in (50, 90, 95, 99)},
+        "max": int(values.max()),
+        "truncated rows": truncated,
+        "truncated share": truncated / len(values),
+    }
+
+
+def worked_example(
+    tokenizer: PreTrainedTokenizerBase, kind: RowsOfTask, rows: Sequence[Row], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """The row of median length as the model sees it.
+
+    Returns:
+        text, what the kind of rows says of it, and `pieces`: {"text", "ids", "loss"} in order; tokens that are only
+        part of a character are joined to one piece; `loss` marks the tokens that training counts.
+    """
+    row = rows[int(np.argsort(lengths, kind="stable")[len(lengths) // 2])]
+    encoded = kind.task.encode(tokenizer, row.content)
+    edges = [0, *(edge for span in encoded.spans for edge in span), len(encoded.ids)]
+    pieces = [
+        piece
+        for number, (start, stop) in enumerate(itertools.pairwise(edges))
+        for piece in _pieces(tokenizer, encoded.ids[start:stop], number % 2 == 1)
+    ]
+    return {
+        "text": row.text,
+        **kind.example(row, encoded, tokenizer),
+        "pieces": pieces,
+        "prompt_tokens": len(encoded.ids) - len(encoded.loss),
+        "loss_tokens": len(encoded.loss),
+        "truncated": encoded.truncated,
+    }
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], loss: bool) -> list[dict[str, Any]]:
+    pieces: list[dict[str, Any]] = []
+    pending: list[int] = []
+    for at, token in enumerate(ids):
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if "\ufffd" not in text or len(pending) >= 8 or at == len(ids) - 1:
+            pieces.append({"text": text, "ids": pending, "loss": loss})
+            pending = []
+    return pieces

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.stages.data.cleaning import Row
-from lib.stages.data.near_duplicates import drop_copies, shares_of, split_by_cluster, subsample
+from lib.stages.data.near_duplicates import drop_copies, shares_of, split_by_cluster, split_fold, subsample
 
 ROWS = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 2)), min_size=1, max_size=120).map(
     lambda pairs: [Row(i, f"t{i}", label, group=group) for i, (group, label) in enumerate(pairs)]
@@ -61,3 +61,14 @@ def test_copies_and_contradictions_are_dropped():
     kept, counts = drop_copies([Row(i, text, label) for i, (text, label) in enumerate(texts)])
     assert [row.index for row in kept] == [0, 4]
     assert counts == {"dropped: copy of an earlier row": 1, "dropped: text with conflicting labels": 2}
+
+
+@given(ROWS, st.integers(2, 6), st.integers(0, 1000))
+def test_every_row_is_tested_once_and_no_cluster_is_in_two_folds(rows: list[Row], folds: int, seed: int):
+    splits = [split_fold(rows, seed, folds, fold) for fold in range(1, folds + 1)]
+    tested = [[row.index for row in parts["test"]] for parts in splits]
+    assert sorted(index for part in tested for index in part) == [row.index for row in rows]
+    for parts in splits:
+        groups = [{row.group for row in part} for part in parts.values()]
+        assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+        assert sum(map(len, parts.values())) == len(rows)

@@ -244,3 +244,37 @@ def test_a_limit_that_leaves_one_label_is_named(home: Path, limit: dict[str, int
 def test_columns_are_chosen_of_a_table_alone(columns: dict[str, str]):
     with pytest.raises(InputError, match=f"--{next(iter(columns)).replace('_', '-')} without --data"):
         RowOptions(run_name="t", **columns).rows(None)
+
+
+def test_folds_test_every_row_once(home: Path):
+    source = write(home / "rows.json", reviews(90))
+    run, asked = open_run("t"), settings(source, folds=3)
+    first = prepare(asked, run)
+    run.on_other_folds(prepare, asked)
+    others = [DataResult.read(other.require("data")) for other in run.other_folds()]
+    assert [other.name for other in run.other_folds()] == ["t, fold 2", "t, fold 3"] and not others[0].product.made
+    ids = sorted(row["text"] for one in (first, *others) for row in one.rows("test"))
+    assert ids == sorted(row["text"] for row in first.tested()) and len(set(ids)) == 90
+    assert {row["fold"] for row in first.tested()} == {1, 2, 3}
+    assert "fold 1 of 3 is tested" in first.split_rule and "fold 3 of 3" in others[1].split_rule
+    assert not {row["text"] for row in first.rows("test")} & {row["text"] for row in first.rows("train")}
+    assert first.folds == 3 and first.product.entry.facts["folds"] == 3
+    noted = prepare(settings(source, folds=3, test_share=0.4), run)
+    assert "test_share 0.4 has no effect: 3 folds" in noted.product.entry.notes
+    assert prepare(settings(source), run).folds == 1 and not run.other_folds()
+
+
+def test_folds_of_rows_with_a_test_split_are_refused(home: Path):
+    folder = folder_of(home, train=reviews(60), test=reviews(30, seed=1))
+    with pytest.raises(InputError, match="folds: 2, for data with test rows of its own"):
+        prepare(settings(folder, folds=2), open_run("t"))
+    assert prepare(settings(folder, folds=2, split="cluster"), open_run("t")).folds == 2
+
+
+def test_no_adapter_from_elsewhere_in_folds(home: Path, tmp_path: Path):
+    from lib.stages.finetune.stage import adopt
+
+    run = open_run("t")
+    prepare(settings(write(home / "rows.json", reviews(60)), folds=2), run)
+    with pytest.raises(InputError, match="cross-validated data of run 't'"):
+        adopt(Settings(adapter=str(tmp_path)), run)
