@@ -187,6 +187,41 @@ def unlabelled(times: int, rng: np.random.Generator) -> dict[str, list[dict[str,
     return {"losses": [losses(count, kind, times, rng) for count, kind in track(settings, "answers without labels")]}
 
 
+def cross_validated(
+    n: int, k: int, share: float, spread: float, times: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Rows of k folds whose models lose differently, by `spread` (a fraction, standard deviation) around the true loss.
+
+    Any two models share training rows, so that 1 / k of the spread's variance is common to all (Nadeau & Bengio 2003).
+
+    Returns:
+        shares of the runs that find a file good enough, true loss at the margin ("false") and none ("power"), by rows
+        alone and with the folds' correction.
+    """
+    folds, margin = np.arange(n) % k, MARGIN_POINTS / 100
+    found: dict[str, float] = dict.fromkeys(("false, rows alone", "false", "power, rows alone", "power"), 0.0)
+    for name, loss in (("false", margin), ("power", 0.0)):
+        for _ in range(times):
+            own = spread * (k**-0.5 * rng.normal() + (1 - 1 / k) ** 0.5 * rng.normal(size=k))
+            lost, drawn = (share + np.clip(loss + own, -share, share)[folds]) / 2, rng.random(n)
+            change = np.where(drawn < lost, -1, np.where(drawn < share, 1, 0))
+            for key, given in ((f"{name}, rows alone", None), (name, folds)):
+                found[key] += (noninferiority.share_loss(change, folds=given).high < MARGIN_POINTS) / times
+    return {"rows": n, "folds": k, "changed": share, "spread": spread, **found}
+
+
+def folded(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, Any]]]:
+    """Table of cross-validated rows."""
+    settings = [
+        (n, k, share, spread)
+        for n in (200, 600, 2000)
+        for k in (5, 10)
+        for share in (0.03, 0.06)
+        for spread in (0.0, 0.005, 0.01)
+    ]
+    return {"folds": [cross_validated(*one, times, rng) for one in track(settings, "cross-validated rows")]}
+
+
 def power(share: float) -> dict[str, Any]:
     """Rows that show a file without loss to be good enough, exact and by the usual approximation, with its power."""
     margin = MARGIN_POINTS / 100
@@ -222,7 +257,7 @@ def dependent(times: int, rng: np.random.Generator) -> dict[str, list[dict[str, 
     }
 
 
-PARTS = {"independent": independent, "dependent": dependent, "unlabelled": unlabelled, "pages": pages}
+PARTS = {"independent": independent, "dependent": dependent, "unlabelled": unlabelled, "folds": folded, "pages": pages}
 
 
 def markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
