@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 
 from lib import parameter_file
 from lib.errors import InputError
@@ -173,13 +181,18 @@ _OF_ANSWERS, _OF_LABELS = (
 """Keys that only rows without labels use, and only rows with labels, and their defaults."""
 
 
+PART = "part"
+"""Validation context of a notebook's parameters, which are a part of a run's: the task may not be among them."""
+
+
 class Settings(_Keys):
     """All parameters of a run: the keys of settings.yaml."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Settings:
+    def _consistent(self, info: ValidationInfo) -> Settings:
+        part = info.context == PART and "task" not in self.model_fields_set
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
         contradictions = {
             f"{', '.join(needing)} in ladder need an importance matrix: set imatrix: auto, or leave them out": (
@@ -202,7 +215,7 @@ class Settings(_Keys):
             '("" = an empty one)': not labelled and self.system_prompt == SENTIMENT_PROMPT,
             **{
                 f"{key} has no effect with task {self.task}: leave it out": getattr(self, key) != default
-                for key, default in (_OF_ANSWERS if labelled else _OF_LABELS).items()
+                for key, default in ({} if part else _OF_ANSWERS if labelled else _OF_LABELS).items()
             },
         }
         if first := next((words for words, found in contradictions.items() if found), None):
@@ -252,17 +265,18 @@ def _sentence(place: str, error: dict[str, Any]) -> InputError:
     return InputError(f"{key}: {value!r} {place}.", f"{message[0].lower()}{message[1:]}.", do)
 
 
-def check(values: dict[str, Any], where: str, replaced: Collection[str] = ()) -> Settings:
+def check(values: dict[str, Any], where: str, replaced: Collection[str] = (), context: str | None = None) -> Settings:
     """Validate a mapping of parameters.
 
     Args:
         where: the file or notebook that they come from, but for `replaced`, which were given by -p.
+        context: `PART` where they are only some of a run's.
 
     Raises:
         InputError: the first problem, with the number of further ones.
     """
     try:
-        return Settings(**values)
+        return Settings.model_validate(values, context=context)
     except ValidationError as error:
         first, *others = error.errors()
         by_hand = bool(first["loc"]) and first["loc"][0] in replaced
@@ -356,4 +370,4 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
             targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
             injected |= {t.id: namespace.get(t.id) for t in targets if isinstance(t, ast.Name)}
     unknown = {key: value for key, value in injected.items() if key not in fields}
-    return check({**known, **unknown}, "the parameters of this notebook")
+    return check({**known, **unknown}, "the parameters of this notebook", context=PART)

@@ -79,6 +79,15 @@ def test_papermill_with_a_short_file_is_the_same_run(path: Path, file: Path) -> 
     assert found == settings.load(file)
 
 
+@each
+@pytest.mark.parametrize("file", sorted((PROJECT / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_report_gives_each_notebook_its_own_keys(path: Path, file: Path) -> None:
+    """03 and 07 have `terms`, which conversations alone use, and not `task`: no contradiction."""
+    asked = settings.load(file).model_dump()
+    given = {node.target.id: asked[node.target.id] for node, _ in parameters(path)}
+    assert settings.from_notebook(given).pick(*given) == given
+
+
 def test_every_key_is_used_by_some_notebook() -> None:
     declared = {node.target.id for path in NOTEBOOKS for node, _ in parameters(path)}
     assert declared == set(Settings.model_fields)

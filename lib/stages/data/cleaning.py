@@ -15,9 +15,17 @@ from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
 from lib.settings import Settings, folded
 from lib.stages.data.data_files import NAMES, SURROGATE, DamagedError, Rows, alone
-from lib.stages.data.labels import is_name, label_reader, meanings, refuse_labels
+from lib.stages.data.labels import (
+    is_name,
+    label_reader,
+    meanings,
+    option_columns,
+    option_letters,
+    options_of,
+    refuse_labels,
+    with_options,
+)
 from lib.stages.data.near_duplicates import audit
-from lib.stages.data.options import option_columns, option_letters, options_of, with_options
 from lib.stages.data.reading import Table
 
 

@@ -1,15 +1,18 @@
-"""What a label means: by its name, by its number, by the columns beside it."""
+"""What a label means (by its name, by its number, by the columns beside it), and the options of a question: where a
+table keeps them, and how they are asked. No question is asked without them."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lib.errors import InputError
 from lib.settings import folded
-from lib.stages.data.data_files import NAMES, Rows, alone
+from lib.stages.data.data_files import NAMES, DamagedError, Rows, alone
 
 Read = Callable[[Any], int | None]
 
@@ -97,3 +100,107 @@ def meanings(
                 "set label_column to the column that is right, and remove names that are wrong.",
             )
     return (meant if any(read(number) != meaning for number, meaning in meant.items()) else {}), used
+
+
+# Options of a question.
+
+_COLUMN = re.compile(r"(|op|opt|option|choice|选项)[ _-]?([a-z]|(?<=[a-z _项-])[0-9])")
+"""A column for one option: A, opa (MedMCQA), option_a, optionA, choice1, 选项A."""
+_KEYS, _TEXTS = ("label", "labels", "key", "letter", "id"), ("text", "texts", "value", "content")
+"""What names an option, and what holds it, in ARC's two lists and in lists of objects."""
+
+
+def option_letters(label_names: Sequence[str]) -> dict[str, str]:
+    """The letters A, B, … of options -> the label names under which they are asked; empty where those are words."""
+    marks = "".join(label_names)
+    if len(marks) != len(label_names):
+        return {}
+    if marks.isascii() and marks.isalpha() and marks.isupper():
+        return dict(zip(marks, marks, strict=True))  # in any order
+    known = any(row.startswith(marks) for row in NAMES["option_marks"])
+    return {chr(ord("A") + i): mark for i, mark in enumerate(marks)} if known else {}
+
+
+def option_columns(names: Sequence[str], letters: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a question's options by letter, where it has any; the key is empty where one has all."""
+    if not letters:
+        return {}
+    if whole := [name for name in names if name.strip().lower() in NAMES["option_columns"]]:
+        return {"": whole[0]}
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if (read := _COLUMN.fullmatch(name.strip().lower())) and (read[2].isdigit() or read[2].upper() in letters):
+            found.setdefault(read[1], {})[read[2]] = name
+    most = max(found.values(), key=len, default={})
+    ordered = [most[key] for key in sorted(most)]
+    keys = (key.upper() if key.isalpha() else chr(ord("A") + i) for i, key in enumerate(sorted(most)))
+    return dict(zip(keys, ordered, strict=True)) if len(most) > 1 else {}
+
+
+def options_of(
+    cells: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]
+) -> dict[str, tuple[str, Any]]:
+    """The options of a row: as its file names each -> the name of its letter and its text.
+
+    Raises:
+        DamagedError: fewer than two, or of a shape that is not known.
+    """
+    if "" in columns:
+        pairs = _pairs(_read(cells[columns[""]]))
+    else:
+        pairs = [(letter, cells[name]) for letter, name in columns.items() if cells[name] not in (None, "")]
+    if len(pairs) < 2:
+        raise DamagedError("fewer than two options, or options that are neither a list nor named by letters")
+    named = [str(key).strip() for key, _ in pairs]
+    letters = (
+        named if all(len(key) == 1 and key.isascii() and key.isalpha() for key in named) else map(chr, range(65, 91))
+    )
+    uppers = (letter.upper() for letter in letters)
+    return {k: (names.get(letter, letter), t) for k, letter, (_, t) in zip(named, uppers, pairs, strict=False)}
+
+
+def _read(given: Any) -> Any:
+    """A cell that should hold several options; as text it may be JSON, a list of Python, or one option a line."""
+    if not isinstance(given, str):
+        return given
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(given)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return [line for line in given.splitlines() if line.strip()]
+
+
+def _pairs(given: Any) -> list[tuple[Any, Any]]:
+    """Names and texts of options; none for a shape that is not known."""
+    if isinstance(given, Mapping):
+        keys, texts = (next((given[name] for name in names if name in given), None) for names in (_KEYS, _TEXTS))
+        if isinstance(texts, list):
+            keys = keys if isinstance(keys, list) else range(len(texts))
+            return list(zip(keys, texts, strict=True)) if len(keys) == len(texts) else []
+        return [(key, said) for key, said in given.items() if said is not None]
+    if not isinstance(given, list | tuple):
+        return []
+    if any(isinstance(one, Mapping) for one in given):
+        found = [[next((one[n] for n in names if n in one), None) for names in (_KEYS, _TEXTS)] for one in given]
+        named = [(number if key is None else key, said) for number, (key, said) in enumerate(found)]
+        return [] if any(said is None for _, said in named) else named
+    return [(f"#{i}", said) for i, said in enumerate(given)]
+
+
+def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -> str:
+    """A question with its options, one a line, each under its letter once; as it is where it holds them already."""
+    if not options:
+        return text
+    lettered = {
+        letter: re.compile(rf"\s*[(（]?{re.escape(letter)}\s*[.．、:：)）]\s*", re.IGNORECASE) for letter in options
+    }
+    if all(lettered[letter].match(said) for letter, said in options.items()):
+        options = {letter: lettered[letter].sub("", said, count=1) for letter, said in options.items()}
+    if all(
+        re.search(found.pattern + re.escape(options[letter].strip()), text, re.I) for letter, found in lettered.items()
+    ):
+        changed["kept: options that the question holds already"] += 1
+        return text
+    changed["changed: options joined to their question, one a line"] += 1
+    return "\n".join([text.rstrip(), *(f"{letter}. {said}" for letter, said in options.items())])
