@@ -82,8 +82,7 @@ def smollm2(place: Place) -> Any:
         raise SkippedError("no .cache/smollm2 (`make smollm2`)")
     fewer = {"max_train_rows": 60, "max_eval_rows": 40, "perplexity_tokens": 512, "imatrix_chunks": 2, "ladder": "Q4_0"}
     fewer |= {"export_formats": "[]", "save_steps": 10}
-    name = ["smollm2", "--fast", *words(fewer)]
-    return place.run("smollm2-fast", "-p", "run_name", *name, params="smollm2-movies")
+    return place.run("smollm2-fast", "--fast", *words(fewer), params="smollm2-movies")
 
 
 def select(place: Place) -> Any:

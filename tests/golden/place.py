@@ -136,7 +136,8 @@ class Place:
     def run(self, name: str, *words: str, params: str = "quick", must_end_well: bool = True) -> Any:
         """Everything of the run `name`, made by `workbook report` with further words if it is not there yet."""
         if name not in self.made:
-            given = ["report", str(PROJECT / f"params/{params}.yaml"), "-p", "run_name", name, *words]
+            asked = name.removesuffix("-fast") if "--fast" in words else name  # which is added by the option
+            given = ["report", str(PROJECT / f"params/{params}.yaml"), "-p", "run_name", asked, *words]
             done = self.command(*given, cwd=PROJECT)
             if must_end_well and done["exit"] != 0:
                 raise FailedError(f"run {name}: exit code {done['exit']}\n" + "\n".join(done["stderr"][-30:]))
