@@ -370,7 +370,7 @@ def _split_of(name: str) -> str | None:
     for part in (stem, *reversed(folders)):
         if part in SPLIT_OF_NAME:
             return SPLIT_OF_NAME[part]
-    said = {SPLIT_OF_NAME[word] for word in re.split(r"[^a-z]+", stem) if word in SPLIT_OF_NAME}
+    said = {SPLIT_OF_NAME[word] for word in re.split(r"[\W\d_]+", stem) if word in SPLIT_OF_NAME}
     return said.pop() if len(said) == 1 else None
 
 

@@ -19,7 +19,7 @@ from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.metric import rows_of_folds
 from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings, folded
 from lib.stages.data import near_duplicates, sample
-from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split
+from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split, unlabelled
 from lib.stages.data.data_files import file_fingerprint
 from lib.stages.data.dialogues import Conversations, in_tags_of
 from lib.stages.data.reading import SPLITS, Table, choose_data, classes_beside, read_table
@@ -158,12 +158,15 @@ def rows_from_file(
         InputError: unreadable, or without usable rows.
     """
     table = read_table(str(source), label_column=label_column)
-    name = next(split for split in ("test", "validation", "all", "train") if split in table.splits)
+    labelled = {name: rows for name, rows in table.splits.items() if not unlabelled(rows, label_column)} or table.splits
+    name = next(split for split in ("test", "validation", "all", "train") if split in labelled)
     ours = {"id", "leaked", "group"}
     keep = (*ours, "pattern") if ours <= table.splits[name][0].keys() else ()
     if keep and any(folded(label).isdecimal() for label in label_names):  # of its own rows a run writes the numbers
         label_names = [str(number) for number in range(len(label_names))]
-    rows, counts = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep=keep)
+    whole = [row for rows in labelled.values() for row in rows]  # numbers of labels mean what they do in 01
+    columns = (text_column, label_column, label_names)
+    rows, counts = clean_split(table.splits[name], str(source), *columns, keep=keep, whole=whole)
     if not rows:
         raise InputError(f"{source}: no usable row.", "rows with a text and a label.", "correct the file.")
     groups = near_duplicates.find_duplicates([row.text for row in rows]).groups.tolist()

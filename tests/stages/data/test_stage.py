@@ -278,3 +278,22 @@ def test_no_adapter_from_elsewhere_in_folds(home: Path, tmp_path: Path):
     prepare(settings(write(home / "rows.json", reviews(60)), folds=2), run)
     with pytest.raises(InputError, match="cross-validated data of run 't'"):
         adopt(Settings(adapter=str(tmp_path)), run)
+
+
+def test_rows_of_a_folder_mean_in_evaluate_what_they_mean_in_01(home: Path):
+    """Names beside the numbers of train speak for test; a test split without labels leaves validation."""
+    named = [{**row, "label": 1 - row["label"], "label_text": ("负面", "正面")[row["label"]]} for row in reviews(60)]
+    bare = [{"text": row["text"], "label": 1 - row["label"]} for row in reviews(30, seed=1)]
+    folder = folder_of(home, train=named, validation=bare, test=[{"text": row["text"]} for row in reviews(9, seed=2)])
+    rows, told = rows_from_file(folder, ["负面", "正面"])
+    assert told["split"] == "validation"
+    assert [row["label"] for row in rows] == [row["label"] for row in reviews(30, seed=1)]
+
+
+@pytest.mark.parametrize(
+    "names", [("训练集", "测试集"), ("TrainData", "TestData"), ("reviews_train", "reviews_heldout")]
+)
+def test_held_out_files_are_not_trained_on(home: Path, names: tuple[str, str]):
+    folder = folder_of(home, **{names[0]: reviews(60), names[1]: reviews(30, seed=1)})
+    result = prepare(settings(folder), open_run("t"))
+    assert {row["text"] for row in result.rows("test")} == {row["text"] for row in reviews(30, seed=1)}
