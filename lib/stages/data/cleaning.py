@@ -23,6 +23,7 @@ from lib.stages.data.labels import (
     option_letters,
     options_of,
     refuse_labels,
+    said_by_name,
     with_options,
 )
 from lib.stages.data.near_duplicates import audit
@@ -132,6 +133,8 @@ def clean_split(
     unused = [name for name in names if name not in (text_name, label_name, *options.values(), *keep)]
     others = [name for name in {**table[0], **whole[0]} if name in unused or name not in names]
     meant, beside = meanings(whole, label_name, others, read, bool(label_column), where)
+    named = {} if meant or beside else said_by_name(label_name, len(label_names), read)
+    named = named if any(read(value) != meaning for value, meaning in named.items()) else {}
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
         text, value = safe_text(cells[text_name], changed), cells[label_name]
@@ -146,9 +149,10 @@ def clean_split(
         value = choices.get(str(value).strip(), (value, ""))[0]
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DamagedError("no label")
-        by_names = meant and not is_name(value)  # the file says what its numbers mean
-        label = meant.get(folded(value)) if by_names else read(value)
-        changed[f"numbers of {label_name} read by the names in {', '.join(beside)}"] += bool(by_names)
+        by_names = folded(value) in named or (meant and not is_name(value))  # the file says what its numbers mean
+        label = (meant or named).get(folded(value)) if by_names else read(value)
+        told = "its name" if named else f"the names in {', '.join(beside)}"
+        changed[f"numbers of {label_name} read by {told}"] += bool(by_names)
         if label is None:
             unknown[str(value).strip()[:40]] += 1
             raise DamagedError("label not understood")

@@ -102,6 +102,21 @@ def meanings(
     return (meant if any(read(number) != meaning for number, meaning in meant.items()) else {}), used
 
 
+def said_by_name(label: str, labels: int, read: Read) -> dict[str, int]:
+    """What the name of a column of labels says that its numbers mean: is_negative (1 is negative), label(0=good,1=bad).
+
+    Args:
+        labels: how many there are. A column that is called by one of two says what 1 and true are.
+    """
+    word = re.sub(r"^(is[ _-]*|是否)", "", label.strip(), flags=re.IGNORECASE)
+    one = read(word) if labels == 2 and is_name(word) else None
+    said = {} if one is None else {"0": 1 - one, "1": one}
+    for number, name in re.findall(r"([0-9]+)\s*[=:：]\s*(\w+)", label):
+        if (meaning := read(name)) is not None:
+            said[number] = meaning
+    return said | ({"false": said["0"], "true": said["1"]} if said.keys() == {"0", "1"} else {})
+
+
 # Options of a question.
 
 _COLUMN = re.compile(r"(|op|opt|option|choice|选项)[ _-]?([a-z]|(?<=[a-z _项-])[0-9])")

@@ -297,3 +297,15 @@ def test_held_out_files_are_not_trained_on(home: Path, names: tuple[str, str]):
     folder = folder_of(home, **{names[0]: reviews(60), names[1]: reviews(30, seed=1)})
     result = prepare(settings(folder), open_run("t"))
     assert {row["text"] for row in result.rows("test")} == {row["text"] for row in reviews(30, seed=1)}
+
+
+@pytest.mark.parametrize(
+    ("column", "turned"),
+    [("is_negative", True), ("负面", True), ("label(0=正面,1=负面)", True), ("is_positive", False), ("label", False)],
+)
+def test_the_name_of_a_column_says_what_1_means(home: Path, column: str, turned: bool):
+    made = [{"text": row["text"], column: row["label"] ^ turned} for row in reviews(60)]
+    for kind in (int, bool):
+        rows = [{**row, column: kind(row[column])} for row in made]
+        found, _ = rows_from_file(write(home / "rows.jsonl", rows), ["负面", "正面"], label_column=column)
+        assert [row["label"] for row in found] == [row["label"] for row in reviews(60)]
