@@ -117,11 +117,8 @@ class Accuracy:
             change of the right answer's log-odds, nats, every label counting alike) and its interval, and odds_warning
             (whether it surely lost more than `ODDS_LIMIT`).
         """
-        weights, groups, folds = (
-            balanced_weights(reference.labels, whole and whole["balanced"]),
-            rows.groups,
-            rows.folds,
-        )
+        weights = balanced_weights(reference.labels, whole and whole["balanced"])
+        groups, folds = rows.groups, rows.folds
         before, alike = right_log_odds(reference), label_weights(reference.labels)
         tests = compare_pairs(
             {name: (reference.correct, scores.correct) for name, scores in others.items()}, groups, seed, weights, folds

@@ -325,10 +325,8 @@ def _judged(metric: Metric, measured: Sequence[Measured], asked: Comparison) -> 
             every[name].save(asked.output / ALL_FOLDS.format(name))
     count = {"folds": len(asked.folds) + 1}
     together = {name: entry | count for name, entry in found(every, asked.judged_rows).items()}
-    return (
-        found({name: s for name, s in own.items() if name not in every or name == measured[0].name}, asked.rows)
-        | together
-    )
+    alone = {name: scores for name, scores in own.items() if name not in every or name == measured[0].name}
+    return found(alone, asked.rows) | together
 
 
 _OWN_TEXT = {

@@ -106,15 +106,17 @@ def said_by_name(label: str, labels: int, read: Read) -> dict[str, int]:
     """What the name of a column of labels says that its numbers mean: is_negative (1 is negative), label(0=good,1=bad).
 
     Args:
-        labels: how many there are. A column that is called by one of two says what 1 and true are.
+        labels: how many there are. A column that is called by one of two says what 1 and true are; a single letter, as
+            the y of any target, says nothing.
     """
     word = re.sub(r"^(is[ _-]*|是否)", "", label.strip(), flags=re.IGNORECASE)
-    one = read(word) if labels == 2 and is_name(word) else None
-    said = {} if one is None else {"0": 1 - one, "1": one}
-    for number, name in re.findall(r"([0-9]+)\s*[=:：]\s*(\w+)", label):
-        if (meaning := read(name)) is not None:
-            said[number] = meaning
-    return said | ({"false": said["0"], "true": said["1"]} if said.keys() == {"0", "1"} else {})
+    named = [("1", word)] if labels == 2 and is_name(word) and not re.fullmatch("[A-Za-z]", word) else []
+    listed = re.findall(r"([0-9]+)\s*[=:：]\s*(\w+)", label)
+    said = {number: meaning for number, name in named + listed if (meaning := read(name)) is not None}
+    if labels == 2 and said.keys() and said.keys() <= {"0", "1"}:  # of two, one tells the other
+        said = {str(1 - int(number)): 1 - meaning for number, meaning in said.items()} | said
+        said |= {"false": said["0"], "true": said["1"]}
+    return said
 
 
 # Options of a question.

@@ -301,7 +301,14 @@ def test_held_out_files_are_not_trained_on(home: Path, names: tuple[str, str]):
 
 @pytest.mark.parametrize(
     ("column", "turned"),
-    [("is_negative", True), ("负面", True), ("label(0=正面,1=负面)", True), ("is_positive", False), ("label", False)],
+    [
+        ("is_negative", True),
+        ("负面", True),
+        ("label(0=正面,1=负面)", True),
+        ("is_positive", False),
+        ("label", False),
+        ("label(1=负面)", True),
+    ],
 )
 def test_the_name_of_a_column_says_what_1_means(home: Path, column: str, turned: bool):
     made = [{"text": row["text"], column: row["label"] ^ turned} for row in reviews(60)]
@@ -309,3 +316,9 @@ def test_the_name_of_a_column_says_what_1_means(home: Path, column: str, turned:
         rows = [{**row, column: kind(row[column])} for row in made]
         found, _ = rows_from_file(write(home / "rows.jsonl", rows), ["负面", "正面"], label_column=column)
         assert [row["label"] for row in found] == [row["label"] for row in reviews(60)]
+
+
+def test_a_column_called_y_is_any_target(home: Path):
+    rows = [{"text": row["text"], "y": row["label"]} for row in reviews(60)]
+    found, _ = rows_from_file(write(home / "rows.jsonl", rows), ["yes", "no"], label_column="y")
+    assert [row["label"] for row in found] == [row["label"] for row in reviews(60)]
