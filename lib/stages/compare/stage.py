@@ -216,7 +216,7 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
     if folds := result["files"][0].get("folds"):
         work.notes.append(
             f"cross-validated: {folds} models, each of {result['files'][0]['n']:,} rows judges the files of the model "
-            "that did not train on it; sizes, text, speed and written answers are those of the first model's files"
+            "that did not train on it; all else, 02 to 06 too, is of the first model and its files"
         )
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
     scored = result["found_done"]
