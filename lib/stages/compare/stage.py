@@ -109,7 +109,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     used = ("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", metric.margin_setting)
     parameters = settings.pick(*used) | {"timed_loads": list(LOADS[:2]), "rules": _RULES}
     if folds:
-        parameters["folds"] = [fold.require("comparison").entry.digest for fold in folds]
+        parameters["comparisons_of_folds"] = [fold.require("comparison").entry.digest for fold in folds]
     product = run.produce(
         "comparison",
         lambda work: _build(settings, run, work),

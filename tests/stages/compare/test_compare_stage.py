@@ -98,6 +98,8 @@ def test_files_are_judged_on_the_rows_of_all_folds(ladder: Ladder, home: Path) -
             assert found[key] == pytest.approx(expected[key], abs=1e-3), key
     assert "cross-validated: 2 models, each of 40 rows" in result.product.entry.notes[-1]
     assert "With k = 2 folds D is multiplied" in result.recommendation["formulas"]
+    given = result.product.entry.parameters
+    assert "folds" not in given and given["comparisons_of_folds"] == [second.require("comparison").entry.digest]
     assert "models trained like these lose on average" in result.recommendation["rule"]
     again = compare(settings, run)
     assert not again.product.made
