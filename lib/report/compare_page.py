@@ -50,7 +50,7 @@ class _Page:
     def __init__(self, result: ComparisonResult) -> None:
         self.result, self.reference = result, result.reference
         self.files, self.others = list(result.files), result.others
-        self.n = self.files[0]["n"]
+        self.n, self.folds = self.files[0]["n"], self.files[0].get("folds")
         mark_names([e["type"] for e in self.files if (e["source_grid"] or 0) >= GRID_SIZABLE], MARK)
 
     def answer(self) -> Markdown:
@@ -63,8 +63,9 @@ class _Page:
 
     def quality(self) -> HTML:
         """Size, quality and verdict of each file."""
-        tokens = self.files[0]["n_tokens"]
-        return tabled(self.compared, self.files, n=self.n, reference=self.reference, tokens=tokens)
+        tokens, apart = self.files[0]["n_tokens"], [e for e in self.others if e["n"] != self.n]
+        counts = {"n": self.n, "tokens": tokens, "apart": apart}
+        return tabled(self.compared, self.files, reference=self.reference, **counts)
 
     def differences(self) -> HTML:
         """Paired losses from the reference: accuracy, in points; answer perplexity, in percent."""
@@ -100,8 +101,10 @@ class _Page:
 
     def learned(self) -> Markdown:
         """The conclusions."""
+        values = {"n": self.n, "folds": self.folds, "labelled": self.result.metric is ACCURACY}
         advice, frontier = self.result.recommendation, self.result.frontier
-        return tell("compare.learned", advice=advice, frontier=frontier, n=self.n)
+        run = self.result.product.path.parent.name
+        return tell("compare.learned", advice=advice, frontier=frontier, run=run, **values)
 
     def kept(self) -> Shown:
         """How much of what fine-tuning taught is left in each file."""
@@ -119,6 +122,7 @@ class AccuracyPage(_Page):
         words = tell(
             "compare.accuracy_power",
             n=self.n,
+            folds=self.folds,
             independent=round(independent),
             margin=margin,
             least=100 * least_margin(independent),
@@ -129,7 +133,7 @@ class AccuracyPage(_Page):
 
     def tests(self) -> Shown:
         """The paired test of each file's accuracy, and beside it macro-F1 and log-odds."""
-        tests = tabled("compare.accuracy_tests", self.others, files=len(self.others))
+        tests = tabled("compare.accuracy_tests", self.others, files=len(self.others), folds=self.folds)
         return tests, tabled("compare.accuracy_beside", self.others, odds_limit=ODDS_LIMIT)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
@@ -310,22 +314,23 @@ def kept_reading(files: Sequence[Entry], note: str) -> Markdown:
 
 
 def _order(known: Sequence[Entry]) -> dict[str, Any] | None:
-    """How KL divergence on text orders the files, beside retention: rank correlation, and pairs surely in opposite
-    order; None for fewer than three files, or where one of the two tells none apart."""
-    values = [[e["kld_mean"] for e in known], [e["retention"] for e in known]]
+    """How KL divergence on text orders the files, beside the distance of retention from 1: rank correlation, and pairs
+    surely in opposite order; None for fewer than three files, or where one of the two tells none apart."""
+    values = [[e["kld_mean"] for e in known], [abs(1 - e["retention"]) for e in known]]
     if len(known) < 3 or any(len(set(column)) == 1 for column in values):
         return None
     from scipy.stats import spearmanr
 
     pairs = [pair for e, other in combinations(known, 2) if (pair := _turned(e, other))]
     pairs.sort(key=lambda pair: pair[0]["retention"] - pair[1]["retention"])
-    rank = -float(spearmanr(*values).statistic)
+    rank = float(spearmanr(*values).statistic)
     return {"files": len(known), "rank": rank, "pairs": len(pairs), "named": pairs[:_PAIRS]}
 
 
 def _turned(first: Entry, second: Entry) -> tuple[Entry, Entry] | None:
-    """The file that is surely nearer on text and the other, if it surely keeps less (both pairs of intervals apart)."""
+    """The file that is surely nearer on text and the other, if it surely keeps less (both pairs of intervals apart) and
+    not all: a slope above 1 is no loss."""
     near, far = sorted((first, second), key=lambda e: e["kld_mean"])
     if near["kld_high"] >= far["kld_low"] or not (near["retention_interval"] and far["retention_interval"]):
         return None
-    return (near, far) if near["retention_interval"][1] < far["retention_interval"][0] else None
+    return (near, far) if near["retention_interval"][1] < min(far["retention_interval"][0], 1.0) else None

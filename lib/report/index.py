@@ -229,6 +229,8 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
     margin = given.get("equivalence_margin" if summary.labelled else "perplexity_margin")
     verdicts = {"margin": margin, "seed": given.get("seed"), "rule": summary.rule}
     files = rows_of("index.files", summary.files, column=column, key=key)
+    n = summary.files[0].get("n") if summary.files else None
+    caption = sentence("index.files", n=n, apart=[file for file in summary.files if file.get("n") != n])
     cost = build(rows_of("index.cost", summary.entries.items()), sentence("index.cost"))
     text = fill(
         "run.html.j2",
@@ -237,7 +239,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         stages=stages,
         state=state,
         qualities=_qualities_table(summary) if summary.qualities else None,
-        files=build(files, sentence("index.files")) if summary.files else None,
+        files=build(files, caption) if summary.files else None,
         reading=word_rows("index.reading", labelled=summary.labelled, **verdicts),
         cost=cost if summary.entries else None,
         parameters=parameter_pairs(summary.parameters()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,7 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
         "metrics": [],
     }
     return SimpleNamespace(
+        product=SimpleNamespace(path=Path("runs/coursework/comparison")),
         metric=metric,
         reference=reference,
         data={"rows": N},
@@ -107,6 +109,7 @@ def test_every_part_of_the_page_is_there(kind: str) -> None:
     assert alone[0].data == "> One.\n>\n> Two."
     assert "Q2_K" in alone[2].data and "nan" not in alone[2].data
     assert "Recommended: **none**" in alone[-1].data and "Rule: The rule." in alone[-1].data
+    assert "runs/coursework/comparison/scores-TYPE.jsonl" in alone[-1].data
     described = re.findall(r'alt="([^"]+)"', alone[1].data)
     assert len(described) == 4 and ("accuracy" if kind == "labels" else "answer perplexity") in described[2]
 

@@ -27,6 +27,7 @@ from lib.stages.compare.child import MERGED, MERGED_FLOAT32, EncodedRows, encode
 from lib.stages.compare.recommend import judge, recommend, step_file
 from lib.stages.compare.speed import read_bytes
 from lib.statistics.noninferiority import REFERENCE, frontier
+from lib.statistics.paired import holm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -326,7 +327,11 @@ def _judged(metric: Metric, measured: Sequence[Measured], asked: Comparison) -> 
     count = {"folds": len(asked.folds) + 1}
     together = {name: entry | count for name, entry in found(every, asked.judged_rows).items()}
     alone = {name: scores for name, scores in own.items() if name not in every or name == measured[0].name}
-    return found(alone, asked.rows) | together
+    entries = found(alone, asked.rows) | together
+    others = [entry for name, entry in entries.items() if name != measured[0].name]
+    for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
+        entry["p_holm"] = p  # over all files, whichever rows they are judged on
+    return entries
 
 
 _OWN_TEXT = {

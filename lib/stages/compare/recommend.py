@@ -88,7 +88,8 @@ def recommend(
         unproven=unproven,
         limit_nats=NO_HARM_NATS,
         rows_at_best=rows_for(0.0, margin / 100) if unproven else None,
-        rows_needed=needed,
+        rows_needed=needed and _two_digits(needed),
+        folds=folds,
         fewest=FEWEST_GROUPS,
         groups=fewest_groups(reference),
         least_margin=100 * least_margin(reference["n"] / reference.get("copies_effect", 1.0)),
@@ -107,6 +108,12 @@ def recommend(
         "unproven": unproven and unproven["type"],
         "text": text,
     }
+
+
+def _two_digits(rows: int) -> int:
+    """Rounded up: an estimate from a few changed rows has no more digits."""
+    step = 10 ** max(len(str(rows)) - 2, 0)
+    return -(-rows // step) * step
 
 
 def step_file(files: Sequence[Entry], recommendation: Mapping[str, Any]) -> str | None:

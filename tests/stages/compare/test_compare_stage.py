@@ -15,6 +15,7 @@ from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
 from lib.stages.compare.stage import ComparisonResult, compare
 from lib.stages.quantize.stage import quantize
+from lib.statistics.paired import holm
 from tests.stages.compare.conftest import Ladder
 
 pytestmark = pytest.mark.usefixtures("forked_children")
@@ -98,6 +99,8 @@ def test_files_are_judged_on_the_rows_of_all_folds(ladder: Ladder, home: Path) -
             assert found[key] == pytest.approx(expected[key], abs=1e-3), key
     assert "cross-validated: 2 models, each of 40 rows" in result.product.entry.notes[-1]
     assert "With k = 2 folds D is multiplied" in result.recommendation["formulas"]
+    p = [entry["p"] for entry in result.others]
+    assert [entry["p_holm"] for entry in result.others] == holm(p), "over all files, whichever rows they are judged on"
     given = result.product.entry.parameters
     assert "folds" not in given and given["comparisons_of_folds"] == [second.require("comparison").entry.digest]
     assert "models trained like these lose on average" in result.recommendation["rule"]

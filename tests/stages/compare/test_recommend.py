@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -60,22 +61,32 @@ def answer(entries: list[dict], margin: float = 1.0, floor: float = 0.5) -> dict
 STEPS = {"Q8_0": [], "Q4_K_M": [0, 1], "Q3_K_M": [*range(6)], "Q2_K": [*range(60)]}
 
 
+def _about(text: str) -> int:
+    """The number of rows that would show it: two digits and zeros."""
+    (digits,) = re.findall(r"About ([\d,]+) rows like these would show it in 80 of 100 runs", text)
+    assert set(digits.replace(",", "")[2:]) <= {"0"}
+    return int(digits.replace(",", ""))
+
+
 def test_the_smallest_that_is_good_enough_is_recommended() -> None:
     found = answer(files(STEPS))
     assert found["type"] == "Q4_K_M" and found["reason"] == "good enough"
     assert found["tested"] == ["Q8_0", "Q4_K_M", "Q3_K_M"] and found["ended_by"] == "Q3_K_M"
     assert found["verdicts"] == {"Q8_0": "good enough", "Q4_K_M": "good enough", "Q3_K_M": "not shown", "Q2_K": "worse"}
-    for words in ("Recommended: Q4_K_M, 30.00 MB, 30 % of F16", "-0.20 points of accuracy", "2 labels changed"):
+    lost = "0.20 points of accuracy lost, a loss of at most 0."
+    for words in ("Recommended: Q4_K_M, 30.00 MB, 30 % of F16", lost, "2 labels changed"):
         assert words in found["text"]
-    assert "Not shown: Q3_K_M" in found["text"] and f"About {found['rows_needed']:,} rows" in found["text"]
-    assert "Worse than F16: Q2_K (-6.00 points" in found["text"]
+    assert "Not shown: Q3_K_M" in found["text"] and _about(found["text"]) == pytest.approx(
+        found["rows_needed"], rel=0.1
+    )
+    assert "Worse than F16: Q2_K (6.00 points of accuracy lost" in found["text"]
     assert "a loss of 1 point or more is excluded" in found["rule"] and "at most 5 of 100 runs" in found["rule"]
 
 
 def test_better_is_no_reason_against_a_file() -> None:
     """Two-sided equivalence within a point rejected a file that won 15 of 1,000 rows."""
     found = answer(files({"Q8_0": [], "Q4_K_M": [*range(980, 995)]}))
-    assert found["type"] == "Q4_K_M" and "+1.50 points of accuracy" in found["text"]
+    assert found["type"] == "Q4_K_M" and "1.50 points of accuracy won, at least 0.97 on 1,000 rows" in found["text"]
 
 
 def test_the_sequence_ends_at_the_first_that_is_not_good_enough() -> None:
@@ -98,7 +109,7 @@ def test_the_leak_free_rows_have_to_show_it_too() -> None:
     assert answer(files({"Q8_0": []}, leak_free=few))["type"] is None, "200 rows cannot exclude a point"
     assert answer(files({"Q8_0": []}, leak_free=few), margin=2.0)["type"] == "Q8_0"
     lost = answer(files({"Q8_0": [*range(800, 806)]}, leak_free=few), margin=2.0)
-    assert lost["type"] is None and "on the 200 leak-free rows -3.00 points" in lost["text"]
+    assert lost["type"] is None and "on the 200 leak-free rows 3.00 points of accuracy lost" in lost["text"]
 
 
 def test_no_verdict_where_it_means_nothing() -> None:
