@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 
 class InputError(ValueError):
@@ -24,6 +27,42 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple:
         return (InputError, (self.found, self.expected, self.do))
+
+
+Refused = TypeVar("Refused", bound=InputError)
+
+
+@functools.cache
+def _refusals(room: str) -> dict[str, dict[str, str]]:
+    """The table of a room of `lib`, by the name of its folder."""
+    import yaml
+
+    (path,) = Path(__file__).parent.rglob(f"{room}/refusals.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def refusal(place: str, kind: type[Refused] = InputError, /, **values: Any) -> Refused:  # type: ignore[assignment]
+    """The error whose sentences stand under a name in `refusals.yaml` of a room; "models/no-grid" is that of models.
+
+    Args:
+        kind: the error's class, where it is one of its own.
+        values: what the sentences say in braces, as `str.format` takes it.
+    """
+    room, _, name = place.partition("/")
+    return kind(**{part: text.format(**values) for part, text in _refusals(room)[name].items()})
+
+
+@contextlib.contextmanager
+def refusing(
+    kinds: type[BaseException] | tuple[type[BaseException], ...], place: str, /, **values: Any
+) -> Iterator[None]:
+    """Say what a library raises in the words of `refusal`: {error} is the error, {said} what it says on one line."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, InputError):
+            raise
+        raise refusal(place, **values, error=error, said=one_line(error)) from None
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.hub import transport
 from lib.hub.sources import COMMIT, Kind, Remote, RemoteFile, Snapshot, SourceError, choose, is_data, is_offline, parse
 from lib.hub.transport import MismatchError, MissingError, UnreachableError
@@ -81,21 +81,14 @@ def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
             failures.append(_unreachable(remote, f"{host}: {error}"))
         except MismatchError as error:
             otherwise = "set HF_ENDPOINT to another mirror" if remote.place == "hub" else "try again later"
-            mismatch = SourceError(
-                f"{remote.words}: {error}, twice, from {host}.",
-                "the bytes whose hash the listing names.",
-                f"{otherwise}, or set {remote.setting} to a local folder.",
-                "its bytes differ from their hash",
+            mismatch = refusal(
+                "hub/bytes-differ", SourceError, remote=remote, error=error, host=host, otherwise=otherwise
             )
             failures.append(mismatch)
         except (HfHubHTTPError, MissingError) as error:  # before OSError, of which the first is one
             failures.append(_refused(remote, error))
         except OSError as error:
-            raise InputError(
-                f"{remote.words} could not be stored ({error.strerror or error}).",
-                "room and write access.",
-                "set HF_HOME (hub) or WORKBOOK_HOME (ModelScope) to another folder.",
-            ) from None
+            raise refusal("hub/not-stored", remote=remote, why=error.strerror or error) from None
     raise failures[0]
 
 
@@ -104,11 +97,8 @@ def _unreachable(remote: Remote, reason: str) -> SourceError:
     mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
     offline = " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
     last = ", or to offline" if remote.kind == "model" else ""
-    return SourceError(
-        f"{remote.words} is not in the cache and cannot be reached ({reason}).",
-        "a network, or a filled cache.",
-        f"{mirror}{offline}, or set {remote.setting} to a local folder{last}; `fallbacks` can list other sources.",
-        f"cannot be reached: {reason}",
+    return refusal(
+        "hub/unreachable", SourceError, remote=remote, reason=reason, mirror=mirror, offline=offline, last=last
     )
 
 

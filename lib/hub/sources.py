@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 
 MODELSCOPE = "modelscope:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -139,11 +139,7 @@ def parse(text: str, revision: str, kind: Kind) -> Remote:
     wanted = own or revision
     remote = Remote(place, name, "master" if place == "modelscope" and wanted == "main" else wanted, kind)
     if not _ID.fullmatch(name) or (place == "modelscope" and "/" not in name):
-        raise InputError(
-            f"{remote.setting} {text!r}: no file or folder, and not an id.",
-            "owner/name of the hub, modelscope:owner/name, or a local path.",
-            f"correct {remote.setting}.",
-        )
+        raise refusal("hub/no-id", remote=remote, text=text)
     return remote
 
 
@@ -186,12 +182,7 @@ def choose(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
         pickles = [file.path for file in files if file.path.endswith(_PICKLES)]
         gguf = [file.path for file in files if file.path.endswith(".gguf")]
         only = f"only pickled weights ({pickles[0]})" if pickles else f"only GGUF ({gguf[0]})" if gguf else "no weights"
-        raise SourceError(
-            f"{remote.words} holds {only}.",
-            "weights as safetensors (a pickle can run any code; a GGUF file cannot be trained).",
-            f"choose a repository with safetensors for {remote.setting}.",
-            f"holds {only}",
-        )
+        raise refusal("hub/no-weights", SourceError, remote=remote, only=only)
     return chosen
 
 
@@ -201,17 +192,6 @@ def _choose_data(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile
         return [*data, *(file for file in files if file.path == "README.md")]
     scripts = [file.path for file in files if file.path.endswith(".py")]
     if scripts:
-        raise SourceError(
-            f"{remote.words} is a script data set ({scripts[0]}); its code is never run.",
-            "a data set of plain files (csv, tsv, json, jsonl, parquet).",
-            "look for a plain-file copy, or set revision to refs/convert/parquet (files that the hub makes of many "
-            "script data sets), or download it elsewhere and set dataset to the folder.",
-            "is a script data set",
-        )
+        raise refusal("hub/script-data", SourceError, remote=remote, scripts=scripts)
     names = ", ".join(file.path for file in files[:5]) or "nothing"
-    raise SourceError(
-        f"{remote.words} holds {names}.",
-        "csv, tsv, json, jsonl or parquet files.",
-        "choose another data set, or unpack it and set dataset to the folder.",
-        "holds no data files",
-    )
+    raise refusal("hub/no-data", SourceError, remote=remote, names=names)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.configurations import HEADS, read_adapter_configuration, refuse_other_task
 from lib.models.weights import StoredTensor, Weights, infinite, largest_magnitude, open_weights, read_file, read_object
 
@@ -98,11 +98,7 @@ def refuse_adapter(folder: Path) -> None:
     if folder_kind(folder) == "adapter":
         config = adapter_config(folder)
         base = config.get("base_model_name_or_path") or "the model it was trained on"
-        raise InputError(
-            f"{folder} is a LoRA adapter (rank {config.get('r', 'unknown')}, for {base}), not a full model.",
-            "a full model: config.json, all weights as safetensors, tokenizer.",
-            f"set base_model to {base} and adapter to this folder.",
-        )
+        raise refusal("models/adapter-for-model", folder=folder, rank=config.get("r", "unknown"), base=base)
 
 
 def require_adapter(folder: Path) -> None:
@@ -115,11 +111,7 @@ def require_adapter(folder: Path) -> None:
     if "adapter" in found and config:
         return
     if found == {"model"}:
-        raise InputError(
-            f"{folder} is a full model, not a LoRA adapter.",
-            f"adapter_config.json and {WEIGHTS}.",
-            "set base_model to this folder and adapter to an adapter (or leave it empty to train one).",
-        )
+        raise refusal("models/model-for-adapter", folder=folder)
     if not found:
         _refuse_pickle(folder)
     lacks = "no readable adapter_config.json" if not config else f"no readable {WEIGHTS}"
@@ -128,11 +120,7 @@ def require_adapter(folder: Path) -> None:
 
 def _refuse_pickle(folder: Path) -> None:
     if not (folder / WEIGHTS).is_file() and any(folder.glob("adapter_model*.bin")):
-        raise InputError(
-            f"{folder} holds a pickled adapter (.bin).",
-            f"{WEIGHTS} (a pickle can run any code).",
-            "save it again with save_pretrained(safe_serialization=True).",
-        )
+        raise refusal("models/pickled-adapter", folder=folder)
 
 
 @dataclass
@@ -206,27 +194,13 @@ def _stored(folder: Path) -> dict[str, StoredTensor]:
     tensors, _ = read_file(path if path.is_file() or not others else folder / others[0])
     for pattern, (whose, do) in _FOREIGN.items():
         if name := next((name for name in tensors if re.search(pattern, name)), None):
-            raise InputError(
-                f"{folder} is an adapter with other names than peft's: {whose} ({name}).", "peft's LoRA.", f"{do}."
-            )
+            raise refusal("models/foreign-adapter", folder=folder, whose=whose, name=name, do=do)
     if heads := [name for name in others if (held := read_file(folder / name)[0]) and _is_head(held)]:
-        raise InputError(
-            f"{folder} holds a value head beside the adapter ({', '.join(heads)}): a reward model's, or a critic's.",
-            "an adapter of a language model, which answers in words.",
-            "move that file away if the adapter is PPO's policy; a reward model's adapter answers nothing.",
-        )
+        raise refusal("models/value-head", folder=folder, heads=", ".join(heads))
     if not path.is_file() and others:
-        raise InputError(
-            f"{folder} has no {WEIGHTS}, but {', '.join(others[:4])}.",
-            "one file, as save_pretrained() of peft writes it.",
-            "load that checkpoint in the program that trained it, and save the adapter with save_pretrained().",
-        )
+        raise refusal("models/other-adapter-file", folder=folder, others=", ".join(others[:4]))
     if empty := next((name for name, tensor in tensors.items() if tensor.shape == (0,)), None):
-        raise InputError(
-            f"{folder}: {empty} is empty, as one process of a sharded training (DeepSpeed, FSDP) leaves it.",
-            "whole tensors.",
-            "gather them first (zero_to_fp32.py, accelerate merge-weights), then save them with save_pretrained().",
-        )
+        raise refusal("models/empty-tensor", folder=folder, empty=empty)
     return tensors
 
 
@@ -250,11 +224,7 @@ def _by_peft_names(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, S
             twice |= {found[plain].name, name}
         found[plain] = tensor
     if names := adapters if len(adapters) > 1 else twice:
-        raise InputError(
-            f"{folder} holds the tensors of several adapters in one file ({', '.join(sorted(names)[:4])}).",
-            "one adapter.",
-            "save the one that is meant: model.save_pretrained(DIR, selected_adapters=[NAME]).",
-        )
+        raise refusal("models/several-adapters", folder=folder, names=", ".join(sorted(names)[:4]))
     return dict(sorted(found.items()))
 
 
@@ -349,10 +319,12 @@ def check_fit(folder: Path, base: Path) -> AdapterShape:
     adapter, weights = read_adapter(folder), open_weights(base)
     shape = shape_of(adapter)
     if problem := _misfit(adapter, weights):
-        raise InputError(
-            f"the adapter {folder} does not fit the base model {base}: {problem}.",
-            "an adapter of this base model.",
-            f"set base_model to {shape.base or 'the one it was trained on'}, or adapter to another one.",
+        raise refusal(
+            "models/adapter-of-other-base",
+            folder=folder,
+            base=base,
+            problem=problem,
+            named=shape.base or "the one it was trained on",
         )
     adapter.require_finite()
     return shape

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.hub import fetching
 from lib.hub import sources as hub_sources
 from lib.hub.sources import SourceError
@@ -73,13 +73,13 @@ def resolve_base(
     if local.is_file() or hub_sources.looks_like_path(base_model) or base_model.lower().endswith(".gguf"):
         named = base_model.lower().endswith(".gguf")
         kind = "a file" if local.is_file() else "no file" if named else "no folder"
-        raise SourceError(
-            f"base_model {base_model!r}: {kind} {local}.",
-            "a model folder (config.json, safetensors, tokenizer), a .gguf file, or an id such as "
-            "Qwen/Qwen2.5-0.5B-Instruct.",
-            f"{how_to_get(local) if named else 'correct the path'}, "
-            "or set base_model: offline for the small built-in model.",
-            f"{kind} there",
+        raise refusal(
+            "models/no-base-model",
+            SourceError,
+            base_model=base_model,
+            kind=kind,
+            local=local,
+            do=how_to_get(local) if named else "correct the path",
         )
     found = fetching.fetch(base_model, revision, "model")
     check_model_folder(found.path)
@@ -101,11 +101,7 @@ def refuse_without_template(base_model: str) -> None:
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return
     if not read_metadata(path).get("tokenizer.chat_template"):
-        raise InputError(
-            f"base_model {base_model}: {path} has no chat template.",
-            "a .gguf file of a chat model, with its template.",
-            "take another file; or workbook unpack FILE FOLDER, put chat_template.jinja there, and give the folder.",
-        )
+        raise refusal("models/no-template-in-file", base_model=base_model, path=path)
     refuse_bad_template(path)
 
 
@@ -134,11 +130,7 @@ def check_base_folder(path: Path) -> None:
     """
     check_model_folder(path)
     if read_configuration(path).get("quantization_config"):
-        raise InputError(
-            f"{path} is quantized (quantization_config).",
-            "weights of 16 or 32 bits: an adapter is merged into them.",
-            "take the model that was quantized (load_in_4bit: true trains it in 4 bits).",
-        )
+        raise refusal("models/quantized-base", path=path)
     refuse_bad_template(path)
 
 
@@ -168,11 +160,7 @@ def choose_base(settings: Settings) -> tuple[Base | None, tuple[str, ...]]:
     if base is not None and "sha256" in entry:
         _check_weights(base, str(entry["sha256"]))
     if settings.gguf_off_grid and not failures and (base is None or base.unpacked is None):
-        raise InputError(
-            f"gguf_off_grid: true, and base_model {settings.base_model}, which is no GGUF file.",
-            "gguf_off_grid: false, or a .gguf file as base_model.",
-            "correct one of them.",
-        )
+        raise refusal("models/off-grid-without-file", settings=settings)
     notes = fallback_note("base model", settings.base_model, entry["base_model"], failures)
     return base, (*notes, *(base.notes if base else ()))
 
@@ -225,11 +213,7 @@ def _check_weights(base: Base, wanted: str) -> None:
     hashes = {path.name: remembered_sha256(path) for path in files}
     found = next(iter(hashes.values())) if len(hashes) == 1 else sha256_json(hashes)
     if found != wanted.lower():
-        raise InputError(
-            f"fallback {base.id}: SHA-256 {found} ({', '.join(hashes)}).",
-            f"{wanted}, as the parameter file lists it.",
-            "check where it comes from; correct sha256 if this is the model you mean.",
-        )
+        raise refusal("models/other-hash", base=base, found=found, hashes=", ".join(hashes), wanted=wanted)
 
 
 @dataclass(frozen=True)
@@ -259,12 +243,7 @@ def resolve_adapter(adapter: str) -> GivenAdapter:
         return GivenAdapter(local, adapter, f"sha256:{sha256_json(files)[:16]}")
     if local.is_file() or hub_sources.looks_like_path(adapter):
         kind = "a file" if local.is_file() else "no folder"
-        raise SourceError(
-            f"adapter {adapter!r}: {kind} {local}.",
-            "a folder with adapter_config.json and adapter_model.safetensors, or an id.",
-            "correct adapter.",
-            f"{kind} there",
-        )
+        raise refusal("models/no-adapter", SourceError, adapter=adapter, kind=kind, local=local)
     found = fetching.fetch(adapter, "main", "adapter")
     require_adapter(found.path)
     return GivenAdapter(found.path, adapter, found.revision)
@@ -284,11 +263,7 @@ def base_of(run: Run) -> Base:
     commit = "main" if recorded.startswith("sha256:") else recorded  # that one is a local folder's, or a GGUF file's
     base = resolve_base(facts["base_model"], commit, **asked_in(recorded))
     if facts.get("base_revision") not in (None, base.revision):
-        raise InputError(
-            f"base model {base.id} is now {base.revision}.",
-            f"{facts['base_revision']}, with which notebook 01 prepared the data.",
-            "run notebook 01 again with force: true, or bring the old model back.",
-        )
+        raise refusal("models/base-changed", base=base, before=facts["base_revision"])
     return base
 
 
@@ -314,11 +289,7 @@ def check_model_folder(path: Path) -> Weights:
     kind = config.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         own = " that brings its own code (auto_map), which is never run" if config.get("auto_map") else ""
-        raise InputError(
-            f"{path / 'config.json'}: model_type {kind!r}{own}.",
-            "a causal language model that transformers knows, e.g. qwen2 or qwen3.",
-            "use another base_model.",
-        )
+        raise refusal("models/unknown-model-type", config=path / "config.json", kind=kind, own=own)
     return check_language_model(path, config)
 
 
@@ -409,8 +380,10 @@ def refuse_other_folder(adapter: Path, folder: Path) -> None:
 def _other_weights(adapter: Path, found: str, base: str) -> InputError:
     asked = {"gguf_dtype": "auto", "gguf_off_grid": False} | asked_in(found)
     needed = f"gguf_dtype: {asked['gguf_dtype']} and gguf_off_grid: {str(asked['gguf_off_grid']).lower()}"
-    return InputError(
-        f"an adapter ({adapter}) trained on base {found or 'that its files do not name'}, put on {base}.",
-        "the weights it was trained on: the same file, unpacked in the same way.",
-        f"set {needed} with the file it was trained on, or train again.",
+    return refusal(
+        "models/adapter-of-other-weights",
+        adapter=adapter,
+        trained=found or "that its files do not name",
+        base=base,
+        needed=needed,
     )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import ARCHITECTURES, TABLES, names_of
 from lib.models.weights import Shaped, Weights, open_weights, read_object
 
@@ -235,11 +235,7 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
     seen = {int(match[1]) for name in weights.tensors if (match := LAYER.fullmatch(name))}
     more = config.get("num_nextn_predict_layers") or 0  # layers that guess further tokens stand behind the others
     if layers and seen and not set(range(layers)) <= seen <= set(range(layers + more)):
-        raise InputError(
-            f"{path} says {layers} layers, the weights have {len(seen)} (num_hidden_layers).",
-            "a config.json that belongs to these weights, and every layer.",
-            "download the folder again.",
-        )
+        raise refusal("models/other-layers", path=path, layers=layers, seen=len(seen))
     if config.get("quantization_config"):
         return  # packed: other shapes
     if (kind := config.get("model_type")) in ARCHITECTURES.values():
@@ -247,23 +243,21 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         have = {name for name in weights.tensors if not name.endswith(BUFFERS)} - ({"lm_head.weight"} - wanted)
         for what, odd in (("lacks", sorted(wanted - have)), ("has", sorted(have - wanted))):
             if odd:
-                raise InputError(
-                    f"{weights.folder} {what} {len(odd)} tensors that a {kind} model of its config.json "
-                    f"{'has' if what == 'lacks' else 'does not have'} (first {odd[0]}).",
-                    "the tensors of a whole model (adapters merged), which transformers and llama.cpp read alike.",
-                    "run `workbook merge` first, download the folder again, or correct config.json (attention_bias, "
-                    "mlp_bias, tie_word_embeddings).",
+                raise refusal(
+                    "models/other-tensors",
+                    weights=weights,
+                    what=what,
+                    count=len(odd),
+                    kind=kind,
+                    model="has" if what == "lacks" else "does not have",
+                    odd=odd,
                 )
     sizes = {**config, **attention_rows(config)}
     for name, tensor in weights.tensors.items():
         module = LAYER.sub(r"\2", name).removesuffix(".weight")  # of a bias it is none of them
         for key, size in zip(TABLES["shapes"].get(module, ()), tensor.shape, strict=False):
             if sizes.get(key) and sizes[key] != size:
-                raise InputError(
-                    f"{path}: {key} is {sizes[key]}, and {name} has the shape {tensor.shape}.",
-                    "a config.json that belongs to these weights.",
-                    "download the folder again, or correct that key.",
-                )
+                raise refusal("models/other-sizes", path=path, key=key, size=sizes[key], name=name, tensor=tensor)
 
 
 def check_language_model(folder: Path, config: Mapping[str, Any]) -> Weights:
@@ -321,9 +315,7 @@ def _checked(schema: type[BaseModel], path: Path, config: dict[str, Any]) -> Any
                 value, name = value[part], f"{name}.{part}" if name else str(part)
         name = name or str(first["loc"][0])
         if first["type"] == "missing":
-            raise InputError(
-                f"{path} has no {name}.", "the configuration of a LoRA adapter.", "copy it again."
-            ) from None
+            raise refusal("models/lacks-key", path=path, name=name) from None
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
         raise _odd(path, name, value if name in config or "." in name else None, message) from None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models.gguf_file import OWN_FOLDER, read_metadata, unusable
 from lib.runs.files import write_json, write_text
 
@@ -258,11 +258,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     steps = {"decoders": []} if decoder is None else json.loads(decoder.__getstate__())
     kinds = [step["type"] for step in steps.get("decoders", [steps])]
     if not {"ByteLevel", "ByteFallback"} & set(kinds):
-        raise InputError(
-            f"a tokenizer that decodes by {', '.join(kinds) or 'nothing'}.",
-            "ByteLevel (Qwen, Llama 3) or ByteFallback (Llama 2).",
-            "choose another base_model, or set generated_rows: 0.",
-        )
+        raise refusal("models/unknown-decoder", kinds=", ".join(kinds) or "nothing")
     by_character = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
 
     def read(name: str) -> bytes:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.models.adapters import copy_weights, read_adapter, require_adapter
 from lib.models.base_model import check_model_folder
 from lib.models.configurations import read_configuration
@@ -69,10 +69,8 @@ def load_as_saved(folder: Path) -> PreTrainedModel:
     method = quantization_method(folder)
     needed = LIBRARIES.get(method, method) if method else None
     if needed and not machine.has_module(needed):
-        raise InputError(
-            f"{folder} is quantized by {method}, and {needed} is not installed.",
-            f"the package {needed}.",
-            f"pip install {needed.replace('_', '-')}, or leave this folder out.",
+        raise refusal(
+            "models/quantizer-absent", folder=folder, method=method, needed=needed, package=needed.replace("_", "-")
         )
     # bitsandbytes logs a line at every 8-bit product: it computes the activations' INT8 from float16
     logger = logging.getLogger("bitsandbytes.autograd._functions")
@@ -96,10 +94,8 @@ def _from_pretrained(folder: Path, **options: Any) -> Any:
         raise InputError(found, "a folder that transformers loads.", "download it again, or take another.") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report[kind])):
-            raise InputError(
-                f"{folder} has {len(wrong)} {kind.replace('_', ' ')} (first {wrong[0]}).",
-                "a tensor for each place of the model, of the size that config.json says.",
-                "download or make the folder again.",
+            raise refusal(
+                "models/other-keys", folder=folder, count=len(wrong), kind=kind.replace("_", " "), wrong=wrong
             )
     return model
 
@@ -122,15 +118,9 @@ def load_tokenizer(path: Path, chat: bool = True) -> PreTrainedTokenizerBase:
         with no_warnings():
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise InputError(
-            f"the tokenizer in {path} cannot be read ({one_line(error)}).", "a whole one.", "copy it again."
-        ) from None
+        raise refusal("models/damaged-tokenizer", path=path, said=one_line(error)) from None
     if chat and not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer in {path} has no chat template.",
-            "an instruction-tuned (chat) model.",
-            "use its -Instruct kin.",
-        )
+        raise refusal("models/no-template", path=path)
     return tokenizer
 
 
@@ -190,9 +180,7 @@ def _nf4(compute_dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if problem := machine.bitsandbytes_problem():
-        raise InputError(
-            f"4-bit loading does not work here: {problem}.", "a working bitsandbytes.", "set load_in_4bit: false."
-        )
+        raise refusal("models/no-4-bit", problem=problem)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -225,19 +213,11 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
             copy_weights(found, Path(folder, "adapter_model.safetensors"))
             model = PeftModel.from_pretrained(model, folder, is_trainable=False, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise InputError(
-            f"the adapter {adapter} does not fit the base model ({one_line(error, 300)}).",
-            "an adapter of this base model.",
-            "check base_model.",
-        ) from None
+        raise refusal("models/adapter-does-not-load", adapter=adapter, said=one_line(error, 300)) from None
     # peft reads the vocabulary's size from the base that the adapter names: a hub id it would ask the hub for, and a
     # .gguf file has no config.json. What was loaded is here.
     model.peft_config["default"].base_model_name_or_path = str(base)
     places = set(get_peft_model_state_dict(model))
     if odd := sorted(places ^ set(found.tensors)):
-        raise InputError(
-            f"the adapter {adapter} and its configuration disagree on {len(odd)} tensors (first {odd[0]}).",
-            "a tensor for each place.",
-            "train it again.",
-        )
+        raise refusal("models/adapter-and-configuration", adapter=adapter, count=len(odd), odd=odd)
     return model

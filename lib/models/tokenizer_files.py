@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.weights import INDEX, SINGLE, read_object
 
 Read = Callable[[str], dict[str, Any]]
@@ -116,11 +116,7 @@ def differences(folder: Path, base: Path) -> dict[str, str]:
     if odd := sorted(name for name in (mine.keys() | its.keys() if whole else mine) if mine.get(name) != its.get(name)):
         shown = ", ".join(odd[:4]) + (", …" if len(odd) > 4 else "")
         if not whole:
-            raise InputError(
-                f"{folder} adds tokens ({shown}) to a tokenizer, and has no tokenizer.json.",
-                "the whole tokenizer that the adapter was trained with, or none.",
-                "copy its tokenizer.json there, or give --tokenizer base to leave those tokens out.",
-            )
+            raise refusal("models/tokens-without-tokenizer", folder=folder, shown=shown)
         found["vocabulary"] = f"its tokenizer has other tokens than the base's ({len(odd):,}: {shown})"
     elif whole and (parts := _other_cuts(own, theirs)):
         found["vocabulary"] = f"its tokenizer encodes text otherwise than the base's ({', '.join(parts)})"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import TABLES, PackedTensor, head_size, unusable
 from lib.models.gguf_tokenizer import tokenizer_json, write_tokenizer
 from lib.models.unpack_source import Source, ids_beyond, read_source, transformers_config
@@ -236,11 +236,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
     if dtype not in CHOICES:
         raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
     if off_grid and source.main_type in PLAIN:
-        raise InputError(
-            f"{source.path} of {source.main_type} weights, which lie on no grid to leave.",
-            "a file of a quantized type.",
-            "leave out --off-grid (gguf_off_grid: false).",
-        )
+        raise refusal("models/no-grid", source=source)
     scaling = Rescaling(source.config) if off_grid else None
     nbytes = source.parameters * (4 if dtype == "float32" else 2)
     files.require_space(folder, nbytes, f"the weights of {source.path.name}")
@@ -251,11 +247,7 @@ def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: boo
             break
         except TooLargeError as error:
             if chosen == tries[-1]:
-                raise InputError(
-                    f"{error} of {source.path}, too large for {chosen}.",
-                    "weights it can hold.",
-                    "--dtype auto (gguf_dtype: auto).",
-                ) from None
+                raise refusal("models/too-large", error=error, source=source, chosen=chosen) from None
     write_json(folder / "config.json", {**source.config, "torch_dtype": chosen})
     write_json(folder / "generation_config.json", source.generation)
     write_tokenizer(source.metadata, source.path, folder)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.runs.files import once, refuse_device
 
 if TYPE_CHECKING:
@@ -81,11 +81,7 @@ def convert(values: np.ndarray, dtype: str, target: str) -> np.ndarray:
 
 def infinite(what: str, where: Path) -> InputError:
     """The error for NaN or infinity."""
-    return InputError(
-        f"NaN or infinity in {what} ({where}).",
-        "finite weights.",
-        "the training diverged or the file is damaged: use an earlier checkpoint or copy it again.",
-    )
+    return refusal("models/not-finite", what=what, where=where)
 
 
 # Files that are not what their names promise.
@@ -227,11 +223,7 @@ class StoredTensor(Shaped):
     def require_floats(self) -> None:
         """Refuse integer and 8-bit tensors, which only quantized models have."""
         if self.dtype not in TORCH:
-            raise InputError(
-                f"tensor {self.name} in {self.file} is {self.dtype}.",
-                "float32, float16 or bfloat16 weights.",
-                "use the original model, not a quantized one.",
-            )
+            raise refusal("models/quantized-tensor", name=self.name, file=self.file, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -281,9 +273,7 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     except InputError:
         raise
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}).", "a complete safetensors file.", "copy or download it again."
-        ) from None
+        raise refusal("models/damaged-safetensors", path=path, error=error) from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, value in sorted(header.items()):
@@ -325,11 +315,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     if not index.is_file():
         if shards := sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name)):
             shown, total = ", ".join(shards[:4]) + (", …" if len(shards) > 4 else ""), int(shards[0][-17:-12])
-            raise InputError(
-                f"{folder} holds {len(shards)} of {total} shards ({shown}), but no {INDEX}.",
-                "all shards and their index.",
-                f"download {INDEX} and what is missing into that folder.",
-            )
+            raise refusal("models/shards-without-index", folder=folder, count=len(shards), total=total, shown=shown)
         return None
     try:
         found = {str(name): str(file) for name, file in read_object(index)["weight_map"].items()}
@@ -337,16 +323,10 @@ def weight_map(folder: Path) -> dict[str, str] | None:
         raise InputError(f"{index} is damaged ({error}).", "an index of shards.", "download it again.") from None
     bad = sorted(name for name in found.values() if Path(name).name != name)
     if bad or not found:
-        raise InputError(
-            f"{index} names {bad or 'no files'}.", "files of the same folder.", "download the folder again."
-        )
+        raise refusal("models/odd-index", index=index, names=bad or "no files")
     if missing := sorted({name for name in found.values() if not (folder / name).is_file()}):
         shown = ", ".join(missing[:4])
-        raise InputError(
-            f"{len(missing)} of the index's files are missing: {shown} ({folder}).",
-            "every shard that the index names.",
-            "download those files, or the folder again.",
-        )
+        raise refusal("models/missing-shards", count=len(missing), shown=shown, folder=folder)
     return found
 
 
@@ -384,12 +364,7 @@ def open_weights(folder: Path) -> Weights:
     if listed is None and not (folder / SINGLE).is_file():
         raise _no_weights(folder)
     if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} holds a whole model and an adapter beside it (adapter_config.json).",
-            "one of them: transformers puts the adapter on top of the model, other programs leave it out.",
-            "move adapter_config.json and adapter_model.safetensors to a folder of their own; `workbook merge` unites "
-            "both, if the model is not yet the merged one.",
-        )
+        raise refusal("models/adapter-beside-model", folder=folder)
     files = tuple(folder / name for name in (sorted(set(listed.values())) if listed else [SINGLE]))
     tensors: dict[str, StoredTensor] = {}
     metadata = {}
@@ -399,11 +374,7 @@ def open_weights(folder: Path) -> Weights:
             raise InputError(f"{twice[0]} is in two shards of {folder}.", "each tensor once.", "download it again.")
         tensors |= found
     if listed and (wrong := sorted(set(listed) ^ set(tensors))):
-        raise InputError(
-            f"{folder}: index and shards disagree on {len(wrong)} tensors (first {wrong[0]}).",
-            "the tensors that the index names.",
-            "download the folder again.",
-        )
+        raise refusal("models/index-and-shards", folder=folder, count=len(wrong), wrong=wrong)
     if not tensors:
         raise InputError(f"{folder} holds no tensor.", "the weights of a model.", "download the folder again.")
     return Weights(folder, files, tensors, metadata)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.prompts.templates import (
     ASSISTANT,
     Layout,
@@ -21,9 +21,9 @@ from lib.prompts.templates import (
     apply,
     end_of_turn,
     layout_of,
-    refusal,
     split_thinking,
     unfit,
+    unlearnable,
     with_thinking,
 )
 
@@ -172,11 +172,7 @@ def encode_conversation(
         shorter = [i for i in fitting if not thinking or split_thinking(kept[i]["content"])[0]]
         if not shorter:
             first = "the first answer with its reasoning" if thinking else "the first question and answer"
-            raise ExchangeTooLongError(
-                f"max_seq_length {max_seq_length}; {first} takes more tokens.",
-                "room for one exchange.",
-                "raise max_seq_length.",
-            )
+            raise refusal("prompts/exchange-too-long", ExchangeTooLongError, max_seq_length=max_seq_length, first=first)
         kept = kept[: shorter[-1] + 1]
 
 
@@ -188,15 +184,11 @@ def _encode(
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if not any(learned):
-        raise refusal(tokenizer, thinking)
+        raise unlearnable(tokenizer, thinking)
     wanted = [message.get("learn", True) for message in messages if message["role"] == ASSISTANT]
     learned = [learns and wants for learns, wants in zip(learned, wanted, strict=True)]
     if not any(learned):
-        raise ExchangeTooLongError(
-            "a conversation whose answers that are to be learned do not fit, or are not asked for by the template.",
-            "an answer to learn within max_seq_length.",
-            "raise max_seq_length.",
-        )
+        raise refusal("prompts/nothing-to-learn", ExchangeTooLongError)
     found, at = [], 0
     for start, stop in spans:
         while offsets[at][1] <= start:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.prompts.conversations import (
     Encoded,
     ExchangeTooLongError,
@@ -207,10 +207,11 @@ class ClassificationTask(Task):
             return prompt, len(prompt)
         frame, whole = len(_ids(tokenizer, self.prompt(tokenizer, {"text": ""}))), len(prompt)
         if frame >= room:
-            raise InputError(
-                f"max_seq_length {self.max_seq_length}; the prompt alone takes {frame} tokens.",
-                f"at least {frame + self.max_seq_length - room + 16}.",
-                "raise max_seq_length or shorten system_prompt and user_prompt.",
+            raise refusal(
+                "prompts/prompt-too-long",
+                most=self.max_seq_length,
+                frame=frame,
+                least=frame + self.max_seq_length - room + 16,
             )
         # What is cut is the escaped text: the prompt holds its tokens, and no prefix of it is a special token.
         text = escape(tokenizer, text)
@@ -267,11 +268,7 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, label_names: tuple[str, ...]) -
     answers = [_ids(tokenizer, name) for name in label_names]
     for (name, first), (other, second) in itertools.permutations(zip(label_names, answers, strict=True), 2):
         if second[: len(first)] == first:
-            raise InputError(
-                f"label_names {name!r} and {other!r} begin with the same tokens.",
-                "answer words of which none starts another.",
-                "choose other label_names, e.g. 负面 and 正面.",
-            )
+            raise refusal("prompts/labels-begin-alike", name=name, other=other)
     return answers
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.runs.child import run_child
 
 if TYPE_CHECKING:
@@ -159,21 +159,13 @@ def up_to_last_question(messages: Sequence[Message]) -> list[Message]:
 
 def unfit(what: str) -> InputError:
     """The refusal of a template."""
-    return InputError(
-        f"the model's chat template {what}.",
-        "a template that writes each turn as it is, closed by the end-of-turn token.",
-        "choose another base_model (Qwen1.5, Qwen2.5 and Qwen3 fit).",
-    )
+    return refusal("prompts/unfit-template", what=what)
 
 
-def refusal(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> InputError:
+def unlearnable(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> InputError:
     """Why nothing of a conversation can be learned: no answer stands behind the prompt that asks for it."""
     if not thinking and _opens(tokenizer, True):  # Qwen3 Thinking-2507, QwQ
-        return InputError(
-            "thinking: false, and a base model that always thinks (its chat template opens <think> in every prompt).",
-            "answers of the kind that the template asks for.",
-            "set thinking: true for answers with reasoning, or take another base_model.",
-        )
+        return refusal("prompts/always-thinks")
     return unfit("asks for an answer otherwise than it writes one")
 
 
@@ -304,11 +296,7 @@ def read_turns(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Turns:
         roles = (SYSTEM, *((USER, ASSISTANT) * len(texts)))
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
         if turns is None or turns.render(messages) != apply(tokenizer, messages, thinking, True):
-            raise InputError(
-                "the model's chat template does not write one turn behind the other.",
-                "a template whose turns can be written one by one (Qwen1.5, Qwen2.5, Qwen3, Llama).",
-                "use the GGUF file by itself: workbook serve FILE.gguf renders its own template.",
-            )
+            raise refusal("prompts/no-turns")
     return turns
 
 

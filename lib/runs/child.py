@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError, as_input_error, in_words
+from lib.errors import InputError, as_input_error, in_words, refusal
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs.files import PROJECT
 
@@ -133,9 +133,7 @@ def _start_and_wait(
                 if stop is not None and stop.is_set():
                     raise StoppedError(what)
                 if timeout is not None and time.monotonic() - started > timeout:
-                    raise InputError(
-                        f"{what} took longer than {timeout:.0f} s.", "an end before that.", "try a smaller input."
-                    )
+                    raise refusal("runs/too-slow", what=what, timeout=timeout)
                 if heard:
                     heard(_last_line(lines))
     finally:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -79,11 +79,7 @@ def writable(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}).",
-            "a folder this user may write to.",
-            f"name another folder, correct its permissions, or set {HOME_VARIABLE}.",
-        ) from None
+        raise refusal("runs/not-writable", folder=folder, error=error) from None
     return folder
 
 
@@ -365,11 +361,7 @@ def require_space(folder: Path, need: int, what: str, variable: str = HOME_VARIA
     """
     free = free_space(folder)
     if free < need + (64 << 20):
-        raise InputError(
-            f"{free / 1e6:.0f} MB free on the disk of {folder}.",
-            f"{need / 1e6:.0f} MB for {what} and 67 MB to spare.",
-            f"free some space, or set {variable} to a folder on another disk.",
-        )
+        raise refusal("runs/no-space", free=free / 1e6, folder=folder, need=need / 1e6, what=what, variable=variable)
 
 
 def utf8(path: Path, raw: bytes) -> str:
@@ -387,11 +379,7 @@ def utf8(path: Path, raw: bytes) -> str:
             guess = " (it would be readable as GB18030)"
         except UnicodeDecodeError:
             guess = ""
-        raise InputError(
-            f"{path} is not UTF-8: line {line}, byte {error.start}{guess}.",
-            "UTF-8 text.",
-            "save it again as UTF-8, for example with `iconv -f GB18030 -t UTF-8`.",
-        ) from None
+        raise refusal("runs/not-utf8", path=path, line=line, error=error, guess=guess) from None
 
 
 # SHA-256 of large files, computed once for each state of a file.

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs import files
 from lib.runs.files import PROJECT, data_file, object_or_empty, read_json, settle, sha256_file, sha256_json, write_json
 
@@ -163,11 +163,7 @@ class Manifest:
         except ValueError as error:
             first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
             reason = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")[:200]
-            raise InputError(
-                f"{self.path} is of another version or damaged ({reason}).",
-                "the manifest that this version of the workbook writes.",
-                "use the version that made the run, or delete the folder of the run and make it again.",
-            ) from None
+            raise refusal("runs/other-manifest", path=self.path, reason=reason) from None
 
     def add(self, run_name: str, entry: Entry) -> None:
         """Add or replace one entry."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.progress import say
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
@@ -101,15 +101,9 @@ class Run:
         notebook = NOTEBOOK_OF[product]
         if entry is None or not folder.is_dir():
             have = ", ".join(self.manifest.entries()) or "no product"
-            raise InputError(
-                f"run {self.name!r} holds {have}.",
-                f"the product {product!r}.",
-                f"run notebooks/{notebook}.ipynb first.",
-            )
+            raise refusal("runs/product-absent", name=self.name, have=have, product=product, notebook=notebook)
         if problem := damage(folder, entry):
-            raise InputError(
-                f"{folder / ''}: {problem}.", "the files of the manifest.", f"run {notebook} again with force: true."
-            )
+            raise refusal("runs/product-damaged", folder=folder / "", problem=problem, notebook=notebook)
         return Product(folder, entry, False, f"{product}: as made on {entry.finished}.")
 
     def outdated(self, product: str) -> tuple[str, str] | None:

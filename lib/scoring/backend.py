@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.runs.files import read_jsonl, sha256_file, sha256_json
@@ -413,14 +413,6 @@ def check_ids(sequences: Sequence[Sequence[int]], vocab_size: int, longest: int 
         low, high = min(ids), max(ids)
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
-            raise InputError(
-                f"token id {bad} for {name}, which has {vocab_size} tokens.",
-                "ids of this model's own tokenizer.",
-                "use the tokenizer that belongs to the model.",
-            )
+            raise refusal("scoring/unknown-id", bad=bad, name=name, vocab_size=vocab_size)
         if longest is not None and len(ids) > longest:
-            raise InputError(
-                f"a prompt of {len(ids)} tokens for {name}, opened with a context of {longest}.",
-                f"at most {longest} tokens.",
-                f"raise the context to {len(ids)}, or lower max_seq_length.",
-            )
+            raise refusal("scoring/too-long", count=len(ids), name=name, longest=longest)

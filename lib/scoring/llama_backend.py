@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import check_gguf
 from lib.runs.machine import llama_cpp_problem, physical_cores
 from lib.scoring.backend import Backend, Job, Run, common_prefix, grouped
@@ -38,9 +38,7 @@ def llama() -> ModuleType:
         InputError: llama-cpp-python cannot be imported here.
     """
     if problem := llama_cpp_problem():
-        raise InputError(
-            f"{problem}.", "llama-cpp-python.", "run `workbook doctor`; the README names the cure for each system."
-        )
+        raise refusal("scoring/no-llama-cpp", problem=problem)
     import llama_cpp
     from llama_cpp import llama_cpp as api
 
@@ -109,11 +107,7 @@ def open_model(path: Path, n_gpu_layers: int, **values: Any) -> Any:
         setattr(parameters, key, value)
     model = api.llama_model_load_from_file(str(path).encode("utf-8"), parameters)
     if not model:
-        raise InputError(
-            f"llama.cpp cannot load {path}: {last_error() or 'no reason given'}.",
-            "a complete model of a kind that llama.cpp knows.",
-            "make or download the file again.",
-        )
+        raise refusal("scoring/cannot-load", path=path, why=last_error() or "no reason given")
     return model
 
 
@@ -243,11 +237,7 @@ class LlamaCppBackend(Backend):
         forget_errors()
         code = self._api.llama_decode(self._context, batch)
         if code != 0:
-            raise InputError(
-                f"llama.cpp ended a batch of {self.name} with code {code}: {last_error() or 'no reason given'}.",
-                "code 0.",
-                "use a smaller context; if that does not help, make the file again.",
-            )
+            raise refusal("scoring/batch-failed", name=self.name, code=code, why=last_error() or "no reason given")
 
     def logits(self, index: int) -> np.ndarray:
         """Logits of the last batch's token `index`, which wanted them, float64, (V,)."""

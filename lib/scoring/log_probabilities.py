@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
@@ -278,11 +278,13 @@ def _refuse_broken(backend: Backend, names: Sequence[str], values: np.ndarray) -
     broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if broken.size:
         first = values[broken[0]].tolist()
-        raise InputError(
-            f"{backend.name} gives {first if len(first) > 1 else first[0]} for row {names[broken[0]]} "
-            f"({broken.size} of {len(names)} rows are not numbers).",
-            "finite log-probabilities.",
-            "check the model's weights for NaN or infinity, and do not compute in float16.",
+        raise refusal(
+            "scoring/not-numbers",
+            backend=backend,
+            values=first if len(first) > 1 else first[0],
+            row=names[broken[0]],
+            broken=broken,
+            rows=len(names),
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.child import run_child
 from lib.runs.files import user_path
 from lib.scoring.backend import Backend
@@ -91,11 +91,7 @@ class Tokens:
         count = len(self.ids) // n_ctx
         if count < 1:
             smaller = f", or --n-ctx {len(self.ids) // 2} or less" if len(self.ids) >= 32 else ""
-            raise InputError(
-                f"a text of {len(self.ids)} tokens.",
-                f"at least one window of {n_ctx} tokens (--n-ctx).",
-                f"give a longer text{smaller}.",
-            )
+            raise refusal("scoring/short-text", count=len(self.ids), n_ctx=n_ctx, smaller=smaller)
         count = min(count, chunks) if chunks else count
         cut = [self.ids[i * n_ctx : (i + 1) * n_ctx] for i in range(count)]
         return cut if self.begin is None else [[self.begin, *window[1:]] for window in cut]
@@ -220,11 +216,7 @@ def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) 
         # llama.cpp does not compose characters (NFC) and Qwen's tokenizers do: compare on what is composed.
         sample = Text(unicodedata.normalize("NFC", text.content[:_SAMPLE]), (0,))
         if make(0, sample).ids != make(1, sample).ids:
-            raise InputError(
-                f"{paths[0].name} and {paths[1].name} make different tokens of this text.",
-                "two models with one tokenizer.",
-                "compare files made from the same model.",
-            )
+            raise refusal("scoring/two-tokenizers", paths=paths)
     return make(chosen, text)
 
 

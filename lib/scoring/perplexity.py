@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.progress import Progress
 from lib.runs.files import require_space
 from lib.scoring.backend import Backend, Job
@@ -224,11 +224,7 @@ def open_reference(path: Path, windows: Sequence[list[int]], vocab_size: int) ->
     """
     n_positions = sum(len(_targets(window)) for window in windows)
     if path.stat().st_size != 2 * n_positions * (vocab_size + 4):
-        raise InputError(
-            f"a reference whose file is not one of {vocab_size} tokens and {len(windows)} windows.",
-            "files with one vocabulary.",
-            "compare files that were made from one model.",
-        )
+        raise refusal("scoring/other-reference", vocab_size=vocab_size, count=len(windows))
     return Reference(path, n_positions, vocab_size, write=False)
 
 
@@ -240,11 +236,7 @@ def text_windows(ids: Sequence[int], n_ctx: int, max_tokens: int) -> list[list[i
     """
     count = min(len(ids), max_tokens) // n_ctx
     if count < 1:
-        raise InputError(
-            f"{min(len(ids), max_tokens)} tokens of held-out text.",
-            f"at least one window of n_ctx = {n_ctx} tokens.",
-            "lower n_ctx, or raise perplexity_tokens or max_eval_rows.",
-        )
+        raise refusal("scoring/short-held-out-text", count=min(len(ids), max_tokens), n_ctx=n_ctx)
     return [list(ids[i * n_ctx : (i + 1) * n_ctx]) for i in range(count)]
 
 
@@ -324,11 +316,7 @@ def _compare(base: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.nd
         base: the reference's log-probabilities, rounded; logits: the model's; targets: the tokens that came.
     """
     if base.shape != logits.shape:
-        raise InputError(
-            f"a reference of {base.shape[1]} tokens and a model of {logits.shape[1]}.",
-            "models with one vocabulary.",
-            "compare files made from the same model.",
-        )
+        raise refusal("scoring/two-vocabularies", base=base, logits=logits)
     rows = np.arange(len(targets))
     top, total = _normalizer(logits)
     end = top + total.astype(np.float32)
@@ -351,11 +339,7 @@ def _logits(backend: Backend, window: list[int]) -> np.ndarray:
     """
     logits = backend.window_logits(window, len(window) // 2)[:-1]
     if not np.isfinite(logits).all():
-        raise InputError(
-            f"{backend.name} gives log-probabilities that are not numbers.",
-            "finite log-probabilities.",
-            "check the model's weights for NaN or infinity.",
-        )
+        raise refusal("scoring/window-not-numbers", backend=backend)
     return logits
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.prompts.templates import read_block
 from lib.runs.files import data_file, sha256_file, user_path, utf8
 from lib.statistics.paired import clustered_mean, clustered_score_interval, clustered_share
@@ -96,10 +96,13 @@ def read_terms(source: str) -> TermList | None:
     for number, parts in _lines(path, "terms", known):
         for form in parts:
             if forms.setdefault(fold(form), parts[0]) != parts[0]:
-                raise InputError(
-                    f"{path}, line {number}: {form!r} belongs to {forms[fold(form)]!r} and to {parts[0]!r}.",
-                    "each form with one term.",
-                    "remove one of the two.",
+                raise refusal(
+                    "scoring/form-of-two-terms",
+                    path=path,
+                    number=number,
+                    form=form,
+                    other=forms[fold(form)],
+                    parts=parts,
                 )
     return TermList(path.stem if source in SHIPPED_TERMS else path.name, forms, sha256_file(path))
 
@@ -114,9 +117,7 @@ def read_prompts(source: str) -> list[dict[str, str]]:
     prompts = []
     for number, parts in _lines(path, "prompts_file", "a file"):
         if len(parts) > 2:
-            raise InputError(
-                f"{path}, line {number}: {len(parts)} parts.", "a prompt, a TAB, a reference.", "correct the line."
-            )
+            raise refusal("scoring/too-many-parts", path=path, number=number, count=len(parts))
         prompts.append({"prompt": parts[0], "reference": parts[1] if len(parts) == 2 else ""})
     return prompts
 

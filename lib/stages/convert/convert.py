@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.models.gguf_file import data_end, padded, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights, read_object
 from lib.progress import Progress
@@ -82,11 +82,7 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     small = llama_cpp.llama_context_default_params()
     small.n_ctx = small.n_batch = small.n_ubatch = 64
     if not model or not llama_cpp.llama_init_from_model(model, small):  # a context builds the graph, and may abort
-        raise InputError(
-            f"llama.cpp refuses {argument['path']} ({last_error() or 'no reason given'}).",
-            "a GGUF that it can load.",
-            "check the model folder's config.json against its weights.",
-        )
+        raise refusal("convert/llama-cpp-refuses", path=argument["path"], why=last_error() or "no reason given")
     return {}
 
 
@@ -244,11 +240,7 @@ def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> 
     try:
         metadata = gguf.Metadata.load(None, folder, name, counts[0])
     except Exception as error:  # yaml's errors derive from Exception
-        raise InputError(
-            f"the model card or configuration in {folder} cannot be read ({one_line(error)}).",
-            "README.md with YAML front matter, JSON files.",
-            "correct README.md or remove it.",
-        ) from None
+        raise refusal("convert/bad-card", folder=folder, said=one_line(error)) from None
     generation = folder / "generation_config.json"
     if generation.is_file() and metadata.sampling_penalty_repeat is None:
         # the gguf package of PyPI looks only for llama.cpp's name of this key

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.loading import affordable_dtype, load_model, load_tokenizer
 from lib.progress import Progress
@@ -141,11 +141,13 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != wanted:
             first = _first_difference(found, wanted)
-            raise InputError(
-                f"{path.name} cuts {text[:60]!r} into other tokens than the merged model: "
-                f"{found[first : first + 6]} instead of {wanted[first : first + 6]} from token {first} on.",
-                "the same token ids.",
-                "convert again with the tokenizer that the model was trained with.",
+            raise refusal(
+                "convert/other-tokens",
+                path=path,
+                text=text[:60],
+                found=found[first : first + 6],
+                wanted=wanted[first : first + 6],
+                first=first,
             )
         count += len(wanted)
     return count
@@ -178,11 +180,12 @@ def compare_prompts(
         found = formatter(messages=task.question(tokenizer, row), enable_thinking=task.reasons(row)).prompt
         if found != wanted:
             first = _first_difference(found, wanted)
-            raise InputError(
-                f"the template in {path.name} renders another prompt than the merged model's from character {first} "
-                f"on: {found[first : first + 40]!r} instead of {wanted[first : first + 40]!r}.",
-                "the same prompt.",
-                "convert again with the tokenizer and template that the model was trained with.",
+            raise refusal(
+                "convert/other-prompt",
+                path=path,
+                first=first,
+                found=found[first : first + 40],
+                wanted=wanted[first : first + 40],
             )
     return len(rows)
 
@@ -344,12 +347,10 @@ def _refuse(report: GateReport, path: Path) -> None:
     labels = ""
     if report.clear_agreement is not None:
         labels = f"{report.clear_agreement:.1%} equal labels over {report.clear_rows} rows that are no near ties, "
-    raise InputError(
-        f"{path.name} does not answer as the merged model: mean KL divergence {report.mean_kld:.3g} nats over "
-        f"{report.positions} positions, {labels}"
-        f"largest |Δ log p| {report.max_log_prob_difference:.3g}.",
-        f"at most {report.limit_kld:g} nats (gate_max_kld), at least {report.limit_agreement:.1%} "
-        "(gate_min_label_agreement)"
-        + (f", and |Δ log p| of {report.exact_limit:.2g} for float32." if report.exact_limit else "."),
-        "do not quantize it; try outtype f32 to see whether rounding is the cause, and report it if it is not.",
+    raise refusal(
+        "convert/other-answers",
+        path=path,
+        report=report,
+        labels=labels,
+        exactly=f", and |Δ log p| of {report.exact_limit:.2g} for float32." if report.exact_limit else ".",
     )

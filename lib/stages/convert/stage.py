@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.unpack import plain_name
 from lib.models.weights import open_weights
@@ -39,9 +39,7 @@ def convert_officially(model_dir: Path, output: Path, outtype: str, checkout: Pa
     started = time.monotonic()
     model_dir, output, script = Path(model_dir), Path(output), Path(checkout) / SCRIPT
     if not script.is_file():
-        raise InputError(
-            f"no {SCRIPT} in {checkout}.", "a checkout of llama.cpp.", "give the folder that holds the script."
-        )
+        raise refusal("convert/no-script", checkout=checkout)
     weights = open_weights(model_dir)
     check_output(output, weights, outtype)
     require_space(output.parent, weights.parameters * (4 if outtype == "f32" else 2) + (64 << 20), output.name)
@@ -71,10 +69,10 @@ def _run(script: Path, model_dir: Path, output: Path, outtype: str) -> None:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"exit code {done.returncode}"
         missing = "install what its requirements name (for example sentencepiece)."
-        raise InputError(
-            f"{SCRIPT} failed ({reason}).",
-            "a GGUF file.",
-            missing if "ModuleNotFoundError" in reason else "check that this llama.cpp knows the model.",
+        raise refusal(
+            "convert/script-failed",
+            reason=reason,
+            do=missing if "ModuleNotFoundError" in reason else "check that this llama.cpp knows the model.",
         )
 
 

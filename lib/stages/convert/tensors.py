@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.models import gguf_file
 from lib.models.configurations import BUFFERS, check_sizes, read_configuration, refuse_other_task
 from lib.models.weights import (
@@ -54,16 +54,14 @@ def read_convertible(folder: Path) -> dict[str, Any]:
     kind = own if kind == own.replace("ForCausalLM", "Model") else kind  # transformers goes by model_type
     refuse_other_task(folder, {}, [kind])
     if kind not in gguf_file.ARCHITECTURES:
-        raise InputError(
-            f"a {kind} model in {folder}.",
-            f"one of: {', '.join(gguf_file.ARCHITECTURES)}.",
-            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
-        )
+        raise refusal("convert/unknown-class", kind=kind, folder=folder, known=", ".join(gguf_file.ARCHITECTURES))
     if config.get("model_type") != gguf_file.ARCHITECTURES[kind]:
-        raise InputError(
-            f"{folder / 'config.json'}: architectures names {kind}, and model_type is {config.get('model_type')!r}.",
-            f"model_type {gguf_file.ARCHITECTURES[kind]}: transformers goes by it.",
-            "download the folder again.",
+        raise refusal(
+            "convert/class-and-type",
+            config=folder / "config.json",
+            kind=kind,
+            found=config.get("model_type"),
+            wanted=gguf_file.ARCHITECTURES[kind],
         )
     _refuse_special(folder, config)
     return config
@@ -95,11 +93,7 @@ def _full_config(folder: Path) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
     except Exception as error:  # transformers validates values with exceptions of many kinds
-        raise InputError(
-            f"{folder / 'config.json'} cannot be read ({one_line(error)}).",
-            "the configuration of a model.",
-            "check the folder.",
-        ) from None
+        raise refusal("convert/unreadable-configuration", config=folder / "config.json", said=one_line(error)) from None
 
 
 def _not_computed(config: dict[str, Any]) -> str | None:
@@ -118,11 +112,7 @@ def _not_computed(config: dict[str, Any]) -> str | None:
 
 def _refuse_special(folder: Path, config: dict[str, Any]) -> None:
     if config.get("quantization_config"):
-        raise InputError(
-            f"quantized weights in {folder} (quantization_config).",
-            "float32, float16 or bfloat16 weights.",
-            "convert the original model; quantize the GGUF afterwards.",
-        )
+        raise refusal("convert/quantized-model", folder=folder)
     card, rope, place = folder / "README.md", gguf_file.rope_of(config), folder / "config.json"
     kind, official = rope.get("rope_type"), "use llama.cpp's converter."
     rope_types = gguf_file.ROPE_TYPES[config["model_type"]]
@@ -135,17 +125,11 @@ def _refuse_special(folder: Path, config: dict[str, Any]) -> None:
     if kind not in (None, "default", *rope_types):
         raise InputError(f"rope type {kind!r} in {place}.", f"default, {', '.join(rope_types)}.", official)
     if lacks := [key for key in _NEEDED.get(kind, ()) if rope.get(key) is None]:
-        raise InputError(
-            f"rope type {kind} without {', '.join(lacks)} in {place}.",
-            "what the model was trained with.",
-            "add it to rope_scaling.",
-        )
+        raise refusal("convert/incomplete-rope", kind=kind, lacks=", ".join(lacks), place=place)
     own = 0.1 * math.log(max(1, rope.get("factor") or 1)) + 1  # of llama.cpp, whatever the file says
     asked = 1 if rope.get("mscale") and rope.get("mscale_all_dim") else rope.get("attention_factor")
     if kind == "yarn" and asked is not None and not math.isclose(asked, own, rel_tol=1e-3):
-        raise InputError(
-            f"YaRN with attention_factor or mscale of its own in {place}.", f"attention_factor {own:.4g}.", official
-        )
+        raise refusal("convert/own-yarn", place=place, own=own, official=official)
 
 
 def write_parameters(writer: gguf.GGUFWriter, config: dict[str, Any], file_type: int) -> None:
@@ -261,11 +245,7 @@ def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None
         raise infinite(where, path)
     limit = {"F16": FLOAT16_MAX, "Q8_0": FLOAT16_MAX * 127}.get(tensor.type.name, math.inf)
     if largest > limit:
-        raise InputError(
-            f"a weight of size {largest:.6g} in {where} ({path}); {tensor.type.name} ends at {limit:.6g}.",
-            "values that the type can hold.",
-            "use outtype bf16 (or f32).",
-        )
+        raise refusal("convert/too-large", largest=largest, where=where, path=path, tensor=tensor, limit=limit)
 
 
 # A GGUF file being written: its header first, then the data of every tensor at its own place, in any order.

@@ -10,7 +10,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.models.gguf_tokenizer import RULES
 from lib.models.tokenizer_files import chat_templates
 from lib.models.weights import read_object
@@ -141,9 +141,7 @@ def _transformers(folder: Path) -> Tokenizer:
     except BaseException as error:  # a malformed tokenizer.json gives a bare Exception, or a panic of the Rust code
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(
-            f"the tokenizer in {folder} ({one_line(error)}).", "a fast tokenizer.", "save it again."
-        ) from None
+        raise refusal("convert/unreadable-tokenizer", folder=folder, said=one_line(error)) from None
 
 
 # The tokenizer of a model folder as GGUF keys: tokens, types, merges, special tokens, chat template.
@@ -164,11 +162,7 @@ def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
         return _TABLES["known"][digest], "the ids of llama.cpp's check text"
     if has_qwen2_structure(tokenizer.backend):
         return "qwen2", "the same normalizer, split pattern and byte-level BPE as Qwen2 (another vocabulary)"
-    raise InputError(
-        f"a tokenizer that splits text in an unknown way (check {digest[:8]}).",
-        "the tokenizer of Qwen2, Qwen2.5, Qwen3 or Llama 3, or one with the structure of Qwen2's.",
-        "use the tokenizer of the base model; llama.cpp would cut the text differently.",
-    )
+    raise refusal("convert/unknown-cuts", check=digest[:8])
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -189,19 +183,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     model = stored.get("model", {})
     pieces = (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE"
     if writer.arch == "llama" and pieces:
-        raise InputError(
-            f"a SentencePiece tokenizer in {folder}.",
-            "byte-level BPE, as in Llama 3.",
-            "give --llama-cpp DIR, a checkout of llama.cpp, to convert it with the official script.",
-        )
+        raise refusal("convert/sentence-pieces", folder=folder)
     tokenizer = read_tokenizer(folder, stored, settings)
     highest = max(tokenizer.vocabulary.values())
     if highest >= vocab_size:
-        raise InputError(
-            f"{folder}: token id {highest}, but the embedding has {vocab_size} rows.",
-            "a row for every token.",
-            "resize the model's embeddings to the tokenizer before training.",
-        )
+        raise refusal("convert/too-few-rows", folder=folder, highest=highest, vocab_size=vocab_size)
     pre, recognised = recognise(tokenizer)
     tokens, types = _tokens(tokenizer, vocab_size)
     merges, templates = _merges(stored, folder), chat_templates(folder, settings)
@@ -209,15 +195,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     for kind in ("bos", "eos"):
         name = _content(settings.get(f"{kind}_token"))
         if (number := tokenizer.vocabulary.get(name, special.get(kind))) != special.get(kind):
-            raise InputError(
-                f"{folder}: {kind}_token {name!r} is {number} for transformers, {special.get(kind)} by the files.",
-                "one meaning of every token.",
-                "save the tokenizer again, with the token that the model was trained with.",
+            raise refusal(
+                "convert/two-meanings", folder=folder, kind=kind, name=name, number=number, filed=special.get(kind)
             )
     if settings.get("split_special_tokens"):
-        raise InputError(
-            f"split_special_tokens in {folder}.", "special tokens that stay whole, as in llama.cpp.", "set it to false."
-        )
+        raise refusal("convert/split-special-tokens", folder=folder)
     if writer.arch == "llama" and isinstance(prefix := settings.get("add_prefix_space"), bool):
         writer.add_add_space_prefix(prefix)
     writer.add_tokenizer_model("gpt2")
@@ -349,10 +331,6 @@ def _added_by_template(
         if start not in (names["bos"], names["cls"]):
             unknown = f"TemplateProcessing with {start!r}, which is not the start token,"
     if unknown:
-        raise InputError(
-            f"post-processor {unknown} in {folder / 'tokenizer.json'}.",
-            "none, ByteLevel, or a template that begins with the start token, as in Llama 3.",
-            "use the tokenizer of a causal Qwen or Llama model.",
-        )
+        raise refusal("convert/unknown-post-processor", unknown=unknown, file=folder / "tokenizer.json")
     # start A start B: the second start is no separator
     return {"bos": True, "sep": False} if len(pair) == 4 else {"bos": True}

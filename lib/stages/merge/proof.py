@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.weights import TORCH, StoredTensor, Weights, open_weights, slabs
 from lib.progress import track
 from lib.runs.machine import no_warnings
@@ -251,8 +251,4 @@ def _wrong_weights(written: Weights, summed: list[str], wrong: dict[str, int]) -
 
 
 def _no_merge(merged: Path, found: str) -> InputError:
-    return InputError(
-        f"{merged.name} is not base + adapter: {found}.",
-        "W + scaling·B·A summed in float32 and rounded once, everything else unchanged.",
-        "merge again; report it if it comes again.",
-    )
+    return refusal("merge/no-merge", merged=merged, found=found)

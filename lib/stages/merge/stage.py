@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models.base_model import base_of
 from lib.models.loading import load_tokenizer
 from lib.models.weights import SAFETENSORS
@@ -92,11 +92,7 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     data, adapter, base = run.require("data"), run.require("adapter"), base_of(run)
     method = str(adapter.entry.facts.get("method", "LoRA"))
     if method != "QLoRA" and merge_base != ORIGINAL:
-        raise InputError(
-            f"merge_base {merge_base!r}, and the adapter was not trained on an NF4 base.",
-            f"merge_base: {ORIGINAL}, or an adapter trained with load_in_4bit: true.",
-            f"set merge_base: {ORIGINAL}.",
-        )
+        raise refusal("merge/no-nf4-base", merge_base=merge_base)
     task, dtype = read_task(data.path), None if merge_dtype == "base" else merge_dtype
     rows, tokenizer = read_jsonl(data.path / "validation.jsonl"), load_tokenizer(data.path / "tokenizer")
     prompts = [task.probe_ids(tokenizer, row) for row in spread(rows, CHECK_PROMPTS)]

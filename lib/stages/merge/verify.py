@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.loading import affordable_dtype, load_model
 from lib.models.weights import FLOAT16_MAX
 from lib.progress import Progress
@@ -230,13 +230,13 @@ def _refuse(check: MergeCheck, merged: Path) -> None:
         return
     if check.computed_in == "bfloat16" and check.dtype != "bfloat16" and check.mean_kld < float("inf"):
         return  # bfloat16 arithmetic rounds the finer weights once more: what it shows is not their cost
-    raise InputError(
-        f"the merged model {merged.name} does not answer as base + adapter: mean KL divergence {check.mean_kld:.3g} "
-        f"nats, largest |Δ log p| {check.max_abs_log_prob:.3g}, equal answers {check.argmax_agreement:.1%}. The "
-        f"adapter itself changes the base by {check.effect_kld:.3g} nats.",
-        f"at most {check.max_kld:.3g} nats ({KLD_SHARE:.0%} of the adapter's effect, at least "
-        f"{KLD_FLOOR[check.computed_in]:g}).",
-        _cure(check),
+    raise refusal(
+        "merge/other-answers",
+        merged=merged,
+        check=check,
+        kld_share=KLD_SHARE,
+        floor=KLD_FLOOR[check.computed_in],
+        cure=_cure(check),
     )
 
 

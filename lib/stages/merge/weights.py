@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import psutil
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, differences, reader, vocabulary
 from lib.models.weights import (
     INDEX,
@@ -182,11 +182,7 @@ def _merged(stored: StoredTensor, update: Update | None, dtype: str, rows: slice
     if math.isfinite(largest_magnitude(values, dtype)):
         return values
     if dtype == "F16":
-        raise InputError(
-            f"{stored.name}: a weight that is not finite in float16, which ends at 65,504.",
-            "weights within the number format.",
-            "merge into bfloat16 or float32 (merge_dtype, --dtype), or look for a diverged training.",
-        )
+        raise refusal("merge/not-finite-in-float16", stored=stored)
     raise infinite(stored.name, stored.file)
 
 
@@ -306,11 +302,7 @@ def _check_rows(tokenizer: Path, weights: Weights) -> None:
     largest = max((i for part in vocabulary(reader(tokenizer)) for i in part.values()), default=-1)
     rows = weights.tensors[EMBEDDING].shape[0] if EMBEDDING in weights.tensors else largest + 1
     if largest >= rows:
-        raise InputError(
-            f"the tokenizer in {tokenizer} has a token {largest:,}, and the base has {rows:,} rows of embedding.",
-            "a row for every token.",
-            "give the base whose embedding was resized for the training, or --tokenizer base to leave its tokens out.",
-        )
+        raise refusal("merge/too-few-rows", tokenizer=tokenizer, largest=largest, rows=rows)
 
 
 def _keep_template(source: Path, folder: Path) -> None:
