@@ -56,13 +56,13 @@ def refusal(place: str, kind: type[Refused] = InputError, /, **values: Any) -> R
 def refusing(
     kinds: type[BaseException] | tuple[type[BaseException], ...], place: str, /, **values: Any
 ) -> Iterator[None]:
-    """Say what a library raises in the words of `refusal`: {error} is the error, {said} what it says on one line."""
+    """Say what a library raises in the words of `refusal`: {error} is the error, {said:.200} the same on one line."""
     try:
         yield
     except kinds as error:
         if isinstance(error, InputError):
             raise
-        raise refusal(place, **values, error=error, said=one_line(error)) from None
+        raise refusal(place, **values, error=error, said=one_line(error, 1000)) from None
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -319,13 +319,8 @@ def check_fit(folder: Path, base: Path) -> AdapterShape:
     adapter, weights = read_adapter(folder), open_weights(base)
     shape = shape_of(adapter)
     if problem := _misfit(adapter, weights):
-        raise refusal(
-            "models/adapter-of-other-base",
-            folder=folder,
-            base=base,
-            problem=problem,
-            named=shape.base or "the one it was trained on",
-        )
+        named = shape.base or "the one it was trained on"
+        raise refusal("models/adapter-of-other-base", folder=folder, base=base, problem=problem, named=named)
     adapter.require_finite()
     return shape
 

@@ -73,14 +73,8 @@ def resolve_base(
     if local.is_file() or hub_sources.looks_like_path(base_model) or base_model.lower().endswith(".gguf"):
         named = base_model.lower().endswith(".gguf")
         kind = "a file" if local.is_file() else "no file" if named else "no folder"
-        raise refusal(
-            "models/no-base-model",
-            SourceError,
-            base_model=base_model,
-            kind=kind,
-            local=local,
-            do=how_to_get(local) if named else "correct the path",
-        )
+        do = how_to_get(local) if named else "correct the path"
+        raise refusal("models/no-base-model", SourceError, base_model=base_model, kind=kind, local=local, do=do)
     found = fetching.fetch(base_model, revision, "model")
     check_model_folder(found.path)
     return Base(found.path, hub_sources.parse(base_model, revision, "model").name, found.revision, False)

@@ -241,17 +241,10 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
     if (kind := config.get("model_type")) in ARCHITECTURES.values():
         wanted = {*names_of({**config, "num_hidden_layers": layers or len(seen)}).values()}
         have = {name for name in weights.tensors if not name.endswith(BUFFERS)} - ({"lm_head.weight"} - wanted)
-        for what, odd in (("lacks", sorted(wanted - have)), ("has", sorted(have - wanted))):
-            if odd:
-                raise refusal(
-                    "models/other-tensors",
-                    weights=weights,
-                    what=what,
-                    count=len(odd),
-                    kind=kind,
-                    model="has" if what == "lacks" else "does not have",
-                    odd=odd,
-                )
+        if lacks := sorted(wanted - have):
+            raise refusal("models/lacks-tensors", weights=weights, count=len(lacks), kind=kind, lacks=lacks)
+        if odd := sorted(have - wanted):
+            raise refusal("models/has-other-tensors", weights=weights, count=len(odd), kind=kind, odd=odd)
     sizes = {**config, **attention_rows(config)}
     for name, tensor in weights.tensors.items():
         module = LAYER.sub(r"\2", name).removesuffix(".weight")  # of a bias it is none of them

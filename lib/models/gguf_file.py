@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal, refusing
 from lib.models.weights import Shaped, impostor
 
 if TYPE_CHECKING:
@@ -46,11 +46,8 @@ def check_gguf(path: Path | str) -> Path:
         near = sorted(p.name for p in path.parent.glob("*.gguf"))[:3] if path.parent.is_dir() else []
         do = f"use one of those in the folder: {', '.join(near)}." if near else "check the path."
         raise InputError(f"no file {path}.", "a .gguf file.", do)
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(512)
-    except OSError as error:
-        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file", "check its rights") from None
+    with refusing(OSError, "models/unreadable-gguf", path=path), path.open("rb") as stream:
+        head = stream.read(512)
     if head[:4] == MAGIC and len(head) >= _SMALLEST:
         return path
     found, do = _instead(head)
@@ -125,10 +122,8 @@ class _Reader:
             at += 8 + size
             found.append(data[at - size : at])
         self.at = at
-        try:
+        with refusing(UnicodeDecodeError, "models/gguf-not-utf8", path=self.path, at=self.at):
             return [raw.decode("utf-8") for raw in found]
-        except UnicodeDecodeError:
-            raise self.damaged(f"text that is not UTF-8 before byte {self.at}") from None
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -267,9 +262,8 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
         version, tensors = reader.number("I"), reader.number("Q")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            found = f"GGUF version {swapped}, big-endian" if swapped < version else f"GGUF version {version}"
-            do = "convert the model again, on a machine and by a llama.cpp of today"
-            raise unusable(reader.path, found, "version 2 or 3, little-endian", do)
+            found = f"{swapped}, big-endian" if swapped < version else version
+            raise refusal("models/gguf-version", path=path, found=found)
         yield reader, tensors
 
 
@@ -434,10 +428,8 @@ def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
     Raises:
         InputError: the file ends before, or cannot be read.
     """
-    try:
+    with refusing(OSError, "models/gguf-gone", path=path):
         data = np.fromfile(path, np.uint8, count, offset=start)
-    except OSError as error:
-        raise unusable(path, f"cannot be read ({error.strerror})", "a readable file") from None
     if len(data) < count:
         raise unusable(path, "cut while it was read", "a complete file")
     return data

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lib.errors import refusal
-from lib.models.gguf_file import OWN_FOLDER, read_metadata, unusable
+from lib.models.gguf_file import read_metadata, unusable
 from lib.runs.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def refuse_unwritable(metadata: Mapping[str, Any], source: Path) -> None:
     name = metadata["tokenizer.ggml.pre"]
     same = {**RULES[name], "starts": False} == RULES[_ALWAYS_QWEN2]
     if metadata.get("general.architecture") == _ALWAYS_QWEN2 and not same:
-        expected = "the rules 'qwen2', with which transformers reads the tokenizer of every qwen2 model"
-        raise unusable(source, f"a qwen2 model with the tokenizer rules {name!r}", expected, OWN_FOLDER)
+        raise refusal("models/gguf-qwen2-rules", source=source, name=name)
 
 
 def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
@@ -143,8 +142,7 @@ def refuse_templates(metadata: Mapping[str, Any], source: Path) -> None:
             continue
         name = key.removeprefix(_NAMED_TEMPLATE)
         if not isinstance(template, str) or not re.fullmatch(r"[\w.-]{1,60}", name, re.ASCII):
-            found = f"{key[:120]!r} with a value of type {type(template).__name__}"
-            raise unusable(source, found, "a chat template as text; in its name letters, digits, '.', '_' and '-'")
+            raise refusal("models/gguf-template", source=source, key=key[:120], template=template)
 
 
 def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -201,20 +199,17 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
 def _rules(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
     kind, name = (metadata.get(f"tokenizer.ggml.{key}", "none") for key in ("model", "pre"))
     if kind != "gpt2" or not isinstance(name, str) or name not in RULES:
-        expected = f"kind 'gpt2' (byte-level BPE) with rules {', '.join(map(repr, RULES))}"
-        raise unusable(source, f"a tokenizer of kind {kind!r} with rules {name!r}", expected, OWN_FOLDER)
+        raise refusal("models/gguf-rules", source=source, kind=kind, name=name, known=", ".join(map(repr, RULES)))
     changes = [key for key in ("lowercase", "strip_accents") if metadata.get(f"tokenizer.ggml.normalizer.{key}")]
     if changes:
-        found = f"a tokenizer that changes texts first ({', '.join(changes)})"
-        raise unusable(source, found, "one that leaves them as they are", OWN_FOLDER)
+        raise refusal("models/gguf-changes-texts", source=source, changes=", ".join(changes))
     return RULES[name]
 
 
 def _post_processor(metadata: Mapping[str, Any], starts: bool, tokens: list[str], source: Path) -> dict[str, Any]:
     """A post-processor that adds nothing, or the start token before every text."""
     if metadata.get("tokenizer.ggml.add_eos_token"):
-        found = "a tokenizer that ends every text with the end token"
-        raise unusable(source, found, "one of a chat model, whose template does that", OWN_FOLDER)
+        raise refusal("models/gguf-ends-texts", source=source)
     if not metadata.get("tokenizer.ggml.add_bos_token", starts):
         return PLAIN_BYTES
     number = metadata.get("tokenizer.ggml.bos_token_id")

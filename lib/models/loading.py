@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, one_line, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.models.adapters import copy_weights, read_adapter, require_adapter
 from lib.models.base_model import check_model_folder
 from lib.models.configurations import read_configuration
@@ -69,9 +69,8 @@ def load_as_saved(folder: Path) -> PreTrainedModel:
     method = quantization_method(folder)
     needed = LIBRARIES.get(method, method) if method else None
     if needed and not machine.has_module(needed):
-        raise refusal(
-            "models/quantizer-absent", folder=folder, method=method, needed=needed, package=needed.replace("_", "-")
-        )
+        package = needed.replace("_", "-")
+        raise refusal("models/quantizer-absent", folder=folder, method=method, needed=needed, package=package)
     # bitsandbytes logs a line at every 8-bit product: it computes the activations' INT8 from float16
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     if not logger.filters:
@@ -86,17 +85,12 @@ def _from_pretrained(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
-    try:
-        with no_warnings():
-            model, report = AutoModelForCausalLM.from_pretrained(str(folder), ignore_mismatched_sizes=True, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        found = f"{folder} cannot be loaded ({type(error).__name__}: {one_line(error)})."
-        raise InputError(found, "a folder that transformers loads.", "download it again, or take another.") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report[kind])):
-            raise refusal(
-                "models/other-keys", folder=folder, count=len(wrong), kind=kind.replace("_", " "), wrong=wrong
-            )
+    odd = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+    with no_warnings(), refusing(odd, "models/folder-does-not-load", folder=folder):
+        model, report = AutoModelForCausalLM.from_pretrained(str(folder), ignore_mismatched_sizes=True, **options)
+    for kind in ("missing", "unexpected", "mismatched"):
+        if wrong := sorted(map(str, report[f"{kind}_keys"])):
+            raise refusal("models/other-keys", folder=folder, count=len(wrong), kind=kind, wrong=wrong)
     return model
 
 
@@ -114,11 +108,9 @@ def load_tokenizer(path: Path, chat: bool = True) -> PreTrainedTokenizerBase:
 
     if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
         raise InputError(f"no tokenizer in {path}.", "tokenizer.json.", "copy or download the folder again.")
-    try:
-        with no_warnings():
-            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise refusal("models/damaged-tokenizer", path=path, said=one_line(error)) from None
+    # the tokenizers library raises bare Exception for a damaged file
+    with no_warnings(), refusing(Exception, "models/damaged-tokenizer", path=path):
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     if chat and not tokenizer.chat_template:
         raise refusal("models/no-template", path=path)
     return tokenizer
@@ -207,17 +199,16 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
     require_adapter(adapter)
     found = read_adapter(adapter)
     found.require_finite()
-    try:
-        with no_warnings(), tempfile.TemporaryDirectory() as folder:
-            shutil.copyfile(adapter / "adapter_config.json", Path(folder, "adapter_config.json"))
-            copy_weights(found, Path(folder, "adapter_model.safetensors"))
-            model = PeftModel.from_pretrained(model, folder, is_trainable=False, use_safetensors=True)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise refusal("models/adapter-does-not-load", adapter=adapter, said=one_line(error, 300)) from None
+    odd = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError)
+    refused = refusing(odd, "models/adapter-does-not-load", adapter=adapter)
+    with no_warnings(), tempfile.TemporaryDirectory() as folder, refused:
+        shutil.copyfile(adapter / "adapter_config.json", Path(folder, "adapter_config.json"))
+        copy_weights(found, Path(folder, "adapter_model.safetensors"))
+        model = PeftModel.from_pretrained(model, folder, is_trainable=False, use_safetensors=True)
     # peft reads the vocabulary's size from the base that the adapter names: a hub id it would ask the hub for, and a
     # .gguf file has no config.json. What was loaded is here.
     model.peft_config["default"].base_model_name_or_path = str(base)
     places = set(get_peft_model_state_dict(model))
-    if odd := sorted(places ^ set(found.tensors)):
-        raise refusal("models/adapter-and-configuration", adapter=adapter, count=len(odd), odd=odd)
+    if extra := sorted(places ^ set(found.tensors)):
+        raise refusal("models/adapter-and-configuration", adapter=adapter, count=len(extra), odd=extra)
     return model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError, refusal
+from lib.errors import refusal, refusing
 from lib.models.weights import INDEX, SINGLE, read_object
 
 Read = Callable[[str], dict[str, Any]]
@@ -83,10 +83,8 @@ def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text(path: Path) -> str:
-    try:
+    with refusing((OSError, UnicodeDecodeError), "models/template-not-utf8", path=path):
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path} is not UTF-8.", "a chat template.", "download it again.") from None
 
 
 _CUTS = ("model", "normalizer", "pre_tokenizer", "post_processor")

@@ -156,8 +156,7 @@ def cost_of(source: Source, scaling: Rescaling | None) -> tuple[dict[str, float]
     texts = [ids for text in samples if len(ids := tokenizer.encode(text).ids) > 1]
     exact = _log_probs(source, "float32", None, texts)
     if not torch.isfinite(exact).all():
-        found = "the model computes numbers that are not finite"
-        raise unusable(source.path, found, "weights that give probabilities")
+        raise refusal("models/gguf-computes-nothing", source=source)
     cost = {}
     for kind in ("float16", "bfloat16", "float32"):
         try:

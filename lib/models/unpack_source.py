@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import one_line
+from lib.errors import refusal, refusing
 from lib.models import gguf_file
 from lib.models.configurations import LAYER, attention_rows, check_configuration
 from lib.models.gguf_file import OWN_FOLDER, PackedTensor, TensorInfo, head_size, rotary_heads, unusable
@@ -146,8 +146,7 @@ def config_of(keys: Keys, rows: int, tied: bool, biases: Mapping[str, bool], fac
         config["head_dim"] = keys.whole("attention.key_length", width // heads)
     divides = name == "llama" or not own_length  # transformers' LlamaConfig demands it
     if heads % kv or (divides and width % heads) or head_size(config) % 2:
-        found = f"{heads} heads, {kv} of keys and values, {width} wide"
-        raise unusable(keys.path, found, "heads in equal groups, of an even length")
+        raise refusal("models/gguf-heads", keys=keys, heads=heads, kv=kv, width=width)
     config["rope_scaling"] = _scaling(keys, config, factors)
     return config
 
@@ -237,12 +236,9 @@ def transformers_config(config: Mapping[str, Any], path: Path) -> PreTrainedConf
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    odd = (ValueError, TypeError, KeyError, OverflowError, StrictDataclassError)
+    with refusing(odd, "models/gguf-keys", path=path, kind=config["model_type"]):
         return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
-    except (ValueError, TypeError, KeyError, OverflowError, StrictDataclassError) as error:
-        found = f"keys that transformers does not take ({one_line(error)})"
-        expected = f"a {config['model_type']} model that transformers knows"
-        raise unusable(path, found, expected, OWN_FOLDER) from None
 
 
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,12 +302,11 @@ def read_source(path: Path | str) -> Source:
     metadata, found = header.metadata, header.tensors
     parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
     if parts not in (0, 1):
-        one = f"one of {parts} parts of a split file"
-        raise unusable(path, one, "one whole file", "join them: llama-gguf-split --merge")
+        raise refusal("models/gguf-parts", path=path, parts=parts)
     keys = Keys(metadata, path)
     if keys.architecture not in gguf_file.ARCHITECTURES.values():
-        expected = f"one of: {', '.join(sorted(gguf_file.ARCHITECTURES.values()))}"
-        raise unusable(path, f"a GGUF file of architecture {keys.architecture!r}", expected, OWN_FOLDER)
+        known = ", ".join(sorted(gguf_file.ARCHITECTURES.values()))
+        raise refusal("models/gguf-architecture", keys=keys, known=known)
     refuse_unwritable(metadata, path)
     tensors = {tensor.name: tensor for tensor in found}
     if len(tensors) != len(found):
@@ -323,8 +318,7 @@ def read_source(path: Path | str) -> Source:
     config = config_of(keys, rows, "output.weight" not in tensors, biases, factors)
     for kind, odd in (("lacks", sorted(names.keys() - tensors)), ("also has", sorted(tensors.keys() - names))):
         if odd:
-            expected = f"the tensors of a {keys.architecture} model that transformers knows"
-            raise unusable(path, f"it {kind} {len(odd)} tensors (first {odd[0]})", expected, OWN_FOLDER)
+            raise refusal("models/gguf-tensors", keys=keys, kind=kind, count=len(odd), odd=odd)
     tokens = len(metadata["tokenizer.ggml.tokens"])
     if tokens > rows:
         raise unusable(path, f"{tokens} tokens, {rows} rows of embedding", "a row for every token")
@@ -361,8 +355,7 @@ def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -
 
     shape = _shape_of(name, config)
     if tensor.shape != shape:
-        found = f"tensor {tensor.name} of shape {tensor.shape}"
-        raise unusable(path, found, f"{shape}, as the file's keys say")
+        raise refusal("models/gguf-shape", path=path, tensor=tensor, shape=shape)
     kind = _known_type(tensor, path)
     block, end, size = gguf.GGML_QUANT_SIZES[kind][0], gguf_file.data_end([tensor]) or 0, path.stat().st_size
     row = shape[-1] if len(shape) > 1 else 1  # a vector is read in any number of its values
@@ -376,23 +369,19 @@ def _known_type(tensor: TensorInfo, path: Path) -> GGMLQuantizationType:
     """The type of a tensor, if the gguf library dequantizes it."""
     import gguf
 
-    try:
+    names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    name, odd = names.get(tensor.type, tensor.type), (ValueError, KeyError, NotImplementedError)
+    with refusing(odd, "models/gguf-tensor-type", path=path, tensor=tensor, name=name):
         kind = gguf.GGMLQuantizationType(tensor.type)
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except (ValueError, KeyError, NotImplementedError):
-        names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
-        found = f"tensor {tensor.name} of type {names.get(tensor.type, tensor.type)}"
-        expected = "a type that the gguf library turns back into numbers"
-        raise unusable(path, found, expected, "take a file of another type, or the model's own folder") from None
-    return kind
+        return kind
 
 
 def _rope_factors(tensor: TensorInfo | None, path: Path) -> np.ndarray | None:
     if tensor is None:
         return None
     if tensor.type != 0 or len(tensor.shape) != 1 or tensor.shape[0] > 1 << 16:
-        found = f"{gguf_file.ROPE_FACTORS} of type {tensor.type} and shape {tensor.shape}"
-        raise unusable(path, found, "a float32 vector")
+        raise refusal("models/gguf-rope-factors", path=path, tensor=tensor)
     if tensor.start + 4 * tensor.shape[0] > path.stat().st_size:
         raise unusable(path, f"{gguf_file.ROPE_FACTORS} lies behind its end", "a whole file")
     values = gguf_file.read_bytes(path, tensor.start, 4 * tensor.shape[0]).view(np.float32)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError, one_line, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.runs.files import once, refuse_device
 
 if TYPE_CHECKING:
@@ -123,10 +123,8 @@ def read_object(path: Path, what: str = "a model folder") -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no {path.name} in {path.parent}.", f"{what}.", "give the folder that has it.")
     refuse_impostor(path, "JSON")
-    try:
+    with refusing((OSError, ValueError, RecursionError), "models/damaged-json", path=path):
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({one_line(error, 80)}).", "JSON.", "download or copy it again.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no object.", f"{what}.", "download or copy it again.")
     return content
@@ -263,17 +261,13 @@ def read_file(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if not path.is_file():
         raise InputError(f"no file {path}.", "the weights as safetensors.", "copy or download the folder again.")
     refuse_impostor(path, "a safetensors file")
-    try:
+    with refusing((SafetensorError, OSError, ValueError, RecursionError), "models/damaged-safetensors", path=path):
         with safe_open(path, framework="np") as checked:
             metadata = dict(checked.metadata() or {})
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             text = stream.read(min(length, _MAX_HEADER)).decode("utf-8")
         header = json.loads(text, object_pairs_hook=each_once)
-    except InputError:
-        raise
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise refusal("models/damaged-safetensors", path=path, error=error) from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, value in sorted(header.items()):
@@ -317,10 +311,8 @@ def weight_map(folder: Path) -> dict[str, str] | None:
             shown, total = ", ".join(shards[:4]) + (", …" if len(shards) > 4 else ""), int(shards[0][-17:-12])
             raise refusal("models/shards-without-index", folder=folder, count=len(shards), total=total, shown=shown)
         return None
-    try:
+    with refusing((KeyError, AttributeError), "models/damaged-index", index=index):
         found = {str(name): str(file) for name, file in read_object(index)["weight_map"].items()}
-    except (KeyError, AttributeError) as error:
-        raise InputError(f"{index} is damaged ({error}).", "an index of shards.", "download it again.") from None
     bad = sorted(name for name in found.values() if Path(name).name != name)
     if bad or not found:
         raise refusal("models/odd-index", index=index, names=bad or "no files")

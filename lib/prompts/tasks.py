@@ -207,12 +207,8 @@ class ClassificationTask(Task):
             return prompt, len(prompt)
         frame, whole = len(_ids(tokenizer, self.prompt(tokenizer, {"text": ""}))), len(prompt)
         if frame >= room:
-            raise refusal(
-                "prompts/prompt-too-long",
-                most=self.max_seq_length,
-                frame=frame,
-                least=frame + self.max_seq_length - room + 16,
-            )
+            most, least = self.max_seq_length, frame + self.max_seq_length - room + 16
+            raise refusal("prompts/prompt-too-long", most=most, frame=frame, least=least)
         # What is cut is the escaped text: the prompt holds its tokens, and no prefix of it is a special token.
         text = escape(tokenizer, text)
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from lib.errors import InputError, refusal
+from lib.errors import InputError, refusal, refusing
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -46,10 +46,8 @@ def reports_folder() -> Path:
 
 def user_path(text: str) -> Path:
     """A path the user wrote: absolute, or found from the current directory, or from the project's root."""
-    try:
+    with refusing(RuntimeError, "runs/no-path", text=text):  # ~somebody, of whom this machine has not heard
         path = Path(text).expanduser()
-    except RuntimeError:  # ~somebody, of whom this machine has not heard
-        raise InputError(f"no path {text}.", "an existing path.", "check the name behind ~.") from None
     refuse_device(path)
     if path.is_absolute() or path.exists():
         return path.resolve()
@@ -67,19 +65,16 @@ def refuse_device(text: str | Path) -> None:
     except (OSError, ValueError, RuntimeError):  # nothing there, or a text that is no path
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        expected = "a file or a folder, no device, socket or pipe."
-        raise InputError(f"{text} is neither a file nor a folder.", expected, "write to a file, or read from one.")
+        raise refusal("runs/device", text=text)
 
 
 def writable(folder: Path) -> Path:
     """Create `folder` and prove that it can be written, or say why not."""
     probe = folder / f".writable-{os.getpid()}"
-    try:
+    with refusing(OSError, "runs/not-writable", folder=folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise refusal("runs/not-writable", folder=folder, error=error) from None
     return folder
 
 
@@ -166,8 +161,7 @@ def _beside(output: Path, alone: bool) -> Iterator[Path]:
         raise InputError(f"{output} is no file.", "a file that can be replaced.", "choose another name.")
     output.parent.mkdir(parents=True, exist_ok=True)
     if not remove_abandoned(output.parent, output.name) and alone:
-        found = f"another command is writing {output}."
-        raise InputError(found, "one command an output.", "wait for it, or choose another name.")
+        raise refusal("runs/two-writers", output=output)
     home = Path(tempfile.mkdtemp(prefix=f".{output.name[:80]}.", suffix=".part", dir=output.parent))
     lock = FileLock(home / ".lock")
     try:
@@ -201,15 +195,12 @@ def locked(path: Path, found: str, expected: str, do: str) -> Iterator[None]:
         InputError: another process holds it; with these words.
         OSError: there can be no file.
     """
-    lock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(path, timeout=0).acquire()
     except Timeout:
         raise InputError(found, expected, do) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 NO_SPACE = (
@@ -254,18 +245,14 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk refuses what is written there, or another process is writing it.
     """
-    try:
-        with _beside(output, alone=True) as folder:
-            folder.mkdir()
-            yield folder
-            settle(folder)
-            if output.is_dir():
-                output.rmdir()
-            folder.rename(output)
-            flush_to_disk(output.parent)
-    except OSError as error:
-        found = f"{output} cannot be written ({error.strerror})."
-        raise InputError(found, "a folder with room that may be written.", "choose one.") from None
+    with refusing(OSError, "runs/no-output", output=output), _beside(output, alone=True) as folder:
+        folder.mkdir()
+        yield folder
+        settle(folder)
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+        flush_to_disk(output.parent)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -314,10 +301,9 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Read JSON; a damaged file raises an InputError that names it."""
-    try:
+    odd = (ValueError, RecursionError)  # also numbers of thousands of digits, brackets in brackets
+    with refusing(odd, "runs/damaged-json", path=path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, brackets in brackets
-        raise InputError(f"{path} is damaged ({error}).", "JSON.", "delete it and run its step again.") from None
 
 
 def object_or_empty(path: Path) -> dict[str, Any]:

@@ -277,15 +277,8 @@ def _refuse_broken(backend: Backend, names: Sequence[str], values: np.ndarray) -
     """Refuse log-probabilities of rows, (rows, words), that are not numbers."""
     broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if broken.size:
-        first = values[broken[0]].tolist()
-        raise refusal(
-            "scoring/not-numbers",
-            backend=backend,
-            values=first if len(first) > 1 else first[0],
-            row=names[broken[0]],
-            broken=broken,
-            rows=len(names),
-        )
+        first, row = values[broken[0]].squeeze().tolist(), names[broken[0]]  # a number alone where there is one
+        raise refusal("scoring/not-numbers", backend=backend, values=first, row=row, broken=broken, rows=len(names))
 
 
 def score_ids(backend: Backend, rows: RowIds, what: str, keep: Keep | None = None) -> tuple[np.ndarray, float, str]:

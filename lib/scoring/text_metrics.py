@@ -93,17 +93,10 @@ def read_terms(source: str) -> TermList | None:
     path = _HERE / "terms" / f"{source}.txt" if source in SHIPPED_TERMS else user_path(source)
     known = f"{', '.join(SHIPPED_TERMS)}, or a file"
     forms: dict[str, str] = {}
-    for number, parts in _lines(path, "terms", known):
-        for form in parts:
-            if forms.setdefault(fold(form), parts[0]) != parts[0]:
-                raise refusal(
-                    "scoring/form-of-two-terms",
-                    path=path,
-                    number=number,
-                    form=form,
-                    other=forms[fold(form)],
-                    parts=parts,
-                )
+    for number, (term, *more) in _lines(path, "terms", known):
+        for form in (term, *more):
+            if (other := forms.setdefault(fold(form), term)) != term:
+                raise refusal("scoring/form-of-two-terms", path=path, number=number, form=form, other=other, term=term)
     return TermList(path.stem if source in SHIPPED_TERMS else path.name, forms, sha256_file(path))
 
 

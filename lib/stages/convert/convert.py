@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from lib.errors import InputError, one_line, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.models.gguf_file import data_end, padded, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights, read_object
 from lib.progress import Progress
@@ -163,19 +163,14 @@ class Conversion:
             InputError: the disk or llama.cpp refuses; nothing is left at `output` then.
         """
         require_space(self.output.parent, sum(t.nbytes for t in self.plan) + len(self.header), self.output.name)
-        try:
-            with atomic_path(self.output, alone=True) as temporary, ThreadPoolExecutor(1) as pool:
-                file = GgufFile(temporary, self.header, self.plan)
-                read = pool.submit(self._read_back, temporary)  # while the data is still being written
-                try:
-                    file.put_own()
-                    yield file
-                finally:
-                    file.close()
-                self.loaded = read.result()
-        except OSError as error:
-            found = f"{self.output} cannot be written ({error.strerror})."
-            raise InputError(found, "a folder with room that may be written.", "choose one.") from None
+        refused, placed = refusing(OSError, "runs/no-output", output=self.output), atomic_path(self.output, alone=True)
+        with refused, placed as temporary, ThreadPoolExecutor(1) as pool:
+            file = GgufFile(temporary, self.header, self.plan)
+            read = pool.submit(self._read_back, temporary)  # while the data is still being written
+            with contextlib.closing(file):
+                file.put_own()
+                yield file
+            self.loaded = read.result()
 
     def _read_back(self, path: Path) -> str:
         """Check the header, and ask llama.cpp for its opinion of it."""
@@ -237,10 +232,8 @@ def check_output(output: Path, weights: Weights, outtype: str) -> None:
 def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> None:
     """general.*: from the folder's name, the model card's front matter and generation_config.json."""
     counts = writer.get_total_parameter_count()
-    try:
+    with refusing(Exception, "convert/bad-card", folder=folder):  # yaml's errors derive from Exception
         metadata = gguf.Metadata.load(None, folder, name, counts[0])
-    except Exception as error:  # yaml's errors derive from Exception
-        raise refusal("convert/bad-card", folder=folder, said=one_line(error)) from None
     generation = folder / "generation_config.json"
     if generation.is_file() and metadata.sampling_penalty_repeat is None:
         # the gguf package of PyPI looks only for llama.cpp's name of this key

@@ -121,10 +121,11 @@ def gguf_token_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
         api.llama_model_free(model)
 
 
-def _first_difference(found: Sequence[Any], wanted: Sequence[Any]) -> int:
-    """Index at which two unequal sequences part; the shorter one's end where it begins the other."""
+def _first_difference(found: Any, wanted: Any, shown: int) -> tuple[int, Any, Any]:
+    """Where two unequal sequences part (the shorter one's end where it begins the other), and how both go on."""
     pairs = zip(found, wanted, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(wanted)))
+    return first, found[first : first + shown], wanted[first : first + shown]
 
 
 def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequence[str]) -> int:
@@ -140,15 +141,8 @@ def compare_tokens(tokenizer: PreTrainedTokenizerBase, path: Path, texts: Sequen
     for text, found in zip(texts, gguf_token_ids(path, texts), strict=True):
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != wanted:
-            first = _first_difference(found, wanted)
-            raise refusal(
-                "convert/other-tokens",
-                path=path,
-                text=text[:60],
-                found=found[first : first + 6],
-                wanted=wanted[first : first + 6],
-                first=first,
-            )
+            first, found, wanted = _first_difference(found, wanted, 6)
+            raise refusal("convert/other-tokens", path=path, text=text[:60], first=first, found=found, wanted=wanted)
         count += len(wanted)
     return count
 
@@ -179,14 +173,8 @@ def compare_prompts(
         wanted = task.prompt(tokenizer, row)
         found = formatter(messages=task.question(tokenizer, row), enable_thinking=task.reasons(row)).prompt
         if found != wanted:
-            first = _first_difference(found, wanted)
-            raise refusal(
-                "convert/other-prompt",
-                path=path,
-                first=first,
-                found=found[first : first + 40],
-                wanted=wanted[first : first + 40],
-            )
+            first, found, wanted = _first_difference(found, wanted, 40)
+            raise refusal("convert/other-prompt", path=path, first=first, found=found, wanted=wanted)
     return len(rows)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lib.errors import InputError, one_line, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.models import gguf_file
 from lib.models.configurations import BUFFERS, check_sizes, read_configuration, refuse_other_task
 from lib.models.weights import (
@@ -55,14 +55,9 @@ def read_convertible(folder: Path) -> dict[str, Any]:
     refuse_other_task(folder, {}, [kind])
     if kind not in gguf_file.ARCHITECTURES:
         raise refusal("convert/unknown-class", kind=kind, folder=folder, known=", ".join(gguf_file.ARCHITECTURES))
-    if config.get("model_type") != gguf_file.ARCHITECTURES[kind]:
-        raise refusal(
-            "convert/class-and-type",
-            config=folder / "config.json",
-            kind=kind,
-            found=config.get("model_type"),
-            wanted=gguf_file.ARCHITECTURES[kind],
-        )
+    found, wanted = config.get("model_type"), gguf_file.ARCHITECTURES[kind]
+    if found != wanted:
+        raise refusal("convert/class-and-type", folder=folder, kind=kind, found=found, wanted=wanted)
     _refuse_special(folder, config)
     return config
 
@@ -90,10 +85,8 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any] | None:
 def _full_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    try:
+    with refusing(Exception, "convert/unreadable-configuration", folder=folder):  # transformers raises many kinds
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).to_dict()
-    except Exception as error:  # transformers validates values with exceptions of many kinds
-        raise refusal("convert/unreadable-configuration", config=folder / "config.json", said=one_line(error)) from None
 
 
 def _not_computed(config: dict[str, Any]) -> str | None:

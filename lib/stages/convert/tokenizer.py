@@ -194,10 +194,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     special, add = special_tokens(stored, settings, read_object(folder / "config.json"), folder)
     for kind in ("bos", "eos"):
         name = _content(settings.get(f"{kind}_token"))
-        if (number := tokenizer.vocabulary.get(name, special.get(kind))) != special.get(kind):
-            raise refusal(
-                "convert/two-meanings", folder=folder, kind=kind, name=name, number=number, filed=special.get(kind)
-            )
+        if (number := tokenizer.vocabulary.get(name, filed := special.get(kind))) != filed:
+            raise refusal("convert/two-meanings", folder=folder, kind=kind, name=name, number=number, filed=filed)
     if settings.get("split_special_tokens"):
         raise refusal("convert/split-special-tokens", folder=folder)
     if writer.arch == "llama" and isinstance(prefix := settings.get("add_prefix_space"), bool):

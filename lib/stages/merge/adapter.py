@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models.adapters import PREFIX, Adapter, LowRank, read_adapter
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.weights import StoredTensor, Weights, largest_magnitude
@@ -27,7 +27,6 @@ RULES: list[str] = _TABLES["rules"]
 _SAFE_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 """The output matrix and the input embedding; a tied model stores only the second."""
-_ITS_BASE = "use the base and the adapter_config.json it was trained with"
 
 
 @dataclass
@@ -78,11 +77,7 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
     refuse_unsupported(adapter)
     config = read_configuration(base, "the folder of the whole base model")
     if config.get("quantization_config"):
-        raise InputError(
-            f"{base} is quantized (quantization_config).",
-            "the original 16-bit or 32-bit base.",
-            "merge into the model that was quantized; merging into 4 bits would round the adapter away.",
-        )
+        raise refusal("merge/quantized-base", base=base)
     weights = check_language_model(base, config)
     tied = bool(config.get("tie_word_embeddings"))
     if tied and _unties(adapter):
@@ -93,11 +88,6 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
     return MergePlan(weights, config, adapter, updates)
 
 
-def _refuse(adapter: Adapter, found: str, expected: str, do: str) -> InputError:
-    """The error for an adapter that cannot be merged."""
-    return InputError(f"{adapter.folder}: {found}.", f"{expected}.", f"{do}.")
-
-
 def refuse_unsupported(adapter: Adapter) -> None:
     """Refuse what no base makes right.
 
@@ -106,18 +96,12 @@ def refuse_unsupported(adapter: Adapter) -> None:
     """
     for key, words in _TABLES["unsupported"].items():
         if adapter.config.get(key):
-            do = "merge it with peft and check it"
-            raise _refuse(adapter, f"{words} ({key})", "plain LoRA, rsLoRA or DoRA", do)
+            raise refusal("merge/unsupported", adapter=adapter, words=words, key=key)
     init = adapter.config.get("init_lora_weights", True)
     if init not in _SAFE_INITS:
-        raise _refuse(
-            adapter,
-            f"init_lora_weights {init!r}, which changed the base during training",
-            "an adapter for the unchanged base",
-            "save it with path_initial_model_for_weight_conversion, so that peft converts it to plain LoRA",
-        )
+        raise refusal("merge/changed-base", adapter=adapter, init=init)
     if not adapter.tensors:
-        raise _refuse(adapter, "no tensor", "a trained adapter", "train it again")
+        raise refusal("merge/no-tensor", adapter=adapter)
 
 
 def remarks(adapter: Adapter) -> list[str]:
@@ -190,7 +174,7 @@ def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Upda
         _check_pair(adapter, module, pair, base)
         weight, bias = f"{module}.weight", f"{module}.bias"
         if weight in updates:
-            raise _refuse(adapter, f"LoRA and fully trained weights for {module}", "one of them", "train it again")
+            raise refusal("merge/trained-twice", adapter=adapter, module=module)
         rank, alpha = _rank(adapter, module), adapter.config.get("lora_alpha", 8)
         alpha = _pattern(adapter.config.get("alpha_pattern"), module, alpha)
         scaling = alpha / math.sqrt(rank) if adapter.config.get("use_rslora") else alpha / rank
@@ -198,13 +182,12 @@ def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Upda
         updates[weight] = Update("embedding" if pair.embedding else "linear", scaling, matrices)
         if "bias" in pair.tensors:
             if bias not in base.tensors:
-                raise _refuse(adapter, f"a bias for {module}, which has none", "a base with that bias", "train without")
+                raise refusal("merge/no-such-bias", adapter=adapter, module=module)
             updates[bias] = Update("bias", scaling, {"value": pair.tensors["bias"]})
     for name, update in updates.items():
         value, place = update.tensors.get("value"), base.tensors[name]
         if value is not None and update.kind != "rows" and value.shape != place.shape:
-            do = "use the base it was trained on (a resized vocabulary cannot be merged)"
-            raise _refuse(adapter, f"{name} of shape {value.shape}", f"{place.shape} as in the base", do)
+            raise refusal("merge/other-shape", adapter=adapter, name=name, value=value, place=place)
     _check_complete(adapter, base)
     return updates
 
@@ -231,12 +214,7 @@ def _replacements(adapter: Adapter, base: Weights) -> dict[str, Update]:
         if target in base.tensors and trained:
             updates[target] = Update("replace", tensors={"value": tensor})
         elif not _is_copy(tensor, base.tensors.get(target)):
-            raise _refuse(
-                adapter,
-                f"tensor {name}, which nothing in the configuration or the base explains",
-                "only tensors that belong to target_modules, modules_to_save or bias of this base",
-                _ITS_BASE,
-            )
+            raise refusal("merge/unexplained-tensor", adapter=adapter, name=name)
     return updates
 
 
@@ -257,32 +235,17 @@ def _trained_tokens(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Up
         rows = next((rows for name, rows in wanted.items() if f".{module}".endswith(f".{name}")), None)
         shared = tied and last == "lm_head"
         if rows is None or (target not in base.tensors and not shared):
-            raise _refuse(
-                adapter,
-                f"trained tokens of {module}, which the configuration or the base does not have",
-                "trainable_token_indices that belong to these weights",
-                "restore the original adapter_config.json, or give the base it was trained with",
-            )
+            raise refusal("merge/unexplained-tokens", adapter=adapter, module=module)
         if shared:
-            raise _refuse(
-                adapter,
-                "trained tokens of lm_head, and the base shares one matrix between input and output",
-                "trained tokens of embed_tokens",
-                "train without lm_head in trainable_token_indices",
-            )
-        have, width = base.tensors[target].shape
+            raise refusal("merge/tokens-of-shared-head", adapter=adapter)
+        place = base.tensors[target]
+        have, width = place.shape
         fits = len(set(rows)) == len(rows) and all(type(row) is int and 0 <= row < have for row in rows)
         if not fits or tensor.shape != (len(rows), width):
-            raise _refuse(
-                adapter,
-                f"{len(rows)} trained tokens of {module}, stored as {tensor.shape}, for {have} rows of {width}",
-                "distinct tokens of this base, a stored row for each",
-                "give the base it was trained with",
-            )
+            raise refusal("merge/tokens", adapter=adapter, module=module, tensor=tensor, place=place, rows=len(rows))
         updates[target] = Update("rows", tensors={"value": tensor}, rows=tuple(rows))
     if missing := [key for key in wanted if not any(f".{module}".endswith(f".{key}") for module in adapter.tokens)]:
-        found = f"no trained tokens of {missing[0]}"
-        raise _refuse(adapter, found, "those the configuration names", "train it again")
+        raise refusal("merge/missing-tokens", adapter=adapter, missing=missing)
     return updates
 
 
@@ -291,52 +254,33 @@ def _check_tied(adapter: Adapter) -> None:
     head, embedding = (adapter.tensors.get(f"{PREFIX}{name}") for name in (HEAD, EMBEDDING))
     as_one = adapter.config.get("ensure_weight_tying") and head is not None and embedding is not None
     if as_one and not _is_copy(head, embedding):
-        raise _refuse(
-            adapter,
-            "different copies of lm_head and embed_tokens, although ensure_weight_tying trained them as one",
-            "equal copies",
-            "train it again",
-        )
+        raise refusal("merge/different-copies", adapter=adapter)
     for module in adapter.pairs:
         if module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
-            raise _refuse(
-                adapter,
-                f"LoRA on {module}, and the base shares one matrix between input and output",
-                "LoRA on other modules (merging it would change both uses of the matrix, and the model's answers)",
-                "train without lm_head and embed_tokens in target_modules",
-            )
+            raise refusal("merge/shared-matrix", adapter=adapter, module=module)
 
 
 def _check_pair(adapter: Adapter, module: str, pair: LowRank, base: Weights) -> None:
     """A pair belongs to a module of the base that the configuration names, and has the shapes that both say."""
     config, weight = adapter.config, base.tensors.get(f"{module}.weight")
     if weight is None:
-        found = f"LoRA on {module}, which the base does not have"
-        raise _refuse(adapter, found, "the base it was trained on", "give that base")
+        raise refusal("merge/no-such-module", adapter=adapter, module=module)
     if not _targeted(config, module):
         keys = ("exclude_modules", "layers_to_transform")
         chosen = " with ".join(["target_modules", *(key for key in keys if config.get(key) is not None)])
-        raise _refuse(
-            adapter,
-            f"tensors for {module}, which {chosen} does not name",
-            "an adapter_config.json that belongs to these weights",
-            "restore the original adapter_config.json",
-        )
+        raise refusal("merge/unnamed-module", adapter=adapter, module=module, chosen=chosen)
     if pair.lacks:
-        raise _refuse(adapter, f"{module} lacks {pair.lacks}", "both matrices of each pair", "train or copy it again")
-    rank = _rank(adapter, module)
-    have, want = pair.shapes, pair.shapes_for(weight.shape, rank)
+        raise refusal("merge/half-a-pair", adapter=adapter, module=module, pair=pair)
+    have, want = pair.shapes, pair.shapes_for(weight.shape, _rank(adapter, module))
     if have != want:
-        expected = f"A {want[0]} and B {want[1]} (rank {rank}, base weight {weight.shape})"
-        raise _refuse(adapter, f"{module}: A {have[0]} and B {have[1]}", expected, _ITS_BASE)
+        raise refusal("merge/pair-shapes", adapter=adapter, module=module, have=have, want=want, weight=weight)
     magnitude = pair.tensors.get("magnitude")
     if bool(config.get("use_dora")) != (magnitude is not None):
-        raise _refuse(adapter, f"use_dora and the tensors of {module} disagree", "both or neither", "train it again")
+        raise refusal("merge/half-dora", adapter=adapter, module=module)
     if magnitude is not None and pair.embedding:
-        raise _refuse(adapter, f"DoRA on the embedding {module}", "DoRA on linear layers", "merge it with peft")
+        raise refusal("merge/dora-on-embedding", adapter=adapter, module=module)
     if magnitude is not None and magnitude.shape != weight.shape[:1]:
-        found = f"{module}: magnitude of shape {magnitude.shape}"
-        raise _refuse(adapter, found, f"{weight.shape[:1]}", "use the base it was trained on")
+        raise refusal("merge/other-magnitude", adapter=adapter, module=module, magnitude=magnitude, weight=weight)
 
 
 def _check_complete(adapter: Adapter, base: Weights) -> None:
@@ -350,12 +294,11 @@ def _check_complete(adapter: Adapter, base: Weights) -> None:
     }
     for why, names in trained.items():
         if missing := sorted(names - kept):
-            raise _refuse(adapter, f"no tensors for {missing[0]}: {why}", "a trained copy", "copy or train it again")
+            raise refusal("merge/no-copy", adapter=adapter, missing=missing, why=why)
     if config.get("lora_bias") and not all(pair.embedding or "bias" in pair.tensors for pair in adapter.pairs.values()):
-        raise _refuse(adapter, "no bias of B, and lora_bias is true", "the trained ones", "copy or train it again")
+        raise refusal("merge/no-bias-of-b", adapter=adapter)
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
         matrix = name.endswith(".weight") and len(tensor.shape) == 2
         if matrix and _targeted(config, module) and module not in adapter.pairs:
-            found = f"no tensors for {module}, which target_modules names"
-            raise _refuse(adapter, found, "a pair for each", "copy or train it again")
+            raise refusal("merge/missing-pair", adapter=adapter, module=module)

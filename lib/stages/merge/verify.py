@@ -230,14 +230,8 @@ def _refuse(check: MergeCheck, merged: Path) -> None:
         return
     if check.computed_in == "bfloat16" and check.dtype != "bfloat16" and check.mean_kld < float("inf"):
         return  # bfloat16 arithmetic rounds the finer weights once more: what it shows is not their cost
-    raise refusal(
-        "merge/other-answers",
-        merged=merged,
-        check=check,
-        kld_share=KLD_SHARE,
-        floor=KLD_FLOOR[check.computed_in],
-        cure=_cure(check),
-    )
+    floor, cure = KLD_FLOOR[check.computed_in], _cure(check)
+    raise refusal("merge/other-answers", merged=merged, check=check, share=KLD_SHARE, floor=floor, cure=cure)
 
 
 def _cure(check: MergeCheck) -> str:
