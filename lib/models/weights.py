@@ -80,8 +80,12 @@ def convert(values: np.ndarray, dtype: str, target: str) -> np.ndarray:
 
 
 def infinite(what: str, where: Path) -> InputError:
-    """The error for NaN or infinity."""
-    return refusal("models/not-finite", what=what, where=where)
+    """The error for NaN or infinity; no sentence to be read from a file, for threads race for the first one."""
+    return InputError(
+        f"NaN or infinity in {what} ({where}).",
+        "finite weights.",
+        "the training diverged or the file is damaged: use an earlier checkpoint or copy it again.",
+    )
 
 
 # Files that are not what their names promise.

@@ -238,7 +238,11 @@ def _check_values(values: np.ndarray, dtype: str, tensor: PlannedTensor) -> None
         raise infinite(where, path)
     limit = {"F16": FLOAT16_MAX, "Q8_0": FLOAT16_MAX * 127}.get(tensor.type.name, math.inf)
     if largest > limit:
-        raise refusal("convert/too-large", largest=largest, where=where, path=path, tensor=tensor, limit=limit)
+        raise InputError(  # as `infinite`: threads race for the first one
+            f"a weight of size {largest:.6g} in {where} ({path}); {tensor.type.name} ends at {limit:.6g}.",
+            "values that the type can hold.",
+            "use outtype bf16 (or f32).",
+        )
 
 
 # A GGUF file being written: its header first, then the data of every tensor at its own place, in any order.

@@ -182,7 +182,11 @@ def _merged(stored: StoredTensor, update: Update | None, dtype: str, rows: slice
     if math.isfinite(largest_magnitude(values, dtype)):
         return values
     if dtype == "F16":
-        raise refusal("merge/not-finite-in-float16", stored=stored)
+        raise InputError(  # as `infinite`: threads race for the first one
+            f"{stored.name}: a weight that is not finite in float16, which ends at 65,504.",
+            "weights within the number format.",
+            "merge into bfloat16 or float32 (merge_dtype, --dtype), or look for a diverged training.",
+        )
     raise infinite(stored.name, stored.file)
 
 
