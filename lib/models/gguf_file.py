@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from lib.errors import InputError, refusal, refusing
 from lib.models.weights import Shaped, impostor
+from lib.runs.files import data_file
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -269,7 +269,7 @@ def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
 
 # The architectures that are turned into GGUF and back: classes, names of tensors, rotary frequencies.
 
-TABLES = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text(encoding="utf-8"))
+TABLES = data_file("models/architectures.yaml")
 _KNOWN: dict[str, dict[str, Any]] = TABLES["architectures"]
 
 ARCHITECTURES = {entry["class"]: name for name, entry in _KNOWN.items()}
@@ -300,21 +300,15 @@ def name_map(architecture: Any, blocks: int) -> Any:
     return None if number is None else gguf.get_tensor_name_map(number, blocks)
 
 
-def tensor_names(architecture: str, blocks: int, tied: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Name in GGUF → name in transformers, of all tensors that a model must have; `more` are further ones of blocks."""
+def names_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Name in GGUF → name in transformers, of all tensors that a model of this configuration must have."""
+    kind, tied = config["model_type"], config.get("tie_word_embeddings")
     names = {ours: theirs for ours, theirs in TABLES["outside"].items() if not (tied and ours == "output.weight")}
-    in_block = {**TABLES["block"], **_KNOWN[architecture]["block"], **(more or {})}
-    for block in range(blocks):
-        for ours, theirs in in_block.items():
+    biases = {ours: name for key, of in BIASES[kind].items() if config.get(key) for ours, name in of.items()}
+    for block in range(int(config["num_hidden_layers"])):
+        for ours, theirs in {**TABLES["block"], **_KNOWN[kind]["block"], **biases}.items():
             names[f"blk.{block}.{ours}"] = f"model.layers.{block}.{theirs}"
     return names
-
-
-def names_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """As `tensor_names`, of a configuration: with the biases that it says."""
-    kind = config["model_type"]
-    more = {ours: name for key, of in BIASES[kind].items() if config.get(key) for ours, name in of.items()}
-    return tensor_names(kind, int(config["num_hidden_layers"]), bool(config.get("tie_word_embeddings")), more)
 
 
 def rotary_heads(name: str, config: dict[str, Any]) -> int:

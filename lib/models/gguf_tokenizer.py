@@ -12,19 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lib.errors import refusal
 from lib.models.gguf_file import read_metadata, unusable
-from lib.runs.files import write_json, write_text
+from lib.runs.files import data_file, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-RULES: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("tokenizer_rules.yaml").read_text(encoding="utf-8")
-)
+RULES: dict[str, dict[str, Any]] = data_file("models/tokenizer_rules.yaml")
 """Name of the pre-tokenizer in GGUF → how a tokenizer works before and beside its merges, as the file explains."""
 PLAIN_BYTES = RULES["qwen2"]["steps"][-1]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from lib.errors import InputError, refusal
 from lib.models.gguf_file import TABLES, PackedTensor, head_size, unusable
@@ -152,7 +151,7 @@ def cost_of(source: Source, scaling: Rescaling | None) -> tuple[dict[str, float]
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source.metadata, source.path)))
-    samples = yaml.safe_load(Path(__file__).with_name("unpack_texts.yaml").read_text(encoding="utf-8"))
+    samples = files.data_file("models/unpack_texts.yaml")
     texts = [ids for text in samples if len(ids := tokenizer.encode(text).ids) > 1]
     exact = _log_probs(source, "float32", None, texts)
     if not torch.isfinite(exact).all():

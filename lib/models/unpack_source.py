@@ -86,24 +86,10 @@ def _refuse_special(keys: Keys) -> None:
     """
     metadata, name = keys.metadata, keys.architecture
     key_length = keys.get("attention.key_length", keys.whole("embedding_length") // keys.whole("attention.head_count"))
-    plain = {
-        "general.type": (("model",), "a whole model"),
-        f"{name}.expert_count": ((0,), "a model without experts"),
-        f"{name}.nextn_predict_layers": ((0,), "a model without layers that guess further tokens"),
-        f"{name}.attention.sliding_window": ((0,), "attention to all tokens"),
-        f"{name}.attention.causal": ((True,), "a causal language model"),
-        f"{name}.attention.value_length": ((key_length,), "keys and values of one length"),
-        f"{name}.rope.dimension_count": ((key_length,), "rotation of whole heads"),
-        f"{name}.attention.scale": ((0.0,), "attention scaled by the length of keys"),
-        f"{name}.pooling_type": ((0,), "a causal language model"),
-        f"{name}.rope.scale_linear": ((0, 1), "rope.scaling.factor in its place"),
-        f"{name}.rope.scaling.attn_factor": ((1,), "attention that rope scaling does not change"),
-        f"{name}.rope.scaling.yarn_attn_factor": ((1,), "the attention factor that follows from the scaling's factor"),
-        f"{name}.rope.scaling.yarn_ext_factor": ((1, -1), "all of YaRN's extrapolation"),
-        f"{name}.rope.scaling.yarn_log_multiplier": ((0,), "the attention factor that follows from the factor"),
-    }
-    for key, (values, expected) in plain.items():
-        if key in metadata and metadata[key] not in values:
+    for ending, (values, expected) in gguf_file.TABLES["plain"].items():
+        key = ending if ending == "general.type" else f"{name}.{ending}"
+        known = [key_length if value == "key_length" else value for value in values]
+        if key in metadata and metadata[key] not in known:
             raise unusable(keys.path, f"{key} {metadata[key]!r}", expected, OWN_FOLDER)
 
 
@@ -338,8 +324,8 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
         raise unusable(keys.path, f"{blocks} blocks, {len(tensors)} tensors", "all tensors")
     known = gguf_file.BIASES[keys.architecture]
     biases = {key: f"blk.0.{next(iter(names))}" in tensors for key, names in known.items()}
-    more = {ours: theirs for key, has in biases.items() if has for ours, theirs in known[key].items()}
-    return gguf_file.tensor_names(keys.architecture, blocks, "output.weight" not in tensors, more), biases
+    config = {"model_type": keys.architecture, "num_hidden_layers": blocks, **biases}
+    return gguf_file.names_of({**config, "tie_word_embeddings": "output.weight" not in tensors}), biases
 
 
 def _shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:

@@ -220,21 +220,15 @@ def read_stream(pieces: Iterable[bytes]) -> Stream:
     Args:
         pieces: the bytes of each token, in order, the end-of-turn token left out.
     """
-    strict = codecs.getincrementaldecoder("utf-8")("strict")
-    tolerant = codecs.getincrementaldecoder("utf-8")("replace")
-    text, problem, split = "", "", 0
-    for piece in pieces:
-        text += tolerant.decode(piece)
-        split += bool(tolerant.getstate()[0])
-        if not problem:
-            try:
-                strict.decode(piece)
-            except UnicodeDecodeError:
-                problem = BROKEN
-    if not problem and strict.getstate()[0]:
-        problem = UNFINISHED
-    text += tolerant.decode(b"", final=True)
-    return Stream(text, problem or (WRITTEN if REPLACEMENT in text else ""), split)
+    decoder, given, text, split = codecs.getincrementaldecoder("utf-8")("replace"), list(pieces), "", 0
+    for piece in given:
+        text += decoder.decode(piece)
+        split += bool(decoder.getstate()[0])
+    begun = decoder.getstate()[0]
+    problem = UNFINISHED if begun else WRITTEN if REPLACEMENT in text else ""
+    if text.encode("utf-8") + begun != b"".join(given):  # what was replaced does not come back
+        problem = BROKEN
+    return Stream(text + decoder.decode(b"", final=True), problem, split)
 
 
 # One generated answer, measured: the numbers of a row, and what each of them means in words.

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
 from lib.errors import InputError, refusal
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.loading import affordable_dtype, load_model, load_tokenizer
 from lib.progress import Progress
 from lib.prompts.tasks import Task, spread, texts_of
+from lib.runs.files import data_file
 from lib.scoring.backend import Backend
 from lib.scoring.llama_backend import LlamaCppBackend, llama, open_model, token_ids
 from lib.scoring.log_probabilities import NEAR_TIE, NEAR_TIE_LOW
@@ -103,7 +103,7 @@ class GateReport:
     seconds: float
 
 
-HARD_STRINGS = tuple(yaml.safe_load(Path(__file__).with_name("hard_strings.yaml").read_text(encoding="utf-8")))
+HARD_STRINGS = tuple(data_file("stages/convert/hard_strings.yaml"))
 """Texts on which tokenizers are known to differ; compared besides the run's own."""
 
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.errors import refusal
 from lib.models.adapters import PREFIX, Adapter, LowRank, read_adapter
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.weights import StoredTensor, Weights, largest_magnitude
+from lib.runs.files import data_file
 
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = data_file("stages/merge/adapter.yaml")
 RULES: list[str] = _TABLES["rules"]
 """What is checked before and during a merge; each violation refuses it."""
 
