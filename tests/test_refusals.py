@@ -33,10 +33,11 @@ def calls() -> dict[str, list[tuple[str, str, set[str]]]]:
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
             if node.func.id in ("refusal", "refusing"):
-                place = next((a.value for a in node.args if isinstance(a, ast.Constant) and "/" in str(a.value)), "")
                 given = {str(keyword.arg) for keyword in node.keywords}
-                found[place].append((f"{path.relative_to(LIB)}:{node.lineno}", node.func.id, given))
-    return {place: where for place, where in found.items() if place}
+                texts = (part.value for a in node.args for part in ast.walk(a) if isinstance(part, ast.Constant))
+                for place in (text for text in texts if "/" in str(text)):  # one, or one of two
+                    found[place].append((f"{path.relative_to(LIB)}:{node.lineno}", node.func.id, given))
+    return dict(found)
 
 
 CALLS = calls()

@@ -81,9 +81,7 @@ def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
             failures.append(_unreachable(remote, f"{host}: {error}"))
         except MismatchError as error:
             otherwise = "set HF_ENDPOINT to another mirror" if remote.place == "hub" else "try again later"
-            mismatch = refusal(
-                "hub/bytes-differ", SourceError, remote=remote, error=error, host=host, otherwise=otherwise
-            )
+            mismatch = refusal("hub/mismatch", SourceError, remote=remote, error=error, host=host, otherwise=otherwise)
             failures.append(mismatch)
         except (HfHubHTTPError, MissingError) as error:  # before OSError, of which the first is one
             failures.append(_refused(remote, error))
@@ -95,11 +93,9 @@ def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
 def _unreachable(remote: Remote, reason: str) -> SourceError:
     """The error for a source that is neither in the cache nor reachable."""
     mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
-    offline = " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
+    mirror += " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
     last = ", or to offline" if remote.kind == "model" else ""
-    return refusal(
-        "hub/unreachable", SourceError, remote=remote, reason=reason, mirror=mirror, offline=offline, last=last
-    )
+    return refusal("hub/unreachable", SourceError, remote=remote, reason=reason, mirror=mirror, last=last)
 
 
 def _refused(remote: Remote, error: Exception) -> SourceError:

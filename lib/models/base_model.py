@@ -374,10 +374,5 @@ def refuse_other_folder(adapter: Path, folder: Path) -> None:
 def _other_weights(adapter: Path, found: str, base: str) -> InputError:
     asked = {"gguf_dtype": "auto", "gguf_off_grid": False} | asked_in(found)
     needed = f"gguf_dtype: {asked['gguf_dtype']} and gguf_off_grid: {str(asked['gguf_off_grid']).lower()}"
-    return refusal(
-        "models/adapter-of-other-weights",
-        adapter=adapter,
-        trained=found or "that its files do not name",
-        base=base,
-        needed=needed,
-    )
+    trained = found or "that its files do not name"
+    return refusal("models/adapter-of-other-weights", adapter=adapter, trained=trained, base=base, needed=needed)

@@ -335,10 +335,5 @@ def _refuse(report: GateReport, path: Path) -> None:
     labels = ""
     if report.clear_agreement is not None:
         labels = f"{report.clear_agreement:.1%} equal labels over {report.clear_rows} rows that are no near ties, "
-    raise refusal(
-        "convert/other-answers",
-        path=path,
-        report=report,
-        labels=labels,
-        exactly=f", and |Δ log p| of {report.exact_limit:.2g} for float32." if report.exact_limit else ".",
-    )
+    exactly = f", and |Δ log p| of {report.exact_limit:.2g} for float32." if report.exact_limit else "."
+    raise refusal("convert/other-answers", path=path, report=report, labels=labels, exactly=exactly)

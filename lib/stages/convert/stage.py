@@ -68,12 +68,8 @@ def _run(script: Path, model_dir: Path, output: Path, outtype: str) -> None:
     if done.returncode or not output.is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"exit code {done.returncode}"
-        missing = "install what its requirements name (for example sentencepiece)."
-        raise refusal(
-            "convert/script-failed",
-            reason=reason,
-            do=missing if "ModuleNotFoundError" in reason else "check that this llama.cpp knows the model.",
-        )
+        absent = "ModuleNotFoundError" in reason
+        raise refusal("convert/script-lacks-library" if absent else "convert/script-failed", reason=reason)
 
 
 # Stage 05: the merged model as one GGUF file, proven to answer as the merged model does.
