@@ -102,23 +102,19 @@ def _refused(remote: Remote, error: Exception) -> SourceError:
     """What a lasting refusal means and what to do about it."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-    what, key, hub = remote.words, remote.setting, remote.place == "hub"
+    hub = remote.place == "hub"
     token = "HF_TOKEN" if hub else "MODELSCOPE_API_TOKEN"
-    local = f"or download it elsewhere and set {key} to the folder"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 404
     if isinstance(error, GatedRepoError):
-        do = f"accept its terms on its page and set {token} to your token, {local}."
-        return SourceError(f"{what} is gated.", "access granted to your account.", do, "is gated")
+        return refusal("hub/gated", SourceError, remote=remote, token=token)
     if isinstance(error, RevisionNotFoundError):
-        return SourceError(f"{what}: no such revision.", "a branch, tag or commit.", "correct revision.", "no revision")
+        return refusal("hub/no-revision", SourceError, remote=remote)
     if isinstance(error, RepositoryNotFoundError) or status == 404:
-        do = f"correct {key}{'' if hub else ' or revision'}; for a private one set {token}."
-        return SourceError(f"{what} is not there, or private.", "one that exists.", do, "is not there, or private")
+        return refusal("hub/absent", SourceError, remote=remote, also="" if hub else " or revision", token=token)
     if status in (401, 403):
-        do = f"set {token} to a valid token, {local}."
-        return SourceError(f"{what}: access refused ({status}).", "access.", do, f"answered {status}")
-    do = f"try again later, {'set HF_ENDPOINT to a mirror, ' if hub else ''}{local}."
-    return SourceError(f"{what}: it answered {status}.", "a download.", do, f"answered {status}")
+        return refusal("hub/no-access", SourceError, remote=remote, status=status, token=token)
+    mirror = "set HF_ENDPOINT to a mirror, " if hub else ""
+    return refusal("hub/other-answer", SourceError, remote=remote, status=status, mirror=mirror)
 
 
 @dataclass(frozen=True)

@@ -173,10 +173,6 @@ OTHER_TASKS = {
     "SEQ_2_SEQ_LM": "an encoder with a decoder",
 }
 """task_type of peft that no causal language model has → what it trains."""
-_IN_WORDS = "a causal language model, which answers in words (GGUF has no such head)."
-_TRAIN_HERE = (
-    "train a language model with task: classification here (its answers are the labels), or use it in transformers."
-)
 
 
 def head_of(names: Mapping[str, Shaped]) -> str | None:
@@ -200,13 +196,12 @@ def refuse_other_task(
     Raises:
         InputError: says what it is.
     """
-    what = OTHER_TASKS.get((task or "").upper())
-    signs = [f"task_type {task}"] if what else [name for name in classes if _OTHER_CLASS.search(name)][:1]
+    kind = OTHER_TASKS.get((task or "").upper())
+    signs = [f"task_type {task}"] if kind else [name for name in classes if _OTHER_CLASS.search(name)][:1]
     signs += [head] if (head := head_of(tensors)) else []
     if signs:
-        whose = "" if task is None else "an adapter of "
-        found = f"{folder} is {whose}{what or 'a classifier or scorer'} ({', '.join(signs)})."
-        raise InputError(found, _IN_WORDS, _TRAIN_HERE)
+        what = ("" if task is None else "an adapter of ") + (kind or "a classifier or scorer")
+        raise refusal("models/other-task", folder=folder, what=what, signs=", ".join(signs))
 
 
 def attention_rows(config: Mapping[str, Any]) -> dict[str, int]:

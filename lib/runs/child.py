@@ -155,14 +155,7 @@ def death(code: int, what: str, log: str) -> InputError:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last = [line for line in lines if _REASON.search(line)] or lines[-3:]
     said = f" Its last words: {' | '.join(last)}" if last else ""
-    if code == -signal.SIGKILL:
-        do = "free memory or use a smaller model: the system kills a process that asks for more memory than there is."
-    else:
-        do = (
-            "check that the model file is complete and made for this version of llama.cpp, and that `workbook doctor` "
-            "finds llama.cpp working; make the file again if in doubt."
-        )
-    return InputError(f"the process for {what} was {how}.{said}", "a process that ends by itself.", do)
+    return refusal("runs/killed" if code == -signal.SIGKILL else "runs/died", what=what, how=how, said=said)
 
 
 _PR_SET_PDEATHSIG = 1

@@ -124,9 +124,8 @@ class Run:
         """
         found, older = self.require(product), self.outdated(product)
         if older:
-            what = f"the {older[0]} of run {self.name!r} was made from another {older[1]}."
-            do = f"run {NOTEBOOK_OF[older[0]]} of that run again, and those behind it."
-            raise InputError(what, "products of what the run holds now.", do)
+            notebook = NOTEBOOK_OF[older[0]]
+            raise refusal("runs/product-outdated", older=older, name=self.name, notebook=notebook)
         return found
 
     def produce(

@@ -134,8 +134,8 @@ def open_context(model: Any, path: Path, tokens: int, do: str, **values: Any) ->
     forget_errors()
     context = api.llama_init_from_model(model, parameters)
     if not context:
-        found = f"llama.cpp cannot open {path} with {tokens} tokens: {last_error() or 'no reason given'}."
-        raise InputError(found, "enough memory for the context.", do)
+        why = last_error() or "no reason given"
+        raise refusal("scoring/cannot-open", path=path, tokens=tokens, why=why, do=do)
     return context
 
 
