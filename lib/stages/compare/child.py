@@ -21,6 +21,7 @@ from lib.errors import InputError
 from lib.prompts.tasks import Task, texts_of
 from lib.runs.child import peak_memory_mib
 from lib.scoring.backend import Keep, kept_peak_memory_mib, model_hash
+from lib.scoring.generation import torch_feed
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import RowIds, score_ids
 from lib.scoring.measure import FEWEST_DOCUMENTS, SEED
@@ -182,13 +183,14 @@ def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
 
     loads = speed.repeat(seconds_of_a_load, *speed.LOADS)
     model = load_as_saved(path)
-    times = _times(model, argument["windows"][0][: speed.PROMPT_TOKENS])
+    prompt = argument["windows"][0][: speed.PROMPT_TOKENS]
+    times = speed.times_of(lambda: torch_feed(model), prompt)
     backend = TransformersBackend(model, BATCH, path.name)
     return {
         "bytes": weight_bytes(path),
         "weights": weights,
         "tensor_bytes": stored.nbytes,
-        "speed": speed.rates(loads, *times),
+        "speed": speed.rates(loads, len(prompt), *times),
         **score(backend, argument, "leave this format out of export_formats."),
         **_measure_text(backend, argument),
     }
@@ -313,31 +315,3 @@ def _check_tokenizer(path: Path, sample: Mapping[str, Any]) -> None:
             "one tokenizer.",
             "compare models that were made from one model.",
         )
-
-
-def _times(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[int, list[float], list[float]]:
-    """Tokens of a prompt, seconds of reading it and of greedy writing with a key-value cache behind it."""
-    import torch
-
-    ids = torch.tensor([list(prompt)], device=model.device)
-
-    def seconds_since(started: float) -> float:
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    def read() -> tuple[float, Any]:
-        started = time.perf_counter()
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return seconds_since(started), output
-
-    def write() -> float:
-        _, output = read()
-        started = time.perf_counter()
-        for _ in range(speed.GENERATED_TOKENS):
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
-            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        return seconds_since(started)
-
-    with torch.inference_mode():
-        return ids.shape[1], speed.repeat(lambda: read()[0]), speed.repeat(write)

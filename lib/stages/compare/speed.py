@@ -5,8 +5,6 @@ A phone's result is checked key by key, because anybody with the address can sen
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import datetime as dt
 import json
 import re
@@ -14,18 +12,17 @@ import secrets
 import statistics
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lib.errors import InputError
-from lib.models.gguf_file import read_tensors
+from lib.models.gguf_file import read_gguf, read_tensors
 from lib.runs.files import sha256_file, write_json
 from lib.runs.run import Run
-from lib.scoring.llama_backend import last_error, llama, open_context, open_model
+from lib.scoring.generation import Feed, llama_feed
+from lib.scoring.llama_backend import LlamaCppBackend
 
 # How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only.
 
@@ -47,28 +44,31 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
         "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes" and "speed"
         (see `rates`: loading is that of model and context, the file in the page cache).
     """
-    api = llama()
-    ids = list(prompt[:PROMPT_TOKENS])
+    ids, header = list(prompt[:PROMPT_TOKENS]), read_gguf(path)
     read_once(path)
     place = (path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
-    loads = repeat(lambda: _load_once(*place), *LOADS)
-    with _opened(*place) as (model, context):
-        vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-        facts = {
-            "file_type": _number(model, "general.file_type"),
-            "size_budget": _number(model, "quantize.mix.budget_bytes"),
-            "weights": int(api.llama_model_n_params(model)),
-            "tensor_bytes": int(api.llama_model_size(model)),
-        }
-        if max(ids) >= vocab:
+
+    def seconds_of_a_load() -> float:
+        started = time.perf_counter()
+        with LlamaCppBackend(*place):
+            return time.perf_counter() - started
+
+    loads = repeat(seconds_of_a_load, *LOADS)
+    with LlamaCppBackend(*place) as backend:
+        if max(ids) >= backend.vocab_size:
             raise InputError(
-                f"token id {max(ids)} for {path.name}, which has {vocab} tokens.",
+                f"token id {max(ids)} for {path.name}, which has {backend.vocab_size} tokens.",
                 "the tokenizer of this model.",
                 "compare files that were made from one model.",
             )
-        prompts = repeat(lambda: _read_prompt(context, ids))
-        written = repeat(lambda: _write(context, ids, vocab))
-    return {**facts, "speed": rates(loads, len(ids), prompts, written)}
+        times = times_of(lambda: llama_feed(backend), ids)
+    return {
+        "file_type": _number(header.metadata.get("general.file_type")),
+        "size_budget": _number(header.metadata.get("quantize.mix.budget_bytes")),
+        "weights": sum(tensor.size for tensor in header.tensors),
+        "tensor_bytes": sum(tensor.nbytes for tensor in header.tensors),
+        "speed": rates(loads, len(ids), *times),
+    }
 
 
 def read_once(path: Path) -> None:
@@ -78,62 +78,27 @@ def read_once(path: Path) -> None:
             pass
 
 
-@contextlib.contextmanager
-def _opened(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> Iterator[tuple[Any, Any]]:
-    """A model and a context for so many tokens."""
-    model = open_model(path, n_gpu_layers)
-    try:
-        size, threads = max(256, tokens), {"n_threads": n_threads, "n_threads_batch": n_threads}
-        values = {"n_ctx": size, "n_batch": size, "offload_kqv": n_gpu_layers != 0, **threads}
-        context = open_context(model, path, tokens, "use a smaller model.", **values)
-        try:
-            yield model, context
-        finally:
-            llama().llama_free(context)
-    finally:
-        llama().llama_model_free(model)
+def _number(value: Any) -> int | None:
+    """A whole number of the header, which may stand there as a text."""
+    return int(value) if str(value).isdecimal() else None
 
 
-def _load_once(path: Path, tokens: int, n_threads: int, n_gpu_layers: int) -> float:
-    """Seconds until model and context are there."""
-    started = time.perf_counter()
-    with _opened(path, tokens, n_threads, n_gpu_layers):
-        return time.perf_counter() - started
+def times_of(start: Callable[[], Feed], ids: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Seconds of reading a prompt, and of writing tokens behind it, the likeliest each time, whatever it is.
 
+    Args:
+        start: gives the feed of a new text (`llama_feed`, `torch_feed`).
+    """
 
-def _number(model: Any, key: str) -> int | None:
-    """A whole number of the header."""
-    buffer = ctypes.create_string_buffer(32)
-    length = llama().llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
-    return int(buffer.value) if length > 0 and buffer.value.isdigit() else None
+    def seconds(tokens: int) -> tuple[float, float]:
+        feed, started = start(), time.perf_counter()
+        logits = feed(ids)
+        read = time.perf_counter() - started
+        for _ in range(tokens):
+            logits = feed([int(logits.argmax())])
+        return read, time.perf_counter() - started - read
 
-
-def _decode(context: Any, ids: Sequence[int]) -> None:
-    api = llama()
-    tokens = (api.llama_token * len(ids))(*ids)
-    code = api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids)))
-    if code != 0:
-        raise RuntimeError(f"llama_decode gave {code}: {last_error()}")
-    api.llama_synchronize(context)
-
-
-def _read_prompt(context: Any, ids: Sequence[int]) -> float:
-    """Seconds for the prompt in one batch."""
-    api = llama()
-    api.llama_memory_clear(api.llama_get_memory(context), True)
-    started = time.perf_counter()
-    _decode(context, ids)
-    return time.perf_counter() - started
-
-
-def _write(context: Any, ids: Sequence[int], vocab: int) -> float:
-    """Seconds for writing tokens after the prompt, the likeliest each time, whatever it is."""
-    _read_prompt(context, ids)
-    started = time.perf_counter()
-    for _ in range(GENERATED_TOKENS):
-        logits = llama().llama_get_logits_ith(context, -1)
-        _decode(context, [int(np.ctypeslib.as_array(logits, shape=(vocab,)).argmax())])
-    return time.perf_counter() - started
+    return repeat(lambda: seconds(0)[0]), repeat(lambda: seconds(GENERATED_TOKENS)[1])
 
 
 def repeat(
