@@ -204,6 +204,11 @@ class LlamaCppBackend(Backend):
         """The token that this model wants at the beginning of every text; None for Qwen models."""
         return self._api.llama_vocab_bos(self._vocab) if self._api.llama_vocab_get_add_bos(self._vocab) else None
 
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Weights, and bytes of all tensors, as llama.cpp counts them: it knows types that gguf does not."""
+        return self._api.llama_model_n_params(self._model), self._api.llama_model_size(self._model)
+
     def tokenize(self, text: str) -> list[int]:
         """Ids by llama.cpp's own tokenizer, as its tools read a file: names of special tokens are plain text."""
         return token_ids(self._vocab, text.encode("utf-8"), True, False)

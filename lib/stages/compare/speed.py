@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
-from lib.models.gguf_file import read_gguf, read_tensors
+from lib.models.gguf_file import read_metadata, read_tensors
 from lib.runs.files import sha256_file, write_json
 from lib.runs.run import Run
 from lib.scoring.generation import Feed, llama_feed
@@ -44,7 +44,7 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
         "file_type" (header number), "size_budget" (bytes; None for a recipe), "weights", "tensor_bytes" and "speed"
         (see `rates`: loading is that of model and context, the file in the page cache).
     """
-    ids, header = list(prompt[:PROMPT_TOKENS]), read_gguf(path)
+    ids, metadata = list(prompt[:PROMPT_TOKENS]), read_metadata(path)
     read_once(path)
     place = (path, len(ids) + GENERATED_TOKENS, n_threads, n_gpu_layers)
 
@@ -61,12 +61,13 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
                 "the tokenizer of this model.",
                 "compare files that were made from one model.",
             )
+        weights, tensor_bytes = backend.totals
         times = times_of(lambda: llama_feed(backend), ids)
     return {
-        "file_type": _number(header.metadata.get("general.file_type")),
-        "size_budget": _number(header.metadata.get("quantize.mix.budget_bytes")),
-        "weights": sum(tensor.size for tensor in header.tensors),
-        "tensor_bytes": sum(tensor.nbytes for tensor in header.tensors),
+        "file_type": _number(metadata.get("general.file_type")),
+        "size_budget": _number(metadata.get("quantize.mix.budget_bytes")),
+        "weights": weights,
+        "tensor_bytes": tensor_bytes,
         "speed": rates(loads, len(ids), *times),
     }
 
