@@ -16,17 +16,7 @@ from lib.models.base_model import GivenAdapter
 from lib.runs.files import read_json, read_jsonl, render, sha256_json, write_json
 from lib.runs.run import Run, open_run
 from lib.scoring.metric import Metric
-from lib.select.candidates import (
-    Candidate,
-    Ground,
-    Ranking,
-    Unit,
-    rank,
-    read_candidate,
-    read_candidates,
-    shared_ground,
-    text_key,
-)
+from lib.select import candidates
 from lib.statistics.losses import limits
 
 # Applying the rule.
@@ -40,7 +30,9 @@ _SIZES = (
 _SPEED = ("the fastest training", 0.10, lambda facts: 1 / speed if (speed := facts["samples_per_second"]) else None)
 
 
-def choose(ranking: Ranking, runs: Mapping[str, Candidate], speeds: bool) -> tuple[Unit, list[str]]:
+def choose(
+    ranking: candidates.Ranking, runs: Mapping[str, candidates.Candidate], speeds: bool
+) -> tuple[candidates.Unit, list[str]]:
     """Apply the rule to recipes: the one taken, and the reasons in the order in which they decided.
 
     Args:
@@ -70,7 +62,7 @@ def choose(ranking: Ranking, runs: Mapping[str, Candidate], speeds: bool) -> tup
     return left[0], reasons
 
 
-def choose_seed(ranking: Ranking, metric: Metric) -> tuple[Unit, list[str]]:
+def choose_seed(ranking: candidates.Ranking, metric: Metric) -> tuple[candidates.Unit, list[str]]:
     """Apply the rule's last step to the seeds of one recipe."""
     units, place = ranking.units, ranking.not_behind[0]
     if len(units) == 1:
@@ -82,7 +74,7 @@ def choose_seed(ranking: Ranking, metric: Metric) -> tuple[Unit, list[str]]:
     return units[place], [words]
 
 
-def _name(unit: Unit) -> str:
+def _name(unit: candidates.Unit) -> str:
     return unit.names[0] if len(unit.names) == 1 else f"{{{', '.join(unit.names)}}}"
 
 
@@ -107,16 +99,16 @@ def select(names: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: see `read_candidates` and `shared_ground`.
     """
-    runs = read_candidates(names)
-    ground, metric = shared_ground(runs), runs[0].metric
+    runs = candidates.read_candidates(names)
+    ground, metric = candidates.shared_ground(runs), runs[0].metric
     devices = sorted({run.facts["train_device"] for run in runs})
-    recipes: dict[str, list[Candidate]] = {}
+    recipes: dict[str, list[candidates.Candidate]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    ranking = rank([Unit(members, ground) for members in recipes.values()], ground, metric, SEED)
+    ranking = candidates.rank([candidates.Unit(members, ground) for members in recipes.values()], ground, metric, SEED)
     by_name = {run.name: run for run in runs}
     taken, reasons = choose(ranking, by_name, speeds=len(devices) == 1)
-    seeds = rank([Unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
+    seeds = candidates.rank([candidates.Unit([by_name[name]], ground) for name in taken.names], ground, metric, SEED)
     seed, more = choose_seed(seeds, metric)
     content = {
         "format": FORMAT,
@@ -141,9 +133,9 @@ def select(names: Sequence[str]) -> dict[str, Any]:
     return {**content, "text": _written("answer", words=metric.words, entry=entry, recipe=recipe, **content)}
 
 
-def _run(run: Candidate, first: Candidate, ground: Ground) -> dict[str, Any]:
+def _run(run: candidates.Candidate, first: candidates.Candidate, ground: candidates.Ground) -> dict[str, Any]:
     """A run's row: metric on the shared rows, cost, and in which respects it is not like the first one."""
-    unit = Unit([run], ground)
+    unit = candidates.Unit([run], ground)
     like = {
         "other prompt": run.facts["prompt_hash"] == first.facts["prompt_hash"],
         "other base model": run.facts["base"] == first.facts["base"],
@@ -236,7 +228,7 @@ def best_of(adapter: str, run: Run) -> Best:
                 f"prepare run {run.name!r} with the {words} of run {chosen.name!r}.",
             )
     given = GivenAdapter(product.path, adapter, f"run {chosen.name}, {product.entry.digest[:16]}")
-    seen = read_candidate(chosen).seen
+    seen = candidates.read_candidate(chosen).seen
     rows = read_jsonl(own.path / "test.jsonl")
     method = str(product.entry.facts.get("method", "LoRA"))
-    return Best(given, analysis, chosen.name, method, sum(text_key(row) in seen for row in rows))
+    return Best(given, analysis, chosen.name, method, sum(candidates.text_key(row) in seen for row in rows))

@@ -13,23 +13,8 @@ from lib.errors import InputError
 from lib.runs.files import render
 from lib.scoring.metric import Entry, Metric, metric_in
 from lib.stages.compare.changes import FOLDER, GGUF
+from lib.statistics import noninferiority
 from lib.statistics.losses import retention_warning
-from lib.statistics.noninferiority import (
-    FEWEST_GROUPS,
-    GOOD_ENOUGH,
-    LEVEL,
-    NO_HARM_NATS,
-    NO_VERDICT,
-    NOT_SHOWN,
-    WORSE,
-    by_size,
-    fewest_groups,
-    good_enough,
-    least_margin,
-    no_sign_of_harm,
-    rows_for,
-    verdicts,
-)
 
 
 def _written(template: str, **values: Any) -> str:
@@ -44,9 +29,9 @@ def judge(
 ) -> dict[str, str]:
     """Verdict of every file and folder but the reference, by type."""
     if metric.problem(reference, floor):
-        return {entry["type"]: NO_VERDICT for entry in others}
+        return {entry["type"]: noninferiority.NO_VERDICT for entry in others}
     folders = [entry for entry in others if entry["kind"] == FOLDER]
-    return verdicts([entry for entry in others if entry["kind"] == GGUF], folders, margin)
+    return noninferiority.verdicts([entry for entry in others if entry["kind"] == GGUF], folders, margin)
 
 
 def recommend(
@@ -67,14 +52,14 @@ def recommend(
         of rows: the smallest file without a sign of harm, or None) and "text" (a paragraph; behind blank lines others
         on that file and on files that are worse, if there are any).
     """
-    order, folds = by_size(files), reference.get("folds")
-    passed = good_enough(files, margin)
+    order, folds = noninferiority.by_size(files), reference.get("folds")
+    passed = noninferiority.good_enough(files, margin)
     problem = "alone" if not files else metric.problem(reference, floor)
     chosen = None if problem or not passed else order[len(passed) - 1]
     ended = None if problem or len(passed) == len(order) else order[len(passed)]
     needed = metric.rows_needed(ended, margin) if ended else None
-    reason = problem or (GOOD_ENOUGH if chosen else NOT_SHOWN)
-    harmless = no_sign_of_harm(files, margin) if reason in (NOT_SHOWN, "few") else []
+    reason = problem or (noninferiority.GOOD_ENOUGH if chosen else noninferiority.NOT_SHOWN)
+    harmless = noninferiority.no_sign_of_harm(files, margin) if reason in (noninferiority.NOT_SHOWN, "few") else []
     unproven = order[len(harmless) - 1] if harmless else None
     text = _written(
         "recommendation.j2",
@@ -86,17 +71,24 @@ def recommend(
         chosen=chosen,
         ended=ended,
         unproven=unproven,
-        limit_nats=NO_HARM_NATS,
-        rows_at_best=rows_for(0.0, margin / 100) if unproven else None,
+        limit_nats=noninferiority.NO_HARM_NATS,
+        rows_at_best=noninferiority.rows_for(0.0, margin / 100) if unproven else None,
         rows_needed=needed and _two_digits(needed),
         folds=folds,
-        fewest=FEWEST_GROUPS,
-        groups=fewest_groups(reference),
-        least_margin=100 * least_margin(reference["n"] / reference.get("copies_effect", 1.0)),
-        worse=[entry for entry in order if entry.get("verdict") == WORSE],
+        fewest=noninferiority.FEWEST_GROUPS,
+        groups=noninferiority.fewest_groups(reference),
+        least_margin=100 * noninferiority.least_margin(reference["n"] / reference.get("copies_effect", 1.0)),
+        worse=[entry for entry in order if entry.get("verdict") == noninferiority.WORSE],
     )
     return {
-        "rule": _written("rule.j2", metric=metric, margin=margin, level=LEVEL, fewest=FEWEST_GROUPS, folds=folds),
+        "rule": _written(
+            "rule.j2",
+            metric=metric,
+            margin=margin,
+            level=noninferiority.LEVEL,
+            fewest=noninferiority.FEWEST_GROUPS,
+            folds=folds,
+        ),
         "formulas": _written("formulas.j2", metric=metric, folds=folds),
         "margin": margin,
         "unit": metric.loss_unit,
@@ -124,7 +116,7 @@ def step_file(files: Sequence[Entry], recommendation: Mapping[str, Any]) -> str 
     """
     if recommendation["type"] is not None or not files:
         return recommendation["type"]
-    kept = [entry for entry in files if entry["verdict"] != WORSE]
+    kept = [entry for entry in files if entry["verdict"] != noninferiority.WORSE]
     return min(kept or files, key=lambda entry: entry["bytes"])["type"]
 
 
@@ -158,9 +150,9 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
     files = [entry for entry in others if entry["kind"] == GGUF]
     found = recommend(metric, reference, files, max_loss, comparison["conditions"]["floor"])
     chosen = next((entry for entry in files if entry["type"] == found["type"]), None)
-    if chosen is None and found["reason"] in (NOT_SHOWN, "alone"):
+    if chosen is None and found["reason"] in (noninferiority.NOT_SHOWN, "alone"):
         chosen = reference
-    passed = {chosen["type"], reference["type"], *good_enough(files, max_loss)} if chosen else set()
+    passed = {chosen["type"], reference["type"], *noninferiority.good_enough(files, max_loss)} if chosen else set()
     fits = chosen is None or max_mb is None or chosen["bytes"] / 1e6 <= max_mb
     candidates = [
         {
@@ -171,7 +163,7 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
             "fits": max_mb is None or entry["bytes"] / 1e6 <= max_mb,
             "good_enough": entry["type"] in passed,
         }
-        for entry in by_size([reference, *files])
+        for entry in noninferiority.by_size([reference, *files])
     ]
     text = _written(
         "pick.j2",
@@ -187,7 +179,7 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         "limits": {"max_mb": max_mb, "max_loss": max_loss, "unit": metric.loss_unit},
         "type": taken and taken["type"],
         "file": taken and taken["file"],
-        "reason": "size" if not fits else GOOD_ENOUGH if taken else found["reason"],
+        "reason": "size" if not fits else noninferiority.GOOD_ENOUGH if taken else found["reason"],
         "text": text,
         "candidates": candidates,
     }

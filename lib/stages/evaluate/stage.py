@@ -16,16 +16,7 @@ from lib.scoring.backend import Keep, found_done
 from lib.scoring.generation import Asked, Questions, Sampling, end_ids, torch_feed, write_all
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.text_metrics import read_prompts
-from lib.stages.evaluate.results import (
-    BASE,
-    FINETUNED,
-    GENERATED,
-    PROMPTS_FILE,
-    SHOWN,
-    SUMMARY,
-    EvaluationResult,
-    result_of,
-)
+from lib.stages.evaluate import results
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, ProductDraft, Run
@@ -55,7 +46,7 @@ class Candidate:
     @property
     def words(self) -> str:
         """What it is, in a sentence."""
-        return f"the {SHOWN[self.name]} model"
+        return f"the {results.SHOWN[self.name]} model"
 
     @property
     def in_4bit(self) -> bool:
@@ -86,20 +77,20 @@ class Candidate:
 def candidates(run: Run, dtype: str) -> tuple[Candidate, Candidate]:
     """The base and the fine-tuned model of a run."""
     base = base_of(run)
-    return Candidate(BASE, base, None, dtype), Candidate(FINETUNED, base, run.require("adapter"), dtype)
+    return Candidate(results.BASE, base, None, dtype), Candidate(results.FINETUNED, base, run.require("adapter"), dtype)
 
 
 # The product.
 
 
-def evaluate(settings: Settings, run: Run) -> EvaluationResult:
+def evaluate(settings: Settings, run: Run) -> results.EvaluationResult:
     """Score base and fine-tuned model on the test rows, or take the scores of last time.
 
     Raises:
         InputError: data or adapter missing; a model that cannot be loaded; log-probabilities that are not numbers.
     """
     data = run.require("data").path
-    kind = result_of(read_task(data))
+    kind = results.result_of(read_task(data))
     product = run.produce(
         "evaluation",
         lambda work: _build(settings, run, work),
@@ -108,13 +99,13 @@ def evaluate(settings: Settings, run: Run) -> EvaluationResult:
         force=settings.force,
         keep_partial=True,
     )
-    return kind.read(product, product.path, data, settings, read_json(product.path / SUMMARY))
+    return kind.read(product, product.path, data, settings, read_json(product.path / results.SUMMARY))
 
 
 def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     data = run.require("data")
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
-    kind, tokenizer = result_of(task), load_tokenizer(data.path / "tokenizer")
+    kind, tokenizer = results.result_of(task), load_tokenizer(data.path / "tokenizer")
     dtype, reason = compute_dtype(settings.dtype)
     models = candidates(run, dtype)
     work.device = device_name()
@@ -144,7 +135,7 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
         known |= _save_written(work.folder, questions, wrote, conditions)
         known["turns_cut"] = sum(one.turns_cut for one in encoded)
     result = kind.read(None, work.folder, data.path, settings, known)
-    write_json(work.folder / SUMMARY, result.to_json())
+    write_json(work.folder / results.SUMMARY, result.to_json())
     for path in work.folder.glob("kept-*.jsonl"):  # kept for an interruption
         path.unlink()
     facts = data.entry.facts
@@ -240,8 +231,8 @@ def _save_written(
     folder: Path, questions: Questions, wrote: Mapping[str, Replies], conditions: dict[str, Any]
 ) -> dict[str, Any]:
     """Save what the models wrote, for reading; what evaluation.json says of it in numbers."""
-    answers = {SHOWN[name]: own.answers for name, own in wrote.items()}
-    replies = {SHOWN[name]: own.replies for name, own in wrote.items()}
-    write_jsonl(folder / GENERATED, generated_rows(questions, answers))
-    write_json(folder / PROMPTS_FILE, prompts_json(questions, replies, conditions))
-    return {**questions.conditions(), "answers": questions.summarise(answers, SHOWN[BASE])}
+    answers = {results.SHOWN[name]: own.answers for name, own in wrote.items()}
+    replies = {results.SHOWN[name]: own.replies for name, own in wrote.items()}
+    write_jsonl(folder / results.GENERATED, generated_rows(questions, answers))
+    write_json(folder / results.PROMPTS_FILE, prompts_json(questions, replies, conditions))
+    return {**questions.conditions(), "answers": questions.summarise(answers, results.SHOWN[results.BASE])}

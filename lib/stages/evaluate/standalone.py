@@ -10,15 +10,8 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.hub.sources import SourceError
+from lib.models import base_model
 from lib.models.adapters import require_adapter
-from lib.models.base_model import (
-    check_model_folder,
-    named_otherwise,
-    refuse_bad_template,
-    refuse_other_folder,
-    resolve_base,
-    unpacking_of,
-)
 from lib.models.configurations import read_adapter_configuration
 from lib.models.gguf_file import check_gguf, read_tensors
 from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
@@ -83,7 +76,7 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
     folder = user_path(model)
     if model.lower().endswith(".gguf") or folder.is_file():
         _check_whole(check_gguf(folder))
-        refuse_bad_template(folder)
+        base_model.refuse_bad_template(folder)
         return FoundModel(folder)
     if (folder / "adapter_config.json").is_file():
         adapter = tokenizer = folder
@@ -93,16 +86,16 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
             raise InputError(
                 f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model."
             )
-        path = _base_folder(base, options.revision, unpacking_of(adapter))
-        refuse_other_folder(adapter, path)
-        if named := named_otherwise(adapter, base, str(path)):
+        path = _base_folder(base, options.revision, base_model.unpacking_of(adapter))
+        base_model.refuse_other_folder(adapter, path)
+        if named := base_model.named_otherwise(adapter, base, str(path)):
             say(f"{folder} names {named} as its base; whether {base} is the same was not checked")
         if not (adapter / "tokenizer.json").is_file():
             tokenizer = path
     else:
         adapter = None
         path = tokenizer = _base_folder(model, options.revision, {})
-    refuse_bad_template(tokenizer)
+    base_model.refuse_bad_template(tokenizer)
     load_tokenizer(tokenizer)
     return FoundModel(path, adapter, tokenizer)
 
@@ -125,10 +118,10 @@ def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Pat
     unpacked."""
     folder = user_path(model)
     if folder.is_dir():
-        check_model_folder(folder)
+        base_model.check_model_folder(folder)
         return folder
     try:
-        return resolve_base(model, revision, **unpacking).path
+        return base_model.resolve_base(model, revision, **unpacking).path
     except SourceError as error:
         if "/" in model or "\\" in model:
             raise

@@ -18,17 +18,8 @@ from lib.models.loading import load_as_saved, load_tokenizer, weight_bytes
 from lib.models.weights import open_weights
 from lib.progress import Progress
 from lib.prompts.tasks import Row, Task, read_task, spread
+from lib.runs import files
 from lib.runs.child import peak_memory_mib, run_child
-from lib.runs.files import (
-    link_or_copy,
-    read_json,
-    read_jsonl,
-    readable_by_group,
-    render,
-    require_space,
-    write_json,
-    write_text,
-)
 from lib.runs.machine import bitsandbytes_problem, has_module, no_warnings, quiet
 from lib.runs.manifest import hash_folder
 from lib.runs.run import Product, ProductDraft, Run
@@ -127,7 +118,7 @@ def export(settings: Settings, run: Run) -> ExportsResult:
         force=settings.force,
         keep_partial=True,
     )
-    content = read_json(product.path / SUMMARY)
+    content = files.read_json(product.path / SUMMARY)
     return ExportsResult(product, tuple(content["made"]), tuple(content["skipped"]))
 
 
@@ -136,7 +127,7 @@ def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Forma
     kept = {} if settings.force else _finished(run, work, formats)
     missing = [wanted for wanted in formats if wanted.name not in kept]
     weights = sum(out["bytes"] for name, out in merged.entry.outputs.items() if name.endswith(".safetensors"))
-    require_space(run.folder, weights * len(missing), f"{len(missing)} exported models")
+    files.require_space(run.folder, weights * len(missing), f"{len(missing)} exported models")
     task = read_task(data.path)
     argument = {"source": merged.path, **(_token_ids(data.path, task) if missing else {})}
     entries, facts = run.manifest.entries(), merged.entry.facts
@@ -144,16 +135,16 @@ def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Forma
     card = {
         "lineage": f"A LoRA adapter merged into {base}, then exported.",
         "notes": [note for name in ("data", "adapter", "merged") if name in entries for note in entries[name].notes],
-        "asked": question_of(task, read_jsonl(data.path / "validation.jsonl")[0]),
+        "asked": question_of(task, files.read_jsonl(data.path / "validation.jsonl")[0]),
     }
     content: dict[str, list[dict[str, Any]]] = {"made": [], "skipped": []}
-    write_json(work.folder / SUMMARY, content)
+    files.write_json(work.folder / SUMMARY, content)
     for place, wanted in enumerate(formats, 1):
         record = kept.get(wanted.name) or _made(
             wanted, work.folder / wanted.name, argument, card, f"({place} of {len(formats)})"
         )
         content["skipped" if "reason" in record else "made"].append(record)
-        write_json(work.folder / SUMMARY, content)
+        files.write_json(work.folder / SUMMARY, content)
     made = {record["folder"] for record in content["made"]}
     for path in work.folder.iterdir():  # what an interrupted try for other formats left
         if path.is_dir() and path.name not in made:
@@ -189,8 +180,8 @@ def _made(wanted: Format, folder: Path, argument: dict[str, Any], card: dict[str
 def _token_ids(data: Path, task: Task) -> dict[str, Any]:
     """Training rows with their answers for calibration, validation prompts for the check."""
     tokenizer = load_tokenizer(data / "tokenizer")
-    rows = spread(read_jsonl(data / "train.jsonl"), CALIBRATION_ROWS)
-    probes = spread(read_jsonl(data / "validation.jsonl"), CHECK_PROMPTS)
+    rows = spread(files.read_jsonl(data / "train.jsonl"), CALIBRATION_ROWS)
+    probes = spread(files.read_jsonl(data / "validation.jsonl"), CHECK_PROMPTS)
     return {
         "calibration": [task.encode(tokenizer, row).ids for row in rows],
         "prompts": [task.probe_ids(tokenizer, row) for row in probes],
@@ -205,14 +196,14 @@ def _finished(run: Run, work: ProductDraft, formats: Sequence[Format]) -> dict[s
     folder of the work."""
     makers, found = {wanted.name: wanted.maker() for wanted in formats}, {}
     for folder in run.earlier(work, "exports", "data", "merged"):
-        for record in read_json(folder / SUMMARY)["made"] if (folder / SUMMARY).is_file() else []:
+        for record in files.read_json(folder / SUMMARY)["made"] if (folder / SUMMARY).is_file() else []:
             name, path = record["format"], folder / record["folder"]
             same = record["made_by"] == makers.get(name) and name not in found
             if same and path.is_dir() and hash_folder(path) == record["files"]:
                 found[name], target = record, work.folder / name
                 if path != target:
                     shutil.rmtree(target, ignore_errors=True)
-                    shutil.copytree(path, target, copy_function=link_or_copy)
+                    shutil.copytree(path, target, copy_function=files.link_or_copy)
     return found
 
 
@@ -228,14 +219,14 @@ def write_card(folder: Path, made: Format, record: dict[str, Any], **card: Any) 
             (what the code of the card asks the model, see `question_of`).
     """
     packages = ["torch", "transformers", *made.needs]
-    text = render(
+    text = files.render(
         Path(__file__).with_name("README.md.j2"),
         made=made,
         record=record,
         **card,
         versions=" ".join(f"{name}=={metadata.version(name).partition('+')[0]}" for name in packages),
     )
-    write_text(folder / "README.md", text)
+    files.write_text(folder / "README.md", text)
 
 
 def question_of(task: Task, row: Row) -> dict[str, Any]:
@@ -278,7 +269,7 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
         left_out = shutil.ignore_patterns("*.safetensors", *_OWN)
         shutil.copytree(source, output, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
         for path in filter(Path.is_file, output.rglob("*")):
-            readable_by_group(path)
+            files.readable_by_group(path)
         seconds, memory = time.perf_counter() - started, peak_memory_mib()
         progress.advance(1, "made")
         check = _check(source, output, argument["prompts"], progress)

@@ -10,16 +10,8 @@ import torch
 
 from lib.errors import InputError
 from lib.prompts.conversations import Encoded
-from lib.stages.finetune.batches import (
-    IGNORED,
-    Collate,
-    Collator,
-    PackedCollator,
-    packed_inputs,
-    shared_prefix,
-    unpackable,
-    use_packed_attention,
-)
+from lib.stages.finetune import batches
+from lib.stages.finetune.batches import Collate, Collator, PackedCollator
 from lib.stages.finetune.memory import HEAD_ROWS
 
 # Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
@@ -36,11 +28,13 @@ def causal_model(model: Any) -> Any:
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     """Summed cross-entropy (nats) over the answer tokens of a batch (padded or packed), and their number."""
     inner = causal_model(model)
-    inputs = packed_inputs(batch) if "gather" in batch else {k: batch[k] for k in ("input_ids", "attention_mask")}
+    inputs = (
+        batches.packed_inputs(batch) if "gather" in batch else {k: batch[k] for k in ("input_ids", "attention_mask")}
+    )
     with autocast(inner):
         hidden = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state
         targets = batch["labels"][:, 1:]
-        chosen = targets != IGNORED
+        chosen = targets != batches.IGNORED
         loss = head_loss(inner.get_output_embeddings(), hidden[:, :-1][chosen], targets[chosen])
     return loss, int(chosen.sum())
 
@@ -129,9 +123,9 @@ def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Col
     inner = causal_model(model)
     with _evaluating(model):
         _require_plain_logits(model, _on_device(model, padded([sample[0]])))
-        problem = unpackable(inner, len(sample[1]))
+        problem = batches.unpackable(inner, len(sample[1]))
         if problem is None:
-            packed = PackedCollator(pad_id, shared_prefix(rows))
+            packed = PackedCollator(pad_id, batches.shared_prefix(rows))
             problem = _try_packing(model, padded, packed, sample)
         if problem is None:
             text = f"packed: the {packed.prefix} tokens that all rows begin with are computed once a micro-batch"
@@ -143,7 +137,7 @@ def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: l
     """Switch the model to the packed layout; or say why not, with the model as it was."""
     inner = causal_model(model)
     expected = _mean_loss(model, padded(sample))
-    problem, before = use_packed_attention(inner)
+    problem, before = batches.use_packed_attention(inner)
     if problem is not None:
         return problem
     if not _close(model, _mean_loss(model, packed(sample)), expected):  # also where it is no number

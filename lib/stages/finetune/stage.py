@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError
+from lib.models import base_model
 from lib.models.adapters import adapter_config, check_fit, copy_weights, read_adapter
-from lib.models.base_model import (
-    Base,
-    GivenAdapter,
-    base_of,
-    called,
-    named_otherwise,
-    other_revision,
-    refuse_other_weights,
-    resolve_adapter,
-)
+from lib.models.base_model import Base, GivenAdapter
 from lib.models.tokenizer_files import differences
 from lib.models.weights import open_weights
 from lib.runs import machine
@@ -149,7 +141,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
 def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses | None) -> None:
     """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
-    base = base_of(run)
+    base = base_model.base_of(run)
     if settings.load_in_4bit and (problem := machine.bitsandbytes_problem()):
         draft.notes.append(
             f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
@@ -224,7 +216,7 @@ def adopt(settings: Settings, run: Run) -> Product:
             "leave adapter out, or run 01 with folds: 1.",
         )
     best = best_of(settings.adapter, run) if settings.adapter.startswith(BEST_OF) else None
-    given = best.given if best else resolve_adapter(settings.adapter)
+    given = best.given if best else base_model.resolve_adapter(settings.adapter)
     return run.produce(
         "adapter",
         lambda draft: _adopt(given, run, draft, best),
@@ -236,8 +228,8 @@ def adopt(settings: Settings, run: Run) -> Product:
 
 def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None) -> None:
     """Check and copy; `best`: how it was chosen among runs, None for one that was simply given."""
-    base = base_of(run)
-    refuse_other_weights(given.path, base)
+    base = base_model.base_of(run)
+    base_model.refuse_other_weights(given.path, base)
     shape, own = check_fit(given.path, base.path), differences(given.path, run.require("data").path / "tokenizer")
     if "vocabulary" in own:
         raise InputError(
@@ -297,12 +289,14 @@ def trained_as(folder: Path) -> tuple[str, str]:
 
 def _given_notes(given: GivenAdapter, base: Base) -> list[str]:
     notes = [
-        f"nothing was trained in this run: the adapter ({called(given.id)}) was adopted, "
+        f"nothing was trained in this run: the adapter ({base_model.called(given.id)}) was adopted, "
         "and whether it has seen the test rows is not known"
     ]
-    if named := named_otherwise(given.path, base.id, str(base.path)):
-        notes.append(f"the adopted adapter names {named} as its base model; here it is put on {called(base.id)}")
-    elif found := other_revision(given.path, base.revision):
+    if named := base_model.named_otherwise(given.path, base.id, str(base.path)):
+        notes.append(
+            f"the adopted adapter names {named} as its base model; here it is put on {base_model.called(base.id)}"
+        )
+    elif found := base_model.other_revision(given.path, base.revision):
         notes.append(f"the adopted adapter was trained on {found} of its base; here it is put on {base.revision}")
     return notes
 
