@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.cli.console import show, table
 from lib.errors import InputError
-from lib.runs.files import user_path, utf8
+from lib.progress import say
+from lib.runs.files import read_json, read_jsonl, user_path, utf8, writable, write_json
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
@@ -53,8 +56,6 @@ class RowOptions:
 
         values: dict[str, Any] = {}
         if self.run_name is not None:
-            from lib.runs.files import read_json
-
             values = read_json(self._product().path / "task.json")
             if "task" in values:
                 return self._conversation(values)
@@ -70,8 +71,6 @@ class RowOptions:
         if self.data is not None:
             rows, source = self._file_rows(self.data, task)
         elif self.run_name is not None:
-            from lib.runs.files import read_jsonl
-
             if columns := ", ".join(f"--{name.replace('_', '-')}" for name in self._columns):
                 raise InputError(f"{columns} without --data.", "a table with columns.", f"leave out {columns}.")
 
@@ -82,8 +81,6 @@ class RowOptions:
         else:
             raise InputError("neither --data nor --run.", "labelled rows.", "give --data FILE, or --run NAME.")
         if 0 < self.max_samples < len(rows):
-            import random
-
             chosen = sorted(random.Random(SEED).sample(range(len(rows)), self.max_samples))
             rows, source["sample_seed"] = [rows[i] for i in chosen], SEED
         return rows, source
@@ -96,8 +93,6 @@ class RowOptions:
 
     def _check_label_names(self, own: list[str]) -> None:
         """The rows of --run hold numbers: other words for them are said, the same in another order are refused."""
-        from lib.progress import say
-
         given = self.given.get("label_names", own)
         if self.data is not None or given == own:
             return
@@ -125,7 +120,6 @@ class RowOptions:
 
     def _file_rows(self, data: str, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of --data; what is left out of them is said."""
-        from lib.progress import say
         from lib.stages.data.stage import rows_from_file
 
         rows, counts = rows_from_file(data, list(task.label_names), self.text_column, self.label_column)
@@ -140,8 +134,6 @@ class RowOptions:
 
     def _audited(self, rows: list[dict[str, Any]]) -> bool:
         """Whether a leak audit was made for these rows, of --run against its own training rows."""
-        from lib.runs.files import read_jsonl
-
         if self.run_name is not None:
             own = {row["id"]: row["text"] for row in read_jsonl(self._product().path / "test.jsonl")}
             if any(own.get(row["id"]) != row["text"] for row in rows):
@@ -163,7 +155,6 @@ def evaluate(
     as_json: bool = False,
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
-    from lib.runs.files import write_json
     from lib.stages.evaluate.results import result_of
     from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 
@@ -239,8 +230,6 @@ def compare(
 
 def _refuse_unwritable(path: Path) -> None:
     """Refuse an output file that cannot be written before hours of work go into it."""
-    from lib.runs.files import writable
-
     if path.is_dir():
         raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
     if path.exists() and path.stat().st_size and not _is_result(path):
@@ -250,8 +239,6 @@ def _refuse_unwritable(path: Path) -> None:
 
 def _is_result(path: Path) -> bool:
     """Whether a file holds what `workbook evaluate --output` wrote."""
-    from lib.runs.files import read_json
-
     with path.open("rb") as file:
         begun = file.read(13) == b'{\n "data": {\n'
     return begun and "models" in read_json(path)
@@ -309,8 +296,6 @@ def read_text(path: Path, text_column: str = "") -> Text:
 
 
 def _rows(path: Path, text_column: str) -> list[str]:
-    from collections import Counter
-
     from lib.stages.data.cleaning import DamagedError, find_column, safe_text
     from lib.stages.data.reading import read_table
 

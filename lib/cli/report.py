@@ -12,6 +12,7 @@ import typer
 
 from lib.cli.console import show, table, tell
 from lib.errors import InputError
+from lib.runs.files import read_json, reports_folder, writable
 
 if TYPE_CHECKING:
     from lib.settings import Settings
@@ -145,7 +146,6 @@ def select(runs: list[str], output: Path | None = None, as_json: bool = False) -
 def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
     """Compare runs and write model_analysis.json into a folder (default: reports/, whose index then shows it)."""
     from lib.report.index import write_all_index
-    from lib.runs.files import reports_folder, writable
     from lib.select.choice import select, write_analysis
 
     analysis = select(names)
@@ -159,7 +159,6 @@ def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
 def pick(run: str, max_mb: float | None = None, max_loss: float = 1.0, as_json: bool = False) -> None:
     """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
     from lib.report.display import rows_of
-    from lib.runs.files import read_json
     from lib.runs.run import known_run
     from lib.stages.compare.recommend import pick_file
 

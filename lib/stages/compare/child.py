@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.models.weights import open_weights
 from lib.prompts.tasks import Task, texts_of
 from lib.runs.child import peak_memory_mib
+from lib.runs.machine import no_warnings, quiet
 from lib.scoring.backend import Keep, kept_peak_memory_mib, model_hash
 from lib.scoring.generation import torch_feed
 from lib.scoring.llama_backend import LlamaCppBackend
@@ -164,7 +166,6 @@ def _measure_gguf(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
 def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
     """A folder, in transformers."""
     from lib.models.loading import count_weights, load_as_saved, weight_bytes
-    from lib.models.weights import open_weights
     from lib.scoring.torch_backend import TransformersBackend
 
     _use_threads(argument)
@@ -245,8 +246,6 @@ def _load(path: Path, way: str, argument: Mapping[str, Any]) -> PreTrainedModel:
         return load_as_saved(path)
     if way == MERGED_FLOAT32:
         return load_model(path, dtype="float32", device="cpu")
-    from lib.runs.machine import no_warnings, quiet
-
     quiet()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -13,6 +13,7 @@ import numpy as np
 
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
+from lib.models.gguf_tokenizer import tokenizer_from_gguf
 from lib.progress import say
 from lib.prompts.tasks import Task
 from lib.runs.child import run_child
@@ -124,7 +125,7 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
     """
     _check(asked)
     writable(asked.output)
-    tokenizer = asked.tokenizer or _tokenizer_in(asked.reference)
+    tokenizer = asked.tokenizer or tokenizer_from_gguf(asked.reference)
     encoded = encode_rows(tokenizer, asked.task, asked.rows, asked.n_ctx, asked.perplexity_tokens)
     metric, groups = metric_of(asked.task), RowGroups.of(asked.rows)
     shared = encoded.argument(asked.n_threads or physical_cores(), asked.n_gpu_layers)
@@ -378,9 +379,3 @@ def _check(asked: Comparison) -> None:
         if path.resolve() in seen:
             raise InputError(f"{path} is named twice.", "each file once.", "remove one of the two.")
         seen.add(path.resolve())
-
-
-def _tokenizer_in(reference: Path) -> PreTrainedTokenizerBase:
-    from lib.models.gguf_tokenizer import tokenizer_from_gguf
-
-    return tokenizer_from_gguf(reference)

@@ -18,6 +18,7 @@ from lib.runs.machine import physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.backend import found_done
 from lib.scoring.generation import Questions, Written, end_ids, llama_feed, write_all
+from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups, metric_in, metric_of
 from lib.scoring.text_metrics import read_terms
@@ -318,8 +319,6 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
         {"written": fields of a Written, one a prompt; "found": what of them was there, in words}.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
-    from lib.scoring.llama_backend import LlamaCppBackend
-
     prompts, most = argument["prompts"], argument["most"]
     context = max(map(len, prompts)) + most
     path = Path(argument["path"])

@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 
 from lib.errors import InputError, one_line
-from lib.models.base_model import how_to_get
+from lib.models.base_model import how_to_get, refuse_without_template
 from lib.models.configurations import read_configuration, refuse_other_task
+from lib.models.unpack_source import read_source, transformers_config
 from lib.runs import machine
 from lib.runs.files import user_path
 from lib.runs.machine import no_warnings, quiet
@@ -273,9 +274,6 @@ def _config(name: str) -> Any:
         return model_config(BaseRecipe(), TokenizerRecipe().vocabulary)
     folder = user_path(name)
     if folder.is_file() and folder.suffix.lower() == ".gguf":
-        from lib.models.base_model import refuse_without_template
-        from lib.models.unpack_source import read_source, transformers_config
-
         refuse_without_template(str(folder))
         return transformers_config(read_source(folder).config, folder)
     if name.lower().endswith(".gguf"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from scipy.special import log_softmax
 
 from lib.prompts.conversations import escape
 from lib.prompts.templates import ROLES, Turns, end_of_turn_id
@@ -268,8 +269,6 @@ def answer(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]) -> float:
     """Log-probability of a label, one sequence at a time as programs do: batches of many round otherwise."""
-    from scipy.special import log_softmax
-
     feed, given, total = llama_feed(backend), list(prompt), 0.0
     for token in label:
         total += float(log_softmax(feed(given))[token])
@@ -278,8 +277,6 @@ def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]
 
 
 def _greedy(backend: LlamaCppBackend, prompt: Sequence[int], most: int, ends: Sequence[int]) -> dict[str, Any]:
-    from scipy.special import log_softmax
-
     feed, found = llama_feed(backend), []
 
     def remember(ids: Sequence[int]) -> np.ndarray:
