@@ -59,10 +59,6 @@ class Interval:
         """f"{interval:.2f}" is "0.90 [0.85, 0.93]", or "0.90 (no interval)" where a limit is open."""
         return estimate_text(self.estimate, (self.low, self.high), form)
 
-    def within(self, margin: float) -> bool:
-        """True when the whole interval lies strictly inside ±margin."""
-        return -margin < self.low and self.high < margin
-
     def excludes_zero(self) -> bool:
         """True when both limits lie on the same side of zero."""
         return self.low > 0 or self.high < 0

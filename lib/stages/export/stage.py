@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lib.errors import EXTRAS, InputError
 from lib.models.loading import load_as_saved, load_tokenizer, weight_bytes
@@ -69,8 +68,7 @@ class Format:
         return f"{self.made_by} {self.version()}" if self.made_by else "transformers"
 
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
-FORMATS = {name: Format(name, **values) for name, values in _TABLE.items()}
+FORMATS = {name: Format(name, **values) for name, values in files.data_file("stages/export/formats.yaml").items()}
 """The formats by name, in the order of the pages."""
 
 SUMMARY = "exports.json"

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,14 +29,14 @@ from transformers.trainer_callback import PrinterCallback
 from lib.errors import Terminated, on_signals
 from lib.progress import Progress
 from lib.prompts.conversations import Encoded
-from lib.runs.files import writing
+from lib.runs.files import data_file, writing
 from lib.runs.machine import torch_device
 from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
 
-_ALWAYS = yaml.safe_load(Path(__file__).with_name("training_arguments.yaml").read_text(encoding="utf-8"))
+_ALWAYS = data_file("stages/finetune/training_arguments.yaml")
 """Arguments that do not depend on settings."""
 
 

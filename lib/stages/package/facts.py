@@ -11,13 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.unpack import plain_name
 from lib.prompts.tasks import Task
-from lib.runs.files import read_json, sha256_file
+from lib.runs.files import data_file, read_json, sha256_file
 from lib.runs.run import Run
 from lib.statistics.losses import retention_warning
 
@@ -106,7 +104,7 @@ def _source(run: Run, name: str) -> Path:
 
 # What is known of the licences of base model and data, and what is not.
 
-BASES = yaml.safe_load(Path(__file__).with_name("licences.yaml").read_text(encoding="utf-8"))
+BASES = data_file("stages/package/licences.yaml")
 _OWN = "MIT (the quantization workbook's own)"
 
 
@@ -189,12 +187,10 @@ TOLERANCE, TOLERANCE_SHARE = 0.2, 0.1
 value. Kernels round the quantized products differently, and unlikely tokens feel it most: on SmolLM2-135M in Q4_0
 other kernels of one processor move a label's log-probability by 0.31, its margin by 0.33, likely tokens by 0.09."""
 
-_SENTENCES = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text(encoding="utf-8"))
-
 
 def sentences_for(task: Task) -> list[str]:
     """The project's own sentences: a package holds no row of anybody's data."""
-    return _SENTENCES["reviews" if task.label_names else "questions"]
+    return data_file("stages/package/sentences.yaml")["reviews" if task.label_names else "questions"]
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.errors import InputError
 from lib.models.gguf_file import check_gguf
 from lib.progress import Progress
 from lib.runs.child import StoppedError, run_child
-from lib.runs.files import atomic_path, require_space, writable
+from lib.runs.files import atomic_path, data_file, require_space, writable
 from lib.runs.machine import available_memory, llama_cpp_problem, physical_cores
 from lib.runs.run import Product
 from lib.settings import TENSOR_TYPES
@@ -30,7 +28,7 @@ from lib.settings import TENSOR_TYPES
 # A recipe is a mix: it decides a type for every tensor, so a file's real bits per weight differ from its name. K- and
 # IQ-types store super-blocks of 256 weights; rows of another length fall back to a type with blocks of 32.
 
-TABLES = yaml.safe_load(Path(__file__).with_name("recipes.yaml").read_text(encoding="utf-8"))
+TABLES = data_file("stages/quantize/recipes.yaml")
 
 FILE_TYPES: dict[str, int] = TABLES["file_types"]
 """Every recipe that llama.cpp (as pinned) can write, with its `general.file_type`."""

@@ -62,7 +62,8 @@ def quantize(argument: dict[str, Any]) -> dict[str, Any]:
                 progress.advance()
 
         log = Log(count)
-        _llama_quantize(source.path, output, recipe, source.options, source.matrix, log, nthread=argument["n_threads"])
+        threads = argument["n_threads"]
+        _llama_quantize(source.header.path, output, recipe, source.options, source.matrix, log, nthread=threads)
     seconds, memory = time.monotonic() - started, peak_memory_mib()
     # every tensor is checked; no copy of the weights in the processor's own layout: nothing is computed here
     llama_cpp.llama_model_free(open_model(output, 0, check_tensors=True, use_extra_bufts=False))
@@ -215,10 +216,6 @@ class Source:
     matrix: Imatrix | None
 
     @property
-    def path(self) -> Path:
-        return self.header.path
-
-    @property
     def tensors(self) -> Tensors:
         return self.header.tensors
 
@@ -232,8 +229,8 @@ class Source:
         Raises:
             InputError: llama.cpp refused; with the reason that it logged.
         """
-        log, output, options = Log(), self.path.with_suffix(".dry"), self.options if options is None else options
-        _llama_quantize(self.path, output, recipe, options, self.matrix, log, nthread=1, dry_run=True)
+        log, output, options = Log(), self.header.path.with_suffix(".dry"), self.options if options is None else options
+        _llama_quantize(self.header.path, output, recipe, options, self.matrix, log, nthread=1, dry_run=True)
         return log
 
     def predict(self, recipe: str) -> dict[str, Any]:

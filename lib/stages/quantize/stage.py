@@ -200,8 +200,7 @@ def tensor_errors(settings: Settings, run: Run, result: QuantizeResult) -> Tenso
 
     def content(work: ProductDraft) -> dict[str, Any]:
         argument = {"source": run_gguf(run), "files": _paths(result)}
-        function = "lib.stages.quantize.compare_weights:compare_with_source"
-        files = run_child(function, argument, "errors of single tensors")["files"]
+        files = _compared("compare_with_source", argument, "errors of single tensors")["files"]
         worst = {name: max(row["relative_rmse"] for row in rows) for name, rows in files.items() if rows}
         work.metrics |= {name: round(value, 5) for name, value in worst.items()}
         return {"files": files}
@@ -209,6 +208,12 @@ def tensor_errors(settings: Settings, run: Run, result: QuantizeResult) -> Tenso
     parameters = {"types": [file.type for file in result.files]}
     product, found = run.produce_json("tensor_errors", content, parameters, ("gguf", "quantized"), settings.force)
     return TensorErrors(product, found["files"])
+
+
+def _compared(function: str, argument: dict[str, Any], what: str) -> dict[str, Any]:
+    """What a function of `lib.stages.quantize.compare_weights` finds, in a process of its own."""
+    found = run_child(f"lib.stages.quantize.compare_weights:{function}", argument, what)
+    return {key: value for key, value in found.items() if key != "peak_memory_mib"}
 
 
 def _paths(result: QuantizeResult) -> dict[str, Path]:
@@ -347,10 +352,8 @@ def source_grid(settings: Settings, run: Run, force: bool | None = None) -> Sour
         return SourceGrid(None, reason=reason)
 
     def measure(work: ProductDraft, base: Path) -> dict[str, Any]:
-        function = "lib.stages.quantize.compare_weights:measure_grid"
         argument = {"base": base, "source": source, "imatrix": matrix}
-        found = run_child(function, argument, "grid of the base's weights")
-        del found["peak_memory_mib"]
+        found = _compared("measure_grid", argument, "grid of the base's weights")
         grid = _grid(None, found)
         work.notes += [words] if (words := stamp(grid)) else []
         work.metrics |= {kind: round(share, 4) for kind, share in grid.types.items()}
@@ -381,9 +384,7 @@ def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention
 
     def measure(work: ProductDraft, base: Path) -> dict[str, Any]:
         argument = {"base": base, "source": run_gguf(run), "files": _paths(result)}
-        function = "lib.stages.quantize.compare_weights:compare_with_base"
-        found = run_child(function, argument, "what is left of the fine-tuning")
-        del found["peak_memory_mib"]
+        found = _compared("compare_with_base", argument, "what is left of the fine-tuning")
         shares = {file.file: grid.share(file.histogram) for file in result.files}
         shares |= {NF4: found["in_blocks"]} if NF4 in grid.types else {}
         kept = Retention(None, found["files"])

@@ -54,7 +54,7 @@ def possible_types(source: Source) -> dict[str, dict[str, int]]:
         if fitting:
             found[name] = {kind: padded(tensor.as_type(kind).bytes) for kind in fitting}
     if not found:
-        what = f"no tensor of {source.path.name} has rows that fill blocks of 32 weights."
+        what = f"no tensor of {source.header.path.name} has rows that fill blocks of 32 weights."
         raise InputError(what, "a model that can be quantized.", "do without a size budget.")
     return found
 
