@@ -11,6 +11,7 @@ import numpy as np
 
 from lib.report.display import figure, rows_of, side_by_side, tell
 from lib.report.sentences import TEMPLATES, sentence
+from lib.runs.files import data_file
 from lib.scoring.metric import metric_in
 from lib.statistics import noninferiority
 
@@ -21,11 +22,7 @@ if TYPE_CHECKING:
 
 # One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
 
-CJK_FONTS = (
-    *("Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "Noto Sans SC", "WenQuanYi Micro Hei"),
-    *("WenQuanYi Zen Hei", "Noto Sans CJK JP", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC"),
-    *("Hiragino Sans GB", "Heiti SC", "Arial Unicode MS"),
-)
+CJK_FONTS = tuple(data_file("report/fonts.yaml"))
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
 """Okabe and Ito's palette, the parts that stay apart for every common kind of colour blindness and in print."""

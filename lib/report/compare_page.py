@@ -19,6 +19,7 @@ from lib.report.display import Entry, Row, Shown, mark_names, say, table, tabled
 from lib.report.evaluate_page import metric_text, moved_metrics
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
+from lib.runs.files import data_file
 from lib.scoring.accuracy import ODDS_LIMIT
 from lib.scoring.metric import ACCURACY
 from lib.settings import GRID_SIZABLE
@@ -224,14 +225,7 @@ class AnswerPage(_Page):
         return (tell("written.file_reading", written=written, moved=moved),)
 
 
-SHORT = {
-    "intact": "characters intact ↑",
-    "terms": "terms kept ↑",
-    "think": "think complete ↑",
-    "chrf": "chrF ↑",
-    "stopped": "stopped ↑",
-    "repetition": "repeated ↓",
-}
+SHORT: dict[str, str] = data_file("report/written.yaml")
 """Metrics of written answers in the tables, and their headings."""
 
 

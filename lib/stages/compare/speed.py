@@ -19,10 +19,12 @@ from typing import Any
 
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata, read_tensors
-from lib.runs.files import sha256_file, write_json
+from lib.runs.files import data_file, sha256_file, write_json
 from lib.runs.run import Run
 from lib.scoring.generation import Feed, llama_feed
 from lib.scoring.llama_backend import LlamaCppBackend
+
+_TABLES = data_file("stages/compare/phones.yaml")
 
 # How fast a GGUF file is here: loading, reading a prompt, writing tokens. For child processes only.
 
@@ -159,11 +161,7 @@ class Memory:
         return self.transfers * 1e6 * self.lines / 8
 
 
-MEMORIES = (
-    Memory("LPDDR4X-4266, 2 × 16 bit", 4266, 32, "JEDEC JESD209-4-1; two channels, usual in low-priced phones"),
-    Memory("LPDDR5-6400, 4 × 16 bit", 6400, 64, "JEDEC JESD209-5; four channels"),
-    Memory("Snapdragon 8 Gen 3, LPDDR5X at 4800 MHz", 9600, 64, "Qualcomm's specification; four channels of 16 bit"),
-)
+MEMORIES = tuple(Memory(**entry) for entry in _TABLES["memories"])
 
 
 def read_bytes(path: Path, tensor_bytes: int) -> int:
@@ -279,36 +277,14 @@ def _is_text(value: Any) -> bool:
     )
 
 
-_COUNT, _MAYBE = f"a whole number from 0 to {LARGEST}", f"a number from 0 to {LARGEST}, or null"
-_NUMBERS, _FLAG = f"a list of numbers from 0 to {LARGEST}", "true or false"
-_TEXT = f"a text of at most {MOST_TEXT} characters, none of them for control"
 _FITS: dict[str, Callable[[Any], bool]] = {
-    _COUNT: lambda value: isinstance(value, int) and _is_number(value),
-    _MAYBE: lambda value: value is None or _is_number(value),  # null where a browser may not tell
-    _NUMBERS: lambda value: isinstance(value, list) and 0 < len(value) <= _LIST and all(map(_is_number, value)),
-    _FLAG: lambda value: isinstance(value, bool),
-    _TEXT: _is_text,
+    "count": lambda value: isinstance(value, int) and _is_number(value),
+    "maybe": lambda value: value is None or _is_number(value),
+    "numbers": lambda value: isinstance(value, list) and 0 < len(value) <= _LIST and all(map(_is_number, value)),
+    "flag": lambda value: isinstance(value, bool),
+    "text": _is_text,
 }
-"""Kinds of values, in words, and what is of that kind."""
-
-SCHEMA: dict[str, dict[str, str]] = {
-    "device": {"name": _TEXT, "browser": _TEXT, "user_agent": _TEXT, "cores": _MAYBE, "memory_gb": _MAYBE},
-    "runtime": {"wllama": _TEXT, "threads": _COUNT, "isolated": _FLAG, "compat": _FLAG},
-    "load": {"seconds": _NUMBERS},
-    "prompt": {"tokens": _COUNT, "tokens_per_second": _NUMBERS},
-    "generation": {"tokens": _COUNT, "tokens_per_second": _NUMBERS},
-    "checks": dict.fromkeys(("n", "exact", "tokens", "same_tokens", "prompts_as_stored"), _COUNT),
-    "rows": {"n": _COUNT, "agree": _COUNT, "largest_gap_nats": _MAYBE, "source": _TEXT},
-}
-"""{section: {key: kind}} of a result, beside "format", "file", "sha256", "run" and "measured"."""
-
-_PARTS = (
-    ("checks", "exact", "n"),
-    ("checks", "prompts_as_stored", "n"),
-    ("checks", "same_tokens", "tokens"),
-    ("rows", "agree", "n"),
-)
-"""(section, part, whole): counts of which the first is one part of the second."""
+"""What is of a kind of values (phones.yaml)."""
 
 
 def check_result(content: Any) -> dict[str, Any]:
@@ -323,13 +299,13 @@ def check_result(content: Any) -> dict[str, Any]:
         raise _wrong("sha256", "64 hexadecimal digits")
     result: dict[str, Any] = {"format": 1}
     for key in ("run", "file", "sha256", "measured"):
-        result[key] = _checked(content.get(key), _TEXT, key)
-    for section, kinds in SCHEMA.items():
+        result[key] = _checked(content.get(key), "text", key)
+    for section, kinds in _TABLES["result"].items():
         found = content.get(section)
         if not isinstance(found, Mapping):
             raise _wrong(section, "an object")
         result[section] = {key: _checked(found.get(key), kind, f"{section}.{key}") for key, kind in kinds.items()}
-    for section, part, whole in _PARTS:
+    for section, part, whole in _TABLES["parts"]:
         if result[section][part] > result[section][whole]:
             raise _wrong(f"{section}.{part}", f"at most {section}.{whole}")
     return result
@@ -370,7 +346,7 @@ def save_result(folder: Path, result: Mapping[str, Any]) -> Path:
 
 def _checked(value: Any, kind: str, key: str) -> Any:
     if not _FITS[kind](value):
-        raise _wrong(key, kind)
+        raise _wrong(key, _TABLES["kinds"][kind].format(largest=LARGEST, longest=MOST_TEXT))
     return value
 
 

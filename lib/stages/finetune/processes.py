@@ -23,15 +23,12 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, Terminated
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs import child, machine
-from lib.runs.files import read_json, write_json
+from lib.runs.files import data_file, read_json, write_json
 from lib.runs.machine import peak_memory
 
 if TYPE_CHECKING:
     from lib.runs.run import Product, Run
     from lib.stages.finetune.session import TrainingInputs
-
-GRACE = 5
-"""Seconds that the other processes get to end by themselves when one has failed."""
 
 INPUTS, STOP, ANSWER = "inputs.pickle", "stop", "answer-{rank}.json"
 """Files in the folder where the processes meet: what to train, the request to stop, what each one answers."""
@@ -106,18 +103,7 @@ def launch(argument: dict[str, Any]) -> dict[str, Any]:
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.physical_cores() // size)))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=size,
-        run_id="workbook",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        signals_to_handle="SIGQUIT",
-        shutdown_timeout=GRACE,
-    )
+    config = LaunchConfig(nproc_per_node=size, **data_file("stages/finetune/launch.yaml"))
     failed = None
     try:
         elastic_launch(config, train_share)(meeting, inputs, os.getpid())

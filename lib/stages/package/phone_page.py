@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError
-from lib.runs.files import PROJECT, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
+from lib.runs.files import PROJECT, data_file, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
 from lib.stages.package.documents import CHECKED_TOKENS, PackedModel
 
@@ -128,13 +128,7 @@ LARGEST_PART = 500_000_000
 
 _PAGE = Path(__file__).with_name("web")
 _VERSION = "wllama/package.json"
-_FILES = {
-    "wllama/esm/index.min.js": "index.min.js",
-    "wllama/esm/wasm/wllama.wasm": "wllama.wasm",
-    "wllama/LICENCE": "LICENCE",
-    "wllama-compat/wasm/wllama.js": "compat.js",
-    "wllama-compat/wasm/wllama.wasm": "compat.wasm",
-}
+_FILES: dict[str, str] = data_file("stages/package/wllama.yaml")
 """Files of the npm packages @wllama/wllama and @wllama/wllama-compat, and their names in web/wllama/."""
 
 
