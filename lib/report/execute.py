@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from lib.runs import child
-from lib.runs.files import HOME_VARIABLE, PROJECT, home, read_json, write_json
+from lib.runs.files import HOME_VARIABLE, PROJECT, data_file, home, read_json, write_json
 
 # The process that executes one notebook: ``python -m lib.report.execute REQUEST.json``.
 #
@@ -32,9 +32,6 @@ OK, RAISED, DIED, BROKEN, TERMINATED = 0, 1, 3, 4, 128 + signal.SIGTERM
 PATIENCE = 25.0
 """Seconds that an interrupted kernel gets to leave its stage tidily (a training: with a checkpoint) before it is ended;
 Slurm kills 30 seconds after SIGTERM."""
-
-KERNEL = "python3"
-"""Name of the kernel: the same as in the notebooks, so that an executed copy opens anywhere."""
 
 COMMAND = [
     *(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"),
@@ -118,13 +115,9 @@ def main(request_file: str) -> int:
             request["notebook"],
             request["output"],
             parameters=request["parameters"],
-            kernel_name=KERNEL,
             cwd=str(PROJECT),
-            progress_bar=False,
-            log_output=False,
-            start_timeout=120,
-            autosave_cell_every=5,
             kernel_manager_class=_recording_manager(),
+            **data_file("report/execution.yaml")["papermill"],
         )
     except PapermillExecutionError:
         return TERMINATED if _ending.is_set() else RAISED
@@ -152,18 +145,10 @@ class Ended:
     seconds: float
 
 
-_QUIET = {
-    "PYTHONHASHSEED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
-"""Environment of a notebook, beside that of every process of this project."""
-
-
 def _environment(progress_file: Path) -> dict[str, str]:
     """Of a notebook; a relative home is the current folder's, and the kernel starts in another."""
-    environment = child.environment(progress_file) | _QUIET | {HOME_VARIABLE: str(home())}
+    environment = child.environment(progress_file) | data_file("report/execution.yaml")["environment"]
+    environment[HOME_VARIABLE] = str(home())
     environment.pop("MPLBACKEND", None)
     return environment
 
