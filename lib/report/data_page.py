@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from lib.report import charts, display
 from lib.report.display import Row, Shown, tell
@@ -38,16 +38,11 @@ def page_of(result: DataResult) -> LabelPage | ConversationPage:
 
 
 class DataPage:
-    """What both kinds of rows have in common; the kinds name the captions in which they differ."""
-
-    copied: ClassVar[str]
-    """What is counted as copies."""
-    lengths_of: ClassVar[str]
-    """What the table of lengths shows."""
-    example_sentence: ClassVar[str]
+    """What both kinds of rows have in common; some of its sentences differ between them."""
 
     def __init__(self, result: DataResult) -> None:
         self.result, self.task, self.facts = result, result.task, result.product.entry.facts
+        self.labelled = bool(result.task.label_names)
 
     @property
     def leaked(self) -> list[bool]:
@@ -78,15 +73,13 @@ class DataPage:
 
     def characters(self) -> HTML:
         """Kinds of characters that deserve a look."""
-        caption = "Characters of the used rows that deserve a look (rows a split; code points in ⟨⟩)."
-        return display.table(text_findings(self.result.text_audit), caption)
+        return display.table(text_findings(self.result.text_audit), sentence("data.odd_characters"))
 
     def scripts(self) -> HTML:
         """Simplified and traditional rows of each split."""
         lines = self.result.text_audit.get("scripts", [{"split": _OLD}])
         rows = [{("traditional forms" if "share" in key else key): v for key, v in line.items()} for line in lines]
-        caption = "Rows by script; share of traditional among all telling forms."
-        return display.table(rows, caption, {"traditional forms": ".3%"})
+        return display.table(rows, sentence("data.scripts"), {"traditional forms": ".3%"})
 
     def reading(self) -> Markdown:
         """What the audit of the characters says."""
@@ -97,13 +90,16 @@ class DataPage:
 
     def copies(self) -> HTML:
         """Duplicates."""
-        caption = f"{self.copied} within each split and over all splits, as read."
-        return display.table(self.result.duplicates, caption)
+        return display.table(self.result.duplicates, sentence("data.copies", labelled=self.labelled))
 
     def overlaps(self) -> HTML:
         """Leaks between splits."""
-        caption = "Rows of one split that are copies of another split's rows, as read."
-        return display.table(self.result.overlaps, caption)
+        return display.table(self.result.overlaps, sentence("data.overlaps"))
+
+    def leaks(self) -> Markdown:
+        """How many test rows are leaked."""
+        values = {"labelled": self.labelled, "rule": self.result.split_rule}
+        return tell("data.leaks", leaked=sum(self.leaked), rows=len(self.leaked), **values)
 
     def leak_examples(self) -> HTML:
         """Leaked rows as text."""
@@ -117,7 +113,7 @@ class DataPage:
     def example(self) -> HTML:
         """One row as token pieces."""
         pieces = self.result.example["pieces"]
-        told = sentence(self.example_sentence, example=self.result.example, prompt_hash=self.facts["prompt_hash"])
+        told = sentence("data.example", example=self.result.example, prompt_hash=self.facts["prompt_hash"])
         return display.tokens([piece["text"] for piece in pieces], [piece["loss"] for piece in pieces], told)
 
     def length_table(self) -> HTML:
@@ -126,7 +122,7 @@ class DataPage:
             {(f"{key[1:]} %" if key.startswith("p") else key): value for key, value in line.items()}
             for line in self.result.length_table
         ]
-        return display.table(rows, f"Tokens a row: percentiles, {self.lengths_of}.", {"truncated share": ".2%"})
+        return display.table(rows, sentence("data.lengths", labelled=self.labelled), {"truncated share": ".2%"})
 
     def _totals(self) -> dict[str, int]:
         """For the conclusions: the longest row, rows that are cut, and the limit."""
@@ -141,25 +137,16 @@ class DataPage:
 class LabelPage(DataPage):
     """Texts with labels."""
 
-    copied = "Copies and conflicting labels"
-    lengths_of = "and rows whose text is cut at its end"
-    example_sentence = "data.label_example"
-
     def shape(self) -> HTML:
         """Rows of each label."""
         names = self.task.label_names
         counts = {line["split"]: [line[name] for name in names] for line in self.result.balance}
         return charts.label_balance(counts, names)
 
-    def leaks(self) -> Markdown:
-        """How many test rows are leaked."""
-        return tell("data.label_leaks", leaked=sum(self.leaked), rows=len(self.leaked))
-
     def conflicts(self) -> HTML:
         """Texts that carry both labels."""
         found = self.result.conflict_examples or [{"text": "no conflicting text"}]
-        caption = "Examples of texts that carry both labels: at best one of the two can be right."
-        return display.texts(found, caption)
+        return display.texts(found, sentence("data.conflicts"))
 
     def floor(self) -> HTML:
         """The linear floor."""
@@ -209,20 +196,9 @@ def _rows_needed(margin: float) -> dict[str, str]:
 class ConversationPage(DataPage):
     """Conversations."""
 
-    copied = "Copies of openings and of whole rows"
-    lengths_of = (
-        "rows that lose whole turns at their end, rows left out as too long, and answers that are learned or only read"
-    )
-    example_sentence = "data.answer_example"
-
     def shape(self) -> HTML:
         """Rows and turns."""
         return display.table(self.result.balance, "Rows and turns (without the system's) of each split.")
-
-    def leaks(self) -> Markdown:
-        """How many test rows are leaked."""
-        rule = self.result.split_rule
-        return tell("data.answer_leaks", leaked=sum(self.leaked), rows=len(self.leaked), rule=rule)
 
     def conflicts(self) -> Markdown:
         """There are none."""

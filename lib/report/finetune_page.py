@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.progress import show_live, shown_live
-from lib.report import charts
-from lib.report.display import card as card_of
+from lib.report import charts, display
 from lib.report.display import figure, table, tell
 from lib.report.sentences import sentence, word_rows
 from lib.runs.machine import physical_cores, whole_lines
@@ -109,10 +108,10 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
 def card(result: FinetuneResult) -> HTML:
     """What the adapter is and how it came about."""
     if result.adopted:
-        return card_of("finetune.adopted_card", result=result, given={"trained_on": "", **result.adopted})
+        return display.card("finetune.adopted_card", result=result, given={"trained_on": "", **result.adopted})
     entry = result.product.entry
     processes = entry.parameters["num_processes"]
-    return card_of("finetune.trained_card", result=result, device=entry.device, processes=processes)
+    return display.card("finetune.trained_card", result=result, device=entry.device, processes=processes)
 
 
 def memory(result: FinetuneResult) -> HTML | Markdown:
