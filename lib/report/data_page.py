@@ -40,9 +40,10 @@ def page_of(result: DataResult) -> LabelPage | ConversationPage:
 class DataPage:
     """What both kinds of rows have in common; some of its sentences differ between them."""
 
+    labelled = False
+
     def __init__(self, result: DataResult) -> None:
         self.result, self.task, self.facts = result, result.task, result.product.entry.facts
-        self.labelled = bool(result.task.label_names)
 
     @property
     def leaked(self) -> list[bool]:
@@ -136,6 +137,8 @@ class DataPage:
 
 class LabelPage(DataPage):
     """Texts with labels."""
+
+    labelled = True
 
     def shape(self) -> HTML:
         """Rows of each label."""
