@@ -17,7 +17,7 @@ import numpy as np
 from lib.errors import InputError
 from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
-from lib.runs.files import link_or_copy, read_json, remove_abandoned, sha256_file, write_json
+from lib.runs.files import link_or_copy, read_json, remove_abandoned, render, sha256_file, write_json
 from lib.runs.manifest import versions
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import GRID_SIZABLE, NF4, Settings
@@ -143,15 +143,12 @@ def _finished(run: Run, work: ProductDraft, identity: dict[str, Any]) -> dict[st
 def _fallback_note(rows: list[dict[str, Any]]) -> list[str]:
     """One sentence for every page when type names promise more than the files hold."""
     affected = [row for row in rows if row["fallbacks"]]
-    if not affected:
-        return []
-    columns = sorted({fallback["columns"] for row in affected for fallback in row["fallbacks"]})
-    listed = ", ".join(f"{row['type']} ({row['bits_per_weight']:.2f} bits per weight)" for row in affected)
-    widths = " and ".join(str(width) for width in columns)
-    return [
-        f"type names mislead for this model: rows of {widths} weights do not fill blocks of 256, so llama.cpp stored "
-        f"some tensors of {listed} in larger types than the names say"
-    ]
+    return [_note("fallbacks", affected=affected)] if affected else []
+
+
+def _note(asked: str, **values: Any) -> str:
+    """A note of notes.j2 on one line; empty where it has nothing to say."""
+    return " ".join(render(Path(__file__).with_name("notes.j2"), asked=asked, **values).split())
 
 
 # What is told by the weights alone; what the answers keep is measured in 07.
@@ -293,18 +290,7 @@ class SourceGrid:
 
 def stamp(grid: SourceGrid) -> str:
     """What every page of the run must say; empty for weights on no grid."""
-    if grid.types:
-        kinds = ", ".join(f"{kind} ({100 * share:.0f} %)" for kind, share in grid.types.items())
-        return (
-            f"the base's weights lie on the grid of {next(iter(grid.types))} (blocks of 32 that a type gives back: "
-            f"{kinds}): files with those types can round the fine-tuning away, and types cannot be compared fairly"
-        )
-    if grid.distinct is not None and grid.distinct < FEW_VALUES:
-        return (
-            f"the base's weights seem to come from a quantized file ({grid.distinct:.1f} different values in a block "
-            "of 32), though none of the types tried gives them back"
-        )
-    return ""
+    return _note("grid", grid=grid, few=FEW_VALUES)
 
 
 @dataclass(frozen=True)
@@ -434,10 +420,5 @@ def _rounded_start(run: Run) -> str:
     others. Those weights are stored nowhere, and from the base's own they differ by the rounding to NF4 too, which
     would pass for fine-tuning."""
     merged = run.manifest.entries().get("merged")
-    if merged is None or merged.facts.get("merge_base") != "dequantized":
-        return ""
-    return (
-        "The adapter was merged into weights that had been rounded to NF4 (`merge_base: dequantized`), which are not "
-        "kept, so what fine-tuning changed cannot be told from that rounding. They lie on the grid of NF4: the export "
-        "`nf4` can round the fine-tuning away."
-    )
+    rounded = merged is not None and merged.facts.get("merge_base") == "dequantized"
+    return _note("rounded") if rounded else ""
