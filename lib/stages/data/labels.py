@@ -4,15 +4,30 @@ table keeps them, and how they are asked. No question is asked without them."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lib.errors import InputError
+from lib.runs.files import read_json, utf8
 from lib.settings import folded
-from lib.stages.data.data_files import NAMES, DamagedError, Rows, alone
+from lib.stages.data.data_files import (
+    LABEL,
+    NAMES,
+    DamagedError,
+    Rows,
+    add_classes,
+    alone,
+    class_names,
+    classes_of,
+    says_classes,
+)
 
 Read = Callable[[Any], int | None]
 
@@ -221,3 +236,77 @@ def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -
         return text
     changed["changed: options joined to their question, one a line"] += 1
     return "\n".join([text.rstrip(), *(f"{letter}. {said}" for letter, said in options.items())])
+
+
+# What stands beside the data and names the classes.
+
+
+def card_of(folder: Path) -> dict[str, Any] | None:
+    """The head of a repository's README.md; empty where there is none, None where it cannot be read."""
+    card = next(iter(sorted(folder.glob("[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]"))), None)
+    text = card.read_text(encoding="utf-8-sig", errors="replace") if card is not None and card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.S)
+    try:
+        if head and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1])):
+            return None  # aliases of aliases stand for more than any memory holds
+        content = yaml.safe_load(head[1]) if head else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else {}
+
+
+def classes_beside(path: Path, own: Collection[Path] = ()) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Names of classes by column, as a card, dataset_infos.json or a list such as labels.txt says; what says none.
+
+    A card may stand one folder above the data.
+
+    Args:
+        own: the files of the data.
+    """
+    folder = path if path.is_dir() else path.parent
+    found: dict[str, list[str]] = {}
+    unread: Counter[str] = Counter()
+    for place in (folder, folder.parent):
+        if not found:
+            card = card_of(place)
+            unread["not used: the head of README.md, which is no YAML (aliases are not read)"] += card is None
+            add_classes(found, classes_of((card or {}).get("dataset_info")))
+            for name in ("dataset_info.json", "dataset_infos.json"):
+                with contextlib.suppress(InputError, OSError):
+                    add_classes(found, classes_of(read_json(place / name)))
+    listing = (f for f in folder.glob("*") if says_classes(f.stem) or f.name.lower() in NAMES["class_files"])
+    for file in sorted(listing):
+        if file.suffix.lower() not in _LISTS or file in (path, *own) or not file.is_file():
+            continue
+        if not (names := _listed(file)):
+            unread[f"not used: the file {file.name[:60]!r} beside the data"] += 1
+        for column, others in list(found.items()):
+            if others != names and sorted(others) == sorted(names):
+                found[column] = []
+        add_classes(found, {LABEL: names} if names else {})
+    return found, unread
+
+
+_LISTS = (".txt", ".json", ".csv", ".tsv")
+_PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]{1,9}(.{1,99})|(.{1,99}?)[\s,;:=]{1,9}['"]?(\d+)['"]?""")
+"""A line with a class and its number."""
+
+
+def _listed(file: Path) -> list[str]:
+    """The names of classes that a file lists, one a line, with their numbers or in order, or as JSON."""
+    with contextlib.suppress(InputError, OSError):
+        if file.stat().st_size > 1 << 20:
+            return []
+        if file.suffix.lower() == ".json":
+            said = read_json(file)
+            inner = [part for key, part in said.items() if says_classes(key)] if isinstance(said, dict) else []
+            return next((names for part in (said, *inner) if (names := class_names(part))), [])
+        text = utf8(file, file.read_bytes()).lstrip("\ufeff")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
+        numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
+        if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
+            return numbered
+        if file.suffix.lower() == ".txt" and not any(line.isdecimal() for line in lines):  # not one a row
+            return class_names(lines)
+    return []

@@ -5,44 +5,26 @@ Data sets of the hub and of ModelScope are plain files, read like local ones; sc
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.errors import InputError
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
 from lib.models.base_model import called, fallback_note, first_available
-from lib.runs.files import read_json, sha256_file, sha256_json, user_path, utf8
+from lib.runs.files import sha256_file, sha256_json, user_path
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-from lib.stages.data.data_files import (
-    FORMATS,
-    LABEL,
-    NAMES,
-    Rows,
-    add_classes,
-    by_name,
-    class_names,
-    classes_of,
-    data_files,
-    named_classes,
-    read_file,
-    says_classes,
-)
+from lib.stages.data.data_files import FORMATS, NAMES, Rows, by_name, data_files, named_classes, read_file
+from lib.stages.data.labels import card_of, classes_beside
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = by_name("splits")
-SPLIT_COLUMNS = dict.fromkeys(NAMES["split_columns"], SPLIT_OF_NAME) | NAMES["split_flags"]
-"""Column -> what its values mean."""
-
 HOTELS = "ChnSentiCorp_htl_all"
 """Shares its name with ChnSentiCorp (9,600 / 1,200 / 1,200 reviews of hotels, laptops and books) and 3,094 texts."""
 HOTELS_STAMP = f"the rows are {HOTELS} (7,766 hotel reviews), not ChnSentiCorp: not comparable with results on it"
@@ -121,7 +103,9 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
         )
     splits = {name: _read_files(paths, changes) for name, paths in files.items()}
     if "all" in splits:
-        splits = _own_splits(words, splits["all"], changes)
+        splits = _own_splits(words, splits["all"], changes, label_column)
+    else:
+        _refuse_other_splits(words, splits, label_column)
     classes, unread = classes_beside(path, [file for paths in files.values() for file in paths])
     for rows in splits.values():
         named_classes(rows, classes, changes, label_column)
@@ -132,27 +116,112 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
     return table
 
 
-def _own_splits(words: str, rows: Rows, changes: Counter[str]) -> dict[str, Rows]:
-    """A table by the column that says the split of every row (`split`, `is_test`); all its rows where none does."""
-    for column in rows[0]:
-        meanings = SPLIT_COLUMNS.get(str(column).strip().lower(), {})
-        said = [str(row[column]).strip().lower() for row in rows] if meanings else []
-        splits = {meanings.get(value, "") for value in said}
-        if splits == {""} or len(set(said)) < 2:
-            continue
-        if not {"train"} < splits or "" in splits:
-            have = ", ".join(f"{value!r} ({count} rows)" for value, count in Counter(said).most_common(6))
+def _own_splits(words: str, rows: Rows, changes: Counter[str], label_column: str) -> dict[str, Rows]:
+    """A table by the columns that say the split of every row (`split`, `is_test`); all its rows where none does."""
+    columns, said = _said_splits(words, rows, label_column)
+    if not columns:
+        return {"all": rows}
+    if not {"train"} < set(said):
+        raise _half_said(words, columns[0], rows)
+    changes[f"rows by the splits that the column {', '.join(map(repr, columns))} says"] += len(rows)
+    parts: dict[str, Rows] = {}
+    for split, row in zip(said, rows, strict=True):
+        parts.setdefault(split, []).append({name: cell for name, cell in row.items() if name not in columns})
+    return parts
+
+
+def _refuse_other_splits(words: str, splits: Mapping[str, Rows], label_column: str) -> None:
+    """Refuse training rows in files of other splits and other rows in those of train, as a column of theirs says."""
+    for name, rows in splits.items():
+        columns, said = _said_splits(f"{words}, {name}", rows, label_column)
+        if other := Counter(split for split in said if (split == "train") != (name == "train")):
+            [(split, count)] = other.most_common(1)
             raise InputError(
-                f"{words}: the column {column} says {have}.",
-                f"the split of every row, {', '.join(meanings)}, some of them train.",
-                "correct it, or rename a column that says something else.",
+                f"{words}: {count:,} rows among those of {name} that the column {columns[0]} calls rows of {split}.",
+                "files of splits that hold the rows of one split each.",
+                "put every row into the file of its split, or rename a column that says something else.",
             )
-        changes[f"rows by the splits that the column {column!r} says"] += len(rows)
-        parts: dict[str, Rows] = {}
-        for value, row in zip(said, rows, strict=True):
-            parts.setdefault(meanings[value], []).append({name: cell for name, cell in row.items() if name != column})
-        return parts
-    return {"all": rows}
+
+
+_MOST_VALUES = 50
+"""Different values, at most, of a column that says splits."""
+
+
+def _said_splits(words: str, rows: Rows, label_column: str) -> tuple[list[str], list[str]]:
+    """The columns that say the splits of rows, and the split of every row; nothing where no column does.
+
+    Values decide: a column is followed whatever it is called if its values name several splits. One whose name is that
+    of a split says it with 0 and 1, where it begins with `is`, means the test rows, or does not stand alone: a single
+    `train` may say what is learned.
+
+    Raises:
+        InputError: not every value is understood, or columns contradict one another.
+    """
+    lower = {str(name).strip().lower(): name for name in rows[0]}
+    label = label_column or next((lower[name] for name in NAMES["label_columns"] if name in lower), None)
+    left: dict[str, dict[str, frozenset[str]]] = {}
+    sure = False
+    for column in (name for name in rows[0] if name != label):
+        values: set[str] = set()
+        for row in rows:
+            values.add(_value(row[column]))
+            if len(values) > _MOST_VALUES:
+                break
+        marks, certain = _marked_split(column)
+        if not 1 < len(values) <= _MOST_VALUES:
+            continue
+        if marks and values & _FLAGS.keys():
+            means = {value: {marks} if yes else _ALL - {marks} for value, yes in _FLAGS.items()}
+            sure = sure or certain
+        else:
+            means = {value: {split} for value in values if (split := SPLIT_OF_NAME.get(_NO_WORD.sub("", value)))}
+            several = set().union(*means.values())
+            named = str(column).strip().lower() in NAMES["split_columns"] and bool(means)
+            if not named and (len(several) < 2 or 2 * sum(_value(row[column]) in means for row in rows) <= len(rows)):
+                continue
+            sure = True
+        if not values <= means.keys():
+            raise _half_said(words, column, rows)
+        left[column] = {value: frozenset(splits) for value, splits in means.items()}
+    if not sure and len(left) < 2:
+        return [], []
+    said = [_ALL.intersection(*(means[_value(row[column])] for column, means in left.items())) for row in rows]
+    if frozenset() in said:
+        row = rows[said.index(frozenset())]
+        raise InputError(
+            f"{words}: a row with {', '.join(f'{column} {row[column]}' for column in left)}.",
+            "columns that say one split of every row.",
+            "correct them, or leave out those that are wrong.",
+        )
+    return list(left), [next(name for name in ("train", "test", "validation") if name in splits) for splits in said]
+
+
+_ALL, _FLAGS, _NO_WORD = frozenset(SPLITS), NAMES["flags"], re.compile(r"[\W\d_]+|(?<=.)(set|split|data|样本)$")
+
+
+def _value(cell: Any) -> str:
+    return str(cell).strip().lower()
+
+
+def _marked_split(column: str) -> tuple[str, bool]:
+    """The split whose rows a column of 0 and 1 marks by its name (is_test), and whether it does so alone.
+
+    is_valid may say that a row is in order.
+    """
+    begins, word = re.fullmatch(r"((?:is|in|for|是否|用于)?)(.*)", re.sub(r"[\W_]", "", str(column).lower())).groups()
+    marks = SPLIT_OF_NAME.get(word, "")
+    return marks, marks == "test" or (bool(begins) and word != "valid")
+
+
+def _half_said(words: str, column: str, rows: Rows) -> InputError:
+    have = ", ".join(
+        f"{value!r} ({count} rows)" for value, count in Counter(_value(r[column]) for r in rows).most_common(6)
+    )
+    return InputError(
+        f"{words}: the column {column} says {have}.",
+        "the split of every row (train, validation, test; of is_test 0 and 1), some of them train.",
+        "correct it, or rename a column that says something else.",
+    )
 
 
 def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
@@ -256,81 +325,10 @@ def _split_repository(folder: Path, words: str, changes: Counter[str]) -> dict[s
     """Data files of a repository by split: as its card says, else by the names of files and folders."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     paths = {name: paths[name] for name in sorted(paths) if is_data(name)}
-    found = _by_card(_card(folder) or {}, list(paths), words)
+    found = _by_card(card_of(folder) or {}, list(paths), words)
     if found is None:
         found = _by_name(paths) or ({"all": list(paths)} if len(paths) == 1 else {})
     return _checked(found, paths, words, changes)
-
-
-def _card(folder: Path) -> dict[str, Any] | None:
-    """The head of a repository's README.md; empty where there is none, None where it cannot be read."""
-    card = next(iter(sorted(folder.glob("[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]"))), None)
-    text = card.read_text(encoding="utf-8-sig", errors="replace") if card is not None and card.is_file() else ""
-    head = re.match(r"---\n(.*?)\n---", text, re.S)
-    try:
-        if head and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1])):
-            return None  # aliases of aliases stand for more than any memory holds
-        content = yaml.safe_load(head[1]) if head else {}
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else {}
-
-
-def classes_beside(path: Path, own: Collection[Path] = ()) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Names of classes by column, as a card, dataset_infos.json or a list such as labels.txt says; what says none.
-
-    A card may stand one folder above the data.
-
-    Args:
-        own: the files of the data.
-    """
-    folder = path if path.is_dir() else path.parent
-    found: dict[str, list[str]] = {}
-    unread: Counter[str] = Counter()
-    for place in (folder, folder.parent):
-        if not found:
-            card = _card(place)
-            unread["not used: the head of README.md, which is no YAML (aliases are not read)"] += card is None
-            add_classes(found, classes_of((card or {}).get("dataset_info")))
-            for name in ("dataset_info.json", "dataset_infos.json"):
-                with contextlib.suppress(InputError, OSError):
-                    add_classes(found, classes_of(read_json(place / name)))
-    listing = (f for f in folder.glob("*") if says_classes(f.stem) or f.name.lower() in NAMES["class_files"])
-    for file in sorted(listing):
-        if file.suffix.lower() not in _LISTS or file in (path, *own) or not file.is_file():
-            continue
-        if not (names := _listed(file)):
-            unread[f"not used: the file {file.name[:60]!r} beside the data"] += 1
-        for column, others in list(found.items()):
-            if others != names and sorted(others) == sorted(names):
-                found[column] = []
-        add_classes(found, {LABEL: names} if names else {})
-    return found, unread
-
-
-_LISTS = (".txt", ".json", ".csv", ".tsv")
-_PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]{1,9}(.{1,99})|(.{1,99}?)[\s,;:=]{1,9}['"]?(\d+)['"]?""")
-"""A line with a class and its number."""
-
-
-def _listed(file: Path) -> list[str]:
-    """The names of classes that a file lists, one a line, with their numbers or in order, or as JSON."""
-    with contextlib.suppress(InputError, OSError):
-        if file.stat().st_size > 1 << 20:
-            return []
-        if file.suffix.lower() == ".json":
-            said = read_json(file)
-            inner = [part for key, part in said.items() if says_classes(key)] if isinstance(said, dict) else []
-            return next((names for part in (said, *inner) if (names := class_names(part))), [])
-        text = utf8(file, file.read_bytes()).lstrip("\ufeff")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
-        numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
-        if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
-            return numbered
-        if file.suffix.lower() == ".txt" and not any(line.isdecimal() for line in lines):  # not one a row
-            return class_names(lines)
-    return []
 
 
 def _by_card(card: dict[str, Any], names: list[str], words: str) -> dict[str, list[str]] | None:

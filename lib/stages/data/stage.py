@@ -22,7 +22,8 @@ from lib.stages.data import near_duplicates, sample
 from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split, unlabelled
 from lib.stages.data.data_files import file_fingerprint
 from lib.stages.data.dialogues import Conversations, in_tags_of
-from lib.stages.data.reading import SPLITS, Table, choose_data, classes_beside, read_table
+from lib.stages.data.labels import classes_beside
+from lib.stages.data.reading import SPLITS, Table, choose_data, read_table
 from lib.stages.data.text_audit import audit_texts, token_lengths, worked_example
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -259,25 +260,86 @@ def test_files_that_are_not_read_are_said(home: Path, tmp_path: Path) -> None:
         ("Subset", ["training", "eval"], {"train": 3, "validation": 3}),
         ("is_test", [True, False], {"test": 3, "train": 3}),
         ("is_train", [1, 0], {"test": 3, "train": 3}),
+        ("isTest", ["yes", "no"], {"test": 3, "train": 3}),
+        ("is_validation", [1, 0, 0], {"validation": 2, "train": 4}),
+        ("测试集", [1, 0], {"test": 3, "train": 3}),
+        ("是否训练", ["是", "否"], {"train": 3, "test": 3}),
+        ("type", ["train", "test"], {"train": 3, "test": 3}),
+        ("phase", ["Training set", "TEST-1", "held-out"], {"train": 2, "test": 4}),
+        ("划分", ["训练", "验证", "测试"], {"train": 2, "validation": 2, "test": 2}),
+        ("mode", ["train", "dev", None], None),
+        ("type", ["train", "bus", "ship"], {"all": 6}),
+        ("train", [1, 0], {"all": 6}),
+        ("is_valid", [1, 0], {"all": 6}),
+        ("is_test", [0, 0], {"all": 6}),
+        ("is_test", [0, 1, 2], None),
         ("fold", [1, 2, 3], {"all": 6}),
         ("split", ["train"], {"all": 6}),
         ("set", ["hotel", "book"], {"all": 6}),
     ],
 )
 def test_a_column_that_says_the_splits_is_followed(
-    home: Path, tmp_path: Path, column: str, values: list, rows: dict
+    home: Path, tmp_path: Path, column: str, values: list, rows: dict | None
 ) -> None:
     said = [{"text": str(i), "label": i % 2, column: values[i % len(values)]} for i in range(6)]
     (tmp_path / "a.json").write_text(json.dumps(said))
+    if rows is None:
+        with pytest.raises(InputError, match=f"the column {column} says"):
+            read_table(str(tmp_path / "a.json"))
+        return
     table = read_table(str(tmp_path / "a.json"))
     assert {name: len(split) for name, split in table.splits.items()} == rows
     assert ("all" in rows) == (column in table.splits[next(iter(rows))][0])
     assert bool(table.changes) == ("all" not in rows)
 
 
-@pytest.mark.parametrize("values", [["train", "held-out"], ["train", "test", ""], ["test", "validation"]])
+@pytest.mark.parametrize("values", [["train", "unlabelled"], ["train", "test", ""], ["test", "validation"]])
 def test_a_column_that_says_some_of_the_splits_is_refused(home: Path, tmp_path: Path, values: list) -> None:
     said = [{"text": str(i), "label": 0, "split": values[i % len(values)]} for i in range(6)]
     (tmp_path / "a.json").write_text(json.dumps(said))
     with pytest.raises(InputError, match="the column split says"):
         read_table(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [
+        ({"is_train": [1, 0, 0], "is_validation": [0, 1, 0]}, {"train": 2, "validation": 2, "test": 2}),
+        ({"train": [1, 0, 0], "val": [0, 1, 0], "test": [0, 0, 1]}, {"train": 2, "validation": 2, "test": 2}),
+        ({"split": ["train", "dev", "test"], "is_test": [0, 0, 1]}, {"train": 2, "validation": 2, "test": 2}),
+        ({"split": ["train", "train", "test"], "is_test": [0, 1, 0]}, None),
+        ({"split": ["train", "test", "test"], "subset": ["test", "train", "test"]}, None),
+        (
+            {"is_train": [1, 0, 0], "is_dev": [0, 1, 0], "is_test": [0, 0, 1]},
+            {"train": 2, "validation": 2, "test": 2},
+        ),
+        ({"is_train": [1, 0, 0], "is_dev": [0, 1, 0], "is_test": [1, 0, 0]}, None),
+    ],
+)
+def test_columns_that_say_the_splits_together(tmp_path: Path, columns: dict, rows: dict | None) -> None:
+    said = [{"text": str(i), "label": i % 2, **{c: v[i % 3] for c, v in columns.items()}} for i in range(6)]
+    (tmp_path / "a.json").write_text(json.dumps(said))
+    if rows is None:
+        with pytest.raises(InputError, match="say one split of every row"):
+            read_table(str(tmp_path / "a.json"))
+        return
+    table = read_table(str(tmp_path / "a.json"))
+    assert {name: len(split) for name, split in table.splits.items()} == rows
+    assert table.splits["train"][0].keys() & columns.keys() in (set(), {"is_test"})
+
+
+def test_labels_that_are_called_like_splits_are_labels(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"text": str(i), "class": ["train", "test"][i % 2]} for i in range(4)])
+    )
+    assert list(read_table(str(tmp_path / "a.json")).splits) == ["all"]
+
+
+@pytest.mark.parametrize(("file", "said", "refused"), [("train", "test", True), ("test", "dev", False)])
+def test_rows_of_another_split_than_their_file_are_refused(tmp_path: Path, file: str, said: str, refused: bool) -> None:
+    for name in ("train", "test"):
+        values = [said if name == file and i % 2 else name for i in range(4)]
+        rows = [{"text": str(i), "label": i % 2, "phase": value} for i, value in enumerate(values)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="2 rows among those of") if refused else contextlib.nullcontext():
+        assert list(read_table(str(tmp_path)).splits) == ["train", "test"]
