@@ -155,6 +155,10 @@ MODEL_PATTERNS = (
 """Files of a model that are fetched, from these folders of the repository: never pickles, never code."""
 DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _NO_DATA = ("dataset_infos.json", "requirements.txt", "readme.txt", "license.txt", "labels.txt")
+_TELLS = re.compile(
+    r"readme[^/]*|dataset_infos?\.json|(labels|classes|label_names|data|dataset|meta)\.(txt|ya?ml)", re.I
+)
+"""Files of a data set that may say what its classes are called."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -189,7 +193,7 @@ def choose(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
 def _choose_data(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
     data = [file for file in files if is_data(file.path)]
     if data:
-        return [*data, *(file for file in files if file.path == "README.md")]
+        return [*data, *(file for file in files if _TELLS.fullmatch(file.path) and file not in data)]
     scripts = [file.path for file in files if file.path.endswith(".py")]
     if scripts:
         raise refusal("hub/script-data", SourceError, remote=remote, scripts=scripts)

@@ -32,8 +32,15 @@ NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").re
 _KNOWN = frozenset(
     (*NAMES["text_columns"], *NAMES["label_columns"], *(n for names in NAMES["forms"].values() for n in names))
 )
-_NO_DATA = (*NAMES["class_files"], "dataset_info.json", "dataset_infos.json")
-"""What stands beside data and says something about it."""
+
+
+def tells_of_data(path: Path) -> bool:
+    """Whether a file is called like those beside data that tell of it: README_zh.md, meta.json, 标签说明.txt."""
+    name, stem = path.name.lower(), path.stem.lower()
+    if name in NAMES["class_files"] or stem.endswith("说明"):
+        return True
+    return any(re.fullmatch(rf"{word}[\W_\d]*([a-z]{{2}})?([\W_][a-z]+)?", stem) for word in NAMES["about_files"])
+
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 _HALF = r"\\u[dD][%s][0-9a-fA-F]{2}"
@@ -56,7 +63,7 @@ def file_fingerprint(path: Path) -> str:
 def data_files(folder: Path) -> list[Path]:
     """The files of a folder that the workbook can read, by name."""
     files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(p for p in files if p.suffix.lower() in FORMATS and p.name.lower() not in _NO_DATA)
+    return sorted(p for p in files if p.suffix.lower() in FORMATS and not tells_of_data(p))
 
 
 def read_file(path: Path, changes: Counter[str]) -> Rows:
@@ -149,6 +156,8 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
                 ) from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
+    if len(rows) > 1 and rows[0].keys().isdisjoint(rows[1]) and any(map(says_classes, rows[0])):
+        beside |= rows.pop(0)  # a head, which is no row
     columns = dict.fromkeys(name for row in rows for name in row)
     rows, classes = [columns | row for row in rows], dict[str, list[str]]()
     for key, said in beside.items():
@@ -243,7 +252,12 @@ def alone(value: Any) -> Any:
 
 
 def class_names(said: Any) -> list[str]:
-    """Names of classes in the order of their numbers, of a list, number -> name or name -> number; else none."""
+    """Names of classes in the order of their numbers; else none.
+
+    Of a list of names or of objects with a number and a name, number -> name or name -> number.
+    """
+    if isinstance(said, list) and said and all(isinstance(one, dict) and len(one) == 2 for one in said):
+        said = dict(tuple(one.values()) for one in said if all(isinstance(v, str | int) for v in one.values()))
     if isinstance(said, dict):
         pairs = [(key, name) if str(key).isdecimal() else (name, key) for key, name in said.items()]
         numbered = {str(number): name for number, name in pairs}
@@ -261,7 +275,13 @@ LABEL = ""
 
 def says_classes(name: str) -> bool:
     """Whether a key, or the name of a file, is one of a list of classes (id2label, class_names, labels-zh)."""
-    return not set(NAMES["class_words"]).isdisjoint(re.split(r"[\W_\d]+", name.lower()))
+    return not set(NAMES["class_words"]).isdisjoint(words_of(name))
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name: those between other characters, and Chinese ones that it holds."""
+    inside = [word for word in NAMES["class_words"] if not word.isascii() and word in name]
+    return [*re.split(r"[\W_\d]+", name.lower()), *inside]
 
 
 def add_classes(found: dict[str, list[str]], more: Mapping[str, list[str]]) -> None:

@@ -151,11 +151,11 @@ def _lists(value: dict[str, Any]) -> tuple[Rows, str] | None:
 
 
 def _wrapped(path: Path, value: dict[str, Any], beside: dict[str, Any]) -> tuple[Rows, str] | None:
-    """One list of objects under a key, no object beside it; an object that is itself a row is none."""
+    """One list of objects under a key, no object beside it but numbers of names; an object that is a row is none."""
     lists = {key: part for key, part in value.items() if _objects(part)}
     if not lists or _turns(lists):
         return None
-    if len(lists) == 1 and not any(isinstance(part, dict) for part in value.values()):
+    if len(lists) == 1 and not any(isinstance(part, dict) and not _numbering(part) for part in value.values()):
         key, rows = next(iter(lists.items()))
         beside |= {name: part for name, part in value.items() if name != key}
         return rows, f"rows under the key {key!r}"
@@ -180,6 +180,11 @@ def _objects(value: Any) -> bool:
 
 def _numbers(keys: Mapping[str, Any]) -> bool:
     return all(key.isascii() and key.isdigit() for key in keys)
+
+
+def _numbering(part: Mapping[str, Any]) -> bool:
+    """Whether an object numbers names: id2label, label2id."""
+    return bool(part) and (_numbers(part) or all(type(number) is int for number in part.values()))
 
 
 def _kind(value: Any) -> str:

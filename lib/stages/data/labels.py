@@ -27,6 +27,8 @@ from lib.stages.data.data_files import (
     class_names,
     classes_of,
     says_classes,
+    tells_of_data,
+    words_of,
 )
 
 Read = Callable[[Any], int | None]
@@ -245,68 +247,154 @@ def card_of(folder: Path) -> dict[str, Any] | None:
     """The head of a repository's README.md; empty where there is none, None where it cannot be read."""
     card = next(iter(sorted(folder.glob("[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]"))), None)
     text = card.read_text(encoding="utf-8-sig", errors="replace") if card is not None and card.is_file() else ""
-    head = re.match(r"---\n(.*?)\n---", text, re.S)
+    head = _HEAD.match(text)
+    content = _yaml(head[1]) if head else {}
+    return None if head and content is None else content if isinstance(content, dict) else {}
+
+
+_HEAD = re.compile(r"---\n(.*?)\n---", re.DOTALL)
+
+
+def _yaml(text: str) -> Any:
+    """What YAML says; None where it cannot be read."""
     try:
-        if head and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1])):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             return None  # aliases of aliases stand for more than any memory holds
-        content = yaml.safe_load(head[1]) if head else {}
+        return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
-    return content if isinstance(content, dict) else {}
 
 
-def classes_beside(path: Path, own: Collection[Path] = ()) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Names of classes by column, as a card, dataset_infos.json or a list such as labels.txt says; what says none.
+def classes_beside(
+    path: Path, own: Collection[Path] = (), label_names: Sequence[str] = ()
+) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Names of classes by column, as cards, descriptions and lists beside the data say them; what says none.
 
     A card may stand one folder above the data.
 
     Args:
         own: the files of the data.
+        label_names: of the run, where it has labels that may be numbers: sentences are read that say which each has.
     """
     folder = path if path.is_dir() else path.parent
-    found: dict[str, list[str]] = {}
-    unread: Counter[str] = Counter()
+    read, found, unread = label_reader(label_names), dict[str, list[str]](), Counter[str]()
+
+    def add(more: Mapping[str, list[str]]) -> None:
+        for column, names in more.items():
+            known = [number for name in names if (number := read(name)) is not None]
+            words = [label_names[number] for number in known] if len(set(known)) == len(names) else names
+            for other, others in list(found.items()):
+                if LABEL in (column, other) and others != words and sorted(others) == sorted(words):
+                    found[other] = []
+            add_classes(found, {column: words})
+
     for place in (folder, folder.parent):
         if not found:
             card = card_of(place)
             unread["not used: the head of README.md, which is no YAML (aliases are not read)"] += card is None
-            add_classes(found, classes_of((card or {}).get("dataset_info")))
+            add(classes_of((card or {}).get("dataset_info")))
             for name in ("dataset_info.json", "dataset_infos.json"):
                 with contextlib.suppress(InputError, OSError):
-                    add_classes(found, classes_of(read_json(place / name)))
-    listing = (f for f in folder.glob("*") if says_classes(f.stem) or f.name.lower() in NAMES["class_files"])
-    for file in sorted(listing):
-        if file.suffix.lower() not in _LISTS or file in (path, *own) or not file.is_file():
+                    add(classes_of(read_json(place / name)))
+    for file in sorted(folder.glob("*")):
+        lists, tells = says_classes(file.stem) or file.name.lower() in NAMES["class_files"], tells_of_data(file)
+        if file.suffix.lower() not in _SUFFIXES or file in (path, *own) or not (lists or tells) or not file.is_file():
             continue
-        if not (names := _listed(file)):
-            unread[f"not used: the file {file.name[:60]!r} beside the data"] += 1
-        for column, others in list(found.items()):
-            if others != names and sorted(others) == sorted(names):
-                found[column] = []
-        add_classes(found, {LABEL: names} if names else {})
+        names, says = _told(file, lists, label_names, read)
+        for words in names:
+            add({LABEL: words})
+        if not names and says and (lists or label_names):
+            what = "the file {!r} beside the data" if lists else "what the file {!r} says of labels"
+            unread[f"not used: {what.format(file.name[:60])}"] += 1
     return found, unread
 
 
-_LISTS = (".txt", ".json", ".csv", ".tsv")
+_SUFFIXES = (".txt", ".json", ".csv", ".tsv", ".yaml", ".yml", ".md", "")
 _PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]{1,9}(.{1,99})|(.{1,99}?)[\s,;:=]{1,9}['"]?(\d+)['"]?""")
 """A line with a class and its number."""
+_LARGEST = 1 << 20
+"""Bytes of a file that is looked through for names of classes."""
 
 
-def _listed(file: Path) -> list[str]:
-    """The names of classes that a file lists, one a line, with their numbers or in order, or as JSON."""
-    with contextlib.suppress(InputError, OSError):
-        if file.stat().st_size > 1 << 20:
-            return []
-        if file.suffix.lower() == ".json":
-            said = read_json(file)
-            inner = [part for key, part in said.items() if says_classes(key)] if isinstance(said, dict) else []
-            return next((names for part in (said, *inner) if (names := class_names(part))), [])
-        text = utf8(file, file.read_bytes()).lstrip("\ufeff")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
-        numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
-        if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
-            return numbered
-        if file.suffix.lower() == ".txt" and not any(line.isdecimal() for line in lines):  # not one a row
-            return class_names(lines)
-    return []
+def _told(file: Path, lists: bool, label_names: Sequence[str], read: Read) -> tuple[list[list[str]], bool]:
+    """The orders of classes that a file says, and whether it says anything of them.
+
+    Args:
+        lists: whether it is called so; else it tells of data, and of any other names only those of our labels count.
+    """
+    try:
+        if file.stat().st_size > _LARGEST:
+            return [], lists
+        text = utf8(file, file.read_bytes()).lstrip("\ufeff").replace("\r\n", "\n")
+    except (InputError, OSError):
+        return [], True
+    if file.suffix.lower() in (".json", ".yaml", ".yml"):
+        value = _yaml(text) if file.suffix.lower() != ".json" else _json(text)
+        names, says = _named_in(value, read, lists)
+        return names, says or lists
+    head = _HEAD.match(text)
+    names, says = _named_in(_yaml(head[1]) if head else None, read, False)
+    if prose := classes_in_text(text[head.end() :] if head else text, label_names, read):
+        names.append(prose)
+    elif not names and lists and (listed := _listed(text, file.suffix.lower())):
+        names.append(listed)
+    return names, says or lists or _SPEAKS.search(text) is not None
+
+
+def _json(text: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+
+
+def _named_in(value: Any, read: Read, lists: bool) -> tuple[list[list[str]], bool]:
+    """The lists of classes in what a file holds, and whether a key speaks of any."""
+    found, says, todo = [], False, [("", value, lists)]
+    for key, part, classes in todo:
+        sure = classes and (lists or not _CLASSES & set(words_of(key)) <= set(NAMES["other_words"]))
+        if classes and (names := class_names(part)) and (sure or all(read(name) is not None for name in names)):
+            found.append(names)
+        elif len(todo) < 1000 and isinstance(part, dict) and "features" not in part:  # those are of columns
+            todo += [(str(name), inner, says_classes(str(name))) for name, inner in part.items()]
+        says = says or sure
+    return found, says
+
+
+def _listed(text: str, suffix: str) -> list[str]:
+    """The names of classes that a text lists, one a line, with their numbers or in order."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
+    numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
+    if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
+        return numbered
+    return class_names(lines) if suffix == ".txt" and not any(line.isdecimal() for line in lines) else []  # one a row
+
+
+_BETWEEN = r"(?:[^\w\n,;，；、。%]|{}){{0,24}}?".format("|".join(NAMES["between"]))
+"""What may stand between a number and what it means."""
+_NUMBER, _CLASS = r"(?<![a-z\d.])[01](?![a-z\d%]|\.\d)", "(?:label|class|标签|类别)"
+_SPEAKS = re.compile(f"{_NUMBER}.*{_CLASS}|{_CLASS}.*{_NUMBER}", re.IGNORECASE)
+"""A line of a text that seems to say what a number means."""
+_CLASSES = frozenset(NAMES["class_words"])
+
+
+def classes_in_text(text: str, label_names: Sequence[str], read: Read) -> list[str]:
+    """The labels in the order of the numbers that a text gives them: `0: 负面, 1: 正面`, `negative (0)`, a table.
+
+    Nothing where it does not give each label one number of its own.
+    """
+    known = {word for pair in NAMES["poles"] for side in pair for word in side} | set(label_names)
+    known = {word for word in known if read(word) is not None and is_name(word)}
+    if not known:
+        return []
+    words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    name = rf"(?<![a-z])({words})(?![a-z])"
+    number = r"(?<![\d.a-z])(\d)(?![\d.%a-z])"
+    orders = []
+    for first, second in ((number, name), (name, number)):
+        pairs = {
+            pair if first == number else pair[::-1] for pair in re.findall(rf"(?i){first}{_BETWEEN}{second}", text)
+        }
+        told = {(int(number), read(name)) for number, name in pairs if int(number) < len(label_names)}
+        if len(told) == len({n for n, _ in told}) == len({meaning for _, meaning in told}) == len(label_names):
+            orders.append([label_names[meaning] for _, meaning in sorted(told)])
+    return orders[0] if orders and all(order == orders[0] for order in orders) else []

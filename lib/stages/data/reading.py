@@ -20,8 +20,8 @@ from lib.models.base_model import called, fallback_note, first_available
 from lib.runs.files import sha256_file, sha256_json, user_path
 from lib.settings import SAMPLE_DATASET, Settings
 from lib.stages.data import sample
-from lib.stages.data.data_files import FORMATS, NAMES, Rows, by_name, data_files, named_classes, read_file
-from lib.stages.data.labels import card_of, classes_beside
+from lib.stages.data.data_files import FORMATS, NAMES, Rows, alone, by_name, data_files, named_classes, read_file
+from lib.stages.data.labels import card_of, classes_beside, is_name
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = by_name("splits")
@@ -70,10 +70,14 @@ class Table:
         return (self.rows == 7766 and columns == {"label", "review"}) or HOTELS_SHA256 in self.hashes.values()
 
 
-def read_table(source: str, revision: str = "main", label_column: str = "") -> Table:
+def read_table(source: str, revision: str = "main", label_column: str = "", label_names: Sequence[str] = ()) -> Table:
     """Read a file, a folder or a hub data set; values stay as they are, only the bytes are made readable.
 
-    Numbers of classes that the data or a file beside it names (`label_column`: those of labels) become their names.
+    Numbers of classes that the data or a file beside it names become their names.
+
+    Args:
+        label_column, label_names: of a run with labels: the column of their numbers, and what sentences beside the data
+            can say of them.
 
     Raises:
         SourceError: nothing there, or the hub cannot give it.
@@ -106,7 +110,8 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
         splits = _own_splits(words, splits["all"], changes, label_column)
     else:
         _refuse_other_splits(words, splits, label_column)
-    classes, unread = classes_beside(path, [file for paths in files.values() for file in paths])
+    told = label_names if any(_numbered(rows, label_column) for rows in splits.values()) else ()
+    classes, unread = classes_beside(path, [file for paths in files.values() for file in paths], told)
     for rows in splits.values():
         named_classes(rows, classes, changes, label_column)
     hashes = {path.name: sha256_file(path) for paths in files.values() for path in paths}
@@ -114,6 +119,12 @@ def read_table(source: str, revision: str = "main", label_column: str = "") -> T
     if table.is_hotels:
         table.source = f"{HOTELS}, {words}"
     return table
+
+
+def _numbered(rows: Rows, label_column: str) -> bool:
+    """Whether a label may be a number, of which something beside the data could say what it means."""
+    columns = [name for name in rows[0] if name == label_column or name.strip().lower() in NAMES["label_columns"]]
+    return any(not is_name(cell) for row in rows for name in columns if (cell := alone(row[name])) not in (None, ""))
 
 
 def _own_splits(words: str, rows: Rows, changes: Counter[str], label_column: str) -> dict[str, Rows]:
@@ -384,7 +395,8 @@ def choose_data(settings: Settings) -> Table:
 
     def read(source: str, revision: str) -> Table:
         if source != SAMPLE_DATASET:
-            return read_table(source, revision, settings.label_column)
+            names = settings.label_names if settings.task == "classification" else ()
+            return read_table(source, revision, settings.label_column, names)
         if len(settings.label_names) != 2:
             raise InputError(
                 f"label_names with {len(settings.label_names)} names for the sample corpus.",

@@ -117,7 +117,7 @@ def prepare(settings: Settings, run: Run) -> DataResult:
         parameters["sample_version"] = sample.VERSION
     elif (path := user_path(settings.dataset)).exists():
         parameters["dataset_sha256"] = file_fingerprint(path)
-        if classes := classes_beside(path)[0]:
+        if classes := classes_beside(path, label_names=_kind(settings).names)[0]:
             parameters["dataset_classes"] = classes
     if settings.fallbacks:
         parameters["fallbacks"] = [_with_hash(entry) for entry in settings.fallbacks]
@@ -158,7 +158,7 @@ def rows_from_file(
     Raises:
         InputError: unreadable, or without usable rows.
     """
-    table = read_table(str(source), label_column=label_column)
+    table = read_table(str(source), label_column=label_column, label_names=label_names)
     labelled = {name: rows for name, rows in table.splits.items() if not unlabelled(rows, label_column)} or table.splits
     name = next(split for split in ("test", "validation", "all", "train") if split in labelled)
     ours = {"id", "leaked", "group"}

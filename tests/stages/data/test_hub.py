@@ -10,6 +10,7 @@ import pytest
 from lib.errors import InputError
 from lib.runs.run import open_run
 from lib.settings import check
+from lib.stages.data.cleaning import clean_split
 from lib.stages.data.reading import HOTELS_SHA256, HOTELS_STAMP, choose_data, read_table
 from lib.stages.data.stage import prepare
 from tests.support.hub_fixture import hub  # noqa: F401
@@ -231,3 +232,18 @@ def test_a_base_of_a_hub_is_pinned_for_the_whole_run(
     hub.requests.clear()
     base = base_of(run)
     assert base.revision == facts["base_revision"] and (base.path / "config.json").is_file() and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.txt", b"positive\nnegative\n"),
+        ("README_zh.md", "0：正面，1：负面".encode()),
+        ("labels.yaml", b"[pos, neg]"),
+    ],
+)
+def test_files_that_name_the_classes_come_along(hub: Hub, name: str, text: bytes) -> None:  # noqa: F811
+    hub.add("datasets", "org/named", {"train.csv": csv("好", "坏"), name: text})
+    table = read_table("org/named", label_names=["负面", "正面"])
+    rows, _ = clean_split(table.splits["train"], "x", "", "", ["负面", "正面"])
+    assert [row.label for row in rows] == [1, 0]

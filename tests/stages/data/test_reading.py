@@ -325,7 +325,7 @@ def test_columns_that_say_the_splits_together(tmp_path: Path, columns: dict, row
         return
     table = read_table(str(tmp_path / "a.json"))
     assert {name: len(split) for name, split in table.splits.items()} == rows
-    assert table.splits["train"][0].keys() & columns.keys() in (set(), {"is_test"})
+    assert not table.splits["train"][0].keys() & columns.keys()
 
 
 def test_labels_that_are_called_like_splits_are_labels(tmp_path: Path) -> None:

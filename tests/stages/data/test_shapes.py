@@ -114,6 +114,21 @@ _NAMED = "{class_label: {names: {'0': positive, '1': negative}}}"
         ("label2id.json", '{"negative": 1, "positive": 0}'),
         ("class_names.json", '["positive", "negative"]'),
         ("config.json", '{"model_type": "x", "id2label": {"0": "positive", "1": "negative"}}'),
+        ("labels.yaml", "0: positive\n1: negative\n"),
+        ("labels.yml", "names: [positive, negative]\n"),
+        ("meta.json", '{"task": {"label_names": ["positive", "negative"]}, "authors": ["Li", "Wu"]}'),
+        ("metadata.yaml", "classes: {positive: 0, negative: 1}\n"),
+        ("info.json", '{"labels": [{"id": 0, "name": "positive"}, {"id": 1, "name": "negative"}]}'),
+        ("dataset.yaml", "names: [好评, 差评]\n"),
+        ("README_zh.md", "---\r\nlicense: mit\r\nid2label: {0: 正面, 1: 负面}\r\n---\r\n# 数据\r\n"),
+        ("README.md", "# Data\n\nLabels: 0 = positive, 1 = negative. 4,831 texts are positive.\n"),
+        ("README.md", "| label | meaning |\n|---|---|\n| 0 | positive |\n| 1 | negative |\n"),
+        ("README-CN.md", "- `1`：负面评论\n- `0`：正面评论\n"),
+        ("readme.txt", "negative (label 1), positive (label 0)\n"),
+        ("README", "0 means positive and 1 means negative"),
+        ("标签说明.txt", "标签说明\n0代表正面，1代表负面。\n"),
+        ("标签.txt", "0: 正面, 1: 负面"),
+        ("说明.txt", "正面为0；负面为1"),
         ("README.md", "\ufeff" + _CARD.format(f"dtype: {_NAMED}")),
         ("readme.md", _CARD.format(f"dtype: {_NAMED}")),
         ("../README.md", _CARD.format(f"dtype: {_NAMED}")),
@@ -128,9 +143,7 @@ def test_classes_beside_a_file_are_read_by_their_names(
     tmp_path.mkdir()
     (tmp_path / name).write_text(text)
     (tmp_path / "train.csv").write_text(f"text,{column}\n" + "".join(f"{r['text']},{r['label']}\n" for r in REVIEWS))
-    [table] = read_table(str(tmp_path if folder else tmp_path / "train.csv")).splits.values()
-    rows, _ = clean_split(table, "x", "", "", ["负面", "正面"])
-    assert [row.label for row in rows] == [1, 0] * 3
+    assert _labelled(tmp_path if folder else tmp_path / "train.csv", ["负面", "正面"])[0] == [1, 0] * 3
 
 
 @pytest.mark.parametrize("column", ["sentiment", "Polarity", "y"])
@@ -150,14 +163,20 @@ def test_a_list_of_classes_is_of_the_labels_whatever_they_are_called(tmp_path: P
         ("labels.json", '{"what": "ever"}'),
         ("train_labels.csv", "1\n0\n"),
         ("config.json", '{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}'),
+        ("README.md", "The label is 0 or 1."),
+        ("README.md", "Label 1 is positive. There are 5 positive texts for label 0."),
+        ("README.md", "label 0/1 = positive/negative"),
+        ("readme_zh.md", "标签：1. 正面 2. 负面"),
+        ("meta.json", '{"names": ["Li", "Wu"], "label": {"what": "ever"}}'),
+        ("标签说明.txt", "见论文"),
     ],
 )
 def test_what_says_no_classes_beside_data_is_named(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
-    rows, counts = _rows(tmp_path / "r.jsonl", ["负面", "正面"])
-    assert [label for _, label in rows] == [0, 1] * 3
-    assert [why for why in counts if why.startswith("not used: the ") and name in why]
+    labels, counts = _labelled(tmp_path / "r.jsonl", ["负面", "正面"])
+    assert labels == [0, 1] * 3
+    assert [why for why in counts if why.startswith("not used: ") and name in why]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +209,69 @@ def test_classes_beside_the_rows_in_one_object_are_read_by_their_names(tmp_path:
     (tmp_path / "r.json").write_text(json.dumps({key: ["positive", "negative"], "by": ["Li", "Wu"], "data": REVIEWS}))
     rows, counts = _rows(tmp_path / "r.json", ["负面", "正面"])
     assert [label for _, label in rows] == [1, 0] * 3 and counts["not used: the key 'by' beside the rows"] == 1
+
+
+def _labelled(path: Path, names: list[str]) -> tuple[list[int], Counter[str]]:
+    [table], changes = (read := read_table(str(path), label_names=names)).splits.values(), read.changes
+    return [row.label for row in clean_split(table, "x", "", "", names)[0]], changes
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "Nothing of what the numbers mean; 0 rows lack one."),
+        ("README.md", "Labels 0: positive, 1: negative"),  # where labels are words
+        ("meta.json", '{"authors": ["Li", "Wu"]}'),
+        ("notes.txt", "label 0 = positive"),
+    ],
+)
+def test_what_says_nothing_of_the_labels_is_not_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    words = "0: positive" in text
+    rows = [r | ({"label": ("neg", "pos")[r["label"]]} if words else {}) for r in REVIEWS]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labels, changes = _labelled(tmp_path / "r.jsonl", ["负面", "正面"])
+    assert labels == [0, 1] * 3 and not changes
+
+
+def test_what_stands_beside_the_data_is_none_of_it(tmp_path: Path) -> None:
+    for name in ("说明.txt", "meta.json", "README.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "reviews.csv").write_text("text,label\na,0\nb,1\n")
+    assert _labelled(tmp_path, ["负面", "正面"])[0] == [0, 1]
+
+
+def test_names_in_two_languages_are_one_order(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("positive\nnegative\n")
+    (tmp_path / "README.md").write_text("0: 正面, 1: 负面")
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
+    assert _labelled(tmp_path / "r.jsonl", ["负面", "正面"])[0] == [1, 0] * 3
+    (tmp_path / "README.md").write_text("0: 负面, 1: 正面")
+    with pytest.raises(InputError, match="in two orders"):
+        _labelled(tmp_path / "r.jsonl", ["负面", "正面"])
+
+
+def test_names_of_other_labels_beside_the_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text('{"label_names": ["angry", "happy"]}')
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
+    with pytest.raises(InputError, match="labels 'angry'"):
+        _labelled(tmp_path / "r.jsonl", ["负面", "正面"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "\n".join([json.dumps(head), *map(json.dumps, REVIEWS)])
+            for head in ({"label_names": ["positive", "negative"]}, {"id2label": {"0": "positive", "1": "negative"}})
+        ),
+        json.dumps({"id2label": {"0": "positive", "1": "negative"}, "data": REVIEWS}),
+        json.dumps({"label2id": {"positive": 0, "negative": 1}, "data": REVIEWS}),
+    ],
+)
+def test_classes_at_the_head_of_a_file_are_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.jsonl").write_text(text)
+    assert _labelled(tmp_path / "r.jsonl", ["负面", "正面"])[0] == [1, 0] * 3
 
 
 def test_labels_one_a_row_are_no_names(tmp_path: Path) -> None:
