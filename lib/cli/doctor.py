@@ -63,17 +63,19 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     settings = ready(
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
-    rows = _ask_what_is_here(settings, model)
+    rows, unused = _ask_what_is_here(settings, model)
     found = recommend(settings, model)
-    show({**found, "test_rows": rows}, as_json, strategy_text(found, settings) + rows_text(settings, rows))
+    text = strategy_text(found, settings) + rows_text(settings, rows)
+    text += "\n".join(["\n" if unused else "", *(f"Of the data {why}." for why in unused)])
+    show({**found, "test_rows": rows, "not_used": unused}, as_json, text)
 
 
-def _ask_what_is_here(settings: Settings, model: str | None) -> dict[str, Any] | None:
+def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, Any] | None, list[str]]:
     """What the steps of the run would refuse of the data, model and adapter that lie on this disk.
 
     Returns:
         what the test rows can show (`lib.report.data_page.detectable`); None where they lie elsewhere or have no
-        labels.
+        labels. What of the data is not used, in the words of page 01.
 
     Raises:
         InputError: the first of them.
@@ -92,11 +94,13 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> dict[str, Any] |
         return source not in ("", word) and (looks_like_path(source) or user_path(source).exists())
 
     source, base = model or settings.base_model, user_path(model or settings.base_model)
-    rows = None
+    rows, unused = None, []
     if settings.dataset == SAMPLE_DATASET or here(settings.dataset):
         table = choose_data(settings)
-        folds = [divide(settings, table, fold).splits["test"] for fold in range(1, settings.folds + 1)]
-        parts = [[{"label": row.label, "group": row.group, "leaked": row.leaked} for row in test] for test in folds]
+        folds = [divide(settings, table, fold) for fold in range(1, settings.folds + 1)]
+        tested = [fold.splits["test"] for fold in folds]
+        parts = [[{"label": row.label, "group": row.group, "leaked": row.leaked} for row in test] for test in tested]
+        unused = [why for why in folds[0].changes + table.changes if why.startswith("not used")]
         if settings.task == "classification":
             rows = detectable(rows_of_folds(parts))
     own = here(source, OFFLINE_BASE) and base.is_dir()
@@ -107,7 +111,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> dict[str, Any] |
         adapter = resolve_adapter(settings.adapter).path
         if own:
             check_fit(adapter, base)
-    return rows
+    return rows, unused
 
 
 def rows_text(settings: Settings, rows: dict[str, Any] | None) -> str:
