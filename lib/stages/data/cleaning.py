@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +18,15 @@ from lib.prompts.templates import Message
 from lib.settings import Settings, folded
 from lib.stages.data.data_files import NAMES, SURROGATE, DamagedError, Rows, alone
 from lib.stages.data.labels import (
+    Read,
+    answer_reader,
+    asked_options,
     is_name,
     label_reader,
     meanings,
     option_columns,
     option_letters,
     options_of,
-    refuse_labels,
-    said_by_name,
-    with_options,
 )
 from lib.stages.data.near_duplicates import audit
 from lib.stages.data.reading import Table
@@ -135,34 +137,92 @@ def clean_split(
     meant, beside = meanings(whole, label_name, others, read, bool(label_column), where)
     named = {} if meant or beside else said_by_name(label_name, len(label_names), read)
     named = named if any(read(value) != meaning for value, meaning in named.items()) else {}
+    questions = []
+    for cells in whole if options else ():
+        with contextlib.suppress(DamagedError, KeyError):  # of another split
+            if (answer := alone(cells[label_name])) not in (None, ""):
+                questions.append((options_of(cells, options, letters), answer))
+    answered = answer_reader(questions, label_names, "" in options, where)
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
         text, value = safe_text(cells[text_name], changed), cells[label_name]
         if not text.strip():
             raise DamagedError("empty text")
         choices = options_of(cells, options, letters) if options else {}
-        if choices:
-            text = with_options(text, {letter: safe_text(said, changed) for letter, said in choices.values()}, changed)
+        asked = {mark: safe_text(said, changed) for mark, said in asked_options(choices, letters).items()}
+        text = with_options(text, asked, changed)
         if value is not alone(value):
             value = alone(value)
             changed["changed: label out of a list of one"] += 1
-        value = choices.get(str(value).strip(), (value, ""))[0]
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DamagedError("no label")
+        if choices:
+            value = answered(choices, value) if answered else choices.get(str(value).strip(), (value, ""))[0]
         by_names = folded(value) in named or (meant and not is_name(value))  # the file says what its numbers mean
         label = (meant or named).get(folded(value)) if by_names else read(value)
         told = "its name" if named else f"the names in {', '.join(beside)}"
         changed[f"numbers of {label_name} read by {told}"] += bool(by_names)
+        if choices and (not value or (label is not None and label_names[label] not in asked)):
+            raise DamagedError("an answer that is none of its question's options")
         if label is None:
             unknown[str(value).strip()[:40]] += 1
             raise DamagedError("label not understood")
-        if choices and label_names[label] not in (mark for mark, _ in choices.values()):
-            raise DamagedError("an answer that is none of its question's options")
         return Row(index, text, label, extra={name: plain(cell) for name, cell in cells.items() if name in keep})
 
     rows, counts = usable_rows(table, row_of)
     refuse_labels(unknown, len(table), label_names, where)
     return rows, counts + not_used([name for name in unused if name not in beside], len(table))
+
+
+def said_by_name(label: str, labels: int, read: Read) -> dict[str, int]:
+    """What the name of a column of labels says that its numbers mean: is_negative (1 is negative), label(0=good,1=bad).
+
+    Args:
+        labels: how many there are. A column that is called by one of two says what 1 and true are; a single letter, as
+            the y of any target, says nothing.
+    """
+    word = re.sub(r"^(is[ _-]*|是否)", "", label.strip(), flags=re.IGNORECASE)
+    named = [("1", word)] if labels == 2 and is_name(word) and not re.fullmatch("[A-Za-z]", word) else []
+    listed = re.findall(r"([0-9]+)\s*[=:：]\s*(\w+)", label)
+    said = {number: meaning for number, name in named + listed if (meaning := read(name)) is not None}
+    if labels == 2 and said.keys() and said.keys() <= {"0", "1"}:  # of two, one tells the other
+        said = {str(1 - int(number)): 1 - meaning for number, meaning in said.items()} | said
+        said |= {"false": said["0"], "true": said["1"]}
+    return said
+
+
+def refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str], where: str) -> None:
+    """A value that is a label of its own, not a slip, stops the run."""
+    total = sum(unknown.values())
+    numbers = [value for value in unknown if value.lstrip("+-").replace(".", "", 1).isdigit()]
+    if numbers or total > max(1, rows // 100):
+        values = ", ".join(f"{value!r} ({count} rows)" for value, count in unknown.most_common(6))
+        k = len(label_names)
+        by_number = "" if any(folded(name).isdecimal() for name in label_names) else f"0 to {k - 1}, or "
+        raise InputError(
+            f"{where}: labels {values} besides those understood.",
+            f"{k} labels: {by_number}{', '.join(label_names)}.",
+            "name every label in label_names (in the order 0, 1, …), or correct the file, or the list of class names "
+            "beside it.",
+        )
+
+
+def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -> str:
+    """A question with its options, one a line, each under its letter once; as it is where it holds them already."""
+    if not options:
+        return text
+    lettered = {
+        letter: re.compile(rf"\s*[(（]?{re.escape(letter)}\s*[.．、:：)）]\s*", re.IGNORECASE) for letter in options
+    }
+    if all(lettered[letter].match(said) for letter, said in options.items()):
+        options = {letter: lettered[letter].sub("", said, count=1) for letter, said in options.items()}
+    if all(
+        re.search(found.pattern + re.escape(options[letter].strip()), text, re.I) for letter, found in lettered.items()
+    ):
+        changed["kept: options that the question holds already"] += 1
+        return text
+    changed["changed: options joined to their question, one a line"] += 1
+    return "\n".join([text.rstrip(), *(f"{letter}. {said}" for letter, said in options.items())])
 
 
 def not_used(names: Sequence[str], rows: int) -> Counter[str]:

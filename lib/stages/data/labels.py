@@ -60,22 +60,6 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9.]*", folded(value))
 
 
-def refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str], where: str) -> None:
-    """A value that is a label of its own, not a slip, stops the run."""
-    total = sum(unknown.values())
-    numbers = [value for value in unknown if value.lstrip("+-").replace(".", "", 1).isdigit()]
-    if numbers or total > max(1, rows // 100):
-        values = ", ".join(f"{value!r} ({count} rows)" for value, count in unknown.most_common(6))
-        k = len(label_names)
-        by_number = "" if any(folded(name).isdecimal() for name in label_names) else f"0 to {k - 1}, or "
-        raise InputError(
-            f"{where}: labels {values} besides those understood.",
-            f"{k} labels: {by_number}{', '.join(label_names)}.",
-            "name every label in label_names (in the order 0, 1, …), or correct the file, or the list of class names "
-            "beside it.",
-        )
-
-
 def meanings(
     table: Rows, label: str, others: Sequence[str], read: Read, chosen: bool, where: str
 ) -> tuple[dict[str, int], list[str]]:
@@ -119,27 +103,12 @@ def meanings(
     return (meant if any(read(number) != meaning for number, meaning in meant.items()) else {}), used
 
 
-def said_by_name(label: str, labels: int, read: Read) -> dict[str, int]:
-    """What the name of a column of labels says that its numbers mean: is_negative (1 is negative), label(0=good,1=bad).
-
-    Args:
-        labels: how many there are. A column that is called by one of two says what 1 and true are; a single letter, as
-            the y of any target, says nothing.
-    """
-    word = re.sub(r"^(is[ _-]*|是否)", "", label.strip(), flags=re.IGNORECASE)
-    named = [("1", word)] if labels == 2 and is_name(word) and not re.fullmatch("[A-Za-z]", word) else []
-    listed = re.findall(r"([0-9]+)\s*[=:：]\s*(\w+)", label)
-    said = {number: meaning for number, name in named + listed if (meaning := read(name)) is not None}
-    if labels == 2 and said.keys() and said.keys() <= {"0", "1"}:  # of two, one tells the other
-        said = {str(1 - int(number)): 1 - meaning for number, meaning in said.items()} | said
-        said |= {"false": said["0"], "true": said["1"]}
-    return said
-
-
 # Options of a question.
 
 _COLUMN = re.compile(r"(|op|opt|option|choice|选项)[ _-]?([a-z]|(?<=[a-z _项-])[0-9])")
 """A column for one option: A, opa (MedMCQA), option_a, optionA, choice1, 选项A."""
+_LETTERED = re.compile(r"\s*[(（]?([A-Za-z])\s*[.．、:：)）]\s*(.*)", re.DOTALL)
+"""An option with its letter."""
 _KEYS, _TEXTS = ("label", "labels", "key", "letter", "id"), ("text", "texts", "value", "content")
 """What names an option, and what holds it, in ARC's two lists and in lists of objects."""
 
@@ -156,7 +125,7 @@ def option_letters(label_names: Sequence[str]) -> dict[str, str]:
 
 
 def option_columns(names: Sequence[str], letters: Mapping[str, str]) -> dict[str, str]:
-    """The columns of a question's options by letter, where it has any; the key is empty where one has all."""
+    """The columns of a question's options by letter or number; the key is empty where one column has all."""
     if not letters:
         return {}
     if whole := [name for name in names if name.strip().lower() in NAMES["option_columns"]]:
@@ -166,15 +135,15 @@ def option_columns(names: Sequence[str], letters: Mapping[str, str]) -> dict[str
         if (read := _COLUMN.fullmatch(name.strip().lower())) and (read[2].isdigit() or read[2].upper() in letters):
             found.setdefault(read[1], {})[read[2]] = name
     most = max(found.values(), key=len, default={})
-    ordered = [most[key] for key in sorted(most)]
-    keys = (key.upper() if key.isalpha() else chr(ord("A") + i) for i, key in enumerate(sorted(most)))
-    return dict(zip(keys, ordered, strict=True)) if len(most) > 1 else {}
+    return {key.upper(): most[key] for key in sorted(most)} if len(most) > 1 else {}
 
 
-def options_of(
-    cells: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]
-) -> dict[str, tuple[str, Any]]:
-    """The options of a row: as its file names each -> the name of its letter and its text.
+Options = dict[str, tuple[str, Any]]
+"""Of a question, as its file names each -> the name of its letter and its text, in the file's order; some are empty."""
+
+
+def options_of(cells: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> Options:
+    """The options of a row.
 
     Raises:
         DamagedError: fewer than two, or of a shape that is not known.
@@ -182,15 +151,100 @@ def options_of(
     if "" in columns:
         pairs = _pairs(_read(cells[columns[""]]))
     else:
-        pairs = [(letter, cells[name]) for letter, name in columns.items() if cells[name] not in (None, "")]
-    if len(pairs) < 2:
+        pairs = [(letter, cells[name]) for letter, name in columns.items()]
+    if sum(not _is_empty(said) for _, said in pairs) < 2:
         raise DamagedError("fewer than two options, or options that are neither a list nor named by letters")
     named = [str(key).strip() for key, _ in pairs]
-    letters = (
-        named if all(len(key) == 1 and key.isascii() and key.isalpha() for key in named) else map(chr, range(65, 91))
-    )
-    uppers = (letter.upper() for letter in letters)
-    return {k: (names.get(letter, letter), t) for k, letter, (_, t) in zip(named, uppers, pairs, strict=False)}
+    return {k: (names.get(letter, letter), t) for k, letter, (_, t) in zip(named, _letters(named), pairs, strict=False)}
+
+
+def _is_empty(said: Any) -> bool:
+    return said is None or said != said or not str(said).strip()
+
+
+def _letters(named: Sequence[str]) -> list[str]:
+    """The letter of each option: that in its name, else by the order of the numbers in them, else by its place."""
+    read = [found[2].upper() for name in named if (found := _COLUMN.fullmatch(name.lower()))]
+    read = read if len(read) == len(named) else [name for name in named if name.isdecimal()]
+    if len(set(read)) == len(named) and all(map(str.isalpha, read)):
+        return read
+    if len(set(read)) == len(named) and all(map(str.isdecimal, read)):
+        return [chr(ord("A") + sorted(map(int, read)).index(int(number))) for number in read]
+    return [chr(ord("A") + place) for place in range(min(26, len(named)))]
+
+
+def asked_options(options: Options, names: Mapping[str, str]) -> dict[str, Any]:
+    """The options that a question has, under their names in the order of their letters."""
+    order = {mark: letter for letter, mark in names.items()}
+    found = {mark: said for mark, said in options.values() if not _is_empty(said)}
+    return {mark: found[mark] for mark in sorted(found, key=lambda mark: order.get(mark, mark))}
+
+
+Answer = Callable[[Options, Any], str]
+"""From a question's options and the answer that its file has to the name of that option; empty where it is none."""
+
+_READ = 0.95
+"""Share of the answers that a way of reading them has to read."""
+
+
+def answer_reader(
+    questions: Sequence[tuple[Options, Any]], label_names: Sequence[str], listed: bool, where: str
+) -> Answer | None:
+    """How the answers of a table name an option: all in one way, by its name, label, number, place or text.
+
+    None where no way reads them: whatever each of them says as a label counts.
+
+    Args:
+        listed: whether the options stand in one column, whose names for them are then meant by the answers.
+
+    Raises:
+        InputError: two ways read them, differently; or none does, and they are numbers.
+    """
+    read, marks = label_reader(label_names), set(label_names)
+    by_number = not any(name.isdecimal() for name in label_names)
+
+    def by_name(options: Options, value: Any) -> str:
+        return options.get(str(value).strip(), ("",))[0]
+
+    def by_label(options: Options, value: Any) -> str:
+        return "" if (label := read(value)) is None else label_names[label]
+
+    def by_place(options: Options, value: Any) -> str:
+        place = folded(value)
+        return list(options.values())[int(place)][0] if place.isdecimal() and int(place) < len(options) else ""
+
+    def by_text(options: Options, value: Any) -> str:
+        found = [mark for mark, said in options.values() if folded(said) == folded(value)]
+        return found[0] if len(found) == 1 else ""
+
+    def reads(way: Answer) -> bool:
+        """Whether nearly all answers are options in this way."""
+        good = sum(way(options, value) in asked_options(options, {}).keys() & marks for options, value in questions)
+        return bool(questions) and good >= _READ * len(questions)
+
+    first = [by_name] if listed and reads(by_name) else [by_label, by_name, *([by_place] if by_number else [])]
+    ways = [way for way in (*first, by_text) if reads(way)]
+    for options, value in questions:
+        if len(meant := {mark for way in ways if (mark := way(options, value))}) > 1:
+            raise InputError(
+                f"{where}: the answer {str(value)[:40]!r} may mean {' or '.join(f'option {m}' for m in sorted(meant))} "
+                f"of a question with the options {', '.join(str(said)[:20] for _, said in options.values())}.",
+                "answers that are letters, or read as numbers, as places and as texts of options are the same ones.",
+                f"give the answers as the letters {', '.join(label_names)}.",
+            )
+    if ways:
+        return ways[0]
+    wrong: Counter[str] = Counter()
+    for options, value in questions:
+        said = by_name(options, value) or by_label(options, value)
+        wrong[str(value)] += not is_name(value) and said not in asked_options(options, {})
+    if wrong.total() > max(1, (1 - _READ) * len(questions)):
+        raise InputError(
+            f"{where}: answers {', '.join(f'{value!r} ({rows} rows)' for value, rows in (+wrong).most_common(6))}.",
+            f"letters ({', '.join(label_names)}), numbers from 0, or texts of options.",
+            "correct them, or name every option in label_names.",
+        )
+    return None
 
 
 def _read(given: Any) -> Any:
@@ -212,32 +266,17 @@ def _pairs(given: Any) -> list[tuple[Any, Any]]:
         if isinstance(texts, list):
             keys = keys if isinstance(keys, list) else range(len(texts))
             return list(zip(keys, texts, strict=True)) if len(keys) == len(texts) else []
-        return [(key, said) for key, said in given.items() if said is not None]
+        return list(given.items())
     if not isinstance(given, list | tuple):
         return []
+    lettered = [_LETTERED.fullmatch(one) if isinstance(one, str) else None for one in given]
+    if sorted(found[1].upper() for found in lettered if found) == [chr(65 + i) for i in range(len(given))]:
+        return [(found[1], found[2]) for found in lettered if found]
     if any(isinstance(one, Mapping) for one in given):
         found = [[next((one[n] for n in names if n in one), None) for names in (_KEYS, _TEXTS)] for one in given]
         named = [(number if key is None else key, said) for number, (key, said) in enumerate(found)]
         return [] if any(said is None for _, said in named) else named
     return [(f"#{i}", said) for i, said in enumerate(given)]
-
-
-def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -> str:
-    """A question with its options, one a line, each under its letter once; as it is where it holds them already."""
-    if not options:
-        return text
-    lettered = {
-        letter: re.compile(rf"\s*[(（]?{re.escape(letter)}\s*[.．、:：)）]\s*", re.IGNORECASE) for letter in options
-    }
-    if all(lettered[letter].match(said) for letter, said in options.items()):
-        options = {letter: lettered[letter].sub("", said, count=1) for letter, said in options.items()}
-    if all(
-        re.search(found.pattern + re.escape(options[letter].strip()), text, re.I) for letter, found in lettered.items()
-    ):
-        changed["kept: options that the question holds already"] += 1
-        return text
-    changed["changed: options joined to their question, one a line"] += 1
-    return "\n".join([text.rstrip(), *(f"{letter}. {said}" for letter, said in options.items())])
 
 
 # What stands beside the data and names the classes.

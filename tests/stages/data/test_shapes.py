@@ -453,6 +453,77 @@ def test_an_answer_that_is_none_of_the_options_is_left_out(tmp_path: Path, row: 
     assert rows == [] and counts["dropped: an answer that is none of its question's options"] == 1
 
 
+_FOUR = ["甲", "乙", "丙", "丁"]
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "label_of"),
+    [
+        *(  # out of order
+            (options, ["A", "B"], [0, 1])
+            for options in (
+                {"options": {"B": "乙", "A": "甲"}},
+                {"options": {"optionB": "乙", "optionA": "甲"}},
+                {"B": "乙", "A": "甲"},
+                {"choice_2": "乙", "choice_1": "甲"},
+                {"options": ["B. 乙", "A. 甲"]},
+                {"options": "(b) 乙\n(a) 甲"},
+                {"options": {"2": "乙", "1": "甲"}},
+                {"choices": {"text": ["乙", "甲"], "label": ["B", "A"]}},
+                {"options": [{"key": "B", "value": "乙"}, {"key": "A", "value": "甲"}]},
+            )
+        ),
+        ({"options": _FOUR}, ["甲", "丁", "丙"], [0, 3, 2]),
+        ({"options": ["3", "2", "1", "7"]}, ["7", "2", "3"], [3, 1, 0]),
+        ({"options": [3, 2, 1, 7]}, [7, 2.0, 3], [3, 1, 0]),
+        ({"A": "3", "B": "2", "C": "1", "D": "7"}, ["7", "2", "3"], [3, 1, 0]),
+        ({"options": _FOUR}, [0, 3, 2], [0, 3, 2]),
+        ({"choice1": "甲", "choice2": "乙"}, [0, 1, 1], [0, 1, 1]),
+        ({"choice1": "甲", "choice2": "乙", "choice3": "丙", "choice4": "丁"}, [1, 4, 3], [0, 3, 2]),
+        ({"choices": {"text": _FOUR, "label": ["1", "2", "3", "4"]}}, ["1", "2", "3"], [0, 1, 2]),
+        ({"A": "甲", "B": "", "C": float("nan"), "D": "丁"}, ["A", "D"], [0, 3]),
+        ({"choice1": "甲", "choice2": " ", "choice3": "丙"}, ["A", "C"], [0, 2]),
+        ({"options": {"A": "甲", "B": None, "C": "丙"}}, ["A", "C"], [0, 2]),
+        ({"options": ["甲", "", "丙"]}, [0, 2], [0, 2]),
+    ],
+)
+def test_answers_name_the_options_that_they_mean(options: dict, answers: list, label_of: list) -> None:
+    rows, _ = clean_split([{"question": "题", **options, "answer": a} for a in answers], "x", "", "", LETTERS)
+    assert [row.label for row in rows] == label_of
+    lines = rows[0].text.splitlines()[1:]
+    assert lines == sorted(lines) and not any(line.endswith((". ", "nan", "None")) for line in lines)
+    assert len(lines) < 4 or lines[0].startswith("A. ")
+    if "甲" in str(options):
+        assert lines[0] == "A. 甲"
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "names", "found"),
+    [
+        ({"options": ["2", "0", "1", "3"]}, ["2", "0", "1"], LETTERS, "may mean option A or option C"),
+        ({"options": ["B", "A", "D", "C"]}, ["A", "B"], LETTERS, "may mean option A or option B"),
+        ({"options": {"B": "乙", "A": "甲"}}, [0, 1], LETTERS, "may mean option A or option B"),
+        ({"choice1": "甲", "choice2": "乙", "choice3": "丙"}, [1, 2], LETTERS, "may mean option A or option B"),
+        ({"options": _FOUR}, [0, 1], ["D", "C", "B", "A"], "may mean option A or option D"),
+        ({"options": _FOUR}, [1, 2, 3, 4], [*LETTERS, "E"], r"answers '4' \(3 rows\)"),
+        ({"options": _FOUR}, [1, 2, 3, 4], LETTERS, "labels '4'|answers '4'"),
+        ({"options": _FOUR}, [1.5, 2, 7], LETTERS, "labels|answers"),
+    ],
+)
+def test_answers_that_may_mean_two_options_are_refused(options: dict, answers: list, names: list, found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        clean_split([{"question": "题", **options, "answer": a} for a in answers * 3], "x", "", "", names)
+
+
+def test_a_few_questions_of_numbers_change_no_answer() -> None:
+    rows = [{"question": f"{i}", "options": _FOUR, "answer": i % 4} for i in range(60)]
+    rows.append({"question": "1+1", "options": ["4", "3", "0", "2"], "answer": 3})
+    assert [row.label for row in clean_split(rows, "x", "", "", LETTERS)[0]] == [*(i % 4 for i in range(60)), 3]
+    words = [{"question": f"{i}", "options": _FOUR, "answer": _FOUR[i % 4]} for i in range(60)]
+    words.append(rows[-1] | {"answer": "2"})
+    assert [row.label for row in clean_split(words, "x", "", "", LETTERS)[0]] == [*(i % 4 for i in range(60)), 3]
+
+
 @pytest.mark.parametrize("options", ["甲", ["甲"], "['甲' '乙']", None, 5, [{"odd": "甲"}, {"odd": "乙"}]])
 def test_a_question_without_its_options_is_not_asked(tmp_path: Path, options: Any) -> None:
     (tmp_path / "q.json").write_text(json.dumps([{"question": "题", "options": options, "answer": "A"}]))
