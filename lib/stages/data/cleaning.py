@@ -103,6 +103,28 @@ def find_column(names: Sequence[str], wanted: str, what: str) -> str:
     )
 
 
+def _same_column(names: Sequence[str], first: Sequence[str], wanted: str, what: str, where: str) -> tuple[str, str]:
+    """The column of a split that is the one of the first split, and how that one is called there.
+
+    Raises:
+        InputError: no such column; or another one than in the first split, which has it too and does not use it.
+    """
+    own = find_column(names, wanted, what)
+    try:
+        theirs = find_column(first, wanted, what)
+    except InputError:  # without labels
+        return own, own
+    if theirs in names:
+        return theirs, theirs
+    if own in first:
+        raise InputError(
+            f"{where}: no column {theirs!r}, which other splits have as {what} beside {own!r}.",
+            f"the same column of every split as {what}.",
+            f"set {what}_column, or rename the columns.",
+        )
+    return own, theirs
+
+
 def clean_split(
     table: Rows,
     where: str,
@@ -124,8 +146,8 @@ def clean_split(
         InputError: a column is missing, a label is not among those named.
     """
     names, whole = list(table[0]), whole or table
-    text_name = find_column(names, text_column, "text")
-    label_name = find_column(names, label_column, "label")
+    text_name, texts = _same_column(names, list(whole[0]), text_column, "text", where)
+    label_name, labels = _same_column(names, list(whole[0]), label_column, "label", where)
     if text_name == label_name:
         raise InputError(f"{where}: the column {text_name!r} as text and as label.", "two columns.", "set text_column.")
     read = label_reader(label_names)
@@ -171,6 +193,10 @@ def clean_split(
 
     rows, counts = usable_rows(table, row_of)
     refuse_labels(unknown, len(table), label_names, where)
+    other = {own: theirs for own, theirs in ((text_name, texts), (label_name, labels)) if own != theirs}
+    counts += Counter(
+        {f"the column {own!r} of {where} read as {theirs!r}": len(table) for own, theirs in other.items()}
+    )
     return rows, counts + not_used([name for name in unused if name not in beside], len(table))
 
 

@@ -552,6 +552,33 @@ def test_files_of_one_folder_are_one_table_or_refused(tmp_path: Path) -> None:
         read_table(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "told"),
+    [
+        ("text,label", "sentence,target", ["'sentence' of test read as 'text'", "'target' of test read as 'label'"]),
+        ("review,label", "text,review,label", ["not used: the column 'text'"]),
+        ("text,label", "Text,label", ["'Text' of test read as 'text'"]),
+        ("text,label", "text,label", []),
+        ("text,review,label", "review,label", None),
+        ("text,label,category", "text,category", None),
+    ],
+)
+def test_splits_of_other_columns(tmp_path: Path, train: str, test: str, told: list[str] | None) -> None:
+    for name, header in (("train", train), ("test", test)):
+        cells = [[str(i % 2) if n in ("label", "target", "category") else f"{n} {i}" for n in header.split(",")]
+                 for i in range(6)]  # fmt: skip
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *map(",".join, cells)]))
+    table = read_table(str(tmp_path))
+    whole = [*table.splits["train"], *table.splits["test"]]
+    refused = pytest.raises(InputError, match="the same column of every split")
+    with refused if told is None else contextlib.nullcontext():
+        rows, counts = clean_split(table.splits["test"], "test", "", "", ["负面", "正面"], whole=whole)
+        assert [row.text.split()[0] for row in rows] == [next(n for n in ("review", "sentence", "Text", "text")
+                                                               if n in test.split(","))] * 6  # fmt: skip
+        assert [why for why in told or () if not any(why in have for have in counts)] == []
+        assert bool(told) == bool(+counts)
+
+
 # Conversations.
 
 
