@@ -27,7 +27,7 @@ from lib.prompts.templates import (
     with_thinking,
 )
 from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, not_used, plain, safe_text, usable_rows
-from lib.stages.data.data_files import Rows
+from lib.stages.data.data_files import NAMES, Rows
 from lib.stages.data.near_duplicates import audit, joined, normalise
 from lib.stages.data.turns import ALPACA, FORMS, MASKS, REASONING, ROLES, SYSTEMS, Turn, find_form, request_of, turns_of
 
@@ -139,6 +139,10 @@ def _joined(role: str, said: Sequence[Message]) -> Message:
 _PLAIN = "rows without reasoning: learned as answers without it"
 
 
+_UNTAGGED = "kept: answers that begin as reasoning does, in no tags that are known"
+_UNTAGGED_THINKING = re.compile(NAMES["untagged_thinking"], re.IGNORECASE)
+
+
 def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[str]) -> None:
     reasoning, earlier = "", False
     for message in messages[1::2]:
@@ -153,6 +157,7 @@ def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[st
             raise DamagedError(str(error)) from None
         if reasoning and not task.thinking:
             changed["thinking"] += 1
+        changed[_UNTAGGED] += not reasoning and _UNTAGGED_THINKING.match(message["content"]) is not None
     if task.thinking and not reasoning:
         if earlier:
             raise DamagedError("no thinking in the last answer")

@@ -157,7 +157,25 @@ THINKING = ConversationTask("dialogue", SYSTEM, 512, thinking=True)
 @pytest.mark.parametrize(
     "form",
     [
-        *("[THINK]想[/THINK]答", "◁think▷想◁/think▷答", "<thought>想</thought>答", "<seed:think>想</seed:think>\n答"),
+        *(
+            "[THINK]想[/THINK]答",
+            "◁think▷想◁/think▷答",
+            "<thought>想</thought>答",
+            "<thoughts>想</thoughts>答",
+            "<seed:think>想</seed:think>\n答",
+        ),
+        *(
+            "<reasoning>\n想</reasoning>\n答",
+            "<Reflection>想</Reflection>答",
+            "<thinking_process>想</thinking_process>答",
+        ),
+        *(
+            "<inner thoughts>想</inner thoughts>答",
+            "<思考>想</思考>答",
+            "<analysis>想</analysis>答",
+            "[思考]想[/思考]答",
+        ),
+        *("【思考】想【/思考】答", "【思考过程】想\n【回答】答", "【推理】想【最终答案】：答"),
         "\n<|begin_of_thought|>想<|end_of_thought|>\n<|begin_of_solution|>答<|end_of_solution|>\n",
         "<|START_THINKING|>想<|END_THINKING|><|START_RESPONSE|>答<|END_RESPONSE|>",
         "<|channel|>analysis<|message|>想<|end|><|start|>assistant<|channel|>final<|message|>答<|return|>",
@@ -173,6 +191,26 @@ def test_reasoning_in_the_tags_of_other_models_is_reasoning(form: str) -> None:
         read({"messages": [*turns, *TURNS]})
     with pytest.raises(InputError, match="1 answers with reasoning"):
         read({"instruction": "问", "output": "答", "history": [["问", form]]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        *(
+            (text, True)
+            for text in ("Thinking: 想\n\n答", "**Thought process:** 想 答", "思考：想。答", "【思考】想。答")
+        ),
+        *((text, True) for text in ("Reasoning: 想\nAnswer: 答", "**思考过程**：想", "My reasoning：想")),
+        *(
+            (text, False)
+            for text in ("Thinking about it: 答", "思考一下：答", "<b>想</b>答", "答。思考：想", "分析：答")
+        ),
+    ],
+)
+def test_reasoning_without_tags_is_named(answer: str, named: bool) -> None:
+    [messages], counts = read({"messages": [TURNS[0], {"role": "assistant", "content": answer}]})
+    assert messages[2]["content"] == answer
+    assert counts == ({"kept: answers that begin as reasoning does, in no tags that are known": 1} if named else {})
 
 
 def test_foreign_tags_that_do_not_close_drop_the_row() -> None:
