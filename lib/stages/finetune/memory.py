@@ -24,18 +24,27 @@ def with_adapter(model: Any, settings: Settings) -> Any:
     """The model with a fresh LoRA on its `target_modules`.
 
     Raises:
-        InputError: target_modules names no layer of this model, or one that a merge could not change.
+        InputError: target_modules names what is no layer of this model, or one that a merge could not change.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     targets: Any = settings.target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
-        if bad := sorted({"lm_head", "embed_tokens"} & set(targets)):
+        if bad := sorted({"lm_head", "embed_tokens"} & {name.rpartition(".")[2] for name in targets}):
             raise InputError(
                 f"target_modules names {bad[0]}.",
                 "linear layers of the blocks: small Qwen models tie their embeddings, and a merge would be wrong.",
                 "set target_modules: all-linear.",
+            )
+        layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        if unknown := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
+            blocks = sorted({layer.rpartition(".")[2] for layer in layers if layer.endswith("_proj")})
+            raise InputError(
+                f"target_modules names {', '.join(unknown)}: no linear layer of this model.",
+                f"names of linear layers, e.g. {', '.join(blocks)}.",
+                "correct them, or set target_modules: all-linear.",
             )
     config = LoraConfig(
         r=settings.lora_r,
@@ -49,7 +58,9 @@ def with_adapter(model: Any, settings: Settings) -> Any:
             return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(
-            f"target_modules {settings.target_modules!r} ({error}).", "names of linear layers.", "set it to all-linear."
+            f"target_modules {settings.target_modules!r} ({one_line(error)}).",
+            "names of linear layers.",
+            "set it to all-linear.",
         ) from None
 
 

@@ -167,7 +167,7 @@ def test_diverging_training_is_refused_and_leaves_no_product(runs, monkeypatch: 
     assert "adapter" not in runs("fresh").manifest.entries()
 
 
-@pytest.mark.parametrize("targets", ["lm_head", "q_proj, embed_tokens", "no_such_layer"])
+@pytest.mark.parametrize("targets", ["lm_head", "q_proj, embed_tokens", "no_such_layer", "q_proj,no_such_layer"])
 def test_unusable_target_modules_are_refused(runs, targets: str) -> None:
     with pytest.raises(InputError, match="target_modules"):
         finetune(tiny_settings(target_modules=targets), runs("fresh"))

@@ -134,7 +134,7 @@ def test_processes_on_a_processor_share_its_memory(small: str, monkeypatch: pyte
     assert chosen(finetune_memory.recommend(asked, small))["name"] == "a single process"
 
 
-@pytest.mark.parametrize("targets", ["foo", "lm_head"])
+@pytest.mark.parametrize("targets", ["foo", "lm_head", "q_proj,k_prj", "q_proj,self_attn", "model.embed_tokens,q_proj"])
 def test_targets_that_a_training_refuses_are_refused(small: str, targets: str) -> None:
     answer = CliRunner().invoke(app, ["doctor", "--model", small, "-p", f"target_modules={targets}"])
     assert answer.exit_code == 2 and "all-linear" in answer.stderr
