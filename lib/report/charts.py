@@ -161,7 +161,7 @@ def estimates(
         at: position of a vertical line; `margin` shades all that is less (a loss that is good enough).
         values: what both sentences take.
     """
-    points, axis = rows_of(name, entries), sentence(f"{name}_axis", **values)
+    points, axis = rows_of(name, entries, **values), sentence(f"{name}_axis", **values)
     fig, ax = panels(height=0.9 + 0.38 * len(points))
     places = np.arange(len(points))[::-1]
     if at is not None:
@@ -293,11 +293,28 @@ def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) 
     )
 
 
-def _name(ax: Any, name: str, x: float, y: float, place: int) -> None:
-    """Above to the right and below to the left in turn, or neighbours' names would overlap."""
-    sign = -1 if place % 2 else 1
-    side = {"ha": "right" if place % 2 else "left", "va": "top" if place % 2 else "bottom", "fontsize": 8}
-    ax.annotate(name, (x, y), (4 * sign, 4 * sign), textcoords="offset points", **side)
+_SIDES = [(1, 1), (-1, -1), (1, -1), (-1, 1)]
+"""Where the name of a point may stand: to the right (1) or left (-1), above (1) or below (-1)."""
+
+
+def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write the name of every point beside it, where it covers no other point and no other name, if there is room."""
+    from matplotlib.transforms import Bbox
+
+    canvas, taken = ax.figure.canvas, []
+    ax.figure.draw_without_rendering()  # places on the canvas are known only then
+    marks = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(list(points.values()))]
+    for number, (name, place) in enumerate(sorted(points.items(), key=lambda point: point[1])):
+        shown = None
+        for right, above in _SIDES[number % 2 :] + _SIDES[: number % 2]:
+            if shown:
+                shown.remove()
+            side = {"ha": "left" if right > 0 else "right", "va": "bottom" if above > 0 else "top", "fontsize": 8}
+            shown = ax.annotate(name, place, (4 * right, 4 * above), textcoords="offset points", **side)
+            box = shown.get_window_extent(canvas.get_renderer())
+            if not any(box.overlaps(other) for other in (*taken, *marks)):
+                break
+        taken.append(box)
 
 
 def _divergence(
@@ -305,15 +322,15 @@ def _divergence(
 ) -> HTML:
     fig, ax = panels(*_PANEL)
     apart = [entry for entry in entries if entry["kld_mean"] > 0]
-    for place, entry in enumerate(sorted(apart, key=lambda e: places[e["type"]])):
+    for entry in apart:
         x, y = places[entry["type"]], entry["kld_mean"]
         ax.errorbar(x, y, yerr=[[y - entry["kld_low"]], [entry["kld_high"] - y]], **_style(entry, frontier))
-        _name(ax, entry["type"], x, y, place)
     joined = sorted((places[e["type"]], e["kld_mean"]) for e in apart if e["type"] in frontier)
     if joined:
         ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
     ax.margins(x=0.12)
     ax.set(xlabel=axis, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
+    _name_points(ax, {entry["type"]: (places[entry["type"]], entry["kld_mean"]) for entry in apart})
     files = [(e["type"], places[e["type"]], e["kld_mean"]) for e in entries]
     return figure(fig, caption, sentence("charts.divergence_alt", axis=axis, files=files))
 
@@ -322,8 +339,8 @@ def _estimate(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], siz
     """The metric's point estimates, the largest file first."""
     fig, ax = panels(*_PANEL)
     key = metric_in(entries).point
-    largest_first = sorted(entries, key=lambda e: -e["bytes"])
-    places = np.arange(len(entries))[::-1]
+    largest_first = sorted((e for e in entries if e["n"] == entries[0]["n"]), key=lambda e: -e["bytes"])
+    places = np.arange(len(largest_first))[::-1]
     for place, entry in zip(places, largest_first, strict=True):
         x = entry[key]
         low, high = entry[f"{key}_interval"] or (x, x)
@@ -331,7 +348,8 @@ def _estimate(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], siz
     ax.set_yticks(places, [f"{e['type']}, {sizes[e['type']]:.1f} MB" for e in largest_first], fontsize=8)
     ax.locator_params(axis="x", nbins=5)
     ax.set(xlabel=sentence(f"charts.{key}_axis"))
-    return figure(fig, sentence(f"charts.{key}", n=entries[0]["n"]), sentence(f"charts.{key}_alt", files=entries))
+    alt = sentence(f"charts.{key}_alt", files=largest_first)
+    return figure(fig, sentence(f"charts.{key}", n=entries[0]["n"], apart=len(entries) - len(places)), alt)
 
 
 def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
@@ -368,8 +386,8 @@ def power(n: float, margin_points: float) -> HTML:
         chance = [noninferiority.power(int(count), share, margin_points / 100) for count in rows]
         ax.plot(rows, chance, color=colour, linestyle=style, label=f"{100 * share:.2g} %")
         chances.append((share, noninferiority.power(max(1, round(n)), share, margin_points / 100)))
-    ax.axhline(noninferiority.POWER, color=GREY, linewidth=1, linestyle=":")
-    ax.axvline(n, color=GREEN, linewidth=1, linestyle="--")
+    ax.axhline(noninferiority.POWER, color="black", linewidth=1)
+    ax.axvline(n, color="black", linewidth=1)
     ax.set(xscale="log", xlabel="independent test rows", ylabel="chance to be shown", ylim=(0, 1.02))
     ax.legend(title="rows changed")
     alt = sentence("charts.power_alt", n=n, margin=margin_points, chances=chances)

@@ -135,7 +135,8 @@ class AccuracyPage(_Page):
     def tests(self) -> Shown:
         """The paired test of each file's accuracy, and beside it macro-F1 and log-odds."""
         tests = tabled("compare.accuracy_tests", self.others, files=len(self.others), folds=self.folds)
-        return tests, tabled("compare.accuracy_beside", self.others, odds_limit=ODDS_LIMIT)
+        beside = {"odds_limit": ODDS_LIMIT, "folds": self.folds}
+        return tests, tabled("compare.accuracy_beside", self.others, **beside)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
         from scipy.stats import binomtest
@@ -322,9 +323,10 @@ def _order(known: Sequence[Entry]) -> dict[str, Any] | None:
 
 
 def _turned(first: Entry, second: Entry) -> tuple[Entry, Entry] | None:
-    """The file that is surely nearer on text and the other, if it surely keeps less (both pairs of intervals apart) and
-    not all: a slope above 1 is no loss."""
+    """The file that is surely nearer on text and the other, if it surely lost more: its slope is below 1, and farther
+    from 1 than the other's can be."""
     near, far = sorted((first, second), key=lambda e: e["kld_mean"])
     if near["kld_high"] >= far["kld_low"] or not (near["retention_interval"] and far["retention_interval"]):
         return None
-    return (near, far) if near["retention_interval"][1] < min(far["retention_interval"][0], 1.0) else None
+    lost = 1 - near["retention_interval"][1]
+    return (near, far) if lost > max(abs(1 - limit) for limit in far["retention_interval"]) else None

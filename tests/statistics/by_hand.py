@@ -13,6 +13,8 @@ BALANCE_PER_SUBSET = False  # False: accuracy/balanced accuracy chosen on all ro
 S_WITHIN_WEIGHT = True  # s counts only the rows of that weight in a group (False: whole group)
 COUNT_ZERO_GROUPS = False  # groups whose sum is 0 count among the sign patterns
 FEW_LEAK_FREE = "none"  # < 20 leak-free groups: "fail" (not good enough) | "none" (no verdict) | "ignore"
+FOLDS_ANEW = True  # leak-free rows: k is the folds that occur among them (False: the folds of all rows)
+FOLDS_REFERENCE = False  # the reference's own interval of perplexity is widened by its folds too
 MIN_GROUPS, DRAWS, ALPHA = 20, 9999, 0.05
 
 
@@ -28,6 +30,29 @@ def _holm(p):
         run = max(run, min(1.0, (len(p) - i) * p[j]))
         out[j] = run
     return out
+
+
+def _fold_factor(v, share, means, mean, k):
+    """1 + max(0, S2 - k v) (1 / k + 1 / (k - 1)) / v, of each fold's share of all and its mean."""
+    if v == 0 or k < 2:
+        return 1.0
+    s2 = k / (k - 1) * (share * (means - mean) ** 2).sum()
+    return float(1 + max(0.0, s2 - k * v) * (1 / k + 1 / (k - 1)) / v)
+
+
+def _per_fold(x, w, fold):
+    """Every fold's share of w and its mean: sum of w x over sum of w, of the folds that occur."""
+    i = _index(fold)
+    total = np.bincount(i, w)
+    return total / total.sum(), np.bincount(i, w * x) / total
+
+
+def _folds_of(folds, keep):
+    """Folds of the kept rows, and k."""
+    if folds is None:
+        return None, None
+    some = folds if keep is None else folds[keep]
+    return some, len(np.unique(some if FOLDS_ANEW else folds))
 
 
 def _decide(sizes, limits, losses, ps, margin, judged, n_leak_groups):
@@ -102,6 +127,31 @@ def _design(d, w, grp):
     return max(1.0, (4 * b * b + v) / (4 * b + r))
 
 
+def _spread(d, w, grp):
+    """m, and v of it over groups."""
+    n, g = len(d), grp.max() + 1
+    m = (w * d).sum() / n
+    dev = np.bincount(grp, w * d) - m * np.bincount(grp, w)
+    return m, (g / (g - 1) * (dev**2).sum() / n**2 if g > 1 else 0.0)
+
+
+def _label_factor(d, w, grp, fold, k):
+    if fold is None:
+        return 1.0
+    m, v = _spread(d, w, grp)
+    return _fold_factor(v, *_per_fold(d, w, fold), m, k)
+
+
+def _p_student(d, w, grp, fold, k):
+    """Student's two-sided test of m over the root of v times the factor of folds."""
+    m, v = _spread(d, w, grp)
+    if m == 0:
+        return 1.0
+    if v == 0:
+        return 0.0
+    return float(2 * stats.t.sf(abs(m) / np.sqrt(v * _label_factor(d, w, grp, fold, k)), grp.max()))
+
+
 def _q(delta, l, k, n):
     a, b, c = 2 * n, delta * (2 * n + l - k) - l - k, -l * delta * (1 - delta)
     return (-b + np.sqrt(np.maximum(b * b - 4 * a * c, 0))) / (2 * a)
@@ -137,12 +187,14 @@ def tango_limit(l, k, n):
     return -100.0 * (hi + lo) / 2
 
 
-def _limit(ref, ans, truth, grp, balanced):
+def _limit(ref, ans, truth, grp, balanced, fold=None, k=None):
     w = _weights(truth, balanced)
     d = (ans == truth).astype(int) - (ref == truth).astype(int)
     if len(d) > 1 and grp.max() == 0:
         return 100.0
-    D = _design(d, w, grp)
+    D = _design(d, w, grp) * _label_factor(d, w, grp, fold, k)
+    if fold is not None and D >= len(d) > 1:
+        return 100.0
     return float(tango_limit(w[d == -1].sum() / D, w[d == 1].sum() / D, len(d) / D))
 
 
@@ -168,7 +220,15 @@ def _exchange(x, grp, rng):
     return (1 + hits) / (1 + DRAWS)
 
 
-def _p_labels(ref, ans, truth, grp, balanced, seed=0):
+def _p_labels(ref, ans, truth, grp, balanced, seed=0, fold=None, k=None):
+    p = _p_without_folds(ref, ans, truth, grp, balanced, seed)
+    if fold is None:
+        return p
+    d = (ans == truth).astype(int) - (ref == truth).astype(int)
+    return max(p, _p_student(d, _weights(truth, balanced), grp, fold, k))
+
+
+def _p_without_folds(ref, ans, truth, grp, balanced, seed=0):
     d = (ans == truth).astype(int) - (ref == truth).astype(int)
     rng = np.random.default_rng(seed)
     if balanced:
@@ -191,11 +251,13 @@ def _learned(ref, truth, grp, balanced):
     return bool(wilson_low(score, n / _b(w, grp)) > (1 / len(c) if balanced else c.max() / n))
 
 
-def labels(reference, files, sizes, truth, groups, leak_free, margin, n_labels=None):
-    """n_labels is not used: K is 'the labels that occur' (in truth)."""
+def labels(reference, files, sizes, truth, groups, leak_free, margin, n_labels=None, folds=None):
+    """n_labels is not used: K is 'the labels that occur' (in truth). folds: every row's fold, or None."""
     ref, truth, grp = np.asarray(reference), np.asarray(truth), _index(groups)
     balanced = _imbalanced(truth)
     keep = None if leak_free is None else np.asarray(leak_free, bool)
+    folds = None if folds is None else np.asarray(folds)
+    fold, k = _folds_of(folds, None)
     limits, losses, ps = {}, {}, {}
     w = _weights(truth, balanced)
     for f, a in files.items():
@@ -203,43 +265,47 @@ def labels(reference, files, sizes, truth, groups, leak_free, margin, n_labels=N
         second = None
         if keep is not None and keep.any():
             t = truth[keep]
-            second = _limit(
-                ref[keep], a[keep], t, _index(grp[keep]), _imbalanced(t) if BALANCE_PER_SUBSET else balanced
-            )
-        limits[f] = [_limit(ref, a, truth, grp, balanced), second]
+            bal = _imbalanced(t) if BALANCE_PER_SUBSET else balanced
+            second = _limit(ref[keep], a[keep], t, _index(grp[keep]), bal, *_folds_of(folds, keep))
+        limits[f] = [_limit(ref, a, truth, grp, balanced, fold, k), second]
         losses[f] = (w * ((ref == truth).astype(int) - (a == truth))).sum()
-        ps[f] = _p_labels(ref, a, truth, grp, balanced)
+        ps[f] = _p_labels(ref, a, truth, grp, balanced, fold=fold, k=k)
     judged = grp.max() + 1 >= MIN_GROUPS and _learned(ref, truth, grp, balanced)
     return _decide(sizes, limits, losses, ps, margin, judged, None if keep is None else len(np.unique(grp[keep])))
 
 
 # ---------------------------------------------------------------- answers
-def _mean_se(x, t, grp):
-    """Token-weighted mean of x and its standard error over groups."""
+def _mean_se(x, t, grp, fold=None, k=None):
+    """Token-weighted mean of x and its standard error over groups, widened by folds."""
     total, g = t.sum(), grp.max() + 1
     mean = (t * x).sum() / total
     if g < 2:
         return mean, np.inf, g
     dev = np.bincount(grp, t * x) - mean * np.bincount(grp, t)
-    return mean, np.sqrt(g / (g - 1) * (dev**2).sum()) / total, g
+    se = np.sqrt(g / (g - 1) * (dev**2).sum()) / total
+    if fold is not None:
+        se *= np.sqrt(_fold_factor(se**2, *_per_fold(x, t, fold), mean, k))
+    return mean, se, g
 
 
-def _answer_limit(x, t, grp):
-    mean, se, g = _mean_se(x, t, grp)
+def _answer_limit(x, t, grp, fold=None, k=None):
+    mean, se, g = _mean_se(x, t, grp, fold, k)
     return np.inf if g < 2 else float(100 * np.expm1(mean + stats.t.ppf(0.95, g - 1) * se))
 
 
-def answers(reference, files, sizes, tokens, groups, leak_free, margin, floor=None):
+def answers(reference, files, sizes, tokens, groups, leak_free, margin, floor=None, folds=None):
     ref, t, grp = np.asarray(reference, float), np.asarray(tokens, float), _index(groups)
     keep = None if leak_free is None else np.asarray(leak_free, bool)
+    folds = None if folds is None else np.asarray(folds)
+    fold, k = _folds_of(folds, None)
     limits, losses, ps = {}, {}, {}
     for f, a in files.items():
         d = np.asarray(a, float) - ref
         second = None
         if keep is not None and keep.any():
-            second = _answer_limit(d[keep], t[keep], _index(grp[keep]))
-        limits[f] = [_answer_limit(d, t, grp), second]
-        mean, se, g = _mean_se(d, t, grp)
+            second = _answer_limit(d[keep], t[keep], _index(grp[keep]), *_folds_of(folds, keep))
+        limits[f] = [_answer_limit(d, t, grp, fold, k), second]
+        mean, se, g = _mean_se(d, t, grp, fold, k)
         losses[f] = mean
         if g < 2 or mean == 0:
             ps[f] = 1.0
@@ -247,6 +313,6 @@ def answers(reference, files, sizes, tokens, groups, leak_free, margin, floor=No
             ps[f] = 0.0 if se == 0 else float(2 * stats.t.sf(abs(mean) / se, g - 1))
     judged = grp.max() + 1 >= MIN_GROUPS
     if judged and floor is not None:
-        mean, se, g = _mean_se(ref, t, grp)
+        mean, se, g = _mean_se(ref, t, grp, *((fold, k) if FOLDS_REFERENCE else ()))
         judged = bool(np.exp(mean + stats.t.ppf(0.975, g - 1) * se) < floor)
     return _decide(sizes, limits, losses, ps, margin, judged, None if keep is None else len(np.unique(grp[keep])))

@@ -17,6 +17,15 @@ CASES = 60
 """Of each kind; 1,000 were compared when the rule was written (docs/LOG.md)."""
 
 
+def _folds(rng: np.random.Generator, groups: np.ndarray) -> np.ndarray | None:
+    """Fold of every row, whole groups together; None in half of the cases."""
+    names, place = np.unique(groups, return_inverse=True)
+    count = int(rng.choice([2, 3, 5]))
+    if rng.random() < 0.5 or len(names) < 2 * count:
+        return None
+    return (np.arange(len(names)) % count)[place]
+
+
 def _rows(rng: np.random.Generator) -> tuple[int, np.ndarray, np.ndarray | None]:
     """Rows, their groups (none, some or all with copies), and a mask of leak-free ones or None."""
     n = int(rng.choice([18, 25, 60, 200, 500]))
@@ -65,7 +74,9 @@ def test_labels(seed: int) -> None:
 
     reference = answered(truth, float(rng.choice([0.1, 0.3, 1.0])))
     files = {name: answered(reference, float(rng.choice([0, 0.005, 0.02, 0.2]))) for name in SIZES}
-    margin = float(rng.choice([1.0, 2.0, 5.0, 10.0]))
+    margin, folds = float(rng.choice([1.0, 2.0, 5.0, 10.0])), _folds(rng, groups)
+    if folds is not None:  # files of single folds that lose
+        files = {name: np.where((folds == 0) & (rng.random(n) < 0.2), 0, own) for name, own in files.items()}
 
     def scores(predictions: np.ndarray) -> Scores:
         log_probs = np.full((n, n_labels), -3.0)
@@ -74,8 +85,9 @@ def test_labels(seed: int) -> None:
 
     commonest = np.bincount(truth).max() / n
     made = {name: scores(own) for name, own in files.items()}
-    entries, ours = _ours(ACCURACY, scores(reference), made, RowGroups(groups, free), margin, commonest)
-    _agree(entries, ours, by_hand.labels(reference, files, SIZES, truth, groups, free, margin, n_labels))
+    entries, ours = _ours(ACCURACY, scores(reference), made, RowGroups(groups, free, folds), margin, commonest)
+    theirs = by_hand.labels(reference, files, SIZES, truth, groups, free, margin, n_labels, folds)
+    _agree(entries, ours, theirs)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
@@ -89,10 +101,14 @@ def test_answers(seed: int) -> None:
         for name in SIZES
     }
     margin, floor = float(rng.choice([0.5, 1.0, 3.0])), rng.choice([None, 6.0, 500.0])
+    folds = _folds(rng, groups)
+    if folds is not None:
+        files = {name: own + (folds == 0) * rng.choice([0, 0.01, 0.1]) for name, own in files.items()}
 
     def scores(losses: np.ndarray) -> AnswerScores:
         return AnswerScores([str(i) for i in range(n)], -losses * tokens, tokens, 1.0)
 
     made = {name: scores(own) for name, own in files.items()}
-    entries, ours = _ours(ANSWER_PERPLEXITY, scores(reference), made, RowGroups(groups, free), margin, floor)
-    _agree(entries, ours, by_hand.answers(reference, files, SIZES, tokens, groups, free, margin, floor))
+    entries, ours = _ours(ANSWER_PERPLEXITY, scores(reference), made, RowGroups(groups, free, folds), margin, floor)
+    theirs = by_hand.answers(reference, files, SIZES, tokens, groups, free, margin, floor, folds)
+    _agree(entries, ours, theirs)

@@ -326,9 +326,9 @@ def _judged(metric: Metric, measured: Sequence[Measured], asked: Comparison) -> 
             every[name] = scores.joined([load_scores(path) for path in paths])
             every[name].save(asked.output / ALL_FOLDS.format(name))
     count = {"folds": len(asked.folds) + 1}
-    together = {name: entry | count for name, entry in found(every, asked.judged_rows).items()}
-    alone = {name: scores for name, scores in own.items() if name not in every or name == measured[0].name}
-    entries = found(alone, asked.rows) | together
+    alone = found(own, asked.rows)
+    together = found(every, asked.judged_rows)
+    entries = alone | {name: entry | count | {"own": alone[name]} for name, entry in together.items()}
     others = [entry for name, entry in entries.items() if name != measured[0].name]
     for entry, p in zip(others, holm([entry["p"] for entry in others]), strict=True):
         entry["p_holm"] = p  # over all files, whichever rows they are judged on

@@ -13,7 +13,7 @@ from typing import Any
 
 from lib.models.gguf_file import run_gguf
 from lib.prompts.tasks import Task, read_task
-from lib.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.backend import found_done
@@ -110,7 +110,8 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     used = ("seed", "n_threads", "n_gpu_layers", "n_ctx", "perplexity_tokens", metric.margin_setting)
     parameters = settings.pick(*used) | {"timed_loads": list(LOADS[:2]), "rules": _RULES}
     if folds:
-        parameters["comparisons_of_folds"] = [fold.require("comparison").entry.digest for fold in folds]
+        digests = [fold.require("comparison").entry.digest for fold in folds]
+        parameters["comparisons_of_folds"] = sha256_json(digests)[:16]
     product = run.produce(
         "comparison",
         lambda work: _build(settings, run, work),
@@ -216,8 +217,8 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
     work.notes += result["notes"]
     if folds := result["files"][0].get("folds"):
         work.notes.append(
-            f"cross-validated: {folds} models, each of {result['files'][0]['n']:,} rows judges the files of the model "
-            "that did not train on it; all else, 02 to 06 too, is of the first model and its files"
+            f"cross-validated: {folds} models; every one of the {result['files'][0]['n']:,} rows judges the files of "
+            "the model that did not train on it; all else, 02 to 06 too, is of the first model and its files"
         )
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
     scored = result["found_done"]
