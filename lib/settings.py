@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import itertools
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
@@ -255,6 +256,8 @@ def _sentence(place: str, error: dict[str, Any]) -> InputError:
     if isinstance(value, str) and error["type"] in ("float_type", "int_type"):
         with contextlib.suppress(ValueError):  # any other text
             number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(value)
             plain = format(number, ".12g") if error["type"] == "int_type" else _yaml_value(number)
             return InputError(
                 f"{key}: {value!r} {place} is text for YAML.",
@@ -339,11 +342,6 @@ def parse_override(key: str, text: str) -> Any:
     if kind is str:
         parameter_file.refuse_escape(key, text, f"-p {key}")
         return text
-    if kind in (float, int):
-        try:
-            return kind(text)
-        except ValueError:
-            return text
     if kind == list[str] and not text.lstrip().startswith("["):
         if text.lstrip()[:1] not in ('"', "'"):
             return [part.strip() for part in text.split(",")]

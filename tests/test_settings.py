@@ -126,6 +126,8 @@ def test_missing_file_names_the_known_ones(tmp_path: Path) -> None:
         ("learning_rate", "1e-4", 1e-4),
         ("seed", "7", 7),
         ("seed", "x", "x"),
+        ("seed", "1_000", 1000),
+        ("num_train_epochs", "1e3", 1000.0),
         ("force", "false", False),
         ("dataset", "1234", "1234"),
         ("ladder", "Q8_0, Q4_0", ["Q8_0", "Q4_0"]),
@@ -138,6 +140,15 @@ def test_missing_file_names_the_known_ones(tmp_path: Path) -> None:
 )
 def test_overrides_of_the_command_line(key: str, text: str, value: object) -> None:
     assert settings.parse_override(key, text) == value
+
+
+@pytest.mark.parametrize("text", ["010", "0x10", "0b11", "10:24", "1e3", "5.0", "1,000", "no", ""])
+def test_a_number_given_by_p_means_what_it_means_in_a_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(f"seed: {text}\n")
+    with pytest.raises(InputError, match="seed"):
+        settings.load(tmp_path / "p.yaml")
+    with pytest.raises(InputError, match="seed"):
+        settings.check({"seed": settings.parse_override("seed", text)}, "-p", ("seed",))
 
 
 @pytest.mark.parametrize("text", [r"判断\n{text}", r"a\n\n{text}", r"\t{text}"])
