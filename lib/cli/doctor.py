@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,15 +88,17 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
     from lib.settings import OFFLINE_BASE, SAMPLE_DATASET
+    from lib.stages.data.data_files import FORMATS
     from lib.stages.data.reading import choose_data
-    from lib.stages.data.stage import divide
+    from lib.stages.data.stage import divide, measure, put_tokenizer
 
     def here(source: str, word: str = "") -> bool:
         return source not in ("", word) and (looks_like_path(source) or user_path(source).exists())
 
     source, base = model or settings.base_model, user_path(model or settings.base_model)
-    rows, unused = None, []
-    if settings.dataset == SAMPLE_DATASET or here(settings.dataset):
+    rows, unused, tokenizer = None, [], None
+    folds = []
+    if settings.dataset == SAMPLE_DATASET or here(settings.dataset) or Path(settings.dataset).suffix.lower() in FORMATS:
         table = choose_data(settings)
         folds = [divide(settings, table, fold) for fold in range(1, settings.folds + 1)]
         tested = [fold.splits["test"] for fold in folds]
@@ -106,7 +109,13 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     own = here(source, OFFLINE_BASE) and base.is_dir()
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
-        load_tokenizer(base)
+        tokenizer = load_tokenizer(base)
+    elif source == OFFLINE_BASE and folds:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows_of_train = folds[0].splits["train"]
+            tokenizer, _ = put_tokenizer(None, folds[0].kind.task, rows_of_train, Path(temporary) / "tokenizer")
+    if tokenizer is not None and folds:
+        measure(tokenizer, folds[0])
     if here(settings.adapter):
         adapter = resolve_adapter(settings.adapter).path
         if own:

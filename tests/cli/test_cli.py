@@ -19,6 +19,7 @@ from lib.cli.console import guarded, table, width
 from lib.cli.doctor import BROKEN, Check, as_text, broken, examine
 from lib.cli.evaluate import RowOptions
 from lib.errors import InputError, Terminated
+from lib.runs.run import open_run
 from lib.settings import Settings
 from tests import tiny_run
 from tests.stages.package.test_web import make_library
@@ -332,6 +333,26 @@ def test_doctor_says_what_the_test_rows_can_show(tmp_path, monkeypatch, capsys) 
     assert unused == ["not used: what the file 'README.md' says of labels"]
     assert folded["counts"]["all"] == len(rows) and folded["worth"]["all"] > 3 * found["worth"]["all"]
     assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"max_seq_length": 32}, "the prompt alone takes"),
+        ({"label_names": ["负面", "负面的"]}, "begin with the same tokens"),
+        ({"dataset": "no/such.csv"}, "no file or folder"),
+    ],
+)
+def test_doctor_refuses_what_01_refuses(asked: dict, found: str, home: Path) -> None:
+    from lib.cli import doctor
+    from lib.stages.data.stage import prepare
+
+    rows = [{"text": f"{word} number {i}", "label": i % 2} for i, word in enumerate(WORDS)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = Settings(**{"dataset": str(home / "rows.jsonl"), **asked})
+    for refusing in (lambda: doctor._ask_what_is_here(settings, None), lambda: prepare(settings, open_run("r"))):
+        with pytest.raises(InputError, match=found):
+            refusing()
 
 
 WORDS = ["".join(chr(97 + (i * k) % 26) for k in (1, 3, 5, 7, 11)) for i in range(100)]

@@ -201,11 +201,8 @@ def _build(settings: Settings, fold: int, work: ProductDraft) -> None:
     task = kind.task
     base, base_notes = choose_base(settings)
     tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
-    for row in itertools.chain.from_iterable(splits.values()):
-        row.messages = in_tags_of(tokenizer, row.messages, changes)
     before = {name: len(rows) for name, rows in splits.items()}
-    splits, lengths, length_table = token_lengths(tokenizer, kind, splits)
-    left = _left(task, before, splits)
+    splits, lengths, length_table, left = measure(tokenizer, divided)
     notes += _much_dropped(before, left)
     shown = {
         "source": table.source,
@@ -291,6 +288,22 @@ def divide(settings: Settings, table: Table, fold: int = 1) -> DividedRows:
             flow[f"left out: over {key}", name] = over
     kind.require_each(splits)
     return DividedRows(kind, splits, notes, rule, flow, changes, found, used)
+
+
+def measure(
+    tokenizer: PreTrainedTokenizerBase, divided: DividedRows
+) -> tuple[Splits, dict[str, list[int]], list[dict[str, Any]], Flow]:
+    """The rows that fit, their lengths in tokens as a list and as a table, and the last steps of the flow.
+
+    Raises:
+        InputError: none of a split fits, or the labels cannot be told apart.
+    """
+    kind, splits = divided.kind, divided.splits
+    for row in itertools.chain.from_iterable(splits.values()):
+        row.messages = in_tags_of(tokenizer, row.messages, divided.changes)
+    before = {name: len(rows) for name, rows in splits.items()}
+    fitting, lengths, length_table = token_lengths(tokenizer, kind, splits)
+    return fitting, lengths, length_table, _left(kind.task, before, fitting)
 
 
 def _clean(table: Table, kind: Kind) -> tuple[Splits, Flow, Counter[str]]:
