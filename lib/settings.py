@@ -138,6 +138,8 @@ def _regex_and_type(value: list[str]) -> list[str]:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+        if pattern != pattern.lower():
+            raise ValueError(f"{pattern!r} has capital letters, which llama-quantize lowers: write it in lower case")
     return value
 
 

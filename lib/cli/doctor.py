@@ -57,13 +57,14 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     """Print the strategy for a parameter file (else the defaults) and its base model (else `model`)."""
     from lib import settings as lib_settings
     from lib.cli.report import parsed
-    from lib.report.runner import ready
+    from lib.report.runner import ready, refuse_quantized
     from lib.stages.finetune.memory import recommend
 
     overrides = parsed(pairs)
     settings = ready(
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
+    refuse_quantized(settings)
     rows, unused = _ask_what_is_here(settings, model)
     found = recommend(settings, model)
     text = strategy_text(found, settings) + rows_text(settings, rows)

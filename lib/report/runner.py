@@ -180,6 +180,20 @@ def ready(settings: Settings) -> Settings:
     return settings.model_copy(update=found)
 
 
+def refuse_quantized(settings: Settings) -> None:
+    """Refuse, before hours of training go by, a converted file that 06 could not quantize.
+
+    Raises:
+        InputError: it is quantized already.
+    """
+    if settings.outtype == "q8_0":
+        raise InputError(
+            "outtype q8_0, from which 06 cannot quantize: the file is quantized.",
+            "outtype f16, bf16 or f32.",
+            "set outtype: f16, or stop the report before 06 (--to 05).",
+        )
+
+
 def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
     """Refuse settings of products that notebooks before `first` made otherwise: they would have no effect."""
     for product, entry in run.manifest.entries().items():
@@ -257,6 +271,8 @@ def run_report(
     first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
     if last < first:
         raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
+    if any(notebook.stem.startswith("06") for notebook in found[first : last + 1]):
+        refuse_quantized(settings)
     session = _Session(open_run(settings.run_name), found, timeout, say)
     _refuse_other_settings(session.run, settings, found[first].stem if first else "")
     values = settings.model_dump()

@@ -81,6 +81,9 @@ REFUSED = {
     "a list twice": (("doctor", *("-p", "label_names", "a,b") * 2), "-p label_names twice"),
     "no such matrix": (("report", "params/quick.yaml", "-p", "imatrix", "Auto"), "an importance matrix"),
     "no such matrix, doctor": (("doctor", "params/quick.yaml", "-p", "imatrix", "no.gguf"), "an importance matrix"),
+    "a quantized source, doctor": (("doctor", "params/quick.yaml", "-p", "outtype=q8_0"), "06 cannot quantize"),
+    "a quantized source": (("report", "params/quick.yaml", "-p", "outtype=q8_0"), "06 cannot quantize"),
+    "capitals": (("doctor", "params/quick.yaml", "-p", "tensor_types", "Attn_v=q8_0"), "has capital letters"),
     "no expression": (("doctor", "params/quick.yaml", "-p", "tensor_types", "(=q8_0"), "no regular expression"),
     "a prompt's line end": (
         ("evaluate", "x.gguf", "--data", "r", "--user-prompt", r"a\n{text}"),
