@@ -288,20 +288,20 @@ def card_of(folder: Path) -> dict[str, Any] | None:
     text = card.read_text(encoding="utf-8-sig", errors="replace") if card is not None and card.is_file() else ""
     head = _HEAD.match(text)
     content = _yaml(head[1]) if head else {}
-    return None if head and content is None else content if isinstance(content, dict) else {}
+    return None if content == "" else content if isinstance(content, dict) else {}
 
 
 _HEAD = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 
 
 def _yaml(text: str) -> Any:
-    """What YAML says; None where it cannot be read."""
+    """What YAML says; an empty text where it cannot be read."""
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            return None  # aliases of aliases stand for more than any memory holds
+            return ""  # aliases of aliases stand for more than any memory holds
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return None
+        return ""
 
 
 def classes_beside(

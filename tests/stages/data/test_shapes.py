@@ -222,6 +222,7 @@ def _labelled(path: Path, names: list[str]) -> tuple[list[int], Counter[str]]:
         ("README.md", "Nothing of what the numbers mean; 0 rows lack one."),
         ("README.md", "Labels 0: positive, 1: negative"),  # where labels are words
         ("meta.json", '{"authors": ["Li", "Wu"]}'),
+        ("README.md", "---\n# nothing yet\n---\nReviews."),
         ("notes.txt", "label 0 = positive"),
     ],
 )
