@@ -85,6 +85,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     from lib.hub.sources import looks_like_path
     from lib.models.adapters import check_fit
     from lib.models.base_model import check_base_folder, resolve_adapter
+    from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.models.loading import load_tokenizer
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
@@ -111,6 +112,8 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         tokenizer = load_tokenizer(base)
+    elif here(source, OFFLINE_BASE) and base.suffix.lower() == ".gguf":
+        tokenizer = tokenizer_from_gguf(base)
     elif source == OFFLINE_BASE and folds:
         with tempfile.TemporaryDirectory() as temporary:
             rows_of_train = folds[0].splits["train"]
